@@ -1,0 +1,17 @@
+"""Counter-based uniform random numbers (Philox4x32-10), keyed by seed, position and lane."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.dispatch import use_triton
+from kernels.philox import reference
+
+
+def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
+    """Uniform float32 numbers in [0, 1), a pure function of (seed, position, lane). seed, position: int64, broadcastable. See `reference`."""
+    if use_triton(seed, position):
+        from kernels.philox import triton
+
+        return triton.philox_uniform(seed, position, lane)
+    return reference.philox_uniform(seed, position, lane)
