@@ -44,6 +44,10 @@ class DiskFull(ForetoldError):
     """The cache folder has no room for the download or the conversion."""
 
 
+class CacheNotWritable(ForetoldError):
+    """The cache folder cannot be made or written to."""
+
+
 class UnsupportedArchitecture(ForetoldError):
     """The model's architecture, or an option in its config, is one our decoder does not run."""
 

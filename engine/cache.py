@@ -1,0 +1,91 @@
+"""The cache folder: where it lies, who may write at a time, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from engine.errors import CacheNotWritable, DiskFull
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def cache_home() -> Path:
+    """FORETOLD_HOME when set, else `foretold` in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    chosen = os.environ.get("FORETOLD_HOME")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "foretold"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk into `DiskFull` and a refused write into `CacheNotWritable`, both naming the folder."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(f"no room left in {folder}", "free space, or set FORETOLD_HOME to a roomier folder") from error
+        if error.errno in _REFUSED:
+            raise CacheNotWritable(
+                f"cannot write to {folder}: {error.strerror}", "set FORETOLD_HOME to a folder you may write to"
+            ) from error
+        raise
+
+
+def require_free(folder: Path, num_bytes: int) -> None:
+    """Raises DiskFull now rather than after minutes of work when `folder`'s disk has less than `num_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DiskFull(
+            f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed",
+            "free space, or set FORETOLD_HOME to a roomier folder",
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file under a temporary name, syncs it and renames it, so that readers see the old content or the new."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def exclusive(path: Path, doing: str) -> Iterator[None]:
+    """Holds a lock file against other processes; the system frees it when a process dies, so none is ever stale.
+
+    Args:
+        path: lock file.
+        doing: shown on standard error while another process holds the lock.
+    """
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is {doing}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
