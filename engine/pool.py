@@ -1,0 +1,246 @@
+"""Paged pool of keys and values, and the sequences that own its pages."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.errors import PoolExhausted
+
+
+class PagedPool:
+    """Keys (rotated) and values of many sequences in pages of S tokens, `kv` [L, 2, P, S, G, d] (0 = key, 1 = value).
+
+    A new sequence starts in the middle of the longest run of free pages, so that sequences grow without meeting: pages that follow one
+    another let attention on a CPU read a view of the pool instead of a copy.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: L, G, d.
+        num_pages: P at the start.
+        page_size: S, tokens a page.
+        max_pages: the pool grows on demand up to this many pages (default: num_pages, so it does not grow). Growing replaces `kv`:
+            take views through `layer` each time.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_pages: int | None = None,
+    ) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"a pool needs pages and tokens in them, not {num_pages} pages of {page_size}")
+        self.page_size = page_size
+        self.max_pages = max(num_pages, max_pages or 0)
+        self.kv = torch.zeros(num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._references = [0] * num_pages
+        self._num_free = num_pages
+        self._sequences: list[KvSequence] = []
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._make_views()
+
+    def _make_views(self) -> None:
+        self._views = [(layer[0], layer[1]) for layer in self.kv]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages now in memory."""
+        return len(self._references)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages nobody owns, those the pool may still grow by included."""
+        return self._num_free + self.max_pages - self.num_pages
+
+    @property
+    def bytes(self) -> int:
+        """Size of `kv` in bytes."""
+        return self.kv.numel() * self.kv.element_size()
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of one page over all layers, in bytes."""
+        return self.bytes // self.num_pages
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key pages and value pages of a layer, each [P, S, G, d], views."""
+        return self._views[index]
+
+    def new_sequence(self) -> KvSequence:
+        """An empty sequence; it takes pages as it needs them."""
+        sequence = KvSequence(self)
+        self._sequences.append(sequence)
+        return sequence
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """Take `count` pages, if possible those following page `after`, or else a run of neighbours.
+
+        Raises:
+            PoolExhausted: there are not that many, even after growing.
+        """
+        if count > self.num_free_pages:
+            raise PoolExhausted(
+                f"the KV pool needs {count} more pages of {self.page_size} tokens, {self.num_free_pages} are free of {self.max_pages}",
+                "use a larger pool, fewer requests at once, or a shorter context",
+            )
+        if count > self._num_free:
+            self._grow(count - self._num_free)
+        pages = self._find(count, after)
+        for page in pages:
+            self._references[page] = 1
+        self._num_free -= count
+        return pages
+
+    def retain(self, pages: list[int]) -> None:
+        """Add an owner to each page, so that sequences can share it."""
+        for page in pages:
+            assert self._references[page] > 0, "only an owned page can be shared"
+            self._references[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Take one owner off each page; pages without owner are free."""
+        for page in pages:
+            assert self._references[page] > 0, "page released twice"
+            self._references[page] -= 1
+            self._num_free += self._references[page] == 0
+
+    def is_shared(self, page: int) -> bool:
+        """True when more than one sequence owns the page."""
+        return self._references[page] > 1
+
+    def _free_runs(self) -> list[tuple[int, int]]:
+        """(start, length) of every run of free pages."""
+        runs, start = [], None
+        for page, owners in enumerate([*self._references, 1]):
+            if owners == 0 and start is None:
+                start = page
+            elif owners and start is not None:
+                runs.append((start, page - start))
+                start = None
+        return runs
+
+    def _find(self, count: int, after: int | None) -> list[int]:
+        if after is not None and after + count < self.num_pages and not any(self._references[after + 1 : after + 1 + count]):
+            return list(range(after + 1, after + 1 + count))
+        runs = self._free_runs()
+        start, length = max(runs, key=lambda run: run[1])
+        if length >= count:
+            # in the middle, so that whoever ends just before the run keeps half of it to grow into
+            first = start if start == 0 else start + (length - count) // 2
+            return list(range(first, first + count))
+        return [page for start, length in runs for page in range(start, start + length)][:count]
+
+    def _grow(self, missing: int) -> None:
+        old = self.num_pages
+        new = min(self.max_pages, max(old + missing, 2 * old))
+        shape = list(self.kv.shape)
+        shape[2] = new
+        grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
+        grown[:, :, :old] = self.kv
+        self.kv = grown
+        self._references += [0] * (new - old)
+        self._num_free += new - old
+        self._make_views()
+
+    def longest_free_run(self) -> int:
+        """Length of the longest run of free pages now in memory."""
+        return max((length for _, length in self._free_runs()), default=0)
+
+    def check_integrity(self) -> None:
+        """Assert that page owners, free count and sequences agree.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        owners = [0] * self.num_pages
+        for sequence in self._sequences:
+            assert 0 <= sequence.length <= len(sequence.pages) * self.page_size, "a sequence is longer than its pages"
+            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence owns a page twice"
+            for page in sequence.pages:
+                owners[page] += 1
+        # retain() may have added owners that are no sequence, never fewer
+        assert all(have >= want for have, want in zip(self._references, owners, strict=True)), "a page has fewer owners than sequences"
+        assert self._num_free == self._references.count(0), "the free count is wrong"
+        assert self.num_pages == self.kv.shape[2] <= self.max_pages, "the page count is wrong"
+
+    def forget(self, sequence: KvSequence) -> None:
+        """Called by a sequence that was freed."""
+        self._sequences.remove(sequence)
+
+
+class KvSequence:
+    """The pages of one sequence and how many of its tokens are committed; written by the decoder, moved by its caller."""
+
+    def __init__(self, pool: PagedPool) -> None:
+        self.pool = pool
+        self.pages: list[int] = []
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit the pages owned now."""
+        return len(self.pages) * self.pool.page_size
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """[pages] int32 on the pool's device."""
+        return torch.tensor(self.pages, dtype=torch.int32, device=self.pool.kv.device)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True when the pages follow one another."""
+        return not self.pages or self.pages == list(range(self.pages[0], self.pages[0] + len(self.pages)))
+
+    def reserve(self, n: int) -> None:
+        """Own pages for n tokens after the committed ones.
+
+        Raises:
+            PoolExhausted: the pool has too few; the sequence is unchanged.
+        """
+        self.ensure(self.length + n)
+
+    def ensure(self, tokens: int) -> None:
+        """Own pages for `tokens` tokens in all.
+
+        Raises:
+            PoolExhausted: the pool has too few; the sequence is unchanged.
+        """
+        missing = -(-tokens // self.pool.page_size) - len(self.pages)
+        if missing > 0:
+            self.pages += self.pool.allocate(missing, self.pages[-1] if self.pages else None)
+            if self.pool.kv.device.type == "cpu" and not self.is_contiguous:
+                self._move_together()
+
+    def _move_together(self) -> None:
+        """Move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again."""
+        if self.pool.longest_free_run() < 2 * len(self.pages) or any(self.pool.is_shared(page) for page in self.pages):
+            return
+        target = self.pool.allocate(len(self.pages))
+        self.pool.kv[:, :, target[0] : target[-1] + 1] = self.pool.kv[:, :, self.pages]
+        self.pool.release(self.pages)
+        self.pages = target
+
+    def advance(self, n: int) -> None:
+        """Commit n tokens that the decoder has written after the committed ones."""
+        assert n >= 0 and self.length + n <= self.capacity, "advanced past the reserved pages"
+        self.length += n
+
+    def truncate(self, length: int) -> None:
+        """Drop the tokens from `length` on and the pages that only they used."""
+        assert 0 <= length <= self.length, "a sequence is only truncated to what it holds"
+        self.length = length
+        keep = -(-length // self.pool.page_size)
+        self.pool.release(self.pages[keep:])
+        del self.pages[keep:]
+
+    def free(self) -> None:
+        """Give all pages back; the sequence must not be used afterwards."""
+        self.pool.release(self.pages)
+        self.pages = []
+        self.length = 0
+        self.pool.forget(self)

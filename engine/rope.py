@@ -1,0 +1,157 @@
+"""Rotary position embedding: reading a model's RoPE options and making the table of angles.
+
+Scalings: none, linear (kaiokendev, 2023), llama3 (Llama 3.1 release), YaRN (Peng et al., 2023, arXiv 2309.00071).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.errors import UnsupportedArchitecture
+
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """RoPE options of a model, as plain numbers; a field is used only by the kinds named beside it."""
+
+    kind: str  # one of SUPPORTED_ROPE
+    theta: float
+    factor: float = 1.0  # linear, llama3, yarn: how much longer the context becomes
+    original_context: int = 0  # llama3, yarn: context of the pretraining, tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole channels
+    attention_factor: float = 1.0  # yarn: factor of cos and sin
+
+    @classmethod
+    def from_hf(cls, config: Any) -> RopeConfig:
+        """Read a transformers config: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+
+        Raises:
+            UnsupportedArchitecture: a kind outside SUPPORTED_ROPE, partial rotation, or an option of the kind is missing.
+        """
+        options: dict[str, Any] = dict(getattr(config, "rope_scaling", None) or {})
+        options |= dict(getattr(config, "rope_parameters", None) or {})
+        kind = options.get("rope_type") or options.get("type") or "default"
+        if kind not in SUPPORTED_ROPE:
+            raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported", f"supported: {', '.join(SUPPORTED_ROPE)}")
+        partial = options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+        if partial != 1.0:
+            raise UnsupportedArchitecture(f"partial rotation (partial_rotary_factor {partial}) is not supported", "use a model that rotates all channels")
+        theta = float(options.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+        if kind == "default":
+            return cls(kind, theta)
+        original = options.get("original_max_position_embeddings") or config.max_position_embeddings
+        factor = options.get("factor")
+        if factor is None and kind == "yarn":
+            factor = config.max_position_embeddings / original
+        if factor is None:
+            raise UnsupportedArchitecture(f"RoPE scaling {kind!r} without its 'factor'", "complete rope_parameters in config.json")
+        common = {"kind": kind, "theta": theta, "factor": float(factor), "original_context": int(original)}
+        if kind == "linear":
+            return cls(**common)
+        if kind == "llama3":
+            missing = [name for name in ("low_freq_factor", "high_freq_factor") if name not in options]
+            if missing:
+                raise UnsupportedArchitecture(f"RoPE scaling 'llama3' without {missing[0]!r}", "complete rope_parameters in config.json")
+            return cls(**common, low_freq_factor=float(options["low_freq_factor"]), high_freq_factor=float(options["high_freq_factor"]))
+        return cls(
+            **common,
+            beta_fast=float(options.get("beta_fast") or 32.0),
+            beta_slow=float(options.get("beta_slow") or 1.0),
+            truncate=bool(options.get("truncate", True)),
+            attention_factor=_yarn_attention_factor(options, float(factor)),
+        )
+
+
+def _yarn_attention_factor(options: dict[str, Any], factor: float) -> float:
+    """The given factor, or 0.1 ln(factor) + 1 (YaRN, equation 22), or the ratio of two such terms (DeepSeek's mscale options)."""
+    given = options.get("attention_factor")
+    if given is not None:
+        return float(given)
+
+    def temperature(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all = options.get("mscale"), options.get("mscale_all_dim")
+    if mscale and mscale_all:
+        return temperature(mscale) / temperature(mscale_all)
+    return temperature(1.0)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Angle per position of each channel pair, [d/2] float32."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(rope, plain)
+    return _yarn(rope, plain, head_dim)
+
+
+def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
+    """Slow channels are divided by the factor, fast ones kept, those between blended by their turns over the original context."""
+    turns = rope.original_context * plain / (2 * math.pi)
+    blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - blend) * plain / rope.factor + blend * plain
+
+
+def _yarn(rope: RopeConfig, plain: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """As llama3, but the blend is a linear ramp over the channel index between the channels of beta_fast and beta_slow turns."""
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001  # a step instead of a division by zero
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+class RopeTable:
+    """Cosines and sines by position, grown as positions are asked for; the YaRN attention factor is part of both."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self.attention_factor = rope.attention_factor
+        self._frequencies = inverse_frequencies(rope, head_dim).to(device)
+        self._cos = torch.empty(0, head_dim // 2, device=device)
+        self._sin = self._cos
+
+    def _grow(self, positions: int) -> None:
+        if positions <= self._cos.shape[0]:
+            return
+        count = max(positions, 2 * self._cos.shape[0], 1024)
+        angles = torch.arange(count, dtype=torch.float32, device=self._frequencies.device)[:, None] * self._frequencies
+        self._cos = angles.cos() * self.attention_factor
+        self._sin = angles.sin() * self.attention_factor
+
+    def slice(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of positions [start, end), each [end - start, d/2] float32."""
+        self._grow(end)
+        return self._cos[start:end], self._sin[start:end]
+
+    def gather(self, ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of several ranges of positions, one after another, each [N, d/2] float32."""
+        if len(ranges) == 1:
+            return self.slice(*ranges[0])
+        self._grow(max(end for _, end in ranges))
+        return torch.cat([self._cos[a:b] for a, b in ranges]), torch.cat([self._sin[a:b] for a, b in ranges])
+
+    def inverse(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin that undo `slice(start, end)`: turn back and divide by the attention factor."""
+        cos, sin = self.slice(start, end)
+        square = self.attention_factor**2
+        return cos / square, -sin / square

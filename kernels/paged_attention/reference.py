@@ -1,0 +1,152 @@
+"""Meaning of `paged_attention` in plain PyTorch: causal attention of new tokens over keys and values kept in pages.
+
+The work is split into tiles: up to `TILE_ROWS` query tokens of one request, which see the same stretch of keys but for the causal corner.
+The query heads of one KV head become rows beside the tokens, so grouped heads need no copy of the keys. Where a request's
+pages follow one another, its keys are a view of the pool; otherwise they are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query tokens [start, end) of the flattened batch, which attend to the first `keys` keys of request `request`."""
+
+    request: int
+    start: int
+    end: int
+    keys: int
+    mask: torch.Tensor | None  # [(end - start) * (H // G), keys] in q's dtype, added to the scores; None when every row sees every key
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all layers of one forward pass share: where each request's keys lie and which rows see which."""
+
+    spans: list[slice | torch.Tensor]  # per request: a slice of the page axis, or int64 page numbers
+    tiles: list[Tile]
+
+
+def _span(pages: list[int], device: torch.device, as_view: bool) -> slice | torch.Tensor:
+    first = pages[0]
+    if as_view and pages == list(range(first, first + len(pages))):
+        return slice(first, first + len(pages))
+    return torch.tensor(pages, dtype=torch.int64, device=device)
+
+
+def _corner_mask(rows: int, heads_per_group: int, keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows * heads_per_group, keys]: -inf where key index > keys - rows + row, else 0."""
+    mask = torch.full((rows, keys), float("-inf"), dtype=dtype, device=device).triu_(keys - rows + 1)
+    return mask.repeat_interleave(heads_per_group, dim=0)
+
+
+def plan(
+    page_lists: Sequence[Sequence[int]],
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    page_size: int,
+    heads_per_group: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    deterministic: bool = False,
+) -> Plan:
+    """Cut a ragged batch into tiles.
+
+    With `deterministic` every tile is one query token and the keys are always gathered: the shapes and strides of a token's computation then
+    follow from its position alone, so its result is the same bits alone, in a batch, and inside a block.
+
+    Args:
+        page_lists: per request its page numbers, at least ceil(context_len / page_size) of them.
+        query_lens, context_lens: [B] ints; a context length includes the request's new tokens.
+        heads_per_group: H // G.
+        dtype, device: of the queries.
+    """
+    spans: list[slice | torch.Tensor] = []
+    tiles: list[Tile] = []
+    masks: dict[tuple[int, int], torch.Tensor] = {}
+    tile_rows = 1 if deterministic else TILE_ROWS
+    start = 0
+    for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
+        used = list(pages[: -(-context // page_size)])
+        spans.append(_span(used, device, as_view=not deterministic))
+        for first in range(0, rows, tile_rows):
+            last = min(first + tile_rows, rows)
+            keys = context - rows + last
+            mask = None
+            if last - first > 1:
+                key = (last - first, keys)
+                if key not in masks:
+                    masks[key] = _corner_mask(last - first, heads_per_group, keys, dtype, device)
+                mask = masks[key]
+            tiles.append(Tile(request, start + first, start + last, keys, mask))
+        start += rows
+    return Plan(spans, tiles)
+
+
+def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float) -> torch.Tensor:
+    """Attention of one layer under a plan.
+
+    Args:
+        q: [N, H, d] rotated queries.
+        k_pages, v_pages: [P, S, G, d] contiguous, the same dtype as q.
+        scale: factor of the scores.
+
+    Returns:
+        [N, H, d] in q's dtype.
+    """
+    groups, head_dim = k_pages.shape[2:]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    request, k, v = -1, k_pages, v_pages
+    for tile in batch.tiles:
+        if tile.request != request:
+            request = tile.request
+            span = batch.spans[request]
+            k = k_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)  # [1, G, pages * S, d]
+            v = v_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)
+        rows = tile.end - tile.start
+        grouped = q[tile.start : tile.end].unflatten(1, (groups, -1))  # [rows, G, H // G, d]
+        queries = grouped.transpose(0, 1).reshape(1, groups, -1, head_dim)  # [1, G, rows * H // G, d]
+        result = F.scaled_dot_product_attention(queries, k[:, :, : tile.keys], v[:, :, : tile.keys], attn_mask=tile.mask, scale=scale)
+        out[tile.start : tile.end] = result.view(groups, rows, -1, head_dim).transpose(0, 1).reshape(rows, -1, head_dim)
+    return out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    query_lens: Sequence[int] | torch.Tensor,
+    context_lens: Sequence[int] | torch.Tensor,
+    scale: float,
+    *,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """Causal attention over pages: the j-th of a request's n new tokens sees the first context_len - n + 1 + j keys.
+
+    Args:
+        q: [N, H, d] rotated queries of all requests, one after another.
+        k_pages, v_pages: [P, S, G, d] of one layer, the new tokens' rows already written; H is a multiple of G.
+        page_table: [B, max_pages] int32; entries past a request's context are not read.
+        query_lens, context_lens: [B]; a context length includes the request's new tokens.
+        scale: factor of the scores, usually d ** -0.5.
+        deterministic: a token's result is the same bits whatever it is batched with.
+
+    Returns:
+        [N, H, d] in q's dtype.
+    """
+    lens = query_lens.tolist() if isinstance(query_lens, torch.Tensor) else list(query_lens)
+    contexts = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
+    batch = plan(
+        page_table.tolist(), lens, contexts, k_pages.shape[1], q.shape[1] // k_pages.shape[2], q.dtype, q.device, deterministic=deterministic
+    )
+    return attend(q, k_pages, v_pages, batch, scale)

@@ -1,0 +1,21 @@
+"""RMS normalisation fused with the residual addition; `reference.py` says what it means."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import use_triton
+from kernels.rms_norm import reference
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.rms_norm` (arguments and result there), through Triton where it applies."""
+    if use_triton(x, weight):
+        from kernels.rms_norm import triton
+
+        return triton.rms_norm(x, weight, eps, residual)
+    return reference.rms_norm(x, weight, eps, residual)
