@@ -1,0 +1,163 @@
+"""Byte formats: a coded span, and files made of checked sections (session files).
+
+Everything is little endian. A span is its header, its rANS states, its words and a tail (step levels, escape remainders), one crc32 over all of it.
+A section file is magic, version, section count, then per section a four-letter name, a length, a crc32 and the bytes; a crc32 of the
+table closes the head, so a cut or altered file is named before anything is decoded.
+"""
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, TruncatedCode
+from codec.spec import MAX_SPAN_TOKENS
+
+SPAN_VERSION = 1
+FILE_MAGIC = b"FTLDKV\r\n"
+FILE_VERSION = 1
+_REMEDY = "restore it from a copy, or start again without it"
+
+# magic, version, flags, tokens per lane, step (float32), tokens, components, words, tail bytes, pack tag, crc32 of all but itself
+_SPAN = struct.Struct("<2sBBBxfHHIII")
+_CRC = struct.Struct("<I")
+_SPAN_MAGIC = b"fS"
+_FILE_HEAD = struct.Struct("<8sHHI")
+_SECTION = struct.Struct("<4sQI")
+MAX_SECTIONS = 65535
+
+
+@dataclass
+class SpanCode:
+    """A coded span, unpacked.
+
+    Args:
+        step: quantiser step.
+        tokens_per_lane: how many tokens a rANS lane codes.
+        num_tokens, num_components: T and K.
+        pack_tag: first four bytes of the pack's digest; spans of another pack are refused.
+        states: uint32 [lanes]; words: uint16 [n].
+        levels: int8 [T] step levels, or None when all are zero.
+        escapes: remainders of escaped integers, in (token, component) order, as variable-length integers.
+    """
+
+    step: float
+    tokens_per_lane: int
+    num_tokens: int
+    num_components: int
+    pack_tag: int
+    states: np.ndarray
+    words: np.ndarray
+    levels: np.ndarray | None
+    escapes: bytes
+
+
+def write_span(code: SpanCode) -> bytes:
+    """The span's bytes."""
+    if not 0 < code.num_tokens <= MAX_SPAN_TOKENS:
+        raise BadInput(f"a span of {code.num_tokens} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
+    tail = b"" if code.levels is None else code.levels.astype("<i1").tobytes()
+    tail += code.escapes
+    head = _SPAN.pack(_SPAN_MAGIC, SPAN_VERSION, int(code.levels is not None), code.tokens_per_lane, code.step, code.num_tokens,
+                      code.num_components, len(code.words), len(tail), code.pack_tag)
+    body = head + code.states.astype("<u4").tobytes() + code.words.astype("<u2").tobytes() + tail
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def read_span(data: bytes | memoryview) -> SpanCode:
+    """Inverse of write_span. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
+    data = bytes(data)
+    if data[:2] != _SPAN_MAGIC[:len(data[:2])]:
+        raise ForeignCode("these bytes are not a coded span", "pass what KvCodec.encode wrote")
+    if len(data) < _SPAN.size + _CRC.size:
+        raise TruncatedCode("a coded span ends inside its header", _REMEDY)
+    _, version, flags, per_lane, step, tokens, components, words, tail, tag = _SPAN.unpack_from(data)
+    if version > SPAN_VERSION:
+        raise NewerCode(f"the span has format version {version}, this program reads up to {SPAN_VERSION}", "update the program")
+    lanes = -(-tokens // per_lane) if per_lane else 0
+    size = _SPAN.size + 4 * lanes + 2 * words + tail + _CRC.size
+    if len(data) < size:
+        raise TruncatedCode(f"a coded span has {len(data)} of {size} bytes", _REMEDY)
+    if len(data) > size or zlib.crc32(data[:-_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
+        raise CorruptedCode("a coded span's checksum does not match", _REMEDY)
+    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not 0 < step < float("inf") or tail < flags * tokens:
+        raise CorruptedCode("a coded span's header contradicts itself", _REMEDY)
+    at = _SPAN.size
+    states = np.frombuffer(data, "<u4", lanes, at)
+    stream = np.frombuffer(data, "<u2", words, at + 4 * lanes)
+    rest = data[at + 4 * lanes + 2 * words:size - _CRC.size]
+    levels = np.frombuffer(rest, "<i1", tokens) if flags else None
+    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[flags * tokens:])
+
+
+def write_varints(values: np.ndarray) -> bytes:
+    """Non-negative integers, seven bits a byte, low bits first."""
+    out = bytearray()
+    for value in values.tolist():
+        while value > 127:
+            out.append(value & 127 | 128)
+            value >>= 7
+        out.append(value)
+    return bytes(out)
+
+
+def read_varints(data: bytes, count: int) -> np.ndarray:
+    """Exactly count integers, int64 [count], from all of data; CorruptedCode otherwise."""
+    values: list[int] = []
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 127) << shift
+        shift += 7
+        if shift > 63 or len(values) >= count:
+            raise CorruptedCode("a list of integers is malformed", _REMEDY)
+        if byte < 128:
+            values.append(value)
+            value = shift = 0
+    if shift or len(values) != count:
+        raise CorruptedCode("a list of integers is malformed", _REMEDY)
+    return np.array(values, np.int64)
+
+
+def write_sections(sections: list[tuple[str, bytes]], magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> bytes:
+    """A section file. Names are four ASCII letters and may repeat; order is kept."""
+    if len(sections) > MAX_SECTIONS:
+        raise BadInput(f"{len(sections)} sections", f"join them into at most {MAX_SECTIONS}")
+    table = b"".join(_SECTION.pack(name.encode("ascii"), len(body), zlib.crc32(body)) for name, body in sections)
+    head = _FILE_HEAD.pack(magic, version, len(sections), _table_crc(magic, version, table))
+    return b"".join([head, table, *(body for _, body in sections)])
+
+
+def _table_crc(magic: bytes, version: int, table: bytes | memoryview) -> int:
+    return zlib.crc32(table, zlib.crc32(magic + bytes([version & 255, version >> 8])))
+
+
+def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> list[tuple[str, bytes]]:
+    """Inverse of write_sections; every checksum is compared. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
+    view = memoryview(data)
+    if bytes(view[:8]) != magic[:len(view[:8])] or len(view) == 0:
+        raise ForeignCode("this is not a Foretold file", "check the path")
+    if len(view) < _FILE_HEAD.size:
+        raise TruncatedCode("the file ends inside its header", _REMEDY)
+    _, found, count, table_crc = _FILE_HEAD.unpack_from(view)
+    if found > version:
+        raise NewerCode(f"the file has format version {found}, this program reads up to {version}", "update the program")
+    at = _FILE_HEAD.size + count * _SECTION.size
+    if len(view) < at:
+        raise TruncatedCode("the file ends inside its table of contents", _REMEDY)
+    if found < 1 or _table_crc(magic, found, view[_FILE_HEAD.size:at]) != table_crc:
+        raise CorruptedCode("the file's table of contents is damaged", _REMEDY)
+    sections = []
+    for n in range(count):
+        name, size, crc = _SECTION.unpack_from(view, _FILE_HEAD.size + n * _SECTION.size)
+        if at + size > len(view):
+            raise TruncatedCode(f"the file ends inside section {n}", _REMEDY)
+        body = bytes(view[at:at + size])
+        if zlib.crc32(body) != crc:
+            raise CorruptedCode(f"section {n} of the file is damaged", _REMEDY)
+        sections.append((name.decode("ascii", "replace"), body))
+        at += size
+    if at != len(view):
+        raise CorruptedCode(f"{len(view) - at} bytes follow the file's last section", _REMEDY)
+    return sections

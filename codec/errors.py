@@ -1,0 +1,42 @@
+"""Named errors of the codec. Each says what is wrong and what to do about it; the engine wraps them for the command line."""
+
+
+class CodecError(ValueError):
+    """Base of every error this package raises on bad input.
+
+    Attributes:
+        what: the fact, one clause.
+        remedy: what the user can do, one clause.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what} ({remedy})")
+        self.what, self.remedy = what, remedy
+
+
+class TruncatedCode(CodecError):
+    """The bytes end before what their header announces."""
+
+
+class CorruptedCode(CodecError):
+    """A checksum does not match, or the content contradicts itself."""
+
+
+class ForeignCode(CodecError):
+    """The bytes are not of this format at all."""
+
+
+class NewerCode(CodecError):
+    """The bytes were written by a later version of the format."""
+
+
+class PackMismatch(CodecError):
+    """A code and a pack, or a pack and its models, do not belong together."""
+
+
+class UnknownQuality(CodecError):
+    """The quality's name is not one of codec.spec.QUALITIES."""
+
+
+class BadInput(CodecError):
+    """Tensors handed to the codec have the wrong shape, or hold NaN or infinity."""

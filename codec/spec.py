@@ -1,0 +1,85 @@
+"""What is coded: the layout of a token's KV vector, the qualities, and the constants both sides of the format share.
+
+Axes: T tokens, L layers, G KV heads, d head size, D = coded layers * 2 * G * d, K kept components, r rank of the predictor.
+A token's KV vector holds pre-RoPE keys and values in (layer, K|V, KV head, channel) order.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codec.errors import BadInput, UnknownQuality
+
+QUALITIES: dict[str, float] = {"near-lossless": 0.6, "balanced": 1.0, "compact": 1.4, "tiny": 2.0}
+"""Quantiser step of each quality, in units of the weighted KV's root mean variance (steps of different pairs are comparable)."""
+
+NUM_SINKS = 4
+"""The first tokens of a sequence are attention sinks: left out of the fit, never coded with loss."""
+
+SPAN_TOKENS = 64
+"""A session is coded in spans of at most this many tokens."""
+
+KEEP_FACTOR = 0.25
+"""A component is kept while its standard deviation is above KEEP_FACTOR * step."""
+
+MAX_SPAN_TOKENS = 4096
+
+
+def step_of(quality: str) -> float:
+    """Quantiser step of a named quality; UnknownQuality lists the names."""
+    try:
+        return QUALITIES[quality]
+    except KeyError:
+        raise UnknownQuality(f"unknown quality {quality!r}", f"choose one of {', '.join(QUALITIES)}") from None
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Shape of the KV cache of one target, and which of its layers are coded.
+
+    Args:
+        num_layers: L, all layers of the target.
+        num_kv_heads: G.
+        head_dim: d.
+        first_layer: layers below it are not coded (a trunk drafter recomputes them exactly).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    first_layer: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.num_kv_heads, self.head_dim) < 1 or not 0 <= self.first_layer < self.num_layers:
+            raise BadInput(f"impossible KV layout {self}", "take it from the target's configuration")
+
+    @property
+    def coded_layers(self) -> int:
+        return self.num_layers - self.first_layer
+
+    @property
+    def layer_dim(self) -> int:
+        """Elements of one layer: 2 * G * d."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def dim(self) -> int:
+        """D: coded elements of a token."""
+        return self.coded_layers * self.layer_dim
+
+    @property
+    def full_dim(self) -> int:
+        """D_all: all elements of a token, the denominator of bits per element."""
+        return self.num_layers * self.layer_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of d channels in D, in (layer, K|V, head) order."""
+        return self.dim // self.head_dim
+
+    def is_value(self) -> list[bool]:
+        """For each block, whether it holds values (True) or keys (False)."""
+        return [(b // self.num_kv_heads) % 2 == 1 for b in range(self.num_blocks)]
+
+    def as_dict(self) -> dict[str, int]:
+        return {"num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads,
+                "head_dim": self.head_dim, "first_layer": self.first_layer}

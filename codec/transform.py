@@ -1,0 +1,128 @@
+"""The weighted residual's transform: principal components of all layers and heads together ("global"), or of each layer alone ("per_layer").
+
+Global is what shared/EVIDENCE.md measures; per layer costs K * 2Gd instead of K * D multiplications a token and needs far fewer calibration
+tokens, which is what a quick pack on a CPU can afford. Both keep only components whose standard deviation exceeds a quarter of the finest step.
+The truncated decomposition is subspace iteration with Cholesky orthonormalisation (Halko, Martinsson, Tropp 2011).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from codec.errors import BadInput
+
+
+@dataclass
+class Transform:
+    """Orthonormal rows.
+
+    Args:
+        kind: "global" or "per_layer".
+        basis: float32 [K, D] (global) or [K, layer_dim] (per_layer), rows in falling order of variance.
+        layer: int64 [K], the coded layer of each row (per_layer; None for global).
+        variance: float32 [K], of the components on held-out tokens, in units of the weighted KV.
+    """
+
+    kind: str
+    basis: torch.Tensor
+    layer: torch.Tensor | None
+    variance: torch.Tensor
+
+    @property
+    def num_components(self) -> int:
+        return len(self.basis)
+
+    def kept(self, threshold: float) -> int:
+        """Number of leading components with standard deviation above threshold."""
+        return int((self.variance > threshold * threshold).sum())
+
+    def project(self, z: torch.Tensor, count: int) -> torch.Tensor:
+        """First `count` components, float32 [T, count], of weighted residuals z [T, D]."""
+        if self.kind == "global":
+            return z @ self.basis[:count].T
+        assert self.layer is not None
+        out = z.new_empty(len(z), count)
+        width = self.basis.shape[1]
+        for n in self.layer[:count].unique().tolist():
+            rows = (self.layer[:count] == n).nonzero()[:, 0]
+            out[:, rows] = z[:, n * width:(n + 1) * width] @ self.basis[rows].T
+        return out
+
+    def expand(self, c: torch.Tensor, dim: int) -> torch.Tensor:
+        """Weighted residual, float32 [T, dim], from components c [T, count]."""
+        count = c.shape[1]
+        if self.kind == "global":
+            return c @ self.basis[:count]
+        assert self.layer is not None
+        z = c.new_zeros(len(c), dim)
+        width = self.basis.shape[1]
+        for n in self.layer[:count].unique().tolist():
+            rows = (self.layer[:count] == n).nonzero()[:, 0]
+            z[:, n * width:(n + 1) * width] = c[:, rows] @ self.basis[rows]
+        return z
+
+    def to(self, device: torch.device | str) -> Transform:
+        layer = None if self.layer is None else self.layer.to(device)
+        return Transform(self.kind, self.basis.to(device), layer, self.variance.to(device))
+
+
+def _orthonormal(y: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns spanning y [D, K], by two rounds of Cholesky QR (much faster than Householder for tall matrices)."""
+    for _ in range(2):
+        gram = (y.T @ y).double()
+        shift = 1e-12 * gram.diagonal().mean() * torch.eye(len(gram), device=y.device, dtype=torch.float64)
+        factor, info = torch.linalg.cholesky_ex(gram + shift)
+        if int(info) != 0:
+            return torch.linalg.qr(y)[0]
+        y = torch.linalg.solve_triangular(factor.float(), y.T, upper=False).T
+    return y
+
+
+def leading_eigenvectors(cov: torch.Tensor, count: int, iterations: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest `count` eigenvalues [count] and eigenvectors [D, count] of a symmetric positive matrix cov [D, D], float32.
+
+    Full decomposition where count is a large part of D or D is small; otherwise subspace iteration with an eighth more columns than asked for.
+    """
+    dim = len(cov)
+    count = min(count, dim)
+    columns = min(dim, count + max(16, count // 8))
+    if dim <= 1024 or columns > 0.6 * dim:
+        values, vectors = torch.linalg.eigh(cov)
+        return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    y = torch.randn(dim, columns, generator=generator).to(cov)
+    for _ in range(iterations):
+        y = _orthonormal(cov @ y)
+    small = y.T @ (cov @ y)
+    values, rotation = torch.linalg.eigh(0.5 * (small + small.T))
+    return values.flip(0)[:count].clamp_min(0), y @ rotation.flip(1)[:, :count]
+
+
+def fit_global(cov: torch.Tensor, threshold: float, max_components: int) -> Transform:
+    """Transform of the weighted residual's covariance cov [D, D]: components with standard deviation above threshold, at most max_components."""
+    if cov.ndim != 2 or cov.shape[0] != cov.shape[1]:
+        raise BadInput(f"covariance of shape {tuple(cov.shape)}", "pass a square matrix")
+    values, vectors = leading_eigenvectors(cov, max_components)
+    count = max(1, int((values > threshold * threshold).sum()))
+    return Transform("global", vectors[:, :count].T.contiguous(), None, values[:count].clone())
+
+
+def fit_per_layer(covs: list[torch.Tensor], threshold: float, max_components: int, num_tokens: int | None = None) -> Transform:
+    """Transform from each layer's covariance [layer_dim, layer_dim]; rows of all layers merged in falling order of variance.
+
+    With few calibration tokens the off-diagonal part is shrunk by n / (n + layer_dim), since eigenvectors of a noisy covariance chase the noise.
+    """
+    bases, values, layers = [], [], []
+    for n, cov in enumerate(covs):
+        if num_tokens is not None:
+            keep = num_tokens / (num_tokens + len(cov))
+            cov = keep * cov + (1 - keep) * torch.diag(torch.diagonal(cov))
+        value, vector = torch.linalg.eigh(cov)
+        bases.append(vector.T)
+        values.append(value.clamp_min(0))
+        layers.append(torch.full((len(value),), n, dtype=torch.int64))
+    basis, value, layer = torch.cat(bases), torch.cat(values), torch.cat(layers).to(values[0].device)
+    order = torch.argsort(value, descending=True, stable=True)[:max_components]
+    order = order[:max(1, int((value[order] > threshold * threshold).sum()))]
+    return Transform("per_layer", basis[order].contiguous(), layer[order], value[order].clone())

@@ -1,0 +1,99 @@
+"""What an error in the cache does to the target: block-diagonal weights S, one d x d block per (layer, K|V, KV head).
+
+|S e|^2 estimates the relative squared error that an error e of the cache causes in the layer's output (DESIGN section 3, step 4):
+values:  e changes the output by (attention weight) * W_o e, so S^2 is the sum over the group's query heads of W_o^T W_o;
+keys:    e changes a logit by q.e / sqrt(d), which moves the output along the spread of W_o v, so S^2 = sum over heads of
+         E|W_o (v - mean v)|^2 * E[q q^T] / d, q turned to where the key, stored without RoPE, meets it.
+Both are divided by the residual stream's energy at that layer. "unit" weights are the usual alternative: every layer's K and V at unit variance.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from codec.spec import KvLayout
+
+RELATIVE_FLOOR = 1e-4
+"""Smallest eigenvalue of a block's metric relative to its largest: keeps S invertible."""
+
+
+@dataclass
+class Weighting:
+    """Blocks of S and of its inverse.
+
+    Args:
+        root: float32 [blocks, d, d], symmetric.
+        inverse: float32 [blocks, d, d].
+    """
+
+    root: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def from_root(cls, root: torch.Tensor) -> Weighting:
+        """Weights from stored blocks; the inverse is recomputed in float64."""
+        return cls(root.float(), torch.linalg.inv(root.double()).float())
+
+    def scaled(self, factor: float) -> Weighting:
+        return Weighting(self.root * factor, self.inverse / factor)
+
+    def to(self, device: torch.device | str) -> Weighting:
+        return Weighting(self.root.to(device), self.inverse.to(device))
+
+
+def apply_blocks(y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """y [T, D] times the block-diagonal matrix with blocks [blocks, d, d], float32 [T, D]."""
+    d = blocks.shape[-1]
+    return torch.bmm(y.reshape(len(y), -1, d).transpose(0, 1), blocks).transpose(0, 1).reshape(len(y), -1)
+
+
+def both_sides(cov: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """S cov S, float32 [D, D], for symmetric cov and blocks."""
+    return apply_blocks(apply_blocks(cov, blocks).T.contiguous(), blocks)
+
+
+def unit_weighting(layout: KvLayout, variance: torch.Tensor) -> Weighting:
+    """Every (layer, K|V) scaled to unit mean variance. variance: float32 [D], per channel."""
+    d, per_kind = layout.head_dim, layout.num_kv_heads * layout.head_dim
+    mean = variance.reshape(-1, per_kind).mean(1).clamp_min(1e-12)                         # [layers * 2]
+    scale = mean.rsqrt().repeat_interleave(layout.num_kv_heads)                              # [blocks]
+    eye = torch.eye(d, device=variance.device)
+    return Weighting(scale[:, None, None] * eye, eye / scale[:, None, None])
+
+
+def attention_weighting(layout: KvLayout, output_weights: list[torch.Tensor], query_moments: torch.Tensor, value_covariance: torch.Tensor,
+                        energy: torch.Tensor) -> Weighting:
+    """The metric of this module's heading, over the coded layers.
+
+    Args:
+        output_weights: per coded layer W_o [E, H * d].
+        query_moments: float32 [layers, H, d, d], E[q q^T] of queries turned to the key's frame.
+        value_covariance: float32 [layers, G, d, d], of the values.
+        energy: float32 [layers], E|x|^2 of the residual stream after the layer.
+    """
+    g, d = layout.num_kv_heads, layout.head_dim
+    blocks = []
+    for i, w_o in enumerate(output_weights):
+        heads = w_o.shape[1] // d
+        w = w_o.float().reshape(-1, heads, d).permute(1, 2, 0)                               # [H, d, E]
+        gram = (w @ w.transpose(1, 2)).reshape(g, heads // g, d, d)
+        spread = torch.einsum("ghij,gji->gh", gram, value_covariance[i])
+        moments = query_moments[i].reshape(g, heads // g, d, d)
+        keys = (spread[..., None, None] * moments).sum(1) / d
+        blocks += [torch.cat([keys, gram.sum(1)]) / energy[i]]
+    metric = torch.cat(blocks).double()
+    values, vectors = torch.linalg.eigh(metric / torch.diagonal(metric, dim1=-2, dim2=-1).mean())
+    values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
+    root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
+    inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
+    return Weighting(root.float(), inverse.float())
+
+
+def normalised(weighting: Weighting, block_covariance: torch.Tensor) -> Weighting:
+    """Scaled so that the weighted KV has unit mean variance: steps then mean the same for every pair.
+
+    block_covariance: float32 [blocks, d, d], the diagonal blocks of Cov(y).
+    """
+    variance = torch.einsum("bij,bjk,bki->b", weighting.root, block_covariance, weighting.root).mean() / weighting.root.shape[-1]
+    return weighting.scaled(float(variance.clamp_min(1e-20).rsqrt()))
