@@ -1,0 +1,27 @@
+"""Errors of the draft package; the engine turns them into its own named errors."""
+
+from __future__ import annotations
+
+
+class DraftError(ValueError):
+    """A drafter cannot do what was asked of it.
+
+    Args:
+        what: what went wrong, naming the offending value.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(what, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.remedy})"
+
+
+class TrunkDepthError(DraftError):
+    """The number of trunk layers does not leave both a trunk and a rest."""
+
+
+class FeatureTapError(DraftError):
+    """Features were asked for at a layer the drafter does not run."""

@@ -1,0 +1,96 @@
+"""The autoregressive drafting loop over a ragged batch, shared by the separate draft model and the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft.protocols import CausalDecoder, DraftSampler, Proposal
+
+
+def draft_block(
+    decoder: CausalDecoder,
+    sequences: Sequence[Any],
+    pending: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    sampler: DraftSampler,
+    *,
+    last_layer: int | None,
+    runs_last_draft: bool,
+    taps: tuple[int, ...],
+    deterministic: bool,
+) -> Proposal:
+    """Run pending[b] and then draft lengths[b] tokens for every request, feeding each draft back.
+
+    decoder runs layers [0, last_layer) and its own head. Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk), where every
+    request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do not move.
+    Drafts are drawn at sequence positions length + len(pending) + i by `sampler`, and never read back to the host here.
+    """
+    batch, device = len(sequences), decoder.device
+    vocab_size = decoder.config.vocab_size
+    bases = [sequence.length + len(tokens) for sequence, tokens in zip(sequences, pending, strict=True)]
+    rows = [b for b in range(batch) if lengths[b] > 0 or runs_last_draft]
+    query_lens = [len(pending[b]) for b in rows]
+    starts = [sequences[b].length for b in rows]
+    tokens = torch.tensor([t for b in rows for t in pending[b]], dtype=torch.int64, device=device)
+
+    passes: list[tuple[Tensor, dict[int, Tensor]]] = []  # hidden and taps of each forward
+    run_at: list[list[int]] = [[] for _ in range(batch)]  # where each request's run tokens lie in the concatenated passes
+    draws: list[Tensor] = []
+    drawn_at: list[list[int]] = [[] for _ in range(batch)]
+    probs: list[list[Tensor | None]] = [[] for _ in range(batch)]
+    num_run = num_drawn = step = 0
+    while rows:
+        # Ids beyond the drafter's own embedding (vocabularies may differ in padding) can only cost acceptance, never correctness.
+        out = decoder.forward(
+            tokens.clamp_max(vocab_size - 1), [sequences[b] for b in rows], query_lens, starts=starts, taps=taps, logits="none",
+            last_layer=last_layer, deterministic=deterministic,
+        )  # fmt: skip
+        passes.append((out.hidden, dict(out.taps) if taps else {}))
+        ends = torch.tensor(query_lens).cumsum(0).tolist()
+        for b, end, count in zip(rows, ends, query_lens, strict=True):
+            run_at[b] += range(num_run + end - count, num_run + end)
+        num_run += ends[-1]
+
+        drawing = [i for i, b in enumerate(rows) if lengths[b] > step]
+        if not drawing:
+            break
+        logits = decoder.head(_pick(out.hidden, [ends[i] - 1 for i in drawing]))
+        drafted = [rows[i] for i in drawing]
+        drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted])
+        draws.append(drawn)
+        for i, b in enumerate(drafted):
+            drawn_at[b].append(num_drawn + i)
+            probs[b].append(distributions[i])
+        num_drawn += len(drafted)
+
+        step += 1
+        onward = [i for i, b in enumerate(drafted) if lengths[b] > step or runs_last_draft]
+        tokens = _pick(drawn, onward)
+        rows = [drafted[i] for i in onward]
+        query_lens, starts = [1] * len(rows), [bases[b] + step - 1 for b in rows]
+
+    hidden = torch.cat([h for h, _ in passes]) if passes else None
+    features: list[Tensor | None] = [None] * batch
+    if taps and passes:
+        stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
+        features = [_pick(stacked, run_at[b]) for b in range(batch)]
+    return Proposal(
+        tokens=_pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]]) if draws else torch.empty(0, dtype=torch.int64, device=device),
+        lengths=list(lengths),
+        probs=[q for b in range(batch) for q in probs[b]],
+        hidden=_pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,
+        num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],
+        num_run=[len(run_at[b]) for b in range(batch)],
+        features=features,
+    )
+
+
+def _pick(values: Tensor, indices: list[int]) -> Tensor:
+    """Rows of `values` in the given order; `values` itself when that is all of them in order (no copy for batch 1)."""
+    if indices == list(range(values.shape[0])):
+        return values
+    return values[torch.tensor(indices, dtype=torch.int64, device=values.device)]

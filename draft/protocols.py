@@ -1,0 +1,192 @@
+"""What the draft package needs from the engine, and what it gives back. Nothing here imports the engine.
+
+Axes: B requests, N tokens of a flattened ragged batch, V vocabulary, E hidden size of the model that drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class DecoderOutput(Protocol):
+    """What a forward returns; read-only here."""
+
+    @property
+    def logits(self) -> Tensor | None: ...  # [N, V] or [B, V] float32
+
+    @property
+    def hidden(self) -> Tensor: ...  # [N, E], residual stream after the last layer that ran
+
+    @property
+    def taps(self) -> Mapping[int, Tensor]: ...  # {i: [N, E]}, residual stream after i layers
+
+
+class KvSequence(Protocol):
+    """One request's key and value cache: `length` tokens are committed; a forward writes behind them and does not move it."""
+
+    @property
+    def length(self) -> int: ...
+
+    def advance(self, n: int) -> None: ...
+
+    def truncate(self, length: int) -> None: ...
+
+    def free(self) -> None: ...
+
+
+class KvPool(Protocol):
+    """Where sequences get their pages."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    def new_sequence(self) -> Any: ...
+
+
+class CausalDecoder(Protocol):
+    """The part of `engine.decoder.Decoder` that drafting uses; see there for the meaning of the arguments."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        sequences: list[Any],
+        query_lens: list[int],
+        *,
+        starts: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+        logits: Any = "all",
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        hidden: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> Any: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class FeatureStore(Protocol):
+    """Per-request store of the draft's hidden states, one row per committed token: the part of `draft.features.FeatureBuffer` used while decoding."""
+
+    @property
+    def length(self) -> int: ...
+
+    def append(self, rows: Tensor) -> None: ...  # rows [n, taps, E]
+
+    def truncate(self, length: int) -> None: ...
+
+
+class DraftSampler(Protocol):
+    """Draws drafted tokens with each request's own sampling parameters: the same function that later builds the target's distribution."""
+
+    def draw(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, list[Tensor | None]]:
+        """logits [n, V_draft] float32; rows: the request of each row; positions: the sequence index of the token to be drawn.
+
+        Returns tokens [n] int64 and, per row, the distribution [V] float32 it was drawn from, or None for a greedy request (a point mass).
+        """
+        ...
+
+
+@dataclass
+class DraftState:
+    """What a drafter keeps per request.
+
+    sequence: the draft's own KV (for a trunk: the target's sequence itself). features: its hidden states of committed tokens, or None when nobody
+    asked for them. Invariant: features.length == sequence.length whenever features are kept and the state was never filled from outside.
+    """
+
+    sequence: Any
+    features: FeatureStore | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose draft KV is committed."""
+        return self.sequence.length
+
+
+@dataclass
+class Proposal:
+    """A batch's drafted tokens, and what the drafter must remember until they are committed.
+
+    tokens [K] int64: all drafts, requests in order. lengths: drafts per request. probs: per draft the distribution [V] float32 it was drawn from
+    (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers, from which the target
+    goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending ones, then drafts).
+    features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    probs: list[Tensor | None]
+    hidden: Tensor | None
+    num_pending: list[int]
+    num_run: list[int]
+    features: list[Tensor | None]
+
+
+class Drafter(Protocol):
+    """A source of proposals.
+
+    name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to `observe_target`.
+    verify_from: first layer the target still has to run on a proposal (0 unless the drafter is its trunk). runs_last_draft: whether a block of k
+    drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
+    """
+
+    name: str
+    feature_taps: tuple[int, ...]
+    target_taps: tuple[int, ...]
+    verify_from: int
+    runs_last_draft: bool
+    max_positions: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights beyond the target's."""
+        ...
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of KV pool beyond the target's."""
+        ...
+
+    def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
+        """From now on opened states keep hidden states of committed tokens at `taps`, each in a buffer of its own."""
+        ...
+
+    def open(self, target_sequence: Any) -> DraftState:
+        """A state for a request whose target cache is `target_sequence`."""
+        ...
+
+    def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
+        """Run committed tokens that follow each state's `length`; see the implementations for what moves."""
+        ...
+
+    def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
+        """Take features from a prefill of the target that just ran (flattened taps [N, E]); nothing for a separate model."""
+        ...
+
+    def propose(
+        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler
+    ) -> Proposal:
+        """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one)."""
+        ...
+
+    def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
+        """Keep what belongs to committed tokens: the step added num_new[b] >= 1 tokens, the last of which no model has run yet."""
+        ...
+
+    def close(self, states: Sequence[DraftState]) -> None:
+        """Give back what the states hold."""
+        ...

@@ -1,0 +1,54 @@
+"""Verification of a ragged batch of proposals: greedy match, or exact rejection sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from draft.protocols import Proposal
+from engine.sampling import BatchSampler, probabilities
+from kernels.accept import accept
+
+
+def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions: list[int]) -> list[list[int]]:
+    """The tokens each request gains: its accepted drafts, then one token of the target's own.
+
+    logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts. positions: the sequence index
+    of each request's first new token. Greedy requests keep drafts while they equal the largest logit; the others go through `kernels.accept`, on
+    distributions made by the same function that made the drafts'. One read-back to the host.
+    """
+    lengths = proposal.lengths
+    greedy = [b for b in range(len(lengths)) if sampler.params[b].greedy]
+    sampled = [b for b in range(len(lengths)) if not sampler.params[b].greedy]
+    row_starts = [sum(lengths[:b]) + b for b in range(len(lengths))]
+    draft_starts = [sum(lengths[:b]) for b in range(len(lengths))]
+    runs: list[list[int]] = [[] for _ in lengths]
+    drafts = proposal.tokens.tolist()
+
+    if greedy:
+        rows = [r for b in greedy for r in range(row_starts[b], row_starts[b] + lengths[b] + 1)]
+        best = iter((logits if not sampled else logits[torch.tensor(rows, device=logits.device)]).argmax(-1).tolist())
+        for b in greedy:
+            own = [next(best) for _ in range(lengths[b] + 1)]
+            kept = 0
+            while kept < lengths[b] and drafts[draft_starts[b] + kept] == own[kept]:
+                kept += 1
+            runs[b] = own[: kept + 1]
+
+    if sampled:
+        rows = [r for b in sampled for r in range(row_starts[b], row_starts[b] + lengths[b] + 1)]
+        places = [d for b in sampled for d in range(draft_starts[b], draft_starts[b] + lengths[b])]
+        device = logits.device
+        own_logits = logits if not greedy else logits[torch.tensor(rows, device=device)]
+        target_probs = probabilities(own_logits, [sampler.params[b] for b in sampled for _ in range(lengths[b] + 1)])
+        drawn_from = [q for d in places if (q := proposal.probs[d]) is not None]
+        draft_probs = torch.stack(drawn_from) if drawn_from else target_probs[:0]
+        tokens = proposal.tokens if not greedy else proposal.tokens[torch.tensor(places, dtype=torch.int64, device=device)]
+        seeds, starts = sampler.counters(sampled, [positions[b] for b in sampled], device)
+        counts = [lengths[b] for b in sampled]
+        kept_counts, following = accept(
+            target_probs, draft_probs, tokens, torch.tensor(counts, device=device), seeds, starts, max(counts)
+        )  # fmt: skip
+        for b, kept, token in zip(sampled, kept_counts.tolist(), following.tolist(), strict=True):
+            runs[b] = [*drafts[draft_starts[b] : draft_starts[b] + kept], token]
+    return runs
