@@ -1,8 +1,7 @@
-"""The weighted residual's transform: principal components of all layers and heads together ("global"), or of each layer alone ("per_layer").
+"""The weighted residual's transform: principal components of all layers together ("global"), or of each layer alone ("per_layer").
 
 Global is what shared/EVIDENCE.md measures; per layer costs K * 2Gd instead of K * D multiplications a token and needs far fewer calibration
 tokens, which is what a quick pack on a CPU can afford. Both keep only components whose standard deviation exceeds a quarter of the finest step.
-The truncated decomposition is subspace iteration with Cholesky orthonormalisation (Halko, Martinsson, Tropp 2011).
 """
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from codec.errors import BadInput
+from kernels.eigen import leading_eigenvectors
 
 
 @dataclass
@@ -65,38 +65,6 @@ class Transform:
     def to(self, device: torch.device | str) -> Transform:
         layer = None if self.layer is None else self.layer.to(device)
         return Transform(self.kind, self.basis.to(device), layer, self.variance.to(device))
-
-
-def _orthonormal(y: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns spanning y [D, K], by two rounds of Cholesky QR (much faster than Householder for tall matrices)."""
-    for _ in range(2):
-        gram = (y.T @ y).double()
-        shift = 1e-12 * gram.diagonal().mean() * torch.eye(len(gram), device=y.device, dtype=torch.float64)
-        factor, info = torch.linalg.cholesky_ex(gram + shift)
-        if int(info) != 0:
-            return torch.linalg.qr(y)[0]
-        y = torch.linalg.solve_triangular(factor.float(), y.T, upper=False).T
-    return y
-
-
-def leading_eigenvectors(cov: torch.Tensor, count: int, iterations: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest `count` eigenvalues [count] and eigenvectors [D, count] of a symmetric positive matrix cov [D, D], float32.
-
-    Full decomposition where count is a large part of D or D is small; otherwise subspace iteration with an eighth more columns than asked for.
-    """
-    dim = len(cov)
-    count = min(count, dim)
-    columns = min(dim, count + max(16, count // 8))
-    if dim <= 1024 or columns > 0.6 * dim:
-        values, vectors = torch.linalg.eigh(cov)
-        return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    y = torch.randn(dim, columns, generator=generator).to(cov)
-    for _ in range(iterations):
-        y = _orthonormal(cov @ y)
-    small = y.T @ (cov @ y)
-    values, rotation = torch.linalg.eigh(0.5 * (small + small.T))
-    return values.flip(0)[:count].clamp_min(0), y @ rotation.flip(1)[:, :count]
 
 
 def fit_global(cov: torch.Tensor, threshold: float, max_components: int) -> Transform:

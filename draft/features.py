@@ -1,0 +1,100 @@
+"""Features that a prediction of the target's KV is made from: the draft's hidden states at chosen layers and the target's embedding row.
+
+Axes: n tokens, E hidden size of the model that drafts, E_t hidden size of the target, F features, r rank of the predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft.errors import DraftError
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which features: taps (layers after which the draft's residual stream is taken, 0 = embeddings) and whether the target's embedding row joins."""
+
+    taps: tuple[int, ...]
+    embedding: bool = True
+
+    def num_features(self, draft_size: int, target_size: int) -> int:
+        """F."""
+        return len(self.taps) * draft_size + (target_size if self.embedding else 0)
+
+
+def rms_normalise(x: Tensor) -> Tensor:
+    """x [*, E] divided by its root mean square over the last axis, float32. A residual stream grows layer by layer; its direction is what predicts."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def join_features(rows: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """float32 [n, F] from hidden states rows [n, taps, E] and target embeddings [n, E_t]; either may be missing."""
+    parts = [] if rows is None else [rms_normalise(rows).flatten(1)]
+    if embeddings is not None:
+        parts.append(rms_normalise(embeddings))
+    if not parts:
+        raise DraftError("no features at all", "choose taps, or the embedding, or both")
+    return torch.cat(parts, -1)
+
+
+class FeatureBuffer:
+    """One request's features, a row per committed token, kept until the tokens' KV has been coded.
+
+    Args:
+        reduce: applied to appended hidden states [n, taps, E] -> [n, r] (`Predictor.reduce`), so that only the r numbers a prediction
+            needs are kept; None keeps the hidden states themselves.
+        dtype: of the stored rows.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._reduce, self._dtype = reduce, dtype
+        self._rows: Tensor | None = None
+        self._length = 0
+        self._holes: list[tuple[int, int]] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens accounted for, with or without features."""
+        return self._length
+
+    def append(self, rows: Tensor) -> None:
+        """Features of the next tokens: hidden states rows [n, taps, E]."""
+        if not len(rows):
+            return
+        rows = (self._reduce(rows) if self._reduce else rows).to(self._dtype)
+        self._reserve(self._length + len(rows), rows)
+        assert self._rows is not None
+        self._rows[self._length : self._length + len(rows)] = rows
+        self._length += len(rows)
+
+    def skip(self, count: int) -> None:
+        """The next `count` tokens have no features here (their KV was restored or shared): `take` says so."""
+        if count > 0:
+            self._holes.append((self._length, self._length + count))
+            self._length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from token `length` on."""
+        if not 0 <= length <= self._length:
+            raise DraftError(f"cannot cut {self._length} feature rows to {length}", "truncate to a length reached before")
+        self._length = length
+        self._holes = [(a, min(b, length)) for a, b in self._holes if a < length]
+
+    def take(self, start: int, end: int) -> Tensor | None:
+        """Rows of tokens [start, end), [n, taps, E] or [n, r] in the stored dtype, or None when any of them has no features."""
+        if not 0 <= start < end <= self._length or self._rows is None or any(a < end and start < b for a, b in self._holes):
+            return None
+        return self._rows[start:end]
+
+    def _reserve(self, length: int, like: Tensor) -> None:
+        if self._rows is not None and len(self._rows) >= length:
+            return
+        grown = torch.zeros(max(length, 64, 2 * (0 if self._rows is None else len(self._rows))), *like.shape[1:], dtype=self._dtype, device=like.device)
+        if self._rows is not None:
+            grown[: len(self._rows)] = self._rows
+        self._rows = grown
