@@ -1,0 +1,290 @@
+"""Triton kernels of `paged_attention`: grouped heads packed into one tile, the context split over programs, a second pass that merges them.
+
+The split-and-merge scheme is Flash-Decoding's (Dao, Haziza, Massa, Sizov, 2023), the softmax is Milakov and Gimelshein's online one (2018).
+A row of a tile is (new token, head of the group): all heads of a KV head read its keys once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+DETERMINISTIC_SPLIT = 1024  # keys a split covers when results must not depend on the batch
+TARGET_PROGRAMS = 528  # four for each of a large GPU's 132 multiprocessors
+
+
+@triton.jit
+def first_rows(query_lens_ptr, request, num_requests, REQUESTS: tl.constexpr):
+    """Rows of the flattened batch before this request."""
+    everyone = tl.arange(0, REQUESTS)
+    return tl.sum(tl.load(query_lens_ptr + everyone, mask=(everyone < num_requests) & (everyone < request), other=0), 0)
+
+
+@triton.jit
+def split_bounds(context, split, num_splits, split_keys, BLOCK_N: tl.constexpr):
+    """Keys [start, end) of a split. split_keys > 0: fixed length; 0: the context divided evenly, in whole blocks."""
+    if split_keys > 0:
+        length = split_keys
+    else:
+        length = tl.cdiv(tl.cdiv(context, num_splits), BLOCK_N) * BLOCK_N
+    start = split * length
+    return start, tl.minimum(start + length, context)
+
+
+@triton.jit
+def key_rows(table_row_ptr, start, token, context, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Element offsets of the rows of keys start .. start + BLOCK_N - 1, one page load where a block cannot cross a page."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(table_row_ptr + start // PAGE).to(tl.int64)
+        return page * stride_page + (token % PAGE) * stride_token
+    else:
+        page = tl.load(table_row_ptr + token // PAGE, mask=token < context, other=0).to(tl.int64)
+        return page * stride_page + (token % PAGE) * stride_token
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, query_lens_ptr, context_lens_ptr, visible_ptr, out_ptr, part_ptr, stat_ptr,
+    scale_log2, num_requests, num_rows, num_splits, split_keys, q_heads, head_dim,
+    stride_q_row, stride_q_head, stride_table, stride_page, stride_token, stride_head,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    REQUESTS: tl.constexpr, DIRECT: tl.constexpr, TREE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1) % num_splits
+    tile = tl.program_id(1) // num_splits
+    request = tl.program_id(2)
+    queries = tl.load(query_lens_ptr + request).to(tl.int32)
+    if tile * BLOCK_M >= queries * GROUP:
+        return
+    context = tl.load(context_lens_ptr + request).to(tl.int32)
+    first = first_rows(query_lens_ptr, request, num_requests, REQUESTS).to(tl.int64)
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_in_block = packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    row = first + token_in_block
+    row_mask = token_in_block < queries
+    channel = tl.arange(0, BLOCK_D)
+    channel_mask = channel < head_dim
+    q = tl.load(
+        q_ptr + row[:, None] * stride_q_row + head[:, None] * stride_q_head + channel[None, :],
+        mask=row_mask[:, None] & channel_mask[None, :], other=0.0,
+    )  # [BLOCK_M, BLOCK_D]  # fmt: skip
+    settled = context - queries  # keys before this step's new tokens
+    limit = settled + 1 + token_in_block  # a row sees keys below its limit
+    if TREE:
+        visible = tl.load(visible_ptr + row, mask=row_mask, other=0)
+
+    start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
+    # Rows of later tokens see the most keys: nothing beyond the tile's last row's limit is read.
+    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+    end = tl.minimum(end, settled + 1 + last_token)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
+    head_offset = kv_head.to(tl.int64) * stride_head
+    for block in range(start, end, BLOCK_N):
+        token = block + tl.arange(0, BLOCK_N)
+        inside = token < end
+        where = key_rows(table_row_ptr, block, token, end, stride_page, stride_token, PAGE, BLOCK_N) + head_offset
+        k = tl.load(k_ptr + where[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+        seen = token[None, :] < limit[:, None]
+        if TREE:
+            new = token - settled
+            bit = (visible[:, None] >> tl.maximum(new, 0)[None, :]) & 1
+            seen = (token < end)[None, :] & ((new < 0)[None, :] | (bit == 1))
+        scores = tl.where(seen, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - safe[:, None])
+        shrink = tl.exp2(highest - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        # Values past the end may be anything, NaN included, so they are not merely weighted by zero.
+        v = tl.load(v_ptr + where[:, None] + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0.0)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        highest = new_highest
+
+    row_head = row * q_heads + head
+    out_mask = row_mask[:, None] & channel_mask[None, :]
+    if DIRECT:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out_ptr + row_head[:, None] * head_dim + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+    else:
+        part = split.to(tl.int64) * num_rows * q_heads + row_head
+        tl.store(stat_ptr + 2 * part, highest, mask=row_mask)
+        tl.store(stat_ptr + 2 * part + 1, total, mask=row_mask)
+        tl.store(part_ptr + part[:, None] * head_dim + channel[None, :], acc, mask=out_mask & (total > 0)[:, None])
+
+
+@triton.jit
+def merge_splits(
+    part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Softmax-weighted mean [ROWS, BLOCK_D] float32 of the splits' results, folded one split after another: empty ones change no bit."""
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for split in range(num_splits):
+        part = split * row_heads + row
+        split_highest = tl.load(stat_ptr + 2 * part, mask=row_mask, other=float("-inf"))
+        split_total = tl.load(stat_ptr + 2 * part + 1, mask=row_mask, other=0.0)
+        split_acc = tl.load(
+            part_ptr + part[:, None] * head_dim + channel[None, :],
+            mask=(row_mask & (split_total > 0))[:, None] & channel_mask[None, :], other=0.0,
+        )  # fmt: skip
+        new_highest = tl.maximum(highest, split_highest)
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        old, new = tl.exp2(highest - safe), tl.exp2(split_highest - safe)
+        acc = acc * old[:, None] + split_acc * new[:, None]
+        total = total * old + split_total * new
+        highest = new_highest
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _merge_kernel(part_ptr, stat_ptr, out_ptr, num_splits, row_heads, head_dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < row_heads
+    channel = tl.arange(0, BLOCK_D)
+    channel_mask = channel < head_dim
+    out = merge_splits(
+        part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim, ROWS, BLOCK_D
+    )
+    mask = row_mask[:, None] & channel_mask[None, :]
+    tl.store(out_ptr + row[:, None] * head_dim + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch shape: keys a step of the loop takes, warps, pipeline stages, splits of the context (0: chosen from the sizes)."""
+
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    num_splits: int = 0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A ragged batch's lengths on the device, int32 [B], and the host's upper bounds on them."""
+
+    query_lens: torch.Tensor
+    context_lens: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+
+    @classmethod
+    def of(
+        cls,
+        query_lens: Sequence[int] | torch.Tensor,
+        context_lens: Sequence[int] | torch.Tensor,
+        num_rows: int,
+        table_keys: int,
+        device: torch.device,
+        max_query_len: int | None = None,
+    ) -> Lengths:
+        """From lists, or from device tensors without reading them back: then the bounds come from the shapes (a graph can be captured)."""
+        batch = len(query_lens)
+        longest = max_query_len or max(num_rows - batch + 1, 1)
+        keys = table_keys
+        if not isinstance(query_lens, torch.Tensor):
+            longest = max(query_lens, default=1)
+            query_lens = torch.tensor(list(query_lens), dtype=torch.int32).to(device, non_blocking=True)
+        if not isinstance(context_lens, torch.Tensor):
+            keys = max(context_lens, default=1)
+            context_lens = torch.tensor(list(context_lens), dtype=torch.int32).to(device, non_blocking=True)
+        return cls(query_lens.to(device), context_lens.to(device), longest, keys)
+
+
+def choose_splits(config_splits: int, base_programs: int, keys: int, block_n: int) -> int:
+    """Splits of the context: enough programs to fill the chip, none shorter than two blocks."""
+    if config_splits:
+        return config_splits
+    return max(1, min(triton.cdiv(TARGET_PROGRAMS, base_programs), triton.cdiv(keys, 2 * block_n)))
+
+
+def paged_attention_floors(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    kv_row_bytes: float,
+    element_bytes: int,
+) -> tuple[int, int]:
+    """(bytes, operations): every key and value read once (kv_row_bytes for a key and a value of one head), queries in and results out."""
+    keys = sum(context_lens)
+    pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in zip(query_lens, context_lens, strict=True))
+    return int(keys * kv_heads * kv_row_bytes) + 2 * sum(query_lens) * q_heads * head_dim * element_bytes, 4 * pairs * q_heads * head_dim
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    query_lens: Sequence[int] | torch.Tensor,
+    context_lens: Sequence[int] | torch.Tensor,
+    scale: float,
+    *,
+    deterministic: bool = False,
+    visible: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    config: AttentionConfig | None = None,
+) -> torch.Tensor:
+    """See `reference.paged_attention`; k_pages and v_pages may have any strides but 1 along d, the same for both.
+
+    visible: int64 [N] for a tree of drafts: bit i of a row says whether it sees its request's i-th new token (up to 63 of them).
+    max_query_len: bound on query_lens when these are a device tensor; without it N - B + 1 is assumed.
+    config: launch shape; without it one that suits the sizes.
+    """
+    num_rows, q_heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    if k_pages.shape != v_pages.shape or k_pages.stride() != v_pages.stride() or k_pages.stride(-1) != 1:
+        raise ValueError("keys and values must have the same shape and strides and dense channels (pass k and v of one pool)")
+    out = torch.empty((num_rows, q_heads, head_dim), dtype=q.dtype, device=q.device)
+    batch = len(query_lens)
+    if num_rows == 0:
+        return out
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, q.device, max_query_len)
+    group = q_heads // kv_heads
+    packed_rows = lengths.max_query_len * group
+    if config is None:
+        config = AttentionConfig() if head_dim <= 128 else AttentionConfig(block_n=32)
+    # Deterministic: one tile height and one split length for all, so a row meets the same instructions wherever it stands.
+    block_m = 32 if deterministic else max(16, min(triton.next_power_of_2(packed_rows), 64))
+    tiles = triton.cdiv(packed_rows, block_m)
+    block_n = 64 if deterministic else config.block_n
+    if deterministic:
+        split_keys, num_splits = DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, DETERMINISTIC_SPLIT)
+    else:
+        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
+    direct = num_splits == 1 and not deterministic
+    part = out if direct else torch.empty((num_splits, num_rows, q_heads, head_dim), dtype=torch.float32, device=q.device)
+    stat = out if direct else torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=q.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    _split_kernel[(kv_heads, num_splits * tiles, batch)](
+        q, k_pages, v_pages, page_table, lengths.query_lens, lengths.context_lens, visible if visible is not None else page_table,
+        out, part, stat, scale * LOG2_E, batch, num_rows, num_splits, split_keys, q_heads, head_dim,
+        q.stride(0), q.stride(1), page_table.stride(0), *k_pages.stride()[:3],
+        GROUP=group, PAGE=page_size, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, REQUESTS=triton.next_power_of_2(batch),
+        DIRECT=direct, TREE=visible is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if not direct:
+        rows = 4
+        _merge_kernel[(triton.cdiv(num_rows * q_heads, rows),)](
+            part, stat, out, num_splits, num_rows * q_heads, head_dim, ROWS=rows, BLOCK_D=block_d, num_warps=2
+        )
+    return out

@@ -1,0 +1,130 @@
+"""paged_attention in Triton against dense attention in float64, and the promises of its deterministic mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from kernels.paged_attention import reference  # noqa: E402
+from kernels.paged_attention import triton as paged  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
+
+
+def make_batch(query_lens, context_lens, heads, kv_heads, head_dim, page_size, dtype, device, seed=0):
+    """Queries and pages whose unused rows hold NaN; pages of a request lie anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-c // page_size) for c in context_lens]
+    order = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+    table = torch.full((len(counts), max(counts) + 1), 10**6, dtype=torch.int32)
+    pool = torch.full((2, len(order), page_size, kv_heads, head_dim), float("nan"))
+    keys, values = [], []
+    for b, (count, context) in enumerate(zip(counts, context_lens, strict=True)):
+        pages = [order.pop() for _ in range(count)]
+        table[b, :count] = torch.tensor(pages, dtype=torch.int32)
+        kv = torch.randn(2, context, kv_heads, head_dim, generator=generator).to(dtype).float()
+        for t in range(context):
+            pool[:, pages[t // page_size], t % page_size] = kv[:, t]
+        keys.append(kv[0])
+        values.append(kv[1])
+    q = torch.randn(sum(query_lens), heads, head_dim, generator=generator).to(dtype)
+    return q.to(device), pool.to(device, dtype), table.to(device), keys, values
+
+
+def dense(q, keys, values, query_lens, context_lens, scale, visible=None):
+    """Causal attention in float64, one request and head at a time."""
+    q = q.double().cpu()
+    out = torch.empty_like(q)
+    row = 0
+    for n, context, k, v in zip(query_lens, context_lens, keys, values, strict=True):
+        for j in range(n):
+            allowed = torch.arange(context) <= context - n + j
+            if visible is not None:
+                new = torch.arange(context) - (context - n)
+                allowed = (new < 0) | ((int(visible[row]) >> new.clamp_min(0)) & 1).bool()
+            for h in range(q.shape[1]):
+                g = h // (q.shape[1] // k.shape[1])
+                scores = (k[:, g].double() @ q[row, h]) * scale
+                out[row, h] = torch.softmax(scores.masked_fill(~allowed, float("-inf")), 0) @ v[:, g].double()
+            row += 1
+    return out
+
+
+SMALL = [
+    ([1], [1], 1, 1, 16, 16),
+    ([3, 1, 5], [3, 70, 33], 4, 2, 16, 16),
+    ([2, 6], [65, 129], 6, 1, 60, 5),
+    ([5], [200], 12, 2, 64, 64),
+]
+LARGE = [
+    ([5] * 8, [4097, 1, 64, 65, 3000, 777, 5, 2048], 12, 2, 128, 64),
+    ([1] * 3, [4096, 100, 9000], 32, 8, 128, 64),
+    ([300], [500], 14, 2, 64, 16),
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", SMALL + (LARGE if torch.cuda.is_available() else []), ids=str)
+def test_matches_dense_attention(shape, dtype, deterministic, device, assert_close):
+    query_lens, context_lens, heads, kv_heads, head_dim, page_size = shape
+    context_lens = [max(c, n) for c, n in zip(context_lens, query_lens, strict=True)]
+    q, pool, table, keys, values = make_batch(query_lens, context_lens, heads, kv_heads, head_dim, page_size, dtype, device)
+    want = dense(q, keys, values, query_lens, context_lens, head_dim**-0.5).float().to(device)
+    for splits in (1, 3):
+        config = paged.AttentionConfig(num_splits=splits, block_n=32)
+        got = paged.paged_attention(
+            q, pool[0], pool[1], table, query_lens, context_lens, head_dim**-0.5, deterministic=deterministic, config=config
+        )
+        assert_close(got.float(), want, BOUND[dtype])
+
+
+def test_matches_the_twin(device, assert_close):
+    query_lens, context_lens = [2, 3], [40, 17]
+    q, pool, table, _, _ = make_batch(query_lens, context_lens, 4, 2, 32, 8, torch.float32, device)
+    table = table.clamp_max(pool.shape[1] - 1)
+    pool = pool.nan_to_num(0.0)
+    want = reference.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2)
+    assert_close(paged.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2), want, 2e-5)
+
+
+def test_lengths_on_the_device_give_the_same_result(device):
+    query_lens, context_lens = [2, 1], [40, 17]
+    q, pool, table, _, _ = make_batch(query_lens, context_lens, 4, 2, 32, 8, torch.float32, device)
+    config = paged.AttentionConfig(num_splits=2)
+    want = paged.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2, config=config)
+    lens = [torch.tensor(x, dtype=torch.int32, device=device) for x in (query_lens, context_lens)]
+    assert torch.equal(paged.paged_attention(q, pool[0], pool[1], table, *lens, 0.2, config=config), want)
+    assert torch.equal(paged.paged_attention(q, pool[0], pool[1], table, *lens, 0.2, config=config, max_query_len=2), want)
+
+
+def test_tree_of_drafts(device, assert_close):
+    # Two branches after a common token: 0 <- 1 <- 2 and 0 <- 3 <- 4.
+    visible = torch.tensor([0b00001, 0b00011, 0b00111, 0b01001, 0b11001], dtype=torch.int64)
+    q, pool, table, keys, values = make_batch([5], [23], 4, 2, 16, 8, torch.float32, device)
+    want = dense(q, keys, values, [5], [23], 0.25, visible).float().to(device)
+    got = paged.paged_attention(q, pool[0], pool[1], table, [5], [23], 0.25, visible=visible.to(device))
+    assert_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_deterministic_bits_do_not_depend_on_the_company(dtype, device, monkeypatch):
+    """The last token alone, inside a block of four, and in a batch of three with a longer neighbour: the same bits."""
+    monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
+    query_lens, context_lens = [1, 4, 2], [300, 140, 9]
+    q, pool, table, _, _ = make_batch(query_lens, context_lens, 6, 2, 32, 16, dtype, device)
+    batch = paged.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2, deterministic=True)
+    block = paged.paged_attention(q[1:5], pool[0], pool[1], table[1:2], [4], [140], 0.2, deterministic=True)
+    assert torch.equal(batch[1:5], block)
+    for j in range(4):
+        single = paged.paged_attention(q[1 + j : 2 + j], pool[0], pool[1], table[1:2], [1], [137 + j], 0.2, deterministic=True)
+        assert torch.equal(single, block[j : j + 1])
+
+
+def test_refuses_pages_of_different_strides(device):
+    pages = torch.zeros(2, 4, 2, 8, device=device)
+    with pytest.raises(ValueError, match="same shape and strides"):
+        paged.paged_attention(torch.zeros(1, 2, 8, device=device), pages, pages[:, :, :1], torch.zeros(1, 1), [1], [1], 1.0)
