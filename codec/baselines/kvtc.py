@@ -1,0 +1,116 @@
+"""KVTC: one PCA over all layers and heads (keys and values apart), bits per component by dynamic programming, DEFLATE.
+
+Source: "KV Cache Transform Coding" (arXiv 2511.01815, ICLR 2026), steps 1 to 6 of its pipeline; allocation in kvtc_allocation.py.
+Each layer's keys and values are scaled to unit variance first (`normalise`), so that no layer is drowned by another. Simplified:
+exact eigenvectors of the streamed covariance (or of the sample's Gram matrix) in place of a randomised SVD; no recent window; zlib in
+place of nvCOMP's DEFLATE; the first four tokens in bf16 (paper: fp8), as for every peer.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from codec.baselines.base import Peer
+from codec.baselines.calibration import Calibration, join_parts, part_of
+from codec.baselines.kvtc_allocation import BLOCK_SIZES, TYPE_BITS, Block, allocate, dequantise, options, quantise
+from codec.baselines.packing import deflate, from_bytes, inflate, pack_codes, to_bytes, unpack_codes
+from codec.errors import BadInput
+from codec.spec import KvLayout
+
+_ALLOCATION_TOKENS = 256
+
+
+class Kvtc(Peer):
+    """budget_bits: bits per element before DEFLATE (keys and values alike); group: tokens that share a shift and scale (paper: 1)."""
+
+    method = "kvtc"
+    needs_calibration = True
+
+    def __init__(self, layout: KvLayout, budget_bits: float, *, group: int = 1, normalise: bool = True,
+                 block_sizes: tuple[int, ...] = BLOCK_SIZES):
+        super().__init__(layout, f"{budget_bits:g}bit")
+        if budget_bits <= 0 or group < 1:
+            raise BadInput(f"a KVTC budget of {budget_bits} bits, groups of {group} tokens", "give positive numbers")
+        self.budget_bits, self.group, self.normalise, self.block_sizes = budget_bits, group, normalise, block_sizes
+        if group > 1:
+            self.method = f"kvtc-group{group}"
+        if not normalise:
+            self.method += "-unscaled"
+        self.blocks: tuple[list[Block], list[Block]] = ([], [])
+
+    def _fit(self, calibration: Calibration) -> None:
+        fitted = {"mean": calibration.mean.to(self.device)}
+        plans = []
+        half = self.layout.dim // 2
+        for part in (0, 1):
+            variances, basis = calibration.spectrum(part, self.normalise)
+            budget = int(self.budget_bits * half * self.group)
+            affordable = budget // (TYPE_BITS["int2"] * self.group) + 1                      # components at the cheapest type
+            reach = min(len(variances), -(-affordable // 1024) * 1024)
+            coefficients = self._sample_coefficients(calibration, part, variances[:reach], basis[:, :reach])
+            choices = options(coefficients, self.group, self.block_sizes)
+            kept = len(coefficients) // min(self.group, len(coefficients)) * min(self.group, len(coefficients))
+            blocks = allocate(choices, coefficients[:kept].pow(2).sum(0).tolist(), budget)
+            plans.append(blocks)
+            used = max((b.start + b.size for b in blocks), default=0)
+            scale = calibration.scale(part) if self.normalise else torch.ones(half)
+            fitted[f"basis.{part}"] = basis[:, :used].to(self.device).clone()
+            fitted[f"scale.{part}"] = scale.to(self.device)
+            table = [[b.start, b.size, TYPE_BITS[b.kind]] for b in blocks]
+            fitted[f"plan.{part}"] = torch.tensor(table, dtype=torch.int64, device=self.device).reshape(-1, 3)
+        self.fitted, self.blocks = fitted, (plans[0], plans[1])
+
+    def _sample_coefficients(self, calibration: Calibration, part: int, variances: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        """Calibration coefficients [n, r]; normal ones of the same variances when only moments were given."""
+        if calibration.sample is None:
+            generator = torch.Generator().manual_seed(0)
+            count = max(_ALLOCATION_TOKENS, self.group)
+            return torch.randn(count, len(variances), generator=generator).to(variances.device) * variances.sqrt()
+        stride = max(1, len(calibration.sample) // max(_ALLOCATION_TOKENS, self.group)) if self.group == 1 else 1
+        rows = calibration.sample[::stride][:max(_ALLOCATION_TOKENS, self.group)]
+        x = part_of(rows - calibration.mean, self.layout, part)
+        return (x / calibration.scale(part) if self.normalise else x) @ basis
+
+    def _encode(self, kv: torch.Tensor) -> list[bytes]:
+        centred = kv - self.fitted["mean"]
+        sections = []
+        for part, blocks in enumerate(self.blocks):
+            c = (part_of(centred, self.layout, part) / self.fitted[f"scale.{part}"]) @ self.fitted[f"basis.{part}"]
+            numbers: list[torch.Tensor] = []
+            codes = {kind: [np.zeros(0, np.uint8)] for kind in TYPE_BITS}
+            for block in blocks:
+                columns = c[:, block.start:block.start + block.size]
+                for rows in [columns] if self.group == 1 else columns.split(self.group):
+                    shift, scale, q = quantise(rows if self.group == 1 else rows.reshape(1, -1), block.kind)
+                    numbers.append(torch.cat([shift, scale], 1).T.reshape(-1))
+                    codes[block.kind].append(q.reshape(rows.shape).T.reshape(-1).cpu().numpy())
+            sections.append(deflate(to_bytes(torch.cat(numbers) if numbers else c.new_zeros(0), torch.float16)))
+            sections += [deflate(pack_codes(np.concatenate(codes[kind]), bits)) for kind, bits in TYPE_BITS.items()]
+        return sections
+
+    def _decode(self, sections: list[bytes], num_tokens: int) -> torch.Tensor:
+        spans = [num_tokens] if self.group == 1 else [min(self.group, num_tokens - t) for t in range(0, num_tokens, self.group)]
+        parts = []
+        for part, blocks in enumerate(self.blocks):
+            data = sections[4 * part:4 * part + 4]
+            basis, rows_per_span = self.fitted[f"basis.{part}"], self.group == 1
+            count = len(blocks) * (num_tokens if rows_per_span else len(spans))
+            numbers = from_bytes(inflate(data[0], 4 * count), torch.float16, (2 * count,), self.device)
+            codes = {}
+            for section, (kind, bits) in zip(data[1:], TYPE_BITS.items(), strict=True):
+                total = sum(b.size for b in blocks if b.kind == kind) * num_tokens
+                codes[kind] = torch.from_numpy(unpack_codes(inflate(section, -(-total * bits // 8)), bits, total)).to(self.device)
+            used = dict.fromkeys(TYPE_BITS, 0)
+            c = torch.zeros(num_tokens, basis.shape[1], device=self.device)
+            at = 0
+            for block in blocks:
+                token = 0
+                for span in spans:
+                    n = span if rows_per_span else 1
+                    shift, scale = numbers[at:at + 2 * n].reshape(2, n, 1)
+                    size, lo = span * block.size, used[block.kind]
+                    q = codes[block.kind][lo:lo + size].reshape(block.size, span).T
+                    c[token:token + span, block.start:block.start + block.size] = dequantise(shift, scale, q.contiguous(), block.kind)
+                    used[block.kind], at, token = lo + size, at + 2 * n, token + span
+            parts.append((c @ basis.T) * self.fitted[f"scale.{part}"])
+        return join_parts(parts[0], parts[1], self.layout) + self.fitted["mean"]
