@@ -7,27 +7,29 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.batch import ReferenceBatch, TritonBatch, prepare
 from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
+from engine.layers import DecoderLayer, LayerWeights
 from engine.pool import KvSequence, PagedPool
 from engine.rope import RopeTable
 from engine.stable import StableLinear, stable_silu_mul
-from engine.weights import load_folder, read_config
-from kernels.dispatch import use_triton
+from engine.weights import load_folder, read_config, read_end_tokens
 from kernels.kv_write import kv_write
 from kernels.kv_write.reference import store
 from kernels.paged_attention import paged_attention
-from kernels.paged_attention.reference import Plan, attend, plan
+from kernels.paged_attention.reference import attend
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
-from kernels.rope.reference import rotate, widen
+from kernels.rope.reference import rotate
 from kernels.silu_mul import silu_mul
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer"]
@@ -43,48 +45,6 @@ class DecoderOutput(NamedTuple):
     taps: dict[int, torch.Tensor]  # layer count i -> [N, E] residual stream after i layers
 
 
-class _Batch(NamedTuple):
-    """What all layers of one forward pass share."""
-
-    cos: torch.Tensor  # [N, d/2] float32
-    sin: torch.Tensor
-    wide: tuple[torch.Tensor, torch.Tensor] | None  # the same, laid out for the reference
-    slots: torch.Tensor | slice  # [N] int64; a slice where the slots follow one another
-    attention: Plan | None  # reference path
-    page_table: torch.Tensor | None  # Triton path, [B, max_pages] int32
-    query_lens: list[int]
-    context_lens: list[int]
-
-
-class DecoderLayer(nn.Module):
-    """Parameters of one layer; q, k, v are one product, gate and up another."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        heads, kv_heads, d, width = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
-        self.input_norm = nn.Parameter(torch.empty(width))
-        self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * d, bias=config.qkv_bias)
-        self.qk_norm = nn.Parameter(torch.empty(2, d)) if config.qk_norm else None  # row 0 for queries, row 1 for keys
-        self.o_proj = nn.Linear(heads * d, width, bias=config.o_bias)
-        self.post_norm = nn.Parameter(torch.empty(width))
-        self.gate_up_proj = nn.Linear(width, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
-
-
-class _Weights(NamedTuple):
-    """A layer's tensors, looked up once: attribute access of modules costs more than a small operation."""
-
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    qk_norm: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
-    post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
 class Decoder(nn.Module):
     """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`."""
 
@@ -97,7 +57,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._weights: list[_Weights] = []
+        self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
         self._stable_linear = StableLinear()
 
@@ -121,9 +81,12 @@ class Decoder(nn.Module):
             UnsupportedArchitecture: the model is one our decoder does not run.
         """
         config = DecoderConfig.from_hf(read_config(Path(path)))
+        ends = dict.fromkeys(config.eos_token_ids + read_end_tokens(Path(path)))
+        config = replace(config, eos_token_ids=tuple(ends))
         decoder = cls._materialise(config, dtype, device)
-        # an untied checkpoint of a tied model may repeat the head; old ones store the rotary frequencies
-        load_folder(Path(path), decoder.hf_tensors(), ignored=("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ()))
+        # checkpoints may repeat a tied head; old ones store the rotary frequencies
+        ignored = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
+        load_folder(Path(path), decoder.hf_tensors(), ignored=ignored)
         return decoder
 
     @classmethod
@@ -142,29 +105,14 @@ class Decoder(nn.Module):
 
     def hf_tensors(self) -> dict[str, torch.Tensor]:
         """Hugging Face tensor name -> our parameter, or the contiguous part of a fused one."""
-        config = self.config
-        q, kv, inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
-        named: dict[str, torch.Tensor] = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
-        if not config.tie_word_embeddings:
+        named = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
+        if not self.config.tie_word_embeddings:
             named["lm_head.weight"] = self.lm_head.weight.data
-        for number, w in enumerate(self._layer_weights()):
-            prefix = f"model.layers.{number}."
-            named[prefix + "input_layernorm.weight"] = w.input_norm
-            named[prefix + "post_attention_layernorm.weight"] = w.post_norm
-            for name, weight, bias in zip("qkv", w.qkv.split((q, kv, kv)), w.qkv_bias.split((q, kv, kv)) if w.qkv_bias is not None else (None,) * 3, strict=True):
-                named[f"{prefix}self_attn.{name}_proj.weight"] = weight
-                if bias is not None:
-                    named[f"{prefix}self_attn.{name}_proj.bias"] = bias
-            if w.qk_norm is not None:
-                named[prefix + "self_attn.q_norm.weight"], named[prefix + "self_attn.k_norm.weight"] = w.qk_norm
-            named[prefix + "self_attn.o_proj.weight"] = w.o
-            if w.o_bias is not None:
-                named[prefix + "self_attn.o_proj.bias"] = w.o_bias
-            named[prefix + "mlp.gate_proj.weight"], named[prefix + "mlp.up_proj.weight"] = w.gate_up.split((inner, inner))
-            named[prefix + "mlp.down_proj.weight"] = w.down
+        for number, weights in enumerate(self._layer_weights()):
+            named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
         return named
 
-    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # every move of the parameters (to, float, cuda, ...) comes through here: what was looked up before is stale
         self._weights, self._rope = [], None
         result = super()._apply(*args, **kwargs)
@@ -172,24 +120,9 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         return result
 
-    def _layer_weights(self) -> list[_Weights]:
+    def _layer_weights(self) -> list[LayerWeights]:
         if not self._weights:
-            for layer in self.layers:
-                assert isinstance(layer, DecoderLayer)
-                qkv, o = layer.qkv_proj, layer.o_proj
-                self._weights.append(
-                    _Weights(
-                        layer.input_norm.data,
-                        qkv.weight.data,
-                        None if qkv.bias is None else qkv.bias.data,
-                        None if layer.qk_norm is None else layer.qk_norm.data,
-                        o.weight.data,
-                        None if o.bias is None else o.bias.data,
-                        layer.post_norm.data,
-                        layer.gate_up_proj.weight.data,
-                        layer.down_proj.weight.data,
-                    )
-                )
+            self._weights = [cast(DecoderLayer, layer).weights() for layer in self.layers]
         return self._weights
 
     @property
@@ -273,7 +206,7 @@ class Decoder(nn.Module):
         self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
         if starts is None:
             starts = [sequence.length for sequence in sequences]
-        batch = self._prepare(sequences, query_lens, starts, deterministic)
+        batch = prepare(sequences, query_lens, starts, self.config, self.rope, deterministic=deterministic)
         if hidden is None:
             assert token_ids is not None
             hidden = self.embed(token_ids)
@@ -298,11 +231,13 @@ class Decoder(nn.Module):
         last: int,
         hidden: torch.Tensor | None,
     ) -> None:
-        count = sum(query_lens)
-        if not sequences or len(sequences) != len(query_lens) or min(query_lens) < 1 or (starts is not None and len(starts) != len(sequences)):
-            raise InvalidOption("a batch needs one query length of at least 1, and one start, per sequence", "check sequences, query_lens and starts")
-        if not 0 <= first <= last <= self.config.num_layers:
-            raise InvalidOption(f"layers {first} to {last} are not within 0 to {self.config.num_layers}", "check first_layer and last_layer")
+        count, depth = sum(query_lens), self.config.num_layers
+        if not sequences or len(sequences) != len(query_lens) or min(query_lens) < 1:
+            raise InvalidOption("a batch needs one query length of at least 1 per sequence", "check sequences and query_lens")
+        if starts is not None and (len(starts) != len(sequences) or min(starts) < 0):
+            raise InvalidOption("a batch needs one start of at least 0 per sequence", "check starts")
+        if not 0 <= first <= last <= depth:
+            raise InvalidOption(f"layers {first} to {last} are not within 0 to {depth}", "check first_layer and last_layer")
         if any(not first <= tap <= last for tap in taps):
             raise InvalidOption(f"taps {taps} are not all within the layers run, {first} to {last}", "ask for taps of those layers")
         if hidden is None and (first > 0 or token_ids is None):
@@ -310,48 +245,13 @@ class Decoder(nn.Module):
         given = token_ids if hidden is None else hidden
         assert given is not None
         if given.shape[0] != count:
-            raise InvalidOption(f"{given.shape[0]} rows were given for {count} new tokens", "the sum of query_lens must be the number of rows")
-
-    def _prepare(self, sequences: list[KvSequence], query_lens: list[int], starts: list[int], deterministic: bool) -> _Batch:
-        pool = sequences[0].pool
-        size = pool.page_size
-        contexts = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        for sequence, context in zip(sequences, contexts, strict=True):
-            assert sequence.pool is pool, "the sequences of a batch share one pool"
-            sequence.ensure(context)
-        cos, sin = self.rope.gather(list(zip(starts, contexts, strict=True)))
-        numbers = [
-            sequence.pages[position // size] * size + position % size
-            for sequence, start, context in zip(sequences, starts, contexts, strict=True)
-            for position in range(start, context)
-        ]
-        pages = [sequence.pages for sequence in sequences]
-        if use_triton(pool.kv):
-            width = max(len(own) for own in pages)
-            table = torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32, device=self.device)
-            return _Batch(cos, sin, None, torch.tensor(numbers, device=self.device), None, table, query_lens, contexts)
-        slots: torch.Tensor | slice
-        if numbers[-1] - numbers[0] == len(numbers) - 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            slots = slice(numbers[0], numbers[-1] + 1)
-        else:
-            slots = torch.tensor(numbers, device=self.device)
-        attention = plan(
-            pages,
-            query_lens,
-            contexts,
-            size,
-            self.config.num_heads // self.config.num_kv_heads,
-            self.dtype,
-            self.device,
-            deterministic=deterministic,
-        )
-        return _Batch(cos, sin, widen(cos, sin), slots, attention, None, query_lens, contexts)
+            raise InvalidOption(f"{given.shape[0]} rows were given for {count} new tokens", "make query_lens sum to the number of rows")
 
     def _run_layers(
         self,
         hidden: torch.Tensor,
         pool: PagedPool,
-        batch: _Batch,
+        batch: ReferenceBatch | TritonBatch,
         layers: range,
         taps: tuple[int, ...],
         observe: Observer | None,
@@ -382,7 +282,12 @@ class Decoder(nn.Module):
         return stream, taken
 
     def _attend(
-        self, qkv: torch.Tensor, w: _Weights, pages: tuple[torch.Tensor, torch.Tensor], batch: _Batch, deterministic: bool
+        self,
+        qkv: torch.Tensor,
+        w: LayerWeights,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        batch: ReferenceBatch | TritonBatch,
+        deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one layer: qkv [N, (H + 2G) d] -> (output [N, H d], queries before rotation [N, H, d])."""
         config = self.config
@@ -393,16 +298,13 @@ class Decoder(nn.Module):
             q = rms_norm(q, w.qk_norm[0], config.rms_norm_eps)[0]
             k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
         scale = d**-0.5
-        if batch.attention is None:
-            assert batch.page_table is not None and isinstance(batch.slots, torch.Tensor)
+        if isinstance(batch, TritonBatch):
             kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
             rotated = apply_rope(q, batch.cos, batch.sin)
-            attended = paged_attention(
-                rotated, *pages, batch.page_table, batch.query_lens, batch.context_lens, scale, deterministic=deterministic
-            )
+            lens = batch.query_lens, batch.context_lens
+            attended = paged_attention(rotated, *pages, batch.page_table, *lens, scale, deterministic=deterministic)
         else:
-            # the reference path turns queries and keys in one go and reuses the plan: fewer small operations a layer
-            assert batch.wide is not None
+            # queries and keys turn in one go, and the plan is made once for all layers
             both = split[:, : heads + kv_heads] if w.qk_norm is None else torch.cat((q, k), dim=1)
             rotated = rotate(both, *batch.wide)
             store(rotated[:, heads:], batch.slots, pages[0])
@@ -434,7 +336,8 @@ class Decoder(nn.Module):
         config = self.config
         layers = config.num_layers - first_layer
         if y.dim() != 2 or y.shape[1] != layers * config.kv_width:
-            raise InvalidOption(f"KV rows of shape {list(y.shape)} do not fit {layers} layers of {config.kv_width} channels", "check first_layer")
+            what = f"KV rows of shape {list(y.shape)} do not fit {layers} layers of {config.kv_width} channels"
+            raise InvalidOption(what, "check first_layer")
         end = start + y.shape[0]
         sequence.ensure(end)
         kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim).clone()

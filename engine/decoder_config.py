@@ -89,8 +89,8 @@ def _refuse_options(config: Any, architecture: str) -> None:
     if other:
         raise UnsupportedArchitecture(f"{architecture} with layers of type {other[0]!r} is not supported", _REMEDY)
     if getattr(config, "hidden_act", "silu") != "silu":
-        raise UnsupportedArchitecture(f"{architecture} with activation {config.hidden_act!r} is not supported", "supported activation: silu")
+        raise UnsupportedArchitecture(f"{architecture} with activation {config.hidden_act!r} is not supported", "supported: silu")
     if getattr(config, "mlp_bias", False):
-        raise UnsupportedArchitecture(f"{architecture} with biases in the feed-forward layers is not supported", "use a model with mlp_bias false")
+        raise UnsupportedArchitecture(f"{architecture} with feed-forward biases is not supported", "use a model with mlp_bias false")
     if getattr(config, "quantization_config", None):
-        raise UnsupportedArchitecture(f"{architecture} with quantised weights is not supported", "use a float checkpoint, or convert it to bf16 first")
+        raise UnsupportedArchitecture(f"{architecture} with quantised weights is not supported", "use a float checkpoint")

@@ -45,7 +45,8 @@ class RopeConfig:
             raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported", f"supported: {', '.join(SUPPORTED_ROPE)}")
         partial = options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         if partial != 1.0:
-            raise UnsupportedArchitecture(f"partial rotation (partial_rotary_factor {partial}) is not supported", "use a model that rotates all channels")
+            what = f"partial rotation (partial_rotary_factor {partial}) is not supported"
+            raise UnsupportedArchitecture(what, "use a model that rotates all channels")
         theta = float(options.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
         if kind == "default":
             return cls(kind, theta)
@@ -55,7 +56,7 @@ class RopeConfig:
             factor = config.max_position_embeddings / original
         if factor is None:
             raise UnsupportedArchitecture(f"RoPE scaling {kind!r} without its 'factor'", "complete rope_parameters in config.json")
-        common = {"kind": kind, "theta": theta, "factor": float(factor), "original_context": int(original)}
+        common: dict[str, Any] = {"kind": kind, "theta": theta, "factor": float(factor), "original_context": int(original)}
         if kind == "linear":
             return cls(**common)
         if kind == "llama3":

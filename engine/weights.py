@@ -52,6 +52,20 @@ def read_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
+def read_end_tokens(folder: Path) -> tuple[int, ...]:
+    """End-of-text ids of generation_config.json, where chat models name those that config.json leaves out; () without the file."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        ids = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ModelNotFound(f"{path} is not valid JSON", "download or convert the model again") from error
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
 def index_file(path: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file (8 bytes little-endian length, then JSON).
 
@@ -73,7 +87,7 @@ def index_file(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise UnsupportedArchitecture(f"{path.name}: tensor {name!r} is stored as {entry['dtype']}", "use a bf16, f16 or f32 checkpoint")
+            raise UnsupportedArchitecture(f"{path.name} stores {name!r} as {entry['dtype']}", "use a bf16, f16 or f32 checkpoint")
         begin, end = entry["data_offsets"]
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         if 8 + size + end > total or end - begin != math.prod(shape) * dtype.itemsize:
@@ -153,10 +167,12 @@ def load_folder(folder: Path, targets: dict[str, torch.Tensor], ignored: tuple[s
     stored = index_folder(folder)
     missing = [name for name in targets if name not in stored]
     if missing:
-        raise ModelNotFound(f"{folder} lacks {len(missing)} tensors, first {missing[0]!r}", "config.json and weights must come from the same model")
+        what = f"{folder} lacks {len(missing)} tensors, first {missing[0]!r}"
+        raise ModelNotFound(what, "config.json and weights must come from the same model")
     extra = [name for name in stored if name not in targets and not name.endswith(ignored)]
     if extra:
-        raise UnsupportedArchitecture(f"{folder} holds {len(extra)} tensors our decoder has no use for, first {extra[0]!r}", "use a plain checkpoint")
+        what = f"{folder} holds {len(extra)} tensors our decoder has no use for, first {extra[0]!r}"
+        raise UnsupportedArchitecture(what, "use a plain checkpoint")
     for path, names in _by_file(targets, stored):
         with path.open("rb", buffering=0) as file:
             for name in names:

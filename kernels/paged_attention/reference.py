@@ -61,8 +61,8 @@ def plan(
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
-    With `deterministic` every tile is one query token and the keys are always gathered: the shapes and strides of a token's computation then
-    follow from its position alone, so its result is the same bits alone, in a batch, and inside a block.
+    With `deterministic` every tile is one query token and the keys are always gathered: the shapes and strides of a token's
+    computation then follow from its position alone, so its result is the same bits alone, in a batch, and inside a block.
 
     Args:
         page_lists: per request its page numbers, at least ceil(context_len / page_size) of them.
@@ -146,7 +146,6 @@ def paged_attention(
     """
     lens = query_lens.tolist() if isinstance(query_lens, torch.Tensor) else list(query_lens)
     contexts = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
-    batch = plan(
-        page_table.tolist(), lens, contexts, k_pages.shape[1], q.shape[1] // k_pages.shape[2], q.dtype, q.device, deterministic=deterministic
-    )
+    size, groups = k_pages.shape[1:3]
+    batch = plan(page_table.tolist(), lens, contexts, size, q.shape[1] // groups, q.dtype, q.device, deterministic=deterministic)
     return attend(q, k_pages, v_pages, batch, scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -27,5 +29,5 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     Returns:
         [N, *, d] in x's dtype; the arithmetic is float32.
     """
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     return rotate(rows, *widen(cos, sin)).view(x.shape)

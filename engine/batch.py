@@ -1,0 +1,80 @@
+"""What all layers of one forward pass share: angles, slots of the new tokens, and how to find the keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from engine.decoder_config import DecoderConfig
+from engine.pool import KvSequence
+from engine.rope import RopeTable
+from kernels.dispatch import use_triton
+from kernels.paged_attention.reference import Plan, plan
+from kernels.rope.reference import widen
+
+
+class ReferenceBatch(NamedTuple):
+    """For the plain PyTorch path, laid out so that a layer needs few small operations."""
+
+    wide: tuple[torch.Tensor, torch.Tensor]  # angles as `kernels.rope.reference.rotate` wants them
+    slots: torch.Tensor | slice  # [N] int64; a slice where the slots follow one another
+    attention: Plan
+
+
+class TritonBatch(NamedTuple):
+    """For the Triton kernels: tensors on the device."""
+
+    cos: torch.Tensor  # [N, d/2] float32
+    sin: torch.Tensor  # [N, d/2] float32
+    slots: torch.Tensor  # [N] int64
+    page_table: torch.Tensor  # [B, max_pages] int32
+    query_lens: torch.Tensor  # [B] int32
+    context_lens: torch.Tensor  # [B] int32, the new tokens included
+
+
+def prepare(
+    sequences: list[KvSequence], query_lens: list[int], starts: list[int], config: DecoderConfig, rope: RopeTable, *, deterministic: bool
+) -> ReferenceBatch | TritonBatch:
+    """Own the pages of the new tokens and gather what the layers need.
+
+    Args:
+        sequences: one per request, all of one pool.
+        query_lens: new tokens of each request.
+        starts: position of each request's first new token.
+        deterministic: see `Decoder.forward`.
+
+    Raises:
+        PoolExhausted: the pool has too few pages.
+    """
+    pool = sequences[0].pool
+    device, size = pool.kv.device, pool.page_size
+    contexts = [start + count for start, count in zip(starts, query_lens, strict=True)]
+    for sequence, context in zip(sequences, contexts, strict=True):
+        assert sequence.pool is pool, "the sequences of a batch share one pool"
+        sequence.ensure(context)
+    cos, sin = rope.gather(list(zip(starts, contexts, strict=True)))
+    numbers = [
+        sequence.pages[position // size] * size + position % size
+        for sequence, start, context in zip(sequences, starts, contexts, strict=True)
+        for position in range(start, context)
+    ]
+    pages = [sequence.pages for sequence in sequences]
+    if use_triton(pool.kv):
+        width = max(len(own) for own in pages)
+        table = [own + [0] * (width - len(own)) for own in pages]
+        return TritonBatch(
+            cos,
+            sin,
+            torch.tensor(numbers, dtype=torch.int64, device=device),
+            torch.tensor(table, dtype=torch.int32, device=device),
+            torch.tensor(query_lens, dtype=torch.int32, device=device),
+            torch.tensor(contexts, dtype=torch.int32, device=device),
+        )
+    first, last = numbers[0], numbers[-1]
+    slots: torch.Tensor | slice = slice(first, last + 1)
+    if numbers != list(range(first, last + 1)):
+        slots = torch.tensor(numbers, dtype=torch.int64, device=device)
+    group = config.num_heads // config.num_kv_heads
+    attention = plan(pages, query_lens, contexts, size, group, pool.kv.dtype, device, deterministic=deterministic)
+    return ReferenceBatch(widen(cos, sin), slots, attention)
