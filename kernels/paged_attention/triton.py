@@ -37,14 +37,13 @@ def split_bounds(context, split, num_splits, split_keys, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def key_rows(table_row_ptr, start, token, context, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Element offsets of the rows of keys start .. start + BLOCK_N - 1, one page load where a block cannot cross a page."""
+def load_page(table_row_ptr, block, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page numbers of keys block .. block + BLOCK_N - 1: one where a block cannot cross a page, else one a key."""
     if PAGE % BLOCK_N == 0:
-        page = tl.load(table_row_ptr + start // PAGE).to(tl.int64)
-        return page * stride_page + (token % PAGE) * stride_token
+        return tl.load(table_row_ptr + block // PAGE, mask=block < end, other=0).to(tl.int64)
     else:
-        page = tl.load(table_row_ptr + token // PAGE, mask=token < context, other=0).to(tl.int64)
-        return page * stride_page + (token % PAGE) * stride_token
+        token = block + tl.arange(0, BLOCK_N)
+        return tl.load(table_row_ptr + token // PAGE, mask=token < end, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -89,10 +88,13 @@ def _split_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
     head_offset = kv_head.to(tl.int64) * stride_head
+    # A block's page is fetched one turn ahead: an address that waits for a load inside the turn would cost the pipeline half its depth.
+    page = load_page(table_row_ptr, start, end, PAGE, BLOCK_N)
     for block in range(start, end, BLOCK_N):
         token = block + tl.arange(0, BLOCK_N)
         inside = token < end
-        where = key_rows(table_row_ptr, block, token, end, stride_page, stride_token, PAGE, BLOCK_N) + head_offset
+        where = page * stride_page + (token % PAGE) * stride_token + head_offset
+        page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
         k = tl.load(k_ptr + where[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
         seen = token[None, :] < limit[:, None]
