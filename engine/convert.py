@@ -103,6 +103,8 @@ def _hf_config(source: GgufFile) -> dict[str, Any]:
         config["use_sliding_window"] = False
     else:
         config |= {"attention_bias": False, "mlp_bias": False}
+    # the oldest release that reads this form; without it 5.17 takes every folder for an early Mistral and warns of its tokenizer
+    config["transformers_version"] = "5.17.0"
     return {key: item for key, item in config.items() if item is not None}
 
 

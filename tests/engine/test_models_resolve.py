@@ -1,5 +1,6 @@
 """Folders and hub ids, vocabularies, fingerprints, and the package that shares the name `kernels`."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -13,6 +14,7 @@ from transformers.utils import is_kernels_available
 
 from engine.environment import check_kernels_package
 from engine.errors import (
+    DiskFull,
     DownloadFailed,
     ForetoldError,
     KernelsPackageClash,
@@ -85,12 +87,19 @@ def test_a_hub_id_comes_from_the_hub_and_its_failures_are_named(folder, monkeypa
     assert resolve_model("owner/some-model") == folder
     assert asked[0][0] == "owner/some-model" and "*.safetensors" in asked[0][1]["allow_patterns"]
 
-    def unreachable(name, **options):
-        raise LocalEntryNotFoundError("no connection")
+    failures = [
+        (LocalEntryNotFoundError("no connection"), DownloadFailed, "hub cannot be reached"),
+        (OSError("reset by peer"), DownloadFailed, "reset by peer"),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull, "HF_HOME"),
+    ]
+    for failure, named, said in failures:
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(DownloadFailed, match="hub cannot be reached"):
-        resolve_model("owner/some-model")
+        def fail(name, failure=failure, **options):
+            raise failure
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(named, match=said):
+            resolve_model("owner/some-model")
 
 
 def test_an_unknown_pair_lists_the_known_ones():

@@ -69,7 +69,9 @@ def test_logits_differ_from_the_unrounded_model_by_rounding_only(pair, reference
 def test_tokenizer_against_transformers_own_except_for_the_digit_rule_it_lacks(pair, gguf_file):
     ours, theirs = load_tokenizer(pair.target_dir), AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     assert ours.get_vocab() == theirs.get_vocab()
-    assert set(ours.all_special_tokens) == set(theirs.all_special_tokens)
+    # 5.17 does not read the end token
+    assert set(theirs.all_special_tokens) <= set(ours.all_special_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    assert ours.eos_token == "<|im_end|>"
     text = "".join(letter for letter in TEXT if not letter.isdigit()) + "don't <|im_end|> naïve 漢字 🙂"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.tokenize("x\n    16") == ["x", "ĊĠĠĠĠ", "1", "6"]
