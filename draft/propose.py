@@ -58,7 +58,7 @@ def draft_block(
         drawing = [i for i, b in enumerate(rows) if lengths[b] > step]
         if not drawing:
             break
-        logits = decoder.head(_pick(out.hidden, [ends[i] - 1 for i in drawing]))
+        logits = decoder.head(_pick(out.hidden, [ends[i] - 1 for i in drawing]), deterministic=deterministic)
         drafted = [rows[i] for i in drawing]
         drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted])
         draws.append(drawn)

@@ -58,6 +58,9 @@ class CausalDecoder(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
     def weight_bytes(self) -> int: ...
 
     def forward(
@@ -75,7 +78,7 @@ class CausalDecoder(Protocol):
         deterministic: bool = False,
     ) -> Any: ...
 
-    def head(self, hidden: Tensor) -> Tensor: ...
+    def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor: ...
 
 
 class FeatureStore(Protocol):
@@ -85,6 +88,8 @@ class FeatureStore(Protocol):
     def length(self) -> int: ...
 
     def append(self, rows: Tensor) -> None: ...  # rows [n, taps, E]
+
+    def skip(self, count: int) -> None: ...
 
     def truncate(self, length: int) -> None: ...
 
@@ -146,10 +151,12 @@ class Drafter(Protocol):
 
     name: str
     feature_taps: tuple[int, ...]
-    target_taps: tuple[int, ...]
     verify_from: int
     runs_last_draft: bool
     max_positions: int
+
+    @property
+    def target_taps(self) -> tuple[int, ...]: ...
 
     @property
     def weight_bytes(self) -> int:

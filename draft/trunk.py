@@ -60,8 +60,11 @@ class TrunkDrafter:
         self.feature_taps, self._new_buffer = taps, new_buffer if taps else None
 
     def open(self, target_sequence: Any) -> DraftState:
-        """A state over the target's own sequence."""
-        return DraftState(target_sequence, self._new_buffer() if self._new_buffer else None)
+        """A state over the target's own sequence; tokens already in it have no features."""
+        features = self._new_buffer() if self._new_buffer else None
+        if features is not None:
+            features.skip(target_sequence.length)
+        return DraftState(target_sequence, features)
 
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """Write the trunk's layers' KV of tokens that follow each sequence and keep their features.

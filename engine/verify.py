@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions:
     lengths = proposal.lengths
     greedy = [b for b in range(len(lengths)) if sampler.params[b].greedy]
     sampled = [b for b in range(len(lengths)) if not sampler.params[b].greedy]
-    row_starts = [sum(lengths[:b]) + b for b in range(len(lengths))]
-    draft_starts = [sum(lengths[:b]) for b in range(len(lengths))]
+    draft_starts = [0, *accumulate(lengths)][:-1]
+    row_starts = [start + b for b, start in enumerate(draft_starts)]
     runs: list[list[int]] = [[] for _ in lengths]
     drafts = proposal.tokens.tolist()
 

@@ -1,0 +1,165 @@
+"""How many tokens to draft: the length with the most expected tokens per second (goodput), 0 included.
+
+Two parts are kept apart so that equal seeds give equal text: what a step costs is measured once, in a warm-up, and then frozen; how often drafts are
+accepted is counted per request from a fixed prior. No clock is read while text is generated, and no request's counts touch another's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from draft.protocols import CausalDecoder, Drafter
+
+MAX_AUTO_LENGTH = 12
+PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials
+MEMORY = 0.9  # weight of older trials after each speculating step
+HOPEFUL_RATE = 0.95  # a probe is only worth its price if speculation would pay at this acceptance rate
+FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after each probe that changes nothing
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of the forwards of one step, as curves over their number of tokens.
+
+    draft: one drafting pass, ((tokens, seconds), ...) in rising order. verify: the target's forward (from its first layer after a trunk).
+    runs_last_draft: a block of k drafts takes k + 1 drafting passes, and a step without drafts takes one.
+    """
+
+    draft: Curve
+    verify: Curve
+    runs_last_draft: bool = False
+
+    def step_seconds(self, length: int, batch: int) -> float:
+        """Expected seconds of a step in which each of `batch` requests drafts `length` tokens."""
+        passes = length + 1 if self.runs_last_draft else length
+        return passes * _at(self.draft, batch) + _at(self.verify, batch * (length + 1))
+
+    def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
+        """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
+        return max(range(longest + 1), key=lambda k: (expected_tokens(k, rate) / self.step_seconds(k, batch), -k))
+
+
+def expected_tokens(length: int, rate: float) -> float:
+    """Expected tokens a step yields: accepted drafts up to the first rejection and the target's own token, sum of rate^i for i = 0..length."""
+    return sum(rate**i for i in range(length + 1))
+
+
+def _at(curve: Curve, tokens: int) -> float:
+    """Linear interpolation; beyond the last point the last slope goes on."""
+    if len(curve) == 1:
+        return curve[0][1]
+    right = next((i for i, (n, _) in enumerate(curve) if n >= tokens), len(curve) - 1)
+    (n0, s0), (n1, s1) = curve[max(right, 1) - 1], curve[max(right, 1)]
+    return max(s0 + (s1 - s0) * (tokens - n0) / (n1 - n0), min(s0, s1) if tokens < n0 else s0)
+
+
+class LengthController:
+    """Chooses one request's draft length step by step.
+
+    Args:
+        wanted: a fixed length, or "auto".
+        costs: the frozen cost model; only needed for "auto", None then means no speculation.
+    """
+
+    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None) -> None:
+        self.wanted, self.costs = wanted, costs
+        self._hits, self._trials = PRIOR_RATE * PRIOR_TRIALS, PRIOR_TRIALS
+        self._plain_steps, self._probe_after = 0, FIRST_PROBE
+        self._probing = False
+
+    @property
+    def rate(self) -> float:
+        """Estimated probability that a draft is accepted, given that all before it in its block were."""
+        return self._hits / self._trials
+
+    def choose(self, batch: int = 1) -> int:
+        """Draft length of the next step, in a batch of so many decoding requests."""
+        if self.wanted != "auto":
+            return self.wanted
+        if self.costs is None:
+            return 0
+        best = self.costs.best_length(self.rate, batch)
+        self._probing = False
+        if best > 0:
+            self._plain_steps, self._probe_after = 0, FIRST_PROBE
+            return best
+        self._plain_steps += 1
+        if self._plain_steps >= self._probe_after and self.costs.best_length(HOPEFUL_RATE, batch) > 0:
+            self._plain_steps, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
+            self._probing = True
+            return 1
+        return 0
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing."""
+        if proposed:
+            self._hits = self._hits * MEMORY + accepted
+            self._trials = self._trials * MEMORY + accepted + (accepted < proposed)
+
+
+def measure_costs(
+    target: CausalDecoder,
+    drafter: Drafter,
+    draft_decoder: CausalDecoder,
+    new_sequences: tuple[Callable[[], Any], Callable[[], Any]],
+    *,
+    token_counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    budget_s: float = 2.0,
+    deterministic: bool = False,
+) -> CostModel:
+    """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use.
+
+    Each count is run until it was timed twice (once when the budget is spent; at least three counts are timed). Curves never fall.
+    """
+    first, device = drafter.verify_from, target.device
+
+    def verify(sequence: Any, count: int) -> None:
+        tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        hidden = torch.zeros(count, target.config.hidden_size, dtype=target.dtype, device=device) if first else None
+        target.forward(tokens, [sequence], [count], first_layer=first, hidden=hidden, deterministic=deterministic)
+
+    def draft(sequence: Any, count: int) -> None:
+        tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        out = draft_decoder.forward(tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic)
+        draft_decoder.head(out.hidden, deterministic=deterministic)
+
+    curves = []
+    for run, new_sequence, share in ((draft, new_sequences[1], 0.3), (verify, new_sequences[0], 0.7)):
+        sequence = new_sequence()
+        try:
+            curves.append(_curve(run, sequence, token_counts, budget_s * share, device))
+        finally:
+            sequence.free()
+    return CostModel(curves[0], curves[1], drafter.runs_last_draft)
+
+
+def _curve(run: Callable[[Any, int], None], sequence: Any, token_counts: Sequence[int], budget_s: float, device: torch.device) -> Curve:
+    began = time.perf_counter()
+    run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
+    points: list[tuple[int, float]] = []
+    for count in token_counts:
+        spent = time.perf_counter() - began
+        if len(points) >= 3 and spent > budget_s:
+            break
+        best = math.inf
+        for _ in range(2 if spent < budget_s else 1):
+            _synchronize(device)
+            start = time.perf_counter()
+            run(sequence, count)
+            _synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        points.append((count, max(best, points[-1][1] if points else 0.0)))
+    return tuple(points)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

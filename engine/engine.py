@@ -1,0 +1,377 @@
+"""The library's front door: an engine holds the models and the KV pools, and generates text."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draft.drafter import ModelDrafter
+from draft.errors import DraftError
+from draft.length import CostModel, LengthController, measure_costs
+from draft.protocols import Drafter, FeatureStore
+from draft.trunk import TrunkDrafter
+from engine.decoder import Decoder
+from engine.errors import EmptyPrompt, InvalidOption, PromptTooLong
+from engine.metrics import SpeculationMetrics
+from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
+from engine.prompts import Prompt, as_prompts, encode_prompt, end_tokens, special_tokens
+from engine.request import Conversation, GenerationResult, Request, StreamEvent
+from engine.sampling import SamplingParams
+from engine.scheduler import Scheduler
+from engine.stopping import TextStream
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
+POOL_TOKENS_CPU = 1 << 17
+START_TOKENS = 4096  # pages a pool begins with; it doubles on demand
+
+
+class Engine:
+    """Generates with a target, a source of drafts and their KV pools. Not thread-safe: one thread drives an engine.
+
+    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once (`cost_model`), at the first
+    request that needs them; to repeat sampled text in another process, pass that one's `cost_model` as `costs`, or fix `draft_length`.
+
+    Args:
+        target: the model whose distribution is sampled.
+        tokenizer: None allows token ids only.
+        draft: a small model with the target's vocabulary, a number of the target's first layers (trunk), or None for no speculation.
+        pool_tokens: most tokens of KV each pool may hold. Default: 131,072 on a CPU, half the free memory on a GPU; memory is taken on demand.
+        page_size, max_batch, prefill_chunk: see `PagedPool` and `Scheduler`.
+        deterministic: shape-stable kernels: greedy text is then the same with and without speculation, to the bit.
+        costs: frozen costs for the automatic draft length.
+        target_dir, draft_dir: where the models came from, for fingerprints. pair: name of the known pair.
+
+    Raises:
+        InvalidOption: a trunk deeper than the target, or another bad option.
+    """
+
+    def __init__(
+        self,
+        target: Decoder,
+        tokenizer: Any | None = None,
+        *,
+        draft: Decoder | int | None = None,
+        pool_tokens: int | None = None,
+        page_size: int = 64,
+        max_batch: int = 64,
+        prefill_chunk: int = 512,
+        deterministic: bool = False,
+        costs: CostModel | None = None,
+        target_dir: Path | None = None,
+        draft_dir: Path | None = None,
+        pair: str | None = None,
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise InvalidOption(f"{name} cannot be {value}", "give a whole number from 1 on")
+        self.target, self.tokenizer, self.deterministic = target, tokenizer, deterministic
+        self.target_dir, self.draft_dir, self.pair = target_dir, draft_dir, pair
+        self.draft_decoder = draft if isinstance(draft, Decoder) else None
+        tokens = _pool_tokens(target, self.draft_decoder) if pool_tokens is None else pool_tokens
+        if tokens < page_size:
+            raise InvalidOption(f"pool_tokens cannot be {tokens}", f"give at least one page of {page_size} tokens")
+        pages = tokens // page_size
+        start = min(pages, -(-START_TOKENS // page_size))
+        self.pool = target.new_pool(start, page_size, max_pages=pages)
+        self.draft_pool = self.draft_decoder.new_pool(start, page_size, max_pages=pages) if self.draft_decoder else None
+        self.drafter: Drafter | None = None
+        if self.draft_decoder is not None and self.draft_pool is not None:
+            name = draft_dir.name if draft_dir else "model"
+            self.drafter = ModelDrafter(self.draft_decoder, self.draft_pool, name=name, deterministic=deterministic)
+        elif isinstance(draft, int):
+            try:
+                self.drafter = TrunkDrafter(target, draft, deterministic=deterministic)
+            except DraftError as error:
+                raise InvalidOption(error.what, error.remedy) from error
+        self.scheduler = Scheduler(
+            target, self.pool, self.drafter, self.draft_pool, max_batch=max_batch, prefill_chunk=prefill_chunk, deterministic=deterministic
+        )
+        self.cost_model = costs
+        self.eos_token_ids = end_tokens(target.config.eos_token_ids, tokenizer, target_dir)
+        self._special = special_tokens(tokenizer)
+
+    # --- making one -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path,
+        draft: str | Path = "none",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        trunk_layers: int | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Load models. target: folder or hub id; draft: the same, or "trunk" (the target's first layers), or "none".
+
+        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: default a quarter of the target's.
+        options: see the constructor.
+
+        Raises:
+            ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, InvalidOption.
+        """
+        where, kind = _device(device), _dtype(dtype)
+        target_dir = resolve_model(target)
+        speaks_for_itself = str(draft) in ("trunk", "none")
+        if trunk_layers is not None and str(draft) != "trunk":
+            raise InvalidOption(f"trunk_layers={trunk_layers} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
+        draft_dir = None if speaks_for_itself else resolve_model(draft)
+        tokenizer = load_tokenizer(target_dir)
+        if draft_dir is not None:
+            check_vocabularies(tokenizer, load_tokenizer(draft_dir))
+        decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
+        source: Decoder | int | None = None
+        if draft_dir is not None:
+            source = Decoder.from_pretrained(draft_dir, dtype=kind, device=where)
+        elif str(draft) == "trunk":
+            source = max(1, decoder.config.num_layers // 4) if trunk_layers is None else trunk_layers
+        return cls(decoder, tokenizer, draft=source, target_dir=target_dir, draft_dir=draft_dir, **options)
+
+    @classmethod
+    def from_pair(cls, name: str, *, progress: Any | None = None, draft: str | Path | None = None, **options: Any) -> Engine:
+        """Load a known pair, fetched on first use. draft: another draft than the pair's own; options: see `from_pretrained`.
+
+        Raises:
+            UnknownPair, DownloadFailed, HashMismatch, DiskFull, and what `from_pretrained` raises.
+        """
+        paths = resolve_pair(name, progress)
+        return cls.from_pretrained(paths.target_dir, paths.draft if draft is None else draft, pair=name, **options)
+
+    # --- figures --------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models lie."""
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the KV pools."""
+        return self.target.dtype
+
+    @property
+    def context(self) -> int:
+        """Most tokens a request may have, prompt and new ones together."""
+        return self.target.config.max_position_embeddings
+
+    @property
+    def drafter_name(self) -> str:
+        """The source of drafts, for reports."""
+        return self.drafter.name if self.drafter else "none"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: target_bytes and draft_bytes of weights, pool_bytes of both KV pools as they are now."""
+        draft_bytes, draft_pool = (self.drafter.weight_bytes, self.drafter.pool_bytes) if self.drafter else (0, 0)
+        return {"target_bytes": self.target.weight_bytes, "draft_bytes": draft_bytes, "pool_bytes": self.pool.bytes + draft_pool}
+
+    def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
+        """Conversations opened from now on keep the draft's hidden states of committed tokens (for the codec); see `Drafter.keep_features`."""
+        if self.drafter is None:
+            raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
+        try:
+            self.drafter.keep_features(taps, new_buffer)
+        except DraftError as error:
+            raise InvalidOption(error.what, error.remedy) from error
+
+    # --- generating -----------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[GenerationResult]:
+        """Continue prompts (texts, lists of token ids, or lists of chat messages) as one batch of ragged requests; results in order.
+
+        params: one for all (also the same seed for all), or one per prompt.
+
+        Raises:
+            EmptyPrompt, PromptTooLong, InvalidOption, PoolExhausted: before or while generating; nothing stays behind.
+        """
+        given = as_prompts(prompts)
+        if not given:
+            raise EmptyPrompt("there is no prompt", "give at least one")
+        each = [params or SamplingParams()] * len(given) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(given):
+            raise InvalidOption(f"{len(each)} sampling parameters were given for {len(given)} prompts", "give one for all, or one per prompt")
+        ids = [self.encode(prompt) for prompt in given]
+        for tokens in ids:
+            self._check_tokens(tokens)
+        requests: list[Request] = []
+        try:
+            for tokens, own in zip(ids, each, strict=True):
+                requests.append(self._submit(self.open_conversation(), tokens, own, owns_cache=True))
+            return [self._finish(request) for request in requests]
+        except BaseException:
+            for request in requests:
+                self._abandon(request)
+            raise
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result. Closing the iterator ends the request.
+
+        Raises as `generate`, before the first event is asked for.
+        """
+        tokens = self.encode(prompt)
+        self._check_tokens(tokens)
+        return self._events(self._submit(self.open_conversation(), tokens, params or SamplingParams(), owns_cache=True))
+
+    def open_conversation(self) -> Conversation:
+        """An empty conversation. It keeps its pages until `close_conversation`."""
+        sequence = self.pool.new_sequence()
+        return Conversation([], sequence, self.drafter.open(sequence) if self.drafter else None)
+
+    def close_conversation(self, conversation: Conversation) -> None:
+        """Give a conversation's pages back; it must not be used afterwards."""
+        if self.drafter is not None and conversation.draft_state is not None:
+            self.drafter.close([conversation.draft_state])
+        conversation.sequence.free()
+
+    def run(
+        self,
+        conversation: Conversation,
+        new_token_ids: Sequence[int] = (),
+        params: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> GenerationResult:
+        """Append tokens to a conversation and generate; the caches are reused, and kept for the next turn. on_text gets each piece of text.
+
+        Without new tokens the conversation's text goes on. Raises as `generate`; the conversation is then as before.
+        """
+        self._check_tokens([*conversation.token_ids, *new_token_ids])
+        result = None
+        for event in self._events(self._submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False)):
+            result = event.result
+            if on_text is not None and event.text:
+                on_text(event.text)
+        assert result is not None
+        return result
+
+    # --- requests -------------------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise EmptyPrompt("the prompt is empty", "give at least one word, or one token id")
+        if len(tokens) >= self.context:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens, the model's context is {self.context}", "shorten it: at least one token must be left to generate"
+            )
+        wrong = next((t for t in tokens if not 0 <= t < self.target.config.vocab_size), None)
+        if wrong is not None:
+            raise InvalidOption(f"token id {wrong} is outside the vocabulary of {self.target.config.vocab_size}", "use the target's own tokenizer")
+
+    def _submit(self, conversation: Conversation, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
+        """Queue a request; `tokens` were checked."""
+        if params.stop and self.tokenizer is None:
+            raise InvalidOption("stop strings need a tokenizer", "use stop_token_ids, or give the engine a tokenizer")
+        stop_ids = tuple(self._special[s] for s in params.stop if s in self._special)
+        params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stop_ids))
+        if self.drafter is not None and params.draft_length == "auto" and self.cost_model is None:
+            self.cost_model = self._measure_costs(self.drafter)
+        if self.drafter is not None and conversation.draft_state is None:
+            conversation.draft_state = self.drafter.open(conversation.sequence)
+        before = len(conversation.token_ids)
+        conversation.token_ids.extend(tokens)
+        if conversation.sequence.length >= len(conversation.token_ids):
+            # everything is in the cache: the last token runs again, for its logits
+            conversation.sequence.truncate(len(conversation.token_ids) - 1)
+            state = conversation.draft_state
+            if state is not None and state.sequence is conversation.sequence and state.features is not None:
+                state.features.truncate(state.length)
+        request = Request(
+            conversation,
+            params,
+            seed=secrets.randbits(48) if params.seed is None else params.seed,
+            context=self.context,
+            eos_token_ids=self.eos_token_ids,
+            stream=TextStream(self._decode, conversation.token_ids[-TEXT_CONTEXT:], params.stop),
+            controller=LengthController(params.draft_length, self.cost_model),
+            metrics=SpeculationMetrics(self.drafter_name),
+            owns_cache=owns_cache,
+        )
+        try:
+            self.scheduler.submit(request)
+        except BaseException:
+            del conversation.token_ids[before:]
+            if owns_cache:
+                self.close_conversation(conversation)
+            raise
+        return request
+
+    def _events(self, request: Request) -> Iterator[StreamEvent]:
+        seen = request.prompt_tokens
+        try:
+            while request.finish_reason is None:
+                self._step(request)
+                if request.finish_reason is None and len(request.token_ids) > seen:
+                    new, seen = request.token_ids[seen:], len(request.token_ids)
+                    yield StreamEvent(request.stream.take(), new)
+            result = request.result(self.memory())
+            yield StreamEvent(request.stream.take(), request.token_ids[seen:], request.finish_reason, result)
+        finally:
+            self._abandon(request)
+
+    def _finish(self, request: Request) -> GenerationResult:
+        while request.finish_reason is None:
+            self._step(request)
+        return request.result(self.memory())
+
+    def _step(self, request: Request) -> None:
+        self.scheduler.step()
+        if request.error is not None:
+            raise request.error
+
+    def _abandon(self, request: Request) -> None:
+        if request.finish_reason is None and request.error is None:
+            self.scheduler.cancel(request)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None or not ids:
+            return ""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _measure_costs(self, drafter: Drafter) -> CostModel:
+        """The warm-up of the automatic draft length: a few timed forwards on scratch sequences."""
+        room = min(self.context, drafter.max_positions, self.pool.num_free_pages * self.pool.page_size)
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= room]
+        draft_decoder = self.draft_decoder or self.target
+        new_sequences = (self.pool.new_sequence, (self.draft_pool or self.pool).new_sequence)
+        return measure_costs(self.target, drafter, draft_decoder, new_sequences, token_counts=counts, deterministic=self.deterministic)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidOption(f"unknown device {name!r}", "use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"device {name!r} is not supported", "use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption("there is no usable CUDA device", "use --device cpu, or install a CUDA build of torch")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name != "auto" and name not in DTYPES:
+        raise InvalidOption(f"unknown dtype {name!r}", f"use auto, {' or '.join(DTYPES)}")
+    return DTYPES.get(name, torch.bfloat16)
+
+
+def _pool_tokens(target: Decoder, draft: Decoder | None) -> int:
+    """Default size of the pools, in tokens."""
+    if target.device.type != "cuda":
+        return POOL_TOKENS_CPU
+    per_token = sum(
+        model.config.num_layers * model.config.kv_width * torch.finfo(model.dtype).bits // 8 for model in (target, draft) if model is not None
+    )
+    return max(START_TOKENS, torch.cuda.mem_get_info(target.device)[0] // 2 // per_token)

@@ -1,0 +1,68 @@
+"""Counters of one request's speculation, and their JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SpeculationMetrics:
+    """What speculation did for one request; only what lies in the request's final text is counted.
+
+    steps: target forwards after the prompt. new_tokens: tokens those gave. proposed, accepted: drafts. proposed_at[i], accepted_at[i]: steps that
+    proposed an (i+1)-th draft, and that kept it. draft_s, verify_s: host seconds of the request's steps spent proposing and verifying (a batch's
+    time counts for each of its requests; on a GPU launches return early, so the two shift, their sum does not).
+    """
+
+    drafter: str = "none"
+    steps: int = 0
+    new_tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    proposed_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    def observe(self, proposed: int, accepted: int, new_tokens: int) -> None:
+        """Count one step of a request."""
+        self.steps += 1
+        self.new_tokens += new_tokens
+        self.proposed += proposed
+        self.accepted += accepted
+        missing = proposed - len(self.proposed_at)
+        self.proposed_at += [0] * missing
+        self.accepted_at += [0] * missing
+        for i in range(proposed):
+            self.proposed_at[i] += 1
+            self.accepted_at[i] += i < accepted
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of proposed drafts that were kept; 0 when none were proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens per target forward; 0 before the first."""
+        return self.new_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def accepted_by_position(self) -> list[float]:
+        """For each draft position, the share of steps proposing it that kept it (so all before it were kept too)."""
+        return [kept / tried for kept, tried in zip(self.accepted_at, self.proposed_at, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `speculation` object of the command line's JSON."""
+        return {
+            "drafter": self.drafter,
+            "steps": self.steps,
+            "proposed": self.proposed,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_step": self.tokens_per_step,
+            "accepted_by_position": self.accepted_by_position,
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+        }

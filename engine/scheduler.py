@@ -1,0 +1,140 @@
+"""Continuous batching of ragged requests: admit when the pools have room, run prompts in chunks, decode, finish, free."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from draft.length import MAX_AUTO_LENGTH
+from draft.protocols import CausalDecoder, Drafter
+from engine.errors import PoolExhausted
+from engine.pool import KvSequence, PagedPool
+from engine.request import Request
+from engine.step import decode_step, prefill_step
+
+
+@dataclass
+class Scheduler:
+    """Runs requests in order of arrival; one `step` serves every running request.
+
+    A request is admitted when its longest possible length fits beside those of the running ones, in the target's pool and the draft's: a running
+    request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so that a long prompt does
+    not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs. prefill_tokens: most prompt tokens per step.
+    """
+
+    target: CausalDecoder
+    pool: PagedPool
+    drafter: Drafter | None = None
+    draft_pool: PagedPool | None = None
+    max_batch: int = 64
+    prefill_chunk: int = 512
+    prefill_tokens: int = 2048
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def idle(self) -> bool:
+        """True when no request is left."""
+        return not self.waiting and not self.running
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises PoolExhausted when it could not even run alone in an otherwise empty pool."""
+        for pool, sequence in self._demands(request):
+            wanted = self._pages(request, pool)
+            if wanted > pool.max_pages:
+                raise PoolExhausted(
+                    f"the request may grow to {wanted} pages of {pool.page_size} tokens, the KV pool has {pool.max_pages}",
+                    "lower max_new_tokens, shorten the prompt, or give the engine a larger pool_tokens",
+                )
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Drop a request that has not finished; what it has committed so far stays consistent in its conversation."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+        self._release(request)
+
+    def step(self) -> list[Request]:
+        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others; returns the requests that finished.
+
+        A request that does not fit beside the open conversations although nothing runs is among them, with `error` set.
+        """
+        refused = self._admit()
+        prefilling = [r for r in self.running if r.num_new == 0]
+        decoding = [r for r in self.running if r.num_new > 0]
+        chosen: list[Request] = []
+        chunks: list[int] = []
+        for request in prefilling:
+            chunk = min(self.prefill_chunk, len(request.token_ids) - request.sequence.length)
+            if chunks and sum(chunks) + chunk > self.prefill_tokens:
+                break
+            chosen.append(request)
+            chunks.append(chunk)
+        if chosen:
+            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self.deterministic)
+        if decoding:
+            decode_step(decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic)
+        finished = [r for r in self.running if r.finish_reason is not None]
+        self.running = [r for r in self.running if r.finish_reason is None]
+        for request in finished:
+            self._release(request)
+        return refused + finished
+
+    def _admit(self) -> list[Request]:
+        refused = []
+        while self.waiting and len(self.running) < self.max_batch:
+            if self._fits(self.waiting[0]):
+                self.running.append(self.waiting.popleft())
+            elif self.running:
+                break
+            else:
+                request = self.waiting.popleft()
+                request.error = PoolExhausted(
+                    f"a request for up to {self._longest(request)} tokens does not fit beside the open conversations' caches",
+                    "close conversations, lower max_new_tokens, or give the engine a larger pool_tokens",
+                )
+                self._release(request)
+                refused.append(request)
+        return refused
+
+    def _fits(self, request: Request) -> bool:
+        for pool, sequence in self._demands(request):
+            promised = sum(self._missing(r, pool) for r in self.running)
+            if self._pages(request, pool) - len(sequence.pages) > pool.num_free_pages - promised:
+                return False
+        return True
+
+    def _missing(self, request: Request, pool: PagedPool) -> int:
+        """Pages a running request may still take from a pool."""
+        return sum(max(0, self._pages(request, p) - len(s.pages)) for p, s in self._demands(request) if p is pool)
+
+    def _demands(self, request: Request) -> list[tuple[PagedPool, KvSequence]]:
+        demands = [(self.pool, request.sequence)]
+        if self.draft_pool is not None and request.draft_state is not None and request.params.draft_length != 0:
+            demands.append((self.draft_pool, request.draft_state.sequence))
+        return demands
+
+    def _pages(self, request: Request, pool: PagedPool) -> int:
+        return -(-self._longest(request) // pool.page_size)
+
+    def _longest(self, request: Request) -> int:
+        """Most tokens the request may have in a cache at once, drafts of its last step included."""
+        drafts = MAX_AUTO_LENGTH if request.params.draft_length == "auto" else request.params.draft_length
+        return min(request.context, request.prompt_tokens + request.params.max_new_tokens + (drafts if self.drafter else 0))
+
+    def _release(self, request: Request) -> None:
+        conversation = request.conversation
+        if request.owns_cache:
+            if self.drafter is not None and conversation.draft_state is not None:
+                self.drafter.close([conversation.draft_state])
+            conversation.sequence.free()
+        else:
+            # pages written by rejected drafts hold nothing
+            conversation.sequence.truncate(conversation.sequence.length)
+            if self.draft_pool is not None and conversation.draft_state is not None:
+                conversation.draft_state.sequence.truncate(conversation.draft_state.length)

@@ -1,0 +1,134 @@
+"""One step of the engine: run prompt chunks, or draft -> verify -> commit, for a ragged batch of requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
+from engine.request import Request
+from engine.sampling import BatchSampler
+from engine.verify import verify
+from kernels.accept import LANE_SAMPLE
+
+
+def prefill_step(
+    requests: Sequence[Request], chunks: Sequence[int], target: CausalDecoder, drafter: Drafter | None, *, deterministic: bool = False
+) -> None:
+    """Run the next chunks[b] tokens of each request's prompt; a request whose prompt ends here gains its first token.
+
+    A separate draft does not run the prompt here: it catches up when it is first asked, after the first token is out.
+    """
+    pieces = [r.token_ids[r.sequence.length : r.sequence.length + n] for r, n in zip(requests, chunks, strict=True)]
+    taps = drafter.target_taps if drafter else ()
+    out = target.forward(
+        torch.tensor([t for piece in pieces for t in piece], dtype=torch.int64, device=target.device),
+        [r.sequence for r in requests], list(chunks), taps=taps, logits="last", deterministic=deterministic,
+    )  # fmt: skip
+    if drafter and taps:
+        drafter.observe_target([_state(r) for r in requests], chunks, out.taps)
+    for request, count in zip(requests, chunks, strict=True):
+        request.sequence.advance(count)
+    done = [b for b, r in enumerate(requests) if r.sequence.length == len(r.token_ids)]
+    if done:
+        sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+        logits = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
+        tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], LANE_SAMPLE)
+        for b, token in zip(done, tokens.tolist(), strict=True):
+            requests[b].add_run([token])
+
+
+def decode_step(
+    requests: Sequence[Request], target: CausalDecoder, drafter: Drafter | None, *, catch_up: int, deterministic: bool = False
+) -> None:
+    """Give every request at least one token: propose, verify in one target forward, commit.
+
+    Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random numbers need no
+    cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one step; a request still behind then
+    decodes without drafts. Failure leaves every request as it was: lengths only move at the end.
+    """
+    began = time.perf_counter()
+    positions = [len(r.token_ids) for r in requests]
+    lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
+    if drafter and not drafter.verify_from:
+        _catch_up(requests, lengths, drafter, catch_up)
+    sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+    if drafter and (any(lengths) or drafter.verify_from):
+        states = [_state(r) for r in requests]
+        proposal = drafter.propose(states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler)
+    else:
+        proposal = _no_proposal(len(requests), target.device)
+    proposed_at = time.perf_counter()
+
+    tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
+    first = drafter.verify_from if drafter else 0
+    out = target.forward(
+        tokens, [r.sequence for r in requests], [k + 1 for k in lengths], first_layer=first, hidden=proposal.hidden, deterministic=deterministic
+    )  # fmt: skip
+    runs = verify(out.logits, proposal, sampler, positions)
+
+    kept = [request.add_run(run) for request, run in zip(requests, runs, strict=True)]
+    for request, count in zip(requests, kept, strict=True):
+        request.sequence.advance(count)
+    if drafter and any(proposal.num_run):
+        drafter.commit([_state(r) for r in requests], proposal, kept)
+    ended = time.perf_counter()
+    for request, run, count, length in zip(requests, runs, kept, lengths, strict=True):
+        cut = count < len(run)
+        proposed, accepted = (count, count) if cut else (length, len(run) - 1)
+        request.metrics.observe(proposed, accepted, count)
+        request.metrics.draft_s += proposed_at - began
+        request.metrics.verify_s += ended - proposed_at
+        request.controller.observe(proposed, accepted)
+
+
+def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
+    """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
+    if drafter is None:
+        return 0
+    # A given seed promises the same text in any batch, so its lengths may not depend on the batch. Greedy text does not depend on lengths at all.
+    free = request.params.greedy or request.params.seed is None
+    length = request.controller.choose(batch if free else 1)
+    room = min(request.context, drafter.max_positions) - len(request.token_ids)
+    if request.params.greedy:
+        room = min(room, request.remaining - 1)  # sampled text would change with the limit: there the surplus is drawn and dropped
+    return max(0, min(length, room))
+
+
+def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:
+    """Let drafts that lie more than `limit` tokens behind run one chunk, and those still behind skip this step (sets their length to 0)."""
+    behind = [b for b, r in enumerate(requests) if lengths[b] and len(r.token_ids) - _state(r).length > limit]
+    if behind:
+        states = [_state(requests[b]) for b in behind]
+        pieces = [requests[b].token_ids[s.length : s.length + limit] for b, s in zip(behind, states, strict=True)]
+        drafter.prefill(states, pieces)
+        for b, state in zip(behind, states, strict=True):
+            if len(requests[b].token_ids) - state.length > limit:
+                lengths[b] = 0
+
+
+def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
+    """Each request's last token followed by its drafts, flattened: [K + B] int64."""
+    device = proposal.tokens.device
+    pending = torch.tensor(last, dtype=torch.int64, device=device)
+    if not proposal.tokens.numel():
+        return pending
+    if len(last) == 1:
+        return torch.cat([pending, proposal.tokens])
+    order, drafted = [], 0
+    for b, length in enumerate(proposal.lengths):
+        order += [b, *range(len(last) + drafted, len(last) + drafted + length)]
+        drafted += length
+    return torch.cat([pending, proposal.tokens])[torch.tensor(order, device=device)]
+
+
+def _no_proposal(batch: int, device: torch.device) -> Proposal:
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return Proposal(empty, [0] * batch, [], None, [0] * batch, [0] * batch, [None] * batch)
+
+
+def _state(request: Request) -> DraftState:
+    assert request.draft_state is not None, "a request under a drafter has a draft state"
+    return request.draft_state
