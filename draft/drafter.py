@@ -44,7 +44,10 @@ class ModelDrafter:
         return self.pool.bytes
 
     def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
-        """States opened from now on keep the draft's hidden states after `taps` layers. Raises FeatureTapError for a layer it does not have."""
+        """States opened from now on keep the draft's hidden states after `taps` layers.
+
+        Raises FeatureTapError for a layer it does not have.
+        """
         check_taps(taps, self.decoder.config.num_layers, self.name)
         self.feature_taps, self._new_buffer = taps, new_buffer if taps else None
 
@@ -57,8 +60,8 @@ class ModelDrafter:
         query_lens = [len(t) for t in tokens]
         flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
         out = self.decoder.forward(
-            flat.clamp_max(self.decoder.config.vocab_size - 1), [s.sequence for s in states], query_lens, taps=self.feature_taps, logits="none",
-            deterministic=self.deterministic,
+            flat.clamp_max(self.decoder.config.vocab_size - 1), [s.sequence for s in states], query_lens, taps=self.feature_taps,
+            logits="none", deterministic=self.deterministic,
         )  # fmt: skip
         append_features(states, query_lens, out.taps, self.feature_taps)
         for state, count in zip(states, query_lens, strict=True):

@@ -1,7 +1,8 @@
 """How many tokens to draft: the length with the most expected tokens per second (goodput), 0 included.
 
-Two parts are kept apart so that equal seeds give equal text: what a step costs is measured once, in a warm-up, and then frozen; how often drafts are
-accepted is counted per request from a fixed prior. No clock is read while text is generated, and no request's counts touch another's.
+Two parts are kept apart so that equal seeds give equal text: what a step costs is measured once, in a warm-up, and then frozen; how
+often drafts are accepted is counted per request from a fixed prior. No clock is read while text is generated, and no request's counts
+touch another's.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class CostModel:
 
 
 def expected_tokens(length: int, rate: float) -> float:
-    """Expected tokens a step yields: accepted drafts up to the first rejection and the target's own token, sum of rate^i for i = 0..length."""
+    """Tokens a step yields: accepted drafts up to the first rejection and the target's own, the sum of rate^i for i from 0 to length."""
     return sum(rate**i for i in range(length + 1))
 
 

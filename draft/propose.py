@@ -25,9 +25,9 @@ def draft_block(
 ) -> Proposal:
     """Run pending[b] and then draft lengths[b] tokens for every request, feeding each draft back.
 
-    decoder runs layers [0, last_layer) and its own head. Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk), where every
-    request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do not move.
-    Drafts are drawn at sequence positions length + len(pending) + i by `sampler`, and never read back to the host here.
+    decoder runs layers [0, last_layer) and its own head. Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
+    where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
+    not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`, and never read back to the host here.
     """
     batch, device = len(sequences), decoder.device
     vocab_size = decoder.config.vocab_size
@@ -79,7 +79,9 @@ def draft_block(
         stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
         features = [_pick(stacked, run_at[b]) for b in range(batch)]
     return Proposal(
-        tokens=_pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]]) if draws else torch.empty(0, dtype=torch.int64, device=device),
+        tokens=_pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
+        if draws
+        else torch.empty(0, dtype=torch.int64, device=device),
         lengths=list(lengths),
         probs=[q for b in range(batch) for q in probs[b]],
         hidden=_pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,

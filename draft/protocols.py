@@ -82,7 +82,7 @@ class CausalDecoder(Protocol):
 
 
 class FeatureStore(Protocol):
-    """Per-request store of the draft's hidden states, one row per committed token: the part of `draft.features.FeatureBuffer` used while decoding."""
+    """The part of `draft.features.FeatureBuffer` used while decoding: the draft's hidden states, one row per committed token."""
 
     @property
     def length(self) -> int: ...
@@ -109,8 +109,9 @@ class DraftSampler(Protocol):
 class DraftState:
     """What a drafter keeps per request.
 
-    sequence: the draft's own KV (for a trunk: the target's sequence itself). features: its hidden states of committed tokens, or None when nobody
-    asked for them. Invariant: features.length == sequence.length whenever features are kept and the state was never filled from outside.
+    sequence: the draft's own KV (for a trunk: the target's sequence itself). features: its hidden states of committed tokens, or None
+    when nobody asked for them. Invariant: features.length == sequence.length whenever features are kept and the state was never filled
+    from outside.
     """
 
     sequence: Any
@@ -126,10 +127,10 @@ class DraftState:
 class Proposal:
     """A batch's drafted tokens, and what the drafter must remember until they are committed.
 
-    tokens [K] int64: all drafts, requests in order. lengths: drafts per request. probs: per draft the distribution [V] float32 it was drawn from
-    (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers, from which the target
-    goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending ones, then drafts).
-    features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
+    tokens [K] int64: all drafts, requests in order. lengths: drafts per request. probs: per draft the distribution [V] float32 it was
+    drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers,
+    from which the target goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending
+    ones, then drafts). features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
     """
 
     tokens: Tensor
@@ -144,9 +145,9 @@ class Proposal:
 class Drafter(Protocol):
     """A source of proposals.
 
-    name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to `observe_target`.
-    verify_from: first layer the target still has to run on a proposal (0 unless the drafter is its trunk). runs_last_draft: whether a block of k
-    drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
+    name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to
+    `observe_target`. verify_from: first layer the target still has to run on a proposal (0 unless the drafter is its trunk).
+    runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
     """
 
     name: str

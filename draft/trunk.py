@@ -15,10 +15,12 @@ from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStor
 
 
 class TrunkDrafter:
-    """Drafts with the target's first `num_layers` layers under the target's own final norm and head (untrained: it is exact, and accepts little).
+    """Drafts with the target's first `num_layers` layers under the target's own final norm and head.
 
-    Its KV is the target's, in the target's sequence. Every block runs the first layers once for the pending token and each draft; the target's
-    verification then starts at layer `num_layers` from the hidden states in the proposal, so no layer runs twice for a token.
+    Untrained, it is exact and accepts little.
+
+    Its KV is the target's, in the target's sequence. Every block runs the first layers once for the pending token and each draft; the
+    target's verification then starts at layer `num_layers` from the hidden states in the proposal, so no layer runs twice for a token.
 
     Args:
         decoder: the target.
@@ -69,8 +71,9 @@ class TrunkDrafter:
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """Write the trunk's layers' KV of tokens that follow each sequence and keep their features.
 
-        The sequences do not move: the other layers' KV of these tokens is still to be written, by whoever restores a session, who then advances.
-        A run that takes several calls therefore passes features.length tokens behind it: positions start at features.length when features are kept.
+        The sequences do not move: the other layers' KV of these tokens is still to be written, by whoever restores a session, who then
+        advances. A run that takes several calls therefore passes features.length tokens behind it: positions start at features.length
+        when features are kept.
         """
         query_lens = [len(t) for t in tokens]
         flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,28 @@ from engine.decoder import Decoder
 from engine.errors import EmptyPrompt, InvalidOption, PromptTooLong
 from engine.metrics import SpeculationMetrics
 from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
+from engine.placement import START_TOKENS, default_pool_tokens, device_named, dtype_named
 from engine.prompts import Prompt, as_prompts, encode_prompt, end_tokens, special_tokens
 from engine.request import Conversation, GenerationResult, Request, StreamEvent
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.stopping import TextStream
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
-POOL_TOKENS_CPU = 1 << 17
-START_TOKENS = 4096  # pages a pool begins with; it doubles on demand
 
 
 class Engine:
     """Generates with a target, a source of drafts and their KV pools. Not thread-safe: one thread drives an engine.
 
-    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once (`cost_model`), at the first
-    request that needs them; to repeat sampled text in another process, pass that one's `cost_model` as `costs`, or fix `draft_length`.
+    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once (`cost_model`),
+    at the first request that needs them; to repeat sampled text in another process, pass that one's `cost_model` as `costs`, or fix
+    `draft_length`.
 
     Args:
         target: the model whose distribution is sampled.
         tokenizer: None allows token ids only.
         draft: a small model with the target's vocabulary, a number of the target's first layers (trunk), or None for no speculation.
-        pool_tokens: most tokens of KV each pool may hold. Default: 131,072 on a CPU, half the free memory on a GPU; memory is taken on demand.
+        pool_tokens: most tokens of KV each pool may hold; memory is taken on demand. Default: 131,072 on a CPU, half the free memory of a GPU.
         page_size, max_batch, prefill_chunk: see `PagedPool` and `Scheduler`.
         deterministic: shape-stable kernels: greedy text is then the same with and without speculation, to the bit.
         costs: frozen costs for the automatic draft length.
@@ -73,7 +73,7 @@ class Engine:
         self.target, self.tokenizer, self.deterministic = target, tokenizer, deterministic
         self.target_dir, self.draft_dir, self.pair = target_dir, draft_dir, pair
         self.draft_decoder = draft if isinstance(draft, Decoder) else None
-        tokens = _pool_tokens(target, self.draft_decoder) if pool_tokens is None else pool_tokens
+        tokens = default_pool_tokens(target, self.draft_decoder) if pool_tokens is None else pool_tokens
         if tokens < page_size:
             raise InvalidOption(f"pool_tokens cannot be {tokens}", f"give at least one page of {page_size} tokens")
         pages = tokens // page_size
@@ -111,17 +111,19 @@ class Engine:
     ) -> Engine:
         """Load models. target: folder or hub id; draft: the same, or "trunk" (the target's first layers), or "none".
 
-        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: default a quarter of the target's.
-        options: see the constructor.
+        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: default a quarter of the
+        target's. options: see the constructor.
 
         Raises:
             ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, InvalidOption.
         """
-        where, kind = _device(device), _dtype(dtype)
+        where, kind = device_named(device), dtype_named(dtype)
         target_dir = resolve_model(target)
         speaks_for_itself = str(draft) in ("trunk", "none")
         if trunk_layers is not None and str(draft) != "trunk":
-            raise InvalidOption(f"trunk_layers={trunk_layers} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
+            raise InvalidOption(
+                f"trunk_layers={trunk_layers} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out'
+            )
         draft_dir = None if speaks_for_itself else resolve_model(draft)
         tokenizer = load_tokenizer(target_dir)
         if draft_dir is not None:
@@ -172,7 +174,11 @@ class Engine:
         return {"target_bytes": self.target.weight_bytes, "draft_bytes": draft_bytes, "pool_bytes": self.pool.bytes + draft_pool}
 
     def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
-        """Conversations opened from now on keep the draft's hidden states of committed tokens (for the codec); see `Drafter.keep_features`."""
+        """Conversations opened from now on keep the draft's hidden states of committed tokens, for the codec.
+
+        Raises:
+            InvalidOption: the engine has no draft, or its draft no such layer. See `Drafter.keep_features`.
+        """
         if self.drafter is None:
             raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
         try:
@@ -201,7 +207,9 @@ class Engine:
             raise EmptyPrompt("there is no prompt", "give at least one")
         each = [params or SamplingParams()] * len(given) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(given):
-            raise InvalidOption(f"{len(each)} sampling parameters were given for {len(given)} prompts", "give one for all, or one per prompt")
+            raise InvalidOption(
+                f"{len(each)} sampling parameters were given for {len(given)} prompts", "give one for all, or one per prompt"
+            )
         ids = [self.encode(prompt) for prompt in given]
         for tokens in ids:
             self._check_tokens(tokens)
@@ -216,13 +224,17 @@ class Engine:
             raise
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result. Closing the iterator ends the request.
+        """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result.
 
-        Raises as `generate`, before the first event is asked for.
+        Closing the iterator ends the request. Raises as `generate`; a bad prompt is refused here, before the first event is asked for.
         """
         tokens = self.encode(prompt)
         self._check_tokens(tokens)
-        return self._events(self._submit(self.open_conversation(), tokens, params or SamplingParams(), owns_cache=True))
+
+        def events() -> Iterator[StreamEvent]:
+            yield from self._events(self._submit(self.open_conversation(), tokens, params or SamplingParams(), owns_cache=True))
+
+        return events()
 
     def open_conversation(self) -> Conversation:
         """An empty conversation. It keeps its pages until `close_conversation`."""
@@ -248,10 +260,12 @@ class Engine:
         """
         self._check_tokens([*conversation.token_ids, *new_token_ids])
         result = None
-        for event in self._events(self._submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False)):
-            result = event.result
-            if on_text is not None and event.text:
-                on_text(event.text)
+        events = self._events(self._submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
+        with closing(events):  # a failing on_text must end the request at once
+            for event in events:
+                result = event.result
+                if on_text is not None and event.text:
+                    on_text(event.text)
         assert result is not None
         return result
 
@@ -262,11 +276,14 @@ class Engine:
             raise EmptyPrompt("the prompt is empty", "give at least one word, or one token id")
         if len(tokens) >= self.context:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens, the model's context is {self.context}", "shorten it: at least one token must be left to generate"
+                f"the prompt has {len(tokens)} tokens, the model's context is {self.context}",
+                "shorten it: at least one token must be left to generate",
             )
         wrong = next((t for t in tokens if not 0 <= t < self.target.config.vocab_size), None)
         if wrong is not None:
-            raise InvalidOption(f"token id {wrong} is outside the vocabulary of {self.target.config.vocab_size}", "use the target's own tokenizer")
+            raise InvalidOption(
+                f"token id {wrong} is outside the vocabulary of {self.target.config.vocab_size}", "use the target's own tokenizer"
+            )
 
     def _submit(self, conversation: Conversation, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
         """Queue a request; `tokens` were checked."""
@@ -306,7 +323,7 @@ class Engine:
             raise
         return request
 
-    def _events(self, request: Request) -> Iterator[StreamEvent]:
+    def _events(self, request: Request) -> Generator[StreamEvent, None, None]:
         seen = request.prompt_tokens
         try:
             while request.finish_reason is None:
@@ -345,33 +362,3 @@ class Engine:
         draft_decoder = self.draft_decoder or self.target
         new_sequences = (self.pool.new_sequence, (self.draft_pool or self.pool).new_sequence)
         return measure_costs(self.target, drafter, draft_decoder, new_sequences, token_counts=counts, deterministic=self.deterministic)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidOption(f"unknown device {name!r}", "use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidOption(f"device {name!r} is not supported", "use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOption("there is no usable CUDA device", "use --device cpu, or install a CUDA build of torch")
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name != "auto" and name not in DTYPES:
-        raise InvalidOption(f"unknown dtype {name!r}", f"use auto, {' or '.join(DTYPES)}")
-    return DTYPES.get(name, torch.bfloat16)
-
-
-def _pool_tokens(target: Decoder, draft: Decoder | None) -> int:
-    """Default size of the pools, in tokens."""
-    if target.device.type != "cuda":
-        return POOL_TOKENS_CPU
-    per_token = sum(
-        model.config.num_layers * model.config.kv_width * torch.finfo(model.dtype).bits // 8 for model in (target, draft) if model is not None
-    )
-    return max(START_TOKENS, torch.cuda.mem_get_info(target.device)[0] // 2 // per_token)

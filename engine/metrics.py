@@ -10,9 +10,9 @@ from typing import Any
 class SpeculationMetrics:
     """What speculation did for one request; only what lies in the request's final text is counted.
 
-    steps: target forwards after the prompt. new_tokens: tokens those gave. proposed, accepted: drafts. proposed_at[i], accepted_at[i]: steps that
-    proposed an (i+1)-th draft, and that kept it. draft_s, verify_s: host seconds of the request's steps spent proposing and verifying (a batch's
-    time counts for each of its requests; on a GPU launches return early, so the two shift, their sum does not).
+    steps: target forwards after the prompt. new_tokens: tokens those gave. proposed, accepted: drafts. proposed_at[i], accepted_at[i]:
+    steps that proposed an (i+1)-th draft, and that kept it. draft_s, verify_s: host seconds of the request's steps spent proposing and
+    verifying (a batch's time counts for each of its requests; on a GPU launches return early, so the two shift, their sum does not).
     """
 
     drafter: str = "none"

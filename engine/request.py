@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from draft.length import LengthController
@@ -22,9 +22,9 @@ FinishReason = Literal["stop", "length", "eos"]
 class Conversation:
     """Tokens and caches that outlive a request; may also be filled from outside (a session file).
 
-    Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV of a prefix of
-    token_ids. After a generated run `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens beyond a cache are run when
-    the conversation goes on.
+    Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV
+    of a prefix of token_ids. After a generated run `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens
+    beyond a cache are run when the conversation goes on.
     """
 
     token_ids: list[int]
@@ -36,10 +36,11 @@ class Conversation:
 class GenerationResult:
     """What a request returns.
 
-    text: up to the stop string or end token, exclusive. token_ids: the new tokens; the last one is the stop or end token, or the one that completed the
-    stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length". prompt_tokens: tokens before the new ones;
-    reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission to the first token. decode_s: from there to the last;
-    tokens_per_s: the tokens after the first, over decode_s (0 for a single token). memory: target_bytes, draft_bytes, pool_bytes.
+    text: up to the stop string or end token, exclusive. token_ids: the new tokens; the last one is the stop or end token, or the one
+    that completed the stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length".
+    prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
+    to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
+    memory: target_bytes, draft_bytes, pool_bytes.
     """
 
     text: str
@@ -57,8 +58,8 @@ class GenerationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result's part of the command line's JSON."""
-        names = "text finish_reason prompt_tokens reused_tokens new_tokens ttft_s decode_s tokens_per_s seed memory".split()
-        return {name: getattr(self, name) for name in names} | {"speculation": self.speculation.as_dict()}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("token_ids", "speculation")}
+        return plain | {"speculation": self.speculation.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class StreamEvent:
 class Request:
     """One generation. token_ids (prompt, then generated) is the conversation's own list, so both always agree.
 
-    context: tokens the model can hold. eos_token_ids: what ends the text unless ignored. owns_cache: free the caches at the end (no conversation goes on).
+    context: tokens the model can hold. eos_token_ids: what ends the text unless ignored. owns_cache: free the caches at the end (no
+    conversation goes on).
     """
 
     conversation: Conversation

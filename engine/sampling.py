@@ -25,12 +25,13 @@ MAX_DRAFT_LENGTH = 64
 class SamplingParams:
     """How one request is continued.
 
-    max_new_tokens: at most this many tokens. temperature: 0 is greedy. top_k: keep the k most probable tokens, 0 keeps all (ties with the k-th stay).
-    top_p: keep the smallest set of most probable tokens holding this mass, 1 keeps all. min_p: drop tokens less probable than min_p times the most
-    probable one. The filters apply in this order, after the temperature. seed: of the counter-based random numbers; None takes a fresh one, and lets
-    the automatic draft length look at the load of the whole batch (a given seed promises the same text in any batch). stop: strings that end the text
-    (left out of it). stop_token_ids: tokens that end it (kept in the ids, not in the text). ignore_eos: go on after an end-of-sequence token.
-    draft_length: tokens drafted a step, 0 for no speculation, "auto" for the length with the best expected tokens per second.
+    max_new_tokens: at most this many tokens. temperature: 0 is greedy. top_k: keep the k most probable tokens, 0 keeps all (ties with
+    the k-th stay). top_p: keep the smallest set of most probable tokens holding this mass, 1 keeps all. min_p: drop tokens less probable
+    than min_p times the most probable one. The filters apply in this order, after the temperature. seed: of the counter-based random
+    numbers; None takes a fresh one, and lets the automatic draft length look at the load of the whole batch (a given seed promises the
+    same text in any batch). stop: strings that end the text (left out of it). stop_token_ids: tokens that end it (kept in the ids, not
+    in the text). ignore_eos: go on after an end-of-sequence token. draft_length: tokens drafted a step, 0 for no speculation, "auto" for
+    the length with the best expected tokens per second.
 
     Raises InvalidOption for a value outside its range.
     """
@@ -47,15 +48,27 @@ class SamplingParams:
     draft_length: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "give a whole number from 1 on")
+        _require(
+            _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
+            "max_new_tokens",
+            self.max_new_tokens,
+            "give a whole number from 1 on",
+        )
         _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 is greedy, 1 the model's own")
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "give a whole number, 0 for no limit")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and up to 1, 1 for no limit")
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1, 0 for no limit")
-        _require(self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63), "seed", self.seed, "give a whole number from 0 to 2^63 - 1")
+        _require(
+            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
+            "seed",
+            self.seed,
+            "give a whole number from 0 to 2^63 - 1",
+        )
         strings = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, "stop", self.stop, "give a tuple of non-empty strings")
-        _require(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "give a tuple of token ids")
+        _require(
+            all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "give a tuple of token ids"
+        )
         automatic = self.draft_length == "auto"
         fixed = _is_int(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
         _require(automatic or fixed, "draft_length", self.draft_length, f'give a whole number from 0 to {MAX_DRAFT_LENGTH}, or "auto"')
@@ -82,9 +95,9 @@ def _require(valid: bool, name: str, value: object, remedy: str) -> None:
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Each row's distribution after its request's temperature and filters.
 
-    logits [n, V] any float type; params: one per row. Returns [n, V] float32, rows summing to 1; a greedy row is a point mass at its largest logit.
-    Every row depends on itself alone, so it is the same in any batch. Filters are thresholds on the logits: nothing is sorted unless top_k or
-    top_p asks for it, and then only the largest logits in almost all cases.
+    logits [n, V] any float type; params: one per row. Returns [n, V] float32, rows summing to 1; a greedy row is a point mass at its
+    largest logit. Every row depends on itself alone, so it is the same in any batch. Filters are thresholds on the logits: nothing is
+    sorted unless top_k or top_p asks for it, and then only the largest logits in almost all cases.
     """
     device = logits.device
     temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float32, device=device)
@@ -165,7 +178,8 @@ class BatchSampler:
     def draw(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int = LANE_DRAFT
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Draw one token per row of logits [n, V'] float32; rows: the request of each row; positions: the sequence index of each drawn token.
+        """Draw one token per row of logits [n, V'] float32; rows: the request of each row; positions: the sequence index of each drawn
+        token.
 
         Returns tokens [n] int64 and per row the distribution [V] float32 it came from, or None for a greedy request.
         """

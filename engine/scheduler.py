@@ -17,9 +17,10 @@ from engine.step import decode_step, prefill_step
 class Scheduler:
     """Runs requests in order of arrival; one `step` serves every running request.
 
-    A request is admitted when its longest possible length fits beside those of the running ones, in the target's pool and the draft's: a running
-    request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so that a long prompt does
-    not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs. prefill_tokens: most prompt tokens per step.
+    A request is admitted when its longest possible length fits beside those of the running ones, in the target's pool and the draft's: a
+    running request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
+    that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
+    prefill_tokens: most prompt tokens per step.
     """
 
     target: CausalDecoder
@@ -42,7 +43,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PoolExhausted when it could not even run alone in an otherwise empty pool."""
-        for pool, sequence in self._demands(request):
+        for pool, _ in self._demands(request):
             wanted = self._pages(request, pool)
             if wanted > pool.max_pages:
                 raise PoolExhausted(
@@ -60,7 +61,8 @@ class Scheduler:
         self._release(request)
 
     def step(self) -> list[Request]:
-        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others; returns the requests that finished.
+        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others; returns the requests that
+        finished.
 
         A request that does not fit beside the open conversations although nothing runs is among them, with `error` set.
         """

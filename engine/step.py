@@ -45,9 +45,9 @@ def decode_step(
 ) -> None:
     """Give every request at least one token: propose, verify in one target forward, commit.
 
-    Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random numbers need no
-    cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one step; a request still behind then
-    decodes without drafts. Failure leaves every request as it was: lengths only move at the end.
+    Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
+    numbers need no cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one
+    step; a request still behind then decodes without drafts. Failure leaves every request as it was: lengths only move at the end.
     """
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
@@ -65,7 +65,8 @@ def decode_step(
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
     first = drafter.verify_from if drafter else 0
     out = target.forward(
-        tokens, [r.sequence for r in requests], [k + 1 for k in lengths], first_layer=first, hidden=proposal.hidden, deterministic=deterministic
+        tokens, [r.sequence for r in requests], [k + 1 for k in lengths], first_layer=first, hidden=proposal.hidden,
+        deterministic=deterministic
     )  # fmt: skip
     runs = verify(out.logits, proposal, sampler, positions)
 
@@ -88,7 +89,8 @@ def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
     """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
     if drafter is None:
         return 0
-    # A given seed promises the same text in any batch, so its lengths may not depend on the batch. Greedy text does not depend on lengths at all.
+    # A given seed promises the same text in any batch, so its lengths may not depend on the batch. Greedy text does not depend on
+    # lengths at all.
     free = request.params.greedy or request.params.seed is None
     length = request.controller.choose(batch if free else 1)
     room = min(request.context, drafter.max_positions) - len(request.token_ids)

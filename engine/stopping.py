@@ -10,8 +10,8 @@ INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinish
 class TextStream:
     """The text of a growing run of tokens.
 
-    Text is released only when it is certain: an unfinished UTF-8 character and a suffix that may yet become a stop string are held back. The text of
-    a run of tokens does not depend on how the run was cut into pushes, so speculation cannot change it.
+    Text is released only when it is certain: an unfinished UTF-8 character and a suffix that may yet become a stop string are held back.
+    The text of a run of tokens does not depend on how the run was cut into pushes, so speculation cannot change it.
 
     Args:
         decode: token ids to text (special tokens left out).
@@ -33,7 +33,10 @@ class TextStream:
         return self._text[: self._released]
 
     def push(self, tokens: Sequence[int]) -> int | None:
-        """Add tokens. Returns None, or how many of them were needed to complete the first stop string; the text then ends before that string."""
+        """Add tokens.
+
+        Returns None, or how many of them were needed to complete the first stop string; the text then ends before that string.
+        """
         if not self._stop:
             self._ids += tokens  # decoded when somebody looks
             return None

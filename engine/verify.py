@@ -15,9 +15,9 @@ from kernels.accept import accept
 def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions: list[int]) -> list[list[int]]:
     """The tokens each request gains: its accepted drafts, then one token of the target's own.
 
-    logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts. positions: the sequence index
-    of each request's first new token. Greedy requests keep drafts while they equal the largest logit; the others go through `kernels.accept`, on
-    distributions made by the same function that made the drafts'. One read-back to the host.
+    logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts. positions: the
+    sequence index of each request's first new token. Greedy requests keep drafts while they equal the largest logit; the others go
+    through `kernels.accept`, on distributions made by the same function that made the drafts'. One read-back to the host.
     """
     lengths = proposal.lengths
     greedy = [b for b in range(len(lengths)) if sampler.params[b].greedy]

@@ -27,7 +27,8 @@ def sample_rows(weights: Tensor, uniform: Tensor) -> Tensor:
     """Draw one index per row with probability proportional to its weight, by inverting the cumulative sum.
 
     weights [n, V] float32, >= 0, at least one positive a row; uniform [n] float32 in [0, 1). Returns [n] int64. Two levels (sums of
-    blocks of 1024, then inside one block) keep a 150,000-word row exact to a few float64 roundings and cheap. An index of weight 0 is never returned.
+    blocks of 1024, then inside one block) keep a 150,000-word row exact to a few float64 roundings and cheap. An index of weight 0 is
+    never returned.
     """
     n, vocab = weights.shape
     num_blocks = -(-vocab // SAMPLE_BLOCK)

@@ -9,7 +9,10 @@ from kernels.philox import reference
 
 
 def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
-    """Uniform float32 numbers in [0, 1), a pure function of (seed, position, lane). seed, position: int64, broadcastable. See `reference`."""
+    """Uniform float32 numbers in [0, 1), a pure function of (seed, position, lane). seed, position: int64, broadcastable.
+
+    See `reference`.
+    """
     if use_triton(seed, position):
         from kernels.philox import triton
 

@@ -16,7 +16,9 @@ ROUNDS = 10
 
 
 def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit output words (in int64 tensors) of Philox4x32-10 for a counter of four and a key of two 32-bit words (int64, same shape)."""
+    """Four 32-bit output words (in int64 tensors) of Philox4x32-10 for a counter of four and a key of two 32-bit words (int64, same
+    shape).
+    """
     c0, c1, c2, c3 = (c & MASK32 for c in counter)
     k0, k1 = key[0] & MASK32, key[1] & MASK32
     for _ in range(ROUNDS):
@@ -35,8 +37,8 @@ def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tens
 def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
     """Uniform numbers in [0, 1) on a grid of 2^-24, float32, shape of the broadcast inputs.
 
-    seed, position: int64, broadcastable. lane: 0 <= lane < 2^32. Key = the seed's two halves; counter = (position low, position high, lane, 0);
-    the number is the first output word's upper 24 bits.
+    seed, position: int64, broadcastable. lane: 0 <= lane < 2^32. Key = the seed's two halves; counter = (position low, position high,
+    lane, 0); the number is the first output word's upper 24 bits.
     """
     seed, position = torch.broadcast_tensors(seed, position)
     lanes = torch.full_like(position, lane)
