@@ -1,0 +1,42 @@
+"""From the residual's integers to KV rows or pool pages in one product. `reference.py` says what it means."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import use_triton
+from kernels.residual_decode import reference
+
+__all__ = ["residual_decode", "residual_decode_pages"]
+
+
+def residual_decode(
+    q: torch.Tensor, step: torch.Tensor, latents: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    """`reference.residual_decode` (arguments and result there), through Triton where it applies."""
+    if use_triton(q, weight):
+        from kernels.residual_decode import triton
+
+        return triton.residual_decode(q, step, latents, weight, mean)
+    return reference.residual_decode(q, step, latents, weight, mean)
+
+
+def residual_decode_pages(
+    q: torch.Tensor,
+    step: torch.Tensor,
+    latents: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first_layer: int = 0,
+) -> None:
+    """`reference.residual_decode_pages` (arguments and result there), through Triton where it applies."""
+    if use_triton(q, weight, kv):
+        from kernels.residual_decode import triton
+
+        triton.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer)
+    else:
+        reference.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer)

@@ -1,0 +1,62 @@
+"""Meaning of `residual_decode` in plain PyTorch: integers and prediction back to KV rows, or straight into the pool.
+
+Algorithm: shared/DESIGN.md section 3, step 7. Axes: T tokens, K components, r rank of the prediction, D = coded layers * 2 * G * d.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.rope.reference import apply_rope
+
+
+def residual_decode(
+    q: torch.Tensor, step: torch.Tensor, latents: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    """KV rows y = [q * step, latents] @ weight + mean.
+
+    Args:
+        q: [T, K] int16 or int8 integers, or their reconstruction points in weight's dtype.
+        step: [T] float32, each token's quantiser step.
+        latents: [T, r] in weight's dtype, or None when nothing predicts.
+        weight: [K + r, D]: [[U^T S^-1], [A]].
+        mean: [D] float32.
+
+    Returns:
+        [T, D] in weight's dtype; keys are not rotated. q * step is rounded to weight's dtype before the product.
+    """
+    x = (q.float() * step[:, None]).to(weight.dtype)
+    if latents is not None:
+        x = torch.cat([x, latents], 1)
+    return (x.float() @ weight.float() + mean).to(weight.dtype)
+
+
+def residual_decode_pages(
+    q: torch.Tensor,
+    step: torch.Tensor,
+    latents: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first_layer: int = 0,
+) -> None:
+    """`residual_decode`, then keys rotated to their positions and everything scattered into the pool, in place.
+
+    Args:
+        kv: [L, 2, P, S, G, d] contiguous pool, of which layers first_layer .. L - 1 are written.
+        slots: [T] int64, slot = page * S + offset, no slot twice.
+        cos, sin: [T, d/2] float32 of the tokens' angles.
+    """
+    rows = (q.float() * step[:, None]).to(weight.dtype)
+    if latents is not None:
+        rows = torch.cat([rows, latents], 1)
+    y = rows.float() @ weight.float() + mean
+    layers, _, _, _, heads, head_dim = kv.shape
+    y = y.unflatten(1, (layers - first_layer, 2, heads, head_dim))  # [T, L', 2, G, d]
+    flat = kv.flatten(2, 3)
+    for layer in range(first_layer, layers):
+        flat[layer, 0, slots] = apply_rope(y[:, layer - first_layer, 0], cos, sin).to(kv.dtype)
+        flat[layer, 1, slots] = y[:, layer - first_layer, 1].to(kv.dtype)

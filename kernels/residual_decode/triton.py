@@ -1,0 +1,157 @@
+"""Triton kernels of `residual_decode` and `residual_decode_pages`; `reference.py` says what they mean.
+
+One program holds the first and the second halves of the same heads' channels in two accumulators, so that a key is rotated in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.residual_encode.triton import ProductConfig, grouped_tile
+
+
+@triton.jit
+def _symbols(q_ptr, safe_row, inner, left, stride_row, stride_column, step, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+    """[rows, BLOCK_K] integers times their token's step, in the product's dtype."""
+    where = q_ptr + safe_row[:, None] * stride_row + inner[None, :].to(tl.int64) * stride_column
+    if EVEN:
+        q = tl.load(where)
+    else:
+        q = tl.load(where, mask=inner[None, :] < left, other=0)
+    return (q.to(tl.float32) * step[:, None]).to(DTYPE)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, step_ptr, latent_ptr, weight_ptr, mean_ptr, out_ptr, slot_ptr, cos_ptr, sin_ptr,
+    rows, depth, latent_depth, columns, heads, stride_q_row, stride_q_column, stride_kind,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, LATENTS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
+    pairs = columns // 2
+    row_tile, pair_tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(pairs, BLOCK_H), GROUP)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair = pair_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    inner = tl.arange(0, BLOCK_K)
+    safe_row = tl.where(row < rows, row, 0).to(tl.int64)
+    pair_mask = (pair < pairs)[None, :]
+    block, channel = pair // HALF, pair % HALF
+    column = block * 2 * HALF + channel
+    step = tl.load(step_ptr + safe_row)
+    b_ptr = weight_ptr + inner[:, None].to(tl.int64) * columns + column[None, :]
+    first = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    second = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    dtype = weight_ptr.dtype.element_ty
+    for start in range(0, depth, BLOCK_K):
+        left = depth - start
+        a = _symbols(q_ptr, safe_row, start + inner, depth, stride_q_row, stride_q_column, step, EVEN, dtype)
+        if EVEN:
+            b_first = tl.load(b_ptr, mask=pair_mask, other=0.0)
+            b_second = tl.load(b_ptr + HALF, mask=pair_mask, other=0.0)
+        else:
+            b_first = tl.load(b_ptr, mask=(inner[:, None] < left) & pair_mask, other=0.0)
+            b_second = tl.load(b_ptr + HALF, mask=(inner[:, None] < left) & pair_mask, other=0.0)
+        first = tl.dot(a, b_first, first, input_precision=PRECISION)
+        second = tl.dot(a, b_second, second, input_precision=PRECISION)
+        b_ptr += BLOCK_K * columns
+    if LATENTS:
+        a_ptr = latent_ptr + safe_row[:, None] * latent_depth + inner[None, :]
+        b_ptr = weight_ptr + (depth + inner[:, None]).to(tl.int64) * columns + column[None, :]
+        for start in range(0, latent_depth, BLOCK_K):
+            left = latent_depth - start
+            a = tl.load(a_ptr, mask=inner[None, :] < left, other=0.0)
+            b_first = tl.load(b_ptr, mask=(inner[:, None] < left) & pair_mask, other=0.0)
+            b_second = tl.load(b_ptr + HALF, mask=(inner[:, None] < left) & pair_mask, other=0.0)
+            first = tl.dot(a, b_first, first, input_precision=PRECISION)
+            second = tl.dot(a, b_second, second, input_precision=PRECISION)
+            a_ptr += BLOCK_K
+            b_ptr += BLOCK_K * columns
+    first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
+    second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
+    mask = (row < rows)[:, None] & pair_mask
+    if PAGES:
+        plane, head = block // heads, block % heads
+        is_key = (plane % 2) == 0
+        angle = safe_row[:, None] * HALF + channel[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask & is_key[None, :], other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=mask & is_key[None, :], other=0.0)
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        first = turned
+        slot = tl.load(slot_ptr + safe_row)
+        # The planes (layer, K|V) of a contiguous pool lie stride_kind apart.
+        where = plane.to(tl.int64) * stride_kind + head * 2 * HALF + channel
+        to = out_ptr + slot[:, None] * (heads * 2 * HALF) + where[None, :]
+    else:
+        to = out_ptr + safe_row[:, None] * columns + column[None, :]
+    tl.store(to, first.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(to + HALF, second.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def residual_decode_floors(num_tokens: int, depth: int, dim: int, element_bytes: int, symbol_bytes: int = 2) -> tuple[int, int]:
+    """(bytes, operations); depth = K + r, dim = D."""
+    return depth * dim * element_bytes + num_tokens * (depth * symbol_bytes + dim * element_bytes), 2 * num_tokens * depth * dim
+
+
+def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
+    rows, depth = q.shape
+    columns = weight.shape[1]
+    latent_depth = latents.shape[1] if latents is not None else 0
+    if weight.shape[0] != depth + latent_depth:
+        raise ValueError(f"weight has {weight.shape[0]} rows for {depth} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
+    config = config or ProductConfig()
+    target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
+    block_h = config.block_n // 2
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
+    _decode_kernel[grid](
+        q, step, latents.contiguous() if latents is not None else weight, weight.contiguous(), mean, target, slots, cos, sin,
+        rows, depth, latent_depth, columns, heads, q.stride(0), q.stride(1), stride_kind,
+        BLOCK_M=config.block_m, BLOCK_H=block_h, BLOCK_K=config.block_k, GROUP=config.group,
+        HALF=half, EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PAGES=pages is not None,
+        PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def residual_decode(
+    q: torch.Tensor,
+    step: torch.Tensor,
+    latents: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    *,
+    config: ProductConfig | None = None,
+) -> torch.Tensor:
+    """See `reference.residual_decode`; q may be laid out either way."""
+    out = torch.empty((q.shape[0], weight.shape[1]), dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        # Without pages nothing is rotated, so the pairs may as well be the two halves of any even block.
+        _launch(q, step, latents, weight, mean, out, weight.shape[1] // 2 if weight.shape[1] % 128 else 64, 1, None, config)
+    return out
+
+
+def residual_decode_pages(
+    q: torch.Tensor,
+    step: torch.Tensor,
+    latents: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first_layer: int = 0,
+    *,
+    config: ProductConfig | None = None,
+) -> None:
+    """See `reference.residual_decode_pages`; q may be laid out either way."""
+    heads, head_dim = kv.shape[-2:]
+    if not kv.is_contiguous():
+        raise ValueError("residual_decode_pages needs a contiguous pool (pass the pool itself)")
+    if weight.shape[1] != (kv.shape[0] - first_layer) * 2 * heads * head_dim:
+        raise ValueError(f"weight has {weight.shape[1]} columns, the pool's coded layers another number (check first_layer)")
+    if q.shape[0]:
+        pages = (kv[first_layer:], slots, cos.contiguous(), sin.contiguous(), kv.stride(1))
+        _launch(q, step, latents, weight, mean, kv, head_dim // 2, heads, pages, config)
