@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from engine.request import Conversation, GenerationResult, Request, StreamEvent
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.stopping import TextStream
+
+if TYPE_CHECKING:
+    from engine.session import Session, SessionCodec
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 
@@ -93,6 +96,8 @@ class Engine:
             target, self.pool, self.drafter, self.draft_pool, max_batch=max_batch, prefill_chunk=prefill_chunk, deterministic=deterministic
         )
         self.cost_model = costs
+        self.session_codec: SessionCodec | None = None
+        self.session_pack: str | Path | None = None
         self.eos_token_ids = end_tokens(target.config.eos_token_ids, tokenizer, target_dir)
         self._special = special_tokens(tokenizer)
 
@@ -240,6 +245,20 @@ class Engine:
         """An empty conversation. It keeps its pages until `close_conversation`."""
         sequence = self.pool.new_sequence()
         return Conversation([], sequence, self.drafter.open(sequence) if self.drafter else None)
+
+    def session(
+        self, file: str | Path | None = None, *, quality: str = "balanced", pack: str | Path | None = None, log: Callable[[str], None] = print
+    ) -> Session:
+        """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.session.Session`.
+
+        quality: "near-lossless", "balanced", "compact", "tiny" or "tokens". pack: a codec pack's file (default: the pair's own, fitted at first use).
+
+        Raises:
+            BadSessionFile and its kinds, PackMismatch, InvalidOption.
+        """
+        from engine.session import Session
+
+        return Session(self, quality=quality, pack=pack, file=file, log=log)
 
     def close_conversation(self, conversation: Conversation) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""

@@ -1,0 +1,175 @@
+"""The file a suspended session is kept in: token ids, coded spans of KV, and what they belong to.
+
+Sections (see `codec.container`): META JSON; TOKS token ids; SIZE the spans' starts, ends and byte counts; SPAN the spans' bytes, end to end.
+The first tokens' KV (attention sinks) is not stored: it depends on those tokens alone, so running them again restores it, for the price of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from codec.container import read_sections, write_sections
+from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
+from engine.cache import disk_errors
+from engine.errors import BadSessionFile, Corrupted, ForeignModel, NewerVersion, Truncated
+
+MAX_TOKENS = 1 << 28
+_REMEDY = "restore it from a copy, or start a new session"
+_ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
+    TruncatedCode: Truncated,
+    CorruptedCode: Corrupted,
+    ForeignCode: Corrupted,
+    NewerCode: NewerVersion,
+    PackMismatch: ForeignModel,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) coded once; `data` never changes afterwards."""
+
+    start: int
+    end: int
+    data: bytes
+
+
+@dataclass
+class SessionFile:
+    """A suspended session.
+
+    token_ids: all tokens. num_cached: tokens whose KV the session held, a prefix of them; spans cover [sinks, num_cached) without gaps, or are
+    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack.
+    """
+
+    token_ids: list[int]
+    num_cached: int
+    quality: str
+    fingerprints: dict[str, str]
+    spans: list[Span] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        """The whole file."""
+        meta = {"quality": self.quality, "num_cached": self.num_cached, "num_tokens": len(self.token_ids), "fingerprints": self.fingerprints}
+        sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
+        body = b"".join(s.data for s in self.spans)
+        packed = zstandard.ZstdCompressor(level=19).compress
+        return write_sections(
+            [("META", packed(json.dumps(meta, sort_keys=True).encode())), ("TOKS", packed(_pack_tokens(self.token_ids))),
+             ("SIZE", packed(sizes.tobytes())), ("SPAN", body)]
+        )
+
+    def save(self, path: str | Path) -> int:
+        """Write under a temporary name, sync, rename; returns the file's bytes. A failure leaves an earlier file as it was.
+
+        Raises:
+            DiskFull, CacheNotWritable: as the names say.
+        """
+        path, data = Path(path), self.to_bytes()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with disk_errors(path.parent):
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return len(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SessionFile:
+        """Read and check a file.
+
+        Raises:
+            BadSessionFile: it cannot be read, or is a folder.
+            Truncated, Corrupted, NewerVersion: what the bytes say; nothing is decoded from a file that fails a check.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise BadSessionFile(f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
+        with session_errors(path):
+            return cls.from_bytes(data)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SessionFile:
+        """Inverse of `to_bytes`. Raises the codec's named errors."""
+        sections = read_sections(data)
+        if [name for name, _ in sections] != ["META", "TOKS", "SIZE", "SPAN"]:
+            raise CorruptedCode("the file's sections are not a session's", _REMEDY)
+        meta_bytes, token_bytes, size_bytes, body = (content for _, content in sections)
+        try:
+            meta: dict[str, Any] = json.loads(_unpacked(meta_bytes))
+            num_cached, num_tokens = int(meta["num_cached"]), int(meta["num_tokens"])
+            quality, fingerprints = str(meta["quality"]), {str(k): str(v) for k, v in meta["fingerprints"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptedCode("the session's description is malformed", _REMEDY) from error
+        if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
+            raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
+        tokens = _unpack_tokens(_unpacked(token_bytes), num_tokens)
+        raw_sizes = _unpacked(size_bytes)
+        if len(raw_sizes) % 12:
+            raise CorruptedCode("the session's list of spans is malformed", _REMEDY)
+        spans: list[Span] = []
+        at = 0
+        for start, end, size in np.frombuffer(raw_sizes, "<u4").reshape(-1, 3).tolist():
+            expected = spans[-1].end if spans else start
+            if start != expected or not start < end <= num_cached or at + size > len(body):
+                raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+            spans.append(Span(start, end, body[at : at + size]))
+            at += size
+        if at != len(body) or (spans and spans[-1].end != num_cached):
+            raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+        return cls(tokens, num_cached, quality, fingerprints, spans)
+
+
+class session_errors:
+    """Context: the codec's errors leave it as the session's, naming the file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CodecError):
+            named = next((engine for codec, engine in _ERRORS.items() if isinstance(error, codec)), BadSessionFile)
+            raise named(f"session file {self._path}: {error.what}", error.remedy) from error
+
+
+def _pack_tokens(token_ids: list[int]) -> bytes:
+    """Two bytes an id, the high parts apart: they repeat, and compress."""
+    ids = np.asarray(token_ids, "<u4")
+    return (ids & 0xFFFF).astype("<u2").tobytes() + (ids >> 16).astype("<u2").tobytes()
+
+
+def _unpack_tokens(data: bytes, count: int) -> list[int]:
+    if len(data) != 4 * count:
+        raise CorruptedCode("the session's token ids are malformed", _REMEDY)
+    low, high = np.frombuffer(data, "<u2").reshape(2, count).astype(np.int64)
+    return (low + (high << 16)).tolist()
+
+
+def _unpacked(data: bytes) -> bytes:
+    try:
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * MAX_TOKENS)
+    except zstandard.ZstdError as error:
+        raise CorruptedCode("a compressed part of the session is damaged", _REMEDY) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
