@@ -92,12 +92,12 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     m = moments.finish()
     blocks = diagonal_blocks(m.yy, layout.head_dim)
     weighting = queries.weighting(target, layout, blocks) if options.weighting == "attention" else unit_weights(layout, blocks)
-    rank = options.rank or default_rank(stream.num_features, layout.dim, options.budget * target.weight_bytes)
+    rank = options.rank or default_rank(stream.num_features, layout.dim, options.budget * bf16_bytes(target))
     ridge = m.choose_ridge(features, y)
     fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
-    log(f"calibration: ridge {ridge:g}, rank {len(fit.up)}, {time.monotonic() - started:.0f} s")
+    log(f"calibration: predictor fitted, ridge {ridge:g}, rank {len(fit.up)}, {time.monotonic() - started:.0f} s")
     residual = m.residual_covariance(fit)
-    limit = max_components(layout, fit, options, target.weight_bytes)
+    limit = max_components(layout, fit, options, bf16_bytes(target))
     threshold = KEEP_FACTOR * FINEST_STEP
     if options.transform == "global":
         transform = fit_global(both_sides(residual, weighting.root), threshold, limit)
@@ -105,10 +105,16 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
         sizes = both_sides(residual, weighting.root)
         transform = fit_per_layer(list(diagonal_blocks(sizes, layout.layer_dim)), threshold, limit)
     del m, moments, residual
+    log(f"calibration: {transform.num_components} components, {time.monotonic() - started:.0f} s")
     pack = assemble(stream, weighting, transform, fit, features, y, tokens=done, fingerprints=fingerprints or {},
-                    budget_bytes=options.budget * target.weight_bytes)  # fmt: skip
+                    budget_bytes=options.budget * bf16_bytes(target))  # fmt: skip
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
+
+
+def bf16_bytes(target: Decoder) -> int:
+    """Size of the target's weights in 16 bits, whatever they are loaded in: a pack's size must not depend on that."""
+    return 2 * sum(p.numel() for p in target.parameters())
 
 
 def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
@@ -212,7 +218,7 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     limit = layout.dim
     transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))
     pack = assemble(stream, weighting, transform, fitted.fit, features, y, tokens=done, residual=residual,
-                    fingerprints=(fingerprints or {}) | {"text": text}, budget_bytes=PACK_BUDGET * target.weight_bytes)  # fmt: skip
+                    fingerprints=(fingerprints or {}) | {"text": text}, budget_bytes=PACK_BUDGET * bf16_bytes(target))  # fmt: skip
     info = pack.info
     log(f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "
         f"held-out R2 of keys {info['r2_k']:.2f}, of values {info['r2_v']:.2f}")  # fmt: skip

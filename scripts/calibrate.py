@@ -1,0 +1,119 @@
+"""Makes a codec pack for a pair from any text: predictor, weights, transform and entropy tables in one streaming pass.
+
+    python scripts/calibrate.py --pair smollm2 --text FILE_OR_FOLDER... --tokens 50000 --out smollm2.pack
+
+Without --text the interpreter's own library is used. Progress goes to standard error, figures to standard output (`--json`: as one JSON object).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from codec.errors import CodecError
+from codec.pack import CodecPack
+from draft.errors import DraftError
+from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, quick_pack
+from engine.calibration_text import documents, library_texts, read_texts, text_files
+from engine.decoder import Decoder
+from engine.errors import ForetoldError, InvalidOption
+from engine.models import PAIRS, TRUNK, check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
+
+DEFAULT_TRUNK_LAYERS = 6
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make a codec pack for a (target, draft) pair.")
+    parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
+    parser.add_argument("--target", help="folder or hub id, instead of --pair")
+    parser.add_argument("--draft", default=TRUNK, help="folder or hub id, or 'trunk' (the target's first layers)")
+    parser.add_argument("--trunk-layers", type=int, default=DEFAULT_TRUNK_LAYERS, help="layers of a trunk, which are not coded")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
+    parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a document")
+    parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
+    parser.add_argument("--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of a trunk)")
+    parser.add_argument("--weighting", choices=("attention", "unit"), default="attention")
+    parser.add_argument("--transform", choices=("global", "per_layer"), default="global")
+    parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
+    parser.add_argument("--quick", action="store_true", help="the pack that is made on first use: a few thousand tokens, two minutes")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="order of the text")
+    parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument("--json-out", metavar="FILE", help="also write them to a file")
+    return parser.parse_args()
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Calibrates and saves; returns the figures. Raises ForetoldError, CodecError or DraftError on bad input."""
+    if (args.pair is None) == (args.target is None):
+        raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
+    if args.tokens < 256 or args.context < 32:
+        raise InvalidOption(f"{args.tokens} tokens in documents of {args.context}", "use at least 256 tokens, and 32 a document")
+    if args.pair:
+        paths = resolve_pair(args.pair)
+        target_dir, draft_dir = paths.target_dir, None if paths.draft == TRUNK else Path(paths.draft)
+    else:
+        target_dir, draft_dir = resolve_model(args.target), None if args.draft == TRUNK else resolve_model(args.draft)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype]
+    tokenizer = load_tokenizer(target_dir)
+    if draft_dir is not None:
+        check_vocabularies(tokenizer, load_tokenizer(draft_dir))
+    started = time.monotonic()
+    target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
+    draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
+    trunk = args.trunk_layers if draft is None else 0
+    prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer),
+              "draft": f"trunk-{trunk}" if draft_dir is None else fingerprint(draft_dir)}  # fmt: skip
+    if args.quick:
+        pack = quick_pack(target, draft, tokenizer, trunk_layers=trunk, fingerprints=prints, log=log)
+    else:
+        texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
+        options = CalibrationOptions(
+            taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")), rank=args.rank, weighting=args.weighting,
+            transform=args.transform, context=args.context, budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
+        )  # fmt: skip
+        docs, digest = documents(texts, tokenizer, args.tokens + options.held_out_tokens, args.context)
+        pack = calibrate(target, draft, docs, trunk_layers=trunk, options=options, fingerprints=prints | {"text": digest}, log=log)
+    pack.save(args.out)
+    CodecPack.load(args.out).check(prints)
+    return {"pair": args.pair, "target": str(target_dir.name), "device": device, "pack_bytes": os.path.getsize(args.out),
+            "target_bytes": bf16_bytes(target), "seconds": round(time.monotonic() - started, 1), "digest": pack.digest,
+            **pack.info}  # fmt: skip
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        figures = run(args)
+    except (ForetoldError, CodecError, DraftError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json_out:
+        Path(args.json_out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps(figures))
+        return 0
+    share = figures["pack_bytes"] / figures["target_bytes"]
+    print(f"{args.out}: {figures['pack_bytes'] / 1e6:.1f} MB ({share:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s")
+    print(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} (rank {figures['rank']})")
+    for quality, bits in figures["ideal_bits_per_element"].items():
+        print(f"{quality:14s} {bits:.4f} ideal bits per element ({16 / bits:.0f}x), {figures['components_by_quality'][quality]} components")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

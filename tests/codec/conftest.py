@@ -1,0 +1,91 @@
+"""A small synthetic KV source and a pack for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from codec.calibrate_tables import fit_entropy_model
+from codec.codec import KvCodec
+from codec.pack import CodecPack
+from codec.rate import EntropyModel
+from codec.spec import KvLayout
+from codec.transform import Transform, fit_global, fit_per_layer
+from codec.weighting import Weighting, both_sides, normalised, unit_weighting
+
+LAYOUT = KvLayout(num_layers=5, num_kv_heads=2, head_dim=16, first_layer=1)
+
+
+class Source:
+    """Correlated KV rows whose size varies from token to token, as real ones do."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        dim = LAYOUT.dim
+        decay = torch.exp(-torch.arange(dim) / 40.0)
+        self.mixing = decay[:, None] * torch.randn(dim, dim, generator=self.generator) * 2
+
+    def draw(self, tokens: int) -> torch.Tensor:
+        """float32 [tokens, D]."""
+        size = torch.exp(0.25 * torch.randn(tokens, 1, generator=self.generator))
+        return size * torch.randn(tokens, LAYOUT.dim, generator=self.generator) @ self.mixing
+
+
+def block_covariances(rows: torch.Tensor) -> torch.Tensor:
+    x = rows.reshape(len(rows), -1, LAYOUT.head_dim).transpose(0, 1)
+    return x.transpose(1, 2) @ x / len(rows)
+
+
+def _make_pack(source: Source, kind: str = "global", coarse_from: int | None = None) -> CodecPack:
+    rows = source.draw(3000)
+    weighting: Weighting = normalised(unit_weighting(LAYOUT, rows.var(0)), block_covariances(rows))
+    cov = both_sides(rows.T @ rows / len(rows), weighting.root)
+    transform: Transform
+    if kind == "global":
+        transform = fit_global(cov, 0.15, LAYOUT.dim)
+    else:
+        w = LAYOUT.layer_dim
+        transform = fit_per_layer([cov[i : i + w, i : i + w] for i in range(0, LAYOUT.dim, w)], 0.15, LAYOUT.dim)
+    pack = CodecPack.build(
+        LAYOUT, weighting, transform, EntropyModel.laplace(), coarse_from=coarse_from,
+        predictor={"mu": torch.zeros(LAYOUT.dim)}, predictor_settings={"taps": [1]}, fingerprints={"target": "t", "draft": "d"},
+    )  # fmt: skip
+    held = source.draw(1500)
+    c = KvCodec(pack).components(held, torch.zeros_like(held), pack.transform.num_components)
+    return pack.with_model(fit_entropy_model(c, c.pow(2).mean(0)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def make_source() -> Callable[[int], Source]:
+    return Source
+
+
+@pytest.fixture(scope="session")
+def make_pack() -> Callable[..., CodecPack]:
+    return _make_pack
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture(scope="session")
+def pack(source: Source) -> CodecPack:
+    return _make_pack(source)
+
+
+@pytest.fixture(scope="session")
+def codec(pack: CodecPack) -> KvCodec:
+    return KvCodec(pack)

@@ -1,0 +1,123 @@
+"""KvCodec end to end on synthetic KV: error, length, damage, mixing of spans and qualities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codec.codec import KvCodec, tokens_per_lane
+from codec.errors import BadInput, CodecError, PackMismatch, UnknownQuality
+from codec.spec import QUALITIES
+from codec.weighting import apply_blocks
+
+
+
+@pytest.mark.parametrize("kind,coarse_from", [("global", None), ("global", 60), ("per_layer", None)])
+def test_error_and_length(make_source, make_pack, kind: str, coarse_from: int | None) -> None:
+    source = make_source(3)
+    codec = KvCodec(make_pack(source, kind, coarse_from))
+    rows = source.draw(1024)
+    prediction = rows + source.draw(1024) * 0.3
+    pairs = list(zip(rows.split(64), prediction.split(64), strict=True))
+    last_bytes, last_error = float("inf"), 0.0
+    for quality, step in QUALITIES.items():
+        spans = codec.encode_many(pairs, quality)
+        decoded = torch.cat(codec.decode_many(spans, [p for _, p in pairs]))
+        error = float(apply_blocks(decoded - rows, codec.weighting.root).pow(2).mean())
+        size, ideal = 8 * sum(map(len, spans)), codec.ideal_bits(pairs, quality)
+        assert size < last_bytes and error > last_error
+        assert error < step**2 / 8
+        lanes = 1024 // tokens_per_lane(step)
+        assert ideal < size < 1.02 * ideal + 32 * lanes + 8 * 36 * len(spans)
+        last_bytes, last_error = size, error
+
+
+def test_prediction_saves_bits(codec: KvCodec, source) -> None:
+    rows = source.draw(256)
+    blind = sum(map(len, codec.encode_many([(r, torch.zeros_like(r)) for r in rows.split(64)], "balanced")))
+    guess = rows + 0.2 * source.draw(256)
+    told = sum(map(len, codec.encode_many(list(zip(rows.split(64), guess.split(64), strict=True)), "balanced")))
+    assert told < 0.7 * blind
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.sampled_from([*QUALITIES]), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_spans_decode_alone_as_together(codec: KvCodec, source, sizes: list[int], quality: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = [source.draw(n) for n in sizes]
+    zeros = [torch.zeros_like(r) for r in rows]
+    spans = codec.encode_many(list(zip(rows, zeros, strict=True)), quality)
+    together = codec.decode_many(spans, zeros)
+    for span, zero, whole, row in zip(spans, zeros, together, rows, strict=True):
+        torch.testing.assert_close(codec.decode(span, zero), whole, atol=1e-4, rtol=1e-4)
+        assert codec.encode(row, zero, quality) == span
+
+
+def test_qualities_mix_in_one_call(codec: KvCodec, source) -> None:
+    rows = source.draw(64)
+    zero = torch.zeros_like(rows)
+    spans = [codec.encode(rows, zero, q) for q in QUALITIES]
+    for span, decoded in zip(spans, codec.decode_many(spans, [zero] * len(spans)), strict=True):
+        torch.testing.assert_close(decoded, codec.decode(span, zero), atol=1e-4, rtol=1e-4)
+
+
+def test_token_levels_change_the_step(codec: KvCodec, source) -> None:
+    rows = source.draw(64)
+    zero = torch.zeros_like(rows)
+    levels = torch.zeros(64, dtype=torch.int64)
+    levels[::2] = -8
+    plain, mixed = codec.encode(rows, zero, "tiny"), codec.encode(rows, zero, "tiny", levels)
+    error = apply_blocks(codec.decode(mixed, zero) - rows, codec.weighting.root).pow(2).mean(1)
+    assert len(mixed) > len(plain) and error[::2].mean() < 0.5 * error[1::2].mean()
+
+
+def test_extreme_values_are_codable(codec: KvCodec) -> None:
+    rows = torch.zeros(3, codec.layout.dim)
+    rows[1] = 1e5
+    rows[2, ::7] = -3e4
+    decoded = codec.decode(codec.encode(rows, torch.zeros_like(rows), "near-lossless"), torch.zeros_like(rows))
+    weighted = apply_blocks(rows, codec.weighting.root)
+    kept = codec.transform.expand(codec.transform.project(weighted, codec.num_components(0.6)), codec.layout.dim)
+    assert torch.isfinite(decoded).all()
+    assert (apply_blocks(decoded, codec.weighting.root) - kept).abs().max() < 1e-2 * kept.abs().max()
+
+
+def test_refusals(codec: KvCodec, source, make_source, make_pack) -> None:
+    rows = source.draw(8)
+    zero = torch.zeros_like(rows)
+    with pytest.raises(UnknownQuality, match="near-lossless"):
+        codec.encode(rows, zero, "best")
+    with pytest.raises(BadInput):
+        codec.encode(rows[:, :-1], zero[:, :-1], "tiny")
+    with pytest.raises(BadInput, match="NaN"):
+        codec.encode(rows.clone().fill_(float("nan")), zero, "tiny")
+    with pytest.raises(BadInput):
+        codec.encode(rows[:0], zero[:0], "tiny")
+    span = codec.encode(rows, zero, "tiny")
+    with pytest.raises(BadInput):
+        codec.decode(span, zero[:4])
+    with pytest.raises(PackMismatch):
+        KvCodec(make_pack(make_source(9))).decode(span, zero)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_damaged_spans_are_refused(codec: KvCodec, source, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.ones(5, codec.layout.dim)
+    zero = torch.zeros_like(rows)
+    span = bytearray(codec.encode(rows, zero, "tiny"))
+    kind = seed % 4
+    at = int(torch.randint(0, len(span), (1,), generator=generator))
+    if kind == 0:
+        span[at] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+    elif kind == 1:
+        del span[at:]
+    elif kind == 2:
+        span[at:at] = b"\x5a"
+    else:
+        span = bytearray(torch.randint(0, 256, (at,), generator=generator).tolist())
+    with pytest.raises(CodecError):
+        codec.decode(bytes(span), zero)
