@@ -15,7 +15,8 @@ FAMILIES = {  # points of one family, more bits first: distortion and size must 
 }
 
 
-LOOSEST = {  # relative errors that only a broken decoder exceeds: turboquant's and cachegen's grow with the mean, small KVTC budgets keep only it
+# relative errors that only a broken decoder exceeds: those of turboquant and cachegen grow with the mean, small KVTC budgets keep only it
+LOOSEST = {
     "kivi-nowindow": 0.5, "turboquant": 20.0, "kvtc": 1.05, "cachegen-coarse": 2.0, "cachegen-anchors-coarse": 1.0}
 
 

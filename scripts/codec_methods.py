@@ -1,0 +1,159 @@
+"""What bench_codec runs: the peers of codec/baselines, and our own codec with and without its prediction, behind one small interface."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from codec.baselines import Calibration, make_peer, select_peers
+from codec.codec import KvCodec
+from codec.errors import UnknownQuality
+from codec.pack import CodecPack
+from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
+from draft.predictor import Predictor, zero_prediction
+from engine.decoder import Decoder
+from scripts.codec_quality import Case, hidden_states
+
+OURS = ("foretold", "foretold-nopred")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One coded prefix: its bytes (all a decoder needs beyond model and pack), decoded KV float32 [P, D], seconds, ideal bits or None."""
+
+    num_bytes: int
+    decoded: torch.Tensor
+    encode_s: float
+    decode_s: float
+    ideal_bits: float | None
+
+
+class Method(Protocol):
+    """One row of the benchmark.
+
+    Attributes:
+        method, quality: the row's name.
+        inputs: digest of what the row depends on besides the common settings (calibration or pack): it marks stale rows.
+        coded_dim: elements a token that are stored, exact or coded.
+    """
+
+    method: str
+    quality: str
+    inputs: str
+    coded_dim: int
+
+    def run(self, case: Case) -> Result: ...
+
+
+class PeerMethod:
+    """A peer, fitted when first run."""
+
+    def __init__(self, name: str, layout: KvLayout, calibration: CalibrationSource, device: torch.device):
+        self.peer = make_peer(name, layout).to(device)
+        self.method, self.quality, self.coded_dim = self.peer.method, self.peer.quality, layout.dim
+        self._calibration, self._device, self._ready = calibration, device, not self.peer.needs_calibration
+        self.inputs = calibration.digest if self.peer.needs_calibration else ""
+
+    def run(self, case: Case) -> Result:
+        if not self._ready:
+            self.peer.fit(self._calibration.get())
+            self._ready = True
+        kv = case.kv.to(self._device)
+        start = _now(self._device)
+        data = self.peer.encode(kv)
+        middle = _now(self._device)
+        decoded = self.peer.decode(data)
+        return Result(len(data), decoded, middle - start, _now(self._device) - middle, None)
+
+
+class CalibrationSource(Protocol):
+    """Calibration shared by all peers, made on first use; `digest` of its tokens."""
+
+    digest: str
+
+    def get(self) -> Calibration: ...
+
+
+class ForetoldMethod:
+    """Our codec as a session stores it: spans of at most 64 tokens, the first four exact in bf16, layers below the pack's first_layer
+    recomputed and not stored, token ids (which the prediction needs) counted at their plain width. Features come from one prefill of the
+    prefix, whose time is not in the coding times.
+
+    Args:
+        quality: a name of codec.spec.QUALITIES, or "stepX" for a quantiser step X.
+        predict: False codes against the mean KV vector instead of the prediction, with the same pack.
+    """
+
+    def __init__(self, quality: str, pack: CodecPack, target: Decoder, drafter: Decoder | None, predict: bool):
+        self.method = OURS[0] if predict else OURS[1]
+        self.quality, self.inputs, self.coded_dim = quality, pack.digest[:16], pack.layout.dim
+        self._step = float(quality[4:]) if quality.startswith("step") else QUALITIES[quality]
+        self._pack, self._target, self._predict = pack, target, predict
+        self._codec = KvCodec(pack, target.device)
+        self._predictor = Predictor.from_pack(pack.predictor, pack.predictor_settings, target.device) if predict else None
+        self._drafter = target if drafter is None else drafter
+        self._last_layer = pack.layout.first_layer or None if drafter is None else None
+        self._id_bits = max(1, (target.config.vocab_size - 1).bit_length())
+
+    def run(self, case: Case) -> Result:
+        device, width = self._target.device, self._pack.layout.dim
+        kv = case.kv.to(device)
+        coded = kv[:, kv.shape[1] - width:]
+        tokens = case.token_ids[:case.prefix]
+        rows = None
+        if self._predictor is not None and self._predictor.spec.taps:
+            rows = hidden_states(self._drafter, tokens, self._predictor.spec.taps, self._last_layer)
+        start = _now(device)
+        prediction = self._prediction(tokens, rows)
+        edges = range(NUM_SINKS, case.prefix, SPAN_TOKENS)
+        pairs = [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in edges]
+        spans = self._codec.encode_many(pairs, self._step)
+        middle = _now(device)
+        prediction = self._prediction(tokens, rows)
+        sinks = coded[:NUM_SINKS].bfloat16()
+        back = self._codec.decode_many(spans, [prediction[a:a + SPAN_TOKENS] for a in edges])
+        decoded = kv.clone()
+        decoded[:, kv.shape[1] - width:] = torch.cat([sinks.float(), *back])
+        end = _now(device)
+        num_bytes = sum(map(len, spans)) + sinks.numel() * 2 + -(-case.prefix * self._id_bits // 8)
+        return Result(num_bytes, decoded, middle - start, end - middle, self._codec.ideal_bits(pairs, self._step))
+
+    def _prediction(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        if self._predictor is None:
+            return zero_prediction(self._pack.predictor, len(tokens)).to(self._target.device)
+        if rows is None:
+            rows = torch.zeros(len(tokens), 0, self._predictor.draft_size, device=self._target.device)
+        return self._predictor(rows, self._target.embed(tokens.to(self._target.device)))
+
+
+def select_methods(words: list[str]) -> list[tuple[str, str]]:
+    """(family, point) of every method asked for: peers, and foretold[-nopred][-QUALITY|-stepX]; a family stands for all its points."""
+    chosen: list[tuple[str, str]] = []
+    for word in words:
+        family = next((name for name in sorted(OURS, key=len, reverse=True) if word == name or word.startswith(name + "-")), None)
+        if family is None:
+            chosen += [("peer", name) for name in select_peers([word])]
+        elif word == family:
+            chosen += [(family, quality) for quality in QUALITIES]
+        else:
+            quality = word[len(family) + 1:]
+            if quality not in QUALITIES and not _is_step(quality):
+                raise UnknownQuality(f"unknown quality {quality!r} in {word!r}",
+                                     f"choose one of {', '.join(QUALITIES)}, or stepX with a number X")
+            chosen.append((family, quality))
+    return list(dict.fromkeys(chosen))
+
+
+def _is_step(word: str) -> bool:
+    try:
+        return word.startswith("step") and float(word[4:]) > 0
+    except ValueError:
+        return False
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
