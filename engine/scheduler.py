@@ -61,19 +61,21 @@ class Scheduler:
         self._release(request)
 
     def step(self) -> list[Request]:
-        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others; returns the requests that
-        finished.
+        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others.
 
-        A request that does not fit beside the open conversations although nothing runs is among them, with `error` set.
+        Returns the requests that finished. One that does not fit beside the open conversations although nothing runs is among them, with
+        `error` set.
         """
         refused = self._admit()
         prefilling = [r for r in self.running if r.num_new == 0]
         decoding = [r for r in self.running if r.num_new > 0]
         chosen: list[Request] = []
         chunks: list[int] = []
+        budget = self.prefill_tokens
         for request in prefilling:
             chunk = min(self.prefill_chunk, len(request.token_ids) - request.sequence.length)
-            if chunks and sum(chunks) + chunk > self.prefill_tokens:
+            budget -= chunk
+            if chosen and budget < 0:
                 break
             chosen.append(request)
             chunks.append(chunk)
@@ -88,9 +90,16 @@ class Scheduler:
         return refused + finished
 
     def _admit(self) -> list[Request]:
-        refused = []
+        refused: list[Request] = []
+        if not self.waiting or len(self.running) >= self.max_batch:
+            return refused
+        room = {id(self.pool): self.pool.num_free_pages}
+        if self.draft_pool is not None:
+            room[id(self.draft_pool)] = self.draft_pool.num_free_pages
+        for request in self.running:
+            self._promise(request, room)
         while self.waiting and len(self.running) < self.max_batch:
-            if self._fits(self.waiting[0]):
+            if self._promise(self.waiting[0], room):
                 self.running.append(self.waiting.popleft())
             elif self.running:
                 break
@@ -104,16 +113,14 @@ class Scheduler:
                 refused.append(request)
         return refused
 
-    def _fits(self, request: Request) -> bool:
-        for pool, sequence in self._demands(request):
-            promised = sum(self._missing(r, pool) for r in self.running)
-            if self._pages(request, pool) - len(sequence.pages) > pool.num_free_pages - promised:
-                return False
+    def _promise(self, request: Request, room: dict[int, int]) -> bool:
+        """Take the pages a request may still need off the pools' free ones; False, and nothing taken, when there are too few."""
+        missing = [(id(pool), max(0, self._pages(request, pool) - len(sequence.pages))) for pool, sequence in self._demands(request)]
+        if any(count > room[pool] for pool, count in missing):
+            return False
+        for pool, count in missing:
+            room[pool] -= count
         return True
-
-    def _missing(self, request: Request, pool: PagedPool) -> int:
-        """Pages a running request may still take from a pool."""
-        return sum(max(0, self._pages(request, p) - len(s.pages)) for p, s in self._demands(request) if p is pool)
 
     def _demands(self, request: Request) -> list[tuple[PagedPool, KvSequence]]:
         demands = [(self.pool, request.sequence)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 
@@ -33,29 +34,27 @@ class TextStream:
         return self._text[: self._released]
 
     def push(self, tokens: Sequence[int]) -> int | None:
-        """Add tokens.
-
-        Returns None, or how many of them were needed to complete the first stop string; the text then ends before that string.
-        """
-        if not self._stop:
-            self._ids += tokens  # decoded when somebody looks
-            return None
-        before = (len(self._ids), self._prefix, self._read, self._text)
+        """Add tokens. Returns None, or how many of them completed the first stop string; the text then ends before that string."""
+        begin = len(self._ids)
         self._ids += tokens
-        if not self._advance():
+        if not self._stop:
+            return None  # decoded when somebody looks
+        before = self._prefix, self._read, self._text, self._released
+        if self._advance(len(self._ids)) == "text":
             return None
-        num_ids, self._prefix, self._read, self._text = before
-        del self._ids[num_ids:]
-        for count, token in enumerate(tokens, 1):
-            self._ids.append(token)
-            if self._advance():
-                return count
+        # A stop string, or an unfinished character that may follow one: token by token from here.
+        self._prefix, self._read, self._text, self._released = before
+        for end in range(begin + 1, len(self._ids) + 1):
+            if self._advance(end) == "stop":
+                del self._ids[end:]
+                return end - begin
         return None
 
     def take(self) -> str:
         """Text released since the last call."""
-        if not self._stop:
-            self._advance()
+        if self._advance(len(self._ids)) == "held":
+            for end in range(self._read + 1, len(self._ids)):
+                self._advance(end)
         piece = self._text[self._taken : self._released]
         self._taken = self._released
         return piece
@@ -67,15 +66,17 @@ class TextStream:
         if not self._append(rest):
             self._released = len(self._text)
 
-    def _advance(self) -> bool:
-        """Decode what can be decoded; True when a stop string is complete."""
-        if self._read == len(self._ids):
-            return False
-        whole, known = self._decode(self._ids[self._prefix :]), self._decode(self._ids[self._prefix : self._read])
-        if len(whole) <= len(known) or whole.endswith(INCOMPLETE):
-            return False
-        self._prefix, self._read = self._read, len(self._ids)
-        return self._append(whole[len(known) :])
+    def _advance(self, end: int) -> Literal["text", "held", "stop"]:
+        """Turn the tokens before `end` into text, unless they end within a character ("held"); "stop" when a stop string is complete."""
+        if self._read >= end:
+            return "text"
+        whole, known = self._decode(self._ids[self._prefix : end]), self._decode(self._ids[self._prefix : self._read])
+        if whole.endswith(INCOMPLETE):
+            return "held"
+        if len(whole) <= len(known):
+            return "text"  # special tokens only: no text, and the next token still needs the same context
+        self._prefix, self._read = self._read, end
+        return "stop" if self._append(whole[len(known) :]) else "text"
 
     def _append(self, piece: str) -> bool:
         start = max(0, len(self._text) - self._longest + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from scipy import stats
 
-from engine.decoder import Decoder
+from engine.decoder import Decoder, DecoderConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -81,3 +83,63 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_decoder() -> Callable[..., Decoder]:
+    """`random_decoder(seed, **config options)` -> a tiny Llama of ours, float32, with weights large enough to be sure of its tokens."""
+
+    def make(seed: int, scale: float = 0.3, **options: Any) -> Decoder:
+        config = DecoderConfig.from_hf(tiny_config("llama", **({"eos_token_id": None} | options)))
+        decoder = Decoder.from_config(config, dtype=torch.float32, seed=seed)
+        for parameter in decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale / 0.02)
+        return decoder
+
+    return make
+
+
+def _naive_probabilities(logits: list[float], params: Any) -> list[float]:
+    """One row's distribution, written from the filters' definitions without tensors."""
+    if params.temperature == 0:
+        return [float(i == logits.index(max(logits))) for i in range(len(logits))]
+    weights = [math.exp(x / params.temperature) for x in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    kept = order[: params.top_k] if params.top_k else order
+    total, mass, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        if mass < params.top_p * total:
+            nucleus.append(i)
+        mass += weights[i]
+    kept = [i for i in nucleus if weights[i] >= params.min_p * weights[order[0]]]
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+@pytest.fixture(scope="session")
+def naive_probabilities() -> Callable[[list[float], Any], list[float]]:
+    """`naive_probabilities(logits, params)` -> the distribution that temperature, top-k, top-p and min-p define."""
+    return _naive_probabilities
+
+
+def _chi_square_p_value(observed: dict[Any, int], expected: dict[Any, float]) -> float:
+    """p-value of counts against probabilities; cells expected fewer than 5 times are merged. Anything outside the support gives 0."""
+    draws = sum(observed.values())
+    if any(expected.get(cell, 0.0) <= 0 for cell in observed):
+        return 0.0
+    large = [cell for cell, p in expected.items() if p * draws >= 5]
+    wanted = [expected[cell] * draws for cell in large]
+    found = [float(observed.get(cell, 0)) for cell in large]
+    rest = draws - sum(wanted)
+    if rest >= 5:
+        wanted.append(rest)
+        found.append(draws - sum(found))
+    statistic = sum((f - w) ** 2 / w for f, w in zip(found, wanted, strict=True))
+    return float(stats.chi2.sf(statistic, len(wanted) - 1)) if len(wanted) > 1 else 1.0
+
+
+@pytest.fixture(scope="session")
+def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
+    """`chi_square_p_value(counts, probabilities)` -> p-value of the counts under the probabilities."""
+    return _chi_square_p_value
