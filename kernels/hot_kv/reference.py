@@ -1,0 +1,196 @@
+"""Meaning of the hot formats q4, q3 and q2 in plain PyTorch: rotated Lloyd-Max codes of keys and values being attended.
+
+A row x of d channels (a key or value minus its channel mean, the key rotated to its position) is kept as d codes of 2, 3 or 4 bits and one
+16-bit scale: its norm is taken off, random signs and a Hadamard transform make its channels Gaussian, each becomes the nearest of the
+levels (Zandieh et al.: "TurboQuant", arXiv 2504.19874). The scale makes the decoded row as long as the true one.
+The means come back analytically: a key's as a term of the score that depends on the query and the position only, a value's as one
+addition to the output. The rotation is undone on the query and on the output, so no key or value is ever rotated back.
+
+Axes: P pages, S page size, G KV heads, H query heads, d head size (a power of two from 32 on), N new tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kernels.paged_attention import reference as paged
+from kernels.rope.reference import apply_rope
+
+FORMATS = {"q4": 4, "q3": 3, "q2": 2}
+
+# A level is u (a + b u^2) at the odd integers u, in bfloat16: within 2% of the best codebook's squared error on a Gaussian (0.00965, 0.0346,
+# 0.1175 at 4, 3 and 2 bits), and four packed operations to evaluate where a table would cost a lookup for every element.
+LEVEL_COEFFICIENTS = {4: (0.12109375, 0.000255584716796875), 3: (0.23828125, 0.00142669677734375), 2: (0.447265625, 0.006256103515625)}
+
+
+class HotPages(NamedTuple):
+    """One layer's pages. codes: uint8 [P, G, S, d * bits / 8], packed by `pack`; scales: float16 [P, G, S]."""
+
+    bits: int
+    k_codes: torch.Tensor
+    k_scale: torch.Tensor
+    v_codes: torch.Tensor
+    v_scale: torch.Tensor
+
+
+class HotMeans(NamedTuple):
+    """One layer's calibrated channel means, float32 [G, d]: of keys before rotation (None: zero, which saves a product) and of values."""
+
+    k_mean: torch.Tensor | None
+    v_mean: torch.Tensor
+
+
+def new_pages(bits: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu") -> HotPages:
+    """Empty pages of one layer. ValueError for other bits than 2, 3, 4 or a head size that is not a power of two of at least 32."""
+    if bits not in LEVEL_COEFFICIENTS:
+        raise ValueError(f"no hot format of {bits} bits (choose one of {', '.join(FORMATS)})")
+    if head_dim < 32 or head_dim & (head_dim - 1):
+        raise ValueError(f"hot formats need a head size that is a power of two of at least 32, this model's is {head_dim} (use bf16)")
+    codes = [torch.zeros((num_pages, num_kv_heads, page_size, head_dim * bits // 8), dtype=torch.uint8, device=device) for _ in range(2)]
+    scales = [torch.zeros((num_pages, num_kv_heads, page_size), dtype=torch.float16, device=device) for _ in range(2)]
+    return HotPages(bits, codes[0], scales[0], codes[1], scales[1])
+
+
+@functools.cache
+def rotation(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """R float32 [d, d], orthonormal: random signs, then Sylvester's Hadamard matrix. A row x becomes x @ R."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < head_dim:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    signs = torch.randint(0, 2, (head_dim, 1), generator=torch.Generator().manual_seed(head_dim)) * 2.0 - 1
+    return (signs * matrix * head_dim**-0.5).to(device)
+
+
+@functools.cache
+def levels(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """bfloat16 [2^bits], rising."""
+    a, b = LEVEL_COEFFICIENTS[bits]
+    u = torch.arange(2**bits, dtype=torch.float32) * 2 - (2**bits - 1)
+    inner = (a + b * u * u).bfloat16().float()
+    return (u * inner).bfloat16().to(device)
+
+
+@functools.cache
+def thresholds(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """float32 [2^bits - 1], half way between neighbouring levels."""
+    value = levels(bits).float()
+    return ((value[1:] + value[:-1]) / 2).to(device)
+
+
+@functools.cache
+def field_channels(bits: int, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [d]: the channel whose code lies in the j-th field of a row.
+
+    A 32-bit word's fields are taken apart two at a time, the same field of its lower and its upper half, which land side by side: word w gives
+    channels 4w .. 4w + 3 of every plane (half of the channels at 4 bits, quarter of them below).
+    """
+    planes, fields = (2, 8) if bits == 4 else (4, 16)
+    word, field = torch.arange(head_dim // fields)[:, None], torch.arange(fields)[None, :]
+    upper, place = field // (fields // 2), field % (fields // 2)
+    channel = (place // 2) * (head_dim // planes) + 4 * word + 2 * (place % 2) + upper
+    return channel.flatten().to(device)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [*, d] in channel order to bytes uint8 [*, d * bits / 8]. 3 bits: all lower two bits first, then the upper ones, eight a byte."""
+    fields = codes[..., field_channels(bits, codes.shape[-1], codes.device)].long()
+
+    def bytes_of(values: torch.Tensor, width: int) -> torch.Tensor:
+        grouped = values.unflatten(-1, (-1, 8 // width))
+        return (grouped << (width * torch.arange(8 // width, device=codes.device))).sum(-1).to(torch.uint8)
+
+    if bits == 3:
+        return torch.cat([bytes_of(fields & 3, 2), bytes_of(fields >> 2, 1)], -1)
+    return bytes_of(fields, bits)
+
+
+def unpack(packed: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
+    """Inverse of `pack`: uint8 [*, d]."""
+
+    def fields_of(values: torch.Tensor, width: int) -> torch.Tensor:
+        shifts = width * torch.arange(8 // width, device=packed.device)
+        return ((values[..., None].long() >> shifts) & ((1 << width) - 1)).flatten(-2)
+
+    if bits == 3:
+        fields = fields_of(packed[..., : head_dim // 4], 2) | fields_of(packed[..., head_dim // 4 :], 1) << 2
+    else:
+        fields = fields_of(packed, bits)
+    codes = torch.empty_like(fields)
+    codes[..., field_channels(bits, head_dim, packed.device)] = fields
+    return codes.to(torch.uint8)
+
+
+def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows x float32 [*, d] to (packed codes uint8 [*, d * bits / 8], scale float16 [*])."""
+    rotated = x @ rotation(x.shape[-1], x.device)
+    norm = rotated.norm(dim=-1)
+    unit = rotated * (x.shape[-1] ** 0.5 / norm.clamp_min(1e-20))[..., None]
+    codes = torch.bucketize(unit, thresholds(bits, x.device))
+    length = levels(bits, x.device).float()[codes].norm(dim=-1)
+    return pack(codes.to(torch.uint8), bits), (norm / length).to(torch.float16)
+
+
+def dequantise(packed: torch.Tensor, scale: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
+    """Inverse of `quantise`: float32 [*, d]."""
+    value = levels(bits, packed.device).float()[unpack(packed, bits, head_dim).long()]
+    return (value * scale.float()[..., None]) @ rotation(head_dim, packed.device).T
+
+
+def hot_kv_write(
+    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: HotMeans, pages: HotPages
+) -> None:
+    """Take the means off, rotate keys to their positions, quantise both and write them into their slots, in place.
+
+    Args:
+        k, v: [N, G, d], keys before rotation.
+        cos, sin: [N, d/2] float32.
+        slots: [N] int64, slot = page * S + offset, no slot twice.
+    """
+    page_size = pages.k_scale.shape[2]
+    page, offset = slots // page_size, slots % page_size
+    keys = k.float() if means.k_mean is None else k.float() - means.k_mean
+    for rows, codes, scales in ((apply_rope(keys, cos, sin), pages.k_codes, pages.k_scale), (v.float() - means.v_mean, pages.v_codes, pages.v_scale)):
+        packed, scale = quantise(rows, pages.bits)
+        codes[page, :, offset] = packed
+        scales[page, :, offset] = scale
+
+
+def hot_paged_attention(
+    q: torch.Tensor,
+    pages: HotPages,
+    means: HotMeans,
+    cos_table: torch.Tensor,
+    sin_table: torch.Tensor,
+    page_table: torch.Tensor,
+    query_lens: Sequence[int] | torch.Tensor,
+    context_lens: Sequence[int] | torch.Tensor,
+    scale: float,
+    *,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`paged_attention` over decoded pages; the other arguments and the result are those of `kernels.paged_attention`.
+
+    Args:
+        q: [N, H, d] rotated queries.
+        cos_table, sin_table: [positions, d/2] float32, row p the angles of position p; a request's keys stand at positions 0, 1, ...
+    """
+    head_dim, page_size = q.shape[-1], pages.k_scale.shape[2]
+    k, v = (
+        dequantise(codes, scales, pages.bits, head_dim).transpose(1, 2)  # [P, S, G, d]
+        for codes, scales in ((pages.k_codes, pages.k_scale), (pages.v_codes, pages.v_scale))
+    )
+    k, v = k.contiguous(), v + means.v_mean
+    lens = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
+    if means.k_mean is not None:
+        for row, context in zip(page_table, lens, strict=True):
+            used = row[: -(-context // page_size)].long()
+            stop = len(used) * page_size
+            angles = [torch.nn.functional.pad(t[:stop], (0, 0, 0, max(0, stop - len(t)))) for t in (cos_table, sin_table)]
+            mean = apply_rope(means.k_mean.expand(stop, -1, -1), *angles)
+            k[used] += mean.unflatten(0, (-1, page_size))
+    out = paged.paged_attention(q.float(), k, v.contiguous(), page_table, query_lens, lens, scale, deterministic=deterministic)
+    return out.to(q.dtype)
