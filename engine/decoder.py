@@ -19,6 +19,7 @@ from engine.batch import ReferenceBatch, TritonBatch, prepare
 from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
 from engine.layers import DecoderLayer, LayerWeights
+from engine.linear import Projection, choose_product
 from engine.pool import KvSequence, PagedPool
 from engine.rope import RopeTable
 from engine.stable import StableLinear, stable_silu_mul
@@ -54,12 +55,12 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        # a tied head stays plain, since the embedding is looked up row by row
+        self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False)
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
-        self._stable_linear = StableLinear()
+        self._product = choose_product(self.dtype, self.device)
+        self._stable_linear = StableLinear(self._product)
 
     # --- making one -----------------------------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         # checkpoints may repeat a tied head; old ones store the rotary frequencies
         ignored = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
         load_folder(Path(path), decoder.hf_tensors(), ignored=ignored)
-        return decoder
+        return decoder.pack()
 
     @classmethod
     def from_config(cls, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Decoder:
@@ -101,24 +102,36 @@ class Decoder(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-        return decoder
+        return decoder.pack()
 
     def hf_tensors(self) -> dict[str, torch.Tensor]:
         """Hugging Face tensor name -> our parameter, or the contiguous part of a fused one."""
         named = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
-        if not self.config.tie_word_embeddings:
-            named["lm_head.weight"] = self.lm_head.weight.data
+        if self.lm_head is not None:
+            named["lm_head.weight"] = self.lm_head.weight
         for number, weights in enumerate(self._layer_weights()):
             named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
         return named
 
+    def pack(self) -> Decoder:
+        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made."""
+        self._weights = []  # it would keep every plain matrix alive
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack()
+        return self
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # every move of the parameters (to, float, cuda, ...) comes through here: what was looked up before is stale
+        projections = [module for module in self.modules() if isinstance(module, Projection)]
+        packed = any(projection.packed is not None for projection in projections)
+        for projection in projections:
+            projection.unpack()
         self._weights, self._rope = [], None
         result = super()._apply(*args, **kwargs)
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        return result
+        self._product = choose_product(self.dtype, self.device)
+        self._stable_linear = StableLinear(self._product)
+        return self.pack() if packed else result
 
     def _layer_weights(self) -> list[LayerWeights]:
         if not self._weights:
@@ -137,8 +150,9 @@ class Decoder(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, a tied head counted once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+        """Bytes of all weights, a tied head counted once."""
+        packed = [module.packed for module in self.modules() if isinstance(module, Projection) and module.packed is not None]
+        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in [*self.parameters(), *packed])
 
     @property
     def rope(self) -> RopeTable:
@@ -163,8 +177,8 @@ class Decoder(nn.Module):
     def head(self, hidden: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
         """Final norm and output projection of the residual stream [N, E] -> float32 logits [N, V]."""
         normed, _ = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
-        linear = self._stable_linear if deterministic else F.linear
-        return linear(normed, self.lm_head.weight).float()
+        matrix = self.embed_tokens.weight if self.lm_head is None else self.lm_head.matrix
+        return (self._stable_linear if deterministic else self._product)(normed, matrix, None).float()
 
     def forward(
         self,
@@ -259,7 +273,7 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         eps = self.config.rms_norm_eps
         weights = self._layer_weights()
-        linear = self._stable_linear if deterministic else F.linear
+        linear = self._stable_linear if deterministic else self._product
         activate = stable_silu_mul if deterministic else silu_mul
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
@@ -272,7 +286,7 @@ class Decoder(nn.Module):
                 observe(number - 1, queries, stream)
             attended, queries = self._attend(linear(normed, w.qkv, w.qkv_bias), w, pool.layer(number), batch, deterministic)
             normed, stream = rms_norm(stream, w.post_norm, eps, linear(attended, w.o, w.o_bias))
-            update = linear(activate(linear(normed, w.gate_up)), w.down)
+            update = linear(activate(linear(normed, w.gate_up, None)), w.down, None)
         if update is not None:
             stream = stream + update
         if layers.stop in taps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.linear import Product
 from kernels.silu_mul import silu_mul
 
 ROWS = 16  # rows of the usual product: a verification block fits one
@@ -19,33 +20,33 @@ _GRAIN = 32768  # elements below which PyTorch never splits an elementwise opera
 
 
 class StableLinear:
-    """x W^T + b on fixed row counts, chosen once per weight shape by a probe.
+    """x W^T + b on fixed row counts, chosen once per weight shape by a probe of the product it is given.
 
     The probe multiplies random rows, each repeated over the whole tile: if every position gives the same bits, position and tile size do
     not matter for that shape. Otherwise rows go one at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, product: Product = F.linear) -> None:
+        self._product = product
         self._tiles: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     def tiles(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
         """Row counts, falling, that may be used for this weight; their results agree bit for bit."""
-        key = (tuple(weight.shape), weight.dtype, weight.device, bias is None, torch.get_num_threads())
+        key = (tuple(weight.shape), weight.is_mkldnn, weight.dtype, weight.device, bias is None, torch.get_num_threads())
         if key not in self._tiles:
             single = self._agrees(weight, bias, ROWS)
             bulk = single and self._agrees(weight, bias, BULK_ROWS)
             self._tiles[key] = (BULK_ROWS, ROWS) if bulk else (ROWS,) if single else (1,)
         return self._tiles[key]
 
-    @staticmethod
-    def _agrees(weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> bool:
+    def _agrees(self, weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> bool:
         """True when random rows come out the same from every position of `count` rows, and the same as from `ROWS` rows."""
         generator = torch.Generator().manual_seed(0)
         # a narrow product shows a different order of summation only now and then: try more rows
         for _ in range(min(64, -(-_PROBE_OUTPUTS // weight.shape[0]))):
             row = torch.randn(1, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-            expected = F.linear(row.repeat(ROWS, 1), weight, bias)[:1]
-            if not bool((F.linear(row.repeat(count, 1), weight, bias) == expected).all()):
+            expected = self._product(row.repeat(ROWS, 1), weight, bias)[:1]
+            if not bool((self._product(row.repeat(count, 1), weight, bias) == expected).all()):
                 return False
         return True
 
@@ -62,7 +63,7 @@ class StableLinear:
                 piece = padded[start : start + tile]
                 if piece.data_ptr() % _ALIGNMENT:
                     piece = piece.clone()  # some products peel off the rows before the first aligned address
-                out[start : start + tile] = F.linear(piece, weight, bias)
+                out[start : start + tile] = self._product(piece, weight, bias)
                 start += tile
         return out[:count]
 
