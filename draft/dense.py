@@ -1,0 +1,104 @@
+"""The linear map from features to the target's keys and values at full rank, in 4-bit numbers.
+
+Its spectrum falls slowly (cutting it to a rank of a tenth costs a third more bits of residual), while rounding it against the features' covariance
+costs next to nothing: so the budget goes to all directions in few bits, not to few directions in many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft.errors import DraftError
+from draft.features import FeatureSpec, rms_normalise
+from draft.gptq import LowBitWeights, pack_nibbles, unpack_nibbles
+
+
+class DensePredictor:
+    """Predicts KV vectors with all of the features at once; `reduce` only normalises them. Same interface as `Predictor`.
+
+    Args:
+        spec: the features, taps first, then the target's embedding row.
+        weight: [F, D], for standardised features; its dtype is the one the product runs in.
+        mean, std: float32 [F], of the rms-normalised features.
+        mu: float32 [D], the mean KV vector.
+        draft_size: E of the model that drafts.
+        attention: float32 [F] or None: a token's log2 sensitivity (how much errors in its KV matter later), less its mean, from the same features.
+    """
+
+    def __init__(
+        self, spec: FeatureSpec, weight: Tensor, mean: Tensor, std: Tensor, mu: Tensor, draft_size: int, attention: Tensor | None = None
+    ) -> None:
+        self.spec, self.weight, self.mean, self.std, self.mu, self.draft_size = spec, weight, mean, std, mu, draft_size
+        self.attention = attention
+        self._split = len(spec.taps) * draft_size
+
+    @property
+    def rank(self) -> int:
+        return min(self.weight.shape)
+
+    @property
+    def dim(self) -> int:
+        """D, elements of a predicted KV vector."""
+        return self.weight.shape[1]
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """float32 [n, taps * E]: hidden states rows [n, taps, E], rms-normalised and standardised."""
+        if rows.shape[1:] != (len(self.spec.taps), self.draft_size):
+            what = f"features of shape {tuple(rows.shape)} do not fit the predictor"
+            raise DraftError(what, f"take {len(self.spec.taps)} taps of {self.draft_size} channels: {self.spec.taps}")
+        flat = rms_normalise(rows.to(self.weight.device)).flatten(1)
+        return (flat - self.mean[: self._split]) / self.std[: self._split]
+
+    def _inputs(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor:
+        parts = [latents.to(self.weight.device, torch.float32)]
+        if self.spec.embedding:
+            if token_embeddings is None:
+                raise DraftError("the predictor needs the target's embedding rows", "pass token_embeddings")
+            rows = rms_normalise(token_embeddings.to(self.weight.device))
+            parts.append((rows - self.mean[self._split :]) / self.std[self._split :])
+        return torch.cat(parts, 1)
+
+    def predict(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor:
+        """KV vectors float32 [n, D] from reduced features [n, taps * E] and the target's embedding rows [n, E_t]."""
+        return self.mu + (self._inputs(latents, token_embeddings).to(self.weight.dtype) @ self.weight).float()
+
+    def sensitivity(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
+        """log2 of how much each token's errors matter, float32 [n], about 0 on average; None when the pack does not know."""
+        return None if self.attention is None else self._inputs(latents, token_embeddings) @ self.attention
+
+    def to(self, device: torch.device | str) -> DensePredictor:
+        """The same predictor with its tensors on `device`."""
+        weight, mean, std, mu = (t.to(device) for t in (self.weight, self.mean, self.std, self.mu))
+        return DensePredictor(self.spec, weight, mean, std, mu, self.draft_size, None if self.attention is None else self.attention.to(device))
+
+    # --- the pack's form ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def pack(
+        spec: FeatureSpec, draft_size: int, weights: LowBitWeights, mean: Tensor, std: Tensor, mu: Tensor, attention: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and settings to store. Raises DraftError for other than 4 bits."""
+        if weights.bits != 4:
+            raise DraftError(f"a predictor of {weights.bits} bits", "round it to 4")
+        tensors = {"dense": pack_nibbles(weights.codes), "dense.scale": weights.scale, "mean": mean.float(), "std": std.float(), "mu": mu.float()}
+        if attention is not None:
+            tensors["attention"] = attention.float()
+        settings = {"taps": list(spec.taps), "embedding": spec.embedding, "draft_size": draft_size, "group": weights.group}
+        return tensors, settings
+
+    @classmethod
+    def from_pack(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> DensePredictor:
+        """Inverse of `pack`; the product runs in bfloat16 on a GPU and float32 on a CPU. Raises DraftError when something is missing."""
+        try:
+            t = {name: tensor.to(device) for name, tensor in tensors.items()}
+            spec = FeatureSpec(tuple(int(i) for i in settings["taps"]), bool(settings["embedding"]))
+            codes = unpack_nibbles(t["dense"], len(t["mu"]))
+            dtype = torch.bfloat16 if t["mu"].is_cuda else torch.float32
+            weight = LowBitWeights(codes, t["dense.scale"], 4, int(settings["group"])).dense(dtype)
+            return cls(spec, weight, t["mean"], t["std"], t["mu"], int(settings["draft_size"]), t.get("attention"))
+        except KeyError as error:
+            raise DraftError(f"the pack holds no predictor: {error.args[0]} is missing", "calibrate the pack again") from error
