@@ -13,7 +13,7 @@ STYLE = {
     "cachegen-anchors": ("#8fcbd3", "CacheGen with anchors"), "fp8": ("#444444", "fp8"), "bf16+zstd": ("#888888", "bf16 + zstd"),
 }
 _LABEL_GAP = 0.034
-_KL_FLOOR = 1e-6
+_KL_FLOOR = 1e-4
 
 
 def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False) -> None:
@@ -38,8 +38,9 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
         points.sort()
         ours = method == "foretold"
         colour, label = STYLE.get(method, ("#000000", method))
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker="o",
-                  lw=3 if ours else 1.6, ms=7 if ours else 4.5, zorder=3 if ours else 2)
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=3 if ours else 1.6, zorder=3 if ours else 2)
+        for x, y, _ in points:                                                          # hollow: as good as exact, drawn on the floor
+            axes.plot(x, y, "o", ms=7 if ours else 4.5, color=colour, mfc=colour if y > _KL_FLOOR else "white", zorder=4 if ours else 3)
         anchors.append((points[-1][0], points[-1][1], label, colour, ours))
     if "foretold" in lines:
         for bits, kl, quality in lines["foretold"]:
@@ -52,7 +53,9 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
     _label_ends(axes, anchors)
     what = "without the 4 exact tokens" if without_sinks else "everything stored"
     axes.set_xlabel(f"bits per KV element, real bytes, {what} (bf16 = 16)")
-    axes.set_ylabel("KL to the untouched target, nats per token")
+    hollow = f" (hollow: at or below {_KL_FLOOR:g})" if min(kls) <= _KL_FLOOR else ""
+    axes.set_ylabel(f"KL to the untouched target, nats per token{hollow}")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(f"{document['pair']}: {document['settings']['prefix']} cached tokens replaced, the next "
                    f"{document['context'] - document['settings']['prefix']} scored (down and left is better)", loc="left", fontsize=11)
