@@ -1,6 +1,7 @@
-"""One picture of a codec benchmark: bits per KV element against KL, both logarithmic, every line named where it ends."""
+"""One picture of a codec benchmark: bits per KV element against KL, both logarithmic, every line named beside it."""
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,22 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
     figure, axes = plt.subplots(figsize=(11, 7))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    anchors = []
     for method, points in lines.items():
         points.sort()
         ours = method == "foretold"
-        colour, label = STYLE.get(method, ("#000000", method))
+        colour = STYLE.get(method, ("#000000", method))[0]
         axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=3 if ours else 1.6, zorder=3 if ours else 2)
         for x, y, _ in points:                                                          # hollow: as good as exact, drawn on the floor
             axes.plot(x, y, "o", ms=7 if ours else 4.5, color=colour, mfc=colour if y > _KL_FLOOR else "white", zorder=4 if ours else 3)
-        anchors.append((points[-1][0], points[-1][1], label, colour, ours))
     if "foretold" in lines:
         for bits, kl, quality in lines["foretold"]:
             axes.annotate(quality, (bits, kl), xytext=(-6, -4), textcoords="offset points", ha="right", va="top", fontsize=8,
                           color=STYLE["foretold"][0])
     bits = [p[0] for points in lines.values() for p in points]
     kls = [p[1] for points in lines.values() for p in points]
-    axes.set_xlim(min(bits) / 1.8, max(bits) * 6)
+    axes.set_xlim(min(bits) / 1.8, max(bits) * 3)
     axes.set_ylim(min(kls) / 2, max(kls) * 2)
-    _label_ends(axes, anchors)
+    _place_labels(axes, lines)
     what = "without the 4 exact tokens" if without_sinks else "everything stored"
     axes.set_xlabel(f"bits per KV element, real bytes, {what} (bf16 = 16)")
     hollow = f" (hollow: at or below {_KL_FLOOR:g})" if min(kls) <= _KL_FLOOR else ""
@@ -66,18 +65,31 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
     plt.close(figure)
 
 
-def _label_ends(axes: Any, anchors: list[tuple[float, float, str, str, bool]]) -> None:
-    """Names each line beside its point of most bits, moved up or down just enough that names do not touch; a thin line leads back."""
-    placed: list[tuple[float, float]] = []                                              # (left edge, height) in axes fractions
+def _place_labels(axes: Any, lines: dict[str, list[tuple[float, float, str]]]) -> None:
+    """Names each line beside one of its points: the place that covers the fewest lines and names, nearest to the point (right side preferred)."""
     to_axes = axes.transAxes.inverted()
-    for x, y, label, colour, bold in sorted(anchors, key=lambda a: -a[1]):
-        left, height = to_axes.transform(axes.transData.transform((x, y)))
-        target = height
-        for step in range(200):
-            target = height + _LABEL_GAP / 4 * (-1) ** step * ((step + 1) // 2)
-            if 0 <= target <= 1 and all(abs(target - h) >= _LABEL_GAP or abs(left - a) > 0.28 for a, h in placed):
-                break
-        placed.append((left, target))
-        axes.annotate(label, (x, y), xytext=(left + 0.015, target), textcoords=axes.transAxes, va="center", fontsize=9.5, color=colour,
-                      fontweight="bold" if bold else "normal",
-                      arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6} if abs(target - height) > _LABEL_GAP / 3 else None)
+    at = {method: [tuple(to_axes.transform(axes.transData.transform(p[:2]))) for p in points] for method, points in lines.items()}
+    obstacles = [(x0 + (x1 - x0) * t / 40, y0 + (y1 - y0) * t / 40)
+                 for path in at.values() for (x0, y0), (x1, y1) in pairwise([path[0], *path]) for t in range(41)]
+    boxes: list[tuple[float, float, float, float]] = []
+    for method in sorted(at, key=lambda m: (m != "foretold", -len(at[m]))):
+        colour, label = STYLE.get(method, ("#000000", method))
+        bold = method == "foretold"
+        width = len(label) * (0.0079 if bold else 0.0072)
+        if bold:                                                                        # its points are named below it already
+            boxes += [(x - 0.09, y - 0.035, x, y) for x, y in at[method]]
+        best = (float("inf"), 0.0, 0.0, 0.0, 0.0)
+        for x, y in at[method]:
+            for side in (1, 0, -1):                                                     # name to the right of, over or under, to the left of the point
+                for step in range(-5, 6):
+                    left, middle = x + (0.012 if side == 1 else -width / 2 if side == 0 else -0.012 - width), y + step * _LABEL_GAP * 0.6
+                    box = (left, middle - _LABEL_GAP / 2, left + width, middle + _LABEL_GAP / 2)
+                    covered = sum(box[0] < ox < box[2] and box[1] < oy < box[3] for ox, oy in obstacles)
+                    touching = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes)
+                    outside = box[0] < 0 or box[2] > 1.02 or box[1] < 0 or box[3] > 1
+                    cost = covered + 40 * touching + 100 * outside + 0.8 * abs(step) + 0.5 * (side != 1)
+                    best = min(best, (cost, left, middle, x, y))
+        _, left, middle, x, y = best
+        boxes.append((left, middle - _LABEL_GAP / 2, left + width, middle + _LABEL_GAP / 2))
+        axes.annotate(label, (x, y), xycoords=axes.transAxes, xytext=(left, middle), textcoords=axes.transAxes, va="center", fontsize=9.5,
+                      color=colour, fontweight="bold" if bold else "normal", zorder=5)
