@@ -197,7 +197,8 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     started = time.monotonic()
     # a few layers spread over the draft say nearly as much as all, with far fewer weights to learn
     depth = draft.config.num_layers if draft is not None else trunk_layers
-    taps = tuple(sorted({max(1, round(depth * part)) for part in ((1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0))}))
+    parts_of_depth = (1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0)
+    taps = tuple(sorted({max(1, round(depth * part)) for part in parts_of_depth})) if depth else ()
     stream = PairStream(target, draft, FeatureSpec(taps), trunk_layers)
     layout = stream.layout
     docs, text = documents(library_texts(), tokenizer, num_tokens, context, per_text=1)

@@ -11,23 +11,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engine.engine import Engine
-from engine.errors import ForetoldError
-from engine.options import DEFAULT_PAIR, checked, read_prompt, report
+from engine.errors import CacheNotWritable, ForetoldError
+from engine.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
 from engine.request import GenerationResult
 from engine.session import Session
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Exit status: 0, 2 for a user's mistake, 130 when interrupted, 141 when nobody reads the output any more."""
     try:
         args = checked(argv)
-        prompt = None if args.chat else read_prompt(args)
+        prompt = given_prompt(args) if args.chat else read_prompt(args)
         quiet_libraries()
         engine = load(args)
         say(memory_line(engine))
         with open_session(engine, args) as session:
             if args.chat:
-                talk(session, args)
+                talk(session, prompt, args)
             else:
                 assert prompt is not None
                 one_turn(session, prompt, args)
@@ -37,6 +37,10 @@ def run(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
+    except BrokenPipeError:
+        # or the interpreter would try to flush once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def load(args: argparse.Namespace) -> Engine:
@@ -67,33 +71,54 @@ def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
         print(flush=True)
     keep(session, args)
     say(summary(result))
+    if args.json_out:
+        try:
+            args.json_out.write_text(json.dumps(as_json(session, result)) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CacheNotWritable(f"{args.json_out} cannot be written: {error.strerror or error}", "choose another path") from error
     if args.json:
         print(json.dumps(as_json(session, result)), flush=True)
 
 
-def talk(session: Session, args: argparse.Namespace) -> None:
-    """Several turns from the terminal (or piped lines), until the input ends; an interrupt ends the answer, not the conversation."""
+def talk(session: Session, first: str | None, args: argparse.Namespace) -> None:
+    """Several turns from the terminal (or piped lines), until the input ends. Ctrl-C ends an answer, which stays as far as it went; at the prompt it
+    leaves. Whatever ends the conversation, it is kept."""
     terminal = sys.stdin.isatty()
     if terminal:
-        say("type a message; an empty line or end of input leaves")
-    first = [args.prompt] if args.prompt else []
-    while True:
-        try:
-            message = first.pop() if first else input("> " if terminal else "")
-        except EOFError:
-            break
-        if not message.strip():
-            break
-        result = session.chat(message, args.params, show)
-        print(flush=True)
-        say(summary(result))
-    if session.token_ids:
+        say("type a message; Ctrl-C ends an answer; an empty line, end of input or Ctrl-C leaves")
+    try:
+        while message := first or next_message(terminal):
+            first = None
+            try:
+                result = session.chat(message, args.params, show)
+                print(flush=True)
+                say(summary(result))
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                print(flush=True)
+                say("[interrupted]")
+    except ForetoldError:
         keep(session, args)
+        raise
+    keep(session, args)
+
+
+def next_message(terminal: bool) -> str:
+    """The next line of input, empty at its end."""
+    if terminal:
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return read_input(input).strip()
+    except (EOFError, KeyboardInterrupt):
+        if terminal:
+            say("")
+        return ""
 
 
 def keep(session: Session, args: argparse.Namespace) -> None:
     """Suspend into the session's file, if there is one."""
-    if args.session is None:
+    if args.session is None or not session.token_ids:
         return
     r = session.suspend(args.session)
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0

@@ -17,7 +17,7 @@ from draft.length import CostModel, LengthController, measure_costs
 from draft.protocols import Drafter, FeatureStore
 from draft.trunk import TrunkDrafter
 from engine.decoder import Decoder
-from engine.errors import EmptyPrompt, InvalidOption, PromptTooLong
+from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.metrics import SpeculationMetrics
 from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
 from engine.placement import START_TOKENS, default_pool_tokens, device_named, dtype_named
@@ -28,7 +28,8 @@ from engine.scheduler import Scheduler
 from engine.stopping import TextStream
 
 if TYPE_CHECKING:
-    from engine.session import Session, SessionCodec
+    from engine.session import Session
+    from engine.session_codec import SessionCodec
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 
@@ -247,11 +248,12 @@ class Engine:
         return Conversation([], sequence, self.drafter.open(sequence) if self.drafter else None)
 
     def session(
-        self, file: str | Path | None = None, *, quality: str = "balanced", pack: str | Path | None = None, log: Callable[[str], None] = print
+        self, file: str | Path | None = None, *, quality: str | None = None, pack: str | Path | None = None, log: Callable[[str], None] = print
     ) -> Session:
         """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.session.Session`.
 
-        quality: "near-lossless", "balanced", "compact", "tiny" or "tokens". pack: a codec pack's file (default: the pair's own, fitted at first use).
+        quality: "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "balanced"). pack: a codec pack's file
+        (default: the pair's own, fitted at first use).
 
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.
@@ -278,13 +280,17 @@ class Engine:
         Without new tokens the conversation's text goes on. Raises as `generate`; the conversation is then as before.
         """
         self._check_tokens([*conversation.token_ids, *new_token_ids])
-        result = None
+        result, before = None, len(conversation.token_ids)
         events = self._events(self._submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
-        with closing(events):  # a failing on_text must end the request at once
-            for event in events:
-                result = event.result
-                if on_text is not None and event.text:
-                    on_text(event.text)
+        try:
+            with closing(events):  # a failing on_text must end the request at once
+                for event in events:
+                    result = event.result
+                    if on_text is not None and event.text:
+                        on_text(event.text)
+        except PoolExhausted:  # refused before anything ran
+            del conversation.token_ids[max(before, conversation.sequence.length) :]
+            raise
         assert result is not None
         return result
 
@@ -366,7 +372,8 @@ class Engine:
             raise request.error
 
     def _abandon(self, request: Request) -> None:
-        if request.finish_reason is None and request.error is None:
+        # whatever state an interrupt left it in: a request that the scheduler still has must not run again
+        if request in self.scheduler.running or request in self.scheduler.waiting:
             self.scheduler.cancel(request)
 
     def _decode(self, ids: Sequence[int]) -> str:

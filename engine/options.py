@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -49,9 +50,10 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--deterministic", action="store_true", help="shape-stable arithmetic: greedy text is the same with and without speculation")
     kept = p.add_argument_group("session")
     kept.add_argument("--session", type=Path, metavar="FILE", help="resume from it if it exists, suspend into it at the end")
-    kept.add_argument("--quality", default=DEFAULT_QUALITY, help=", ".join(SESSION_QUALITIES))
+    kept.add_argument("--quality", help=f"{', '.join(SESSION_QUALITIES)}; default: the file's own, {DEFAULT_QUALITY} for a new one")
     kept.add_argument("--pack", type=Path, metavar="FILE", help="codec pack; default: the pair's own, fitted at first use")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line instead of streaming the text")
+    p.add_argument("--json-out", type=Path, metavar="FILE", help="write that object to a file")
     return p
 
 
@@ -62,16 +64,21 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("--pair and --target exclude each other", "give one of them")
     if args.prompt is not None and args.prompt_file is not None:
         raise InvalidOption("there are two prompts", "give either the prompt or --prompt-file")
-    if args.chat and (args.raw or args.json):
-        raise InvalidOption(f"--chat does not go with {'--raw' if args.raw else '--json'}", "leave one of them out")
+    unfit = {"--raw": args.raw, "--json": args.json, "--json-out": args.json_out}
+    if args.chat and any(unfit.values()):
+        raise InvalidOption(f"--chat does not go with {next(name for name, value in unfit.items() if value)}", "leave one of them out")
     if args.hot != "bf16":
         raise InvalidOption(f"--hot {args.hot} is not available yet", "use --hot bf16")
-    if args.quality not in SESSION_QUALITIES:
+    if args.quality is not None and args.quality not in SESSION_QUALITIES:
         raise InvalidOption(f"unknown quality {args.quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
-    if args.session is None and (args.pack is not None or args.quality != DEFAULT_QUALITY):
+    if args.session is None and (args.pack is not None or args.quality is not None):
         raise InvalidOption(f"{'--pack' if args.pack else '--quality'} only matters to a session", "add --session FILE")
-    if args.session is not None and not args.session.absolute().parent.is_dir():
-        raise InvalidOption(f"there is no folder {str(args.session.parent)!r} for the session file", "make it first")
+    for name, file in (("--session", args.session), ("--json-out", args.json_out)):
+        if file is None:
+            continue
+        folder = file.absolute().parent
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):  # not after minutes of work
+            raise InvalidOption(f"{name} cannot be written to {str(file)!r}", "name a file in a folder that exists and may be written to")
     args.params = sampling_params(args)
     return args
 
@@ -90,21 +97,40 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )  # fmt: skip
 
 
+def given_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt from the command line or a file, None when there is neither. Raises InvalidOption."""
+    if args.prompt_file is None:
+        return None if args.prompt is None else _checked_text(args.prompt)
+    try:
+        return args.prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOption(f"the prompt file {args.prompt_file} cannot be read: {error}", "give a UTF-8 text file") from error
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt from the command line, a file or standard input. Raises EmptyPrompt, InvalidOption."""
-    if args.prompt is not None:
-        text = args.prompt
-    elif args.prompt_file is not None:
-        try:
-            text = args.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidOption(f"the prompt file {args.prompt_file} cannot be read: {error}", "give a UTF-8 text file") from error
-    elif not sys.stdin.isatty():
-        text = sys.stdin.read()
-    else:
-        text = ""
+    text = given_prompt(args)
+    if text is None:
+        text = "" if sys.stdin.isatty() else read_input(sys.stdin.read)
     if not text.strip():
         raise EmptyPrompt("there is no prompt", "give it as an argument, with --prompt-file, or on standard input")
+    return text
+
+
+def read_input(read: Callable[[], str]) -> str:
+    """What `read` takes from standard input. Raises InvalidOption when that is no text, and EOFError as `input` does."""
+    try:
+        return _checked_text(read())
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"standard input is not text: {error}", "give UTF-8") from error
+
+
+def _checked_text(text: str) -> str:
+    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidOption("the prompt is not valid text", "give UTF-8") from error
     return text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import zstandard
 
 from codec.container import read_sections, write_sections
 from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
-from engine.cache import disk_errors
-from engine.errors import BadSessionFile, Corrupted, ForeignModel, NewerVersion, Truncated
+from codec.spec import NUM_SINKS
+from engine.cache import is_disk_full
+from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
 
 MAX_TOKENS = 1 << 28
 _REMEDY = "restore it from a copy, or start a new session"
@@ -71,9 +73,9 @@ class SessionFile:
         Raises:
             DiskFull, CacheNotWritable: as the names say.
         """
-        path, data = Path(path), self.to_bytes()
+        path, data = Path(path).absolute(), self.to_bytes()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with disk_errors(path.parent):
+        try:
             try:
                 with temporary.open("wb") as file:
                     file.write(data)
@@ -82,7 +84,12 @@ class SessionFile:
                 os.replace(temporary, path)
                 _sync_folder(path.parent)
             finally:
-                temporary.unlink(missing_ok=True)
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
+            raise CacheNotWritable(f"the session file {path} cannot be written: {error.strerror or error}", "choose another path") from error
         return len(data)
 
     @classmethod
@@ -122,7 +129,7 @@ class SessionFile:
         spans: list[Span] = []
         at = 0
         for start, end, size in np.frombuffer(raw_sizes, "<u4").reshape(-1, 3).tolist():
-            expected = spans[-1].end if spans else start
+            expected = spans[-1].end if spans else NUM_SINKS
             if start != expected or not start < end <= num_cached or at + size > len(body):
                 raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
             spans.append(Span(start, end, body[at : at + size]))
@@ -135,7 +142,7 @@ class SessionFile:
 class session_errors:
     """Context: the codec's errors leave it as the session's, naming the file."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | None) -> None:
         self._path = path
 
     def __enter__(self) -> None:
@@ -162,6 +169,9 @@ def _unpack_tokens(data: bytes, count: int) -> list[int]:
 
 def _unpacked(data: bytes) -> bytes:
     try:
+        # a size that the data itself claims is what would be reserved, whatever the limit says
+        if zstandard.frame_content_size(data) > 4 * MAX_TOKENS:
+            raise CorruptedCode("a compressed part of the session is too large", _REMEDY)
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * MAX_TOKENS)
     except zstandard.ZstdError as error:
         raise CorruptedCode("a compressed part of the session is damaged", _REMEDY) from error

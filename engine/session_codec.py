@@ -1,0 +1,163 @@
+"""From a conversation's KV to coded spans and back, with the features that speculation left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from codec.codec import KvCodec
+from codec.errors import CodecError
+from codec.pack import CodecPack
+from codec.spec import SPAN_TOKENS, KvLayout
+from draft.errors import DraftError
+from draft.features import FeatureBuffer
+from draft.predictor import Predictor
+from draft.protocols import DraftState
+from engine.errors import InvalidOption, PackMismatch
+from engine.packs import Log, find_pack, trunk_layers
+from engine.request import Conversation
+from engine.session_file import Span
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+PREFILL_TOKENS = 512
+SPANS_AT_ONCE = 64  # read, predicted and coded together: bounds the memory of a long session
+
+
+class SessionCodec:
+    """An engine's codec and predictor: turns a range of a conversation's KV into spans and back.
+
+    An engine has one (`session_codec`): the features that its drafter keeps while decoding are those the pack's predictor asks for.
+
+    Raises:
+        PackMismatch: the pack holds no predictor. InvalidOption: it is laid out for another engine.
+    """
+
+    def __init__(self, engine: Engine, pack: CodecPack) -> None:
+        self.engine, self.pack = engine, pack
+        try:
+            self.codec = KvCodec(pack, engine.device)
+            self.predictor = Predictor.from_pack(pack.predictor, pack.predictor_settings, engine.device)
+        except (CodecError, DraftError) as error:
+            raise PackMismatch(error.what, error.remedy) from error
+        self.first_layer = pack.layout.first_layer
+        config = engine.target.config
+        expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, trunk_layers(engine))
+        if pack.layout != expected:
+            raise InvalidOption(f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine")
+        if self.predictor.spec.taps:
+            engine.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
+
+    def encode(self, conversation: Conversation, start: int, end: int, quality: str) -> list[Span]:
+        """Code tokens [start, end), whose KV is in the conversation's pages, in spans of at most SPAN_TOKENS tokens.
+
+        Raises InvalidOption when the KV cannot be coded (it overflowed).
+        """
+        if start >= end:
+            return []
+        latents = self._latents(conversation, start, end)
+        bounds = [(a, min(a + SPAN_TOKENS, end)) for a in range(start, end, SPAN_TOKENS)]
+        spans: list[Span] = []
+        for at in range(0, len(bounds), SPANS_AT_ONCE):
+            some = bounds[at : at + SPANS_AT_ONCE]
+            pairs = [
+                (
+                    self.engine.target.read_kv(conversation.sequence, a, b, first_layer=self.first_layer),
+                    self._predict(conversation.token_ids[a:b], latents[a - start : b - start]),
+                )
+                for a, b in some
+            ]
+            try:
+                coded = self.codec.encode_many(pairs, quality)
+            except CodecError as error:
+                raise InvalidOption(error.what, error.remedy) from error
+            spans += [Span(a, b, data) for (a, b), data in zip(some, coded, strict=True)]
+        return spans
+
+    def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
+        """Write the spans' KV into the conversation's pages; does not advance. Raises the codec's errors."""
+        start = spans[0].start
+        latents = self._latents(conversation, start, spans[-1].end)
+        for at in range(0, len(spans), SPANS_AT_ONCE):
+            some = spans[at : at + SPANS_AT_ONCE]
+            predicted = [self._predict(conversation.token_ids[s.start : s.end], latents[s.start - start : s.end - start]) for s in some]
+            rows = torch.cat(self.codec.decode_many([s.data for s in some], predicted))
+            self.engine.target.write_kv(conversation.sequence, some[0].start, rows, first_layer=self.first_layer)
+
+    def _predict(self, token_ids: Sequence[int], latents: Tensor) -> Tensor:
+        """Pre-RoPE KV float32 [n, D] of a span's tokens. Span by span: products of the same shape give the same bits at every resume."""
+        ids = torch.tensor(token_ids, device=self.engine.device)
+        return self.predictor.predict(latents, self.engine.target.embed(ids) if self.predictor.spec.embedding else None)
+
+    def _latents(self, conversation: Conversation, start: int, end: int) -> Tensor:
+        """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
+        supplies features that were never kept."""
+        if not self.predictor.spec.taps:
+            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.engine.device))
+        state = conversation.draft_state
+        if state is None:  # opened by hand, without a request so far
+            return self._recomputed(conversation.token_ids[:end], start)
+        if state.features is None:
+            state.features = FeatureBuffer(self.predictor.reduce)
+            state.features.skip(state.length)
+        if self.engine.draft_decoder is not None:
+            prefill_draft(self.engine, state, conversation.token_ids[:end])
+        rows = state.features.take(start, end)  # type: ignore[attr-defined]
+        return self._recomputed(conversation.token_ids[:end], start) if rows is None else rows
+
+    def _recomputed(self, token_ids: Sequence[int], start: int) -> Tensor:
+        """Features of tokens from `start` on, by a pass over all of them on scratch pages."""
+        drafter = self.engine.drafter
+        assert drafter is not None
+        sequence = self.engine.pool.new_sequence()
+        state = drafter.open(sequence)
+        try:
+            prefill_draft(self.engine, state, token_ids)
+            rows = state.features.take(start, len(token_ids))  # type: ignore[union-attr]
+            assert rows is not None, "a pass over all tokens keeps all features"
+            return rows.clone()
+        finally:
+            drafter.close([state])
+            sequence.free()
+
+
+def session_codec(engine: Engine, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
+    """The engine's one codec, made at first use (see `find_pack`). Raises InvalidOption when another pack is asked for later."""
+    path = None if pack is None else Path(pack).absolute()
+    if engine.session_codec is None:
+        engine.session_codec = SessionCodec(engine, find_pack(engine, path, log))
+        engine.session_pack = path
+    elif path is not None and path != engine.session_pack:
+        raise InvalidOption("this engine already codes its sessions with another pack", "use one engine per pack")
+    return engine.session_codec
+
+
+def run_sinks(engine: Engine, conversation: Conversation, count: int) -> None:
+    """Run the target over the first `count` tokens of an empty conversation: their KV depends on nothing else, so it needs no storing."""
+    ids = torch.tensor(conversation.token_ids[:count], device=engine.device)
+    taps = engine.drafter.target_taps if engine.drafter else ()
+    out = engine.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=engine.deterministic)
+    if engine.drafter is not None and taps and conversation.draft_state is not None:
+        engine.drafter.observe_target([conversation.draft_state], [count], out.taps)
+    conversation.sequence.advance(count)
+
+
+def prefill_draft(engine: Engine, state: DraftState, token_ids: Sequence[int], ends: Sequence[int] = ()) -> None:
+    """Let the draft run what it lacks of token_ids, keeping features where it keeps any. A trunk's sequence advances with it: the caller then writes
+    the other layers' KV.
+
+    Chunks have at most PREFILL_TOKENS tokens and stop at each of `ends` (ascending): tokens before an end are run the same way, to the bit, whatever
+    follows it.
+    """
+    drafter = engine.drafter
+    assert drafter is not None
+    for end in (*ends, len(token_ids)):
+        while chunk := token_ids[state.length : min(end, state.length + PREFILL_TOKENS)]:
+            drafter.prefill([state], [chunk])
+            if drafter.verify_from:
+                state.sequence.advance(len(chunk))
