@@ -55,13 +55,18 @@ class LayerWeights(NamedTuple):
     gate_up: torch.Tensor  # [2I, E]
     down: torch.Tensor  # [E, I]
 
+    def plain(self) -> LayerWeights:
+        """The same with packed matrices unpacked into copies, for operations that only take plain tensors (autograd among them)."""
+        qkv, o, gate_up, down = (m.to_dense() if m.is_mkldnn else m for m in (self.qkv, self.o, self.gate_up, self.down))
+        return self._replace(qkv=qkv, o=o, gate_up=gate_up, down=down)
+
     def hf_parts(self, config: DecoderConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """(name within a Hugging Face layer, contiguous part) for each of its tensors: views to fill, or copies once packed."""
-        qkv, o, gate_up, down = (m.to_dense() if m.is_mkldnn else m for m in (self.qkv, self.o, self.gate_up, self.down))
+        plain = self.plain()
         q, kv, inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
         yield "input_layernorm.weight", self.input_norm
         yield "post_attention_layernorm.weight", self.post_norm
-        for name, part in zip("qkv", qkv.split((q, kv, kv)), strict=True):
+        for name, part in zip("qkv", plain.qkv.split((q, kv, kv)), strict=True):
             yield f"self_attn.{name}_proj.weight", part
         if self.qkv_bias is not None:
             for name, part in zip("qkv", self.qkv_bias.split((q, kv, kv)), strict=True):
@@ -69,10 +74,10 @@ class LayerWeights(NamedTuple):
         if self.qk_norm is not None:
             yield "self_attn.q_norm.weight", self.qk_norm[0]
             yield "self_attn.k_norm.weight", self.qk_norm[1]
-        yield "self_attn.o_proj.weight", o
+        yield "self_attn.o_proj.weight", plain.o
         if self.o_bias is not None:
             yield "self_attn.o_proj.bias", self.o_bias
-        gate, up = gate_up.split((inner, inner))
+        gate, up = plain.gate_up.split((inner, inner))
         yield "mlp.gate_proj.weight", gate
         yield "mlp.up_proj.weight", up
-        yield "mlp.down_proj.weight", down
+        yield "mlp.down_proj.weight", plain.down

@@ -21,8 +21,8 @@ def kv_write(
 ) -> None:
     """`reference.kv_write` (arguments and result there), through Triton where it applies."""
     if use_triton(k, k_pages):
-        from kernels.kv_write import triton
+        from kernels.kv_write.triton import kv_write as launch
 
-        triton.kv_write(k, v, cos, sin, slots, k_pages, v_pages)
+        launch(k, v, cos, sin, slots, k_pages, v_pages)
     else:
         reference.kv_write(k, v, cos, sin, slots, k_pages, v_pages)

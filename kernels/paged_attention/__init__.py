@@ -25,7 +25,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """`reference.paged_attention` (arguments and result there), through Triton where it applies."""
     if use_triton(q, k_pages):
-        from kernels.paged_attention import triton
+        from kernels.paged_attention.triton import paged_attention as launch
 
-        return triton.paged_attention(q, k_pages, v_pages, page_table, query_lens, context_lens, scale, deterministic=deterministic)
+        return launch(q, k_pages, v_pages, page_table, query_lens, context_lens, scale, deterministic=deterministic)
     return reference.paged_attention(q, k_pages, v_pages, page_table, query_lens, context_lens, scale, deterministic=deterministic)

@@ -15,7 +15,7 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.rms_norm` (arguments and result there), through Triton where it applies."""
     if use_triton(x, weight):
-        from kernels.rms_norm import triton
+        from kernels.rms_norm.triton import rms_norm as launch
 
-        return triton.rms_norm(x, weight, eps, residual)
+        return launch(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)

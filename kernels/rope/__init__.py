@@ -13,7 +13,7 @@ __all__ = ["apply_rope"]
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`reference.apply_rope` (arguments and result there), through Triton where it applies."""
     if use_triton(x, cos, sin):
-        from kernels.rope import triton
+        from kernels.rope.triton import apply_rope as launch
 
-        return triton.apply_rope(x, cos, sin)
+        return launch(x, cos, sin)
     return reference.apply_rope(x, cos, sin)

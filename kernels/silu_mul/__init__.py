@@ -13,7 +13,7 @@ __all__ = ["silu_mul"]
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`reference.silu_mul` (arguments and result there), through Triton where it applies."""
     if use_triton(gate_up):
-        from kernels.silu_mul import triton
+        from kernels.silu_mul.triton import silu_mul as launch
 
-        return triton.silu_mul(gate_up)
+        return launch(gate_up)
     return reference.silu_mul(gate_up)
