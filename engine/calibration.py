@@ -114,7 +114,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
 
 def bf16_bytes(target: Decoder) -> int:
     """Size of the target's weights in 16 bits, whatever they are loaded in: a pack's size must not depend on that."""
-    return 2 * sum(p.numel() for p in target.parameters())
+    return 2 * target.weight_bytes // target.dtype.itemsize
 
 
 def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:

@@ -94,7 +94,7 @@ def _model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
     if folder is not None:
         return fingerprint(folder)
     digest = sha256(repr(decoder.config).encode())
-    for name, tensor in sorted(decoder.state_dict().items()):
+    for name, tensor in sorted(decoder.hf_tensors().items()):  # not state_dict, which leaves packed weights out
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
