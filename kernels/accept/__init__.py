@@ -27,7 +27,7 @@ def accept(
 ) -> Accepted:
     """Keep drafts up to the first rejection and draw the next token: shapes and meaning in `reference.accept`."""
     if use_triton(target_probs):
-        from kernels.accept import triton
+        from kernels.accept.triton import accept as launch
 
-        return triton.accept(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts)
+        return launch(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts)
     return reference.accept(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts)

@@ -14,7 +14,7 @@ def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
     See `reference`.
     """
     if use_triton(seed, position):
-        from kernels.philox import triton
+        from kernels.philox.triton import philox_uniform as launch
 
-        return triton.philox_uniform(seed, position, lane)
+        return launch(seed, position, lane)
     return reference.philox_uniform(seed, position, lane)

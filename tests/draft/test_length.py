@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_useless_draft_is_switched_off_and_probed_now_and_then():
     assert first_zero <= 6
     probes = [i for i in range(first_zero, 600) if lengths[i] > 0]
     assert set(lengths[first_zero:]) == {0, 1} and 3 <= len(probes) <= 10
-    gaps = [b - a for a, b in zip(probes, probes[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(probes)]
     assert probes[0] - first_zero == FIRST_PROBE - 1 and gaps == sorted(gaps) and max(gaps) <= LAST_PROBE
 
 

@@ -77,7 +77,17 @@ def test_results_carry_the_figures_of_the_run(engine, target):
     assert result.memory == {"target_bytes": target.weight_bytes, "draft_bytes": target.weight_bytes, "pool_bytes": pages}
     plain = json.loads(json.dumps(result.as_dict()))
     assert plain["speculation"]["acceptance_rate"] == 1 and plain["speculation"]["drafter"] == "model"
-    assert set(plain) >= {"text", "finish_reason", "prompt_tokens", "reused_tokens", "new_tokens", "ttft_s", "decode_s", "tokens_per_s", "memory"}
+    assert set(plain) >= {
+        "text",
+        "finish_reason",
+        "prompt_tokens",
+        "reused_tokens",
+        "new_tokens",
+        "ttft_s",
+        "decode_s",
+        "tokens_per_s",
+        "memory",
+    }
 
 
 def test_a_stream_gives_the_text_of_generate_in_pieces(engine):

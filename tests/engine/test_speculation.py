@@ -180,5 +180,9 @@ def test_a_draft_with_a_shorter_context_and_a_smaller_vocabulary_only_stops_draf
 
 def test_deterministic_greedy_text_is_the_same_with_and_without_drafts(make_engine):
     params = [SamplingParams(max_new_tokens=20, draft_length=k) for k in (0, 3)]
-    texts = [[r.token_ids for r in make_engine(kind, deterministic=True).generate(PROMPTS, p)] for kind in ("none", "other", "trunk-1") for p in params]
+    texts = [
+        [r.token_ids for r in make_engine(kind, deterministic=True).generate(PROMPTS, p)]
+        for kind in ("none", "other", "trunk-1")
+        for p in params
+    ]
     assert all(t == texts[0] for t in texts)

@@ -54,7 +54,9 @@ class MarkovDecoder:
         self.layers = torch.randn(LAYERS, WIDTH, WIDTH, generator=generator)
         self.output = torch.randn(WIDTH, VOCAB, generator=generator) * 0.8
 
-    def forward(self, token_ids, sequences, query_lens, *, starts=None, taps=(), logits="all", first_layer=0, last_layer=None, hidden=None, **_):
+    def forward(
+        self, token_ids, sequences, query_lens, *, starts=None, taps=(), logits="all", first_layer=0, last_layer=None, hidden=None, **_
+    ):
         assert len(sequences) == len(query_lens) and sum(query_lens) == len(token_ids)
         assert (hidden is None) == (first_layer == 0)
         hidden = self.embedding[token_ids] if hidden is None else hidden
@@ -91,7 +93,9 @@ def run(target, drafter, requests):
 
 
 def joint(target, params, naive_probabilities):
-    rows = [naive_probabilities(row.double().tolist(), params) for row in target.head(target.forward(torch.arange(VOCAB), [0], [VOCAB]).hidden)]
+    rows = [
+        naive_probabilities(row.double().tolist(), params) for row in target.head(target.forward(torch.arange(VOCAB), [0], [VOCAB]).hidden)
+    ]
     result = {}
     for cell in itertools.product(range(VOCAB), repeat=TOKENS):
         p, last = 1.0, 2
