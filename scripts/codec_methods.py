@@ -83,7 +83,8 @@ class ForetoldMethod:
 
     Args:
         quality: a name of codec.spec.QUALITIES, or "stepX" for a quantiser step X.
-        predict: False codes against the mean KV vector instead of the prediction, with the same pack.
+        predict: False codes against the mean KV vector instead of the prediction, with the same pack. That shows what the prediction carries;
+            a pack calibrated without one would do better, as this one's transform leaves out what its predictor explains.
     """
 
     def __init__(self, quality: str, pack: CodecPack, target: Decoder, drafter: Decoder | None, predict: bool):

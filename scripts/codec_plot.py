@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 STYLE = {
-    "foretold": ("#c0182b", "foretold (predicted residual)"), "foretold-nopred": ("#e8833a", "foretold without prediction"),
+    "foretold": ("#c0182b", "foretold (predicted residual)"), "foretold-nopred": ("#e8833a", "foretold, same pack, prediction off"),
     "kvtc": ("#1f5fa8", "KVTC"), "aqua-kv": ("#2a8f5b", "AQUA-KV"),
     "turboquant-mean": ("#7a4fa3", "TurboQuant, mean removed"), "turboquant": ("#b79ad1", "TurboQuant"),
     "kivi": ("#8c6d46", "KIVI (128 recent tokens exact)"), "kivi-nowindow": ("#c2a37a", "KIVI, no window"),

@@ -3,7 +3,8 @@
 Source: "KV Cache Transform Coding" (arXiv 2511.01815, ICLR 2026), steps 1 to 6 of its pipeline; allocation in kvtc_allocation.py.
 Each layer's keys and values are scaled to unit variance first (`normalise`), so that no layer is drowned by another. Simplified:
 exact eigenvectors of the streamed covariance (or of the sample's Gram matrix) in place of a randomised SVD; no recent window; zlib in
-place of nvCOMP's DEFLATE; the first four tokens in bf16 (paper: fp8), as for every peer.
+place of nvCOMP's DEFLATE; shift and scale per token (sharing them among 16 tokens saved 5% of the bits on SmolLM2, scaling or not
+changed nothing); the first four tokens in bf16 (paper: fp8), as for every peer.
 """
 from __future__ import annotations
 
