@@ -4,6 +4,7 @@ Everything is little endian. A span is its header, its rANS states, its words an
 A section file is magic, version, section count, then per section a four-letter name, a length, a crc32 and the bytes; a crc32 of the
 table closes the head, so a cut or altered file is named before anything is decoded.
 """
+
 from __future__ import annotations
 
 import struct
@@ -60,8 +61,18 @@ def write_span(code: SpanCode) -> bytes:
         raise BadInput(f"a span of {code.num_tokens} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
     tail = b"" if code.levels is None else code.levels.astype("<i1").tobytes()
     tail += code.escapes
-    head = _SPAN.pack(_SPAN_MAGIC, SPAN_VERSION, int(code.levels is not None), code.tokens_per_lane, code.step, code.num_tokens,
-                      code.num_components, len(code.words), len(tail), code.pack_tag)
+    head = _SPAN.pack(
+        _SPAN_MAGIC,
+        SPAN_VERSION,
+        int(code.levels is not None),
+        code.tokens_per_lane,
+        code.step,
+        code.num_tokens,
+        code.num_components,
+        len(code.words),
+        len(tail),
+        code.pack_tag,
+    )
     body = head + code.states.astype("<u4").tobytes() + code.words.astype("<u2").tobytes() + tail
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -69,7 +80,7 @@ def write_span(code: SpanCode) -> bytes:
 def read_span(data: bytes | memoryview) -> SpanCode:
     """Inverse of write_span. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
     data = bytes(data)
-    if data[:2] != _SPAN_MAGIC[:len(data[:2])]:
+    if data[:2] != _SPAN_MAGIC[: len(data[:2])]:
         raise ForeignCode("these bytes are not a coded span", "pass what KvCodec.encode wrote")
     if len(data) < _SPAN.size + _CRC.size:
         raise TruncatedCode("a coded span ends inside its header", _REMEDY)
@@ -80,16 +91,16 @@ def read_span(data: bytes | memoryview) -> SpanCode:
     size = _SPAN.size + 4 * lanes + 2 * words + tail + _CRC.size
     if len(data) < size:
         raise TruncatedCode(f"a coded span has {len(data)} of {size} bytes", _REMEDY)
-    if len(data) > size or zlib.crc32(data[:-_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
+    if len(data) > size or zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
         raise CorruptedCode("a coded span's checksum does not match", _REMEDY)
     if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not 0 < step < float("inf") or tail < flags * tokens:
         raise CorruptedCode("a coded span's header contradicts itself", _REMEDY)
     at = _SPAN.size
     states = np.frombuffer(data, "<u4", lanes, at)
     stream = np.frombuffer(data, "<u2", words, at + 4 * lanes)
-    rest = data[at + 4 * lanes + 2 * words:size - _CRC.size]
+    rest = data[at + 4 * lanes + 2 * words : size - _CRC.size]
     levels = np.frombuffer(rest, "<i1", tokens) if flags else None
-    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[flags * tokens:])
+    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[flags * tokens :])
 
 
 def write_varints(values: np.ndarray) -> bytes:
@@ -136,7 +147,7 @@ def _table_crc(magic: bytes, version: int, table: bytes | memoryview) -> int:
 def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> list[tuple[str, bytes]]:
     """Inverse of write_sections; every checksum is compared. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
     view = memoryview(data)
-    if bytes(view[:8]) != magic[:len(view[:8])] or len(view) == 0:
+    if bytes(view[:8]) != magic[: len(view[:8])] or len(view) == 0:
         raise ForeignCode("this is not a Foretold file", "check the path")
     if len(view) < _FILE_HEAD.size:
         raise TruncatedCode("the file ends inside its header", _REMEDY)
@@ -146,14 +157,14 @@ def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: 
     at = _FILE_HEAD.size + count * _SECTION.size
     if len(view) < at:
         raise TruncatedCode("the file ends inside its table of contents", _REMEDY)
-    if found < 1 or _table_crc(magic, found, view[_FILE_HEAD.size:at]) != table_crc:
+    if found < 1 or _table_crc(magic, found, view[_FILE_HEAD.size : at]) != table_crc:
         raise CorruptedCode("the file's table of contents is damaged", _REMEDY)
     sections = []
     for n in range(count):
         name, size, crc = _SECTION.unpack_from(view, _FILE_HEAD.size + n * _SECTION.size)
         if at + size > len(view):
             raise TruncatedCode(f"the file ends inside section {n}", _REMEDY)
-        body = bytes(view[at:at + size])
+        body = bytes(view[at : at + size])
         if zlib.crc32(body) != crc:
             raise CorruptedCode(f"section {n} of the file is damaged", _REMEDY)
         sections.append((name.decode("ascii", "replace"), body))

@@ -3,6 +3,7 @@
 Weights, transform and entropy tables belong to this package. The predictor's tensors and settings travel along as an opaque dictionary: the codec
 does not know where a prediction comes from. A digest over everything closes the file, fingerprints tie it to its models.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -52,8 +53,19 @@ class CodecPack:
     info: dict = field(default_factory=dict)
 
     @classmethod
-    def build(cls, layout: KvLayout, weighting: Weighting, transform: Transform, model: EntropyModel, *, predictor: dict[str, torch.Tensor],
-              predictor_settings: dict, fingerprints: dict[str, str], info: dict | None = None, coarse_from: int | None = None) -> CodecPack:
+    def build(
+        cls,
+        layout: KvLayout,
+        weighting: Weighting,
+        transform: Transform,
+        model: EntropyModel,
+        *,
+        predictor: dict[str, torch.Tensor],
+        predictor_settings: dict,
+        fingerprints: dict[str, str],
+        info: dict | None = None,
+        coarse_from: int | None = None,
+    ) -> CodecPack:
         """Rounds and gathers the parts. Rows of the transform from number coarse_from on are stored in 4 bits instead of 8."""
         coarse_from = transform.num_components if coarse_from is None else coarse_from
         stored = {"weight": weighting.root.half().cpu(), "variance": transform.variance.float().cpu()}
@@ -62,8 +74,15 @@ class CodecPack:
         if transform.layer is not None:
             stored["basis.layer"] = transform.layer.to(torch.int16).cpu()
         stored |= _model_tensors(model)
-        return cls(layout, transform.kind, stored, {k: v.detach().cpu().contiguous() for k, v in predictor.items()},
-                   predictor_settings, dict(fingerprints), info or {})
+        return cls(
+            layout,
+            transform.kind,
+            stored,
+            {k: v.detach().cpu().contiguous() for k, v in predictor.items()},
+            predictor_settings,
+            dict(fingerprints),
+            info or {},
+        )
 
     def with_model(self, model: EntropyModel, variance: torch.Tensor | None = None) -> CodecPack:
         """The same pack with other entropy tables (and component variances)."""
@@ -81,13 +100,18 @@ class CodecPack:
         width = self.layout.dim if self.kind == "global" else self.layout.layer_dim
         parts = [dequantise_rows(self.stored[f"basis.{n}"], self.stored[f"basis.{n}.scale"], width) for n in ("fine", "coarse")]
         layer = self.stored["basis.layer"].long() if self.kind == "per_layer" else None
-        return Transform(self.kind, torch.cat(parts), layer, self.stored["variance"])
+        return Transform(self.kind, torch.cat(parts), layer, self.stored["variance"], len(parts[0]))
 
     @cached_property
     def model(self) -> EntropyModel:
         s = self.stored
-        model = EntropyModel(s["table.probs"].double().numpy(), s["table.freqs"].numpy(), s["table.gain_probs"].double().numpy(),
-                             s["table.gain_freqs"].numpy(), s["table.centroids"].numpy())
+        model = EntropyModel(
+            s["table.probs"].double().numpy(),
+            s["table.freqs"].numpy(),
+            s["table.gain_probs"].double().numpy(),
+            s["table.gain_freqs"].numpy(),
+            s["table.centroids"].numpy(),
+        )
         model.check()
         return model
 
@@ -116,8 +140,15 @@ class CodecPack:
         return self.stored | {_PREDICTOR + k: v for k, v in self.predictor.items()}
 
     def _meta(self) -> dict:
-        return {"kind": _KIND, "version": PACK_VERSION, "layout": self.layout.as_dict(), "transform": self.kind,
-                "predictor_settings": self.predictor_settings, "fingerprints": self.fingerprints, "info": self.info}
+        return {
+            "kind": _KIND,
+            "version": PACK_VERSION,
+            "layout": self.layout.as_dict(),
+            "transform": self.kind,
+            "predictor_settings": self.predictor_settings,
+            "fingerprints": self.fingerprints,
+            "info": self.info,
+        }
 
     def save(self, path: str | Path) -> None:
         """Writes the file under a temporary name and renames it, so a half-written pack is never found."""
@@ -125,7 +156,11 @@ class CodecPack:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + f".{os.getpid()}.part")
         try:
-            save_file({k: v.contiguous() for k, v in self._tensors().items()}, temporary, {"foretold": json.dumps(self._meta()), "digest": self.digest})
+            save_file(
+                {k: v.contiguous() for k, v in self._tensors().items()},
+                temporary,
+                {"foretold": json.dumps(self._meta()), "digest": self.digest},
+            )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -154,15 +189,20 @@ class CodecPack:
         if metadata.get("digest") != _digest(tensors, meta):
             raise CorruptedCode(f"the codec pack {path} is damaged", remedy)
         own = {k: v for k, v in tensors.items() if not k.startswith(_PREDICTOR)}
-        other = {k[len(_PREDICTOR):]: v for k, v in tensors.items() if k.startswith(_PREDICTOR)}
-        return cls(KvLayout(**meta["layout"]), meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"])
+        other = {k[len(_PREDICTOR) :]: v for k, v in tensors.items() if k.startswith(_PREDICTOR)}
+        return cls(
+            KvLayout(**meta["layout"]), meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"]
+        )
 
 
 def _model_tensors(model: EntropyModel) -> dict[str, torch.Tensor]:
-    return {"table.probs": torch.from_numpy(np.asarray(model.probs, np.float32)), "table.freqs": torch.from_numpy(np.asarray(model.freqs, np.uint16)),
-            "table.gain_probs": torch.from_numpy(np.asarray(model.gain_probs, np.float32)),
-            "table.gain_freqs": torch.from_numpy(np.asarray(model.gain_freqs, np.uint16)),
-            "table.centroids": torch.from_numpy(np.asarray(model.centroids, np.float32))}
+    return {
+        "table.probs": torch.from_numpy(np.asarray(model.probs, np.float32)),
+        "table.freqs": torch.from_numpy(np.asarray(model.freqs, np.uint16)),
+        "table.gain_probs": torch.from_numpy(np.asarray(model.gain_probs, np.float32)),
+        "table.gain_freqs": torch.from_numpy(np.asarray(model.gain_freqs, np.uint16)),
+        "table.centroids": torch.from_numpy(np.asarray(model.centroids, np.float32)),
+    }
 
 
 def _digest(tensors: dict[str, torch.Tensor], meta: dict) -> str:

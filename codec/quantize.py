@@ -1,4 +1,5 @@
 """Uniform quantiser with a dead zone, and the reconstruction points that go with it."""
+
 from __future__ import annotations
 
 import torch

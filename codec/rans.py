@@ -7,6 +7,7 @@ no lane needs a length of its own, and a GPU finds its word with a prefix sum ov
 
 The decoder ends where the encoder began: all states back at 2**16 and all words used. Anything else is corruption.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codec.errors import CorruptedCode
-from codec.rate import CLASSES_PER_GAIN, GAIN_ZERO, NUM_CLASSES, PRECISION_BITS, TOTAL, EntropyModel
+from codec.rate import CLASSES_PER_GAIN, GAIN_ZERO, NUM_CLASSES, PRECISION_BITS, TOTAL, EntropyModel, final_classes
 
 STATE_LOW = 1 << 16
 _EMIT_SHIFT = 32 - PRECISION_BITS
@@ -43,8 +44,15 @@ class RansTables:
             start[lo:hi] = np.concatenate([[0], np.cumsum(freq[lo:hi])[:-1]])
             slots[c] = np.repeat(np.arange(-a, a + 2, dtype=np.int16), freq[lo:hi])
         gain_freq = model.gain_freqs.astype(np.uint32)
-        return cls(model, freq, start, slots, gain_freq, np.concatenate([[0], np.cumsum(gain_freq)[:-1]]).astype(np.uint32),
-                   np.repeat(np.arange(len(gain_freq), dtype=np.uint8), gain_freq))
+        return cls(
+            model,
+            freq,
+            start,
+            slots,
+            gain_freq,
+            np.concatenate([[0], np.cumsum(gain_freq)[:-1]]).astype(np.uint32),
+            np.repeat(np.arange(len(gain_freq), dtype=np.uint8), gain_freq),
+        )
 
 
 @dataclass
@@ -80,7 +88,9 @@ class _Lanes:
         return active, (self.token_start[:-1][self.span] + token)[active]
 
 
-def encode(tables: RansTables, q: np.ndarray, classes: np.ndarray, gains: np.ndarray, sizes: list[int], tokens_per_lane: int) -> list[SpanStream]:
+def encode(
+    tables: RansTables, q: np.ndarray, classes: np.ndarray, gains: np.ndarray, sizes: list[int], tokens_per_lane: int
+) -> list[SpanStream]:
     """Codes several spans at once.
 
     Args:
@@ -91,9 +101,8 @@ def encode(tables: RansTables, q: np.ndarray, classes: np.ndarray, gains: np.nda
         sizes: tokens of each span.
     """
     model, lanes = tables.model, _Lanes(sizes, tokens_per_lane)
-    tokens, k = q.shape
-    shift = CLASSES_PER_GAIN * (gains.astype(np.int32) - GAIN_ZERO)
-    entry = model.symbols(q, np.clip(classes + shift[:, None], 0, NUM_CLASSES - 1))
+    k = q.shape[1]
+    entry = model.symbols(q, final_classes(classes, gains))
     state = np.full(lanes.total, STATE_LOW, np.uint64)
     steps = k + 1
     words = np.zeros((tokens_per_lane * steps, lanes.total), np.uint16)
@@ -103,7 +112,7 @@ def encode(tables: RansTables, q: np.ndarray, classes: np.ndarray, gains: np.nda
         if not len(active):
             continue
         x = state[active]
-        columns = np.ascontiguousarray(entry[token].T)                     # [K, active]
+        columns = np.ascontiguousarray(entry[token].T)  # [K, active]
         freq, start = tables.freq[columns].astype(np.uint64), tables.start[columns].astype(np.uint64)
         symbol_gain = gains[token]
         gain_freq, gain_start = tables.gain_freq[symbol_gain].astype(np.uint64), tables.gain_start[symbol_gain].astype(np.uint64)
@@ -114,7 +123,7 @@ def encode(tables: RansTables, q: np.ndarray, classes: np.ndarray, gains: np.nda
             emit = x >= (f << np.uint64(_EMIT_SHIFT))
             if full:
                 used[row] = emit
-                words[row] = x.astype(np.uint16)                           # keeps the low 16 bits
+                words[row] = x.astype(np.uint16)  # keeps the low 16 bits
             else:
                 used[row, active] = emit
                 words[row, active] = x.astype(np.uint16)
@@ -157,7 +166,7 @@ def decode(tables: RansTables, streams: list[SpanStream], classes: list[np.ndarr
         if not len(active):
             continue
         span = lanes.span[active]
-        first = np.searchsorted(span, np.arange(len(streams)))              # first active lane of each span
+        first = np.searchsorted(span, np.arange(len(streams)))  # first active lane of each span
         x = state[active]
         out = np.empty((k, len(active)), np.int32)
         base = flat_classes[token].T
@@ -178,7 +187,7 @@ def decode(tables: RansTables, streams: list[SpanStream], classes: list[np.ndarr
             x = f * (x >> bits) + (slot - s)
             need = x < low
             rank = np.cumsum(need)
-            before = np.concatenate([[0], rank])[first]                     # words taken by the lanes of earlier spans in this step
+            before = np.concatenate([[0], rank])[first]  # words taken by the lanes of earlier spans in this step
             where = pointer[span] + rank - 1 - before[span]
             x = np.where(need, (x << sixteen) | pool[np.minimum(where, last)], x)
             pointer += np.diff(np.append(before, rank[-1]))

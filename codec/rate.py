@@ -7,6 +7,7 @@ than usual its residual is) moves all its components by 2 * gain classes; the en
 Tables start as discretised Laplace densities (the code lengths of shared/research/rate_distortion_probe.py) and are then mixed with histograms
 measured on held-out calibration tokens.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ CLASSES_PER_GAIN = 2
 """A token's gain symbol g in 0..15 means a scale 2 ** ((g - 8) / 4) times the usual one."""
 
 MAX_LIMIT = 2047
+ESCAPE_BITS = 12.0
+"""What an escape's remainder is counted as."""
+
+RATE_WEIGHT = 0.15
+"""Squared error, in steps, that one bit is worth: near 2 ln 2 / 12, the slope of a uniform quantiser. Measured at equal error on SmolLM2:
+1 to 3% fewer bits than rounding with a dead zone, flat between 0.12 and 0.25."""
 
 
 def class_of(sigma: np.ndarray, step: float) -> np.ndarray:
@@ -54,7 +61,7 @@ def laplace_probabilities(scale: float, limit: int) -> np.ndarray:
     scale is sigma / step. The quantiser's cells are its own: zero covers |x| < 1 - ROUNDING, n covers n - ROUNDING <= |x| < n + 1 - ROUNDING.
     """
     b = scale / np.sqrt(2.0)
-    edges = np.exp(-(np.arange(1, limit + 2) - ROUNDING) / b)             # P(|x| > edge)
+    edges = np.exp(-(np.arange(1, limit + 2) - ROUNDING) / b)  # P(|x| > edge)
     positive = 0.5 * (edges[:-1] - edges[1:])
     return np.concatenate([positive[::-1], [1.0 - edges[0]], positive, [edges[-1]]])
 
@@ -104,10 +111,10 @@ class EntropyModel:
         limit = limits()
         probs = [laplace_probabilities(float(class_scale(c)), int(a)) for c, a in enumerate(limit)]
         gain = np.exp(-0.5 * ((np.arange(NUM_GAINS) - GAIN_ZERO) / 1.5) ** 2)
-        return cls._from_probs(probs, gain / gain.sum(), np.zeros((NUM_CLASSES, 3), np.float32))
+        return cls.from_probs(probs, gain / gain.sum(), np.zeros((NUM_CLASSES, 3), np.float32))
 
     @classmethod
-    def _from_probs(cls, probs: list[np.ndarray], gain: np.ndarray, centroids: np.ndarray) -> EntropyModel:
+    def from_probs(cls, probs: list[np.ndarray], gain: np.ndarray, centroids: np.ndarray) -> EntropyModel:
         freqs = np.concatenate([normalise(p) for p in probs]).astype(np.uint16)
         return cls(np.concatenate(probs), freqs, gain, normalise(gain).astype(np.uint16), centroids)
 
@@ -137,27 +144,63 @@ class EntropyModel:
         return (self.offset[classes] + limit + clipped).astype(np.int32)
 
     def code_lengths(self, q: np.ndarray, base: np.ndarray, gains: np.ndarray) -> np.ndarray:
-        """Ideal bits, float64 [T], of q [T, K] with component classes base [K] and gain symbols gains [T]; escapes at 12 bits a remainder."""
-        classes = np.clip(base[None, :] + CLASSES_PER_GAIN * (gains[:, None].astype(np.int32) - GAIN_ZERO), 0, NUM_CLASSES - 1)
-        limit = self.limit[classes]
-        return self.bits[self.symbols(q, classes)].sum(1, dtype=np.float64) + 12.0 * (np.abs(q) > limit).sum(1) + self.gain_bits[gains]
+        """Ideal bits, float64 [T], of q [T, K] with component classes base [K] or [T, K] and gain symbols gains [T]."""
+        classes = final_classes(np.atleast_2d(base), gains)
+        over = (np.abs(q) > self.limit[classes]).sum(1)
+        return self.bits[self.symbols(q, classes)].sum(1, dtype=np.float64) + ESCAPE_BITS * over + self.gain_bits[gains]
 
-    def choose_gains(self, q: np.ndarray, base: np.ndarray, radius: int = 3) -> np.ndarray:
-        """Gain symbol, uint8 [T], with the shortest code for each token's integers q [T, K]; a walk downhill from the usual scale."""
-        tokens = len(q)
-        best = np.full(tokens, GAIN_ZERO, np.int64)
-        cost = self.code_lengths(q, base, best)
-        for direction in (1, -1):
-            moving = np.arange(tokens)
-            trial = best.copy()
-            for _ in range(radius + 4):
-                trial[moving] += direction
-                moving = moving[(trial[moving] >= 0) & (trial[moving] < NUM_GAINS)]
-                if not len(moving):
-                    break
-                new = self.code_lengths(q[moving], base, trial[moving])
-                better = new < cost[moving]
-                moving = moving[better]
-                cost[moving] = new[better]
-                best[moving] = trial[moving]
-        return best.astype(np.uint8)
+    @cached_property
+    def zero_bits(self) -> np.ndarray:
+        """Ideal code length of zero in each class, float32 [classes]."""
+        return self.bits[self.offset[:-1] + self.limit]
+
+    def choose_gains(self, q: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """Gain symbol, uint8 [T], with the shortest code for each token's integers q [T, K], all tokens with component classes base [K].
+
+        Most integers are zero, and their share of the cost is the same for every token: only the others are looked at one by one.
+        """
+        row, column = np.nonzero(q)
+        value, own = q[row, column], base[column]
+        cost = np.empty((NUM_GAINS, len(q)))
+        for gain in range(NUM_GAINS):
+            shift = CLASSES_PER_GAIN * (gain - GAIN_ZERO)
+            classes = np.clip(own + shift, 0, NUM_CLASSES - 1)
+            extra = self.bits[self.symbols(value, classes)] - self.zero_bits[classes]
+            extra += ESCAPE_BITS * (np.abs(value) > self.limit[classes])
+            zeros = self.zero_bits[np.clip(base + shift, 0, NUM_CLASSES - 1)].sum(dtype=np.float64)
+            cost[gain] = np.bincount(row, extra, minlength=len(q)) + zeros + self.gain_bits[gain]
+        return cost.argmin(0).astype(np.uint8)
+
+    def refine(self, x: np.ndarray, q: np.ndarray, classes: np.ndarray, weight: float = RATE_WEIGHT) -> np.ndarray:
+        """Integers, int32 [T, K], that minimise squared error + weight * bits, in steps and in their final classes.
+
+        Candidates for each x [T, K] (already divided by the step) are the nearest integer, the next one towards zero, and zero; q is kept
+        where it is an escape.
+        """
+        magnitude = np.abs(x)
+        at = np.nonzero((magnitude >= 0.5) & (np.abs(q) <= self.limit[classes]))
+        a, c = magnitude[at], classes[at]
+        limit, origin = self.limit[c], self.offset[c] + self.limit[c]
+        nearest = np.minimum(np.floor(a + 0.5).astype(np.int32), limit)
+        best, chosen = np.full(len(a), np.inf), nearest
+        for candidate in (nearest, np.maximum(nearest - 1, 0), np.zeros_like(nearest)):
+            point = candidate + self.centroids[c, np.clip(candidate - 1, 0, 2)] * (candidate > 0)
+            cost = (a - point) ** 2 + weight * self.bits[origin + candidate]
+            chosen = np.where(cost < best, candidate, chosen)
+            best = np.minimum(cost, best)
+        out = np.where(np.abs(q) > self.limit[classes], q, 0)
+        out[at] = np.where(x[at] < 0, -chosen, chosen)
+        return out.astype(np.int32)
+
+    def reconstruct(self, q: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """Reconstruction points, float32 [T, K] in steps, of integers q in their final classes: the mean of what falls into the cell."""
+        out = q.astype(np.float32)
+        at = np.nonzero(q)
+        value = q[at]
+        out[at] += np.sign(value) * self.centroids[classes[at], np.minimum(np.abs(value), 3) - 1]
+        return out
+
+
+def final_classes(base: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Scale classes int32 [T, K] after the gain, from classes base [T or 1, K] and gain symbols uint8 [T]."""
+    return np.clip(base + CLASSES_PER_GAIN * (gains.astype(np.int32)[:, None] - GAIN_ZERO), 0, NUM_CLASSES - 1)

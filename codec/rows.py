@@ -1,4 +1,5 @@
 """Matrices stored in 8 or 4 bits a number, with one float32 scale a row."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Axes: T tokens, L layers, G KV heads, d head size, D = coded layers * 2 * G * d, K kept components, r rank of the predictor.
 A token's KV vector holds pre-RoPE keys and values in (layer, K|V, KV head, channel) order.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -81,5 +82,9 @@ class KvLayout:
         return [(b // self.num_kv_heads) % 2 == 1 for b in range(self.num_blocks)]
 
     def as_dict(self) -> dict[str, int]:
-        return {"num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads,
-                "head_dim": self.head_dim, "first_layer": self.first_layer}
+        return {
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "first_layer": self.first_layer,
+        }

@@ -6,6 +6,7 @@ keys:    e changes a logit by q.e / sqrt(d), which moves the output along the sp
          E|W_o (v - mean v)|^2 * E[q q^T] / d, q turned to where the key, stored without RoPE, meets it.
 Both are divided by the residual stream's energy at that layer. "unit" weights are the usual alternative: every layer's K and V at unit variance.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -56,14 +57,15 @@ def both_sides(cov: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def unit_weighting(layout: KvLayout, variance: torch.Tensor) -> Weighting:
     """Every (layer, K|V) scaled to unit mean variance. variance: float32 [D], per channel."""
     d, per_kind = layout.head_dim, layout.num_kv_heads * layout.head_dim
-    mean = variance.reshape(-1, per_kind).mean(1).clamp_min(1e-12)                         # [layers * 2]
-    scale = mean.rsqrt().repeat_interleave(layout.num_kv_heads)                              # [blocks]
+    mean = variance.reshape(-1, per_kind).mean(1).clamp_min(1e-12)  # [layers * 2]
+    scale = mean.rsqrt().repeat_interleave(layout.num_kv_heads)  # [blocks]
     eye = torch.eye(d, device=variance.device)
     return Weighting(scale[:, None, None] * eye, eye / scale[:, None, None])
 
 
-def attention_weighting(layout: KvLayout, output_weights: list[torch.Tensor], query_moments: torch.Tensor, value_covariance: torch.Tensor,
-                        energy: torch.Tensor) -> Weighting:
+def attention_weighting(
+    layout: KvLayout, output_weights: list[torch.Tensor], query_moments: torch.Tensor, value_covariance: torch.Tensor, energy: torch.Tensor
+) -> Weighting:
     """The metric of this module's heading, over the coded layers.
 
     Args:
@@ -76,7 +78,7 @@ def attention_weighting(layout: KvLayout, output_weights: list[torch.Tensor], qu
     blocks = []
     for i, w_o in enumerate(output_weights):
         heads = w_o.shape[1] // d
-        w = w_o.float().reshape(-1, heads, d).permute(1, 2, 0)                               # [H, d, E]
+        w = w_o.float().reshape(-1, heads, d).permute(1, 2, 0)  # [H, d, E]
         gram = (w @ w.transpose(1, 2)).reshape(g, heads // g, d, d)
         spread = torch.einsum("ghij,gji->gh", gram, value_covariance[i])
         moments = query_moments[i].reshape(g, heads // g, d, d)

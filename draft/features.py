@@ -94,7 +94,9 @@ class FeatureBuffer:
     def _reserve(self, length: int, like: Tensor) -> None:
         if self._rows is not None and len(self._rows) >= length:
             return
-        grown = torch.zeros(max(length, 64, 2 * (0 if self._rows is None else len(self._rows))), *like.shape[1:], dtype=self._dtype, device=like.device)
+        grown = torch.zeros(
+            max(length, 64, 2 * (0 if self._rows is None else len(self._rows))), *like.shape[1:], dtype=self._dtype, device=like.device
+        )
         if self._rows is not None:
             grown[: len(self._rows)] = self._rows
         self._rows = grown

@@ -65,6 +65,7 @@ class RidgeMoments:
         if self._f_shift is None:
             self._f_shift, self._y_shift = features.mean(0), y.mean(0)
             self._f_scale = features.std(0, correction=0).clamp_min(1e-3)
+        assert self._f_shift is not None and self._f_scale is not None and self._y_shift is not None
         f, y = (features - self._f_shift) / self._f_scale, y - self._y_shift
         self.n += len(y)
         self._f += f.sum(0).double()

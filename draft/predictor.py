@@ -75,7 +75,9 @@ class Predictor:
     # --- the pack's form ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def pack(spec: FeatureSpec, draft_size: int, down: Tensor, offset: Tensor, up: Tensor, mu: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def pack(
+        spec: FeatureSpec, draft_size: int, down: Tensor, offset: Tensor, up: Tensor, mu: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and settings to store: `down` in 8 bits with a scale a row, `up` in 8 bits with a scale a row and a scale a column.
 
         KV channels differ in size by orders of magnitude, hence the columns' own scales.

@@ -34,6 +34,12 @@ FINEST_STEP = min(QUALITIES.values())
 PACK_BUDGET = 0.08
 """A pack may take this fraction of the target's bytes."""
 
+FIXED_BYTES = 500_000
+"""Entropy tables, scales and header of a pack."""
+
+MAX_RANK = 4096
+"""More rank saves next to nothing."""
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -92,12 +98,13 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     m = moments.finish()
     blocks = diagonal_blocks(m.yy, layout.head_dim)
     weighting = queries.weighting(target, layout, blocks) if options.weighting == "attention" else unit_weights(layout, blocks)
-    rank = options.rank or default_rank(stream.num_features, layout.dim, options.budget * bf16_bytes(target))
+    budget_bytes = options.budget * bf16_bytes(target)
+    rank = options.rank or default_rank(stream.num_features, layout, budget_bytes)
     ridge = m.choose_ridge(features, y)
     fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
     log(f"calibration: predictor fitted, ridge {ridge:g}, rank {len(fit.up)}, {time.monotonic() - started:.0f} s")
     residual = m.residual_covariance(fit)
-    limit = max_components(layout, fit, options, bf16_bytes(target))
+    limit = max_components(layout, fit, options.transform, budget_bytes)
     threshold = KEEP_FACTOR * FINEST_STEP
     if options.transform == "global":
         transform = fit_global(both_sides(residual, weighting.root), threshold, limit)
@@ -107,7 +114,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     del m, moments, residual
     log(f"calibration: {transform.num_components} components, {time.monotonic() - started:.0f} s")
     pack = assemble(stream, weighting, transform, fit, features, y, tokens=done, fingerprints=fingerprints or {},
-                    budget_bytes=options.budget * bf16_bytes(target))  # fmt: skip
+                    budget_bytes=budget_bytes)  # fmt: skip
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 
@@ -127,16 +134,18 @@ def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence
     return held, rest
 
 
-def default_rank(num_features: int, dim: int, budget_bytes: float) -> int:
-    """The rank whose two 8-bit factors take 45% of the budget; rank costs few bits until it falls below about a thousand."""
-    return int(max(16, min(num_features, dim, 0.45 * budget_bytes / (num_features + dim))))
+def default_rank(num_features: int, layout: KvLayout, budget_bytes: float) -> int:
+    """The rank whose two 8-bit factors fit beside a transform of D / 4 rows, two thirds of a byte a number, and the weights."""
+    dim = layout.dim
+    room = budget_bytes - dim * dim / 6 - 2 * dim * layout.head_dim - FIXED_BYTES
+    return int(max(16, min(num_features, dim, MAX_RANK, room / (num_features + dim))))
 
 
-def max_components(layout: KvLayout, fit: LinearFit, options: CalibrationOptions, target_bytes: int) -> int:
+def max_components(layout: KvLayout, fit: LinearFit, transform: str, budget_bytes: float) -> int:
     """Most transform rows that fit the budget beside the predictor and the weights, if all but the first third take 4 bits."""
-    width = layout.dim if options.transform == "global" else layout.layer_dim
-    spent = fit.down.numel() + fit.up.numel() + 8 * (fit.down.shape[0] + layout.dim) + 2 * layout.dim * layout.head_dim + 500_000
-    return max(8, int((options.budget * target_bytes - spent) / (width * 2 / 3)))
+    width = layout.dim if transform == "global" else layout.layer_dim
+    spent = fit.down.numel() + fit.up.numel() + 8 * (fit.down.shape[0] + layout.dim) + 2 * layout.dim * layout.head_dim + FIXED_BYTES
+    return max(8, min(int((budget_bytes - spent) / (width * 2 / 3)), layout.dim * 3 // 5))
 
 
 def assemble(stream: PairStream, weighting: Weighting, transform: Transform, fit: LinearFit, features: Tensor, y: Tensor, *,
@@ -157,7 +166,7 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, fit
     variance = c.pow(2).mean(0)[order]
     layer = None if transform.layer is None else transform.layer[order]
     transform = Transform(transform.kind, transform.basis[order].contiguous(), layer, variance)
-    spent = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weighting.root.numel() + 500_000
+    spent = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weighting.root.numel() + FIXED_BYTES
     coarse = coarse_rows(transform, budget_bytes - spent)
     pack = CodecPack.build(layout, weighting, transform, EntropyModel.laplace(), predictor=tensors, predictor_settings=settings,
                            fingerprints=fingerprints, coarse_from=coarse)  # fmt: skip
@@ -169,7 +178,7 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, fit
     codec = KvCodec(pack, y.device)
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
     info: dict[str, Any] = {
-        "tokens": tokens, "held_out_tokens": len(y), "rank": len(fit.up), "ridge": fit.ridge, "features": len(fit.down),
+        "cpu_seconds": round(time.process_time(), 1), "tokens": tokens, "held_out_tokens": len(y), "rank": len(fit.up), "ridge": fit.ridge, "features": len(fit.down),
         "components": pack.transform.num_components, "coarse_from": coarse, "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
         "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},

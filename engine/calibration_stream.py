@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from codec.spec import NUM_SINKS, KvLayout
 from codec.weighting import Weighting, attention_weighting, normalised, unit_weighting
 from draft.features import FeatureSpec, join_features
 from engine.decoder import Decoder
+from engine.layers import DecoderLayer
 
 
 @dataclass
@@ -126,7 +128,7 @@ class QueryStatistics:
         moments = torch.stack([self.moments[i] / self.counts[i] for i in layers])
         energy = torch.stack([self.energies[i] / self.counts[i] for i in layers])
         per_layer = block_covariance.reshape(layout.coded_layers, 2, layout.num_kv_heads, layout.head_dim, layout.head_dim)
-        outputs = [target.layers[i].o_proj.weight for i in layers]  # type: ignore[union-attr]
+        outputs = [cast(DecoderLayer, target.layers[i]).o_proj.weight for i in layers]
         return normalised(attention_weighting(layout, outputs, moments, per_layer[:, 1], energy), block_covariance)
 
 

@@ -28,7 +28,9 @@ def text_files(sources: Iterable[str | Path]) -> list[Path]:
         if source.is_file():
             files.append(source)
         elif source.is_dir():
-            files += sorted(p for p in source.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(source).parts))
+            files += sorted(
+                p for p in source.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(source).parts)
+            )
         else:
             raise InvalidOption(f"there is no file or folder {str(source)!r}", "check --text")
     readable = [f for f in files if 0 < f.stat().st_size <= MAX_FILE_BYTES and is_text(f)]

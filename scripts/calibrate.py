@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> dict:
     else:
         target_dir, draft_dir = resolve_model(args.target), None if args.draft == TRUNK else resolve_model(args.draft)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype]
+    dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[
+        args.dtype
+    ]
     tokenizer = load_tokenizer(target_dir)
     if draft_dir is not None:
         check_vocabularies(tokenizer, load_tokenizer(draft_dir))
@@ -108,7 +110,9 @@ def main() -> int:
         print(json.dumps(figures))
         return 0
     share = figures["pack_bytes"] / figures["target_bytes"]
-    print(f"{args.out}: {figures['pack_bytes'] / 1e6:.1f} MB ({share:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s")
+    print(
+        f"{args.out}: {figures['pack_bytes'] / 1e6:.1f} MB ({share:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s"
+    )
     print(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} (rank {figures['rank']})")
     for quality, bits in figures["ideal_bits_per_element"].items():
         print(f"{quality:14s} {bits:.4f} ideal bits per element ({16 / bits:.0f}x), {figures['components_by_quality'][quality]} components")

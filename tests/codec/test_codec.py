@@ -13,7 +13,6 @@ from codec.spec import QUALITIES
 from codec.weighting import apply_blocks
 
 
-
 @pytest.mark.parametrize("kind,coarse_from", [("global", None), ("global", 60), ("per_layer", None)])
 def test_error_and_length(make_source, make_pack, kind: str, coarse_from: int | None) -> None:
     source = make_source(3)
