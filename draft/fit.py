@@ -176,7 +176,7 @@ def fit_dual(features: Tensor, y: Tensor, documents: Sequence[int], rank: int, w
     errors = [_left_out(kernel, c * level, sample, documents)[0].pow(2).sum() for c in candidates]
     chosen = candidates[int(torch.stack(errors).argmin())]
     residual, dual = _left_out(kernel, chosen * level, target, documents)
-    predicted = kernel @ dual
+    predicted = target - chosen * level * dual  # K dual, without its cancellations
     values, vectors = leading_eigenvectors(predicted @ predicted.T, min(rank, len(f)))
     keep = values > 1e-7 * values[0]
     directions = predicted.T @ (vectors[:, keep] / values[keep].sqrt())
@@ -187,9 +187,10 @@ def fit_dual(features: Tensor, y: Tensor, documents: Sequence[int], rank: int, w
 
 def _left_out(kernel: Tensor, ridge: float, y: Tensor, documents: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Residuals [n, M] with each row's document left out, and the dual coefficients [n, M] of the fit to all rows."""
-    system = kernel.clone()
+    system = kernel.double()
     system.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    # in float64: repeated text makes kernel matrices whose small eigenvalues drown in float32 rounding
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system)).float()
     dual = inverse @ y
     residual = torch.empty_like(dual)
     at = 0

@@ -22,8 +22,12 @@ from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_global, fit_per_layer
 from codec.weighting import Weighting, apply_blocks, both_sides
 from draft.features import FeatureSpec
-from draft.fit import LinearFit, RidgeMoments, explained, fit_dual
+from draft.fit import Moments, RidgeMoments, explained, fit_dual
+from draft.dense import AnyPredictor, DensePredictor, load_predictor
+from draft.gptq import round_weights
 from draft.predictor import Predictor
+from engine.calibration_budget import DENSE_SHARE, PACK_BUDGET, bf16_bytes, coarse_rows, default_rank, dense_bytes, max_components, stored_bytes
+from engine.calibration_fisher import fit_token_sensitivity, measure
 from engine.calibration_stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
 from engine.calibration_text import documents, library_texts
 from engine.decoder import Decoder
@@ -45,19 +49,31 @@ MAX_RANK = 4096
 class CalibrationOptions:
     """Choices of a full calibration.
 
-    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last). rank: of the
-    predictor (None: chosen from the budget). weighting: "attention" or "unit". transform: "global" or "per_layer". context: tokens a document.
-    held_out_tokens: kept apart for tables and reported figures. budget: fraction of the target's bytes the pack may take.
+    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last). predictor: "dense"
+    (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget). rank: of a low-rank predictor (None: from
+    the budget). weighting: "fisher", "attention" or "unit". transform: "global" or "per_layer". context: tokens a document. held_out_tokens: kept
+    apart for tables and reported figures. fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its
+    sensitivity, 0 not at all, 1 as far as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
     """
 
     taps: tuple[int, ...] | None = None
+    predictor: str = "auto"
     rank: int | None = None
-    weighting: str = "attention"
+    weighting: str = "fisher"
     transform: str = "global"
     context: int = 1024
     tokens_per_batch: int = 8192
     held_out_tokens: int = 6144
+    fisher_tokens: int = 65_536
+    level_strength: float = 0.5
     budget: float = PACK_BUDGET
+
+    def check(self) -> None:
+        """Raises InvalidOption for a name that is none of the choices."""
+        choices = {"predictor": ("auto", "dense", "low_rank"), "weighting": ("fisher", "attention", "unit"), "transform": ("global", "per_layer")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidOption(f"calibration with {name} {getattr(self, name)!r}", f"choose one of {', '.join(allowed)}")
 
 
 def feature_spec(draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None) -> FeatureSpec:
@@ -80,8 +96,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
         log: told about progress.
     """
     options = options or CalibrationOptions()
-    if options.weighting not in ("attention", "unit") or options.transform not in ("global", "per_layer"):
-        raise InvalidOption(f"calibration with {options.weighting} weights and a {options.transform} transform", "see CalibrationOptions")
+    options.check()
     torch.backends.cuda.matmul.allow_tf32 = False
     stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps), trunk_layers)
     layout, device = stream.layout, target.device
@@ -93,35 +108,45 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
         moments.add(batch.features, batch.y)
         done += sum(map(len, group))
         log(f"calibration: {done:,} of {total:,} tokens, {time.monotonic() - started:.0f} s")
-    kept = [stream.run(group) for group in stream.batches(held, options.tokens_per_batch)]
-    features, y = torch.cat([b.features for b in kept]), torch.cat([b.y for b in kept])
+    apart = [stream.run(group) for group in stream.batches(held, options.tokens_per_batch)]
+    features, y = torch.cat([b.features for b in apart]), torch.cat([b.y for b in apart])
     m = moments.finish()
     blocks = diagonal_blocks(m.yy, layout.head_dim)
-    weighting = queries.weighting(target, layout, blocks) if options.weighting == "attention" else unit_weights(layout, blocks)
-    budget_bytes = options.budget * bf16_bytes(target)
-    rank = options.rank or default_rank(stream.num_features, layout, budget_bytes)
-    ridge = m.choose_ridge(features, y)
-    fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
-    log(f"calibration: predictor fitted, ridge {ridge:g}, rank {len(fit.up)}, {time.monotonic() - started:.0f} s")
-    residual = m.residual_covariance(fit)
-    limit = max_components(layout, fit, options.transform, budget_bytes)
-    threshold = KEEP_FACTOR * FINEST_STEP
-    if options.transform == "global":
-        transform = fit_global(both_sides(residual, weighting.root), threshold, limit)
+    sample = None
+    if options.weighting == "fisher":
+        sample = measure(stream, rest, context=options.context, tokens=options.fisher_tokens)
+        weighting = normalised(sample.blocks.weighting(), blocks)
+        log(f"calibration: gradients at {sample.blocks.count:,} cached tokens, {time.monotonic() - started:.0f} s")
+    elif options.weighting == "attention":
+        weighting = queries.weighting(target, layout, blocks)
     else:
-        sizes = both_sides(residual, weighting.root)
-        transform = fit_per_layer(list(diagonal_blocks(sizes, layout.layer_dim)), threshold, limit)
-    del m, moments, residual
+        weighting = unit_weights(layout, blocks)
+    budget_bytes = options.budget * bf16_bytes(target)
+    ridge = m.choose_ridge(features, y)
+    tensors, settings, residual = fit_predictor(stream, m, ridge, weighting, options, budget_bytes)
+    log(f"calibration: {settings['kind']} predictor fitted, ridge {ridge:g}, {time.monotonic() - started:.0f} s")
+    limit = max_components(layout, tensors, options.transform, budget_bytes)
+    threshold = KEEP_FACTOR * FINEST_STEP
+    weighted = both_sides(residual, weighting.root)
+    if options.transform == "global":
+        transform = fit_global(weighted, threshold, limit)
+    else:
+        transform = fit_per_layer(list(diagonal_blocks(weighted, layout.layer_dim)), threshold, limit)
     log(f"calibration: {transform.num_components} components, {time.monotonic() - started:.0f} s")
-    pack = assemble(stream, weighting, transform, fit, features, y, tokens=done, fingerprints=fingerprints or {},
-                    budget_bytes=budget_bytes)  # fmt: skip
+    facts: dict[str, Any] = {"ridge": ridge, "tokens": done}
+    if sample is not None and settings["kind"] == "dense" and options.level_strength > 0:
+        kept = transform.kept(KEEP_FACTOR * QUALITIES["balanced"])
+        attention, facts["sensitivity_correlation"] = fit_token_sensitivity(
+            sample, m, lambda g: transform.project(apply_blocks(g, weighting.inverse), kept).pow(2).sum(1)
+        )
+        tensors["attention"], settings["level_strength"] = attention.float(), options.level_strength
+        log(f"calibration: token sensitivity predicted with correlation {facts['sensitivity_correlation']:.2f}, {time.monotonic() - started:.0f} s")
+    del m, moments, residual, weighted, sample
+    predictor = load_predictor(tensors, settings, y.device)
+    pack = assemble(stream, weighting, transform, tensors, settings, y - predict_raw(predictor, features), y, facts=facts,
+                    fingerprints=fingerprints or {}, budget_bytes=budget_bytes)  # fmt: skip
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
-
-
-def bf16_bytes(target: Decoder) -> int:
-    """Size of the target's weights in 16 bits, whatever they are loaded in: a pack's size must not depend on that."""
-    return 2 * target.weight_bytes // target.dtype.itemsize
 
 
 def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
@@ -134,33 +159,38 @@ def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence
     return held, rest
 
 
-def default_rank(num_features: int, layout: KvLayout, budget_bytes: float) -> int:
-    """The rank whose two 8-bit factors fit beside a transform of D / 4 rows, two thirds of a byte a number, and the weights."""
-    dim = layout.dim
-    room = budget_bytes - dim * dim / 6 - 2 * dim * layout.head_dim - FIXED_BYTES
-    return int(max(16, min(num_features, dim, MAX_RANK, room / (num_features + dim))))
+def fit_predictor(
+    stream: PairStream, m: Moments, ridge: float, weighting: Weighting, options: CalibrationOptions, budget_bytes: float
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    """The predictor's tensors and settings as stored, and the covariance float32 [D, D] of what it leaves over."""
+    layout, spec = stream.layout, stream.spec
+    num_features = len(m.ff)
+    fits = num_features > 0 and dense_bytes(num_features, layout.dim) < DENSE_SHARE * budget_bytes
+    if options.predictor == "dense" or (options.predictor == "auto" and options.rank is None and fits):
+        weights = round_weights(m.ridge(ridge), m.ff)
+        tensors, settings = DensePredictor.pack(spec, stream.draft_size, weights, m.f_mean, m.f_scale, m.mu)
+        return tensors, settings | {"kind": "dense"}, m.residual_of(weights.dense())
+    rank = options.rank or default_rank(num_features, layout, budget_bytes)
+    fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
+    tensors, settings = Predictor.pack(spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
+    return tensors, settings | {"kind": "low_rank"}, m.residual_covariance(fit)
 
 
-def max_components(layout: KvLayout, fit: LinearFit, transform: str, budget_bytes: float) -> int:
-    """Most transform rows that fit the budget beside the predictor and the weights, if all but the first third take 4 bits."""
-    width = layout.dim if transform == "global" else layout.layer_dim
-    spent = fit.down.numel() + fit.up.numel() + 8 * (fit.down.shape[0] + layout.dim) + 2 * layout.dim * layout.head_dim + FIXED_BYTES
-    return max(8, min(int((budget_bytes - spent) / (width * 2 / 3)), layout.dim * 3 // 5))
+def predict_raw(predictor: AnyPredictor, features: Tensor) -> Tensor:
+    """Predictions float32 [n, D] from raw features [n, F], a few at a time."""
+    return torch.cat([predictor.predict_features(part) for part in features.split(2048)])
 
 
-def assemble(stream: PairStream, weighting: Weighting, transform: Transform, fit: LinearFit, features: Tensor, y: Tensor, *,
-             tokens: int, fingerprints: dict[str, str], budget_bytes: float, residual: Tensor | None = None) -> CodecPack:  # fmt: skip
+def assemble(stream: PairStream, weighting: Weighting, transform: Transform, tensors: dict[str, Tensor], settings: dict[str, Any],
+             residual: Tensor, y: Tensor, *, facts: dict[str, Any], fingerprints: dict[str, str], budget_bytes: float) -> CodecPack:  # fmt: skip
     """Rounds the parts, measures them on held-out tokens and makes the pack.
 
     Args:
-        features, y: held-out features [n, F] and KV [n, D].
-        residual: y minus cross-validated predictions [n, D], where the held-out tokens took part in the fit (dual form); None otherwise.
+        tensors, settings: the predictor's, as stored.
+        y: held-out KV [n, D]; residual: y minus predictions [n, D] by a predictor that has not seen these tokens.
+        facts: of the calibration, for the pack's info.
     """
-    layout, spec = stream.layout, stream.spec
-    tensors, settings = Predictor.pack(spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
-    if residual is None:
-        rounded = Predictor.from_pack(tensors, settings, y.device)
-        residual = y - (rounded.mu + (features @ rounded.down + rounded.offset) @ rounded.up)
+    layout = stream.layout
     c = transform.project(apply_blocks(residual, weighting.root), transform.num_components)
     order = torch.argsort(c.pow(2).mean(0), descending=True)
     variance = c.pow(2).mean(0)[order]
@@ -174,24 +204,17 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, fit
     c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)
     cut = 3 * len(c) // 4
     pack = pack.with_model(fit_entropy_model(c[:cut], c[:cut].pow(2).mean(0)))
-    r2 = explained(y, y - residual, fit.mu.to(y.device)).reshape(layout.coded_layers, 2, -1)
+    r2 = explained(y, y - residual, tensors["mu"].to(y.device)).reshape(layout.coded_layers, 2, -1)
     codec = KvCodec(pack, y.device)
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
-    info: dict[str, Any] = {
-        "cpu_seconds": round(time.process_time(), 1), "tokens": tokens, "held_out_tokens": len(y), "rank": len(fit.up), "ridge": fit.ridge, "features": len(fit.down),
+    info: dict[str, Any] = facts | {
+        "cpu_seconds": round(time.process_time(), 1), "held_out_tokens": len(y), "predictor": settings["kind"],
         "components": pack.transform.num_components, "coarse_from": coarse, "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
         "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
     }  # fmt: skip
     return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
-
-
-def coarse_rows(transform: Transform, room_bytes: float) -> int:
-    """First transform row to be stored in 4 bits instead of 8: as late as the room allows, never before the first third."""
-    count, width = transform.basis.shape
-    fine = int((room_bytes - count * width / 2) / (width / 2))
-    return max(count // 3, min(count, fine))
 
 
 def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_layers: int = 0, fingerprints: dict[str, str] | None = None,
@@ -227,8 +250,11 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     covariances = list(block_covariances(weighted, layout.layer_dim))
     limit = layout.dim
     transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))
-    pack = assemble(stream, weighting, transform, fitted.fit, features, y, tokens=done, residual=residual,
-                    fingerprints=(fingerprints or {}) | {"text": text}, budget_bytes=PACK_BUDGET * bf16_bytes(target))  # fmt: skip
+    fit = fitted.fit
+    tensors, settings = Predictor.pack(stream.spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
+    pack = assemble(stream, weighting, transform, tensors, settings | {"kind": "low_rank"}, residual, y,
+                    facts={"ridge": fit.ridge, "tokens": done, "rank": len(fit.up)}, fingerprints=(fingerprints or {}) | {"text": text},
+                    budget_bytes=PACK_BUDGET * bf16_bytes(target))  # fmt: skip
     info = pack.info
     log(f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "
         f"held-out R2 of keys {info['r2_k']:.2f}, of values {info['r2_v']:.2f}")  # fmt: skip

@@ -1,0 +1,64 @@
+"""Feature rows and the per-request buffer that keeps them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from draft.errors import DraftError
+from draft.features import FeatureBuffer, FeatureSpec, join_features, rms_normalise
+
+
+def test_rms_normalise_ignores_scale() -> None:
+    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rms_normalise(x * 100), rms_normalise(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rms_normalise(x).pow(2).mean(-1), torch.ones(5, 3), rtol=1e-4, atol=1e-4)
+    assert rms_normalise(torch.zeros(2, 4)).isfinite().all()
+
+
+def test_join_features_order_and_sizes() -> None:
+    rows, embeddings = torch.randn(4, 2, 6), torch.randn(4, 5)
+    joined = join_features(rows, embeddings)
+    assert joined.shape == (4, FeatureSpec((3, 7)).num_features(6, 5))
+    torch.testing.assert_close(joined[:, 6:12], rms_normalise(rows[:, 1]))
+    torch.testing.assert_close(joined[:, 12:], rms_normalise(embeddings))
+    with pytest.raises(DraftError):
+        join_features(None, None)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["append", "skip", "truncate"]), st.integers(0, 90)), max_size=25))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_buffer_against_a_list(operations: list[tuple[str, int]]) -> None:
+    buffer, model, counter = FeatureBuffer(dtype=torch.float32), [], 0
+    for operation, n in operations:
+        if operation == "append":
+            rows = torch.arange(counter, counter + n, dtype=torch.float32)[:, None, None].expand(n, 2, 3)
+            buffer.append(rows)
+            model += list(range(counter, counter + n))
+            counter += n
+        elif operation == "skip":
+            buffer.skip(n)
+            model += [None] * n
+        else:
+            length = min(n, len(model))
+            buffer.truncate(length)
+            model = model[:length]
+        assert buffer.length == len(model)
+        for start, end in ((0, len(model)), (len(model) // 2, len(model)), (len(model) // 3, len(model) // 2)):
+            taken = buffer.take(start, end)
+            if start >= end or None in model[start:end]:
+                assert taken is None
+            else:
+                assert taken is not None and taken[:, 1, 2].tolist() == model[start:end]
+
+
+def test_buffer_reduces_on_arrival_and_refuses_bad_cuts() -> None:
+    buffer = FeatureBuffer(reduce=lambda rows: rows.sum(1)[:, :2], dtype=torch.float32)
+    buffer.append(torch.ones(3, 4, 5))
+    taken = buffer.take(0, 3)
+    assert taken is not None and taken.shape == (3, 2) and float(taken[0, 0]) == 4
+    assert buffer.take(0, 4) is None
+    with pytest.raises(DraftError):
+        buffer.truncate(4)
