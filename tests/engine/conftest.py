@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 import transformers
 from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from engine.calibration import quick_pack
 from engine.decoder import Decoder, DecoderConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -143,3 +146,84 @@ def _chi_square_p_value(observed: dict[Any, int], expected: dict[Any, float]) ->
 def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
     """`chi_square_p_value(counts, probabilities)` -> p-value of the counts under the probabilities."""
     return _chi_square_p_value
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatFolders:
+    """Model folders with one byte-level tokenizer: 256 bytes, <|endoftext|>, <|im_start|>, <|im_end|> (the end of a turn)."""
+
+    target: Path
+    draft: Path
+    stranger: Path  # of the target's shape, other weights
+
+
+def _byte_tokenizer(chat_template: str | None = CHATML) -> Any:
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    )
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """`byte_tokenizer(chat_template)` -> the tokenizer of `ChatFolders`, ChatML unless another template is given."""
+    return _byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
+    """Tiny Llamas; the draft is the target's first two of four layers, a little altered: its drafts are accepted now and then, and its states say
+    something about the target's KV, but not all."""
+    root = tmp_path_factory.mktemp("chat")
+    shape: dict[str, Any] = {"vocab_size": 264, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    weights: dict[str, torch.Tensor] = {}
+    for name, layers, seed in (("target", 4, 1), ("draft", 2, 1), ("stranger", 4, 2)):
+        torch.manual_seed(seed)
+        config = tiny_config("llama", **shape, hidden_size=32, num_hidden_layers=layers, eos_token_id=[256, 258], tie_word_embeddings=True)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = torch.randn_like(parameter.data) * 0.2
+        if name == "target":
+            for layer in model.model.layers[2:]:
+                layer.self_attn.o_proj.weight.data *= 0.4
+                layer.mlp.down_proj.weight.data *= 0.4
+            weights = model.state_dict()
+        elif name == "draft":
+            model.load_state_dict({key: weights[key] * (1 + 0.2 * torch.randn_like(weights[key])) for key in model.state_dict()})
+        model.save_pretrained(root / name)
+        _byte_tokenizer().save_pretrained(root / name)
+    return ChatFolders(root / "target", root / "draft", root / "stranger")
+
+
+@pytest.fixture(scope="session")
+def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, where the tiny models' packs are fitted once, from few tokens."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORETOLD_HOME", str(home))
+        patch.setattr("engine.packs.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any]:
+    """`chat_engine(draft="draft"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
+    from engine.engine import Engine
+
+    def make(draft: str = "draft", target: str = "target", **options: Any) -> Engine:
+        source = getattr(chat_folders, draft, draft)
+        options = {"device": "cpu", "dtype": "float32", "page_size": 16, "pool_tokens": 1 << 14} | options
+        return Engine.from_pretrained(getattr(chat_folders, target), source, **options)
+
+    return make
