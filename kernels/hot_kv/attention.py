@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.hot_kv.reference import LEVEL_COEFFICIENTS, HotMeans, HotPages, levels, rotation
+from kernels.hot_kv.reference import LEVEL_COEFFICIENTS, HotMeans, HotPages, hadamard_signs, levels
+from kernels.hot_kv.triton import times_signs
 from kernels.paged_attention import triton as paged
 from kernels.paged_attention.triton import (
     LOG2_E,
@@ -32,8 +33,8 @@ from kernels.paged_attention.triton import (
 
 @triton.jit
 def _prepare_kernel(
-    q_ptr, k_mean_ptr, rotation_ptr, rotated_ptr, pair_ptr, size_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
-    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, size_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
+    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, head)
     mask = (index < num_rows)[:, None]
@@ -42,8 +43,8 @@ def _prepare_kernel(
     channel, half = tl.arange(0, D), tl.arange(0, HALF)
     source = q_ptr + row[:, None] * stride_row + head[:, None] * stride_head
     q = tl.load(source + channel[None, :], mask=mask, other=0.0)
-    matrix = tl.load(rotation_ptr + channel[:, None] * D + channel[None, :])
-    rotated = tl.dot(q, matrix.to(q.dtype), input_precision=PRECISION) * (scale_log2 / tl.sqrt(D + 0.0))
+    signs = tl.load(signs_ptr + channel[:, None] * D + channel[None, :])
+    rotated = times_signs(q, signs, SPLIT) * (scale_log2 / tl.sqrt(D + 0.0))
     target = index.to(tl.int64)[:, None] * D
     tl.store(rotated_ptr + target + channel[None, :], rotated.to(rotated_ptr.dtype.element_ty), mask=mask)
     if MEAN:
@@ -54,80 +55,68 @@ def _prepare_kernel(
         a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
         # Turning a pair keeps its length, so after this division no turn leaves 16-bit floats' best range.
         size = tl.sqrt(tl.max(a * a + b * b, 1)) + 1e-30
-        tl.store(pair_ptr + target + half[None, :], a / size[:, None], mask=mask)
-        tl.store(pair_ptr + target + HALF + half[None, :], b / size[:, None], mask=mask)
+        tl.store(pair_ptr + target + half[None, :], (a / size[:, None]).to(tl.float16), mask=mask)
+        tl.store(pair_ptr + target + HALF + half[None, :], (b / size[:, None]).to(tl.float16), mask=mask)
         tl.store(size_ptr + index, size, mask=index < num_rows)
 
 
 @triton.jit
-def _byte_columns(WIDTH: tl.constexpr, FAST: tl.constexpr, UPPER: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """(byte of a row's low bits, shift) of each column of a plane. FAST: bytes in order, taken apart four at a time by `_planes_fast`."""
-    column = tl.arange(0, WIDTH)
+def _load_codes(code_ptr, row, mask, D: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
+    """Raw bytes of BLOCK_N rows, as (lower bits, upper bits of the 3-bit format, else the lower again).
+
+    FAST: in the order they lie in, [BLOCK_N, bytes]; else once for every channel, [BLOCK_N, D].
+    """
     if FAST:
-        return column, column * 0
-    word, inner = column // 4, column % 4
-    place = 2 * PLANE + inner // 2
-    if UPPER:
-        return 2 * word + inner % 2, place
-    FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
-    field = place + FIELDS * (inner % 2)
-    return 4 * word + field // PER_BYTE, (field % PER_BYTE) * (8 // PER_BYTE)
-
-
-@triton.jit
-def _plane(code_ptr, row, mask, level_ptr, D: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """Levels bfloat16 [BLOCK_N, plane] by table, anywhere."""
-    WIDTH: tl.constexpr = D // 2 if BITS == 4 else D // 4
-    LOW_MASK: tl.constexpr = 15 if BITS == 4 else 3
-    byte, shift = _byte_columns(WIDTH, False, False, BITS, PLANE)
-    low = tl.load(code_ptr + row[:, None] + byte[None, :], mask=mask, other=0).to(tl.int32)
-    code = (low >> shift[None, :]) & LOW_MASK
-    if BITS == 3:
-        byte, shift = _byte_columns(WIDTH, False, True, BITS, PLANE)
-        high = tl.load(code_ptr + row[:, None] + D // 4 + byte[None, :], mask=mask, other=0).to(tl.int32)
-        code |= ((high >> shift[None, :]) & 1) << 2
-    return tl.load(level_ptr + code)
-
-
-@triton.jit
-def _planes_fast(code_ptr, row, mask, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Levels bfloat16 of all planes, [BLOCK_N, plane] each, evaluated two at a time in packed arithmetic (sm_90 PTX)."""
-    if BITS == 4:
-        low = tl.load(code_ptr + row[:, None] + tl.arange(0, D // 2)[None, :], mask=mask, other=0)
-        first, second = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [low], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
-        return first, second, first, second
+        LOW: tl.constexpr = D // 2 if BITS == 4 else D // 4
+        column = tl.arange(0, LOW)
+        low_byte = column
+        # Four bytes of upper bits serve a word: each of its two bytes twice, in the half that `level_assembly` looks for them.
+        high_byte = 2 * (column // 4) + (column % 4) // 2
     else:
-        column = tl.arange(0, D // 4)
-        low = tl.load(code_ptr + row[:, None] + column[None, :], mask=mask, other=0)
+        PLANES: tl.constexpr = 2 if BITS == 4 else 4
+        PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
+        column = tl.arange(0, D)
+        word, inner = column // (4 * PLANES), (column // PLANES) % 4
+        pair = 2 * (column % PLANES) + inner // 2
+        low_byte = 4 * word + (pair + 2 * PLANES * (inner % 2)) // PER_BYTE
+        high_byte = 2 * word + inner % 2
+    low = tl.load(code_ptr + row[:, None] + low_byte[None, :], mask=mask, other=0)
+    if BITS == 3:
+        high = tl.load(code_ptr + row[:, None] + D // 4 + high_byte[None, :], mask=mask, other=0)
+        return low, high
+    else:
+        return low, low
+
+
+@triton.jit
+def _levels(low, high, level_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """Levels [BLOCK_N, D] of what `_load_codes` loaded: with ASM two at a time in packed arithmetic (sm_90 PTX), else from a table."""
+    if ASM == "":
+        PLANES: tl.constexpr = 2 if BITS == 4 else 4
+        PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
+        column = tl.arange(0, D)
+        inner = (column // PLANES) % 4
+        pair = 2 * (column % PLANES) + inner // 2
+        shift = ((pair + 2 * PLANES * (inner % 2)) % PER_BYTE) * (8 // PER_BYTE)
+        code = (low.to(tl.int32) >> shift[None, :]) & (15 if BITS == 4 else 3)
         if BITS == 3:
-            byte = 2 * (column // 4) + (column % 4) // 2
-            high = tl.load(code_ptr + row[:, None] + D // 4 + byte[None, :], mask=mask, other=0)
-            return tl.inline_asm_elementwise(
+            code |= ((high.to(tl.int32) >> pair[None, :]) & 1) << 2
+        return tl.load(level_ptr + code).to(DTYPE)
+    elif BITS == 4:
+        p0, p1 = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [low], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+        return tl.reshape(tl.join(p0, p1), [BLOCK_N, D])
+    else:
+        if BITS == 3:
+            p0, p1, p2, p3 = tl.inline_asm_elementwise(
                 ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [low, high],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            return tl.inline_asm_elementwise(
+            p0, p1, p2, p3 = tl.inline_asm_elementwise(
                 ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
-
-
-@triton.jit
-def _planes(code_ptr, row, mask, level_ptr, D: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    """Four planes [BLOCK_N, plane] (at 4 bits the last two repeat the first two and are not used)."""
-    if ASM != "":
-        return _planes_fast(code_ptr, row, mask, D, BITS, ASM)
-    else:
-        p0 = _plane(code_ptr, row, mask, level_ptr, D, BITS, 0).to(DTYPE)
-        p1 = _plane(code_ptr, row, mask, level_ptr, D, BITS, 1).to(DTYPE)
-        if BITS == 4:
-            return p0, p1, p0, p1
-        else:
-            p2 = _plane(code_ptr, row, mask, level_ptr, D, BITS, 2).to(DTYPE)
-            p3 = _plane(code_ptr, row, mask, level_ptr, D, BITS, 3).to(DTYPE)
-            return p0, p1, p2, p3
+        return tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), [BLOCK_N, D])
 
 
 @triton.jit
@@ -154,15 +143,10 @@ def _split_kernel(
     limit = context - queries + 1 + token_in_block
 
     HALF: tl.constexpr = D // 2
-    WIDTH: tl.constexpr = D // 2 if BITS == 4 else D // 4
     ROW_BYTES: tl.constexpr = D * BITS // 8
-    column = tl.arange(0, WIDTH)
-    q_row = q_ptr + row_head[:, None] * D + column[None, :]
-    q0 = tl.load(q_row, mask=row_mask[:, None], other=0.0)
-    q1 = tl.load(q_row + WIDTH, mask=row_mask[:, None], other=0.0)
-    if BITS != 4:
-        q2 = tl.load(q_row + 2 * WIDTH, mask=row_mask[:, None], other=0.0)
-        q3 = tl.load(q_row + 3 * WIDTH, mask=row_mask[:, None], other=0.0)
+    FAST: tl.constexpr = ASM != ""
+    channel = tl.arange(0, D)
+    q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
     if MEAN:
         half = tl.arange(0, HALF)
         near = tl.arange(0, BLOCK_N)
@@ -178,28 +162,31 @@ def _split_kernel(
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
     last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
     end = tl.minimum(end, context - queries + 1 + last_token)
-    acc0 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    if BITS != 4:
-        acc2 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-        acc3 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
+    # Everything a block reads is fetched a turn ahead, its page two turns: codes are small enough to wait in registers.
+    token = start + tl.arange(0, BLOCK_N)
     page = load_page(table_row_ptr, start, end, PAGE, BLOCK_N)
+    where = (page * kv_heads + kv_head) * PAGE + token % PAGE  # row of [P, G, S]
+    k_low, k_high = _load_codes(k_code_ptr, where * ROW_BYTES, (token < end)[:, None], D, BITS, FAST)
+    v_low, v_high = _load_codes(v_code_ptr, where * ROW_BYTES, (token < end)[:, None], D, BITS, FAST)
+    k_scale = tl.load(k_scale_ptr + where, mask=token < end, other=0.0)
+    v_scale = tl.load(v_scale_ptr + where, mask=token < end, other=0.0)
+    page = load_page(table_row_ptr, start + BLOCK_N, end, PAGE, BLOCK_N)
     for block in range(start, end, BLOCK_N):
         token = block + tl.arange(0, BLOCK_N)
-        inside = token < end
-        where = (page * kv_heads + kv_head) * PAGE + token % PAGE  # row of [P, G, S]
-        page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
-        k_scale = tl.load(k_scale_ptr + where, mask=inside, other=0.0).to(tl.float32)
-        k0, k1, k2, k3 = _planes(k_code_ptr, where * ROW_BYTES, inside[:, None], level_ptr, D, BITS, ASM, q_ptr.dtype.element_ty)
-        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-        if BITS != 4:
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-            scores = tl.dot(q3, tl.trans(k3), scores, input_precision=PRECISION)
-        scores *= k_scale[None, :]
+        after = token + BLOCK_N
+        where = (page * kv_heads + kv_head) * PAGE + after % PAGE
+        page = load_page(table_row_ptr, block + 2 * BLOCK_N, end, PAGE, BLOCK_N)
+        next_k_low, next_k_high = _load_codes(k_code_ptr, where * ROW_BYTES, (after < end)[:, None], D, BITS, FAST)
+        next_v_low, next_v_high = _load_codes(v_code_ptr, where * ROW_BYTES, (after < end)[:, None], D, BITS, FAST)
+        next_k_scale = tl.load(k_scale_ptr + where, mask=after < end, other=0.0)
+        next_v_scale = tl.load(v_scale_ptr + where, mask=after < end, other=0.0)
+
+        k = _levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, ASM, q_ptr.dtype.element_ty)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * k_scale.to(tl.float32)[None, :]
         if MEAN:
             far_cos = tl.load(cos_ptr + block * HALF + half) * unscale
             far_sin = tl.load(sin_ptr + block * HALF + half) * unscale
@@ -214,39 +201,30 @@ def _split_kernel(
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weights, 1)
-        v_scale = tl.load(v_scale_ptr + where, mask=inside, other=0.0).to(tl.float32)
-        weights = (weights * v_scale[None, :]).to(q_ptr.dtype.element_ty)
-        v0, v1, v2, v3 = _planes(v_code_ptr, where * ROW_BYTES, inside[:, None], level_ptr, D, BITS, ASM, q_ptr.dtype.element_ty)
-        acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
-        acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-        if BITS != 4:
-            acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision=PRECISION)
-            acc3 = tl.dot(weights, v3, acc3 * shrink[:, None], input_precision=PRECISION)
+        weights = (weights * v_scale.to(tl.float32)[None, :]).to(q_ptr.dtype.element_ty)
+        v = _levels(v_low, v_high, level_ptr, D, BITS, BLOCK_N, ASM, q_ptr.dtype.element_ty)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
         highest = new_highest
+        k_low, k_high, v_low, v_high = next_k_low, next_k_high, next_v_low, next_v_high
+        k_scale, v_scale = next_k_scale, next_v_scale
 
     part = split.to(tl.int64) * num_rows * q_heads + row_head
     tl.store(stat_ptr + 2 * part, highest, mask=row_mask)
     tl.store(stat_ptr + 2 * part + 1, total, mask=row_mask)
-    mask = (row_mask & (total > 0))[:, None]
-    to = part_ptr + part[:, None] * D + column[None, :]
-    tl.store(to, acc0, mask=mask)
-    tl.store(to + WIDTH, acc1, mask=mask)
-    if BITS != 4:
-        tl.store(to + 2 * WIDTH, acc2, mask=mask)
-        tl.store(to + 3 * WIDTH, acc3, mask=mask)
+    tl.store(part_ptr + part[:, None] * D + channel[None, :], acc, mask=(row_mask & (total > 0))[:, None])
 
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, stat_ptr, rotation_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < row_heads
     channel = tl.arange(0, D)
     rotated = merge_splits(part_ptr, stat_ptr, row, row_mask, channel, channel < D, num_splits, row_heads, D, ROWS, D)
-    inverse = tl.load(rotation_ptr + channel[None, :] * D + channel[:, None])  # the transpose
-    out = tl.dot(rotated, inverse, input_precision=PRECISION)
+    inverse = tl.load(signs_ptr + channel[None, :] * D + channel[:, None])  # the transpose
+    out = times_signs(rotated, inverse, True) / tl.sqrt(D + 0.0)
     kv_head = (row % q_heads) // GROUP
     out += tl.load(v_mean_ptr + kv_head[:, None] * D + channel[None, :])
     tl.store(out_ptr + row[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
@@ -330,17 +308,16 @@ def hot_paged_attention(
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
         split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
-    matrix = rotation(d, device)
+    signs = hadamard_signs(d, device)
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
     with_mean = means.k_mean is not None
-    pair = torch.empty((num_rows, q_heads, d), dtype=torch.float32, device=device) if with_mean else rotated
+    pair = torch.empty((num_rows, q_heads, d), dtype=torch.float16, device=device) if with_mean else rotated
     size = torch.empty((num_rows, q_heads), dtype=torch.float32, device=device) if with_mean else rotated
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    # The matrix's signs alone are exact in 16 bits; its factor d^-1/2 is applied to the product.
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     _prepare_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        q, means.k_mean if means.k_mean is not None else means.v_mean, matrix.sign(), rotated, pair, size, scale * LOG2_E,
+        q, means.k_mean if means.k_mean is not None else means.v_mean, signs, rotated, pair, size, scale * LOG2_E,
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
-        D=d, GROUP=group, MEAN=with_mean, ROWS=16, PRECISION=precision, num_warps=4,
+        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
     )  # fmt: skip
     part = torch.empty((num_splits, num_rows, q_heads, d), dtype=torch.float32, device=device)
     stat = torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=device)
@@ -354,7 +331,7 @@ def hot_paged_attention(
         num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        part, stat, matrix, means.v_mean, out, num_splits, num_rows * q_heads, q_heads,
-        GROUP=group, D=d, ROWS=16, PRECISION=precision, num_warps=4,
+        part, stat, signs, means.v_mean, out, num_splits, num_rows * q_heads, q_heads,
+        GROUP=group, D=d, ROWS=16, num_warps=4,
     )  # fmt: skip
     return out

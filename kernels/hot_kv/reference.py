@@ -82,16 +82,23 @@ def thresholds(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @functools.cache
+def hadamard_signs(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """bfloat16 [d, d]: `rotation` without its factor d^-1/2, exact in 16 bits."""
+    return rotation(head_dim, device).sign().bfloat16()
+
+
+@functools.cache
 def field_channels(bits: int, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """int64 [d]: the channel whose code lies in the j-th field of a row.
 
-    A 32-bit word's fields are taken apart two at a time, the same field of its lower and its upper half, which land side by side: word w gives
-    channels 4w .. 4w + 3 of every plane (half of the channels at 4 bits, quarter of them below).
+    A word of 32 bits gives 8 (4 bits) or 16 neighbouring channels. Its fields are taken apart two at a time, the same field of its lower and
+    its upper half, into 2 or 4 planes of four values each, and the planes are then interleaved: the p-th pair gives
+    values 2 (p % 2) and 2 (p % 2) + 1 of plane p // 2, and value i of plane m is channel planes * i + m of the word's.
     """
     planes, fields = (2, 8) if bits == 4 else (4, 16)
     word, field = torch.arange(head_dim // fields)[:, None], torch.arange(fields)[None, :]
-    upper, place = field // (fields // 2), field % (fields // 2)
-    channel = (place // 2) * (head_dim // planes) + 4 * word + 2 * (place % 2) + upper
+    upper, pair = field // (fields // 2), field % (fields // 2)
+    channel = fields * word + planes * (2 * (pair % 2) + upper) + pair // 2
     return channel.flatten().to(device)
 
 

@@ -8,14 +8,24 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.hot_kv.reference import HotMeans, HotPages, field_channels, levels, rotation, thresholds
+from kernels.hot_kv.reference import HotMeans, HotPages, field_channels, hadamard_signs, levels, thresholds
 
 ROWS = 16
 
 
 @triton.jit
+def times_signs(x, signs, SPLIT: tl.constexpr):
+    """x @ signs for a matrix of +-1 in bfloat16, float32. SPLIT: x float32 as the sum of two bfloat16 (error 2^-17), else x is bfloat16."""
+    high = x.to(tl.bfloat16)
+    product = tl.dot(high, signs)
+    if SPLIT:
+        product = tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), signs, product)
+    return product
+
+
+@triton.jit
 def _write_rows(
-    x_ptr, mean_ptr, cos_ptr, sin_ptr, slot_ptr, rotation_ptr, level_ptr, threshold_ptr, code_ptr, scale_ptr,
+    x_ptr, mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, code_ptr, scale_ptr,
     num_rows, heads, stride_token, stride_head,
     D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, ROTATE: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -40,12 +50,11 @@ def _write_rows(
         first = turned
     # The rotation's columns stand in the order of a row's fields, so packing is a sum over neighbours.
     field = tl.arange(0, D)
-    upper = tl.load(rotation_ptr + channel[:, None] * D + field[None, :])
-    lower = tl.load(rotation_ptr + (HALF + channel)[:, None] * D + field[None, :])
-    rotated = tl.dot(first, upper, input_precision="ieee")
-    rotated = tl.dot(second, lower, rotated, input_precision="ieee")  # [ROWS, D]
+    upper = tl.load(signs_ptr + channel[:, None] * D + field[None, :])
+    lower = tl.load(signs_ptr + (HALF + channel)[:, None] * D + field[None, :])
+    rotated = times_signs(first, upper, True) + times_signs(second, lower, True)  # [ROWS, D], sqrt(D) too long
     norm = tl.sqrt(tl.sum(first * first + second * second, 1))
-    unit = rotated * (tl.sqrt(D + 0.0) / tl.maximum(norm, 1e-20))[:, None]
+    unit = rotated / tl.maximum(norm, 1e-20)[:, None]
     code = tl.zeros([ROWS, D], tl.int32)
     for i in tl.static_range((1 << BITS) - 1):
         code += (unit > tl.load(threshold_ptr + i)).to(tl.int32)
@@ -71,26 +80,26 @@ def _write_rows(
 
 @triton.jit
 def _hot_write_kernel(
-    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, rotation_ptr, level_ptr, threshold_ptr,
+    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr,
     k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr,
     num_rows, heads, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, K_MEAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         _write_rows(
-            k_ptr, k_mean_ptr, cos_ptr, sin_ptr, slot_ptr, rotation_ptr, level_ptr, threshold_ptr, k_code_ptr, k_scale_ptr,
+            k_ptr, k_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, k_code_ptr, k_scale_ptr,
             num_rows, heads, k_stride_token, k_stride_head, D, PAGE, BITS, True, K_MEAN, ROWS,
         )  # fmt: skip
     else:
         _write_rows(
-            v_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, rotation_ptr, level_ptr, threshold_ptr, v_code_ptr, v_scale_ptr,
+            v_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, v_code_ptr, v_scale_ptr,
             num_rows, heads, v_stride_token, v_stride_head, D, PAGE, BITS, False, True, ROWS,
         )  # fmt: skip
 
 
 @functools.cache
-def _rotation_in_fields(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    return rotation(head_dim, device)[:, field_channels(bits, head_dim, device)].contiguous()
+def _signs_in_fields(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    return hadamard_signs(head_dim, device)[:, field_channels(bits, head_dim, device)].contiguous()
 
 
 def hot_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
@@ -111,7 +120,7 @@ def hot_kv_write(
     bits, device = pages.bits, k.device
     _hot_write_kernel[(triton.cdiv(tokens * heads, ROWS), 2)](
         k, v, means.k_mean if means.k_mean is not None else means.v_mean, means.v_mean, cos.contiguous(), sin.contiguous(), slots,
-        _rotation_in_fields(bits, head_dim, device), levels(bits, device), thresholds(bits, device),
+        _signs_in_fields(bits, head_dim, device), levels(bits, device), thresholds(bits, device),
         pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale,
         tokens * heads, heads, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         D=head_dim, PAGE=pages.k_scale.shape[2], BITS=bits, K_MEAN=means.k_mean is not None, ROWS=ROWS, num_warps=4,

@@ -263,7 +263,7 @@ def paged_attention(
     group = q_heads // kv_heads
     packed_rows = lengths.max_query_len * group
     if config is None:
-        config = AttentionConfig() if head_dim <= 128 else AttentionConfig(block_n=32)
+        config = AttentionConfig() if head_dim * q.element_size() <= 256 else AttentionConfig(block_n=32, num_stages=2)
     # Deterministic: one tile height and one split length for all, so a row meets the same instructions wherever it stands.
     block_m = 32 if deterministic else max(16, min(triton.next_power_of_2(packed_rows), 64))
     tiles = triton.cdiv(packed_rows, block_m)
@@ -281,7 +281,7 @@ def paged_attention(
         out, part, stat, scale * LOG2_E, batch, num_rows, num_splits, split_keys, q_heads, head_dim,
         q.stride(0), q.stride(1), page_table.stride(0), *k_pages.stride()[:3],
         GROUP=group, PAGE=page_size, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, REQUESTS=triton.next_power_of_2(batch),
-        DIRECT=direct, TREE=visible is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        DIRECT=direct, TREE=visible is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not direct:

@@ -130,7 +130,9 @@ def rans_encode(
     symbol = torch.where(q.long().abs() > limit, limit + 1, q.long())
     gain_centre = int(tables.info[-1]) >> INFO_BITS
     columns = torch.cat([(gains.long() + gain_centre - (NUM_GAINS // 2 - 1))[:, None], (info >> INFO_BITS) + symbol], 1)  # [T, K + 1]
-    states, words, counts = [], [], [0]
+    states: list[torch.Tensor] = []
+    words: list[torch.Tensor] = []
+    counts = [0]
     for first, last in pairwise(token_starts.tolist()):
         lanes = -(-(last - first) // tokens_per_lane)
         state = torch.full((lanes,), STATE_LOW, dtype=torch.int64, device=q.device)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.residual_encode.triton import ProductConfig, grouped_tile
+from kernels.residual_encode.triton import ProductConfig, default_product, grouped_tile
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
     latent_depth = latents.shape[1] if latents is not None else 0
     if weight.shape[0] != depth + latent_depth:
         raise ValueError(f"weight has {weight.shape[0]} rows for {depth} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
-    config = config or ProductConfig()
+    config = config or default_product(weight.dtype)
     target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
     block_h = config.block_n // 2
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
@@ -111,7 +111,7 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
         rows, depth, latent_depth, columns, heads, q.stride(0), q.stride(1), stride_kind,
         BLOCK_M=config.block_m, BLOCK_H=block_h, BLOCK_K=config.block_k, GROUP=config.group,
         HALF=half, EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PAGES=pages is not None,
-        PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

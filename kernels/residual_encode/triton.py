@@ -115,6 +115,11 @@ class ProductConfig:
     num_stages: int = 4
 
 
+def default_product(dtype: torch.dtype) -> ProductConfig:
+    """A tile that fits the shared memory: float32 rows take twice the room and do without the matrix units."""
+    return ProductConfig(64, 64, 32, 8, 4, 2) if dtype == torch.float32 else ProductConfig()
+
+
 def gather_kv_floors(num_tokens: int, dim: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations) that no version can do without."""
     return 2 * num_tokens * dim * element_bytes + 4 * dim, 4 * num_tokens * dim
@@ -178,7 +183,7 @@ def residual_encode(
     # Padding behind the rows may be read (its products are dropped): then the bound on columns is a round number and loads stay wide.
     readable = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
     load_columns = weight.stride(0) if readable >= weight.shape[0] * weight.stride(0) else columns
-    config = config or ProductConfig()
+    config = config or default_product(y.dtype)
     if component_major:
         out = torch.empty((columns, rows), dtype=torch.int16, device=y.device).t()
     else:
@@ -190,7 +195,7 @@ def residual_encode(
         y.contiguous(), latents.contiguous() if latents is not None else y, weight, bias, inverse_step, out,
         rows, depth, latent_depth, columns, load_columns, weight.stride(0), out.stride(0), out.stride(1), rounding, float(limit),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group,
-        EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PRECISION="ieee" if y.dtype == torch.float32 else "tf32",
+        EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PRECISION="tf32x3" if y.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
