@@ -62,17 +62,17 @@ class Session:
     ) -> None:
         began = time.perf_counter()
         stored = None if file is None else SessionFile.load(file)
-        quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
-        if quality not in SESSION_QUALITIES:
+        if quality is not None and quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
-        self.engine, self.quality, self._log = engine, quality, log
+        self.engine, self._log = engine, log
+        self.quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
         self._pack_path, self._closed = pack, False
         self.spans: list[Span] = []
         self.suspended: SuspendReport | None = None
         self.resumed: ResumeReport | None = None
         if stored is not None:
             self._check(stored, file)
-        if quality != TOKENS or (stored is not None and stored.spans):
+        if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(engine, pack, log)
         self.conversation = engine.open_conversation()
         if stored is not None:
@@ -193,6 +193,8 @@ class Session:
 
     def _check(self, stored: SessionFile, path: str | Path | None) -> None:
         """Refuse a file of other models before a pack is looked for: fitting one would take minutes."""
+        if stored.quality not in SESSION_QUALITIES:
+            raise Corrupted(f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy")
         for role, digest in pair_fingerprints(self.engine).items():
             if stored.fingerprints.get(role) != digest:
                 raise ForeignModel(f"session file {path} was written with another {role}", "resume it with the models and pack it was made with")
