@@ -214,12 +214,14 @@ class KvCodec:
         """decode_many of one span."""
         return self.decode_many([span], [prediction])[0]
 
-    def ideal_bits(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], quality: str | float) -> float:
+    def ideal_bits(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], quality: str | float, levels: Sequence[torch.Tensor | None] | None = None
+    ) -> float:
         """Code length, in bits, of the symbols that encode_many would write for these spans, under the pack's unrounded tables."""
         step = step_of(quality) if isinstance(quality, str) else float(quality)
         total = 0.0
-        for pair in pairs:
-            q, classes, gains = self._quantised([pair], step, [None])
+        for number, pair in enumerate(pairs):
+            q, classes, gains = self._quantised([pair], step, [None if levels is None else levels[number]])
             total += float(self.tables.model.code_lengths(q, classes, gains).sum())
         return total
 

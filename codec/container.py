@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, TruncatedCode
+from codec.quantize import MIN_LEVEL
 from codec.spec import MAX_SPAN_TOKENS
 
 SPAN_VERSION = 1
@@ -59,7 +60,7 @@ def write_span(code: SpanCode) -> bytes:
     """The span's bytes."""
     if not 0 < code.num_tokens <= MAX_SPAN_TOKENS:
         raise BadInput(f"a span of {code.num_tokens} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
-    tail = b"" if code.levels is None else code.levels.astype("<i1").tobytes()
+    tail = b"" if code.levels is None else _pack_levels(code.levels)
     tail += code.escapes
     head = _SPAN.pack(
         _SPAN_MAGIC,
@@ -93,14 +94,27 @@ def read_span(data: bytes | memoryview) -> SpanCode:
         raise TruncatedCode(f"a coded span has {len(data)} of {size} bytes", _REMEDY)
     if len(data) > size or zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
         raise CorruptedCode("a coded span's checksum does not match", _REMEDY)
-    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not 0 < step < float("inf") or tail < flags * tokens:
+    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not 0 < step < float("inf") or tail < flags * -(-tokens // 2):
         raise CorruptedCode("a coded span's header contradicts itself", _REMEDY)
     at = _SPAN.size
     states = np.frombuffer(data, "<u4", lanes, at)
     stream = np.frombuffer(data, "<u2", words, at + 4 * lanes)
     rest = data[at + 4 * lanes + 2 * words : size - _CRC.size]
-    levels = np.frombuffer(rest, "<i1", tokens) if flags else None
-    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[flags * tokens :])
+    size = flags * -(-tokens // 2)
+    levels = _unpack_levels(rest[:size], tokens) if flags else None
+    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[size:])
+
+
+def _pack_levels(levels: np.ndarray) -> bytes:
+    """Half a byte a token: levels lie in -8..7."""
+    shifted = (np.asarray(levels, np.int16) - MIN_LEVEL).astype(np.uint8)
+    shifted = np.concatenate([shifted, np.zeros(len(shifted) % 2, np.uint8)])
+    return (shifted[::2] | shifted[1::2] << 4).tobytes()
+
+
+def _unpack_levels(data: bytes, tokens: int) -> np.ndarray:
+    packed = np.frombuffer(data, np.uint8)
+    return (np.stack([packed & 15, packed >> 4], 1).reshape(-1)[:tokens].astype(np.int16) + MIN_LEVEL).astype(np.int8)
 
 
 def write_varints(values: np.ndarray) -> bytes:

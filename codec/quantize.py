@@ -24,3 +24,8 @@ def token_steps(step: float, levels: torch.Tensor | None, num_tokens: int, devic
     if levels is None:
         return torch.full((num_tokens, 1), step, device=device)
     return step * torch.exp2(levels.to(device=device, dtype=torch.float32) / LEVELS_PER_OCTAVE)[:, None]
+
+
+def levels_of(octaves: torch.Tensor) -> torch.Tensor:
+    """Step levels int8 [T] nearest to the wanted distance from the usual step, in octaves [T]."""
+    return torch.round(octaves * LEVELS_PER_OCTAVE).clamp_(MIN_LEVEL, MAX_LEVEL).to(torch.int8)

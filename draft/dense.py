@@ -15,6 +15,7 @@ from torch import Tensor
 from draft.errors import DraftError
 from draft.features import FeatureSpec, rms_normalise
 from draft.gptq import LowBitWeights, pack_nibbles, unpack_nibbles
+from draft.predictor import Predictor
 
 
 class DensePredictor:
@@ -26,14 +27,16 @@ class DensePredictor:
         mean, std: float32 [F], of the rms-normalised features.
         mu: float32 [D], the mean KV vector.
         draft_size: E of the model that drafts.
-        attention: float32 [F] or None: a token's log2 sensitivity (how much errors in its KV matter later), less its mean, from the same features.
+        attention: float32 [F] or None: from the same features, the log2 of how much errors in a token's KV matter later, less its mean.
+        level_strength: how far a token's step follows that, from 0 to 1.
     """
 
     def __init__(
-        self, spec: FeatureSpec, weight: Tensor, mean: Tensor, std: Tensor, mu: Tensor, draft_size: int, attention: Tensor | None = None
-    ) -> None:
+        self, spec: FeatureSpec, weight: Tensor, mean: Tensor, std: Tensor, mu: Tensor, draft_size: int, attention: Tensor | None = None,
+        level_strength: float = 0.0,
+    ) -> None:  # fmt: skip
         self.spec, self.weight, self.mean, self.std, self.mu, self.draft_size = spec, weight, mean, std, mu, draft_size
-        self.attention = attention
+        self.attention, self.level_strength = attention, level_strength
         self._split = len(spec.taps) * draft_size
 
     @property
@@ -66,14 +69,24 @@ class DensePredictor:
         """KV vectors float32 [n, D] from reduced features [n, taps * E] and the target's embedding rows [n, E_t]."""
         return self.mu + (self._inputs(latents, token_embeddings).to(self.weight.dtype) @ self.weight).float()
 
-    def sensitivity(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
-        """log2 of how much each token's errors matter, float32 [n], about 0 on average; None when the pack does not know."""
-        return None if self.attention is None else self._inputs(latents, token_embeddings) @ self.attention
+    def predict_features(self, features: Tensor) -> Tensor:
+        """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
+        return self.mu + (((features - self.mean) / self.std).to(self.weight.dtype) @ self.weight).float()
+
+    def step_octaves(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
+        """How many octaves each token's quantiser step should lie above the usual one, float32 [n]; None when all are to be treated alike.
+
+        Equal marginal returns put the step at sensitivity ** -1/2; sensitivities that are themselves estimates are followed less far.
+        """
+        if self.attention is None or self.level_strength <= 0:
+            return None
+        return -0.5 * self.level_strength * (self._inputs(latents, token_embeddings) @ self.attention)
 
     def to(self, device: torch.device | str) -> DensePredictor:
         """The same predictor with its tensors on `device`."""
         weight, mean, std, mu = (t.to(device) for t in (self.weight, self.mean, self.std, self.mu))
-        return DensePredictor(self.spec, weight, mean, std, mu, self.draft_size, None if self.attention is None else self.attention.to(device))
+        attention = None if self.attention is None else self.attention.to(device)
+        return DensePredictor(self.spec, weight, mean, std, mu, self.draft_size, attention, self.level_strength)
 
     # --- the pack's form ------------------------------------------------------------------------------------------------
 
@@ -99,6 +112,15 @@ class DensePredictor:
             codes = unpack_nibbles(t["dense"], len(t["mu"]))
             dtype = torch.bfloat16 if t["mu"].is_cuda else torch.float32
             weight = LowBitWeights(codes, t["dense.scale"], 4, int(settings["group"])).dense(dtype)
-            return cls(spec, weight, t["mean"], t["std"], t["mu"], int(settings["draft_size"]), t.get("attention"))
+            strength = float(settings.get("level_strength", 0.0))
+            return cls(spec, weight, t["mean"], t["std"], t["mu"], int(settings["draft_size"]), t.get("attention"), strength)
         except KeyError as error:
             raise DraftError(f"the pack holds no predictor: {error.args[0]} is missing", "calibrate the pack again") from error
+
+
+AnyPredictor = DensePredictor | Predictor
+
+
+def load_predictor(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> AnyPredictor:
+    """The predictor of a pack, whichever form it has. Raises DraftError when something is missing."""
+    return (DensePredictor if "dense" in tensors else Predictor).from_pack(tensors, settings, device)

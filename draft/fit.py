@@ -140,6 +140,11 @@ class Moments:
         covariance = self.yy - cross - cross.T + fit.up.T @ ((down.T @ self.ff @ down) @ fit.up)
         return 0.5 * (covariance + covariance.T)
 
+    def residual_of(self, solution: Tensor) -> Tensor:
+        """Cov(y - prediction), float32 [D, D], of a full-rank map [F, D] from standardised features."""
+        cross = solution.T @ (self.fy - 0.5 * (self.ff @ solution))
+        return self.yy - cross - cross.T
+
 
 def _standardised(down: Tensor, up: Tensor, f_mean: Tensor, f_scale: Tensor, mu: Tensor, ridge: float) -> LinearFit:
     down = down / f_scale[:, None]

@@ -62,6 +62,14 @@ class Predictor:
             total = total + rms_normalise(token_embeddings.to(self.down.device)) @ self.down[self._split :]
         return torch.addmm(self.mu, total, self.up)
 
+    def predict_features(self, features: Tensor) -> Tensor:
+        """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
+        return torch.addmm(self.mu, features @ self.down + self.offset, self.up)
+
+    def step_octaves(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
+        """None: a low-rank predictor knows nothing of how much a token's errors matter."""
+        return None
+
     def __call__(self, rows: Tensor, token_embeddings: Tensor | None) -> Tensor:
         """`predict(reduce(rows), token_embeddings)`: float32 [n, D] from rows [n, taps, E] and embeddings [n, E_t]."""
         return self.predict(self.reduce(rows), token_embeddings)

@@ -18,15 +18,25 @@ from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.rate import EntropyModel
-from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
+from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS
 from codec.transform import Transform, fit_global, fit_per_layer
-from codec.weighting import Weighting, apply_blocks, both_sides
+from codec.weighting import Weighting, apply_blocks, both_sides, normalised
+from draft.dense import AnyPredictor, DensePredictor, load_predictor
 from draft.features import FeatureSpec
 from draft.fit import Moments, RidgeMoments, explained, fit_dual
-from draft.dense import AnyPredictor, DensePredictor, load_predictor
 from draft.gptq import round_weights
 from draft.predictor import Predictor
-from engine.calibration_budget import DENSE_SHARE, PACK_BUDGET, bf16_bytes, coarse_rows, default_rank, dense_bytes, max_components, stored_bytes
+from engine.calibration_budget import (
+    DENSE_SHARE,
+    FIXED_BYTES,
+    PACK_BUDGET,
+    bf16_bytes,
+    coarse_rows,
+    default_rank,
+    dense_bytes,
+    max_components,
+    stored_bytes,
+)
 from engine.calibration_fisher import fit_token_sensitivity, measure
 from engine.calibration_stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
 from engine.calibration_text import documents, library_texts
@@ -35,15 +45,6 @@ from engine.errors import InvalidOption
 
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
-PACK_BUDGET = 0.08
-"""A pack may take this fraction of the target's bytes."""
-
-FIXED_BYTES = 500_000
-"""Entropy tables, scales and header of a pack."""
-
-MAX_RANK = 4096
-"""More rank saves next to nothing."""
-
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -196,7 +197,7 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     variance = c.pow(2).mean(0)[order]
     layer = None if transform.layer is None else transform.layer[order]
     transform = Transform(transform.kind, transform.basis[order].contiguous(), layer, variance)
-    spent = sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * weighting.root.numel() + FIXED_BYTES
+    spent = stored_bytes(tensors) + 2 * weighting.root.numel() + FIXED_BYTES
     coarse = coarse_rows(transform, budget_bytes - spent)
     pack = CodecPack.build(layout, weighting, transform, EntropyModel.laplace(), predictor=tensors, predictor_settings=settings,
                            fingerprints=fingerprints, coarse_from=coarse)  # fmt: skip

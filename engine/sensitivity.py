@@ -62,17 +62,12 @@ def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor, lay
     x = target.embed(token_ids[:, split:].flatten()).reshape(batch, length - split, -1)
     cos, sin = target.rope.slice(0, length)
     for number, layer in enumerate(target.layers):
-        w = _plain(layer.weights())  # type: ignore[operator]
+        w: LayerWeights = layer.weights().plain()  # type: ignore[operator]
         x = x + _attention(_norm(x, w.input_norm, c.rms_norm_eps), w, cache[:, :, number], cos, sin, split, c)
         gate, up = F.linear(_norm(x, w.post_norm, c.rms_norm_eps), w.gate_up).chunk(2, -1)
         x = x + F.linear(F.silu(gate) * up, w.down)
     head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
     return F.linear(_norm(x, target.final_norm, c.rms_norm_eps), head)
-
-
-def _plain(weights: LayerWeights) -> LayerWeights:
-    """With matrices that autograd can go through: packed ones are unpacked into copies, for the time of a layer."""
-    return LayerWeights(*(t.to_dense() if t is not None and t.is_mkldnn else t for t in weights))
 
 
 def _attention(x: Tensor, w: LayerWeights, cache: Tensor, cos: Tensor, sin: Tensor, split: int, c) -> Tensor:

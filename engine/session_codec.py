@@ -12,10 +12,11 @@ from torch import Tensor
 from codec.codec import KvCodec
 from codec.errors import CodecError
 from codec.pack import CodecPack
+from codec.quantize import levels_of
 from codec.spec import SPAN_TOKENS, KvLayout
+from draft.dense import load_predictor
 from draft.errors import DraftError
 from draft.features import FeatureBuffer
-from draft.predictor import Predictor
 from draft.protocols import DraftState
 from engine.errors import InvalidOption, PackMismatch
 from engine.packs import Log, find_pack, trunk_layers
@@ -42,7 +43,7 @@ class SessionCodec:
         self.engine, self.pack = engine, pack
         try:
             self.codec = KvCodec(pack, engine.device)
-            self.predictor = Predictor.from_pack(pack.predictor, pack.predictor_settings, engine.device)
+            self.predictor = load_predictor(pack.predictor, pack.predictor_settings, engine.device)
         except (CodecError, DraftError) as error:
             raise PackMismatch(error.what, error.remedy) from error
         self.first_layer = pack.layout.first_layer
@@ -65,15 +66,15 @@ class SessionCodec:
         spans: list[Span] = []
         for at in range(0, len(bounds), SPANS_AT_ONCE):
             some = bounds[at : at + SPANS_AT_ONCE]
-            pairs = [
-                (
-                    self.engine.target.read_kv(conversation.sequence, a, b, first_layer=self.first_layer),
-                    self._predict(conversation.token_ids[a:b], latents[a - start : b - start]),
-                )
-                for a, b in some
-            ]
+            pairs, levels = [], []
+            for a, b in some:
+                features = latents[a - start : b - start], self._embeddings(conversation.token_ids[a:b])
+                truth = self.engine.target.read_kv(conversation.sequence, a, b, first_layer=self.first_layer)
+                pairs.append((truth, self.predictor.predict(*features)))
+                octaves = self.predictor.step_octaves(*features)
+                levels.append(None if octaves is None else levels_of(octaves))
             try:
-                coded = self.codec.encode_many(pairs, quality)
+                coded = self.codec.encode_many(pairs, quality, levels)
             except CodecError as error:
                 raise InvalidOption(error.what, error.remedy) from error
             spans += [Span(a, b, data) for (a, b), data in zip(some, coded, strict=True)]
@@ -85,14 +86,17 @@ class SessionCodec:
         latents = self._latents(conversation, start, spans[-1].end)
         for at in range(0, len(spans), SPANS_AT_ONCE):
             some = spans[at : at + SPANS_AT_ONCE]
-            predicted = [self._predict(conversation.token_ids[s.start : s.end], latents[s.start - start : s.end - start]) for s in some]
+            # span by span: products of the same shape give the same bits at every resume
+            predicted = [
+                self.predictor.predict(latents[s.start - start : s.end - start], self._embeddings(conversation.token_ids[s.start : s.end]))
+                for s in some
+            ]
             rows = torch.cat(self.codec.decode_many([s.data for s in some], predicted))
             self.engine.target.write_kv(conversation.sequence, some[0].start, rows, first_layer=self.first_layer)
 
-    def _predict(self, token_ids: Sequence[int], latents: Tensor) -> Tensor:
-        """Pre-RoPE KV float32 [n, D] of a span's tokens. Span by span: products of the same shape give the same bits at every resume."""
-        ids = torch.tensor(token_ids, device=self.engine.device)
-        return self.predictor.predict(latents, self.engine.target.embed(ids) if self.predictor.spec.embedding else None)
+    def _embeddings(self, token_ids: Sequence[int]) -> Tensor | None:
+        """The target's embedding rows [n, E], where the predictor uses them."""
+        return self.engine.target.embed(torch.tensor(token_ids, device=self.engine.device)) if self.predictor.spec.embedding else None
 
     def _latents(self, conversation: Conversation, start: int, end: int) -> Tensor:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages

@@ -84,7 +84,7 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int) -
     tokens = sum(case.prefix for case in cases)
     return {"method": method.method, "quality": method.quality, "bits_per_element": 8 * num_bytes / (tokens * full_dim),
             "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
-            "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.coded_dim / (tokens * full_dim),
+            "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
             "kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
             "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
             "encode_tokens_per_s": tokens / encode_s, "decode_tokens_per_s": tokens / decode_s, "tokens": tokens, "inputs": method.inputs}

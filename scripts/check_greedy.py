@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     earlier = json.loads(args.against.read_text())["rows"] if args.against else None
     rows, failed = [], 0
     ours = [run(engine, prompt, args) for prompt in PROMPTS]
-    reference = Reference(engine)
+    about = {"pair": args.pair, "device": device_name(engine), "dtype": "float32", "memory": engine.memory(), "versions": versions()}
+    about["peak_device_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
+    folder, device, ends = engine.target_dir, engine.device, sorted(engine.eos_token_ids)
+    del engine  # three float32 models at once would not fit a small machine
+    reference = Reference(folder, device, ends)
     for number, (prompt, (ids, row)) in enumerate(zip(PROMPTS, ours, strict=True)):
         expected, seconds = reference.generate(ids, args.max_new_tokens)
         row["transformers_tokens_per_s"] = round(len(expected) / seconds, 2)
@@ -64,11 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             failed += not tie
             verdict = "identical" if found is None else f"{'tie' if tie else 'DIFFERENT'} at new token {found['position']}: {found}"
             say(f"{prompt[:40]!r} against {name}: {row['new_tokens']} tokens, {verdict}")
-    total = {
-        "pair": args.pair, "device": device_name(engine), "dtype": "float32", "new_tokens": sum(r["new_tokens"] for r in rows),
-        "failed": failed, "versions": versions(), "memory": engine.memory(), "command": " ".join(["scripts/check_greedy.py", *(argv or sys.argv[1:])]),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None, "rows": rows,
-    }  # fmt: skip
+    command = " ".join(["scripts/check_greedy.py", *(argv or sys.argv[1:])])
+    total = about | {"command": command, "new_tokens": sum(r["new_tokens"] for r in rows), "failed": failed, "rows": rows}
     if args.json_out:
         args.json_out.write_text(json.dumps(total, indent=1) + "\n")
     print(json.dumps({k: v for k, v in total.items() if k != "rows"}))
@@ -88,11 +89,11 @@ def run(engine: Engine, prompt: str, args: argparse.Namespace) -> tuple[list[int
 class Reference:
     """transformers' model of the engine's target, from the same folder."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, folder: Path | None, device: torch.device, ends: list[int]) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.device, self.ends = engine.device, sorted(engine.eos_token_ids)
-        self.model = AutoModelForCausalLM.from_pretrained(engine.target_dir, dtype=torch.float32).to(self.device).eval()
+        self.device, self.ends = device, ends
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int) -> tuple[list[int], float]:

@@ -11,9 +11,12 @@ from codec.baselines import Calibration, make_peer, select_peers
 from codec.codec import KvCodec
 from codec.errors import UnknownQuality
 from codec.pack import CodecPack
+from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
-from draft.predictor import Predictor, zero_prediction
+from draft.dense import load_predictor
+from draft.predictor import zero_prediction
 from engine.decoder import Decoder
+from engine.session_file import SessionFile, Span
 from scripts.codec_quality import Case, hidden_states
 
 OURS = ("foretold", "foretold-nopred")
@@ -36,13 +39,13 @@ class Method(Protocol):
     Attributes:
         method, quality: the row's name.
         inputs: digest of what the row depends on besides the common settings (calibration or pack): it marks stale rows.
-        coded_dim: elements a token that are stored, exact or coded.
+        sink_dim: elements a token that are stored, exact or coded.
     """
 
     method: str
     quality: str
     inputs: str
-    coded_dim: int
+    sink_dim: int
 
     def run(self, case: Case) -> Result: ...
 
@@ -52,7 +55,7 @@ class PeerMethod:
 
     def __init__(self, name: str, layout: KvLayout, calibration: CalibrationSource, device: torch.device):
         self.peer = make_peer(name, layout).to(device)
-        self.method, self.quality, self.coded_dim = self.peer.method, self.peer.quality, layout.dim
+        self.method, self.quality, self.sink_dim = self.peer.method, self.peer.quality, layout.dim
         self._calibration, self._device, self._ready = calibration, device, not self.peer.needs_calibration
         self.inputs = calibration.digest if self.peer.needs_calibration else ""
 
@@ -77,9 +80,9 @@ class CalibrationSource(Protocol):
 
 
 class ForetoldMethod:
-    """Our codec as a session stores it: spans of at most 64 tokens, the first four exact in bf16, layers below the pack's first_layer
-    recomputed and not stored, token ids (which the prediction needs) counted at their plain width. Features come from one prefill of the
-    prefix, whose time is not in the coding times.
+    """Our codec as a session stores it, every byte of the session file counted: spans of at most 64 tokens, token ids, checksums, fingerprints. The
+    first four tokens and the layers below the pack's first_layer are exact and take no bytes: running the target's (or its trunk's) layers
+    over the ids gives them back. Features come from one prefill of the prefix, whose time is not in the coding times.
 
     Args:
         quality: a name of codec.spec.QUALITIES, or "stepX" for a quantiser step X.
@@ -89,11 +92,11 @@ class ForetoldMethod:
 
     def __init__(self, quality: str, pack: CodecPack, target: Decoder, drafter: Decoder | None, predict: bool):
         self.method = OURS[0] if predict else OURS[1]
-        self.quality, self.inputs, self.coded_dim = quality, pack.digest[:16], pack.layout.dim
+        self.quality, self.inputs, self.sink_dim = quality, pack.digest[:16], 0
         self._step = float(quality[4:]) if quality.startswith("step") else QUALITIES[quality]
         self._pack, self._target, self._predict = pack, target, predict
         self._codec = KvCodec(pack, target.device)
-        self._predictor = Predictor.from_pack(pack.predictor, pack.predictor_settings, target.device) if predict else None
+        self._predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device) if predict else None
         self._drafter = target if drafter is None else drafter
         self._last_layer = pack.layout.first_layer or None if drafter is None else None
         self._id_bits = max(1, (target.config.vocab_size - 1).bit_length())
@@ -107,26 +110,31 @@ class ForetoldMethod:
         if self._predictor is not None and self._predictor.spec.taps:
             rows = hidden_states(self._drafter, tokens, self._predictor.spec.taps, self._last_layer)
         start = _now(device)
-        prediction = self._prediction(tokens, rows)
         edges = range(NUM_SINKS, case.prefix, SPAN_TOKENS)
+        prediction, octaves = self._prediction(tokens, rows)
         pairs = [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in edges]
-        spans = self._codec.encode_many(pairs, self._step)
+        levels = [None if octaves is None else levels_of(octaves[a:a + SPAN_TOKENS]) for a in edges]
+        spans = self._codec.encode_many(pairs, self._step, levels)
         middle = _now(device)
-        prediction = self._prediction(tokens, rows)
-        sinks = coded[:NUM_SINKS].bfloat16()
+        prediction, _ = self._prediction(tokens, rows)
         back = self._codec.decode_many(spans, [prediction[a:a + SPAN_TOKENS] for a in edges])
         decoded = kv.clone()
-        decoded[:, kv.shape[1] - width:] = torch.cat([sinks.float(), *back])
+        decoded[NUM_SINKS:, kv.shape[1] - width:] = torch.cat(back)
         end = _now(device)
-        num_bytes = sum(map(len, spans)) + sinks.numel() * 2 + -(-case.prefix * self._id_bits // 8)
-        return Result(num_bytes, decoded, middle - start, end - middle, self._codec.ideal_bits(pairs, self._step))
+        stored = [Span(a, min(a + SPAN_TOKENS, case.prefix), data) for a, data in zip(edges, spans, strict=True)]
+        ids = case.token_ids.tolist()[:case.prefix]
+        num_bytes = len(SessionFile(ids, case.prefix, self.quality, {"pack": self._pack.digest, **self._pack.fingerprints}, stored).to_bytes())
+        return Result(num_bytes, decoded, middle - start, end - middle, self._codec.ideal_bits(pairs, self._step, levels))
 
-    def _prediction(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    def _prediction(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """KV vectors [T, D], and how many octaves each token's step lies above the usual one."""
+        device = self._target.device
         if self._predictor is None:
-            return zero_prediction(self._pack.predictor, len(tokens)).to(self._target.device)
+            return zero_prediction(self._pack.predictor, len(tokens)).to(device), None
         if rows is None:
-            rows = torch.zeros(len(tokens), 0, self._predictor.draft_size, device=self._target.device)
-        return self._predictor(rows, self._target.embed(tokens.to(self._target.device)))
+            rows = torch.zeros(len(tokens), 0, self._predictor.draft_size, device=device)
+        features = self._predictor.reduce(rows), self._target.embed(tokens.to(device)) if self._predictor.spec.embedding else None
+        return self._predictor.predict(*features), self._predictor.step_octaves(*features)
 
 
 def select_methods(words: list[str]) -> list[tuple[str, str]]:

@@ -97,8 +97,8 @@ def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> No
     assert fine["kl"] < near["kl"] < tiny_row["kl"] and fine["bits_per_element"] > near["bits_per_element"] > tiny_row["bits_per_element"]
     assert near["bits_per_element"] < rows["foretold-nopred", "near-lossless"]["bits_per_element"]
     for row in rows.values():
-        assert row["sink_bits_per_element"] == pytest.approx(4 * 16 / 48 * 2 / 3)               # two of three layers are stored
-        assert row["ideal_bits_per_element"] < row["bits_per_element"] - row["sink_bits_per_element"]
+        assert row["sink_bits_per_element"] == 0  # run again at a resume, not stored
+        assert row["ideal_bits_per_element"] < row["bits_per_element"]
         assert row["inputs"] == pack.digest[:16]
 
 
