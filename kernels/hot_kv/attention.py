@@ -62,53 +62,48 @@ def _prepare_kernel(
 
 @triton.jit
 def _load_codes(code_ptr, row, mask, D: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
-    """Raw bytes of BLOCK_N rows, as (lower bits, upper bits of the 3-bit format, else the lower again).
+    """Bytes of BLOCK_N rows: (those with the lower bits, those with the 3-bit format's upper bits, else the lower again).
 
-    FAST: in the order they lie in, [BLOCK_N, bytes]; else once for every channel, [BLOCK_N, D].
+    FAST: each byte once, [BLOCK_N, bytes], beside a 3-bit byte the one whose lowest four bits are its upper bits; else one a channel, [BLOCK_N, D].
     """
+    PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
     if FAST:
-        LOW: tl.constexpr = D // 2 if BITS == 4 else D // 4
-        column = tl.arange(0, LOW)
-        low_byte = column
-        # Four bytes of upper bits serve a word: each of its two bytes twice, in the half that `level_assembly` looks for them.
-        high_byte = 2 * (column // 4) + (column % 4) // 2
+        column = tl.arange(0, D // PER_BYTE)
+        low = tl.load(code_ptr + row[:, None] + column[None, :], mask=mask, other=0)
+        if BITS == 3:
+            high = tl.load(code_ptr + row[:, None] + (D // 4 + column // 2)[None, :], mask=mask, other=0)
+            return low, high
+        else:
+            return low, low
     else:
-        PLANES: tl.constexpr = 2 if BITS == 4 else 4
-        PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
         column = tl.arange(0, D)
-        word, inner = column // (4 * PLANES), (column // PLANES) % 4
-        pair = 2 * (column % PLANES) + inner // 2
-        low_byte = 4 * word + (pair + 2 * PLANES * (inner % 2)) // PER_BYTE
-        high_byte = 2 * word + inner % 2
-    low = tl.load(code_ptr + row[:, None] + low_byte[None, :], mask=mask, other=0)
-    if BITS == 3:
-        high = tl.load(code_ptr + row[:, None] + D // 4 + high_byte[None, :], mask=mask, other=0)
-        return low, high
-    else:
-        return low, low
+        low = tl.load(code_ptr + row[:, None] + (column // PER_BYTE)[None, :], mask=mask, other=0)
+        if BITS == 3:
+            high = tl.load(code_ptr + row[:, None] + (D // 4 + column // 8)[None, :], mask=mask, other=0)
+            return low, high
+        else:
+            return low, low
 
 
 @triton.jit
 def _levels(low, high, level_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
     """Levels [BLOCK_N, D] of what `_load_codes` loaded: with ASM two at a time in packed arithmetic (sm_90 PTX), else from a table."""
+    PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
     if ASM == "":
-        PLANES: tl.constexpr = 2 if BITS == 4 else 4
-        PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
         column = tl.arange(0, D)
-        inner = (column // PLANES) % 4
-        pair = 2 * (column % PLANES) + inner // 2
-        shift = ((pair + 2 * PLANES * (inner % 2)) % PER_BYTE) * (8 // PER_BYTE)
+        shift = (column % PER_BYTE) * (8 // PER_BYTE)
         code = (low.to(tl.int32) >> shift[None, :]) & (15 if BITS == 4 else 3)
         if BITS == 3:
-            code |= ((high.to(tl.int32) >> pair[None, :]) & 1) << 2
+            code |= ((high.to(tl.int32) >> (column % 8)[None, :]) & 1) << 2
         return tl.load(level_ptr + code).to(DTYPE)
     elif BITS == 4:
         p0, p1 = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [low], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
         return tl.reshape(tl.join(p0, p1), [BLOCK_N, D])
     else:
         if BITS == 3:
+            odd = (tl.arange(0, D // 4) % 2 * 4).to(tl.uint8)
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [low, high],
+                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [low, high >> odd[None, :]],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
@@ -231,13 +226,14 @@ def _merge_kernel(
 
 
 def level_assembly(bits: int) -> str:
-    """PTX that turns the four bytes of a word ($n, and for 3 bits the upper bits in the operand after it) into levels, two at a time.
+    """PTX that turns four bytes (and for 3 bits the four bytes with their upper bits) into the levels they hold, two at a time.
 
-    A code c becomes the bfloat16 128 + 2c by writing it into a mantissa, u = 2c - (2^bits - 1) by one subtraction (exact), and the level
-    is u (a + b u^2), with the roundings of `reference.levels`.
+    Output m of a byte is its m-th code's level, so the bytes may be any four. Two bytes are spread over a word's halves; a code c becomes the
+    bfloat16 128 + 2c by writing it into a mantissa, u = 2c - (2^bits - 1) by one subtraction (exact), and the level is u (a + b u^2) with the
+    roundings of `reference.levels`.
     """
-    pairs = 4 if bits == 4 else 8
-    width = 4 if bits == 4 else 2
+    codes, width = (2, 4) if bits == 4 else (4, 2)
+    low, high = f"${2 * codes}", f"${2 * codes + 1}"
 
     def twice(value: float) -> str:
         bits16 = int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16)) & 0xFFFF
@@ -248,16 +244,20 @@ def level_assembly(bits: int) -> str:
 
     a, b = LEVEL_COEFFICIENTS[bits]
     mask = ((1 << width) - 1) << 1
-    lines = ["{ .reg .b32 t, u, s, one, low, nil, ca, cb;", f"mov.b32 one, {twice(1.0)};", f"mov.b32 low, {twice(-(127.0 + 2**bits))};"]
+    lines = ["{ .reg .b32 t, u, s, x, y, one, low, nil, ca, cb;", f"mov.b32 one, {twice(1.0)};", f"mov.b32 low, {twice(-(127.0 + 2**bits))};"]
     lines += ["mov.b32 nil, 0x80008000;", f"mov.b32 ca, {twice(a)};", f"mov.b32 cb, {twice(b)};"]
-    for pair in range(pairs):
-        lines.append(moved(f"${pairs}", 1 - width * pair))
-        lines.append(f"lop3.b32 u, t, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
+    for half, spread in enumerate(("0x4140", "0x4342")):
+        lines.append(f"prmt.b32 x, {low}, 0, {spread};")
         if bits == 3:
-            lines.append(moved(f"${pairs + 1}", 3 - pair))
-            lines.append("lop3.b32 u, t, 0x00080008, u, 0xEA;")
-        lines += ["fma.rn.bf16x2 u, u, one, low;", "fma.rn.bf16x2 s, u, u, nil;", "fma.rn.bf16x2 s, s, cb, ca;"]
-        lines.append(f"fma.rn.bf16x2 ${pair}, u, s, nil;")
+            lines.append(f"prmt.b32 y, {high}, 0, {spread};")
+        for code in range(codes):
+            lines.append(moved("x", 1 - width * code))
+            lines.append(f"lop3.b32 u, t, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
+            if bits == 3:
+                lines.append(moved("y", 3 - code))
+                lines.append("lop3.b32 u, t, 0x00080008, u, 0xEA;")
+            lines += ["fma.rn.bf16x2 u, u, one, low;", "fma.rn.bf16x2 s, u, u, nil;", "fma.rn.bf16x2 s, s, cb, ca;"]
+            lines.append(f"fma.rn.bf16x2 ${2 * code + half}, u, s, nil;")
     return "\n".join([*lines, "}"])
 
 
@@ -284,7 +284,7 @@ def hot_paged_attention(
 ) -> torch.Tensor:
     """See `reference.hot_paged_attention`; floors: `paged_attention_floors` with `hot_row_bytes`.
 
-    The tables must cover the longest context rounded up to a block. max_query_len, config: as for `paged_attention`.
+    The tables must cover the longest context. max_query_len, config: as for `paged_attention`.
     packed_arithmetic: take codes apart with `level_assembly`; None for wherever it runs.
     """
     num_rows, q_heads, d = q.shape
@@ -298,7 +298,8 @@ def hot_paged_attention(
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     config = config or AttentionConfig(block_n=64)
     block_n = 64 if deterministic else config.block_n
-    if means.k_mean is not None and len(cos_table) < triton.cdiv(lengths.max_context_len, block_n) * block_n - block_n + 1:
+    # Lengths on the device are not read back; their caller answers for tables that reach far enough.
+    if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     if means.k_mean is not None and len(cos_table) < block_n:
         raise ValueError(f"tables of {len(cos_table)} positions are shorter than a block of {block_n} (make them longer)")

@@ -87,47 +87,30 @@ def hadamard_signs(head_dim: int, device: torch.device | str = "cpu") -> torch.T
     return rotation(head_dim, device).sign().bfloat16()
 
 
-@functools.cache
-def field_channels(bits: int, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """int64 [d]: the channel whose code lies in the j-th field of a row.
+def _to_bytes(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Numbers of `width` bits [*, n] to bytes uint8 [*, n * width / 8], the first in the lowest bits."""
+    grouped = values.long().unflatten(-1, (-1, 8 // width))
+    return (grouped << (width * torch.arange(8 // width, device=values.device))).sum(-1).to(torch.uint8)
 
-    A word of 32 bits gives 8 (4 bits) or 16 neighbouring channels. Its fields are taken apart two at a time, the same field of its lower and
-    its upper half, into 2 or 4 planes of four values each, and the planes are then interleaved: the p-th pair gives
-    values 2 (p % 2) and 2 (p % 2) + 1 of plane p // 2, and value i of plane m is channel planes * i + m of the word's.
-    """
-    planes, fields = (2, 8) if bits == 4 else (4, 16)
-    word, field = torch.arange(head_dim // fields)[:, None], torch.arange(fields)[None, :]
-    upper, pair = field // (fields // 2), field % (fields // 2)
-    channel = fields * word + planes * (2 * (pair % 2) + upper) + pair // 2
-    return channel.flatten().to(device)
+
+def _from_bytes(packed: torch.Tensor, width: int) -> torch.Tensor:
+    shifts = width * torch.arange(8 // width, device=packed.device)
+    return ((packed[..., None].long() >> shifts) & ((1 << width) - 1)).flatten(-2)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [*, d] in channel order to bytes uint8 [*, d * bits / 8]. 3 bits: all lower two bits first, then the upper ones, eight a byte."""
-    fields = codes[..., field_channels(bits, codes.shape[-1], codes.device)].long()
-
-    def bytes_of(values: torch.Tensor, width: int) -> torch.Tensor:
-        grouped = values.unflatten(-1, (-1, 8 // width))
-        return (grouped << (width * torch.arange(8 // width, device=codes.device))).sum(-1).to(torch.uint8)
-
+    """Codes uint8 [*, d] to bytes uint8 [*, d * bits / 8], neighbours in one byte. 3 bits: all lower two bits first, then the upper ones."""
     if bits == 3:
-        return torch.cat([bytes_of(fields & 3, 2), bytes_of(fields >> 2, 1)], -1)
-    return bytes_of(fields, bits)
+        return torch.cat([_to_bytes(codes & 3, 2), _to_bytes(codes >> 2, 1)], -1)
+    return _to_bytes(codes, bits)
 
 
 def unpack(packed: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
     """Inverse of `pack`: uint8 [*, d]."""
-
-    def fields_of(values: torch.Tensor, width: int) -> torch.Tensor:
-        shifts = width * torch.arange(8 // width, device=packed.device)
-        return ((values[..., None].long() >> shifts) & ((1 << width) - 1)).flatten(-2)
-
     if bits == 3:
-        fields = fields_of(packed[..., : head_dim // 4], 2) | fields_of(packed[..., head_dim // 4 :], 1) << 2
+        codes = _from_bytes(packed[..., : head_dim // 4], 2) | _from_bytes(packed[..., head_dim // 4 :], 1) << 2
     else:
-        fields = fields_of(packed, bits)
-    codes = torch.empty_like(fields)
-    codes[..., field_channels(bits, head_dim, packed.device)] = fields
+        codes = _from_bytes(packed, bits)
     return codes.to(torch.uint8)
 
 

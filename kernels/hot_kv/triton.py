@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.hot_kv.reference import HotMeans, HotPages, field_channels, hadamard_signs, levels, thresholds
+from kernels.hot_kv.reference import HotMeans, HotPages, hadamard_signs, levels, thresholds
 
 ROWS = 16
 
@@ -48,10 +46,9 @@ def _write_rows(
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
-    # The rotation's columns stand in the order of a row's fields, so packing is a sum over neighbours.
-    field = tl.arange(0, D)
-    upper = tl.load(signs_ptr + channel[:, None] * D + field[None, :])
-    lower = tl.load(signs_ptr + (HALF + channel)[:, None] * D + field[None, :])
+    column = tl.arange(0, D)
+    upper = tl.load(signs_ptr + channel[:, None] * D + column[None, :])
+    lower = tl.load(signs_ptr + (HALF + channel)[:, None] * D + column[None, :])
     rotated = times_signs(first, upper, True) + times_signs(second, lower, True)  # [ROWS, D], sqrt(D) too long
     norm = tl.sqrt(tl.sum(first * first + second * second, 1))
     unit = rotated / tl.maximum(norm, 1e-20)[:, None]
@@ -97,11 +94,6 @@ def _hot_write_kernel(
         )  # fmt: skip
 
 
-@functools.cache
-def _signs_in_fields(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    return hadamard_signs(head_dim, device)[:, field_channels(bits, head_dim, device)].contiguous()
-
-
 def hot_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations): rows in, codes and scales out; a fast Hadamard transform and a search of the levels."""
     elements = 2 * num_tokens * heads * head_dim
@@ -120,7 +112,7 @@ def hot_kv_write(
     bits, device = pages.bits, k.device
     _hot_write_kernel[(triton.cdiv(tokens * heads, ROWS), 2)](
         k, v, means.k_mean if means.k_mean is not None else means.v_mean, means.v_mean, cos.contiguous(), sin.contiguous(), slots,
-        _signs_in_fields(bits, head_dim, device), levels(bits, device), thresholds(bits, device),
+        hadamard_signs(head_dim, device), levels(bits, device), thresholds(bits, device),
         pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale,
         tokens * heads, heads, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         D=head_dim, PAGE=pages.k_scale.shape[2], BITS=bits, K_MEAN=means.k_mean is not None, ROWS=ROWS, num_warps=4,
