@@ -115,7 +115,7 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
                     return relative_error(hot(None).float(), _hot_dense(*fixed, *rest).float())
 
                 floors = paged.paged_attention_floors([n] * batch, [context] * batch, heads, groups, d, hot_attention.hot_row_bytes(d, bits), 2)
-                candidates = _attention_candidates((128, 8, 3), (64, 8, 3), (32, 4, 3), (64, 4, 3, 33), (128, 8, 3, 17))
+                candidates = _attention_candidates((64, 4, 3), (128, 8, 3), (32, 4, 3), (64, 8, 1), (64, 8, 3, 17), (64, 4, 3, 33))
                 if with_mean and bits == 4:
                     candidates["table lookup"] = "table lookup"
                 yield Case(f"hot_attention {label}", shape + (" mean" if with_mean else " no mean"), label, floors, error, 1.5e-2,

@@ -296,7 +296,7 @@ def hot_paged_attention(
         q = q.contiguous()
     batch, group, device, bits = len(query_lens), q_heads // kv_heads, q.device, pages.bits
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
-    config = config or AttentionConfig(block_n=64)
+    config = config or AttentionConfig(num_warps=8)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
     if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:
