@@ -15,7 +15,7 @@ from torch import Tensor
 from draft.errors import DraftError
 from kernels.eigen import leading_eigenvectors
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 """Candidates of the primal fit, relative to the features' mean variance (1 after standardisation)."""
 
 DUAL_RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -14,6 +14,11 @@ from draft.propose import draft_block
 from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Proposal
 
 
+def default_trunk_layers(num_layers: int) -> int:
+    """Layers of a trunk when nobody says otherwise: a fifth of the target's."""
+    return max(1, num_layers // 5)
+
+
 class TrunkDrafter:
     """Drafts with the target's first `num_layers` layers under the target's own final norm and head.
 

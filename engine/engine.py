@@ -15,8 +15,8 @@ from draft.drafter import ModelDrafter
 from draft.errors import DraftError
 from draft.length import CostModel, LengthController, measure_costs
 from draft.protocols import Drafter, FeatureStore
-from draft.trunk import TrunkDrafter
-from engine.decoder import Decoder
+from draft.trunk import TrunkDrafter, default_trunk_layers
+from engine.decoder import Decoder, DecoderConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.metrics import SpeculationMetrics
 from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
@@ -26,6 +26,7 @@ from engine.request import Conversation, GenerationResult, Request, StreamEvent
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.stopping import TextStream
+from engine.weights import read_config
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -131,6 +132,9 @@ class Engine:
                 f"trunk_layers={trunk_layers} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out'
             )
         draft_dir = None if speaks_for_itself else resolve_model(draft)
+        for folder in (target_dir, draft_dir):
+            if folder is not None:  # first: the tokenizer of a model we do not run may fail to load in ways of its own
+                DecoderConfig.from_hf(read_config(folder))
         tokenizer = load_tokenizer(target_dir)
         if draft_dir is not None:
             check_vocabularies(tokenizer, load_tokenizer(draft_dir))
@@ -139,7 +143,7 @@ class Engine:
         if draft_dir is not None:
             source = Decoder.from_pretrained(draft_dir, dtype=kind, device=where)
         elif str(draft) == "trunk":
-            source = max(1, decoder.config.num_layers // 4) if trunk_layers is None else trunk_layers
+            source = default_trunk_layers(decoder.config.num_layers) if trunk_layers is None else trunk_layers
         return cls(decoder, tokenizer, draft=source, target_dir=target_dir, draft_dir=draft_dir, **options)
 
     @classmethod

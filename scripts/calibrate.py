@@ -19,13 +19,12 @@ import torch
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from draft.errors import DraftError
+from draft.trunk import default_trunk_layers
 from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, quick_pack
 from engine.calibration_text import documents, library_texts, read_texts, text_files
 from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, TRUNK, check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
-
-DEFAULT_TRUNK_LAYERS = 6
 
 
 def arguments() -> argparse.Namespace:
@@ -33,13 +32,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
     parser.add_argument("--draft", default=TRUNK, help="folder or hub id, or 'trunk' (the target's first layers)")
-    parser.add_argument("--trunk-layers", type=int, default=DEFAULT_TRUNK_LAYERS, help="layers of a trunk, which are not coded")
+    parser.add_argument("--trunk-layers", type=int, help="layers of a trunk, which are not coded (default: what the engine uses)")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
     parser.add_argument("--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of a trunk)")
-    parser.add_argument("--weighting", choices=("attention", "unit"), default="attention")
+    parser.add_argument("--predictor", choices=("auto", "dense", "low_rank"), default="auto", help="all directions in 4 bits, or few in 8")
+    parser.add_argument("--weighting", choices=("fisher", "attention", "unit"), default="fisher")
+    parser.add_argument("--level-strength", type=float, default=CalibrationOptions.level_strength,
+                        help="how far a token's step follows its predicted sensitivity, 0 to 1")  # fmt: skip
     parser.add_argument("--transform", choices=("global", "per_layer"), default="global")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
     parser.add_argument("--quick", action="store_true", help="the pack that is made on first use: a few thousand tokens, two minutes")
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> dict:
     started = time.monotonic()
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
     draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
-    trunk = args.trunk_layers if draft is None else 0
+    trunk = (args.trunk_layers or default_trunk_layers(target.config.num_layers)) if draft is None else 0
     prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer),
               "draft": f"trunk-{trunk}" if draft_dir is None else fingerprint(draft_dir)}  # fmt: skip
     if args.quick:
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> dict:
         texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         options = CalibrationOptions(
             taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")), rank=args.rank, weighting=args.weighting,
-            transform=args.transform, context=args.context, budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
+            predictor=args.predictor, level_strength=args.level_strength, transform=args.transform, context=args.context, budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
+            fisher_tokens=CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6),
         )  # fmt: skip
         docs, digest = documents(texts, tokenizer, args.tokens + options.held_out_tokens, args.context)
         pack = calibrate(target, draft, docs, trunk_layers=trunk, options=options, fingerprints=prints | {"text": digest}, log=log)
@@ -113,7 +116,7 @@ def main() -> int:
     print(
         f"{args.out}: {figures['pack_bytes'] / 1e6:.1f} MB ({share:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s"
     )
-    print(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} (rank {figures['rank']})")
+    print(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} ({figures['predictor']} predictor)")
     for quality, bits in figures["ideal_bits_per_element"].items():
         print(f"{quality:14s} {bits:.4f} ideal bits per element ({16 / bits:.0f}x), {figures['components_by_quality'][quality]} components")
     return 0
