@@ -98,6 +98,10 @@ def talk(session: Session, first: str | None, args: argparse.Namespace) -> None:
                     raise
                 print(flush=True)
                 say("[interrupted]")
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        say("")
     except ForetoldError:
         keep(session, args)
         raise
@@ -110,7 +114,7 @@ def next_message(terminal: bool) -> str:
         print("> ", end="", file=sys.stderr, flush=True)
     try:
         return read_input(input).strip()
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         if terminal:
             say("")
         return ""

@@ -96,5 +96,5 @@ def _model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
     digest = sha256(repr(decoder.config).encode())
     for name, tensor in sorted(decoder.hf_tensors().items()):  # not state_dict, which leaves packed weights out
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -156,7 +156,7 @@ CHATML = (
 
 @dataclass(frozen=True)
 class ChatFolders:
-    """Model folders with one byte-level tokenizer: 256 bytes, <|endoftext|>, <|im_start|>, <|im_end|> (the end of a turn)."""
+    """Model folders with one byte-level tokenizer: 256 bytes, then <|im_end|> (the end of a turn), <|endoftext|>, <|im_start|>."""
 
     target: Path
     draft: Path
@@ -189,7 +189,7 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
     weights: dict[str, torch.Tensor] = {}
     for name, layers, seed in (("target", 4, 1), ("draft", 2, 1), ("stranger", 4, 2)):
         torch.manual_seed(seed)
-        config = tiny_config("llama", **shape, hidden_size=32, num_hidden_layers=layers, eos_token_id=[256, 258], tie_word_embeddings=True)
+        config = tiny_config("llama", **shape, hidden_size=32, num_hidden_layers=layers, eos_token_id=256, tie_word_embeddings=True)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() > 1:

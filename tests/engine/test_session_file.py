@@ -139,7 +139,7 @@ def test_contents_that_contradict_themselves_are_refused_though_their_checksums_
 
 def test_missing_and_surplus_sections(file):
     found = read_sections(DATA)
-    for sections in (found[:-1], found + [("MORE", b"")], found[::-1], []):
+    for sections in (found[:-1], [*found, ("MORE", b"")], found[::-1], []):
         with pytest.raises(Corrupted, match="sections"):
             load(file, write_sections(sections))
 
@@ -206,7 +206,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_earlier_file(file, step, tmp
 def test_places_that_cannot_be_written(tmp_path, path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CacheNotWritable, match="cannot be written: .*choose another path"):
+    with pytest.raises(CacheNotWritable, match=r"cannot be written: .*choose another path"):
         FILE.save(tmp_path / path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
