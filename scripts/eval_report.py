@@ -1,0 +1,56 @@
+"""Tables of an evaluation's rows, for people."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_report(document: dict[str, Any]) -> None:
+    """Prints every task's rows to standard output."""
+    rows = document["rows"]
+    print(f"{document['pair']} on {document['device']}")
+    answered = [row for row in rows if row["task"] not in ("domain", "position")]
+    if answered:
+        print_table(["task", "context", "method", "bits", "asked", "right", "+-", "as untouched", "copied", "right by depth"],
+                    [[r["task"], r["context"] or "", r["method"], number(r["bits_per_element"], 4), r["questions"], percent(r["accuracy"]),
+                      percent(r["standard_error"]), percent(r["agreement"]), percent(r["copied_fraction"]) if "copied_fraction" in r else "",
+                      " ".join(percent(b["accuracy"]) for b in r.get("by_depth", []))] for r in answered])
+    domains = [row for row in rows if row["task"] == "domain"]
+    if domains:
+        names = list(dict.fromkeys(r["domain"] for r in domains))
+        by_name = {(r["domain"], r["method"]): r for r in domains}
+        methods = list(dict.fromkeys(r["method"] for r in domains))
+        print("\nbits per element / KL / top-1 agreement by kind of text")
+        print_table(["domain", "NLL", *methods],
+                    [[name, number(next(r["nll_untouched"] for r in domains if r["domain"] == name), 3),
+                      *(cell(by_name.get((name, method))) for method in methods)] for name in names])
+    positions = [row for row in rows if row["task"] == "position"]
+    if positions:
+        methods = list(positions[0]["bits_per_element"])
+        print("\nbits per element by position")
+        print_table(["position", "tokens", "NLL", *methods],
+                    [[f"{r['from']}-{r['to']}", r["tokens"], number(r["nll"], 3), *(number(r["bits_per_element"].get(m), 4) for m in methods)]
+                     for r in positions])
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """One domain's figures with one method."""
+    return "" if row is None else f"{row['bits_per_element']:.4f} / {row['kl']:.4f} / {percent(row['top1_agreement'])}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Fixed digits, or nothing."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """In percent with one digit."""
+    return f"{100 * value:.1f}"
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns padded to their widest cell."""
+    cells = [list(head), *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
+    for row in cells:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

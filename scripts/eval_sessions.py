@@ -1,0 +1,241 @@
+"""What perplexity hides: does a session answer the same after it was suspended as a coded residual and resumed?
+
+Every method is asked the same questions by greedy decoding, after the text was suspended to the bytes of a session file and resumed from them
+alone; `untouched` keeps its cache, `prediction` stores token ids and no residual. Tasks (--tasks, default all that have their input):
+    planted       retrieval, copying and arithmetic over facts planted in 2K to 8K tokens of text (eval_tasks.py), suspended before the question
+    conversation  20 turns, suspended and resumed at every turn: accuracy, and agreement with the conversation that never was
+    domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...)
+    position      bits per element against position in long texts, with the text's own NLL (--plot draws it)
+
+    python scripts/eval_sessions.py --pair qwen2.5-coder --pack qwen.pack --samples 32 --contexts 2048,4096,8192
+        --domains prose=D/prose german=D/german logs=D/logs --json-out sessions.json --plot position.png
+
+Rows are written as they are finished; the same command goes on where it was broken off, and --samples may be raised. Filler and long texts come
+from --text (default: the interpreter's own library, which the default packs are calibrated on: give other text to be strict).
+
+Texts of several kinds, without a network besides a package mirror: Debian packages hold them, and scripts/domain_texts.py makes folders from them.
+    apt-get download bible-kjv bible-kjv-text debian-handbook fortunes-de debian-reference-de debian-reference-fr debian-reference-ja
+    for f in *.deb; do dpkg -x "$f" texts; done
+    python scripts/domain_texts.py --debian texts --out D      # D/prose german french japanese logs json code
+Logs come from a seeded generator, JSON and code from the interpreter: without --debian these three are made, on any machine.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from codec.errors import CodecError
+from codec.spec import QUALITIES
+from draft.errors import DraftError
+from engine.calibration_text import library_texts
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption
+from engine.models import PAIRS
+from scripts.eval_report import print_report
+from scripts.eval_runs import Parts, Plan, Runner, rows_of
+from scripts.eval_suspend import PREDICTION, Suspender, step_name
+from scripts.eval_text import NLL, domain_windows, measure_domain, measure_positions, named_folders, plot_positions, position_rows
+from scripts.text_tokens import digest, read_files, windows
+
+TASKS = ("planted", "conversation", "domains", "position")
+_LIBRARY_TEXTS = 300
+_started = time.monotonic()
+
+
+def log(message: str) -> None:
+    print(f"[{time.monotonic() - _started:5.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
+    which.add_argument("--target", help="folder or hub id of the target")
+    parser.add_argument("--draft", help="folder or hub id of the draft, trunk, or none (default: the pair's own, trunk for --target)")
+    parser.add_argument("--pack", help="codec pack (default: the pair's cached one, fitted at first use)")
+    parser.add_argument("--tasks", help=f"comma-separated: {','.join(TASKS)}; default all, domains only with --domains")
+    parser.add_argument("--qualities", default=f"{','.join(QUALITIES)},{PREDICTION}", help="comma-separated qualities, stepX, or prediction")
+    parser.add_argument("--samples", type=int, default=16, help="texts for each context, and conversations; whole batches")
+    parser.add_argument("--batch", type=int, help="texts answered together (default: 16 on a GPU, 4 on a CPU, at most --samples)")
+    parser.add_argument("--contexts", default="2048,4096,8192", help="tokens of a text, with question and answer")
+    parser.add_argument("--facts", type=int, default=8, help="retrieval questions a text, one in each stratum of depth")
+    parser.add_argument("--identifiers", type=int, default=1, help="copying questions a text")
+    parser.add_argument("--sums", type=int, default=2, help="arithmetic questions a text")
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turn-tokens", type=int, default=100, help="tokens of text beside each fact told in a conversation")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="filler and long texts")
+    parser.add_argument("--domains", nargs="+", default=[], metavar="NAME=DIR")
+    parser.add_argument("--domain-tokens", type=int, default=16_384, help="test tokens a domain")
+    parser.add_argument("--domain-context", type=int, default=1024)
+    parser.add_argument("--position-context", type=int, default=8192)
+    parser.add_argument("--position-texts", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--json-out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="PNG of bits against position")
+    parser.add_argument("--restart", action="store_true", help="forget what --json-out holds")
+    return parser.parse_args(arguments)
+
+
+def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int], dict[str, str]]:
+    """Tasks, qualities, contexts and domains of the options. Raises InvalidOption."""
+    tasks = [t for t in TASKS if t != "domains" or options.domains] if options.tasks is None else options.tasks.split(",")
+    if unknown := [t for t in tasks if t not in TASKS]:
+        raise InvalidOption(f"unknown task {unknown[0]!r}", f"choose from {', '.join(TASKS)}")
+    if "domains" in tasks and not options.domains:
+        raise InvalidOption("the task domains needs texts", "give --domains NAME=DIR ...")
+    qualities = [q for q in dict.fromkeys(options.qualities.split(",")) if q]
+    for quality in qualities:
+        step_name(quality)
+    try:
+        contexts = [int(word) for word in options.contexts.split(",")]
+    except ValueError as error:
+        raise InvalidOption(f"--contexts {options.contexts}", "give whole numbers, such as 2048,4096") from error
+    for name in ("samples", "turns", "domain_tokens", "domain_context", "position_context", "position_texts"):
+        if getattr(options, name) < 1:
+            raise InvalidOption(f"--{name.replace('_', '-')} {getattr(options, name)}", "give a positive number")
+    return tasks, qualities, contexts, named_folders(options.domains)
+
+
+def load_parts(path: Path, settings: dict[str, Any], restart: bool) -> Parts:
+    """What an earlier run with the same settings finished. InvalidOption when the file is of another run."""
+    if restart or not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text())
+        earlier, parts = document["settings"], document["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidOption(f"{path} is not such an evaluation", "choose another --json-out, or --restart to overwrite it") from error
+    if changed := [key for key in settings if settings[key] != earlier.get(key)]:
+        raise InvalidOption(f"{path} holds rows of other settings ({', '.join(changed)})", "choose another --json-out, or --restart to overwrite it")
+    return parts
+
+
+def open_engine(options: argparse.Namespace, pool_tokens: int) -> Engine:
+    """The engine of --pair, or of --target and --draft."""
+    named = {"device": options.device, "dtype": options.dtype, "pool_tokens": pool_tokens}
+    if options.pair:
+        return Engine.from_pair(options.pair, draft=options.draft, **named)
+    return Engine.from_pretrained(options.target, options.draft or "trunk", **named)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The evaluation: returns the document that it also wrote to --json-out."""
+    tasks, qualities, contexts, domains = checked(options)
+    on_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    batch = options.batch or min(16 if on_gpu else 4, options.samples)
+    if batch < 1 or options.samples % batch:
+        raise InvalidOption(f"{options.samples} samples in batches of {batch}", "give --samples as a multiple of --batch")
+    longest = max(*contexts, options.turns * (options.turn_tokens + 128), 512)
+    engine = open_engine(options, max(2 * batch * (longest + 128), options.position_context + 64) + 2 * longest)
+    suspender = Suspender(engine, options.pack)
+    texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
+    plan = Plan(tuple(qualities), texts, options.samples, batch, options.seed, options.facts, options.identifiers, options.sums,
+                options.turns, options.turn_tokens)
+    config, pack = engine.target.config, suspender.codec.pack
+    full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    pair = options.pair or Path(options.target).name
+    settings = {"pair": pair, "draft": engine.drafter_name, "dtype": str(engine.dtype).removeprefix("torch."), "pack": pack.digest[:16],
+                "batch": batch, "seed": plan.seed, "facts": plan.facts, "identifiers": plan.identifiers, "sums": plan.sums, "turns": plan.turns,
+                "turn_tokens": plan.turn_tokens, "domain_context": options.domain_context, "position_context": options.position_context,
+                "text": sha256("\0".join(texts).encode()).hexdigest()[:16]}
+    parts = load_parts(options.json_out, settings, options.restart)
+    document: dict[str, Any] = {
+        "pair": pair, "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        "command": " ".join(["scripts/eval_sessions.py", *sys.argv[1:]]), "settings": settings, "rows": [],
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "zstandard")}, "parts": parts}
+
+    def save() -> None:
+        document["rows"] = [*rows_of(parts, full_dim), *domain_rows(parts), *position_rows(parts, full_dim)]
+        temporary = options.json_out.with_name(options.json_out.name + ".part")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(temporary, options.json_out)
+
+    log(f"{pair} on {document['device']}, draft {engine.drafter_name}, {', '.join(qualities)}; {len(parts)} parts kept")
+    runner = Runner(engine, suspender, plan, parts, save, log)
+
+    def encode(text: str) -> list[int]:
+        return engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[misc]
+
+    if "planted" in tasks:
+        for context in contexts:
+            runner.planted(context)
+    if "conversation" in tasks:
+        runner.conversations()
+    if "domains" in tasks:
+        for name, folder in domains.items():
+            run_domain(engine, suspender, name, domain_windows(folder, options.domain_context, options.domain_tokens, encode), qualities, parts, save)
+    if "position" in tasks:
+        run_positions(suspender, windows([encode(t) for t in texts], options.position_context, options.position_texts), qualities, parts, save)
+    save()
+    return document
+
+
+def run_domain(engine: Engine, suspender: Suspender, name: str, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
+    """Measures what is missing of one domain."""
+    prefix = f"domain/{name}/{digest(sequences)}"
+    for stale in [key for key in parts if key.startswith(f"domain/{name}/") and not key.startswith(prefix)]:
+        del parts[stale]
+    missing = [q for q in qualities if f"{prefix}/{q}" not in parts]
+
+    def done(quality: str, row: dict[str, Any]) -> None:
+        parts[f"{prefix}/{quality}"] = row
+        save()
+        log(f"domain {name} {quality}: {row['bits_per_element']:.4f} bits, KL {row['kl']:.4f}, top-1 {row['top1_agreement']:.4f}")
+
+    if missing:
+        measure_domain(engine, suspender.codec.pack, sequences, missing, done)
+
+
+def domain_rows(parts: Parts) -> list[dict[str, Any]]:
+    """One row for each domain and method."""
+    found = [(key.split("/"), part) for key, part in parts.items() if key.startswith("domain/")]
+    return [{"task": "domain", "domain": words[1], "method": words[-1], **part} for words, part in found]
+
+
+def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
+    """Measures what is missing of the long texts."""
+    if not sequences:
+        raise InvalidOption("no text is as long as --position-context", "give longer --text, or a smaller --position-context")
+    for number, ids in enumerate(sequences):
+        prefix = f"position/{digest([ids])}"
+
+        def done(quality: str, bins: list[dict[str, Any]], prefix: str = prefix) -> None:
+            parts[f"{prefix}/{quality}"] = {"bins": bins}
+
+        missing = [q for q in (NLL, *qualities) if f"{prefix}/{q}" not in parts]
+        if missing:
+            measure_positions(suspender, ids, missing, done)
+            save()
+            log(f"position: text {number + 1} of {len(sequences)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        document = run(options)
+        positions = [row for row in document["rows"] if row["task"] == "position" and row["nll"] is not None]
+        if options.plot and positions:
+            plot_positions(positions, f"{document['pair']}: size of the code against position", options.plot)
+    except (ForetoldError, CodecError, DraftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_report(document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The evaluation of suspended sessions: right tasks, a strict judge, and a resume in memory that is the session's own."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from engine.errors import InvalidOption
+from engine.sampling import SamplingParams
+from engine.session_file import SessionFile
+from scripts.eval_runs import Plan, Runner, by_depth, rows_of
+from scripts.eval_sessions import main
+from scripts.eval_suspend import Suspender, ask, open_with, roll_back, run_tokens, step_name
+from scripts.eval_tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
+from scripts.eval_text import named_folders, position_bins, position_edges, token_nll
+
+TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
+
+
+def count(lines):
+    return [len(line.split()) for line in lines]
+
+
+def test_every_answer_is_in_the_text_once():
+    for seed in range(20):
+        sample = make_sample(random.Random(seed), TEXTS, 900, count, facts=6, identifiers=2, sums=2)
+        assert [q.task for q in sample.questions] == ["retrieval"] * 6 + ["copy"] * 2 + ["arithmetic"] * 2
+        for question in sample.questions:
+            if question.task == "arithmetic":
+                places = question.text.split("depots in ")[1].split(" hold")[0].split(" and ")
+                amounts = [int(sample.document.split(f"The depot in {place} holds ")[1].split()[0]) for place in places]
+                assert [sample.document.count(f"depot in {place} ") for place in places] == [1, 1]
+                assert sum(amounts) == int(question.expected)
+            else:
+                assert sample.document.count(question.expected) == 1
+        retrieved = [q for q in sample.questions if q.task == "retrieval"]
+        assert len({q.expected for q in retrieved}) == 6
+        for n, question in enumerate(retrieved):
+            assert n / 6 <= question.depth < (n + 1) / 6 and len(question.expected) == 6
+            line = next(line for line in sample.document.splitlines() if question.expected in line)
+            assert line == f"The access code of {question.text.split('code of ')[1].split('?')[0]} is {question.expected}."
+        copies = [q for q in sample.questions if q.task == "copy"]
+        assert all(32 <= len(q.expected) <= 64 and q.depth <= 0.1 for q in copies)
+        assert 700 < sum(count(sample.document.splitlines())) <= 900
+    assert make_sample(random.Random(3), TEXTS, 900, count) == make_sample(random.Random(3), TEXTS, 900, count)
+
+
+def test_sentences_stand_where_their_depth_says():
+    lines = [f"line {n}" for n in range(100)]
+    document = plant(lines, [2] * 100, [(0.0, "first"), (0.255, "later"), (0.999, "last")]).splitlines()
+    assert document[0] == "first" and document[27] == "later" and document[-1] == "last" and len(document) == 103
+    assert [line for line in document if line.startswith("line")] == lines
+
+
+def test_filler_keeps_to_its_budget():
+    lines, sizes = take_filler(random.Random(0), TEXTS, 300, count)
+    assert sum(sizes) <= 300 < sum(sizes) + 12 and sizes == [n + 1 for n in count(lines)]
+    with pytest.raises(InvalidOption, match="filler text has only"):
+        take_filler(random.Random(0), ["one line"], 1000, count)
+    with pytest.raises(InvalidOption, match="leave no room"):
+        make_sample(random.Random(0), TEXTS, 100, count)
+
+
+@pytest.mark.parametrize(
+    ("task", "expected", "answer", "right"),
+    [
+        ("retrieval", "482913", "482913", True),
+        ("retrieval", "482913", "The access code of Elena is 482913.", True),
+        ("retrieval", "482913", "482,913", True),
+        ("retrieval", "482913", "4829131", False),
+        ("retrieval", "482913", "48291", False),
+        ("retrieval", "482913", "111111 or 482913", False),
+        ("retrieval", "482913", "", False),
+        ("arithmetic", "42", "12 + 30 = 42", True),
+        ("arithmetic", "42", "42 crates.", True),
+        ("arithmetic", "42", "42, that is 12 and 30", False),
+        ("arithmetic", "42", "forty-two", False),
+        ("copy", "abc123" * 6, "The identifier is " + "abc123" * 6 + ".", True),
+        ("copy", "abc123" * 6, "abc123" * 5 + "abc124", False),
+        ("copy", "abc123" * 6, "abc123" * 7, False),
+        ("copy", "abc123" * 6, "I do not know.", False),
+    ],
+)
+def test_the_judge_is_exact(task, expected, answer, right):
+    assert judge(Question(task, "", expected, 0.0), answer) is right
+
+
+def test_copied_fraction():
+    question = Question("copy", "", "abcdefgh" * 4, 0.0)
+    assert copied_fraction(question, "abcdefgh" * 4) == 1
+    assert copied_fraction(question, "It is abcdefgh" + "x" * 24) == 8 / 32
+    assert copied_fraction(question, "?") == 0
+
+
+def test_conversations_ask_for_what_was_told():
+    turns = make_conversation(random.Random(1), TEXTS, 20, 40, count)
+    assert len(turns) == 20 and all(t.question is None for t in turns[:10])
+    told = "\n".join(t.message for t in turns[:10])
+    asked = [t.question for t in turns[10:] if t.question is not None]
+    assert len(asked) == 10 == len({q.expected for q in asked})
+    for question in asked:
+        name = next(name for name in NAMES if name in question.text)
+        assert told.count(question.expected) == 1 and f"badge number of {name} is {question.expected}." in told
+    assert all(question.expected not in "".join(t.message for t in turns[10:]) for question in asked)
+
+
+def test_positions_add_up():
+    assert position_edges(8192) == [0, 256, 512, 1024, 2048, 4096, 8192]
+    assert position_edges(200) == [0, 200] and position_edges(300) == [0, 256, 300]
+    bins = position_bins(1000, ((n, 1, 2.0) for n in range(4, 1000)))
+    assert [(b["from"], b["to"], b["count"]) for b in bins] == [(0, 256, 252), (256, 512, 256), (512, 1000, 488)]
+    assert sum(b["amount"] for b in bins) == 2 * 996
+
+
+def test_depth_bins_hold_every_answer():
+    items = [{"depth": d / 10, "right": d >= 5} for d in range(11)]
+    bins = by_depth(items)
+    assert sum(b["questions"] for b in bins) == 11
+    assert [b["accuracy"] for b in bins] == [0, 0, 0.5, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def engine(chat_engine):
+    return chat_engine("draft")
+
+
+@pytest.mark.parametrize("draft", ["draft", "trunk"])
+def test_an_untouched_cache_answers_as_plain_generation(chat_engine, draft):
+    engine = chat_engine(draft)
+    prompts = [engine.encode("A text that is read first, number one."), engine.encode("Another one, a little longer than the first.")]
+    questions = [engine.encode(" And then?"), engine.encode(" What comes next?")]
+    conversations = [open_with(engine, ids) for ids in prompts]
+    for _ in range(2):  # asking again after a roll-back gives the same
+        answers = ask(engine, conversations, questions, 12)
+        for b, conversation in enumerate(conversations):
+            assert conversation.sequence.length == len(conversation.token_ids) - 1
+            roll_back(conversation, len(prompts[b]))
+    plain = engine.generate([a + b for a, b in zip(prompts, questions, strict=True)], SamplingParams(max_new_tokens=12, temperature=0, draft_length=0))
+    ends = engine.eos_token_ids
+    assert answers == [[t for t in result.token_ids if t not in ends] for result in plain]
+
+
+@pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
+def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
+    engine = chat_engine(draft)
+    suspender = Suspender(engine, None)
+    session = engine.session(quality="compact")
+    session.generate("Some text to remember. " * 8, SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True))
+    session.suspend(tmp_path / "first")
+    data = suspender.suspend(session.conversation, "compact")
+    assert SessionFile.from_bytes(data).spans == SessionFile.load(tmp_path / "first").spans
+    ours, spans = suspender.resume(data)
+    theirs = engine.session(tmp_path / "first").conversation
+    length = theirs.sequence.length
+    assert ours.token_ids == theirs.token_ids and ours.sequence.length == length > 150
+    assert torch.equal(engine.target.read_kv(ours.sequence, 0, length), engine.target.read_kv(theirs.sequence, 0, length))
+    ask(engine, [ours], [engine.encode(" More.")], 8)
+    again = SessionFile.from_bytes(suspender.suspend(ours, "compact", spans))
+    assert again.spans[: len(spans)] == spans and again.num_cached == len(again.token_ids) - 1 == again.spans[-1].end
+
+
+def test_prediction_keeps_no_residual(engine):
+    suspender = Suspender(engine, None)
+    conversation = open_with(engine, engine.encode("All of this is only predicted, and costs hardly anything. " * 4))
+    small, large = (suspender.suspend(conversation, quality) for quality in ("prediction", "near-lossless"))
+    assert len(small) < len(large) / 2
+    assert all(len(s.data) < 0.35 * (s.end - s.start) + 64 for s in SessionFile.from_bytes(small).spans)
+    restored, _ = suspender.resume(small)
+    assert torch.isfinite(engine.target.read_kv(restored.sequence, 0, restored.sequence.length)).all()
+    assert step_name("step2.5") == 2.5
+    for wrong in ("best", "step0", "stepx"):
+        with pytest.raises(InvalidOption, match="unknown quality"):
+            step_name(wrong)
+
+
+def test_nll_is_the_models_own(engine):
+    ids = engine.encode("The same text, scored at once and in pieces.")
+    with torch.inference_mode():
+        sequence = engine.pool.new_sequence()
+        logits = engine.target.forward(torch.tensor(ids), [sequence], [len(ids)]).logits
+    expected = -logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(token_nll(engine, ids)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_untouched_row_agrees_with_itself_and_costs_no_pages(engine):
+    plan = Plan(("balanced",), TEXTS, 2, 2, 0, facts=2, identifiers=1, sums=1, turns=4, turn_tokens=0)
+    parts: dict = {}
+    saves = []
+    free = engine.pool.num_free_pages
+    runner = Runner(engine, Suspender(engine, None), plan, parts, lambda: saves.append(len(parts)), lambda _: None)
+    runner.planted(900)
+    runner.conversations()
+    assert saves == [1, 2, 3, 4] and engine.pool.num_free_pages >= free
+    rows = rows_of(parts, 100)
+    assert {(r["task"], r["context"]) for r in rows} == {("retrieval", 900), ("copy", 900), ("arithmetic", 900), ("conversation", None)}
+    assert {r["questions"] for r in rows if r["task"] == "retrieval"} == {4}
+    assert {r["questions"] for r in rows if r["task"] == "conversation"} == {4}, "half of the turns ask"
+    for row in rows:
+        assert (row["bits_per_element"] is None) == (row["method"] == "untouched")
+        if row["method"] == "untouched":
+            assert row["agreement"] == 1
+    runner.planted(900)
+    runner.conversations()
+    assert len(saves) == 4, "nothing runs twice"
+    with pytest.raises(InvalidOption, match="the model has 1024"):
+        runner.planted(2000)
+
+
+def test_command(chat_folders, pack_home, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for n, text in enumerate(TEXTS):
+            (tmp_path / name / f"{n}.txt").write_text(text.replace("nothing", name))
+    out = tmp_path / "out.json"
+    command = [
+        "--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--device", "cpu", "--dtype", "float32", "--qualities", "compact",
+        "--samples", "1", "--contexts", "800", "--facts", "2", "--sums", "0", "--turns", "2", "--turn-tokens", "0", "--text", str(tmp_path / "one"),
+        "--domains", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--domain-context", "128", "--domain-tokens", "256",
+        "--position-context", "600", "--position-texts", "2", "--json-out", str(out), "--plot", str(tmp_path / "position.png"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    document = json.loads(out.read_text())
+    assert {"pair", "device", "command", "versions", "settings", "rows", "parts"} <= document.keys()
+    rows = {task: [r for r in document["rows"] if r["task"] == task] for task in ("retrieval", "copy", "conversation", "domain", "position")}
+    assert {r["method"] for r in rows["retrieval"]} == {"untouched", "compact"}
+    assert {(r["domain"], r["method"]) for r in rows["domain"]} == {("one", "compact"), ("two", "compact")}
+    assert all({"bits_per_element", "kl", "top1_agreement", "nll_untouched"} <= r.keys() for r in rows["domain"])
+    assert [(r["from"], r["to"]) for r in rows["position"]] == [(0, 256), (256, 512), (512, 600)]
+    assert sum(r["tokens"] for r in rows["position"]) == 2 * (600 - 4)
+    assert (tmp_path / "position.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "retrieval" in printed and "bits per element by position" in printed
+    assert main(command) == 0 and json.loads(out.read_text())["parts"] == document["parts"]
+    assert main([*command, "--turns", "4"]) == 2
+    assert "holds rows of other settings (turns)" in capsys.readouterr().err
+
+
+def test_bad_options_are_named(tmp_path, capsys):
+    base = ["--pair", "smollm2", "--json-out", str(tmp_path / "out.json")]
+    for extra, said in (
+        (["--tasks", "speed"], "unknown task"), (["--tasks", "domains"], "needs texts"), (["--qualities", "best"], "unknown quality"),
+        (["--samples", "3", "--batch", "2"], "batches of 2"), (["--contexts", "2k"], "--contexts 2k"), (["--turns", "0"], "--turns 0"),
+    ):  # fmt: skip
+        assert main([*base, *extra]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(InvalidOption, match="--domains logs"):
+        named_folders(["logs"])
+
+
+def test_run_tokens_moves_the_cache(engine):
+    conversation = engine.open_conversation()
+    conversation.token_ids[:] = engine.encode("abc")
+    logits = run_tokens(engine, [conversation], [conversation.token_ids], "last")
+    assert logits is not None and logits.shape[0] == 1 and conversation.sequence.length == 3
