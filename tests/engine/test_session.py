@@ -404,6 +404,8 @@ def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine
     assert engine.scheduler.idle
     assert session.token_ids[: len(before) + 5] == before + engine.tokenizer(" more")["input_ids"]
     assert session.conversation.sequence.length < len(session.token_ids)
+    state = session.conversation.draft_state
+    assert state is None or state.features.length == state.length, "a feature row belongs to its token"
     engine.pool.check_integrity()
     # the same tokens, never broken off, continue alike
     whole = session_of(engine, quality="tokens")
@@ -414,6 +416,22 @@ def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine
     resumed = session_of(chat_engine(draft, deterministic=True), tmp_path / "a.kv")
     assert resumed.token_ids == session.token_ids and resumed.conversation.sequence.length == len(session.token_ids) - 1
     assert loss(kv_of(session), kv_of(resumed)) < 0.4
+
+
+def test_an_interrupt_after_the_last_token_leaves_nothing_running(chat_engine, monkeypatch):
+    from engine.request import Request
+
+    engine = chat_engine("none")
+    session, whole = spoken(engine, tokens=20, quality="tokens"), Request.add_run
+    with monkeypatch.context() as patch:
+        broken = Break(whole, 1, after=True)
+        patch.setattr(Request, "add_run", lambda self, run: broken(self, run))
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(" more", SamplingParams(max_new_tokens=1))
+    assert engine.scheduler.idle
+    before = list(session.token_ids)
+    engine.generate("another", SamplingParams(max_new_tokens=3))
+    assert session.token_ids == before
 
 
 def test_a_refused_turn_leaves_the_conversation_as_it_was(chat_engine):
