@@ -99,3 +99,17 @@ def normalised(weighting: Weighting, block_covariance: torch.Tensor) -> Weightin
     """
     variance = torch.einsum("bij,bjk,bki->b", weighting.root, block_covariance, weighting.root).mean() / weighting.root.shape[-1]
     return weighting.scaled(float(variance.clamp_min(1e-20).rsqrt()))
+
+
+def blended(first: Weighting, second: Weighting, block_covariance: torch.Tensor) -> Weighting:
+    """Normalised weights whose metric S^2 is the mean of two normalised metrics: one that is exact but estimated from few noisy samples, steadied by
+    one that is modelled but smooth.
+
+    block_covariance: float32 [blocks, d, d], as for `normalised`.
+    """
+    metric = (first.root.double() @ first.root.double() + second.root.double() @ second.root.double()) / 2
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
+    root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
+    inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
+    return normalised(Weighting(root.float(), inverse.float()), block_covariance)

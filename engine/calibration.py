@@ -18,9 +18,9 @@ from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.rate import EntropyModel
-from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS
+from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_global, fit_per_layer
-from codec.weighting import Weighting, apply_blocks, both_sides, normalised
+from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
 from draft.dense import AnyPredictor, DensePredictor, load_predictor
 from draft.features import FeatureSpec
 from draft.fit import Moments, RidgeMoments, explained, fit_dual
@@ -37,7 +37,7 @@ from engine.calibration_budget import (
     max_components,
     stored_bytes,
 )
-from engine.calibration_fisher import fit_token_sensitivity, measure
+from engine.calibration_fisher import FisherSample, fit_token_sensitivity, measure
 from engine.calibration_stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
 from engine.calibration_text import documents, library_texts
 from engine.decoder import Decoder
@@ -50,17 +50,19 @@ FINEST_STEP = min(QUALITIES.values())
 class CalibrationOptions:
     """Choices of a full calibration.
 
-    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last). predictor: "dense"
-    (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget). rank: of a low-rank predictor (None: from
-    the budget). weighting: "fisher", "attention" or "unit". transform: "global" or "per_layer". context: tokens a document. held_out_tokens: kept
-    apart for tables and reported figures. fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its
-    sensitivity, 0 not at all, 1 as far as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
+    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last).
+    predictor: "dense" (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget).
+    rank: of a low-rank predictor (None: from the budget).
+    weighting: "fisher", "attention", "blend" (of both) or "unit". transform: "global" or "per_layer".
+    context: tokens a document. held_out_tokens: kept apart for tables and reported figures.
+    fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its sensitivity, 0 not at all, 1 as far
+    as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
     """
 
     taps: tuple[int, ...] | None = None
     predictor: str = "auto"
     rank: int | None = None
-    weighting: str = "fisher"
+    weighting: str = "blend"
     transform: str = "global"
     context: int = 1024
     tokens_per_batch: int = 8192
@@ -71,7 +73,11 @@ class CalibrationOptions:
 
     def check(self) -> None:
         """Raises InvalidOption for a name that is none of the choices."""
-        choices = {"predictor": ("auto", "dense", "low_rank"), "weighting": ("fisher", "attention", "unit"), "transform": ("global", "per_layer")}
+        choices = {
+            "predictor": ("auto", "dense", "low_rank"),
+            "weighting": ("blend", "fisher", "attention", "unit"),
+            "transform": ("global", "per_layer"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidOption(f"calibration with {name} {getattr(self, name)!r}", f"choose one of {', '.join(allowed)}")
@@ -114,14 +120,10 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     m = moments.finish()
     blocks = diagonal_blocks(m.yy, layout.head_dim)
     sample = None
-    if options.weighting == "fisher":
+    if options.weighting in ("fisher", "blend") or options.level_strength > 0:
         sample = measure(stream, rest, context=options.context, tokens=options.fisher_tokens)
-        weighting = normalised(sample.blocks.weighting(), blocks)
         log(f"calibration: gradients at {sample.blocks.count:,} cached tokens, {time.monotonic() - started:.0f} s")
-    elif options.weighting == "attention":
-        weighting = queries.weighting(target, layout, blocks)
-    else:
-        weighting = unit_weights(layout, blocks)
+    weighting = choose_weighting(options.weighting, target, layout, blocks, queries, sample)
     budget_bytes = options.budget * bf16_bytes(target)
     ridge = m.choose_ridge(features, y)
     tensors, settings, residual = fit_predictor(stream, m, ridge, weighting, options, budget_bytes)
@@ -158,6 +160,20 @@ def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence
     if not held:
         held, rest = list(docs[-1:]), list(docs[:-1])
     return held, rest
+
+
+def choose_weighting(
+    name: str, target: Decoder, layout: KvLayout, blocks: Tensor, queries: QueryStatistics, sample: FisherSample | None
+) -> Weighting:
+    """The weights of `CalibrationOptions.weighting`, normalised. blocks: float32 [blocks, d, d], of the KV's covariance."""
+    if name == "unit":
+        return unit_weights(layout, blocks)
+    attention = queries.weighting(target, layout, blocks)
+    if name == "attention":
+        return attention
+    assert sample is not None, "gradients were measured for these weights"
+    fisher = normalised(sample.blocks.weighting(), blocks)
+    return fisher if name == "fisher" else blended(fisher, attention, blocks)
 
 
 def fit_predictor(
