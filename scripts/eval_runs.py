@@ -10,6 +10,7 @@ from engine.chat import next_turn
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.request import Conversation
+from engine.session_file import Span
 from scripts.eval_suspend import Suspender, ask, open_with, roll_back
 from scripts.eval_tasks import (
     ACKNOWLEDGEMENT,
@@ -40,6 +41,7 @@ class Plan:
     facts: int = 8
     identifiers: int = 1
     sums: int = 2
+    conversations: int = 8
     turns: int = 20
     turn_tokens: int = 100
 
@@ -50,10 +52,10 @@ class Plan:
 
 
 class Runner:
-    """Adds to `parts` whatever of a plan is not there yet, one entry for each (run, batch of samples, method); `save` is called after each."""
+    """Adds to `parts` whatever of a plan is not there yet, one entry for each (run, samples, method); `save` is called after each."""
 
-    def __init__(self, engine: Engine, suspender: Suspender | None, plan: Plan, parts: Parts, save: Callable[[], None], log: Callable[[str], None]):
-        self.engine, self.suspender, self.plan, self.parts = engine, suspender, plan, parts
+    def __init__(self, engine: Engine, suspender: Suspender, plan: Plan, parts: Parts, save: Callable[[], None], log: Callable[[str], None]):
+        self.engine, self._suspender, self.plan, self.parts = engine, suspender, plan, parts
         self._save, self._log = save, log
 
     def count(self, lines: list[str]) -> list[int]:
@@ -94,12 +96,11 @@ class Runner:
         return ids + self.engine.tokenizer(ACKNOWLEDGEMENT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
 
     def _coded(self, key: str, quality: str, samples: list[Sample], originals: list[Conversation], untouched: list[list[str]]) -> None:
-        assert self.suspender is not None
-        files = [self.suspender.suspend(c, quality) for c in originals]
+        files = [self._suspender.suspend(c, quality) for c in originals]
         restored: list[Conversation] = []
         try:
             for data in files:
-                restored.append(self.suspender.resume(data)[0])
+                restored.append(self._suspender.resume(data)[0])
             self._record(key, samples, self._ask_all(restored, samples), untouched, originals, sum(map(len, files)))
         finally:
             self._close(restored)
@@ -129,36 +130,36 @@ class Runner:
 
     def conversations(self) -> None:
         """Every method's own conversations, greedy; a coded one is suspended and resumed before every turn but the first."""
-        for batch in self.plan.batches():
-            keys = {method: f"conversation/{batch.start}-{batch.stop}/{method}" for method in (UNTOUCHED, *self.plan.qualities)}
-            plans = [make_conversation(random.Random(f"{self.plan.seed}/conversation/{n}"), self.plan.texts, self.plan.turns,
-                                       self.plan.turn_tokens, self.count) for n in batch]
-            for method, key in keys.items():
-                if key in self.parts:
-                    continue
-                conversations = [self.engine.open_conversation() for _ in plans]
-                spans: list[list[Any]] = [[] for _ in plans]
-                items: list[dict[str, Any]] = []
-                stored = resumes = 0
-                try:
-                    for turn in range(self.plan.turns):
-                        if turn and method != UNTOUCHED:
-                            assert self.suspender is not None
-                            stored = 0
-                            for b, conversation in enumerate(conversations):
-                                data = self.suspender.suspend(conversation, method, spans[b])
-                                self._close([conversation])
-                                conversations[b], spans[b] = self.suspender.resume(data)
-                                stored, resumes = stored + len(data), resumes + 1
-                            tokens = sum(c.sequence.length for c in conversations)
-                        items += self._turn(turn, conversations, [plan[turn] for plan in plans], self.parts.get(keys[UNTOUCHED]))
-                finally:
-                    self._close(conversations)
-                last = {"stored_bytes": None, "tokens": 0} if method == UNTOUCHED else {"stored_bytes": stored, "tokens": tokens}
-                self.parts[key] = {"items": items, "resumes": resumes, **last}
-                self._save()
-                asked = [i for i in items if i["right"] is not None]
-                self._log(f"{key}: {sum(i['right'] for i in asked)} of {len(asked)} right, {resumes} resumes")
+        count = self.plan.conversations
+        untouched = f"conversation/{count}/{UNTOUCHED}"
+        plans = [make_conversation(random.Random(f"{self.plan.seed}/conversation/{n}"), self.plan.texts, self.plan.turns,
+                                   self.plan.turn_tokens, self.count) for n in range(count)]
+        for method in (UNTOUCHED, *self.plan.qualities):
+            key = f"conversation/{count}/{method}"
+            if key in self.parts:
+                continue
+            conversations = [self.engine.open_conversation() for _ in plans]
+            spans: list[list[Span]] = [[] for _ in plans]
+            items: list[dict[str, Any]] = []
+            stored = tokens = resumes = 0
+            try:
+                for turn in range(self.plan.turns):
+                    if turn and method != UNTOUCHED:
+                        files = [self._suspender.suspend(c, method, s) for c, s in zip(conversations, spans, strict=True)]
+                        stored, tokens = sum(map(len, files)), sum(c.sequence.length for c in conversations)
+                        self._close(conversations)
+                        conversations.clear()
+                        for b, data in enumerate(files):
+                            conversation, spans[b] = self._suspender.resume(data)
+                            conversations.append(conversation)
+                        resumes += count
+                    items += self._turn(turn, conversations, [plan[turn] for plan in plans], self.parts.get(untouched))
+            finally:
+                self._close(conversations)
+            self.parts[key] = {"items": items, "resumes": resumes, "stored_bytes": stored if resumes else None, "tokens": tokens}
+            self._save()
+            asked = [i for i in items if i["right"] is not None]
+            self._log(f"{key}: {sum(i['right'] for i in asked)} of {len(asked)} right, {resumes} resumes")
 
     def _turn(self, turn: int, conversations: list[Conversation], turns: list[Any], untouched: dict[str, Any] | None) -> list[dict[str, Any]]:
         questions = [next_turn(self.engine.tokenizer, t.message, c.token_ids) if c.token_ids else

@@ -67,12 +67,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pack", help="codec pack (default: the pair's cached one, fitted at first use)")
     parser.add_argument("--tasks", help=f"comma-separated: {','.join(TASKS)}; default all, domains only with --domains")
     parser.add_argument("--qualities", default=f"{','.join(QUALITIES)},{PREDICTION}", help="comma-separated qualities, stepX, or prediction")
-    parser.add_argument("--samples", type=int, default=16, help="texts for each context, and conversations; whole batches")
+    parser.add_argument("--samples", type=int, default=16, help="texts for each context; whole batches")
     parser.add_argument("--batch", type=int, help="texts answered together (default: 16 on a GPU, 4 on a CPU, at most --samples)")
     parser.add_argument("--contexts", default="2048,4096,8192", help="tokens of a text, with question and answer")
     parser.add_argument("--facts", type=int, default=8, help="retrieval questions a text, one in each stratum of depth")
     parser.add_argument("--identifiers", type=int, default=1, help="copying questions a text")
     parser.add_argument("--sums", type=int, default=2, help="arithmetic questions a text")
+    parser.add_argument("--conversations", type=int, default=8, help="conversations, one batch")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--turn-tokens", type=int, default=100, help="tokens of text beside each fact told in a conversation")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="filler and long texts")
@@ -104,7 +105,7 @@ def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int
         contexts = [int(word) for word in options.contexts.split(",")]
     except ValueError as error:
         raise InvalidOption(f"--contexts {options.contexts}", "give whole numbers, such as 2048,4096") from error
-    for name in ("samples", "turns", "domain_tokens", "domain_context", "position_context", "position_texts"):
+    for name in ("samples", "conversations", "turns", "domain_tokens", "domain_context", "position_context", "position_texts"):
         if getattr(options, name) < 1:
             raise InvalidOption(f"--{name.replace('_', '-')} {getattr(options, name)}", "give a positive number")
     return tasks, qualities, contexts, named_folders(options.domains)
@@ -139,18 +140,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     batch = options.batch or min(16 if on_gpu else 4, options.samples)
     if batch < 1 or options.samples % batch:
         raise InvalidOption(f"{options.samples} samples in batches of {batch}", "give --samples as a multiple of --batch")
-    longest = max(*contexts, options.turns * (options.turn_tokens + 128), 512)
-    engine = open_engine(options, max(2 * batch * (longest + 128), options.position_context + 64) + 2 * longest)
-    suspender = Suspender(engine, options.pack)
+    talk = options.turns * (options.turn_tokens + 128)
+    longest = max(*contexts, talk, options.position_context, 512)
+    engine = open_engine(options, max(2 * batch * (max(contexts) + 128), options.conversations * talk) + 2 * longest)
+    suspender = Suspender(engine, options.pack, log)
     texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
     plan = Plan(tuple(qualities), texts, options.samples, batch, options.seed, options.facts, options.identifiers, options.sums,
-                options.turns, options.turn_tokens)
+                options.conversations, options.turns, options.turn_tokens)
     config, pack = engine.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     pair = options.pair or Path(options.target).name
     settings = {"pair": pair, "draft": engine.drafter_name, "dtype": str(engine.dtype).removeprefix("torch."), "pack": pack.digest[:16],
-                "batch": batch, "seed": plan.seed, "facts": plan.facts, "identifiers": plan.identifiers, "sums": plan.sums, "turns": plan.turns,
-                "turn_tokens": plan.turn_tokens, "domain_context": options.domain_context, "position_context": options.position_context,
+                "batch": batch, "seed": plan.seed, "facts": plan.facts, "identifiers": plan.identifiers, "sums": plan.sums,
+                "conversations": plan.conversations, "turns": plan.turns, "turn_tokens": plan.turn_tokens,
+                "domain_context": options.domain_context, "position_context": options.position_context,
                 "text": sha256("\0".join(texts).encode()).hexdigest()[:16]}
     parts = load_parts(options.json_out, settings, options.restart)
     document: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Batched greedy answers on conversations, and suspending and resuming them in memory, through the bytes of a session file."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -96,8 +96,8 @@ def roll_back(conversation: Conversation, length: int) -> None:
 class Suspender:
     """Writes an engine's conversations as session files' bytes and opens them again: `Session.suspend` and resume without the disk."""
 
-    def __init__(self, engine: Engine, pack: str | None) -> None:
-        self.engine, self.codec = engine, session_codec(engine, pack)
+    def __init__(self, engine: Engine, pack: str | None, log: Callable[[str], None] = print) -> None:
+        self.engine, self.codec = engine, session_codec(engine, pack, log)
         self._prints = pair_fingerprints(engine) | {"pack": self.codec.pack.digest}
 
     def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:

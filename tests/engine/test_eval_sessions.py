@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engine.errors import InvalidOption
 from engine.sampling import SamplingParams
@@ -186,7 +190,7 @@ def test_nll_is_the_models_own(engine):
 
 
 def test_the_untouched_row_agrees_with_itself_and_costs_no_pages(engine):
-    plan = Plan(("balanced",), TEXTS, 2, 2, 0, facts=2, identifiers=1, sums=1, turns=4, turn_tokens=0)
+    plan = Plan(("balanced",), TEXTS, 2, 2, 0, facts=2, identifiers=1, sums=1, conversations=2, turns=4, turn_tokens=0)
     parts: dict = {}
     saves = []
     free = engine.pool.num_free_pages
@@ -217,7 +221,8 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
     out = tmp_path / "out.json"
     command = [
         "--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--device", "cpu", "--dtype", "float32", "--qualities", "compact",
-        "--samples", "1", "--contexts", "800", "--facts", "2", "--sums", "0", "--turns", "2", "--turn-tokens", "0", "--text", str(tmp_path / "one"),
+        "--samples", "1", "--contexts", "800", "--facts", "2", "--sums", "0", "--conversations", "1", "--turns", "2", "--turn-tokens", "0",
+        "--text", str(tmp_path / "one"),
         "--domains", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--domain-context", "128", "--domain-tokens", "256",
         "--position-context", "600", "--position-texts", "2", "--json-out", str(out), "--plot", str(tmp_path / "position.png"),
     ]  # fmt: skip
