@@ -11,10 +11,10 @@ def print_report(document: dict[str, Any]) -> None:
     print(f"{document['pair']} on {document['device']}")
     answered = [row for row in rows if row["task"] not in ("domain", "position")]
     if answered:
-        print_table(["task", "context", "method", "bits", "asked", "right", "+-", "as untouched", "copied", "right by depth"],
+        print_table(["task", "context", "method", "bits", "asked", "right", "+-", "lost", "gained", "as untouched", "copied", "right by depth"],
                     [[r["task"], r["context"] or "", r["method"], number(r["bits_per_element"], 4), r["questions"], percent(r["accuracy"]),
-                      percent(r["standard_error"]), percent(r["agreement"]), percent(r["copied_fraction"]) if "copied_fraction" in r else "",
-                      " ".join(percent(b["accuracy"]) for b in r.get("by_depth", []))] for r in answered])
+                      percent(r["standard_error"]), r["lost"], r["gained"], percent(r["agreement"]),
+                      percent(r["copied_fraction"]) if "copied_fraction" in r else "", " ".join(percent(b["accuracy"]) for b in r.get("by_depth", []))] for r in answered])
     domains = [row for row in rows if row["task"] == "domain"]
     if domains:
         names = list(dict.fromkeys(r["domain"] for r in domains))

@@ -185,11 +185,15 @@ class Runner:
 def item(question: Question, answer: str, untouched: str) -> dict[str, Any]:
     """One judged answer."""
     return {"task": question.task, "depth": round(question.depth, 4), "right": judge(question, answer), "agrees": answer == untouched,
-            "copied": round(copied_fraction(question, answer), 4), "answer": answer, "expected": question.expected}
+            "was_right": judge(question, untouched), "copied": round(copied_fraction(question, answer), 4),
+            "answer": answer, "expected": question.expected}
 
 
 def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
     """One row for each (task, context, method): accuracy, agreement with the untouched cache's answers, accuracy by depth, bits per element.
+
+    lost, gained: questions that only the untouched cache answered right, and that only this one did; their balance over the questions is the
+    difference of the two accuracies, whose standard error is that of paired questions.
 
     Args:
         full_dim: KV elements a token.
@@ -210,8 +214,12 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
         asked = [i for i in items if i["right"] is not None]
         n, right = len(asked), sum(i["right"] for i in asked)
         stored, tokens = (sum(column) for column in zip(*sizes.get((context, method), [(0, 0)]), strict=True))
+        lost = sum(i["was_right"] and not i["right"] for i in asked)
+        gained = sum(i["right"] and not i["was_right"] for i in asked)
         row = {"task": task, "context": context, "method": method, "questions": n, "accuracy": right / n,
-               "standard_error": (right / n * (1 - right / n) / n) ** 0.5, "agreement": sum(i["agrees"] for i in items) / len(items),
+               "standard_error": (right / n * (1 - right / n) / n) ** 0.5, "lost": lost, "gained": gained,
+               "difference_standard_error": ((lost + gained) - (gained - lost) ** 2 / n) ** 0.5 / n,
+               "agreement": sum(i["agrees"] for i in items) / len(items),
                "answers_compared": len(items), "bits_per_element": 8 * stored / (tokens * full_dim) if tokens else None}
         if task == "copy":
             row["copied_fraction"] = sum(i["copied"] for i in asked) / n

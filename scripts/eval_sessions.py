@@ -46,8 +46,17 @@ from engine.models import PAIRS
 from scripts.eval_report import print_report
 from scripts.eval_runs import Parts, Plan, Runner, rows_of
 from scripts.eval_suspend import PREDICTION, Suspender, step_name
-from scripts.eval_text import NLL, domain_windows, measure_domain, measure_positions, named_folders, plot_positions, position_rows
-from scripts.text_tokens import digest, read_files, windows
+from scripts.eval_text import (
+    NLL,
+    domain_windows,
+    long_windows,
+    measure_domain,
+    measure_positions,
+    named_folders,
+    plot_positions,
+    position_rows,
+)
+from scripts.text_tokens import digest, read_files
 
 TASKS = ("planted", "conversation", "domains", "position")
 _LIBRARY_TEXTS = 300
@@ -182,7 +191,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, folder in domains.items():
             run_domain(engine, suspender, name, domain_windows(folder, options.domain_context, options.domain_tokens, encode), qualities, parts, save)
     if "position" in tasks:
-        run_positions(suspender, windows([encode(t) for t in texts], options.position_context, options.position_texts), qualities, parts, save)
+        run_positions(suspender, long_windows(texts, options.position_context, options.position_texts, encode), qualities, parts, save)
     save()
     return document
 
@@ -211,8 +220,6 @@ def domain_rows(parts: Parts) -> list[dict[str, Any]]:
 
 def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
     """Measures what is missing of the long texts."""
-    if not sequences:
-        raise InvalidOption("no text is as long as --position-context", "give longer --text, or a smaller --position-context")
     for number, ids in enumerate(sequences):
         prefix = f"position/{digest([ids])}"
 

@@ -19,6 +19,7 @@ from scripts.eval_suspend import CHUNK_TOKENS, Suspender, open_with, step_name
 from scripts.text_tokens import read_files, windows
 
 NLL = "nll"
+_WINDOWS_PER_TEXT = 2
 Encode = Callable[[str], list[int]]
 
 
@@ -75,6 +76,18 @@ def position_bins(length: int, values: Iterable[tuple[int, int, float]]) -> list
         one = bins[bisect_right(edges, position) - 1]
         one["count"], one["amount"] = one["count"] + count, one["amount"] + amount
     return bins
+
+
+def long_windows(texts: Iterable[str], context: int, count: int, encode: Encode) -> list[list[int]]:
+    """The first `count` windows of `context` tokens, at most _WINDOWS_PER_TEXT from the beginning of each text. Raises InvalidOption without any."""
+    found: list[list[int]] = []
+    for text in texts:
+        if len(found) < count and len(text) > context:  # a token is hardly ever less than a character
+            ids = encode(text[: 8 * context * _WINDOWS_PER_TEXT])
+            found += [ids[a : a + context] for a in range(0, min(len(ids), context * _WINDOWS_PER_TEXT) - context + 1, context)]
+    if not found:
+        raise InvalidOption(f"no text has {context} tokens", "give longer --text, or a smaller --position-context")
+    return found[:count]
 
 
 def measure_positions(

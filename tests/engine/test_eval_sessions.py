@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.errors import InvalidOption
 from engine.sampling import SamplingParams
 from engine.session_file import SessionFile
-from scripts.eval_runs import Plan, Runner, by_depth, rows_of
+from scripts.domain_texts import plain, write_folders
+from scripts.eval_runs import Plan, Runner, by_depth, item, rows_of
 from scripts.eval_sessions import main
 from scripts.eval_suspend import Suspender, ask, open_with, roll_back, run_tokens, step_name
 from scripts.eval_tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
-from scripts.eval_text import named_folders, position_bins, position_edges, token_nll
+from scripts.eval_text import long_windows, named_folders, position_bins, position_edges, token_nll
 
 TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
 
@@ -124,6 +125,43 @@ def test_depth_bins_hold_every_answer():
     bins = by_depth(items)
     assert sum(b["questions"] for b in bins) == 11
     assert [b["accuracy"] for b in bins] == [0, 0, 0.5, 1, 1]
+
+
+def test_rows_count_what_was_lost_and_gained():
+    question = Question("retrieval", "", "482913", 0.5)
+    answers = [("482913", "482913"), ("111111", "482913"), ("482913", "none"), ("none", "482913"), ("none", "nothing")]  # (coded, untouched)
+    parts = {
+        "planted/64/0-5/untouched": {"items": [item(question, old, old) for _, old in answers], "stored_bytes": None, "tokens": 320},
+        "planted/64/0-5/tiny": {"items": [item(question, new, old) for new, old in answers], "stored_bytes": 400, "tokens": 320},
+    }
+    untouched, tiny = rows_of(parts, 10)
+    assert (untouched["accuracy"], untouched["lost"], untouched["gained"], untouched["agreement"]) == (0.6, 0, 0, 1)
+    assert (tiny["accuracy"], tiny["lost"], tiny["gained"], tiny["agreement"]) == (0.4, 2, 1, 0.2)
+    assert tiny["bits_per_element"] == 8 * 400 / 3200
+    assert tiny["difference_standard_error"] == pytest.approx((3 - 1 / 5) ** 0.5 / 5)
+
+
+def test_long_windows_come_from_the_beginning_of_texts():
+    texts = ["short", "abcdefghij" * 100, "klmno" * 30]
+    found = long_windows(texts, 100, 9, lambda text: [ord(c) for c in text])
+    assert ["".join(map(chr, ids)) for ids in found] == ["abcdefghij" * 10] * 2 + ["klmno" * 20]
+    assert len(long_windows(texts, 100, 2, lambda text: list(map(ord, text)))) == 2
+    with pytest.raises(InvalidOption, match="no text has 2000 tokens"):
+        long_windows(texts, 2000, 1, lambda text: list(map(ord, text)))
+
+
+def test_folders_of_texts_repeat(tmp_path):
+    (tmp_path / "packages/usr/share/games/fortunes/de").mkdir(parents=True)
+    (tmp_path / "packages/usr/share/games/fortunes/de/witze").write_text("Ein Witz.\n%\nNoch einer, länger.\n")
+    sizes = write_folders(tmp_path / "a", tmp_path / "packages")
+    assert sizes["german"] > 20 and sizes["prose"] == 0 and not (tmp_path / "a/prose").exists()
+    assert all(100_000 < sizes[name] < 450_000 for name in ("logs", "json", "code"))
+    write_folders(tmp_path / "b", None)
+    for name in ("logs/syslog.log", "logs/access.log", "json/records.json", "json/unicode.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "länger" in (tmp_path / "a/german/fortunes.txt").read_text(encoding="utf-8")
+    page = '<html><p class="x">A paragraph of <b>more</b> than forty characters &amp; a tag.</p><pre>left out</pre></html>'
+    assert plain(page) == "A paragraph of more than forty characters & a tag.\n"
 
 
 @pytest.fixture(scope="module")
