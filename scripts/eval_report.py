@@ -12,9 +12,7 @@ def print_report(document: dict[str, Any]) -> None:
     answered = [row for row in rows if row["task"] not in ("domain", "position")]
     if answered:
         print_table(["task", "context", "method", "bits", "asked", "right", "+-", "lost", "gained", "as untouched", "copied", "right by depth"],
-                    [[r["task"], r["context"] or "", r["method"], number(r["bits_per_element"], 4), r["questions"], percent(r["accuracy"]),
-                      percent(r["standard_error"]), r["lost"], r["gained"], percent(r["agreement"]),
-                      percent(r["copied_fraction"]) if "copied_fraction" in r else "", " ".join(percent(b["accuracy"]) for b in r.get("by_depth", []))] for r in answered])
+                    [answered_cells(row) for row in answered])
     domains = [row for row in rows if row["task"] == "domain"]
     if domains:
         names = list(dict.fromkeys(r["domain"] for r in domains))
@@ -31,6 +29,14 @@ def print_report(document: dict[str, Any]) -> None:
         print_table(["position", "tokens", "NLL", *methods],
                     [[f"{r['from']}-{r['to']}", r["tokens"], number(r["nll"], 3), *(number(r["bits_per_element"].get(m), 4) for m in methods)]
                      for r in positions])
+
+
+def answered_cells(row: dict[str, Any]) -> list[Any]:
+    """A row of the table of answers; shares in percent."""
+    copied = percent(row["copied_fraction"]) if "copied_fraction" in row else ""
+    depths = " ".join(percent(b["accuracy"]) for b in row.get("by_depth", []))
+    return [row["task"], row["context"] or "", row["method"], number(row["bits_per_element"], 4), row["questions"], percent(row["accuracy"]),
+            percent(row["standard_error"]), row["lost"], row["gained"], percent(row["agreement"]), copied, depths]
 
 
 def cell(row: dict[str, Any] | None) -> str:

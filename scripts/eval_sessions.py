@@ -48,6 +48,7 @@ from scripts.eval_runs import Parts, Plan, Runner, rows_of
 from scripts.eval_suspend import PREDICTION, Suspender, step_name
 from scripts.eval_text import (
     NLL,
+    domain_rows,
     domain_windows,
     long_windows,
     measure_domain,
@@ -210,12 +211,6 @@ def run_domain(engine: Engine, suspender: Suspender, name: str, sequences: list[
 
     if missing:
         measure_domain(engine, suspender.codec.pack, sequences, missing, done)
-
-
-def domain_rows(parts: Parts) -> list[dict[str, Any]]:
-    """One row for each domain and method."""
-    found = [(key.split("/"), part) for key, part in parts.items() if key.startswith("domain/")]
-    return [{"task": "domain", "domain": words[1], "method": words[-1], **part} for words, part in found]
 
 
 def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:

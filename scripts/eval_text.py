@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from scripts.codec_methods import ForetoldMethod
 from scripts.codec_quality import Quality
-from scripts.eval_suspend import CHUNK_TOKENS, Suspender, open_with, step_name
+from scripts.eval_suspend import CHUNK_TOKENS, PREDICTION, Suspender, open_with, step_name
 from scripts.text_tokens import read_files, windows
 
 NLL = "nll"
@@ -58,6 +58,12 @@ def measure_domain(
         method = ForetoldMethod(step if isinstance(step, str) else f"step{step!r}", pack, engine.target, engine.draft_decoder, predict=True)
         row = measure(method, quality, cases, full_dim)
         done(name, {key: value for key, value in row.items() if key not in ("method", "quality", "inputs")})
+
+
+def domain_rows(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each domain and method."""
+    found = [(key.split("/"), part) for key, part in parts.items() if key.startswith("domain/")]
+    return [{"task": "domain", "domain": words[1], "method": words[-1], **part} for words, part in found]
 
 
 def position_edges(length: int) -> list[int]:
@@ -156,7 +162,7 @@ def plot_positions(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     at = [(row["from"] + row["to"]) / 2 for row in rows]
-    for number, quality in enumerate(rows[0]["bits_per_element"]):
+    for number, quality in enumerate(q for q in rows[0]["bits_per_element"] if q != PREDICTION):  # that one has no residual to draw
         bits = [row["bits_per_element"][quality] for row in rows]
         left.plot(at, bits, "o-", color=f"C{number}", label=quality)
         right.plot(at, [b / bits[0] for b in bits], "o-", color=f"C{number}", label=quality)
