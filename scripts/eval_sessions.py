@@ -46,6 +46,7 @@ from engine.models import PAIRS
 from scripts.eval_report import print_report
 from scripts.eval_runs import Parts, Plan, Runner, rows_of
 from scripts.eval_suspend import PREDICTION, Suspender, step_name
+from scripts.eval_tasks import VERSION
 from scripts.eval_text import (
     NLL,
     domain_rows,
@@ -160,7 +161,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config, pack = engine.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     pair = options.pair or Path(options.target).name
-    settings = {"pair": pair, "draft": engine.drafter_name, "dtype": str(engine.dtype).removeprefix("torch."), "pack": pack.digest[:16],
+    settings = {"tasks_version": VERSION, "pair": pair, "draft": engine.drafter_name,
+                "dtype": str(engine.dtype).removeprefix("torch."), "pack": pack.digest[:16],
                 "batch": batch, "seed": plan.seed, "facts": plan.facts, "identifiers": plan.identifiers, "sums": plan.sums,
                 "conversations": plan.conversations, "turns": plan.turns, "turn_tokens": plan.turn_tokens,
                 "domain_context": options.domain_context, "position_context": options.position_context,

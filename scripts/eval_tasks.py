@@ -16,6 +16,9 @@ from itertools import accumulate
 
 from engine.errors import InvalidOption
 
+VERSION = 2
+"""Of the tasks: results of different ones must not be mixed."""
+
 NAMES = ("Adela", "Boris", "Carmen", "Dmitri", "Elena", "Farid", "Greta", "Hassan", "Ingrid", "Jorge", "Katya", "Lionel", "Marisol", "Nadia",
          "Otto", "Priya", "Quentin", "Rosalind", "Stefan", "Tamara", "Ulrich", "Valentina", "Wendell", "Ximena", "Yusuf", "Zelda", "Amadou",
          "Beatrix", "Casimir", "Dorothea", "Emil", "Fiona")
@@ -84,18 +87,23 @@ def take_filler(rng: random.Random, texts: Sequence[str], num_tokens: int, count
     for text in rng.sample(list(texts), len(texts)):
         own = [line.rstrip()[:400] for line in text.splitlines() if line.strip()]
         own = own[rng.randrange(max(1, len(own) // 2)):][: room + 1]  # a line has at least one token
-        for line, size in zip(own, count(own) if own else [], strict=True):
-            if size + 1 > room:
+        for line, size in zip(own, line_tokens(own, count), strict=True):
+            if size > room:
                 break
             lines.append(line)
-            sizes.append(size + 1)
-            room -= size + 1
+            sizes.append(size)
+            room -= size
         else:
             continue
         break
     if room > max(256, num_tokens // 8):
         raise InvalidOption(f"the filler text has only {num_tokens - room} of {num_tokens} tokens", "give more --text, or a smaller context")
     return lines, sizes
+
+
+def line_tokens(lines: list[str], count: Callable[[list[str]], list[int]]) -> list[int]:
+    """Tokens of each line with its end, at least one."""
+    return [max(1, size) for size in count([line + "\n" for line in lines])] if lines else []
 
 
 def make_sample(
@@ -105,7 +113,7 @@ def make_sample(
     """A text of at most num_tokens tokens with all its facts, and one question for each.
 
     Args:
-        count: tokens of each of some lines.
+        count: tokens of each of some texts.
         facts: retrieval questions, one in each of as many equal strata of depth; at most len(NAMES).
         identifiers, sums: copy and arithmetic questions; at most len(OBJECTS), len(PLACES) // 2.
     """
@@ -128,7 +136,7 @@ def make_sample(
         planted += [(depth, f"The depot in {place} holds {amount} crates.") for depth, place, amount in zip(depths, (a, b), amounts, strict=True)]
         questions.append(("arithmetic", f"How many crates do the depots in {a} and {b} hold together? Answer with the number only.",
                           str(sum(amounts)), max(depths)))
-    room = num_tokens - sum(size + 1 for size in count([line for _, line in planted]))
+    room = num_tokens - sum(line_tokens([line for _, line in planted], count))
     if room < 64:
         raise InvalidOption(f"{num_tokens} tokens leave no room for text around the facts", "give a longer context or fewer facts")
     lines, sizes = take_filler(rng, texts, room, count)
