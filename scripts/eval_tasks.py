@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from engine.errors import InvalidOption
 
-VERSION = 2
+VERSION = 3
 """Of the tasks: results of different ones must not be mixed."""
 
 NAMES = ("Adela", "Boris", "Carmen", "Dmitri", "Elena", "Farid", "Greta", "Hassan", "Ingrid", "Jorge", "Katya", "Lionel", "Marisol", "Nadia",
@@ -27,7 +27,8 @@ OBJECTS = ("archive", "satellite", "turbine", "telescope", "reactor", "freighter
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 INTRODUCTION = "Read these notes carefully. I will ask you about single facts in them.\n\n"
 ACKNOWLEDGEMENT = "I have read the notes. What would you like to know?"
-MAX_NEW_TOKENS = {"retrieval": 24, "copy": 96, "arithmetic": 24, "conversation": 24}
+MAX_NEW_TOKENS = {"retrieval": 24, "copy": 96, "arithmetic": 64, "conversation": 24}
+SUM_FORM = "Write it as A + B = C, with both numbers and their sum."  # asked for the sum alone, small models guess, whatever their cache
 EARLY = {"copy": 0.1, "arithmetic": 0.33}
 
 
@@ -134,7 +135,7 @@ def make_sample(
     for a, b in zip(places[::2], places[1::2], strict=True):
         amounts, depths = [rng.randint(11, 99) for _ in range(2)], [EARLY["arithmetic"] * rng.random() for _ in range(2)]
         planted += [(depth, f"The depot in {place} holds {amount} crates.") for depth, place, amount in zip(depths, (a, b), amounts, strict=True)]
-        questions.append(("arithmetic", f"How many crates do the depots in {a} and {b} hold together? Answer with the number only.",
+        questions.append(("arithmetic", f"How many crates do the depots in {a} and {b} hold together? {SUM_FORM}",
                           str(sum(amounts)), max(depths)))
     room = num_tokens - sum(line_tokens([line for _, line in planted], count))
     if room < 64:
