@@ -18,6 +18,7 @@ from engine.request import GenerationResult
 from engine.sampling import SamplingParams
 from engine.session_codec import prefill_draft, run_sinks, session_codec
 from engine.session_file import SessionFile, Span, session_errors
+from engine.token_coding import decode_tokens, encode_tokens
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -53,8 +54,8 @@ class ResumeReport:
 class Session:
     """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
 
-    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only: resuming runs the target over them again). None: as the file was
-    written, "balanced" without one. What was coded before keeps its quality.
+    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only, coded with the draft, see `engine.token_coding` for the time that
+    takes; resuming runs the target over them again). None: as the file was written, "balanced" without one. What was coded before keeps its quality.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Session:
         self.resumed: ResumeReport | None = None
         if stored is not None:
             self._check(stored, file)
+            self._read_tokens(stored, file)
         if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(engine, pack, log)
         self.conversation = engine.open_conversation()
@@ -153,7 +155,10 @@ class Session:
                 num_cached = start  # what came since is kept as tokens
             spans = self.spans
             prints["pack"] = codec.pack.digest
-        stored = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans).save(path)
+        file = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans)
+        if not spans and self.quality == TOKENS:
+            file.token_frame = encode_tokens(self.engine, self.token_ids)
+        stored = file.save(path)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
         tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
         elements = self._layout.full_dim * tokens
@@ -198,8 +203,15 @@ class Session:
         for role, digest in pair_fingerprints(self.engine).items():
             if stored.fingerprints.get(role) != digest:
                 raise ForeignModel(f"session file {path} was written with another {role}", "resume it with the models and pack it was made with")
-        context, vocab_size = self.engine.context, self.engine.target.config.vocab_size
-        if len(stored.token_ids) > context or any(t >= vocab_size for t in stored.token_ids):
+        if stored.num_tokens > self.engine.context:
+            raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
+
+    def _read_tokens(self, stored: SessionFile, path: str | Path | None) -> None:
+        """Let the model read ids it coded, and refuse ids it cannot have."""
+        if stored.token_frame is not None:
+            with session_errors(path):
+                stored.token_ids = decode_tokens(self.engine, stored.token_frame)
+        if any(t >= self.engine.target.config.vocab_size for t in stored.token_ids):
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
     def _restore(self, stored: SessionFile, path: str | Path | None, began: float) -> None:

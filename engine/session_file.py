@@ -1,6 +1,7 @@
 """The file a suspended session is kept in: token ids, coded spans of KV, and what they belong to.
 
-Sections (see `codec.container`): META JSON; TOKS token ids; SIZE the spans' starts, ends and byte counts; SPAN the spans' bytes, end to end.
+Sections (see `codec.container`): META JSON; TOKS token ids (a frame of `codec.token_ids`); SIZE the spans' starts, ends and byte counts;
+SPAN the spans' bytes, end to end.
 The first tokens' KV (attention sinks) is not stored: it depends on those tokens alone, so running them again restores it, for the price of a step.
 """
 
@@ -19,6 +20,7 @@ import zstandard
 from codec.container import read_sections, write_sections
 from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
 from codec.spec import NUM_SINKS
+from codec.token_ids import COUNTED, decode_ids, encode_ids, read_frame
 from engine.cache import is_disk_full
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
 
@@ -47,7 +49,9 @@ class SessionFile:
     """A suspended session.
 
     token_ids: all tokens. num_cached: tokens whose KV the session held, a prefix of them; spans cover [sinks, num_cached) without gaps, or are
-    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack.
+    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack. token_frame: the
+    ids as a model coded them (`engine.token_coding`), None when they are coded without one; a file loaded with such a frame has no token_ids until
+    the model has read them.
     """
 
     token_ids: list[int]
@@ -55,15 +59,22 @@ class SessionFile:
     quality: str
     fingerprints: dict[str, str]
     spans: list[Span] = field(default_factory=list)
+    token_frame: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids there are, read or not."""
+        return len(self.token_ids) if self.token_frame is None else read_frame(self.token_frame)[1]
 
     def to_bytes(self) -> bytes:
         """The whole file."""
-        meta = {"quality": self.quality, "num_cached": self.num_cached, "num_tokens": len(self.token_ids), "fingerprints": self.fingerprints}
+        meta = {"quality": self.quality, "num_cached": self.num_cached, "num_tokens": self.num_tokens, "fingerprints": self.fingerprints}
         sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
         body = b"".join(s.data for s in self.spans)
+        tokens = encode_ids(self.token_ids) if self.token_frame is None else self.token_frame
         packed = zstandard.ZstdCompressor(level=19).compress
         return write_sections(
-            [("META", packed(json.dumps(meta, sort_keys=True).encode())), ("TOKS", packed(_pack_tokens(self.token_ids))),
+            [("META", packed(json.dumps(meta, sort_keys=True).encode())), ("TOKS", tokens),
              ("SIZE", packed(sizes.tobytes())), ("SPAN", body)]
         )
 
@@ -122,7 +133,10 @@ class SessionFile:
             raise CorruptedCode("the session's description is malformed", _REMEDY) from error
         if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
             raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
-        tokens = _unpack_tokens(_unpacked(token_bytes), num_tokens)
+        coder, count, _, _ = read_frame(token_bytes)
+        if count != num_tokens:
+            raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
+        tokens, frame = (decode_ids(token_bytes), None) if coder == COUNTED else ([], token_bytes)
         raw_sizes = _unpacked(size_bytes)
         if len(raw_sizes) % 12:
             raise CorruptedCode("the session's list of spans is malformed", _REMEDY)
@@ -136,7 +150,7 @@ class SessionFile:
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
-        return cls(tokens, num_cached, quality, fingerprints, spans)
+        return cls(tokens, num_cached, quality, fingerprints, spans, frame)
 
 
 class session_errors:
@@ -152,19 +166,6 @@ class session_errors:
         if isinstance(error, CodecError):
             named = next((engine for codec, engine in _ERRORS.items() if isinstance(error, codec)), BadSessionFile)
             raise named(f"session file {self._path}: {error.what}", error.remedy) from error
-
-
-def _pack_tokens(token_ids: list[int]) -> bytes:
-    """Two bytes an id, the high parts apart: they repeat, and compress."""
-    ids = np.asarray(token_ids, "<u4")
-    return (ids & 0xFFFF).astype("<u2").tobytes() + (ids >> 16).astype("<u2").tobytes()
-
-
-def _unpack_tokens(data: bytes, count: int) -> list[int]:
-    if len(data) != 4 * count:
-        raise CorruptedCode("the session's token ids are malformed", _REMEDY)
-    low, high = np.frombuffer(data, "<u2").reshape(2, count).astype(np.int64)
-    return (low + (high << 16)).tolist()
 
 
 def _unpacked(data: bytes) -> bytes:
