@@ -219,8 +219,9 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
         row = {"task": task, "context": context, "method": method, "questions": n, "accuracy": right / n,
                "standard_error": (right / n * (1 - right / n) / n) ** 0.5, "lost": lost, "gained": gained,
                "difference_standard_error": ((lost + gained) - (gained - lost) ** 2 / n) ** 0.5 / n,
-               "agreement": sum(i["agrees"] for i in items) / len(items),
-               "answers_compared": len(items), "bits_per_element": 8 * stored / (tokens * full_dim) if tokens else None}
+               "agreement": sum(i["agrees"] for i in asked) / n, "bits_per_element": 8 * stored / (tokens * full_dim) if tokens else None}
+        if task == "conversation":  # also the short replies of turns that tell a fact
+            row["agreement_all_turns"] = sum(i["agrees"] for i in items) / len(items)
         if task == "copy":
             row["copied_fraction"] = sum(i["copied"] for i in asked) / n
         if task in ("retrieval", "copy", "arithmetic"):
