@@ -9,14 +9,13 @@ token is coded on the first of several shifted grids of steps that has no border
 grid, or whose candidate leads by less than the margin, is written as it is. Logits whose odds are off by less than the margin then give the same ids.
 What chance a step stands for is learned while coding, in integers.
 
-Ids are coded in lanes, runs of `lane_tokens` tokens that know nothing of each other, so that a model can decode many at once; in every step each
-lane codes one token. A lane's first token is written as it is.
+Ids are cut into lanes of equal length (the last may be shorter) that know nothing of each other, so that a model can decode many at once; in every
+step each lane codes one token. A lane's first token is written as it is. The code's first byte is the number of lanes, its top bit the coarse step.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ PLAIN = len(SHIFTS)
 _SMOOTHING = 2.0**-10  # share of the uniform distribution: no token is impossible, and no odds rest on tiny sums
 _LEAST = 1e-14
 _TRUST = 30  # observations that a step's own odds count for
-_HEAD = struct.Struct("<fI")  # step, lane_tokens
+_COARSE = 128
 _REMEDY = "restore it from a copy, or start again without it"
 # The lanes' previous tokens -> logits [lanes, V] of their next ones. The first call opens the lanes; later ones may have fewer: the last lane ended.
 NextLogits = Callable[[list[int]], Tensor]
@@ -144,31 +143,45 @@ class _TokenCoder:
         return self._chances[key].code(self._coder, int(bit))
 
 
-def lane_order(count: int, lane_tokens: int) -> list[list[int]]:
+def lane_length(count: int, lanes: int) -> int:
+    """Tokens a lane."""
+    return max(1, -(-count // lanes))
+
+
+def lane_order(count: int, lanes: int) -> list[list[int]]:
     """Indices of the tokens coded in each step, lanes in order."""
-    return [list(range(at, count, lane_tokens)) for at in range(min(count, lane_tokens))]
+    length = lane_length(count, lanes)
+    return [list(range(at, count, length)) for at in range(min(count, length))]
 
 
-def encode_paths(ids: Sequence[int], paths: Paths, vocab_size: int, lane_tokens: int, margin: float) -> bytes:
+def _read_head(data: bytes) -> tuple[int, float]:
+    """(lanes, step). Raises CorruptedCode."""
+    lanes = data[0] & ~_COARSE if data else 0
+    if not 1 <= lanes <= MAX_LANES:
+        raise CorruptedCode("the header of the token ids is damaged", _REMEDY)
+    return lanes, COARSE_STEP if data[0] & _COARSE else FINE_STEP
+
+
+def encode_paths(ids: Sequence[int], paths: Paths, vocab_size: int, lanes: int, margin: float) -> bytes:
     """Code ids [n]; paths [n]: the model's word on each of them, given those before it in its lane (a lane's first row is not used).
 
-    Raises BadInput for ids outside the vocabulary, or more than MAX_LANES lanes.
+    Raises BadInput for ids outside the vocabulary, or a number of lanes that is not 1 to MAX_LANES.
     """
     if not all(0 <= token < vocab_size for token in ids):
         raise BadInput("token ids outside the vocabulary", f"give ids below {vocab_size}")
-    if lane_tokens < 1 or -(-len(ids) // lane_tokens) > MAX_LANES:
-        raise BadInput(f"lanes of {lane_tokens} tokens for {len(ids)}", f"use at most {MAX_LANES} lanes")
+    if not 1 <= lanes <= MAX_LANES:
+        raise BadInput(f"{lanes} lanes of token ids", f"use 1 to {MAX_LANES}")
     step = FINE_STEP if margin < 1 / 16 else COARSE_STEP
     grids = _grids(np.asarray(ids), paths, step, margin).tolist()
     encoder = BitEncoder()
     coder = _TokenCoder(encoder, width_of(vocab_size), step)
-    for rows in lane_order(len(ids), lane_tokens):
+    for at, rows in enumerate(lane_order(len(ids), lanes)):
         for n in rows:
-            if n % lane_tokens == 0:
+            if at == 0:
                 coder.plain(ids[n])
-                continue
-            coder.token(ids[n], int(paths.candidate[n]), _known(paths.odds[n]), grids[n])
-    return _HEAD.pack(step, lane_tokens) + encoder.finish()
+            else:
+                coder.token(ids[n], int(paths.candidate[n]), _known(paths.odds[n]), grids[n])
+    return bytes([lanes | (_COARSE if step == COARSE_STEP else 0)]) + encoder.finish()
 
 
 def _grids(ids: np.ndarray, paths: Paths, step: float, margin: float) -> np.ndarray:
@@ -185,16 +198,12 @@ def _grids(ids: np.ndarray, paths: Paths, step: float, margin: float) -> np.ndar
 
 def decode_paths(data: bytes, count: int, vocab_size: int, next_logits: NextLogits) -> list[int]:
     """Inverse of encode_paths, the model supplied by next_logits. Raises CorruptedCode; a wrong model gives that or wrong ids: compare a checksum."""
-    if len(data) < _HEAD.size:
-        raise CorruptedCode("the token ids end too early", _REMEDY)
-    step, lane_tokens = _HEAD.unpack_from(data)
-    if step not in (FINE_STEP, COARSE_STEP) or lane_tokens < 1 or -(-count // lane_tokens) > MAX_LANES:
-        raise CorruptedCode("the header of the token ids contradicts itself", _REMEDY)
+    lanes, step = _read_head(data)
     width = width_of(vocab_size)
-    decoder = BitDecoder(data[_HEAD.size :])
+    decoder = BitDecoder(data[1:])
     coder = _TokenCoder(decoder, width, step)
     ids = [0] * count
-    for at, rows in enumerate(lane_order(count, lane_tokens)):
+    for at, rows in enumerate(lane_order(count, lanes)):
         found = Distribution(next_logits([ids[n - 1] for n in rows]), width) if at else None
         for lane, n in enumerate(rows):
             ids[n] = coder.plain(0) if found is None else coder.token(0, int(found.candidate[lane]), _asked(found, lane))
@@ -207,14 +216,14 @@ def decode_paths(data: bytes, count: int, vocab_size: int, next_logits: NextLogi
 def reads_back(data: bytes, ids: Sequence[int], paths: Paths, vocab_size: int) -> bool:
     """Whether decode_paths gives ids when its model says what `paths` records of another pass over them: up to the first wrong token, such a pass
     and a decoder's steps are the same."""
-    step, lane_tokens = _HEAD.unpack_from(data)
-    decoder = BitDecoder(data[_HEAD.size :])
+    lanes, step = _read_head(data)
+    decoder = BitDecoder(data[1:])
     coder = _TokenCoder(decoder, width_of(vocab_size), step)
     try:
-        for n in (n for rows in lane_order(len(ids), lane_tokens) for n in rows):
-            read = coder.token(0, int(paths.candidate[n]), _known(paths.odds[n])) if n % lane_tokens else coder.plain(0)
-            if read != ids[n]:
-                return False
+        for at, rows in enumerate(lane_order(len(ids), lanes)):
+            for n in rows:
+                if ids[n] != (coder.token(0, int(paths.candidate[n]), _known(paths.odds[n])) if at else coder.plain(0)):
+                    return False
         decoder.finish()
     except CorruptedCode:
         return False

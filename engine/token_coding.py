@@ -4,9 +4,9 @@ The model is the draft where it is a model of its own, else the target (a trunk'
 dtype: passes of other shapes then differ by about 1e-4 in log-odds, where bfloat16 differs by up to 1 and no coder could bridge that cheaply.
 An engine of another dtype loads the model a second time for as long as it takes.
 
-Reading takes one step of the model per token of the longest lane, LANE_TOKENS at most unless there are more than MAX_LANES lanes: seconds, where
-the counted coder (`codec.token_ids`) takes milliseconds. Writing takes two passes over the text: one to code, one of another shape and with
-fewer threads, from which the bytes are read back before they are trusted.
+Reading takes one step of the model per token of a lane, about LANE_TOKENS unless that makes more than MAX_LANES lanes: tens of seconds on a CPU
+core, where the counted coder (`codec.token_ids`) takes milliseconds. Writing takes two passes over the text: one to code, one of another shape and
+with fewer threads, from which the bytes are read back before they are trusted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from codec.errors import CorruptedCode
 from codec.token_ids import MODELLED, checksum, encode_ids, read_frame, write_frame
-from codec.token_paths import MAX_LANES, Distribution, Paths, decode_paths, encode_paths, reads_back, width_of
+from codec.token_paths import MAX_LANES, Distribution, Paths, decode_paths, encode_paths, lane_length, reads_back, width_of
 from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
 from engine.pool import KvSequence
@@ -46,7 +46,7 @@ def coding_model(engine: Engine) -> Decoder | None:
     return None if folder is None else Decoder.from_pretrained(folder, dtype=torch.float32, device=engine.device)
 
 
-def encode_tokens(engine: Engine, token_ids: Sequence[int], lane_tokens: int = LANE_TOKENS) -> bytes:
+def encode_tokens(engine: Engine, token_ids: Sequence[int]) -> bytes:
     """A frame (`codec.token_ids`) of the ids, coded with the engine's model; without one where that is shorter, the model cannot be had or lacks the
     memory, or reading back fails."""
     counted = encode_ids(token_ids)
@@ -54,22 +54,22 @@ def encode_tokens(engine: Engine, token_ids: Sequence[int], lane_tokens: int = L
         model = coding_model(engine) if len(token_ids) > 1 else None
         if model is None or max(token_ids) >= model.config.vocab_size:
             return counted
-        return encode_with(model, token_ids, lane_tokens, counted)
+        lanes = min(max(1, round(len(token_ids) / LANE_TOKENS)), MAX_LANES)
+        return encode_with(model, token_ids, lanes, counted)
     except (ForetoldError, MemoryError, torch.OutOfMemoryError):
         return counted
 
 
-def encode_with(model: Decoder, token_ids: Sequence[int], lane_tokens: int, counted: bytes) -> bytes:
+def encode_with(model: Decoder, token_ids: Sequence[int], lanes: int, counted: bytes) -> bytes:
     """As `encode_tokens`; counted: the frame to fall back to."""
     vocab_size = model.config.vocab_size
-    lane_tokens = min(max(lane_tokens, -(-len(token_ids) // MAX_LANES)), len(token_ids))
-    paths = record_paths(model, token_ids, lane_tokens, lanes_at_once=1, chunks=(PASS_TOKENS,))
+    paths = record_paths(model, token_ids, lanes, lanes_at_once=1, chunks=(PASS_TOKENS,))
     with _fewer_threads():
-        check = record_paths(model, token_ids, lane_tokens, lanes_at_once=MAX_LANES, chunks=(*(1,) * CHECK_STEPS, CHECK_TOKENS))
+        check = record_paths(model, token_ids, lanes, lanes_at_once=MAX_LANES, chunks=(*(1,) * CHECK_STEPS, CHECK_TOKENS))
     margin = max(SMALLEST_MARGIN, SAFETY * paths.drift(check))
     if margin > LARGEST_MARGIN:
         return counted
-    data = encode_paths(token_ids, paths, vocab_size, lane_tokens, margin)
+    data = encode_paths(token_ids, paths, vocab_size, lanes, margin)
     frame = write_frame(MODELLED, token_ids, data)
     return frame if len(frame) < len(counted) and reads_back(data, token_ids, check, vocab_size) else counted
 
@@ -119,21 +119,22 @@ class _Lanes:
         return logits
 
 
-def record_paths(model: Decoder, token_ids: Sequence[int], lane_tokens: int, lanes_at_once: int, chunks: Sequence[int]) -> Paths:
+def record_paths(model: Decoder, token_ids: Sequence[int], lanes: int, lanes_at_once: int, chunks: Sequence[int]) -> Paths:
     """Paths of all tokens, the model being given the right ones before each; the row of a lane's first token says nothing.
 
     chunks: how many of each lane's tokens the first, the second... forward takes; the last number goes for the rest.
     """
-    width, starts = width_of(model.config.vocab_size), range(0, len(token_ids), lane_tokens)
+    width, length = width_of(model.config.vocab_size), lane_length(len(token_ids), lanes)
+    starts = range(0, len(token_ids), length)
     rows: list[Paths] = [Paths(np.zeros(1, np.int64), np.zeros(1), np.zeros((1, 1 + width))) for _ in starts]
     places = [np.array([start]) for start in starts]
     for first in range(0, len(starts), lanes_at_once):
-        lanes = [np.asarray(token_ids[start : start + lane_tokens]) for start in starts[first : first + lanes_at_once]]
+        open_lanes = [np.asarray(token_ids[start : start + length]) for start in starts[first : first + lanes_at_once]]
         cache, at, remaining = _Lanes(model), 0, list(chunks)
-        while lanes := [lane for lane in lanes if len(lane) > at + 1]:
-            size = min(remaining.pop(0) if len(remaining) > 1 else remaining[0], max(1, PASS_TOKENS // len(lanes)))
-            following = [lane[at + 1 : at + 1 + size] for lane in lanes]
-            logits = cache.run([lane[at : at + len(after)].tolist() for lane, after in zip(lanes, following, strict=True)])
+        while open_lanes := [lane for lane in open_lanes if len(lane) > at + 1]:
+            size = min(remaining.pop(0) if len(remaining) > 1 else remaining[0], max(1, PASS_TOKENS // len(open_lanes)))
+            following = [lane[at + 1 : at + 1 + size] for lane in open_lanes]
+            logits = cache.run([lane[at : at + len(after)].tolist() for lane, after in zip(open_lanes, following, strict=True)])
             rows.append(Distribution(logits, width).paths(np.concatenate(following)))
             places += [start + at + 1 + np.arange(len(after)) for start, after in zip(starts[first:], following, strict=False)]
             at += size
