@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TOKENS = "tokens"
 SESSION_QUALITIES = (*QUALITIES, TOKENS)
 DEFAULT_QUALITY = "balanced"
+TOKEN_CODERS = ("draft", "counts")
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,27 @@ class Session:
 
     quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only, coded with the draft, see `engine.token_coding` for the time that
     takes; resuming runs the target over them again). None: as the file was written, "balanced" without one. What was coded before keeps its quality.
+
+    token_coder: how quality "tokens" codes its ids: "draft", or "counts", about twice the bytes and no time. Either is read back, whatever is given.
     """
 
     def __init__(
-        self, engine: Engine, *, quality: str | None = None, pack: str | Path | None = None, file: str | Path | None = None, log: Log = print
+        self,
+        engine: Engine,
+        *,
+        quality: str | None = None,
+        pack: str | Path | None = None,
+        file: str | Path | None = None,
+        token_coder: str = "draft",
+        log: Log = print,
     ) -> None:
         began = time.perf_counter()
         stored = None if file is None else SessionFile.load(file)
         if quality is not None and quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
-        self.engine, self._log = engine, log
+        if token_coder not in TOKEN_CODERS:
+            raise InvalidOption(f"unknown token coder {token_coder!r}", f"choose one of {', '.join(TOKEN_CODERS)}")
+        self.engine, self._log, self._token_coder = engine, log, token_coder
         self.quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
         self._pack_path, self._closed = pack, False
         self.spans: list[Span] = []
@@ -156,7 +168,7 @@ class Session:
             spans = self.spans
             prints["pack"] = codec.pack.digest
         file = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans)
-        if not spans and self.quality == TOKENS:
+        if not spans and self.quality == TOKENS and self._token_coder == "draft":
             file.token_frame = encode_tokens(self.engine, self.token_ids)
         stored = file.save(path)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any

@@ -213,6 +213,19 @@ def test_a_damaged_frame_in_a_sound_file_is_named(chat_engine, tmp_path):
     assert engine.pool.num_free_pages == free
 
 
+def test_ids_may_be_counted_instead(chat_engine, tmp_path, monkeypatch):
+    with chat_engine("none").session(quality="tokens", token_coder="draft", log=lambda _: None) as session:
+        session.generate("what was that?", GREEDY)
+        coded = session.suspend(tmp_path / "a.kv").stored_bytes
+    with chat_engine("none").session(tmp_path / "a.kv", token_coder="counts", log=lambda _: None) as again:
+        assert again.suspend(tmp_path / "b.kv").stored_bytes > coded
+        monkeypatch.setattr("engine.session.decode_tokens", None)
+        with chat_engine("none").session(tmp_path / "b.kv", log=lambda _: None) as resumed:
+            assert resumed.token_ids == session.token_ids
+    with pytest.raises(InvalidOption, match=r"token coder 'best'.*draft, counts"):
+        chat_engine("none").session(token_coder="best")
+
+
 def test_other_qualities_need_no_model_for_their_ids(chat_engine, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.session.encode_tokens", None)
     with chat_engine("draft").session(quality="tiny", log=lambda _: None) as session:
