@@ -70,7 +70,9 @@ def test_write(bits, tokens, heads, head_dim, page_size, with_mean, dtype, devic
         assert float((ours != theirs).float().mean()) < 2e-3
         assert int((reference.unpack(ours, bits, head_dim).int() - reference.unpack(theirs, bits, head_dim).int()).abs().max()) <= 1
     for ours, theirs in ((got.k_scale, want.k_scale), (got.v_scale, want.v_scale)):
-        torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=0)
+        # a row whose codes differ in one channel has another scale; seen on an H100: one row of 1,536, by 1.1%
+        off = ((ours.float() - theirs.float()) / theirs.float()).abs()
+        assert float((off > 5e-3).float().mean()) < 2e-3 and float(off.max()) < 3e-2
 
 
 SHAPES = [([1], [1], 2, 1, 32, 4), ([3, 1], [70, 9], 4, 2, 32, 16), ([2], [150], 6, 1, 64, 64)]
