@@ -71,7 +71,7 @@ def test_write(bits, tokens, heads, head_dim, page_size, with_mean, dtype, devic
         assert int((reference.unpack(ours, bits, head_dim).int() - reference.unpack(theirs, bits, head_dim).int()).abs().max()) <= 1
     for ours, theirs in ((got.k_scale, want.k_scale), (got.v_scale, want.v_scale)):
         # a row whose codes differ in one channel has another scale; seen on an H100: one row of 1,536, by 1.1%
-        off = ((ours.float() - theirs.float()) / theirs.float()).abs()
+        off = (ours.float() - theirs.float()).abs() / theirs.float().abs().clamp_min(1e-6)
         assert float((off > 5e-3).float().mean()) < 2e-3 and float(off.max()) < 3e-2
 
 
