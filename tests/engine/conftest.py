@@ -227,3 +227,9 @@ def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any
         return Engine.from_pretrained(getattr(chat_folders, target), source, **options)
 
     return make
+
+
+@pytest.fixture
+def model_options(chat_folders, pack_home):
+    """Options that name the tiny pair."""
+    return ["--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--dtype", "float32", "--device", "cpu"]

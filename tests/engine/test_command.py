@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,17 +28,11 @@ TYPES = {
 
 
 @pytest.fixture
-def models(chat_folders, pack_home):
-    """Options that name the tiny pair."""
-    return ["--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.fixture
-def generate(capsys, models):
+def generate(capsys, model_options):
     """`generate(*options)` -> exit status, standard output, standard error, over the tiny pair unless models are named."""
 
     def call(*options):
-        named = [] if {"--target", "--pair"} & set(options) else models
+        named = [] if {"--target", "--pair"} & set(options) else model_options
         status = main([*named, *map(str, options)])
         out, err = capsys.readouterr()
         return status, out, err
@@ -92,11 +80,11 @@ def test_json_is_the_contract_s(generate, tmp_path):
     assert {"python", "torch", "transformers"} <= set(found["versions"])
 
 
-def test_json_without_a_session(generate, models):
+def test_json_without_a_session(generate, model_options):
     status, out, _ = generate("Hello", "--max-new-tokens", 3, "--json")
     found = json.loads(out)
     assert status == 0 and found["kv"]["stored_bytes"] is found["kv"]["bits_per_element"] is found["kv"]["quality"] is None
-    assert found["memory"]["pack_bytes"] == 0 and found["pair"] == models[1]
+    assert found["memory"]["pack_bytes"] == 0 and found["pair"] == model_options[1]
 
 
 def test_json_into_a_file_beside_the_text(generate, tmp_path):
@@ -352,88 +340,3 @@ def test_an_interrupt_without_a_terminal_ends_the_program(generate, stdin, tmp_p
     status, _, err = generate("--chat", "--session", tmp_path / "a.kv")
     assert status == 130 and "interrupted" in err
     assert generate("Hello")[0] == 130
-
-
-# --- real processes -----------------------------------------------------------------------------------------------------
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def test_a_real_process(models, tmp_path):
-    command = [sys.executable, "-m", "engine.generate", *models, "--max-new-tokens", "5"]
-    done = subprocess.run([*command, "--json"], input=b"Hello", capture_output=True, env=environment(), cwd=tmp_path, timeout=120)
-    assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] <= 5, done.stderr
-    command = [sys.executable, "-m", "engine.generate", "--pair", "nope", "Hello"]
-    done = subprocess.run(command, capture_output=True, env=environment(), cwd=tmp_path, timeout=120)
-    assert mistake(done.returncode, done.stdout.decode(), done.stderr.decode()) == done.stderr.decode().rstrip("\n"), "and nothing else"
-
-
-class Terminal:
-    """A process at a pseudo-terminal."""
-
-    def __init__(self, *options):
-        self.process, self._fd = pty.fork()
-        if self.process == 0:
-            os.execve(sys.executable, [sys.executable, "-m", "engine.generate", *options], environment())
-        self.shown = ""
-
-    def until(self, pattern, timeout=60.0):
-        """Everything shown up to and including `pattern`."""
-        ends = time.monotonic() + timeout
-        while (found := re.search(pattern, self.shown)) is None:
-            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], f"{pattern!r} did not come; shown: {self.shown!r}"
-            try:
-                read = os.read(self._fd, 4096)
-            except OSError:  # the process has ended
-                read = b""
-            assert read, f"the end came before {pattern!r}; shown: {self.shown!r}"
-            self.shown += read.decode(errors="replace")
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
-
-    def type(self, text):
-        os.write(self._fd, text.encode())
-
-    def end(self):
-        """Exit status, and the rest of what was shown."""
-        rest = self.shown
-        while True:
-            try:
-                read = os.read(self._fd, 4096)
-            except OSError:
-                break
-            rest += read.decode(errors="replace")
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), rest
-
-
-def test_a_conversation_at_a_terminal(models, tmp_path):
-    file = tmp_path / "a.kv"
-    terminal = Terminal(*models, "--chat", "--session", str(file), "--quality", "tokens", "--max-new-tokens", "400")
-    terminal.until("an empty line, end of input or Ctrl-C leaves\r\n> ")
-    terminal.type("Hello\n")
-    terminal.until(r"Hello\r\n.{3}")  # the answer has begun
-    terminal.type("\x03")
-    first = terminal.until(r"\[interrupted\]\r\n> |tokens/s.*\r\n> ")
-    terminal.type("And now?\n")
-    terminal.until(r"And now\?\r\n.{3}")
-    terminal.type("\x03")
-    second = terminal.until(r"\[interrupted\]\r\n> |tokens/s.*\r\n> ")
-    terminal.type("Once more\n")
-    assert "tokens/s" in terminal.until(r"tokens/s.*\r\n> "), "an answer that is left alone comes to its end"
-    assert "[interrupted]" in first and "[interrupted]" in second
-    terminal.type("\x03")
-    status, rest = terminal.end()
-    assert status == 0 and "suspended" in rest and "Traceback" not in first + second + rest
-    assert SessionFile.load(file).token_ids.count(258) >= 4
-
-
-def test_a_reader_that_leaves(models, tmp_path):
-    command = [sys.executable, "-m", "engine.generate", *models, "--max-new-tokens", "400", "Hello"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert "Traceback" not in process.stderr.read().decode() and process.wait() == 141
-    process.stderr.close()

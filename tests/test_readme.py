@@ -1,0 +1,23 @@
+"""The README's library example runs as printed, on the small pair and without fitting a codec pack."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_library_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 1
+    code = blocks[0]
+    for printed, here in (('from_pair("qwen2.5-coder")', 'from_pair("smollm2")'), ('quality="balanced"', 'quality="tokens"'),
+                          ("max_new_tokens=64", "max_new_tokens=8"), (".chat(", ".chat(params=SamplingParams(max_new_tokens=8), message="),
+                          ('"What is a radix tree?"}])', '"What is a radix tree?"}], SamplingParams(max_new_tokens=8))')):  # fmt: skip
+        assert printed in code
+        code = code.replace(printed, here)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "ada.kv").stat().st_size > 100
+    assert len(capsys.readouterr().out.splitlines()) >= 4
