@@ -54,6 +54,7 @@ class FeatureBuffer:
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         self._reduce, self._dtype = reduce, dtype
         self._rows: Tensor | None = None
+        self._first = 0  # token of row 0
         self._length = 0
         self._holes: list[tuple[int, int]] = []
 
@@ -67,9 +68,10 @@ class FeatureBuffer:
         if not len(rows):
             return
         rows = (self._reduce(rows) if self._reduce else rows).to(self._dtype)
-        self._reserve(self._length + len(rows), rows)
+        at = self._length - self._first
+        self._reserve(at + len(rows), rows)
         assert self._rows is not None
-        self._rows[self._length : self._length + len(rows)] = rows
+        self._rows[at : at + len(rows)] = rows
         self._length += len(rows)
 
     def skip(self, count: int) -> None:
@@ -83,13 +85,28 @@ class FeatureBuffer:
         if not 0 <= length <= self._length:
             raise DraftError(f"cannot cut {self._length} feature rows to {length}", "truncate to a length reached before")
         self._length = length
+        self._first = min(self._first, length)
         self._holes = [(a, min(b, length)) for a, b in self._holes if a < length]
+
+    def forget(self, before: int) -> None:
+        """Give back the rows of tokens before `before`, whose KV has been coded; `take` has nothing for them from now on."""
+        if not self._first < before <= self._length:
+            return
+        if self._rows is not None:
+            self._rows = self._rows[before - self._first : self._length - self._first].clone()
+        self._first = before
+        self._holes = [(0, before), *((max(a, before), b) for a, b in self._holes if b > before)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored rows."""
+        return 0 if self._rows is None else self._rows.numel() * self._rows.element_size()
 
     def take(self, start: int, end: int) -> Tensor | None:
         """Rows of tokens [start, end), [n, taps, E] or [n, r] in the stored dtype, or None when any of them has no features."""
         if not 0 <= start < end <= self._length or self._rows is None or any(a < end and start < b for a, b in self._holes):
             return None
-        return self._rows[start:end]
+        return self._rows[start - self._first : end - self._first]
 
     def _reserve(self, length: int, like: Tensor) -> None:
         if self._rows is not None and len(self._rows) >= length:

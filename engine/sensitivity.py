@@ -60,7 +60,8 @@ def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor, lay
     c = target.config
     batch, length = token_ids.shape
     x = target.embed(token_ids[:, split:].flatten()).reshape(batch, length - split, -1)
-    cos, sin = target.rope.slice(0, length)
+    # clones: the table may have grown under inference mode, whose tensors autograd refuses
+    cos, sin = (part.clone() for part in target.rope.slice(0, length))
     for number, layer in enumerate(target.layers):
         w: LayerWeights = layer.weights().plain()  # type: ignore[operator]
         x = x + _attention(_norm(x, w.input_norm, c.rms_norm_eps), w, cache[:, :, number], cos, sin, split, c)

@@ -163,6 +163,7 @@ class Session:
             start = self.spans[-1].end if self.spans else min(NUM_SINKS, num_cached)
             if self.quality != TOKENS:
                 self.spans += codec.encode(self.conversation, start, num_cached, self.quality)
+                codec.release(self.conversation, num_cached)
             else:
                 num_cached = start  # what came since is kept as tokens
             spans = self.spans

@@ -80,6 +80,12 @@ class SessionCodec:
             spans += [Span(a, b, data) for (a, b), data in zip(some, coded, strict=True)]
         return spans
 
+    def release(self, conversation: Conversation, before: int) -> None:
+        """Drop the features of tokens before `before`: their spans keep their bytes, so nothing asks for them again."""
+        state = conversation.draft_state
+        if state is not None and state.features is not None:
+            state.features.forget(before)  # type: ignore[attr-defined]
+
     def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages; does not advance. Raises the codec's errors."""
         start = spans[0].start

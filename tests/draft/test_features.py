@@ -62,3 +62,27 @@ def test_buffer_reduces_on_arrival_and_refuses_bad_cuts() -> None:
     assert buffer.take(0, 4) is None
     with pytest.raises(DraftError):
         buffer.truncate(4)
+
+
+def test_forgotten_rows_are_given_back_and_later_ones_stay() -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(300, 2, 3, generator=generator).bfloat16()
+    buffer = FeatureBuffer()
+    buffer.skip(4)
+    buffer.append(rows[:200])
+    before = buffer.nbytes
+    buffer.forget(150)
+    assert buffer.length == 204 and buffer.nbytes < before / 2
+    assert buffer.take(149, 160) is None and buffer.take(0, 3) is None
+    buffer.append(rows[200:])
+    found = buffer.take(150, 304)
+    assert found is not None and torch.equal(found, rows[146:])
+    buffer.forget(100)  # gone already
+    buffer.truncate(160)
+    found = buffer.take(150, 160)
+    assert found is not None and torch.equal(found, rows[146:156])
+    buffer.truncate(120)  # into what is gone: it has to be made again
+    buffer.append(rows[:5])
+    assert buffer.take(110, 125) is None
+    found = buffer.take(120, 125)
+    assert found is not None and torch.equal(found, rows[:5])
