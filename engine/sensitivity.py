@@ -60,15 +60,20 @@ def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor, lay
     c = target.config
     batch, length = token_ids.shape
     x = target.embed(token_ids[:, split:].flatten()).reshape(batch, length - split, -1)
-    # clones: the table may have grown under inference mode, whose tensors autograd refuses
-    cos, sin = (part.clone() for part in target.rope.slice(0, length))
+    cos, sin = (_outside_inference(part) for part in target.rope.slice(0, length))
     for number, layer in enumerate(target.layers):
-        w: LayerWeights = layer.weights().plain()  # type: ignore[operator]
+        plain: LayerWeights = layer.weights().plain()  # type: ignore[operator]
+        w = LayerWeights(*(None if t is None else _outside_inference(t) for t in plain))  # type: ignore[arg-type]
         x = x + _attention(_norm(x, w.input_norm, c.rms_norm_eps), w, cache[:, :, number], cos, sin, split, c)
         gate, up = F.linear(_norm(x, w.post_norm, c.rms_norm_eps), w.gate_up).chunk(2, -1)
         x = x + F.linear(F.silu(gate) * up, w.down)
     head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
-    return F.linear(_norm(x, target.final_norm, c.rms_norm_eps), head)
+    return F.linear(_norm(x, _outside_inference(target.final_norm), c.rms_norm_eps), _outside_inference(head))
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    """A tensor made under inference mode (weights loaded there, angles grown there) as a copy that autograd takes; any other as it is."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _attention(x: Tensor, w: LayerWeights, cache: Tensor, cos: Tensor, sin: Tensor, split: int, c) -> Tensor:
