@@ -118,7 +118,7 @@ def measure_costs(
 ) -> CostModel:
     """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use.
 
-    Each count is run until it was timed twice (once when the budget is spent; at least three counts are timed). Curves never fall.
+    Each count is timed three times and the best kept (once when the budget is spent; at least three counts are timed). Curves never fall.
     """
     first, device = drafter.verify_from, target.device
 
@@ -151,7 +151,7 @@ def _curve(run: Callable[[Any, int], None], sequence: Any, token_counts: Sequenc
         if len(points) >= 3 and spent > budget_s:
             break
         best = math.inf
-        for _ in range(2 if spent < budget_s else 1):
+        for _ in range(3 if spent < budget_s else 1):
             _synchronize(device)
             start = time.perf_counter()
             run(sequence, count)
