@@ -36,6 +36,16 @@ class Weighting:
         """Weights from stored blocks; the inverse is recomputed in float64."""
         return cls(root.float(), torch.linalg.inv(root.double()).float())
 
+    @classmethod
+    def from_metric(cls, metric: torch.Tensor) -> Weighting:
+        """S with S^2 the given symmetric blocks [blocks, d, d], up to a factor; small eigenvalues are lifted to RELATIVE_FLOOR of a block's largest."""
+        metric = metric.double()
+        values, vectors = torch.linalg.eigh(metric / metric.diagonal(dim1=-2, dim2=-1).mean())
+        values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
+        root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
+        inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
+        return cls(root.float(), inverse.float())
+
     def scaled(self, factor: float) -> Weighting:
         return Weighting(self.root * factor, self.inverse / factor)
 
@@ -84,12 +94,7 @@ def attention_weighting(
         moments = query_moments[i].reshape(g, heads // g, d, d)
         keys = (spread[..., None, None] * moments).sum(1) / d
         blocks += [torch.cat([keys, gram.sum(1)]) / energy[i]]
-    metric = torch.cat(blocks).double()
-    values, vectors = torch.linalg.eigh(metric / torch.diagonal(metric, dim1=-2, dim2=-1).mean())
-    values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
-    root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
-    inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
-    return Weighting(root.float(), inverse.float())
+    return Weighting.from_metric(torch.cat(blocks))
 
 
 def normalised(weighting: Weighting, block_covariance: torch.Tensor) -> Weighting:
@@ -107,9 +112,5 @@ def blended(first: Weighting, second: Weighting, block_covariance: torch.Tensor)
 
     block_covariance: float32 [blocks, d, d], as for `normalised`.
     """
-    metric = (first.root.double() @ first.root.double() + second.root.double() @ second.root.double()) / 2
-    values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
-    root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
-    inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
-    return normalised(Weighting(root.float(), inverse.float()), block_covariance)
+    metric = first.root.double() @ first.root.double() + second.root.double() @ second.root.double()
+    return normalised(Weighting.from_metric(metric), block_covariance)

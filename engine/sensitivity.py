@@ -20,9 +20,6 @@ from codec.weighting import Weighting
 from engine.decoder import Decoder
 from engine.layers import LayerWeights
 
-RELATIVE_FLOOR = 1e-4
-"""Smallest eigenvalue of a block of the metric, relative to its largest."""
-
 
 @torch.enable_grad()
 def cache_gradients(target: Decoder, token_ids: Tensor, split: int, layout: KvLayout, generator: torch.Generator) -> Tensor:
@@ -122,9 +119,4 @@ class Sensitivity:
     def weighting(self) -> Weighting:
         """S with S^2 = the block-diagonal Fisher information, up to a common factor."""
         assert self.total is not None, "gradients were added"
-        metric = self.total.double() / self.count
-        values, vectors = torch.linalg.eigh(metric / metric.diagonal(dim1=-2, dim2=-1).mean())
-        values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
-        root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
-        inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
-        return Weighting(root.float(), inverse.float())
+        return Weighting.from_metric(self.total / self.count)

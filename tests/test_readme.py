@@ -9,7 +9,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_library_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if "import Engine" in b]
     assert len(blocks) == 1
     code = blocks[0]
     for printed, here in (('from_pair("qwen2.5-coder")', 'from_pair("smollm2")'), ('quality="balanced"', 'quality="tokens"'),
