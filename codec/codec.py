@@ -12,7 +12,7 @@ from codec.container import SpanCode, read_span, read_varints, write_span, write
 from codec.errors import BadInput, CorruptedCode, PackMismatch
 from codec.pack import CodecPack
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
-from codec.rans import RansTables, SpanStream, decode, encode, num_lanes
+from codec.rans import RansTables, SpanStream, decode, encode
 from codec.rate import CLASSES_PER_OCTAVE, NUM_CLASSES, RATE_WEIGHT, class_of, final_classes
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 from codec.weighting import apply_blocks
@@ -224,11 +224,6 @@ class KvCodec:
             q, classes, gains = self._quantised([pair], step, [None if levels is None else levels[number]])
             total += float(self.tables.model.code_lengths(q, classes, gains).sum())
         return total
-
-
-def span_lanes(code: SpanCode) -> int:
-    """Number of rANS lanes of a span."""
-    return num_lanes(code.num_tokens, code.tokens_per_lane)
 
 
 def _batches(sizes: Sequence[int]) -> list[list[int]]:

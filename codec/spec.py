@@ -77,10 +77,6 @@ class KvLayout:
         """Blocks of d channels in D, in (layer, K|V, head) order."""
         return self.dim // self.head_dim
 
-    def is_value(self) -> list[bool]:
-        """For each block, whether it holds values (True) or keys (False)."""
-        return [(b // self.num_kv_heads) % 2 == 1 for b in range(self.num_blocks)]
-
     def as_dict(self) -> dict[str, int]:
         return {
             "num_layers": self.num_layers,

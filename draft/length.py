@@ -74,7 +74,6 @@ class LengthController:
         self.wanted, self.costs = wanted, costs
         self._hits, self._trials = PRIOR_RATE * PRIOR_TRIALS, PRIOR_TRIALS
         self._plain_steps, self._probe_after = 0, FIRST_PROBE
-        self._probing = False
 
     @property
     def rate(self) -> float:
@@ -88,14 +87,12 @@ class LengthController:
         if self.costs is None:
             return 0
         best = self.costs.best_length(self.rate, batch)
-        self._probing = False
         if best > 0:
             self._plain_steps, self._probe_after = 0, FIRST_PROBE
             return best
         self._plain_steps += 1
         if self._plain_steps >= self._probe_after and self.costs.best_length(HOPEFUL_RATE, batch) > 0:
             self._plain_steps, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
-            self._probing = True
             return 1
         return 0
 

@@ -30,8 +30,8 @@ def cache_gradients(target: Decoder, token_ids: Tensor, split: int, layout: KvLa
         generator: for the sampled labels, on a CPU.
     """
     batch, _length = token_ids.shape
-    leaves = _cached(target, token_ids[:, :split], layout.first_layer).requires_grad_(True)
-    logits = _continue(target, token_ids, split, leaves, layout)
+    leaves = _cached(target, token_ids[:, :split]).requires_grad_(True)
+    logits = _continue(target, token_ids, split, leaves)
     log_p = logits.float().log_softmax(-1)
     noise = torch.rand(log_p.shape, generator=generator).to(log_p.device).clamp_min(1e-20)
     labels = (log_p.detach() - (-noise.log()).log()).argmax(-1)
@@ -42,7 +42,7 @@ def cache_gradients(target: Decoder, token_ids: Tensor, split: int, layout: KvLa
 
 
 @torch.no_grad()
-def _cached(target: Decoder, token_ids: Tensor, first_layer: int) -> Tensor:
+def _cached(target: Decoder, token_ids: Tensor) -> Tensor:
     """Pre-RoPE KV of all layers, float32 [B, n, L, 2, G, d]."""
     batch, n = token_ids.shape
     pool = target.new_pool(batch * -(-n // 64))
@@ -52,7 +52,7 @@ def _cached(target: Decoder, token_ids: Tensor, first_layer: int) -> Tensor:
     return torch.stack([target.read_kv(s, 0, n) for s in sequences]).reshape(batch, n, c.num_layers, 2, c.num_kv_heads, c.head_dim)
 
 
-def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor, layout: KvLayout) -> Tensor:
+def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor) -> Tensor:
     """Logits [B, T, V] of the tokens from `split` on, differentiable in the cache: the decoder's layers in plain operations."""
     c = target.config
     batch, length = token_ids.shape

@@ -99,7 +99,6 @@ class ForetoldMethod:
         self._predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device) if predict else None
         self._drafter = target if drafter is None else drafter
         self._last_layer = pack.layout.first_layer or None if drafter is None else None
-        self._id_bits = max(1, (target.config.vocab_size - 1).bit_length())
 
     def run(self, case: Case) -> Result:
         device, width = self._target.device, self._pack.layout.dim

@@ -14,24 +14,23 @@ def test_differentiable_forward_gives_the_decoders_logits(tiny_model, family: st
     decoder = tiny_model(family).decoder
     c, split = decoder.config, 20
     ids = torch.randint(0, c.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim)
     pool = decoder.new_pool(4)
     expected = decoder.forward(ids.flatten(), [pool.new_sequence() for _ in ids], [32, 32]).logits.reshape(2, 32, -1)[:, split:]
-    found = _continue(decoder, ids, split, _cached(decoder, ids[:, :split], 0), layout)
+    found = _continue(decoder, ids, split, _cached(decoder, ids[:, :split]))
     assert (found - expected).abs().max() < 1e-4
 
 
 def test_fisher_block_predicts_the_divergence_of_a_small_error(tiny_model) -> None:
     decoder = tiny_model("qwen2").decoder
-    c, split, layout = decoder.config, 16, None
+    c, split = decoder.config, 16
     layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, c.vocab_size, (1, 24), generator=generator)
-    cache = _cached(decoder, ids[:, :split], 0)
-    base = _continue(decoder, ids, split, cache, layout).log_softmax(-1)
+    cache = _cached(decoder, ids[:, :split])
+    base = _continue(decoder, ids, split, cache).log_softmax(-1)
     error = torch.zeros_like(cache)
     error[:, NUM_SINKS + 3] = 0.02 * torch.randn(cache.shape[2:], generator=generator)
-    moved = _continue(decoder, ids, split, cache + error, layout).log_softmax(-1)
+    moved = _continue(decoder, ids, split, cache + error).log_softmax(-1)
     divergence = float((base.exp() * (base - moved)).sum())
     draws = [cache_gradients(decoder, ids, split, layout, generator)[0, 3] for _ in range(300)]
     predicted = 0.5 * float(torch.stack([(g @ error[0, NUM_SINKS + 3].flatten()) ** 2 for g in draws]).mean())
