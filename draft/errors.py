@@ -25,3 +25,27 @@ class TrunkDepthError(DraftError):
 
 class FeatureTapError(DraftError):
     """Features were asked for at a layer the drafter does not run."""
+
+
+class AdapterError(DraftError):
+    """A trunk adapter's folder cannot be used."""
+
+
+class AdapterNotFound(AdapterError):
+    """The folder lacks a file of the adapter."""
+
+
+class CorruptedAdapter(AdapterError):
+    """The files are cut short, altered, or do not belong together."""
+
+
+class ForeignAdapter(AdapterError):
+    """The folder holds something else."""
+
+
+class NewerAdapter(AdapterError):
+    """The files were written by a later version of the program."""
+
+
+class AdapterMismatch(AdapterError):
+    """The adapter was trained for a target of another shape."""

@@ -1,0 +1,213 @@
+"""A trained trunk draft on disk: the layers, norm and head that run on a target's hidden states after its first m layers.
+
+A folder with `config.json` (`AdapterConfig`), `adapter.safetensors` (the tensors, and a digest over them and the config), optionally
+`pack.safetensors` (a codec pack of the pair) and `README.md` (the model card).
+
+Tensors: "token_ids" int32 [R], the ids of the reduced vocabulary in the target's, ascending; each own layer under its Hugging Face name,
+"model.layers.{i}.self_attn.q_proj.weight" and so on with i from 0; "model.norm.weight" [E]; "lm_head.weight" [R, E] when the head is the
+adapter's own (a tied one is the target's head at token_ids). In 8 bits a matrix "name" is int8 [out, in] with "name.scale" float16
+[out, ceil(in / 64)]: symmetric, rounded to nearest, one scale for each 64 inputs. In 16 bits it is bfloat16. Vectors are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draft.errors import AdapterMismatch, AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter
+
+FORMAT, VERSION = "foretold-trunk-adapter", 1
+CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pack.safetensors"
+TOKEN_IDS, NORM, HEAD = "token_ids", "model.norm.weight", "lm_head.weight"
+GROUP = 64  # inputs that share a scale
+_SCALE = ".scale"
+_REMEDY = "copy the adapter's folder again, or train one with scripts/train_draft.py"
+# what the layers of an adapter have in common with the target's
+_FACTS = (
+    "architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "rms_norm_eps",
+    "qkv_bias", "o_bias", "qk_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `config.json` says of an adapter.
+
+    target: name of the model it was trained for. target_fingerprint_config: `target_digest` of that model's config. trunk_layers: m.
+    num_layers: n, own layers. vocab_size: R. head: "own" or "tied" (to the target's). bits: 8 or 16, of the stored matrices. training: facts and
+    figures of the training, for reports only. digest: SHA-256 of the adapter as stored, "" before it was (not in the file).
+    """
+
+    target: str
+    target_fingerprint_config: str
+    trunk_layers: int
+    num_layers: int
+    vocab_size: int
+    head: Literal["own", "tied"]
+    bits: Literal[8, 16] = 8
+    training: dict[str, Any] = field(default_factory=dict)
+    digest: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        counts = {"trunk_layers": self.trunk_layers, "num_layers": self.num_layers, "vocab_size": self.vocab_size}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ForeignAdapter(f"an adapter with {name} {value!r}", "give a whole number from 1 on")
+        if self.head not in ("own", "tied") or self.bits not in (8, 16):
+            raise ForeignAdapter(f"an adapter with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
+
+    def check_target(self, config: Any) -> None:
+        """AdapterMismatch unless `config` (a decoder's) has the shape of the target the adapter was trained for."""
+        if self.target_fingerprint_config != target_digest(config):
+            raise AdapterMismatch(f"the trunk adapter was trained for another model, {self.target}", "use it with that one, or --draft trunk")
+
+
+def target_digest(config: Any) -> str:
+    """SHA-256 (hex) over the sizes and options in a decoder's config that an adapter depends on; fine-tuned models of one shape agree."""
+    facts = {name: getattr(config, name) for name in _FACTS} | {"rope_theta": config.rope.theta}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def save_adapter(folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None) -> AdapterConfig:
+    """Write the folder's config.json and adapter.safetensors, the latter under a temporary name first.
+
+    tensors: as in the module's description, matrices and vectors in any float type, not quantised. bits: instead of config.bits.
+    Returns the config with the bits and digest that were written. Raises CorruptedAdapter when tensors and config do not fit each other.
+    """
+    folder = Path(folder)
+    config = replace(config, bits=config.bits if bits is None else bits)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        if name == TOKEN_IDS:
+            stored[name] = tensor.to(torch.int32)
+        elif tensor.dim() < 2:
+            stored[name] = tensor.float()
+        elif config.bits == 16:
+            stored[name] = tensor.bfloat16()
+        else:
+            stored[name], stored[name + _SCALE] = quantise(tensor)
+    stored = {name: tensor.contiguous() for name, tensor in stored.items()}
+    _check(config, stored, folder)
+    config = replace(config, digest=_digest(config, stored))
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {key: value for key, value in asdict(config).items() if key != "digest"}
+    _replace_file(folder / TENSOR_FILE, lambda path: save_file(stored, path, {"format": FORMAT, "digest": config.digest}))
+    text = json.dumps({"format": FORMAT, "version": VERSION} | texts, indent=2) + "\n"
+    _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return config
+
+
+def load_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The folder's config, and its tensors as `save_adapter` took them, quantised ones as float32.
+
+    Raises:
+        AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter.
+    """
+    config = read_config(folder)
+    path = Path(folder) / TENSOR_FILE
+    if not path.is_file():
+        raise AdapterNotFound(f"there is no {path}", _REMEDY)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CorruptedAdapter(f"the trunk adapter {path} cannot be read: {error}", _REMEDY) from error
+    if metadata.get("format") != FORMAT:
+        raise ForeignAdapter(f"{path} is not a trunk adapter", "check the path")
+    config = replace(config, digest=_digest(config, stored))
+    if metadata.get("digest") != config.digest:
+        raise CorruptedAdapter(f"the trunk adapter {path} is damaged, or its {CONFIG_FILE} is another's", _REMEDY)
+    _check(config, stored, Path(folder))
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(_SCALE)}
+    return config, {n: dequantise(t, stored[n + _SCALE]) if n + _SCALE in stored else t for n, t in plain.items()}
+
+
+def read_config(folder: str | Path) -> AdapterConfig:
+    """The folder's config alone, unchecked against the tensors. Raises AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterNotFound(f"there is no {path}", _REMEDY) from error
+    except (OSError, ValueError) as error:
+        raise CorruptedAdapter(f"{path} cannot be read: {error}", _REMEDY) from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise ForeignAdapter(f"{path} does not describe a trunk adapter", "check the path")
+    version = fields.pop("version", None)
+    if not isinstance(version, int):
+        raise CorruptedAdapter(f"{path} names no version", _REMEDY)
+    if version > VERSION:
+        raise NewerAdapter(f"the trunk adapter has format version {version}, this program reads up to {VERSION}", "update the program")
+    try:
+        return AdapterConfig(**fields)
+    except TypeError as error:
+        raise CorruptedAdapter(f"{path} lacks a field, or has one too many: {error}", _REMEDY) from error
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """True when the folder's config.json says that it holds a trunk adapter, of any version and in any state."""
+    try:
+        return json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """matrix [out, in] any float type -> int8 [out, in] and float16 scales [out, ceil(in / 64)], rounded to nearest."""
+    width = matrix.shape[1]
+    groups = torch.nn.functional.pad(matrix.float(), (0, -width % GROUP)).unflatten(1, (-1, GROUP))
+    # away from zero, or a group of tiny weights would divide by nothing
+    scale = (groups.abs().amax(-1) / 127).clamp_min(2.0**-24).half()
+    steps = (groups / scale.float()[..., None]).round().clamp(-127, 127)
+    return steps.flatten(1)[:, :width].to(torch.int8), scale
+
+
+def dequantise(steps: Tensor, scale: Tensor) -> Tensor:
+    """float32 [out, in] from what `quantise` returned."""
+    return steps.float() * scale.float().repeat_interleave(GROUP, 1)[:, : steps.shape[1]]
+
+
+def _check(config: AdapterConfig, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """CorruptedAdapter unless the tensors that do not depend on the target are those the config speaks of."""
+    ids, layers = stored.get(TOKEN_IDS), {int(n.split(".")[2]) for n in stored if n.startswith("model.layers.")}
+    if ids is None or ids.shape != (config.vocab_size,) or ids[0] < 0 or not bool((ids[1:] > ids[:-1]).all()):
+        raise CorruptedAdapter(f"the trunk adapter {folder} needs {config.vocab_size} ascending token_ids", _REMEDY)
+    if layers != set(range(config.num_layers)) or NORM not in stored or (HEAD in stored) != (config.head == "own"):
+        raise CorruptedAdapter(f"the trunk adapter {folder} lacks tensors its config speaks of, or holds others", _REMEDY)
+    for name, tensor in stored.items():
+        scaled, scale = tensor.dtype == torch.int8, stored.get(name + _SCALE)
+        if scaled and (config.bits != 8 or scale is None or scale.shape != (tensor.shape[0], -(-tensor.shape[1] // GROUP))):
+            raise CorruptedAdapter(f"the trunk adapter {folder} has no scales that fit {name}", _REMEDY)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CorruptedAdapter(f"the trunk adapter {folder} holds numbers that are not finite, in {name}", _REMEDY)
+
+
+def _digest(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
+    facts = {key: value for key, value in asdict(config).items() if key not in ("training", "digest")}
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(stored):
+        tensor = stored[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _replace_file(path: Path, write: Any) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
