@@ -20,7 +20,7 @@ from codec.spec import KvLayout
 __all__ = ["PEERS", "Calibration", "CalibrationAccumulator", "NotFitted", "Peer", "TooLittleCalibration", "UnknownPeer",
            "make_peer", "select_peers"]
 
-KVTC_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0)
+KVTC_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0)
 
 
 def _registry() -> dict[str, Callable[[KvLayout], Peer]]:
@@ -28,7 +28,7 @@ def _registry() -> dict[str, Callable[[KvLayout], Peer]]:
     for bits in (4, 2):
         peers[f"kivi-{bits}bit"] = partial(Kivi, bits=bits)
         peers[f"kivi-nowindow-{bits}bit"] = partial(Kivi, bits=bits, window=0)
-    for bits in (4, 3, 2):
+    for bits in (4, 3, 2, 1):
         peers[f"turboquant-{bits}bit"] = partial(TurboQuant, bits=bits)
         peers[f"turboquant-mean-{bits}bit"] = partial(TurboQuant, bits=bits, remove_mean=True)
     for budget in reversed(KVTC_BUDGETS):
@@ -36,7 +36,7 @@ def _registry() -> dict[str, Callable[[KvLayout], Peer]]:
     for quality in LEVELS:
         peers[f"cachegen-{quality}"] = partial(CacheGen, quality=quality)
         peers[f"cachegen-anchors-{quality}"] = partial(CacheGen, quality=quality, anchors=True)
-    for bits in (3, 2):
+    for bits in (3, 2, 1):
         peers[f"aqua-kv-{bits}bit"] = partial(Aqua, bits=bits)
     return peers
 

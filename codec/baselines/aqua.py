@@ -32,7 +32,7 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 class Aqua(Peer):
-    """bits 2 or 3 per element of the residual."""
+    """bits per element of the residual: 2 (the paper's), 3, or 1 to continue its curve."""
 
     method = "aqua-kv"
     needs_calibration = True

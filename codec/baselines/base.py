@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -63,24 +66,40 @@ class Peer(ABC):
 
     def encode(self, kv: torch.Tensor) -> bytes:
         """float32 [T, D], T >= 1, to bytes; BadInput on another shape or non-finite values, NotFitted before fit()."""
+        return self.encode_many([kv])[0]
+
+    def encode_many(self, kvs: Sequence[torch.Tensor], workers: int = 1) -> list[bytes]:
+        """encode() of several sequences, each to bytes of its own; `workers` threads where sequences are coded one by one."""
         self._require_fit()
+        checked = [self._checked(kv) for kv in kvs]
+        own = iter(self._encode_many([kv[NUM_SINKS:] for kv in checked if len(kv) > NUM_SINKS], workers))
+        return [write_frame(self.name, self.layout.dim, self._fingerprint, len(kv), to_bytes(kv[:NUM_SINKS], torch.bfloat16),
+                            next(own) if len(kv) > NUM_SINKS else []) for kv in checked]
+
+    def _checked(self, kv: torch.Tensor) -> torch.Tensor:
         if kv.ndim != 2 or kv.shape[1] != self.layout.dim or not len(kv):
             raise BadInput(f"KV of shape {list(kv.shape)}", f"give [T, {self.layout.dim}] with at least one token")
         kv = kv.to(self.device, torch.float32)
         if not bool(torch.isfinite(kv).all()):
             raise BadInput("the KV holds NaN or infinity", "check the model that produced it")
-        sections = self._encode(kv[NUM_SINKS:]) if len(kv) > NUM_SINKS else []
-        return write_frame(self.name, self.layout.dim, self._fingerprint, len(kv), to_bytes(kv[:NUM_SINKS], torch.bfloat16), sections)
+        return kv
 
     def decode(self, data: bytes) -> torch.Tensor:
         """Bytes of encode() to float32 [T, D]; a named CodecError when they are not intact or not this peer's."""
+        return self.decode_many([data])[0]
+
+    def decode_many(self, codes: Sequence[bytes], workers: int = 1) -> list[torch.Tensor]:
+        """decode() of several sequences."""
         self._require_fit()
-        frame = read_frame(data, self.name, self.layout.dim, self._fingerprint)
-        num_sinks = min(frame.num_tokens, NUM_SINKS)
-        sinks = from_bytes(frame.sinks, torch.bfloat16, (num_sinks, self.layout.dim), self.device)
-        if frame.num_tokens == num_sinks:
-            return sinks
-        return torch.cat([sinks, self._decode(frame.sections, frame.num_tokens - num_sinks)])
+        frames = [read_frame(data, self.name, self.layout.dim, self._fingerprint) for data in codes]
+        longer = [f for f in frames if f.num_tokens > NUM_SINKS]
+        own = iter(self._decode_many([f.sections for f in longer], [f.num_tokens - NUM_SINKS for f in longer], workers))
+        out = []
+        for frame in frames:
+            num_sinks = min(frame.num_tokens, NUM_SINKS)
+            sinks = from_bytes(frame.sinks, torch.bfloat16, (num_sinks, self.layout.dim), self.device)
+            out.append(torch.cat([sinks, next(own)]) if frame.num_tokens > num_sinks else sinks)
+        return out
 
     def _require_fit(self) -> None:
         if self.needs_calibration and not self.fitted:
@@ -94,6 +113,14 @@ class Peer(ABC):
         """Fills self.fitted on self.device; nothing to do for a peer that needs no calibration."""
         return None
 
+    def _encode_many(self, kvs: Sequence[torch.Tensor], workers: int) -> list[list[bytes]]:
+        """_encode of each sequence. The byte coders (DEFLATE, Zstandard, packing) let go of the interpreter, so threads help."""
+        return _in_threads(self._encode, [(kv,) for kv in kvs], workers)
+
+    def _decode_many(self, sections: Sequence[list[bytes]], num_tokens: Sequence[int], workers: int) -> list[torch.Tensor]:
+        """_decode of each sequence."""
+        return _in_threads(self._decode, list(zip(sections, num_tokens, strict=True)), workers)
+
     @abstractmethod
     def _encode(self, kv: torch.Tensor) -> list[bytes]:
         """float32 [T, D] without sinks, T >= 1, to sections."""
@@ -101,3 +128,11 @@ class Peer(ABC):
     @abstractmethod
     def _decode(self, sections: list[bytes], num_tokens: int) -> torch.Tensor:
         """Inverse of _encode: float32 [num_tokens, D] on self.device."""
+
+
+def _in_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
+    """function(*each of arguments), in order."""
+    if workers <= 1 or len(arguments) <= 1:
+        return [function(*one) for one in arguments]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda one: function(*one), arguments))

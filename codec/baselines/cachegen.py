@@ -9,6 +9,8 @@ int8 anchors under DEFLATE rather than under a histogram of their own.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -41,7 +43,6 @@ class CacheGen(Peer):
         self.anchors = anchors
         if anchors:
             self.method = "cachegen-anchors"
-        self._freqs = np.zeros((0, 0), np.uint32)
 
     def _fit(self, calibration: Calibration) -> None:
         sample = calibration.require_sample(2, "CacheGen's histograms").to(self.device)
@@ -49,29 +50,44 @@ class CacheGen(Peer):
         half = self.half_levels.reshape(-1, 1).expand(-1, self.layout.layer_dim // 2).reshape(-1).numpy()
         alphabet = 2 * int(half.max()) + 1
         counts = np.stack([(symbols == a).sum(0).cpu().numpy() for a in range(alphabet)], 1)
-        self._freqs = frequencies(counts, np.arange(alphabet)[None] <= 2 * half[:, None])
-        self.fitted = {"freqs": torch.from_numpy(self._freqs.astype(np.int32)).to(self.device)}
+        freqs = frequencies(counts, np.arange(alphabet)[None] <= 2 * half[:, None])
+        self.fitted = {"freqs": torch.from_numpy(freqs.astype(np.int32)).to(self.device)}
 
     def _encode(self, kv: torch.Tensor) -> list[bytes]:
-        *anchored, scale, symbols = self._quantise(kv)
-        sections = [to_bytes(scale, torch.float16), encode(symbols.cpu().numpy(), self._freqs)] if len(symbols) else [b"", b""]
-        if self.anchors:
-            anchor_scale, anchor = anchored
-            sections += [to_bytes(anchor_scale, torch.float16), deflate(anchor.T.contiguous().cpu().numpy().tobytes())]
-        return sections
+        return self._encode_many([kv])[0]
+
+    def _encode_many(self, kvs: Sequence[torch.Tensor], workers: int = 1) -> list[list[bytes]]:
+        """All sequences' tokens are lanes of one coder: a step costs the same for one sequence as for many."""
+        quantised = [self._quantise(kv) for kv in kvs]
+        streams = iter(encode([parts[-1] for parts in quantised if len(parts[-1])], self.fitted["freqs"]))
+        result = []
+        for *anchored, scale, symbols in quantised:
+            sections = [to_bytes(scale, torch.float16), next(streams)] if len(symbols) else [b"", b""]
+            if self.anchors:
+                anchor_scale, anchor = anchored
+                sections += [to_bytes(anchor_scale, torch.float16), deflate(anchor.T.contiguous().cpu().numpy().tobytes())]
+            result.append(sections)
+        return result
 
     def _decode(self, sections: list[bytes], num_tokens: int) -> torch.Tensor:
+        return self._decode_many([sections], [num_tokens])[0]
+
+    def _decode_many(self, sections: Sequence[list[bytes]], num_tokens: Sequence[int], workers: int = 1) -> list[torch.Tensor]:
+        coded = [n - (-(-n // ANCHOR_GROUP) if self.anchors else 0) for n in num_tokens]
+        streams = iter(decode([own[1] for own, n in zip(sections, coded, strict=True) if n], self.fitted["freqs"], [n for n in coded if n]))
+        return [self._dequantised(own, next(streams) if n else None, total)
+                for own, n, total in zip(sections, coded, num_tokens, strict=True)]
+
+    def _dequantised(self, sections: list[bytes], symbols: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
+        """float32 [num_tokens, D] from a sequence's sections and its decoded symbols uint8 [coded, D]."""
         layers, dim = self.layout.coded_layers, self.layout.dim
         is_anchor = torch.arange(num_tokens, device=self.device) % ANCHOR_GROUP == 0 if self.anchors else torch.zeros(
             num_tokens, dtype=torch.bool, device=self.device)
-        coded = num_tokens - int(is_anchor.sum())
         x = torch.zeros(num_tokens, layers, 2, dim // layers // 2, device=self.device)
-        if coded:
-            scale = from_bytes(sections[0], torch.float16, (coded, layers, 2, 1), self.device)
-            symbols = torch.from_numpy(decode(sections[1], self._freqs, coded).copy()).to(self.device)
-            x[~is_anchor] = self._dequantise(symbols, scale)
+        if symbols is not None:
+            x[~is_anchor] = self._dequantise(symbols, from_bytes(sections[0], torch.float16, (len(symbols), layers, 2, 1), self.device))
         if self.anchors:
-            count = num_tokens - coded
+            count = int(is_anchor.sum())
             scale = from_bytes(sections[2], torch.float16, (count, layers, 2, 1), self.device)
             raw = np.frombuffer(inflate(sections[3], count * dim), np.int8).reshape(dim, count)
             anchor = torch.from_numpy(raw.copy()).T.to(self.device).float().reshape(count, layers, 2, -1) * scale

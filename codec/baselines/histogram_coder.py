@@ -1,18 +1,22 @@
 """Arithmetic coding with one stored histogram per channel: interleaved rANS, a token a lane, a channel a step.
 
-rANS after Duda (2013), interleaved over lanes after Giesen (2014): 32-bit states, 16-bit words, 12-bit frequencies. All lanes code
-the same channel in a step, so numpy works on whole rows. codec/rans.py is the project's own coder for scale classes; this one serves
-CacheGen's free-form histograms.
+rANS after Duda (2013), interleaved over lanes after Giesen (2014): 32-bit states, 16-bit words, 12-bit frequencies. All lanes of all sequences code the
+same channel in a step, so a step is a few tensor operations, on a GPU as well. codec/rans.py is the project's own coder for scale classes; this one
+serves CacheGen's free-form histograms.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 from codec.errors import CorruptedCode
 
 PRECISION_BITS = 12
 TOTAL = 1 << PRECISION_BITS
 _LOW = 1 << 16
+_BLOCK = 256  # channels whose frequencies are looked up together: bounds memory
 
 
 def frequencies(counts: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -33,47 +37,78 @@ def frequencies(counts: np.ndarray, used: np.ndarray) -> np.ndarray:
     return (result + (rank < rest[:, None])).astype(np.uint32)
 
 
-def encode(symbols: np.ndarray, freqs: np.ndarray) -> bytes:
-    """symbols uint8 [T, C], freqs uint32 [C, A] to bytes: T final states, then the words in decoding order."""
-    tokens, channels = symbols.shape
-    starts = (np.cumsum(freqs, 1) - freqs).astype(np.uint64)
-    columns = symbols.T.astype(np.int64)
-    freq = np.take_along_axis(freqs.astype(np.uint64), columns, 1)
-    start = np.take_along_axis(starts, columns, 1)
-    state = np.full(tokens, _LOW, np.uint64)
-    words, used = np.zeros((channels, tokens), np.uint16), np.zeros((channels, tokens), bool)
-    for i in reversed(range(channels)):
-        f = freq[i]
-        emit = state >= (f << np.uint64(32 - PRECISION_BITS))
-        used[i], words[i] = emit, state.astype(np.uint16)
-        state = np.where(emit, state >> np.uint64(16), state)
-        quotient = state // f
-        state = (quotient << np.uint64(PRECISION_BITS)) + (state - quotient * f) + start[i]
-    return state.astype("<u4").tobytes() + words[used].astype("<u2").tobytes()
+def encode(symbols: Sequence[torch.Tensor], freqs: torch.Tensor) -> list[bytes]:
+    """Codes several sequences at once.
+
+    Args:
+        symbols: uint8 [T, C] of each sequence, on the device of freqs.
+        freqs: int32 [C, A].
+
+    Returns:
+        for each sequence its T final states (4 bytes each), then its words (2 bytes each) in decoding order.
+    """
+    if not symbols:
+        return []
+    ends = np.cumsum([len(s) for s in symbols]).tolist()
+    columns = torch.cat(list(symbols)).T
+    freqs = freqs.long()
+    starts = freqs.cumsum(1) - freqs
+    channels, lanes = columns.shape
+    state = torch.full((lanes,), _LOW, dtype=torch.int64, device=freqs.device)
+    pieces: list[list[np.ndarray]] = [[] for _ in symbols]
+    for low in reversed(range(0, channels, _BLOCK)):
+        some = columns[low:low + _BLOCK].long()
+        freq, start = freqs[low:low + _BLOCK].gather(1, some), starts[low:low + _BLOCK].gather(1, some)
+        limit = freq << (32 - PRECISION_BITS)
+        before = torch.empty_like(some)
+        used = torch.empty(some.shape, dtype=torch.bool, device=freqs.device)
+        for i in reversed(range(len(some))):
+            torch.ge(state, limit[i], out=used[i])
+            before[i] = state
+            state = torch.where(used[i], state >> 16, state)
+            quotient = state // freq[i]
+            state = state + quotient * (TOTAL - freq[i]) + start[i]
+        for n, end in enumerate(ends):
+            own = slice(end - len(symbols[n]), end)
+            pieces[n].append((before[:, own][used[:, own]] & 0xFFFF).cpu().numpy().astype("<u2"))
+    final = state.cpu().numpy().astype("<u4")
+    return [final[end - len(s):end].tobytes() + np.concatenate(words[::-1]).tobytes()
+            for s, end, words in zip(symbols, ends, pieces, strict=True)]
 
 
-def decode(data: bytes, freqs: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Inverse of encode: uint8 [num_tokens, C]; CorruptedCode when the stream does not end where it began."""
+def decode(streams: Sequence[bytes], freqs: torch.Tensor, num_tokens: Sequence[int]) -> list[torch.Tensor]:
+    """Inverse of encode: uint8 [T, C] of each sequence; CorruptedCode when a stream does not end where it began."""
     damaged = CorruptedCode("an entropy-coded section does not end where it should", "restore the bytes from a copy")
-    if len(data) < 4 * num_tokens or len(data) % 2:
-        raise damaged
-    state = np.frombuffer(data, "<u4", num_tokens).astype(np.uint64)
-    words = np.append(np.frombuffer(data, "<u2", offset=4 * num_tokens), np.zeros(1, np.uint16)).astype(np.uint64)
-    channels = len(freqs)
-    starts = (np.cumsum(freqs, 1) - freqs).astype(np.uint64)
-    wide = freqs.astype(np.uint64)
-    symbols = np.empty((channels, num_tokens), np.uint8)
-    position, mask = 0, np.uint64(TOTAL - 1)
-    alphabet = np.arange(freqs.shape[1], dtype=np.uint8)
+    if not streams:
+        return []
+    device, longest = freqs.device, max(num_tokens)
+    states = np.full((len(streams), longest), _LOW, np.int64)
+    counts = [(len(data) - 4 * n) // 2 for data, n in zip(streams, num_tokens, strict=True)]
+    pool = np.zeros((len(streams), max(0, *counts) + 1), np.int64)
+    for row, (data, n) in enumerate(zip(streams, num_tokens, strict=True)):
+        if len(data) < 4 * n or len(data) % 2:
+            raise damaged
+        states[row, :n] = np.frombuffer(data, "<u4", n)
+        pool[row, :counts[row]] = np.frombuffer(data, "<u2", offset=4 * n)
+    state, words = torch.from_numpy(states).to(device), torch.from_numpy(pool).to(device)
+    active = torch.arange(longest, device=device) < torch.tensor(num_tokens, device=device)[:, None]
+    channels, alphabet = freqs.shape
+    freqs = freqs.long()
+    starts = freqs.cumsum(1) - freqs
+    names = torch.arange(alphabet, dtype=torch.uint8, device=device).repeat(channels)
+    slots = names.repeat_interleave(freqs.flatten()).reshape(channels, TOTAL)
+    symbols = torch.empty((channels, *state.shape), dtype=torch.uint8, device=device)
+    used = torch.full((len(streams), 1), -1, dtype=torch.int64, device=device)  # the last word taken
     for i in range(channels):
-        slot = state & mask
-        symbol = np.repeat(alphabet, freqs[i])[slot]
-        symbols[i] = symbol
-        state = wide[i][symbol] * (state >> np.uint64(PRECISION_BITS)) + slot - starts[i][symbol]
+        slot = state & (TOTAL - 1)
+        symbols[i] = slots[i][slot]
+        symbol = symbols[i].long()
+        state = torch.where(active, freqs[i][symbol] * (state >> PRECISION_BITS) + slot - starts[i][symbol], _LOW)
         need = state < _LOW
-        taken = position + np.cumsum(need)
-        state = np.where(need, (state << np.uint64(16)) | words[np.minimum(taken - 1, len(words) - 1)], state)
-        position = int(taken[-1])
-    if position != len(words) - 1 or not (state == _LOW).all():
+        taken = used + need.cumsum(1)
+        word = words.gather(1, taken.clamp(0, words.shape[1] - 1))
+        state = torch.where(need, (state << 16) | word, state)
+        used = taken[:, -1:]
+    if (used[:, 0] + 1).tolist() != counts or not bool((state == _LOW).all()):
         raise damaged
-    return symbols.T
+    return [symbols[:, row, :n].T for row, n in enumerate(num_tokens)]

@@ -75,28 +75,27 @@ class Kvtc(Peer):
     def _encode(self, kv: torch.Tensor) -> list[bytes]:
         centred = kv - self.fitted["mean"]
         sections = []
-        for part, blocks in enumerate(self.blocks):
+        for part in (0, 1):
             c = (part_of(centred, self.layout, part) / self.fitted[f"scale.{part}"]) @ self.fitted[f"basis.{part}"]
-            numbers: list[torch.Tensor] = []
+            numbers = b""
             codes = {kind: [np.zeros(0, np.uint8)] for kind in TYPE_BITS}
-            for block in blocks:
-                columns = c[:, block.start:block.start + block.size]
-                for rows in [columns] if self.group == 1 else columns.split(self.group):
-                    shift, scale, q = quantise(rows if self.group == 1 else rows.reshape(1, -1), block.kind)
-                    numbers.append(torch.cat([shift, scale], 1).T.reshape(-1))
-                    codes[block.kind].append(q.reshape(rows.shape).T.reshape(-1).cpu().numpy())
-            sections.append(deflate(to_bytes(torch.cat(numbers) if numbers else c.new_zeros(0), torch.float16)))
+            for kind, channels in self._channels(part):
+                for first, last, rows in _token_groups(len(kv), self.group):
+                    x = c[first:last, channels].reshape(-1, rows, *channels.shape).transpose(1, 2)      # [spans, blocks, rows, size]
+                    shift, scale, q = quantise(x.flatten(2), kind)
+                    numbers += to_bytes(torch.cat([shift, scale], 2).permute(1, 2, 0), torch.float16)
+                    codes[kind].append(q.view_as(x).permute(1, 3, 0, 2).flatten().cpu().numpy())        # a component's tokens side by side
+            sections.append(deflate(numbers))
             sections += [deflate(pack_codes(np.concatenate(codes[kind]), bits)) for kind, bits in TYPE_BITS.items()]
         return sections
 
     def _decode(self, sections: list[bytes], num_tokens: int) -> torch.Tensor:
-        spans = [num_tokens] if self.group == 1 else [min(self.group, num_tokens - t) for t in range(0, num_tokens, self.group)]
+        spans = sum((last - first) // rows for first, last, rows in _token_groups(num_tokens, self.group))
         parts = []
         for part, blocks in enumerate(self.blocks):
             data = sections[4 * part:4 * part + 4]
-            basis, rows_per_span = self.fitted[f"basis.{part}"], self.group == 1
-            count = len(blocks) * (num_tokens if rows_per_span else len(spans))
-            numbers = from_bytes(inflate(data[0], 4 * count), torch.float16, (2 * count,), self.device)
+            basis, count = self.fitted[f"basis.{part}"], 2 * len(blocks) * spans
+            numbers = from_bytes(inflate(data[0], 2 * count), torch.float16, (count,), self.device)
             codes = {}
             for section, (kind, bits) in zip(data[1:], TYPE_BITS.items(), strict=True):
                 total = sum(b.size for b in blocks if b.kind == kind) * num_tokens
@@ -104,14 +103,27 @@ class Kvtc(Peer):
             used = dict.fromkeys(TYPE_BITS, 0)
             c = torch.zeros(num_tokens, basis.shape[1], device=self.device)
             at = 0
-            for block in blocks:
-                token = 0
-                for span in spans:
-                    n = span if rows_per_span else 1
-                    shift, scale = numbers[at:at + 2 * n].reshape(2, n, 1)
-                    size, lo = span * block.size, used[block.kind]
-                    q = codes[block.kind][lo:lo + size].reshape(block.size, span).T
-                    c[token:token + span, block.start:block.start + block.size] = dequantise(shift, scale, q.contiguous(), block.kind)
-                    used[block.kind], at, token = lo + size, at + 2 * n, token + span
+            for kind, channels in self._channels(part):
+                for first, last, rows in _token_groups(num_tokens, self.group):
+                    n, size = (last - first) // rows, (last - first) * channels.numel()
+                    shift, scale = numbers[at:at + 2 * n * len(channels)].reshape(len(channels), 2, n).permute(1, 2, 0)[..., None]
+                    q = codes[kind][used[kind]:used[kind] + size].reshape(*channels.shape, n, rows).permute(2, 0, 3, 1)
+                    x = dequantise(shift, scale, q.flatten(2).contiguous(), kind).reshape(n, len(channels), rows, -1)
+                    c[first:last, channels] = x.transpose(1, 2).reshape(last - first, *channels.shape)
+                    at, used[kind] = at + 2 * n * len(channels), used[kind] + size
             parts.append((c @ basis.T) * self.fitted[f"scale.{part}"])
         return join_parts(parts[0], parts[1], self.layout) + self.fitted["mean"]
+
+    def _channels(self, part: int) -> list[tuple[str, torch.Tensor]]:
+        """Blocks of one type and size together, as they are quantised and stored: (type, components int64 [blocks, size])."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for block in self.blocks[part]:
+            found.setdefault((block.kind, block.size), []).append(block.start)
+        return [(kind, torch.tensor(starts, device=self.device)[:, None] + torch.arange(size, device=self.device))
+                for (kind, size), starts in sorted(found.items())]
+
+
+def _token_groups(num_tokens: int, group: int) -> list[tuple[int, int, int]]:
+    """(first, last, rows): tokens [first, last) in groups of `rows`; what is left over is a shorter group of its own."""
+    full = num_tokens // group * group
+    return [g for g in ((0, full, group), (full, num_tokens, num_tokens - full)) if g[1] > g[0]]

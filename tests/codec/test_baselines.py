@@ -65,6 +65,16 @@ def test_round_trip_from_bytes_only(name: str, tokens: int, peers: dict[str, Pee
         assert relative_error(kv, decoded) < LOOSEST.get(name, LOOSEST.get(peers[name].method, 0.4))
 
 
+@pytest.mark.parametrize("name", ["bf16+zstd", "kvtc-2bit", "cachegen-fine", "cachegen-anchors-coarse", "aqua-kv-2bit"])
+def test_many_sequences_at_once_are_coded_as_one_by_one(name: str, peers: dict[str, Peer]) -> None:
+    kvs = [synthetic_kv(tokens, seed=20 + tokens) for tokens in (61, 4, 200, 1, 15, 5)]
+    codes = peers[name].encode_many(kvs, workers=2)
+    assert codes == [peers[name].encode(kv) for kv in kvs]
+    for together, data in zip(peers[name].decode_many(codes, workers=2), codes, strict=True):
+        assert torch.equal(together, peers[name].decode(data))
+    assert peers[name].encode_many([]) == [] == peers[name].decode_many([])
+
+
 def test_bf16_is_exact(peers: dict[str, Peer]) -> None:
     kv = synthetic_kv(40, seed=3)
     assert torch.equal(peers["bf16+zstd"].decode(peers["bf16+zstd"].encode(kv)), kv.bfloat16().float())
@@ -156,7 +166,7 @@ def test_registry_names_what_it_has() -> None:
         make_peer("gzip", LAYOUT)
     with pytest.raises(UnknownPeer, match="kvtc"):
         select_peers(["kvtk"])
-    assert select_peers(["turboquant-mean", "fp8"]) == ["turboquant-mean-4bit", "turboquant-mean-3bit", "turboquant-mean-2bit", "fp8"]
+    assert select_peers(["turboquant-mean", "fp8"]) == [*(f"turboquant-mean-{bits}bit" for bits in (4, 3, 2, 1)), "fp8"]
     assert all(make_peer(name, LAYOUT).name == name for name in PEERS)
 
 

@@ -101,8 +101,9 @@ def test_histogram_coder_round_trip_and_size() -> None:
     symbols = np.stack([rng.choice(alphabet, tokens, p=w / w.sum()) for w in weights], 1).astype(np.uint8)
     freqs = frequencies(weights * 100, np.ones((channels, alphabet), bool))
     assert (freqs.sum(1) == TOTAL).all() and freqs.min() >= 1
-    data = encode(symbols, freqs)
-    assert np.array_equal(decode(data, freqs, tokens), symbols)
+    tables = torch.from_numpy(freqs.astype(np.int32))
+    data = encode([torch.from_numpy(symbols)], tables)[0]
+    assert np.array_equal(decode([data], tables, [tokens])[0].numpy(), symbols)
     ideal = -np.log2(np.take_along_axis(freqs, symbols.T.astype(int), 1) / TOTAL).sum() / 8
     assert ideal <= len(data) <= 1.01 * ideal + 4 * tokens
     other = constriction.stream.stack.AnsCoder()
@@ -113,11 +114,11 @@ def test_histogram_coder_round_trip_and_size() -> None:
 
 
 def test_histogram_coder_refuses_damage() -> None:
-    freqs = frequencies(np.ones((40, 5)), np.ones((40, 5), bool))
-    data = encode(np.random.default_rng(1).integers(0, 5, (30, 40)).astype(np.uint8), freqs)
+    freqs = torch.from_numpy(frequencies(np.ones((40, 5)), np.ones((40, 5), bool)).astype(np.int32))
+    data, other = encode([torch.randint(0, 5, (n, 40), generator=torch.Generator().manual_seed(n)).to(torch.uint8) for n in (30, 20)], freqs)
     for bad in (data[:-2], data[:50], data + b"\0\0", data[:-1]):
         with pytest.raises(CorruptedCode):
-            decode(bad, freqs, 30)
+            decode([other, bad], freqs, [20, 30])
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
