@@ -25,7 +25,7 @@ from codec.spec import KvLayout
 from codec.transform import Transform
 from codec.weighting import Weighting
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 _KIND = "foretold-codec-pack"
 _PREDICTOR = "predictor."
 
@@ -185,7 +185,9 @@ class CodecPack:
         except (KeyError, TypeError, ValueError) as error:
             raise ForeignCode(f"{path} is not a codec pack", "check the path") from error
         if version > PACK_VERSION:
-            raise NewerCode(f"the codec pack has format version {version}, this program reads up to {PACK_VERSION}", "update the program")
+            raise NewerCode(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", "update the program")
+        if version < PACK_VERSION:
+            raise PackMismatch(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", remedy)
         if metadata.get("digest") != _digest(tensors, meta):
             raise CorruptedCode(f"the codec pack {path} is damaged", remedy)
         own = {k: v for k, v in tensors.items() if not k.startswith(_PREDICTOR)}

@@ -15,14 +15,14 @@ from torch import Tensor
 from draft.errors import DraftError
 from draft.features import FeatureSpec, rms_normalise
 from draft.gptq import LowBitWeights, pack_nibbles, unpack_nibbles
-from draft.predictor import Predictor
+from draft.predictor import Predictor, check_target_rows
 
 
 class DensePredictor:
     """Predicts KV vectors with all of the features at once; `reduce` only normalises them. Same interface as `Predictor`.
 
     Args:
-        spec: the features, taps first, then the target's embedding row.
+        spec: the features, the draft's first, then the target's.
         weight: [F, D], for standardised features; its dtype is the one the product runs in.
         mean, std: float32 [F], of the rms-normalised features.
         mu: float32 [D], the mean KV vector.
@@ -56,31 +56,29 @@ class DensePredictor:
         flat = rms_normalise(rows.to(self.weight.device)).flatten(1)
         return (flat - self.mean[: self._split]) / self.std[: self._split]
 
-    def _inputs(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor:
+    def _inputs(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
         parts = [latents.to(self.weight.device, torch.float32)]
-        if self.spec.embedding:
-            if token_embeddings is None:
-                raise DraftError("the predictor needs the target's embedding rows", "pass token_embeddings")
-            rows = rms_normalise(token_embeddings.to(self.weight.device))
+        if self.spec.target_taps:
+            rows = rms_normalise(check_target_rows(self.spec, target_rows).to(self.weight.device)).flatten(1)
             parts.append((rows - self.mean[self._split :]) / self.std[self._split :])
         return torch.cat(parts, 1)
 
-    def predict(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor:
-        """KV vectors float32 [n, D] from reduced features [n, taps * E] and the target's embedding rows [n, E_t]."""
-        return self.mu + (self._inputs(latents, token_embeddings).to(self.weight.dtype) @ self.weight).float()
+    def predict(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+        """KV vectors float32 [n, D] from reduced features [n, taps * E] and the target's hidden states [n, target taps, E_t]."""
+        return self.mu + (self._inputs(latents, target_rows).to(self.weight.dtype) @ self.weight).float()
 
     def predict_features(self, features: Tensor) -> Tensor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
         return self.mu + (((features - self.mean) / self.std).to(self.weight.dtype) @ self.weight).float()
 
-    def step_octaves(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
+    def step_octaves(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
         """How many octaves each token's quantiser step should lie above the usual one, float32 [n]; None when all are to be treated alike.
 
         Equal marginal returns put the step at sensitivity ** -1/2; sensitivities that are themselves estimates are followed less far.
         """
         if self.attention is None or self.level_strength <= 0:
             return None
-        return -0.5 * self.level_strength * (self._inputs(latents, token_embeddings) @ self.attention)
+        return -0.5 * self.level_strength * (self._inputs(latents, target_rows) @ self.attention)
 
     def to(self, device: torch.device | str) -> DensePredictor:
         """The same predictor with its tensors on `device`."""
@@ -100,15 +98,14 @@ class DensePredictor:
         tensors = {"dense": pack_nibbles(weights.codes), "dense.scale": weights.scale, "mean": mean.float(), "std": std.float(), "mu": mu.float()}
         if attention is not None:
             tensors["attention"] = attention.float()
-        settings = {"taps": list(spec.taps), "embedding": spec.embedding, "draft_size": draft_size, "group": weights.group}
-        return tensors, settings
+        return tensors, spec.as_settings() | {"draft_size": draft_size, "group": weights.group}
 
     @classmethod
     def from_pack(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> DensePredictor:
         """Inverse of `pack`; the product runs in bfloat16 on a GPU and float32 on a CPU. Raises DraftError when something is missing."""
         try:
             t = {name: tensor.to(device) for name, tensor in tensors.items()}
-            spec = FeatureSpec(tuple(int(i) for i in settings["taps"]), bool(settings["embedding"]))
+            spec = FeatureSpec.from_settings(settings)
             codes = unpack_nibbles(t["dense"], len(t["mu"]))
             dtype = torch.bfloat16 if t["mu"].is_cuda else torch.float32
             weight = LowBitWeights(codes, t["dense.scale"], 4, int(settings["group"])).dense(dtype)

@@ -1,12 +1,13 @@
-"""Features that a prediction of the target's KV is made from: the draft's hidden states at chosen layers and the target's embedding row.
+"""Features that a prediction of the target's KV is made from: hidden states of the draft, and of the target's own first layers.
 
 Axes: n tokens, E hidden size of the model that drafts, E_t hidden size of the target, F features, r rank of the predictor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,31 @@ from draft.errors import DraftError
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features: taps (layers after which the draft's residual stream is taken, 0 = embeddings) and whether the target's embedding row joins."""
+    """Which features: layers after which the residual stream is taken (0 = embeddings), of the model that drafts (taps) and of the target.
+
+    Target taps above 0 mean that the target's first layers are run again wherever a prediction is needed, which makes their own KV exact.
+    """
 
     taps: tuple[int, ...]
-    embedding: bool = True
+    target_taps: tuple[int, ...] = (0,)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> FeatureSpec:
+        """From a pack's settings. Raises KeyError when they are another program's."""
+        return cls(tuple(int(i) for i in settings["taps"]), tuple(int(i) for i in settings["target_taps"]))
+
+    def as_settings(self) -> dict[str, Any]:
+        """Inverse of `from_settings`."""
+        return {"taps": list(self.taps), "target_taps": list(self.target_taps)}
+
+    @property
+    def target_layers(self) -> int:
+        """First layers of the target that have to run for these features."""
+        return max(self.target_taps, default=0)
 
     def num_features(self, draft_size: int, target_size: int) -> int:
         """F."""
-        return len(self.taps) * draft_size + (target_size if self.embedding else 0)
+        return len(self.taps) * draft_size + len(self.target_taps) * target_size
 
 
 def rms_normalise(x: Tensor) -> Tensor:
@@ -32,13 +50,11 @@ def rms_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-def join_features(rows: Tensor | None, embeddings: Tensor | None) -> Tensor:
-    """float32 [n, F] from hidden states rows [n, taps, E] and target embeddings [n, E_t]; either may be missing."""
-    parts = [] if rows is None else [rms_normalise(rows).flatten(1)]
-    if embeddings is not None:
-        parts.append(rms_normalise(embeddings))
+def join_features(rows: Tensor | None, target_rows: Tensor | None) -> Tensor:
+    """float32 [n, F] from hidden states of the draft, rows [n, taps, E], and of the target, [n, target taps, E_t]; either may be missing."""
+    parts = [rms_normalise(x).flatten(1) for x in (rows, target_rows) if x is not None]
     if not parts:
-        raise DraftError("no features at all", "choose taps, or the embedding, or both")
+        raise DraftError("no features at all", "choose taps of the draft, or of the target, or both")
     return torch.cat(parts, -1)
 
 

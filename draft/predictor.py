@@ -53,26 +53,25 @@ class Predictor:
             raise DraftError(what, f"take {len(self.spec.taps)} taps of {self.draft_size} channels: {self.spec.taps}")
         return rms_normalise(rows.to(self.down.device)).flatten(1) @ self.down[: self._split] + self.offset
 
-    def predict(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor:
-        """KV vectors float32 [n, D] from reduced features [n, r] and the target's embedding rows [n, E_t] (None when the spec has no embedding)."""
+    def predict(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+        """KV vectors float32 [n, D] from reduced features [n, r] and the target's hidden states [n, target taps, E_t] (None without such taps)."""
         total = latents.to(self.down.device, torch.float32)
-        if self.spec.embedding:
-            if token_embeddings is None:
-                raise DraftError("the predictor needs the target's embedding rows", "pass token_embeddings")
-            total = total + rms_normalise(token_embeddings.to(self.down.device)) @ self.down[self._split :]
+        if self.spec.target_taps:
+            rows = check_target_rows(self.spec, target_rows).to(self.down.device)
+            total = total + rms_normalise(rows).flatten(1) @ self.down[self._split :]
         return torch.addmm(self.mu, total, self.up)
 
     def predict_features(self, features: Tensor) -> Tensor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
         return torch.addmm(self.mu, features @ self.down + self.offset, self.up)
 
-    def step_octaves(self, latents: Tensor, token_embeddings: Tensor | None) -> Tensor | None:
+    def step_octaves(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
         """None: a low-rank predictor knows nothing of how much a token's errors matter."""
         return None
 
-    def __call__(self, rows: Tensor, token_embeddings: Tensor | None) -> Tensor:
-        """`predict(reduce(rows), token_embeddings)`: float32 [n, D] from rows [n, taps, E] and embeddings [n, E_t]."""
-        return self.predict(self.reduce(rows), token_embeddings)
+    def __call__(self, rows: Tensor, target_rows: Tensor | None) -> Tensor:
+        """`predict(reduce(rows), target_rows)`: float32 [n, D] from hidden states [n, taps, E] and [n, target taps, E_t]."""
+        return self.predict(self.reduce(rows), target_rows)
 
     def to(self, device: torch.device | str) -> Predictor:
         """The same predictor with its tensors on `device`."""
@@ -95,14 +94,14 @@ class Predictor:
         up_codes, up_scale = to_int8(up / column)
         tensors = {"down": down_codes, "down.scale": down_scale, "offset": offset.float(), "up": up_codes, "up.scale": up_scale,
                    "up.column": column.float(), "mu": mu.float()}  # fmt: skip
-        return tensors, {"taps": list(spec.taps), "embedding": spec.embedding, "draft_size": draft_size}
+        return tensors, spec.as_settings() | {"draft_size": draft_size}
 
     @classmethod
     def from_pack(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> Predictor:
         """Inverse of `pack` up to the rounding. Raises DraftError when something is missing."""
         try:
             t = {name: tensor.to(device) for name, tensor in tensors.items()}
-            spec = FeatureSpec(tuple(int(i) for i in settings["taps"]), bool(settings["embedding"]))
+            spec = FeatureSpec.from_settings(settings)
             down = t["down"].float() * t["down.scale"][:, None]
             up = t["up"].float() * t["up.scale"][:, None] * t["up.column"]
             return cls(spec, down, t["offset"], up, t["mu"], int(settings["draft_size"]))
@@ -110,9 +109,16 @@ class Predictor:
             raise DraftError(f"the pack holds no predictor: {error.args[0]} is missing", "calibrate the pack again") from error
 
 
+def check_target_rows(spec: FeatureSpec, target_rows: Tensor | None) -> Tensor:
+    """target_rows [n, target taps, E_t] themselves. Raises DraftError when they are not what the spec asks for."""
+    if target_rows is None or target_rows.ndim != 3 or target_rows.shape[1] != len(spec.target_taps):
+        raise DraftError("the predictor needs the target's hidden states", f"pass target_rows of taps {spec.target_taps}")
+    return target_rows
+
+
 def zero_prediction(tensors: Mapping[str, Tensor], num_tokens: int) -> Tensor:
     """The mean KV vector for every token, float32 [n, D]: what is predicted where no features exist, and the baseline to compare with."""
     return tensors["mu"].expand(num_tokens, -1).clone()
 
 
-__all__ = ["FeatureSpec", "Predictor", "join_features", "to_int8", "zero_prediction"]
+__all__ = ["FeatureSpec", "Predictor", "check_target_rows", "join_features", "to_int8", "zero_prediction"]

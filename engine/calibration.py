@@ -84,12 +84,18 @@ class CalibrationOptions:
 
 
 def feature_spec(draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None) -> FeatureSpec:
-    """Default features: all hidden states of a separate draft but its embeddings' and last; of a trunk, every second layer up to its last."""
-    if taps is not None:
-        return FeatureSpec(taps)
-    if draft is not None:
-        return FeatureSpec(tuple(range(draft.config.num_layers)))
-    return FeatureSpec(tuple(range(trunk_layers, 0, -2))[::-1])
+    """Default features: all hidden states of a separate draft but its last, and the target's own after half and after all of the layers that are run
+    again; of a trunk, every second layer up to its last."""
+    if draft is None:
+        return FeatureSpec(tuple(range(trunk_layers, 0, -2))[::-1] if taps is None else taps)
+    again = tuple(sorted({0, trunk_layers // 2, trunk_layers}))
+    return FeatureSpec(tuple(range(draft.config.num_layers)) if taps is None else taps, again)
+
+
+def default_rerun_layers(num_layers: int) -> int:
+    """First layers of a target that a resume runs again beside a separate draft: a seventh. Their KV takes no bytes and their states predict the
+    other layers' better than the draft's alone do, for a seventh of a prefill."""
+    return num_layers // 7
 
 
 def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[int]], *, trunk_layers: int = 0,
@@ -97,7 +103,8 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     """A codec pack from token documents, in one pass.
 
     Args:
-        target, draft: the pair; draft None means that the target's first `trunk_layers` layers predict the others.
+        target, draft: the pair; draft None means that the target's first layers alone predict the others.
+        trunk_layers: those first layers, or those that are run again beside a separate draft.
         docs: token documents (`engine.calibration_text.documents`); every eighth is held out until there are enough.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
@@ -248,7 +255,8 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     depth = draft.config.num_layers if draft is not None else trunk_layers
     parts_of_depth = (1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0)
     taps = tuple(sorted({max(1, round(depth * part)) for part in parts_of_depth})) if depth else ()
-    stream = PairStream(target, draft, FeatureSpec(taps), trunk_layers)
+    again = (0,) if draft is None else tuple(sorted({0, trunk_layers}))
+    stream = PairStream(target, draft, FeatureSpec(taps, again), trunk_layers)
     layout = stream.layout
     docs, text = documents(library_texts(), tokenizer, num_tokens, context, per_text=1)
     queries, parts, done = QueryStatistics(), [], 0
@@ -278,4 +286,4 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     return pack
 
 
-__all__ = ["CalibrationOptions", "assemble", "calibrate", "coarse_rows", "feature_spec", "quick_pack"]
+__all__ = ["CalibrationOptions", "assemble", "calibrate", "coarse_rows", "default_rerun_layers", "feature_spec", "quick_pack"]

@@ -43,7 +43,7 @@ def measure(stream: PairStream, documents: Sequence[Sequence[int]], *, context: 
 
     Raises InvalidOption when the documents are too short to be cut in two.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(stream.target.device).manual_seed(seed)
     context = min(context, sorted(map(len, documents))[len(documents) // 2])
     if context < 4 * NUM_SINKS:
         raise InvalidOption(f"half of the documents have fewer than {context + 1} tokens", "calibrate on longer texts, or with attention weights")

@@ -33,7 +33,7 @@ class PairStream:
         target: the target.
         draft: the draft model, or None for a trunk.
         spec: features; for a trunk the taps are the target's own layers, none above `trunk_layers`.
-        trunk_layers: m, layers that are not coded (0 with a separate draft).
+        trunk_layers: m, first layers of the target that are run again at a resume and so are not coded: a trunk's, or those of `spec.target_taps`.
     """
 
     def __init__(self, target: Decoder, draft: Decoder | None, spec: FeatureSpec, trunk_layers: int = 0) -> None:
@@ -49,7 +49,8 @@ class PairStream:
         target, lens = self.target, [len(d) for d in documents]
         ids = torch.tensor([t for d in documents for t in d], device=target.device)
         kept = torch.cat([torch.arange(n) >= NUM_SINKS for n in lens]).to(target.device)
-        taps = self.spec.taps if self.draft is None else ()
+        spec = self.spec
+        taps = tuple(sorted({*spec.target_taps, *(spec.taps if self.draft is None else ())}))
         pages = sum(-(-n // 64) for n in lens)
         pool = target.new_pool(pages)
         sequences = [pool.new_sequence() for _ in lens]
@@ -58,13 +59,13 @@ class PairStream:
         first = self.layout.first_layer
         y = torch.cat([target.read_kv(s, NUM_SINKS, n, first_layer=first) for s, n in zip(sequences, lens, strict=True)])
         del pool, sequences
-        if self.draft is not None and self.spec.taps:
+        target_rows = torch.stack([out.taps[i][kept] for i in spec.target_taps], 1) if spec.target_taps else None
+        if self.draft is not None and spec.taps:
             pool = self.draft.new_pool(pages)
             clipped = ids.clamp_max(self.draft.config.vocab_size - 1)
-            out = self.draft.forward(clipped, [pool.new_sequence() for _ in lens], lens, taps=self.spec.taps, logits="none")
-        rows = torch.stack([out.taps[i][kept] for i in self.spec.taps], 1) if self.spec.taps else None
-        embeddings = target.embed(ids[kept]) if self.spec.embedding else None
-        return CalibrationBatch(join_features(rows, embeddings), y, [n - NUM_SINKS for n in lens])
+            out = self.draft.forward(clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none")
+        rows = torch.stack([out.taps[i][kept] for i in spec.taps], 1) if spec.taps else None
+        return CalibrationBatch(join_features(rows, target_rows), y, [n - NUM_SINKS for n in lens])
 
     def batches(self, documents: Sequence[Sequence[int]], tokens_per_batch: int) -> Iterator[list[Sequence[int]]]:
         """Documents long enough to keep a token, grouped into batches of about the given size."""

@@ -12,7 +12,7 @@ import torch
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.cache import cache_home, disk_errors, exclusive
-from engine.calibration import quick_pack
+from engine.calibration import default_rerun_layers, quick_pack
 from engine.decoder import Decoder
 from engine.errors import InvalidOption, PackMismatch
 from engine.models import fingerprint, tokenizer_fingerprint
@@ -60,9 +60,8 @@ def find_pack(engine: Engine, path: str | Path | None = None, log: Log = print) 
             if (found := _usable(cached, prints)) is not None:
                 return found
             log("no codec pack for this pair yet: fitting a quick one (scripts/calibrate.py makes a full one)")
-            pack = quick_pack(
-                engine.target, engine.draft_decoder, engine.tokenizer, trunk_layers=trunk_layers(engine), fingerprints=prints, log=log
-            )
+            again = trunk_layers(engine) or (default_rerun_layers(engine.target.config.num_layers) if engine.draft_decoder else 0)
+            pack = quick_pack(engine.target, engine.draft_decoder, engine.tokenizer, trunk_layers=again, fingerprints=prints, log=log)
             pack.save(cached)
     return pack
 

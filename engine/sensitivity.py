@@ -27,15 +27,14 @@ def cache_gradients(target: Decoder, token_ids: Tensor, split: int, layout: KvLa
 
     Args:
         token_ids: [B, split + T] int64, on the target's device.
-        generator: for the sampled labels, on a CPU.
+        generator: for the sampled labels, on the target's device.
     """
     batch, _length = token_ids.shape
     leaves = _cached(target, token_ids[:, :split]).requires_grad_(True)
     logits = _continue(target, token_ids, split, leaves)
     log_p = logits.float().log_softmax(-1)
-    noise = torch.rand(log_p.shape, generator=generator).to(log_p.device).clamp_min(1e-20)
-    labels = (log_p.detach() - (-noise.log()).log()).argmax(-1)
-    (-log_p.gather(-1, labels[..., None]).sum()).backward()
+    labels = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=generator).reshape(batch, -1, 1)
+    (-log_p.gather(-1, labels).sum()).backward()
     assert leaves.grad is not None
     grad = leaves.grad[:, :, layout.first_layer :].flatten(2)
     return grad[:, NUM_SINKS:].reshape(batch, split - NUM_SINKS, layout.dim)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
+from codec.spec import NUM_SINKS, QUALITIES, KvLayout
 from engine.chat import next_turn
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption
 from engine.packs import Log, pair_fingerprints, trunk_layers
 from engine.request import GenerationResult
 from engine.sampling import SamplingParams
-from engine.session_codec import prefill_draft, run_sinks, session_codec
+from engine.session_codec import chunk_ends, prefill_draft, run_sinks, session_codec
 from engine.session_file import SessionFile, Span, session_errors
 from engine.token_coding import decode_tokens, encode_tokens
 
@@ -240,9 +240,7 @@ class Session:
             started = time.perf_counter()
             run_sinks(engine, conversation, NUM_SINKS)
             if engine.drafter is not None and conversation.draft_state is not None:
-                # a shorter span ends what one suspension added: passes that stop there repeat to the bit at later resumes
-                ends = [s.end for s in stored.spans if s.end - s.start < SPAN_TOKENS]
-                prefill_draft(engine, conversation.draft_state, stored.token_ids[:num_cached], ends)
+                prefill_draft(engine, conversation.draft_state, stored.token_ids[:num_cached], chunk_ends(stored.spans))
             _synchronise(engine)
             draft_s = time.perf_counter() - started
             with session_errors(path):

@@ -48,7 +48,8 @@ class SessionCodec:
             raise PackMismatch(error.what, error.remedy) from error
         self.first_layer = pack.layout.first_layer
         config = engine.target.config
-        expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, trunk_layers(engine))
+        first_layer = max(trunk_layers(engine), self.predictor.spec.target_layers)
+        expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, first_layer)
         if pack.layout != expected:
             raise InvalidOption(f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine")
         if self.predictor.spec.taps:
@@ -61,14 +62,14 @@ class SessionCodec:
         """
         if start >= end:
             return []
-        latents = self._latents(conversation, start, end)
+        latents, target_rows = self._latents(conversation, start, end), self._target_rows(conversation, start, end)
         bounds = [(a, min(a + SPAN_TOKENS, end)) for a in range(start, end, SPAN_TOKENS)]
         spans: list[Span] = []
         for at in range(0, len(bounds), SPANS_AT_ONCE):
             some = bounds[at : at + SPANS_AT_ONCE]
             pairs, levels = [], []
             for a, b in some:
-                features = latents[a - start : b - start], self._embeddings(conversation.token_ids[a:b])
+                features = latents[a - start : b - start], _part(target_rows, a - start, b - start)
                 truth = self.engine.target.read_kv(conversation.sequence, a, b, first_layer=self.first_layer)
                 pairs.append((truth, self.predictor.predict(*features)))
                 octaves = self.predictor.step_octaves(*features)
@@ -88,21 +89,37 @@ class SessionCodec:
 
     def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages; does not advance. Raises the codec's errors."""
-        start = spans[0].start
-        latents = self._latents(conversation, start, spans[-1].end)
+        start, end = spans[0].start, spans[-1].end
+        latents, target_rows = self._latents(conversation, start, end), self._target_rows(conversation, start, end, chunk_ends(spans))
         for at in range(0, len(spans), SPANS_AT_ONCE):
             some = spans[at : at + SPANS_AT_ONCE]
             # span by span: products of the same shape give the same bits at every resume
             predicted = [
-                self.predictor.predict(latents[s.start - start : s.end - start], self._embeddings(conversation.token_ids[s.start : s.end]))
-                for s in some
+                self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start)) for s in some
             ]
             rows = torch.cat(self.codec.decode_many([s.data for s in some], predicted))
             self.engine.target.write_kv(conversation.sequence, some[0].start, rows, first_layer=self.first_layer)
 
-    def _embeddings(self, token_ids: Sequence[int]) -> Tensor | None:
-        """The target's embedding rows [n, E], where the predictor uses them."""
-        return self.engine.target.embed(torch.tensor(token_ids, device=self.engine.device)) if self.predictor.spec.embedding else None
+    def _target_rows(self, conversation: Conversation, start: int, end: int, ends: Sequence[int] = ()) -> Tensor | None:
+        """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over
+        them (chunks as in `prefill_draft`) and write their own KV."""
+        spec, target = self.predictor.spec, self.engine.target
+        if not spec.target_taps:
+            return None
+        ids = torch.tensor(conversation.token_ids[start:end], device=self.engine.device)
+        if spec.target_layers == 0:
+            return target.embed(ids)[:, None]
+        rows, at = [], start
+        for stop in (*ends, end):
+            while at < stop:
+                count = min(stop - at, PREFILL_TOKENS)
+                out = target.forward(
+                    ids[at - start : at - start + count], [conversation.sequence], [count], starts=[at], taps=spec.target_taps, logits="none",
+                    last_layer=spec.target_layers, deterministic=self.engine.deterministic,
+                )  # fmt: skip
+                rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
+                at += count
+        return torch.cat(rows)
 
     def _latents(self, conversation: Conversation, start: int, end: int) -> Tensor:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
@@ -134,6 +151,16 @@ class SessionCodec:
         finally:
             drafter.close([state])
             sequence.free()
+
+
+def chunk_ends(spans: Sequence[Span]) -> list[int]:
+    """Where passes over a stored session's tokens stop: a shorter span ends what one suspension added, and passes that stop there repeat to the bit at
+    later resumes."""
+    return [s.end for s in spans if s.end - s.start < SPAN_TOKENS]
+
+
+def _part(rows: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if rows is None else rows[start:end]
 
 
 def session_codec(engine: Engine, pack: str | Path | None = None, log: Log = print) -> SessionCodec:

@@ -20,7 +20,7 @@ from codec.errors import CodecError
 from codec.pack import CodecPack
 from draft.errors import DraftError
 from draft.trunk import default_trunk_layers
-from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, quick_pack
+from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
 from engine.calibration_text import documents, library_texts, read_texts, text_files
 from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
@@ -32,7 +32,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
     parser.add_argument("--draft", default=TRUNK, help="folder or hub id, or 'trunk' (the target's first layers)")
-    parser.add_argument("--trunk-layers", type=int, help="layers of a trunk, which are not coded (default: what the engine uses)")
+    parser.add_argument("--trunk-layers", type=int, help="the target's first layers that a resume runs again and that are not coded: a trunk's "
+                        "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)")  # fmt: skip
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
@@ -79,7 +80,10 @@ def run(args: argparse.Namespace) -> dict:
     started = time.monotonic()
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
     draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
-    trunk = (args.trunk_layers or default_trunk_layers(target.config.num_layers)) if draft is None else 0
+    num_layers = target.config.num_layers
+    trunk = args.trunk_layers if args.trunk_layers is not None else (default_trunk_layers if draft is None else default_rerun_layers)(num_layers)
+    if not (0 if draft else 1) <= trunk < num_layers:
+        raise InvalidOption(f"--trunk-layers {trunk} for a target of {num_layers} layers", "choose fewer than it has")
     prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer),
               "draft": f"trunk-{trunk}" if draft_dir is None else fingerprint(draft_dir)}  # fmt: skip
     if args.quick:

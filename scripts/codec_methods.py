@@ -98,24 +98,26 @@ class ForetoldMethod:
         self._codec = KvCodec(pack, target.device)
         self._predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device) if predict else None
         self._drafter = target if drafter is None else drafter
-        self._last_layer = pack.layout.first_layer or None if drafter is None else None
+        self._first_layer = pack.layout.first_layer or None
 
     def run(self, case: Case) -> Result:
         device, width = self._target.device, self._pack.layout.dim
         kv = case.kv.to(device)
         coded = kv[:, kv.shape[1] - width:]
         tokens = case.token_ids[:case.prefix]
-        rows = None
-        if self._predictor is not None and self._predictor.spec.taps:
-            rows = hidden_states(self._drafter, tokens, self._predictor.spec.taps, self._last_layer)
+        rows = target_rows = None
+        if self._predictor is not None:
+            spec, own = self._predictor.spec, self._drafter is self._target
+            rows = hidden_states(self._drafter, tokens, spec.taps, self._first_layer if own else None) if spec.taps else None
+            target_rows = hidden_states(self._target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else None
         start = _now(device)
         edges = range(NUM_SINKS, case.prefix, SPAN_TOKENS)
-        prediction, octaves = self._prediction(tokens, rows)
+        prediction, octaves = self._prediction(tokens, rows, target_rows)
         pairs = [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in edges]
         levels = [None if octaves is None else levels_of(octaves[a:a + SPAN_TOKENS]) for a in edges]
         spans = self._codec.encode_many(pairs, self._step, levels)
         middle = _now(device)
-        prediction, _ = self._prediction(tokens, rows)
+        prediction, _ = self._prediction(tokens, rows, target_rows)
         back = self._codec.decode_many(spans, [prediction[a:a + SPAN_TOKENS] for a in edges])
         decoded = kv.clone()
         decoded[NUM_SINKS:, kv.shape[1] - width:] = torch.cat(back)
@@ -125,14 +127,16 @@ class ForetoldMethod:
         num_bytes = len(SessionFile(ids, case.prefix, self.quality, {"pack": self._pack.digest, **self._pack.fingerprints}, stored).to_bytes())
         return Result(num_bytes, decoded, middle - start, end - middle, self._codec.ideal_bits(pairs, self._step, levels))
 
-    def _prediction(self, tokens: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _prediction(
+        self, tokens: torch.Tensor, rows: torch.Tensor | None, target_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """KV vectors [T, D], and how many octaves each token's step lies above the usual one."""
         device = self._target.device
         if self._predictor is None:
             return zero_prediction(self._pack.predictor, len(tokens)).to(device), None
         if rows is None:
             rows = torch.zeros(len(tokens), 0, self._predictor.draft_size, device=device)
-        features = self._predictor.reduce(rows), self._target.embed(tokens.to(device)) if self._predictor.spec.embedding else None
+        features = self._predictor.reduce(rows), target_rows
         return self._predictor.predict(*features), self._predictor.step_octaves(*features)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS
+from codec.spec import NUM_SINKS, QUALITIES
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.packs import pair_fingerprints
 from engine.request import Conversation
-from engine.session_codec import prefill_draft, run_sinks, session_codec
+from engine.session_codec import chunk_ends, prefill_draft, run_sinks, session_codec
 from engine.session_file import SessionFile, Span
 
 CHUNK_TOKENS = 1024
@@ -115,8 +115,7 @@ class Suspender:
         if stored.spans:
             run_sinks(self.engine, conversation, NUM_SINKS)
             if self.engine.drafter is not None and conversation.draft_state is not None:
-                ends = [s.end for s in stored.spans if s.end - s.start < SPAN_TOKENS]
-                prefill_draft(self.engine, conversation.draft_state, stored.token_ids[: stored.num_cached], ends)
+                prefill_draft(self.engine, conversation.draft_state, stored.token_ids[: stored.num_cached], chunk_ends(stored.spans))
             self.codec.decode(conversation, stored.spans)
             conversation.sequence.advance(stored.num_cached - conversation.sequence.length)
         return conversation, stored.spans

@@ -58,8 +58,8 @@ def test_nibbles_round_trip(dim: int) -> None:
 def test_dense_predictor_is_the_ridge_solution_up_to_rounding() -> None:
     generator = torch.Generator().manual_seed(3)
     n, taps, draft_size, target_size, dim = 3000, 2, 12, 10, 33
-    rows, embeddings = torch.randn(n, taps, draft_size, generator=generator) + 0.5, torch.randn(n, target_size, generator=generator)
-    features = join_features(rows, embeddings)
+    rows, target_rows = torch.randn(n, taps, draft_size, generator=generator) + 0.5, torch.randn(n, 1, target_size, generator=generator)
+    features = join_features(rows, target_rows)
     mean, std = features.mean(0), features.std(0)
     standard = (features - mean) / std
     truth_map = torch.randn(standard.shape[1], dim, generator=generator)
@@ -68,13 +68,13 @@ def test_dense_predictor_is_the_ridge_solution_up_to_rounding() -> None:
     weights = round_weights(truth_map, standard.T @ standard / n)
     tensors, settings = DensePredictor.pack(spec, draft_size, weights, mean, std, torch.full((dim,), 2.0), attention=truth_map[:, 0])
     predictor = DensePredictor.from_pack(tensors, settings)
-    predicted = predictor.predict(predictor.reduce(rows), embeddings)
+    predicted = predictor.predict(predictor.reduce(rows), target_rows)
     assert float((predicted - y).pow(2).mean() / y.var()) < 0.01
-    assert predictor.step_octaves(predictor.reduce(rows), embeddings) is None
-    octaves = DensePredictor.from_pack(tensors, settings | {"level_strength": 0.5}).step_octaves(predictor.reduce(rows), embeddings)
+    assert predictor.step_octaves(predictor.reduce(rows), target_rows) is None
+    octaves = DensePredictor.from_pack(tensors, settings | {"level_strength": 0.5}).step_octaves(predictor.reduce(rows), target_rows)
     assert octaves is not None and torch.allclose(octaves, -0.25 * (standard @ truth_map[:, 0]), atol=1e-3)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) < 0.2 * truth_map.numel() * 4 + 4000
-    with pytest.raises(DraftError, match="embedding"):
+    with pytest.raises(DraftError, match="target's hidden states"):
         predictor.predict(predictor.reduce(rows), None)
     with pytest.raises(DraftError, match="taps"):
         predictor.reduce(rows[:, :1])

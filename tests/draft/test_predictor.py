@@ -12,9 +12,9 @@ from draft.predictor import Predictor, zero_prediction
 SIZE, TARGET_SIZE, RANK, DIM = 12, 10, 6, 40
 
 
-def parts(embedding: bool = True, seed: int = 0):
+def parts(target_taps: tuple[int, ...] = (0,), seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    spec = FeatureSpec((2, 5, 9), embedding)
+    spec = FeatureSpec((2, 5, 9), target_taps)
     features = spec.num_features(SIZE, TARGET_SIZE)
     down = torch.randn(features, RANK, generator=generator)
     # channels of very different size, as keys with a bias have
@@ -22,22 +22,22 @@ def parts(embedding: bool = True, seed: int = 0):
     return spec, down, torch.randn(RANK, generator=generator), up, torch.randn(DIM, generator=generator) * 5
 
 
-@pytest.mark.parametrize("embedding", [True, False])
-def test_eight_bits_keep_every_channel(embedding: bool) -> None:
-    spec, down, offset, up, mu = parts(embedding)
+@pytest.mark.parametrize("target_taps", [(0,), (), (0, 2, 4)])
+def test_eight_bits_keep_every_channel(target_taps: tuple[int, ...]) -> None:
+    spec, down, offset, up, mu = parts(target_taps)
     predictor = Predictor.from_pack(*Predictor.pack(spec, SIZE, down, offset, up, mu))
-    rows, embeddings = torch.randn(50, 3, SIZE), torch.randn(50, TARGET_SIZE) if embedding else None
-    exact = (join_features(rows, embeddings) @ down + offset) @ up
-    error = (predictor(rows, embeddings) - mu - exact).pow(2).mean(0) / exact.pow(2).mean(0)
+    rows, target_rows = torch.randn(50, 3, SIZE), torch.randn(50, len(target_taps), TARGET_SIZE) if target_taps else None
+    exact = (join_features(rows, target_rows) @ down + offset) @ up
+    error = (predictor(rows, target_rows) - mu - exact).pow(2).mean(0) / exact.pow(2).mean(0)
     assert float(error.max()) < 1e-3
-    torch.testing.assert_close(predictor.predict(predictor.reduce(rows), embeddings), predictor(rows, embeddings))
+    torch.testing.assert_close(predictor.predict(predictor.reduce(rows), target_rows), predictor(rows, target_rows))
 
 
 def test_pack_is_small() -> None:
     spec, down, offset, up, mu = parts()
     tensors, settings = Predictor.pack(spec, SIZE, down, offset, up, mu)
     large = [t for t in tensors.values() if t.dim() == 2]
-    assert {t.dtype for t in large} == {torch.int8} and settings == {"taps": [2, 5, 9], "embedding": True, "draft_size": SIZE}
+    assert {t.dtype for t in large} == {torch.int8} and settings == {"taps": [2, 5, 9], "target_taps": [0], "draft_size": SIZE}
     assert zero_prediction(tensors, 3).shape == (3, DIM)
 
 
@@ -47,8 +47,9 @@ def test_refusals() -> None:
     predictor = Predictor.from_pack(tensors, settings)
     with pytest.raises(DraftError, match="3 taps of 12"):
         predictor.reduce(torch.randn(4, 2, SIZE))
-    with pytest.raises(DraftError, match="embedding"):
-        predictor.predict(torch.randn(4, RANK), None)
+    for wrong in (None, torch.randn(4, TARGET_SIZE), torch.randn(4, 2, TARGET_SIZE)):
+        with pytest.raises(DraftError, match="target's hidden states"):
+            predictor.predict(torch.randn(4, RANK), wrong)
     with pytest.raises(DraftError, match="missing"):
         Predictor.from_pack({k: v for k, v in tensors.items() if k != "up"}, settings)
     with pytest.raises(DraftError, match="missing"):

@@ -36,7 +36,7 @@ def docs(target) -> list[list[int]]:
 
 
 def test_the_stream_returns_what_one_document_gives_alone(target, draft, docs) -> None:
-    stream = PairStream(target, draft, FeatureSpec((1, 2)))
+    stream = PairStream(target, draft, FeatureSpec((1, 2), (0, 1)))
     together = stream.run(docs[:3])
     assert together.lengths == [48 - NUM_SINKS] * 3
     sequence = target.new_pool(2).new_sequence()
@@ -45,7 +45,10 @@ def test_the_stream_returns_what_one_document_gives_alone(target, draft, docs) -
     rows = slice(48 - NUM_SINKS, 2 * (48 - NUM_SINKS))
     torch.testing.assert_close(together.y[rows], truth, atol=1e-4, rtol=1e-3)
     out = draft.forward(torch.tensor(docs[1]), [draft.new_pool(2).new_sequence()], [48], taps=(1, 2))
-    expected = join_features(torch.stack([out.taps[1], out.taps[2]], 1)[NUM_SINKS:], target.embed(torch.tensor(docs[1]))[NUM_SINKS:])
+    own = target.forward(torch.tensor(docs[1]), [target.new_pool(2).new_sequence()], [48], taps=(0, 1))
+    target_rows = torch.stack([own.taps[0], own.taps[1]], 1)[NUM_SINKS:]
+    torch.testing.assert_close(target_rows[:, 0], target.embed(torch.tensor(docs[1]))[NUM_SINKS:])
+    expected = join_features(torch.stack([out.taps[1], out.taps[2]], 1)[NUM_SINKS:], target_rows)
     torch.testing.assert_close(together.features[rows], expected, atol=1e-4, rtol=1e-3)
 
 
@@ -86,6 +89,8 @@ FULL_PACKS = [
     (0, {"rank": 24, "weighting": "attention"}),
     (0, {"rank": 24, "transform": "per_layer", "weighting": "unit"}),
     (1, {"predictor": "dense"}),
+    (-1, {"predictor": "dense"}),
+    (-1, {"rank": 24}),
     (0, {"predictor": "dense", "level_strength": 1.0}),
 ]
 
@@ -93,15 +98,18 @@ FULL_PACKS = [
 @pytest.mark.parametrize("trunk,options", FULL_PACKS)
 def test_full_pack(target, draft, docs, tmp_path: Path, trunk: int, options: dict) -> None:
     lines: list[str] = []
+    draft = None if trunk == 1 else draft  # -1: a draft, and a layer of the target run again beside it
+    trunk = abs(trunk)
     chosen = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, **options)
-    pack = calibrate(target, None if trunk else draft, docs, trunk_layers=trunk, options=chosen, fingerprints={"target": "t"}, log=lines.append)
+    pack = calibrate(target, draft, docs, trunk_layers=trunk, options=chosen, fingerprints={"target": "t"}, log=lines.append)
+    assert pack.predictor_settings["target_taps"] == ([0, 1] if draft and trunk else [0])
     assert pack.layout.first_layer == trunk and pack.info["tokens"] > 1000 and len(lines) > 3
     bits = [pack.info["ideal_bits_per_element"][q] for q in QUALITIES]
     assert bits == sorted(bits, reverse=True) and bits[-1] > 0
     pack.save(tmp_path / "p")
     pack = CodecPack.load(tmp_path / "p")
     predictor = load_predictor(pack.predictor, pack.predictor_settings)
-    stream = PairStream(target, None if trunk else draft, predictor.spec, trunk)
+    stream = PairStream(target, draft, predictor.spec, trunk)
     batch = stream.run(docs[:2])
     prediction = predictor.predict_features(batch.features)
     assert (batch.y - prediction).pow(2).sum() < 0.8 * (batch.y - predictor.mu).pow(2).sum()

@@ -58,7 +58,7 @@ def test_the_pack_asks_for_what_the_engine_has(chat_engine, draft):
     layers = {"draft": 2, "trunk": 1, "none": 0}[draft]
     taps = pack.predictor_settings["taps"]
     assert bool(taps) == (draft != "none") and all(1 <= tap <= layers for tap in taps)
-    assert pack.predictor_settings["embedding"]
+    assert pack.predictor_settings["target_taps"] == [0], "too shallow a target to run any layers again"
     assert pack.layout.first_layer == trunk_layers(engine) == (1 if draft == "trunk" else 0)
     assert {role: pack.fingerprints[role] for role in ("target", "draft", "tokenizer")} == pair_fingerprints(engine)
     assert pack.fingerprints["draft"] == {"trunk": "trunk-1", "none": "none"}.get(draft, pack.fingerprints["draft"])
