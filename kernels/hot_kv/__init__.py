@@ -8,9 +8,9 @@ import torch
 
 from kernels.dispatch import use_triton
 from kernels.hot_kv import reference
-from kernels.hot_kv.reference import FORMATS, HotMeans, HotPages, new_pages
+from kernels.hot_kv.reference import FORMATS, NUM_SINKS, HotMeans, HotPages, HotSinks, new_pages
 
-__all__ = ["FORMATS", "HotMeans", "HotPages", "hot_kv_write", "hot_paged_attention", "new_pages"]
+__all__ = ["FORMATS", "NUM_SINKS", "HotMeans", "HotPages", "HotSinks", "hot_kv_write", "hot_paged_attention", "new_pages"]
 
 
 def hot_kv_write(
@@ -36,14 +36,17 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
+    sinks: HotSinks | None = None,
     deterministic: bool = False,
+    max_query_len: int | None = None,
 ) -> torch.Tensor:
-    """`reference.hot_paged_attention` (arguments and result there), through Triton where it applies."""
-    function = reference.hot_paged_attention
+    """`reference.hot_paged_attention` (arguments and result there), through Triton where it applies.
+
+    max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
+    """
+    fixed = (q, pages, means, cos_table, sin_table, page_table, query_lens, context_lens, scale)
     if use_triton(q, pages.k_codes):
         from kernels.hot_kv import attention
 
-        function = attention.hot_paged_attention
-    return function(
-        q, pages, means, cos_table, sin_table, page_table, query_lens, context_lens, scale, deterministic=deterministic
-    )
+        return attention.hot_paged_attention(*fixed, sinks=sinks, deterministic=deterministic, max_query_len=max_query_len)
+    return reference.hot_paged_attention(*fixed, sinks=sinks, deterministic=deterministic)

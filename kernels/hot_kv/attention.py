@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.hot_kv.reference import LEVEL_COEFFICIENTS, HotMeans, HotPages, hadamard_signs, levels
+from kernels.hot_kv.reference import LEVEL_COEFFICIENTS, NUM_SINKS, HotMeans, HotPages, HotSinks, hadamard_signs, levels
+from kernels.hot_kv.sinks import attend_sinks
 from kernels.hot_kv.triton import times_signs
 from kernels.paged_attention import triton as paged
 from kernels.paged_attention.triton import (
@@ -120,7 +121,7 @@ def _split_kernel(
     cos_ptr, sin_ptr, level_ptr, part_ptr, stat_ptr,
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REQUESTS: tl.constexpr, MEAN: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
@@ -190,7 +191,10 @@ def _split_kernel(
             mean_scores = tl.dot(turned_a, near_cos)
             mean_scores = tl.dot(turned_b, near_sin, mean_scores)
             scores += mean_scores * size[:, None]
-        scores = tl.where(token[None, :] < limit[:, None], scores, float("-inf"))
+        seen = token[None, :] < limit[:, None]
+        if SINKS > 0:
+            seen = seen & (token >= SINKS)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp2(scores - safe[:, None])
@@ -277,6 +281,7 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
+    sinks: HotSinks | None = None,
     deterministic: bool = False,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
@@ -320,19 +325,22 @@ def hot_paged_attention(
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
         D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
     )  # fmt: skip
-    part = torch.empty((num_splits, num_rows, q_heads, d), dtype=torch.float32, device=device)
-    stat = torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=device)
+    num_parts = num_splits + (sinks is not None)
+    part = torch.empty((num_parts, num_rows, q_heads, d), dtype=torch.float32, device=device)
+    stat = torch.empty((num_parts, num_rows, q_heads, 2), dtype=torch.float32, device=device)
+    if sinks is not None:
+        attend_sinks(q, sinks, means.v_mean, lengths, scale * LOG2_E, part[num_splits], stat[num_splits])
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
         rotated, pair, size, pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale, page_table, lengths.query_lens, lengths.context_lens,
         cos_table, sin_table, levels(bits, device), part, stat,
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
-        MEAN=with_mean, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
+        MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
         num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        part, stat, signs, means.v_mean, out, num_splits, num_rows * q_heads, q_heads,
+        part, stat, signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
         GROUP=group, D=d, ROWS=16, num_warps=4,
     )  # fmt: skip
     return out

@@ -5,8 +5,10 @@ A row x of d channels (a key or value minus its channel mean, the key rotated to
 levels (Zandieh et al.: "TurboQuant", arXiv 2504.19874). The scale makes the decoded row as long as the true one.
 The means come back analytically: a key's as a term of the score that depends on the query and the position only, a value's as one
 addition to the output. The rotation is undone on the query and on the output, so no key or value is ever rotated back.
+The first tokens of a request draw attention from all others whatever they say (Xiao et al.: "attention sinks", arXiv 2309.17453) and
+look like no other: theirs may be kept exact beside the codes.
 
-Axes: P pages, S page size, G KV heads, H query heads, d head size (a power of two from 32 on), N new tokens.
+Axes: P pages, S page size, G KV heads, H query heads, d head size (a power of two from 32 on), N new tokens, B requests, R sink slots.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from kernels.paged_attention import reference as paged
 from kernels.rope.reference import apply_rope
 
 FORMATS = {"q4": 4, "q3": 3, "q2": 2}
+NUM_SINKS = 4  # tokens at a request's start that are kept exact, where they are
 
 # A level is u (a + b u^2) at the odd integers u, in bfloat16: within 2% of the best codebook's squared error on a Gaussian (0.00965, 0.0346,
 # 0.1175 at 4, 3 and 2 bits), and four packed operations to evaluate where a table would cost a lookup for every element.
@@ -42,6 +46,14 @@ class HotMeans(NamedTuple):
 
     k_mean: torch.Tensor | None
     v_mean: torch.Tensor
+
+
+class HotSinks(NamedTuple):
+    """One layer's first tokens kept exact; attention reads these and leaves their codes alone."""
+
+    k: torch.Tensor  # [R, NUM_SINKS, G, d] bfloat16 or float32, keys rotated to positions 0, 1, ..., their mean not taken off
+    v: torch.Tensor  # the same of values
+    rows: torch.Tensor  # [B] int32, the slot of each request
 
 
 def new_pages(bits: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu") -> HotPages:
@@ -87,6 +99,21 @@ def hadamard_signs(head_dim: int, device: torch.device | str = "cpu") -> torch.T
     return rotation(head_dim, device).sign().bfloat16()
 
 
+def hadamard(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+    """x @ `rotation`, or @ its transpose, by the fast transform: float32 [*, d]. Sums of pairs only, so no row depends on the rows beside it."""
+    d = x.shape[-1]
+    signs = rotation(d, x.device).sign()[:, 0]
+    if not inverse:
+        x = x * signs
+    size = 1
+    while size < d:
+        pairs = x.unflatten(-1, (-1, 2, size))
+        x = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
+        size *= 2
+    x = x * d**-0.5
+    return x * signs if inverse else x
+
+
 def _to_bytes(values: torch.Tensor, width: int) -> torch.Tensor:
     """Numbers of `width` bits [*, n] to bytes uint8 [*, n * width / 8], the first in the lowest bits."""
     grouped = values.long().unflatten(-1, (-1, 8 // width))
@@ -116,7 +143,7 @@ def unpack(packed: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
 
 def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows x float32 [*, d] to (packed codes uint8 [*, d * bits / 8], scale float16 [*])."""
-    rotated = x @ rotation(x.shape[-1], x.device)
+    rotated = hadamard(x)
     norm = rotated.norm(dim=-1)
     unit = rotated * (x.shape[-1] ** 0.5 / norm.clamp_min(1e-20))[..., None]
     codes = torch.bucketize(unit, thresholds(bits, x.device))
@@ -126,8 +153,18 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantise(packed: torch.Tensor, scale: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
     """Inverse of `quantise`: float32 [*, d]."""
-    value = levels(bits, packed.device).float()[unpack(packed, bits, head_dim).long()]
-    return (value * scale.float()[..., None]) @ rotation(head_dim, packed.device).T
+    if bits == 3:
+        value = F.embedding(unpack(packed, bits, head_dim).int(), levels(bits, packed.device).float()[:, None])[..., 0]
+    else:
+        value = F.embedding(packed.int(), _levels_of_bytes(bits, packed.device)).flatten(-2)
+    return hadamard(value * scale.float()[..., None], inverse=True)
+
+
+@functools.cache
+def _levels_of_bytes(bits: int, device: torch.device | str) -> torch.Tensor:
+    """float32 [256, 8 / bits]: the levels that a byte holds."""
+    every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    return levels(bits, device).float()[_from_bytes(every, bits)]
 
 
 def hot_kv_write(
@@ -160,6 +197,7 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
+    sinks: HotSinks | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """`paged_attention` over decoded pages; the other arguments and the result are those of `kernels.paged_attention`.
@@ -167,20 +205,28 @@ def hot_paged_attention(
     Args:
         q: [N, H, d] rotated queries.
         cos_table, sin_table: [positions, d/2] float32, row p the angles of position p; a request's keys stand at positions 0, 1, ...
+        sinks: the requests' first tokens, read in the place of their codes; None where the codes are all there is.
     """
     head_dim, page_size = q.shape[-1], pages.k_scale.shape[2]
+    lens = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
+    counts = [-(-context // page_size) for context in lens]
+    used = torch.cat([row[:count] for row, count in zip(page_table, counts, strict=True)]).long()
     k, v = (
-        dequantise(codes, scales, pages.bits, head_dim).transpose(1, 2)  # [P, S, G, d]
+        dequantise(codes[used], scales[used], pages.bits, head_dim).transpose(1, 2).contiguous()  # [used pages, S, G, d]
         for codes, scales in ((pages.k_codes, pages.k_scale), (pages.v_codes, pages.v_scale))
     )
-    k, v = k.contiguous(), v + means.v_mean
-    lens = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
+    v += means.v_mean
     if means.k_mean is not None:
-        for row, context in zip(page_table, lens, strict=True):
-            used = row[: -(-context // page_size)].long()
-            stop = len(used) * page_size
-            angles = [torch.nn.functional.pad(t[:stop], (0, 0, 0, max(0, stop - len(t)))) for t in (cos_table, sin_table)]
-            mean = apply_rope(means.k_mean.expand(stop, -1, -1), *angles)
-            k[used] += mean.unflatten(0, (-1, page_size))
-    out = paged.paged_attention(q.float(), k, v.contiguous(), page_table, query_lens, lens, scale, deterministic=deterministic)
+        stop = max(counts) * page_size
+        angles = [F.pad(t[:stop], (0, 0, 0, max(0, stop - len(t)))) for t in (cos_table, sin_table)]
+        mean = apply_rope(means.k_mean.expand(stop, -1, -1), *angles).unflatten(0, (-1, page_size))
+        k += torch.cat([mean[:count] for count in counts])
+    firsts = [sum(counts[:b]) for b in range(len(counts))]
+    if sinks is not None:
+        for first, context, row in zip(firsts, lens, sinks.rows.tolist(), strict=True):
+            n, start = min(NUM_SINKS, context), first * page_size
+            k.flatten(0, 1)[start : start + n] = sinks.k[row, :n].float()
+            v.flatten(0, 1)[start : start + n] = sinks.v[row, :n].float()
+    own = torch.arange(max(counts)) + torch.tensor(firsts)[:, None]
+    out = paged.paged_attention(q.float(), k, v, own.clamp_max(len(used) - 1), query_lens, lens, scale, deterministic=deterministic)
     return out.to(q.dtype)

@@ -1,0 +1,117 @@
+"""First tokens kept exact beside hot pages: attention reads them and not their codes, in the twin and in Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from kernels.hot_kv import attention, hot_kv_write, reference  # noqa: E402
+from kernels.hot_kv.reference import NUM_SINKS, HotMeans, HotPages, HotSinks, new_pages  # noqa: E402
+from kernels.kv_write import kv_write  # noqa: E402
+from kernels.paged_attention import reference as dense  # noqa: E402
+from kernels.paged_attention import triton as paged  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+GPU = torch.cuda.is_available()
+SHAPES = [([1], [1], 2, 1, 32, 16), ([3, 1], [3, 40], 4, 2, 32, 16), ([2, 1], [70, 5], 6, 1, 64, 2)]
+if GPU:
+    SHAPES += [([5] * 4, [3000, 65, 129, 5], 12, 2, 128, 64), ([700, 1], [700, 100], 32, 8, 128, 64)]
+
+
+def _filled(shape, bits, dtype, device, sink_scale=6.0):
+    """Requests whose first tokens dwarf the others, their codes spoiled: (q, pages, means, angles, table, sinks, true keys and values)."""
+    query_lens, context_lens, heads, kv_heads, d, size = shape
+    generator = torch.Generator().manual_seed(bits)
+    longest = max(context_lens) + 128
+    angle = torch.arange(longest)[:, None] * 1000.0 ** (-torch.arange(d // 2) * 2 / d)
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    mean = torch.randn(2, kv_heads, d, generator=generator).to(device)
+    means = HotMeans(mean[0], mean[1])
+    counts = [-(-c // size) for c in context_lens]
+    order = torch.randperm(sum(counts), generator=generator).tolist()
+    pages = new_pages(bits, len(order), size, kv_heads, d, device)
+    true = torch.zeros(2, len(order), size, kv_heads, d, device=device, dtype=dtype)
+    slots = len(counts) + 2
+    kept = torch.full((2, slots, NUM_SINKS, kv_heads, d), float("nan"), device=device, dtype=dtype)
+    rows = torch.randperm(slots, generator=generator)[: len(counts)].to(device, torch.int32)
+    table = torch.zeros((len(counts), max(counts)), dtype=torch.int32)
+    for b, context in enumerate(context_lens):
+        mine = [order.pop() for _ in range(counts[b])]
+        table[b, : counts[b]] = torch.tensor(mine)
+        kv = torch.randn(2, context, kv_heads, d, generator=generator)
+        kv[:, :NUM_SINKS] *= sink_scale
+        kv = (kv.to(device) + mean[:, None]).to(dtype)
+        slot = torch.tensor([mine[t // size] * size + t % size for t in range(context)], device=device)
+        hot_kv_write(kv[0], kv[1], cos[:context], sin[:context], slot, means, pages)
+        n = min(context, NUM_SINKS)
+        for scales in (pages.k_scale, pages.v_scale):
+            scales[slot[:n] // size, :, slot[:n] % size] = 1000.0
+        first = int(rows[b]) * NUM_SINKS + torch.arange(n, device=device)
+        kv_write(kv[0][:n], kv[1][:n], cos[:n], sin[:n], first, kept[0], kept[1])
+        kv_write(kv[0], kv[1], cos[:context], sin[:context], slot, true[0], true[1])
+    q = torch.randn(sum(query_lens), heads, d, generator=generator).to(device, dtype)
+    return q, pages, means, (cos, sin), table.to(device), HotSinks(kept[0], kept[1], rows), true
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_against_the_twin(shape, bits, dtype, device, assert_close):
+    q, pages, means, angles, table, sinks, _ = _filled(shape, bits, dtype, device)
+    fixed = (pages, means, *angles, table, shape[0], shape[1], 0.1)
+    want = reference.hot_paged_attention(q.float(), *fixed, sinks=sinks)
+    bound = 3e-3 if dtype == torch.float32 else 1e-2
+    for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}, {"packed_arithmetic": False}):
+        got = attention.hot_paged_attention(q, *fixed, sinks=sinks, **options)
+        assert_close(got.float(), want, bound)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sinks_stand_in_for_their_codes(shape, device):
+    q, pages, means, angles, table, sinks, true = _filled(shape, 4, torch.float32, device)
+    fixed = (means, *angles, table, shape[0], shape[1], 0.1)
+    want = dense.paged_attention(q, true[0], true[1], table, shape[0], shape[1], 0.1)
+
+    def error(given):
+        got = reference.hot_paged_attention(q, pages, *fixed, sinks=given)
+        return float((got - want).norm() / want.norm())
+
+    assert error(sinks) < 0.06 and error(None) > 1.0  # the codes of the first tokens were spoiled
+
+
+def test_a_context_of_sinks_alone_is_exact(device):
+    q, pages, means, angles, table, sinks, true = _filled(([2, 1], [4, 2], 2, 1, 32, 4), 2, torch.float32, device)
+    fixed = (table, [2, 1], [4, 2], 0.2)
+    want = dense.paged_attention(q, true[0], true[1], *fixed)
+    for function in (reference.hot_paged_attention, attention.hot_paged_attention):
+        torch.testing.assert_close(function(q, pages, means, *angles, *fixed, sinks=sinks), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["twin", "triton"])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_deterministic_bits_do_not_depend_on_the_company(bits, twin, device, monkeypatch):
+    monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
+    q, pages, means, angles, table, sinks, _ = _filled(([3, 1], [90, 40], 4, 2, 32, 16), bits, torch.bfloat16, device)
+    call = reference.hot_paged_attention if twin else attention.hot_paged_attention
+    batch = call(q, pages, means, *angles, table, [3, 1], [90, 40], 0.1, sinks=sinks, deterministic=True)
+    alone = HotSinks(sinks.k, sinks.v, sinks.rows[:1])
+    for j in range(3):
+        one = call(q[j : j + 1], pages, means, *angles, table[:1], [1], [88 + j], 0.1, sinks=alone, deterministic=True)
+        assert torch.equal(one, batch[j : j + 1])
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_the_fast_transform_is_the_rotation(head_dim):
+    x = torch.randn(7, 2, head_dim, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reference.hadamard(x), x @ reference.rotation(head_dim), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference.hadamard(reference.hadamard(x), inverse=True), x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(reference.hadamard(x)[3], reference.hadamard(x[3]))
+
+
+def test_reading_leaves_the_pages_alone(device):
+    q, pages, means, angles, table, sinks, _ = _filled(SHAPES[1], 4, torch.float32, device)
+    before = HotPages(4, *(t.clone() for t in pages[1:]))
+    reference.hot_paged_attention(q, pages, means, *angles, table, *SHAPES[1][:2], 0.1, sinks=sinks)
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], pages[1:], strict=True))
