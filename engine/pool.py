@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from engine.errors import PoolExhausted
 
 
-class PagedPool:
-    """Keys (rotated) and values of many sequences in pages of S tokens, `kv` [L, 2, P, S, G, d] (0 = key, 1 = value).
+class KvPool(ABC):
+    """Who owns which pages of S tokens. A subclass holds what is in them.
 
     A new sequence starts in the middle of the longest run of free pages, so that sequences grow without meeting: pages that follow one
     another let attention on a CPU read a view of the pool instead of a copy.
 
     Args:
-        num_layers, num_kv_heads, head_dim: L, G, d.
         num_pages: P at the start.
         page_size: S, tokens a page.
-        max_pages: the pool grows on demand up to this many pages (default: num_pages, so it does not grow). Growing replaces `kv`:
+        max_pages: the pool grows on demand up to this many pages (default: num_pages, so it does not grow). Growing replaces its tensors:
             take views through `layer` each time.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int = 64,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        max_pages: int | None = None,
-    ) -> None:
+    def __init__(self, num_pages: int, page_size: int, max_pages: int | None) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"a pool needs pages and tokens in them, not {num_pages} pages of {page_size}")
         self.page_size = page_size
         self.max_pages = max(num_pages, max_pages or 0)
-        self.kv = torch.zeros(num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
         self._references = [0] * num_pages
         self._num_free = num_pages
         self._sequences: list[KvSequence] = []
-        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._make_views()
 
-    def _make_views(self) -> None:
-        self._views = [(layer[0], layer[1]) for layer in self.kv]
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Size of all pages, and of what is kept beside them, in bytes."""
+
+    @property
+    @abstractmethod
+    def page_bytes(self) -> int:
+        """Size of one page over all layers, in bytes."""
+
+    @abstractmethod
+    def _extend(self, num_pages: int) -> None:
+        """Make room for `num_pages` pages in all, the old ones' contents kept."""
+
+    def settle(self, sequence: KvSequence) -> None:  # noqa: B027 (nothing to do is a right answer)
+        """Called when a sequence took more pages; it may be given others, with the same contents."""
 
     @property
     def num_pages(self) -> int:
@@ -56,20 +62,6 @@ class PagedPool:
     def num_free_pages(self) -> int:
         """Pages nobody owns, those the pool may still grow by included."""
         return self._num_free + self.max_pages - self.num_pages
-
-    @property
-    def bytes(self) -> int:
-        """Size of `kv` in bytes."""
-        return self.kv.numel() * self.kv.element_size()
-
-    @property
-    def page_bytes(self) -> int:
-        """Size of one page over all layers, in bytes."""
-        return self.bytes // self.num_pages
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key pages and value pages of a layer, each [P, S, G, d], views."""
-        return self._views[index]
 
     def new_sequence(self) -> KvSequence:
         """An empty sequence; it takes pages as it needs them."""
@@ -138,14 +130,9 @@ class PagedPool:
     def _grow(self, missing: int) -> None:
         old = self.num_pages
         new = min(self.max_pages, max(old + missing, 2 * old))
-        shape = list(self.kv.shape)
-        shape[2] = new
-        grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
-        grown[:, :, :old] = self.kv
-        self.kv = grown
+        self._extend(new)
         self._references += [0] * (new - old)
         self._num_free += new - old
-        self._make_views()
 
     def longest_free_run(self) -> int:
         """Length of the longest run of free pages now in memory."""
@@ -166,17 +153,90 @@ class PagedPool:
         # retain() may have added owners that are no sequence, never fewer
         assert all(have >= want for have, want in zip(self._references, owners, strict=True)), "a page has fewer owners than sequences"
         assert self._num_free == self._references.count(0), "the free count is wrong"
-        assert self.num_pages == self.kv.shape[2] <= self.max_pages, "the page count is wrong"
+        assert self.num_pages <= self.max_pages, "the pool grew too far"
 
     def forget(self, sequence: KvSequence) -> None:
         """Called by a sequence that was freed."""
         self._sequences.remove(sequence)
 
 
+class PagedPool(KvPool):
+    """Keys (rotated) and values of many sequences as they are, `kv` [L, 2, P, S, G, d] (0 = key, 1 = value).
+
+    Args:
+        num_layers, num_kv_heads, head_dim: L, G, d.
+        num_pages, page_size, max_pages: see `KvPool`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_pages: int | None = None,
+    ) -> None:
+        super().__init__(num_pages, page_size, max_pages)
+        self.kv = torch.zeros(num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._make_views()
+
+    def _make_views(self) -> None:
+        self._views = [(layer[0], layer[1]) for layer in self.kv]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+        return self.kv.device
+
+    @property
+    def bytes(self) -> int:
+        """Size of `kv` in bytes."""
+        return self.kv.numel() * self.kv.element_size()
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of one page over all layers, in bytes."""
+        return self.bytes // self.num_pages
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key pages and value pages of a layer, each [P, S, G, d], views."""
+        return self._views[index]
+
+    def settle(self, sequence: KvSequence) -> None:
+        """On a CPU, move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again."""
+        pages = sequence.pages
+        if self.device.type != "cpu" or sequence.is_contiguous:
+            return
+        if self.longest_free_run() < 2 * len(pages) or any(self.is_shared(page) for page in pages):
+            return
+        target = self.allocate(len(pages))
+        self.kv[:, :, target[0] : target[-1] + 1] = self.kv[:, :, pages]
+        self.release(pages)
+        sequence.pages = target
+
+    def check_integrity(self) -> None:
+        """Also the tensor's size. Raises AssertionError."""
+        super().check_integrity()
+        assert self.num_pages == self.kv.shape[2], "the page count is wrong"
+
+    def _extend(self, num_pages: int) -> None:
+        shape = list(self.kv.shape)
+        old, shape[2] = shape[2], num_pages
+        grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
+        grown[:, :, :old] = self.kv
+        self.kv = grown
+        self._make_views()
+
+
 class KvSequence:
     """The pages of one sequence and how many of its tokens are committed; written by the decoder, moved by its caller."""
 
-    def __init__(self, pool: PagedPool) -> None:
+    def __init__(self, pool: KvPool) -> None:
         self.pool = pool
         self.pages: list[int] = []
         self.length = 0
@@ -189,7 +249,7 @@ class KvSequence:
     @property
     def page_table(self) -> torch.Tensor:
         """[pages] int32 on the pool's device."""
-        return torch.tensor(self.pages, dtype=torch.int32, device=self.pool.kv.device)
+        return torch.tensor(self.pages, dtype=torch.int32, device=self.pool.device)
 
     @property
     def is_contiguous(self) -> bool:
@@ -213,17 +273,7 @@ class KvSequence:
         missing = -(-tokens // self.pool.page_size) - len(self.pages)
         if missing > 0:
             self.pages += self.pool.allocate(missing, self.pages[-1] if self.pages else None)
-            if self.pool.kv.device.type == "cpu" and not self.is_contiguous:
-                self._move_together()
-
-    def _move_together(self) -> None:
-        """Move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again."""
-        if self.pool.longest_free_run() < 2 * len(self.pages) or any(self.pool.is_shared(page) for page in self.pages):
-            return
-        target = self.pool.allocate(len(self.pages))
-        self.pool.kv[:, :, target[0] : target[-1] + 1] = self.pool.kv[:, :, self.pages]
-        self.pool.release(self.pages)
-        self.pages = target
+            self.pool.settle(self)
 
     def advance(self, n: int) -> None:
         """Commit n tokens that the decoder has written after the committed ones."""

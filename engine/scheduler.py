@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from draft.length import MAX_AUTO_LENGTH
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
-from engine.pool import KvSequence, PagedPool
+from engine.pool import KvPool, KvSequence
 from engine.request import Request
 from engine.step import decode_step, prefill_step
 
@@ -24,9 +24,9 @@ class Scheduler:
     """
 
     target: CausalDecoder
-    pool: PagedPool
+    pool: KvPool
     drafter: Drafter | None = None
-    draft_pool: PagedPool | None = None
+    draft_pool: KvPool | None = None
     max_batch: int = 64
     prefill_chunk: int = 512
     prefill_tokens: int = 2048
@@ -122,13 +122,13 @@ class Scheduler:
             room[pool] -= count
         return True
 
-    def _demands(self, request: Request) -> list[tuple[PagedPool, KvSequence]]:
+    def _demands(self, request: Request) -> list[tuple[KvPool, KvSequence]]:
         demands = [(self.pool, request.sequence)]
         if self.draft_pool is not None and request.draft_state is not None and request.params.draft_length != 0:
             demands.append((self.draft_pool, request.draft_state.sequence))
         return demands
 
-    def _pages(self, request: Request, pool: PagedPool) -> int:
+    def _pages(self, request: Request, pool: KvPool) -> int:
         return -(-self._longest(request) // pool.page_size)
 
     def _longest(self, request: Request) -> int:

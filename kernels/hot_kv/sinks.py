@@ -68,7 +68,7 @@ def attend_sinks(
         scale_log2: factor of the scores, for powers of two.
         part: [N, H, d] float32; stat: [N, H, 2] float32, highest score and total weight.
     """
-    num_rows, q_heads, d = q.shape
+    q_heads, d = q.shape[1:]
     kv_heads = sinks.k.shape[2]
     group, batch = q_heads // kv_heads, len(sinks.rows)
     block_m = 16
