@@ -49,3 +49,15 @@ class NewerAdapter(AdapterError):
 
 class AdapterMismatch(AdapterError):
     """The adapter was trained for a target of another shape."""
+
+
+class TrainingError(DraftError):
+    """A trunk draft cannot be trained this way."""
+
+
+class TrainingDataError(TrainingError):
+    """The documents to train on are too few, damaged, or not documents."""
+
+
+class CheckpointMismatch(TrainingError):
+    """A checkpoint is damaged, or belongs to a training with other options or data."""

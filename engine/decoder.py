@@ -18,6 +18,7 @@ from torch import nn
 from engine.batch import ReferenceBatch, TritonBatch, prepare
 from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
+from engine.hot_pool import HotBatch, HotLayer, HotPool
 from engine.layers import DecoderLayer, LayerWeights
 from engine.linear import Projection, choose_product
 from engine.pool import KvSequence, PagedPool
@@ -264,8 +265,8 @@ class Decoder(nn.Module):
     def _run_layers(
         self,
         hidden: torch.Tensor,
-        pool: PagedPool,
-        batch: ReferenceBatch | TritonBatch,
+        pool: PagedPool | HotPool,
+        batch: ReferenceBatch | TritonBatch | HotBatch,
         layers: range,
         taps: tuple[int, ...],
         observe: Observer | None,
@@ -299,8 +300,8 @@ class Decoder(nn.Module):
         self,
         qkv: torch.Tensor,
         w: LayerWeights,
-        pages: tuple[torch.Tensor, torch.Tensor],
-        batch: ReferenceBatch | TritonBatch,
+        pages: tuple[torch.Tensor, torch.Tensor] | HotLayer,
+        batch: ReferenceBatch | TritonBatch | HotBatch,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one layer: qkv [N, (H + 2G) d] -> (output [N, H d], queries before rotation [N, H, d])."""
@@ -312,7 +313,10 @@ class Decoder(nn.Module):
             q = rms_norm(q, w.qk_norm[0], config.rms_norm_eps)[0]
             k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
         scale = d**-0.5
-        if isinstance(batch, TritonBatch):
+        if isinstance(batch, HotBatch):
+            assert isinstance(pages, HotLayer)
+            attended = pages.attend(q, k, v, batch, scale, deterministic=deterministic)
+        elif isinstance(batch, TritonBatch):
             kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
             rotated = apply_rope(q, batch.cos, batch.sin)
             lens = batch.query_lens, batch.context_lens
@@ -326,6 +330,12 @@ class Decoder(nn.Module):
             attended = attend(rotated[:, :heads], *pages, batch.attention, scale)
         return attended.flatten(1), q
 
+    def decode(self, token_ids: torch.Tensor, pool: PagedPool, batch: TritonBatch) -> torch.Tensor:
+        """One new token [B] int64 of each request -> float32 logits [B, V]. The batch lies on the device already and nothing is read back,
+        so a CUDA graph can hold it; whoever made the batch owns the pages."""
+        stream, _ = self._run_layers(self.embed(token_ids), pool, batch, range(self.config.num_layers), (), None, False)
+        return self.head(stream)
+
     # --- keys and values as data ----------------------------------------------------------------------------------------
 
     def read_kv(self, sequence: KvSequence, start: int, end: int, *, first_layer: int = 0) -> torch.Tensor:
@@ -335,10 +345,7 @@ class Decoder(nn.Module):
             [T, D] float32 in the order (layer, key | value, head, channel).
         """
         assert 0 <= start <= end <= sequence.capacity, "only reserved tokens can be read"
-        kv = self._token_rows(sequence, start, end, first_layer).float()  # [T, L, 2, G, d]
-        cos, sin = self.rope.inverse(start, end)
-        kv[:, :, 0] = apply_rope(kv[:, :, 0], cos, sin)
-        return kv.flatten(1)
+        return sequence.pool.read(sequence, start, end, first_layer, self.rope.inverse(start, end)).flatten(1)
 
     def write_kv(self, sequence: KvSequence, start: int, y: torch.Tensor, *, first_layer: int = 0) -> None:
         """Inverse of `read_kv`: rotate the keys of y [T, D] float32 and write tokens start .. start + T - 1; does not advance.
@@ -354,20 +361,5 @@ class Decoder(nn.Module):
             raise InvalidOption(what, "check first_layer")
         end = start + y.shape[0]
         sequence.ensure(end)
-        kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim).clone()
-        cos, sin = self.rope.slice(start, end)
-        kv[:, :, 0] = apply_rope(kv[:, :, 0], cos, sin)
-        pages, offsets = self._addresses(sequence, start, end)
-        # two index tensors with a slice of layers before them: the token axis comes first after the permutation
-        sequence.pool.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.dtype)
-
-    def _addresses(self, sequence: KvSequence, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        size = sequence.pool.page_size
-        positions = torch.arange(start, end)
-        pages = torch.tensor(sequence.pages, dtype=torch.int64)[positions // size] if end > start else positions
-        return pages.to(self.device), (positions % size).to(self.device)
-
-    def _token_rows(self, sequence: KvSequence, start: int, end: int, first_layer: int) -> torch.Tensor:
-        """[T, L - first_layer, 2, G, d] copy of the pages, keys as stored."""
-        pages, offsets = self._addresses(sequence, start, end)
-        return sequence.pool.kv[first_layer:, :, pages, offsets].permute(2, 0, 1, 3, 4).contiguous()
+        kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim)
+        sequence.pool.write(sequence, start, kv, first_layer, self.rope.slice(start, end))
