@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft.own_layers import AdapterBlock
 from draft.protocols import CausalDecoder, DraftSampler, Proposal
+from draft.rows import pick
 
 
 def draft_block(
@@ -22,10 +24,12 @@ def draft_block(
     runs_last_draft: bool,
     taps: tuple[int, ...],
     deterministic: bool,
+    own_layers: AdapterBlock | None = None,
 ) -> Proposal:
     """Run pending[b] and then draft lengths[b] tokens for every request, feeding each draft back.
 
-    decoder runs layers [0, last_layer) and its own head. Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
+    decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a trained trunk: there every
+    request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
     where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
     not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`, and never read back to the host here.
     """
@@ -43,24 +47,31 @@ def draft_block(
     drawn_at: list[list[int]] = [[] for _ in range(batch)]
     probs: list[list[Tensor | None]] = [[] for _ in range(batch)]
     num_run = num_drawn = step = 0
+    token_ids = {} if own_layers is None else {"token_ids": own_layers.adapter.token_ids}
+    decoder_taps = taps if own_layers is None else tuple(tap for tap in taps if tap <= (last_layer or 0))
     while rows:
         # Ids beyond the drafter's own embedding (vocabularies may differ in padding) can only cost acceptance, never correctness.
         out = decoder.forward(
-            tokens.clamp_max(vocab_size - 1), [sequences[b] for b in rows], query_lens, starts=starts, taps=taps, logits="none",
+            tokens.clamp_max(vocab_size - 1), [sequences[b] for b in rows], query_lens, starts=starts, taps=decoder_taps, logits="none",
             last_layer=last_layer, deterministic=deterministic,
         )  # fmt: skip
-        passes.append((out.hidden, dict(out.taps) if taps else {}))
+        passes.append((out.hidden, dict(out.taps) if decoder_taps else {}))
         ends = torch.tensor(query_lens).cumsum(0).tolist()
         for b, end, count in zip(rows, ends, query_lens, strict=True):
             run_at[b] += range(num_run + end - count, num_run + end)
         num_run += ends[-1]
 
         drawing = [i for i, b in enumerate(rows) if lengths[b] > step]
-        if not drawing:
+        logits = None
+        if own_layers is not None:
+            logits, more = own_layers.step(rows, out.hidden, drawing)
+            passes[-1][1].update({(last_layer or 0) + i: states for i, states in more.items()})
+        elif drawing:
+            logits = decoder.head(pick(out.hidden, [ends[i] - 1 for i in drawing]), deterministic=deterministic)
+        if logits is None:
             break
-        logits = decoder.head(_pick(out.hidden, [ends[i] - 1 for i in drawing]), deterministic=deterministic)
         drafted = [rows[i] for i in drawing]
-        drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted])
+        drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted], **token_ids)
         draws.append(drawn)
         for i, b in enumerate(drafted):
             drawn_at[b].append(num_drawn + i)
@@ -69,7 +80,7 @@ def draft_block(
 
         step += 1
         onward = [i for i, b in enumerate(drafted) if lengths[b] > step or runs_last_draft]
-        tokens = _pick(drawn, onward)
+        tokens = pick(drawn, onward)
         rows = [drafted[i] for i in onward]
         query_lens, starts = [1] * len(rows), [bases[b] + step - 1 for b in rows]
 
@@ -77,22 +88,17 @@ def draft_block(
     features: list[Tensor | None] = [None] * batch
     if taps and passes:
         stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
-        features = [_pick(stacked, run_at[b]) for b in range(batch)]
+        features = [pick(stacked, run_at[b]) for b in range(batch)]
     return Proposal(
-        tokens=_pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
+        tokens=pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
         if draws
         else torch.empty(0, dtype=torch.int64, device=device),
         lengths=list(lengths),
         probs=[q for b in range(batch) for q in probs[b]],
-        hidden=_pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,
+        hidden=pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,
         num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],
         num_run=[len(run_at[b]) for b in range(batch)],
         features=features,
+        num_adapted=[] if own_layers is None else own_layers.num_run,
     )
 
-
-def _pick(values: Tensor, indices: list[int]) -> Tensor:
-    """Rows of `values` in the given order; `values` itself when that is all of them in order (no copy for batch 1)."""
-    if indices == list(range(values.shape[0])):
-        return values
-    return values[torch.tensor(indices, dtype=torch.int64, device=values.device)]

@@ -6,7 +6,7 @@ Axes: B requests, N tokens of a flattened ragged batch, V vocabulary, E hidden s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -97,8 +97,11 @@ class FeatureStore(Protocol):
 class DraftSampler(Protocol):
     """Draws drafted tokens with each request's own sampling parameters: the same function that later builds the target's distribution."""
 
-    def draw(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, list[Tensor | None]]:
-        """logits [n, V_draft] float32; rows: the request of each row; positions: the sequence index of the token to be drawn.
+    def draw(
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], *, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """logits [n, V_draft] float32; rows: the request of each row; positions: the sequence index of the token to be drawn. token_ids [V_draft]
+        int64, ascending: the target's ids that the columns stand for (None: the columns' numbers); all others have probability 0.
 
         Returns tokens [n] int64 and, per row, the distribution [V] float32 it was drawn from, or None for a greedy request (a point mass).
         """
@@ -122,6 +125,16 @@ class DraftState:
         """Tokens whose draft KV is committed."""
         return self.sequence.length
 
+    @property
+    def covered(self) -> int:
+        """Tokens that need no further pass before drafts can follow them."""
+        return self.sequence.length
+
+    @property
+    def cache(self) -> Any:
+        """The sequence in the draft's own pool."""
+        return self.sequence
+
 
 @dataclass
 class Proposal:
@@ -131,6 +144,7 @@ class Proposal:
     drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers,
     from which the target goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending
     ones, then drafts). features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
+    num_adapted: how many of them a trunk's own layers ran as well (None: they could not; empty without such layers).
     """
 
     tokens: Tensor
@@ -140,6 +154,7 @@ class Proposal:
     num_pending: list[int]
     num_run: list[int]
     features: list[Tensor | None]
+    num_adapted: list[int | None] = field(default_factory=list)
 
 
 class Drafter(Protocol):

@@ -176,15 +176,23 @@ class BatchSampler:
         self.params, self.seeds, self.vocab_size = list(params), list(seeds), vocab_size
 
     def draw(
-        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int = LANE_DRAFT
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int = LANE_DRAFT, *, token_ids: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Draw one token per row of logits [n, V'] float32; rows: the request of each row; positions: the sequence index of each drawn
-        token.
+        token. token_ids [V'] int64, ascending: the ids the columns stand for, where they are but some of the vocabulary.
 
         Returns tokens [n] int64 and per row the distribution [V] float32 it came from, or None for a greedy request.
         """
+        if token_ids is not None:
+            # temperature and filters see the same finite logits in the same order as in a row of V with -inf elsewhere, for a part of the work
+            tokens, found = self._draw(logits, rows, positions, lane)
+            return token_ids[tokens], [None if q is None else q.new_zeros(self.vocab_size).index_copy_(0, token_ids, q) for q in found]
         if logits.shape[-1] != self.vocab_size:
             logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-math.inf)
+        return self._draw(logits, rows, positions, lane)
+
+    def _draw(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int) -> tuple[Tensor, list[Tensor | None]]:
+        """As `draw`, tokens and distributions in terms of the columns."""
         sampled = [i for i, r in enumerate(rows) if not self.params[r].greedy]
         if not sampled:
             return logits.argmax(-1), [None] * len(rows)

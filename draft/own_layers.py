@@ -1,0 +1,159 @@
+"""The trained layers of a trunk draft at work: they run on the target's hidden states after its first m layers, with a KV of their own.
+
+Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
+them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
+
+Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft.protocols import CausalDecoder, DraftState, FeatureStore, KvPool
+from draft.rows import pick
+
+MAX_WAITING = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
+
+
+@dataclass
+class AdaptedState(DraftState):
+    """A trunk's state with the own layers' cache.
+
+    own: their KV of a prefix of the committed tokens. waiting [n, E]: the trunk's states of the n tokens after it, which they have not run.
+    """
+
+    own: Any = None
+    waiting: Tensor | None = None
+
+    @property
+    def covered(self) -> int:
+        """Tokens the own layers have run or can run; fewer than the target's when its cache was filled without their knowledge."""
+        return self.own.length + self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """n."""
+        return 0 if self.waiting is None else len(self.waiting)
+
+    @property
+    def cache(self) -> Any:
+        """The sequence in the own layers' pool."""
+        return self.own
+
+    def align(self) -> None:
+        """Forget what lies beyond the target's sequence, which was cut or never advanced."""
+        length = self.sequence.length
+        if self.covered > length:
+            self.own.truncate(min(self.own.length, length))
+            self.waiting = None if self.waiting is None or self.own.length == length else self.waiting[: length - self.own.length]
+
+
+class TrunkAdapter:
+    """The own layers with their norm and head, and where their KV lies.
+
+    Args:
+        decoder: n layers of the target's hidden size, and a head of R rows; its embeddings are never used.
+        token_ids: [R] int64, ascending, on the decoder's device: the target's ids of the head's rows.
+        pool: the decoder's KV pool.
+        deterministic: passed to every forward.
+    """
+
+    def __init__(self, decoder: CausalDecoder, token_ids: Tensor, pool: KvPool, *, deterministic: bool = False) -> None:
+        self.decoder, self.token_ids, self.pool, self.deterministic = decoder, token_ids, pool, deterministic
+
+    def open(self, target_sequence: Any, features: FeatureStore | None) -> AdaptedState:
+        """A state over the target's sequence, none of whose tokens is known to the own layers."""
+        return AdaptedState(target_sequence, features, self.pool.new_sequence())
+
+    def wait(self, state: AdaptedState, rows: Tensor) -> None:
+        """Trunk states rows [n, E] of the tokens after the covered ones join those that wait."""
+        state.waiting = rows if state.waiting is None else torch.cat((state.waiting, rows))
+
+    def run_waiting(self, states: Sequence[AdaptedState], taps: tuple[int, ...] = (), *, least: int = 1) -> Mapping[int, Tensor]:
+        """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}."""
+        chosen = [state for state in states if state.num_waiting >= least]
+        if not chosen:
+            return {}
+        rows = [state.waiting for state in chosen if state.waiting is not None]
+        counts = [len(part) for part in rows]
+        out = self.forward([s.own for s in chosen], torch.cat(rows), counts, [s.own.length for s in chosen], taps)
+        for state, count in zip(chosen, counts, strict=True):
+            state.waiting = None  # first: broken off in between, the tokens count as never run
+            state.own.advance(count)
+        return out.taps
+
+    def commit(self, state: AdaptedState, num_run: int | None, rows: Tensor) -> bool:
+        """Keep a block's committed tokens, whose trunk states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
+        False, and nothing is kept, where the block's first token does not follow the covered ones (num_run None)."""
+        if num_run is None:
+            return False
+        if run := min(num_run, len(rows)):
+            count, state.waiting = state.num_waiting + run, None
+            state.own.advance(count)
+        if run < len(rows):
+            self.wait(state, rows[run:])
+        return True
+
+    def forward(self, sequences: list[Any], hidden: Tensor, counts: list[int], starts: list[int], taps: tuple[int, ...]) -> Any:
+        """The own layers over trunk states [N, E]; moves nothing. Returns a DecoderOutput without logits."""
+        return self.decoder.forward(
+            None, sequences, counts, starts=starts, hidden=hidden, taps=taps, logits="none", deterministic=self.deterministic
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [N, R] of the own layers' states [N, E]."""
+        return self.decoder.head(hidden, deterministic=self.deterministic)
+
+
+class AdapterBlock:
+    """The own layers' part in drafting one block: called after each of the trunk's passes, which has one row per request.
+
+    num_run: per request the tokens of the block that the own layers have run; None where the target's cache is not covered: such a request cannot
+    draft, and its rows are passed over.
+
+    Args:
+        states: of all requests.
+        taps: numbers of own layers whose states are wanted; every run token's are then computed, those of the last draft and of requests without
+            drafts included.
+    """
+
+    def __init__(self, adapter: TrunkAdapter, states: Sequence[AdaptedState], taps: tuple[int, ...]) -> None:
+        self.adapter, self.states, self.taps = adapter, states, taps
+        self.num_run = [0 if state.covered == state.sequence.length else None for state in states]
+
+    def step(self, rows: Sequence[int], hidden: Tensor, drawing: Sequence[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Run the trunk's states hidden [n, E] of the requests `rows`.
+
+        drawing: which of the rows want to draw. Returns float32 logits [len(drawing), R] (None without any) and, where taps are wanted, {i: [n, E]} of
+        all rows, undefined for requests that cannot draft.
+        """
+        chosen = [i for i, b in enumerate(rows) if self.num_run[b] is not None] if self.taps else list(drawing)
+        if not chosen:
+            return None, {i: hidden for i in self.taps}
+        parts, counts, starts = [], [], []
+        for i in chosen:
+            state, done = self.states[rows[i]], self.num_run[rows[i]]
+            assert done is not None, "a request whose cache is not covered was asked for drafts"
+            first = done == 0 and state.waiting is not None
+            if first and state.waiting is not None:
+                parts.append(state.waiting)
+            parts.append(hidden[i : i + 1])
+            counts.append(1 + first * state.num_waiting)
+            starts.append(state.own.length if first else state.covered + done)
+            self.num_run[rows[i]] = done + 1
+        out = self.adapter.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
+        last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows
+        taps = {}
+        if self.taps:
+            to, source = (torch.tensor(list(places), device=hidden.device) for places in (last.keys(), last.values()))
+            taps = {tap: torch.zeros_like(hidden).index_copy_(0, to, out.taps[tap][source]) for tap in self.taps}
+        if not drawing:
+            return None, taps
+        return self.adapter.head(pick(out.hidden, [last[i] for i in drawing])), taps
