@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from codec.choice import RateChoice, final_classes
 from codec.quantize import quantise
-from codec.rate import NUM_CLASSES, NUM_GAINS, EntropyModel, class_of, class_scale, final_classes, laplace_probabilities
+from codec.rate import NUM_CLASSES, NUM_GAINS, EntropyModel, class_of, class_scale, laplace_probabilities
 from codec.spec import KEEP_FACTOR, QUALITIES
 
 PRIOR_COUNT = 256.0
@@ -26,33 +27,41 @@ def fit_entropy_model(components: torch.Tensor, variance: torch.Tensor, rounds: 
     or widened as little as the neighbouring classes tell.
     """
     stride = max(1, len(components) // max_tokens)
-    components, sigma = components[::stride].cpu(), variance.clamp_min(1e-12).sqrt().cpu()
+    components, sigma = components[::stride].float(), variance.clamp_min(1e-12).sqrt().cpu()
+    device = components.device
+    level = torch.zeros(len(components), dtype=torch.int32, device=device)
     steps = sorted(set(QUALITIES.values()) | {QUALITIES["balanced"] * s for s in SWEEP})
-    coded = []
-    for step in steps:
-        k = int((sigma > KEEP_FACTOR * step).sum())
-        if k:
-            scaled = components[:, :k] / step
-            coded.append((scaled.numpy(), quantise(scaled).numpy(), class_of(sigma[:k].numpy(), step)))
+    kept = [(step, k) for step in steps if (k := int((sigma > KEEP_FACTOR * step).sum()))]
     model = EntropyModel.laplace()
     for turn in range(rounds):
-        counts, gain_counts = np.zeros(int(model.offset[-1])), np.full(NUM_GAINS, 0.25)
+        choice = RateChoice(model, device)
+        counts, gain_counts = np.zeros(choice.num_entries), np.full(NUM_GAINS, 0.25)
         sums, sizes = np.zeros(3 * NUM_CLASSES), np.zeros(3 * NUM_CLASSES)
-        for x, q, base in coded:
-            gains = model.choose_gains(q, base)
-            classes = final_classes(base[None], gains)
+        for step, k in kept:
+            x, base = components[:, :k] / step, torch.from_numpy(class_of(sigma[:k].numpy(), step)).to(device)
+            q = quantise(x)
+            gains = choice.choose_gains(q, base, level)
             # the first turn's Laplace tables are too far off to choose by
-            q = q if turn == 0 else model.refine(x, q, classes)
-            counts += np.bincount(model.symbols(q, classes).ravel(), minlength=len(counts))
-            gain_counts += np.bincount(gains, minlength=NUM_GAINS)
-            at = np.nonzero(q)
-            magnitude = np.abs(q[at])
-            cell = 3 * classes[at] + np.minimum(magnitude, 3) - 1
-            sums += np.bincount(cell, np.abs(x[at]) - magnitude, minlength=len(sums))
-            sizes += np.bincount(cell, minlength=len(sums))
+            q = q if turn == 0 else choice.refine(x, q, base, level, gains)
+            classes = final_classes(base, level, gains)
+            counts += _counted(choice.symbols(q, classes), len(counts))
+            gain_counts += _counted(gains, NUM_GAINS)
+            at = q.nonzero(as_tuple=True)
+            magnitude = q[at].abs()
+            cell = 3 * classes[at] + magnitude.clamp(max=3) - 1
+            sums += _counted(cell, len(sums), x[at].abs() - magnitude)
+            sizes += _counted(cell, len(sums))
         centroids = np.clip(sums / (sizes + CENTROID_COUNT), -0.5, 0.5).reshape(-1, 3).astype(np.float32)
         model = _mix(model, counts, gain_counts, centroids)
     return model
+
+
+def _counted(index: torch.Tensor, size: int, weights: torch.Tensor | None = None) -> np.ndarray:
+    """How often, or with what sum of weights, each of `size` indices occurs: float64 [size]. Weights count in whole 2^-24, so that their sum does
+    not depend on its order."""
+    units = None if weights is None else torch.round(weights.double() * (1 << 24))
+    counts = torch.bincount(index.reshape(-1), units, size).double().cpu().numpy()
+    return counts if weights is None else counts / (1 << 24)
 
 
 def _mix(model: EntropyModel, counts: np.ndarray, gain_counts: np.ndarray, centroids: np.ndarray) -> EntropyModel:

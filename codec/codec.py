@@ -1,26 +1,33 @@
-"""KvCodec: (truth, prediction) tensors to bytes and back."""
+"""KvCodec: (truth, prediction) tensors to bytes and back.
+
+Everything but the container's bytes is tensors on the codec's device: products, choices by rate (codec.choice) and the entropy coder (codec.coder).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from codec.choice import RateChoice, final_classes
+from codec.coder import SpanCoder
 from codec.container import SpanCode, read_span, read_varints, write_span, write_varints
 from codec.errors import BadInput, CorruptedCode, PackMismatch
 from codec.pack import CodecPack
-from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
-from codec.rans import RansTables, SpanStream, decode, encode
-from codec.rate import CLASSES_PER_OCTAVE, NUM_CLASSES, RATE_WEIGHT, class_of, final_classes
+from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
+from codec.rans import SpanStream
+from codec.rate import RATE_WEIGHT, class_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 from codec.weighting import apply_blocks
 
-BATCH_TOKENS = 4096
-"""Tokens coded in one numpy pass: bounds the memory of a long session."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens coded in one pass: bounds the memory of a long session, and fills a GPU, which codes a span's lanes one symbol after the other."""
 
-_CLASSES_PER_LEVEL = CLASSES_PER_OCTAVE // LEVELS_PER_OCTAVE
+PRODUCT_ROWS = 1024
+"""Rows of every product of a GPU's decoder, filled up with zeros: a product's shape decides how its terms are summed, so a span gives the same
+bits whatever is decoded beside it."""
 
 
 def tokens_per_lane(step: float) -> int:
@@ -28,13 +35,17 @@ def tokens_per_lane(step: float) -> int:
     return 2 if step < 0.8 else 4 if step < 1.8 else 8
 
 
-@dataclass
-class DecodedSpan:
-    """A span after entropy decoding: its header, integers q int32 [T, K] and their scale classes int32 [T, K], which give reconstruction points."""
+class _Integers(NamedTuple):
+    """What the entropy coder sees: q int32 [T, K], base int32 [K] (classes at the usual step and gain), levels int32 [T], gains uint8 [T]."""
 
-    code: SpanCode
-    q: np.ndarray
-    classes: np.ndarray
+    q: torch.Tensor
+    base: torch.Tensor
+    levels: torch.Tensor
+    gains: torch.Tensor
+
+    def classes(self) -> torch.Tensor:
+        """int32 [T, K], after step level and gain."""
+        return final_classes(self.base, self.levels, self.gains)
 
 
 class KvCodec:
@@ -42,7 +53,7 @@ class KvCodec:
 
     Args:
         pack: weights, transform and tables.
-        device: where the matrix products run; the entropy coder runs on the CPU.
+        device: where everything runs; what is coded on one device decodes on any.
         rounding: the quantiser's rounding constant, before the choice by rate (encoder only; any value decodes).
         rate_weight: squared error in steps that a bit is worth to the encoder; 0 rounds without looking at the rate.
     """
@@ -51,12 +62,13 @@ class KvCodec:
         self.pack, self.layout, self.device = pack, pack.layout, torch.device(device)
         self.rounding, self.rate_weight = rounding, rate_weight
         self.weighting, self.transform = pack.weighting.to(device), pack.transform.to(device)
-        self.tables = RansTables.build(pack.model)
+        self.choice, self.coder = RateChoice(pack.model, device), SpanCoder(pack.model, device)
+        self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._sigma = pack.transform.variance.clamp_min(1e-12).sqrt().numpy()
 
     def num_components(self, step: float) -> int:
         """K: components kept at a step."""
-        return max(1, self.transform.kept(KEEP_FACTOR * step))
+        return max(1, self.pack.transform.kept(KEEP_FACTOR * step))
 
     def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
         """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]."""
@@ -71,41 +83,53 @@ class KvCodec:
             raise BadInput("the KV to be coded holds NaN or infinity", "the model overflowed; try float32")
         return c
 
+    def _all_components(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
+        """Components float32 [sum T, count] of several spans."""
+        if self.device.type == "cpu" or len({(t.shape[1:], t.dtype) for pair in pairs for t in pair}) > 1:
+            return torch.cat([self.components(truth, prediction, count) for truth, prediction in pairs])
+        parts = []
+        for some in _batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):  # one large product keeps a GPU busy where a span's own does not
+            truth, prediction = (torch.cat([pairs[n][i].to(self.device) for n in some]) for i in (0, 1))
+            parts.append(self.components(truth, prediction, count))
+        return torch.cat(parts)
+
+    def _levels(self, levels: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor:
+        """Step levels, int32 [sum T]."""
+        for level, size in zip(levels, sizes, strict=True):
+            if level is not None and level.shape != (size,):
+                raise BadInput(f"step levels of shape {tuple(level.shape)} for a span of {size} tokens", "pass one integer a token")
+        parts = [torch.zeros(size, dtype=torch.int32) if v is None else v.to(torch.int32) for v, size in zip(levels, sizes, strict=True)]
+        joined = torch.cat([part.to(self.device) for part in parts])
+        if int(joined.min()) < MIN_LEVEL or int(joined.max()) > MAX_LEVEL:
+            raise BadInput("step levels do not fit", f"pass integers from {MIN_LEVEL} to {MAX_LEVEL}")
+        return joined
+
+    def _base(self, step: float, count: int) -> torch.Tensor:
+        return torch.from_numpy(class_of(self._sigma[:count], step)).to(self.device)
+
     def _quantised(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], step: float, levels: Sequence[torch.Tensor | None]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Integers int32 [sum T, K], classes before the gain int32 [sum T or 1, K], gains uint8 [sum T]."""
-        k = self.num_components(step)
-        base = class_of(self._sigma[:k], step)
-        parts, classes, gains = [], [], []
-        for (truth, prediction), level in zip(pairs, levels, strict=True):
-            c = self.components(truth, prediction, k)
-            if level is not None and (level.shape != (len(c),) or int(level.min()) < MIN_LEVEL or int(level.max()) > MAX_LEVEL):
-                raise BadInput("step levels do not fit", f"pass integers [T] from {MIN_LEVEL} to {MAX_LEVEL}")
-            scaled = c / token_steps(step, level, len(c), self.device)
-            q, x = quantise(scaled, self.rounding).cpu().numpy(), scaled.cpu().numpy()
-            own = self._token_classes(base, None if level is None else level.cpu().numpy(), len(q))
-            model = self.tables.model
-            if level is None:
-                gain = model.choose_gains(q, base)
-            else:
-                gain = np.zeros(len(q), np.uint8)
-                for value in np.unique(level.cpu().numpy()):
-                    rows = level.cpu().numpy() == value
-                    gain[rows] = model.choose_gains(q[rows], own[rows][0])
-            if self.rate_weight > 0:
-                q = model.refine(x, q, final_classes(own, gain), self.rate_weight)
-            parts.append(q)
-            classes.append(own)
-            gains.append(gain)
-        return np.concatenate(parts), np.concatenate(classes), np.concatenate(gains)
+    ) -> _Integers:
+        count = self.num_components(step)
+        base, level = self._base(step, count), self._levels(levels, [len(t) for t, _ in pairs])
+        scaled = self._all_components(pairs, count)
+        scaled = scaled / token_steps(step, level, len(level), self.device)
+        q = quantise(scaled, self.rounding)
+        gains = self.choice.choose_gains(q, base, level)
+        if self.rate_weight > 0:
+            q = self.choice.refine(scaled, q, base, level, gains, self.rate_weight)
+        return _Integers(q, base, level, gains)
 
-    @staticmethod
-    def _token_classes(base: np.ndarray, levels: np.ndarray | None, tokens: int) -> np.ndarray:
-        """int32 [tokens, K]: a coarser step moves every component down by whole classes."""
-        if levels is None:
-            return np.broadcast_to(base, (tokens, len(base)))
-        return np.clip(base[None] - _CLASSES_PER_LEVEL * levels.astype(np.int32)[:, None], 0, NUM_CLASSES - 1)
+    def _checked_batches(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], levels: Sequence[torch.Tensor | None] | None, step: float
+    ) -> Iterator[tuple[list[int], _Integers]]:
+        """Integers of all spans, batch by batch, with each batch's span sizes."""
+        every = [None] * len(pairs) if levels is None else levels
+        for truth, _ in pairs:
+            if not 0 < len(truth) <= MAX_SPAN_TOKENS:
+                raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
+        for some in _batches([len(t) for t, _ in pairs], self._batch_tokens):
+            yield [len(pairs[n][0]) for n in some], self._quantised([pairs[n] for n in some], step, [every[n] for n in some])
 
     def encode_many(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], quality: str | float, levels: Sequence[torch.Tensor | None] | None = None
@@ -118,97 +142,96 @@ class KvCodec:
             levels: for each span None or integers [T]: token t uses step * 2 ** (level / 4).
         """
         step = step_of(quality) if isinstance(quality, str) else float(quality)
-        levels = [None] * len(pairs) if levels is None else levels
-        for truth, _ in pairs:
-            if not 0 < len(truth) <= MAX_SPAN_TOKENS:
-                raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
         spans: list[bytes] = []
-        for some in _batches([len(t) for t, _ in pairs]):
-            spans += self._encode_batch([pairs[n] for n in some], step, [levels[n] for n in some])
+        for sizes, integers in self._checked_batches(pairs, levels, step):
+            spans += self._write(integers, sizes, step)
         return spans
 
-    def _encode_batch(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], step: float, levels: Sequence[torch.Tensor | None]
-    ) -> list[bytes]:
-        per_lane, sizes = tokens_per_lane(step), [len(t) for t, _ in pairs]
-        q, classes, gains = self._quantised(pairs, step, levels)
-        streams = encode(self.tables, q, classes, gains, sizes, per_lane)
-        limit = self.tables.model.limit[final_classes(classes, gains)]
-        over = np.abs(q) - limit - 1
-        spans, at = [], 0
-        for stream, level, size in zip(streams, levels, sizes, strict=True):
-            rows = slice(at, at + size)
-            at += size
-            escaped = over[rows] >= 0
-            remainder = over[rows][escaped].astype(np.int64) * 2 + (q[rows][escaped] < 0)
-            stored = level.cpu().numpy().astype(np.int8) if level is not None and bool((level != 0).any()) else None
-            spans.append(
-                write_span(
-                    SpanCode(step, per_lane, size, q.shape[1], self.pack.tag, stream.states, stream.words, stored, write_varints(remainder))
-                )
-            )
+    def _write(self, integers: _Integers, sizes: list[int], step: float) -> list[bytes]:
+        per_lane, q = tokens_per_lane(step), integers.q
+        streams = self.coder.encode(q, integers.base, integers.levels, integers.gains, sizes, per_lane)
+        over = q.abs() - self.choice.limit[integers.classes()] - 1
+        row, column = (over >= 0).nonzero(as_tuple=True)
+        remainder = (over[row, column].long() * 2 + (q[row, column] < 0)).cpu().numpy()
+        levels, ends = integers.levels.cpu().numpy().astype(np.int8), np.cumsum([0, *sizes])
+        bounds = np.searchsorted(row.cpu().numpy(), ends)
+        spans = []
+        for n, stream in enumerate(streams):
+            own = levels[ends[n] : ends[n + 1]]
+            escapes = write_varints(remainder[bounds[n] : bounds[n + 1]])
+            stored = own if own.any() else None
+            code = SpanCode(step, per_lane, sizes[n], q.shape[1], self.pack.tag, stream.states, stream.words, stored, escapes)
+            spans.append(write_span(code))
         return spans
 
     def encode(self, truth: torch.Tensor, prediction: torch.Tensor, quality: str | float, levels: torch.Tensor | None = None) -> bytes:
         """encode_many of one span."""
         return self.encode_many([(truth, prediction)], quality, [levels])[0]
 
-    def read_integers(self, spans: Sequence[bytes]) -> list[DecodedSpan]:
-        """Entropy decoding only. Named errors as in codec.container, and PackMismatch."""
+    def _read(self, spans: Sequence[bytes]) -> list[SpanCode]:
+        """The spans' parts. Named errors as in codec.container, and PackMismatch."""
         codes = [read_span(s) for s in spans]
         for code in codes:
             if code.pack_tag != self.pack.tag:
                 raise PackMismatch("a coded span was written with another codec pack", "use the pack it was written with")
             if code.num_components != self.num_components(code.step) or code.num_components > self.transform.num_components:
                 raise CorruptedCode("a coded span's component count is not its step's", "restore the file from a copy")
-        result: list[DecodedSpan | None] = [None] * len(codes)
-        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
-            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
-            for some in _batches([codes[n].num_tokens for n in chosen]):
-                group = [chosen[i] for i in some]
-                for n, decoded in zip(group, self._decode_batch([codes[n] for n in group]), strict=True):
-                    result[n] = decoded
-        return [decoded for decoded in result if decoded is not None]
+        return codes
 
-    def _decode_batch(self, codes: list[SpanCode]) -> list[DecodedSpan]:
-        base = class_of(self._sigma[: codes[0].num_components], codes[0].step)
-        classes = [self._token_classes(base, c.levels, c.num_tokens) for c in codes]
+    def _components_of(self, codes: Sequence[SpanCode]) -> torch.Tensor:
+        """Decoded components, float32 [sum T, K], of spans of one step and lane length."""
+        step, sizes = codes[0].step, [c.num_tokens for c in codes]
+        base = self._base(step, codes[0].num_components)
+        stored = [np.zeros(c.num_tokens, np.int8) if c.levels is None else c.levels for c in codes]
+        levels = torch.from_numpy(np.concatenate(stored).astype(np.int32)).to(self.device)
         streams = [SpanStream(c.num_tokens, c.states, c.words) for c in codes]
-        q, gains = decode(self.tables, streams, classes, codes[0].tokens_per_lane)
-        final = final_classes(np.concatenate(classes), gains)
-        limit = self.tables.model.limit[final]
-        out, at = [], 0
-        for code in codes:
-            rows = slice(at, at + code.num_tokens)
-            at += code.num_tokens
-            mine = q[rows]
-            escaped = mine > limit[rows]
-            remainder = read_varints(code.escapes, int(escaped.sum()))
-            magnitude = limit[rows][escaped] + 1 + (remainder >> 1)
-            if len(magnitude) and int(magnitude.max()) > Q_LIMIT:
-                raise CorruptedCode("a coded integer is out of range", "restore the file from a copy")
-            mine[escaped] = np.where(remainder & 1, -magnitude, magnitude)
-            out.append(DecodedSpan(code, mine, final[rows]))
-        return out
+        q, gains = self.coder.decode(streams, base, levels, codes[0].tokens_per_lane)
+        classes = final_classes(base, levels, gains)
+        limit = self.choice.limit[classes]
+        row, column = (q > limit).nonzero(as_tuple=True)
+        bounds = np.searchsorted(row.cpu().numpy(), np.cumsum([0, *sizes]))
+        parts = [read_varints(c.escapes, int(count)) for c, count in zip(codes, np.diff(bounds), strict=True)]
+        remainder = torch.from_numpy(np.concatenate(parts)).to(self.device)
+        magnitude = limit[row, column] + 1 + (remainder >> 1)
+        if len(remainder) and int(magnitude.max()) > Q_LIMIT:
+            raise CorruptedCode("a coded integer is out of range", "restore the file from a copy")
+        q[row, column] = torch.where(remainder % 2 == 1, -magnitude, magnitude).to(torch.int32)
+        return self.choice.reconstruct(q, classes) * token_steps(step, levels, len(levels), self.device)
+
+    def _residual(self, c: torch.Tensor) -> torch.Tensor:
+        """Unweighted residual, float32 [T, D], of components [T, K]."""
+        return apply_blocks(self.transform.expand(c, self.layout.dim), self.weighting.inverse)
+
+    def _residuals(self, c: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+        """The spans' residuals, float32 [T, D] each, from the components of all of them."""
+        if self.device.type == "cpu":
+            return [self._residual(part) for part in c.split(sizes)]
+        out = c.new_empty(len(c), self.layout.dim)
+        for at in range(0, len(c), PRODUCT_ROWS):
+            block = c[at : at + PRODUCT_ROWS]
+            missing = PRODUCT_ROWS - len(block)
+            padded = torch.nn.functional.pad(block, (0, 0, 0, missing)) if missing else block
+            out[at : at + len(block)] = self._residual(padded)[: len(block)]
+        return out.split(sizes)
 
     def decode_many(self, spans: Sequence[bytes], predictions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """KV float32 [T, D] of every span, given the predictions that the encoder used (up to rounding)."""
         if len(spans) != len(predictions):
             raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
-        decoded = []
-        for span, prediction in zip(self.read_integers(spans), predictions, strict=True):
-            if prediction.shape != (span.code.num_tokens, self.layout.dim):
-                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {span.code.num_tokens} tokens"
+        codes = self._read(spans)
+        for code, prediction in zip(codes, predictions, strict=True):
+            if prediction.shape != (code.num_tokens, self.layout.dim):
+                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
                 raise BadInput(what, "predict the tokens that were coded")
-            decoded.append(prediction.to(self.device, torch.float32) + self.residual(span))
+        decoded = list(predictions)
+        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
+            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
+            for some in _batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
+                group = [chosen[i] for i in some]
+                c = self._components_of([codes[n] for n in group])
+                for n, residual in zip(group, self._residuals(c, [codes[n].num_tokens for n in group]), strict=True):
+                    decoded[n] = residual.add_(predictions[n].to(self.device, torch.float32))
         return decoded
-
-    def residual(self, span: DecodedSpan) -> torch.Tensor:
-        """float32 [T, D]: what a span adds to the prediction."""
-        level = None if span.code.levels is None else torch.from_numpy(span.code.levels.copy())
-        points = torch.from_numpy(self.tables.model.reconstruct(span.q, span.classes)).to(self.device)
-        c = points * token_steps(span.code.step, level, len(points), self.device)
-        return apply_blocks(self.transform.expand(c, self.layout.dim), self.weighting.inverse)
 
     def decode(self, span: bytes, prediction: torch.Tensor) -> torch.Tensor:
         """decode_many of one span."""
@@ -220,20 +243,19 @@ class KvCodec:
         """Code length, in bits, of the symbols that encode_many would write for these spans, under the pack's unrounded tables."""
         step = step_of(quality) if isinstance(quality, str) else float(quality)
         total = 0.0
-        for number, pair in enumerate(pairs):
-            q, classes, gains = self._quantised([pair], step, [None if levels is None else levels[number]])
-            total += float(self.tables.model.code_lengths(q, classes, gains).sum())
+        for _, integers in self._checked_batches(pairs, levels, step):
+            total += float(self.choice.code_lengths(integers.q, integers.classes(), integers.gains).sum())
         return total
 
 
-def _batches(sizes: Sequence[int]) -> list[list[int]]:
-    """Indices in order, grouped so that a group has at most BATCH_TOKENS tokens (or is a single span)."""
+def _batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices in order, grouped so that a group has at most `limit` tokens (or is a single span)."""
     groups: list[list[int]] = []
     room = 0
     for n, size in enumerate(sizes):
         if not groups or size > room:
             groups.append([])
-            room = BATCH_TOKENS
+            room = limit
         groups[-1].append(n)
         room -= size
     return groups

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from codec.errors import CorruptedCode
-from codec.rate import CLASSES_PER_GAIN, GAIN_ZERO, NUM_CLASSES, PRECISION_BITS, TOTAL, EntropyModel, final_classes
+from codec.rate import CLASSES_PER_GAIN, GAIN_ZERO, NUM_CLASSES, PRECISION_BITS, TOTAL, EntropyModel
 
 STATE_LOW = 1 << 16
+DAMAGED = "an entropy-coded span does not end where it should", "the bytes were altered; restore the file from a copy"
 _EMIT_SHIFT = 32 - PRECISION_BITS
 _MASK = TOTAL - 1
 
@@ -102,7 +103,9 @@ def encode(
     """
     model, lanes = tables.model, _Lanes(sizes, tokens_per_lane)
     k = q.shape[1]
-    entry = model.symbols(q, final_classes(classes, gains))
+    final = np.clip(classes + CLASSES_PER_GAIN * (gains.astype(np.int32)[:, None] - GAIN_ZERO), 0, NUM_CLASSES - 1)
+    limit = model.limit[final]
+    entry = (model.offset[:-1].astype(np.int32) + model.limit)[final] + np.where(np.abs(q) > limit, limit + 1, q)
     state = np.full(lanes.total, STATE_LOW, np.uint64)
     steps = k + 1
     words = np.zeros((tokens_per_lane * steps, lanes.total), np.uint16)
@@ -194,5 +197,5 @@ def decode(tables: RansTables, streams: list[SpanStream], classes: list[np.ndarr
         q[token] = out.T
         state[active] = x
     if not (pointer == end).all() or not (state == low).all():
-        raise CorruptedCode("an entropy-coded span does not end where it should", "the bytes were altered; restore the file from a copy")
+        raise CorruptedCode(*DAMAGED)
     return q, gains

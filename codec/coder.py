@@ -1,0 +1,94 @@
+"""Entropy coding of many spans at once: `kernels.rans` where Triton runs (on a GPU), the numpy coder elsewhere. Both write the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from codec.choice import CLASSES_PER_LEVEL, own_classes
+from codec.errors import CorruptedCode
+from codec.rans import DAMAGED, RansTables, SpanStream, decode, encode, num_lanes
+from codec.rate import EntropyModel
+from kernels import rans as kernel
+from kernels.dispatch import use_triton
+
+_INT16_MAX = 32767
+"""Above every class's limit, so that an integer clamped to it still codes as the escape."""
+
+
+class SpanCoder:
+    """rANS with an entropy model's tables, of tensors on `device`."""
+
+    def __init__(self, model: EntropyModel, device: torch.device | str = "cpu"):
+        self.model, self.device = model, torch.device(device)
+
+    @cached_property
+    def _numpy_tables(self) -> RansTables:
+        return RansTables.build(self.model)
+
+    @cached_property
+    def _kernel_tables(self) -> kernel.RansTables:
+        model = self.model
+        parts = (torch.from_numpy(x.astype(np.int64)) for x in (model.freqs, model.limit, model.gain_freqs))
+        return kernel.build_tables(*parts).to(self.device)
+
+    def encode(
+        self, q: torch.Tensor, base: torch.Tensor, levels: torch.Tensor, gains: torch.Tensor, sizes: Sequence[int], tokens_per_lane: int
+    ) -> list[SpanStream]:
+        """Streams of spans of `sizes` tokens, one after the other in q.
+
+        Args:
+            q: int32 [T, K]; values beyond a class's limit become the escape symbol (the caller stores the remainder).
+            base: int32 [K], the components' classes. levels: int32 [T], step levels. gains: uint8 [T].
+        """
+        if not use_triton(q):
+            own = own_classes(base[None], levels[:, None]).cpu().numpy()
+            return encode(self._numpy_tables, q.cpu().numpy(), own, gains.cpu().numpy(), list(sizes), tokens_per_lane)
+        # the kernel reads a component's integers of neighbouring tokens together
+        narrow = q.clamp(-_INT16_MAX, _INT16_MAX).to(torch.int16).t().contiguous().t()
+        coded = kernel.rans_encode(
+            self._kernel_tables, narrow, base, gains, self._starts(sizes), tokens_per_lane,
+            shifts=-CLASSES_PER_LEVEL * levels, max_span_tokens=max(sizes),
+        )  # fmt: skip
+        word_ends = coded.word_starts.tolist()
+        words = coded.words[: word_ends[-1]].cpu().numpy().view(np.uint16)
+        states = coded.states.cpu().numpy().view(np.uint32)
+        lane_ends = np.cumsum([0, *(num_lanes(size, tokens_per_lane) for size in sizes)])
+        return [
+            SpanStream(size, states[lane_ends[n] : lane_ends[n + 1]], words[word_ends[n] : word_ends[n + 1]]) for n, size in enumerate(sizes)
+        ]
+
+    def decode(
+        self, streams: Sequence[SpanStream], base: torch.Tensor, levels: torch.Tensor, tokens_per_lane: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inverse of encode: q int32 [T, K] (the escape reads limit + 1) and gains uint8 [T], on the device; CorruptedCode if a stream is damaged."""
+        sizes = [s.num_tokens for s in streams]
+        if not use_triton(base):
+            own = own_classes(base[None], levels[:, None]).cpu().numpy()
+            parts = np.split(own, np.cumsum(sizes)[:-1])
+            q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
+            return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device)
+        # the kernel reads no word before or after its span's own; a span without words still needs an address
+        words = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)])
+        states = np.concatenate([s.states for s in streams])
+        if len(states) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
+            raise CorruptedCode(*DAMAGED)
+        coded = kernel.RansStreams(
+            torch.from_numpy(states.view(np.int32)).to(self.device),
+            torch.from_numpy(words.view(np.int16)).to(self.device),
+            self._starts([len(s.words) for s in streams]),
+        )
+        decoded = kernel.rans_decode(
+            self._kernel_tables, coded, base, self._starts(sizes), tokens_per_lane,
+            num_tokens=sum(sizes), shifts=-CLASSES_PER_LEVEL * levels, max_span_tokens=max(sizes),
+        )  # fmt: skip
+        if not bool(decoded.intact.all()):
+            raise CorruptedCode(*DAMAGED)
+        return decoded.q.to(torch.int32, memory_format=torch.contiguous_format), decoded.gains
+
+    def _starts(self, sizes: Sequence[int]) -> torch.Tensor:
+        """int64 [n + 1]: where each part starts, the total last."""
+        return torch.tensor([0, *np.cumsum(sizes).tolist()], device=self.device)
