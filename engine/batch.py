@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from engine.decoder_config import DecoderConfig
-from engine.pool import KvSequence
+from engine.hot_pool import HotBatch, HotPool
+from engine.pool import KvSequence, PagedPool
 from engine.rope import RopeTable
 from kernels.dispatch import use_triton
+from kernels.hot_kv import NUM_SINKS
 from kernels.paged_attention.reference import Plan, plan
 from kernels.rope.reference import widen
 
@@ -35,7 +37,7 @@ class TritonBatch(NamedTuple):
 
 def prepare(
     sequences: list[KvSequence], query_lens: list[int], starts: list[int], config: DecoderConfig, rope: RopeTable, *, deterministic: bool
-) -> ReferenceBatch | TritonBatch:
+) -> ReferenceBatch | TritonBatch | HotBatch:
     """Own the pages of the new tokens and gather what the layers need.
 
     Args:
@@ -48,7 +50,7 @@ def prepare(
         PoolExhausted: the pool has too few pages.
     """
     pool = sequences[0].pool
-    device, size = pool.kv.device, pool.page_size
+    device, size = pool.device, pool.page_size
     contexts = [start + count for start, count in zip(starts, query_lens, strict=True)]
     for sequence, context in zip(sequences, contexts, strict=True):
         assert sequence.pool is pool, "the sequences of a batch share one pool"
@@ -60,10 +62,10 @@ def prepare(
         for position in range(start, context)
     ]
     pages = [sequence.pages for sequence in sequences]
-    if use_triton(pool.kv):
+    if isinstance(pool, HotPool) or use_triton(cos):
         width = max(len(own) for own in pages)
         table = [own + [0] * (width - len(own)) for own in pages]
-        return TritonBatch(
+        batch = TritonBatch(
             cos,
             sin,
             torch.tensor(numbers, dtype=torch.int64, device=device),
@@ -71,6 +73,17 @@ def prepare(
             torch.tensor(query_lens, dtype=torch.int32, device=device),
             torch.tensor(contexts, dtype=torch.int32, device=device),
         )
+        if not isinstance(pool, HotPool):
+            return batch
+        sink_rows = [pool.sink_row(sequence) for sequence in sequences]
+        return HotBatch(
+            *batch,
+            max(query_lens),
+            rope.table(max(contexts)),
+            torch.tensor(sink_rows, dtype=torch.int32, device=device),
+            _new_sinks(starts, query_lens, sink_rows, device),
+        )
+    assert isinstance(pool, PagedPool)
     first, last = numbers[0], numbers[-1]
     slots: torch.Tensor | slice = slice(first, last + 1)
     if numbers != list(range(first, last + 1)):
@@ -78,3 +91,17 @@ def prepare(
     group = config.num_heads // config.num_kv_heads
     attention = plan(pages, query_lens, contexts, size, group, pool.kv.dtype, device, deterministic=deterministic)
     return ReferenceBatch(widen(cos, sin), slots, attention)
+
+
+def _new_sinks(
+    starts: list[int], query_lens: list[int], sink_rows: list[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Which of the new tokens, one request's after another's, are first ones, and where these are kept: each [M] int64; None without any."""
+    if min(starts) >= NUM_SINKS:
+        return None
+    found, before = [], 0
+    for start, count, row in zip(starts, query_lens, sink_rows, strict=True):
+        found += [(before + t, row * NUM_SINKS + start + t) for t in range(count) if start + t < NUM_SINKS]
+        before += count
+    rows, slots = torch.tensor(found, dtype=torch.int64, device=device).unbind(1)
+    return rows, slots.contiguous()

@@ -18,10 +18,10 @@ from torch import nn
 from engine.batch import ReferenceBatch, TritonBatch, prepare
 from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
-from engine.hot_pool import HotBatch, HotLayer, HotPool
+from engine.hot_pool import HotBatch
 from engine.layers import DecoderLayer, LayerWeights
 from engine.linear import Projection, choose_product
-from engine.pool import KvSequence, PagedPool
+from engine.pool import KvPool, KvSequence, PagedPool
 from engine.rope import RopeTable
 from engine.stable import StableLinear, stable_silu_mul
 from engine.weights import load_folder, read_config, read_end_tokens
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
     def _run_layers(
         self,
         hidden: torch.Tensor,
-        pool: PagedPool | HotPool,
+        pool: KvPool,
         batch: ReferenceBatch | TritonBatch | HotBatch,
         layers: range,
         taps: tuple[int, ...],
@@ -300,11 +300,11 @@ class Decoder(nn.Module):
         self,
         qkv: torch.Tensor,
         w: LayerWeights,
-        pages: tuple[torch.Tensor, torch.Tensor] | HotLayer,
+        pages: Any,
         batch: ReferenceBatch | TritonBatch | HotBatch,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one layer: qkv [N, (H + 2G) d] -> (output [N, H d], queries before rotation [N, H, d])."""
+        """Attention of one layer: qkv [N, (H + 2G) d] and the pool's view of it -> (output [N, H d], queries before rotation [N, H, d])."""
         config = self.config
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         split = qkv.unflatten(1, (-1, d))
@@ -314,20 +314,19 @@ class Decoder(nn.Module):
             k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
         scale = d**-0.5
         if isinstance(batch, HotBatch):
-            assert isinstance(pages, HotLayer)
             attended = pages.attend(q, k, v, batch, scale, deterministic=deterministic)
         elif isinstance(batch, TritonBatch):
             kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
             rotated = apply_rope(q, batch.cos, batch.sin)
             lens = batch.query_lens, batch.context_lens
-            attended = paged_attention(rotated, *pages, batch.page_table, *lens, scale, deterministic=deterministic)
+            attended = paged_attention(rotated, pages[0], pages[1], batch.page_table, *lens, scale, deterministic=deterministic)
         else:
             # queries and keys turn in one go, and the plan is made once for all layers
             both = split[:, : heads + kv_heads] if w.qk_norm is None else torch.cat((q, k), dim=1)
             rotated = rotate(both, *batch.wide)
             store(rotated[:, heads:], batch.slots, pages[0])
             store(v, batch.slots, pages[1])
-            attended = attend(rotated[:, :heads], *pages, batch.attention, scale)
+            attended = attend(rotated[:, :heads], pages[0], pages[1], batch.attention, scale)
         return attended.flatten(1), q
 
     def decode(self, token_ids: torch.Tensor, pool: PagedPool, batch: TritonBatch) -> torch.Tensor:

@@ -30,9 +30,9 @@ def trunk_layers(engine: Engine) -> int:
 
 def pair_fingerprints(engine: Engine) -> dict[str, str]:
     """Digests of an engine's target, draft and tokenizer: what a pack or a session must agree with."""
-    target = _model_fingerprint(engine.target, engine.target_dir)
+    target = model_fingerprint(engine.target, engine.target_dir)
     if engine.draft_decoder is not None:
-        draft = _model_fingerprint(engine.draft_decoder, engine.draft_dir)
+        draft = model_fingerprint(engine.draft_decoder, engine.draft_dir)
     else:
         draft = f"trunk-{trunk_layers(engine)}" if engine.drafter else "none"
     tokenizer = tokenizer_fingerprint(engine.tokenizer) if engine.tokenizer is not None else "none"
@@ -88,7 +88,7 @@ def _usable(path: Path, fingerprints: dict[str, str]) -> CodecPack | None:
         return None
 
 
-def _model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
+def model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
     """Of the folder a model came from; of its weights where it came from none."""
     if folder is not None:
         return fingerprint(folder)

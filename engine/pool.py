@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
 from engine.errors import PoolExhausted
+from kernels.rope import apply_rope
 
 
 class KvPool(ABC):
@@ -47,6 +49,22 @@ class KvPool(ABC):
         """Size of one page over all layers, in bytes."""
 
     @abstractmethod
+    def layer(self, index: int) -> Any:
+        """What a layer's attention reads and writes, views."""
+
+    @abstractmethod
+    def read(
+        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: cos, sin that turn back."""
+
+    @abstractmethod
+    def write(
+        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
+
+    @abstractmethod
     def _extend(self, num_pages: int) -> None:
         """Make room for `num_pages` pages in all, the old ones' contents kept."""
 
@@ -62,6 +80,10 @@ class KvPool(ABC):
     def num_free_pages(self) -> int:
         """Pages nobody owns, those the pool may still grow by included."""
         return self._num_free + self.max_pages - self.num_pages
+
+    def bytes_of(self, sequence: KvSequence) -> int:
+        """What a sequence takes of the pool, in bytes."""
+        return len(sequence.pages) * self.page_bytes
 
     def new_sequence(self) -> KvSequence:
         """An empty sequence; it takes pages as it needs them."""
@@ -100,6 +122,10 @@ class KvPool(ABC):
             assert self._references[page] > 0, "page released twice"
             self._references[page] -= 1
             self._num_free += self._references[page] == 0
+
+    def is_free(self, page: int) -> bool:
+        """True when nobody owns the page."""
+        return self._references[page] == 0
 
     def is_shared(self, page: int) -> bool:
         """True when more than one sequence owns the page."""
@@ -224,6 +250,25 @@ class PagedPool(KvPool):
         super().check_integrity()
         assert self.num_pages == self.kv.shape[2], "the page count is wrong"
 
+    def read(
+        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: cos, sin that turn back."""
+        pages, offsets = sequence.addresses(start, end)
+        kv = self.kv[first_layer:, :, pages, offsets].permute(2, 0, 1, 3, 4).contiguous().float()
+        kv[:, :, 0] = apply_rope(kv[:, :, 0], *inverse)
+        return kv
+
+    def write(
+        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
+        pages, offsets = sequence.addresses(start, start + len(kv))
+        kv = kv.clone()
+        kv[:, :, 0] = apply_rope(kv[:, :, 0], *angles)
+        # two index tensors with a slice of layers before them: the token axis comes first after the permutation
+        self.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.kv.dtype)
+
     def _extend(self, num_pages: int) -> None:
         shape = list(self.kv.shape)
         old, shape[2] = shape[2], num_pages
@@ -255,6 +300,13 @@ class KvSequence:
     def is_contiguous(self) -> bool:
         """True when the pages follow one another."""
         return not self.pages or self.pages == list(range(self.pages[0], self.pages[0] + len(self.pages)))
+
+    def addresses(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and offset in it of tokens [start, end), each [T] int64 on the pool's device."""
+        size, device = self.pool.page_size, self.pool.device
+        positions = torch.arange(start, end)
+        pages = torch.tensor(self.pages, dtype=torch.int64)[positions // size] if end > start else positions
+        return pages.to(device), (positions % size).to(device)
 
     def reserve(self, n: int) -> None:
         """Own pages for n tokens after the committed ones.

@@ -144,6 +144,11 @@ class RopeTable:
         self._grow(end)
         return self._cos[start:end], self._sin[start:end]
 
+    def table(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of positions 0, 1, ... as far as they are known, at least `positions` of them, each [*, d/2] float32."""
+        self._grow(positions)
+        return self._cos, self._sin
+
     def gather(self, ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin of several ranges of positions, one after another, each [N, d/2] float32."""
         if len(ranges) == 1:

@@ -56,12 +56,17 @@ class HotSinks(NamedTuple):
     rows: torch.Tensor  # [B] int32, the slot of each request
 
 
+def check_head_dim(head_dim: int) -> None:
+    """ValueError for a head size that is not a power of two of at least 32."""
+    if head_dim < 32 or head_dim & (head_dim - 1):
+        raise ValueError(f"hot formats need a head size that is a power of two of at least 32, not {head_dim}")
+
+
 def new_pages(bits: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu") -> HotPages:
-    """Empty pages of one layer. ValueError for other bits than 2, 3, 4 or a head size that is not a power of two of at least 32."""
+    """Empty pages of one layer. ValueError for other bits than 2, 3, 4, or as `check_head_dim`."""
     if bits not in LEVEL_COEFFICIENTS:
         raise ValueError(f"no hot format of {bits} bits (choose one of {', '.join(FORMATS)})")
-    if head_dim < 32 or head_dim & (head_dim - 1):
-        raise ValueError(f"hot formats need a head size that is a power of two of at least 32, this model's is {head_dim} (use bf16)")
+    check_head_dim(head_dim)
     codes = [torch.zeros((num_pages, num_kv_heads, page_size, head_dim * bits // 8), dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros((num_pages, num_kv_heads, page_size), dtype=torch.float16, device=device) for _ in range(2)]
     return HotPages(bits, codes[0], scales[0], codes[1], scales[1])
