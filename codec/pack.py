@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from codec.errors import CorruptedCode, ForeignCode, NewerCode, PackMismatch
+from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, PackMismatch
 from codec.rate import EntropyModel
-from codec.rows import dequantise_rows, quantise_rows
+from codec.rows import ROW_BITS, dequantise_rows, quantise_rows
 from codec.spec import KvLayout
 from codec.transform import Transform
 from codec.weighting import Weighting
@@ -32,7 +33,7 @@ _PREDICTOR = "predictor."
 
 @dataclass
 class CodecPack:
-    """What KvCodec works from, in the numbers that the file holds (rounded to 8 and 4 bits), so that saving and loading changes nothing.
+    """What KvCodec works from, in the numbers that the file holds (rounded to 8 bits and fewer), so that saving and loading changes nothing.
 
     Args:
         layout: which elements are coded.
@@ -64,13 +65,18 @@ class CodecPack:
         predictor_settings: dict,
         fingerprints: dict[str, str],
         info: dict | None = None,
-        coarse_from: int | None = None,
+        row_bits: Sequence[int] | None = None,
     ) -> CodecPack:
-        """Rounds and gathers the parts. Rows of the transform from number coarse_from on are stored in 4 bits instead of 8."""
-        coarse_from = transform.num_components if coarse_from is None else coarse_from
+        """Rounds and gathers the parts. row_bits: of the transform's rows, falling (`codec.rows.allocate_bits`); None stores all in 8."""
+        row_bits = [8] * transform.num_components if row_bits is None else list(row_bits)
+        if row_bits != sorted(row_bits, reverse=True) or len(row_bits) != transform.num_components:
+            raise BadInput("bits of the transform's rows do not fit", f"pass {transform.num_components} falling numbers")
         stored = {"weight": weighting.root.half().cpu(), "variance": transform.variance.float().cpu()}
-        for name, rows, bits in (("fine", transform.basis[:coarse_from], 8), ("coarse", transform.basis[coarse_from:], 4)):
-            stored[f"basis.{name}"], stored[f"basis.{name}.scale"] = quantise_rows(rows, bits)
+        at = 0
+        for bits in ROW_BITS:
+            parts = quantise_rows(transform.basis[at : at + row_bits.count(bits)], bits)
+            stored |= {f"basis.{bits}.{name}": part for name, part in parts.items()}
+            at += row_bits.count(bits)
         if transform.layer is not None:
             stored["basis.layer"] = transform.layer.to(torch.int16).cpu()
         stored |= _model_tensors(model)
@@ -98,7 +104,8 @@ class CodecPack:
     @cached_property
     def transform(self) -> Transform:
         width = self.layout.dim if self.kind == "global" else self.layout.layer_dim
-        parts = [dequantise_rows(self.stored[f"basis.{n}"], self.stored[f"basis.{n}.scale"], width) for n in ("fine", "coarse")]
+        names = ("codes", "step", "peak")
+        parts = [dequantise_rows({name: self.stored[f"basis.{bits}.{name}"] for name in names}, width) for bits in ROW_BITS]
         layer = self.stored["basis.layer"].long() if self.kind == "per_layer" else None
         return Transform(self.kind, torch.cat(parts), layer, self.stored["variance"], len(parts[0]))
 

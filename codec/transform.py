@@ -1,6 +1,6 @@
 """The weighted residual's transform: principal components of all layers together ("global"), or of each layer alone ("per_layer").
 
-Global is what shared/EVIDENCE.md measures; per layer costs K * 2Gd instead of K * D multiplications a token and needs far fewer calibration
+Per layer costs K * 2Gd instead of K * D multiplications a token and needs far fewer calibration
 tokens, which is what a quick pack on a CPU can afford. Both keep only components whose standard deviation exceeds a quarter of the finest step.
 """
 
@@ -36,6 +36,10 @@ class Transform:
     @property
     def num_components(self) -> int:
         return len(self.basis)
+
+    def first(self, count: int) -> Transform:
+        """Only the first `count` rows."""
+        return Transform(self.kind, self.basis[:count].contiguous(), None if self.layer is None else self.layer[:count], self.variance[:count])
 
     def kept(self, threshold: float) -> int:
         """Number of leading components with standard deviation above threshold."""

@@ -18,6 +18,7 @@ from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.rate import EntropyModel
+from codec.rows import ROW_BITS, allocate_bits
 from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_global, fit_per_layer
 from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
@@ -28,14 +29,12 @@ from draft.gptq import round_weights
 from draft.predictor import Predictor
 from engine.calibration_budget import (
     DENSE_SHARE,
-    FIXED_BYTES,
     PACK_BUDGET,
     bf16_bytes,
-    coarse_rows,
     default_rank,
     dense_bytes,
     max_components,
-    stored_bytes,
+    transform_bytes,
 )
 from engine.calibration_fisher import FisherSample, fit_token_sensitivity, measure
 from engine.calibration_stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
@@ -45,6 +44,8 @@ from engine.errors import InvalidOption
 
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
+ENOUGH_GRADIENTS = 50_000
+"""Cached tokens whose gradients make better weights than any blend with attention statistics does."""
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -53,7 +54,7 @@ class CalibrationOptions:
     taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last).
     predictor: "dense" (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget).
     rank: of a low-rank predictor (None: from the budget).
-    weighting: "fisher", "attention", "blend" (of both) or "unit". transform: "global" or "per_layer".
+    weighting: "fisher", "attention", "blend" (of both), "unit" or "auto" (fisher where gradients abound, else blend). transform: "global" or "per_layer".
     context: tokens a document. held_out_tokens: kept apart for tables and reported figures.
     fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its sensitivity, 0 not at all, 1 as far
     as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
@@ -62,7 +63,7 @@ class CalibrationOptions:
     taps: tuple[int, ...] | None = None
     predictor: str = "auto"
     rank: int | None = None
-    weighting: str = "blend"
+    weighting: str = "auto"
     transform: str = "global"
     context: int = 1024
     tokens_per_batch: int = 8192
@@ -75,7 +76,7 @@ class CalibrationOptions:
         """Raises InvalidOption for a name that is none of the choices."""
         choices = {
             "predictor": ("auto", "dense", "low_rank"),
-            "weighting": ("blend", "fisher", "attention", "unit"),
+            "weighting": ("auto", "blend", "fisher", "attention", "unit"),
             "transform": ("global", "per_layer"),
         }
         for name, allowed in choices.items():
@@ -127,7 +128,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     m = moments.finish()
     blocks = diagonal_blocks(m.yy, layout.head_dim)
     sample = None
-    if options.weighting in ("fisher", "blend") or options.level_strength > 0:
+    if options.weighting in ("auto", "fisher", "blend") or options.level_strength > 0:
         sample = measure(stream, rest, context=options.context, tokens=options.fisher_tokens)
         log(f"calibration: gradients at {sample.blocks.count:,} cached tokens, {time.monotonic() - started:.0f} s")
     weighting = choose_weighting(options.weighting, target, layout, blocks, queries, sample)
@@ -135,7 +136,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     ridge = m.choose_ridge(features, y)
     tensors, settings, residual = fit_predictor(stream, m, ridge, weighting, options, budget_bytes)
     log(f"calibration: {settings['kind']} predictor fitted, ridge {ridge:g}, {time.monotonic() - started:.0f} s")
-    limit = max_components(layout, tensors, options.transform, budget_bytes)
+    limit = max_components(layout, options.transform, transform_bytes(layout, tensors, budget_bytes, options.transform))
     threshold = KEEP_FACTOR * FINEST_STEP
     weighted = both_sides(residual, weighting.root)
     if options.transform == "global":
@@ -180,6 +181,8 @@ def choose_weighting(
         return attention
     assert sample is not None, "gradients were measured for these weights"
     fisher = normalised(sample.blocks.weighting(), blocks)
+    if name == "auto":
+        name = "fisher" if sample.blocks.count >= ENOUGH_GRADIENTS else "blend"
     return fisher if name == "fisher" else blended(fisher, attention, blocks)
 
 
@@ -220,10 +223,11 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     variance = c.pow(2).mean(0)[order]
     layer = None if transform.layer is None else transform.layer[order]
     transform = Transform(transform.kind, transform.basis[order].contiguous(), layer, variance)
-    spent = stored_bytes(tensors) + 2 * weighting.root.numel() + FIXED_BYTES
-    coarse = coarse_rows(transform, budget_bytes - spent)
+    room_bytes = transform_bytes(layout, tensors, budget_bytes, transform.kind)
+    row_bits = allocate_bits(variance.tolist(), transform.basis.shape[1], room_bytes, FINEST_STEP)
+    transform = transform.first(len(row_bits))
     pack = CodecPack.build(layout, weighting, transform, EntropyModel.laplace(), predictor=tensors, predictor_settings=settings,
-                           fingerprints=fingerprints, coarse_from=coarse)  # fmt: skip
+                           fingerprints=fingerprints, row_bits=row_bits)  # fmt: skip
     zero = torch.zeros_like(residual)
     c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)
     cut = 3 * len(c) // 4
@@ -233,7 +237,7 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
     info: dict[str, Any] = facts | {
         "cpu_seconds": round(time.process_time(), 1), "held_out_tokens": len(y), "predictor": settings["kind"],
-        "components": pack.transform.num_components, "coarse_from": coarse, "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
+        "components": pack.transform.num_components, "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS}, "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
         "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
@@ -286,4 +290,4 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     return pack
 
 
-__all__ = ["CalibrationOptions", "assemble", "calibrate", "coarse_rows", "default_rerun_layers", "feature_spec", "quick_pack"]
+__all__ = ["CalibrationOptions", "assemble", "calibrate", "default_rerun_layers", "feature_spec", "quick_pack"]

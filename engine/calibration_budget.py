@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from codec.rows import ROW_BITS, row_bytes
 from codec.spec import KvLayout
-from codec.transform import Transform
 from draft.gptq import GROUP
 from engine.decoder import Decoder
 
@@ -40,21 +40,23 @@ def dense_bytes(num_features: int, dim: int) -> int:
 
 
 def default_rank(num_features: int, layout: KvLayout, budget_bytes: float) -> int:
-    """The rank whose two 8-bit factors fit beside a transform of D / 4 rows, two thirds of a byte a number, and the weights."""
+    """The rank whose two 8-bit factors fit beside a transform of D / 3 rows, half a byte a number, and the weights."""
     dim = layout.dim
     room = budget_bytes - dim * dim / 6 - 2 * dim * layout.head_dim - FIXED_BYTES
     return int(max(16, min(num_features, dim, MAX_RANK, room / (num_features + dim))))
 
 
-def max_components(layout: KvLayout, predictor: Mapping[str, Tensor], transform: str, budget_bytes: float) -> int:
-    """Most transform rows that fit the budget beside the predictor and the weights, if all but the first third take 4 bits."""
-    width = layout.dim if transform == "global" else layout.layer_dim
-    spent = stored_bytes(predictor) + 2 * layout.dim * layout.head_dim + FIXED_BYTES
-    return max(8, min(int((budget_bytes - spent) / (width * 2 / 3)), layout.dim * 3 // 5))
+def transform_bytes(layout: KvLayout, predictor: Mapping[str, Tensor], budget_bytes: float, transform: str) -> float:
+    """Room that the budget leaves for the transform's rows beside the predictor and the weights; for a quarter of them in 3 bits in any case, since
+    there is no codec without."""
+    least = layout.dim // 4 * row_bytes(_row_width(layout, transform), 3)
+    return max(least, budget_bytes - stored_bytes(predictor) - 2 * layout.dim * layout.head_dim - FIXED_BYTES)
 
 
-def coarse_rows(transform: Transform, room_bytes: float) -> int:
-    """First transform row to be stored in 4 bits instead of 8: as late as the room allows, never before the first third."""
-    count, width = transform.basis.shape
-    fine = int((room_bytes - count * width / 2) / (width / 2))
-    return max(count // 3, min(count, fine))
+def max_components(layout: KvLayout, transform: str, room_bytes: float) -> int:
+    """Most transform rows worth computing: as many as fit the room in the fewest bits."""
+    return min(int(room_bytes / row_bytes(_row_width(layout, transform), min(ROW_BITS))), layout.dim * 3 // 5)
+
+
+def _row_width(layout: KvLayout, transform: str) -> int:
+    return layout.dim if transform == "global" else layout.layer_dim

@@ -40,7 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
     parser.add_argument("--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of a trunk)")
     parser.add_argument("--predictor", choices=("auto", "dense", "low_rank"), default="auto", help="all directions in 4 bits, or few in 8")
-    parser.add_argument("--weighting", choices=("blend", "fisher", "attention", "unit"), default="blend")
+    parser.add_argument("--weighting", choices=("auto", "blend", "fisher", "attention", "unit"), default="auto")
+    parser.add_argument("--fisher-tokens", type=int, help="cached tokens whose gradients are taken (default: 65,536 on a GPU, fewer on a CPU)")
     parser.add_argument("--level-strength", type=float, default=CalibrationOptions.level_strength,
                         help="how far a token's step follows its predicted sensitivity, 0 to 1")  # fmt: skip
     parser.add_argument("--transform", choices=("global", "per_layer"), default="global")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> dict:
             taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")), rank=args.rank, weighting=args.weighting,
             predictor=args.predictor, level_strength=args.level_strength, transform=args.transform, context=args.context,
             budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
-            fisher_tokens=CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6),
+            fisher_tokens=args.fisher_tokens or (CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6)),
         )  # fmt: skip
         docs, digest = documents(texts, tokenizer, args.tokens + options.held_out_tokens, args.context)
         pack = calibrate(target, draft, docs, trunk_layers=trunk, options=options, fingerprints=prints | {"text": digest}, log=log)

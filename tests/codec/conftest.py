@@ -11,7 +11,8 @@ from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.rate import EntropyModel
-from codec.spec import KvLayout
+from codec.rows import allocate_bits, row_bytes
+from codec.spec import QUALITIES, KvLayout
 from codec.transform import Transform, fit_global, fit_per_layer
 from codec.weighting import Weighting, both_sides, normalised, unit_weighting
 
@@ -38,7 +39,8 @@ def block_covariances(rows: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2) @ x / len(rows)
 
 
-def _make_pack(source: Source, kind: str = "global", coarse_from: int | None = None) -> CodecPack:
+def _make_pack(source: Source, kind: str = "global", room: float | None = None) -> CodecPack:
+    """room: bytes of the transform's rows as a share of what all of them take in 8 bits."""
     rows = source.draw(3000)
     weighting: Weighting = normalised(unit_weighting(LAYOUT, rows.var(0)), block_covariances(rows))
     cov = both_sides(rows.T @ rows / len(rows), weighting.root)
@@ -48,8 +50,14 @@ def _make_pack(source: Source, kind: str = "global", coarse_from: int | None = N
     else:
         w = LAYOUT.layer_dim
         transform = fit_per_layer([cov[i : i + w, i : i + w] for i in range(0, LAYOUT.dim, w)], 0.15, LAYOUT.dim)
+    row_bits = None
+    if room is not None:
+        count, width = transform.basis.shape
+        row_bits = allocate_bits(transform.variance.tolist(), width, room * count * row_bytes(width, 8), min(QUALITIES.values()))
+        assert len(set(row_bits)) > 1
+        transform = transform.first(len(row_bits))
     pack = CodecPack.build(
-        LAYOUT, weighting, transform, EntropyModel.laplace(), coarse_from=coarse_from,
+        LAYOUT, weighting, transform, EntropyModel.laplace(), row_bits=row_bits,
         predictor={"mu": torch.zeros(LAYOUT.dim)}, predictor_settings={"taps": [1]}, fingerprints={"target": "t", "draft": "d"},
     )  # fmt: skip
     held = source.draw(1500)

@@ -13,10 +13,10 @@ from codec.spec import QUALITIES
 from codec.weighting import apply_blocks
 
 
-@pytest.mark.parametrize("kind,coarse_from", [("global", None), ("global", 60), ("per_layer", None)])
-def test_error_and_length(make_source, make_pack, kind: str, coarse_from: int | None) -> None:
+@pytest.mark.parametrize("kind,room", [("global", None), ("global", 0.8), ("per_layer", None)])
+def test_error_and_length(make_source, make_pack, kind: str, room: float | None) -> None:
     source = make_source(3)
-    codec = KvCodec(make_pack(source, kind, coarse_from))
+    codec = KvCodec(make_pack(source, kind, room))
     rows = source.draw(1024)
     prediction = rows + source.draw(1024) * 0.3
     pairs = list(zip(rows.split(64), prediction.split(64), strict=True))
