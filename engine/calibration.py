@@ -54,7 +54,8 @@ class CalibrationOptions:
     taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last).
     predictor: "dense" (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget).
     rank: of a low-rank predictor (None: from the budget).
-    weighting: "fisher", "attention", "blend" (of both), "unit" or "auto" (fisher where gradients abound, else blend). transform: "global" or "per_layer".
+    weighting: "fisher", "attention", "blend" (of both), "unit" or "auto" (fisher where gradients abound, else blend).
+    transform: "global" or "per_layer".
     context: tokens a document. held_out_tokens: kept apart for tables and reported figures.
     fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its sensitivity, 0 not at all, 1 as far
     as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
@@ -237,7 +238,8 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
     info: dict[str, Any] = facts | {
         "cpu_seconds": round(time.process_time(), 1), "held_out_tokens": len(y), "predictor": settings["kind"],
-        "components": pack.transform.num_components, "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS}, "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
+        "components": pack.transform.num_components, "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS},
+        "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
         "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
