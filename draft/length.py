@@ -31,17 +31,19 @@ class CostModel:
     """Seconds of the forwards of one step, as curves over their number of tokens.
 
     draft: one drafting pass, ((tokens, seconds), ...) in rising order. verify: the target's forward (from its first layer after a trunk).
-    runs_last_draft: a block of k drafts takes k + 1 drafting passes, and a step without drafts takes one.
+    runs_last_draft: a block of k drafts takes k + 1 drafting passes, and a step without drafts takes one. last: what the pass over the last
+    draft takes (which proposes nothing), where that is less.
     """
 
     draft: Curve
     verify: Curve
     runs_last_draft: bool = False
+    last: Curve | None = None
 
     def step_seconds(self, length: int, batch: int) -> float:
         """Expected seconds of a step in which each of `batch` requests drafts `length` tokens."""
-        passes = length + 1 if self.runs_last_draft else length
-        return passes * _at(self.draft, batch) + _at(self.verify, batch * (length + 1))
+        last = _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
+        return length * _at(self.draft, batch) + last + _at(self.verify, batch * (length + 1))
 
     def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
         """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
@@ -109,11 +111,13 @@ def measure_costs(
     draft_decoder: CausalDecoder,
     new_sequences: tuple[Callable[[], Any], Callable[[], Any]],
     *,
+    own_layers: tuple[CausalDecoder, Callable[[], Any]] | None = None,
     token_counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     budget_s: float = 2.0,
     deterministic: bool = False,
 ) -> CostModel:
-    """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use.
+    """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use;
+    own_layers: the layers that speak for a trained trunk, and a maker of theirs.
 
     Each count is timed three times and the best kept (once when the budget is spent; at least three counts are timed). Curves never fall.
     """
@@ -124,22 +128,36 @@ def measure_costs(
         hidden = torch.zeros(count, target.config.hidden_size, dtype=target.dtype, device=device) if first else None
         target.forward(tokens, [sequence], [count], first_layer=first, hidden=hidden, deterministic=deterministic)
 
-    def draft(sequence: Any, count: int) -> None:
+    def trunk(sequence: Any, count: int) -> Any:
         tokens = torch.zeros(count, dtype=torch.int64, device=device)
-        out = draft_decoder.forward(tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic)
-        draft_decoder.head(out.hidden, deterministic=deterministic)
+        return draft_decoder.forward(tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic).hidden
 
+    def draft(sequence: Any, count: int) -> None:
+        hidden, head = trunk(sequence, count), draft_decoder.head
+        if own_layers is not None:
+            hidden = own_layers[0].forward(None, [own_sequence], [count], hidden=hidden, logits="none", deterministic=deterministic).hidden
+            head = own_layers[0].head
+        head(hidden, deterministic=deterministic)
+
+    timed: list[tuple[Callable[[Any, int], Any], Callable[[], Any], float]] = [(draft, new_sequences[1], 0.3), (verify, new_sequences[0], 0.7)]
+    if own_layers is not None:
+        timed.append((trunk, new_sequences[1], 0.2))
+    own_sequence = own_layers[1]() if own_layers is not None else None
     curves = []
-    for run, new_sequence, share in ((draft, new_sequences[1], 0.3), (verify, new_sequences[0], 0.7)):
-        sequence = new_sequence()
-        try:
-            curves.append(_curve(run, sequence, token_counts, budget_s * share, device))
-        finally:
-            sequence.free()
-    return CostModel(curves[0], curves[1], drafter.runs_last_draft)
+    try:
+        for run, new_sequence, share in timed:
+            sequence = new_sequence()
+            try:
+                curves.append(_curve(run, sequence, token_counts, budget_s * share, device))
+            finally:
+                sequence.free()
+    finally:
+        if own_sequence is not None:
+            own_sequence.free()
+    return CostModel(curves[0], curves[1], drafter.runs_last_draft, curves[2] if own_layers is not None else None)
 
 
-def _curve(run: Callable[[Any, int], None], sequence: Any, token_counts: Sequence[int], budget_s: float, device: torch.device) -> Curve:
+def _curve(run: Callable[[Any, int], Any], sequence: Any, token_counts: Sequence[int], budget_s: float, device: torch.device) -> Curve:
     began = time.perf_counter()
     run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
     points: list[tuple[int, float]] = []

@@ -65,7 +65,7 @@ class CausalDecoder(Protocol):
 
     def forward(
         self,
-        token_ids: Tensor,
+        token_ids: Tensor | None,
         sequences: list[Any],
         query_lens: list[int],
         *,

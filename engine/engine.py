@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from draft.drafter import ModelDrafter
 from draft.errors import DraftError
-from draft.length import CostModel, LengthController, measure_costs
-from draft.protocols import Drafter, FeatureStore
-from draft.trunk import TrunkDrafter, default_trunk_layers
+from draft.length import CostModel, LengthController
+from draft.protocols import FeatureStore
 from engine.decoder import Decoder, DecoderConfig
+from engine.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, own_model
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
+from engine.hot_means import open_pool
 from engine.metrics import SpeculationMetrics
 from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
 from engine.placement import START_TOKENS, default_pool_tokens, device_named, dtype_named
@@ -45,10 +45,12 @@ class Engine:
     Args:
         target: the model whose distribution is sampled.
         tokenizer: None allows token ids only.
-        draft: a small model with the target's vocabulary, a number of the target's first layers (trunk), or None for no speculation.
+        draft: a small model with the target's vocabulary, a number of the target's first layers (trunk), a trained trunk, or None for no
+            speculation.
         pool_tokens: most tokens of KV each pool may hold; memory is taken on demand. Default: 131,072 on a CPU, half the free memory of a GPU.
         page_size, max_batch, prefill_chunk: see `PagedPool` and `Scheduler`.
         deterministic: shape-stable kernels: greedy text is then the same with and without speculation, to the bit.
+        hot: format of the target's KV while it is attended: "bf16" (the model's own), "q4", "q3" or "q2". A draft model's stays its own.
         costs: frozen costs for the automatic draft length.
         target_dir, draft_dir: where the models came from, for fingerprints. pair: name of the known pair.
 
@@ -61,12 +63,13 @@ class Engine:
         target: Decoder,
         tokenizer: Any | None = None,
         *,
-        draft: Decoder | int | None = None,
+        draft: Draft = None,
         pool_tokens: int | None = None,
         page_size: int = 64,
         max_batch: int = 64,
         prefill_chunk: int = 512,
         deterministic: bool = False,
+        hot: str = "bf16",
         costs: CostModel | None = None,
         target_dir: Path | None = None,
         draft_dir: Path | None = None,
@@ -75,25 +78,20 @@ class Engine:
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise InvalidOption(f"{name} cannot be {value}", "give a whole number from 1 on")
-        self.target, self.tokenizer, self.deterministic = target, tokenizer, deterministic
+        self.target, self.tokenizer, self.deterministic, self.hot = target, tokenizer, deterministic, hot
         self.target_dir, self.draft_dir, self.pair = target_dir, draft_dir, pair
         self.draft_decoder = draft if isinstance(draft, Decoder) else None
-        tokens = default_pool_tokens(target, self.draft_decoder) if pool_tokens is None else pool_tokens
+        self.trained_trunk = draft if isinstance(draft, TrainedTrunk) else None
+        tokens = default_pool_tokens(target, own_model(draft), hot) if pool_tokens is None else pool_tokens
         if tokens < page_size:
             raise InvalidOption(f"pool_tokens cannot be {tokens}", f"give at least one page of {page_size} tokens")
         pages = tokens // page_size
         start = min(pages, -(-START_TOKENS // page_size))
-        self.pool = target.new_pool(start, page_size, max_pages=pages)
-        self.draft_pool = self.draft_decoder.new_pool(start, page_size, max_pages=pages) if self.draft_decoder else None
-        self.drafter: Drafter | None = None
-        if self.draft_decoder is not None and self.draft_pool is not None:
-            name = draft_dir.name if draft_dir else "model"
-            self.drafter = ModelDrafter(self.draft_decoder, self.draft_pool, name=name, deterministic=deterministic)
-        elif isinstance(draft, int):
-            try:
-                self.drafter = TrunkDrafter(target, draft, deterministic=deterministic)
-            except DraftError as error:
-                raise InvalidOption(error.what, error.remedy) from error
+        self.pool = open_pool(target, hot, start, page_size, pages, tokenizer=tokenizer, target_dir=target_dir)
+        self.drafter, self.draft_pool = build_drafter(
+            target, draft, lambda model: model.new_pool(start, page_size, max_pages=pages),
+            name=draft_dir.name if draft_dir else "model", deterministic=deterministic,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             target, self.pool, self.drafter, self.draft_pool, max_batch=max_batch, prefill_chunk=prefill_chunk, deterministic=deterministic
         )
@@ -116,35 +114,26 @@ class Engine:
         trunk_layers: int | None = None,
         **options: Any,
     ) -> Engine:
-        """Load models. target: folder or hub id; draft: the same, or "trunk" (the target's first layers), or "none".
+        """Load models. target: folder or hub id; draft: the same, the folder of a trunk adapter, "trunk" (the adapter that ships for a target of
+        this shape, else its own first layers, untrained), or "none".
 
-        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: default a quarter of the
-        target's. options: see the constructor.
+        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: so many layers, untrained.
+        options: see the constructor.
 
         Raises:
-            ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, InvalidOption.
+            ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadAdapter, InvalidOption.
         """
         where, kind = device_named(device), dtype_named(dtype)
         target_dir = resolve_model(target)
-        speaks_for_itself = str(draft) in ("trunk", "none")
-        if trunk_layers is not None and str(draft) != "trunk":
-            raise InvalidOption(
-                f"trunk_layers={trunk_layers} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out'
-            )
-        draft_dir = None if speaks_for_itself else resolve_model(draft)
-        for folder in (target_dir, draft_dir):
-            if folder is not None:  # first: the tokenizer of a model we do not run may fail to load in ways of its own
-                DecoderConfig.from_hf(read_config(folder))
+        # first: the tokenizer of a model we do not run may fail to load in ways of its own
+        choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), trunk_layers)
+        if choice.model is not None:
+            DecoderConfig.from_hf(read_config(choice.model))
         tokenizer = load_tokenizer(target_dir)
-        if draft_dir is not None:
-            check_vocabularies(tokenizer, load_tokenizer(draft_dir))
+        if choice.model is not None:
+            check_vocabularies(tokenizer, load_tokenizer(choice.model))
         decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
-        source: Decoder | int | None = None
-        if draft_dir is not None:
-            source = Decoder.from_pretrained(draft_dir, dtype=kind, device=where)
-        elif str(draft) == "trunk":
-            source = default_trunk_layers(decoder.config.num_layers) if trunk_layers is None else trunk_layers
-        return cls(decoder, tokenizer, draft=source, target_dir=target_dir, draft_dir=draft_dir, **options)
+        return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, draft_dir=choice.model, **options)
 
     @classmethod
     def from_pair(cls, name: str, *, progress: Any | None = None, draft: str | Path | None = None, **options: Any) -> Engine:
@@ -327,7 +316,7 @@ class Engine:
         stop_ids = tuple(self._special[s] for s in params.stop if s in self._special)
         params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stop_ids))
         if self.drafter is not None and params.draft_length == "auto" and self.cost_model is None:
-            self.cost_model = self._measure_costs(self.drafter)
+            self.cost_model = measure_engine(self, self.drafter)
         if self.drafter is not None and conversation.draft_state is None:
             conversation.draft_state = self.drafter.open(conversation.sequence)
         before = len(conversation.token_ids)
@@ -390,11 +379,3 @@ class Engine:
         if self.tokenizer is None or not ids:
             return ""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _measure_costs(self, drafter: Drafter) -> CostModel:
-        """The warm-up of the automatic draft length: a few timed forwards on scratch sequences."""
-        room = min(self.context, drafter.max_positions, self.pool.num_free_pages * self.pool.page_size)
-        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= room]
-        draft_decoder = self.draft_decoder or self.target
-        new_sequences = (self.pool.new_sequence, (self.draft_pool or self.pool).new_sequence)
-        return measure_costs(self.target, drafter, draft_decoder, new_sequences, token_counts=counts, deterministic=self.deterministic)

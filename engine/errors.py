@@ -82,6 +82,10 @@ class PoolExhausted(ForetoldError):
 # --- sessions and packs -----------------------------------------------------------------------------------------------
 
 
+class BadAdapter(ForetoldError):
+    """A trained trunk draft is missing, damaged, newer than the program, or made for another target."""
+
+
 class PackMismatch(ForetoldError):
     """The codec pack was made for another target, draft or tokenizer."""
 

@@ -125,7 +125,7 @@ class Scheduler:
     def _demands(self, request: Request) -> list[tuple[KvPool, KvSequence]]:
         demands = [(self.pool, request.sequence)]
         if self.draft_pool is not None and request.draft_state is not None and request.params.draft_length != 0:
-            demands.append((self.draft_pool, request.draft_state.sequence))
+            demands.append((self.draft_pool, request.draft_state.cache))
         return demands
 
     def _pages(self, request: Request, pool: KvPool) -> int:
@@ -146,4 +146,5 @@ class Scheduler:
             # pages written by rejected drafts hold nothing
             conversation.sequence.truncate(conversation.sequence.length)
             if self.draft_pool is not None and conversation.draft_state is not None:
-                conversation.draft_state.sequence.truncate(conversation.draft_state.length)
+                cache = conversation.draft_state.cache
+                cache.truncate(cache.length)

@@ -52,7 +52,7 @@ def decode_step(
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
-    if drafter and not drafter.verify_from:
+    if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
     if drafter and (any(lengths) or drafter.verify_from):
@@ -100,14 +100,18 @@ def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
 
 
 def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:
-    """Let drafts that lie more than `limit` tokens behind run one chunk, and those still behind skip this step (sets their length to 0)."""
-    behind = [b for b, r in enumerate(requests) if lengths[b] and len(r.token_ids) - _state(r).length > limit]
+    """Let drafts that lie too far behind run one chunk of at most `limit` tokens, and those still behind skip this step (sets their length to 0).
+
+    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; a trunk has to know all of the target's cache.
+    """
+    ends, slack = ([r.sequence.length for r in requests], 0) if drafter.verify_from else ([len(r.token_ids) for r in requests], limit)
+    behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).covered > slack]
     if behind:
         states = [_state(requests[b]) for b in behind]
-        pieces = [requests[b].token_ids[s.length : s.length + limit] for b, s in zip(behind, states, strict=True)]
+        pieces = [requests[b].token_ids[s.covered : min(s.covered + limit, ends[b])] for b, s in zip(behind, states, strict=True)]
         drafter.prefill(states, pieces)
         for b, state in zip(behind, states, strict=True):
-            if len(requests[b].token_ids) - state.length > limit:
+            if ends[b] - state.covered > slack:
                 lengths[b] = 0
 
 
