@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.errors import CacheNotWritable, ForetoldError
+from engine.hot_means import PLAIN
 from engine.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
 from engine.request import GenerationResult
 from engine.session import Session
@@ -45,7 +46,7 @@ def run(argv: list[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> Engine:
     """The engine that the options name. Raises the errors of `Engine.from_pretrained`."""
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic}
+    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "hot": args.hot, "deterministic": args.deterministic}
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
     return Engine.from_pair(args.pair or DEFAULT_PAIR, draft=args.draft, **options)
@@ -140,6 +141,7 @@ def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
         "pair": engine.pair or str(engine.target_dir),
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "hot": engine.hot,
         "versions": versions(),
     }
 
@@ -168,9 +170,10 @@ def summary(result: GenerationResult) -> str:
 def memory_line(engine: Engine) -> str:
     """What the models and pools take, said before the first token."""
     m = {name: size / 2**20 for name, size in engine.memory().items()}
+    hot = "" if engine.hot == PLAIN else f", {engine.hot}"
     return (
         f"[{engine.pair or engine.target_dir}, {engine.device}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
-        f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB]"
+        f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB{hot}]"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from engine.errors import EmptyPrompt, ForetoldError, InvalidOption
+from engine.hot_means import HOT_FORMATS, PLAIN
 from engine.pairs import PAIRS
 from engine.sampling import SamplingParams
 from engine.session import DEFAULT_QUALITY, SESSION_QUALITIES
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--draft", metavar="DIR|HUB_ID|trunk|none", help="default: the pair's own; none with --target")
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    models.add_argument("--hot", default="bf16", choices=("bf16", "q4", "q3", "q2"), help="format of the KV being attended")
+    models.add_argument("--hot", default=PLAIN, choices=HOT_FORMATS, help="format of the target's KV being attended; a draft model's stays bf16")
     text = p.add_argument_group("text")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("--chat", action="store_true", help="several turns, read from the terminal")
@@ -67,8 +68,6 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     unfit = {"--raw": args.raw, "--json": args.json, "--json-out": args.json_out}
     if args.chat and any(unfit.values()):
         raise InvalidOption(f"--chat does not go with {next(name for name, value in unfit.items() if value)}", "leave one of them out")
-    if args.hot != "bf16":
-        raise InvalidOption(f"--hot {args.hot} is not available yet", "use --hot bf16")
     if args.quality is not None and args.quality not in SESSION_QUALITIES:
         raise InvalidOption(f"unknown quality {args.quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
     if args.session is None and (args.pack is not None or args.quality is not None):

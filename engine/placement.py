@@ -6,6 +6,7 @@ import torch
 
 from engine.decoder import Decoder
 from engine.errors import InvalidOption
+from engine.hot_means import PLAIN, check_format, element_bits
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 POOL_TOKENS_CPU = 1 << 17
@@ -42,10 +43,14 @@ def dtype_named(name: str) -> torch.dtype:
     return DTYPES.get(name, torch.bfloat16)
 
 
-def default_pool_tokens(target: Decoder, draft: Decoder | None) -> int:
-    """Most tokens each pool may hold: half of a GPU's free memory, over the bytes a token takes in both pools; a fixed number on a CPU."""
+def default_pool_tokens(target: Decoder, draft: Decoder | None, hot: str = PLAIN) -> int:
+    """Most tokens each pool may hold: half of a GPU's free memory, over the bytes a token takes in both pools; a fixed number on a CPU.
+
+    hot: format of the target's pool. Raises InvalidOption when the target cannot have it.
+    """
+    check_format(hot, target)
     if target.device.type != "cuda":
         return POOL_TOKENS_CPU
-    models = [model for model in (target, draft) if model is not None]
-    per_token = sum(m.config.num_layers * m.config.kv_width * torch.finfo(m.dtype).bits // 8 for m in models)
-    return max(START_TOKENS, torch.cuda.mem_get_info(target.device)[0] // 2 // per_token)
+    models = [(target, hot)] + ([] if draft is None else [(draft, PLAIN)])
+    per_token = sum(m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models)
+    return max(START_TOKENS, int(torch.cuda.mem_get_info(target.device)[0] / 2 / per_token))

@@ -198,7 +198,7 @@ class Session:
         return {
             "tokens": tokens,
             "raw_bytes": 2 * tokens * self._layout.full_dim,
-            "hot_bytes": len(sequence.pages) * self.engine.pool.page_bytes,
+            "hot_bytes": sequence.pool.bytes_of(sequence),
             "stored_bytes": report.stored_bytes if report else None,
             "bits_per_element": report.bits_per_element if report else None,
             "quality": report.quality if report else None,
