@@ -2,7 +2,8 @@
 
 Protocol: the first three quarters of every sequence's cache are encoded, decoded from the bytes alone and put back; the last quarter is
 scored against the untouched target (codec_quality.py). Test and calibration text: text_tokens.py. Every finished row is written at once;
-a restart with the same --json-out skips it. Bits are everything a decoder needs beyond model, pack and calibration, exact tokens included.
+a restart with the same --json-out skips it, and codec_compare.py joins the files of runs side by side. Bits are everything a decoder needs
+beyond model, pack and calibration, exact tokens included.
 
     python scripts/bench_codec.py --pair smollm2 --pack smollm2.pack --text docs/ src/ --tokens 12288 --context 512
         --methods foretold,kvtc,turboquant-mean,fp8 --json-out codec.json --plot codec.png
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -30,7 +30,9 @@ from draft.errors import DraftError
 from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
-from scripts.codec_methods import ForetoldMethod, Method, PeerMethod, select_methods
+from scripts.codec_breakdown import merged
+from scripts.codec_compare import comparisons, print_comparisons, write_json
+from scripts.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
 from scripts.codec_plot import plot
 from scripts.codec_quality import Quality, Scores
 from scripts.text_tokens import TokenSplit, digest, split_tokens
@@ -68,26 +70,29 @@ class LazyCalibration:
         return self._calibration
 
 
-def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int) -> dict[str, Any]:
-    """One row of the contract: everything summed over the test sequences."""
+def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, group: int = 1) -> dict[str, Any]:
+    """One row of the contract: everything summed over the test sequences, which are coded `group` at a time."""
     scores, num_bytes, encode_s, decode_s, ideal = Scores(), 0, 0.0, 0.0, 0.0
-    has_ideal, shown = True, time.perf_counter()
-    for n, case in enumerate(cases, 1):
-        result = method.run(case)
-        quality.score(case, result.decoded, scores)
+    has_ideal, shown, parts = True, time.perf_counter(), []
+    for start in range(0, len(cases), group):
+        some = cases[start:start + group]
+        result = method.run(some)
+        quality.score(some, result.decoded, scores)
         num_bytes, encode_s, decode_s = num_bytes + result.num_bytes, encode_s + result.encode_s, decode_s + result.decode_s
         has_ideal = has_ideal and result.ideal_bits is not None
         ideal += result.ideal_bits or 0.0
+        parts += [] if result.breakdown is None else [result.breakdown]
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
-            log(f"  {method.method} {method.quality}: {n} of {len(cases)} sequences")
+            log(f"  {method.method} {method.quality}: {start + len(some)} of {len(cases)} sequences")
     tokens = sum(case.prefix for case in cases)
-    return {"method": method.method, "quality": method.quality, "bits_per_element": 8 * num_bytes / (tokens * full_dim),
-            "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
-            "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
-            "kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
-            "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
-            "encode_tokens_per_s": tokens / encode_s, "decode_tokens_per_s": tokens / decode_s, "tokens": tokens, "inputs": method.inputs}
+    row = {"method": method.method, "quality": method.quality, "bits_per_element": 8 * num_bytes / (tokens * full_dim),
+           "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
+           "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
+           "kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
+           "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
+           "encode_tokens_per_s": tokens / encode_s, "decode_tokens_per_s": tokens / decode_s, "tokens": tokens, "inputs": method.inputs}
+    return row | ({"breakdown": merged(parts)} if parts else {})
 
 
 def load_rows(path: Path, settings: dict[str, Any], restart: bool) -> list[dict[str, Any]]:
@@ -104,12 +109,6 @@ def load_rows(path: Path, settings: dict[str, Any], restart: bool) -> list[dict[
         raise InvalidOption(f"{path} holds rows of other settings ({', '.join(changed)})",
                             "choose another --json-out, or --restart to overwrite it")
     return rows
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -135,6 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG; drawn from all rows of --json-out")
     parser.add_argument("--plot-without-sinks", action="store_true",
                         help="leave the four exact tokens, which every method stores, out of the picture")
+    parser.add_argument("--breakdown", action="store_true", help="our rows also say where their bytes went (row key `breakdown`)")
     parser.add_argument("--restart", action="store_true", help="forget the rows of --json-out")
     return parser.parse_args(arguments)
 
@@ -170,31 +170,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "command": " ".join(["scripts/bench_codec.py", *sys.argv[1:]]), "settings": settings, "rows": rows,
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "zstandard")}}
     quality = Quality(target, options.context, "cpu" if device.type == "cpu" else device)
+    group = len(split.test) if device.type == "cuda" else 4
     needs_covariances = any(point.startswith("kvtc") for _, point in wanted)
     calibration = LazyCalibration(quality, layout, split.calibration, options.sample_tokens, needs_covariances)
-    drafter = None
-    if ours and not isinstance(draft, str):
-        drafter = Decoder.from_pretrained(draft, dtype=dtype, device=device)
+    ours_with: PairCodec | None = None
+    if pack is not None:
+        drafter = None if isinstance(draft, str) else Decoder.from_pretrained(draft, dtype=dtype, device=device)
+        ours_with = PairCodec(pack, target, drafter)
     log(f"{pair} on {document['device']}: {len(split.test)} test and {len(split.calibration)} calibration sequences of {options.context}")
     cases = None
     for family, point in wanted:
         if family == "peer":
             method: Method = PeerMethod(point, layout, calibration, device)
         else:
-            assert pack is not None
-            method = ForetoldMethod(point, pack, target, drafter, predict=family == "foretold")
+            assert ours_with is not None
+            method = ForetoldMethod(point, ours_with, family == "foretold", options.breakdown)
         same = [r for r in rows if (r["method"], r["quality"]) == (method.method, method.quality)]
-        if same and same[0]["inputs"] == method.inputs:
+        if same and same[0]["inputs"] == method.inputs and (family == "peer" or not options.breakdown or "breakdown" in same[0]):
             log(f"{method.method} {method.quality}: kept from {options.json_out}")
             continue
         if cases is None:
-            cases = [quality.untouched(ids) for ids in split.test]
+            cases = quality.untouched(split.test)
         start = time.perf_counter()
-        row = measure(method, quality, cases, layout.dim)
+        row = measure(method, quality, cases, layout.dim, group)
         rows[:] = [r for r in rows if r not in same] + [row]
+        document["comparisons"] = comparisons(rows)
         write_json(options.json_out, document)
         log(f"{row['method']:17s} {row['quality']:14s} {row['bits_per_element']:8.4f} bits  KL {row['kl']:.5f}  NLL {row['nll']:.4f} "
             f"({row['nll_untouched']:.4f})  top-1 {row['top1_agreement']:.4f}  {time.perf_counter() - start:.0f} s")
+    document["comparisons"] = comparisons(rows)
+    print_comparisons(document["comparisons"])
     if options.plot:
         plot(document, options.plot, options.plot_without_sinks)
     return document

@@ -1,9 +1,12 @@
 """What bench_codec runs: the peers of codec/baselines, and our own codec with and without its prediction, behind one small interface."""
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -13,10 +16,12 @@ from codec.errors import UnknownQuality
 from codec.pack import CodecPack
 from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
-from draft.dense import load_predictor
+from codec.token_ids import encode_ids
+from draft.dense import AnyPredictor, load_predictor
 from draft.predictor import zero_prediction
 from engine.decoder import Decoder
 from engine.session_file import SessionFile, Span
+from scripts.codec_breakdown import breakdown
 from scripts.codec_quality import Case, hidden_states
 
 OURS = ("foretold", "foretold-nopred")
@@ -24,13 +29,15 @@ OURS = ("foretold", "foretold-nopred")
 
 @dataclass(frozen=True)
 class Result:
-    """One coded prefix: its bytes (all a decoder needs beyond model and pack), decoded KV float32 [P, D], seconds, ideal bits or None."""
+    """Coded prefixes of some sequences: bytes (all that a decoder needs beyond model and pack), decoded KV float32 [P, D] of each, seconds, ideal
+    bits or None, and where the bytes went or None."""
 
     num_bytes: int
-    decoded: torch.Tensor
+    decoded: list[torch.Tensor]
     encode_s: float
     decode_s: float
     ideal_bits: float | None
+    breakdown: dict[str, Any] | None = None
 
 
 class Method(Protocol):
@@ -47,28 +54,29 @@ class Method(Protocol):
     inputs: str
     sink_dim: int
 
-    def run(self, case: Case) -> Result: ...
+    def run(self, cases: Sequence[Case]) -> Result: ...
 
 
 class PeerMethod:
-    """A peer, fitted when first run."""
+    """A peer, fitted when first run. On a GPU machine the byte coders of different sequences run in threads."""
 
     def __init__(self, name: str, layout: KvLayout, calibration: CalibrationSource, device: torch.device):
         self.peer = make_peer(name, layout).to(device)
         self.method, self.quality, self.sink_dim = self.peer.method, self.peer.quality, layout.dim
         self._calibration, self._device, self._ready = calibration, device, not self.peer.needs_calibration
+        self._workers = min(16, os.cpu_count() or 1) if device.type == "cuda" else 1
         self.inputs = calibration.digest if self.peer.needs_calibration else ""
 
-    def run(self, case: Case) -> Result:
+    def run(self, cases: Sequence[Case]) -> Result:
         if not self._ready:
             self.peer.fit(self._calibration.get())
             self._ready = True
-        kv = case.kv.to(self._device)
+        kvs = [case.kv.to(self._device) for case in cases]
         start = _now(self._device)
-        data = self.peer.encode(kv)
+        codes = self.peer.encode_many(kvs, self._workers)
         middle = _now(self._device)
-        decoded = self.peer.decode(data)
-        return Result(len(data), decoded, middle - start, _now(self._device) - middle, None)
+        decoded = self.peer.decode_many(codes, self._workers)
+        return Result(sum(map(len, codes)), decoded, middle - start, _now(self._device) - middle, None)
 
 
 class CalibrationSource(Protocol):
@@ -79,65 +87,115 @@ class CalibrationSource(Protocol):
     def get(self) -> Calibration: ...
 
 
+class PairCodec:
+    """A pack's codec and predictor with the models that feed it, shared by all our qualities. The hidden states of the sequences are kept: features
+    come from one prefill of the prefix, whose time is not in the coding times."""
+
+    def __init__(self, pack: CodecPack, target: Decoder, drafter: Decoder | None):
+        self.pack, self.target, self.device = pack, target, target.device
+        self._drafter = target if drafter is None else drafter
+        self._hidden: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._frames: dict[tuple[int, ...], bytes] = {}
+        self.warm = target.device.type == "cpu"
+
+    @cached_property
+    def codec(self) -> KvCodec:
+        return KvCodec(self.pack, self.device)
+
+    @cached_property
+    def predictor(self) -> AnyPredictor:
+        return load_predictor(self.pack.predictor, self.pack.predictor_settings, self.device)
+
+    def hidden(self, cases: Sequence[Case]) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Hidden states of draft and target for each sequence's prefix, as far as the predictor asks for them."""
+        spec, keys = self.predictor.spec, [tuple(case.token_ids.tolist()) for case in cases]
+        missing = [n for n, key in enumerate(keys) if key not in self._hidden]
+        tokens = [cases[n].token_ids[:cases[n].prefix] for n in missing]
+        last = self.pack.layout.first_layer or None if self._drafter is self.target else None
+        none: list[torch.Tensor | None] = [None] * len(missing)
+        rows = hidden_states(self._drafter, tokens, spec.taps, last) if spec.taps else none
+        target_rows = hidden_states(self.target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else none
+        self._hidden |= {keys[n]: pair for n, *pair in zip(missing, rows, target_rows, strict=True)}  # type: ignore[misc]
+        return [self._hidden[key] for key in keys]
+
+    def forget(self) -> None:
+        """Gives the kept hidden states back."""
+        self._hidden.clear()
+
+    def id_frame(self, case: Case) -> bytes:
+        """The coded ids of a sequence's prefix, the same at every quality."""
+        ids = tuple(case.token_ids[:case.prefix].tolist())
+        if ids not in self._frames:
+            self._frames[ids] = encode_ids(ids)
+        return self._frames[ids]
+
+    def predict(self, num_tokens: int, rows: torch.Tensor | None, target_rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """KV vectors [T, D], and how many octaves each token's step lies above the usual one."""
+        if rows is None:
+            rows = torch.zeros(num_tokens, 0, self.predictor.draft_size, device=self.device)
+        features = self.predictor.reduce(rows), target_rows
+        return self.predictor.predict(*features), self.predictor.step_octaves(*features)
+
+
 class ForetoldMethod:
     """Our codec as a session stores it, every byte of the session file counted: spans of at most 64 tokens, token ids, checksums, fingerprints. The
     first four tokens and the layers below the pack's first_layer are exact and take no bytes: running the target's (or its trunk's) layers
-    over the ids gives them back. Features come from one prefill of the prefix, whose time is not in the coding times.
+    over the ids gives them back.
 
     Args:
         quality: a name of codec.spec.QUALITIES, or "stepX" for a quantiser step X.
+        pair: codec, predictor and models.
         predict: False codes against the mean KV vector instead of the prediction, with the same pack. That shows what the prediction carries;
             a pack calibrated without one would do better, as this one's transform leaves out what its predictor explains.
+        parts: also say where the bytes went.
     """
 
-    def __init__(self, quality: str, pack: CodecPack, target: Decoder, drafter: Decoder | None, predict: bool):
+    def __init__(self, quality: str, pair: PairCodec, predict: bool, parts: bool = False):
         self.method = OURS[0] if predict else OURS[1]
-        self.quality, self.inputs, self.sink_dim = quality, pack.digest[:16], 0
+        self.quality, self.inputs, self.sink_dim = quality, pair.pack.digest[:16], 0
         self._step = float(quality[4:]) if quality.startswith("step") else QUALITIES[quality]
-        self._pack, self._target, self._predict = pack, target, predict
-        self._codec = KvCodec(pack, target.device)
-        self._predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device) if predict else None
-        self._drafter = target if drafter is None else drafter
-        self._first_layer = pack.layout.first_layer or None
+        self._pair, self._predict, self._parts = pair, predict, parts
 
-    def run(self, case: Case) -> Result:
-        device, width = self._target.device, self._pack.layout.dim
-        kv = case.kv.to(device)
-        coded = kv[:, kv.shape[1] - width:]
-        tokens = case.token_ids[:case.prefix]
-        rows = target_rows = None
-        if self._predictor is not None:
-            spec, own = self._predictor.spec, self._drafter is self._target
-            rows = hidden_states(self._drafter, tokens, spec.taps, self._first_layer if own else None) if spec.taps else None
-            target_rows = hidden_states(self._target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else None
+    @torch.inference_mode()
+    def run(self, cases: Sequence[Case]) -> Result:
+        pair = self._pair
+        if not pair.warm:                                                               # compiles kernels; not a part of the coding times
+            pair.warm = True
+            self.run(cases[:1])
+        pack, codec, device = pair.pack, pair.codec, pair.device
+        kvs = [case.kv.to(device) for case in cases]
+        width = pack.layout.dim
+        hidden = pair.hidden(cases) if self._predict else [(None, None)] * len(cases)
+        edges = [list(range(NUM_SINKS, case.prefix, SPAN_TOKENS)) for case in cases]
         start = _now(device)
-        edges = range(NUM_SINKS, case.prefix, SPAN_TOKENS)
-        prediction, octaves = self._prediction(tokens, rows, target_rows)
-        pairs = [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in edges]
-        levels = [None if octaves is None else levels_of(octaves[a:a + SPAN_TOKENS]) for a in edges]
-        spans = self._codec.encode_many(pairs, self._step, levels)
+        pairs, levels = [], []
+        for case, kv, rows, own in zip(cases, kvs, hidden, edges, strict=True):
+            prediction, octaves = self._prediction(case, rows)
+            coded = kv[:, kv.shape[1] - width:]
+            pairs += [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in own]
+            levels += [None if octaves is None else levels_of(octaves[a:a + SPAN_TOKENS]) for a in own]
+        spans = codec.encode_many(pairs, self._step, levels)
         middle = _now(device)
-        prediction, _ = self._prediction(tokens, rows, target_rows)
-        back = self._codec.decode_many(spans, [prediction[a:a + SPAN_TOKENS] for a in edges])
-        decoded = kv.clone()
-        decoded[NUM_SINKS:, kv.shape[1] - width:] = torch.cat(back)
+        predictions = [part for case, rows, own in zip(cases, hidden, edges, strict=True)
+                       for prediction in [self._prediction(case, rows)[0]] for part in (prediction[a:a + SPAN_TOKENS] for a in own)]
+        back = iter(codec.decode_many(spans, predictions))
+        decoded = [kv.clone() for kv in kvs]
+        for kv, own in zip(decoded, edges, strict=True):
+            kv[NUM_SINKS:, kv.shape[1] - width:] = torch.cat([next(back) for _ in own])
         end = _now(device)
-        stored = [Span(a, min(a + SPAN_TOKENS, case.prefix), data) for a, data in zip(edges, spans, strict=True)]
-        ids = case.token_ids.tolist()[:case.prefix]
-        num_bytes = len(SessionFile(ids, case.prefix, self.quality, {"pack": self._pack.digest, **self._pack.fingerprints}, stored).to_bytes())
-        return Result(num_bytes, decoded, middle - start, end - middle, self._codec.ideal_bits(pairs, self._step, levels))
+        stored, files = iter(spans), []
+        for case, own in zip(cases, edges, strict=True):
+            covered = [Span(a, min(a + SPAN_TOKENS, case.prefix), next(stored)) for a in own]
+            prints = {"pack": pack.digest, **pack.fingerprints}
+            files.append(SessionFile([], case.prefix, self.quality, prints, covered, pair.id_frame(case)))
+        num_bytes = sum(len(file.to_bytes()) for file in files)
+        parts = breakdown(codec, spans, num_bytes, sum(len(pair.id_frame(case)) for case in cases)) if self._parts else None
+        return Result(num_bytes, decoded, middle - start, end - middle, codec.ideal_bits(pairs, self._step, levels), parts)
 
-    def _prediction(
-        self, tokens: torch.Tensor, rows: torch.Tensor | None, target_rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """KV vectors [T, D], and how many octaves each token's step lies above the usual one."""
-        device = self._target.device
-        if self._predictor is None:
-            return zero_prediction(self._pack.predictor, len(tokens)).to(device), None
-        if rows is None:
-            rows = torch.zeros(len(tokens), 0, self._predictor.draft_size, device=device)
-        features = self._predictor.reduce(rows), target_rows
-        return self._predictor.predict(*features), self._predictor.step_octaves(*features)
+    def _prediction(self, case: Case, hidden: tuple[torch.Tensor | None, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._predict:
+            return zero_prediction(self._pair.pack.predictor, case.prefix).to(self._pair.device), None
+        return self._pair.predict(case.prefix, *hidden)
 
 
 def select_methods(words: list[str]) -> list[tuple[str, str]]:

@@ -2,19 +2,20 @@
 the untouched target.
 
 KL is KL(untouched || replaced) in nats per scored position; NLL is of the text's next tokens; agreement is of the most probable
-tokens.
+tokens. Sequences run in batches, the untouched ones and their replacements in the same ones.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from engine.decoder import Decoder
-from engine.pool import PagedPool
+from engine.pool import KvSequence
 
 _PAGE = 64
+_GPU_BATCH, _CPU_BATCH = 8, 2
 
 
 @dataclass
@@ -60,61 +61,85 @@ class Quality:
 
     def __init__(self, target: Decoder, context: int, keep_on: torch.device | str):
         self.target, self.context, self.prefix, self.keep_on = target, context, context * 3 // 4, keep_on
-        self.pool: PagedPool = target.new_pool(-(-context // _PAGE) + 1, _PAGE)
+        self.batch = _GPU_BATCH if target.device.type == "cuda" else _CPU_BATCH
+        self.pool = target.new_pool(self.batch * (-(-context // _PAGE)) + 1, _PAGE)
 
     @torch.inference_mode()
-    def untouched(self, token_ids: list[int]) -> Case:
-        """Prefix and continuation of one sequence, the continuation reading the target's own cache."""
-        ids = torch.tensor(token_ids, device=self.target.device)
-        sequence = self.pool.new_sequence()
-        try:
-            self.target(ids[:self.prefix], [sequence], [self.prefix], logits="none")
-            sequence.advance(self.prefix)
-            kv = self.target.read_kv(sequence, 0, self.prefix)
-            logits = self.target(ids[self.prefix:], [sequence], [self.context - self.prefix]).logits
-        finally:
-            sequence.free()
-        return Case(ids, self.prefix, kv.to(self.keep_on), logits.log_softmax(-1).to(self.keep_on))
-
-    @torch.inference_mode()
-    def score(self, case: Case, decoded: torch.Tensor, scores: Scores) -> None:
-        """Adds one sequence whose prefix KV is `decoded`, float32 [P, D] (pre-RoPE), to the sums."""
-        sequence = self.pool.new_sequence()
-        try:
-            self.target.write_kv(sequence, 0, decoded)
-            sequence.advance(case.prefix)
-            logits = self.target(case.token_ids[case.prefix:], [sequence], [self.context - case.prefix]).logits
-        finally:
-            sequence.free()
-        p, r = case.log_probs.to(logits.device), logits.log_softmax(-1)
-        following = case.token_ids[case.prefix + 1:, None]
-        scores.kl_by_case.append((p.exp() * (p - r)).sum(dtype=torch.float64).item())
-        scores.nll -= r[:-1].gather(-1, following).sum().item()
-        scores.nll_untouched -= p[:-1].gather(-1, following).sum().item()
-        scores.agree += int((p.argmax(-1) == r.argmax(-1)).sum())
-        scores.positions += len(p)
-        scores.predictions += len(following)
-
-    @torch.inference_mode()
-    def calibration_rows(self, sequences: list[list[int]], skip: int) -> Iterator[torch.Tensor]:
-        """KV float32 [context - skip, D] of each calibration sequence, its first `skip` tokens left out."""
-        for token_ids in sequences:
-            sequence = self.pool.new_sequence()
+    def untouched(self, token_ids: Sequence[list[int]]) -> list[Case]:
+        """Prefixes and continuations of sequences, the continuations reading the target's own cache."""
+        cases = []
+        for start in range(0, len(token_ids), self.batch):
+            ids = torch.tensor(token_ids[start:start + self.batch], device=self.target.device)
+            sequences = [self.pool.new_sequence() for _ in ids]
             try:
-                self.target(torch.tensor(token_ids, device=self.target.device), [sequence], [len(token_ids)], logits="none")
-                kv = self.target.read_kv(sequence, skip, len(token_ids))
+                self.target(ids[:, :self.prefix].flatten(), sequences, [self.prefix] * len(ids), logits="none")
+                for sequence in sequences:
+                    sequence.advance(self.prefix)
+                kv = [self.target.read_kv(sequence, 0, self.prefix).to(self.keep_on) for sequence in sequences]
+                log_probs = self._log_probs(ids, sequences)
             finally:
-                sequence.free()
-            yield kv
+                _free(sequences)
+            cases += [Case(one, self.prefix, own, p.to(self.keep_on)) for one, own, p in zip(ids, kv, log_probs, strict=True)]
+        return cases
+
+    @torch.inference_mode()
+    def score(self, cases: Sequence[Case], decoded: Sequence[torch.Tensor], scores: Scores) -> None:
+        """Adds sequences whose prefix KV is `decoded`, float32 [P, D] each (pre-RoPE), to the sums."""
+        for start in range(0, len(cases), self.batch):
+            some = cases[start:start + self.batch]
+            sequences = [self.pool.new_sequence() for _ in some]
+            try:
+                for sequence, kv in zip(sequences, decoded[start:start + self.batch], strict=True):
+                    self.target.write_kv(sequence, 0, kv)
+                    sequence.advance(self.prefix)
+                log_probs = self._log_probs(torch.stack([case.token_ids for case in some]), sequences)
+            finally:
+                _free(sequences)
+            for case, r in zip(some, log_probs, strict=True):
+                p = case.log_probs.to(r.device)
+                following = case.token_ids[case.prefix + 1:, None]
+                scores.kl_by_case.append((p.exp() * (p - r)).sum(dtype=torch.float64).item())
+                scores.nll -= r[:-1].gather(-1, following).sum().item()
+                scores.nll_untouched -= p[:-1].gather(-1, following).sum().item()
+                scores.agree += int((p.argmax(-1) == r.argmax(-1)).sum())
+                scores.positions += len(p)
+                scores.predictions += len(following)
+
+    def _log_probs(self, ids: torch.Tensor, sequences: list[KvSequence]) -> torch.Tensor:
+        """float32 [B, context - P, V] of the continuations of ids [B, context]."""
+        rest = self.context - self.prefix
+        logits = self.target(ids[:, self.prefix:].flatten(), sequences, [rest] * len(ids)).logits
+        return logits.log_softmax(-1).reshape(len(ids), rest, -1)
+
+    @torch.inference_mode()
+    def calibration_rows(self, sequences: Sequence[list[int]], skip: int) -> Iterator[torch.Tensor]:
+        """KV float32 [context - skip, D] of each calibration sequence, its first `skip` tokens left out."""
+        for start in range(0, len(sequences), self.batch):
+            some = sequences[start:start + self.batch]
+            own = [self.pool.new_sequence() for _ in some]
+            try:
+                ids = torch.tensor([t for s in some for t in s], device=self.target.device)
+                self.target(ids, own, [len(s) for s in some], logits="none")
+                for sequence, token_ids in zip(own, some, strict=True):
+                    yield self.target.read_kv(sequence, skip, len(token_ids))
+            finally:
+                _free(own)
+
+
+def _free(sequences: Sequence[KvSequence]) -> None:
+    for sequence in sequences:
+        sequence.free()
 
 
 @torch.inference_mode()
-def hidden_states(decoder: Decoder, token_ids: torch.Tensor, taps: tuple[int, ...], last_layer: int | None) -> torch.Tensor:
-    """Residual streams [T, taps, E] of a prefill of token_ids int64 [T] through layers [0, last_layer)."""
-    sequence = decoder.new_pool(-(-len(token_ids) // _PAGE) + 1, _PAGE).new_sequence()
-    try:
-        out = decoder(token_ids.to(decoder.device), [sequence], [len(token_ids)], taps=taps, logits="none", last_layer=last_layer)
-    finally:
-        sequence.free()
-    return torch.stack([out.taps[i] for i in taps], 1)
-
+def hidden_states(decoder: Decoder, token_ids: Sequence[torch.Tensor], taps: tuple[int, ...], last_layer: int | None) -> list[torch.Tensor]:
+    """Residual streams [T, taps, E] of a prefill of each of token_ids, int64 [T], through layers [0, last_layer)."""
+    batch, found = _GPU_BATCH if decoder.device.type == "cuda" else 1, []
+    for start in range(0, len(token_ids), batch):
+        some = token_ids[start:start + batch]
+        lengths = [len(ids) for ids in some]
+        pool = decoder.new_pool(sum(-(-n // _PAGE) for n in lengths) + 1, _PAGE)
+        ids = torch.cat(list(some)).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
+        out = decoder(ids, [pool.new_sequence() for _ in some], lengths, taps=taps, logits="none", last_layer=last_layer)
+        found += list(torch.stack([out.taps[i] for i in taps], 1).split(lengths))
+    return found

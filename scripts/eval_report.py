@@ -16,12 +16,12 @@ def print_report(document: dict[str, Any]) -> None:
     domains = [row for row in rows if row["task"] == "domain"]
     if domains:
         names = list(dict.fromkeys(r["domain"] for r in domains))
-        by_name = {(r["domain"], r["method"]): r for r in domains}
-        methods = list(dict.fromkeys(r["method"] for r in domains))
+        by_name = {(r["domain"], r["pack"], r["method"]): r for r in domains}
+        packs, methods = (list(dict.fromkeys(r[key] for r in domains)) for key in ("pack", "method"))
         print("\nbits per element / KL / top-1 agreement by kind of text")
-        print_table(["domain", "NLL", *methods],
-                    [[name, number(next(r["nll_untouched"] for r in domains if r["domain"] == name), 3),
-                      *(cell(by_name.get((name, method))) for method in methods)] for name in names])
+        print_table(["domain", "pack", "NLL", *methods],
+                    [[name, pack, number(next(r["nll_untouched"] for r in domains if r["domain"] == name), 3),
+                      *(cell(by_name.get((name, pack, method))) for method in methods)] for name in names for pack in packs])
     positions = [row for row in rows if row["task"] == "position"]
     if positions:
         methods = list(positions[0]["bits_per_element"])

@@ -11,12 +11,14 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.request import Conversation
 from engine.session_file import Span
-from scripts.eval_suspend import Suspender, ask, open_with, roll_back
+from scripts.eval_suspend import Suspender, ask, ask_aside, copied, open_with, run_draft
 from scripts.eval_tasks import (
     ACKNOWLEDGEMENT,
     INTRODUCTION,
+    MAX_NEW_TOKENS,
     Question,
     Sample,
+    Turn,
     copied_fraction,
     judge,
     make_conversation,
@@ -74,7 +76,7 @@ class Runner:
             if all(key in self.parts for key in keys.values()):
                 continue
             samples = [self.sample(context, number) for number in batch]
-            conversations = [open_with(self.engine, self.context_ids(s)) for s in samples]
+            conversations = open_with(self.engine, [self.context_ids(s) for s in samples])
             try:
                 answers = self._ask_all(conversations, samples)
                 self._record(keys[UNTOUCHED], samples, answers, answers, conversations, None)
@@ -96,26 +98,26 @@ class Runner:
         return ids + self.engine.tokenizer(ACKNOWLEDGEMENT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
 
     def _coded(self, key: str, quality: str, samples: list[Sample], originals: list[Conversation], untouched: list[list[str]]) -> None:
-        files = [self._suspender.suspend(c, quality) for c in originals]
-        restored: list[Conversation] = []
+        """The first text goes through a file; the others are coded and decoded in place, in copies of their caches."""
+        first, _, stored = self._suspender.through_file(originals[0], quality)
+        restored, copies = [first], []
         try:
-            for data in files:
-                restored.append(self._suspender.resume(data)[0])
-            self._record(key, samples, self._ask_all(restored, samples), untouched, originals, sum(map(len, files)))
+            for original in originals[1:]:
+                copy = Conversation(list(original.token_ids), copied(original.sequence, shared=False), original.draft_state)
+                copies.append(copy)
+                stored += self._suspender.file_bytes(copy, quality, self._suspender.in_place(copy, quality))
+            self._record(key, samples, self._ask_all([*restored, *copies], samples), untouched, originals, stored)
         finally:
             self._close(restored)
+            for copy in copies:
+                copy.sequence.free()
 
     def _ask_all(self, conversations: list[Conversation], samples: list[Sample]) -> list[list[str]]:
-        """Answers [sample][question]; every question starts from the conversations as they are, and leaves them so."""
-        lengths = [len(c.token_ids) for c in conversations]
-        answers: list[list[str]] = [[] for _ in samples]
-        for n, example in enumerate(samples[0].questions):
-            questions = [next_turn(self.engine.tokenizer, s.questions[n].text, c.token_ids) for s, c in zip(samples, conversations, strict=True)]
-            tokens = ask(self.engine, conversations, questions, example.max_new_tokens)
-            for b, conversation in enumerate(conversations):
-                answers[b].append(self._text(tokens[b]))
-                roll_back(conversation, lengths[b])
-        return answers
+        """Answers [sample][question]; every question starts from the conversations as they are, and leaves them so. All are answered together."""
+        pairs = [(c, q) for c, s in zip(conversations, samples, strict=True) for q in s.questions]
+        questions = [next_turn(self.engine.tokenizer, q.text, c.token_ids) for c, q in pairs]
+        tokens = iter(ask_aside(self.engine, [c for c, _ in pairs], questions, [q.max_new_tokens for _, q in pairs]))
+        return [[self._text(next(tokens)) for _ in s.questions] for s in samples]
 
     def _record(self, key: str, samples: list[Sample], answers: list[list[str]], untouched: list[list[str]],
                 conversations: list[Conversation], stored_bytes: int | None) -> None:
@@ -131,48 +133,63 @@ class Runner:
     def conversations(self) -> None:
         """Every method's own conversations, greedy; a coded one is suspended and resumed before every turn but the first."""
         count = self.plan.conversations
-        untouched = f"conversation/{count}/{UNTOUCHED}"
         plans = [make_conversation(random.Random(f"{self.plan.seed}/conversation/{n}"), self.plan.texts, self.plan.turns,
                                    self.plan.turn_tokens, self.count) for n in range(count)]
-        for method in (UNTOUCHED, *self.plan.qualities):
-            key = f"conversation/{count}/{method}"
-            if key in self.parts:
-                continue
-            conversations = [self.engine.open_conversation() for _ in plans]
-            spans: list[list[Span]] = [[] for _ in plans]
-            items: list[dict[str, Any]] = []
-            stored = tokens = resumes = 0
-            try:
-                for turn in range(self.plan.turns):
-                    if turn and method != UNTOUCHED:
-                        files = [self._suspender.suspend(c, method, s) for c, s in zip(conversations, spans, strict=True)]
-                        stored, tokens = sum(map(len, files)), sum(c.sequence.length for c in conversations)
-                        self._close(conversations)
-                        conversations.clear()
-                        for b, data in enumerate(files):
-                            conversation, spans[b] = self._suspender.resume(data)
-                            conversations.append(conversation)
-                        resumes += count
-                    items += self._turn(turn, conversations, [plan[turn] for plan in plans], self.parts.get(untouched))
-            finally:
-                self._close(conversations)
-            self.parts[key] = {"items": items, "resumes": resumes, "stored_bytes": stored if resumes else None, "tokens": tokens}
-            self._save()
-            asked = [i for i in items if i["right"] is not None]
-            self._log(f"{key}: {sum(i['right'] for i in asked)} of {len(asked)} right, {resumes} resumes")
+        untouched = f"conversation/{count}/{UNTOUCHED}"
+        for methods in ((UNTOUCHED,), self.plan.qualities):
+            missing = [m for m in methods if f"conversation/{count}/{m}" not in self.parts]
+            if missing:
+                self._talk(missing, plans, self.parts.get(untouched))
 
-    def _turn(self, turn: int, conversations: list[Conversation], turns: list[Any], untouched: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def _talk(self, methods: Sequence[str], plans: list[list[Turn]], untouched: dict[str, Any] | None) -> None:
+        """The conversations of several methods side by side, each with its own cache. The first of each method goes through a file between turns, the
+        others are coded and decoded in place."""
+        count = len(plans)
+        owners = [(method, n) for method in methods for n in range(count)]
+        conversations = [self.engine.open_conversation() for _ in owners]
+        spans: list[list[Span]] = [[] for _ in owners]
+        items: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        sizes = [0] * len(owners)
+        lengths = [0] * len(owners)
+        try:
+            for turn in range(self.plan.turns):
+                last = turn == self.plan.turns - 1
+                if turn:
+                    run_draft(self.engine, conversations)
+                for b, (method, n) in enumerate(owners):
+                    if not turn or method == UNTOUCHED:
+                        continue
+                    old, lengths[b] = conversations[b], conversations[b].sequence.length
+                    if n:
+                        spans[b] = self._suspender.in_place(old, method, spans[b])
+                        sizes[b] = self._suspender.file_bytes(old, method, spans[b]) if last else 0
+                    else:
+                        conversations[b], spans[b], sizes[b] = self._suspender.through_file(old, method, spans[b])
+                        self._close([old])
+                answers = self._turn(conversations, [plans[n][turn] for _, n in owners])
+                for (method, n), answer in zip(owners, answers, strict=True):
+                    theirs = answer if untouched is None else untouched["items"][turn * count + n]["answer"]
+                    question = plans[n][turn].question
+                    told = {"task": "told", "answer": answer, "right": None, "agrees": answer == theirs}
+                    items[method].append((told if question is None else item(question, answer, theirs)) | {"turn": turn})
+        finally:
+            self._close(conversations)
+        for method in methods:
+            own = [b for b, (name, _) in enumerate(owners) if name == method]
+            coded = method != UNTOUCHED and self.plan.turns > 1
+            self.parts[f"conversation/{count}/{method}"] = {
+                "items": items[method], "resumes": count * (self.plan.turns - 1) if coded else 0,
+                "stored_bytes": sum(sizes[b] for b in own) if coded else None, "tokens": sum(lengths[b] for b in own)}
+            asked = [i for i in items[method] if i["right"] is not None]
+            self._log(f"conversation/{count}/{method}: {sum(i['right'] for i in asked)} of {len(asked)} right")
+        self._save()
+
+    def _turn(self, conversations: list[Conversation], turns: list[Turn]) -> list[str]:
+        """What is answered to each user's message."""
         questions = [next_turn(self.engine.tokenizer, t.message, c.token_ids) if c.token_ids else
                      self.engine.encode([{"role": "user", "content": t.message}]) for t, c in zip(turns, conversations, strict=True)]
-        answers = [self._text(ids) for ids in ask(self.engine, conversations, questions, Question("conversation", "", "", 0.0).max_new_tokens)]
-        items = []
-        for b, (t, answer) in enumerate(zip(turns, answers, strict=True)):
-            theirs = answer if untouched is None else untouched["items"][turn * len(turns) + b]["answer"]
-            if t.question is None:
-                items.append({"task": "told", "turn": turn, "answer": answer, "right": None, "agrees": answer == theirs})
-            else:
-                items.append(item(t.question, answer, theirs) | {"turn": turn})
-        return items
+        limit = MAX_NEW_TOKENS["conversation"]
+        return [self._text(ids) for ids in ask(self.engine, conversations, questions, [limit] * len(questions))]
 
     def _text(self, ids: list[int]) -> str:
         return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]

@@ -1,7 +1,8 @@
 """What perplexity hides: does a session answer the same after it was suspended as a coded residual and resumed?
 
-Every method is asked the same questions by greedy decoding, after the text was suspended to the bytes of a session file and resumed from them
-alone; `untouched` keeps its cache, `prediction` stores token ids and no residual. Tasks (--tasks, default all that have their input):
+Every method is asked the same questions by greedy decoding, after the text was coded and decoded from its bytes alone: in place, and one text and one
+conversation of each run by way of a session file on disk. `untouched` keeps its cache, `prediction` stores token ids and no residual. Tasks (--tasks,
+default all that have their input):
     planted       retrieval, copying and arithmetic over facts planted in 2K to 8K tokens of text (eval_tasks.py), suspended before the question
     conversation  20 turns, suspended and resumed at every turn: accuracy, and agreement with the conversation that never was
     domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...)
@@ -28,6 +29,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from codec.errors import CodecError
+from codec.pack import CodecPack
 from codec.spec import QUALITIES
 from draft.errors import DraftError
 from engine.calibration_text import library_texts
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS
+from scripts.codec_methods import PairCodec
 from scripts.eval_report import print_report
 from scripts.eval_runs import Parts, Plan, Runner, rows_of
 from scripts.eval_suspend import PREDICTION, Suspender, step_name
@@ -54,7 +58,7 @@ from scripts.eval_text import (
     long_windows,
     measure_domain,
     measure_positions,
-    named_folders,
+    named_paths,
     plot_positions,
     position_rows,
 )
@@ -89,6 +93,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn-tokens", type=int, default=100, help="tokens of text beside each fact told in a conversation")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="filler and long texts")
     parser.add_argument("--domains", nargs="+", default=[], metavar="NAME=DIR")
+    parser.add_argument("--domain-packs", nargs="+", default=[], metavar="NAME=PACK",
+                        help="packs to compare on the domains (default: --pack alone, as `pack`)")
     parser.add_argument("--domain-tokens", type=int, default=16_384, help="test tokens a domain")
     parser.add_argument("--domain-context", type=int, default=1024)
     parser.add_argument("--position-context", type=int, default=8192)
@@ -119,7 +125,7 @@ def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int
     for name in ("samples", "conversations", "turns", "domain_tokens", "domain_context", "position_context", "position_texts"):
         if getattr(options, name) < 1:
             raise InvalidOption(f"--{name.replace('_', '-')} {getattr(options, name)}", "give a positive number")
-    return tasks, qualities, contexts, named_folders(options.domains)
+    return tasks, qualities, contexts, named_paths("--domains", options.domains)
 
 
 def load_parts(path: Path, settings: dict[str, Any], restart: bool) -> Parts:
@@ -153,7 +159,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidOption(f"{options.samples} samples in batches of {batch}", "give --samples as a multiple of --batch")
     talk = options.turns * (options.turn_tokens + 128)
     longest = max(*contexts, talk, options.position_context, 512)
-    engine = open_engine(options, max(2 * batch * (max(contexts) + 128), options.conversations * talk) + 2 * longest)
+    asked = options.facts + options.identifiers + options.sums
+    planted = batch * (2 * max(contexts) + asked * 512)                                  # originals, restored copies, each question's own pages
+    talking = options.conversations * talk * max(1, len(qualities))
+    engine = open_engine(options, max(planted if "planted" in tasks else 0, talking if "conversation" in tasks else 0) + 2 * longest)
     suspender = Suspender(engine, options.pack, log)
     texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
     plan = Plan(tuple(qualities), texts, options.samples, batch, options.seed, options.facts, options.identifiers, options.sums,
@@ -191,28 +200,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if "conversation" in tasks:
         runner.conversations()
     if "domains" in tasks:
-        for name, folder in domains.items():
-            run_domain(engine, suspender, name, domain_windows(folder, options.domain_context, options.domain_tokens, encode), qualities, parts, save)
+        packs = {name: CodecPack.load(path) for name, path in named_paths("--domain-packs", options.domain_packs).items()} or {"pack": pack}
+        for label, one in packs.items():
+            one.check({role: value for role, value in pack.fingerprints.items() if role in ("target", "draft", "tokenizer")})
+            pair_codec = PairCodec(one, engine.target, engine.draft_decoder)
+            for name, folder in domains.items():
+                windows = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
+                run_domain(pair_codec, name, label, windows, qualities, parts, save)
     if "position" in tasks:
         run_positions(suspender, long_windows(texts, options.position_context, options.position_texts, encode), qualities, parts, save)
     save()
     return document
 
 
-def run_domain(engine: Engine, suspender: Suspender, name: str, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
-    """Measures what is missing of one domain."""
-    prefix = f"domain/{name}/{digest(sequences)}"
-    for stale in [key for key in parts if key.startswith(f"domain/{name}/") and not key.startswith(prefix)]:
+def run_domain(
+    pair_codec: PairCodec, name: str, label: str, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Callable[[], None]
+) -> None:
+    """Measures what is missing of one domain with the pack called `label`."""
+    prefix = f"domain/{name}/{digest(sequences)}/{label}/{pair_codec.pack.digest[:16]}"
+    for stale in [key for key in parts if key.startswith(f"domain/{name}/") and key.split("/")[3] == label and not key.startswith(prefix)]:
         del parts[stale]
     missing = [q for q in qualities if f"{prefix}/{q}" not in parts]
 
     def done(quality: str, row: dict[str, Any]) -> None:
         parts[f"{prefix}/{quality}"] = row
         save()
-        log(f"domain {name} {quality}: {row['bits_per_element']:.4f} bits, KL {row['kl']:.4f}, top-1 {row['top1_agreement']:.4f}")
+        log(f"domain {name}, {label} {quality}: {row['bits_per_element']:.4f} bits, KL {row['kl']:.4f}, top-1 {row['top1_agreement']:.4f}")
 
     if missing:
-        measure_domain(engine, suspender.codec.pack, sequences, missing, done)
+        measure_domain(pair_codec, sequences, missing, done)
 
 
 def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:

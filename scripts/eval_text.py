@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from codec.pack import CodecPack
 from codec.spec import NUM_SINKS
 from engine.engine import Engine
 from engine.errors import InvalidOption
-from scripts.codec_methods import ForetoldMethod
+from scripts.codec_methods import ForetoldMethod, PairCodec
 from scripts.codec_quality import Quality
 from scripts.eval_suspend import CHUNK_TOKENS, PREDICTION, Suspender, open_with, step_name
 from scripts.text_tokens import read_files, windows
@@ -23,13 +22,13 @@ _WINDOWS_PER_TEXT = 2
 Encode = Callable[[str], list[int]]
 
 
-def named_folders(words: Sequence[str]) -> dict[str, str]:
-    """{"logs": "path"} from words of the form logs=path. Raises InvalidOption."""
+def named_paths(option: str, words: Sequence[str]) -> dict[str, str]:
+    """{"logs": "path"} from an option's words of the form logs=path. Raises InvalidOption."""
     found = {}
     for word in words:
         name, equals, path = word.partition("=")
-        if not name or not equals or not path or name in found:
-            raise InvalidOption(f"--domains {word}", "give NAME=DIR, every name once")
+        if not name or not equals or not path or "/" in name or name in found:
+            raise InvalidOption(f"{option} {word}", "give NAME=PATH, every name once")
         found[name] = path
     return found
 
@@ -43,27 +42,27 @@ def domain_windows(path: str, context: int, num_tokens: int, encode: Encode) -> 
     return found
 
 
-def measure_domain(
-    engine: Engine, pack: CodecPack, sequences: list[list[int]], methods: Sequence[str], done: Callable[[str, dict[str, Any]], None]
-) -> None:
+def measure_domain(pair: PairCodec, sequences: list[list[int]], methods: Sequence[str], done: Callable[[str, dict[str, Any]], None]) -> None:
     """Bits per element, KL and top-1 agreement of each method (a quality's name) on windows, by the protocol of bench_codec; done(method, row)."""
     from scripts.bench_codec import measure
 
-    quality = Quality(engine.target, len(sequences[0]), "cpu" if engine.device.type == "cpu" else engine.device)
-    cases = [quality.untouched(ids) for ids in sequences]
-    config = engine.target.config
+    on_gpu = pair.device.type == "cuda"
+    quality = Quality(pair.target, len(sequences[0]), pair.device if on_gpu else "cpu")
+    cases = quality.untouched(sequences)
+    config = pair.target.config
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     for name in methods:
         step = step_name(name)
-        method = ForetoldMethod(step if isinstance(step, str) else f"step{step!r}", pack, engine.target, engine.draft_decoder, predict=True)
-        row = measure(method, quality, cases, full_dim)
+        method = ForetoldMethod(step if isinstance(step, str) else f"step{step!r}", pair, predict=True)
+        row = measure(method, quality, cases, full_dim, len(cases) if on_gpu else 2)
         done(name, {key: value for key, value in row.items() if key not in ("method", "quality", "inputs")})
+    pair.forget()
 
 
 def domain_rows(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each domain and method."""
+    """One row for each domain, pack and method."""
     found = [(key.split("/"), part) for key, part in parts.items() if key.startswith("domain/")]
-    return [{"task": "domain", "domain": words[1], "method": words[-1], **part} for words, part in found]
+    return [{"task": "domain", "domain": words[1], "pack": words[3], "method": words[-1], **part} for words, part in found]
 
 
 def position_edges(length: int) -> list[int]:
@@ -108,7 +107,7 @@ def measure_positions(
     if NLL in qualities:
         done(NLL, position_bins(length, ((n, 1, nll) for n, nll in enumerate(token_nll(engine, token_ids), 1))))
     coded = [quality for quality in qualities if quality != NLL]
-    conversation = open_with(engine, token_ids) if coded else engine.open_conversation()
+    conversation = open_with(engine, [token_ids])[0] if coded else engine.open_conversation()
     try:
         for quality in coded:
             spans = suspender.codec.encode(conversation, NUM_SINKS, length, step_name(quality))  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_rows_resume_and_picture(bench: ModuleType, tiny: list[str], capsys: pyt
     assert bench.main([*tiny, "--methods", ",".join(methods)]) == 0
     document = read(tiny)
     rows = {(r["method"], r["quality"]): r for r in document["rows"]}
-    assert len(rows) == 6 and all(row.keys() >= KEYS for row in rows.values())
+    assert len(rows) == 7 and all(row.keys() >= KEYS for row in rows.values())
     assert {"pair", "context", "versions", "rows"} <= document.keys()
     exact, coarse = rows["bf16+zstd", ""], rows["turboquant-mean", "2bit"]
     assert abs(exact["kl"]) < 1e-6 and exact["top1_agreement"] > 0.97 and exact["kl"] < rows["turboquant-mean", "3bit"]["kl"] < coarse["kl"]
@@ -77,7 +77,7 @@ def test_rows_resume_and_picture(bench: ModuleType, tiny: list[str], capsys: pyt
     assert bench.main([*tiny, "--methods", "fp8,turboquant-mean-2bit,aqua-kv", "--plot", str(picture)]) == 0
     assert capsys.readouterr().err.count("kept from") == 2
     after = {(r["method"], r["quality"]): r for r in read(tiny)["rows"]}
-    assert after["fp8", ""] == rows["fp8", ""] and len(after) == 8
+    assert after["fp8", ""] == rows["fp8", ""] and len(after) == 10
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 20_000
 
 
@@ -91,7 +91,7 @@ def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> No
     pack = calibrate(target, None, docs, trunk_layers=1, options=options, fingerprints={}, log=lambda _: None)
     pack.save(tmp_path / "tiny.pack")
     methods = "foretold-near-lossless,foretold-tiny,foretold-step0.1,foretold-nopred-near-lossless"
-    assert bench.main([*tiny, "--methods", methods, "--pack", str(tmp_path / "tiny.pack")]) == 0
+    assert bench.main([*tiny, "--methods", methods, "--pack", str(tmp_path / "tiny.pack"), "--breakdown"]) == 0
     rows = {(r["method"], r["quality"]): r for r in read(tiny)["rows"]}
     fine, near, tiny_row = (rows["foretold", quality] for quality in ("step0.1", "near-lossless", "tiny"))
     assert fine["kl"] < near["kl"] < tiny_row["kl"] and fine["bits_per_element"] > near["bits_per_element"] > tiny_row["bits_per_element"]
@@ -100,6 +100,42 @@ def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> No
         assert row["sink_bits_per_element"] == 0  # run again at a resume, not stored
         assert row["ideal_bits_per_element"] < row["bits_per_element"]
         assert row["inputs"] == pack.digest[:16]
+        parts, elements = row["breakdown"], row["tokens"] * 3 * 64
+        assert sum(parts["bytes"].values()) * 8 == pytest.approx(row["bits_per_element"] * elements) and min(parts["bytes"].values()) >= 0
+        by_component = sum(c["bits"] for c in parts["components"].values())
+        assert by_component == pytest.approx(sum(map(sum, parts["layers"])), rel=1e-3)
+        ideal = row["ideal_bits_per_element"] * elements
+        assert 0.8 * ideal < by_component <= ideal, "what is missing are the tokens' gains"
+        assert len(parts["layers"]) == 2 and parts["tokens"] == 4 * 44
+
+
+def test_comparisons_interpolate_and_never_extrapolate() -> None:
+    from scripts.codec_compare import bits_at, comparisons
+
+    points = [(0.01, 0.4), (0.04, 0.1), (0.02, 0.9)]                                    # the last is beaten in both
+    assert bits_at(points, 0.02) == pytest.approx(0.2) and bits_at(points, 0.01) == pytest.approx(0.4)
+    assert bits_at(points, 0.009) is None and bits_at(points, 0.041) is None
+    rows = [{"method": m, "kl": kl, "bits_per_element": bits, "sink_bits_per_element": sink}
+            for m, kl, bits, sink in (("foretold", 0.01, 0.1, 0.0), ("foretold", 0.04, 0.025, 0.0), ("fp8", 0.02, 8.0, 1.0),
+                                      ("kvtc", 0.01, 0.5, 0.1), ("kvtc", 0.04, 0.2, 0.1))]
+    found = {one["method"]: one for one in comparisons(rows, (0.02,))}
+    assert found["kvtc"]["times_smaller"] == pytest.approx((0.5 * 0.2) ** 0.5 / 0.05)
+    assert found["kvtc"]["times_smaller_without_sinks"] == pytest.approx((0.4 * 0.1) ** 0.5 / 0.05)
+    assert found["fp8"]["times_smaller"] is None and comparisons(rows[2:], (0.02,)) == []
+
+
+def test_runs_side_by_side_are_joined(bench: ModuleType, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = importlib.import_module("scripts.codec_compare")
+    files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
+    assert bench.main([*tiny[:-1], files[0], "--methods", "fp8"]) == 0
+    assert bench.main([*tiny[:-1], files[1], "--methods", "fp8,turboquant-2bit"]) == 0
+    assert compare.main([*files[:2], "--json-out", files[2], "--plot", str(tmp_path / "c.png")]) == 0
+    joined = json.loads(Path(files[2]).read_text())
+    assert [r["method"] for r in joined["rows"]] == ["fp8", "turboquant"] and (tmp_path / "c.png").stat().st_size > 10_000
+    assert bench.main([*tiny[:-1], files[1], "--methods", "fp8", "--context", "128", "--restart"]) == 0
+    capsys.readouterr()
+    assert compare.main(files[:2]) == 2 and "other settings" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "nothing.json")]) == 2
 
 
 def test_other_calibration_replaces_only_fitted_rows(bench: ModuleType, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

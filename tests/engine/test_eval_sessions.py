@@ -18,9 +18,9 @@ from engine.session_file import SessionFile
 from scripts.domain_texts import plain, write_folders
 from scripts.eval_runs import Plan, Runner, by_depth, item, rows_of
 from scripts.eval_sessions import main
-from scripts.eval_suspend import Suspender, ask, open_with, roll_back, run_tokens, step_name
+from scripts.eval_suspend import Suspender, ask, ask_aside, open_with, run_tokens, step_name
 from scripts.eval_tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
-from scripts.eval_text import long_windows, named_folders, position_bins, position_edges, token_nll
+from scripts.eval_text import long_windows, named_paths, position_bins, position_edges, token_nll
 
 TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
 
@@ -174,12 +174,18 @@ def test_an_untouched_cache_answers_as_plain_generation(chat_engine, draft):
     engine = chat_engine(draft)
     prompts = [engine.encode("A text that is read first, number one."), engine.encode("Another one, a little longer than the first.")]
     questions = [engine.encode(" And then?"), engine.encode(" What comes next?")]
-    conversations = [open_with(engine, ids) for ids in prompts]
-    for _ in range(2):  # asking again after a roll-back gives the same
-        answers = ask(engine, conversations, questions, 12)
-        for b, conversation in enumerate(conversations):
-            assert conversation.sequence.length == len(conversation.token_ids) - 1
-            roll_back(conversation, len(prompts[b]))
+    conversations = open_with(engine, prompts)
+    free = engine.pool.num_free_pages
+    before = [engine.target.read_kv(c.sequence, 0, c.sequence.length) for c in conversations]
+    aside = ask_aside(engine, conversations * 2, [*questions, *questions[::-1]], [12, 12, 12, 3])  # leaves no trace, so asking again gives the same
+    for conversation, prompt, kv in zip(conversations, prompts, before, strict=True):
+        assert conversation.token_ids == prompt and conversation.sequence.length == len(prompt)
+        assert torch.equal(engine.target.read_kv(conversation.sequence, 0, len(prompt)), kv)
+    assert engine.pool.num_free_pages == free
+    engine.pool.check_integrity()
+    answers = ask(engine, conversations, questions, [12, 12])
+    assert aside[:2] == answers and len(aside[3]) <= 3
+    assert all(c.sequence.length == len(c.token_ids) - 1 for c in conversations)
     plain = engine.generate([a + b for a, b in zip(prompts, questions, strict=True)], SamplingParams(max_new_tokens=12, temperature=0, draft_length=0))
     ends = engine.eos_token_ids
     assert answers == [[t for t in result.token_ids if t not in ends] for result in plain]
@@ -199,14 +205,31 @@ def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
     length = theirs.sequence.length
     assert ours.token_ids == theirs.token_ids and ours.sequence.length == length > 150
     assert torch.equal(engine.target.read_kv(ours.sequence, 0, length), engine.target.read_kv(theirs.sequence, 0, length))
-    ask(engine, [ours], [engine.encode(" More.")], 8)
+    ask(engine, [ours], [engine.encode(" More.")], [8])
     again = SessionFile.from_bytes(suspender.suspend(ours, "compact", spans))
     assert again.spans[: len(spans)] == spans and again.num_cached == len(again.token_ids) - 1 == again.spans[-1].end
 
 
+@pytest.mark.parametrize("draft", ["draft", "trunk"])
+def test_in_place_is_what_a_resume_gives(chat_engine, draft):
+    engine = chat_engine(draft)
+    suspender = Suspender(engine, None)
+    conversation = open_with(engine, [engine.encode("Some text that is coded twice, in two ways. " * 6)])[0]
+    ask(engine, [conversation], [engine.encode(" And then?")], [5])
+    length = conversation.sequence.length
+    exact = engine.target.read_kv(conversation.sequence, 0, length)
+    resumed, spans, num_bytes = suspender.through_file(conversation, "compact")
+    assert suspender.in_place(conversation, "compact") == spans
+    assert suspender.file_bytes(conversation, "compact", spans) == num_bytes
+    here, there = (engine.target.read_kv(c.sequence, 0, length) for c in (conversation, resumed))
+    torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(here, exact, atol=1e-2)
+    assert suspender.in_place(conversation, "compact", spans) == spans, "coded once"
+
+
 def test_prediction_keeps_no_residual(engine):
     suspender = Suspender(engine, None)
-    conversation = open_with(engine, engine.encode("All of this is only predicted, and costs hardly anything. " * 4))
+    conversation = open_with(engine, [engine.encode("All of this is only predicted, and costs hardly anything. " * 4)])[0]
     small, large = (suspender.suspend(conversation, quality) for quality in ("prediction", "near-lossless"))
     assert len(small) < len(large) / 2
     assert all(len(s.data) < 0.35 * (s.end - s.start) + 64 for s in SessionFile.from_bytes(small).spans)
@@ -290,7 +313,7 @@ def test_bad_options_are_named(tmp_path, capsys):
         assert main([*base, *extra]) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(InvalidOption, match="--domains logs"):
-        named_folders(["logs"])
+        named_paths("--domains", ["logs"])
 
 
 def test_run_tokens_moves_the_cache(engine):
