@@ -85,11 +85,14 @@ class CalibrationOptions:
                 raise InvalidOption(f"calibration with {name} {getattr(self, name)!r}", f"choose one of {', '.join(allowed)}")
 
 
-def feature_spec(draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None) -> FeatureSpec:
+def feature_spec(
+    draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None, adapter: Decoder | None = None
+) -> FeatureSpec:
     """Default features: all hidden states of a separate draft but its last, and the target's own after half and after all of the layers that are run
-    again; of a trunk, every second layer up to its last."""
+    again; of a trunk, every second layer up to its last, and the last of its adapter."""
     if draft is None:
-        return FeatureSpec(tuple(range(trunk_layers, 0, -2))[::-1] if taps is None else taps)
+        own = () if adapter is None else (trunk_layers + adapter.config.num_layers,)
+        return FeatureSpec((*range(trunk_layers, 0, -2),)[::-1] + own if taps is None else taps)
     again = tuple(sorted({0, trunk_layers // 2, trunk_layers}))
     return FeatureSpec(tuple(range(draft.config.num_layers)) if taps is None else taps, again)
 
@@ -100,13 +103,14 @@ def default_rerun_layers(num_layers: int) -> int:
     return num_layers // 7
 
 
-def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[int]], *, trunk_layers: int = 0,
+def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[int]], *, trunk_layers: int = 0, adapter: Decoder | None = None,
               options: CalibrationOptions | None = None, fingerprints: dict[str, str] | None = None, log: Log = print) -> CodecPack:  # fmt: skip
     """A codec pack from token documents, in one pass.
 
     Args:
         target, draft: the pair; draft None means that the target's first layers alone predict the others.
         trunk_layers: those first layers, or those that are run again beside a separate draft.
+        adapter: the layers of a trained trunk, which add their states to its own.
         docs: token documents (`engine.calibration_text.documents`); every eighth is held out until there are enough.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
@@ -114,7 +118,7 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
     options = options or CalibrationOptions()
     options.check()
     torch.backends.cuda.matmul.allow_tf32 = False
-    stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps), trunk_layers)
+    stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps, adapter), trunk_layers, adapter)
     layout, device = stream.layout, target.device
     held, rest = _hold_out(docs, options.held_out_tokens)
     moments, queries = RidgeMoments(stream.num_features, layout.dim, device), QueryStatistics()
@@ -247,8 +251,9 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
 
 
-def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_layers: int = 0, fingerprints: dict[str, str] | None = None,
-               num_tokens: int = 2048, context: int = 256, rank: int = 768, forward_seconds: float = 60.0, log: Log = print) -> CodecPack:  # fmt: skip
+def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_layers: int = 0, adapter: Decoder | None = None,
+               fingerprints: dict[str, str] | None = None, num_tokens: int = 2048, context: int = 256, rank: int = 768,
+               forward_seconds: float = 60.0, log: Log = print) -> CodecPack:  # fmt: skip
     """A pack from a few thousand tokens of the interpreter's own library, fitted in at most about two minutes on two cores.
 
     Args:
@@ -261,8 +266,10 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     depth = draft.config.num_layers if draft is not None else trunk_layers
     parts_of_depth = (1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0)
     taps = tuple(sorted({max(1, round(depth * part)) for part in parts_of_depth})) if depth else ()
+    if adapter is not None:
+        taps = (*taps, depth + adapter.config.num_layers)
     again = (0,) if draft is None else tuple(sorted({0, trunk_layers}))
-    stream = PairStream(target, draft, FeatureSpec(taps, again), trunk_layers)
+    stream = PairStream(target, draft, FeatureSpec(taps, again), trunk_layers, adapter)
     layout = stream.layout
     docs, text = documents(library_texts(), tokenizer, num_tokens, context, per_text=1)
     queries, parts, done = QueryStatistics(), [], 0

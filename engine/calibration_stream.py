@@ -32,12 +32,15 @@ class PairStream:
     Args:
         target: the target.
         draft: the draft model, or None for a trunk.
-        spec: features; for a trunk the taps are the target's own layers, none above `trunk_layers`.
+        spec: features; for a trunk the taps are the target's own layers up to `trunk_layers`, and beyond it the adapter's.
         trunk_layers: m, first layers of the target that are run again at a resume and so are not coded: a trunk's, or those of `spec.target_taps`.
+        adapter: the layers of a trained trunk, which go on from its states.
     """
 
-    def __init__(self, target: Decoder, draft: Decoder | None, spec: FeatureSpec, trunk_layers: int = 0) -> None:
-        self.target, self.draft, self.spec = target, draft, spec
+    def __init__(
+        self, target: Decoder, draft: Decoder | None, spec: FeatureSpec, trunk_layers: int = 0, adapter: Decoder | None = None
+    ) -> None:
+        self.target, self.draft, self.spec, self.adapter = target, draft, spec, adapter
         c = target.config
         self.layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim, trunk_layers)
         self.draft_size = (draft or target).config.hidden_size
@@ -50,7 +53,9 @@ class PairStream:
         ids = torch.tensor([t for d in documents for t in d], device=target.device)
         kept = torch.cat([torch.arange(n) >= NUM_SINKS for n in lens]).to(target.device)
         spec = self.spec
-        taps = tuple(sorted({*spec.target_taps, *(spec.taps if self.draft is None else ())}))
+        trunk = self.layout.first_layer
+        own_taps = tuple(tap - trunk for tap in spec.taps if tap > trunk) if self.adapter is not None else ()
+        taps = tuple(sorted({*spec.target_taps, *(min(tap, trunk) if own_taps else tap for tap in (spec.taps if self.draft is None else ()))}))
         pages = sum(-(-n // 64) for n in lens)
         pool = target.new_pool(pages)
         sequences = [pool.new_sequence() for _ in lens]
@@ -64,7 +69,12 @@ class PairStream:
             pool = self.draft.new_pool(pages)
             clipped = ids.clamp_max(self.draft.config.vocab_size - 1)
             out = self.draft.forward(clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none")
-        rows = torch.stack([out.taps[i][kept] for i in spec.taps], 1) if spec.taps else None
+        states = dict(out.taps)
+        if own_taps and self.adapter is not None:
+            pool = self.adapter.new_pool(pages)
+            more = self.adapter.forward(None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[trunk], taps=own_taps, logits="none").taps
+            states |= {trunk + i: rows for i, rows in more.items()}
+        rows = torch.stack([states[i][kept] for i in spec.taps], 1) if spec.taps else None
         return CalibrationBatch(join_features(rows, target_rows), y, [n - NUM_SINKS for n in lens])
 
     def batches(self, documents: Sequence[Sequence[int]], tokens_per_batch: int) -> Iterator[list[Sequence[int]]]:

@@ -11,6 +11,7 @@ import torch
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
+from draft.adapter import PACK_FILE
 from engine.cache import cache_home, disk_errors, exclusive
 from engine.calibration import default_rerun_layers, quick_pack
 from engine.decoder import Decoder
@@ -33,6 +34,8 @@ def pair_fingerprints(engine: Engine) -> dict[str, str]:
     target = model_fingerprint(engine.target, engine.target_dir)
     if engine.draft_decoder is not None:
         draft = model_fingerprint(engine.draft_decoder, engine.draft_dir)
+    elif engine.trained_trunk is not None:
+        draft = engine.trained_trunk.fingerprint
     else:
         draft = f"trunk-{trunk_layers(engine)}" if engine.drafter else "none"
     tokenizer = tokenizer_fingerprint(engine.tokenizer) if engine.tokenizer is not None else "none"
@@ -40,7 +43,8 @@ def pair_fingerprints(engine: Engine) -> dict[str, str]:
 
 
 def find_pack(engine: Engine, path: str | Path | None = None, log: Log = print) -> CodecPack:
-    """The pack to code an engine's sessions with. Without a path: the cached one of this pair, fitted now (and cached) if there is none.
+    """The pack to code an engine's sessions with. Without a path: the one beside the engine's trained trunk, if it was made for this pair; else the
+    cached one of the pair, fitted now (and cached) if there is none.
 
     Raises:
         PackMismatch: the pack at `path` is damaged, or of another pair or version.
@@ -49,6 +53,8 @@ def find_pack(engine: Engine, path: str | Path | None = None, log: Log = print) 
     prints = pair_fingerprints(engine)
     if path is not None:
         return load_pack(path, prints)
+    if engine.trained_trunk is not None and (found := _usable(engine.trained_trunk.folder / PACK_FILE, prints)) is not None:
+        return found
     cached = cache_home() / "packs" / f"{sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]}.safetensors"
     if (found := _usable(cached, prints)) is not None:
         return found
@@ -61,7 +67,10 @@ def find_pack(engine: Engine, path: str | Path | None = None, log: Log = print) 
                 return found
             log("no codec pack for this pair yet: fitting a quick one (scripts/calibrate.py makes a full one)")
             again = trunk_layers(engine) or (default_rerun_layers(engine.target.config.num_layers) if engine.draft_decoder else 0)
-            pack = quick_pack(engine.target, engine.draft_decoder, engine.tokenizer, trunk_layers=again, fingerprints=prints, log=log)
+            adapter = engine.trained_trunk.decoder if engine.trained_trunk else None
+            pack = quick_pack(
+                engine.target, engine.draft_decoder, engine.tokenizer, trunk_layers=again, adapter=adapter, fingerprints=prints, log=log
+            )
             pack.save(cached)
     return pack
 

@@ -19,19 +19,21 @@ import torch
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from draft.errors import DraftError
-from draft.trunk import default_trunk_layers
 from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
 from engine.calibration_text import documents, library_texts, read_texts, text_files
-from engine.decoder import Decoder
+from engine.decoder import Decoder, DecoderConfig
+from engine.drafters import TrainedTrunk, choose_draft
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, TRUNK, check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
+from engine.weights import read_config
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make a codec pack for a (target, draft) pair.")
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
-    parser.add_argument("--draft", default=TRUNK, help="folder or hub id, or 'trunk' (the target's first layers)")
+    parser.add_argument("--draft", help="folder or hub id, folder of a trunk adapter, or 'trunk' (the adapter that ships for the target, else the "
+                        "first layers); default: the pair's own, trunk for --target")  # fmt: skip
     parser.add_argument("--trunk-layers", type=int, help="the target's first layers that a resume runs again and that are not coded: a trunk's "
                         "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)")  # fmt: skip
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
@@ -68,9 +70,13 @@ def run(args: argparse.Namespace) -> dict:
         raise InvalidOption(f"{args.tokens} tokens in documents of {args.context}", "use at least 256 tokens, and 32 a document")
     if args.pair:
         paths = resolve_pair(args.pair)
-        target_dir, draft_dir = paths.target_dir, None if paths.draft == TRUNK else Path(paths.draft)
+        target_dir, source = paths.target_dir, args.draft or paths.draft
     else:
-        target_dir, draft_dir = resolve_model(args.target), None if args.draft == TRUNK else resolve_model(args.draft)
+        target_dir, source = resolve_model(args.target), args.draft or TRUNK
+    if source == "none":
+        raise InvalidOption("a pack needs a source of features", f"give a draft, or {TRUNK}")
+    choice = choose_draft(source, DecoderConfig.from_hf(read_config(target_dir)), args.trunk_layers if source == TRUNK else None)
+    draft_dir = choice.model
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[
         args.dtype
@@ -80,15 +86,22 @@ def run(args: argparse.Namespace) -> dict:
         check_vocabularies(tokenizer, load_tokenizer(draft_dir))
     started = time.monotonic()
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
-    draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
-    num_layers = target.config.num_layers
-    trunk = args.trunk_layers if args.trunk_layers is not None else (default_trunk_layers if draft is None else default_rerun_layers)(num_layers)
+    num_layers, loaded = target.config.num_layers, choice.load(target)
+    draft = loaded if isinstance(loaded, Decoder) else None
+    trained = loaded if isinstance(loaded, TrainedTrunk) else None
+    if trained is not None and args.trunk_layers not in (None, trained.config.trunk_layers):
+        raise InvalidOption(f"--trunk-layers {args.trunk_layers} with an adapter for {trained.config.trunk_layers}", "leave it out")
+    if trained is not None:
+        trunk = trained.config.trunk_layers
+    else:
+        trunk = loaded if isinstance(loaded, int) else default_rerun_layers(num_layers) if args.trunk_layers is None else args.trunk_layers
     if not (0 if draft else 1) <= trunk < num_layers:
         raise InvalidOption(f"--trunk-layers {trunk} for a target of {num_layers} layers", "choose fewer than it has")
-    prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer),
-              "draft": f"trunk-{trunk}" if draft_dir is None else fingerprint(draft_dir)}  # fmt: skip
+    own = fingerprint(draft_dir) if draft_dir is not None else trained.fingerprint if trained is not None else f"trunk-{trunk}"
+    prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer), "draft": own}
+    parts = {"trunk_layers": trunk, "adapter": trained.decoder if trained is not None else None}
     if args.quick:
-        pack = quick_pack(target, draft, tokenizer, trunk_layers=trunk, fingerprints=prints, log=log)
+        pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
         texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         options = CalibrationOptions(
@@ -98,7 +111,7 @@ def run(args: argparse.Namespace) -> dict:
             fisher_tokens=args.fisher_tokens or (CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6)),
         )  # fmt: skip
         docs, digest = documents(texts, tokenizer, args.tokens + options.held_out_tokens, args.context)
-        pack = calibrate(target, draft, docs, trunk_layers=trunk, options=options, fingerprints=prints | {"text": digest}, log=log)
+        pack = calibrate(target, draft, docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log)
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)
     return {"pair": args.pair, "target": str(target_dir.name), "device": device, "pack_bytes": os.path.getsize(args.out),
