@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ class TokenDocuments:
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 found = cls(file["tokens"], file["offsets"], file["starts"], file["answers"], header["facts"])
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise TrainingDataError(f"{path} holds no training documents: {error}", _REMEDY) from error
         if header.get("version") != VERSION:
             raise TrainingDataError(f"{path} has version {header.get('version')}, this program reads {VERSION}", _REMEDY)

@@ -1,7 +1,8 @@
 """What a model writes by itself: conversations drawn from it in large batches, to train a draft on.
 
-Given only a chat template's opening, a model writes a user's message; when it ends its turn, the template's next marker is put in and it answers
-(the idea of Magpie, Xu et al., 2024, arXiv 2406.08464). Every row of the batch holds one conversation and starts a new one when it is over, so no row idles.
+Given only a chat template's opening, a model writes a user's message; when it ends its turn, the template's next marker is put in and it
+answers (the idea of Magpie, Xu et al., 2024, arXiv 2406.08464). Every row of the batch holds one conversation and starts a new one when it is
+over, so no row idles.
 A step reads nothing back, and on a GPU it is one CUDA graph: the rows' lengths, turns and temperatures live on the device.
 
 Axes: B rows, V vocabulary, T context, S steps of a round.

@@ -1,0 +1,132 @@
+"""What a trunk draft is trained for, over a reduced vocabulary, in chunks so that no full table of logits is ever held.
+
+p is the target's distribution over its whole vocabulary, q the draft's over the R reduced tokens. A proposal drawn from q is accepted with
+probability sum min(p, q) (Leviathan et al., 2023, arXiv 2211.17192); what p puts outside the R tokens is lost acceptance. Two losses:
+the divergence sum over R of p (log p - log q), which has a gradient everywhere, and 1 - sum over R of min(p, q), half the L1 distance (total
+variation) but for what lies outside, which is the thing itself (DistillSpec, Zhou et al., 2024, arXiv 2310.08461, compares them).
+Their gradients in the logits are closed forms, so no graph of them is kept:
+d KL / d z_i = m q_i - p_i with m = sum over R of p;   d TV / d z_i = q_i (S - 1[q_i < p_i]) with S = sum of q over q < p.
+
+Axes: N positions, C positions of a chunk, E hidden size, V vocabulary, R reduced vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The target's head with its rows reordered: those of the reduced vocabulary first.
+
+    rows: [V, E]. size: R. place: [V] int64, where a token's row stands.
+    """
+
+    rows: Tensor
+    size: int
+    place: Tensor
+
+    @classmethod
+    def of(cls, head: Tensor, token_ids: Tensor) -> TeacherHead:
+        """head [V, E], token_ids [R] int64 ascending."""
+        ids = token_ids.to(head.device)
+        outside = torch.ones(head.shape[0], dtype=torch.bool, device=head.device)
+        outside[ids] = False
+        order = torch.cat([ids, outside.nonzero()[:, 0]])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=head.device)
+        return cls(head[order].contiguous(), len(ids), place)
+
+
+class Sums(NamedTuple):
+    """Sums over positions, as float32 scalars on the device."""
+
+    accepted: Tensor  # sum min(p, q): expected acceptance at temperature 1
+    agreed: Tensor  # positions where both name the same most likely token
+    divergence: Tensor  # nats, over the reduced vocabulary
+    covered: Tensor  # p's mass in the reduced vocabulary
+
+
+class Gradients(NamedTuple):
+    """Mean loss's gradients: of the draft's states [N, E] in their dtype, and of its head [R, E] float32 (None when not asked for)."""
+
+    states: Tensor
+    head: Tensor | None
+
+
+@torch.no_grad()
+def distil(
+    states: Tensor, head: Tensor, teacher_states: Tensor, teacher: TeacherHead, mix: float, *, head_gradient: bool, chunk: int
+) -> tuple[Sums, Gradients]:
+    """Sums and gradients of (1 - mix) KL + mix TV, the mean over positions.
+
+    Args:
+        states: [N, E] the draft's states after its final norm; head: [R, E] its head, of the same dtype.
+        teacher_states: [N, E] the target's after its final norm.
+        mix: share of total variation, 0 to 1.
+        chunk: positions at a time.
+    """
+    count = states.shape[0]
+    grad_states = torch.empty_like(states)
+    grad_head = torch.zeros(head.shape, device=head.device) if head_gradient else None
+    totals = torch.zeros(4, device=states.device)
+    for a in range(0, count, chunk):
+        rows = states[a : a + chunk]
+        log_p, log_q, agreed = _log_probabilities(rows, head, teacher_states[a : a + chunk], teacher)
+        log_p = log_p[:, : teacher.size]
+        p, q = log_p.exp(), log_q.exp()
+        mass = p.sum(-1)
+        totals += torch.stack([torch.minimum(p, q).sum(), agreed.sum(), (p * (log_p - log_q)).sum(), mass.sum()])
+        gradient = _gradient(p, q, mass, mix).to(states.dtype)
+        grad_states[a : a + chunk] = (gradient @ head) / count
+        if grad_head is not None:
+            grad_head += (gradient.T @ rows).float()
+    if grad_head is not None:
+        grad_head /= count
+    return Sums(*totals), Gradients(grad_states, grad_head)
+
+
+def _log_probabilities(rows: Tensor, head: Tensor, teacher_rows: Tensor, teacher: TeacherHead) -> tuple[Tensor, Tensor, Tensor]:
+    """log p [C, V] in the teacher head's order and log q [C, R], float32, and whether their largest logits [C] are the same token's."""
+    wide, narrow = teacher_rows @ teacher.rows.T, rows @ head.T
+    agreed = wide.argmax(-1) == narrow.argmax(-1)
+    return torch.log_softmax(wide, -1, dtype=torch.float32), torch.log_softmax(narrow, -1, dtype=torch.float32), agreed
+
+
+def _gradient(p: Tensor, q: Tensor, mass: Tensor, mix: float) -> Tensor:
+    """Of the mixed loss in the draft's logits, [C, R] float32, not yet divided by the number of positions."""
+    divergence = q * mass[:, None] - p
+    if mix == 0:
+        return divergence
+    below = q * (q < p)
+    variation = q * below.sum(-1, keepdim=True) - below
+    return variation if mix == 1 else torch.lerp(divergence, variation, mix)
+
+
+class Scores(NamedTuple):
+    """Per position, float32 [N] unless said otherwise."""
+
+    accepted: Tensor  # sum min(p, q)
+    agreed: Tensor  # [N] bool
+    kept: Tensor  # min(1, q / p) at the token that follows: the chance that this token, given that it was drawn from p, was an accepted draft
+    divergence: Tensor
+    covered: Tensor
+
+
+@torch.no_grad()
+def score(states: Tensor, head: Tensor, teacher_states: Tensor, teacher: TeacherHead, labels: Tensor, *, chunk: int) -> Scores:
+    """How well the draft does at each position; arguments as `distil`'s, labels [N] int64 the tokens that follow."""
+    found: list[tuple[Tensor, ...]] = []
+    for a in range(0, states.shape[0], chunk):
+        log_p, log_q, agreed = _log_probabilities(states[a : a + chunk], head, teacher_states[a : a + chunk], teacher)
+        place = teacher.place[labels[a : a + chunk]]
+        ratio = (log_q.gather(1, place.clamp_max(teacher.size - 1)[:, None]) - log_p.gather(1, place[:, None]))[:, 0].exp()
+        log_p = log_p[:, : teacher.size]
+        p, q = log_p.exp(), log_q.exp()
+        kept = (ratio * (place < teacher.size)).clamp_max(1.0)
+        found.append((torch.minimum(p, q).sum(-1), agreed, kept, (p * (log_p - log_q)).sum(-1), p.sum(-1)))
+    return Scores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
