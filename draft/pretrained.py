@@ -10,11 +10,11 @@ from draft.adapter import is_adapter, read_config, target_digest
 FOLDER = Path(__file__).parent / "pretrained"
 
 
-def shipped_adapter(target: Any, folder: Path = FOLDER) -> Path | None:
+def shipped_adapter(target: Any) -> Path | None:
     """The folder of the adapter trained for a target of this shape (`target`: a decoder's config); the first by name where there are several, None
     where there is none. A target of the same shape with other weights drafts less well with it, and no less exactly."""
     wanted = target_digest(target)
-    for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for candidate in sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []:
         if is_adapter(candidate) and read_config(candidate).target_fingerprint_config == wanted:
             return candidate
     return None

@@ -15,6 +15,7 @@ import transformers
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from draft.adapter import AdapterConfig, save_adapter, target_digest
 from engine.calibration import quick_pack
 from engine.decoder import Decoder, DecoderConfig
 
@@ -103,6 +104,33 @@ def random_decoder() -> Callable[..., Decoder]:
     return make
 
 
+def _make_adapter(
+    folder: Path, target: Decoder, *, trunk: int = 2, layers: int = 1, size: int = 60, head: str = "own", bits: int = 8, noise: float = 0.1
+) -> Path:
+    """An adapter of the target's last layers and head, a little altered, so that some of its drafts are accepted."""
+    generator = torch.Generator().manual_seed(size + layers)
+    named, depth = target.hf_tensors(), target.config.num_layers
+    ids = torch.randperm(target.config.vocab_size, generator=generator)[:size].sort().values
+    tensors = {"token_ids": ids, "model.norm.weight": named["model.norm.weight"]}
+    for i in range(layers):
+        prefix = f"model.layers.{depth - layers + i}."
+        for name, tensor in named.items():
+            if name.startswith(prefix):
+                altered = tensor * (1 + noise * torch.randn(tensor.shape, generator=generator)) if tensor.dim() > 1 else tensor
+                tensors[f"model.layers.{i}.{name.removeprefix(prefix)}"] = altered
+    if head == "own":
+        tensors["lm_head.weight"] = named.get("lm_head.weight", named["model.embed_tokens.weight"])[ids]
+    config = AdapterConfig("tiny", target_digest(target.config), trunk, layers, size, head, bits)  # type: ignore[arg-type]
+    save_adapter(folder, config, tensors)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Path]:
+    """`make_adapter(folder, target, trunk=2, layers=1, size=60, head="own", bits=8, noise=0.1)` -> the folder of a trunk adapter for the target."""
+    return _make_adapter
+
+
 def _naive_probabilities(logits: list[float], params: Any) -> list[float]:
     """One row's distribution, written from the filters' definitions without tensors."""
     if params.temperature == 0:
@@ -160,6 +188,7 @@ class ChatFolders:
 
     target: Path
     draft: Path
+    adapter: Path  # of a trunk of one layer
     stranger: Path  # of the target's shape, other weights
 
 
@@ -203,7 +232,9 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
             model.load_state_dict({key: weights[key] * (1 + 0.2 * torch.randn_like(weights[key])) for key in model.state_dict()})
         model.save_pretrained(root / name)
         _byte_tokenizer().save_pretrained(root / name)
-    return ChatFolders(root / "target", root / "draft", root / "stranger")
+    decoder = Decoder.from_pretrained(root / "target", dtype=torch.float32)
+    adapter = _make_adapter(root / "adapter", decoder, trunk=1, size=200)
+    return ChatFolders(root / "target", root / "draft", adapter, root / "stranger")
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +249,7 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any]:
-    """`chat_engine(draft="draft"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
+    """`chat_engine(draft="draft"|"adapter"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
     from engine.engine import Engine
 
     def make(draft: str = "draft", target: str = "target", **options: Any) -> Engine:
