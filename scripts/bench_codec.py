@@ -28,6 +28,7 @@ from codec.pack import CodecPack
 from codec.spec import NUM_SINKS, KvLayout
 from draft.errors import DraftError
 from engine.decoder import Decoder
+from engine.drafters import choose_draft
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
 from scripts.codec_breakdown import merged
@@ -116,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", help="folder or hub id of the target (with --draft for our own methods)")
-    parser.add_argument("--draft", default="trunk", help="with --target: folder or hub id of the draft, or trunk")
+    parser.add_argument("--draft", help="folder or hub id of the draft, folder of a trunk adapter, or trunk (default: the pair's own, or trunk)")
     parser.add_argument("--pack", help="codec pack of the pair (needed by the foretold methods)")
     parser.add_argument("--text", nargs="+", required=True, help="test text: files, folders, or one .npz with `train` and `test` token ids")
     parser.add_argument("--calibration-text", nargs="+", default=[],
@@ -152,9 +153,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[options.dtype]
     if options.pair:
         paths = resolve_pair(options.pair)
-        target_dir, draft = paths.target_dir, paths.draft
+        target_dir, source = paths.target_dir, options.draft or paths.draft
     else:
-        target_dir, draft = resolve_model(options.target), "trunk" if options.draft == "trunk" else resolve_model(options.draft)
+        target_dir, source = resolve_model(options.target), options.draft or "trunk"
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
     c = target.config
     layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim)
@@ -162,7 +163,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     split: TokenSplit = split_tokens(options.text, options.calibration_text, options.context, options.tokens, options.calibration_tokens,
                                      lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     pack = CodecPack.load(options.pack) if ours else None
-    pair = options.pair or f"{target_dir.name}+{draft if isinstance(draft, str) else draft.name}"
+    pair = options.pair or f"{target_dir.name}+{Path(source).name}"
     settings = {"pair": pair, "context": options.context, "prefix": options.context * 3 // 4, "test_sequences": len(split.test),
                 "test_digest": digest(split.test), "dtype": str(dtype).removeprefix("torch.")}
     rows = load_rows(options.json_out, settings, options.restart)
@@ -175,8 +176,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     calibration = LazyCalibration(quality, layout, split.calibration, options.sample_tokens, needs_covariances)
     ours_with: PairCodec | None = None
     if pack is not None:
-        drafter = None if isinstance(draft, str) else Decoder.from_pretrained(draft, dtype=dtype, device=device)
-        ours_with = PairCodec(pack, target, drafter)
+        ours_with = PairCodec(pack, target, choose_draft(source, target.config).load(target))
     log(f"{pair} on {document['device']}: {len(split.test)} test and {len(split.calibration)} calibration sequences of {options.context}")
     cases = None
     for family, point in wanted:

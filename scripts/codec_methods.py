@@ -20,6 +20,7 @@ from codec.token_ids import encode_ids
 from draft.dense import AnyPredictor, load_predictor
 from draft.predictor import zero_prediction
 from engine.decoder import Decoder
+from engine.drafters import Draft, TrainedTrunk
 from engine.session_file import SessionFile, Span
 from scripts.codec_breakdown import breakdown
 from scripts.codec_quality import Case, hidden_states
@@ -91,9 +92,10 @@ class PairCodec:
     """A pack's codec and predictor with the models that feed it, shared by all our qualities. The hidden states of the sequences are kept: features
     come from one prefill of the prefix, whose time is not in the coding times."""
 
-    def __init__(self, pack: CodecPack, target: Decoder, drafter: Decoder | None):
+    def __init__(self, pack: CodecPack, target: Decoder, draft: Draft):
         self.pack, self.target, self.device = pack, target, target.device
-        self._drafter = target if drafter is None else drafter
+        self._draft = draft if isinstance(draft, Decoder) else None
+        self._adapter = draft.decoder if isinstance(draft, TrainedTrunk) else None
         self._hidden: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._frames: dict[tuple[int, ...], bytes] = {}
         self.warm = target.device.type == "cpu"
@@ -111,9 +113,12 @@ class PairCodec:
         spec, keys = self.predictor.spec, [tuple(case.token_ids.tolist()) for case in cases]
         missing = [n for n, key in enumerate(keys) if key not in self._hidden]
         tokens = [cases[n].token_ids[:cases[n].prefix] for n in missing]
-        last = self.pack.layout.first_layer or None if self._drafter is self.target else None
         none: list[torch.Tensor | None] = [None] * len(missing)
-        rows = hidden_states(self._drafter, tokens, spec.taps, last) if spec.taps else none
+        rows: Sequence[torch.Tensor | None] = none
+        if spec.taps and self._draft is not None:
+            rows = hidden_states(self._draft, tokens, spec.taps)
+        elif spec.taps:
+            rows = hidden_states(self.target, tokens, spec.taps, self.pack.layout.first_layer or None, self._adapter)
         target_rows = hidden_states(self.target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else none
         self._hidden |= {keys[n]: pair for n, *pair in zip(missing, rows, target_rows, strict=True)}  # type: ignore[misc]
         return [self._hidden[key] for key in keys]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.decoder import Decoder
+from engine.errors import InvalidOption
 from engine.pool import KvSequence
 
 _PAGE = 64
@@ -132,14 +133,29 @@ def _free(sequences: Sequence[KvSequence]) -> None:
 
 
 @torch.inference_mode()
-def hidden_states(decoder: Decoder, token_ids: Sequence[torch.Tensor], taps: tuple[int, ...], last_layer: int | None) -> list[torch.Tensor]:
-    """Residual streams [T, taps, E] of a prefill of each of token_ids, int64 [T], through layers [0, last_layer)."""
+def hidden_states(
+    decoder: Decoder, token_ids: Sequence[torch.Tensor], taps: tuple[int, ...], last_layer: int | None = None, adapter: Decoder | None = None
+) -> list[torch.Tensor]:
+    """Residual streams [T, taps, E] of a prefill of each of token_ids, int64 [T], through layers [0, last_layer). Taps beyond last_layer are those of
+    an adapter, whose layers go on from there."""
     batch, found = _GPU_BATCH if decoder.device.type == "cuda" else 1, []
+    last = decoder.config.num_layers if last_layer is None else last_layer
+    beyond = tuple(i - last for i in taps if i > last)
+    own = tuple(sorted({min(i, last) for i in taps}))
     for start in range(0, len(token_ids), batch):
-        some = token_ids[start:start + batch]
-        lengths = [len(ids) for ids in some]
-        pool = decoder.new_pool(sum(-(-n // _PAGE) for n in lengths) + 1, _PAGE)
-        ids = torch.cat(list(some)).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
-        out = decoder(ids, [pool.new_sequence() for _ in some], lengths, taps=taps, logits="none", last_layer=last_layer)
-        found += list(torch.stack([out.taps[i] for i in taps], 1).split(lengths))
+        lengths = [len(ids) for ids in token_ids[start:start + batch]]
+        ids = torch.cat(list(token_ids[start:start + batch])).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
+        states = decoder(ids, _scratch(decoder, lengths), lengths, taps=own, logits="none", last_layer=last).taps
+        if beyond:
+            if adapter is None:
+                what = f"the pack's features lie beyond the {last} layers of an untrained trunk"
+                raise InvalidOption(what, "give the adapter it was made with as --draft")
+            more = adapter(None, _scratch(adapter, lengths), lengths, hidden=states[last], taps=beyond, logits="none").taps
+            states = states | {last + i: rows for i, rows in more.items()}
+        found += list(torch.stack([states[i] for i in taps], 1).split(lengths))
     return found
+
+
+def _scratch(decoder: Decoder, lengths: Sequence[int]) -> list[KvSequence]:
+    pool = decoder.new_pool(sum(-(-n // _PAGE) for n in lengths) + 1, _PAGE)
+    return [pool.new_sequence() for _ in lengths]

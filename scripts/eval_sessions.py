@@ -203,7 +203,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         packs = {name: CodecPack.load(path) for name, path in named_paths("--domain-packs", options.domain_packs).items()} or {"pack": pack}
         for label, one in packs.items():
             one.check({role: value for role, value in pack.fingerprints.items() if role in ("target", "draft", "tokenizer")})
-            pair_codec = PairCodec(one, engine.target, engine.draft_decoder)
+            pair_codec = PairCodec(one, engine.target, engine.draft_decoder or engine.trained_trunk)
             for name, folder in domains.items():
                 windows = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
                 run_domain(pair_codec, name, label, windows, qualities, parts, save)
