@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.hot_kv.reference import NUM_SINKS, HotSinks, hadamard_signs
+from kernels.hot_kv.reference import NUM_SINKS, HotSinks
 from kernels.hot_kv.triton import times_signs
 from kernels.paged_attention.triton import Lengths, first_rows
 
@@ -57,7 +57,14 @@ def _sink_kernel(
 
 
 def attend_sinks(
-    q: torch.Tensor, sinks: HotSinks, v_mean: torch.Tensor, lengths: Lengths, scale_log2: float, part: torch.Tensor, stat: torch.Tensor
+    q: torch.Tensor,
+    sinks: HotSinks,
+    v_mean: torch.Tensor,
+    signs: torch.Tensor,
+    lengths: Lengths,
+    scale_log2: float,
+    part: torch.Tensor,
+    stat: torch.Tensor,
 ) -> None:
     """Weighted sums of the sinks' values minus `v_mean`, rotated, into `part`; what the merge needs to know of them into `stat`.
 
@@ -65,6 +72,7 @@ def attend_sinks(
 
     Args:
         q: [N, H, d] queries rotated to their positions, dense along d.
+        signs: bfloat16 [d, d], the rotation's signs, its columns in the order that `part` is to have.
         scale_log2: factor of the scores, for powers of two.
         part: [N, H, d] float32; stat: [N, H, 2] float32, highest score and total weight.
     """
@@ -73,7 +81,7 @@ def attend_sinks(
     group, batch = q_heads // kv_heads, len(sinks.rows)
     block_m = 16
     _sink_kernel[(triton.cdiv(lengths.max_query_len * group, block_m), kv_heads, batch)](
-        q, sinks.k, sinks.v, sinks.rows, v_mean, hadamard_signs(d, q.device), lengths.query_lens, lengths.context_lens, part, stat,
+        q, sinks.k, sinks.v, sinks.rows, v_mean, signs, lengths.query_lens, lengths.context_lens, part, stat,
         scale_log2, batch, q_heads, kv_heads, q.stride(0), q.stride(1),
         GROUP=group, D=d, SINKS=NUM_SINKS, BLOCK_M=block_m, REQUESTS=triton.next_power_of_2(batch), num_warps=4,
     )  # fmt: skip

@@ -22,10 +22,16 @@ def paged_attention(
     scale: float,
     *,
     deterministic: bool = False,
+    visible: torch.Tensor | None = None,
+    max_query_len: int | None = None,
 ) -> torch.Tensor:
-    """`reference.paged_attention` (arguments and result there), through Triton where it applies."""
+    """`reference.paged_attention` (arguments and result there), through Triton where it applies.
+
+    max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
+    """
+    fixed = (q, k_pages, v_pages, page_table, query_lens, context_lens, scale)
     if use_triton(q, k_pages):
         from kernels.paged_attention.triton import paged_attention as launch
 
-        return launch(q, k_pages, v_pages, page_table, query_lens, context_lens, scale, deterministic=deterministic)
-    return reference.paged_attention(q, k_pages, v_pages, page_table, query_lens, context_lens, scale, deterministic=deterministic)
+        return launch(*fixed, deterministic=deterministic, visible=visible, max_query_len=max_query_len)
+    return reference.paged_attention(*fixed, deterministic=deterministic, visible=visible)

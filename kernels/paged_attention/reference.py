@@ -92,6 +92,17 @@ def plan(
     return Plan(spans, tiles)
 
 
+def _tree_tile(
+    tile: Tile, visible: torch.Tensor, query_lens: Sequence[int], context_lens: Sequence[int], heads_per_group: int, dtype: torch.dtype
+) -> Tile:
+    """The tile with every key of its request and a mask of what its rows see of the new ones."""
+    rows, keys = query_lens[tile.request], context_lens[tile.request]
+    new = torch.arange(keys, device=visible.device) - (keys - rows)
+    seen = (new < 0) | ((visible[tile.start : tile.end, None] >> new.clamp_min(0)) & 1).bool()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=visible.device).masked_fill_(~seen, float("-inf"))
+    return Tile(tile.request, tile.start, tile.end, keys, mask.repeat_interleave(heads_per_group, dim=0))
+
+
 def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float) -> torch.Tensor:
     """Attention of one layer under a plan.
 
@@ -130,6 +141,7 @@ def paged_attention(
     scale: float,
     *,
     deterministic: bool = False,
+    visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over pages: the j-th of a request's n new tokens sees the first context_len - n + 1 + j keys.
 
@@ -140,6 +152,7 @@ def paged_attention(
         query_lens, context_lens: [B]; a context length includes the request's new tokens.
         scale: factor of the scores, usually d ** -0.5.
         deterministic: a token's result is the same bits whatever it is batched with.
+        visible: int64 [N] for a tree of drafts: bit i of a row says whether it sees its request's i-th new token (up to 63 of them).
 
     Returns:
         [N, H, d] in q's dtype.
@@ -148,4 +161,6 @@ def paged_attention(
     contexts = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
     size, groups = k_pages.shape[1:3]
     batch = plan(page_table.tolist(), lens, contexts, size, q.shape[1] // groups, q.dtype, q.device, deterministic=deterministic)
+    if visible is not None:
+        batch = Plan(batch.spans, [_tree_tile(tile, visible, lens, contexts, q.shape[1] // groups, q.dtype) for tile in batch.tiles])
     return attend(q, k_pages, v_pages, batch, scale)

@@ -6,6 +6,7 @@ A row of a tile is (new token, head of the group): all heads of a KV head read i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 DETERMINISTIC_SPLIT = 1024  # keys a split covers when results must not depend on the batch
-TARGET_PROGRAMS = 528  # four for each of a large GPU's 132 multiprocessors
+SLOTS = 264  # programs a large GPU runs at a time: two for each of 132 multiprocessors (their registers and shared memory allow no third)
+MERGE_ROWS = 1
 
 
 @triton.jit
@@ -23,6 +25,20 @@ def first_rows(query_lens_ptr, request, num_requests, REQUESTS: tl.constexpr):
     """Rows of the flattened batch before this request."""
     everyone = tl.arange(0, REQUESTS)
     return tl.sum(tl.load(query_lens_ptr + everyone, mask=(everyone < num_requests) & (everyone < request), other=0), 0)
+
+
+@triton.jit
+def tile_rows(
+    query_lens_ptr, request, kv_head, tile, queries, context, num_requests,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, REQUESTS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile, (new token, head of the group): (row of the batch, head, whether it is one, keys it sees, keys any of them sees)."""
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = packed // GROUP
+    first = first_rows(query_lens_ptr, request, num_requests, REQUESTS).to(tl.int64)
+    settled = context - queries  # keys before this step's new tokens
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+    return first + token, kv_head * GROUP + packed % GROUP, token < queries, settled + 1 + token, settled + 1 + last
 
 
 @triton.jit
@@ -47,6 +63,19 @@ def load_page(table_row_ptr, block, end, PAGE: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
+def page_rows(page, block, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where keys block .. block + BLOCK_N - 1 lie: (start, each key's offset from it).
+
+    Where a block cannot cross a page the start is one number and the offsets are the same for every block: no address is computed twice.
+    """
+    near = tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        return page * stride_page + tl.multiple_of(block % PAGE, BLOCK_N) * stride_token, near * stride_token
+    else:
+        return block * 0, page * stride_page + ((block + near) % PAGE) * stride_token
+
+
+@triton.jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_lens_ptr, context_lens_ptr, visible_ptr, out_ptr, part_ptr, stat_ptr,
     scale_log2, num_requests, num_rows, num_splits, split_keys, q_heads, head_dim,
@@ -62,44 +91,38 @@ def _split_kernel(
     if tile * BLOCK_M >= queries * GROUP:
         return
     context = tl.load(context_lens_ptr + request).to(tl.int32)
-    first = first_rows(query_lens_ptr, request, num_requests, REQUESTS).to(tl.int64)
-    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token_in_block = packed // GROUP
-    head = kv_head * GROUP + packed % GROUP
-    row = first + token_in_block
-    row_mask = token_in_block < queries
+    row, head, row_mask, limit, reach = tile_rows(
+        query_lens_ptr, request, kv_head, tile, queries, context, num_requests, GROUP, BLOCK_M, REQUESTS
+    )
     channel = tl.arange(0, BLOCK_D)
     channel_mask = channel < head_dim
     q = tl.load(
         q_ptr + row[:, None] * stride_q_row + head[:, None] * stride_q_head + channel[None, :],
         mask=row_mask[:, None] & channel_mask[None, :], other=0.0,
     )  # [BLOCK_M, BLOCK_D]  # fmt: skip
-    settled = context - queries  # keys before this step's new tokens
-    limit = settled + 1 + token_in_block  # a row sees keys below its limit
     if TREE:
         visible = tl.load(visible_ptr + row, mask=row_mask, other=0)
 
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
-    # Rows of later tokens see the most keys: nothing beyond the tile's last row's limit is read.
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
-    end = tl.minimum(end, settled + 1 + last_token)
+    end = tl.minimum(end, reach)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
-    head_offset = kv_head.to(tl.int64) * stride_head
+    k_ptr += kv_head.to(tl.int64) * stride_head
+    v_ptr += kv_head.to(tl.int64) * stride_head
     # A block's page is fetched one turn ahead: an address that waits for a load inside the turn would cost the pipeline half its depth.
     page = load_page(table_row_ptr, start, end, PAGE, BLOCK_N)
     for block in range(start, end, BLOCK_N):
         token = block + tl.arange(0, BLOCK_N)
         inside = token < end
-        where = page * stride_page + (token % PAGE) * stride_token + head_offset
+        base, offset = page_rows(page, block, stride_page, stride_token, PAGE, BLOCK_N)
         page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
-        k = tl.load(k_ptr + where[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
+        k = tl.load(k_ptr + base + offset[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
         seen = token[None, :] < limit[:, None]
         if TREE:
-            new = token - settled
+            new = token - (context - queries)
             bit = (visible[:, None] >> tl.maximum(new, 0)[None, :]) & 1
             seen = (token < end)[None, :] & ((new < 0)[None, :] | (bit == 1))
         scores = tl.where(seen, scores, float("-inf"))
@@ -109,7 +132,7 @@ def _split_kernel(
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weights, 1)
         # Values past the end may be anything, NaN included, so they are not merely weighted by zero.
-        v = tl.load(v_ptr + where[:, None] + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0.0)
+        v = tl.load(v_ptr + base + offset[:, None] + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0.0)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest
@@ -129,37 +152,46 @@ def _split_kernel(
 @triton.jit
 def merge_splits(
     part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted mean [ROWS, BLOCK_D] float32 of the splits' results, folded one split after another: empty ones change no bit."""
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    """Softmax-weighted mean [ROWS, BLOCK_D] float32 of the splits' results, AHEAD of them at a time so that their loads do not queue up.
+
+    A split's place in the sums is its number alone: empty ones behind it change no bit.
+    """
+    ahead = tl.arange(0, AHEAD)[:, None]
     highest = tl.full([ROWS], float("-inf"), tl.float32)
+    for base in range(0, num_splits, AHEAD):
+        mask = row_mask[None, :] & (base + ahead < num_splits)
+        scores = tl.load(stat_ptr + 2 * ((base + ahead) * row_heads + row[None, :]), mask=mask, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(scores, 0))
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for split in range(num_splits):
-        part = split * row_heads + row
-        split_highest = tl.load(stat_ptr + 2 * part, mask=row_mask, other=float("-inf"))
-        split_total = tl.load(stat_ptr + 2 * part + 1, mask=row_mask, other=0.0)
+    for base in range(0, num_splits, AHEAD):
+        mask = row_mask[None, :] & (base + ahead < num_splits)
+        part = (base + ahead) * row_heads + row[None, :]  # [AHEAD, ROWS]
+        weight = tl.exp2(tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf")) - highest[None, :])
+        split_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
         split_acc = tl.load(
-            part_ptr + part[:, None] * head_dim + channel[None, :],
-            mask=(row_mask & (split_total > 0))[:, None] & channel_mask[None, :], other=0.0,
-        )  # fmt: skip
-        new_highest = tl.maximum(highest, split_highest)
-        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        old, new = tl.exp2(highest - safe), tl.exp2(split_highest - safe)
-        acc = acc * old[:, None] + split_acc * new[:, None]
-        total = total * old + split_total * new
-        highest = new_highest
+            part_ptr + part[:, :, None] * head_dim + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
+        )
+        total += tl.sum(split_total * weight, 0)
+        # an empty split's row was never written
+        acc += tl.sum(tl.where((split_total > 0)[:, :, None], split_acc * weight[:, :, None], 0.0), 0)
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
-def _merge_kernel(part_ptr, stat_ptr, out_ptr, num_splits, row_heads, head_dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _merge_kernel(
+    part_ptr, stat_ptr, out_ptr, num_splits, row_heads, head_dim,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < row_heads
     channel = tl.arange(0, BLOCK_D)
     channel_mask = channel < head_dim
     out = merge_splits(
-        part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim, ROWS, BLOCK_D
+        part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim, ROWS, BLOCK_D, AHEAD
     )
     mask = row_mask[:, None] & channel_mask[None, :]
     tl.store(out_ptr + row[:, None] * head_dim + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -167,12 +199,13 @@ def _merge_kernel(part_ptr, stat_ptr, out_ptr, num_splits, row_heads, head_dim, 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Launch shape: keys a step of the loop takes, warps, pipeline stages, splits of the context (0: chosen from the sizes)."""
+    """Launch shape: keys a step of the loop takes, warps, pipeline stages, splits of the context, rows of a tile (0: chosen from the sizes)."""
 
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     num_splits: int = 0
+    block_m: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,11 +240,20 @@ class Lengths:
         return cls(query_lens.to(device), context_lens.to(device), longest, keys)
 
 
+@functools.cache
 def choose_splits(config_splits: int, base_programs: int, keys: int, block_n: int) -> int:
-    """Splits of the context: enough programs to fill the chip, none shorter than two blocks."""
+    """Splits of the context, none shorter than two blocks, that end soonest.
+
+    Programs run `SLOTS` at a time, each as long as its blocks and a start worth three more; a part costs its merging about a tenth of a block.
+    """
     if config_splits:
         return config_splits
-    return max(1, min(triton.cdiv(TARGET_PROGRAMS, base_programs), triton.cdiv(keys, 2 * block_n)))
+    blocks = triton.cdiv(keys, block_n)
+
+    def cost(splits: int) -> float:
+        return triton.cdiv(base_programs * splits, SLOTS) * (triton.cdiv(blocks, splits) + 3) + splits / 10
+
+    return min(range(1, max(1, min(SLOTS, blocks // 2)) + 1), key=cost)
 
 
 def paged_attention_floors(
@@ -265,7 +307,7 @@ def paged_attention(
     if config is None:
         config = AttentionConfig() if head_dim * q.element_size() <= 256 else AttentionConfig(block_n=32, num_stages=2)
     # Deterministic: one tile height and one split length for all, so a row meets the same instructions wherever it stands.
-    block_m = 32 if deterministic else max(16, min(triton.next_power_of_2(packed_rows), 64))
+    block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(packed_rows), 64))
     tiles = triton.cdiv(packed_rows, block_m)
     block_n = 64 if deterministic else config.block_n
     if deterministic:
@@ -285,8 +327,7 @@ def paged_attention(
         num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not direct:
-        rows = 4
-        _merge_kernel[(triton.cdiv(num_rows * q_heads, rows),)](
-            part, stat, out, num_splits, num_rows * q_heads, head_dim, ROWS=rows, BLOCK_D=block_d, num_warps=2
+        _merge_kernel[(triton.cdiv(num_rows * q_heads, MERGE_ROWS),)](
+            part, stat, out, num_splits, num_rows * q_heads, head_dim, ROWS=MERGE_ROWS, BLOCK_D=block_d, AHEAD=8, num_warps=1
         )
     return out

@@ -108,6 +108,9 @@ def test_tree_of_drafts(device, assert_close):
     want = dense(q, keys, values, [5], [23], 0.25, visible).float().to(device)
     got = paged.paged_attention(q, pool[0], pool[1], table, [5], [23], 0.25, visible=visible.to(device))
     assert_close(got, want, 2e-5)
+    table, pool = table.clamp_max(pool.shape[1] - 1), pool.nan_to_num(0.0)
+    twin = reference.paged_attention(q, pool[0], pool[1], table, [5], [23], 0.25, visible=visible.to(device))
+    assert_close(twin, want, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
