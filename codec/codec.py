@@ -168,15 +168,29 @@ class KvCodec:
         """encode_many of one span."""
         return self.encode_many([(truth, prediction)], quality, [levels])[0]
 
-    def _read(self, spans: Sequence[bytes]) -> list[SpanCode]:
-        """The spans' parts. Named errors as in codec.container, and PackMismatch."""
+    def read(self, spans: Sequence[bytes], predictions: Sequence[torch.Tensor]) -> list[SpanCode]:
+        """The spans' parts. Named errors as in codec.container, PackMismatch, and BadInput unless there is a prediction [T, D] for each."""
+        if len(spans) != len(predictions):
+            raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
         codes = [read_span(s) for s in spans]
         for code in codes:
             if code.pack_tag != self.pack.tag:
                 raise PackMismatch("a coded span was written with another codec pack", "use the pack it was written with")
             if code.num_components != self.num_components(code.step) or code.num_components > self.transform.num_components:
                 raise CorruptedCode("a coded span's component count is not its step's", "restore the file from a copy")
+        for code, prediction in zip(codes, predictions, strict=True):
+            if prediction.shape != (code.num_tokens, self.layout.dim):
+                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
+                raise BadInput(what, "predict the tokens that were coded")
         return codes
+
+    def decoded_batches(self, codes: Sequence[SpanCode]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(numbers of spans, their components float32 [sum T, K] as decoded), until all spans had their turn. CorruptedCode as it comes."""
+        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
+            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
+            for some in _batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
+                members = [chosen[i] for i in some]
+                yield members, self._components_of([codes[n] for n in members])
 
     def _components_of(self, codes: Sequence[SpanCode]) -> torch.Tensor:
         """Decoded components, float32 [sum T, K], of spans of one step and lane length."""
@@ -216,21 +230,11 @@ class KvCodec:
 
     def decode_many(self, spans: Sequence[bytes], predictions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """KV float32 [T, D] of every span, given the predictions that the encoder used (up to rounding)."""
-        if len(spans) != len(predictions):
-            raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
-        codes = self._read(spans)
-        for code, prediction in zip(codes, predictions, strict=True):
-            if prediction.shape != (code.num_tokens, self.layout.dim):
-                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
-                raise BadInput(what, "predict the tokens that were coded")
+        codes = self.read(spans, predictions)
         decoded = list(predictions)
-        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
-            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
-            for some in _batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
-                group = [chosen[i] for i in some]
-                c = self._components_of([codes[n] for n in group])
-                for n, residual in zip(group, self._residuals(c, [codes[n].num_tokens for n in group]), strict=True):
-                    decoded[n] = residual.add_(predictions[n].to(self.device, torch.float32))
+        for members, c in self.decoded_batches(codes):
+            for n, residual in zip(members, self._residuals(c, [codes[n].num_tokens for n in members]), strict=True):
+                decoded[n] = residual.add_(predictions[n].to(self.device, torch.float32))
         return decoded
 
     def decode(self, span: bytes, prediction: torch.Tensor) -> torch.Tensor:

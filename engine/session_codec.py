@@ -12,6 +12,7 @@ from torch import Tensor
 from codec.codec import KvCodec
 from codec.errors import CodecError
 from codec.pack import CodecPack
+from codec.pages import PageDecoder
 from codec.quantize import levels_of
 from codec.spec import SPAN_TOKENS, KvLayout
 from draft.dense import load_predictor
@@ -20,8 +21,10 @@ from draft.features import FeatureBuffer
 from draft.protocols import DraftState
 from engine.errors import InvalidOption, PackMismatch
 from engine.packs import Log, find_pack, trunk_layers
+from engine.pool import KvSequence, PagedPool
 from engine.request import Conversation
 from engine.session_file import Span
+from kernels.dispatch import use_triton
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -43,6 +46,7 @@ class SessionCodec:
         self.engine, self.pack = engine, pack
         try:
             self.codec = KvCodec(pack, engine.device)
+            self._pages = PageDecoder(self.codec)
             self.predictor = load_predictor(pack.predictor, pack.predictor_settings, engine.device)
         except (CodecError, DraftError) as error:
             raise PackMismatch(error.what, error.remedy) from error
@@ -68,10 +72,11 @@ class SessionCodec:
         for at in range(0, len(bounds), SPANS_AT_ONCE):
             some = bounds[at : at + SPANS_AT_ONCE]
             pairs, levels = [], []
+            begin = some[0][0]
+            rows = self.engine.target.read_kv(conversation.sequence, begin, some[-1][1], first_layer=self.first_layer)
             for a, b in some:
                 features = latents[a - start : b - start], _part(target_rows, a - start, b - start)
-                truth = self.engine.target.read_kv(conversation.sequence, a, b, first_layer=self.first_layer)
-                pairs.append((truth, self.predictor.predict(*features)))
+                pairs.append((rows[a - begin : b - begin], self.predictor.predict(*features)))
                 octaves = self.predictor.step_octaves(*features)
                 levels.append(None if octaves is None else levels_of(octaves))
             try:
@@ -97,8 +102,19 @@ class SessionCodec:
             predicted = [
                 self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start)) for s in some
             ]
-            rows = torch.cat(self.codec.decode_many([s.data for s in some], predicted))
-            self.engine.target.write_kv(conversation.sequence, some[0].start, rows, first_layer=self.first_layer)
+            self._write(conversation.sequence, some, predicted)
+
+    def _write(self, sequence: KvSequence, spans: Sequence[Span], predicted: list[Tensor]) -> None:
+        """Decode neighbouring spans, given the prediction [T, D] of each, into pages; on a GPU without the rows in between."""
+        pool, data, start, end = sequence.pool, [s.data for s in spans], spans[0].start, spans[-1].end
+        if isinstance(pool, PagedPool) and pool.kv.dtype == torch.bfloat16 and use_triton(pool.kv):
+            sequence.ensure(end)
+            pages, offsets = sequence.addresses(start, end)
+            angles = self.engine.target.rope.slice(start, end)
+            self._pages.decode(data, predicted, pool.kv, pages * pool.page_size + offsets, *angles, self.first_layer)
+        else:
+            rows = torch.cat(self.codec.decode_many(data, predicted))
+            self.engine.target.write_kv(sequence, start, rows, first_layer=self.first_layer)
 
     def _target_rows(self, conversation: Conversation, start: int, end: int, ends: Sequence[int] = ()) -> Tensor | None:
         """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over

@@ -20,7 +20,7 @@ def residual_decode(
         step: [T] float32, each token's quantiser step.
         latents: [T, r] in weight's dtype, or None when nothing predicts.
         weight: [K + r, D]: [[U^T S^-1], [A]].
-        mean: [D] float32.
+        mean: what is added, float32: [D] the mean row, or [T, D] where a prediction was made elsewhere.
 
     Returns:
         [T, D] in weight's dtype; keys are not rotated. q * step is rounded to weight's dtype before the product.

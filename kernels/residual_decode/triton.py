@@ -28,7 +28,7 @@ def _decode_kernel(
     q_ptr, step_ptr, latent_ptr, weight_ptr, mean_ptr, out_ptr, slot_ptr, cos_ptr, sin_ptr,
     rows, depth, latent_depth, columns, heads, stride_q_row, stride_q_column, stride_kind,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALF: tl.constexpr, EVEN: tl.constexpr, LATENTS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
     pairs = columns // 2
@@ -69,9 +69,14 @@ def _decode_kernel(
             second = tl.dot(a, b_second, second, input_precision=PRECISION)
             a_ptr += BLOCK_K
             b_ptr += BLOCK_K * columns
-    first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
-    second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
     mask = (row < rows)[:, None] & pair_mask
+    if ROWS:
+        own = mean_ptr + safe_row[:, None] * columns + column[None, :]
+        first += tl.load(own, mask=mask, other=0.0).to(tl.float32)
+        second += tl.load(own + HALF, mask=mask, other=0.0).to(tl.float32)
+    else:
+        first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
+        second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
     if PAGES:
         plane, head = block // heads, block % heads
         is_key = (plane % 2) == 0
@@ -102,15 +107,17 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
     latent_depth = latents.shape[1] if latents is not None else 0
     if weight.shape[0] != depth + latent_depth:
         raise ValueError(f"weight has {weight.shape[0]} rows for {depth} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
+    if mean.shape not in ((columns,), (rows, columns)):
+        raise ValueError(f"mean of shape {tuple(mean.shape)} for {rows} rows of {columns} (pass one row, or one for each token)")
     config = config or default_product(weight.dtype)
     target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
     block_h = config.block_n // 2
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
     _decode_kernel[grid](
-        q, step, latents.contiguous() if latents is not None else weight, weight.contiguous(), mean, target, slots, cos, sin,
+        q, step, latents.contiguous() if latents is not None else weight, weight.contiguous(), mean.contiguous(), target, slots, cos, sin,
         rows, depth, latent_depth, columns, heads, q.stride(0), q.stride(1), stride_kind,
         BLOCK_M=config.block_m, BLOCK_H=block_h, BLOCK_K=config.block_k, GROUP=config.group,
-        HALF=half, EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PAGES=pages is not None,
+        HALF=half, EVEN=depth % config.block_k == 0, LATENTS=latents is not None, ROWS=mean.dim() == 2, PAGES=pages is not None,
         PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

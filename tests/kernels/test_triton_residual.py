@@ -86,9 +86,11 @@ def test_residual_decode_rows_and_pages(shape, dtype, device, assert_close):
         mean = torch.randn(dim, generator=generator).to(device)
         step = (torch.rand(tokens, generator=generator) + 0.5).to(device)
         q = torch.randint(-200, 200, (tokens, components), generator=generator).to(device, torch.int16)
-        want = decode_reference.residual_decode(q, step, latents, weight, mean)
-        for layout in (q, q.t().contiguous().t()):
-            assert_close(decode_triton.residual_decode(layout, step, latents, weight, mean, config=CONFIG), want, bound)
+        predicted = mean + torch.randn(tokens, dim, generator=generator).to(device)
+        for layout, added in ((q, mean), (q.t().contiguous().t(), predicted)):
+            want = decode_reference.residual_decode(q, step, latents, weight, added)
+            assert_close(decode_triton.residual_decode(layout, step, latents, weight, added, config=CONFIG), want, bound)
+        mean = mean if first_layer else predicted
         got_kv, want_kv = kv.clone(), kv.clone()
         decode_triton.residual_decode_pages(q, step, latents, weight, mean, got_kv, slots, cos, sin, first_layer, config=CONFIG)
         decode_reference.residual_decode_pages(q, step, latents, weight, mean, want_kv, slots, cos, sin, first_layer)
@@ -103,5 +105,7 @@ def test_a_weight_of_the_wrong_height_is_refused(device):
     ones = torch.ones(4, 8, device=device)
     with pytest.raises(ValueError, match="weight has"):
         encode_triton.residual_encode(ones, ones, torch.ones(8, 3, device=device), torch.zeros(3), torch.ones(4))
+    with pytest.raises(ValueError, match="mean of shape"):
+        decode_triton.residual_decode(ones.short(), torch.ones(4, device=device), None, torch.ones(8, 16, device=device), torch.zeros(3, 16))
     with pytest.raises(ValueError, match="weight has"):
         decode_triton.residual_decode(ones.short(), torch.ones(4), ones, torch.ones(8, 16, device=device), torch.zeros(16))

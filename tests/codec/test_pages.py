@@ -1,0 +1,80 @@
+"""Coded spans into pool pages: the same KV as decode_many, rotated and scattered; nothing else touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from codec.codec import KvCodec
+from codec.errors import BadInput, CorruptedCode
+from codec.pack import CodecPack
+from codec.pages import PageDecoder
+from codec.weighting import apply_blocks
+from kernels.rope.reference import apply_rope
+
+SIZES, PAGE = (40, 7, 20), 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pages_of(rows: torch.Tensor, like: torch.Tensor, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_layer: int) -> torch.Tensor:
+    """The pool after a plain write of rows float32 [T, D]."""
+    kv, flat = like.clone(), rows.unflatten(1, (like.shape[0] - first_layer, 2, *like.shape[4:]))
+    for layer in range(first_layer, like.shape[0]):
+        kv[layer].flatten(1, 2)[0, slots] = apply_rope(flat[:, layer - first_layer, 0], cos, sin).to(like.dtype)
+        kv[layer].flatten(1, 2)[1, slots] = flat[:, layer - first_layer, 1].to(like.dtype)
+    return kv
+
+
+@pytest.mark.parametrize("kind", ["global", "per_layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_pages_hold_what_decode_many_gives(source, make_pack, dtype: torch.dtype, kind: str) -> None:
+    codec = KvCodec(make_pack(source, kind), DEVICE)
+    layout, generator = codec.layout, torch.Generator().manual_seed(4)
+    rows = source.draw(sum(SIZES)).to(DEVICE)
+    guess = rows + 0.4 * source.draw(len(rows)).to(DEVICE)
+    pairs = list(zip(rows.split(SIZES), guess.split(SIZES), strict=True))
+    spans = [codec.encode(*pair, quality) for pair, quality in zip(pairs, ("tiny", "near-lossless", "tiny"), strict=True)]
+    kv = torch.randn(layout.num_layers, 2, 11, PAGE, layout.num_kv_heads, layout.head_dim, generator=generator).to(DEVICE, dtype)
+    slots = torch.randperm(11 * PAGE, generator=generator)[: len(rows)].to(DEVICE)
+    angle = (torch.rand(len(rows), layout.head_dim // 2, generator=generator) * 60).to(DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+    decoded = torch.cat(codec.decode_many(spans, [g for _, g in pairs]))
+    want = pages_of(decoded, kv, slots, cos, sin, layout.first_layer)
+    got = kv.clone()
+    PageDecoder(codec).decode(spans, guess.split(SIZES), got, slots, cos, sin, layout.first_layer)
+    assert float((got.float() - want.float()).norm() / want.float().norm()) < (1e-5 if dtype == torch.float32 else 4e-3)
+    free = torch.ones(11 * PAGE, dtype=torch.bool, device=DEVICE)
+    free[slots] = False
+    assert torch.equal(got.flatten(2, 3)[:, :, free], kv.flatten(2, 3)[:, :, free])
+    assert torch.equal(got[: layout.first_layer], kv[: layout.first_layer])
+
+
+def test_rounding_adds_little_to_the_codes_own_error(codec: KvCodec, source) -> None:
+    rows = source.draw(64)
+    zero, layout = torch.zeros_like(rows), codec.layout
+    span = codec.encode(rows, zero, "near-lossless")
+    kv = torch.zeros(layout.num_layers, 2, 8, PAGE, layout.num_kv_heads, layout.head_dim, dtype=torch.bfloat16)
+    slots, cos = torch.arange(64), torch.ones(64, layout.head_dim // 2)
+    own = codec.decode(span, zero)
+    PageDecoder(codec).decode([span], [zero], kv, slots, cos, torch.zeros_like(cos), layout.first_layer)
+    back = kv[layout.first_layer :].flatten(2, 3).permute(2, 0, 1, 3, 4).reshape(64, -1).float()
+    errors = [float(apply_blocks(x - rows, codec.weighting.root).pow(2).mean()) for x in (own, back)]
+    assert errors[1] < 1.01 * errors[0]
+
+
+def test_refusals(codec: KvCodec, source, pack: CodecPack) -> None:
+    rows = source.draw(8)
+    zero, layout = torch.zeros_like(rows), codec.layout
+    span = codec.encode(rows, zero, "tiny")
+    kv = torch.zeros(layout.num_layers, 2, 1, PAGE, layout.num_kv_heads, layout.head_dim)
+    slots, angles = torch.arange(8), torch.ones(8, layout.head_dim // 2)
+    pages = PageDecoder(codec)
+    with pytest.raises(BadInput, match="4 slots"):
+        pages.decode([span], [zero], kv, slots[:4], angles, angles, 1)
+    with pytest.raises(BadInput, match="predict the tokens"):
+        pages.decode([span], [zero[:4]], kv, slots, angles, angles, 1)
+    with pytest.raises(BadInput, match="do not fit"):
+        pages.decode([span], [zero], kv, slots, angles, angles, 0)
+    with pytest.raises(CorruptedCode):
+        pages.decode([span[:-9] + bytes([span[-9] ^ 1]) + span[-8:]], [zero], kv, slots, angles, angles, 1)
+    assert not kv.any()
