@@ -31,6 +31,7 @@ from engine.decoder import Decoder
 from engine.drafters import choose_draft
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
+from engine.options import Parser
 from scripts.codec_breakdown import merged
 from scripts.codec_compare import comparisons, print_comparisons, write_json
 from scripts.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
@@ -113,7 +114,7 @@ def load_rows(path: Path, settings: dict[str, Any], restart: bool) -> list[dict[
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", help="folder or hub id of the target (with --draft for our own methods)")

@@ -2,7 +2,15 @@
 
     python scripts/calibrate.py --pair smollm2 --text FILE_OR_FOLDER... --tokens 50000 --out smollm2.pack
 
-Without --text the interpreter's own library is used. Progress goes to standard error, figures to standard output (`--json`: as one JSON object).
+Without --text the interpreter's own library is used. A pack codes best what it was calibrated on, so mix what will be stored. `--mix` gives every
+source of --text its share of the tokens; a mix for general use is half code and documentation, the rest other kinds in equal parts
+(scripts/domain_texts.py makes such folders, and keeps test text apart):
+
+    python scripts/domain_texts.py --debian TEXTS --apart 0.25 --out D
+    python scripts/calibrate.py --pair smollm2 --text CODE_AND_DOCS D/train/{prose,german,french,japanese,logs,json} --mix 6,1,1,1,1,1,1
+        --out smollm2.pack
+
+Progress goes to standard error, figures to standard output (`--json`: as one JSON object).
 """
 
 from __future__ import annotations
@@ -13,8 +21,11 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
@@ -25,11 +36,13 @@ from engine.decoder import Decoder, DecoderConfig
 from engine.drafters import TrainedTrunk, choose_draft
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, TRUNK, check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
+from engine.options import Parser
 from engine.weights import read_config
+from scripts.text_mix import mixed_documents, shares_of
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a codec pack for a (target, draft) pair.")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
     parser.add_argument("--draft", help="folder or hub id, folder of a trunk adapter, or 'trunk' (the adapter that ships for the target, else the "
@@ -37,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trunk-layers", type=int, help="the target's first layers that a resume runs again and that are not coded: a trunk's "
                         "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)")  # fmt: skip
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
+    parser.add_argument("--mix", metavar="equal|N,N,...", help="share of each source of --text in the tokens (default: files as they come)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
@@ -66,6 +80,7 @@ def run(args: argparse.Namespace) -> dict:
     """Calibrates and saves; returns the figures. Raises ForetoldError, CodecError or DraftError on bad input."""
     if (args.pair is None) == (args.target is None):
         raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
+    shares = shares_of(args.mix, args.text) if args.mix is not None else []
     if args.tokens < 256 or args.context < 32:
         raise InvalidOption(f"{args.tokens} tokens in documents of {args.context}", "use at least 256 tokens, and 32 a document")
     if args.pair:
@@ -99,18 +114,22 @@ def run(args: argparse.Namespace) -> dict:
         raise InvalidOption(f"--trunk-layers {trunk} for a target of {num_layers} layers", "choose fewer than it has")
     own = fingerprint(draft_dir) if draft_dir is not None else trained.fingerprint if trained is not None else f"trunk-{trunk}"
     prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer), "draft": own}
-    parts = {"trunk_layers": trunk, "adapter": trained.decoder if trained is not None else None}
+    parts: dict[str, Any] = {"trunk_layers": trunk, "adapter": trained.decoder if trained is not None else None}
     if args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
-        texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         options = CalibrationOptions(
             taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")), rank=args.rank, weighting=args.weighting,
             predictor=args.predictor, level_strength=args.level_strength, transform=args.transform, context=args.context,
             budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
             fisher_tokens=args.fisher_tokens or (CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6)),
         )  # fmt: skip
-        docs, digest = documents(texts, tokenizer, args.tokens + options.held_out_tokens, args.context)
+        num_tokens = args.tokens + options.held_out_tokens
+        if shares:
+            docs, digest = mixed_documents(args.text, shares, tokenizer, num_tokens, args.context, args.seed, log)
+        else:
+            texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
+            docs, digest = documents(texts, tokenizer, num_tokens, args.context)
         pack = calibrate(target, draft, docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log)
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)
@@ -120,8 +139,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    args = arguments()
     try:
+        args = arguments()
         figures = run(args)
     except (ForetoldError, CodecError, DraftError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.errors import ForetoldError, InvalidOption
+from engine.options import Parser
 from scripts.codec_plot import plot
 
 LEVELS = (0.0075, 0.014, 0.021, 0.03)
@@ -110,13 +111,13 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="what bench_codec.py wrote")
     parser.add_argument("--json-out", type=Path, help="the joined document")
     parser.add_argument("--plot", type=Path, help="PNG of all rows")
     parser.add_argument("--plot-without-sinks", action="store_true", help="leave the four exact tokens out of the picture")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         document = join(options.files)
         if options.json_out:
             write_json(options.json_out, document)

@@ -2,7 +2,7 @@
 
 logs/, json/, code/ are made on any machine; with --debian also prose/, german/, french/, japanese/.
 
-    python scripts/domain_texts.py --out D [--debian TEXTS]
+    python scripts/domain_texts.py --out D [--debian TEXTS] [--apart 0.25]
 
 TEXTS is where Debian packages were unpacked (`/` when they are installed; eval_sessions.py shows the commands); packages that are not there are left
 out, and said so. Logs and a part of the JSON come from a seeded generator, the rest of the JSON from the interpreter's tables, code from the
@@ -143,8 +143,11 @@ def debian_texts(root: Path, language: str) -> Iterator[tuple[str, str]]:
         yield "handbook.txt", _bytes_of(pages, FOLDER_BYTES // 2)
 
 
-def write_folders(out: Path, debian: Path | None) -> dict[str, int]:
-    """Makes the folders; returns the bytes of each."""
+def write_folders(out: Path, debian: Path | None, apart: float = 0.0) -> dict[str, int]:
+    """Makes the folders; returns the bytes of each.
+
+    apart: the last part of every text, as a fraction, that goes to out/test/NAME, the rest to out/train/NAME; 0: all of it to out/NAME.
+    """
     rng = random.Random(0)
     made: dict[str, list[tuple[str, str]]] = {
         "logs": [("syslog.log", syslog(rng, 1800)), ("access.log", access_log(rng, 1400))],
@@ -156,10 +159,11 @@ def write_folders(out: Path, debian: Path | None) -> dict[str, int]:
         made |= {language: list(debian_texts(debian, language)) for language in ("prose", "german", "french", "japanese")}
     sizes = {}
     for folder, texts in made.items():
-        if texts:
-            (out / folder).mkdir(parents=True, exist_ok=True)
         for name, text in texts:
-            (out / folder / name).write_text(text, encoding="utf-8")
+            cut = text.rfind("\n", 0, round(len(text) * (1 - apart))) + 1 if apart else 0
+            for place, part in (("train", text[:cut]), ("test", text[cut:])) if apart else ((".", text),):
+                (out / place / folder).mkdir(parents=True, exist_ok=True)
+                (out / place / folder / name).write_text(part, encoding="utf-8")
         sizes[folder] = sum(len(text.encode()) for _, text in texts)
     return sizes
 
@@ -173,9 +177,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--debian", type=Path, help="where Debian packages were unpacked, or /")
+    parser.add_argument("--apart", type=float, default=0.0, help="last part of every text, such as 0.25, to OUT/test, and the rest to OUT/train")
     options = parser.parse_args(arguments)
+    if not 0 <= options.apart < 1:
+        print(f"error: --apart {options.apart} (give a fraction below 1)", file=sys.stderr)
+        return 2
     try:
-        for folder, size in write_folders(options.out, options.debian).items():
+        for folder, size in write_folders(options.out, options.debian, options.apart).items():
             print(f"{folder}: {size:,} bytes" if size else f"{folder}: left out, its packages are not under {options.debian}")
     except OSError as error:
         print(f"error: {error} (choose another --out, or check --debian)", file=sys.stderr)

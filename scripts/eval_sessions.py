@@ -46,6 +46,7 @@ from engine.calibration_text import library_texts
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS
+from engine.options import Parser
 from scripts.codec_methods import PairCodec
 from scripts.eval_report import print_report
 from scripts.eval_runs import Parts, Plan, Runner, rows_of
@@ -74,7 +75,7 @@ def log(message: str) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", help="folder or hub id of the target")
@@ -247,8 +248,8 @@ def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: l
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         document = run(options)
         positions = [row for row in document["rows"] if row["task"] == "position" and row["nll"] is not None]
         if options.plot and positions:

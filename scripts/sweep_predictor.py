@@ -34,6 +34,7 @@ from engine.calibration_text import documents, library_texts, read_texts, text_f
 from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, TRUNK, load_tokenizer, resolve_model, resolve_pair
+from engine.options import Parser
 from scripts.codec_compare import write_json
 from scripts.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
 
@@ -46,7 +47,7 @@ def log(message: str) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", choices=sorted(PAIRS))
     which.add_argument("--target", help="folder or hub id of the target")

@@ -160,6 +160,9 @@ def test_folders_of_texts_repeat(tmp_path):
     for name in ("logs/syslog.log", "logs/access.log", "json/records.json", "json/unicode.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "länger" in (tmp_path / "a/german/fortunes.txt").read_text(encoding="utf-8")
+    write_folders(tmp_path / "c", None, apart=0.25)
+    whole, parts = (tmp_path / "b/logs/syslog.log").read_text(), [(tmp_path / "c" / part / "logs/syslog.log").read_text() for part in ("train", "test")]
+    assert "".join(parts) == whole and parts[0].endswith("\n") and 0.7 < len(parts[0]) / len(whole) < 0.76
     page = '<html><p class="x">A paragraph of <b>more</b> than forty characters &amp; a tag.</p><pre>left out</pre></html>'
     assert plain(page) == "A paragraph of more than forty characters & a tag.\n"
 
@@ -308,6 +311,7 @@ def test_bad_options_are_named(tmp_path, capsys):
     base = ["--pair", "smollm2", "--json-out", str(tmp_path / "out.json")]
     for extra, said in (
         (["--tasks", "speed"], "unknown task"), (["--tasks", "domains"], "needs texts"), (["--qualities", "best"], "unknown quality"),
+        (["--samples", "many"], "--samples"),
         (["--samples", "3", "--batch", "2"], "batches of 2"), (["--contexts", "2k"], "--contexts 2k"), (["--turns", "0"], "--turns 0"),
     ):  # fmt: skip
         assert main([*base, *extra]) == 2
