@@ -1,6 +1,8 @@
 """Triton kernels of `residual_decode` and `residual_decode_pages`; `reference.py` says what they mean.
 
-One program holds the first and the second halves of the same heads' channels in two accumulators, so that a key is rotated in registers.
+A first pass writes the product's left factor, [q step, latents] in rows: inside the product every tile of columns would turn the same integers
+into numbers again and would read them two bytes at a time, which took more instructions than the product itself.
+One program then holds the first and the second halves of the same heads' channels in two accumulators, so that a key is rotated in registers.
 """
 
 from __future__ import annotations
@@ -11,24 +13,32 @@ import triton.language as tl
 
 from kernels.residual_encode.triton import ProductConfig, default_product, grouped_tile
 
+DEPTH_MULTIPLE = 128  # the left factor's rows are filled up with zeros to a multiple of this, so that no tile of them needs a mask
+
 
 @triton.jit
-def _symbols(q_ptr, safe_row, inner, left, stride_row, stride_column, step, EVEN: tl.constexpr, DTYPE: tl.constexpr):
-    """[rows, BLOCK_K] integers times their token's step, in the product's dtype."""
-    where = q_ptr + safe_row[:, None] * stride_row + inner[None, :].to(tl.int64) * stride_column
-    if EVEN:
-        q = tl.load(where)
-    else:
-        q = tl.load(where, mask=inner[None, :] < left, other=0)
-    return (q.to(tl.float32) * step[:, None]).to(DTYPE)
+def _inputs_kernel(
+    q_ptr, step_ptr, latent_ptr, out_ptr, rows, components, latent_depth, width, stride_q_row, stride_q_column,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, LATENTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_mask = (row < rows)[:, None]
+    wide_row, wide_column = row[:, None].to(tl.int64), column[None, :].to(tl.int64)
+    step = tl.load(step_ptr + row, mask=row < rows, other=0.0)
+    q = tl.load(q_ptr + wide_row * stride_q_row + wide_column * stride_q_column, mask=row_mask & (column < components)[None, :], other=0)
+    x = q.to(tl.float32) * step[:, None]
+    if LATENTS:
+        own = (column >= components) & (column < components + latent_depth)
+        x += tl.load(latent_ptr + wide_row * latent_depth + wide_column - components, mask=row_mask & own[None, :], other=0.0).to(tl.float32)
+    tl.store(out_ptr + wide_row * width + wide_column, x.to(out_ptr.dtype.element_ty), mask=row_mask & (column < width)[None, :])
 
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, step_ptr, latent_ptr, weight_ptr, mean_ptr, out_ptr, slot_ptr, cos_ptr, sin_ptr,
-    rows, depth, latent_depth, columns, heads, stride_q_row, stride_q_column, stride_kind,
+    x_ptr, weight_ptr, mean_ptr, out_ptr, slot_ptr, cos_ptr, sin_ptr, rows, depth, width, columns, heads, stride_kind,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALF: tl.constexpr, EVEN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
     pairs = columns // 2
@@ -40,35 +50,22 @@ def _decode_kernel(
     pair_mask = (pair < pairs)[None, :]
     block, channel = pair // HALF, pair % HALF
     column = block * 2 * HALF + channel
-    step = tl.load(step_ptr + safe_row)
+    a_ptr = x_ptr + safe_row[:, None] * width + inner[None, :]
     b_ptr = weight_ptr + inner[:, None].to(tl.int64) * columns + column[None, :]
     first = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    dtype = weight_ptr.dtype.element_ty
     for start in range(0, depth, BLOCK_K):
-        left = depth - start
-        a = _symbols(q_ptr, safe_row, start + inner, depth, stride_q_row, stride_q_column, step, EVEN, dtype)
+        a = tl.load(a_ptr)
         if EVEN:
-            b_first = tl.load(b_ptr, mask=pair_mask, other=0.0)
-            b_second = tl.load(b_ptr + HALF, mask=pair_mask, other=0.0)
+            b_mask = pair_mask
         else:
-            b_first = tl.load(b_ptr, mask=(inner[:, None] < left) & pair_mask, other=0.0)
-            b_second = tl.load(b_ptr + HALF, mask=(inner[:, None] < left) & pair_mask, other=0.0)
+            b_mask = (inner[:, None] < depth - start) & pair_mask
+        b_first = tl.load(b_ptr, mask=b_mask, other=0.0)
+        b_second = tl.load(b_ptr + HALF, mask=b_mask, other=0.0)
         first = tl.dot(a, b_first, first, input_precision=PRECISION)
         second = tl.dot(a, b_second, second, input_precision=PRECISION)
+        a_ptr += BLOCK_K
         b_ptr += BLOCK_K * columns
-    if LATENTS:
-        a_ptr = latent_ptr + safe_row[:, None] * latent_depth + inner[None, :]
-        b_ptr = weight_ptr + (depth + inner[:, None]).to(tl.int64) * columns + column[None, :]
-        for start in range(0, latent_depth, BLOCK_K):
-            left = latent_depth - start
-            a = tl.load(a_ptr, mask=inner[None, :] < left, other=0.0)
-            b_first = tl.load(b_ptr, mask=(inner[:, None] < left) & pair_mask, other=0.0)
-            b_second = tl.load(b_ptr + HALF, mask=(inner[:, None] < left) & pair_mask, other=0.0)
-            first = tl.dot(a, b_first, first, input_precision=PRECISION)
-            second = tl.dot(a, b_second, second, input_precision=PRECISION)
-            a_ptr += BLOCK_K
-            b_ptr += BLOCK_K * columns
     mask = (row < rows)[:, None] & pair_mask
     if ROWS:
         own = mean_ptr + safe_row[:, None] * columns + column[None, :]
@@ -102,22 +99,28 @@ def residual_decode_floors(num_tokens: int, depth: int, dim: int, element_bytes:
 
 
 def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
-    rows, depth = q.shape
+    rows, components = q.shape
     columns = weight.shape[1]
     latent_depth = latents.shape[1] if latents is not None else 0
-    if weight.shape[0] != depth + latent_depth:
-        raise ValueError(f"weight has {weight.shape[0]} rows for {depth} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
+    depth = components + latent_depth
+    if weight.shape[0] != depth:
+        raise ValueError(f"weight has {weight.shape[0]} rows for {components} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
     if mean.shape not in ((columns,), (rows, columns)):
         raise ValueError(f"mean of shape {tuple(mean.shape)} for {rows} rows of {columns} (pass one row, or one for each token)")
-    config = config or default_product(weight.dtype)
+    config = config or default_product(weight)
+    width = triton.cdiv(depth, DEPTH_MULTIPLE) * DEPTH_MULTIPLE
+    x = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    _inputs_kernel[(triton.cdiv(rows, 64), width // 64)](
+        q, step, latents.contiguous() if latents is not None else x, x, rows, components, latent_depth, width, q.stride(0), q.stride(1),
+        BLOCK_M=64, BLOCK_K=64, LATENTS=latents is not None, num_warps=4,
+    )  # fmt: skip
     target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
     block_h = config.block_n // 2
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
     _decode_kernel[grid](
-        q, step, latents.contiguous() if latents is not None else weight, weight.contiguous(), mean.contiguous(), target, slots, cos, sin,
-        rows, depth, latent_depth, columns, heads, q.stride(0), q.stride(1), stride_kind,
+        x, weight.contiguous(), mean.contiguous(), target, slots, cos, sin, rows, depth, width, columns, heads, stride_kind,
         BLOCK_M=config.block_m, BLOCK_H=block_h, BLOCK_K=config.block_k, GROUP=config.group,
-        HALF=half, EVEN=depth % config.block_k == 0, LATENTS=latents is not None, ROWS=mean.dim() == 2, PAGES=pages is not None,
+        HALF=half, EVEN=depth % config.block_k == 0, ROWS=mean.dim() == 2, PAGES=pages is not None,
         PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -108,16 +108,19 @@ class ProductConfig:
     """Tile of a matrix product (rows, columns, depth of a step), row tiles a band holds, warps, pipeline stages."""
 
     block_m: int = 128
-    block_n: int = 128
+    block_n: int = 256
     block_k: int = 64
     group: int = 8
     num_warps: int = 8
-    num_stages: int = 4
+    num_stages: int = 3
 
 
-def default_product(dtype: torch.dtype) -> ProductConfig:
+def default_product(x: torch.Tensor) -> ProductConfig:
     """A tile that fits the shared memory: float32 rows take twice the room and do without the matrix units."""
-    return ProductConfig(64, 64, 32, 8, 4, 2) if dtype == torch.float32 else ProductConfig()
+    if x.dtype == torch.float32:
+        return ProductConfig(64, 64, 32, 8, 4, 2)
+    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+    return ProductConfig() if room >= 3 * (128 + 256) * 64 * 2 else ProductConfig(block_n=128, num_stages=2)
 
 
 def gather_kv_floors(num_tokens: int, dim: int, element_bytes: int) -> tuple[int, int]:
@@ -183,7 +186,7 @@ def residual_encode(
     # Padding behind the rows may be read (its products are dropped): then the bound on columns is a round number and loads stay wide.
     readable = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
     load_columns = weight.stride(0) if readable >= weight.shape[0] * weight.stride(0) else columns
-    config = config or default_product(y.dtype)
+    config = config or default_product(y)
     if component_major:
         out = torch.empty((columns, rows), dtype=torch.int16, device=y.device).t()
     else:
