@@ -88,7 +88,7 @@ class KvCodec:
         if self.device.type == "cpu" or len({(t.shape[1:], t.dtype) for pair in pairs for t in pair}) > 1:
             return torch.cat([self.components(truth, prediction, count) for truth, prediction in pairs])
         parts = []
-        for some in _batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):  # one large product keeps a GPU busy where a span's own does not
+        for some in batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):  # one large product keeps a GPU busy where a span's own does not
             truth, prediction = (torch.cat([pairs[n][i].to(self.device) for n in some]) for i in (0, 1))
             parts.append(self.components(truth, prediction, count))
         return torch.cat(parts)
@@ -128,7 +128,7 @@ class KvCodec:
         for truth, _ in pairs:
             if not 0 < len(truth) <= MAX_SPAN_TOKENS:
                 raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
-        for some in _batches([len(t) for t, _ in pairs], self._batch_tokens):
+        for some in batches([len(t) for t, _ in pairs], self._batch_tokens):
             yield [len(pairs[n][0]) for n in some], self._quantised([pairs[n] for n in some], step, [every[n] for n in some])
 
     def encode_many(
@@ -173,10 +173,11 @@ class KvCodec:
         if len(spans) != len(predictions):
             raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
         codes = [read_span(s) for s in spans]
+        counts = {step: self.num_components(step) for step in {code.step for code in codes}}
         for code in codes:
             if code.pack_tag != self.pack.tag:
                 raise PackMismatch("a coded span was written with another codec pack", "use the pack it was written with")
-            if code.num_components != self.num_components(code.step) or code.num_components > self.transform.num_components:
+            if code.num_components != counts[code.step] or code.num_components > self.transform.num_components:
                 raise CorruptedCode("a coded span's component count is not its step's", "restore the file from a copy")
         for code, prediction in zip(codes, predictions, strict=True):
             if prediction.shape != (code.num_tokens, self.layout.dim):
@@ -188,7 +189,7 @@ class KvCodec:
         """(numbers of spans, their components float32 [sum T, K] as decoded), until all spans had their turn. CorruptedCode as it comes."""
         for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
             chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
-            for some in _batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
+            for some in batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
                 members = [chosen[i] for i in some]
                 yield members, self._components_of([codes[n] for n in members])
 
@@ -252,7 +253,7 @@ class KvCodec:
         return total
 
 
-def _batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
     """Indices in order, grouped so that a group has at most `limit` tokens (or is a single span)."""
     groups: list[list[int]] = []
     room = 0

@@ -29,6 +29,7 @@ _SPAN_MAGIC = b"fS"
 _FILE_HEAD = struct.Struct("<8sHHI")
 _SECTION = struct.Struct("<4sQI")
 MAX_SECTIONS = 65535
+_VARINT_BYTES = 9  # of seven bits: a non-negative int64
 
 
 @dataclass
@@ -118,31 +119,27 @@ def _unpack_levels(data: bytes, tokens: int) -> np.ndarray:
 
 
 def write_varints(values: np.ndarray) -> bytes:
-    """Non-negative integers, seven bits a byte, low bits first."""
-    out = bytearray()
-    for value in values.tolist():
-        while value > 127:
-            out.append(value & 127 | 128)
-            value >>= 7
-        out.append(value)
-    return bytes(out)
+    """Non-negative integers int64 [n], seven bits a byte, low bits first."""
+    groups = np.asarray(values, np.int64)[:, None] >> 7 * np.arange(_VARINT_BYTES)
+    more = groups[:, 1:] > 0
+    written = np.concatenate([np.ones((len(groups), 1), bool), more], 1)
+    groups = (groups & 127).astype(np.uint8)
+    groups[:, :-1] |= more.astype(np.uint8) << 7
+    return groups[written].tobytes()
 
 
 def read_varints(data: bytes, count: int) -> np.ndarray:
     """Exactly count integers, int64 [count], from all of data; CorruptedCode otherwise."""
-    values: list[int] = []
-    value = shift = 0
-    for byte in data:
-        value |= (byte & 127) << shift
-        shift += 7
-        if shift > 63 or len(values) >= count:
-            raise CorruptedCode("a list of integers is malformed", _REMEDY)
-        if byte < 128:
-            values.append(value)
-            value = shift = 0
-    if shift or len(values) != count:
+    stored = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(stored < 128) + 1
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
+    sizes = ends - starts
+    if len(ends) != count or int(sizes.sum()) != len(stored) or sizes.max(initial=0) > _VARINT_BYTES:
         raise CorruptedCode("a list of integers is malformed", _REMEDY)
-    return np.array(values, np.int64)
+    if not count:
+        return np.zeros(0, np.int64)
+    place = np.arange(len(stored)) - np.repeat(starts, sizes)
+    return np.add.reduceat((stored & 127).astype(np.int64) << 7 * place, starts)
 
 
 def write_sections(sections: list[tuple[str, bytes]], magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from codec.codec import KvCodec
+from codec.codec import KvCodec, batches
 from codec.errors import BadInput
 from codec.weighting import apply_blocks
 from kernels.residual_decode import residual_decode_pages
@@ -15,6 +15,7 @@ from kernels.residual_decode import residual_decode_pages
 _TILE = 64
 """Components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
 
+_PRODUCT_TOKENS = 4096
 _FOLDED_ROWS = 512
 
 
@@ -55,13 +56,20 @@ class PageDecoder:
         if kv.shape[0] - first_layer != self.codec.layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, *self._heads()):
             raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {self.codec.layout}", "pass the pool that was coded")
         for members, c in self.codec.decoded_batches(codes):
-            rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in members]).to(slots.device)
-            prediction = torch.cat([predictions[n].to(c.device, torch.float32) for n in members])
-            depth = -(-c.shape[1] // _TILE) * _TILE
-            narrow = torch.nn.functional.pad(c.to(kv.dtype), (0, depth - c.shape[1])).t().contiguous().t()  # tokens adjacent: what the kernel likes
-            ones = torch.ones(len(c), device=c.device)
-            weight = self._weight(kv.dtype)[:depth]
-            residual_decode_pages(narrow, ones, None, weight, prediction, kv, slots[rows], cos[rows], sin[rows], first_layer)
+            # components and the matrix are far smaller than the rows: many spans are entropy-decoded at once, fewer multiplied
+            sizes = [codes[n].num_tokens for n in members]
+            ends = np.cumsum([0, *sizes]).tolist()
+            for some in batches(sizes, _PRODUCT_TOKENS):
+                own = [members[i] for i in some]
+                rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in own]).to(slots.device)
+                prediction = torch.cat([predictions[n].to(c.device, torch.float32) for n in own])
+                narrow = self._narrow(c[ends[some[0]] : ends[some[-1] + 1]], kv.dtype)
+                ones, weight = torch.ones(len(rows), device=c.device), self._weight(kv.dtype)[: narrow.shape[1]]
+                residual_decode_pages(narrow, ones, None, weight, prediction, kv, slots[rows], cos[rows], sin[rows], first_layer)
+
+    def _narrow(self, c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[T, K up to a whole tile], tokens adjacent, which the kernel reads fastest."""
+        return torch.nn.functional.pad(c.to(dtype), (0, -c.shape[1] % _TILE)).t().contiguous().t()
 
     def _heads(self) -> tuple[int, int]:
         return self.codec.layout.num_kv_heads, self.codec.layout.head_dim

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 512
 SPANS_AT_ONCE = 64  # read, predicted and coded together: bounds the memory of a long session
+DECODED_ON_GPU = 256  # a GPU decodes a span's lanes one symbol after the other: only many spans fill it
 
 
 class SessionCodec:
@@ -96,8 +97,9 @@ class SessionCodec:
         """Write the spans' KV into the conversation's pages; does not advance. Raises the codec's errors."""
         start, end = spans[0].start, spans[-1].end
         latents, target_rows = self._latents(conversation, start, end), self._target_rows(conversation, start, end, chunk_ends(spans))
-        for at in range(0, len(spans), SPANS_AT_ONCE):
-            some = spans[at : at + SPANS_AT_ONCE]
+        count = DECODED_ON_GPU if self.engine.device.type == "cuda" else SPANS_AT_ONCE
+        for at in range(0, len(spans), count):
+            some = spans[at : at + count]
             # span by span: products of the same shape give the same bits at every resume
             predicted = [
                 self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start)) for s in some
