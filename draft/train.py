@@ -109,6 +109,11 @@ class Trainer:
         done = self.step / self.options.steps if self.options.steps else self.seconds / (self.options.seconds or 1.0)
         return min(1.0, done)
 
+    @property
+    def epochs(self) -> float:
+        """Times the documents were gone through."""
+        return self.epoch + self.cursor / len(self._order)
+
     def schedule(self) -> tuple[float, float]:
         """(learning rate, share of total variation in the loss) of the next step."""
         o, done = self.options, self.progress()
@@ -181,7 +186,7 @@ class Trainer:
         self._sums.zero_()
         rate, mix = self.schedule()
         return Progress(
-            self.step, self.epoch + self.cursor / len(self._order), self.seconds, self.tokens, tokens / max(seconds, 1e-9), accepted / count,
+            self.step, self.epochs, self.seconds, self.tokens, tokens / max(seconds, 1e-9), accepted / count,
             agreed / count, divergence / count, mix, rate,
         )  # fmt: skip
 

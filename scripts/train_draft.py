@@ -1,0 +1,222 @@
+"""Trains a trunk draft for a target: the target's first layers, a few trained ones and a head over the tokens it uses most.
+
+    python scripts/train_draft.py --pair smollm2 --out draft/pretrained/smollm2-135m --minutes 25 --device cuda
+    python scripts/train_draft.py --target DIR --out DIR --search "4,1,16384,tied 6,2,16384,own" --search-seconds 60
+
+The data are conversations that the target writes with itself; with --data they are kept in a folder and found there again. --minutes is for
+sampling and training together. A run stopped early (--pause-after, or a signal) goes on with --resume from its --checkpoint.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from draft.errors import DraftError
+from draft.train import TrainOptions
+from engine.chat_opening import chat_opening
+from engine.decoder import Decoder
+from engine.errors import ForetoldError, InvalidOption
+from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
+from engine.self_text import SelfTextOptions
+from engine.trunk_card import model_card
+from engine.trunk_data import TrainingSets, add_text, choose_rows, draw_sets, release
+from engine.trunk_training import Architecture, TrunkTraining, teacher_of
+
+PAIR_LICENCES = {"smollm2": "Apache-2.0", "qwen2.5-coder": "Apache-2.0"}
+SAMPLE_SHARE = 0.25  # of --minutes, where --sample-minutes is auto
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair's target")
+    parser.add_argument("--target", help="model folder or hub id, instead of --pair")
+    parser.add_argument("--out", required=True, help="folder of the adapter")
+    parser.add_argument("--trunk-layers", type=int, default=6, help="layers of the target that draft (default 6)")
+    parser.add_argument("--own-layers", type=int, default=2, help="trained layers behind them (default 2)")
+    parser.add_argument("--vocab", type=int, default=16_384, help="tokens of the reduced vocabulary (default 16384)")
+    parser.add_argument("--head", choices=("own", "tied"), default="own", help="a trained head, or the target's rows")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the stored matrices (default 8)")
+    end = parser.add_argument_group("length")
+    end.add_argument("--minutes", type=float, default=25.0, help="sampling and training together (default 25)")
+    end.add_argument("--sample-minutes", default="auto", help=f"of these, for sampling (auto: {SAMPLE_SHARE:.0%}, nothing with found data)")
+    end.add_argument("--sample-tokens", type=int, help="draw this many tokens instead: reproducible")
+    end.add_argument("--steps", type=int, help="train this many steps instead of by the clock: reproducible")
+    end.add_argument("--pause-after", type=float, metavar="MINUTES", help="stop this call then, to be resumed")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="folder to keep what was drawn, and to find it in")
+    data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
+    data.add_argument("--text-share", type=float, default=0.2, help="their share of the tokens at most (default 0.2)")
+    data.add_argument("--context", type=int, default=512, help="tokens of the longest conversation (default 512)")
+    data.add_argument("--rows", type=int, help="conversations drawn at a time (default: what the memory allows)")
+    data.add_argument("--held-out", type=int, help="held-out conversations of each kind, about (default 384 on a GPU, 8 on a CPU)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch-tokens", type=int, default=TrainOptions.batch_tokens)
+    training.add_argument("--learning-rate", type=float, default=TrainOptions.learning_rate)
+    training.add_argument("--chunk", type=int, default=TrainOptions.chunk, help="positions whose logits are held at a time")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--checkpoint", help="file to save the state to, each minute and at the end")
+    training.add_argument("--resume", action="store_true", help="go on from the checkpoint, if it is there")
+    training.add_argument("--search", help='architectures to compare instead, as "m,n,vocab,head m,n,vocab,head"')
+    training.add_argument("--search-seconds", type=float, default=60.0, help="training time of each (default 60)")
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--report-every", type=int, default=50, help="steps between lines of progress (default 50)")
+    parser.add_argument("--licence", help="the target's licence, for the model card (known for --pair)")
+    parser.add_argument("--json-out", metavar="FILE", help="write the figures and the learning curve")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the learning curve (needs matplotlib)")
+    return parser.parse_args()
+
+
+def log(line: str) -> None:
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+STARTED = time.monotonic()
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command without what only this machine knows: its folders and files."""
+    left_out = {"out", "data", "json_out", "plot", "checkpoint", "resume", "pause_after", "device", "report_every", "licence", "text"}
+    defaults = vars(arguments_defaults())
+    parts = []
+    for name, value in vars(args).items():
+        if name in left_out or value is None or value == defaults.get(name):
+            continue
+        parts.append(f"--{name.replace('_', '-')} {Path(value).name if name == 'target' else value}")
+    return " ".join(["python scripts/train_draft.py", *parts, "--out DIR", *(["--text DIR"] if args.text else [])])
+
+
+def arguments_defaults() -> argparse.Namespace:
+    argv, sys.argv = sys.argv, [sys.argv[0], "--out", "DIR"]
+    try:
+        return arguments()
+    finally:
+        sys.argv = argv
+
+
+def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple[TrainingSets, tuple[int, ...]]:
+    """The training and held-out sets, found or drawn, and the tokens every reduced vocabulary holds."""
+    on_gpu = decoder.device.type == "cuda"
+    chat = chat_opening(tokenizer, decoder.config.eos_token_ids)
+    sets = TrainingSets.load(Path(args.data)) if args.data else None
+    if sets is None:
+        seconds = None
+        if args.sample_tokens is None:
+            seconds = 60 * (args.minutes * SAMPLE_SHARE if args.sample_minutes == "auto" else float(args.sample_minutes))
+        held_out = args.held_out or (384 if on_gpu else 8)
+        options = SelfTextOptions(rows=args.rows or choose_rows(decoder, args.context), context=args.context, seed=args.seed)
+        with torch.no_grad():
+            sets = draw_sets(decoder, chat, options, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)
+        if args.data:
+            sets.save(Path(args.data))
+    else:
+        log(f"found {len(sets.train):,} conversations in {args.data}")
+    release(decoder.device)
+    if args.text:
+        sets = add_text(sets, args.text, tokenizer, args.text_share, args.context, args.seed)
+    return sets, tuple(token for token in chat.special if token < decoder.config.vocab_size)
+
+
+def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
+    return TrainOptions(
+        args.trunk_layers, args.own_layers, args.head, steps=args.steps, seconds=None if args.steps else seconds, batch_tokens=args.batch_tokens,
+        learning_rate=args.learning_rate, chunk=args.chunk, seed=args.seed,
+    )  # fmt: skip
+
+
+def write_json(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    if args.json_out:
+        temporary = Path(f"{args.json_out}.part")
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, args.json_out)
+
+
+def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, special: tuple[int, ...], name: str) -> dict[str, Any]:
+    """Short trainings over architectures on the same data."""
+    document: dict[str, Any] = {"target": name, "command": command_of(args), "search": []}
+    teacher = teacher_of(decoder)
+    for text in args.search.split():
+        training = TrunkTraining(decoder, teacher, sets, special, Architecture.parse(text), train_options(args, args.search_seconds))
+        training.run(lambda line, text=text: log(f"{text}: {line}"), report_every=args.report_every)  # type: ignore[misc]
+        row = training.figures() | {"curve": training.curve}
+        document["search"].append(row)
+        log(f"{text}: cost {row['draft_step_cost']:.3f}, acceptance {row['temperature_1']['acceptance']:.4f}, tokens a step "
+            f"{row['temperature_1']['tokens_per_step']:.3f}, greedy {row['greedy']['tokens_per_step']:.3f}")  # fmt: skip
+        write_json(args, document)
+        del training
+        release(decoder.device)
+    return document
+
+
+def train(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, special: tuple[int, ...], name: str) -> dict[str, Any] | None:
+    """One training; None when it was paused."""
+    architecture = Architecture(args.trunk_layers, args.own_layers, args.vocab, args.head)
+    seconds = 60 * args.minutes - float(sets.train.facts.get("seconds", 0.0))
+    if seconds <= 0 and not args.steps:
+        raise InvalidOption(f"sampling took all of the {args.minutes:g} minutes", "give more --minutes")
+    training = TrunkTraining(decoder, teacher_of(decoder), sets, special, architecture, train_options(args, seconds))
+    checkpoint = Path(args.checkpoint) if args.checkpoint else None
+    pause = None if args.pause_after is None else 60 * args.pause_after - (time.monotonic() - STARTED)
+    done = training.run(log, checkpoint=checkpoint, resume=args.resume, pause_after=pause, report_every=args.report_every)
+    document: dict[str, Any] = {"target": name, "command": command_of(args), "done": done, "curve": training.curve}
+    if not done:
+        write_json(args, document)
+        return None
+    figures = training.save(Path(args.out), name, args.bits, training.figures())
+    document |= figures
+    write_json(args, document)
+    licence = args.licence or PAIR_LICENCES.get(args.pair or "", "see the target's own licence")
+    Path(args.out, "README.md").write_text(model_card(name, licence, document["command"], figures), encoding="utf-8")
+    return document
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.pair is None) == (args.target is None):
+        raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
+    if args.pause_after is not None and not args.checkpoint:
+        raise InvalidOption("a paused training needs a checkpoint", "name a file with --checkpoint")
+    if args.plot:
+        import matplotlib  # noqa: F401 (missing: known now, not after the training)
+    folder = resolve_pair(args.pair).target_dir if args.pair else resolve_model(args.target)
+    name = PAIRS[args.pair].target.name if args.pair else folder.name
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    decoder = Decoder.from_pretrained(folder, dtype=chosen[args.dtype], device=device)
+    log(f"loaded {name} on {device}")
+    sets, special = prepare(args, decoder, load_tokenizer(folder))
+    document = (search if args.search else train)(args, decoder, sets, special, name)
+    if document is None:
+        log("paused; the same command with --resume goes on")
+        return 0
+    if args.plot:
+        from train_plot import plot
+
+        plot(document, args.plot)
+    if not args.search:
+        for group in ("temperature_1", "greedy"):
+            for weights, figures in ((f"{args.bits} bits", document["stored"][group]), ("as trained", document[group])):
+                print(f"{group:14s} {weights:10s} {json.dumps(figures)}")
+        size, cost = document["adapter_bytes"] / 2**20, document["draft_step_cost"]
+        print(f"{args.out}: {size:.1f} MiB, a draft step reads {cost:.1%} of a target step's weights")
+    return 0
+
+
+def main() -> int:
+    try:
+        return run(arguments())
+    except (ForetoldError, DraftError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
