@@ -1,0 +1,210 @@
+"""What the hot formats cost: loss by the quality protocol, drafts accepted, tokens per second.
+
+Each format by the protocol of codec_quality.py: an exact prefill, the first three quarters of the cache put into the format, the last quarter scored
+against the untouched target. `kl`, `nll`, `top1_agreement`: the decoded cache is read in plain pages, as for every other codec. `running`: the same,
+but the last quarter attends to the codes and is itself written as codes, as when text is generated.
+
+`expected_acceptance` (pairs with a draft model): mean over the scored positions of sum min(p, q), q the draft's distribution: what speculation at
+temperature 1 accepts, without the noise of sampling. `speculation`: real, the same prompts (the windows' beginnings) as one batch.
+
+    python scripts/eval_hot.py --pair qwen2.5-coder --text docs/ src/ --tokens 24576 --json-out scripts/results/hot-h100-qwen2.5-coder.json
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.command import quiet_libraries, versions
+from engine.drafters import Draft
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption
+from engine.hot_means import HOT_FORMATS, element_bits, open_pool
+from engine.models import PAIRS
+from engine.options import report
+from engine.pool import KvPool, KvSequence
+from engine.sampling import SamplingParams
+from scripts.codec_compare import write_json
+from scripts.codec_quality import Case, Quality, Scores
+from scripts.text_tokens import digest, split_tokens
+
+TEMPERATURES = (0.0, 1.0)
+_WARM_TOKENS = 8
+_PAGE = 64
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class HotQuality(Quality):
+    """The protocol with a pool of any format; sums what the engine's draft model would have accepted of the scored positions."""
+
+    def __init__(self, engine: Engine, context: int, pool: KvPool | None = None):
+        super().__init__(engine.target, context, engine.device)
+        self.draft = engine.draft_decoder
+        self.draft_pool = self.draft.new_pool(self.batch * -(-context // _PAGE), _PAGE) if self.draft else None
+        self.pool = pool or self.pool  # type: ignore[assignment]
+        self.accepted, self.positions = 0.0, 0
+
+    def _log_probs(self, ids: torch.Tensor, sequences: list[KvSequence]) -> torch.Tensor:
+        log_probs = super()._log_probs(ids, sequences)
+        if self.draft is not None and self.draft_pool is not None:
+            own = [self.draft_pool.new_sequence() for _ in ids]
+            try:
+                hidden = self.draft(ids.flatten(), own, [self.context] * len(ids), logits="none").hidden
+            finally:
+                for sequence in own:
+                    sequence.free()
+            for row, p in zip(hidden.unflatten(0, (len(ids), -1)), log_probs, strict=True):
+                q = self.draft.head(row[self.prefix:]).softmax(-1)
+                width = min(q.shape[-1], p.shape[-1])   # either may be padded beyond the tokenizer's tokens
+                self.accepted += float(torch.minimum(p[:, :width].exp(), q[:, :width]).sum(dtype=torch.float64))
+                self.positions += len(p)
+        return log_probs
+
+    @property
+    def expected_acceptance(self) -> float | None:
+        """None without a draft model."""
+        return self.accepted / self.positions if self.positions else None
+
+
+def pool_of(engine: Engine, hot: str, tokens: int) -> KvPool:
+    """A pool in a format for so many tokens."""
+    pages = -(-tokens // _PAGE)
+    return open_pool(engine.target, hot, pages, _PAGE, pages, tokenizer=engine.tokenizer, target_dir=engine.target_dir)
+
+
+@torch.inference_mode()
+def decoded(engine: Engine, case: Case, pool: KvPool) -> torch.Tensor:
+    """The case's prefix KV float32 [P, D] after a stay in `pool`."""
+    sequence = pool.new_sequence()
+    try:
+        engine.target.write_kv(sequence, 0, case.kv)
+        return engine.target.read_kv(sequence, 0, case.prefix)
+    finally:
+        sequence.free()
+
+
+def figures(scores: Scores, quality: HotQuality) -> dict[str, Any]:
+    return {"kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
+            "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
+            "expected_acceptance": quality.expected_acceptance}
+
+
+def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> dict[str, Any]:
+    """One format's loss over the test windows, a batch of them at a time."""
+    plain, scores, running_scores = HotQuality(engine, context), Scores(), Scores()
+    running = HotQuality(engine, context, pool_of(engine, hot, plain.batch * (context + _PAGE)))
+    untouched = Quality(engine.target, context, engine.device)
+    for start in range(0, len(windows), plain.batch):
+        cases = untouched.untouched(windows[start:start + plain.batch])
+        plain.score(cases, [decoded(engine, case, running.pool) for case in cases], scores)
+        running.score(cases, [case.kv for case in cases], running_scores)
+        log(f"  {hot}: {start + len(cases)} of {len(windows)} sequences, KL {scores.kl:.5f}, running {running_scores.kl:.5f}")
+    return figures(scores, plain) | {"running": figures(running_scores, running)}
+
+
+def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Real speculation over the prompts as one batch, at each temperature."""
+    room = sum(-(-(len(p) + args.new_tokens + args.draft_length) // _PAGE) + 1 for p in prompts) * _PAGE
+    own = Engine(engine.target, engine.tokenizer, draft=draft, hot=hot, pool_tokens=room, target_dir=engine.target_dir, draft_dir=engine.draft_dir)
+    rows = []
+    for temperature in TEMPERATURES:
+        def params(count: int, temperature: float = temperature) -> list[SamplingParams]:
+            return [SamplingParams(count, temperature, seed=seed, ignore_eos=True, draft_length=args.draft_length) for seed in range(len(prompts))]
+
+        own.generate(prompts, params(_WARM_TOKENS))
+        began = time.perf_counter()
+        results = own.generate(prompts, params(args.new_tokens))
+        seconds = time.perf_counter() - began
+        counts = [r.speculation for r in results]
+        proposed, accepted = sum(c.proposed for c in counts), sum(c.accepted for c in counts)
+        steps, new = sum(c.steps for c in counts), sum(c.new_tokens for c in counts)
+        rows.append({"temperature": temperature, "batch": len(prompts), "prompt_tokens": len(prompts[0]), "draft_length": args.draft_length,
+                     "proposed": proposed, "accepted": accepted, "acceptance_rate": accepted / max(1, proposed), "tokens_per_step": new / max(1, steps),
+                     "new_tokens": new, "tokens_per_s": new / seconds, "pool_bytes": own.pool.bytes})
+        log(f"  {hot}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s")
+    return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
+    which.add_argument("--target", help="folder or hub id of the target")
+    parser.add_argument("--draft", help="another draft than the pair's own; with --target none unless given")
+    parser.add_argument("--text", nargs="+", required=True, help="test text as for bench_codec.py: files, folders, or an .npz of token ids")
+    parser.add_argument("--formats", default=",".join(HOT_FORMATS))
+    parser.add_argument("--tokens", type=int, default=24576, help="test tokens, in whole windows")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of the speculation runs; 0: none")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--draft-length", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json-out", type=Path, metavar="FILE")
+    args = parser.parse_args(arguments)
+    args.formats = args.formats.split(",")
+    unknown = [name for name in args.formats if name not in HOT_FORMATS]
+    if unknown:
+        raise InvalidOption(f"unknown hot format {unknown[0]!r}", f"choose from {', '.join(HOT_FORMATS)}")
+    if args.prompt_tokens < 1 or args.prompts < 0 or args.new_tokens < 1 or args.draft_length < 1:
+        raise InvalidOption("prompts have at least one token, new tokens and drafts are at least 1", "check the options")
+    if args.context < 8:
+        raise InvalidOption(f"a context of {args.context} tokens leaves nothing to score", "give at least 8")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    options = {"device": args.device, "dtype": args.dtype}
+    if args.pair:
+        engine = Engine.from_pair(args.pair, draft=args.draft, **options)
+    else:
+        engine = Engine.from_pretrained(args.target, args.draft or "none", **options)
+    assert engine.tokenizer is not None
+    windows = split_tokens(args.text, [], args.context, args.tokens, 0, lambda text: engine.tokenizer.encode(text, add_special_tokens=False)).test
+    draft: Draft = engine.draft_decoder or engine.trained_trunk or (engine.drafter.verify_from if engine.drafter else None)
+    prompts = [window[:args.prompt_tokens] for window in windows[:args.prompts]] if draft is not None else []
+    config = engine.target.config
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+    document: dict[str, Any] = {
+        "pair": args.pair or args.target, "context": args.context, "prefix": args.context * 3 // 4, "test_sequences": len(windows),
+        "test_digest": digest(windows), "device": device, "dtype": str(engine.dtype).removeprefix("torch."), "drafter": engine.drafter_name,
+        "command": " ".join(["scripts/eval_hot.py", *(args.arguments or sys.argv[1:])]), "versions": versions(), "rows": [],
+    }
+    for hot in args.formats:
+        row: dict[str, Any] = {"hot": hot, "bits_per_element": element_bits(hot, config.head_dim, engine.dtype)}
+        row |= loss(engine, hot, windows, args.context)
+        row["speculation"] = speculation(engine, hot, draft, prompts, args) if prompts else []
+        document["rows"].append(row)
+        if args.json_out:
+            write_json(args.json_out, document)
+    return document
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        args = parse(arguments)
+        args.arguments = arguments
+        quiet_libraries()
+        document = run(args)
+    except ForetoldError as error:
+        return report(error)
+    for row in document["rows"]:
+        accepted = " ".join(f"{s['acceptance_rate']:.4f}@{s['temperature']:g}" for s in row["speculation"])
+        expected = row["running"]["expected_acceptance"]
+        print(f"{row['hot']:5} {row['bits_per_element']:7.3f} bits  KL {row['kl']:.5f}  running {row['running']['kl']:.5f}  NLL {row['nll']:.4f}  "
+              f"top-1 {row['top1_agreement']:.4f}  expected acceptance {'-' if expected is None else format(expected, '.4f')}  accepted {accepted}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
