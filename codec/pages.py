@@ -22,8 +22,8 @@ _FOLDED_ROWS = 512
 class PageDecoder:
     """Decodes with transform and weighting folded into one matrix [K, D] of the pool's dtype, made at first use.
 
-    In bfloat16 components and matrix are rounded to eight bits, as the KV itself is when it is stored: an error of a thousandth of what the
-    prediction left over, where the code's own is a tenth. A token's result depends on nothing that is decoded beside it.
+    In bfloat16 components and matrix are rounded to eight bits, as the KV itself is when it is stored: an error of two thousandths of what the
+    prediction left over, where the code's own is a tenth and more. A token's result depends on nothing that is decoded beside it.
     """
 
     def __init__(self, codec: KvCodec) -> None:
