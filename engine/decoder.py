@@ -20,7 +20,7 @@ from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
 from engine.hot_pool import HotBatch
 from engine.layers import DecoderLayer, LayerWeights
-from engine.linear import Projection, choose_product
+from engine.linear import Projection, choose_product, packed_copy
 from engine.pool import KvPool, KvSequence, PagedPool
 from engine.rope import RopeTable
 from engine.stable import StableLinear, stable_silu_mul
@@ -56,8 +56,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
-        # a tied head stays plain, since the embedding is looked up row by row
+        # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
         self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False)
+        self._tied_head: torch.Tensor | None = None
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
         self._product = choose_product(self.dtype, self.device)
@@ -120,6 +121,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack()
+        if self.lm_head is None:
+            self._tied_head = packed_copy(self.embed_tokens.weight.data)
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         packed = any(projection.packed is not None for projection in projections)
         for projection in projections:
             projection.unpack()
-        self._weights, self._rope = [], None
+        self._weights, self._rope, self._tied_head = [], None, None
         result = super()._apply(*args, **kwargs)
         self._product = choose_product(self.dtype, self.device)
         self._stable_linear = StableLinear(self._product)
@@ -151,9 +154,10 @@ class Decoder(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, a tied head counted once."""
-        packed = [module.packed for module in self.modules() if isinstance(module, Projection) and module.packed is not None]
-        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in [*self.parameters(), *packed])
+        """Bytes of all weights; a tied head counts once more where it has a copy for products."""
+        packed = [module.packed for module in self.modules() if isinstance(module, Projection)]
+        held = [*self.parameters(), *(tensor for tensor in (*packed, self._tied_head) if tensor is not None)]
+        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
 
     @property
     def rope(self) -> RopeTable:
@@ -178,7 +182,10 @@ class Decoder(nn.Module):
     def head(self, hidden: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
         """Final norm and output projection of the residual stream [N, E] -> float32 logits [N, V]."""
         normed, _ = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
-        matrix = self.embed_tokens.weight if self.lm_head is None else self.lm_head.matrix
+        if self.lm_head is not None:
+            matrix = self.lm_head.matrix
+        else:
+            matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
         return (self._stable_linear if deterministic else self._product)(normed, matrix, None).float()
 
     def forward(

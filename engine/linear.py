@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LARGEST_COPY_BYTES = 128 << 20
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
 
 
@@ -35,6 +36,13 @@ def choose_product(dtype: torch.dtype, device: torch.device) -> Product:
     if _packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
         return onednn_linear
     return F.linear
+
+
+def packed_copy(weight: torch.Tensor) -> torch.Tensor | None:
+    """A copy of weight [out, in] laid out for oneDNN, beside a plain one that must stay; None where that does not pay or takes much memory."""
+    if not _packs(weight.dtype, weight.device) or weight.numel() * weight.element_size() > LARGEST_COPY_BYTES:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
 
 class Projection(nn.Module):

@@ -99,6 +99,19 @@ def test_packed_weights_compute_what_plain_ones_do(tiny_model):
     assert (packed_logits - plain_logits).norm() < 0.02 * plain_logits.norm()
 
 
+def test_a_tied_head_has_a_copy_for_products_where_it_is_small(tiny_model, monkeypatch):
+    folder, ids = tiny_model("qwen3").folder, torch.arange(20)
+    decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    if decoder.layers[0].qkv_proj.packed is None:  # type: ignore[union-attr]
+        pytest.skip("this processor has no use for packed weights")
+    logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    monkeypatch.setattr("engine.linear.LARGEST_COPY_BYTES", 1000)
+    plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    assert decoder.weight_bytes - plain.weight_bytes == plain.embed_tokens.weight.numel() * 2
+    assert torch.allclose(logits, plain(ids, [plain.new_pool(1).new_sequence()], [20]).logits, rtol=0.02, atol=0.02)
+    assert decoder.float().weight_bytes == 2 * plain.weight_bytes, "moving the weights gives the copy up"
+
+
 def test_end_tokens_of_both_configs_are_known(tiny_model, tmp_path):
     model = tiny_model("llama")
     assert model.decoder.config.eos_token_ids == (5,)
