@@ -119,7 +119,7 @@ def default_product(x: torch.Tensor) -> ProductConfig:
     """A tile that fits the shared memory: float32 rows take twice the room and do without the matrix units."""
     if x.dtype == torch.float32:
         return ProductConfig(64, 64, 32, 8, 4, 2)
-    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+    room = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0) if x.is_cuda else 0
     return ProductConfig() if room >= 3 * (128 + 256) * 64 * 2 else ProductConfig(block_n=128, num_stages=2)
 
 
