@@ -1,8 +1,21 @@
-"""Tables of an evaluation's rows, for people."""
+"""Tables of an evaluation's rows, for people; joins the files of runs of eval_sessions that went side by side, a task each.
+
+    python scripts/eval_report.py planted.json conversation.json --json-out sessions.json
+"""
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.errors import ForetoldError, InvalidOption
+from engine.options import Parser
+from scripts.codec_compare import write_json
 
 
 def print_report(document: dict[str, Any]) -> None:
@@ -60,3 +73,45 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
     for row in cells:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def join(paths: Sequence[Path]) -> dict[str, Any]:
+    """One document from those of several runs. Raises InvalidOption when one is no evaluation, or of other settings or another device."""
+    documents: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text())
+            same = (document["settings"], document["device"])
+            documents.append({key: document[key] for key in ("rows", "parts", "command")} | document)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidOption(f"{path} is not such an evaluation", "give files that eval_sessions.py wrote") from error
+        if same != (documents[0]["settings"], documents[0]["device"]):
+            raise InvalidOption(f"{path} is of other settings or another device than {paths[0]}", "join runs with the same options")
+    parts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for document in documents:
+        if twice := parts.keys() & document["parts"].keys():
+            raise InvalidOption(f"{min(twice)} is in two of the files", "join runs of different tasks")
+        parts |= document["parts"]
+        rows += document["rows"]
+    return documents[0] | {"rows": rows, "parts": parts, "command": [document["command"] for document in documents]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="what eval_sessions.py wrote")
+    parser.add_argument("--json-out", type=Path, help="the joined document, rows without the single answers")
+    try:
+        options = parser.parse_args(arguments)
+        document = join(options.files)
+        if options.json_out:
+            write_json(options.json_out, {key: value for key, value in document.items() if key != "parts"})
+    except (ForetoldError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_report(document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.errors import InvalidOption
 from engine.sampling import SamplingParams
 from engine.session_file import SessionFile
+from scripts import eval_report
 from scripts.domain_texts import plain, write_folders
 from scripts.eval_runs import Plan, Runner, by_depth, item, rows_of
 from scripts.eval_sessions import main
@@ -305,6 +306,12 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
     assert main(command) == 0 and json.loads(out.read_text())["parts"] == document["parts"]
     assert main([*command, "--turns", "4"]) == 2
     assert "holds rows of other settings (turns)" in capsys.readouterr().err
+    for name, tasks in (("a", "conversation"), ("b", "position")):
+        assert main([*command, "--tasks", tasks, "--json-out", str(tmp_path / name)]) == 0
+    assert eval_report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--json-out", str(tmp_path / "joined")]) == 0
+    joined = json.loads((tmp_path / "joined").read_text())
+    assert "parts" not in joined and joined["rows"] == [r for r in document["rows"] if r["task"] in ("conversation", "position")]
+    assert eval_report.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2 == eval_report.main([str(tmp_path / "none")])
 
 
 def test_bad_options_are_named(tmp_path, capsys):
