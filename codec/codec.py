@@ -63,6 +63,7 @@ class KvCodec:
         self.rounding, self.rate_weight = rounding, rate_weight
         self.weighting, self.transform = pack.weighting.to(device), pack.transform.to(device)
         self.choice, self.coder = RateChoice(pack.model, device), SpanCoder(pack.model, device)
+        self._joined = self.device.type != "cpu"  # products of many spans at once, which keep a GPU busy
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._sigma = pack.transform.variance.clamp_min(1e-12).sqrt().numpy()
 
@@ -85,10 +86,10 @@ class KvCodec:
 
     def _all_components(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
         """Components float32 [sum T, count] of several spans."""
-        if self.device.type == "cpu" or len({(t.shape[1:], t.dtype) for pair in pairs for t in pair}) > 1:
+        if not self._joined or len({(t.shape[1:], t.dtype) for pair in pairs for t in pair}) > 1:
             return torch.cat([self.components(truth, prediction, count) for truth, prediction in pairs])
         parts = []
-        for some in batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):  # one large product keeps a GPU busy where a span's own does not
+        for some in batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):
             truth, prediction = (torch.cat([pairs[n][i].to(self.device) for n in some]) for i in (0, 1))
             parts.append(self.components(truth, prediction, count))
         return torch.cat(parts)
@@ -219,7 +220,7 @@ class KvCodec:
 
     def _residuals(self, c: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
         """The spans' residuals, float32 [T, D] each, from the components of all of them."""
-        if self.device.type == "cpu":
+        if not self._joined:
             return [self._residual(part) for part in c.split(sizes)]
         out = c.new_empty(len(c), self.layout.dim)
         for at in range(0, len(c), PRODUCT_ROWS):

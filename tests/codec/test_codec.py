@@ -62,6 +62,21 @@ def test_qualities_mix_in_one_call(codec: KvCodec, source) -> None:
         torch.testing.assert_close(decoded, codec.decode(span, zero), atol=1e-4, rtol=1e-4)
 
 
+def test_products_of_many_spans_at_once(codec: KvCodec, source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codec.codec.PRODUCT_ROWS", 48)
+    rows = [source.draw(n) for n in (64, 1, 30)]
+    pairs = [(r, r + 0.3 * source.draw(len(r))) for r in rows]
+    spans = codec.encode_many(pairs, "balanced")
+    joined = KvCodec(codec.pack)
+    joined._joined = True  # as on a GPU
+    assert joined.ideal_bits(pairs, "balanced") == pytest.approx(codec.ideal_bits(pairs, "balanced"), rel=1e-3)
+    guesses = [p for _, p in pairs]
+    together = joined.decode_many(spans, guesses)
+    for span, guess, whole, own in zip(spans, guesses, together, codec.decode_many(spans, guesses), strict=True):
+        torch.testing.assert_close(whole, own, atol=1e-4, rtol=1e-4)
+        assert torch.equal(joined.decode(span, guess), whole), "a span's bits do not depend on what is decoded beside it"
+
+
 def test_token_levels_change_the_step(codec: KvCodec, source) -> None:
     rows = source.draw(64)
     zero = torch.zeros_like(rows)
