@@ -1,7 +1,7 @@
 """Triton kernels of `rans_encode` and `rans_decode`; `reference.py` says what they mean.
 
 One program codes one span, a lane an element. A step is a chain of dependent operations (slot, table, state, word), so it is latency that
-counts: tables small enough for L1 are searched, eight ways at a time, instead of a slot table that would come from L2, everything that does not
+counts: tables small enough for L1 are searched, four ways at a time, instead of a slot table that would come from L2, everything that does not
 depend on the state is fetched a step ahead, and on a GPU the lanes' ranks come from one ballot.
 """
 
@@ -72,11 +72,11 @@ def _decode_step(x, active, pointer, packed_ptr, word_ptr, end, limit, centre, b
     last = centre + limit + 1
     entry = begin
     found = tl.load(packed_ptr + begin)
-    # Seven entries at a time, whose loads do not wait for each other: a round takes hardly longer than a halving and does three.
-    for done in range(0, bits, 3):
-        stride = 1 << tl.maximum(bits - 3 - done, 0)
+    # Three entries at a time, whose loads do not wait for each other: a round takes hardly longer than a halving and does two.
+    for done in range(0, bits, 2):
+        stride = 1 << tl.maximum(bits - 2 - done, 0)
         first = entry
-        for i in tl.static_range(1, 8):
+        for i in tl.static_range(1, 4):
             trial = tl.minimum(first + i * stride, last)
             item = tl.load(packed_ptr + trial)
             reached = item <= key
