@@ -142,8 +142,8 @@ class Runner:
                 self._talk(missing, plans, self.parts.get(untouched))
 
     def _talk(self, methods: Sequence[str], plans: list[list[Turn]], untouched: dict[str, Any] | None) -> None:
-        """The conversations of several methods side by side, each with its own cache. The first of each method goes through a file between turns, the
-        others are coded and decoded in place."""
+        """The conversations of several methods side by side, each with its own cache. The first one goes through a file between all turns and the
+        other methods' first ones before the last turn; the others are coded and decoded in place."""
         count = len(plans)
         owners = [(method, n) for method in methods for n in range(count)]
         conversations = [self.engine.open_conversation() for _ in owners]
@@ -160,7 +160,7 @@ class Runner:
                     if not turn or method == UNTOUCHED:
                         continue
                     old, lengths[b] = conversations[b], conversations[b].sequence.length
-                    if n:
+                    if b and (n or not last):
                         spans[b] = self._suspender.in_place(old, method, spans[b])
                         sizes[b] = self._suspender.file_bytes(old, method, spans[b]) if last else 0
                     else:

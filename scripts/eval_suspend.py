@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES
+from codec.token_ids import encode_ids
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.packs import pair_fingerprints
@@ -144,6 +145,7 @@ class Suspender:
     def __init__(self, engine: Engine, pack: str | None, log: Callable[[str], None] = print) -> None:
         self.engine, self.codec = engine, session_codec(engine, pack, log)
         self._prints = pair_fingerprints(engine) | {"pack": self.codec.pack.digest}
+        self._frames: dict[tuple[int, ...], bytes] = {}  # coded ids: the same for every quality, and slow to make
 
     @torch.inference_mode()
     def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:
@@ -151,7 +153,7 @@ class Suspender:
         num_cached = conversation.sequence.length
         start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
         new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
-        return SessionFile(list(conversation.token_ids), num_cached, quality, self._prints, [*spans, *new]).to_bytes()
+        return self._file(conversation, quality, [*spans, *new])
 
     def through_file(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> tuple[Conversation, list[Span], int]:
         """Suspended into a file on disk and resumed from it: a new conversation, its spans, the file's bytes."""
@@ -174,8 +176,13 @@ class Suspender:
 
     def file_bytes(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> int:
         """Bytes of the session file that a conversation would be suspended into."""
-        ids, num_cached = list(conversation.token_ids), conversation.sequence.length
-        return len(SessionFile(ids, num_cached, quality, self._prints, list(spans)).to_bytes())
+        return len(self._file(conversation, quality, spans))
+
+    def _file(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> bytes:
+        ids = tuple(conversation.token_ids)
+        if ids not in self._frames:
+            self._frames[ids] = encode_ids(ids)
+        return SessionFile(list(ids), conversation.sequence.length, quality, self._prints, list(spans), self._frames[ids]).to_bytes()
 
     @torch.inference_mode()
     def resume(self, data: bytes) -> tuple[Conversation, list[Span]]:
