@@ -6,6 +6,8 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,14 @@ MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+FEW = 16  # numbers up to which Python's own integers beat a hundred tensor operations on a CPU
+
+Word = TypeVar("Word", int, Tensor)
 
 
-def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit output words (in int64 tensors) of Philox4x32-10 for a counter of four and a key of two 32-bit words (int64, same
-    shape).
+def philox_words(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Four 32-bit output words (in int64 tensors, or as integers) of Philox4x32-10 for a counter of four and a key of two 32-bit words (int64
+    of one shape, or integers).
     """
     c0, c1, c2, c3 = (c & MASK32 for c in counter)
     k0, k1 = key[0] & MASK32, key[1] & MASK32
@@ -41,6 +46,10 @@ def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
     lane, 0); the number is the first output word's upper 24 bits.
     """
     seed, position = torch.broadcast_tensors(seed, position)
+    if position.device.type == "cpu" and position.numel() <= FEW:
+        pairs = zip(seed.flatten().tolist(), position.flatten().tolist(), strict=True)
+        numbers = [(philox_words((p, p >> 32, lane, 0), (s, s >> 32))[0] >> 8) * 2.0**-24 for s, p in pairs]
+        return torch.tensor(numbers, dtype=torch.float32).view(position.shape)
     lanes = torch.full_like(position, lane)
     words = philox_words((position, position >> 32, lanes, torch.zeros_like(position)), (seed, seed >> 32))
     return (words[0] >> 8).to(torch.float32) * 2.0**-24

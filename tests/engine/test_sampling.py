@@ -84,6 +84,14 @@ def _words(*values: int) -> tuple[torch.Tensor, ...]:
 )
 def test_philox_matches_the_published_vectors(counter, key, wanted):
     assert tuple(int(w) for w in philox_words(_words(*counter), _words(*key))) == wanted
+    assert philox_words(counter, key) == wanted
+
+
+def test_few_and_many_uniform_numbers_are_the_same():
+    seeds, positions = torch.tensor([0, 5, 2**63 - 1, -3])[:, None], torch.tensor([0, 1, 2**40 + 3])
+    many = philox_uniform(seeds, positions.repeat(9), 2)
+    assert torch.equal(philox_uniform(seeds, positions, 2), many[:, :3]) and torch.equal(many[:, :3], many[:, -3:])
+    assert philox_uniform(seeds[0], positions[1], 2).shape == (1,)
 
 
 def test_uniform_numbers_are_spread_evenly_and_differ_by_every_argument(chi_square_p_value):
