@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from engine.chat import next_turn
 from engine.engine import Engine
 from engine.errors import InvalidOption
@@ -66,6 +68,7 @@ class Runner:
 
     # --- facts planted in a text ----------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def planted(self, context: int) -> None:
         """Retrieval, copying and arithmetic over texts of about `context` tokens: all questions of a text are asked of the same restored cache,
         each right behind the text. Raises InvalidOption for a context that the model or the facts do not fit."""
@@ -130,6 +133,7 @@ class Runner:
 
     # --- conversations of many turns ------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def conversations(self) -> None:
         """Every method's own conversations, greedy; a coded one is suspended and resumed before every turn but the first."""
         count = self.plan.conversations

@@ -69,6 +69,7 @@ def open_with(engine: Engine, token_ids: Sequence[Sequence[int]]) -> list[Conver
     return conversations
 
 
+@torch.inference_mode()
 def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
     """Let a separate draft run what it lacks of the conversations' caches, all of them together: its features are what is coded against."""
     drafter = engine.drafter
@@ -122,6 +123,7 @@ def ask_aside(
             aside.sequence.free()
 
 
+@torch.inference_mode()
 def copied(sequence: KvSequence, shared: bool) -> KvSequence:
     """The same KV in a sequence of its own. shared: full pages belong to both, who may only write behind them."""
     pool = sequence.pool

@@ -95,6 +95,7 @@ def long_windows(texts: Iterable[str], context: int, count: int, encode: Encode)
     return found[:count]
 
 
+@torch.inference_mode()
 def measure_positions(
     suspender: Suspender, token_ids: list[int], qualities: Sequence[str], done: Callable[[str, list[dict[str, Any]]], None]
 ) -> None:
