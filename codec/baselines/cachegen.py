@@ -20,14 +20,14 @@ from codec.baselines.histogram_coder import decode, encode, frequencies
 from codec.baselines.packing import deflate, from_bytes, inflate, to_bytes
 from codec.spec import KvLayout
 
-LEVELS = {"fine": (32, 16), "medium": (16, 8), "coarse": (8, 4)}
-"""Bins of the finer and the coarser layers; "fine" is LMCache's."""
+LEVELS = {"finest": (64, 32), "fine": (32, 16), "medium": (16, 8), "coarse": (8, 4)}
+"""Bins of the finer and the coarser layers; "fine" is LMCache's; "finest" continues the curve."""
 ANCHOR_GROUP = 10
 _ANCHOR_LEVELS = 127
 
 
 class CacheGen(Peer):
-    """quality: fine, medium or coarse."""
+    """quality: finest, fine, medium or coarse."""
 
     method = "cachegen"
     needs_calibration = True

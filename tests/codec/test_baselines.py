@@ -11,7 +11,7 @@ from codec.spec import NUM_SINKS, KvLayout
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=16)
 FAMILIES = {  # points of one family, more bits first: distortion and size must follow
     "kivi-nowindow": ["4bit", "2bit"], "turboquant-mean": ["4bit", "3bit", "2bit"], "kvtc": ["2bit", "1bit", "0.5bit"],
-    "cachegen": ["fine", "medium", "coarse"], "cachegen-anchors": ["fine", "medium", "coarse"], "aqua-kv": ["3bit", "2bit"],
+    "cachegen": ["finest", "fine", "medium", "coarse"], "cachegen-anchors": ["finest", "fine", "medium", "coarse"], "aqua-kv": ["3bit", "2bit"],
 }
 
 
@@ -73,6 +73,23 @@ def test_many_sequences_at_once_are_coded_as_one_by_one(name: str, peers: dict[s
     for together, data in zip(peers[name].decode_many(codes, workers=2), codes, strict=True):
         assert torch.equal(together, peers[name].decode(data))
     assert peers[name].encode_many([]) == [] == peers[name].decode_many([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PEERS)
+def test_a_gpu_codes_like_a_cpu(name: str, calibration: Calibration) -> None:
+    """Fitted and coded on a GPU by several threads: bytes that decode there to nearly what the CPU's do."""
+    kvs = [synthetic_kv(tokens, seed=tokens) for tokens in (200, 61, 5, 3)]
+    here, there = make_peer(name, LAYOUT), make_peer(name, LAYOUT).to("cuda")
+    moved = Calibration(LAYOUT, calibration.mean.cuda(), None, None if calibration.sample is None else calibration.sample.cuda())
+    here.fit(calibration)
+    there.fit(moved)
+    codes = there.encode_many([kv.cuda() for kv in kvs], workers=4)
+    for kv, data, own, decoded in zip(kvs, codes, here.encode_many(kvs), there.decode_many(codes, workers=4), strict=True):
+        assert abs(len(data) - len(own)) <= 0.02 * len(own) + 8
+        cpu, gpu = ((kv - x).pow(2).mean() for x in (here.decode(own), decoded.cpu()))
+        assert float(gpu) <= 1.05 * float(cpu) + 1e-6
 
 
 def test_bf16_is_exact(peers: dict[str, Peer]) -> None:
