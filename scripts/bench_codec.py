@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "command": " ".join(["scripts/bench_codec.py", *sys.argv[1:]]), "settings": settings, "rows": rows,
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "zstandard")}}
     quality = Quality(target, options.context, "cpu" if device.type == "cpu" else device)
-    group = len(split.test) if device.type == "cuda" else 4
+    group = 32 if device.type == "cuda" else 4
     needs_covariances = any(point.startswith("kvtc") for _, point in wanted)
     calibration = LazyCalibration(quality, layout, split.calibration, options.sample_tokens, needs_covariances)
     ours_with: PairCodec | None = None
