@@ -33,9 +33,10 @@ CHECKPOINT_VERSION = 1
 @dataclass(frozen=True)
 class TrainOptions:
     """trunk_layers, own_layers: m and n. head: "own" (trained) or "tied" (the target's rows). steps or seconds: where the training ends, one of
-    them. batch_tokens: of a step, padding included. learning_rate: peak, after `warmup_steps`, falling as a cosine to a fiftieth. mix_from,
-    mix_to: part of the training over which the loss goes from divergence to total variation. averaging: highest decay of the averaged
-    weights. chunk: positions whose logits are held at a time."""
+    them. batch_tokens: of a step, padding included. optimizer: "adamw", or "muon" for the layers' matrices (Jordan et al., 2024; steps scaled to
+    AdamW's, Liu et al., 2025, arXiv 2502.16982) with AdamW for the rest. learning_rate: peak, after `warmup_steps`, falling as a cosine to a
+    fiftieth. mix_from, mix_to: part of the training over which the loss goes from divergence to total variation. averaging: highest decay of the
+    averaged weights. chunk: positions whose logits are held at a time."""
 
     trunk_layers: int
     own_layers: int
@@ -43,6 +44,7 @@ class TrainOptions:
     steps: int | None = None
     seconds: float | None = None
     batch_tokens: int = 32_768
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -84,18 +86,15 @@ class Trainer:
             raise TrunkDepthError(what, f"choose a trunk between 1 and {total - 1}, and own layers from 1 on")
         if (options.steps is None) == (options.seconds is None) or (options.steps or options.seconds or 0) <= 0:
             raise TrainingError("a training needs an end: steps or seconds", "give exactly one of them, above 0")
-        if options.head not in ("own", "tied"):
-            raise TrainingError(f"a head of kind {options.head!r}", "use own or tied")
+        if options.head not in ("own", "tied") or options.optimizer not in ("adamw", "muon"):
+            raise TrainingError(f"head {options.head!r}, optimizer {options.optimizer!r}", "heads: own, tied; optimizers: adamw, muon")
         self.teacher, self.documents, self.options = teacher, documents, options
         self.token_ids, self.dtype, self.device = token_ids, teacher.norm.dtype, teacher.norm.device
         self.teacher_head = TeacherHead.of(teacher.head, token_ids)
         own_head = options.head == "own"
         self.student = Student(teacher, options.own_layers, token_ids, own_head=own_head)
         self.averaged = Student(teacher, options.own_layers, token_ids, own_head=own_head).requires_grad_(False)
-        matrices = [p for p in self.student.parameters() if p.requires_grad and p.dim() > 1]
-        vectors = [p for p in self.student.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), eps=1e-9, fused=self.device.type == "cuda")
+        self.optimizers = _optimizers(self.student, options, self.device)
         self.step, self.epoch, self.cursor, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
         self._order: list[np.ndarray] = epoch_order(documents, options.batch_tokens, options.seed, 0)
         self._sums = torch.zeros(5, device=self.device)
@@ -147,8 +146,9 @@ class Trainer:
         o = self.options
         batch = make_batch(self.documents, self._next_documents(), self.device)
         rate, mix = self.schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         trunk, final = self.teacher.run(batch.token_ids, o.trunk_layers)
         states = self.student(trunk, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
         head = self.student.head.detach().to(self.dtype)
@@ -159,8 +159,9 @@ class Trainer:
         if gradients.head is not None:
             self.student.head.grad = gradients.head
         torch.nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.requires_grad], o.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += len(batch.positions)
         self._sums += torch.stack([*sums, torch.ones_like(sums.accepted) * len(batch.positions)])
@@ -196,7 +197,7 @@ class Trainer:
         """Write everything a later run needs to go on, under a temporary name first. extra: plain values returned by `restore`."""
         state = {
             "version": CHECKPOINT_VERSION, "options": asdict(self.options), "data": self._data_digest, "token_ids": self.token_ids.cpu(),
-            "student": self.student.state_dict(), "averaged": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "student": self.student.state_dict(), "averaged": self.averaged.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
             "place": [self.step, self.epoch, self.cursor, self.tokens, self.seconds], "sums": self._sums, "reported": list(self._reported),
             "extra": extra or {},
         }  # fmt: skip
@@ -231,10 +232,26 @@ class Trainer:
             raise CheckpointMismatch(f"{path} is of a training with {what}", "use the same options and data, or start without --resume")
         self.student.load_state_dict(state["student"])
         self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step, self.epoch, self.cursor, self.tokens, self.seconds = state["place"]
         self._sums, self._reported = state["sums"], (int(state["reported"][0]), float(state["reported"][1]))
         self._order = epoch_order(self.documents, self.options.batch_tokens, self.options.seed, self.epoch)
         return state["extra"]
 
 
+def _optimizers(student: Student, options: TrainOptions, device: torch.device) -> list[torch.optim.Optimizer]:
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if p.dim() > 1 and name != "head"] if options.optimizer == "muon" else []
+    left = {name: p for name, p in trained.items() if all(p is not other for other in inner)}
+    groups = [
+        {"params": [p for p in left.values() if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in left.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), eps=1e-9, fused=device.type == "cuda")
+    ]
+    if inner:
+        made.append(torch.optim.Muon(inner, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon (AdamW for head and vectors)"}
+
 
 def model_card(target: str, licence: str, command: str, figures: dict[str, Any]) -> str:
     """README.md of an adapter's folder.
@@ -41,7 +43,7 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
         f"opening of its chat template, at temperatures {temperatures}, up to {data['context']} tokens long, seed {data['seed']}{_added(data)}.",
         f"- Distillation on the target's distribution: divergence first, total variation {variation}; "
         f"{figures['steps']:,} steps, {figures['trained_tokens']:,} predicted tokens, {figures['epochs']:g} epochs, "
-        f"{figures['training_seconds']:,.0f} s on {figures['device']} with PyTorch {figures['torch']}; AdamW, peak rate "
+        f"{figures['training_seconds']:,.0f} s on {figures['device']} with PyTorch {figures['torch']}; {_OPTIMIZERS[options['optimizer']]}, peak rate "
         f"{options['learning_rate']:g}, seed {options['seed']}, averaged weights.",
         "- Command, which also printed every figure on this card:",
         "",

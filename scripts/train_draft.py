@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--held-out", type=int, help="held-out conversations of each kind, about (default 384 on a GPU, 8 on a CPU)")
     training = parser.add_argument_group("training")
     training.add_argument("--batch-tokens", type=int, default=TrainOptions.batch_tokens)
+    training.add_argument("--optimizer", choices=("adamw", "muon"), default=TrainOptions.optimizer)
     training.add_argument("--learning-rate", type=float, default=TrainOptions.learning_rate)
     training.add_argument("--chunk", type=int, default=TrainOptions.chunk, help="positions whose logits are held at a time")
     training.add_argument("--seed", type=int, default=0)
@@ -129,7 +130,7 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
 def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
     return TrainOptions(
         args.trunk_layers, args.own_layers, args.head, steps=args.steps, seconds=None if args.steps else seconds, batch_tokens=args.batch_tokens,
-        learning_rate=args.learning_rate, chunk=args.chunk, seed=args.seed,
+        optimizer=args.optimizer, learning_rate=args.learning_rate, chunk=args.chunk, seed=args.seed,
     )  # fmt: skip
 
 
