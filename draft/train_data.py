@@ -41,11 +41,13 @@ class TokenDocuments:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, documents: Sequence[Sequence[int]], starts: Sequence[int], answers: Sequence[int], facts: dict[str, Any]) -> TokenDocuments:
-        """From lists of token ids. Raises TrainingDataError when there are none."""
+    def of(
+        cls, documents: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int], answers: Sequence[int], facts: dict[str, Any]
+    ) -> TokenDocuments:
+        """From lists or arrays of token ids. Raises TrainingDataError when there are none."""
         if not documents:
             raise TrainingDataError("there are no documents to train on", "draw more tokens")
-        highest = max(max(document) for document in documents)
+        highest = max(int(np.max(document)) for document in documents)
         dtype = np.uint16 if highest < 2**16 else np.int32
         offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
         tokens = np.concatenate([np.asarray(document, dtype=dtype) for document in documents])

@@ -203,9 +203,8 @@ def draw(
 def assemble(chat: ChatOpening, said: np.ndarray, flags: np.ndarray, facts: dict) -> TokenDocuments:
     """Documents from the recorded tokens and flags, each [S, B]: every row is cut where a conversation was over, and the opening put before."""
     documents, starts, answers = [], [], []
-    opening = list(chat.opening)
-    for row in range(said.shape[1]):
-        tokens, bits = said[:, row], flags[:, row]
+    opening = np.asarray(chat.opening, said.dtype)
+    for tokens, bits in zip(np.ascontiguousarray(said.T), np.ascontiguousarray(flags.T), strict=True):
         cuts = np.flatnonzero(bits & _FINISHED) + 1
         begins = np.concatenate([[0], cuts])
         for begin, end in zip(begins, np.append(cuts, len(tokens)), strict=True):
@@ -213,7 +212,7 @@ def assemble(chat: ChatOpening, said: np.ndarray, flags: np.ndarray, facts: dict
             if end - begin < (1 if over else MIN_OWN_TOKENS):
                 continue
             answer = np.flatnonzero(bits[begin:end] & _ANSWER)
-            documents.append(opening + tokens[begin:end].tolist())
+            documents.append(np.concatenate([opening, tokens[begin:end]]))
             starts.append(len(opening))
             answers.append(len(opening) + (int(answer[0]) if len(answer) else int(end - begin)))
     return TokenDocuments.of(documents, starts, answers, facts)

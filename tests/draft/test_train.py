@@ -239,3 +239,28 @@ def test_replayed_blocks_are_what_speculative_decoding_does(teacher: Teacher, do
             steps, tokens = steps + 1, tokens + kept + 1
     found = measure(teacher, student, TeacherHead.of(teacher.head, torch.arange(V)), 2, documents, greedy=False, proposals=3)
     assert 1.5 < tokens / steps < 3.5 and found.tokens_per_step == pytest.approx(tokens / steps, rel=0.08)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_on_a_gpu_follows_the_cpu(teacher: Teacher, documents: TokenDocuments, optimizer: str, tmp_path):
+    def cuda(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to("cuda", torch.bfloat16)
+
+    layers = [type("Moved", (), {name: cuda(part) for name, part in vars(layer).items()}) for layer in teacher.layers]
+    there = Teacher(*(cuda(t) if isinstance(t, torch.Tensor) else layers for t in (teacher.embed, None, teacher.norm, teacher.head)), SHAPE,
+                    lambda length: tuple(part.cuda() for part in angles(length)))  # fmt: skip
+    train, held = documents.split(16, seed=0)
+    ids, options = reduced_vocabulary(train, V, 32, always=[0]), replace(OPTIONS, steps=100, optimizer=optimizer)
+    found = []
+    for model in (teacher, there):
+        trainer = Trainer(model, ids, train, options)
+        reports = []
+        trainer.run(report=reports.append, report_every=20)
+        trainer.save(tmp_path / "c.pt")
+        again = Trainer(model, ids, train, options)
+        again.restore(tmp_path / "c.pt")
+        assert torch.equal(again.averaged.head, trainer.averaged.head)
+        found.append(measure(model, trainer.averaged, trainer.teacher_head, 2, held, greedy=False))
+    assert found[1].acceptance == pytest.approx(found[0].acceptance, abs=0.03) and found[1].covered == pytest.approx(found[0].covered, abs=0.01)
