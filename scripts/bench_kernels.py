@@ -29,6 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="time the candidates of one case may take (default 20)")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further case is begun")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself (with TRITON_INTERPRET=1 without a GPU)")
+    parser.add_argument("--compile-only", action="store_true", help="compile every configuration, time none; several such runs may go on at once")
     parser.add_argument("--no-candidates", action="store_true", help="time the launchers' own configurations only")
     parser.add_argument("--ceilings", help=argparse.SUPPRESS)
     parser.add_argument("--json-out", help="write the JSON object to this file, after every case")
@@ -41,7 +42,7 @@ def continued(options: argparse.Namespace, remaining: list[str], ceilings: str, 
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--ops", ",".join(remaining), "--seconds", str(options.seconds), "--deadline", str(deadline)]
         command += ["--ceilings", ceilings, "--json-out", file.name]
-        command += ["--tiny"] * options.tiny + ["--no-candidates"] * options.no_candidates
+        command += ["--compile-only"] * options.compile_only + ["--tiny"] * options.tiny + ["--no-candidates"] * options.no_candidates
         subprocess.run(command, check=False)
         text = Path(file.name).read_text()
     return json.loads(text)["rows"] if text else []
@@ -64,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     from kernel_cases import accepts, kv_writes, rms_norms, ropes, silu_muls
     from kernel_cases_attention import attentions
     from kernel_cases_codec import entropy_coders, residuals
-    from kernel_timing import Clock, line, measure
+    from kernel_timing import Clock, compile_all, line, measure
 
-    groups = {"rms_norm": rms_norms, "silu_mul": silu_muls, "rope": ropes, "kv_write": kv_writes, "accept": accepts,
-              "residual": residuals, "rans": entropy_coders, "attention": attentions}  # fmt: skip
+    groups = {"attention": attentions, "residual": residuals, "rans": entropy_coders, "kv_write": kv_writes, "accept": accepts,
+              "rms_norm": rms_norms, "silu_mul": silu_muls, "rope": ropes}  # fmt: skip
 
     wanted = options.ops.split(",") if options.ops else list(groups)
     unknown = [w for w in wanted if w.split(":")[0] not in groups]
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     clock = Clock(device, seconds=options.seconds)
     if options.ceilings:
         clock.copy_gb_per_s, clock.matrix_tflops = map(float, options.ceilings.split(","))
-    else:
+    elif not options.compile_only:
         clock.measure_ceilings(options.tiny)
     ceilings = f"{clock.copy_gb_per_s},{clock.matrix_tflops}"
     result: dict[str, Any] = {
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python scripts/bench_kernels.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "copy_gb_per_s": clock.copy_gb_per_s, "matrix_tflops": clock.matrix_tflops, "rows": [],
     }  # fmt: skip
-    print(f"{result['device']}: copy {clock.copy_gb_per_s:.0f} GB/s, bf16 product {clock.matrix_tflops:.0f} TFLOP/s", flush=True)
+    if not options.compile_only:
+        print(f"{result['device']}: copy {clock.copy_gb_per_s:.0f} GB/s, bf16 product {clock.matrix_tflops:.0f} TFLOP/s", flush=True)
 
     def keep(*rows: dict[str, Any]) -> None:
         result["rows"].extend(rows)
@@ -107,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
                 if text in f"{case.op} {case.shape}":
                     if options.no_candidates:
                         case.candidates = {}
+                    if options.compile_only:
+                        compile_all(case)
+                        continue
                     row = measure(case, clock)
                     keep(row)
                     print(line(row), flush=True)

@@ -50,7 +50,9 @@ def silu_muls(device: torch.device, tiny: bool) -> Cases:
             yield Case("silu_mul", f"{name} N={n} I={model['I']}", "bf16", silu.silu_mul_floors(n, model["I"], 2),
                        lambda data=data: relative_error(silu.silu_mul(data[0]), silu_reference.silu_mul(data[0].clone())), 8e-3,
                        lambda block, data=data: [lambda x=x: silu.silu_mul(x, block=block or 1024) for x in data],
-                       {"block 512": 512, "block 2048": 2048}, {"torch": [lambda x=x: silu_reference.silu_mul(x) for x in data]})  # fmt: skip
+                       {"block 512": 512, "block 2048": 2048},
+                       lambda block, data=data: relative_error(silu.silu_mul(data[0], block=block), silu_reference.silu_mul(data[0].clone())),
+                       {"torch": [lambda x=x: silu_reference.silu_mul(x) for x in data]})  # fmt: skip
 
 
 def ropes(device: torch.device, tiny: bool) -> Cases:
@@ -112,15 +114,16 @@ def accepts(device: torch.device, tiny: bool) -> Cases:
             count = torch.full((batch,), drafts, device=device)
             arguments = (p, q, tokens, count, torch.arange(batch, device=device), torch.arange(batch, device=device) * 100, drafts)
 
-            def check(a: tuple[Any, ...] = arguments) -> float:
+            def check(config: dict[str, int] | None = None, a: tuple[Any, ...] = arguments) -> float:
                 wrong = 0.0
                 for seed in range(20):
                     b = (*a[:4], a[4] + 1000 * seed, *a[5:])
-                    ours, theirs = accept.accept(*b), accept_reference.accept(*b)
+                    ours, theirs = accept.accept(*b, **(config or {})), accept_reference.accept(*b)
                     wrong += float((ours.num_accepted != theirs.num_accepted).sum() + (ours.next_token != theirs.next_token).sum())
                 return wrong
 
             yield Case("accept", f"{name} B={batch} K={drafts} V={vocab}", "f32", accept.accept_floors(batch, total, vocab), check, 0.0,
                        lambda c, a=arguments: [lambda: accept.accept(*a, **(c or {}))],
                        {f"tile {t}, {w} warps": {"tile": t, "num_warps": w} for t, w in ((4, 8), (8, 16), (16, 16), (4, 4))},
+                       check,
                        {"torch": [lambda a=arguments: accept_reference.accept(*a)]})  # fmt: skip

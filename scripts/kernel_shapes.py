@@ -24,7 +24,7 @@ def copies(make: Callable[[], Any], bytes_each: int, device: torch.device) -> li
 
 
 def row_counts(tiny: bool) -> tuple[int, ...]:
-    return (3,) if tiny else (8, 40, 4096)
+    return (3,) if tiny else (40, 4096)
 
 
 def models(tiny: bool) -> dict[str, dict[str, int]]:

@@ -105,6 +105,7 @@ class Case:
         check: relative error of the default configuration, or 0 and infinity for exact meanings; at most bound passes.
         calls: for a candidate (None: the launcher's own choice) the same operation on different data.
         candidates: name to configuration.
+        check_candidate: the error of a configuration, where there are candidates; the fastest one is checked as well.
         baselines: name to calls.
         units: further rates to print, name to how many of it one call does.
         matrix: the operations are the matrix units', so their rate is a ceiling too; else memory alone is.
@@ -118,23 +119,25 @@ class Case:
     bound: float
     calls: Callable[[Any], Sequence[Call]]
     candidates: dict[str, Any] = field(default_factory=dict)
+    check_candidate: Callable[[Any], float] | None = None
     baselines: dict[str, Sequence[Call]] = field(default_factory=dict)
     units: dict[str, float] = field(default_factory=dict)
     matrix: bool = False
 
 
-def measure(case: Case, clock: Clock) -> dict[str, Any]:
-    """Check, then time candidates and baselines. A failed check leaves the times of neither."""
-    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "ms": None, "gb_per_s": None, "tflops": None,
-                           "ceiling_fraction": None, "baseline": None, "baseline_ms": None}  # fmt: skip
-    error = case.check()
-    row.update(error=error, bound=case.bound, correct=error <= case.bound)
-    if not row["correct"]:
-        return row
+def compile_all(case: Case) -> None:
+    """Run every configuration once, so that a later process finds it compiled; what fails is left to that one to report."""
+    for config in (None, *case.candidates.values()):
+        try:
+            case.calls(config)[0]()
+        except Exception as failure:
+            if "CUDA error" in str(failure):
+                raise
+
+
+def _try_candidates(case: Case, clock: Clock, tried: dict[str, Any]) -> str:
+    """Fill in milliseconds (or what went wrong) by name; the name of the fastest that is right."""
     started = time.perf_counter()
-    row["default_ms"] = clock.ms(case.calls(None))
-    row["captured"] = clock.captured
-    tried: dict[str, Any] = {"default": row["default_ms"]}
     for name, candidate in case.candidates.items():
         if time.perf_counter() - started > clock.seconds:
             tried[name] = "not tried: out of time"
@@ -146,9 +149,30 @@ def measure(case: Case, clock: Clock) -> dict[str, Any]:
                 raise
             tried[name] = f"failed: {str(failure).splitlines()[0][:120]}"
     times = {name: t for name, t in tried.items() if isinstance(t, float)}
-    best = min(times, key=lambda name: times[name])
+    for name in sorted(times, key=lambda name: times[name]):
+        if name == "default" or case.check_candidate is None:
+            return name
+        error = case.check_candidate(case.candidates[name])
+        if error <= case.bound:
+            return name
+        tried[name] = f"wrong: error {error:.2e}"
+    return "default"
+
+
+def measure(case: Case, clock: Clock) -> dict[str, Any]:
+    """Check, then time candidates and baselines. A failed check leaves the times of neither."""
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "ms": None, "gb_per_s": None, "tflops": None,
+                           "ceiling_fraction": None, "baseline": None, "baseline_ms": None, "config": None}  # fmt: skip
+    error = case.check()
+    row.update(error=error, bound=case.bound, correct=error <= case.bound)
+    if not row["correct"]:
+        return row
+    row["default_ms"] = clock.ms(case.calls(None))
+    row["captured"] = clock.captured
+    tried: dict[str, Any] = {"default": row["default_ms"]}
+    best = _try_candidates(case, clock, tried)
     moved, operations = case.floors
-    ms = times[best]
+    ms = tried[best]
     row.update(ms=ms, config=best, tried=tried, gb_per_s=moved / ms / 1e6, tflops=operations / ms / 1e9)
     memory_ms = moved / clock.copy_gb_per_s / 1e6
     floor_ms = max(memory_ms, operations / clock.matrix_tflops / 1e9 if case.matrix else 0.0)

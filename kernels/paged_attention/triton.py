@@ -176,8 +176,8 @@ def merge_splits(
             part_ptr + part[:, :, None] * head_dim + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
         )
         total += tl.sum(split_total * weight, 0)
-        # an empty split's row was never written
-        acc += tl.sum(tl.where((split_total > 0)[:, :, None], split_acc * weight[:, :, None], 0.0), 0)
+        split_acc = tl.where((split_total > 0)[:, :, None], split_acc, 0.0)  # an empty split's row was never written
+        acc += tl.sum(split_acc * weight[:, :, None], 0)
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
