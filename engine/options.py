@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     models = p.add_argument_group("models")
     models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
     models.add_argument("--target", metavar="DIR|HUB_ID")
-    models.add_argument("--draft", metavar="DIR|HUB_ID|trunk|none", help="default: the pair's own; none with --target")
+    models.add_argument("--draft", metavar="DIR|HUB_ID|trunk|none", help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
+                        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target")  # fmt: skip
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     models.add_argument("--hot", default=PLAIN, choices=HOT_FORMATS, help="format of the target's KV being attended; a draft model's stays bf16")

@@ -244,3 +244,34 @@ def test_adapters_that_do_not_fit_are_refused(target, random_decoder, make_adapt
         load_trained_trunk(tmp_path / "none", target)
     with pytest.raises(InvalidOption, match="trunk_layers"):
         choose_draft(folder, target.config, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("features", [(), (1, 3)], ids=["lazy", "eager"])
+def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapter, tmp_path, features):
+    target = random_decoder(0, num_hidden_layers=4, head_dim=32, num_attention_heads=4)
+    folder = make_adapter(tmp_path, target)
+    there = Decoder.from_config(target.config, dtype=torch.float32, device="cuda")
+    for name, place in there.hf_tensors().items():
+        place.copy_(target.hf_tensors()[name])
+    trained = load_trained_trunk(folder, there)
+    texts = []
+    for draft, length in ((None, 0), (trained, 3)):
+        engine = engine_of(there, draft, deterministic=True, page_size=64)
+        if draft is not None:
+            engine.keep_features(features, lambda: FeatureBuffer(dtype=torch.float32))
+        results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
+        texts.append([r.token_ids for r in results])
+    assert texts[0] == texts[1] and 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+    sampled = SamplingParams(max_new_tokens=30, draft_length=3, temperature=1.0, seed=5)
+    conversation = engine.open_conversation()
+    engine.run(conversation, PROMPTS[1], sampled)
+    state, count = conversation.draft_state, conversation.sequence.length
+    engine.drafter.adapter.run_waiting([state])
+    here = load_trained_trunk(folder, target)
+    states, kv = full_pass(target, here, conversation.token_ids[:count])
+    assert (trained.decoder.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()
+    if features:
+        wanted = states[:, list(features)]
+        assert (state.features.take(0, count).cpu() - wanted).norm() < 0.02 * wanted.norm()
