@@ -49,7 +49,8 @@ def continued(options: argparse.Namespace, remaining: list[str], ceilings: str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options = arguments(given)
     started = time.perf_counter()
     import torch
     import triton
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "command": "python scripts/bench_kernels.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": "python scripts/bench_kernels.py " + " ".join(Path(a).name if a == options.json_out else a for a in given),
         "copy_gb_per_s": clock.copy_gb_per_s, "matrix_tflops": clock.matrix_tflops, "rows": [],
     }  # fmt: skip
     if not options.compile_only:
