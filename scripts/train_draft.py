@@ -185,6 +185,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
     if args.pause_after is not None and not args.checkpoint:
         raise InvalidOption("a paused training needs a checkpoint", "name a file with --checkpoint")
+    if args.search and (args.checkpoint or args.resume or args.pause_after is not None):
+        raise InvalidOption("a search keeps no checkpoint", "leave out --checkpoint, --resume and --pause-after")
     if args.plot:
         import matplotlib  # noqa: F401 (missing: known now, not after the training)
     folder = resolve_pair(args.pair).target_dir if args.pair else resolve_model(args.target)

@@ -14,7 +14,10 @@ import torch
 from draft.adapter import load_adapter
 from draft.train import TrainOptions
 from engine.chat_opening import ChatOpening
+from engine.drafters import load_trained_trunk
+from engine.engine import Engine
 from engine.errors import InvalidOption
+from engine.sampling import SamplingParams
 from engine.self_text import SelfTextOptions
 from engine.trunk_card import model_card
 from engine.trunk_data import TrainingSets, add_text, draw_sets
@@ -64,6 +67,14 @@ def test_training_measuring_and_storing(target, sets, tmp_path):
     assert config.training["stored"] == figures["stored"] and config.digest == figures["adapter_digest"]
     error = tensors["lm_head.weight"] - training.trainer.averaged.head
     assert 0 < float(error.abs().max()) < 0.02 * float(tensors["lm_head.weight"].abs().max())
+    # the engine, drafting freely with the stored adapter, gets what was measured on held-out text
+    engine = Engine(target, draft=load_trained_trunk(tmp_path / "adapter", target), page_size=16)
+    for docs, group, temperature in ((sets.greedy, "greedy", 0.0), (sets.sampled, "temperature_1", 1.0)):
+        prompts = [docs.document(i)[: docs.answers[i]].tolist() for i in range(len(docs)) if docs.answers[i] < docs.lengths[i]]
+        params = [SamplingParams(max_new_tokens=64, temperature=temperature, seed=s, draft_length=4, stop_token_ids=(2,)) for s in range(len(prompts))]
+        made = [result.speculation for result in engine.generate(prompts, params)]
+        per_step = 1 + sum(m.accepted for m in made) / sum(m.steps for m in made)
+        assert per_step == pytest.approx(figures["stored"][group]["tokens_per_step"], rel=0.2) and per_step > 1.3
     card = model_card("tiny", "Apache-2.0", "the command", figures)
     for value in (figures["stored"]["temperature_1"]["acceptance"], figures["greedy"]["tokens_per_step"]):
         assert f"{value:.3f}" in card
