@@ -211,7 +211,8 @@ def item(question: Question, answer: str, untouched: str) -> dict[str, Any]:
 
 
 def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
-    """One row for each (task, context, method): accuracy, agreement with the untouched cache's answers, accuracy by depth, bits per element.
+    """One row for each (task, context, method), and where there are several contexts one over "all" of them: accuracy, agreement with the untouched
+    cache's answers, accuracy by depth, bits per element.
 
     lost, gained: questions that only the untouched cache answered right, and that only this one did; their balance over the questions is the
     difference of the two accuracies, whose standard error is that of paired questions.
@@ -219,17 +220,19 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
     Args:
         full_dim: KV elements a token.
     """
-    groups: dict[tuple[str, int | None, str], list[dict[str, Any]]] = {}
-    sizes: dict[tuple[int | None, str], list[tuple[int, int]]] = {}
+    groups: dict[tuple[str, int | str | None, str], list[dict[str, Any]]] = {}
+    sizes: dict[tuple[int | str | None, str], list[tuple[int, int]]] = {}
+    several = len({key.split("/")[1] for key in parts if key.startswith("planted/")}) > 1
     for key, part in parts.items():
         words = key.split("/")
         if words[0] not in ("planted", "conversation"):
             continue
-        context, method = (int(words[1]) if words[0] == "planted" else None), words[-1]
-        for one in part["items"]:
-            groups.setdefault(("conversation" if context is None else one["task"], context, method), []).append(one)
-        if part["stored_bytes"] is not None:
-            sizes.setdefault((context, method), []).append((part["stored_bytes"], part["tokens"]))
+        own, method = (int(words[1]) if words[0] == "planted" else None), words[-1]
+        for where in (own, "all") if several and own is not None else (own,):
+            for one in part["items"]:
+                groups.setdefault(("conversation" if own is None else one["task"], where, method), []).append(one)
+            if part["stored_bytes"] is not None:
+                sizes.setdefault((where, method), []).append((part["stored_bytes"], part["tokens"]))
     rows = []
     for (task, context, method), items in groups.items():
         asked = [i for i in items if i["right"] is not None]

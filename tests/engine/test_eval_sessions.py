@@ -139,6 +139,9 @@ def test_rows_count_what_was_lost_and_gained():
     assert (untouched["accuracy"], untouched["lost"], untouched["gained"], untouched["agreement"]) == (0.6, 0, 0, 1)
     assert (tiny["accuracy"], tiny["lost"], tiny["gained"], tiny["agreement"]) == (0.4, 2, 1, 0.2)
     assert tiny["bits_per_element"] == 8 * 400 / 3200
+    more = parts | {"planted/128/0-5/tiny": parts["planted/64/0-5/tiny"] | {"tokens": 640}}
+    both = next(r for r in rows_of(more, 10) if r["context"] == "all" and r["method"] == "tiny")
+    assert both["questions"] == 10 and both["accuracy"] == 0.4 and both["bits_per_element"] == 8 * 800 / 9600
     assert tiny["difference_standard_error"] == pytest.approx((3 - 1 / 5) ** 0.5 / 5)
 
 
