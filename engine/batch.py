@@ -11,7 +11,7 @@ from engine.hot_pool import HotBatch, HotPool
 from engine.pool import KvSequence, PagedPool
 from engine.rope import RopeTable
 from kernels.dispatch import use_triton
-from kernels.hot_kv import NUM_SINKS
+from kernels.hot_kv import NUM_SINKS, RING
 from kernels.paged_attention.reference import Plan, plan
 from kernels.rope.reference import widen
 
@@ -75,13 +75,16 @@ def prepare(
         )
         if not isinstance(pool, HotPool):
             return batch
-        sink_rows = [pool.sink_row(sequence) for sequence in sequences]
+        rows = [pool.exact_row(sequence) for sequence in sequences]
+        since = [pool.note_written(sequence, start, end) for sequence, start, end in zip(sequences, starts, contexts, strict=True)]
         return HotBatch(
             *batch,
             max(query_lens),
             rope.table(max(contexts)),
-            torch.tensor(sink_rows, dtype=torch.int32, device=device),
-            _new_sinks(starts, query_lens, sink_rows, device),
+            torch.tensor(rows, dtype=torch.int32, device=device),
+            torch.tensor(since, dtype=torch.int32, device=device),
+            _new_sinks(starts, query_lens, rows, device),
+            _new_recent(starts, query_lens, rows, device),
         )
     assert isinstance(pool, PagedPool)
     first, last = numbers[0], numbers[-1]
@@ -93,15 +96,27 @@ def prepare(
     return ReferenceBatch(widen(cos, sin), slots, attention)
 
 
-def _new_sinks(
-    starts: list[int], query_lens: list[int], sink_rows: list[int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _new_sinks(starts: list[int], query_lens: list[int], rows: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Which of the new tokens, one request's after another's, are first ones, and where these are kept: each [M] int64; None without any."""
     if min(starts) >= NUM_SINKS:
         return None
     found, before = [], 0
-    for start, count, row in zip(starts, query_lens, sink_rows, strict=True):
+    for start, count, row in zip(starts, query_lens, rows, strict=True):
         found += [(before + t, row * NUM_SINKS + start + t) for t in range(count) if start + t < NUM_SINKS]
         before += count
-    rows, slots = torch.tensor(found, dtype=torch.int64, device=device).unbind(1)
-    return rows, slots.contiguous()
+    new, slots = torch.tensor(found, dtype=torch.int64, device=device).unbind(1)
+    return new, slots.contiguous()
+
+
+def _new_recent(
+    starts: list[int], query_lens: list[int], rows: list[int], device: torch.device
+) -> tuple[torch.Tensor | slice, torch.Tensor]:
+    """Which of the new tokens are among their request's last RING ones (a slice for all), [M] int64, and where these are kept."""
+    new, slots, before = [], [], 0
+    for start, count, row in zip(starts, query_lens, rows, strict=True):
+        last = range(max(0, count - RING), count)
+        new += [before + t for t in last]
+        slots += [row * RING + (start + t) % RING for t in last]
+        before += count
+    which = slice(None) if len(new) == before else torch.tensor(new, dtype=torch.int64, device=device)
+    return which, torch.tensor(slots, dtype=torch.int64, device=device)

@@ -1,20 +1,23 @@
 """The pool of the hot formats q4, q3 and q2: keys and values in few bits while they are attended, and attention over them.
 
-A request's first tokens are kept exact beside the codes (`kernels.hot_kv`).
+A request's first tokens and its last ones are kept exact beside the codes (`kernels.hot_kv`).
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from engine.pool import KvPool, KvSequence
-from kernels.hot_kv import NUM_SINKS, HotMeans, HotPages, HotSinks, hot_kv_write, hot_paged_attention, new_pages
+from kernels.hot_kv import NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, hot_kv_write, hot_paged_attention, new_pages
 from kernels.hot_kv.reference import dequantise
 from kernels.kv_write import kv_write
 from kernels.rope import apply_rope
+
+FIRST_SLOTS = 2  # sequences with room for exact tokens at first; doubles on demand
 
 
 class HotBatch(NamedTuple):
@@ -28,8 +31,10 @@ class HotBatch(NamedTuple):
     context_lens: torch.Tensor  # [B] int32, the new tokens included
     max_query_len: int
     tables: tuple[torch.Tensor, torch.Tensor]  # cos and sin [positions, d/2] float32 of all positions up to the longest context
-    sink_rows: torch.Tensor  # [B] int32, where each request's first tokens lie
-    new_sinks: tuple[torch.Tensor, torch.Tensor] | None  # of the N tokens those that are first ones, [M] int64, and their sink slots
+    exact_rows: torch.Tensor  # [B] int32, where each request's first and last tokens lie
+    since: torch.Tensor  # [B] int32, first position whose exact row is still held
+    new_sinks: tuple[torch.Tensor, torch.Tensor] | None  # of the N tokens those that are first ones, [M] int64, and their slots
+    new_recent: tuple[torch.Tensor | slice, torch.Tensor]  # those that stay among the last ones, and their slots
 
 
 @dataclass(frozen=True)
@@ -40,30 +45,38 @@ class HotLayer:
     means: HotMeans
     k_sinks: torch.Tensor  # [R, NUM_SINKS, G, d]
     v_sinks: torch.Tensor
+    k_ring: torch.Tensor  # [R, RING, G, d]
+    v_ring: torch.Tensor
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: HotBatch, scale: float, *, deterministic: bool
     ) -> torch.Tensor:
         """Write new keys [N, G, d] and values, then attend: queries [N, H, d], neither rotated yet -> [N, H, d]."""
-        hot_kv_write(k, v, batch.cos, batch.sin, batch.slots, self.means, self.pages)
+        cos, sin = batch.cos, batch.sin
+        hot_kv_write(k, v, cos, sin, batch.slots, self.means, self.pages)
         if batch.new_sinks is not None:
             rows, slots = batch.new_sinks
-            kv_write(k[rows], v[rows], batch.cos[rows], batch.sin[rows], slots, self.k_sinks, self.v_sinks)
-        rotated = apply_rope(q, batch.cos, batch.sin)
-        return hot_paged_attention(
-            rotated, self.pages, self.means, *batch.tables, batch.page_table, batch.query_lens, batch.context_lens, scale,
-            sinks=HotSinks(self.k_sinks, self.v_sinks, batch.sink_rows), deterministic=deterministic, max_query_len=batch.max_query_len,
+            kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, self.k_sinks, self.v_sinks)
+        out = hot_paged_attention(
+            apply_rope(q, cos, sin), self.pages, self.means, *batch.tables, batch.page_table, batch.query_lens, batch.context_lens, scale,
+            sinks=HotSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
+            recent=HotRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
+            deterministic=deterministic, max_query_len=batch.max_query_len,
         )  # fmt: skip
+        # only now: attention still read what these overwrite
+        last, slots = batch.new_recent
+        kv_write(k[last], v[last], cos[last], sin[last], slots, self.k_ring, self.v_ring)
+        return out
 
 
 class HotPool(KvPool):
-    """Pages of codes and scales, one `HotPages` a layer, and a slot of exact first tokens for each first page in use.
+    """Pages of codes and scales, one `HotPages` a layer, and for each first page in use a slot of exact first and last tokens.
 
     Args:
         bits: of a code, 4, 3 or 2.
         means: [L, 2, G, d] float32, calibrated means of keys before rotation and of values.
         num_pages, page_size, max_pages: see `KvPool`.
-        dtype: of the exact first tokens.
+        dtype: of the exact tokens.
 
     Raises:
         ValueError: the head size is not one that the formats take.
@@ -77,9 +90,12 @@ class HotPool(KvPool):
         self._heads, self._head_dim = means.shape[2:]
         self._means = [HotMeans(layer[0].contiguous(), layer[1].contiguous()) for layer in means]
         self._pages = [new_pages(bits, num_pages, page_size, self._heads, self._head_dim, means.device) for _ in means]
-        self._sinks = torch.zeros(len(means), 2, 4, NUM_SINKS, self._heads, self._head_dim, dtype=dtype, device=means.device)
+        shape = len(means), 2, FIRST_SLOTS, NUM_SINKS, self._heads, self._head_dim
+        self._sinks = torch.zeros(shape, dtype=dtype, device=means.device)
+        self._rings = torch.zeros((*shape[:3], RING, *shape[4:]), dtype=dtype, device=means.device)
         self._slot_of_page: dict[int, int] = {}
-        self._free_slots = list(range(self._sinks.shape[2]))
+        self._free_slots = list(range(FIRST_SLOTS))
+        self._held_from = [0] * FIRST_SLOTS  # first position of which a slot's ring holds the row
 
     @property
     def device(self) -> torch.device:
@@ -88,36 +104,50 @@ class HotPool(KvPool):
 
     @property
     def page_bytes(self) -> int:
-        """Size of one page over all layers, in bytes; exact first tokens are beside it."""
+        """Size of one page over all layers, in bytes; exact tokens are beside it."""
         return sum(t.numel() * t.element_size() for pages in self._pages for t in pages[1:]) // self.num_pages
 
     @property
     def bytes(self) -> int:
-        """Size of codes, scales and exact first tokens in bytes."""
-        return self.page_bytes * self.num_pages + self._sinks.numel() * self._sinks.element_size()
+        """Size of codes, scales and exact tokens in bytes."""
+        return self.page_bytes * self.num_pages + self.slot_bytes * len(self._held_from)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Size of one sequence's exact tokens over all layers, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self._sinks, self._rings)) // len(self._held_from)
 
     def bytes_of(self, sequence: KvSequence) -> int:
-        """Its pages, and its exact first tokens."""
-        slot = self._sinks.numel() * self._sinks.element_size() // self._sinks.shape[2]
-        return super().bytes_of(sequence) + slot * any(page in self._slot_of_page for page in sequence.pages[:1])
+        """Its pages, and its exact tokens."""
+        return super().bytes_of(sequence) + self.slot_bytes * any(page in self._slot_of_page for page in sequence.pages[:1])
 
     def layer(self, index: int) -> HotLayer:
         """What a layer's attention reads and writes."""
-        return HotLayer(self._pages[index], self._means[index], self._sinks[index, 0], self._sinks[index, 1])
+        exact = (tensor[index, part] for tensor in (self._sinks, self._rings) for part in (0, 1))
+        return HotLayer(self._pages[index], self._means[index], *exact)
 
-    def sink_row(self, sequence: KvSequence) -> int:
-        """Slot of the exact first tokens of a sequence that owns a page; taken at first use, given back with the page."""
+    def exact_row(self, sequence: KvSequence) -> int:
+        """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page."""
         first = sequence.pages[0]
         if first not in self._slot_of_page:
             if not self._free_slots:
-                count = self._sinks.shape[2]
-                self._sinks = torch.cat((self._sinks, torch.zeros_like(self._sinks)), 2)
+                count = len(self._held_from)
+                self._sinks, self._rings = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self._sinks, self._rings))
                 self._free_slots = list(range(count, 2 * count))
-            self._slot_of_page[first] = self._free_slots.pop()
+                self._held_from += [0] * count
+            slot = self._slot_of_page[first] = self._free_slots.pop()
+            self._held_from[slot] = sys.maxsize
         return self._slot_of_page[first]
 
+    def note_written(self, sequence: KvSequence, start: int, end: int) -> int:
+        """Tokens [start, end) are about to be written; returns the first position before them whose exact row is held (start: none is)."""
+        slot = self.exact_row(sequence)
+        since = min(self._held_from[slot], start)
+        self._held_from[slot] = max(since, end - RING)
+        return since
+
     def release(self, pages: list[int]) -> None:
-        """Take one owner off each page; those without owner are free, and their exact first tokens are forgotten."""
+        """Take one owner off each page; those without owner are free, and their exact tokens are forgotten."""
         super().release(pages)
         self._free_slots += [self._slot_of_page.pop(page) for page in pages if page in self._slot_of_page and self.is_free(page)]
 
@@ -145,7 +175,7 @@ class HotPool(KvPool):
                 out[:, 0] += layer.means.k_mean
             out[:, 1] = values + layer.means.v_mean
             if sinks:
-                slot = self.sink_row(sequence)
+                slot = self.exact_row(sequence)
                 keys = layer.k_sinks[slot, start : start + sinks].float()
                 out[:sinks, 0] = apply_rope(keys, inverse[0][:sinks], inverse[1][:sinks])
                 out[:sinks, 1] = layer.v_sinks[slot, start : start + sinks].float()
@@ -158,11 +188,16 @@ class HotPool(KvPool):
         pages, offsets = sequence.addresses(start, start + len(kv))
         if not len(kv):
             return
-        slots, sinks = pages * self.page_size + offsets, max(0, min(start + len(kv), NUM_SINKS) - start)
+        slots, end, row = pages * self.page_size + offsets, start + len(kv), self.exact_row(sequence)
+        self.note_written(sequence, start, end)
+        sinks, recent = max(0, min(end, NUM_SINKS) - start), max(0, len(kv) - RING)
+        sink_slots = row * NUM_SINKS + torch.arange(start, start + sinks, device=self.device)
+        ring_slots = row * RING + torch.arange(start + recent, end, device=self.device) % RING
         for number in range(first_layer, len(self._pages)):
             layer, rows = self.layer(number), kv[:, number - first_layer]
             hot_kv_write(rows[:, 0], rows[:, 1], *angles, slots, layer.means, layer.pages)
             if sinks:
-                first = self.sink_row(sequence) * NUM_SINKS + torch.arange(start, start + sinks, device=self.device)
                 few = [t[:sinks] for t in (rows[:, 0], rows[:, 1], *angles)]
-                kv_write(few[0], few[1], few[2], few[3], first, layer.k_sinks, layer.v_sinks)
+                kv_write(few[0], few[1], few[2], few[3], sink_slots, layer.k_sinks, layer.v_sinks)
+            last = [t[recent:] for t in (rows[:, 0], rows[:, 1], *angles)]
+            kv_write(last[0], last[1], last[2], last[3], ring_slots, layer.k_ring, layer.v_ring)

@@ -8,9 +8,11 @@ import torch
 
 from kernels.dispatch import use_triton
 from kernels.hot_kv import reference
-from kernels.hot_kv.reference import FORMATS, NUM_SINKS, HotMeans, HotPages, HotSinks, new_pages
+from kernels.hot_kv.reference import FORMATS, NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
 
-__all__ = ["FORMATS", "NUM_SINKS", "HotMeans", "HotPages", "HotSinks", "hot_kv_write", "hot_paged_attention", "new_pages"]
+__all__ = [
+    "FORMATS", "NUM_RECENT", "NUM_SINKS", "RING", "HotMeans", "HotPages", "HotRecent", "HotSinks", "hot_kv_write", "hot_paged_attention", "new_pages",
+]  # fmt: skip
 
 
 def hot_kv_write(
@@ -37,6 +39,7 @@ def hot_paged_attention(
     scale: float,
     *,
     sinks: HotSinks | None = None,
+    recent: HotRecent | None = None,
     deterministic: bool = False,
     max_query_len: int | None = None,
 ) -> torch.Tensor:
@@ -48,5 +51,5 @@ def hot_paged_attention(
     if use_triton(q, pages.k_codes):
         from kernels.hot_kv import attention
 
-        return attention.hot_paged_attention(*fixed, sinks=sinks, deterministic=deterministic, max_query_len=max_query_len)
-    return reference.hot_paged_attention(*fixed, sinks=sinks, deterministic=deterministic)
+        return attention.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic, max_query_len=max_query_len)
+    return reference.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic)

@@ -23,7 +23,18 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels.hot_kv.reference import LEVEL_COEFFICIENTS, NUM_SINKS, HotMeans, HotPages, HotSinks, hadamard_signs, levels
+from kernels.hot_kv.recent import attend_recent
+from kernels.hot_kv.reference import (
+    LEVEL_COEFFICIENTS,
+    NUM_RECENT,
+    NUM_SINKS,
+    HotMeans,
+    HotPages,
+    HotRecent,
+    HotSinks,
+    hadamard_signs,
+    levels,
+)
 from kernels.hot_kv.sinks import attend_sinks
 from kernels.hot_kv.triton import times_signs
 from kernels.paged_attention import triton as paged
@@ -135,10 +146,11 @@ def _levels(low, high, level_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: 
 @triton.jit
 def _split_kernel(
     q_ptr, pair_ptr, size_ptr, k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr, table_ptr, query_lens_ptr, context_lens_ptr,
-    angle_ptr, level_ptr, part_ptr, stat_ptr,
+    since_ptr, angle_ptr, level_ptr, part_ptr, stat_ptr,
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
@@ -152,6 +164,8 @@ def _split_kernel(
         query_lens_ptr, request, kv_head, tile, queries, context, num_requests, GROUP, BLOCK_M, REQUESTS
     )
     row_head = row * q_heads + head
+    if RECENT > 0:
+        limit = tl.maximum(limit - RECENT, tl.load(since_ptr + request).to(tl.int32))
 
     FAST: tl.constexpr = ASM != ""
     channel, near = tl.arange(0, D), tl.arange(0, BLOCK_N)[:, None]
@@ -302,6 +316,7 @@ def hot_paged_attention(
     scale: float,
     *,
     sinks: HotSinks | None = None,
+    recent: HotRecent | None = None,
     deterministic: bool = False,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
@@ -344,18 +359,24 @@ def hot_paged_attention(
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
         D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
     )  # fmt: skip
-    first_split = 0 if sinks is None else 1  # the sinks' part comes first: its place must not depend on the number of splits
+    # what is exact comes first: a part's place must not depend on the number of splits
+    first_split = (sinks is not None) + (recent is not None)
     num_parts = num_splits + first_split
     part = torch.empty((num_parts, num_rows, q_heads, d), dtype=torch.float32, device=device)
     stat = torch.empty((num_parts, num_rows, q_heads, 2), dtype=torch.float32, device=device)
     if sinks is not None:
         attend_sinks(q, sinks, means.v_mean, signs, lengths, scale * LOG2_E, part[0], stat[0])
+    if recent is not None:
+        at = first_split - 1
+        attend_recent(q, recent, means.v_mean, signs, lengths, scale * LOG2_E, part[at], stat[at], 0 if sinks is None else NUM_SINKS)
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
         rotated, pair, size, pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale, page_table, lengths.query_lens, lengths.context_lens,
+        lengths.context_lens if recent is None else recent.since,
         angle_table(cos_table, sin_table) if with_mean else rotated, levels(bits, device), part[first_split:], stat[first_split:],
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
-        MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
+        MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
+        ASM=level_assembly(bits) if fast else "", PRECISION=precision,
         num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(num_rows * q_heads, 16),)](

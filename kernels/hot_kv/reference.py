@@ -6,7 +6,8 @@ levels (Zandieh et al.: "TurboQuant", arXiv 2504.19874). The scale makes the dec
 The means come back analytically: a key's as a term of the score that depends on the query and the position only, a value's as one
 addition to the output. The rotation is undone on the query and on the output, so no key or value is ever rotated back.
 The first tokens of a request draw attention from all others whatever they say (Xiao et al.: "attention sinks", arXiv 2309.17453) and
-look like no other: theirs may be kept exact beside the codes.
+look like no other: theirs may be kept exact beside the codes. So may a few tokens before each query, which it attends to most (the
+residual window of Liu et al.: "KIVI", arXiv 2402.02750, here of a fixed length for every query, whatever block it comes in).
 
 Axes: P pages, S page size, G KV heads, H query heads, d head size (a power of two from 32 on), N new tokens, B requests, R sink slots.
 """
@@ -25,6 +26,8 @@ from kernels.rope.reference import apply_rope
 
 FORMATS = {"q4": 4, "q3": 3, "q2": 2}
 NUM_SINKS = 4  # tokens at a request's start that are kept exact, where they are
+NUM_RECENT = 32  # tokens up to each query's own that it reads exactly, where they are kept
+RING = 96  # of a request's last tokens kept for that: NUM_RECENT still lie before a block of 65, should all its drafts be rejected
 
 # A level is u (a + b u^2) at the odd integers u, in bfloat16: within 2% of the best codebook's squared error on a Gaussian (0.00965, 0.0346,
 # 0.1175 at 4, 3 and 2 bits), and four packed operations to evaluate where a table would cost a lookup for every element.
@@ -54,6 +57,17 @@ class HotSinks(NamedTuple):
     k: torch.Tensor  # [R, NUM_SINKS, G, d] bfloat16 or float32, keys rotated to positions 0, 1, ..., their mean not taken off
     v: torch.Tensor  # the same of values
     rows: torch.Tensor  # [B] int32, the slot of each request
+
+
+class HotRecent(NamedTuple):
+    """One layer's last tokens kept exact: a query reads the NUM_RECENT up to its own here and leaves their codes alone."""
+
+    k_new: torch.Tensor  # [N, G, d] this step's keys, rotated, in the queries' dtype
+    v_new: torch.Tensor  # [N, G, d]
+    k_ring: torch.Tensor  # [R, RING, G, d] of the same dtype: keys of earlier tokens, rotated, position p in row p % RING
+    v_ring: torch.Tensor
+    rows: torch.Tensor  # [B] int32, the slot of each request
+    since: torch.Tensor  # [B] int32, first position that its ring holds, at most the first new token's
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -203,6 +217,7 @@ def hot_paged_attention(
     scale: float,
     *,
     sinks: HotSinks | None = None,
+    recent: HotRecent | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """`paged_attention` over decoded pages; the other arguments and the result are those of `kernels.paged_attention`.
@@ -211,6 +226,7 @@ def hot_paged_attention(
         q: [N, H, d] rotated queries.
         cos_table, sin_table: [positions, d/2] float32, row p the angles of position p; a request's keys stand at positions 0, 1, ...
         sinks: the requests' first tokens, read in the place of their codes; None where the codes are all there is.
+        recent: the same for the last tokens before each query.
     """
     head_dim, page_size = q.shape[-1], pages.k_scale.shape[2]
     lens = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
@@ -232,6 +248,62 @@ def hot_paged_attention(
             n, start = min(NUM_SINKS, context), first * page_size
             k.flatten(0, 1)[start : start + n] = sinks.k[row, :n].float()
             v.flatten(0, 1)[start : start + n] = sinks.v[row, :n].float()
+    if recent is not None:
+        queries = query_lens.tolist() if isinstance(query_lens, torch.Tensor) else list(query_lens)
+        starts = [first * page_size for first in firsts]
+        return _attend_recent(q, k, v, starts, queries, lens, scale, recent, 0 if sinks is None else NUM_SINKS, deterministic)
     own = torch.arange(max(counts)) + torch.tensor(firsts)[:, None]
     out = paged.paged_attention(q.float(), k, v, own.clamp_max(len(used) - 1), query_lens, lens, scale, deterministic=deterministic)
     return out.to(q.dtype)
+
+
+def _attend_recent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    firsts: list[int],
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+    recent: HotRecent,
+    num_sinks: int,
+    deterministic: bool,
+) -> torch.Tensor:
+    """Attention over decoded keys and values, request b's from row firsts[b] of k and v [*, S, G, d] on, and over exact ones near each query but
+    for the sinks, which k and v hold exactly."""
+    out, row = torch.empty_like(q), 0
+    for b, (first, n, context) in enumerate(zip(firsts, query_lens, context_lens, strict=True)):
+        start, since = context - n, int(recent.since[b])
+        low = max(start + 1 - NUM_RECENT, 0)
+        before = torch.arange(low, start, device=q.device)
+        keys, values = (x.flatten(0, 1)[first : first + context].transpose(0, 1) for x in (k, v))  # [G, context, d]
+        exact_k, exact_v = (
+            torch.cat(
+                (
+                    # a row that is not held may be anything
+                    ring[recent.rows[b], before % RING].masked_fill((before < since)[:, None, None], 0.0),
+                    new[row : row + n].to(ring.dtype),
+                )
+            ).float().transpose(0, 1)  # [G, context - low, d]
+            for ring, new in ((recent.k_ring, recent.k_new), (recent.v_ring, recent.v_new))
+        )
+        step = 1 if deterministic else paged.TILE_ROWS
+        for a in range(0, n, step):
+            block = q[row + a : row + min(a + step, n)].float()
+            count, end = len(block), start + a + len(block)
+            grouped = block.unflatten(1, (k.shape[2], -1)).permute(1, 0, 2, 3).flatten(1, 2)  # [G, count * (H // G), d]
+            position = torch.arange(start + a, end, device=q.device)[:, None]
+            key = torch.arange(end, device=q.device)
+            near = max(low, start + a + 1 - NUM_RECENT)
+            exact = ((key >= position + 1 - NUM_RECENT) & (key >= max(since, num_sinks)))[:, near:].repeat_interleave(grouped.shape[1] // count, 0)
+            hidden = (key > position).repeat_interleave(grouped.shape[1] // count, 0)
+            scores = grouped @ keys[:, :end].transpose(1, 2)
+            close = grouped @ exact_k[:, near - low : end - low].transpose(1, 2)
+            scores[..., near:] = torch.where(exact, close, scores[..., near:])
+            weights = (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+            close = weights[..., near:] * exact
+            weights[..., near:] *= ~exact
+            result = weights @ values[:, :end] + close @ exact_v[:, near - low : end - low]
+            out[row + a : row + a + count] = result.unflatten(1, (count, -1)).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
+        row += n
+    return out

@@ -14,10 +14,10 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.generate import main
 from engine.hot_means import HOT_FORMATS, channel_means, measure_means, open_pool
-from engine.hot_pool import HotPool
+from engine.hot_pool import FIRST_SLOTS, HotPool
 from engine.placement import default_pool_tokens
 from engine.sampling import SamplingParams
-from kernels.hot_kv import FORMATS
+from kernels.hot_kv import FORMATS, RING
 from scripts import eval_hot
 
 IDS = [list(range(40, 52)), [200, 3, 77], list(range(90, 160))]
@@ -88,7 +88,7 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
         rows = session.engine.target.read_kv(session.conversation.sequence, 0, length)
         session.suspend(tmp_path / "a.kv")
     pages = -(-length // 16)
-    assert figures["hot_bytes"] == pages * 16 * 4 * 2 * (16 + 2) + 4 * 2 * 4 * 32 * 4 and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
+    assert figures["hot_bytes"] == pages * 16 * 4 * 2 * (16 + 2) + 4 * 2 * (4 + RING) * 32 * 4 and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
     back = {}
     for hot in ("bf16", "q4", "q2"):
         engine = hot_engine(hot, draft)
@@ -114,7 +114,7 @@ def test_memory_is_what_the_pool_holds(hot_engine):
     assert bits == {"bf16": 32, "q4": 4.5, "q3": 3.5, "q2": 2.5}
     elements = sizes["bf16"] // 4
     for hot in FORMATS:
-        exact = 4 * 4 * 2 * 4 * 32 * 4  # slots, layers, key and value, tokens, channels, float32
+        exact = FIRST_SLOTS * 4 * 2 * (4 + RING) * 32 * 4  # slots, layers, key and value, tokens, channels, float32
         assert sizes[hot] == elements * bits[hot] / 8 + exact
 
 

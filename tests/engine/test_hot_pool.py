@@ -12,7 +12,7 @@ import torch
 
 from engine.hot_pool import HotPool
 from kernels.dispatch import triton_importable
-from kernels.hot_kv import FORMATS, NUM_SINKS
+from kernels.hot_kv import FORMATS, NUM_SINKS, RING
 
 SHAPE = {"hidden_size": 48, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 ERROR = {"q4": 0.011, "q3": 0.038, "q2": 0.13}  # squared, of a row minus its mean; the kernels' own test holds them to 0.0099, 0.0352, 0.121
@@ -83,7 +83,7 @@ def test_logits_follow_those_of_plain_pages(random_decoder, ids):
 
     kl = {hot: divergence(hot) for hot in FORMATS}
     mean = [float(kl[hot].mean()) for hot in FORMATS]
-    assert mean == sorted(mean) and 1e-4 < mean[0] < 0.02 and mean[2] < 0.3
+    assert mean == sorted(mean) and 1e-5 < mean[0] < 0.02 and mean[2] < 0.3
     assert all(float(kl[hot][0]) < 1e-6 for hot in FORMATS), "the first token attends to itself, which is exact"
     nothing = divergence("q4", lambda pool, sequence: decoder.write_kv(sequence, 0, rows[:30].flip(0)))
     assert float(nothing[30:].mean()) > 10 * mean[0], "the cache matters to this model"
@@ -91,25 +91,45 @@ def test_logits_follow_those_of_plain_pages(random_decoder, ids):
 
 @pytest.mark.parametrize("hot", ["q4", "q2"])
 @torch.inference_mode()
-def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(hot_pool, ids, hot):
-    decoder, pool, _ = hot_pool(hot, num_pages=4, max_pages=64)
-    whole = fed(decoder, pool.new_sequence(), ids, [40])
-    assert torch.equal(fed(decoder, pool.new_sequence(), ids, [1] * 40), whole)
-    assert torch.equal(fed(decoder, pool.new_sequence(), ids, [2, 5, 8, 25]), whole)
+def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(hot_pool, hot):
+    decoder, pool, _ = hot_pool(hot, num_pages=4, max_pages=200)
+    ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(4))
+    whole = fed(decoder, pool.new_sequence(), ids, [150])
+    assert torch.equal(fed(decoder, pool.new_sequence(), ids, [1] * 150), whole)
+    assert torch.equal(fed(decoder, pool.new_sequence(), ids, [2, 5, 8, 110, 25]), whole)
     one, other = pool.new_sequence(), pool.new_sequence()
     wrong = (ids + 1) % 97
     rows = []
-    for start in range(0, 40, 5):
-        # drafts that are rejected: the first tokens' exact rows are overwritten too
-        decoder(torch.cat([wrong[start : start + 7], ids[:3]]), [one, other], [7 if start < 35 else 5, 3], deterministic=True) if start else None
-        rows.append(decoder(torch.cat([ids[start : start + 5], wrong[start : start + 2]]), [one, other], [5, 2], deterministic=True).logits[:5])
-        one.advance(5)
+    for start in range(0, 150, 10):
+        # drafts that are rejected, as many as may be: they overwrite the first tokens' exact rows, and the last ones' as far as these are spared
+        drafts = wrong.roll(-start)[:65]
+        decoder(torch.cat([drafts, ids[:3]]), [one, other], [len(drafts), 3], deterministic=True)
+        rows.append(decoder(torch.cat([ids[start : start + 10], wrong[start : start + 2]]), [one, other], [10, 2], deterministic=True).logits[:10])
+        one.advance(10)
         other.advance(1)
     assert torch.equal(torch.cat(rows), whole)
     one.truncate(2)
     decoder(wrong[2:10], [one], [8], deterministic=True)
-    assert torch.equal(fed(decoder, one, ids[2:], [3, 35]), whole[2:])
+    assert torch.equal(fed(decoder, one, ids[2:], [3, 145]), whole[2:])
     pool.check_integrity()
+
+
+@torch.inference_mode()
+def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(hot_pool):
+    decoder, pool, _ = hot_pool("q4", num_pages=40)
+    ids = torch.randint(0, 97, (220,), generator=torch.Generator().manual_seed(4))
+    sequence, short = pool.new_sequence(), pool.new_sequence()
+    fed(decoder, sequence, ids, [220])
+    fed(decoder, short, ids[:60], [60])
+    sequence.truncate(60)
+    for start in (60, 61, 62):
+        cut = decoder(ids[start : start + 1], [sequence], [1]).logits.log_softmax(-1)
+        want = decoder(ids[start : start + 1], [short], [1]).logits.log_softmax(-1)
+        sequence.advance(1)
+        short.advance(1)
+        kl = float((want.exp() * (want - cut)).sum())
+        assert 1e-7 < kl < 0.2, "not the same, since no row of the ring was left, but near"
+    assert torch.equal(decoder.read_kv(sequence, 0, 60), decoder.read_kv(short, 0, 60))
 
 
 @torch.inference_mode()
@@ -137,13 +157,13 @@ def test_pages_grow_and_exact_tokens_go_with_their_first_page(hot_pool, ids):
         assert torch.equal(decoder.read_kv(sequence, 0, 10), rows), "growing keeps codes and exact tokens"
     row_bytes = 2 * 2 * (32 * 4 // 8 + 2)  # layers, key and value, codes and scale
     assert pool.page_bytes == 8 * row_bytes
-    assert pool.bytes_of(sequences[0]) == 5 * 8 * row_bytes + 2 * 2 * NUM_SINKS * 32 * 4
+    assert pool.bytes_of(sequences[0]) == 5 * 8 * row_bytes + 2 * 2 * (NUM_SINKS + RING) * 32 * 4
     assert pool.bytes > small and pool.bytes_of(pool.new_sequence()) == 0
-    taken = pool.sink_row(sequences[3])
+    taken = pool.exact_row(sequences[3])
     sequences[3].truncate(0)
-    assert pool.sink_row(sequences[2]) != taken
+    assert pool.exact_row(sequences[2]) != taken
     sequences[3].ensure(1)
-    assert pool.sink_row(sequences[3]) == taken, "a slot given back is taken again"
+    assert pool.exact_row(sequences[3]) == taken, "a slot given back is taken again"
     pool.check_integrity()
 
 

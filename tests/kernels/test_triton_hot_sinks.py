@@ -1,4 +1,4 @@
-"""First tokens kept exact beside hot pages: attention reads them and not their codes, in the twin and in Triton."""
+"""First and last tokens kept exact beside hot pages: attention reads them and not their codes, in the twin and in Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from kernels.hot_kv import attention, hot_kv_write, reference  # noqa: E402
-from kernels.hot_kv.reference import NUM_SINKS, HotMeans, HotPages, HotSinks, new_pages  # noqa: E402
+from kernels.hot_kv.reference import NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages  # noqa: E402
 from kernels.kv_write import kv_write  # noqa: E402
 from kernels.paged_attention import reference as dense  # noqa: E402
 from kernels.paged_attention import triton as paged  # noqa: E402
@@ -115,3 +115,87 @@ def test_reading_leaves_the_pages_alone(device):
     before = HotPages(4, *(t.clone() for t in pages[1:]))
     reference.hot_paged_attention(q, pages, means, *angles, table, *SHAPES[1][:2], 0.1, sinks=sinks)
     assert all(torch.equal(a, b) for a, b in zip(before[1:], pages[1:], strict=True))
+
+
+# --- the last tokens ----------------------------------------------------------------------------------------------------
+
+RECENT_SHAPES = [
+    ([1], [1], 2, 1, 32, 16, [0]),
+    ([3, 1, 40], [3, 60, 45], 4, 2, 32, 16, [0, 0, 2]),
+    ([2, 5], [150, 130], 6, 1, 64, 2, [60, 124]),
+]
+if GPU:
+    RECENT_SHAPES += [([5] * 4, [3000, 65, 129, 5], 12, 2, 128, 64, [2900, 20, 120, 0]), ([700, 1], [800, 100], 32, 8, 128, 64, [80, 0])]
+
+
+def _with_recent(shape, bits, dtype, device):
+    """`_filled` with the last tokens: those from `since` on in rings and as new rows, the ring's other rows spoiled."""
+    query_lens, context_lens, since = shape[0], shape[1], shape[6]
+    q, pages, means, angles, table, sinks, true = _filled(shape[:6], bits, dtype, device)
+    slots, size = len(sinks.k), shape[5]
+    rings = torch.full((2, slots, RING, *true.shape[3:]), float("nan"), device=device, dtype=dtype)
+    new = []
+    for b, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        at = torch.arange(context, device=device)
+        rows = true[:, table[b].long()[at // size], at % size]  # keys rotated
+        held = torch.arange(max(since[b], context - n - RING), context - n, device=device)
+        rings[:, int(sinks.rows[b]), held % RING] = rows[:, held]
+        new.append(rows[:, context - n :])
+    k_new, v_new = torch.cat(new, 1)
+    recent = HotRecent(k_new, v_new, rings[0], rings[1], sinks.rows, torch.tensor(since, dtype=torch.int32, device=device))
+    return q, (pages, means, *angles, table, query_lens, context_lens, 0.1), sinks, recent, true
+
+
+@pytest.mark.parametrize("bits", [3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", RECENT_SHAPES, ids=str)
+@pytest.mark.parametrize("with_sinks", [True, False], ids=["sinks", "no-sinks"])
+def test_recent_triton_against_the_twin(shape, bits, dtype, with_sinks, device, assert_close):
+    q, fixed, sinks, recent, _ = _with_recent(shape, bits, dtype, device)
+    if not with_sinks:  # their codes are spoiled, and would outshout everything
+        fixed[0].k_scale.clamp_(max=10.0)
+        fixed[0].v_scale.clamp_(max=10.0)
+    given = {"sinks": sinks if with_sinks else None, "recent": recent}
+    wide = recent._replace(**{name: getattr(recent, name).float() for name in ("k_new", "v_new", "k_ring", "v_ring")})
+    want = reference.hot_paged_attention(q.float(), *fixed, **(given | {"recent": wide}))
+    bound = 3e-3 if dtype == torch.float32 else 1e-2
+    for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}):
+        assert_close(attention.hot_paged_attention(q, *fixed, **given, **options).float(), want, bound)
+    assert_close(reference.hot_paged_attention(q.float(), *fixed, **(given | {"recent": wide}), deterministic=True), want, 1e-5)
+
+
+@pytest.mark.parametrize("shape", RECENT_SHAPES, ids=str)
+def test_recent_tokens_stand_in_for_their_codes(shape, device):
+    q, fixed, sinks, recent, true = _with_recent(shape, 4, torch.float32, device)
+    pages, table, query_lens, context_lens, size = fixed[0], fixed[4], shape[0], shape[1], shape[5]
+    spoiled = HotPages(4, *(t.clone() for t in pages[1:]))
+    want = dense.paged_attention(q, true[0], true[1], table, query_lens, context_lens, 0.1)
+    near = 0
+    for b, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
+        # codes that no query should read: those near the first one, which are near the others too or hidden from the first
+        for p in range(max(NUM_SINKS, recent.since.tolist()[b], context - NUM_RECENT), context - n + 1):
+            spoiled.k_scale[table[b, p // size].long(), :, p % size] = 1000.0
+            near += 1
+    got = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks, recent=recent)
+    assert float((got - want).norm() / want.norm()) < 0.06
+    lost = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks)
+    assert near == 0 or float((lost - want).norm() / want.norm()) > 0.1
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["twin", "triton"])
+def test_recent_deterministic_bits_do_not_depend_on_the_block(twin, device, monkeypatch):
+    monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
+    call = reference.hot_paged_attention if twin else attention.hot_paged_attention
+    shape = ([20, 1], [90, 40], 6, 2, 32, 16, [5, 0])
+    q, (pages, means, cos, sin, table, *_), sinks, recent, _ = _with_recent(shape, 3, torch.bfloat16, device)
+    whole = call(q, pages, means, cos, sin, table, [20, 1], [90, 40], 0.1, sinks=sinks, recent=recent, deterministic=True)
+    slot = int(sinks.rows[0])
+    row = HotSinks(sinks.k, sinks.v, sinks.rows[:1])
+    for j in range(20):
+        # the tokens before it have moved into the ring
+        ring = [r.clone() for r in (recent.k_ring, recent.v_ring)]
+        for r, new in zip(ring, (recent.k_new, recent.v_new), strict=True):
+            r[slot, torch.arange(70, 70 + j) % RING] = new[:j]
+        own = HotRecent(recent.k_new[j : j + 1], recent.v_new[j : j + 1], ring[0], ring[1], sinks.rows[:1], recent.since[:1])
+        one = call(q[j : j + 1], pages, means, cos, sin, table[:1], [1], [71 + j], 0.1, sinks=row, recent=own, deterministic=True)
+        assert torch.equal(one, whole[j : j + 1]), j
