@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +20,8 @@ from engine.self_text import SelfTextOptions
 from engine.trunk_card import model_card
 from engine.trunk_data import TrainingSets, add_text, draw_sets
 from engine.trunk_training import Architecture, TrunkTraining, teacher_of
+from scripts import train_draft, train_plot
 
-ROOT = Path(__file__).parents[2]
 CHAT = ChatOpening((3, 4, 6), (2, 7), (2,))
 OPTIONS = TrainOptions(1, 1, steps=150, batch_tokens=2048, learning_rate=3e-3, warmup_steps=10, chunk=512, averaging=0.9)
 
@@ -129,7 +127,7 @@ def test_sets_survive_the_disk_and_take_text(sets, tmp_path):
         add_text(sets, [tmp_path / "text"], Tokenizer(), 1.0, 64, 0)
 
 
-def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path):
+def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatch, capsys):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -140,23 +138,26 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path):
     common = ["--target", folder, "--data", tmp_path / "data", "--device", "cpu", "--context", 64, "--rows", 8, "--held-out", 4, "--vocab", 64,
               "--trunk-layers", 1, "--own-layers", 1, "--batch-tokens", 512, "--report-every", 5, "--sample-tokens", 1024]  # fmt: skip
 
-    def run(*more: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "scripts/train_draft.py", *map(str, [*common, *more])]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    def run(*more: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train_draft.py", *map(str, [*common, *more])])
+        return train_draft.main(), capsys.readouterr().err
 
-    trained = run("--out", tmp_path / "out", "--steps", 20, "--checkpoint", tmp_path / "c.pt", "--json-out", tmp_path / "t.json")
-    assert trained.returncode == 0, trained.stderr
+    status, said = run("--out", tmp_path / "out", "--steps", 20, "--checkpoint", tmp_path / "c.pt", "--json-out", tmp_path / "t.json")
+    assert status == 0, said
     figures = json.loads((tmp_path / "t.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
     assert figures["done"] and figures["steps"] == 20 and f"{figures['stored']['greedy']['agreement']:.3f}" in card
     assert str(tmp_path) not in card and "--trunk-layers 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     # a larger number of steps goes on from the end of the smaller
-    more = run("--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json")
-    assert more.returncode == 0 and "found" in more.stderr and "resumed at step 20" in more.stderr
+    status, said = run("--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json")
+    assert status == 0 and "found" in said and "resumed at step 20" in said
     assert json.loads((tmp_path / "m.json").read_text())["steps"] == 30
     shapes = "1,1,64,tied 2,1,64,own 9,1,64,own"
-    searched = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
+    status, said = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
     # the last one does not fit: refused by name, after the results of the others were written
-    assert searched.returncode == 2 and searched.stderr.strip().splitlines()[-1].startswith("error: a trunk of 9")
+    assert status == 2 and said.strip().splitlines()[-1].startswith("error: a trunk of 9")
     rows = json.loads((tmp_path / "s.json").read_text())["search"]
     assert [r["architecture"]["trunk_layers"] for r in rows] == [1, 2] and rows[0]["draft_step_cost"] < rows[1]["draft_step_cost"]
+    for name in ("t", "s"):
+        train_plot.plot(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
