@@ -23,6 +23,8 @@ from engine.calibration_budget import stored_bytes
 from kernels.eigen import leading_eigenvectors
 
 FULL = "full"
+COMPONENTS_SHARE = 5
+"""At most this part of D components are kept, about what fits a pack beside its predictor."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _cost(
 ) -> dict[str, Any]:
     """R2 and bits on held-out tokens; the transform is that of the residual's weighted covariance [D, D] on the others."""
     r2 = explained(y, prediction, mu).reshape(-1, 2, layer_dim // 2).mean((0, 2))
-    variance, basis = leading_eigenvectors(covariance, len(covariance) // 4)
+    variance, basis = leading_eigenvectors(covariance, len(covariance) // COMPONENTS_SHARE)
     kept = max(1, int((variance > (KEEP_FACTOR * step) ** 2).sum()))
     c = apply_blocks(y - prediction, weighting.root) @ basis[:, :kept]
     bits = laplace_bits(c / step, variance[:kept].sqrt() / step)
