@@ -49,7 +49,8 @@ from engine.models import PAIRS
 from engine.options import Parser
 from scripts.codec_methods import PairCodec
 from scripts.eval_report import print_report
-from scripts.eval_runs import Parts, Plan, Runner, rows_of
+from scripts.eval_rows import Parts, rows_of
+from scripts.eval_runs import Plan, Runner
 from scripts.eval_suspend import PREDICTION, Suspender, step_name
 from scripts.eval_tasks import VERSION
 from scripts.eval_text import (

@@ -99,6 +99,8 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
 
     Args:
         step: of the quantiser. num_elements: KV elements a token, of all layers.
+
+    A row's all_components says whether every component worth keeping was kept: False, and COMPONENTS_SHARE cut the last ones off.
     """
     m, features, y, weighting = whole.part(one)
     spec = FeatureSpec(one.taps, one.target_taps)

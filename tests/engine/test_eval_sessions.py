@@ -17,7 +17,8 @@ from engine.sampling import SamplingParams
 from engine.session_file import SessionFile
 from scripts import eval_report
 from scripts.domain_texts import plain, write_folders
-from scripts.eval_runs import Plan, Runner, by_depth, item, rows_of
+from scripts.eval_rows import by_depth, item, rows_of
+from scripts.eval_runs import Plan, Runner
 from scripts.eval_sessions import main
 from scripts.eval_suspend import Suspender, ask, ask_aside, open_with, run_tokens, step_name
 from scripts.eval_tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
