@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from codec.pack import CodecPack
 from draft import pretrained
 from draft.adapter import CONFIG_FILE, PACK_FILE, load_adapter, read_config
 from draft.pretrained import FOLDER, shipped_adapter
@@ -17,6 +18,7 @@ from engine.drafters import choose_draft
 from engine.errors import BadAdapter, ForeignModel
 from engine.packs import find_pack, pair_fingerprints
 from engine.sampling import SamplingParams
+from scripts import calibrate
 
 
 @pytest.fixture
@@ -67,6 +69,23 @@ def test_the_pack_beside_the_adapter_is_taken_where_it_fits(shipped, chat_engine
     assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
     (shipped / PACK_FILE).write_bytes(b"nothing")
     assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
+
+
+def test_a_calibrated_pack_of_an_adapter_codes_its_sessions(chat_engine, chat_folders, tmp_path, monkeypatch):
+    pack = str(tmp_path / "pack")
+    arguments = ["calibrate.py", "--target", str(chat_folders.target), "--draft", str(chat_folders.adapter), "--tokens", "1500", "--context", "64"]
+    options = ["--weighting", "attention", "--level-strength", "0", "--predictor", "low_rank", "--rank", "24", "--budget", "9", "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", [*arguments, *options, "--device", "cpu", "--out", pack])
+    assert calibrate.main() == 0
+    found = CodecPack.load(pack)
+    assert found.predictor_settings["taps"] == [1, 2] and found.layout.first_layer == 1
+    with chat_engine("adapter").session(pack=pack, quality="near-lossless") as session:
+        session.generate("def f(x):\n    return x", SamplingParams(max_new_tokens=30))
+        session.suspend(tmp_path / "a.kv")
+        with chat_engine("adapter").session(tmp_path / "a.kv", pack=pack) as resumed:
+            assert resumed.token_ids == session.token_ids
+            kept, back = (s.engine.target.read_kv(s.conversation.sequence, 0, len(s.token_ids) - 1) for s in (session, resumed))
+    assert (kept - back).norm() < 0.5 * (kept - kept.mean(0)).norm()
 
 
 def test_a_session_of_another_adapter_is_refused(chat_engine, chat_folders, tmp_path, make_adapter):

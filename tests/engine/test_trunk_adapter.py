@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draft.features import FeatureBuffer
+from codec.spec import NUM_SINKS
+from draft.features import FeatureBuffer, FeatureSpec, join_features
+from engine.calibration import feature_spec
+from engine.calibration_stream import PairStream
 from engine.decoder import Decoder
 from engine.drafters import TrainedTrunk, choose_draft, load_trained_trunk
 from engine.engine import Engine
@@ -214,6 +217,17 @@ def test_what_lies_beyond_a_cut_cache_is_forgotten(target, trained):
     engine.close_conversation(conversation)
     engine.close_conversation(fresh)
     assert engine.draft_pool.num_free_pages == engine.draft_pool.max_pages
+
+
+def test_calibration_sees_the_features_that_decoding_keeps(target, trained):
+    last = TRUNK + trained.config.num_layers
+    assert feature_spec(None, TRUNK, adapter=trained.decoder).taps == (2, last) and feature_spec(None, TRUNK).taps == (2,)
+    documents = [[5, 6, 7] * 14, [9, 1] * 9]
+    for taps in ((0, TRUNK, last), (last,), (1,)):
+        batch = PairStream(target, None, FeatureSpec(taps), TRUNK, trained.decoder).run(documents)
+        rows = torch.cat([full_pass(target, trained, d)[0][NUM_SINKS:, list(taps)] for d in documents])
+        embedded = torch.cat([target.embed(torch.tensor(d))[NUM_SINKS:] for d in documents])[:, None]
+        assert torch.allclose(batch.features, join_features(rows, embedded), atol=1e-3)
 
 
 def test_its_bytes_and_costs_are_counted(target, trained):
