@@ -42,7 +42,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its draft; `"trunk"` stands for the target's own first layers."""
+    """A target and its draft; `"trunk"` stands for the trained draft that ships for the target, if one does, and else its own first layers."""
 
     name: str
     target: ModelSource
