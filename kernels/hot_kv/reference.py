@@ -120,17 +120,20 @@ def hadamard_signs(head_dim: int, device: torch.device | str = "cpu") -> torch.T
 
 def hadamard(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
     """x @ `rotation`, or @ its transpose, by the fast transform: float32 [*, d]. Sums of pairs only, so no row depends on the rows beside it."""
-    d = x.shape[-1]
-    signs = rotation(d, x.device).sign()[:, 0]
+    d, factors = x.shape[-1], _sign_factors(x.shape[-1], x.device)
     if not inverse:
-        x = x * signs
-    size = 1
-    while size < d:
-        pairs = x.unflatten(-1, (-1, 2, size))
-        x = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
-        size *= 2
-    x = x * d**-0.5
-    return x * signs if inverse else x
+        x = x * factors
+    for _ in range(d.bit_length() - 1):
+        # the same geometry at every stage (Pease, 1968): whole halves are written
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        x = torch.cat((a + b, a - b), -1)
+    return x * factors if inverse else x
+
+
+@functools.cache
+def _sign_factors(head_dim: int, device: torch.device | str) -> torch.Tensor:
+    """float32 [d], +-d^-1/2: the signs of `rotation` with its scale."""
+    return rotation(head_dim, device)[:, 0].contiguous()
 
 
 def _to_bytes(values: torch.Tensor, width: int) -> torch.Tensor:
@@ -199,10 +202,9 @@ def hot_kv_write(
     page_size = pages.k_scale.shape[2]
     page, offset = slots // page_size, slots % page_size
     keys = k.float() if means.k_mean is None else k.float() - means.k_mean
-    for rows, codes, scales in ((apply_rope(keys, cos, sin), pages.k_codes, pages.k_scale), (v.float() - means.v_mean, pages.v_codes, pages.v_scale)):
-        packed, scale = quantise(rows, pages.bits)
-        codes[page, :, offset] = packed
-        scales[page, :, offset] = scale
+    packed, scale = quantise(torch.stack((apply_rope(keys, cos, sin), v.float() - means.v_mean)), pages.bits)
+    pages.k_codes[page, :, offset], pages.v_codes[page, :, offset] = packed
+    pages.k_scale[page, :, offset], pages.v_scale[page, :, offset] = scale
 
 
 def hot_paged_attention(
@@ -232,10 +234,8 @@ def hot_paged_attention(
     lens = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
     counts = [-(-context // page_size) for context in lens]
     used = torch.cat([row[:count] for row, count in zip(page_table, counts, strict=True)]).long()
-    k, v = (
-        dequantise(codes[used], scales[used], pages.bits, head_dim).transpose(1, 2).contiguous()  # [used pages, S, G, d]
-        for codes, scales in ((pages.k_codes, pages.k_scale), (pages.v_codes, pages.v_scale))
-    )
+    codes, scales = torch.stack((pages.k_codes[used], pages.v_codes[used])), torch.stack((pages.k_scale[used], pages.v_scale[used]))
+    k, v = dequantise(codes, scales, pages.bits, head_dim).transpose(2, 3).contiguous()  # [used pages, S, G, d]
     v += means.v_mean
     if means.k_mean is not None:
         stop = max(counts) * page_size
