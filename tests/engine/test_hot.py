@@ -203,3 +203,26 @@ def test_acceptance_stays_within_a_point(hot_engine):
             assert abs(found["expected_acceptance"] - plain["expected_acceptance"]) < 0.01
     pool = eval_hot.pool_of(engine, "q4", 128)
     assert isinstance(pool, HotPool) and pool.bits == 4
+
+
+def test_eval_script(hot_folders, pack_home, tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text("".join(f"def f{n}(x):\n    return x * {n + number}\n\n\n" for n in range(20)))
+    models = ["--target", str(hot_folders / "target"), "--draft", str(hot_folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+    sizes = ["--tokens", "128", "--context", "64", "--prompts", "2", "--prompt-tokens", "20", "--new-tokens", "12", "--draft-length", "2"]
+    out = tmp_path / "hot.json"
+    assert eval_hot.main([*models, "--text", str(tmp_path), *sizes, "--formats", "bf16,q2", "--json-out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["bf16", "q2"]
+    found = json.loads(out.read_text())
+    assert found["test_sequences"] == 2 and found["command"].startswith("scripts/eval_hot.py --target")
+    plain, hot = found["rows"]
+    assert plain["kl"] < 1e-6 < hot["kl"] and hot["bits_per_element"] == 2.5
+    for row in found["rows"]:
+        assert [s["temperature"] for s in row["speculation"]] == [0.0, 1.0]
+        for s in row["speculation"]:
+            assert s["new_tokens"] == 24 and 0 <= s["accepted"] <= s["proposed"] and s["proposed"] > 0
+    refused = {"unknown hot format 'q7'": ["--formats", "q4,q7"], "nothing to score": ["--context", "4"], "at least": ["--draft-length", "0"]}
+    for said, options in refused.items():
+        assert eval_hot.main([*models, "--text", str(tmp_path), *options]) == 2
+        assert said in capsys.readouterr().err
