@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the stored matrices (default 8)")
     end = parser.add_argument_group("length")
     end.add_argument("--minutes", type=float, default=25.0, help="sampling and training together (default 25)")
-    end.add_argument("--sample-minutes", default="auto", help=f"of these, for sampling (auto: {SAMPLE_SHARE:.0%}, nothing with found data)")
+    end.add_argument("--sample-minutes", default="auto", help=f"of these, for sampling (auto: {SAMPLE_SHARE:.0%}%, nothing with found data)")
     end.add_argument("--sample-tokens", type=int, help="draw this many tokens instead: reproducible")
     end.add_argument("--steps", type=int, help="train this many steps instead of by the clock: reproducible")
     end.add_argument("--pause-after", type=float, metavar="MINUTES", help="stop this call then, to be resumed")
