@@ -128,7 +128,8 @@ def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]]
         proposed, accepted = sum(c.proposed for c in counts), sum(c.accepted for c in counts)
         steps, new = sum(c.steps for c in counts), sum(r.new_tokens for r in results)
         rows.append({"temperature": temperature, "batch": len(prompts), "prompt_tokens": len(prompts[0]), "draft_length": args.draft_length,
-                     "proposed": proposed, "accepted": accepted, "acceptance_rate": accepted / max(1, proposed), "tokens_per_step": sum(c.new_tokens for c in counts) / max(1, steps),
+                     "proposed": proposed, "accepted": accepted, "acceptance_rate": accepted / max(1, proposed),
+                     "tokens_per_step": sum(c.new_tokens for c in counts) / max(1, steps),
                      "new_tokens": new, "tokens_per_s": new / seconds, "pool_bytes": own.pool.bytes})
         log(f"  {hot}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s")
     return rows
