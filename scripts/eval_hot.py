@@ -2,7 +2,7 @@
 
 Each format by the protocol of codec_quality.py: an exact prefill, the first three quarters of the cache put into the format, the last quarter scored
 against the untouched target. `kl`, `nll`, `top1_agreement`: the decoded cache is read in plain pages, as for every other codec. `running`: the same,
-but the last quarter attends to the codes and is itself written as codes, as when text is generated.
+but the last quarter attends to the codes and is itself written as codes, the latest tokens read exactly, as when text is generated.
 
 `expected_acceptance` (pairs with a draft model): mean over the scored positions of sum min(p, q), q the draft's distribution: what speculation at
 temperature 1 accepts, without the noise of sampling. `speculation`: real, the same prompts (the windows' beginnings) as one batch.
@@ -147,7 +147,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=24, help="prompts of the speculation runs; 0: none")
     parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--draft-length", type=int, default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
