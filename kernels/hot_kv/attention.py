@@ -3,8 +3,8 @@
 Three launches: `_prepare_kernel` rotates the queries (once a step, not once a key), `_split_kernel` attends over a stretch of the context with
 the codes taken apart in registers, `_merge_kernel` joins the stretches, rotates the output back and adds the values' mean.
 
-Taking codes apart is what costs: three operations a channel, where bfloat16 pages cost none. So tiles are 64 rows high even where there are
-fewer: from there on Hopper's asynchronous products (wgmma) read both factors from shared memory, which leaves the threads to the codes.
+Taking codes apart (`levels.py`) is what costs. So keys are the rows of both products and queries the columns: Hopper's asynchronous products
+(wgmma) want 64 rows, but no more columns than there are queries, and they take the first factor from registers, where codes come apart.
 
 The keys' mean: with mean (m1, m2) in halves and angle t_i of a key's position, q . R(t) m = sum_i a_i cos t_i + b_i sin t_i with
 a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. So the means' share of a block's scores is one more product, of (a, b) with the block's rows of the
@@ -13,7 +13,6 @@ tables of cos and sin in 16-bit floats.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 
@@ -23,18 +22,9 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels.hot_kv.levels import decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.hot_kv.recent import attend_recent
-from kernels.hot_kv.reference import (
-    LEVEL_COEFFICIENTS,
-    NUM_RECENT,
-    NUM_SINKS,
-    HotMeans,
-    HotPages,
-    HotRecent,
-    HotSinks,
-    hadamard_signs,
-    levels,
-)
+from kernels.hot_kv.reference import NUM_RECENT, NUM_SINKS, HotMeans, HotPages, HotRecent, HotSinks, levels
 from kernels.hot_kv.sinks import attend_sinks
 from kernels.hot_kv.triton import times_signs
 from kernels.paged_attention import triton as paged
@@ -51,6 +41,7 @@ from kernels.paged_attention.triton import (
 )
 
 MAX_BLOCK = 128  # keys a block may have
+THREE_PROGRAMS = 168  # registers a thread may have for three programs of four warps to a multiprocessor
 
 
 @triton.jit
@@ -83,64 +74,50 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _load_codes(code_ptr, base, offset, D: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
-    """Bytes of BLOCK_N rows: (those with the lower bits, those with the 3-bit format's upper bits, else the lower again).
-
-    FAST: each byte once, [BLOCK_N, bytes], beside a 3-bit byte the one whose lowest four bits are its upper bits; else one a channel, [BLOCK_N, D].
-    """
-    PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
-    ROW_BYTES: tl.constexpr = D * BITS // 8
-    code_ptr += base * ROW_BYTES
-    row = (offset * ROW_BYTES)[:, None]
-    if FAST:
-        column = tl.arange(0, D // PER_BYTE)
-        low = tl.load(code_ptr + row + column[None, :])
-        if BITS == 3:
-            high = tl.load(code_ptr + row + (D // 4 + column // 2)[None, :])
-            return low, high
-        else:
-            return low, low
-    else:
-        column = tl.arange(0, D) % (D // PER_BYTE)
-        low = tl.load(code_ptr + row + column[None, :])
-        if BITS == 3:
-            high = tl.load(code_ptr + row + (D // 4 + column // 2)[None, :])
-            return low, high
-        else:
-            return low, low
+def _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    base, offset = page_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
+    return tl.load(k_scale_ptr + base + offset), tl.load(v_scale_ptr + base + offset)
 
 
 @triton.jit
-def _levels(low, high, level_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    """Levels [BLOCK_N, D], in the order of `ordered_signs`, of what `_load_codes` loaded.
+def _turn(
+    block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+    k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+    PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr,
+    MASKED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows."""
+    ROW_BYTES: tl.constexpr = D * BITS // 8
+    DTYPE: tl.constexpr = q.dtype
+    near, channel = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    place = page * kv_heads + kv_head  # of [P, G]
+    # Offsets in bytes from the start: a product taken later than the remainder in them would pass for better aligned than it is.
+    code_base, code_offset = page_rows(place, block, PAGE * ROW_BYTES, ROW_BYTES, PAGE, BLOCK_N)
+    # Rows behind the last key are read like any other, for wide loads: their page is there, whatever they hold, and they get no weight.
+    k_low, k_high = load_codes(k_code_ptr, code_base, code_offset, D, BITS, ASM != "")
+    v_low, v_high = load_codes(v_code_ptr, code_base, code_offset, D, BITS, ASM != "")
 
-    With ASM two at a time in packed arithmetic (sm_90 PTX), else from a table.
-    """
-    PER_BYTE: tl.constexpr = 2 if BITS == 4 else 4
-    if ASM == "":
-        column = tl.arange(0, D)
-        byte, place = column % (D // PER_BYTE), column // (D // PER_BYTE)
-        shift = place * (8 // PER_BYTE)
-        code = (low.to(tl.int32) >> shift[None, :]) & (15 if BITS == 4 else 3)
-        if BITS == 3:
-            code |= ((high.to(tl.int32) >> (byte % 2 * 4 + place)[None, :]) & 1) << 2
-        return tl.load(level_ptr + code).to(DTYPE)
-    elif BITS == 4:
-        p0, p1 = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [low], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
-        return tl.reshape(tl.permute(tl.join(p0, p1), 0, 2, 1), [BLOCK_N, D])
-    else:
-        if BITS == 3:
-            odd = (tl.arange(0, D // 4) % 2 * 4).to(tl.uint8)
-            p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [low, high >> odd[None, :]],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
-        return tl.reshape(tl.permute(tl.join(tl.join(p0, p1), tl.join(p2, p3)), 0, 3, 2, 1), [BLOCK_N, D])
+    k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, ASM, DTYPE)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * k_scale.to(tl.float32)[:, None]  # [BLOCK_N, BLOCK_M]
+    if MEAN:
+        angles = tl.load(angle_ptr + block * D + near[:, None] * D + channel[None, :])
+        scores += tl.dot(angles, tl.trans(pair)) * size[None, :]
+    if MASKED:
+        token = block + near
+        seen = token[:, None] < limit[None, :]
+        if SINKS > 0:
+            seen = seen & (token >= SINKS)[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+        v_scale = tl.where(token < end, v_scale.to(tl.float32), 0.0)
+    new_highest = tl.maximum(highest, tl.max(scores, 0))
+    safe = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
+    weights = tl.exp2(scores - safe[None, :])
+    shrink = tl.exp2(highest - safe)
+    total = total * shrink[None, :] + weights
+    weights = (weights * v_scale.to(tl.float32)[:, None]).to(DTYPE)
+    v = decode_levels(v_low, v_high, level_ptr, D, BITS, BLOCK_N, ASM, DTYPE)
+    acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision=PRECISION)
+    return acc, new_highest, total
 
 
 @triton.jit
@@ -149,7 +126,7 @@ def _split_kernel(
     since_ptr, angle_ptr, level_ptr, part_ptr, stat_ptr,
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, ASM: tl.constexpr,
+    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, EDGES: tl.constexpr, ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
@@ -164,121 +141,80 @@ def _split_kernel(
         query_lens_ptr, request, kv_head, tile, queries, context, num_requests, GROUP, BLOCK_M, REQUESTS
     )
     row_head = row * q_heads + head
+    shown = context - queries + 1 + tile * BLOCK_M // GROUP  # keys that all rows see
     if RECENT > 0:
-        limit = tl.maximum(limit - RECENT, tl.load(since_ptr + request).to(tl.int32))
+        since = tl.load(since_ptr + request).to(tl.int32)
+        limit = tl.maximum(limit - RECENT, since)
+        shown = tl.maximum(shown - RECENT, since)
 
-    FAST: tl.constexpr = ASM != ""
-    channel, near = tl.arange(0, D), tl.arange(0, BLOCK_N)[:, None]
+    channel = tl.arange(0, D)
     q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
+    pair, size = q, tl.full([BLOCK_M], float("-inf"), tl.float32)
     if MEAN:
         pair = tl.load(pair_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
         size = tl.load(size_ptr + row_head, mask=row_mask, other=0.0)
 
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
     end = tl.minimum(end, reach)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    # Keys are the rows of every tile, of which Hopper's products want 64: so queries are not padded beyond 16.
+    acc = tl.zeros([D, BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
-    # A block's page is fetched one turn ahead: an address that waits for a load inside the turn would cost the pipeline half its depth.
-    page = load_page(table_row_ptr, start, end, PAGE, BLOCK_N)
-    for block in range(start, end, BLOCK_N):
-        token = block + tl.arange(0, BLOCK_N)
-        base, offset = page_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)  # rows of [P, G, S]
-        page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
-        # Rows behind the last key are read like any other, for wide loads: their page is there, whatever they hold, and they get no weight.
-        k_low, k_high = _load_codes(k_code_ptr, base, offset, D, BITS, FAST)
-        v_low, v_high = _load_codes(v_code_ptr, base, offset, D, BITS, FAST)
-        k_scale = tl.load(k_scale_ptr + base + offset)
-        v_scale = tl.load(v_scale_ptr + base + offset)
-
-        k = _levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, ASM, q_ptr.dtype.element_ty)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * k_scale.to(tl.float32)[None, :]
-        if MEAN:
-            angles = tl.load(angle_ptr + block * D + near * D + channel[None, :])
-            scores += tl.dot(pair, tl.trans(angles)) * size[:, None]
-        seen = token[None, :] < limit[:, None]
+    # With EDGES the blocks that are hidden from some row, the first and the last ones, have a loop of their own.
+    lead = 0
+    stop = end
+    if EDGES:
         if SINKS > 0:
-            seen = seen & (token >= SINKS)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - safe[:, None])
-        shrink = tl.exp2(highest - safe)
-        total = total * shrink + tl.sum(weights, 1)
-        v_factor = tl.where(token < end, v_scale.to(tl.float32), 0.0)
-        weights = (weights * v_factor[None, :]).to(q_ptr.dtype.element_ty)
-        v = _levels(v_low, v_high, level_ptr, D, BITS, BLOCK_N, ASM, q_ptr.dtype.element_ty)
-        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new_highest
+            lead = ((start < SINKS) & (start < end)).to(tl.int32)
+        stop = start + tl.maximum((tl.minimum(end, shown) - start) // BLOCK_N, lead) * BLOCK_N
+    inner = start + lead * BLOCK_N
+    # A block's scales are fetched a turn ahead and its page two: a turn that waits for either is twice as long.
+    page = load_page(table_row_ptr, inner, end, PAGE, BLOCK_N)
+    ahead = load_page(table_row_ptr, inner + BLOCK_N, end, PAGE, BLOCK_N)
+    k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, inner, page, kv_head, kv_heads, PAGE, BLOCK_N)
+    for block in range(inner, stop, BLOCK_N):
+        # loaded twice rather than handed on: a value that lives for two turns would keep the compiler from pipelining the loop
+        next_page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
+        next_k_scale, next_v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block + BLOCK_N, ahead, kv_head, kv_heads, PAGE, BLOCK_N)
+        ahead = load_page(table_row_ptr, block + 2 * BLOCK_N, end, PAGE, BLOCK_N)
+        acc, highest, total = _turn(
+            block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+            k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+            PAGE, D, BITS, BLOCK_N, MEAN, SINKS, not EDGES, ASM, PRECISION,
+        )  # fmt: skip
+        page, k_scale, v_scale = next_page, next_k_scale, next_v_scale
+    if EDGES:
+        for i in tl.range(0, lead + tl.cdiv(tl.maximum(end - stop, 0), BLOCK_N), num_stages=1):
+            block = tl.where(i < lead, start, stop + (i - lead) * BLOCK_N)
+            page = load_page(table_row_ptr, block, end, PAGE, BLOCK_N)
+            k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE, BLOCK_N)
+            acc, highest, total = _turn(
+                block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+                k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+                PAGE, D, BITS, BLOCK_N, MEAN, SINKS, True, ASM, PRECISION,
+            )  # fmt: skip
 
+    whole = tl.sum(total, 0)
     part = split.to(tl.int64) * num_rows * q_heads + row_head
     tl.store(stat_ptr + 2 * part, highest, mask=row_mask)
-    tl.store(stat_ptr + 2 * part + 1, total, mask=row_mask)
-    tl.store(part_ptr + part[:, None] * D + channel[None, :], acc, mask=(row_mask & (total > 0))[:, None])
+    tl.store(stat_ptr + 2 * part + 1, whole, mask=row_mask)
+    tl.store(part_ptr + part[None, :] * D + channel[:, None], acc, mask=(row_mask & (whole > 0))[None, :])
 
 
 @triton.jit
 def _merge_kernel(
     part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < row_heads
-    channel = tl.arange(0, D)
-    rotated = merge_splits(part_ptr, stat_ptr, row, row_mask, channel, channel < D, num_splits, row_heads, D, ROWS, D, AHEAD)
-    inverse = tl.load(signs_ptr + channel[None, :] * D + channel[:, None])  # the transpose
-    out = times_signs(rotated, inverse, True) / tl.sqrt(D + 0.0)
-    kv_head = (row % q_heads) // GROUP
-    out += tl.load(v_mean_ptr + kv_head[:, None] * D + channel[None, :])
-    tl.store(out_ptr + row[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
-
-
-@functools.cache
-def ordered_signs(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    """`hadamard_signs` with its columns in the order in which codes come apart: the first code of every byte, then the second, ...
-
-    Neighbours in that order come from neighbouring bytes, so no two halves of a register have to be exchanged. Only queries and outputs know.
-    """
-    per_byte = 2 if bits == 4 else 4
-    order = torch.arange(head_dim).view(-1, per_byte).t().flatten()
-    return hadamard_signs(head_dim, device)[:, order.to(device)].contiguous()
-
-
-def level_assembly(bits: int) -> str:
-    """PTX that turns four bytes (and for 3 bits the four bytes with their upper bits) into the levels they hold, two at a time.
-
-    Output m of a byte is its m-th code's level, so the bytes may be any four. Two bytes are spread over a word's halves; a code c becomes the
-    bfloat16 128 + 2c by writing it into a mantissa, u = 2c - (2^bits - 1) by one subtraction (exact), and the level is u (a + b u^2) with the
-    roundings of `reference.levels`.
-    """
-    codes, width = (2, 4) if bits == 4 else (4, 2)
-    low, high = f"${2 * codes}", f"${2 * codes + 1}"
-
-    def twice(value: float) -> str:
-        bits16 = int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16)) & 0xFFFF
-        return f"0x{bits16:04X}{bits16:04X}"
-
-    def moved(source: str, by: int) -> str:
-        return f"shl.b32 t, {source}, {by};" if by >= 0 else f"shr.b32 t, {source}, {-by};"
-
-    a, b = LEVEL_COEFFICIENTS[bits]
-    mask = ((1 << width) - 1) << 1
-    lines = ["{ .reg .b32 t, u, s, x, y, one, low, nil, ca, cb;", f"mov.b32 one, {twice(1.0)};", f"mov.b32 low, {twice(-(127.0 + 2**bits))};"]
-    lines += ["mov.b32 nil, 0x80008000;", f"mov.b32 ca, {twice(a)};", f"mov.b32 cb, {twice(b)};"]
-    for half, spread in enumerate(("0x4140", "0x4342")):
-        lines.append(f"prmt.b32 x, {low}, 0, {spread};")
-        if bits == 3:
-            lines.append(f"prmt.b32 y, {high}, 0, {spread};")
-        for code in range(codes):
-            lines.append(moved("x", 1 - width * code))
-            lines.append(f"lop3.b32 u, t, 0x{mask:04X}{mask:04X}, 0x43004300, 0xEA;")
-            if bits == 3:
-                lines.append(moved("y", 3 - code))
-                lines.append("lop3.b32 u, t, 0x00080008, u, 0xEA;")
-            lines += ["fma.rn.bf16x2 u, u, one, low;", "fma.rn.bf16x2 s, u, u, nil;", "fma.rn.bf16x2 s, s, cb, ca;"]
-            lines.append(f"fma.rn.bf16x2 ${2 * code + half}, u, s, nil;")
-    return "\n".join([*lines, "}"])
+    # A row a program: with many splits and few rows their loads must not queue up, and one row turned back is no matrix product yet.
+    row = tl.program_id(0).to(tl.int64)
+    one, channel = tl.arange(0, 1), tl.arange(0, D)
+    rotated = merge_splits(part_ptr, stat_ptr, row + one, one == 0, channel, channel < D, num_splits, row_heads, D, 1, D, AHEAD)  # [1, D]
+    signs = tl.load(signs_ptr + channel[:, None] * D + channel[None, :]).to(tl.float32)
+    out = tl.sum(signs * rotated, 1) / tl.sqrt(D + 0.0)
+    out += tl.load(v_mean_ptr + (row % q_heads) // GROUP * D + channel)
+    tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
 
 
 _angle_tables = WeakTensorKeyDictionary()  # cos table -> (weak reference to its sin table, both side by side)
@@ -337,20 +273,24 @@ def hot_paged_attention(
     batch, group, device, bits = len(query_lens), q_heads // kv_heads, q.device, pages.bits
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
-    config = config or AttentionConfig(block_m=64 if fast else 0)
+    config = config or AttentionConfig(block_n=64 if fast else 32)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
     if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(lengths.max_query_len * group), 64))
     tiles = triton.cdiv(lengths.max_query_len * group, block_m)
+    with_mean = means.k_mean is not None
+    # Small tiles take few registers; a third program on a multiprocessor then hides what the other two wait for.
+    three = fast and not with_mean and block_m <= 32 and block_n <= 64 and config.num_warps == 4
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
-        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
-    signs = ordered_signs(d, bits, device)
+        split_keys, num_splits = 0, choose_splits(
+            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * 3 // 2 if three else paged.SLOTS
+        )
+    signs = ordered_signs(d, bits, device, fast)
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
-    with_mean = means.k_mean is not None
     pair = torch.empty((num_rows, q_heads, d), dtype=torch.float16, device=device) if with_mean else rotated
     size = torch.empty((num_rows, q_heads), dtype=torch.float32, device=device) if with_mean else rotated
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
@@ -376,11 +316,10 @@ def hot_paged_attention(
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
         MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
-        ASM=level_assembly(bits) if fast else "", PRECISION=precision,
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
+        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
+        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=THREE_PROGRAMS if three else None,
     )  # fmt: skip
-    _merge_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        part, stat, signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
-        GROUP=group, D=d, ROWS=16, AHEAD=4, num_warps=8,
-    )  # fmt: skip
+    _merge_kernel[(num_rows * q_heads,)](
+        part, stat, signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads, GROUP=group, D=d, AHEAD=32, num_warps=4
+    )
     return out

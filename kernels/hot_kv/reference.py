@@ -29,9 +29,10 @@ NUM_SINKS = 4  # tokens at a request's start that are kept exact, where they are
 NUM_RECENT = 32  # tokens up to each query's own that it reads exactly, where they are kept
 RING = 96  # of a request's last tokens kept for that: NUM_RECENT still lie before a block of 65, should all its drafts be rejected
 
-# A level is u (a + b u^2) at the odd integers u, in bfloat16: within 2% of the best codebook's squared error on a Gaussian (0.00965, 0.0346,
-# 0.1175 at 4, 3 and 2 bits), and four packed operations to evaluate where a table would cost a lookup for every element.
-LEVEL_COEFFICIENTS = {4: (0.12109375, 0.000255584716796875), 3: (0.23828125, 0.00142669677734375), 2: (0.447265625, 0.006256103515625)}
+# A level is v (v^2 + a), v = 2^-shift times an odd integer, in bfloat16, in units of `unit` standard deviations: within 2% of the best codebook's
+# squared error on a Gaussian (0.00965, 0.0346, 0.1175 at 4, 3 and 2 bits), and three packed operations to evaluate where a table would cost a
+# lookup for every element. The unit is nobody's: a row's scale is taken from the levels that the row got.
+LEVEL_COEFFICIENTS = {4: (4, 1.8515625, 1.046875), 3: (3, 2.609375, 0.73046875), 2: (2, 4.46875, 0.400390625)}  # bits: (shift, a, unit)
 
 
 class HotPages(NamedTuple):
@@ -99,16 +100,16 @@ def rotation(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
 @functools.cache
 def levels(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """bfloat16 [2^bits], rising."""
-    a, b = LEVEL_COEFFICIENTS[bits]
-    u = torch.arange(2**bits, dtype=torch.float32) * 2 - (2**bits - 1)
-    inner = (a + b * u * u).bfloat16().float()
-    return (u * inner).bfloat16().to(device)
+    shift, a, _ = LEVEL_COEFFICIENTS[bits]
+    v = (torch.arange(2**bits, dtype=torch.float32) * 2 - (2**bits - 1)) * 2.0**-shift
+    inner = (v * v + a).bfloat16().float()
+    return (v * inner).bfloat16().to(device)
 
 
 @functools.cache
 def thresholds(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """float32 [2^bits - 1], half way between neighbouring levels."""
-    value = levels(bits).float()
+    """float32 [2^bits - 1], half way between neighbouring levels, in standard deviations."""
+    value = levels(bits).float() * LEVEL_COEFFICIENTS[bits][2]
     return ((value[1:] + value[:-1]) / 2).to(device)
 
 

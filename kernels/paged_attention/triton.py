@@ -241,19 +241,19 @@ class Lengths:
 
 
 @functools.cache
-def choose_splits(config_splits: int, base_programs: int, keys: int, block_n: int) -> int:
+def choose_splits(config_splits: int, base_programs: int, keys: int, block_n: int, slots: int = SLOTS) -> int:
     """Splits of the context, none shorter than two blocks, that end soonest.
 
-    Programs run `SLOTS` at a time, each as long as its blocks and a start worth three more; a part costs its merging about a tenth of a block.
+    Programs run `slots` at a time, each as long as its blocks and a start worth three more; a part costs its merging about a tenth of a block.
     """
     if config_splits:
         return config_splits
     blocks = triton.cdiv(keys, block_n)
 
     def cost(splits: int) -> float:
-        return triton.cdiv(base_programs * splits, SLOTS) * (triton.cdiv(blocks, splits) + 3) + splits / 10
+        return triton.cdiv(base_programs * splits, slots) * (triton.cdiv(blocks, splits) + 3) + splits / 10
 
-    return min(range(1, max(1, min(SLOTS, blocks // 2)) + 1), key=cost)
+    return min(range(1, max(1, min(slots, blocks // 2)) + 1), key=cost)
 
 
 def paged_attention_floors(
