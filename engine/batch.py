@@ -33,6 +33,7 @@ class TritonBatch(NamedTuple):
     page_table: torch.Tensor  # [B, max_pages] int32
     query_lens: torch.Tensor  # [B] int32
     context_lens: torch.Tensor  # [B] int32, the new tokens included
+    max_query_len: int
 
 
 def prepare(
@@ -72,6 +73,7 @@ def prepare(
             torch.tensor(table, dtype=torch.int32, device=device),
             torch.tensor(query_lens, dtype=torch.int32, device=device),
             torch.tensor(contexts, dtype=torch.int32, device=device),
+            max(query_lens),
         )
         if not isinstance(pool, HotPool):
             return batch
@@ -79,7 +81,6 @@ def prepare(
         since = [pool.note_written(sequence, start, end) for sequence, start, end in zip(sequences, starts, contexts, strict=True)]
         return HotBatch(
             *batch,
-            max(query_lens),
             rope.table(max(contexts)),
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.tensor(since, dtype=torch.int32, device=device),

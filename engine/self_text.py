@@ -100,7 +100,7 @@ class SelfTextSampler:
         at = self._lengths
         batch = TritonBatch(
             cos=self._cos[at], sin=self._sin[at], slots=self._first_slot + at, page_table=self._table, query_lens=self._ones,
-            context_lens=(at + 1).int(),
+            context_lens=(at + 1).int(), max_query_len=1,
         )  # fmt: skip
         return self.decoder.decode(tokens, self._pool, batch)
 

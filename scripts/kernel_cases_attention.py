@@ -53,7 +53,7 @@ def _candidates(*shapes: tuple[int, ...]) -> dict[str, Any]:
 
 
 PAGED_CANDIDATES = _candidates((64, 4, 4), (64, 4, 2), (64, 4, 3, 0, 64), (32, 4, 4), (128, 8, 2, 0, 64), (64, 4, 3, 33))
-HOT_CANDIDATES = _candidates((64, 4, 2, 0, 64), (64, 8, 3, 0, 64), (64, 4, 3, 0, 32), (64, 4, 3, 0, 16), (32, 4, 3, 0, 64), (64, 4, 3, 33, 64))
+HOT_CANDIDATES = _candidates((64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 3, 0, 64), (32, 4, 3))
 
 
 def attentions(device: torch.device, tiny: bool) -> Cases:

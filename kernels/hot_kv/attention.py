@@ -273,16 +273,17 @@ def hot_paged_attention(
     batch, group, device, bits = len(query_lens), q_heads // kv_heads, q.device, pages.bits
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
-    config = config or AttentionConfig(block_n=64 if fast else 32)
+    with_mean = means.k_mean is not None
+    # Angles take shared memory too: two stages of them leave room for a third program.
+    config = config or AttentionConfig(block_n=64 if fast else 32, num_stages=2 if with_mean else 3)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
     if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(lengths.max_query_len * group), 64))
     tiles = triton.cdiv(lengths.max_query_len * group, block_m)
-    with_mean = means.k_mean is not None
     # Small tiles take few registers; a third program on a multiprocessor then hides what the other two wait for.
-    three = fast and not with_mean and block_m <= 32 and block_n <= 64 and config.num_warps == 4
+    three = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4 and (not with_mean or config.num_stages <= 2)
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
