@@ -15,7 +15,7 @@ from engine.pairs import PAIRS
 from engine.sampling import SamplingParams
 from engine.session import DEFAULT_QUALITY, SESSION_QUALITIES
 
-DEFAULT_PAIR = "qwen2.5-coder"
+DEFAULT_PAIR = "smollm2"
 
 
 class Parser(argparse.ArgumentParser):
