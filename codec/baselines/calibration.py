@@ -49,17 +49,6 @@ class Calibration:
             raise TooLittleCalibration(f"{len(kv)} calibration tokens", "give at least 2, better thousands")
         return cls(layout, kv.mean(0), None, kv)
 
-    @classmethod
-    def from_moments(cls, layout: KvLayout, mean: torch.Tensor, covariance: torch.Tensor,
-                     sample: torch.Tensor | None = None) -> Calibration:
-        """mean [D], covariance [D, D] (both float32, e.g. shared with our own calibration), optional sample [m, D]."""
-        if covariance.shape != (layout.dim, layout.dim):
-            raise BadInput(f"a calibration covariance of shape {list(covariance.shape)}", f"give [{layout.dim}, {layout.dim}]")
-        shape = (layout.coded_layers, 2, layout.layer_dim // 2)
-        index = torch.arange(layout.dim, device=covariance.device).reshape(shape)
-        key, value = (covariance[i[:, None], i] for i in (index[:, part].reshape(-1) for part in (0, 1)))
-        return cls(layout, mean, (key, value), sample)
-
     def scale(self, part: int) -> torch.Tensor:
         """Root mean variance of each layer's K (or V), spread over its channels: float32 [D/2]."""
         if self.covariances is not None:

@@ -193,10 +193,8 @@ def test_streamed_calibration_equals_the_sample() -> None:
     for chunk in kv.split(128):
         stream.update(chunk)
     streamed, whole = stream.finish(), Calibration.from_sample(LAYOUT, kv)
-    moments = Calibration.from_moments(LAYOUT, kv.mean(0), torch.cov(kv.T, correction=0))
     torch.testing.assert_close(streamed.mean, whole.mean, rtol=1e-5, atol=1e-4)
     assert streamed.sample is not None and len(streamed.sample) == 100
     for part in (0, 1):
         variances = whole.spectrum(part, True)[0]
-        for other in (streamed, moments):
-            torch.testing.assert_close(other.spectrum(part, True)[0], variances, rtol=2e-2, atol=1e-4)
+        torch.testing.assert_close(streamed.spectrum(part, True)[0], variances, rtol=2e-2, atol=1e-4)

@@ -176,6 +176,33 @@ def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
     return _chi_square_p_value
 
 
+@pytest.fixture(scope="session")
+def check_sampled_text(naive_probabilities) -> Callable[..., None]:
+    """`check_sampled_text(target, draft, draws, **filters)`: three sampled tokens have the target's distribution, and some drafts are refused."""
+    from engine.engine import Engine
+    from engine.sampling import SamplingParams
+
+    def check(target: Any, draft: Any, draws: int, **filters: Any) -> None:
+        params = [SamplingParams(**({"temperature": 1.0} | filters), max_new_tokens=3, seed=s, draft_length=2) for s in range(draws)]
+        results = Engine(target, draft=draft, page_size=8, max_batch=draws).generate([[1, 2]] * draws, params)
+        counts: dict[Any, int] = {}
+        for r in results:
+            counts[tuple(r.token_ids)] = counts.get(tuple(r.token_ids), 0) + 1
+
+        def following(prefix: list[int]) -> Any:
+            sequence = target.new_pool(1, 8).new_sequence()
+            logits = target.forward(torch.tensor(prefix), [sequence], [len(prefix)], logits="last").logits
+            return naive_probabilities(logits[0].double().tolist(), params[0])
+
+        expected: dict[Any, float] = {(): 1.0}
+        for _ in range(3):
+            expected = {(*cell, t): p * q for cell, p in expected.items() if p > 0 for t, q in enumerate(following([1, 2, *cell]))}
+        assert _chi_square_p_value(counts, expected) > 1e-3
+        assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+
+    return check
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -86,26 +86,10 @@ def test_equal_seeds_give_equal_text_in_any_batch(target, trained):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 3, "temperature": 0.8}])
-def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter, tmp_path, filters, chi_square_p_value, naive_probabilities):
+def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter, tmp_path, filters, check_sampled_text):
     shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
     target = random_decoder(3, **shape)
-    draft = load_trained_trunk(make_adapter(tmp_path, target, size=3), target)
-    params = [SamplingParams(**({"temperature": 1.0} | filters), max_new_tokens=3, seed=s, draft_length=2) for s in range(900)]
-    results = Engine(target, draft=draft, page_size=8, max_batch=900).generate([[1, 2]] * 900, params)
-    counts: dict = {}
-    for r in results:
-        counts[tuple(r.token_ids)] = counts.get(tuple(r.token_ids), 0) + 1
-
-    def following(prefix):
-        sequence = target.new_pool(1, 8).new_sequence()
-        logits = target.forward(torch.tensor(prefix), [sequence], [len(prefix)], logits="last").logits
-        return naive_probabilities(logits[0].double().tolist(), params[0])
-
-    expected = {(): 1.0}
-    for _ in range(3):
-        expected = {(*cell, t): p * q for cell, p in expected.items() if p > 0 for t, q in enumerate(following([1, 2, *cell]))}
-    assert chi_square_p_value(counts, expected) > 1e-3
-    assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+    check_sampled_text(target, load_trained_trunk(make_adapter(tmp_path, target, size=3), target), 900, **filters)
 
 
 def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained):
