@@ -1,0 +1,233 @@
+"""Tokens per second of plain and speculative decoding, ours and transformers' over the same weights, in one process.
+
+Text first: before anything is timed each way continues the prompts greedily. Ours with speculation must be ours without, and ours without must be
+transformers', token for token: with --deterministic or in float32 the first without exception; else texts may part at a near tie, checked by
+transformers' own logits (throughput_check.py). On failure nothing is timed, no speed-up is printed, and the exit status is 1.
+
+Then --repeats rounds, in which all ways take turns batch by batch. tokens_per_s: the tokens after the first over the seconds after the first, of all
+prompts of a batch together, median over the rounds (`tokens_per_s_best`: the best). End tokens are ignored, so that counts are equal. ttft_s: until
+all prompts of a batch have their first token (transformers: a call for one token). floor_fraction, plain rows: the time to read the weights once at
+the bandwidth of a large copy in the same run, over the time of a step. A copy's bandwidth is not the best a read can have: above 1 is possible.
+
+    python scripts/bench_throughput.py --pair smollm2 --batches 1 --temperature 0,1 --json-out scripts/results/throughput-cpu-smollm2.json
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from draft.length import MAX_AUTO_LENGTH
+from engine.command import quiet_libraries, say, versions
+from engine.drafters import Draft
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption
+from engine.models import PAIRS
+from engine.options import Parser, report
+from engine.sampling import SamplingParams
+from scripts.check_greedy import device_name
+from scripts.codec_compare import write_json
+from scripts.throughput_check import compare
+from scripts.throughput_rows import add_ratios, row, table
+from scripts.throughput_runs import Contestant, Foretold, Sample, Transformers, copy_gb_per_s, in_batches, load_transformers, prompt_ids
+
+ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")
+_PAGE = 64
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
+    which.add_argument("--target", metavar="DIR", help="folder or hub id of the target")
+    p.add_argument("--draft", metavar="DIR|trunk|none", help="another draft than the pair's own; with --target none unless given")
+    p.add_argument("--engines", default=",".join(ENGINES))
+    p.add_argument("--modes", default=",".join(MODES), help="plain: both engines; speculative: ours; assisted: transformers' own speculation, which "
+                   "needs a draft that is a model and runs one prompt at a time")  # fmt: skip
+    p.add_argument("--batches", default="1", metavar="B,B")
+    p.add_argument("--prompts", type=int, metavar="N", help="so many of the prompts (default: all), in batches; the last is filled up from the first")
+    p.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line instead of the built-in ones")
+    p.add_argument("--prompt-tokens", type=int, metavar="L", help="raw prompts cut or repeated to L tokens, without the chat template")
+    p.add_argument("--new-tokens", type=int, default=128, metavar="N")
+    p.add_argument("--temperature", default="0", metavar="T,T", help="0 is greedy")
+    p.add_argument("--draft-length", default="auto", metavar="N|auto")
+    p.add_argument("--repeats", type=int, default=3, metavar="N")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    p.add_argument("--deterministic", action="store_true", help="our shape-stable arithmetic")
+    p.add_argument("--json-out", type=Path, metavar="FILE")
+    args = p.parse_args(argv)
+    args.command = command_of(sys.argv[1:] if argv is None else argv)
+    for name, allowed in (("engines", ENGINES), ("modes", MODES)):
+        given = list(dict.fromkeys(getattr(args, name).split(",")))
+        if unknown := [x for x in given if x not in allowed]:
+            raise InvalidOption(f"--{name} cannot be {unknown[0]!r}", f"choose from {', '.join(allowed)}")
+        setattr(args, name, given)
+    try:
+        args.batches = [int(b) for b in args.batches.split(",")]
+        args.temperatures = [float(t) for t in args.temperature.split(",")]
+        args.draft_length = "auto" if args.draft_length == "auto" else int(args.draft_length)
+    except ValueError as error:
+        raise InvalidOption(f"not a number: {error}", "check --batches, --temperature and --draft-length") from None
+    counts = [*args.batches, args.repeats, *(n for n in (args.prompts, args.prompt_tokens) if n is not None)]
+    if min(counts) < 1 or args.new_tokens < 2:
+        raise InvalidOption("batches, repeats, prompts and prompt tokens are at least 1, new tokens 2", "check the options")
+    if args.draft_length == 0:
+        raise InvalidOption("--draft-length 0 is plain decoding", "give 1 or more, auto, or --modes plain")
+    if args.json_out and not args.json_out.absolute().parent.is_dir():
+        raise InvalidOption(f"--json-out cannot be written to {str(args.json_out)!r}", "name a file in a folder that exists")
+    for temperature in args.temperatures:
+        SamplingParams(temperature=temperature, draft_length=args.draft_length)
+    return args
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """The command without what only this machine knows: of paths the last part stays, but for those inside the repository."""
+    root = Path(__file__).resolve().parents[1]
+
+    def short(word: str) -> str:
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        path = Path(value).expanduser()
+        inside = path.resolve().is_relative_to(root) and not path.is_absolute()
+        return word if "/" not in value or inside else option + equals + path.name
+
+    return " ".join(["python scripts/bench_throughput.py", *map(short, argv)])
+
+
+def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) -> list[Contestant]:
+    """Every way to decode that was asked for and that these models have. Raises InvalidOption when there is none."""
+    draft: Draft = loaded.draft_decoder or loaded.trained_trunk or (loaded.drafter.verify_from if loaded.drafter else None)
+    drafts = MAX_AUTO_LENGTH if args.draft_length == "auto" else args.draft_length
+    room = max(args.batches) * (-(-(max(map(len, ids)) + args.new_tokens + drafts) // _PAGE) + 2) * _PAGE
+
+    def ours(mode: str, draft: Draft, length: int | Literal["auto"]) -> Foretold:
+        engine = Engine(loaded.target, loaded.tokenizer, draft=draft, pool_tokens=room, page_size=_PAGE, max_batch=max(args.batches),
+                        deterministic=args.deterministic, target_dir=loaded.target_dir, draft_dir=loaded.draft_dir)
+        return Foretold(mode, engine, length)
+
+    found: list[Contestant] = []
+    if "foretold" in args.engines:
+        if "plain" in args.modes:
+            found.append(ours("plain", None, 0))
+        if "speculative" in args.modes and draft is not None:
+            found.append(ours("speculative", draft, args.draft_length))
+    if "transformers" in args.engines and {"plain", "assisted"} & set(args.modes):
+        assert loaded.target_dir is not None
+        model = load_transformers(loaded.target_dir, loaded.dtype, loaded.device)
+        if "plain" in args.modes:
+            found.append(Transformers("plain", model))
+        if "assisted" in args.modes and loaded.draft_dir is not None:
+            found.append(Transformers("assisted", model, load_transformers(loaded.draft_dir, loaded.dtype, loaded.device)))
+    if not found:
+        raise InvalidOption("there is nothing to measure", "check --engines and --modes; speculative needs a draft, assisted one that is a model")
+    return found
+
+
+def taking_part(everyone: list[Contestant], batch: int) -> list[Contestant]:
+    return [c for c in everyone if c.mode != "assisted" or batch == 1]   # transformers assists one prompt at a time
+
+
+def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Greedy texts against each other, as the module says; also the warm-up."""
+    texts = {(c.name, c.mode): [c.run(batch, args.new_tokens, 0.0, 0).texts for batch in batches] for c in everyone}
+    judge = next((c for c in everyone if c.name == "transformers"), everyone[0])
+    exact = args.deterministic or dtype == torch.float32
+    pairs = [(("foretold", "speculative"), ("foretold", "plain"), exact), (("foretold", "plain"), ("transformers", "plain"), False),
+             (("transformers", "assisted"), ("transformers", "plain"), False)]  # fmt: skip
+    found = []
+    for one, other, strictly in pairs:
+        if one in texts and other in texts:
+            prompts, ours, theirs = ([t for batch in part for t in batch] for part in (batches, texts[one], texts[other]))
+            result = compare(prompts, ours, theirs, judge, dtype, exact=strictly)
+            found.append({"batch": len(batches[0]), "text": " ".join(one), "against": " ".join(other), "exact": strictly} | result)
+            say(f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
+                f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), "
+                + ("passed" if result["passed"] else f"FAILED: {result['failures']}"))  # fmt: skip
+    return found
+
+
+def measure(everyone: list[Contestant], batches: list[list[list[int]]], temperature: float, args: argparse.Namespace) -> list[list[list[Sample]]]:
+    """[contestant][round][batch]; the contestants take turns, and another one begins each round."""
+    samples: list[list[list[Sample]]] = [[[] for _ in range(args.repeats)] for _ in everyone]
+    for turn in range(args.repeats):
+        for number, batch in enumerate(batches):
+            for i in range(len(everyone)):
+                who = (i + turn) % len(everyone)
+                samples[who][turn].append(everyone[who].run(batch, args.new_tokens, temperature, turn * len(batches) + number))
+        say(f"batch {len(batches[0])}, temperature {temperature:g}: round {turn + 1} of {args.repeats}")
+    return samples
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
+    options = {"device": args.device, "dtype": args.dtype}
+    if args.pair:
+        loaded = Engine.from_pair(args.pair, draft=args.draft, **options)
+    else:
+        loaded = Engine.from_pretrained(args.target, args.draft or "none", **options)
+    ids, device, dtype = prompt_ids(loaded, args), loaded.device, loaded.dtype
+    config, weights = loaded.target.config, loaded.target.weight_bytes
+    embedding = loaded.target.embed_tokens.weight
+    read = weights - (0 if config.tie_word_embeddings else embedding.nbytes)   # of embeddings of its own a step reads single rows
+    document: dict[str, Any] = {
+        "pair": args.pair or Path(args.target).name, "device": device_name(loaded), "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."), "drafter": loaded.drafter_name, "deterministic": args.deterministic, "prompts": len(ids),
+        "new_tokens": args.new_tokens, "repeats": args.repeats, "read_bytes": read, "command": args.command, "versions": versions(),
+    }  # fmt: skip
+    everyone = contestants(loaded, ids, args)
+    del loaded   # its pools; the models live on
+    document["copy_gb_per_s"] = copy_gb_per_s(device, 1 << (30 if device.type == "cuda" else 28))
+    document |= {"checks": [], "passed": True, "rows": []}
+    floor_s = read / (document["copy_gb_per_s"] * 1e9)
+
+    def keep() -> None:
+        if args.json_out:
+            write_json(args.json_out, document)
+
+    for size in args.batches:
+        batches, here = in_batches(ids, size), taking_part(everyone, size)
+        if not here:
+            say(f"batch {size}: transformers assists one prompt at a time, left out")
+            continue
+        document["checks"] += check(here, batches, args, dtype)
+        if not all(c["passed"] for c in document["checks"]):
+            document["passed"] = False
+            keep()
+            return document
+        for temperature in args.temperatures:
+            rounds = measure(here, batches, temperature, args)
+            document["rows"] += [row(who, own, batches, temperature, floor_s) for who, own in zip(here, rounds, strict=True)]
+            add_ratios(document["rows"])
+            keep()
+    costs = next((c.engine.cost_model for c in everyone if isinstance(c, Foretold) and c.engine.cost_model), None)
+    document["cost_model"] = dataclasses.asdict(costs) if costs else None
+    keep()
+    return document
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        quiet_libraries()
+        document = run(args)
+    except ForetoldError as error:
+        return report(error)
+    about = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    print(f"{document['pair']}, {document['device']} ({document['threads']} threads), {document['dtype']}, drafter {document['drafter']}; "
+          f"copy {document['copy_gb_per_s']:.1f} GB/s; {about}\n{document['command']}")  # fmt: skip
+    if not document["passed"]:
+        print("error: the texts differ, nothing was timed (see the check above)", file=sys.stderr)
+        return 1
+    print(table(document["rows"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
