@@ -39,7 +39,7 @@ from scripts.throughput_rows import add_ratios, row, table
 from scripts.throughput_runs import Contestant, Foretold, Sample, Transformers, copy_gb_per_s, in_batches, load_transformers, prompt_ids
 
 ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")
-_PAGE = 64
+_PAGE, _WARM_TOKENS = 64, 16
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -148,7 +148,8 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
             result = compare(prompts, ours, theirs, judge, dtype, exact=strictly)
             found.append({"batch": len(batches[0]), "text": " ".join(one), "against": " ".join(other), "exact": strictly} | result)
             say(f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
-                f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), "
+                f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), {result['strays']} of {result['judged']} tokens after "
+                f"not the judge's best, "
                 + ("passed" if result["passed"] else f"FAILED: {result['failures']}"))  # fmt: skip
     return found
 
@@ -156,11 +157,13 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
 def measure(everyone: list[Contestant], batches: list[list[list[int]]], temperature: float, args: argparse.Namespace) -> list[list[list[Sample]]]:
     """[contestant][round][batch]; the contestants take turns, and another one begins each round."""
     samples: list[list[list[Sample]]] = [[[] for _ in range(args.repeats)] for _ in everyone]
+    for who in everyone if temperature else ():
+        who.run(batches[0], min(_WARM_TOKENS, args.new_tokens), temperature, 0)   # sampling has kernels of its own to compile
     for turn in range(args.repeats):
         for number, batch in enumerate(batches):
             for i in range(len(everyone)):
-                who = (i + turn) % len(everyone)
-                samples[who][turn].append(everyone[who].run(batch, args.new_tokens, temperature, turn * len(batches) + number))
+                at = (i + turn) % len(everyone)
+                samples[at][turn].append(everyone[at].run(batch, args.new_tokens, temperature, turn * len(batches) + number))
         say(f"batch {len(batches[0])}, temperature {temperature:g}: round {turn + 1} of {args.repeats}")
     return samples
 
