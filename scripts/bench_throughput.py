@@ -148,8 +148,8 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
             result = compare(prompts, ours, theirs, judge, dtype, exact=strictly)
             found.append({"batch": len(batches[0]), "text": " ".join(one), "against": " ".join(other), "exact": strictly} | result)
             say(f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
-                f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), {result['strays']} of {result['judged']} tokens after "
-                f"not the judge's best, "
+                f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), "
+                f"{result['strays']} of {result['judged']} tokens after not the judge's best, "
                 + ("passed" if result["passed"] else f"FAILED: {result['failures']}"))  # fmt: skip
     return found
 
