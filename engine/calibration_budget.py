@@ -47,9 +47,9 @@ def default_rank(num_features: int, layout: KvLayout, budget_bytes: float) -> in
 
 
 def transform_bytes(layout: KvLayout, predictor: Mapping[str, Tensor], budget_bytes: float, transform: str) -> float:
-    """Room that the budget leaves for the transform's rows beside the predictor and the weights. There is no codec without: so a quarter of D rows in 3
-    bits have room in any case, and of the short rows of single layers half of D in 8 bits."""
-    rows, bits = (layout.dim // 4, 3) if transform == "global" else (layout.dim // 2, 8)
+    """Room that the budget leaves for the transform's rows beside the predictor and the weights. There is no codec without: so D / 16 rows in 3 bits
+    have room in any case, and of the short rows of single layers D / 2 in 8 bits."""
+    rows, bits = (layout.dim // 16, 3) if transform == "global" else (layout.dim // 2, 8)
     least = rows * row_bytes(_row_width(layout, transform), bits)
     return max(least, budget_bytes - stored_bytes(predictor) - 2 * layout.dim * layout.head_dim - FIXED_BYTES)
 
