@@ -4,7 +4,7 @@ A component with standard deviation sigma, quantised with a step, belongs to the
 all components, qualities and token steps: halving the step moves every component eight classes up. A token's gain (how much larger or smaller
 than usual its residual is) moves all its components by 2 * gain classes; the encoder picks it, and it is coded ahead of the token.
 
-Tables start as discretised Laplace densities (the code lengths of shared/research/rate_distortion_probe.py) and are then mixed with histograms
+Tables start as discretised Laplace densities and are then mixed with histograms
 measured on held-out calibration tokens.
 """
 

@@ -1,6 +1,6 @@
 """What an error in the cache does to the target: block-diagonal weights S, one d x d block per (layer, K|V, KV head).
 
-|S e|^2 estimates the relative squared error that an error e of the cache causes in the layer's output (DESIGN section 3, step 4):
+|S e|^2 estimates the relative squared error that an error e of the cache causes in the layer's output:
 values:  e changes the output by (attention weight) * W_o e, so S^2 is the sum over the group's query heads of W_o^T W_o;
 keys:    e changes a logit by q.e / sqrt(d), which moves the output along the spread of W_o v, so S^2 = sum over heads of
          E|W_o (v - mean v)|^2 * E[q q^T] / d, q turned to where the key, stored without RoPE, meets it.

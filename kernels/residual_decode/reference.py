@@ -1,6 +1,6 @@
 """Meaning of `residual_decode` in plain PyTorch: integers and prediction back to KV rows, or straight into the pool.
 
-Algorithm: shared/DESIGN.md section 3, step 7. Axes: T tokens, K components, r rank of the prediction, D = coded layers * 2 * G * d.
+Axes: T tokens, K components, r rank of the prediction, D = coded layers * 2 * G * d.
 """
 
 from __future__ import annotations

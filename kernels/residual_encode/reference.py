@@ -1,6 +1,6 @@
 """Meaning of `residual_encode` and `gather_kv` in plain PyTorch: what of a token's KV its prediction missed, as small integers.
 
-Algorithm: shared/DESIGN.md section 3, steps 3 to 6, with weighting, transform and prediction folded into one matrix.
+Weighting, transform and prediction are folded into one matrix.
 Axes: T tokens, D = coded layers * 2 * G * d, r rank of the prediction, K kept components.
 """
 

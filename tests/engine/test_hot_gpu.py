@@ -17,7 +17,7 @@ from scripts import eval_hot
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PAIR = "qwen2.5-coder"
-KL = {"q4": 0.0025, "q3": 0.008, "q2": 0.035}  # half as much again as reached on the test text of EVIDENCE's kinds: other text, 8 windows
+KL = {"q4": 0.0025, "q3": 0.008, "q2": 0.035}  # half as much again as on 24 windows of other text
 
 
 @pytest.mark.parametrize("hot", FORMATS)
