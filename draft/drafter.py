@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.errors import FeatureTapError
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, KvPool, Proposal
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, KvPool, Proposal
 
 
 class ModelDrafter:
@@ -71,11 +71,12 @@ class ModelDrafter:
         """The target's hidden states are of no use to a separate model."""
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler
-    ) -> Proposal:
+        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        gates: Gates = None,
+    ) -> Proposal:  # fmt: skip
         """Draft lengths[b] tokens after pending[b]; requests with length 0 cost nothing and stay behind until they are asked again."""
         return draft_block(
-            self.decoder, [s.sequence for s in states], pending, lengths, sampler,
+            self.decoder, [s.sequence for s in states], pending, lengths, sampler, gates,
             last_layer=None, runs_last_draft=False, taps=self.feature_taps, deterministic=self.deterministic,
         )  # fmt: skip
 

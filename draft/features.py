@@ -124,6 +124,7 @@ class FeatureBuffer:
             return None
         return self._rows[start - self._first : end - self._first]
 
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _reserve(self, length: int, like: Tensor) -> None:
         if self._rows is not None and len(self._rows) >= length:
             return

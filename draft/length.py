@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import torch
 
+from draft.confidence import Calibration, Gate
 from draft.protocols import CausalDecoder, Drafter
 
 MAX_AUTO_LENGTH = 12
 PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials
 MEMORY = 0.9  # weight of older trials after each speculating step
+STEADY_MEMORY = 0.96  # the same where the rate is a mean of expectations, which scatter less than outcomes
 HOPEFUL_RATE = 0.95  # a probe is only worth its price if speculation would pay at this acceptance rate
 FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after each probe that changes nothing
 
@@ -44,6 +46,14 @@ class CostModel:
         """Expected seconds of a step in which each of `batch` requests drafts `length` tokens."""
         last = _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         return length * _at(self.draft, batch) + last + _at(self.verify, batch * (length + 1))
+
+    def gate(self, calibration: Calibration, rate: float, batch: int) -> Gate:
+        """A gate over drafts each of which is accepted with probability `rate`, in a batch of so many decoding requests."""
+        k = self.best_length(rate, batch)
+        tokens_per_s = expected_tokens(k, rate) / self.step_seconds(k, batch)  # of each request; passes are shared by all of them
+        draft, last = _at(self.draft, batch), _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
+        more = [_at(self.verify, batch * (i + 2)) - _at(self.verify, batch * (i + 1)) for i in range(MAX_AUTO_LENGTH)]
+        return Gate(calibration, rate, (draft - last) * tokens_per_s, [(last + seconds) * tokens_per_s for seconds in more])
 
     def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
         """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
@@ -70,10 +80,11 @@ class LengthController:
     Args:
         wanted: a fixed length, or "auto".
         costs: the frozen cost model; only needed for "auto", None then means no speculation.
+        calibration: with one, "auto" decides draft by draft: `choose` gives the longest length allowed, `gate` ends the block earlier.
     """
 
-    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None) -> None:
-        self.wanted, self.costs = wanted, costs
+    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None, calibration: Calibration | None = None) -> None:
+        self.wanted, self.costs, self.calibration = wanted, costs, calibration
         self._hits, self._trials = PRIOR_RATE * PRIOR_TRIALS, PRIOR_TRIALS
         self._plain_steps, self._probe_after = 0, FIRST_PROBE
 
@@ -91,16 +102,33 @@ class LengthController:
         best = self.costs.best_length(self.rate, batch)
         if best > 0:
             self._plain_steps, self._probe_after = 0, FIRST_PROBE
-            return best
+            return best if self.calibration is None else MAX_AUTO_LENGTH
         self._plain_steps += 1
         if self._plain_steps >= self._probe_after and self.costs.best_length(HOPEFUL_RATE, batch) > 0:
             self._plain_steps, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
             return 1
         return 0
 
-    def observe(self, proposed: int, accepted: int) -> None:
-        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing."""
-        if proposed:
+    def gate(self, batch: int = 1) -> Gate | None:
+        """What may end the next step's block early; None where the chosen length stands."""
+        if self.wanted != "auto" or self.costs is None or self.calibration is None:
+            return None
+        return self.costs.gate(self.calibration, self.rate, batch)
+
+    def observe(self, proposed: int, accepted: int, gate: Gate | None = None) -> None:
+        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing.
+
+        Under a gate only likely drafts are proposed, so the rate is that of all drafts looked at, by what their confidence lets expect. Those that
+        followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.
+        """
+        if gate is not None:
+            chances = [gate.calibration.chance(confidence) for confidence in gate.confidences[: accepted + 1]]
+            if chances:
+                self._hits = self._hits * STEADY_MEMORY + sum(chances)
+                self._trials = self._trials * STEADY_MEMORY + len(chances)
+            for i, confidence in enumerate(gate.confidences[: min(accepted + 1, proposed)]):
+                gate.calibration.observe(confidence, i < accepted)
+        elif proposed:
             self._hits = self._hits * MEMORY + accepted
             self._trials = self._trials * MEMORY + accepted + (accepted < proposed)
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft.confidence import confidences
 from draft.own_layers import AdapterBlock
-from draft.protocols import CausalDecoder, DraftSampler, Proposal
+from draft.protocols import CausalDecoder, DraftSampler, Gates, Proposal
 from draft.rows import pick
 
 
@@ -19,6 +20,7 @@ def draft_block(
     pending: Sequence[Sequence[int]],
     lengths: Sequence[int],
     sampler: DraftSampler,
+    gates: Gates = None,
     *,
     last_layer: int | None,
     runs_last_draft: bool,
@@ -31,9 +33,10 @@ def draft_block(
     decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a trained trunk: there every
     request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
     where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
-    not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`, and never read back to the host here.
+    not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here; where a
+    request has a gate its confidences are, once a pass.
     """
-    batch, device = len(sequences), decoder.device
+    batch, device, lengths = len(sequences), decoder.device, list(lengths)
     vocab_size = decoder.config.vocab_size
     bases = [sequence.length + len(tokens) for sequence, tokens in zip(sequences, pending, strict=True)]
     rows = [b for b in range(batch) if lengths[b] > 0 or runs_last_draft]
@@ -73,13 +76,23 @@ def draft_block(
         drafted = [rows[i] for i in drawing]
         drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted], **token_ids)
         draws.append(drawn)
-        for i, b in enumerate(drafted):
-            drawn_at[b].append(num_drawn + i)
-            probs[b].append(distributions[i])
+        kept = list(range(len(drafted)))
+        if gates is not None and any(gates[b] for b in drafted):
+            sure = confidences(logits, distributions)
+            for i, b in enumerate(drafted):
+                if (gate := gates[b]) is not None:
+                    if not gate.keeps(sure[i]):
+                        lengths[b] = step
+                        kept.remove(i)
+                    elif not gate.goes_on():
+                        lengths[b] = step + 1
+        for i in kept:
+            drawn_at[drafted[i]].append(num_drawn + i)
+            probs[drafted[i]].append(distributions[i])
         num_drawn += len(drafted)
 
         step += 1
-        onward = [i for i, b in enumerate(drafted) if lengths[b] > step or runs_last_draft]
+        onward = [i for i in kept if lengths[drafted[i]] > step or runs_last_draft]
         tokens = pick(drawn, onward)
         rows = [drafted[i] for i in onward]
         query_lens, starts = [1] * len(rows), [bases[b] + step - 1 for b in rows]
@@ -93,7 +106,7 @@ def draft_block(
         tokens=pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
         if draws
         else torch.empty(0, dtype=torch.int64, device=device),
-        lengths=list(lengths),
+        lengths=lengths,
         probs=[q for b in range(batch) for q in probs[b]],
         hidden=pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,
         num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],

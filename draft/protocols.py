@@ -108,6 +108,17 @@ class DraftSampler(Protocol):
         ...
 
 
+class DraftGate(Protocol):
+    """Ends a request's block early; `draft.confidence.Gate`."""
+
+    def keeps(self, confidence: float) -> bool: ...  # whether a draft drawn from a distribution with that largest probability is proposed
+
+    def goes_on(self) -> bool: ...  # whether another is looked for after it
+
+
+Gates = Sequence[DraftGate | None] | None  # one per request; None drafts the whole length
+
+
 @dataclass
 class DraftState:
     """What a drafter keeps per request.
@@ -201,9 +212,11 @@ class Drafter(Protocol):
         ...
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler
-    ) -> Proposal:
-        """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one)."""
+        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        gates: Gates = None,
+    ) -> Proposal:  # fmt: skip
+        """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one), or fewer where
+        gates[b] ends the block."""
         ...
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from draft.drafter import append_features, check_taps
 from draft.errors import TrunkDepthError
 from draft.own_layers import MAX_WAITING, AdaptedState, AdapterBlock, TrunkAdapter
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Proposal
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, Proposal
 
 
 def default_trunk_layers(num_layers: int) -> int:
@@ -153,13 +153,14 @@ class TrunkDrafter:
                 features.skip(len(part))
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler
-    ) -> Proposal:
+        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        gates: Gates = None,
+    ) -> Proposal:  # fmt: skip
         """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs its trunk."""
         assert all(len(tokens) == 1 for tokens in pending), "the trunk shares the target's cache, which lacks exactly the last token"
         own = None if self.adapter is None else AdapterBlock(self.adapter, cast(Sequence[AdaptedState], states), self.own_taps)
         return draft_block(
-            self.decoder, [s.sequence for s in states], pending, lengths, sampler, last_layer=self.num_layers, runs_last_draft=True,
+            self.decoder, [s.sequence for s in states], pending, lengths, sampler, gates, last_layer=self.num_layers, runs_last_draft=True,
             taps=self.feature_taps, deterministic=self.deterministic, own_layers=own,
         )  # fmt: skip
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from draft.adapter import HEAD, TOKEN_IDS, AdapterConfig, is_adapter, load_adapter
+from draft.confidence import GREEDY_PRIOR, SAMPLED_PRIOR, Calibration
 from draft.drafter import ModelDrafter
 from draft.errors import DraftError
-from draft.length import CostModel, measure_costs
+from draft.length import CostModel, LengthController, measure_costs
 from draft.own_layers import TrunkAdapter
 from draft.pretrained import shipped_adapter
 from draft.protocols import Drafter
@@ -22,6 +23,7 @@ from engine.decoder import Decoder, DecoderConfig
 from engine.errors import BadAdapter, InvalidOption
 from engine.models import resolve_model
 from engine.pool import PagedPool
+from engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -155,3 +157,9 @@ def measure_engine(engine: Engine, drafter: Drafter) -> CostModel:
         engine.target, drafter, draft_decoder, (engine.pool.new_sequence, pool.new_sequence), own_layers=own, token_counts=counts,
         deterministic=engine.deterministic,
     )  # fmt: skip
+
+
+def new_controller(params: SamplingParams, costs: CostModel | None, device: torch.device) -> LengthController:
+    """What chooses a request's draft lengths: on a CPU draft by draft, elsewhere per block, where nothing is read back while a block is drafted."""
+    by_confidence = device.type == "cpu"
+    return LengthController(params.draft_length, costs, Calibration(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None)

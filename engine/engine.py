@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from draft.errors import DraftError
-from draft.length import CostModel, LengthController
+from draft.length import CostModel
 from draft.protocols import FeatureStore
 from engine.decoder import Decoder, DecoderConfig
-from engine.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, own_model
+from engine.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.hot_means import open_pool
 from engine.metrics import SpeculationMetrics
@@ -334,7 +334,7 @@ class Engine:
             context=self.context,
             eos_token_ids=self.eos_token_ids,
             stream=TextStream(self._decode, conversation.token_ids[-TEXT_CONTEXT:], params.stop),
-            controller=LengthController(params.draft_length, self.cost_model),
+            controller=new_controller(params, self.cost_model, self.device),
             metrics=SpeculationMetrics(self.drafter_name),
             owns_cache=owns_cache,
         )

@@ -126,6 +126,7 @@ class HotPool(KvPool):
         exact = (tensor[index, part] for tensor in (self._sinks, self._rings) for part in (0, 1))
         return HotLayer(self._pages[index], self._means[index], *exact)
 
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def exact_row(self, sequence: KvSequence) -> int:
         """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page."""
         first = sequence.pages[0]
@@ -151,6 +152,7 @@ class HotPool(KvPool):
         super().release(pages)
         self._free_slots += [self._slot_of_page.pop(page) for page in pages if page in self._slot_of_page and self.is_free(page)]
 
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _extend(self, num_pages: int) -> None:
         for number, old in enumerate(self._pages):
             new = new_pages(self.bits, num_pages, self.page_size, self._heads, self._head_dim, self.device)

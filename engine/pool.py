@@ -269,6 +269,7 @@ class PagedPool(KvPool):
         # two index tensors with a slice of layers before them: the token axis comes first after the permutation
         self.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.kv.dtype)
 
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _extend(self, num_pages: int) -> None:
         shape = list(self.kv.shape)
         old, shape[2] = shape[2], num_pages

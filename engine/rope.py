@@ -131,6 +131,7 @@ class RopeTable:
         self._cos = torch.empty(0, head_dim // 2, device=device)
         self._sin = self._cos
 
+    @torch.inference_mode(False)  # the table outlives the step that asked for it, and training differentiates through it
     def _grow(self, positions: int) -> None:
         if positions <= self._cos.shape[0]:
             return

@@ -14,6 +14,7 @@ from engine.verify import verify
 from kernels.accept import LANE_SAMPLE
 
 
+@torch.inference_mode()
 def prefill_step(
     requests: Sequence[Request], chunks: Sequence[int], target: CausalDecoder, drafter: Drafter | None, *, deterministic: bool = False
 ) -> None:
@@ -40,6 +41,7 @@ def prefill_step(
             requests[b].add_run([token])
 
 
+@torch.inference_mode()
 def decode_step(
     requests: Sequence[Request], target: CausalDecoder, drafter: Drafter | None, *, catch_up: int, deterministic: bool = False
 ) -> None:
@@ -52,12 +54,14 @@ def decode_step(
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
+    gates = [r.controller.gate(_load(r, len(requests))) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
     if drafter and (any(lengths) or drafter.verify_from):
         states = [_state(r) for r in requests]
-        proposal = drafter.propose(states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler)
+        proposal = drafter.propose(states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, gates)
+        lengths = proposal.lengths
     else:
         proposal = _no_proposal(len(requests), target.device)
     proposed_at = time.perf_counter()
@@ -76,27 +80,30 @@ def decode_step(
     if drafter and any(proposal.num_run):
         drafter.commit([_state(r) for r in requests], proposal, kept)
     ended = time.perf_counter()
-    for request, run, count, length in zip(requests, runs, kept, lengths, strict=True):
+    for request, run, count, length, gate in zip(requests, runs, kept, lengths, gates, strict=True):
         cut = count < len(run)
         proposed, accepted = (count, count) if cut else (length, len(run) - 1)
         request.metrics.observe(proposed, accepted, count)
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
-        request.controller.observe(proposed, accepted)
+        request.controller.observe(proposed, accepted, gate)
 
 
 def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
     """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
     if drafter is None:
         return 0
-    # A given seed promises the same text in any batch, so its lengths may not depend on the batch. Greedy text does not depend on
-    # lengths at all.
-    free = request.params.greedy or request.params.seed is None
-    length = request.controller.choose(batch if free else 1)
+    length = request.controller.choose(_load(request, batch))
     room = min(request.context, drafter.max_positions) - len(request.token_ids)
     if request.params.greedy:
         room = min(room, request.remaining - 1)  # sampled text would change with the limit: there the surplus is drawn and dropped
     return max(0, min(length, room))
+
+
+def _load(request: Request, batch: int) -> int:
+    """The batch its drafts are chosen for: a given seed promises the same text in any, so its drafts may not depend on it. Greedy text does not depend
+    on them at all."""
+    return batch if request.params.greedy or request.params.seed is None else 1
 
 
 def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:

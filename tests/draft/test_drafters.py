@@ -90,6 +90,46 @@ def test_a_ragged_batch_is_drafted_and_committed(model):
     assert torch.equal(states[1].features.take(3, 4), feature_rows([2], 3, (0, 3)))
 
 
+class Script:
+    """Keeps and goes on as told."""
+
+    def __init__(self, keeps, goes_on):
+        self.answers, self.more, self.seen = list(keeps), list(goes_on), []
+
+    def keeps(self, confidence):
+        self.seen.append(confidence)
+        return self.answers.pop(0)
+
+    def goes_on(self):
+        return self.more.pop(0)
+
+
+def gates():
+    """The first ends after a kept draft, the second throws its second draft away, the third's block stays whole, the fourth's first is thrown away."""
+    return [Script([True], [False]), Script([True, False], [True]), None, Script([False], [])]
+
+
+def test_gates_end_a_models_blocks(model):
+    states = [model.open(None) for _ in range(4)]
+    proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), given := gates())
+    assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8] and len(proposal.probs) == 5
+    assert proposal.num_run == [1, 2, 3, 1] and not any(gate.answers or gate.more for gate in given if gate)
+    sure = float(torch.nn.functional.one_hot(torch.tensor(0), VOCAB).float().softmax(-1).max())
+    assert given[1].seen == pytest.approx([sure, sure])
+    model.commit(states, proposal, [2, 2, 4, 1])
+    assert [s.length for s in states] == [1, 2, 3, 1], "the second request ran its draft before it gave up on the next"
+
+
+def test_gates_end_a_trunks_blocks():
+    trunk = TrunkDrafter(Recorder(), 2)
+    states = [trunk.open(Counted(n)) for n in (5, 3, 7, 2)]
+    proposal = trunk.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), gates())
+    assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
+    wanted = [[1, 5], [2, 6], [3, 3], [4, 4], [5, 7], [6, 8], [7, 9], [8, 10], [7, 2]]
+    assert proposal.hidden[:, :2].tolist() == wanted, "every pending token and every kept draft, and no other"
+    assert len(trunk.decoder.runs) == len(wanted) and proposal.num_run == [2, 2, 4, 1]
+
+
 def test_all_drafts_accepted_leaves_the_last_one_to_be_run(model):
     [state] = states = [model.open(None)]
     proposal = model.propose(states, [[1, 2]], [2], Argmax())

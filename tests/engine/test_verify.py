@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from draft.confidence import SAMPLED_PRIOR, Calibration
 from draft.drafter import ModelDrafter
-from draft.length import LengthController
+from draft.length import CostModel, LengthController
 from draft.trunk import TrunkDrafter
 from engine.decoder import DecoderOutput
 from engine.metrics import SpeculationMetrics
@@ -76,12 +77,12 @@ def drafter_of(kind, target):
     return None
 
 
-def request_of(params, seed, drafter):
+def request_of(params, seed, drafter, controller=None):
     sequence = Counted(2)
     conversation = Conversation([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
     return Request(
         conversation, params, seed=seed, context=1000, eos_token_ids=frozenset(), stream=TextStream(lambda ids: ""),
-        controller=LengthController(params.draft_length), metrics=SpeculationMetrics(),
+        controller=controller or LengthController(params.draft_length), metrics=SpeculationMetrics(),
     )  # fmt: skip
 
 
@@ -128,6 +129,28 @@ def test_speculative_text_has_the_targets_distribution(kind, processors, naive_p
     accepted = sum(r.metrics.accepted for r in requests)
     proposed = sum(r.metrics.proposed for r in requests)
     assert 0.02 < accepted / proposed < 0.98, "both branches must be taken for the test to mean anything"
+
+
+@pytest.mark.parametrize("processors", PROCESSORS[:3], ids=str)
+@pytest.mark.parametrize("kind", ["model", "trunk"])
+def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, naive_probabilities, chi_square_p_value):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=0)  # with a seed each request counts as alone
+    costs = CostModel(draft=((1, 0.12),), verify=((1, 1.0), (13, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),))
+    made = [LengthController("auto", costs, Calibration(SAMPLED_PRIOR)) for _ in range(DRAWS)]
+    requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
+    counts = Counter(tuple(r.token_ids[3:]) for r in requests)
+    assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+    ends = Counter(length for r in requests for length in _lengths(r.metrics))
+    assert len(ends) >= 3 and max(ends.values()) < 0.95 * ends.total(), "blocks must end early, and at different places, for the test to mean anything"
+    assert sum(r.metrics.accepted for r in requests) < sum(r.metrics.proposed for r in requests)
+
+
+def _lengths(metrics):
+    """Drafts of each step, in no order."""
+    at = [metrics.steps, *metrics.proposed_at, 0]
+    return [length for length, (more, fewer) in enumerate(itertools.pairwise(at)) for _ in range(more - fewer)]
 
 
 def test_plain_sampling_has_it_too_and_the_test_can_fail(naive_probabilities, chi_square_p_value):
