@@ -127,7 +127,10 @@ def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch:
         grouped = q[tile.start : tile.end].unflatten(1, (groups, -1))  # [rows, G, H // G, d]
         queries = grouped.transpose(0, 1).reshape(1, groups, -1, head_dim)  # [1, G, rows * H // G, d]
         result = F.scaled_dot_product_attention(queries, k[:, :, : tile.keys], v[:, :, : tile.keys], attn_mask=tile.mask, scale=scale)
-        out[tile.start : tile.end] = result.view(groups, rows, -1, head_dim).transpose(0, 1).reshape(rows, -1, head_dim)
+        tokens = result.view(groups, rows, -1, head_dim).transpose(0, 1).reshape(rows, -1, head_dim)
+        if len(batch.tiles) == 1:
+            return tokens
+        out[tile.start : tile.end] = tokens
     return out
 
 
