@@ -35,6 +35,7 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
         "|---|---|---|",
         *_rows(figures),
         "",
+        *_given(figures),
         f"A draft step reads {figures['draft_step_cost']:.1%} of the weights a target step reads. The {a['vocab_size']:,} tokens are "
         f"{figures['coverage']:.2%} of what the target writes.",
         "",
@@ -56,7 +57,16 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
     return "\n".join(lines)
 
 
-def _rows(figures: dict[str, Any]) -> list[str]:
+def _given(figures: dict[str, Any]) -> list[str]:
+    if "given_greedy" not in figures:
+        return []
+    return [
+        "The same on its answers to messages of the given kind that were held out:", "", "| | stored | as trained |", "|---|---|---|",
+        *_rows(figures, "given_"), "",
+    ]  # fmt: skip
+
+
+def _rows(figures: dict[str, Any], kind: str = "") -> list[str]:
     stored = figures["stored"]
     names = [
         ("temperature_1", "acceptance", "acceptance at temperature 1, sum of min(p, q)"),
@@ -66,7 +76,7 @@ def _rows(figures: dict[str, Any]) -> list[str]:
         ("greedy", "tokens_per_step", "tokens a step, greedy"),
         ("greedy", "by_position", "accepted at position 1 to 4 of a proposal, greedy"),
     ]
-    return [f"| {text} | {_text(stored[group][key])} | {_text(figures[group][key])} |" for group, key, text in names]
+    return [f"| {text} | {_text(stored[kind + group][key])} | {_text(figures[kind + group][key])} |" for group, key, text in names]
 
 
 def _text(value: Any) -> str:
@@ -78,4 +88,6 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _added(data: dict[str, Any]) -> str:
-    return f"; and {data['text_tokens']:,} tokens of other text" if "text_tokens" in data else ""
+    given, share = data.get("given_messages", 0), data.get("given_share", 0.0)
+    begun = f"; {share:.0%} of the conversations begin with one of {given:,} given messages" if given else ""
+    return begun + (f"; and {data['text_tokens']:,} tokens of other text" if "text_tokens" in data else "")

@@ -12,7 +12,7 @@ import torch
 
 from draft.adapter import AdapterConfig, load_adapter, save_adapter, target_digest
 from draft.train import Progress, Trainer, TrainOptions
-from draft.train_data import coverage, reduced_vocabulary
+from draft.train_data import TokenDocuments, coverage, reduced_vocabulary
 from draft.train_measure import measure
 from draft.train_model import Shape, Teacher
 from engine.decoder import Decoder
@@ -104,7 +104,7 @@ class TrunkTraining:
                 f"{progress.tokens_per_s:,.0f} tokens/s"
             )
             if int(self.trainer.progress() * _MEASURES) > len([e for e in self.curve if "held_out" in e]):
-                entry["held_out"] = self.measured(greedy=False)
+                entry["held_out"] = self.measured(self.sets.sampled, greedy=False)
                 line += f"; held out {entry['held_out']['acceptance']:.4f}, {entry['held_out']['tokens_per_step']:.3f} tokens a step"
             self.curve.append(entry)
             log(line)
@@ -120,9 +120,16 @@ class TrunkTraining:
             self.trainer.save(checkpoint, {"curve": self.curve})
         return done
 
-    def measured(self, *, greedy: bool) -> dict[str, Any]:
+    def all_measured(self) -> dict[str, dict[str, Any]]:
+        """`measured` on every held-out set: temperature_1 and greedy, and the same after given_ for answers to given messages."""
+        groups = {"temperature_1": (self.sets.sampled, False), "greedy": (self.sets.greedy, True)}
+        if self.sets.given is not None:
+            groups |= {"given_temperature_1": (self.sets.given[0], False), "given_greedy": (self.sets.given[1], True)}
+        return {name: self.measured(docs, greedy=greedy) for name, (docs, greedy) in groups.items()}
+
+    def measured(self, docs: TokenDocuments, *, greedy: bool) -> dict[str, Any]:
         """Held-out figures of the averaged weights, as plain values (see `draft.train_measure.Measured`)."""
-        t, docs = self.trainer, self.sets.greedy if greedy else self.sets.sampled
+        t = self.trainer
         found = measure(
             self.teacher, t.averaged, t.teacher_head, self.architecture.trunk_layers, docs, greedy=greedy, batch_tokens=self.options.batch_tokens,
             chunk=self.options.chunk,
@@ -138,7 +145,7 @@ class TrunkTraining:
             "coverage": round(coverage(self.sets.sampled, t.token_ids), 4), "steps": t.step, "epochs": round(t.epochs, 2),
             "trained_tokens": t.tokens, "training_seconds": round(t.seconds, 1), "options": asdict(self.options), "data": self.sets.train.facts,
             "data_documents": len(self.sets.train), "data_tokens": len(self.sets.train.tokens), "device": device, "torch": torch.__version__,
-            "held_out_documents": len(self.sets.sampled), "temperature_1": self.measured(greedy=False), "greedy": self.measured(greedy=True),
+            "held_out_documents": len(self.sets.sampled), **self.all_measured(),
         }  # fmt: skip
 
     def save(self, folder: Path, target: str, bits: Literal[8, 16], figures: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +157,7 @@ class TrunkTraining:
         _, stored = load_adapter(folder)
         kept = {name: tensor.clone() for name, tensor in t.averaged.tensors().items()}
         t.averaged.load_tensors(stored)
-        figures = figures | {"stored_bits": bits, "stored": {"temperature_1": self.measured(greedy=False), "greedy": self.measured(greedy=True)}}
+        figures = figures | {"stored_bits": bits, "stored": self.all_measured()}
         t.averaged.load_tensors(kept)
         config = save_adapter(folder, replace(config, training=figures), tensors)
         return figures | {"adapter_digest": config.digest, "adapter_bytes": sum(f.stat().st_size for f in folder.glob("adapter.*"))}

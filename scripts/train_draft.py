@@ -3,8 +3,9 @@
     python scripts/train_draft.py --pair smollm2 --out draft/pretrained/smollm2-135m --minutes 25 --device cuda
     python scripts/train_draft.py --target DIR --out DIR --search "4,1,16384,tied 6,2,16384,own" --search-seconds 60
 
-The data are conversations that the target writes with itself; with --data they are kept in a folder and found there again. --minutes is for
-sampling and training together. A run stopped early (--pause-after, or a signal) goes on with --resume from its --checkpoint.
+The data are conversations that the target writes with itself, half of them begun with a message of --prompts where these are given; with --data they
+are kept in a folder and found there again. --minutes is for sampling and training together. A run stopped early (--pause-after, or a signal) goes on
+with --resume from its --checkpoint.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
 from engine.self_text import SelfTextOptions
 from engine.trunk_card import model_card
-from engine.trunk_data import TrainingSets, add_text, choose_rows, draw_sets, release
+from engine.trunk_data import TrainingSets, add_text, choose_rows, draw_sets, read_messages, release
 from engine.trunk_training import Architecture, TrunkTraining, teacher_of
 
 PAIR_LICENCES = {"smollm2": "Apache-2.0", "qwen2.5-coder": "Apache-2.0"}
@@ -54,6 +55,8 @@ def arguments() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder to keep what was drawn, and to find it in")
     data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
+    data.add_argument("--prompts", metavar="FILE", help="users' messages, one a line, for the target to answer; some are held out")
+    data.add_argument("--prompt-share", type=float, default=SelfTextOptions.given_share, help="conversations that begin with one (default 0.5)")
     data.add_argument("--text-share", type=float, default=0.2, help="their share of the tokens at most (default 0.2)")
     data.add_argument("--context", type=int, default=512, help="tokens of the longest conversation (default 512)")
     data.add_argument("--rows", type=int, help="conversations drawn at a time (default: what the memory allows)")
@@ -86,14 +89,15 @@ STARTED = time.monotonic()
 
 def command_of(args: argparse.Namespace) -> str:
     """The command without what only this machine knows: its folders and files."""
-    left_out = {"out", "data", "json_out", "plot", "checkpoint", "resume", "pause_after", "device", "report_every", "licence", "text"}
+    left_out = {"out", "data", "json_out", "plot", "checkpoint", "resume", "pause_after", "device", "report_every", "licence", "text", "prompts"}
     defaults = vars(arguments_defaults())
     parts = []
     for name, value in vars(args).items():
         if name in left_out or value is None or value == defaults.get(name):
             continue
         parts.append(f"--{name.replace('_', '-')} {Path(value).name if name == 'target' else value}")
-    return " ".join(["python scripts/train_draft.py", *parts, "--out DIR", *(["--text DIR"] if args.text else [])])
+    return " ".join(["python scripts/train_draft.py", *parts, "--out DIR", *(["--text DIR"] if args.text else []),
+                     *(["--prompts FILE"] if args.prompts else [])])
 
 
 def arguments_defaults() -> argparse.Namespace:
@@ -114,9 +118,11 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
         if args.sample_tokens is None:
             seconds = 60 * (args.minutes * SAMPLE_SHARE if args.sample_minutes == "auto" else float(args.sample_minutes))
         held_out = args.held_out or (384 if on_gpu else 8)
-        options = SelfTextOptions(rows=args.rows or choose_rows(decoder, args.context), context=args.context, seed=args.seed)
+        rows = args.rows or choose_rows(decoder, args.context)
+        options = SelfTextOptions(rows=rows, context=args.context, given_share=args.prompt_share, seed=args.seed)
+        given = read_messages(args.prompts, tokenizer) if args.prompts else ()
         with torch.no_grad():
-            sets = draw_sets(decoder, chat, options, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)
+            sets = draw_sets(decoder, chat, options, given=given, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)
         if args.data:
             sets.save(Path(args.data))
     else:
@@ -205,9 +211,9 @@ def run(args: argparse.Namespace) -> int:
 
         plot(document, args.plot)
     if not args.search:
-        for group in ("temperature_1", "greedy"):
+        for group in document["stored"]:
             for weights, figures in ((f"{args.bits} bits", document["stored"][group]), ("as trained", document[group])):
-                print(f"{group:14s} {weights:10s} {json.dumps(figures)}")
+                print(f"{group:19s} {weights:10s} {json.dumps(figures)}")
         size, cost = document["adapter_bytes"] / 2**20, document["draft_step_cost"]
         print(f"{args.out}: {size:.1f} MiB, a draft step reads {cost:.1%} of a target step's weights")
     return 0

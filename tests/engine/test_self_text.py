@@ -69,6 +69,30 @@ def test_the_same_seed_draws_the_same(random_decoder):
     assert one == two != other and torch.equal(state, torch.get_rng_state())
 
 
+def test_conversations_begin_with_given_messages(random_decoder):
+    decoder = random_decoder(1, scale=0.1, vocab_size=12)
+    given = [[9, 10], [11], [5, 2, 9]]  # ends within a message do not end it
+
+    def begun(share, chat=CHAT):
+        docs = draw(decoder, chat, SelfTextOptions(rows=6, context=64, given_share=share), given=given, tokens=6 * 640)
+        scripts = [(*message, *chat.closing) for message in given]
+        found = []
+        for i in range(len(docs)):
+            rest, answer = tuple(docs.document(i).tolist()[3:]), int(docs.answers[i]) - 3
+            found.append(next((n for n, script in enumerate(scripts) if rest[: len(script)] == script and answer == len(script)), None))
+            assert found[-1] is not None or share < 1 or len(rest) < max(map(len, scripts))
+        return found
+
+    counts = np.bincount([n for n in begun(1.0) if n is not None], minlength=3)
+    assert counts.sum() > 60 and counts.min() > 0.15 * counts.sum()
+    some = begun(0.3)
+    assert 0.1 < sum(n is not None for n in some) / len(some) < 0.6
+    assert 2 not in begun(0.0), "the model itself never writes an end into a message"
+    assert {0, 1, 2} <= set(begun(1.0, ChatOpening((3, 4, 6), (7,), (2, 5)))), "a closing of one token"
+    long = draw(decoder, CHAT, SelfTextOptions(rows=2, context=64, given_share=1.0), given=[[9] * 99, [10]], tokens=2 * 256)
+    assert {int(a) for a in long.answers} <= {7, 32, *long.lengths.tolist()}, "half of the context is the answer's"
+
+
 def test_a_model_without_a_template_writes_text(random_decoder):
     decoder = random_decoder(4, scale=0.1, vocab_size=12)
     docs = draw(decoder, ChatOpening((1,), (), (5,)), SelfTextOptions(rows=3, context=64), tokens=200)
@@ -118,6 +142,10 @@ def test_options_are_checked(random_decoder):
         draw(decoder, CHAT, SelfTextOptions())
     with pytest.raises(InvalidOption, match="temperatures"):
         draw(decoder, CHAT, SelfTextOptions(temperatures=(1.0, 0.5)), tokens=1)
+    with pytest.raises(InvalidOption, match="share"):
+        draw(decoder, CHAT, SelfTextOptions(given_share=1.5), tokens=1)
+    with pytest.raises(InvalidOption, match="template"):
+        draw(decoder, ChatOpening((1,), (), (5,)), SelfTextOptions(context=64), given=[[1]], tokens=1)
     with pytest.raises(InvalidOption, match="room"):
         draw(decoder, CHAT, SelfTextOptions(context=63), tokens=1)
 

@@ -18,7 +18,7 @@ from engine.errors import InvalidOption
 from engine.sampling import SamplingParams
 from engine.self_text import SelfTextOptions
 from engine.trunk_card import model_card
-from engine.trunk_data import TrainingSets, add_text, draw_sets
+from engine.trunk_data import TrainingSets, add_text, draw_sets, read_messages, split_given
 from engine.trunk_training import Architecture, TrunkTraining, teacher_of
 from scripts import train_draft, train_plot
 
@@ -125,6 +125,44 @@ def test_sets_survive_the_disk_and_take_text(sets, tmp_path):
     assert 0 < added <= 0.3 * len(mixed.train.tokens) and len(mixed.train.tokens) == len(sets.train.tokens) + added
     with pytest.raises(InvalidOption, match="share"):
         add_text(sets, [tmp_path / "text"], Tokenizer(), 1.0, 64, 0)
+
+
+def test_given_messages_are_answered_and_some_held_out(target, tmp_path):
+    class Tokenizer:
+        def __call__(self, texts, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    file = tmp_path / "messages.txt"
+    file.write_text("\n".join([f"{10 + i} {9 + i}" for i in range(29)] + ["", "  10 9 "]) + "\n")
+    given = read_messages(file, Tokenizer())
+    assert len(given) == 29 and given[0] == [10, 9]
+    trained_on, held = split_given(given, 0)
+    assert len(held) == 2 and sorted(trained_on + held) == given and split_given(given, 1)[1] != held
+    options = SelfTextOptions(rows=24, context=64, temperatures=(0.8, 1.0), given_share=0.6)
+    sets = draw_sets(target, CHAT, options, given=given, held_out=8, tokens=24 * 192, seconds=None, log=lambda line: None)
+
+    def messages(docs):
+        """First two tokens of each conversation."""
+        return {tuple(docs.document(i)[3:5].tolist()) for i in range(len(docs)) if docs.lengths[i] > 8}
+
+    assert len(messages(sets.train) & set(map(tuple, trained_on))) > 10 and not messages(sets.train) & set(map(tuple, held))
+    assert all(messages(docs) == set(map(tuple, held)) for docs in sets.given) and sets.train.facts["given_messages"] == 27
+    sets.save(tmp_path / "sets")
+    assert [d.digest for d in TrainingSets.load(tmp_path / "sets").given] == [d.digest for d in sets.given]
+    training = TrunkTraining(target, teacher_of(target), sets, CHAT.special, Architecture(2, 1, 32, "own"), replace(OPTIONS, steps=3))
+    training.run(lambda line: None)
+    figures = training.save(tmp_path / "adapter", "tiny", 8, training.figures())
+    card = model_card("tiny", "Apache-2.0", "the command", figures)
+    assert f"{figures['stored']['given_greedy']['tokens_per_step']:.3f}" in card and "60% of the conversations" in card
+    replace(sets, given=None).save(tmp_path / "sets")
+    assert TrainingSets.load(tmp_path / "sets").given is None
+    with pytest.raises(InvalidOption, match="held out"):
+        split_given([[1]], 0)
+    file.write_text("\n \n")
+    for path in (file, tmp_path / "nowhere.txt"):
+        with pytest.raises(InvalidOption, match="one message a line"):
+            read_messages(path, Tokenizer())
 
 
 def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatch, capsys):
