@@ -57,6 +57,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
     data.add_argument("--prompts", metavar="FILE", help="users' messages, one a line, for the target to answer; some are held out")
     data.add_argument("--prompt-share", type=float, default=SelfTextOptions.given_share, help="conversations that begin with one (default 0.5)")
+    data.add_argument("--temperatures", default="0.6,1", metavar="LOW,HIGH", help="of the conversations, drawn evenly from these (default 0.6,1)")
     data.add_argument("--text-share", type=float, default=0.2, help="their share of the tokens at most (default 0.2)")
     data.add_argument("--context", type=int, default=512, help="tokens of the longest conversation (default 512)")
     data.add_argument("--rows", type=int, help="conversations drawn at a time (default: what the memory allows)")
@@ -108,6 +109,15 @@ def arguments_defaults() -> argparse.Namespace:
         sys.argv = argv
 
 
+def temperatures_of(text: str) -> tuple[float, float]:
+    """ "0.6,1" -> (0.6, 1.0). Raises InvalidOption."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidOption(f"--temperatures cannot be {text!r}", "give two numbers, the lower one first: 0.6,1") from error
+    return low, high
+
+
 def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple[TrainingSets, tuple[int, ...]]:
     """The training and held-out sets, found or drawn, and the tokens every reduced vocabulary holds."""
     on_gpu = decoder.device.type == "cuda"
@@ -119,7 +129,7 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
             seconds = 60 * (args.minutes * SAMPLE_SHARE if args.sample_minutes == "auto" else float(args.sample_minutes))
         held_out = args.held_out or (384 if on_gpu else 8)
         rows = args.rows or choose_rows(decoder, args.context)
-        options = SelfTextOptions(rows=rows, context=args.context, given_share=args.prompt_share, seed=args.seed)
+        options = SelfTextOptions(rows, args.context, temperatures_of(args.temperatures), given_share=args.prompt_share, seed=args.seed)
         given = read_messages(args.prompts, tokenizer) if args.prompts else ()
         with torch.no_grad():
             sets = draw_sets(decoder, chat, options, given=given, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)

@@ -180,16 +180,20 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", ["train_draft.py", *map(str, [*common, *more])])
         return train_draft.main(), capsys.readouterr().err
 
-    status, said = run("--out", tmp_path / "out", "--steps", 20, "--checkpoint", tmp_path / "c.pt", "--json-out", tmp_path / "t.json")
+    status, said = run("--out", tmp_path / "out", "--steps", 20, "--checkpoint", tmp_path / "c.pt", "--json-out", tmp_path / "t.json",
+                       "--temperatures", "0.2,0.9")  # fmt: skip
     assert status == 0, said
     figures = json.loads((tmp_path / "t.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
+    assert figures["data"]["temperatures"] == [0.2, 0.9] and "at temperatures 0.2 to 0.9" in card
     assert figures["done"] and figures["steps"] == 20 and f"{figures['stored']['greedy']['agreement']:.3f}" in card
     assert str(tmp_path) not in card and "--trunk-layers 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     # a larger number of steps goes on from the end of the smaller
     status, said = run("--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json")
     assert status == 0 and "found" in said and "resumed at step 20" in said
     assert json.loads((tmp_path / "m.json").read_text())["steps"] == 30
+    status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--temperatures", "0.6")
+    assert status == 2 and "--temperatures cannot be '0.6'" in said
     shapes = "1,1,64,tied 2,1,64,own 9,1,64,own"
     status, said = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
     # the last one does not fit: refused by name, after the results of the others were written
