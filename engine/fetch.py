@@ -132,7 +132,9 @@ def fetch_source(
         if joined.exists() and file_sha256(joined) == source.sha256:
             return joined
         joined.unlink(missing_ok=True)
-        if source.hub is not None and not partial.exists() and _fetch_from_hub(source, folder, joined, hub):
+        # a journal tells of whole parts to go on from; a partial file alone holds nothing
+        if source.hub is not None and not journal.exists() and _fetch_from_hub(source, folder, joined, hub):
+            partial.unlink(missing_ok=True)
             return joined
         lengths, digest = _resume(source, partial, journal)
         with open(partial, "ab") as out:

@@ -140,6 +140,17 @@ def test_the_hub_is_tried_first_and_the_hash_decides(tmp_path, content, asked):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+def test_the_hub_is_tried_again_after_a_fetch_that_got_nowhere(tmp_path):
+    chosen = source(hub=("owner/name", "model.gguf"))
+    for fail_at, asked_again in ((0, True), (1, False)):
+        with pytest.raises(KeyboardInterrupt):
+            fetch_source(chosen, tmp_path, silent, installer=FakeInstaller(fail_at=fail_at, error=KeyboardInterrupt()), hub=_hub(None))
+        installer = FakeInstaller()
+        assert fetch_source(chosen, tmp_path, silent, installer=installer, hub=_hub(WHOLE)).read_bytes() == WHOLE
+        assert installer.asked == ([] if asked_again else [1, 2]) and [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+        (tmp_path / "tiny.gguf").unlink()
+
+
 def test_an_unreachable_or_silent_hub_is_given_up(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import constants
