@@ -26,6 +26,7 @@ class ModelDrafter:
     target_taps: tuple[int, ...] = ()
     verify_from = 0
     runs_last_draft = False
+    takes_siblings = True
 
     def __init__(self, decoder: CausalDecoder, pool: KvPool, *, name: str = "model", deterministic: bool = False) -> None:
         self.decoder, self.pool, self.name, self.deterministic = decoder, pool, name, deterministic

@@ -17,8 +17,9 @@ import torch
 
 from draft.confidence import Calibration, Gate
 from draft.protocols import CausalDecoder, Drafter
+from draft.siblings import MAX_CHAIN
 
-MAX_AUTO_LENGTH = 12
+MAX_AUTO_LENGTH = MAX_CHAIN
 PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials
 MEMORY = 0.9  # weight of older trials after each speculating step
 STEADY_MEMORY = 0.96  # the same where the rate is a mean of expectations, which scatter less than outcomes
@@ -47,13 +48,16 @@ class CostModel:
         last = _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         return length * _at(self.draft, batch) + last + _at(self.verify, batch * (length + 1))
 
-    def gate(self, calibration: Calibration, rate: float, batch: int) -> Gate:
+    def gate(self, calibration: Calibration, rate: float, batch: int, candidates: int = 1) -> Gate:
         """A gate over drafts each of which is accepted with probability `rate`, in a batch of so many decoding requests."""
         k = self.best_length(rate, batch)
         tokens_per_s = expected_tokens(k, rate) / self.step_seconds(k, batch)  # of each request; passes are shared by all of them
         draft, last = _at(self.draft, batch), _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         more = [_at(self.verify, batch * (i + 2)) - _at(self.verify, batch * (i + 1)) for i in range(MAX_AUTO_LENGTH)]
-        return Gate(calibration, rate, (draft - last) * tokens_per_s, [(last + seconds) * tokens_per_s for seconds in more])
+        rows = (_at(self.verify, 4 * batch) - _at(self.verify, 2 * batch)) / 2  # of a sibling, in the verification and in the trunk's pass
+        rows += _at(self.last or self.draft, 2 * batch) - last if self.runs_last_draft else 0.0
+        prices = [(last + seconds) * tokens_per_s for seconds in more]
+        return Gate(calibration, rate, (draft - last) * tokens_per_s, prices, rows * tokens_per_s, candidates)
 
     def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
         """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
@@ -109,14 +113,14 @@ class LengthController:
             return 1
         return 0
 
-    def gate(self, batch: int = 1) -> Gate | None:
-        """What may end the next step's block early; None where the chosen length stands."""
+    def gate(self, batch: int = 1, candidates: int = 1) -> Gate | None:
+        """What may end the next step's block early, and add siblings where `candidates` is above 1; None where the chosen length stands."""
         if self.wanted != "auto" or self.costs is None or self.calibration is None:
             return None
-        return self.costs.gate(self.calibration, self.rate, batch)
+        return self.costs.gate(self.calibration, self.rate, batch, candidates)
 
     def observe(self, proposed: int, accepted: int, gate: Gate | None = None) -> None:
-        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing.
+        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing. A sibling is no hit.
 
         Under a gate only likely drafts are proposed, so the rate is that of all drafts looked at, by what their confidence lets expect. Those that
         followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.confidence import confidences
+from draft.confidence import likeliest
 from draft.own_layers import AdapterBlock
-from draft.protocols import CausalDecoder, DraftSampler, Gates, Proposal
+from draft.protocols import CausalDecoder, DraftGate, DraftSampler, Gates, Proposal
 from draft.rows import pick
+from draft.siblings import Placement, Sibling, sibling_slot
 
 
 def draft_block(
@@ -33,8 +34,8 @@ def draft_block(
     decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a trained trunk: there every
     request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
     where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
-    not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here; where a
-    request has a gate its confidences are, once a pass.
+    not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here, except in a
+    pass where a request has a gate. Its siblings run beside their draft, where the last draft is run at all.
     """
     batch, device, lengths = len(sequences), decoder.device, list(lengths)
     vocab_size = decoder.config.vocab_size
@@ -44,8 +45,11 @@ def draft_block(
     starts = [sequences[b].length for b in rows]
     tokens = torch.tensor([t for b in rows for t in pending[b]], dtype=torch.int64, device=device)
 
+    beside: list[list[int]] = [[] for _ in rows]  # siblings in the pass at hand, target's ids
+    siblings: list[list[Sibling]] = [[] for _ in range(batch)]
     passes: list[tuple[Tensor, dict[int, Tensor]]] = []  # hidden and taps of each forward
     run_at: list[list[int]] = [[] for _ in range(batch)]  # where each request's run tokens lie in the concatenated passes
+    side_at: list[list[int]] = [[] for _ in range(batch)]  # the same of its siblings
     draws: list[Tensor] = []
     drawn_at: list[list[int]] = [[] for _ in range(batch)]
     probs: list[list[Tensor | None]] = [[] for _ in range(batch)]
@@ -56,36 +60,38 @@ def draft_block(
         # Ids beyond the drafter's own embedding (vocabularies may differ in padding) can only cost acceptance, never correctness.
         out = decoder.forward(
             tokens.clamp_max(vocab_size - 1), [sequences[b] for b in rows], query_lens, starts=starts, taps=decoder_taps, logits="none",
-            last_layer=last_layer, deterministic=deterministic,
+            last_layer=last_layer, deterministic=deterministic, placements=_placed(rows, starts, beside, siblings),
         )  # fmt: skip
         passes.append((out.hidden, dict(out.taps) if decoder_taps else {}))
         ends = torch.tensor(query_lens).cumsum(0).tolist()
-        for b, end, count in zip(rows, ends, query_lens, strict=True):
-            run_at[b] += range(num_run + end - count, num_run + end)
+        speaks = [end - 1 - len(others) for end, others in zip(ends, beside, strict=True)]
+        for b, end, count, speaker in zip(rows, ends, query_lens, speaks, strict=True):
+            run_at[b] += range(num_run + end - count, num_run + speaker + 1)
+            side_at[b] += range(num_run + speaker + 1, num_run + end)
         num_run += ends[-1]
 
         drawing = [i for i, b in enumerate(rows) if lengths[b] > step]
         logits = None
         if own_layers is not None:
-            logits, more = own_layers.step(rows, out.hidden, drawing)
+            logits, more = own_layers.step(rows, pick(out.hidden, speaks), drawing)
             passes[-1][1].update({(last_layer or 0) + i: states for i, states in more.items()})
         elif drawing:
-            logits = decoder.head(pick(out.hidden, [ends[i] - 1 for i in drawing]), deterministic=deterministic)
+            logits = decoder.head(pick(out.hidden, [speaks[i] for i in drawing]), deterministic=deterministic)
         if logits is None:
             break
         drafted = [rows[i] for i in drawing]
         drawn, distributions = sampler.draw(logits, drafted, [bases[b] + step for b in drafted], **token_ids)
         draws.append(drawn)
         kept = list(range(len(drafted)))
+        others: list[list[int]] = [[] for _ in drafted]
         if gates is not None and any(gates[b] for b in drafted):
-            sure = confidences(logits, distributions)
+            kept, others = _gated(logits, drawn, distributions, [gates[b] for b in drafted], token_ids.get("token_ids"))
             for i, b in enumerate(drafted):
-                if (gate := gates[b]) is not None:
-                    if not gate.keeps(sure[i]):
-                        lengths[b] = step
-                        kept.remove(i)
-                    elif not gate.goes_on():
-                        lengths[b] = step + 1
+                siblings[b] += [Sibling(step + 1, token) for token in others[i]]
+                if i not in kept:
+                    lengths[b] = step
+                elif (gate := gates[b]) is not None and not gate.goes_on():
+                    lengths[b] = step + 1
         for i in kept:
             drawn_at[drafted[i]].append(num_drawn + i)
             probs[drafted[i]].append(distributions[i])
@@ -93,25 +99,62 @@ def draft_block(
 
         step += 1
         onward = [i for i in kept if lengths[drafted[i]] > step or runs_last_draft]
-        tokens = pick(drawn, onward)
         rows = [drafted[i] for i in onward]
-        query_lens, starts = [1] * len(rows), [bases[b] + step - 1 for b in rows]
+        beside = [others[i] if runs_last_draft else [] for i in onward]
+        tokens = pick(drawn, onward)
+        if any(beside):
+            tokens = torch.tensor([t for own, others_here in zip(tokens.tolist(), beside, strict=True) for t in (own, *others_here)], device=device)
+        query_lens, starts = [1 + len(others_here) for others_here in beside], [bases[b] + step - 1 for b in rows]
 
     hidden = torch.cat([h for h, _ in passes]) if passes else None
     features: list[Tensor | None] = [None] * batch
     if taps and passes:
         stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
-        features = [pick(stacked, run_at[b]) for b in range(batch)]
+        features = [pick(stacked, run_at[b] + side_at[b]) for b in range(batch)]
     return Proposal(
         tokens=pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
         if draws
         else torch.empty(0, dtype=torch.int64, device=device),
         lengths=lengths,
         probs=[q for b in range(batch) for q in probs[b]],
-        hidden=pick(hidden, [i for b in range(batch) for i in run_at[b]]) if runs_last_draft and hidden is not None else None,
+        hidden=pick(hidden, [i for b in range(batch) for i in run_at[b] + side_at[b]]) if runs_last_draft and hidden is not None else None,
         num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],
         num_run=[len(run_at[b]) for b in range(batch)],
         features=features,
         num_adapted=[] if own_layers is None else own_layers.num_run,
+        siblings=siblings if any(siblings) else [],
     )
+
+
+def _gated(
+    logits: Tensor, drawn: Tensor, distributions: Sequence[Tensor | None], gates: Sequence[DraftGate | None], token_ids: Tensor | None
+) -> tuple[list[int], list[list[int]]]:
+    """(rows whose draft is kept, per row the target's ids of its siblings) of drafts `drawn` from logits [n, V]."""
+    most = max(gate.candidates for gate in gates if gate is not None)
+    probabilities, columns = likeliest(logits, distributions, most)
+    kept, siblings = [], []
+    for i, gate in enumerate(gates):
+        count = 1 if gate is None else gate.select(probabilities[i][: gate.candidates])
+        if count:
+            kept.append(i)
+        own = int(drawn[i]) if count > 1 else None
+        found = [column if token_ids is None else int(token_ids[column]) for column in columns[i][:count]] if count > 1 else []
+        siblings.append([token for token in found if token != own][: count - 1])
+    return kept, siblings
+
+
+def _placed(
+    rows: list[int], starts: list[int], beside: list[list[int]], siblings: list[list[Sibling]]
+) -> list[Placement] | None:
+    """Placements of a pass in which some draft has siblings beside it; None where none has."""
+    if not any(beside):
+        return None
+    placements = []
+    for b, start, others in zip(rows, starts, beside, strict=True):
+        slots = []
+        if others:
+            base = start + 1 - siblings[b][-1].depth
+            slots = [sibling_slot(base, number) for number in range(len(siblings[b]) - len(others), len(siblings[b]))]
+        placements.append(Placement([start] * (1 + len(others)), [start, *slots]))
+    return placements
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from draft.siblings import Placement, Sibling
+
 
 class DecoderOutput(Protocol):
     """What a forward returns; read-only here."""
@@ -75,6 +77,7 @@ class CausalDecoder(Protocol):
         first_layer: int = 0,
         last_layer: int | None = None,
         hidden: Tensor | None = None,
+        placements: list[Placement] | None = None,
         deterministic: bool = False,
     ) -> Any: ...
 
@@ -111,7 +114,10 @@ class DraftSampler(Protocol):
 class DraftGate(Protocol):
     """Ends a request's block early; `draft.confidence.Gate`."""
 
-    def keeps(self, confidence: float) -> bool: ...  # whether a draft drawn from a distribution with that largest probability is proposed
+    @property
+    def candidates(self) -> int: ...  # most tokens at one depth
+
+    def select(self, probabilities: Sequence[float]) -> int: ...  # how many of the likeliest tokens are proposed; 0 ends the block
 
     def goes_on(self) -> bool: ...  # whether another is looked for after it
 
@@ -155,7 +161,8 @@ class Proposal:
     drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers,
     from which the target goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending
     ones, then drafts). features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
-    num_adapted: how many of them a trunk's own layers ran as well (None: they could not; empty without such layers).
+    num_adapted: how many of them a trunk's own layers ran as well (None: they could not; empty without such layers). siblings: per request
+    (empty: none at all); their rows follow those of its drafts in hidden and features, and are not counted in num_run.
     """
 
     tokens: Tensor
@@ -166,6 +173,25 @@ class Proposal:
     num_run: list[int]
     features: list[Tensor | None]
     num_adapted: list[int | None] = field(default_factory=list)
+    siblings: list[list[Sibling]] = field(default_factory=list)
+
+    def num_siblings(self, b: int) -> int:
+        """Of request b."""
+        return len(self.siblings[b]) if self.siblings else 0
+
+    def adopt(self, b: int, num_kept: int, number: int) -> None:
+        """Request b's sibling `number` was accepted after its first num_kept drafts: it takes the place of the draft beside which it stood."""
+        if self.hidden is not None:
+            at = sum(self.num_run[i] + self.num_siblings(i) for i in range(b))
+            self.hidden[at + 1 + num_kept] = self.hidden[at + self.num_run[b] + number]
+            rows = self.features[b]
+            if rows is not None:
+                rows[1 + num_kept] = rows[self.num_run[b] + number]
+        else:
+            # a model of its own has not run the sibling, and the draft in its place was the wrong one
+            self.num_run[b] = min(self.num_run[b], self.num_pending[b] + num_kept)
+        if self.num_adapted and (adapted := self.num_adapted[b]) is not None:
+            self.num_adapted[b] = min(adapted, num_kept + 1)
 
 
 class Drafter(Protocol):
@@ -184,6 +210,11 @@ class Drafter(Protocol):
 
     @property
     def target_taps(self) -> tuple[int, ...]: ...
+
+    @property
+    def takes_siblings(self) -> bool:
+        """Whether its blocks may hold siblings."""
+        ...
 
     @property
     def weight_bytes(self) -> int:

@@ -65,6 +65,11 @@ class TrunkDrafter:
         return tuple(tap - self.num_layers for tap in self.feature_taps if tap > self.num_layers)
 
     @property
+    def takes_siblings(self) -> bool:
+        """Not where the adapter's states are kept, which a sibling has none of."""
+        return not self.own_taps
+
+    @property
     def weight_bytes(self) -> int:
         """The adapter's; the trunk itself is the target's."""
         return 0 if self.adapter is None else self.adapter.decoder.weight_bytes
@@ -172,7 +177,7 @@ class TrunkDrafter:
             if isinstance(state, AdaptedState) and self.adapter is not None:
                 assert proposal.hidden is not None
                 gap = not self.adapter.commit(state, proposal.num_adapted[b], proposal.hidden[at : at + num_new[b]])
-            at += proposal.num_run[b]
+            at += proposal.num_run[b] + proposal.num_siblings(b)
             if state.features is None or rows is None:
                 continue
             if gap and self.own_taps:

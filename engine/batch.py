@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from draft.siblings import Placement
 from engine.decoder_config import DecoderConfig
+from engine.errors import InvalidOption
 from engine.hot_pool import HotBatch, HotPool
 from engine.pool import KvSequence, PagedPool
 from engine.rope import RopeTable
@@ -37,7 +40,8 @@ class TritonBatch(NamedTuple):
 
 
 def prepare(
-    sequences: list[KvSequence], query_lens: list[int], starts: list[int], config: DecoderConfig, rope: RopeTable, *, deterministic: bool
+    sequences: list[KvSequence], query_lens: list[int], starts: list[int], config: DecoderConfig, rope: RopeTable, *, deterministic: bool,
+    placements: list[Placement] | None = None,
 ) -> ReferenceBatch | TritonBatch | HotBatch:
     """Own the pages of the new tokens and gather what the layers need.
 
@@ -46,24 +50,31 @@ def prepare(
         query_lens: new tokens of each request.
         starts: position of each request's first new token.
         deterministic: see `Decoder.forward`.
+        placements: where tokens stand that do not follow one another; only for the plain PyTorch path.
 
     Raises:
         PoolExhausted: the pool has too few pages.
+        InvalidOption: placements where the Triton kernels run.
     """
     pool = sequences[0].pool
     device, size = pool.device, pool.page_size
     contexts = [start + count for start, count in zip(starts, query_lens, strict=True)]
+    if placements is not None:
+        contexts = [max(placement.slots) + 1 for placement in placements]
     for sequence, context in zip(sequences, contexts, strict=True):
         assert sequence.pool is pool, "the sequences of a batch share one pool"
         sequence.ensure(context)
-    cos, sin = rope.gather(list(zip(starts, contexts, strict=True)))
-    numbers = [
-        sequence.pages[position // size] * size + position % size
-        for sequence, start, context in zip(sequences, starts, contexts, strict=True)
-        for position in range(start, context)
-    ]
+    if placements is None:
+        cos, sin = rope.gather(list(zip(starts, contexts, strict=True)))
+        places: list[Sequence[int]] = [range(start, context) for start, context in zip(starts, contexts, strict=True)]
+    else:
+        cos, sin = rope.at([position for placement in placements for position in placement.positions])
+        places = [placement.slots for placement in placements]
+    numbers = [sequence.pages[slot // size] * size + slot % size for sequence, slots in zip(sequences, places, strict=True) for slot in slots]
     pages = [sequence.pages for sequence in sequences]
     if isinstance(pool, HotPool) or use_triton(cos):
+        if placements is not None:
+            raise InvalidOption("the Triton kernels take tokens that follow one another", "draft without siblings there")
         width = max(len(own) for own in pages)
         table = [own + [0] * (width - len(own)) for own in pages]
         batch = TritonBatch(
@@ -93,7 +104,7 @@ def prepare(
     if numbers != list(range(first, last + 1)):
         slots = torch.tensor(numbers, dtype=torch.int64, device=device)
     group = config.num_heads // config.num_kv_heads
-    attention = plan(pages, query_lens, contexts, size, group, pool.kv.dtype, device, deterministic=deterministic)
+    attention = plan(pages, query_lens, contexts, size, group, pool.kv.dtype, device, deterministic=deterministic, placements=placements)
     return ReferenceBatch(widen(cos, sin), slots, attention)
 
 

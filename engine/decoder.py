@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from draft.siblings import Placement
 from engine.batch import ReferenceBatch, TritonBatch, prepare
 from engine.decoder_config import DecoderConfig
 from engine.errors import InvalidOption
@@ -201,6 +202,7 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         hidden: torch.Tensor | None = None,
         observe: Observer | None = None,
+        placements: list[Placement] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
         """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
@@ -216,6 +218,7 @@ class Decoder(nn.Module):
             logits: of all new tokens, of each request's last, or none. Only computed when the last layer is run.
             first_layer, last_layer: run layers [first_layer, last_layer); last_layer None is L.
             hidden: [N, E] residual stream to start from; needed when first_layer > 0.
+            placements: where the new tokens of each request stand, if they do not follow one another from `starts` on (siblings, on a CPU).
             observe: called after each layer with its number, its queries before rotation and the residual stream after it.
             deterministic: the result of a token is the same bits alone, in any batch and in any block.
 
@@ -228,7 +231,7 @@ class Decoder(nn.Module):
         self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
         if starts is None:
             starts = [sequence.length for sequence in sequences]
-        batch = prepare(sequences, query_lens, starts, self.config, self.rope, deterministic=deterministic)
+        batch = prepare(sequences, query_lens, starts, self.config, self.rope, deterministic=deterministic, placements=placements)
         if hidden is None:
             assert token_ids is not None
             hidden = self.embed(token_ids)

@@ -64,6 +64,15 @@ class KvPool(ABC):
     ) -> None:
         """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
 
+    @property
+    def takes_placements(self) -> bool:
+        """Whether tokens can be written elsewhere than at their position, and be moved there."""
+        return False
+
+    def move(self, sequence: KvSequence, source: int, target: int) -> None:
+        """Put one token's keys and values, of all layers, where another's were; both in pages the sequence owns."""
+        raise NotImplementedError(f"a {type(self).__name__} takes no placements")
+
     @abstractmethod
     def _extend(self, num_pages: int) -> None:
         """Make room for `num_pages` pages in all, the old ones' contents kept."""
@@ -268,6 +277,16 @@ class PagedPool(KvPool):
         kv[:, :, 0] = apply_rope(kv[:, :, 0], *angles)
         # two index tensors with a slice of layers before them: the token axis comes first after the permutation
         self.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.kv.dtype)
+
+    @property
+    def takes_placements(self) -> bool:
+        """On a CPU, where the attention's masks are tensors."""
+        return self.device.type == "cpu"
+
+    def move(self, sequence: KvSequence, source: int, target: int) -> None:
+        """See `KvPool.move`."""
+        (old, new), size = (sequence.pages[at // self.page_size] for at in (source, target)), self.page_size
+        self.kv[:, :, new, target % size] = self.kv[:, :, old, source % size]
 
     @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _extend(self, num_pages: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from draft.length import LengthController
+from draft.length import MAX_AUTO_LENGTH, LengthController
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
 from engine.metrics import SpeculationMetrics
@@ -122,6 +122,11 @@ class Request:
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return min(self.params.max_new_tokens - self.num_new, self.context - len(self.token_ids))
+
+    def longest(self, *, drafts: bool) -> int:
+        """Most tokens it may have in a cache at once, and memory is promised for; with `drafts`, those of its last step included."""
+        most = MAX_AUTO_LENGTH if self.params.draft_length == "auto" else self.params.draft_length
+        return min(self.context, self.prompt_tokens + self.params.max_new_tokens + (most if drafts else 0))
 
     def add_run(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""

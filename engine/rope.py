@@ -157,6 +157,12 @@ class RopeTable:
         self._grow(max(end for _, end in ranges))
         return torch.cat([self._cos[a:b] for a, b in ranges]), torch.cat([self._sin[a:b] for a, b in ranges])
 
+    def at(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin of these positions, each [N, d/2] float32."""
+        self._grow(max(positions) + 1)
+        index = torch.tensor(positions, device=self._cos.device)
+        return self._cos[index], self._sin[index]
+
     def inverse(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin that undo `slice(start, end)`: turn back and divide by the attention factor."""
         cos, sin = self.slice(start, end)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from draft.length import MAX_AUTO_LENGTH
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.pool import KvPool, KvSequence
@@ -133,9 +132,7 @@ class Scheduler:
         return -(-self._longest(request) // pool.page_size)
 
     def _longest(self, request: Request) -> int:
-        """Most tokens the request may have in a cache at once, drafts of its last step included."""
-        drafts = MAX_AUTO_LENGTH if request.params.draft_length == "auto" else request.params.draft_length
-        return min(request.context, request.prompt_tokens + request.params.max_new_tokens + (drafts if self.drafter else 0))
+        return request.longest(drafts=self.drafter is not None)
 
     def _release(self, request: Request) -> None:
         conversation = request.conversation

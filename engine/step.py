@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from draft.confidence import Gate
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
+from draft.siblings import MAX_CANDIDATES, MAX_SIBLINGS, place_block, sibling_slot
 from engine.request import Request
 from engine.sampling import BatchSampler
 from engine.verify import verify
@@ -54,7 +56,7 @@ def decode_step(
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
-    gates = [r.controller.gate(_load(r, len(requests))) if length else None for r, length in zip(requests, lengths, strict=True)]
+    gates = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
@@ -68,11 +70,19 @@ def decode_step(
 
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
     first = drafter.verify_from if drafter else 0
+    placements = None
+    if proposal.siblings:
+        placements = [place_block(at, k, own) for at, k, own in zip(positions, lengths, proposal.siblings, strict=True)]
     out = target.forward(
-        tokens, [r.sequence for r in requests], [k + 1 for k in lengths], first_layer=first, hidden=proposal.hidden,
-        deterministic=deterministic
+        tokens, [r.sequence for r in requests], [k + 1 + proposal.num_siblings(b) for b, k in enumerate(lengths)], first_layer=first,
+        hidden=proposal.hidden, placements=placements, deterministic=deterministic,
     )  # fmt: skip
-    runs = verify(out.logits, proposal, sampler, positions)
+    runs, adopted = verify(out.logits, proposal, sampler, positions)
+    for b, number in enumerate(adopted):
+        if number is not None:
+            kept_drafts = len(runs[b]) - 2
+            proposal.adopt(b, kept_drafts, number)
+            requests[b].sequence.pool.move(requests[b].sequence, sibling_slot(positions[b], number), positions[b] + kept_drafts)
 
     kept = [request.add_run(run) for request, run in zip(requests, runs, strict=True)]
     for request, count in zip(requests, kept, strict=True):
@@ -80,13 +90,13 @@ def decode_step(
     if drafter and any(proposal.num_run):
         drafter.commit([_state(r) for r in requests], proposal, kept)
     ended = time.perf_counter()
-    for request, run, count, length, gate in zip(requests, runs, kept, lengths, gates, strict=True):
+    for request, run, count, length, gate, number in zip(requests, runs, kept, lengths, gates, adopted, strict=True):
         cut = count < len(run)
         proposed, accepted = (count, count) if cut else (length, len(run) - 1)
         request.metrics.observe(proposed, accepted, count)
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
-        request.controller.observe(proposed, accepted, gate)
+        request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), gate)
 
 
 def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
@@ -98,6 +108,16 @@ def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
     if request.params.greedy:
         room = min(room, request.remaining - 1)  # sampled text would change with the limit: there the surplus is drawn and dropped
     return max(0, min(length, room))
+
+
+def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> Gate | None:
+    """What may end its block early. Siblings are for greedy text, where the order of sums may depend on what else is run, and where memory was promised
+    for their slots."""
+    candidates = 1
+    if request.controller.calibration is not None and request.params.greedy and not deterministic and drafter is not None:
+        room = sibling_slot(len(request.token_ids), MAX_SIBLINGS) <= request.longest(drafts=True)
+        candidates = MAX_CANDIDATES if room and drafter.takes_siblings and request.sequence.pool.takes_placements else 1
+    return request.controller.gate(_load(request, batch), candidates)
 
 
 def _load(request: Request, batch: int) -> int:
@@ -123,18 +143,20 @@ def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter,
 
 
 def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
-    """Each request's last token followed by its drafts, flattened: [K + B] int64."""
+    """Each request's last token followed by its drafts and its siblings, flattened."""
     device = proposal.tokens.device
     pending = torch.tensor(last, dtype=torch.int64, device=device)
     if not proposal.tokens.numel():
         return pending
+    beside = [sibling.token for own in proposal.siblings for sibling in own]
+    parts = [pending, proposal.tokens, *([torch.tensor(beside, device=device)] if beside else [])]
     if len(last) == 1:
-        return torch.cat([pending, proposal.tokens])
-    order, drafted = [], 0
+        return torch.cat(parts)
+    order, drafted, sibling = [], len(last), len(last) + len(proposal.tokens)
     for b, length in enumerate(proposal.lengths):
-        order += [b, *range(len(last) + drafted, len(last) + drafted + length)]
-        drafted += length
-    return torch.cat([pending, proposal.tokens])[torch.tensor(order, device=device)]
+        order += [b, *range(drafted, drafted + length), *range(sibling, sibling + proposal.num_siblings(b))]
+        drafted, sibling = drafted + length, sibling + proposal.num_siblings(b)
+    return torch.cat(parts)[torch.tensor(order, device=device)]
 
 
 def _no_proposal(batch: int, device: torch.device) -> Proposal:

@@ -48,6 +48,13 @@ def _corner_mask(rows: int, heads_per_group: int, keys: int, dtype: torch.dtype,
     return mask.repeat_interleave(heads_per_group, dim=0)
 
 
+def _placed_mask(positions: Sequence[int], slots: Sequence[int], keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, keys]: 0 where a key's slot lies before the row's position or is the row's own, else -inf."""
+    where = torch.arange(keys, device=device)
+    before, own = (torch.tensor(list(places), device=device)[:, None] for places in (positions, slots))
+    return torch.zeros(len(slots), keys, dtype=dtype, device=device).masked_fill_((where >= before) & (where != own), float("-inf"))
+
+
 def plan(
     page_lists: Sequence[Sequence[int]],
     query_lens: Sequence[int],
@@ -58,6 +65,7 @@ def plan(
     device: torch.device,
     *,
     deterministic: bool = False,
+    placements: Sequence[tuple[Sequence[int], Sequence[int]]] | None = None,
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
@@ -69,6 +77,8 @@ def plan(
         query_lens, context_lens: [B] ints; a context length includes the request's new tokens.
         heads_per_group: H // G.
         dtype, device: of the queries.
+        placements: per request the positions and the slots of its new tokens; each sees the slots before its position, and its own. A request is
+            then one tile.
     """
     spans: list[slice | torch.Tensor] = []
     tiles: list[Tile] = []
@@ -78,6 +88,11 @@ def plan(
     for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
         used = list(pages[: -(-context // page_size)])
         spans.append(_span(used, device, as_view=not deterministic))
+        if placements is not None:
+            seen = _placed_mask(*placements[request], context, dtype, device)
+            tiles.append(Tile(request, start, start + rows, context, seen.repeat_interleave(heads_per_group, dim=0)))
+            start += rows
+            continue
         for first in range(0, rows, tile_rows):
             last = min(first + tile_rows, rows)
             keys = context - rows + last

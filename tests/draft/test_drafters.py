@@ -93,11 +93,12 @@ def test_a_ragged_batch_is_drafted_and_committed(model):
 class Script:
     """Keeps and goes on as told."""
 
-    def __init__(self, keeps, goes_on):
-        self.answers, self.more, self.seen = list(keeps), list(goes_on), []
+    def __init__(self, counts, goes_on, candidates=1):
+        self.answers, self.more, self.seen, self.candidates = list(counts), list(goes_on), [], candidates
 
-    def keeps(self, confidence):
-        self.seen.append(confidence)
+    def select(self, probabilities):
+        assert len(probabilities) == self.candidates
+        self.seen.append(probabilities[0])
         return self.answers.pop(0)
 
     def goes_on(self):
@@ -106,7 +107,7 @@ class Script:
 
 def gates():
     """The first ends after a kept draft, the second throws its second draft away, the third's block stays whole, the fourth's first is thrown away."""
-    return [Script([True], [False]), Script([True, False], [True]), None, Script([False], [])]
+    return [Script([1], [False]), Script([1, 0], [True]), None, Script([0], [])]
 
 
 def test_gates_end_a_models_blocks(model):
