@@ -26,6 +26,8 @@ STEADY_MEMORY = 0.96  # the same where the rate is a mean of expectations, which
 HOPEFUL_RATE = 0.95  # a probe is only worth its price if speculation would pay at this acceptance rate
 FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after each probe that changes nothing
 
+TURNS = 3  # of timing every count
+
 Curve = tuple[tuple[int, float], ...]
 
 
@@ -137,6 +139,7 @@ class LengthController:
             self._trials = self._trials * MEMORY + accepted + (accepted < proposed)
 
 
+@torch.inference_mode()
 def measure_costs(
     target: CausalDecoder,
     drafter: Drafter,
@@ -151,7 +154,7 @@ def measure_costs(
     """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use;
     own_layers: the layers that speak for a trained trunk, and a maker of theirs.
 
-    Each count is timed three times and the best kept (once when the budget is spent; at least three counts are timed). Curves never fall.
+    Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
     """
     first, device = drafter.verify_from, target.device
 
@@ -192,19 +195,21 @@ def measure_costs(
 def _curve(run: Callable[[Any, int], Any], sequence: Any, token_counts: Sequence[int], budget_s: float, device: torch.device) -> Curve:
     began = time.perf_counter()
     run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
-    points: list[tuple[int, float]] = []
-    for count in token_counts:
-        spent = time.perf_counter() - began
-        if len(points) >= 3 and spent > budget_s:
-            break
-        best = math.inf
-        for _ in range(3 if spent < budget_s else 1):
+    best: dict[int, float] = {}
+    for turn in range(TURNS):
+        # in turns: what slows the machine down for a while must not hit one count alone
+        for count in token_counts if turn == 0 else list(best):
+            if len(best) >= 3 and time.perf_counter() - began > budget_s:
+                break
             _synchronize(device)
             start = time.perf_counter()
             run(sequence, count)
             _synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        points.append((count, max(best, points[-1][1] if points else 0.0)))
+            best[count] = min(best.get(count, math.inf), time.perf_counter() - start)
+    slowest, points = 0.0, []
+    for count, seconds in best.items():
+        slowest = max(slowest, seconds)
+        points.append((count, slowest))
     return tuple(points)
 
 
