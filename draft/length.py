@@ -7,6 +7,7 @@ touch another's.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -56,10 +57,11 @@ class CostModel:
         tokens_per_s = expected_tokens(k, rate) / self.step_seconds(k, batch)  # of each request; passes are shared by all of them
         draft, last = _at(self.draft, batch), _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         more = [_at(self.verify, batch * (i + 2)) - _at(self.verify, batch * (i + 1)) for i in range(MAX_AUTO_LENGTH)]
-        rows = (_at(self.verify, 4 * batch) - _at(self.verify, 2 * batch)) / 2  # of a sibling, in the verification and in the trunk's pass
-        rows += _at(self.last or self.draft, 2 * batch) - last if self.runs_last_draft else 0.0
+        # a sibling's row in the verification and in the trunk's pass; over many rows, as the difference between a few drowns in the noise
+        curves = [self.verify, self.last or self.draft] if self.runs_last_draft else [self.verify]
+        row = sum(_at(curve, 8 * batch) - _at(curve, batch) for curve in curves) / 7
         prices = [(last + seconds) * tokens_per_s for seconds in more]
-        return Gate(calibration, rate, (draft - last) * tokens_per_s, prices, rows * tokens_per_s, candidates)
+        return Gate(calibration, rate, (draft - last) * tokens_per_s, prices, row * tokens_per_s, candidates)
 
     def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
         """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
@@ -174,43 +176,37 @@ def measure_costs(
             head = own_layers[0].head
         head(hidden, deterministic=deterministic)
 
-    timed: list[tuple[Callable[[Any, int], Any], Callable[[], Any], float]] = [(draft, new_sequences[1], 0.3), (verify, new_sequences[0], 0.7)]
-    if own_layers is not None:
-        timed.append((trunk, new_sequences[1], 0.2))
+    timed = [verify, draft] if own_layers is None else [verify, draft, trunk]
     own_sequence = own_layers[1]() if own_layers is not None else None
-    curves = []
-    try:
-        for run, new_sequence, share in timed:
-            sequence = new_sequence()
-            try:
-                curves.append(_curve(run, sequence, token_counts, budget_s * share, device))
-            finally:
-                sequence.free()
-    finally:
-        if own_sequence is not None:
-            own_sequence.free()
-    return CostModel(curves[0], curves[1], drafter.runs_last_draft, curves[2] if own_layers is not None else None)
-
-
-def _curve(run: Callable[[Any, int], Any], sequence: Any, token_counts: Sequence[int], budget_s: float, device: torch.device) -> Curve:
+    sequences = [new_sequences[0](), *(new_sequences[1]() for _ in timed[1:])]
+    best: list[dict[int, float]] = [{} for _ in timed]
     began = time.perf_counter()
-    run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
-    best: dict[int, float] = {}
-    for turn in range(TURNS):
-        # in turns: what slows the machine down for a while must not hit one count alone
-        for count in token_counts if turn == 0 else list(best):
-            if len(best) >= 3 and time.perf_counter() - began > budget_s:
-                break
-            _synchronize(device)
-            start = time.perf_counter()
-            run(sequence, count)
-            _synchronize(device)
-            best[count] = min(best.get(count, math.inf), time.perf_counter() - start)
-    slowest, points = 0.0, []
-    for count, seconds in best.items():
-        slowest = max(slowest, seconds)
-        points.append((count, slowest))
-    return tuple(points)
+    try:
+        for run, sequence in zip(timed, sequences, strict=True):
+            run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
+        for turn in range(TURNS):
+            # in turns: what slows the machine down for a while must not hit one count alone
+            for count in token_counts if turn == 0 else list(best[0]):
+                if len(best[0]) >= 3 and time.perf_counter() - began > budget_s:
+                    break
+                for run, sequence, found in zip(timed, sequences, best, strict=True):
+                    if run is trunk:
+                        verify(sequences[0], 1)  # as in a step, the trunk's weights must come from memory, not from a cache
+                    _synchronize(device)
+                    start = time.perf_counter()
+                    run(sequence, count)
+                    _synchronize(device)
+                    found[count] = min(found.get(count, math.inf), time.perf_counter() - start)
+    finally:
+        for sequence in (*sequences, *((own_sequence,) if own_sequence is not None else ())):
+            sequence.free()
+    curves = [_rising(found) for found in best]
+    return CostModel(curves[1], curves[0], drafter.runs_last_draft, curves[2] if own_layers is not None else None)
+
+
+def _rising(seconds: dict[int, float]) -> Curve:
+    """Points in the order of their counts, none below one before it."""
+    return tuple(zip(seconds, itertools.accumulate(seconds.values(), max), strict=True))
 
 
 def _synchronize(device: torch.device) -> None:

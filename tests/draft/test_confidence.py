@@ -80,7 +80,7 @@ def test_prices_follow_from_the_costs():
     assert gate.keep_prices[:2] == pytest.approx([(0.2 + 0.1) * per_second, (0.2 + 0.2) * per_second])
     separate = CostModel(draft=COSTS.draft, verify=COSTS.verify).gate(Exact(), 0.0, 1)
     assert separate.look_price == pytest.approx(0.3) and separate.keep_prices[0] == pytest.approx(0.1), "a rate of 0 means a token a second"
-    slope = (COSTS.step_seconds(3, 1) - COSTS.step_seconds(1, 1) - 2 * 0.3) / 2
+    slope = (COSTS.step_seconds(7, 1) - COSTS.step_seconds(0, 1) - 7 * 0.3) / 7
     assert gate.sibling_price == pytest.approx(slope * per_second) and gate.candidates == 1, "its row in the trunk's pass costs nothing here"
     shared = CostModel(draft=((1, 0.3), (4, 0.6)), verify=((1, 1.0), (4, 1.0), (8, 1.4))).gate(Exact(), 0.0, 4)
     assert shared.look_price == pytest.approx(0.6) and shared.keep_prices[0] == pytest.approx(0.4), "four requests gain a token each"
