@@ -116,12 +116,13 @@ class Decoder(nn.Module):
             named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
         return named
 
-    def pack(self) -> Decoder:
-        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made."""
+    def pack(self, *, in_bytes: bool = False) -> Decoder:
+        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made. in_bytes: keep 8 bits of the
+        projections' weights instead, for a draft, which need not be exact."""
         self._weights = []  # it would keep every plain matrix alive
         for module in self.modules():
             if isinstance(module, Projection):
-                module.pack()
+                module.pack(in_bytes=in_bytes)
         if self.lm_head is None:
             self._tied_head = packed_copy(self.embed_tokens.weight.data)
         return self
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
         """Bytes of all weights; a tied head counts once more where it has a copy for products."""
         packed = [module.packed for module in self.modules() if isinstance(module, Projection)]
         held = [*self.parameters(), *(tensor for tensor in (*packed, self._tied_head) if tensor is not None)]
-        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
+        return sum(tensor.nbytes for tensor in held)
 
     @property
     def rope(self) -> RopeTable:

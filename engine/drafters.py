@@ -116,7 +116,7 @@ def load_trained_trunk(folder: str | Path, target: Decoder) -> TrainedTrunk:
         raise BadAdapter(f"the trunk adapter {folder} and its target disagree about {min(wrong)}", "train one for this target")
     for name, place in places.items():
         place.copy_(tensors[name])
-    return TrainedTrunk(config, decoder.pack(), token_ids.to(target.device), Path(folder))
+    return TrainedTrunk(config, decoder.pack(in_bytes=config.bits == 8), token_ids.to(target.device), Path(folder))
 
 
 def own_model(draft: Draft) -> Decoder | None:
