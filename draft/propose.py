@@ -134,7 +134,7 @@ def _gated(
     probabilities, columns = likeliest(logits, distributions, most)
     kept, siblings = [], []
     for i, gate in enumerate(gates):
-        count = 1 if gate is None else gate.select(probabilities[i][: gate.candidates])
+        count = 1 if gate is None else gate.select(probabilities[i])
         if count:
             kept.append(i)
         own = int(drawn[i]) if count > 1 else None

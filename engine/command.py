@@ -24,7 +24,7 @@ def run(argv: list[str] | None = None) -> int:
         args = checked(argv)
         prompt = given_prompt(args) if args.chat else read_prompt(args)
         quiet_libraries()
-        engine = load(args)
+        engine = load(args, hot=args.hot, deterministic=args.deterministic)
         say(memory_line(engine))
         with open_session(engine, args) as session:
             if args.chat:
@@ -44,9 +44,9 @@ def run(argv: list[str] | None = None) -> int:
         return 141
 
 
-def load(args: argparse.Namespace) -> Engine:
-    """The engine that the options name. Raises the errors of `Engine.from_pretrained`."""
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "hot": args.hot, "deterministic": args.deterministic}
+def load(args: argparse.Namespace, **options: Any) -> Engine:
+    """The engine that --pair, or --target and --draft, name, on the --device and in the --dtype. Raises the errors of `Engine.from_pretrained`."""
+    options |= {"device": args.device, "dtype": args.dtype}
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
     return Engine.from_pair(args.pair or DEFAULT_PAIR, draft=args.draft, **options)

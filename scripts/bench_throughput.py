@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from draft.length import MAX_AUTO_LENGTH
-from engine.command import quiet_libraries, say, versions
+from engine.command import load, quiet_libraries, say, versions
 from engine.drafters import Draft
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
@@ -170,11 +170,7 @@ def measure(everyone: list[Contestant], batches: list[list[list[int]]], temperat
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
-    options = {"device": args.device, "dtype": args.dtype}
-    if args.pair:
-        loaded = Engine.from_pair(args.pair, draft=args.draft, **options)
-    else:
-        loaded = Engine.from_pretrained(args.target, args.draft or "none", **options)
+    loaded = load(args)
     ids, device, dtype = prompt_ids(loaded, args), loaded.device, loaded.dtype
     config, weights = loaded.target.config, loaded.target.weight_bytes
     embedding = loaded.target.embed_tokens.weight

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.command import quiet_libraries, versions
+from engine.command import load, quiet_libraries, versions
 from engine.drafters import Draft
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
@@ -165,11 +165,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"device": args.device, "dtype": args.dtype}
-    if args.pair:
-        engine = Engine.from_pair(args.pair, draft=args.draft, **options)
-    else:
-        engine = Engine.from_pretrained(args.target, args.draft or "none", **options)
+    engine = load(args)
     assert engine.tokenizer is not None
     windows = split_tokens(args.text, [], args.context, args.tokens, 0, lambda text: engine.tokenizer.encode(text, add_special_tokens=False)).test
     draft: Draft = engine.draft_decoder or engine.trained_trunk or (engine.drafter.verify_from if engine.drafter else None)
