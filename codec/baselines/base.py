@@ -134,5 +134,6 @@ def _in_threads(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...
     """function(*each of arguments), in order."""
     if workers <= 1 or len(arguments) <= 1:
         return [function(*one) for one in arguments]
-    with ThreadPoolExecutor(workers) as pool:
+    # the first product of a new thread would else run before torch's number of threads reaches it, and round differently
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
         return list(pool.map(lambda one: function(*one), arguments))
