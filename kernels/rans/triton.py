@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.rans.lookup import ITEM_SHIFT, PLACE_SHIFT
 from kernels.rans.reference import (
     CLASSES_PER_GAIN,
     GAIN_ZERO,
@@ -26,8 +27,12 @@ from kernels.rans.reference import (
 
 BITS = tl.constexpr(PRECISION_BITS)
 LOW = tl.constexpr(STATE_LOW)
+CYCLE = tl.constexpr(1 << PRECISION_BITS)
 SLOT_MASK = tl.constexpr((1 << PRECISION_BITS) - 1)
-EMIT_SHIFT = tl.constexpr(32 - PRECISION_BITS)
+ITEM = tl.constexpr(ITEM_SHIFT)
+ITEM_MASK = tl.constexpr((1 << ITEM_SHIFT) - 1)
+PLACE = tl.constexpr(PLACE_SHIFT)
+FREQ_MASK = tl.constexpr((1 << 32) - (1 << ITEM_SHIFT))
 INFO = tl.constexpr(INFO_BITS)
 INFO_MASK = tl.constexpr((1 << INFO_BITS) - 1)
 ZERO_GAIN = tl.constexpr(GAIN_ZERO)
@@ -55,49 +60,86 @@ def _ranks(need, LANES: tl.constexpr, BALLOT: tl.constexpr):
 
 
 @triton.jit
-def _class_info(info_ptr, base, shift, gain_shift, num_classes):
-    """(limit, centre) of each lane's class; base: the component's class."""
-    own = tl.minimum(tl.maximum(base + shift, 0), num_classes - 1)
-    own = tl.minimum(tl.maximum(own + gain_shift, 0), num_classes - 1)
-    info = tl.load(info_ptr + own)
-    return info & INFO_MASK, info >> INFO
+def _class_move(shift, gain_shift, num_classes):
+    """(moved, low, high): a component's class, moved by shift and then by gain_shift and kept a class each time, is base + moved within [low, high]."""
+    low = tl.minimum(tl.maximum(gain_shift, 0), num_classes - 1)
+    high = tl.maximum(tl.minimum(gain_shift, 0) + num_classes - 1, 0)
+    return shift + gain_shift, low, high
 
 
 @triton.jit
-def _decode_step(x, active, pointer, packed_ptr, word_ptr, end, limit, centre, bits, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """One symbol a lane: (new states, symbol + limit, moved pointer)."""
-    slot = x & SLOT_MASK
-    key = ((slot << 16) | 0xFFFF).to(tl.int32)  # an entry that starts at the slot or before is at most this
-    begin = centre - limit
-    last = centre + limit + 1
-    entry = begin
-    found = tl.load(packed_ptr + begin)
-    # Three entries at a time, whose loads do not wait for each other: a round takes hardly longer than a halving and does two.
-    for done in range(0, bits, 2):
-        stride = 1 << tl.maximum(bits - 2 - done, 0)
-        first = entry
-        for i in tl.static_range(1, 4):
-            trial = tl.minimum(first + i * stride, last)
-            item = tl.load(packed_ptr + trial)
-            reached = item <= key
-            entry = tl.where(reached, trial, entry)  # entries rise, so the last one reached is the one
-            found = tl.where(reached, item, found)
-    freq = (found & 0xFFFF).to(tl.uint32)
-    start = (found >> 16).to(tl.uint32)
-    new = freq * (x >> BITS) + (slot - start)
-    need = (active & (new < LOW)).to(tl.int32)
+def _own_class(base, move):
+    return tl.minimum(tl.maximum(base + move[0], move[1]), move[2])
+
+
+@triton.jit
+def _node(nodes_ptr, node):
+    """A node's sixteen items a lane, four by four: a lane's thread reads four of them at once."""
+    item = nodes_ptr + node[:, None] * 16 + tl.arange(0, 4)[None, :]
+    return (
+        tl.load(item).to(tl.uint32, bitcast=True), tl.load(item + 4).to(tl.uint32, bitcast=True),
+        tl.load(item + 8).to(tl.uint32, bitcast=True), tl.load(item + 12).to(tl.uint32, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def _nearest(key, node):
+    """Least difference of the key from a node's items, those above it wrapping around to far away."""
+    key = key[:, None]
+    least = tl.minimum(key - node[1], key - node[0])
+    least = tl.minimum(key - node[2], least)
+    return tl.min(tl.minimum(key - node[3], least), 1)
+
+
+@triton.jit
+def _place(found):
+    """Place, int32 0 .. 15, of the item found in its node."""
+    return ((found >> PLACE) & 15).to(tl.int32) ^ 15
+
+
+@triton.jit
+def _next_words(words, need, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+    """(each lane's word if it needs one, the words moved on).
+
+    words: (address, end, position, offset, held, later). Without WINDOW the next word is at `position`. With it the lanes hold the words from
+    position - 2 LANES on, the lower half of `held` being lane i's i-th and the upper half its LANES + i-th, and the LANES after them in `later`
+    (loaded long before they are needed); the next word is at `offset` of these.
+    """
+    word_ptr, end, position, offset, held, later = words
     rank, count = _ranks(need, LANES, BALLOT)
-    where = pointer + rank
-    word = tl.load(word_ptr + where, mask=(need == 1) & (where < end), other=0).to(tl.int32) & 0xFFFF
-    new = tl.where(need == 1, (new << 16) | word.to(tl.uint32), new)
-    return tl.where(active, new, x), entry - begin, pointer + count
+    if WINDOW:
+        index = offset + rank
+        both = tl.gather(held, index & (LANES - 1), 0)
+        word = tl.where(index >= LANES, both >> 16, both & 0xFFFF)
+        offset += count
+        passed = offset >= LANES
+        held = tl.where(passed, (held >> 16) | (later << 16), held)
+        offset = tl.where(passed, offset - LANES, offset)
+        position = tl.where(passed, position + LANES, position)
+        # The lanes' next words come from L1 or, once in LANES words, from farther: nothing waits for them here.
+        where = position + tl.arange(0, LANES)
+        later = tl.load(word_ptr + where, mask=where < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        where = position + rank
+        word = tl.load(word_ptr + where, mask=(need == 1) & (where < end), other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        position += count
+    return word, (word_ptr, end, position, offset, held, later)
+
+
+@triton.jit
+def _decode_step(x, found, active, words, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+    """The states after the symbol `found`, and the words moved on; an inactive lane's state becomes anything."""
+    new = ((found & SLOT_MASK) ^ SLOT_MASK) * (x >> BITS) + (found >> ITEM)
+    need = active & (new < LOW)
+    word, words = _next_words(words, need.to(tl.int32), LANES, BALLOT, WINDOW)
+    return tl.where(need, (new << 16) | word, new), words
 
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, packed_ptr, info_ptr, bits_ptr, class_ptr, shift_ptr,
+    state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, nodes_ptr, first_child_ptr, bits_ptr, class_ptr, shift_ptr,
     q_ptr, gain_ptr, intact_ptr, depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
+    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
@@ -109,70 +151,111 @@ def _decode_kernel(
     word_start = tl.load(word_start_ptr + span)
     end = (tl.load(word_start_ptr + span + 1) - word_start).to(tl.int32)
     word_ptr += word_start
-    pointer = tl.zeros([LANES], tl.int32)
-    gain_info = tl.load(info_ptr + num_classes)
-    gain_centre = tl.zeros([LANES], tl.int32) + (gain_info >> INFO)
-    gain_limit = tl.zeros([LANES], tl.int32) + GAIN_LIMIT
-    gain_bits = tl.load(bits_ptr + num_classes)
+    none = tl.zeros([LANES], tl.int32)
+    held, later, position = none.to(tl.uint32), none.to(tl.uint32), none
+    if WINDOW:
+        held = tl.load(word_ptr + lane, mask=lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        second = tl.load(word_ptr + LANES + lane, mask=LANES + lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        held = held | (second << 16)
+        position += 2 * LANES
+        later = tl.load(word_ptr + position + lane, mask=position + lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    words = (word_ptr, end, position, none, held, later)
+    gain_node = _node(nodes_ptr, none + num_classes)
     for turn in range(tokens_per_lane):
         token = turn * lanes + lane
         active = present & (token < size)
         row = first + token
-        x, gain, pointer = _decode_step(
-            x, active, pointer, packed_ptr, word_ptr, end, gain_limit, gain_centre, gain_bits, LANES, BALLOT
-        )
+        before = x
+        found = _nearest((x << ITEM) | ITEM_MASK, gain_node)
+        gain = _place(found)
+        x, words = _decode_step(x, found, active, words, LANES, BALLOT, WINDOW)
         tl.store(gain_ptr + row, gain.to(tl.uint8), mask=active)
         gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
-        shift = tl.zeros([LANES], tl.int32)
+        shift = none
         if SHIFTS:
             shift = tl.load(shift_ptr + row, mask=active, other=0)
-        # No lane's class exceeds this one's, so its number of halvings serves every lane.
+        move = _class_move(shift, gain_shift, num_classes)
+        # No lane's class exceeds the one of these, so its tree's depth serves every lane.
         top_gain = tl.max(tl.where(active, gain_shift, -64), 0)
         top_shift = tl.max(tl.where(active, shift, -1024), 0)
+        top = _class_move(top_shift, top_gain, num_classes)
+        # A component's node is fetched a step ahead of the state that is looked up in it, and its class a step before that.
         base = tl.load(class_ptr)
-        limit, centre = _class_info(info_ptr, base, shift, gain_shift, num_classes)
-        bits = tl.load(bits_ptr + tl.minimum(tl.maximum(tl.maximum(base + top_shift, 0) + top_gain, 0), num_classes - 1))
+        own = _own_class(base, move)
+        node = _node(nodes_ptr, own)
+        child = tl.load(first_child_ptr + own)
+        bits = tl.load(bits_ptr + _own_class(base, top))
+        base = tl.load(class_ptr + tl.minimum(1, depth - 1))
         out_ptr = q_ptr + row * stride_token
         for step in range(depth):
-            base = tl.load(class_ptr + tl.minimum(step + 1, depth - 1))
-            next_limit, next_centre = _class_info(info_ptr, base, shift, gain_shift, num_classes)
-            next_bits = tl.load(bits_ptr + tl.minimum(tl.maximum(tl.maximum(base + top_shift, 0) + top_gain, 0), num_classes - 1))
-            x, symbol, pointer = _decode_step(x, active, pointer, packed_ptr, word_ptr, end, limit, centre, bits, LANES, BALLOT)
-            tl.store(out_ptr, (symbol - limit).to(tl.int16), mask=active)
+            key = (x << ITEM) | ITEM_MASK
+            found = _nearest(key, node)
+            symbol = _place(found) - 7
+            next_own = _own_class(base, move)
+            next_bits = tl.load(bits_ptr + _own_class(base, top))
+            base = tl.load(class_ptr + tl.minimum(step + 2, depth - 1))
+            node = _node(nodes_ptr, next_own)
+            next_child = tl.load(first_child_ptr + next_own)
+            front = 7
+            for _ in range(4, bits, 4):
+                inner = (found & SLOT_MASK) == SLOT_MASK
+                below = _nearest(key, _node(nodes_ptr, tl.where(inner, child + front + symbol, own)))
+                symbol = tl.where(inner, symbol * 16 + _place(below) - 15, symbol)
+                found = tl.where(inner, below, found)
+                front = 16 * front + 31
+            x, words = _decode_step(x, found, active, words, LANES, BALLOT, WINDOW)
+            tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             out_ptr += stride_component
-            limit, centre, bits = next_limit, next_centre, next_bits
-    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((pointer != end).to(tl.int32), 0)
+            own, child, bits = next_own, next_child, next_bits
+        x = tl.where(active, x, before)
+    used = words[2] + words[3] - 2 * LANES if WINDOW else words[2]
+    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((used != end).to(tl.int32), 0)
     tl.store(intact_ptr + span, (wrong == 0).to(tl.int8))
 
 
 @triton.jit
-def _encode_step(x, active, pointer, word_ptr, item, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """One symbol a lane, item its packed table entry: (new states, moved pointer). Words fill the region from its end."""
-    freq = tl.where(active, item & 0xFFFF, 1).to(tl.uint32)
-    start = (item >> 16).to(tl.uint32)
-    need = (active & (x >= (freq << EMIT_SHIFT))).to(tl.int32)
-    rank, count = _ranks(need, LANES, BALLOT)
+def _encode_step(x, active, pointer, word_ptr, entry, LANES: tl.constexpr, BALLOT: tl.constexpr):
+    """One symbol a lane, entry its divisor (see `lookup.py`): (new states, moved pointer). Words fill the region from its end."""
+    low = entry.to(tl.uint32)
+    high = (entry >> 32).to(tl.uint32)
+    emits = active & (x >= (low & FREQ_MASK))
+    short = tl.where(emits, x >> 16, x)
+    quotient = tl.umulhi(short + (high >> 31), high | 0x80000000) >> (low & 15)
+    new = short + ((low >> 4) & SLOT_MASK) + quotient * (CYCLE - (low >> ITEM))
+    rank, count = _ranks(emits.to(tl.int32), LANES, BALLOT)
     pointer -= count
-    tl.store(word_ptr + pointer + rank, (x & 0xFFFF).to(tl.int16), mask=need == 1)
-    short = tl.where(need == 1, x >> 16, x)
-    quotient = short // freq
-    return tl.where(active, (quotient << BITS) + (short - quotient * freq) + start, x), pointer
+    tl.store(word_ptr + pointer + rank, (x & 0xFFFF).to(tl.int16), mask=emits)
+    return tl.where(active, new, x), pointer
 
 
 @triton.jit
-def _item(q_ptr, class_ptr, info_ptr, packed_ptr, step, row, active, shift, gain_shift, num_classes, stride_token, stride_component):
-    """Packed table entry of component `step` of each lane's token; nothing in it depends on a state."""
-    value = tl.load(q_ptr + row * stride_token + step.to(tl.int64) * stride_component, mask=active, other=0).to(tl.int32)
-    limit, centre = _class_info(info_ptr, tl.load(class_ptr + step), shift, gain_shift, num_classes)
-    symbol = tl.where(tl.abs(value) > limit, limit + 1, value)
-    return tl.load(packed_ptr + centre + symbol)
+def _values(q_ptr, last, stride_component, active, CHUNK: tl.constexpr):
+    """A chunk's integers, from component `last` down."""
+    values = ()
+    reach = tl.where(active, last, -1)
+    for i in tl.static_range(CHUNK):
+        values = values + (tl.load(q_ptr + (last - i).to(tl.int64) * stride_component, mask=reach >= i, other=0),)
+    return values
+
+
+@triton.jit
+def _entries(values, last, class_ptr, info_ptr, divisors_ptr, move, CHUNK: tl.constexpr):
+    """Divisors of a chunk's integers."""
+    entries = ()
+    for i in tl.static_range(CHUNK):
+        info = tl.load(info_ptr + _own_class(tl.load(class_ptr + tl.maximum(last - i, 0)), move))
+        limit = info & INFO_MASK
+        value = values[i].to(tl.int32)
+        symbol = tl.where(tl.abs(value) > limit, limit + 1, value)
+        entries = entries + (tl.load(divisors_ptr + (info >> INFO) + symbol),)
+    return entries
 
 
 @triton.jit
 def _encode_kernel(
-    q_ptr, gain_ptr, token_start_ptr, lane_start_ptr, packed_ptr, info_ptr, class_ptr, shift_ptr, state_ptr, word_ptr, count_ptr,
+    q_ptr, gain_ptr, token_start_ptr, lane_start_ptr, divisors_ptr, info_ptr, class_ptr, shift_ptr, state_ptr, word_ptr, count_ptr,
     depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
+    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
@@ -190,29 +273,25 @@ def _encode_kernel(
         active = present & (token < size)
         row = first + token
         gain = tl.load(gain_ptr + row, mask=active, other=0).to(tl.int32)
-        gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
         shift = tl.zeros([LANES], tl.int32)
         if SHIFTS:
             shift = tl.load(shift_ptr + row, mask=active, other=0)
-        # Table entries are looked up two steps ahead of the state that needs them.
-        ahead = tl.zeros([1], tl.int32) + depth
-        item = _item(
-            q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 1, 0), row, active, shift, gain_shift, num_classes,
-            stride_token, stride_component,
-        )  # fmt: skip
-        next_item = _item(
-            q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 2, 0), row, active, shift, gain_shift, num_classes,
-            stride_token, stride_component,
-        )  # fmt: skip
-        for done in range(depth):
-            later = _item(
-                q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 3 - done, 0), row, active, shift, gain_shift, num_classes,
-                stride_token, stride_component,
-            )  # fmt: skip
-            x, pointer = _encode_step(x, active, pointer, word_ptr, item, LANES, BALLOT)
-            item = next_item
-            next_item = later
-        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(packed_ptr + gain_begin + gain), LANES, BALLOT)
+        move = _class_move(shift, GAIN_CLASSES * (gain - ZERO_GAIN), num_classes)
+        own_q = q_ptr + row * stride_token
+        # Nothing here depends on a state: integers are fetched from memory two chunks ahead, their entries looked up one chunk ahead.
+        last = tl.full((), -1, tl.int32) + depth
+        entries = _entries(_values(own_q, last, stride_component, active, CHUNK), last, class_ptr, info_ptr, divisors_ptr, move, CHUNK)
+        values = _values(own_q, last - CHUNK, stride_component, active, CHUNK)
+        for _ in range(0, depth, CHUNK):
+            later = _values(own_q, last - 2 * CHUNK, stride_component, active, CHUNK)
+            following = _entries(values, last - CHUNK, class_ptr, info_ptr, divisors_ptr, move, CHUNK)
+            reach = tl.where(active, last, -1)
+            for i in tl.static_range(CHUNK):
+                x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], LANES, BALLOT)
+            entries = following
+            values = later
+            last -= CHUNK
+        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(divisors_ptr + gain_begin + gain), LANES, BALLOT)
     tl.store(state_ptr + tl.load(lane_start_ptr + span) + lane, x.to(tl.int32, bitcast=True), mask=present)
     tl.store(count_ptr + span, tl.max(room - pointer, 0).to(tl.int64))
 
@@ -235,7 +314,8 @@ def rans_floors(num_tokens: int, num_components: int, num_words: int) -> tuple[i
 
 def _shape(max_span_tokens: int, tokens_per_lane: int, device: torch.device, ballot: bool | None) -> tuple[int, int, bool]:
     """(lanes a program holds, warps, whether ranks come from a ballot)."""
-    lanes = triton.next_power_of_2(triton.cdiv(max_span_tokens, tokens_per_lane))
+    # A whole warp's lanes at least, so that a thread has one lane and reads a node's items for that one alone.
+    lanes = max(32, triton.next_power_of_2(triton.cdiv(max_span_tokens, tokens_per_lane)))
     fits = lanes <= 32 and device.type == "cuda"
     return lanes, max(1, min(lanes // 64, 8)), fits if ballot is None else ballot and fits
 
@@ -251,6 +331,7 @@ def rans_encode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
+    chunk: int = 8,
 ) -> RansStreams:
     """See `reference.rans_encode`; q is read fastest with tokens adjacent (the transpose of a [K, T] tensor).
 
@@ -267,9 +348,9 @@ def rans_encode(
     lanes, warps, use_ballot = _shape(max_span_tokens, tokens_per_lane, q.device, ballot)
     if spans:
         _encode_kernel[(spans,)](
-            q, gains, token_starts, lane_starts, tables.packed, tables.info, classes, shifts if shifts is not None else classes,
+            q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
             states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk, num_warps=warps,
         )  # fmt: skip
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
@@ -288,6 +369,7 @@ def rans_decode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
+    window: bool | None = None,
 ) -> RansDecoded:
     """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest."""
     spans, depth, device = len(token_starts) - 1, len(classes), streams.states.device
@@ -299,8 +381,9 @@ def rans_decode(
     if spans:
         _decode_kernel[(spans,)](
             streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
-            tables.packed, tables.info, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
+            tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
             depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=lanes <= 32 if window is None else window and lanes <= 32,
+            num_warps=warps,
         )  # fmt: skip
     return RansDecoded(q, gains, intact.bool())
