@@ -41,19 +41,23 @@ GAIN_LIMIT = tl.constexpr(NUM_GAINS // 2 - 1)
 
 
 @triton.jit
-def _ranks(need, LANES: tl.constexpr, BALLOT: tl.constexpr):
+def _fixed(lane, loaded):
+    """lane, as a number that the compiler cannot compute anew wherever it is used (reading a thread's index takes long): loaded is never negative."""
+    return lane | (loaded >> 31)
+
+
+@triton.jit
+def _ranks(need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
     """(how many lanes before this one need a word, how many do in all); need: int32 0 or 1 a lane."""
     if BALLOT:
-        # One warp holds at most one lane a thread; with fewer lanes than threads the upper threads repeat them.
+        # One warp holds one lane a thread.
         votes = tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r", [need],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-        lane = tl.arange(0, LANES)
         below = votes & ((1 << lane) - 1)
-        ours = votes & (-1 if LANES == 32 else (1 << LANES) - 1)
         rank = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [below], dtype=tl.int32, is_pure=True, pack=1)
-        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [ours], dtype=tl.int32, is_pure=True, pack=1)
+        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [votes], dtype=tl.int32, is_pure=True, pack=1)
         return rank, count
     else:
         return tl.cumsum(need, 0) - need, tl.zeros([LANES], tl.int32) + tl.sum(need, 0)
@@ -98,40 +102,48 @@ def _place(found):
 
 
 @triton.jit
-def _next_words(words, need, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+def _words_at(word_ptr, where, end, wanted):
+    """int16 words at `where`; 0 from the span's end on."""
+    return tl.load(word_ptr + where, mask=wanted & (where < end), other=0)
+
+
+@triton.jit
+def _unsigned(word):
+    return word.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _next_words(words, need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
     """(each lane's word if it needs one, the words moved on).
 
     words: (address, end, position, offset, held, later). Without WINDOW the next word is at `position`. With it the lanes hold the words from
     position - 2 LANES on, the lower half of `held` being lane i's i-th and the upper half its LANES + i-th, and the LANES after them in `later`
-    (loaded long before they are needed); the next word is at `offset` of these.
+    (loaded a step before anything looks at them); the next word is at `offset` of these.
     """
     word_ptr, end, position, offset, held, later = words
-    rank, count = _ranks(need, LANES, BALLOT)
+    rank, count = _ranks(need.to(tl.int32), lane, LANES, BALLOT)
     if WINDOW:
         index = offset + rank
         both = tl.gather(held, index & (LANES - 1), 0)
         word = tl.where(index >= LANES, both >> 16, both & 0xFFFF)
         offset += count
         passed = offset >= LANES
-        held = tl.where(passed, (held >> 16) | (later << 16), held)
+        held = tl.where(passed, (held >> 16) | (_unsigned(later) << 16), held)
         offset = tl.where(passed, offset - LANES, offset)
         position = tl.where(passed, position + LANES, position)
-        # The lanes' next words come from L1 or, once in LANES words, from farther: nothing waits for them here.
-        where = position + tl.arange(0, LANES)
-        later = tl.load(word_ptr + where, mask=where < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        later = _words_at(word_ptr, position + lane, end, lane >= 0)
     else:
-        where = position + rank
-        word = tl.load(word_ptr + where, mask=(need == 1) & (where < end), other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = _unsigned(_words_at(word_ptr, position + rank, end, need))
         position += count
     return word, (word_ptr, end, position, offset, held, later)
 
 
 @triton.jit
-def _decode_step(x, found, active, words, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+def _decode_step(x, found, active, words, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
     """The states after the symbol `found`, and the words moved on; an inactive lane's state becomes anything."""
     new = ((found & SLOT_MASK) ^ SLOT_MASK) * (x >> BITS) + (found >> ITEM)
     need = active & (new < LOW)
-    word, words = _next_words(words, need.to(tl.int32), LANES, BALLOT, WINDOW)
+    word, words = _next_words(words, need, lane, LANES, BALLOT, WINDOW)
     return tl.where(need, (new << 16) | word, new), words
 
 
@@ -152,13 +164,12 @@ def _decode_kernel(
     end = (tl.load(word_start_ptr + span + 1) - word_start).to(tl.int32)
     word_ptr += word_start
     none = tl.zeros([LANES], tl.int32)
-    held, later, position = none.to(tl.uint32), none.to(tl.uint32), none
+    fixed = _fixed(lane, size)
+    held, later, position = none.to(tl.uint32), none.to(tl.int16), none
     if WINDOW:
-        held = tl.load(word_ptr + lane, mask=lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-        second = tl.load(word_ptr + LANES + lane, mask=LANES + lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-        held = held | (second << 16)
+        held = _unsigned(_words_at(word_ptr, lane, end, lane >= 0)) | (_unsigned(_words_at(word_ptr, LANES + lane, end, lane >= 0)) << 16)
         position += 2 * LANES
-        later = tl.load(word_ptr + position + lane, mask=position + lane < end, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        later = _words_at(word_ptr, position + lane, end, lane >= 0)
     words = (word_ptr, end, position, none, held, later)
     gain_node = _node(nodes_ptr, none + num_classes)
     for turn in range(tokens_per_lane):
@@ -168,7 +179,7 @@ def _decode_kernel(
         before = x
         found = _nearest((x << ITEM) | ITEM_MASK, gain_node)
         gain = _place(found)
-        x, words = _decode_step(x, found, active, words, LANES, BALLOT, WINDOW)
+        x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
         tl.store(gain_ptr + row, gain.to(tl.uint8), mask=active)
         gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
         shift = none
@@ -197,13 +208,14 @@ def _decode_kernel(
             node = _node(nodes_ptr, next_own)
             next_child = tl.load(first_child_ptr + next_own)
             front = 7
-            for _ in range(4, bits, 4):
-                inner = (found & SLOT_MASK) == SLOT_MASK
+            for done in range(4, bits, 4):
+                # The comparison is always true: Triton 3.6 takes a value that a loop carries for its first one if its only use is an inner loop's bound.
+                inner = ((found & SLOT_MASK) == SLOT_MASK) & (none + done < bits)
                 below = _nearest(key, _node(nodes_ptr, tl.where(inner, child + front + symbol, own)))
                 symbol = tl.where(inner, symbol * 16 + _place(below) - 15, symbol)
                 found = tl.where(inner, below, found)
                 front = 16 * front + 31
-            x, words = _decode_step(x, found, active, words, LANES, BALLOT, WINDOW)
+            x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
             tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             out_ptr += stride_component
             own, child, bits = next_own, next_child, next_bits
@@ -214,7 +226,7 @@ def _decode_kernel(
 
 
 @triton.jit
-def _encode_step(x, active, pointer, word_ptr, entry, LANES: tl.constexpr, BALLOT: tl.constexpr):
+def _encode_step(x, active, pointer, word_ptr, entry, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
     """One symbol a lane, entry its divisor (see `lookup.py`): (new states, moved pointer). Words fill the region from its end."""
     low = entry.to(tl.uint32)
     high = (entry >> 32).to(tl.uint32)
@@ -222,7 +234,7 @@ def _encode_step(x, active, pointer, word_ptr, entry, LANES: tl.constexpr, BALLO
     short = tl.where(emits, x >> 16, x)
     quotient = tl.umulhi(short + (high >> 31), high | 0x80000000) >> (low & 15)
     new = short + ((low >> 4) & SLOT_MASK) + quotient * (CYCLE - (low >> ITEM))
-    rank, count = _ranks(emits.to(tl.int32), LANES, BALLOT)
+    rank, count = _ranks(emits.to(tl.int32), lane, LANES, BALLOT)
     pointer -= count
     tl.store(word_ptr + pointer + rank, (x & 0xFFFF).to(tl.int16), mask=emits)
     return tl.where(active, new, x), pointer
@@ -267,6 +279,7 @@ def _encode_kernel(
     word_ptr += first * (depth + 1)
     pointer = tl.zeros([LANES], tl.int32) + room
     x = (tl.zeros([LANES], tl.int32) + LOW).to(tl.uint32)
+    fixed = _fixed(lane, size)
     gain_begin = (tl.load(info_ptr + num_classes) >> INFO) - GAIN_LIMIT
     for back in range(tokens_per_lane):
         token = (tokens_per_lane - 1 - back) * lanes + lane
@@ -287,11 +300,11 @@ def _encode_kernel(
             following = _entries(values, last - CHUNK, class_ptr, info_ptr, divisors_ptr, move, CHUNK)
             reach = tl.where(active, last, -1)
             for i in tl.static_range(CHUNK):
-                x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], LANES, BALLOT)
+                x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], fixed, LANES, BALLOT)
             entries = following
             values = later
             last -= CHUNK
-        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(divisors_ptr + gain_begin + gain), LANES, BALLOT)
+        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(divisors_ptr + gain_begin + gain), fixed, LANES, BALLOT)
     tl.store(state_ptr + tl.load(lane_start_ptr + span) + lane, x.to(tl.int32, bitcast=True), mask=present)
     tl.store(count_ptr + span, tl.max(room - pointer, 0).to(tl.int64))
 
