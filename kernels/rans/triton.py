@@ -41,9 +41,9 @@ GAIN_LIMIT = tl.constexpr(NUM_GAINS // 2 - 1)
 
 
 @triton.jit
-def _fixed(lane, loaded):
-    """lane, as a number that the compiler cannot compute anew wherever it is used (reading a thread's index takes long): loaded is never negative."""
-    return lane | (loaded >> 31)
+def _lane_numbers(LANES: tl.constexpr):
+    """0 .. LANES - 1, counted once rather than read anew from the thread's index, which takes long, wherever they are used."""
+    return tl.cumsum(tl.zeros([LANES], tl.int32) + 1, 0) - 1
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def _decode_kernel(
     end = (tl.load(word_start_ptr + span + 1) - word_start).to(tl.int32)
     word_ptr += word_start
     none = tl.zeros([LANES], tl.int32)
-    fixed = _fixed(lane, size)
+    fixed = _lane_numbers(LANES)
     held, later, position = none.to(tl.uint32), none.to(tl.int16), none
     if WINDOW:
         held = _unsigned(_words_at(word_ptr, lane, end, lane >= 0)) | (_unsigned(_words_at(word_ptr, LANES + lane, end, lane >= 0)) << 16)
@@ -207,6 +207,9 @@ def _decode_kernel(
             base = tl.load(class_ptr + tl.minimum(step + 2, depth - 1))
             node = _node(nodes_ptr, next_own)
             next_child = tl.load(first_child_ptr + next_own)
+            # Written here, and again where it is not the symbol yet: the compiler would move the loads above, which nothing needs until the next
+            # step, to the end of this one, but not past a store.
+            tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             front = 7
             for done in range(4, bits, 4):
                 # The comparison is always true: Triton 3.6 takes a value that a loop carries for its first one if its only use is an inner loop's bound.
@@ -215,8 +218,8 @@ def _decode_kernel(
                 symbol = tl.where(inner, symbol * 16 + _place(below) - 15, symbol)
                 found = tl.where(inner, below, found)
                 front = 16 * front + 31
+                tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
-            tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             out_ptr += stride_component
             own, child, bits = next_own, next_child, next_bits
         x = tl.where(active, x, before)
@@ -279,7 +282,7 @@ def _encode_kernel(
     word_ptr += first * (depth + 1)
     pointer = tl.zeros([LANES], tl.int32) + room
     x = (tl.zeros([LANES], tl.int32) + LOW).to(tl.uint32)
-    fixed = _fixed(lane, size)
+    fixed = _lane_numbers(LANES)
     gain_begin = (tl.load(info_ptr + num_classes) >> INFO) - GAIN_LIMIT
     for back in range(tokens_per_lane):
         token = (tokens_per_lane - 1 - back) * lanes + lane
