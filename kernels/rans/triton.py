@@ -247,22 +247,36 @@ def _encode_step(x, active, pointer, word_ptr, entry, lane, LANES: tl.constexpr,
 def _values(q_ptr, last, stride_component, active, CHUNK: tl.constexpr):
     """A chunk's integers, from component `last` down."""
     values = ()
-    reach = tl.where(active, last, -1)
     for i in tl.static_range(CHUNK):
-        values = values + (tl.load(q_ptr + (last - i).to(tl.int64) * stride_component, mask=reach >= i, other=0),)
+        values = values + (tl.load(q_ptr + tl.maximum(last - i, 0).to(tl.int64) * stride_component, mask=active, other=0),)
     return values
 
 
 @triton.jit
-def _entries(values, last, class_ptr, info_ptr, divisors_ptr, move, CHUNK: tl.constexpr):
-    """Divisors of a chunk's integers."""
+def _bases(class_ptr, last, CHUNK: tl.constexpr):
+    bases = ()
+    for i in tl.static_range(CHUNK):
+        bases = bases + (tl.load(class_ptr + tl.maximum(last - i, 0)),)
+    return bases
+
+
+@triton.jit
+def _infos(info_ptr, bases, move, CHUNK: tl.constexpr):
+    infos = ()
+    for i in tl.static_range(CHUNK):
+        infos = infos + (tl.load(info_ptr + _own_class(bases[i], move)),)
+    return infos
+
+
+@triton.jit
+def _entries(divisors_ptr, values, infos, CHUNK: tl.constexpr):
+    """Divisors of a chunk's integers, info << 12 | limit being their classes'."""
     entries = ()
     for i in tl.static_range(CHUNK):
-        info = tl.load(info_ptr + _own_class(tl.load(class_ptr + tl.maximum(last - i, 0)), move))
-        limit = info & INFO_MASK
+        limit = infos[i] & INFO_MASK
         value = values[i].to(tl.int32)
         symbol = tl.where(tl.abs(value) > limit, limit + 1, value)
-        entries = entries + (tl.load(divisors_ptr + (info >> INFO) + symbol),)
+        entries = entries + (tl.load(divisors_ptr + (infos[i] >> INFO) + symbol),)
     return entries
 
 
@@ -294,18 +308,25 @@ def _encode_kernel(
             shift = tl.load(shift_ptr + row, mask=active, other=0)
         move = _class_move(shift, GAIN_CLASSES * (gain - ZERO_GAIN), num_classes)
         own_q = q_ptr + row * stride_token
-        # Nothing here depends on a state: integers are fetched from memory two chunks ahead, their entries looked up one chunk ahead.
+        # None of these depends on a state, and each is fetched while a chunk is coded whose steps hide the time it takes: classes three chunks
+        # ahead, integers and limits two, divisors one.
         last = tl.full((), -1, tl.int32) + depth
-        entries = _entries(_values(own_q, last, stride_component, active, CHUNK), last, class_ptr, info_ptr, divisors_ptr, move, CHUNK)
+        values = _values(own_q, last, stride_component, active, CHUNK)
+        entries = _entries(divisors_ptr, values, _infos(info_ptr, _bases(class_ptr, last, CHUNK), move, CHUNK), CHUNK)
         values = _values(own_q, last - CHUNK, stride_component, active, CHUNK)
+        infos = _infos(info_ptr, _bases(class_ptr, last - CHUNK, CHUNK), move, CHUNK)
+        bases = _bases(class_ptr, last - 2 * CHUNK, CHUNK)
         for _ in range(0, depth, CHUNK):
-            later = _values(own_q, last - 2 * CHUNK, stride_component, active, CHUNK)
-            following = _entries(values, last - CHUNK, class_ptr, info_ptr, divisors_ptr, move, CHUNK)
-            reach = tl.where(active, last, -1)
-            for i in tl.static_range(CHUNK):
-                x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], fixed, LANES, BALLOT)
-            entries = following
-            values = later
+            next_entries = _entries(divisors_ptr, values, infos, CHUNK)
+            next_values = _values(own_q, last - 2 * CHUNK, stride_component, active, CHUNK)
+            next_infos = _infos(info_ptr, bases, move, CHUNK)
+            next_bases = _bases(class_ptr, last - 3 * CHUNK, CHUNK)
+            # A loop of one round, which the compiler does not know: it would move the loads behind the steps that are to hide them.
+            for _ in range(0, last + 1, depth):
+                reach = tl.where(active, last, -1)
+                for i in tl.static_range(CHUNK):
+                    x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], fixed, LANES, BALLOT)
+            entries, values, infos, bases = next_entries, next_values, next_infos, next_bases
             last -= CHUNK
         x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(divisors_ptr + gain_begin + gain), fixed, LANES, BALLOT)
     tl.store(state_ptr + tl.load(lane_start_ptr + span) + lane, x.to(tl.int32, bitcast=True), mask=present)
