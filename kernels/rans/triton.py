@@ -368,7 +368,7 @@ def rans_encode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
-    chunk: int = 8,
+    chunk: int | None = None,
 ) -> RansStreams:
     """See `reference.rans_encode`; q is read fastest with tokens adjacent (the transpose of a [K, T] tensor).
 
@@ -387,7 +387,7 @@ def rans_encode(
         _encode_kernel[(spans,)](
             q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
             states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk, num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk or (8 if lanes <= 64 else 2), num_warps=warps,
         )  # fmt: skip
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
