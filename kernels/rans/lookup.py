@@ -30,7 +30,9 @@ def search_trees(freqs: torch.Tensor, starts: torch.Tensor, begins: torch.Tensor
         freqs, starts: int64, of all entries, class after class.
         begins, limits: int64 [C], a class's first entry and its limit (2 limit + 2 entries).
     """
-    roots, below, first_child, total = [], [], [], len(limits)
+    roots: list[torch.Tensor] = []
+    below: list[torch.Tensor] = []
+    first_child, total = [], len(limits)
     for begin, limit in zip(begins.tolist(), limits.tolist(), strict=True):
         own, count, depth = slice(begin, begin + 2 * limit + 2), 2 * limit + 2, 0
         while 8 * 16**depth - 1 < limit:

@@ -1,8 +1,10 @@
-"""Triton kernels of `rans_encode` and `rans_decode`; `reference.py` says what they mean.
+"""Triton kernels of `rans_decode`, and both launchers; `reference.py` says what they mean, `encode.py` has the other kernels.
 
-One program codes one span, a lane an element. A step is a chain of dependent operations (slot, table, state, word), so it is latency that
-counts: tables small enough for L1 are searched, four ways at a time, instead of a slot table that would come from L2, everything that does not
-depend on the state is fetched a step ahead, and on a GPU the lanes' ranks come from one ballot.
+One program codes one span, a lane an element. 16,384 tokens are 256 spans of 16 lanes, fewer warps than the GPU has schedulers, so what counts is
+how long a step's chain of dependent operations is (state, slot, symbol, state, rank, word), and how little of it waits for memory:
+- a symbol is found by subtracting sixteen items, fetched a step ahead, from the slot (`lookup.py`); only classes of more than sixteen entries need
+  a second, dependent fetch;
+- the lanes of one warp hold the next words in registers, and count their ranks by one ballot.
 """
 
 from __future__ import annotations
@@ -11,75 +13,28 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rans.lookup import ITEM_SHIFT, PLACE_SHIFT
-from kernels.rans.reference import (
-    CLASSES_PER_GAIN,
-    GAIN_ZERO,
-    INFO_BITS,
-    NUM_GAINS,
-    PRECISION_BITS,
-    STATE_LOW,
-    RansDecoded,
-    RansStreams,
-    RansTables,
-    lane_counts,
+from kernels.rans.encode import compact_kernel, encode_kernel
+from kernels.rans.reference import RansDecoded, RansStreams, RansTables, lane_counts
+from kernels.rans.shared import (
+    BITS,
+    GAIN_CLASSES,
+    ITEM,
+    ITEM_MASK,
+    LOW,
+    PLACE,
+    SLOT_MASK,
+    ZERO_GAIN,
+    class_move,
+    lane_numbers,
+    own_class,
+    ranks,
 )
 
-BITS = tl.constexpr(PRECISION_BITS)
-LOW = tl.constexpr(STATE_LOW)
-CYCLE = tl.constexpr(1 << PRECISION_BITS)
-SLOT_MASK = tl.constexpr((1 << PRECISION_BITS) - 1)
-ITEM = tl.constexpr(ITEM_SHIFT)
-ITEM_MASK = tl.constexpr((1 << ITEM_SHIFT) - 1)
-PLACE = tl.constexpr(PLACE_SHIFT)
-FREQ_MASK = tl.constexpr((1 << 32) - (1 << ITEM_SHIFT))
-INFO = tl.constexpr(INFO_BITS)
-INFO_MASK = tl.constexpr((1 << INFO_BITS) - 1)
-ZERO_GAIN = tl.constexpr(GAIN_ZERO)
-GAIN_CLASSES = tl.constexpr(CLASSES_PER_GAIN)
-GAIN_LIMIT = tl.constexpr(NUM_GAINS // 2 - 1)
-
 
 @triton.jit
-def _lane_numbers(LANES: tl.constexpr):
-    """0 .. LANES - 1, counted once rather than read anew from the thread's index, which takes long, wherever they are used."""
-    return tl.cumsum(tl.zeros([LANES], tl.int32) + 1, 0) - 1
-
-
-@triton.jit
-def _ranks(need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """(how many lanes before this one need a word, how many do in all); need: int32 0 or 1 a lane."""
-    if BALLOT:
-        # One warp holds one lane a thread.
-        votes = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r", [need],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        below = votes & ((1 << lane) - 1)
-        rank = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [below], dtype=tl.int32, is_pure=True, pack=1)
-        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [votes], dtype=tl.int32, is_pure=True, pack=1)
-        return rank, count
-    else:
-        return tl.cumsum(need, 0) - need, tl.zeros([LANES], tl.int32) + tl.sum(need, 0)
-
-
-@triton.jit
-def _class_move(shift, gain_shift, num_classes):
-    """(moved, low, high): a component's class, moved by shift and then by gain_shift and kept a class each time, is base + moved within [low, high]."""
-    low = tl.minimum(tl.maximum(gain_shift, 0), num_classes - 1)
-    high = tl.maximum(tl.minimum(gain_shift, 0) + num_classes - 1, 0)
-    return shift + gain_shift, low, high
-
-
-@triton.jit
-def _own_class(base, move):
-    return tl.minimum(tl.maximum(base + move[0], move[1]), move[2])
-
-
-@triton.jit
-def _node(nodes_ptr, node):
-    """A node's sixteen items a lane, four by four: a lane's thread reads four of them at once."""
-    item = nodes_ptr + node[:, None] * 16 + tl.arange(0, 4)[None, :]
+def _node(node_ptr):
+    """The sixteen items of each lane's node, four by four: a lane's thread reads four of them at once."""
+    item = node_ptr[:, None] + tl.arange(0, 4)[None, :]
     return (
         tl.load(item).to(tl.uint32, bitcast=True), tl.load(item + 4).to(tl.uint32, bitcast=True),
         tl.load(item + 8).to(tl.uint32, bitcast=True), tl.load(item + 12).to(tl.uint32, bitcast=True),
@@ -121,7 +76,7 @@ def _next_words(words, need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WI
     (loaded a step before anything looks at them); the next word is at `offset` of these.
     """
     word_ptr, end, position, offset, held, later = words
-    rank, count = _ranks(need.to(tl.int32), lane, LANES, BALLOT)
+    rank, count = ranks(need.to(tl.int32), lane, LANES, BALLOT)
     if WINDOW:
         index = offset + rank
         both = tl.gather(held, index & (LANES - 1), 0)
@@ -164,14 +119,14 @@ def _decode_kernel(
     end = (tl.load(word_start_ptr + span + 1) - word_start).to(tl.int32)
     word_ptr += word_start
     none = tl.zeros([LANES], tl.int32)
-    fixed = _lane_numbers(LANES)
+    fixed = lane_numbers(LANES)
     held, later, position = none.to(tl.uint32), none.to(tl.int16), none
     if WINDOW:
         held = _unsigned(_words_at(word_ptr, lane, end, lane >= 0)) | (_unsigned(_words_at(word_ptr, LANES + lane, end, lane >= 0)) << 16)
         position += 2 * LANES
         later = _words_at(word_ptr, position + lane, end, lane >= 0)
     words = (word_ptr, end, position, none, held, later)
-    gain_node = _node(nodes_ptr, none + num_classes)
+    gain_node = _node(nodes_ptr + (none + num_classes) * 16)
     for turn in range(tokens_per_lane):
         token = turn * lanes + lane
         active = present & (token < size)
@@ -185,36 +140,38 @@ def _decode_kernel(
         shift = none
         if SHIFTS:
             shift = tl.load(shift_ptr + row, mask=active, other=0)
-        move = _class_move(shift, gain_shift, num_classes)
+        move = class_move(shift, gain_shift, num_classes)
         # No lane's class exceeds the one of these, so its tree's depth serves every lane.
         top_gain = tl.max(tl.where(active, gain_shift, -64), 0)
         top_shift = tl.max(tl.where(active, shift, -1024), 0)
-        top = _class_move(top_shift, top_gain, num_classes)
-        # A component's node is fetched a step ahead of the state that is looked up in it, and its class a step before that.
+        top = class_move(top_shift, top_gain, num_classes)
+        # A component's node is fetched a step ahead of the state that is looked up in it, and its class two steps before that.
         base = tl.load(class_ptr)
-        own = _own_class(base, move)
-        node = _node(nodes_ptr, own)
+        own = own_class(base, move)
+        node = _node(nodes_ptr + own * 16)
         child = tl.load(first_child_ptr + own)
-        bits = tl.load(bits_ptr + _own_class(base, top))
+        bits = tl.load(bits_ptr + own_class(base, top))
         base = tl.load(class_ptr + tl.minimum(1, depth - 1))
+        next_own = own_class(base, move)
+        next_base = tl.load(class_ptr + tl.minimum(2, depth - 1))
         out_ptr = q_ptr + row * stride_token
         for step in range(depth):
             key = (x << ITEM) | ITEM_MASK
             found = _nearest(key, node)
             symbol = _place(found) - 7
-            next_own = _own_class(base, move)
-            next_bits = tl.load(bits_ptr + _own_class(base, top))
-            base = tl.load(class_ptr + tl.minimum(step + 2, depth - 1))
-            node = _node(nodes_ptr, next_own)
+            node = _node(nodes_ptr + next_own * 16)
             next_child = tl.load(first_child_ptr + next_own)
+            next_bits = tl.load(bits_ptr + own_class(base, top))
+            base = next_base
+            next_base = tl.load(class_ptr + tl.minimum(step + 3, depth - 1))
             # Written here, and again where it is not the symbol yet: the compiler would move the loads above, which nothing needs until the next
             # step, to the end of this one, but not past a store.
             tl.store(out_ptr, symbol.to(tl.int16), mask=active)
             front = 7
             for done in range(4, bits, 4):
-                # The comparison is always true: Triton 3.6 takes a value that a loop carries for its first one if its only use is an inner loop's bound.
+                # The comparison is always true. Triton 3.6 takes what a loop carries for its first value where only an inner loop's bound uses it.
                 inner = ((found & SLOT_MASK) == SLOT_MASK) & (none + done < bits)
-                below = _nearest(key, _node(nodes_ptr, tl.where(inner, child + front + symbol, own)))
+                below = _nearest(key, _node(nodes_ptr + tl.where(inner, child + front + symbol, own) * 16))
                 symbol = tl.where(inner, symbol * 16 + _place(below) - 15, symbol)
                 found = tl.where(inner, below, found)
                 front = 16 * front + 31
@@ -222,126 +179,11 @@ def _decode_kernel(
             x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
             out_ptr += stride_component
             own, child, bits = next_own, next_child, next_bits
+            next_own = own_class(base, move)
         x = tl.where(active, x, before)
     used = words[2] + words[3] - 2 * LANES if WINDOW else words[2]
     wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((used != end).to(tl.int32), 0)
     tl.store(intact_ptr + span, (wrong == 0).to(tl.int8))
-
-
-@triton.jit
-def _encode_step(x, active, pointer, word_ptr, entry, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """One symbol a lane, entry its divisor (see `lookup.py`): (new states, moved pointer). Words fill the region from its end."""
-    low = entry.to(tl.uint32)
-    high = (entry >> 32).to(tl.uint32)
-    emits = active & (x >= (low & FREQ_MASK))
-    short = tl.where(emits, x >> 16, x)
-    quotient = tl.umulhi(short + (high >> 31), high | 0x80000000) >> (low & 15)
-    new = short + ((low >> 4) & SLOT_MASK) + quotient * (CYCLE - (low >> ITEM))
-    rank, count = _ranks(emits.to(tl.int32), lane, LANES, BALLOT)
-    pointer -= count
-    tl.store(word_ptr + pointer + rank, (x & 0xFFFF).to(tl.int16), mask=emits)
-    return tl.where(active, new, x), pointer
-
-
-@triton.jit
-def _values(q_ptr, last, stride_component, active, CHUNK: tl.constexpr):
-    """A chunk's integers, from component `last` down."""
-    values = ()
-    for i in tl.static_range(CHUNK):
-        values = values + (tl.load(q_ptr + tl.maximum(last - i, 0).to(tl.int64) * stride_component, mask=active, other=0),)
-    return values
-
-
-@triton.jit
-def _bases(class_ptr, last, CHUNK: tl.constexpr):
-    bases = ()
-    for i in tl.static_range(CHUNK):
-        bases = bases + (tl.load(class_ptr + tl.maximum(last - i, 0)),)
-    return bases
-
-
-@triton.jit
-def _infos(info_ptr, bases, move, CHUNK: tl.constexpr):
-    infos = ()
-    for i in tl.static_range(CHUNK):
-        infos = infos + (tl.load(info_ptr + _own_class(bases[i], move)),)
-    return infos
-
-
-@triton.jit
-def _entries(divisors_ptr, values, infos, CHUNK: tl.constexpr):
-    """Divisors of a chunk's integers, info << 12 | limit being their classes'."""
-    entries = ()
-    for i in tl.static_range(CHUNK):
-        limit = infos[i] & INFO_MASK
-        value = values[i].to(tl.int32)
-        symbol = tl.where(tl.abs(value) > limit, limit + 1, value)
-        entries = entries + (tl.load(divisors_ptr + (infos[i] >> INFO) + symbol),)
-    return entries
-
-
-@triton.jit
-def _encode_kernel(
-    q_ptr, gain_ptr, token_start_ptr, lane_start_ptr, divisors_ptr, info_ptr, class_ptr, shift_ptr, state_ptr, word_ptr, count_ptr,
-    depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    span = tl.program_id(0)
-    first = tl.load(token_start_ptr + span)
-    size = (tl.load(token_start_ptr + span + 1) - first).to(tl.int32)
-    lanes = tl.cdiv(size, tokens_per_lane)
-    lane = tl.arange(0, LANES)
-    present = lane < lanes
-    room = size * (depth + 1)
-    word_ptr += first * (depth + 1)
-    pointer = tl.zeros([LANES], tl.int32) + room
-    x = (tl.zeros([LANES], tl.int32) + LOW).to(tl.uint32)
-    fixed = _lane_numbers(LANES)
-    gain_begin = (tl.load(info_ptr + num_classes) >> INFO) - GAIN_LIMIT
-    for back in range(tokens_per_lane):
-        token = (tokens_per_lane - 1 - back) * lanes + lane
-        active = present & (token < size)
-        row = first + token
-        gain = tl.load(gain_ptr + row, mask=active, other=0).to(tl.int32)
-        shift = tl.zeros([LANES], tl.int32)
-        if SHIFTS:
-            shift = tl.load(shift_ptr + row, mask=active, other=0)
-        move = _class_move(shift, GAIN_CLASSES * (gain - ZERO_GAIN), num_classes)
-        own_q = q_ptr + row * stride_token
-        # None of these depends on a state, and each is fetched while a chunk is coded whose steps hide the time it takes: classes three chunks
-        # ahead, integers and limits two, divisors one.
-        last = tl.full((), -1, tl.int32) + depth
-        values = _values(own_q, last, stride_component, active, CHUNK)
-        entries = _entries(divisors_ptr, values, _infos(info_ptr, _bases(class_ptr, last, CHUNK), move, CHUNK), CHUNK)
-        values = _values(own_q, last - CHUNK, stride_component, active, CHUNK)
-        infos = _infos(info_ptr, _bases(class_ptr, last - CHUNK, CHUNK), move, CHUNK)
-        bases = _bases(class_ptr, last - 2 * CHUNK, CHUNK)
-        for _ in range(0, depth, CHUNK):
-            next_entries = _entries(divisors_ptr, values, infos, CHUNK)
-            next_values = _values(own_q, last - 2 * CHUNK, stride_component, active, CHUNK)
-            next_infos = _infos(info_ptr, bases, move, CHUNK)
-            next_bases = _bases(class_ptr, last - 3 * CHUNK, CHUNK)
-            # A loop of one round, which the compiler does not know: it would move the loads behind the steps that are to hide them.
-            for _ in range(0, last + 1, depth):
-                reach = tl.where(active, last, -1)
-                for i in tl.static_range(CHUNK):
-                    x, pointer = _encode_step(x, reach >= i, pointer, word_ptr, entries[i], fixed, LANES, BALLOT)
-            entries, values, infos, bases = next_entries, next_values, next_infos, next_bases
-            last -= CHUNK
-        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(divisors_ptr + gain_begin + gain), fixed, LANES, BALLOT)
-    tl.store(state_ptr + tl.load(lane_start_ptr + span) + lane, x.to(tl.int32, bitcast=True), mask=present)
-    tl.store(count_ptr + span, tl.max(room - pointer, 0).to(tl.int64))
-
-
-@triton.jit
-def _compact_kernel(loose_ptr, dense_ptr, token_start_ptr, word_start_ptr, depth, BLOCK: tl.constexpr):
-    span = tl.program_id(0)
-    to = tl.load(word_start_ptr + span)
-    count = tl.load(word_start_ptr + span + 1) - to
-    source = tl.load(token_start_ptr + span + 1) * (depth + 1) - count
-    for at in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
-        index = at + tl.arange(0, BLOCK)
-        tl.store(dense_ptr + to + index, tl.load(loose_ptr + source + index, mask=index < count, other=0), mask=index < count)
 
 
 def rans_floors(num_tokens: int, num_components: int, num_words: int) -> tuple[int, int]:
@@ -384,14 +226,14 @@ def rans_encode(
     counts = torch.empty(spans, dtype=torch.int64, device=q.device)
     lanes, warps, use_ballot = _shape(max_span_tokens, tokens_per_lane, q.device, ballot)
     if spans:
-        _encode_kernel[(spans,)](
+        encode_kernel[(spans,)](
             q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
             states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
             LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk or (8 if lanes <= 64 else 2), num_warps=warps,
         )  # fmt: skip
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
-        _compact_kernel[(spans, 4)](loose, dense, token_starts, word_starts, depth, BLOCK=1024, num_warps=4)
+        compact_kernel[(spans, 4)](loose, dense, token_starts, word_starts, depth, BLOCK=1024, num_warps=4)
     return RansStreams(states, dense, word_starts)
 
 
