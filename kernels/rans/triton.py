@@ -4,7 +4,7 @@ One program codes one span, a lane an element. 16,384 tokens are 256 spans of 16
 how long a step's chain of dependent operations is (state, slot, symbol, state, rank, word), and how little of it waits for memory:
 - a symbol is found by subtracting sixteen items, fetched a step ahead, from the slot (`lookup.py`); only classes of more than sixteen entries need
   a second, dependent fetch;
-- the lanes of one warp hold the next words in registers, and count their ranks by one ballot.
+- the lanes of one warp count their ranks by one ballot, and read their words where L1 holds them or (`window`) from each other's registers.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def rans_decode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
-    window: bool | None = None,
+    window: bool = False,
 ) -> RansDecoded:
     """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest."""
     spans, depth, device = len(token_starts) - 1, len(classes), streams.states.device
@@ -262,7 +262,7 @@ def rans_decode(
             streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
             tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
             depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=lanes <= 32 if window is None else window and lanes <= 32,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=window and lanes <= 32,
             num_warps=warps,
         )  # fmt: skip
     return RansDecoded(q, gains, intact.bool())
