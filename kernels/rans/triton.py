@@ -215,7 +215,7 @@ def rans_encode(
     """See `reference.rans_encode`; q is read fastest with tokens adjacent (the transpose of a [K, T] tensor).
 
     Nothing is read back: states and words are longer than needed, word_starts (on the device) says how many words are meant.
-    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp.
+    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp. chunk: components fetched together.
     """
     spans, (num_tokens, depth) = len(token_starts) - 1, q.shape
     lane_starts = lane_counts(token_starts, tokens_per_lane).cumsum(0)
@@ -249,8 +249,12 @@ def rans_decode(
     max_span_tokens: int = 64,
     ballot: bool | None = None,
     window: bool = False,
+    registers: int | None = None,
 ) -> RansDecoded:
-    """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest."""
+    """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest.
+
+    ballot: as in `rans_encode`. window: lanes keep the next words in registers, where they fit one warp. registers: a thread's at most.
+    """
     spans, depth, device = len(token_starts) - 1, len(classes), streams.states.device
     q = torch.empty((depth, num_tokens), dtype=torch.int16, device=device).t()
     gains = torch.empty(num_tokens, dtype=torch.uint8, device=device)
@@ -262,7 +266,7 @@ def rans_decode(
             streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
             tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
             depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=window and lanes <= 32,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=window and lanes <= 32, maxnreg=registers,
             num_warps=warps,
         )  # fmt: skip
     return RansDecoded(q, gains, intact.bool())
