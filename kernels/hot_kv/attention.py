@@ -5,10 +5,12 @@ the codes taken apart in registers, `_merge_kernel` joins the stretches, rotates
 
 Taking codes apart (`levels.py`) is what costs. So keys are the rows of both products and queries the columns: Hopper's asynchronous products
 (wgmma) want 64 rows, but no more columns than there are queries, and they take the first factor from registers, where codes come apart.
+And weights are measured from the highest score of a split's first block, not of all so far: any number near it serves. Where it was not near,
+sums leave the range of floats, and the split is taken again with a running maximum.
 
 The keys' mean: with mean (m1, m2) in halves and angle t_i of a key's position, q . R(t) m = sum_i a_i cos t_i + b_i sin t_i with
-a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. So the means' share of a block's scores is one more product, of (a, b) with the block's rows of the
-tables of cos and sin in 16-bit floats.
+a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. With t = far + near, far the angles of the block's first key, that is (a, b) turned by -far times cos and sin
+of near, which are the same for every block: one more product, in 16-bit floats, with a matrix that stays in shared memory.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hot_kv.levels import decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.hot_kv.recent import attend_recent
@@ -43,14 +46,18 @@ from kernels.paged_attention.triton import (
 MAX_BLOCK = 128  # keys a block may have
 LARGEST = tl.constexpr(2.0**100)  # weight a split may have beside its first block's largest; a scale and a level more are still a number
 LARGEST_SHARE = tl.constexpr(16384.0)  # bound on what a channel's mean adds to a score
-THREE_PROGRAMS = 168  # registers a thread may have for three programs of four warps to a multiprocessor
+# By whether keys have means: programs of four warps to a multiprocessor, which hide what each waits for, and registers a thread may have then.
+PROGRAMS = {False: (4, 128), True: (3, 168)}
+EARLY_START = False  # whether a launch may begin while the one before it ends (programmatic dependent launches of sm_90)
 
 
 @triton.jit
 def _prepare_kernel(
     q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
-    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, head)
     mask = (index < num_rows)[:, None]
     row, head = (index // q_heads).to(tl.int64), index % q_heads
@@ -149,7 +156,7 @@ def _split_kernel(
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, EDGES: tl.constexpr, ASM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
@@ -169,6 +176,9 @@ def _split_kernel(
         limit = tl.maximum(limit - RECENT, since)
         shown = tl.maximum(shown - RECENT, since)
 
+    if EARLY:
+        gdc_wait()  # for the queries
+        gdc_launch_dependents()
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
@@ -234,8 +244,10 @@ def _split_kernel(
 @triton.jit
 def _merge_kernel(
     part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
     # A row a program: with many splits and few rows their loads must not queue up, and one row turned back is no matrix product yet.
     row = tl.program_id(0).to(tl.int64)
     one, channel = tl.arange(0, 1), tl.arange(0, D)
@@ -305,7 +317,6 @@ def hot_paged_attention(
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
     with_mean = means.k_mean is not None
-    # Angles take shared memory too: two stages of them leave room for a third program.
     config = config or AttentionConfig(block_n=64 if fast else 32, num_stages=2 if with_mean else 3)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
@@ -313,24 +324,26 @@ def hot_paged_attention(
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(lengths.max_query_len * group), 64))
     tiles = triton.cdiv(lengths.max_query_len * group, block_m)
-    # Small tiles take few registers; a third program on a multiprocessor then hides what the other two wait for.
-    three = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4
+    small = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4
+    programs, registers = PROGRAMS[with_mean] if small else (2, None)
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
         split_keys, num_splits = 0, choose_splits(
-            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * 3 // 2 if three else paged.SLOTS
+            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * programs // 2
         )
     k_signs, v_signs = (ordered_signs(d, bits, device, fast, rows) for rows in (True, False))
     k_codes, v_codes = (x.view(torch.int16) if bits == 4 else x for x in (pages.k_codes, pages.v_codes))
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
     pair = torch.empty((num_rows, q_heads, d), dtype=torch.float16, device=device) if with_mean else rotated
     angles, near = angle_tables(cos_table, sin_table) if with_mean else (rotated, rotated)
+    early = fast and EARLY_START
+    after: dict[str, bool] = {"launch_pdl": True} if early else {}
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     _prepare_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
         q, means.k_mean if means.k_mean is not None else means.v_mean, k_signs, rotated, pair, scale * LOG2_E,
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
-        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
+        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, EARLY=early, num_warps=4,
     )  # fmt: skip
     # what is exact comes first: a part's place must not depend on the number of splits
     first_split = (sinks is not None) + (recent is not None)
@@ -349,10 +362,11 @@ def hot_paged_attention(
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
         MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
-        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=THREE_PROGRAMS if three else None,
+        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision, EARLY=early,
+        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=registers, **after,
     )  # fmt: skip
     _merge_kernel[(num_rows * q_heads,)](
-        part, stat, v_signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads, GROUP=group, D=d, AHEAD=32, num_warps=4
-    )
+        part, stat, v_signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
+        GROUP=group, D=d, AHEAD=32, EARLY=early, num_warps=4, **after,
+    )  # fmt: skip
     return out
