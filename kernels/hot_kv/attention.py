@@ -25,7 +25,7 @@ import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hot_kv.levels import decode_levels, level_assembly, load_codes, ordered_signs
+from kernels.hot_kv.levels import block_rows, decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.hot_kv.recent import attend_recent
 from kernels.hot_kv.reference import NUM_RECENT, NUM_SINKS, HotMeans, HotPages, HotRecent, HotSinks, levels
 from kernels.hot_kv.sinks import attend_sinks
@@ -38,7 +38,6 @@ from kernels.paged_attention.triton import (
     choose_splits,
     load_page,
     merge_splits,
-    page_rows,
     split_bounds,
     tile_rows,
 )
@@ -83,7 +82,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    base, offset = page_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
+    base, offset = block_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
     return tl.load(k_scale_ptr + base + offset), tl.load(v_scale_ptr + base + offset)
 
 
@@ -107,13 +106,13 @@ def _turn(
     k_low, k_high = load_codes(k_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, True, ASM != "")
     v_low, v_high = load_codes(v_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, False, ASM != "")
 
+    k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, True, ASM, DTYPE)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if MEAN:
         half = tl.arange(0, D // 2)[None, :]
         far_cos, far_sin = tl.load(angle_ptr + block * D + half), tl.load(angle_ptr + block * D + D // 2 + half)
         turned = tl.permute(tl.join(a * far_cos + b * far_sin, b * far_cos - a * far_sin), 0, 2, 1)
         means = tl.dot(near, tl.trans(tl.reshape(turned, q.shape)))
-    k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, True, ASM, DTYPE)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     k_scale = tl.broadcast_to(k_scale.to(tl.float32)[:, None], scores.shape)
     if MASKED:
         scores = scores * k_scale
@@ -271,11 +270,11 @@ def angle_tables(cos_table: torch.Tensor, sin_table: torch.Tensor) -> tuple[torc
     if kept is not None and kept[0]() is sin_table:
         return kept[1]
     both = F.pad(torch.cat([cos_table, sin_table], 1), (0, 0, 0, MAX_BLOCK))
-    both = both.to(torch.float16), (both[:MAX_BLOCK] / cos_table[0, 0]).to(torch.float16)
+    made = both.to(torch.float16), (both[:MAX_BLOCK] / cos_table[0, 0]).to(torch.float16)
     # What a graph computes while it is captured is not there before its first replay.
     if not (cos_table.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _angle_tables[cos_table] = weakref.ref(sin_table), both
-    return both
+        _angle_tables[cos_table] = weakref.ref(sin_table), made
+    return made
 
 
 def hot_row_bytes(head_dim: int, bits: int) -> float:
@@ -317,7 +316,7 @@ def hot_paged_attention(
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
     with_mean = means.k_mean is not None
-    config = config or AttentionConfig(block_n=64 if fast else 32, num_stages=2 if with_mean else 3)
+    config = config or AttentionConfig(block_n=64 if fast else 32)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
     if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:

@@ -17,6 +17,15 @@ from kernels.paged_attention.triton import page_rows
 
 
 @triton.jit
+def block_rows(page, block, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`page_rows`, which looks for the block's place in its page even where that has only one."""
+    if PAGE == BLOCK_N:
+        return page * stride_page, tl.arange(0, BLOCK_N) * stride_token
+    else:
+        return page_rows(page, block, stride_page, stride_token, PAGE, BLOCK_N)
+
+
+@triton.jit
 def load_codes(
     code_ptr, place, block, D: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
@@ -26,20 +35,20 @@ def load_codes(
     place: page and head as a number of [P, G], or each key's. Rows behind the last key are read like any other, for wide loads: their page is
     there, whatever they hold.
     """
-    ROW_BYTES: tl.constexpr = D * BITS // 8
-    # Offsets in bytes from the start: a product taken later than the remainder in them would pass for better aligned than it is.
-    start, offset = page_rows(place, block, PAGE * ROW_BYTES, ROW_BYTES, PAGE, BLOCK_N)
+    ROW: tl.constexpr = D // 4 if BITS == 4 else D * BITS // 8
+    # Offsets from the start of all: a product taken later than the remainder in them would pass for better aligned than it is.
+    start, offset = block_rows(place, block, PAGE * ROW, ROW, PAGE, BLOCK_N)
     if BITS == 4:
         column = tl.arange(0, D // 4)
         if ROWS:
-            words = tl.load(code_ptr + start // 2 + (offset // 2)[:, None] + column[None, :])
+            words = tl.load(code_ptr + start + (offset[:, None] + column[None, :]))
         else:
             # The compiler copies pairs, not single keys, ahead into shared memory, though it reads both transposed on the way to the product.
             if PAGE % BLOCK_N == 0:
-                pairs = (tl.arange(0, BLOCK_N // 2) * ROW_BYTES)[:, None] + (tl.arange(0, 2) * (ROW_BYTES // 2))[None, :]
+                pairs = (tl.arange(0, BLOCK_N // 2) * (2 * ROW))[:, None] + (tl.arange(0, 2) * ROW)[None, :]
             else:
-                pairs = tl.reshape(offset // 2, [BLOCK_N // 2, 2])
-            words = tl.load(code_ptr + start // 2 + pairs[:, :, None] + column[None, None, :])
+                pairs = tl.reshape(offset, [BLOCK_N // 2, 2])
+            words = tl.load(code_ptr + start + (pairs[:, :, None] + column[None, None, :]))
         return words, words
     else:
         column = tl.arange(0, D // 4) if FAST else tl.arange(0, D) % (D // 4)
