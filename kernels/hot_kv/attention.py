@@ -100,7 +100,7 @@ def _turn(
     MASKED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows, and `highest` is kept the highest score;
-    else it is the `first` block's highest, and who calls looks after sums too large for it."""
+    else it is minus the `first` block's highest, and who calls looks after sums too large for it."""
     DTYPE: tl.constexpr = q.dtype
     place = page * kv_heads + kv_head  # of [P, G]
     k_low, k_high = load_codes(k_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, True, ASM != "")
