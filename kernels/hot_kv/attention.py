@@ -5,10 +5,12 @@ the codes taken apart in registers, `_merge_kernel` joins the stretches, rotates
 
 Taking codes apart (`levels.py`) is what costs. So keys are the rows of both products and queries the columns: Hopper's asynchronous products
 (wgmma) want 64 rows, but no more columns than there are queries, and they take the first factor from registers, where codes come apart.
+And weights are measured from the highest score of a split's first block, not of all so far: any number near it serves. Where it was not near,
+sums leave the range of floats, and the split is taken again with a running maximum.
 
 The keys' mean: with mean (m1, m2) in halves and angle t_i of a key's position, q . R(t) m = sum_i a_i cos t_i + b_i sin t_i with
-a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. So the means' share of a block's scores is one more product, of (a, b) with the block's rows of the
-tables of cos and sin in 16-bit floats.
+a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. With t = far + near, far the angles of the block's first key, that is (a, b) turned by -far times cos and sin
+of near, which are the same for every block: one more product, in 16-bit floats, with a matrix that stays in shared memory.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hot_kv.levels import decode_levels, level_assembly, load_codes, ordered_signs
+from kernels.hot_kv.levels import block_rows, decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.hot_kv.recent import attend_recent
 from kernels.hot_kv.reference import NUM_RECENT, NUM_SINKS, HotMeans, HotPages, HotRecent, HotSinks, levels
 from kernels.hot_kv.sinks import attend_sinks
@@ -35,20 +38,25 @@ from kernels.paged_attention.triton import (
     choose_splits,
     load_page,
     merge_splits,
-    page_rows,
     split_bounds,
     tile_rows,
 )
 
 MAX_BLOCK = 128  # keys a block may have
-THREE_PROGRAMS = 168  # registers a thread may have for three programs of four warps to a multiprocessor
+LARGEST = tl.constexpr(2.0**100)  # weight a split may have beside its first block's largest; a scale and a level more are still a number
+LARGEST_SHARE = tl.constexpr(16384.0)  # bound on what a channel's mean adds to a score
+# By whether keys have means: programs of four warps to a multiprocessor, which hide what each waits for, and registers a thread may have then.
+PROGRAMS = {False: (4, 128), True: (3, 168)}
+EARLY_START = False  # whether a launch may begin while the one before it ends (programmatic dependent launches of sm_90)
 
 
 @triton.jit
 def _prepare_kernel(
-    q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, size_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
-    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
+    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, head)
     mask = (index < num_rows)[:, None]
     row, head = (index // q_heads).to(tl.int64), index % q_heads
@@ -66,68 +74,88 @@ def _prepare_kernel(
         mean = k_mean_ptr + (head // GROUP)[:, None] * D + half[None, :]
         m1, m2 = tl.load(mean, mask=mask, other=0.0), tl.load(mean + HALF, mask=mask, other=0.0)
         a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
-        # Turning a pair keeps its length, so after this division no turn leaves 16-bit floats' best range.
-        size = tl.sqrt(tl.max(a * a + b * b, 1)) + 1e-30
-        tl.store(pair_ptr + target + half[None, :], (a / size[:, None]).to(tl.float16), mask=mask)
-        tl.store(pair_ptr + target + HALF + half[None, :], (b / size[:, None]).to(tl.float16), mask=mask)
-        tl.store(size_ptr + index, size, mask=index < num_rows)
+        # within 16-bit floats, whatever factor the angles have
+        a, b = tl.clamp(a, -LARGEST_SHARE, LARGEST_SHARE), tl.clamp(b, -LARGEST_SHARE, LARGEST_SHARE)
+        tl.store(pair_ptr + target + half[None, :], a.to(tl.float16), mask=mask)
+        tl.store(pair_ptr + target + HALF + half[None, :], b.to(tl.float16), mask=mask)
 
 
 @triton.jit
 def _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    base, offset = page_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
+    base, offset = block_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
     return tl.load(k_scale_ptr + base + offset), tl.load(v_scale_ptr + base + offset)
 
 
 @triton.jit
+def _sum_pairs(weights):
+    """Sums of the two rows of every 16 that a thread holds: [BLOCK_N / 16, 8, BLOCK_M]."""
+    return tl.sum(tl.reshape(weights, [weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
+
+
+@triton.jit
 def _turn(
-    block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+    block, first, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
     k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
     PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr,
     MASKED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows."""
-    ROW_BYTES: tl.constexpr = D * BITS // 8
+    """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows, and `highest` is kept the highest score;
+    else it is minus the `first` block's highest, and who calls looks after sums too large for it."""
     DTYPE: tl.constexpr = q.dtype
-    near, channel = tl.arange(0, BLOCK_N), tl.arange(0, D)
     place = page * kv_heads + kv_head  # of [P, G]
-    # Offsets in bytes from the start: a product taken later than the remainder in them would pass for better aligned than it is.
-    code_base, code_offset = page_rows(place, block, PAGE * ROW_BYTES, ROW_BYTES, PAGE, BLOCK_N)
-    # Rows behind the last key are read like any other, for wide loads: their page is there, whatever they hold, and they get no weight.
-    k_low, k_high = load_codes(k_code_ptr, code_base, code_offset, D, BITS, ASM != "")
-    v_low, v_high = load_codes(v_code_ptr, code_base, code_offset, D, BITS, ASM != "")
+    k_low, k_high = load_codes(k_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, True, ASM != "")
+    v_low, v_high = load_codes(v_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, False, ASM != "")
 
-    k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, ASM, DTYPE)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * k_scale.to(tl.float32)[:, None]  # [BLOCK_N, BLOCK_M]
+    k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, True, ASM, DTYPE)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if MEAN:
-        angles = tl.load(angle_ptr + block * D + near[:, None] * D + channel[None, :])
-        scores += tl.dot(angles, tl.trans(pair)) * size[None, :]
+        half = tl.arange(0, D // 2)[None, :]
+        far_cos, far_sin = tl.load(angle_ptr + block * D + half), tl.load(angle_ptr + block * D + D // 2 + half)
+        turned = tl.permute(tl.join(a * far_cos + b * far_sin, b * far_cos - a * far_sin), 0, 2, 1)
+        means = tl.dot(near, tl.trans(tl.reshape(turned, q.shape)))
+    k_scale = tl.broadcast_to(k_scale.to(tl.float32)[:, None], scores.shape)
     if MASKED:
-        token = block + near
+        scores = scores * k_scale
+        if MEAN:
+            scores += means
+        token = block + tl.arange(0, BLOCK_N)
         seen = token[:, None] < limit[None, :]
         if SINKS > 0:
             seen = seen & (token >= SINKS)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         v_scale = tl.where(token < end, v_scale.to(tl.float32), 0.0)
-    new_highest = tl.maximum(highest, tl.max(scores, 0))
-    safe = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
-    weights = tl.exp2(scores - safe[None, :])
-    shrink = tl.exp2(highest - safe)
-    total = total * shrink[None, :] + weights
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - safe[None, :])
+        shrink = tl.exp2(highest - safe)
+        total = total * tl.expand_dims(shrink, [0, 1]) + _sum_pairs(weights)
+        acc = acc * shrink[None, :]
+        highest = new_highest
+    else:
+        if first:
+            if MEAN:
+                highest = -tl.max(scores * k_scale + means, 0)
+            else:
+                highest = -tl.max(scores * k_scale, 0)
+        if MEAN:
+            weights = tl.exp2(tl.fma(scores, k_scale, means + highest[None, :]))
+        else:
+            weights = tl.exp2(tl.fma(scores, k_scale, highest[None, :]))
+        total += _sum_pairs(weights)
     weights = (weights * v_scale.to(tl.float32)[:, None]).to(DTYPE)
-    v = decode_levels(v_low, v_high, level_ptr, D, BITS, BLOCK_N, ASM, DTYPE)
-    acc = tl.dot(tl.trans(v), weights, acc * shrink[None, :], input_precision=PRECISION)
-    return acc, new_highest, total
+    v = decode_levels(v_low, v_high, level_ptr, D, BITS, BLOCK_N, False, ASM, DTYPE)
+    acc = tl.dot(tl.trans(v), weights, acc, input_precision=PRECISION)
+    return acc, highest, total
 
 
 @triton.jit
 def _split_kernel(
-    q_ptr, pair_ptr, size_ptr, k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr, table_ptr, query_lens_ptr, context_lens_ptr,
-    since_ptr, angle_ptr, level_ptr, part_ptr, stat_ptr,
+    q_ptr, pair_ptr, k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr, table_ptr, query_lens_ptr, context_lens_ptr,
+    since_ptr, angle_ptr, near_ptr, level_ptr, part_ptr, stat_ptr,
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, EDGES: tl.constexpr, ASM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
@@ -147,19 +175,17 @@ def _split_kernel(
         limit = tl.maximum(limit - RECENT, since)
         shown = tl.maximum(shown - RECENT, since)
 
+    if EARLY:
+        gdc_wait()  # for the queries
+        gdc_launch_dependents()
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
-    pair, size = q, tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if MEAN:
-        pair = tl.load(pair_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
-        size = tl.load(size_ptr + row_head, mask=row_mask, other=0.0)
-
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
     end = tl.minimum(end, reach)
     # Keys are the rows of every tile, of which Hopper's products want 64: so queries are not padded beyond 16.
     acc = tl.zeros([D, BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N // 16, 8, BLOCK_M], tl.float32)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
     # With EDGES the blocks that are hidden from some row, the first and the last ones, have a loop of their own.
     lead = 0
@@ -169,6 +195,12 @@ def _split_kernel(
             lead = ((start < SINKS) & (start < end)).to(tl.int32)
         stop = start + tl.maximum((tl.minimum(end, shown) - start) // BLOCK_N, lead) * BLOCK_N
     inner = start + lead * BLOCK_N
+    a, b, near = q, q, q
+    if MEAN:
+        half = tl.arange(0, D // 2)
+        pair = pair_ptr + row_head[:, None] * D + half[None, :]
+        a, b = tl.load(pair, mask=row_mask[:, None], other=0.0), tl.load(pair + D // 2, mask=row_mask[:, None], other=0.0)
+        near = tl.load(near_ptr + tl.arange(0, BLOCK_N)[:, None] * D + channel[None, :])
     # A block's scales are fetched a turn ahead and its page two: a turn that waits for either is twice as long.
     page = load_page(table_row_ptr, inner, end, PAGE, BLOCK_N)
     ahead = load_page(table_row_ptr, inner + BLOCK_N, end, PAGE, BLOCK_N)
@@ -179,23 +211,29 @@ def _split_kernel(
         next_k_scale, next_v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block + BLOCK_N, ahead, kv_head, kv_heads, PAGE, BLOCK_N)
         ahead = load_page(table_row_ptr, block + 2 * BLOCK_N, end, PAGE, BLOCK_N)
         acc, highest, total = _turn(
-            block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+            block, block == inner, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
             k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
             PAGE, D, BITS, BLOCK_N, MEAN, SINKS, not EDGES, ASM, PRECISION,
         )  # fmt: skip
         page, k_scale, v_scale = next_page, next_k_scale, next_v_scale
     if EDGES:
+        highest = tl.where(inner < stop, -highest, highest)
+        # Where later scores rise above the first block's by hundreds (or are no numbers), that split is taken again, the slow way.
+        if tl.max((total < LARGEST).to(tl.int32) ^ 1) > 0:
+            lead, stop = 0, start
+            acc, total = tl.zeros_like(acc), tl.zeros_like(total)
+            highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         for i in tl.range(0, lead + tl.cdiv(tl.maximum(end - stop, 0), BLOCK_N), num_stages=1):
             block = tl.where(i < lead, start, stop + (i - lead) * BLOCK_N)
             page = load_page(table_row_ptr, block, end, PAGE, BLOCK_N)
             k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE, BLOCK_N)
             acc, highest, total = _turn(
-                block, page, k_scale, v_scale, end, q, pair, size, limit, acc, highest, total,
+                block, False, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
                 k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
                 PAGE, D, BITS, BLOCK_N, MEAN, SINKS, True, ASM, PRECISION,
             )  # fmt: skip
 
-    whole = tl.sum(total, 0)
+    whole = tl.sum(tl.sum(total, 0), 0)
     part = split.to(tl.int64) * num_rows * q_heads + row_head
     tl.store(stat_ptr + 2 * part, highest, mask=row_mask)
     tl.store(stat_ptr + 2 * part + 1, whole, mask=row_mask)
@@ -205,8 +243,10 @@ def _split_kernel(
 @triton.jit
 def _merge_kernel(
     part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
     # A row a program: with many splits and few rows their loads must not queue up, and one row turned back is no matrix product yet.
     row = tl.program_id(0).to(tl.int64)
     one, channel = tl.arange(0, 1), tl.arange(0, D)
@@ -220,19 +260,21 @@ def _merge_kernel(
 _angle_tables = WeakTensorKeyDictionary()  # cos table -> (weak reference to its sin table, both side by side)
 
 
-def angle_table(cos_table: torch.Tensor, sin_table: torch.Tensor) -> torch.Tensor:
-    """cos beside sin, float16 [positions + MAX_BLOCK, d]: a block is read whole.
+def angle_tables(cos_table: torch.Tensor, sin_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos beside sin, float16: of a position [positions + MAX_BLOCK, d], and of a key's distance from its block's start [MAX_BLOCK, d].
 
+    The second without the factor, if any, that the tables scale their angles by: cos 0 is that factor.
     Made once for a pair of tensors and kept as long as they are, so these must stay as they are.
     """
     kept = _angle_tables.get(cos_table)
     if kept is not None and kept[0]() is sin_table:
         return kept[1]
-    both = F.pad(torch.cat([cos_table, sin_table], 1), (0, 0, 0, MAX_BLOCK)).to(torch.float16)
+    both = F.pad(torch.cat([cos_table, sin_table], 1), (0, 0, 0, MAX_BLOCK))
+    made = both.to(torch.float16), (both[:MAX_BLOCK] / cos_table[0, 0]).to(torch.float16)
     # What a graph computes while it is captured is not there before its first replay.
     if not (cos_table.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _angle_tables[cos_table] = weakref.ref(sin_table), both
-    return both
+        _angle_tables[cos_table] = weakref.ref(sin_table), made
+    return made
 
 
 def hot_row_bytes(head_dim: int, bits: int) -> float:
@@ -260,7 +302,7 @@ def hot_paged_attention(
 ) -> torch.Tensor:
     """See `reference.hot_paged_attention`; floors: `paged_attention_floors` with `hot_row_bytes`.
 
-    The tables must cover the longest context and be the same tensors every time (`angle_table`). max_query_len, config: as for `paged_attention`.
+    The tables must cover the longest context and be the same tensors every time (`angle_tables`). max_query_len, config: as for `paged_attention`.
     packed_arithmetic: take codes apart with `level_assembly`; None for wherever it runs.
     """
     num_rows, q_heads, d = q.shape
@@ -274,31 +316,33 @@ def hot_paged_attention(
     lengths = Lengths.of(query_lens, context_lens, num_rows, page_table.shape[1] * page_size, device, max_query_len)
     fast = q.is_cuda and q.dtype == torch.bfloat16 if packed_arithmetic is None else packed_arithmetic
     with_mean = means.k_mean is not None
-    # Angles take shared memory too: two stages of them leave room for a third program.
-    config = config or AttentionConfig(block_n=64 if fast else 32, num_stages=2 if with_mean else 3)
+    config = config or AttentionConfig(block_n=64 if fast else 32)
     block_n = 64 if deterministic else config.block_n
     # Lengths on the device are not read back; their caller answers for tables that reach far enough.
     if means.k_mean is not None and not isinstance(context_lens, torch.Tensor) and len(cos_table) < lengths.max_context_len:
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(lengths.max_query_len * group), 64))
     tiles = triton.cdiv(lengths.max_query_len * group, block_m)
-    # Small tiles take few registers; a third program on a multiprocessor then hides what the other two wait for.
-    three = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4 and (not with_mean or config.num_stages <= 2)
+    small = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4
+    programs, registers = PROGRAMS[with_mean] if small else (2, None)
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
         split_keys, num_splits = 0, choose_splits(
-            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * 3 // 2 if three else paged.SLOTS
+            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * programs // 2
         )
-    signs = ordered_signs(d, bits, device, fast)
+    k_signs, v_signs = (ordered_signs(d, bits, device, fast, rows) for rows in (True, False))
+    k_codes, v_codes = (x.view(torch.int16) if bits == 4 else x for x in (pages.k_codes, pages.v_codes))
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
     pair = torch.empty((num_rows, q_heads, d), dtype=torch.float16, device=device) if with_mean else rotated
-    size = torch.empty((num_rows, q_heads), dtype=torch.float32, device=device) if with_mean else rotated
+    angles, near = angle_tables(cos_table, sin_table) if with_mean else (rotated, rotated)
+    early = fast and EARLY_START
+    after: dict[str, bool] = {"launch_pdl": True} if early else {}
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     _prepare_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        q, means.k_mean if means.k_mean is not None else means.v_mean, signs, rotated, pair, size, scale * LOG2_E,
+        q, means.k_mean if means.k_mean is not None else means.v_mean, k_signs, rotated, pair, scale * LOG2_E,
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
-        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
+        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, EARLY=early, num_warps=4,
     )  # fmt: skip
     # what is exact comes first: a part's place must not depend on the number of splits
     first_split = (sinks is not None) + (recent is not None)
@@ -306,21 +350,22 @@ def hot_paged_attention(
     part = torch.empty((num_parts, num_rows, q_heads, d), dtype=torch.float32, device=device)
     stat = torch.empty((num_parts, num_rows, q_heads, 2), dtype=torch.float32, device=device)
     if sinks is not None:
-        attend_sinks(q, sinks, means.v_mean, signs, lengths, scale * LOG2_E, part[0], stat[0])
+        attend_sinks(q, sinks, means.v_mean, v_signs, lengths, scale * LOG2_E, part[0], stat[0])
     if recent is not None:
         at = first_split - 1
-        attend_recent(q, recent, means.v_mean, signs, lengths, scale * LOG2_E, part[at], stat[at], 0 if sinks is None else NUM_SINKS)
+        attend_recent(q, recent, means.v_mean, v_signs, lengths, scale * LOG2_E, part[at], stat[at], 0 if sinks is None else NUM_SINKS)
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
-        rotated, pair, size, pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale, page_table, lengths.query_lens, lengths.context_lens,
+        rotated, pair, k_codes, pages.k_scale, v_codes, pages.v_scale, page_table, lengths.query_lens, lengths.context_lens,
         lengths.context_lens if recent is None else recent.since,
-        angle_table(cos_table, sin_table) if with_mean else rotated, levels(bits, device), part[first_split:], stat[first_split:],
+        angles, near, levels(bits, device), part[first_split:], stat[first_split:],
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
         MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
-        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=THREE_PROGRAMS if three else None,
+        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision, EARLY=early,
+        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=registers, **after,
     )  # fmt: skip
     _merge_kernel[(num_rows * q_heads,)](
-        part, stat, signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads, GROUP=group, D=d, AHEAD=32, num_warps=4
-    )
+        part, stat, v_signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
+        GROUP=group, D=d, AHEAD=32, EARLY=early, num_warps=4, **after,
+    )  # fmt: skip
     return out

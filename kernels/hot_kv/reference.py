@@ -227,7 +227,8 @@ def hot_paged_attention(
 
     Args:
         q: [N, H, d] rotated queries.
-        cos_table, sin_table: [positions, d/2] float32, row p the angles of position p; a request's keys stand at positions 0, 1, ...
+        cos_table, sin_table: [positions, d/2] float32, row p the angles of position p, p times a frequency (all may be scaled by one factor);
+            a request's keys stand at positions 0, 1, ...
         sinks: the requests' first tokens, read in the place of their codes; None where the codes are all there is.
         recent: the same for the last tokens before each query.
     """

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.rans.lookup import divisors, search_trees
+
 PRECISION_BITS = 14
 TOTAL = 1 << PRECISION_BITS
 STATE_LOW = 1 << 16
@@ -28,11 +30,15 @@ class RansTables(NamedTuple):
     info: int32 [C + 1], centre << 12 | limit: a class holds the symbols -limit .. limit + 1 (the last is the escape);
         its entry is centre + symbol.
     search_bits: int32 [C + 1], halvings that find a slot in any class up to this one (the gain's own for class C).
+    nodes: int32 [*, 16], first_child: int32 [C + 1], divisors: int64 [entries]: the same for the kernels, see `lookup.py`.
     """
 
     packed: torch.Tensor
     info: torch.Tensor
     search_bits: torch.Tensor
+    nodes: torch.Tensor
+    first_child: torch.Tensor
+    divisors: torch.Tensor
 
     @property
     def num_classes(self) -> int:
@@ -84,7 +90,8 @@ def build_tables(freqs: torch.Tensor, limits: torch.Tensor, gain_freqs: torch.Te
     bits = torch.tensor([(int(n) - 1).bit_length() for n in sizes])
     bits[:-1] = bits[:-1].cummax(0).values
     packed = (start << 16 | every).to(torch.int32)
-    return RansTables(packed, ((begins + all_limits) << INFO_BITS | all_limits).to(torch.int32), bits.to(torch.int32))
+    info = ((begins + all_limits) << INFO_BITS | all_limits).to(torch.int32)
+    return RansTables(packed, info, bits.to(torch.int32), *search_trees(every, start, begins, all_limits), divisors(every, start))
 
 
 def entry_classes(classes: torch.Tensor, shifts: torch.Tensor | None, gains: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""Triton kernels of `rans_encode` and `rans_decode`; `reference.py` says what they mean.
+"""Triton kernels of `rans_decode`, and both launchers; `reference.py` says what they mean, `encode.py` has the other kernels.
 
-One program codes one span, a lane an element. A step is a chain of dependent operations (slot, table, state, word), so it is latency that
-counts: tables small enough for L1 are searched, four ways at a time, instead of a slot table that would come from L2, everything that does not
-depend on the state is fetched a step ahead, and on a GPU the lanes' ranks come from one ballot.
+One program codes one span, a lane an element. 16,384 tokens are 256 spans of 16 lanes, fewer warps than the GPU has schedulers, so what counts is
+how long a step's chain of dependent operations is (state, slot, symbol, state, rank, word), and how little of it waits for memory:
+- a symbol is found by subtracting sixteen items, fetched a step ahead, from the slot (`lookup.py`); only classes of more than sixteen entries need
+  a second, dependent fetch;
+- the lanes of one warp count their ranks by one ballot, and read their words where L1 holds them or (`window`) from each other's registers.
 """
 
 from __future__ import annotations
@@ -11,93 +13,100 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rans.reference import (
-    CLASSES_PER_GAIN,
-    GAIN_ZERO,
-    INFO_BITS,
-    NUM_GAINS,
-    PRECISION_BITS,
-    STATE_LOW,
-    RansDecoded,
-    RansStreams,
-    RansTables,
-    lane_counts,
+from kernels.rans.encode import compact_kernel, encode_kernel
+from kernels.rans.reference import RansDecoded, RansStreams, RansTables, lane_counts
+from kernels.rans.shared import (
+    BITS,
+    GAIN_CLASSES,
+    ITEM,
+    ITEM_MASK,
+    LOW,
+    PLACE,
+    SLOT_MASK,
+    ZERO_GAIN,
+    class_move,
+    lane_numbers,
+    own_class,
+    ranks,
 )
 
-BITS = tl.constexpr(PRECISION_BITS)
-LOW = tl.constexpr(STATE_LOW)
-SLOT_MASK = tl.constexpr((1 << PRECISION_BITS) - 1)
-EMIT_SHIFT = tl.constexpr(32 - PRECISION_BITS)
-INFO = tl.constexpr(INFO_BITS)
-INFO_MASK = tl.constexpr((1 << INFO_BITS) - 1)
-ZERO_GAIN = tl.constexpr(GAIN_ZERO)
-GAIN_CLASSES = tl.constexpr(CLASSES_PER_GAIN)
-GAIN_LIMIT = tl.constexpr(NUM_GAINS // 2 - 1)
+
+@triton.jit
+def _node(node_ptr):
+    """The sixteen items of each lane's node, four by four: a lane's thread reads four of them at once."""
+    item = node_ptr[:, None] + tl.arange(0, 4)[None, :]
+    return (
+        tl.load(item).to(tl.uint32, bitcast=True), tl.load(item + 4).to(tl.uint32, bitcast=True),
+        tl.load(item + 8).to(tl.uint32, bitcast=True), tl.load(item + 12).to(tl.uint32, bitcast=True),
+    )  # fmt: skip
 
 
 @triton.jit
-def _ranks(need, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """(how many lanes before this one need a word, how many do in all); need: int32 0 or 1 a lane."""
-    if BALLOT:
-        # One warp holds at most one lane a thread; with fewer lanes than threads the upper threads repeat them.
-        votes = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r", [need],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        lane = tl.arange(0, LANES)
-        below = votes & ((1 << lane) - 1)
-        ours = votes & (-1 if LANES == 32 else (1 << LANES) - 1)
-        rank = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [below], dtype=tl.int32, is_pure=True, pack=1)
-        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [ours], dtype=tl.int32, is_pure=True, pack=1)
-        return rank, count
+def _nearest(key, node):
+    """Least difference of the key from a node's items, those above it wrapping around to far away."""
+    key = key[:, None]
+    least = tl.minimum(key - node[1], key - node[0])
+    least = tl.minimum(key - node[2], least)
+    return tl.min(tl.minimum(key - node[3], least), 1)
+
+
+@triton.jit
+def _place(found):
+    """Place, int32 0 .. 15, of the item found in its node."""
+    return ((found >> PLACE) & 15).to(tl.int32) ^ 15
+
+
+@triton.jit
+def _words_at(word_ptr, where, end, wanted):
+    """int16 words at `where`; 0 from the span's end on."""
+    return tl.load(word_ptr + where, mask=wanted & (where < end), other=0)
+
+
+@triton.jit
+def _unsigned(word):
+    return word.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _next_words(words, need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+    """(each lane's word if it needs one, the words moved on).
+
+    words: (address, end, position, offset, held, later). Without WINDOW the next word is at `position`. With it the lanes hold the words from
+    position - 2 LANES on, the lower half of `held` being lane i's i-th and the upper half its LANES + i-th, and the LANES after them in `later`
+    (loaded a step before anything looks at them); the next word is at `offset` of these.
+    """
+    word_ptr, end, position, offset, held, later = words
+    rank, count = ranks(need.to(tl.int32), lane, LANES, BALLOT)
+    if WINDOW:
+        index = offset + rank
+        both = tl.gather(held, index & (LANES - 1), 0)
+        word = tl.where(index >= LANES, both >> 16, both & 0xFFFF)
+        offset += count
+        passed = offset >= LANES
+        held = tl.where(passed, (held >> 16) | (_unsigned(later) << 16), held)
+        offset = tl.where(passed, offset - LANES, offset)
+        position = tl.where(passed, position + LANES, position)
+        later = _words_at(word_ptr, position + lane, end, lane >= 0)
     else:
-        return tl.cumsum(need, 0) - need, tl.zeros([LANES], tl.int32) + tl.sum(need, 0)
+        word = _unsigned(_words_at(word_ptr, position + rank, end, need))
+        position += count
+    return word, (word_ptr, end, position, offset, held, later)
 
 
 @triton.jit
-def _class_info(info_ptr, base, shift, gain_shift, num_classes):
-    """(limit, centre) of each lane's class; base: the component's class."""
-    own = tl.minimum(tl.maximum(base + shift, 0), num_classes - 1)
-    own = tl.minimum(tl.maximum(own + gain_shift, 0), num_classes - 1)
-    info = tl.load(info_ptr + own)
-    return info & INFO_MASK, info >> INFO
-
-
-@triton.jit
-def _decode_step(x, active, pointer, packed_ptr, word_ptr, end, limit, centre, bits, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """One symbol a lane: (new states, symbol + limit, moved pointer)."""
-    slot = x & SLOT_MASK
-    key = ((slot << 16) | 0xFFFF).to(tl.int32)  # an entry that starts at the slot or before is at most this
-    begin = centre - limit
-    last = centre + limit + 1
-    entry = begin
-    found = tl.load(packed_ptr + begin)
-    # Three entries at a time, whose loads do not wait for each other: a round takes hardly longer than a halving and does two.
-    for done in range(0, bits, 2):
-        stride = 1 << tl.maximum(bits - 2 - done, 0)
-        first = entry
-        for i in tl.static_range(1, 4):
-            trial = tl.minimum(first + i * stride, last)
-            item = tl.load(packed_ptr + trial)
-            reached = item <= key
-            entry = tl.where(reached, trial, entry)  # entries rise, so the last one reached is the one
-            found = tl.where(reached, item, found)
-    freq = (found & 0xFFFF).to(tl.uint32)
-    start = (found >> 16).to(tl.uint32)
-    new = freq * (x >> BITS) + (slot - start)
-    need = (active & (new < LOW)).to(tl.int32)
-    rank, count = _ranks(need, LANES, BALLOT)
-    where = pointer + rank
-    word = tl.load(word_ptr + where, mask=(need == 1) & (where < end), other=0).to(tl.int32) & 0xFFFF
-    new = tl.where(need == 1, (new << 16) | word.to(tl.uint32), new)
-    return tl.where(active, new, x), entry - begin, pointer + count
+def _decode_step(x, found, active, words, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
+    """The states after the symbol `found`, and the words moved on; an inactive lane's state becomes anything."""
+    new = ((found & SLOT_MASK) ^ SLOT_MASK) * (x >> BITS) + (found >> ITEM)
+    need = active & (new < LOW)
+    word, words = _next_words(words, need, lane, LANES, BALLOT, WINDOW)
+    return tl.where(need, (new << 16) | word, new), words
 
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, packed_ptr, info_ptr, bits_ptr, class_ptr, shift_ptr,
+    state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, nodes_ptr, first_child_ptr, bits_ptr, class_ptr, shift_ptr,
     q_ptr, gain_ptr, intact_ptr, depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
+    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
@@ -109,123 +118,72 @@ def _decode_kernel(
     word_start = tl.load(word_start_ptr + span)
     end = (tl.load(word_start_ptr + span + 1) - word_start).to(tl.int32)
     word_ptr += word_start
-    pointer = tl.zeros([LANES], tl.int32)
-    gain_info = tl.load(info_ptr + num_classes)
-    gain_centre = tl.zeros([LANES], tl.int32) + (gain_info >> INFO)
-    gain_limit = tl.zeros([LANES], tl.int32) + GAIN_LIMIT
-    gain_bits = tl.load(bits_ptr + num_classes)
+    none = tl.zeros([LANES], tl.int32)
+    fixed = lane_numbers(LANES)
+    held, later, position = none.to(tl.uint32), none.to(tl.int16), none
+    if WINDOW:
+        held = _unsigned(_words_at(word_ptr, lane, end, lane >= 0)) | (_unsigned(_words_at(word_ptr, LANES + lane, end, lane >= 0)) << 16)
+        position += 2 * LANES
+        later = _words_at(word_ptr, position + lane, end, lane >= 0)
+    words = (word_ptr, end, position, none, held, later)
+    gain_node = _node(nodes_ptr + (none + num_classes) * 16)
     for turn in range(tokens_per_lane):
         token = turn * lanes + lane
         active = present & (token < size)
         row = first + token
-        x, gain, pointer = _decode_step(
-            x, active, pointer, packed_ptr, word_ptr, end, gain_limit, gain_centre, gain_bits, LANES, BALLOT
-        )
+        before = x
+        found = _nearest((x << ITEM) | ITEM_MASK, gain_node)
+        gain = _place(found)
+        x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
         tl.store(gain_ptr + row, gain.to(tl.uint8), mask=active)
         gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
-        shift = tl.zeros([LANES], tl.int32)
+        shift = none
         if SHIFTS:
             shift = tl.load(shift_ptr + row, mask=active, other=0)
-        # No lane's class exceeds this one's, so its number of halvings serves every lane.
+        move = class_move(shift, gain_shift, num_classes)
+        # No lane's class exceeds the one of these, so its tree's depth serves every lane.
         top_gain = tl.max(tl.where(active, gain_shift, -64), 0)
         top_shift = tl.max(tl.where(active, shift, -1024), 0)
+        top = class_move(top_shift, top_gain, num_classes)
+        # A component's node is fetched a step ahead of the state that is looked up in it, and its class two steps before that.
         base = tl.load(class_ptr)
-        limit, centre = _class_info(info_ptr, base, shift, gain_shift, num_classes)
-        bits = tl.load(bits_ptr + tl.minimum(tl.maximum(tl.maximum(base + top_shift, 0) + top_gain, 0), num_classes - 1))
+        own = own_class(base, move)
+        node = _node(nodes_ptr + own * 16)
+        child = tl.load(first_child_ptr + own)
+        bits = tl.load(bits_ptr + own_class(base, top))
+        base = tl.load(class_ptr + tl.minimum(1, depth - 1))
+        next_own = own_class(base, move)
+        next_base = tl.load(class_ptr + tl.minimum(2, depth - 1))
         out_ptr = q_ptr + row * stride_token
         for step in range(depth):
-            base = tl.load(class_ptr + tl.minimum(step + 1, depth - 1))
-            next_limit, next_centre = _class_info(info_ptr, base, shift, gain_shift, num_classes)
-            next_bits = tl.load(bits_ptr + tl.minimum(tl.maximum(tl.maximum(base + top_shift, 0) + top_gain, 0), num_classes - 1))
-            x, symbol, pointer = _decode_step(x, active, pointer, packed_ptr, word_ptr, end, limit, centre, bits, LANES, BALLOT)
-            tl.store(out_ptr, (symbol - limit).to(tl.int16), mask=active)
+            key = (x << ITEM) | ITEM_MASK
+            found = _nearest(key, node)
+            symbol = _place(found) - 7
+            node = _node(nodes_ptr + next_own * 16)
+            next_child = tl.load(first_child_ptr + next_own)
+            next_bits = tl.load(bits_ptr + own_class(base, top))
+            base = next_base
+            next_base = tl.load(class_ptr + tl.minimum(step + 3, depth - 1))
+            # Written here, and again where it is not the symbol yet: the compiler would move the loads above, which nothing needs until the next
+            # step, to the end of this one, but not past a store.
+            tl.store(out_ptr, symbol.to(tl.int16), mask=active)
+            front = 7
+            for done in range(4, bits, 4):
+                # The comparison is always true. Triton 3.6 takes what a loop carries for its first value where only an inner loop's bound uses it.
+                inner = ((found & SLOT_MASK) == SLOT_MASK) & (none + done < bits)
+                below = _nearest(key, _node(nodes_ptr + tl.where(inner, child + front + symbol, own) * 16))
+                symbol = tl.where(inner, symbol * 16 + _place(below) - 15, symbol)
+                found = tl.where(inner, below, found)
+                front = 16 * front + 31
+                tl.store(out_ptr, symbol.to(tl.int16), mask=active)
+            x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
             out_ptr += stride_component
-            limit, centre, bits = next_limit, next_centre, next_bits
-    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((pointer != end).to(tl.int32), 0)
+            own, child, bits = next_own, next_child, next_bits
+            next_own = own_class(base, move)
+        x = tl.where(active, x, before)
+    used = words[2] + words[3] - 2 * LANES if WINDOW else words[2]
+    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((used != end).to(tl.int32), 0)
     tl.store(intact_ptr + span, (wrong == 0).to(tl.int8))
-
-
-@triton.jit
-def _encode_step(x, active, pointer, word_ptr, item, LANES: tl.constexpr, BALLOT: tl.constexpr):
-    """One symbol a lane, item its packed table entry: (new states, moved pointer). Words fill the region from its end."""
-    freq = tl.where(active, item & 0xFFFF, 1).to(tl.uint32)
-    start = (item >> 16).to(tl.uint32)
-    need = (active & (x >= (freq << EMIT_SHIFT))).to(tl.int32)
-    rank, count = _ranks(need, LANES, BALLOT)
-    pointer -= count
-    tl.store(word_ptr + pointer + rank, (x & 0xFFFF).to(tl.int16), mask=need == 1)
-    short = tl.where(need == 1, x >> 16, x)
-    quotient = short // freq
-    return tl.where(active, (quotient << BITS) + (short - quotient * freq) + start, x), pointer
-
-
-@triton.jit
-def _item(q_ptr, class_ptr, info_ptr, packed_ptr, step, row, active, shift, gain_shift, num_classes, stride_token, stride_component):
-    """Packed table entry of component `step` of each lane's token; nothing in it depends on a state."""
-    value = tl.load(q_ptr + row * stride_token + step.to(tl.int64) * stride_component, mask=active, other=0).to(tl.int32)
-    limit, centre = _class_info(info_ptr, tl.load(class_ptr + step), shift, gain_shift, num_classes)
-    symbol = tl.where(tl.abs(value) > limit, limit + 1, value)
-    return tl.load(packed_ptr + centre + symbol)
-
-
-@triton.jit
-def _encode_kernel(
-    q_ptr, gain_ptr, token_start_ptr, lane_start_ptr, packed_ptr, info_ptr, class_ptr, shift_ptr, state_ptr, word_ptr, count_ptr,
-    depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
-):  # fmt: skip
-    span = tl.program_id(0)
-    first = tl.load(token_start_ptr + span)
-    size = (tl.load(token_start_ptr + span + 1) - first).to(tl.int32)
-    lanes = tl.cdiv(size, tokens_per_lane)
-    lane = tl.arange(0, LANES)
-    present = lane < lanes
-    room = size * (depth + 1)
-    word_ptr += first * (depth + 1)
-    pointer = tl.zeros([LANES], tl.int32) + room
-    x = (tl.zeros([LANES], tl.int32) + LOW).to(tl.uint32)
-    gain_begin = (tl.load(info_ptr + num_classes) >> INFO) - GAIN_LIMIT
-    for back in range(tokens_per_lane):
-        token = (tokens_per_lane - 1 - back) * lanes + lane
-        active = present & (token < size)
-        row = first + token
-        gain = tl.load(gain_ptr + row, mask=active, other=0).to(tl.int32)
-        gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
-        shift = tl.zeros([LANES], tl.int32)
-        if SHIFTS:
-            shift = tl.load(shift_ptr + row, mask=active, other=0)
-        # Table entries are looked up two steps ahead of the state that needs them.
-        ahead = tl.zeros([1], tl.int32) + depth
-        item = _item(
-            q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 1, 0), row, active, shift, gain_shift, num_classes,
-            stride_token, stride_component,
-        )  # fmt: skip
-        next_item = _item(
-            q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 2, 0), row, active, shift, gain_shift, num_classes,
-            stride_token, stride_component,
-        )  # fmt: skip
-        for done in range(depth):
-            later = _item(
-                q_ptr, class_ptr, info_ptr, packed_ptr, tl.maximum(ahead - 3 - done, 0), row, active, shift, gain_shift, num_classes,
-                stride_token, stride_component,
-            )  # fmt: skip
-            x, pointer = _encode_step(x, active, pointer, word_ptr, item, LANES, BALLOT)
-            item = next_item
-            next_item = later
-        x, pointer = _encode_step(x, active, pointer, word_ptr, tl.load(packed_ptr + gain_begin + gain), LANES, BALLOT)
-    tl.store(state_ptr + tl.load(lane_start_ptr + span) + lane, x.to(tl.int32, bitcast=True), mask=present)
-    tl.store(count_ptr + span, tl.max(room - pointer, 0).to(tl.int64))
-
-
-@triton.jit
-def _compact_kernel(loose_ptr, dense_ptr, token_start_ptr, word_start_ptr, depth, BLOCK: tl.constexpr):
-    span = tl.program_id(0)
-    to = tl.load(word_start_ptr + span)
-    count = tl.load(word_start_ptr + span + 1) - to
-    source = tl.load(token_start_ptr + span + 1) * (depth + 1) - count
-    for at in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
-        index = at + tl.arange(0, BLOCK)
-        tl.store(dense_ptr + to + index, tl.load(loose_ptr + source + index, mask=index < count, other=0), mask=index < count)
 
 
 def rans_floors(num_tokens: int, num_components: int, num_words: int) -> tuple[int, int]:
@@ -235,7 +193,8 @@ def rans_floors(num_tokens: int, num_components: int, num_words: int) -> tuple[i
 
 def _shape(max_span_tokens: int, tokens_per_lane: int, device: torch.device, ballot: bool | None) -> tuple[int, int, bool]:
     """(lanes a program holds, warps, whether ranks come from a ballot)."""
-    lanes = triton.next_power_of_2(triton.cdiv(max_span_tokens, tokens_per_lane))
+    # A whole warp's lanes at least, so that a thread has one lane and reads a node's items for that one alone.
+    lanes = max(32, triton.next_power_of_2(triton.cdiv(max_span_tokens, tokens_per_lane)))
     fits = lanes <= 32 and device.type == "cuda"
     return lanes, max(1, min(lanes // 64, 8)), fits if ballot is None else ballot and fits
 
@@ -251,11 +210,12 @@ def rans_encode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
+    chunk: int | None = None,
 ) -> RansStreams:
     """See `reference.rans_encode`; q is read fastest with tokens adjacent (the transpose of a [K, T] tensor).
 
     Nothing is read back: states and words are longer than needed, word_starts (on the device) says how many words are meant.
-    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp.
+    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp. chunk: components fetched together.
     """
     spans, (num_tokens, depth) = len(token_starts) - 1, q.shape
     lane_starts = lane_counts(token_starts, tokens_per_lane).cumsum(0)
@@ -266,14 +226,14 @@ def rans_encode(
     counts = torch.empty(spans, dtype=torch.int64, device=q.device)
     lanes, warps, use_ballot = _shape(max_span_tokens, tokens_per_lane, q.device, ballot)
     if spans:
-        _encode_kernel[(spans,)](
-            q, gains, token_starts, lane_starts, tables.packed, tables.info, classes, shifts if shifts is not None else classes,
+        encode_kernel[(spans,)](
+            q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
             states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk or (8 if lanes <= 64 else 2), num_warps=warps,
         )  # fmt: skip
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
-        _compact_kernel[(spans, 4)](loose, dense, token_starts, word_starts, depth, BLOCK=1024, num_warps=4)
+        compact_kernel[(spans, 4)](loose, dense, token_starts, word_starts, depth, BLOCK=1024, num_warps=4)
     return RansStreams(states, dense, word_starts)
 
 
@@ -288,8 +248,13 @@ def rans_decode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
+    window: bool = False,
+    registers: int | None = None,
 ) -> RansDecoded:
-    """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest."""
+    """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest.
+
+    ballot: as in `rans_encode`. window: lanes keep the next words in registers, where they fit one warp. registers: a thread's at most.
+    """
     spans, depth, device = len(token_starts) - 1, len(classes), streams.states.device
     q = torch.empty((depth, num_tokens), dtype=torch.int16, device=device).t()
     gains = torch.empty(num_tokens, dtype=torch.uint8, device=device)
@@ -299,8 +264,9 @@ def rans_decode(
     if spans:
         _decode_kernel[(spans,)](
             streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
-            tables.packed, tables.info, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
+            tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
             depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=window and lanes <= 32, maxnreg=registers,
+            num_warps=warps,
         )  # fmt: skip
     return RansDecoded(q, gains, intact.bool())

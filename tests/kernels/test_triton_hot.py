@@ -121,6 +121,20 @@ def test_attention(shape, bits, dtype, with_mean, device, assert_close):
         assert_close(got.float(), want, bound)
 
 
+@pytest.mark.parametrize("with_mean", [True, False], ids=["mean", "no-mean"])
+def test_scores_far_above_the_first_block(with_mean, device, assert_close):
+    """Weights are measured from a split's first block; where later ones are too large for a number, the split is taken again."""
+    q, pages, means, cos, sin, table = _filled(4, [200], [2], 4, 2, 32, 64, torch.float32, device, with_mean)
+    q, scale = q[:, :1].expand(-1, 4, -1).contiguous(), 1.0
+    clean = HotPages(4, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
+    for rows in clean.k_scale, pages.k_scale:
+        rows[table[0, 2].long(), :, :40] *= 64.0  # tokens 128 to 167
+    want = reference.hot_paged_attention(q, clean, means, cos, sin, table, [2], [200], scale)
+    for options in ({"config": paged.AttentionConfig(num_splits=1)}, {"deterministic": True}, {}):
+        got = attention.hot_paged_attention(q, pages, means, cos, sin, table, [2], [200], scale, **options)
+        assert_close(got, want, 3e-3)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_deterministic_bits_do_not_depend_on_the_company(bits, device, monkeypatch):
     monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
