@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ class Terminal:
     def __init__(self, *options):
         self.process, self._fd = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and so inherited, where the tests run in the background
             os.execve(sys.executable, [sys.executable, "-m", "engine.generate", *options], environment())
         self.shown = ""
 
@@ -57,10 +59,13 @@ class Terminal:
     def type(self, text):
         os.write(self._fd, text.encode())
 
-    def end(self):
-        """Exit status, and the rest of what was shown."""
-        rest = self.shown
+    def end(self, timeout=60.0):
+        """Ctrl-C at the prompt; exit status, and the rest of what was shown."""
+        ends, rest = time.monotonic() + timeout, self.shown
+        time.sleep(0.2)  # input() does not see a Ctrl-C that falls just before its read
+        self.type("\x03")
         while True:
+            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], f"no end; shown: {rest!r}"
             try:
                 read = os.read(self._fd, 4096)
             except OSError:
@@ -85,7 +90,6 @@ def test_a_conversation_at_a_terminal(model_options, tmp_path):
     terminal.type("Once more\n")
     assert "tokens/s" in terminal.until(r"tokens/s.*\r\n> "), "an answer that is left alone comes to its end"
     assert "[interrupted]" in first and "[interrupted]" in second
-    terminal.type("\x03")
     status, rest = terminal.end()
     assert status == 0 and "suspended" in rest and "Traceback" not in first + second + rest
     assert SessionFile.load(file).token_ids.count(258) >= 4
