@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine.errors import PoolExhausted
+from kernels.dispatch import use_triton
 from kernels.rope import apply_rope
 
 
@@ -280,8 +281,8 @@ class PagedPool(KvPool):
 
     @property
     def takes_placements(self) -> bool:
-        """On a CPU, where the attention's masks are tensors."""
-        return self.device.type == "cpu"
+        """On a CPU where the plain attention runs, whose masks are tensors."""
+        return self.device.type == "cpu" and not use_triton(self.kv)
 
     def move(self, sequence: KvSequence, source: int, target: int) -> None:
         """See `KvPool.move`."""

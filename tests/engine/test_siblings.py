@@ -209,3 +209,12 @@ def test_there_are_never_too_many(target, draft, monkeypatch):
     monkeypatch.setattr(Proposal, "num_siblings", lambda self, b: most.append(adopt(self, b)) or most[-1])
     engine_of(target, draft).generate(PROMPTS, SamplingParams(max_new_tokens=60))
     assert 1 < max(most) <= MAX_SIBLINGS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in the interpreter alone")
+def test_kernels_forced_on_a_cpu_run_without_siblings(target, adopted, monkeypatch):
+    """The Triton kernels take no placements, so none may be made where they run."""
+    own = engine_of(target, TRUNK)
+    monkeypatch.setenv("FORETOLD_KERNELS", "triton")
+    result = own.generate([PROMPTS[0]], SamplingParams(max_new_tokens=16))[0]
+    assert result.new_tokens == 16 and result.speculation.proposed > 0 and not adopted
