@@ -10,7 +10,9 @@ sums leave the range of floats, and the split is taken again with a running maxi
 
 The keys' mean: with mean (m1, m2) in halves and angle t_i of a key's position, q . R(t) m = sum_i a_i cos t_i + b_i sin t_i with
 a = q1 m1 + q2 m2, b = q2 m1 - q1 m2. With t = far + near, far the angles of the block's first key, that is (a, b) turned by -far times cos and sin
-of near, which are the same for every block: one more product, in 16-bit floats, with a matrix that stays in shared memory.
+of near, which are the same for every block: one more product, in 16-bit floats, with matrices that stay in shared memory. Its second factor is
+laid out as the values' product's is, queries adjacent: with another layout in the same place of shared memory, ptxas 12.8 adds the steps of the
+values' descriptor to registers that it never set, and the product reads anywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hot_kv.levels import block_rows, decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.hot_kv.recent import attend_recent
@@ -45,18 +46,13 @@ from kernels.paged_attention.triton import (
 MAX_BLOCK = 128  # keys a block may have
 LARGEST = tl.constexpr(2.0**100)  # weight a split may have beside its first block's largest; a scale and a level more are still a number
 LARGEST_SHARE = tl.constexpr(16384.0)  # bound on what a channel's mean adds to a score
-# By whether keys have means: programs of four warps to a multiprocessor, which hide what each waits for, and registers a thread may have then.
-PROGRAMS = {False: (4, 128), True: (3, 168)}
-EARLY_START = False  # whether a launch may begin while the one before it ends (programmatic dependent launches of sm_90)
 
 
 @triton.jit
 def _prepare_kernel(
     q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
-    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, head)
     mask = (index < num_rows)[:, None]
     row, head = (index // q_heads).to(tl.int64), index % q_heads
@@ -76,14 +72,25 @@ def _prepare_kernel(
         a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
         # within 16-bit floats, whatever factor the angles have
         a, b = tl.clamp(a, -LARGEST_SHARE, LARGEST_SHARE), tl.clamp(b, -LARGEST_SHARE, LARGEST_SHARE)
-        tl.store(pair_ptr + target + half[None, :], a.to(tl.float16), mask=mask)
-        tl.store(pair_ptr + target + HALF + half[None, :], b.to(tl.float16), mask=mask)
+        pair = pair_ptr + index[:, None] + half[None, :] * num_rows
+        tl.store(pair, a.to(tl.float16), mask=mask)
+        tl.store(pair + HALF * num_rows, b.to(tl.float16), mask=mask)
 
 
 @triton.jit
 def _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     base, offset = block_rows(page * kv_heads + kv_head, block, PAGE, 1, PAGE, BLOCK_N)
     return tl.load(k_scale_ptr + base + offset), tl.load(v_scale_ptr + base + offset)
+
+
+@triton.jit
+def _load_angles(angle_ptr, block, end, D: tl.constexpr, MEAN: tl.constexpr):
+    """cos and sin of the block's first position: [D / 2] each. Any where there is no such block."""
+    angles = angle_ptr + tl.minimum(block, end) * D + tl.arange(0, D // 2)
+    if MEAN:
+        return tl.load(angles), tl.load(angles + D // 2)
+    else:
+        return block, block
 
 
 @triton.jit
@@ -94,8 +101,8 @@ def _sum_pairs(weights):
 
 @triton.jit
 def _turn(
-    block, first, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
-    k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+    block, first, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
+    k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
     PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr,
     MASKED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,10 +116,8 @@ def _turn(
     k = decode_levels(k_low, k_high, level_ptr, D, BITS, BLOCK_N, True, ASM, DTYPE)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if MEAN:
-        half = tl.arange(0, D // 2)[None, :]
-        far_cos, far_sin = tl.load(angle_ptr + block * D + half), tl.load(angle_ptr + block * D + D // 2 + half)
-        turned = tl.permute(tl.join(a * far_cos + b * far_sin, b * far_cos - a * far_sin), 0, 2, 1)
-        means = tl.dot(near, tl.trans(tl.reshape(turned, q.shape)))
+        means = tl.dot(near_cos, a * far_cos[:, None] + b * far_sin[:, None])
+        means = tl.dot(near_sin, b * far_cos[:, None] - a * far_sin[:, None], means)
     k_scale = tl.broadcast_to(k_scale.to(tl.float32)[:, None], scores.shape)
     if MASKED:
         scores = scores * k_scale
@@ -155,7 +160,7 @@ def _split_kernel(
     num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, EDGES: tl.constexpr, ASM: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
@@ -175,9 +180,6 @@ def _split_kernel(
         limit = tl.maximum(limit - RECENT, since)
         shown = tl.maximum(shown - RECENT, since)
 
-    if EARLY:
-        gdc_wait()  # for the queries
-        gdc_launch_dependents()
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
@@ -195,27 +197,31 @@ def _split_kernel(
             lead = ((start < SINKS) & (start < end)).to(tl.int32)
         stop = start + tl.maximum((tl.minimum(end, shown) - start) // BLOCK_N, lead) * BLOCK_N
     inner = start + lead * BLOCK_N
-    a, b, near = q, q, q
+    a, b, near_cos, near_sin = q, q, q, q
     if MEAN:
         half = tl.arange(0, D // 2)
-        pair = pair_ptr + row_head[:, None] * D + half[None, :]
-        a, b = tl.load(pair, mask=row_mask[:, None], other=0.0), tl.load(pair + D // 2, mask=row_mask[:, None], other=0.0)
-        near = tl.load(near_ptr + tl.arange(0, BLOCK_N)[:, None] * D + channel[None, :])
-    # A block's scales are fetched a turn ahead and its page two: a turn that waits for either is twice as long.
+        rows = num_rows * q_heads
+        pair = pair_ptr + row_head[None, :] + half[:, None] * rows
+        a, b = tl.load(pair, mask=row_mask[None, :], other=0.0), tl.load(pair + D // 2 * rows, mask=row_mask[None, :], other=0.0)
+        near = near_ptr + tl.arange(0, BLOCK_N)[:, None] * D + half[None, :]
+        near_cos, near_sin = tl.load(near), tl.load(near + D // 2)
+    # A block's scales and angles are fetched a turn ahead and its page two: a turn that waits for one is twice as long.
     page = load_page(table_row_ptr, inner, end, PAGE, BLOCK_N)
     ahead = load_page(table_row_ptr, inner + BLOCK_N, end, PAGE, BLOCK_N)
     k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, inner, page, kv_head, kv_heads, PAGE, BLOCK_N)
+    far_cos, far_sin = _load_angles(angle_ptr, inner, end, D, MEAN)
     for block in range(inner, stop, BLOCK_N):
         # loaded twice rather than handed on: a value that lives for two turns would keep the compiler from pipelining the loop
         next_page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
         next_k_scale, next_v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block + BLOCK_N, ahead, kv_head, kv_heads, PAGE, BLOCK_N)
+        next_cos, next_sin = _load_angles(angle_ptr, block + BLOCK_N, end, D, MEAN)
         ahead = load_page(table_row_ptr, block + 2 * BLOCK_N, end, PAGE, BLOCK_N)
         acc, highest, total = _turn(
-            block, block == inner, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
-            k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+            block, block == inner, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
+            k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
             PAGE, D, BITS, BLOCK_N, MEAN, SINKS, not EDGES, ASM, PRECISION,
         )  # fmt: skip
-        page, k_scale, v_scale = next_page, next_k_scale, next_v_scale
+        page, k_scale, v_scale, far_cos, far_sin = next_page, next_k_scale, next_v_scale, next_cos, next_sin
     if EDGES:
         highest = tl.where(inner < stop, -highest, highest)
         # Where later scores rise above the first block's by hundreds (or are no numbers), that split is taken again, the slow way.
@@ -227,9 +233,10 @@ def _split_kernel(
             block = tl.where(i < lead, start, stop + (i - lead) * BLOCK_N)
             page = load_page(table_row_ptr, block, end, PAGE, BLOCK_N)
             k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE, BLOCK_N)
+            far_cos, far_sin = _load_angles(angle_ptr, block, end, D, MEAN)
             acc, highest, total = _turn(
-                block, False, page, k_scale, v_scale, end, q, a, b, near, limit, acc, highest, total,
-                k_code_ptr, v_code_ptr, angle_ptr, level_ptr, kv_head, kv_heads,
+                block, False, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
+                k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
                 PAGE, D, BITS, BLOCK_N, MEAN, SINKS, True, ASM, PRECISION,
             )  # fmt: skip
 
@@ -243,10 +250,8 @@ def _split_kernel(
 @triton.jit
 def _merge_kernel(
     part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_wait()
     # A row a program: with many splits and few rows their loads must not queue up, and one row turned back is no matrix product yet.
     row = tl.program_id(0).to(tl.int64)
     one, channel = tl.arange(0, 1), tl.arange(0, D)
@@ -323,26 +328,20 @@ def hot_paged_attention(
         raise ValueError(f"tables of {len(cos_table)} positions for a context of {lengths.max_context_len} (make them longer)")
     block_m = 32 if deterministic else config.block_m or max(16, min(triton.next_power_of_2(lengths.max_query_len * group), 64))
     tiles = triton.cdiv(lengths.max_query_len * group, block_m)
-    small = fast and block_m <= 32 and block_n <= 64 and config.num_warps == 4
-    programs, registers = PROGRAMS[with_mean] if small else (2, None)
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
-        split_keys, num_splits = 0, choose_splits(
-            config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n, paged.SLOTS * programs // 2
-        )
+        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
     k_signs, v_signs = (ordered_signs(d, bits, device, fast, rows) for rows in (True, False))
     k_codes, v_codes = (x.view(torch.int16) if bits == 4 else x for x in (pages.k_codes, pages.v_codes))
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
-    pair = torch.empty((num_rows, q_heads, d), dtype=torch.float16, device=device) if with_mean else rotated
+    pair = torch.empty((d, num_rows * q_heads), dtype=torch.float16, device=device) if with_mean else rotated
     angles, near = angle_tables(cos_table, sin_table) if with_mean else (rotated, rotated)
-    early = fast and EARLY_START
-    after: dict[str, bool] = {"launch_pdl": True} if early else {}
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     _prepare_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
         q, means.k_mean if means.k_mean is not None else means.v_mean, k_signs, rotated, pair, scale * LOG2_E,
         num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
-        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, EARLY=early, num_warps=4,
+        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
     )  # fmt: skip
     # what is exact comes first: a part's place must not depend on the number of splits
     first_split = (sinks is not None) + (recent is not None)
@@ -361,11 +360,11 @@ def hot_paged_attention(
         batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
         GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
         MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
-        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision, EARLY=early,
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages, maxnreg=registers, **after,
+        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
+        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _merge_kernel[(num_rows * q_heads,)](
         part, stat, v_signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
-        GROUP=group, D=d, AHEAD=32, EARLY=early, num_warps=4, **after,
+        GROUP=group, D=d, AHEAD=32, num_warps=4,
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ One program codes one span, a lane an element. 16,384 tokens are 256 spans of 16
 how long a step's chain of dependent operations is (state, slot, symbol, state, rank, word), and how little of it waits for memory:
 - a symbol is found by subtracting sixteen items, fetched a step ahead, from the slot (`lookup.py`); only classes of more than sixteen entries need
   a second, dependent fetch;
-- the lanes of one warp count their ranks by one ballot, and read their words where L1 holds them or (`window`) from each other's registers.
+- the lanes of one warp count their ranks by one ballot, and read their words where L1 holds them.
 """
 
 from __future__ import annotations
@@ -57,56 +57,21 @@ def _place(found):
 
 
 @triton.jit
-def _words_at(word_ptr, where, end, wanted):
-    """int16 words at `where`; 0 from the span's end on."""
-    return tl.load(word_ptr + where, mask=wanted & (where < end), other=0)
-
-
-@triton.jit
-def _unsigned(word):
-    return word.to(tl.uint16, bitcast=True).to(tl.uint32)
-
-
-@triton.jit
-def _next_words(words, need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
-    """(each lane's word if it needs one, the words moved on).
-
-    words: (address, end, position, offset, held, later). Without WINDOW the next word is at `position`. With it the lanes hold the words from
-    position - 2 LANES on, the lower half of `held` being lane i's i-th and the upper half its LANES + i-th, and the LANES after them in `later`
-    (loaded a step before anything looks at them); the next word is at `offset` of these.
-    """
-    word_ptr, end, position, offset, held, later = words
-    rank, count = ranks(need.to(tl.int32), lane, LANES, BALLOT)
-    if WINDOW:
-        index = offset + rank
-        both = tl.gather(held, index & (LANES - 1), 0)
-        word = tl.where(index >= LANES, both >> 16, both & 0xFFFF)
-        offset += count
-        passed = offset >= LANES
-        held = tl.where(passed, (held >> 16) | (_unsigned(later) << 16), held)
-        offset = tl.where(passed, offset - LANES, offset)
-        position = tl.where(passed, position + LANES, position)
-        later = _words_at(word_ptr, position + lane, end, lane >= 0)
-    else:
-        word = _unsigned(_words_at(word_ptr, position + rank, end, need))
-        position += count
-    return word, (word_ptr, end, position, offset, held, later)
-
-
-@triton.jit
-def _decode_step(x, found, active, words, lane, LANES: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr):
-    """The states after the symbol `found`, and the words moved on; an inactive lane's state becomes anything."""
+def _decode_step(x, found, active, word_ptr, position, end, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
+    """(states after the symbol `found`, the next word's position); an inactive lane's state becomes anything. Words behind `end` read as 0."""
     new = ((found & SLOT_MASK) ^ SLOT_MASK) * (x >> BITS) + (found >> ITEM)
     need = active & (new < LOW)
-    word, words = _next_words(words, need, lane, LANES, BALLOT, WINDOW)
-    return tl.where(need, (new << 16) | word, new), words
+    rank, count = ranks(need.to(tl.int32), lane, LANES, BALLOT)
+    where = position + rank
+    word = tl.load(word_ptr + where, mask=need & (where < end), other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return tl.where(need, (new << 16) | word, new), position + count
 
 
 @triton.jit
 def _decode_kernel(
     state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, nodes_ptr, first_child_ptr, bits_ptr, class_ptr, shift_ptr,
     q_ptr, gain_ptr, intact_ptr, depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, WINDOW: tl.constexpr,
+    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
@@ -120,12 +85,7 @@ def _decode_kernel(
     word_ptr += word_start
     none = tl.zeros([LANES], tl.int32)
     fixed = lane_numbers(LANES)
-    held, later, position = none.to(tl.uint32), none.to(tl.int16), none
-    if WINDOW:
-        held = _unsigned(_words_at(word_ptr, lane, end, lane >= 0)) | (_unsigned(_words_at(word_ptr, LANES + lane, end, lane >= 0)) << 16)
-        position += 2 * LANES
-        later = _words_at(word_ptr, position + lane, end, lane >= 0)
-    words = (word_ptr, end, position, none, held, later)
+    position = none
     gain_node = _node(nodes_ptr + (none + num_classes) * 16)
     for turn in range(tokens_per_lane):
         token = turn * lanes + lane
@@ -134,7 +94,7 @@ def _decode_kernel(
         before = x
         found = _nearest((x << ITEM) | ITEM_MASK, gain_node)
         gain = _place(found)
-        x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
+        x, position = _decode_step(x, found, active, word_ptr, position, end, fixed, LANES, BALLOT)
         tl.store(gain_ptr + row, gain.to(tl.uint8), mask=active)
         gain_shift = GAIN_CLASSES * (gain - ZERO_GAIN)
         shift = none
@@ -176,13 +136,12 @@ def _decode_kernel(
                 found = tl.where(inner, below, found)
                 front = 16 * front + 31
                 tl.store(out_ptr, symbol.to(tl.int16), mask=active)
-            x, words = _decode_step(x, found, active, words, fixed, LANES, BALLOT, WINDOW)
+            x, position = _decode_step(x, found, active, word_ptr, position, end, fixed, LANES, BALLOT)
             out_ptr += stride_component
             own, child, bits = next_own, next_child, next_bits
             next_own = own_class(base, move)
         x = tl.where(active, x, before)
-    used = words[2] + words[3] - 2 * LANES if WINDOW else words[2]
-    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((used != end).to(tl.int32), 0)
+    wrong = tl.sum((present & (x != LOW)).to(tl.int32), 0) + tl.max((position != end).to(tl.int32), 0)
     tl.store(intact_ptr + span, (wrong == 0).to(tl.int8))
 
 
@@ -210,12 +169,11 @@ def rans_encode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
-    chunk: int | None = None,
 ) -> RansStreams:
     """See `reference.rans_encode`; q is read fastest with tokens adjacent (the transpose of a [K, T] tensor).
 
     Nothing is read back: states and words are longer than needed, word_starts (on the device) says how many words are meant.
-    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp. chunk: components fetched together.
+    max_span_tokens: at least the longest span. ballot: None for wherever a span's lanes fit one warp.
     """
     spans, (num_tokens, depth) = len(token_starts) - 1, q.shape
     lane_starts = lane_counts(token_starts, tokens_per_lane).cumsum(0)
@@ -229,7 +187,7 @@ def rans_encode(
         encode_kernel[(spans,)](
             q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
             states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=chunk or (8 if lanes <= 64 else 2), num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=8 if lanes <= 64 else 2, num_warps=warps,
         )  # fmt: skip
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
@@ -248,12 +206,10 @@ def rans_decode(
     shifts: torch.Tensor | None = None,
     max_span_tokens: int = 64,
     ballot: bool | None = None,
-    window: bool = False,
-    registers: int | None = None,
 ) -> RansDecoded:
     """See `reference.rans_decode`; q comes laid out with tokens adjacent, as `residual_decode` reads it fastest.
 
-    ballot: as in `rans_encode`. window: lanes keep the next words in registers, where they fit one warp. registers: a thread's at most.
+    ballot: as in `rans_encode`.
     """
     spans, depth, device = len(token_starts) - 1, len(classes), streams.states.device
     q = torch.empty((depth, num_tokens), dtype=torch.int16, device=device).t()
@@ -266,7 +222,7 @@ def rans_decode(
             streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
             tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
             depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, WINDOW=window and lanes <= 32, maxnreg=registers,
-            num_warps=warps,
+            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            maxnreg=96,  # 4% faster than what the compiler chooses
         )  # fmt: skip
     return RansDecoded(q, gains, intact.bool())

@@ -78,9 +78,7 @@ def test_classes_of_every_depth_side_by_side(device):
     got = gpu.rans_encode(tables, q, classes, gains, starts, 2, max_span_tokens=9)
     assert torch.equal(got.words[: len(want.words)], want.words)
     assert torch.equal(got.states[: len(want.states)], want.states)
-    for window in (True, False):
-        decoded = gpu.rans_decode(tables, want, classes, starts, 2, num_tokens=11, max_span_tokens=9, window=window)
-        again = reference.rans_decode(tables, want, classes, starts, 2)
-        assert torch.equal(decoded.q, again.q)
-        assert torch.equal(decoded.gains, gains)
-        assert decoded.intact.all()
+    decoded = gpu.rans_decode(tables, want, classes, starts, 2, num_tokens=11, max_span_tokens=9)
+    assert torch.equal(decoded.q, reference.rans_decode(tables, want, classes, starts, 2).q)
+    assert torch.equal(decoded.gains, gains)
+    assert decoded.intact.all()
