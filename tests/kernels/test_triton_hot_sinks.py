@@ -170,17 +170,16 @@ def test_recent_tokens_stand_in_for_their_codes(shape, device):
     pages, table, query_lens, context_lens, size = fixed[0], fixed[4], shape[0], shape[1], shape[5]
     spoiled = HotPages(4, *(t.clone() for t in pages[1:]))
     want = dense.paged_attention(q, true[0], true[1], table, query_lens, context_lens, 0.1)
-    near = 0
+    harmed = torch.zeros(len(q), dtype=torch.bool, device=device)  # queries of requests with spoiled codes
     for b, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         # codes that no query should read: those near the first one, which are near the others too or hidden from the first
         for p in range(max(NUM_SINKS, recent.since.tolist()[b], context - NUM_RECENT), context - n + 1):
             spoiled.k_scale[table[b, p // size].long(), :, p % size] = 1000.0
-            near += 1
+            harmed[sum(query_lens[:b]) : sum(query_lens[: b + 1])] = True
     got = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks, recent=recent)
     assert float((got - want).norm() / want.norm()) < 0.06
     lost = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks)
-    # 700 queries of 800 keys see few of them by their codes alone: .044 there
-    assert near == 0 or float((lost - want).norm() / want.norm()) > 0.03
+    assert not harmed.any() or float((lost - want)[harmed].norm() / want[harmed].norm()) > 0.1
 
 
 @pytest.mark.parametrize("twin", [True, False], ids=["twin", "triton"])
