@@ -40,3 +40,7 @@ class UnknownQuality(CodecError):
 
 class BadInput(CodecError):
     """Tensors handed to the codec have the wrong shape, or hold NaN or infinity."""
+
+
+class PredictorError(CodecError):
+    """A predictor cannot be fitted, stored or applied to what it was given."""

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from draft.confidence import Calibration, Gate
 from draft.protocols import CausalDecoder, Drafter
-from draft.siblings import MAX_CHAIN
+from draft.stopping import Calibration, Gate
+from draft.tree import MAX_CHAIN
 
 MAX_AUTO_LENGTH = MAX_CHAIN
 PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from draft.adapter import is_adapter, read_config, target_digest
+from draft.head_file import is_adapter, read_config, target_digest
 
 FOLDER = Path(__file__).parent / "pretrained"
 

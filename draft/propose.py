@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.confidence import likeliest
-from draft.own_layers import AdapterBlock
+from draft.draft_head import AdapterBlock
 from draft.protocols import CausalDecoder, DraftGate, DraftSampler, Gates, Proposal
 from draft.rows import pick
-from draft.siblings import Placement, Sibling, sibling_slot
+from draft.stopping import likeliest
+from draft.tree import Placement, Sibling, sibling_slot
 
 
 def draft_block(

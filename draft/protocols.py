@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from draft.siblings import Placement, Sibling
+from draft.tree import Placement, Sibling
 
 
 class DecoderOutput(Protocol):
@@ -51,7 +51,7 @@ class KvPool(Protocol):
 
 
 class CausalDecoder(Protocol):
-    """The part of `engine.decoder.Decoder` that drafting uses; see there for the meaning of the arguments."""
+    """The part of `engine.model.decoder.Decoder` that drafting uses; see there for the meaning of the arguments."""
 
     @property
     def config(self) -> Any: ...
@@ -85,7 +85,7 @@ class CausalDecoder(Protocol):
 
 
 class FeatureStore(Protocol):
-    """The part of `draft.features.FeatureBuffer` used while decoding: the draft's hidden states, one row per committed token."""
+    """The part of `codec.predictor.features.FeatureBuffer` used while decoding: the draft's hidden states, one row per committed token."""
 
     @property
     def length(self) -> int: ...
@@ -112,7 +112,7 @@ class DraftSampler(Protocol):
 
 
 class DraftGate(Protocol):
-    """Ends a request's block early; `draft.confidence.Gate`."""
+    """Ends a request's block early; `draft.stopping.Gate`."""
 
     @property
     def candidates(self) -> int: ...  # most tokens at one depth

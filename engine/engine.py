@@ -14,23 +14,23 @@ import torch
 from draft.errors import DraftError
 from draft.length import CostModel
 from draft.protocols import FeatureStore
-from engine.decoder import Decoder, DecoderConfig
-from engine.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
+from engine.calibrate.channel_means import open_pool
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
-from engine.hot_means import open_pool
-from engine.metrics import SpeculationMetrics
-from engine.models import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
-from engine.placement import START_TOKENS, default_pool_tokens, device_named, dtype_named
-from engine.prompts import Prompt, as_prompts, encode_prompt, end_tokens, special_tokens
-from engine.request import Conversation, GenerationResult, Request, StreamEvent
-from engine.sampling import SamplingParams
-from engine.scheduler import Scheduler
-from engine.stopping import TextStream
-from engine.weights import read_config
+from engine.hub.resolve import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
+from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.device import START_TOKENS, default_pool_tokens, device_named, dtype_named
+from engine.model.weights import read_config
+from engine.runtime.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
+from engine.runtime.metrics import SpeculationMetrics
+from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent
+from engine.runtime.sampling import SamplingParams
+from engine.runtime.scheduler import Scheduler
+from engine.text.detokenizer import TextStream
+from engine.text.prompts import Prompt, as_prompts, encode_prompt, end_tokens, special_tokens
 
 if TYPE_CHECKING:
-    from engine.session import Session
-    from engine.session_codec import SessionCodec
+    from engine.sessions.kv_codec import SessionCodec
+    from engine.sessions.session import Session
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 
@@ -249,7 +249,7 @@ class Engine:
         token_coder: str = "draft",
         log: Callable[[str], None] = print,
     ) -> Session:
-        """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.session.Session`.
+        """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.sessions.session.Session`.
 
         quality: "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "balanced"). pack: a codec pack's file
         (default: the pair's own, fitted at first use). token_coder: for "tokens", "draft" (slow to resume) or "counts" (at once, twice the bytes).
@@ -257,7 +257,7 @@ class Engine:
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.
         """
-        from engine.session import Session
+        from engine.sessions.session import Session
 
         return Session(self, quality=quality, pack=pack, file=file, token_coder=token_coder, log=log)
 

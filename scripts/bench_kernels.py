@@ -20,8 +20,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no CUDA device (to try the script itself: TRITON_INTERPRET=1 and --tiny)", file=sys.stderr)
         return 2
     if not on_gpu:
-        from kernels.interpreter import compute_like_hardware
+        from bench.interpreter import compute_like_hardware
 
         compute_like_hardware()
-    from kernel_cases import accepts, kv_writes, rms_norms, ropes, silu_muls
-    from kernel_cases_attention import attentions
-    from kernel_cases_codec import entropy_coders, residuals
-    from kernel_timing import Clock, compile_all, line, measure
+    from bench.kernel_cases import accepts, kv_writes, rms_norms, ropes, silu_muls
+    from bench.kernel_cases_attention import attentions
+    from bench.kernel_cases_codec import entropy_coders, residuals
+    from bench.kernel_timing import Clock, compile_all, line, measure
 
     groups = {"attention": attentions, "residual": residuals, "rans": entropy_coders, "kv_write": kv_writes, "accept": accepts,
               "rms_norm": rms_norms, "silu_mul": silu_muls, "rope": ropes}  # fmt: skip

@@ -21,22 +21,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.throughput_check import compare
+from bench.throughput_rows import add_ratios, row, table
+from bench.throughput_runs import (
+    Contestant,
+    Foretold,
+    Sample,
+    Transformers,
+    copy_gb_per_s,
+    in_batches,
+    load_transformers,
+    prompt_ids,
+)
+from check_greedy import device_name
+from codec_compare import write_json
 
 from draft.length import MAX_AUTO_LENGTH
-from engine.command import load, quiet_libraries, say, versions
-from engine.drafters import Draft
+from engine.cli.command import load, quiet_libraries, say, versions
+from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.models import PAIRS
-from engine.options import Parser, report
-from engine.sampling import SamplingParams
-from scripts.check_greedy import device_name
-from scripts.codec_compare import write_json
-from scripts.throughput_check import compare
-from scripts.throughput_rows import add_ratios, row, table
-from scripts.throughput_runs import Contestant, Foretold, Sample, Transformers, copy_gb_per_s, in_batches, load_transformers, prompt_ids
+from engine.hub.resolve import PAIRS
+from engine.runtime.drafters import Draft
+from engine.runtime.sampling import SamplingParams
 
 ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")
 _PAGE, _WARM_TOKENS = 64, 16

@@ -24,21 +24,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from text_mix import mixed_documents, shares_of
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from draft.errors import DraftError
-from engine.calibration import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
-from engine.calibration_text import documents, library_texts, read_texts, text_files
-from engine.decoder import Decoder, DecoderConfig
-from engine.drafters import TrainedTrunk, choose_draft
+from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
+from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
+from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.models import PAIRS, TRUNK, check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
-from engine.options import Parser
-from engine.weights import read_config
-from scripts.text_mix import mixed_documents, shares_of
+from engine.hub.resolve import (
+    PAIRS,
+    TRUNK,
+    check_vocabularies,
+    fingerprint,
+    load_tokenizer,
+    resolve_model,
+    resolve_pair,
+    tokenizer_fingerprint,
+)
+from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.weights import read_config
+from engine.runtime.drafters import TrainedTrunk, choose_draft
 
 
 def arguments() -> argparse.Namespace:

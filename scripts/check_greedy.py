@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from engine.command import quiet_libraries, say, versions
+from engine.cli.command import quiet_libraries, say, versions
+from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError
-from engine.models import PAIRS
-from engine.options import report
-from engine.sampling import SamplingParams
+from engine.hub.resolve import PAIRS
+from engine.runtime.sampling import SamplingParams
 
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number.",

@@ -16,11 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from eval.codec_plot import plot
 
+from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.options import Parser
-from scripts.codec_plot import plot
 
 LEVELS = (0.0075, 0.014, 0.021, 0.03)
 OURS = "foretold"

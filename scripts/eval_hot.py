@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from codec_compare import write_json
+from eval.codec_quality import Case, Quality, Scores
+from eval.text_tokens import digest, split_tokens
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.command import load, quiet_libraries, versions
-from engine.drafters import Draft
+from engine.calibrate.channel_means import HOT_FORMATS, element_bits, open_pool
+from engine.cli.command import load, quiet_libraries, versions
+from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.hot_means import HOT_FORMATS, element_bits, open_pool
-from engine.models import PAIRS
-from engine.options import report
-from engine.pool import KvPool, KvSequence
-from engine.sampling import SamplingParams
-from scripts.codec_compare import write_json
-from scripts.codec_quality import Case, Quality, Scores
-from scripts.text_tokens import digest, split_tokens
+from engine.hub.resolve import PAIRS
+from engine.kv.pool import KvPool, KvSequence
+from engine.runtime.drafters import Draft
+from engine.runtime.sampling import SamplingParams
 
 TEMPERATURES = (0.0, 1.0)
 _WARM_TOKENS = 8

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from codec_compare import write_json
 
+from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.options import Parser
-from scripts.codec_compare import write_json
 
 
 def print_report(document: dict[str, Any]) -> None:

@@ -35,25 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from codec.errors import CodecError
-from codec.pack import CodecPack
-from codec.spec import QUALITIES
-from draft.errors import DraftError
-from engine.calibration_text import library_texts
-from engine.engine import Engine
-from engine.errors import ForetoldError, InvalidOption
-from engine.models import PAIRS
-from engine.options import Parser
-from scripts.codec_methods import PairCodec
-from scripts.eval_report import print_report
-from scripts.eval_rows import Parts, rows_of
-from scripts.eval_runs import Plan, Runner
-from scripts.eval_suspend import PREDICTION, Suspender, step_name
-from scripts.eval_tasks import VERSION
-from scripts.eval_text import (
+from eval.codec_methods import PairCodec
+from eval.rows import Parts, rows_of
+from eval.runs import Plan, Runner
+from eval.suspend import PREDICTION, Suspender, step_name
+from eval.tasks import VERSION
+from eval.text import (
     NLL,
     domain_rows,
     domain_windows,
@@ -64,7 +51,18 @@ from scripts.eval_text import (
     plot_positions,
     position_rows,
 )
-from scripts.text_tokens import digest, read_files
+from eval.text_tokens import digest, read_files
+from eval_report import print_report
+
+from codec.errors import CodecError
+from codec.pack import CodecPack
+from codec.spec import QUALITIES
+from draft.errors import DraftError
+from engine.calibrate.corpus import library_texts
+from engine.cli.options import Parser
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption
+from engine.hub.resolve import PAIRS
 
 TASKS = ("planted", "conversation", "domains", "position")
 _LIBRARY_TEXTS = 300

@@ -22,7 +22,7 @@ def read_forms() -> tuple[dict[str, list[str]], list[list[str]]]:
     """(fillings by the name of their slot, groups of forms). A slot `compared` takes two things, parted by a | in its fillings."""
     fillings: dict[str, list[str]] = {}
     groups: list[list[str]] = []
-    for line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parent / "train" / "everyday_prompts.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("= "):
             groups.append(line.removeprefix("= ").split("|"))
         elif line and not line.startswith("#"):

@@ -19,24 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from codec_compare import write_json
+from eval.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
 
 from codec.errors import CodecError
+from codec.predictor.features import FeatureSpec
+from codec.predictor.fit import RidgeMoments
 from codec.spec import QUALITIES
+from draft.early_exit import default_trunk_layers
 from draft.errors import DraftError
-from draft.features import FeatureSpec
-from draft.fit import RidgeMoments
-from draft.trunk import default_trunk_layers
-from engine.calibration_budget import PACK_BUDGET, bf16_bytes
-from engine.calibration_stream import PairStream, QueryStatistics, diagonal_blocks
-from engine.calibration_text import documents, library_texts, read_texts, text_files
-from engine.decoder import Decoder
+from engine.calibrate.budget import PACK_BUDGET, bf16_bytes
+from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
+from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
+from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.models import PAIRS, TRUNK, load_tokenizer, resolve_model, resolve_pair
-from engine.options import Parser
-from scripts.codec_compare import write_json
-from scripts.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
+from engine.hub.resolve import PAIRS, TRUNK, load_tokenizer, resolve_model, resolve_pair
+from engine.model.decoder import Decoder
 
 DEFAULT_RANKS = "64,128,256,512,1024,2048,full"
 _started = time.monotonic()

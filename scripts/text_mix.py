@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from engine.calibration_text import documents, text_files
+from engine.calibrate.corpus import documents, text_files
 from engine.errors import InvalidOption
 
 EQUAL = "equal"
@@ -46,7 +46,7 @@ def mixed_documents(
     sources: Sequence[str], shares: Sequence[float], tokenizer: Any, num_tokens: int, context: int, seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> tuple[list[list[int]], str]:
-    """As `engine.calibration_text.documents`, every source giving its share of num_tokens as far as its text suffices; a shortage is logged.
+    """As `engine.calibrate.corpus.documents`, every source giving its share of num_tokens as far as its text suffices; a shortage is logged.
 
     Returns:
         the documents of all sources in one shuffled order, and a digest of the text they came from.

@@ -17,20 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 from draft.errors import DraftError
-from draft.train import TrainOptions
-from engine.chat_opening import chat_opening
-from engine.decoder import Decoder
 from engine.errors import ForetoldError, InvalidOption
-from engine.models import PAIRS, load_tokenizer, resolve_model, resolve_pair
-from engine.self_text import SelfTextOptions
-from engine.trunk_card import model_card
-from engine.trunk_data import TrainingSets, add_text, choose_rows, draw_sets, read_messages, release
-from engine.trunk_training import Architecture, TrunkTraining, teacher_of
+from engine.hub.resolve import PAIRS, load_tokenizer, resolve_model, resolve_pair
+from engine.model.decoder import Decoder
+from engine.text.chat_opening import chat_opening
+from engine.train.data import TrainingSets, add_text, choose_rows, draw_sets, read_messages, release
+from engine.train.model_card import model_card
+from engine.train.self_generated import SelfTextOptions
+from engine.train.trainer import TrainOptions
+from engine.train.training import Architecture, TrunkTraining, teacher_of
 
 PAIR_LICENCES = {"smollm2": "Apache-2.0", "qwen2.5-coder": "Apache-2.0"}
 SAMPLE_SHARE = 0.25  # of --minutes, where --sample-minutes is auto
@@ -217,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
         log("paused; the same command with --resume goes on")
         return 0
     if args.plot:
-        from train_plot import plot
+        from train.plot import plot
 
         plot(document, args.plot)
     if not args.search:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from draft.drafter import ModelDrafter
+from codec.predictor.features import FeatureBuffer
+from draft.early_exit import TrunkDrafter
 from draft.errors import FeatureTapError, TrunkDepthError
-from draft.features import FeatureBuffer
-from draft.trunk import TrunkDrafter
+from draft.model import ModelDrafter
 
 VOCAB = 10
 

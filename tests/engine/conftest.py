@@ -15,9 +15,9 @@ import transformers
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from draft.adapter import AdapterConfig, save_adapter, target_digest
-from engine.calibration import quick_pack
-from engine.decoder import Decoder, DecoderConfig
+from draft.head_file import AdapterConfig, save_adapter, target_digest
+from engine.calibrate.recipe import quick_pack
+from engine.model.decoder import Decoder, DecoderConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -180,7 +180,7 @@ def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
 def check_sampled_text(naive_probabilities) -> Callable[..., None]:
     """`check_sampled_text(target, draft, draws, **filters)`: three sampled tokens have the target's distribution, and some drafts are refused."""
     from engine.engine import Engine
-    from engine.sampling import SamplingParams
+    from engine.runtime.sampling import SamplingParams
 
     def check(target: Any, draft: Any, draws: int, **filters: Any) -> None:
         params = [SamplingParams(**({"temperature": 1.0} | filters), max_new_tokens=3, seed=s, draft_length=2) for s in range(draws)]
@@ -270,7 +270,7 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORETOLD_HOME", str(home))
-        patch.setattr("engine.packs.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
+        patch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
         yield home
 
 

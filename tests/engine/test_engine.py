@@ -9,7 +9,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import EmptyPrompt, InvalidOption, ModelNotFound, PoolExhausted, PromptTooLong
-from engine.sampling import SamplingParams
+from engine.runtime.sampling import SamplingParams
 
 
 class ByteTokenizer:

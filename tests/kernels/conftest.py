@@ -9,9 +9,9 @@ import os
 
 import pytest
 import torch
+from bench.interpreter import compute_like_hardware
 
 from kernels.dispatch import triton_importable
-from kernels.interpreter import compute_like_hardware
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

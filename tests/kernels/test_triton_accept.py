@@ -7,10 +7,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.accept import reference as accept_reference  # noqa: E402
-from kernels.accept import triton as accept_triton  # noqa: E402
-from kernels.philox import reference as philox_reference  # noqa: E402
-from kernels.philox import triton as philox_triton  # noqa: E402
+from kernels.accept import reference as accept_reference
+from kernels.accept import triton as accept_triton
+from kernels.philox import reference as philox_reference
+from kernels.philox import triton as philox_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

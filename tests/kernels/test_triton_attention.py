@@ -7,8 +7,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.paged_attention import reference  # noqa: E402
-from kernels.paged_attention import triton as paged  # noqa: E402
+from kernels.paged_attention import reference
+from kernels.paged_attention import triton as paged
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3}

@@ -7,14 +7,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.kv_write import reference as kv_write_reference  # noqa: E402
-from kernels.kv_write import triton as kv_write_triton  # noqa: E402
-from kernels.rms_norm import reference as rms_norm_reference  # noqa: E402
-from kernels.rms_norm import triton as rms_norm_triton  # noqa: E402
-from kernels.rope import reference as rope_reference  # noqa: E402
-from kernels.rope import triton as rope_triton  # noqa: E402
-from kernels.silu_mul import reference as silu_mul_reference  # noqa: E402
-from kernels.silu_mul import triton as silu_mul_triton  # noqa: E402
+from kernels.kv_write import reference as kv_write_reference
+from kernels.kv_write import triton as kv_write_triton
+from kernels.rms_norm import reference as rms_norm_reference
+from kernels.rms_norm import triton as rms_norm_triton
+from kernels.rope import reference as rope_reference
+from kernels.rope import triton as rope_triton
+from kernels.silu_mul import reference as silu_mul_reference
+from kernels.silu_mul import triton as silu_mul_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

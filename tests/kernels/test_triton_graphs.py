@@ -7,12 +7,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.accept import triton as accept  # noqa: E402
-from kernels.hot_kv import attention as hot_attention  # noqa: E402
-from kernels.hot_kv import triton as hot_write  # noqa: E402
-from kernels.hot_kv.reference import HotMeans, new_pages  # noqa: E402
-from kernels.kv_write import triton as kv_write  # noqa: E402
-from kernels.paged_attention import triton as paged  # noqa: E402
+from kernels.accept import triton as accept
+from kernels.kv_write import triton as kv_write
+from kernels.paged_attention import triton as paged
+from kernels.quantized_kv import attention as hot_attention
+from kernels.quantized_kv import triton as hot_write
+from kernels.quantized_kv.reference import HotMeans, new_pages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,10 +7,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.hot_kv import attention, reference  # noqa: E402
-from kernels.hot_kv import triton as writer  # noqa: E402
-from kernels.hot_kv.reference import HotMeans, HotPages, new_pages  # noqa: E402
-from kernels.paged_attention import triton as paged  # noqa: E402
+from kernels.paged_attention import triton as paged
+from kernels.quantized_kv import attention, reference
+from kernels.quantized_kv import triton as writer
+from kernels.quantized_kv.reference import HotMeans, HotPages, new_pages
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()

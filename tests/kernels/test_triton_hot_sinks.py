@@ -7,11 +7,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.hot_kv import attention, hot_kv_write, reference  # noqa: E402
-from kernels.hot_kv.reference import NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages  # noqa: E402
-from kernels.kv_write import kv_write  # noqa: E402
-from kernels.paged_attention import reference as dense  # noqa: E402
-from kernels.paged_attention import triton as paged  # noqa: E402
+from kernels.kv_write import kv_write
+from kernels.paged_attention import reference as dense
+from kernels.paged_attention import triton as paged
+from kernels.quantized_kv import attention, hot_kv_write, reference
+from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()

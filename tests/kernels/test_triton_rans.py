@@ -8,10 +8,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from codec import rans as cpu  # noqa: E402
-from codec import rate  # noqa: E402
-from kernels.rans import reference  # noqa: E402
-from kernels.rans import triton as gpu  # noqa: E402
+from codec import rans as cpu
+from codec import rate
+from kernels.rans import reference
+from kernels.rans import triton as gpu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

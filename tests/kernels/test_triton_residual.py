@@ -7,10 +7,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.residual_decode import reference as decode_reference  # noqa: E402
-from kernels.residual_decode import triton as decode_triton  # noqa: E402
-from kernels.residual_encode import reference as encode_reference  # noqa: E402
-from kernels.residual_encode import triton as encode_triton  # noqa: E402
+from kernels.residual_decode import reference as decode_reference
+from kernels.residual_decode import triton as decode_triton
+from kernels.residual_encode import reference as encode_reference
+from kernels.residual_encode import triton as encode_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = encode_triton.ProductConfig(block_m=32, block_n=32, block_k=16, num_warps=4, num_stages=2)

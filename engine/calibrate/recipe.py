@@ -1,0 +1,302 @@
+"""From text to a codec pack: predictor, weights, transform and entropy tables of one (target, draft) pair.
+
+Two recipes of the same steps. `calibrate` makes the full pack in one streaming pass over any amount of text (memory does not grow with it).
+`quick_pack` makes do with a few thousand tokens of the interpreter's own library: dual ridge cross-validated by document, a transform per layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codec.calibrate_tables import fit_entropy_model
+from codec.codec import KvCodec
+from codec.pack import CodecPack
+from codec.predictor.dense import AnyPredictor, DensePredictor, load_predictor
+from codec.predictor.features import FeatureSpec
+from codec.predictor.fit import Moments, RidgeMoments, explained, fit_dual
+from codec.predictor.gptq import round_weights
+from codec.predictor.low_rank import Predictor
+from codec.rate import EntropyModel
+from codec.rows import ROW_BITS, allocate_bits
+from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
+from codec.transform import Transform, fit_global, fit_per_layer
+from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
+from engine.calibrate.budget import (
+    DENSE_SHARE,
+    PACK_BUDGET,
+    bf16_bytes,
+    default_rank,
+    dense_bytes,
+    max_components,
+    transform_bytes,
+)
+from engine.calibrate.corpus import documents, library_texts
+from engine.calibrate.fisher import FisherSample, fit_token_sensitivity, measure
+from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
+from engine.errors import InvalidOption
+from engine.model.decoder import Decoder
+
+Log = Callable[[str], None]
+FINEST_STEP = min(QUALITIES.values())
+ENOUGH_GRADIENTS = 50_000
+"""Cached tokens whose gradients make better weights than any blend with attention statistics does."""
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Choices of a full calibration.
+
+    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last).
+    predictor: "dense" (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget).
+    rank: of a low-rank predictor (None: from the budget).
+    weighting: "fisher", "attention", "blend" (of both), "unit" or "auto" (fisher where gradients abound, else blend).
+    transform: "global" or "per_layer".
+    context: tokens a document. held_out_tokens: kept apart for tables and reported figures.
+    fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its sensitivity, 0 not at all, 1 as far
+    as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
+    """
+
+    taps: tuple[int, ...] | None = None
+    predictor: str = "auto"
+    rank: int | None = None
+    weighting: str = "auto"
+    transform: str = "global"
+    context: int = 1024
+    tokens_per_batch: int = 8192
+    held_out_tokens: int = 6144
+    fisher_tokens: int = 65_536
+    level_strength: float = 0.5
+    budget: float = PACK_BUDGET
+
+    def check(self) -> None:
+        """Raises InvalidOption for a name that is none of the choices."""
+        choices = {
+            "predictor": ("auto", "dense", "low_rank"),
+            "weighting": ("auto", "blend", "fisher", "attention", "unit"),
+            "transform": ("global", "per_layer"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidOption(f"calibration with {name} {getattr(self, name)!r}", f"choose one of {', '.join(allowed)}")
+
+
+def feature_spec(
+    draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None, adapter: Decoder | None = None
+) -> FeatureSpec:
+    """Default features: all hidden states of a separate draft but its last, and the target's own after half and after all of the layers that are run
+    again; of a trunk, every second layer up to its last, and the last of its adapter."""
+    if draft is None:
+        own = () if adapter is None else (trunk_layers + adapter.config.num_layers,)
+        return FeatureSpec((*range(trunk_layers, 0, -2),)[::-1] + own if taps is None else taps)
+    again = tuple(sorted({0, trunk_layers // 2, trunk_layers}))
+    return FeatureSpec(tuple(range(draft.config.num_layers)) if taps is None else taps, again)
+
+
+def default_rerun_layers(num_layers: int) -> int:
+    """First layers of a target that a resume runs again beside a separate draft: a seventh. Their KV takes no bytes and their states predict the
+    other layers' better than the draft's alone do, for a seventh of a prefill."""
+    return num_layers // 7
+
+
+def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[int]], *, trunk_layers: int = 0, adapter: Decoder | None = None,
+              options: CalibrationOptions | None = None, fingerprints: dict[str, str] | None = None, log: Log = print) -> CodecPack:  # fmt: skip
+    """A codec pack from token documents, in one pass.
+
+    Args:
+        target, draft: the pair; draft None means that the target's first layers alone predict the others.
+        trunk_layers: those first layers, or those that are run again beside a separate draft.
+        adapter: the layers of a trained trunk, which add their states to its own.
+        docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
+        fingerprints: role -> digest, stored in the pack.
+        log: told about progress.
+    """
+    options = options or CalibrationOptions()
+    options.check()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps, adapter), trunk_layers, adapter)
+    layout, device = stream.layout, target.device
+    held, rest = _hold_out(docs, options.held_out_tokens)
+    moments, queries = RidgeMoments(stream.num_features, layout.dim, device), QueryStatistics()
+    started, done, total = time.monotonic(), 0, sum(map(len, rest))
+    for group in stream.batches(rest, options.tokens_per_batch):
+        batch = stream.run(group, None if queries.complete else queries)
+        moments.add(batch.features, batch.y)
+        done += sum(map(len, group))
+        log(f"calibration: {done:,} of {total:,} tokens, {time.monotonic() - started:.0f} s")
+    apart = [stream.run(group) for group in stream.batches(held, options.tokens_per_batch)]
+    features, y = torch.cat([b.features for b in apart]), torch.cat([b.y for b in apart])
+    m = moments.finish()
+    blocks = diagonal_blocks(m.yy, layout.head_dim)
+    sample = None
+    if options.weighting in ("auto", "fisher", "blend") or options.level_strength > 0:
+        sample = measure(stream, rest, context=options.context, tokens=options.fisher_tokens)
+        log(f"calibration: gradients at {sample.blocks.count:,} cached tokens, {time.monotonic() - started:.0f} s")
+    weighting = choose_weighting(options.weighting, target, layout, blocks, queries, sample)
+    budget_bytes = options.budget * bf16_bytes(target)
+    ridge = m.choose_ridge(features, y)
+    tensors, settings, residual = fit_predictor(stream, m, ridge, weighting, options, budget_bytes)
+    log(f"calibration: {settings['kind']} predictor fitted, ridge {ridge:g}, {time.monotonic() - started:.0f} s")
+    limit = max_components(layout, options.transform, transform_bytes(layout, tensors, budget_bytes, options.transform))
+    threshold = KEEP_FACTOR * FINEST_STEP
+    weighted = both_sides(residual, weighting.root)
+    if options.transform == "global":
+        transform = fit_global(weighted, threshold, limit)
+    else:
+        transform = fit_per_layer(list(diagonal_blocks(weighted, layout.layer_dim)), threshold, limit)
+    log(f"calibration: {transform.num_components} components, {time.monotonic() - started:.0f} s")
+    facts: dict[str, Any] = {"ridge": ridge, "tokens": done}
+    if sample is not None and settings["kind"] == "dense" and options.level_strength > 0:
+        kept = transform.kept(KEEP_FACTOR * QUALITIES["balanced"])
+        attention, facts["sensitivity_correlation"] = fit_token_sensitivity(
+            sample, m, lambda g: transform.project(apply_blocks(g, weighting.inverse), kept).pow(2).sum(1)
+        )
+        tensors["attention"], settings["level_strength"] = attention.float(), options.level_strength
+        log(f"calibration: token sensitivity predicted with correlation {facts['sensitivity_correlation']:.2f}, {time.monotonic() - started:.0f} s")
+    del m, moments, residual, weighted, sample
+    predictor = load_predictor(tensors, settings, y.device)
+    pack = assemble(stream, weighting, transform, tensors, settings, y - predict_raw(predictor, features), y, facts=facts,
+                    fingerprints=fingerprints or {}, budget_bytes=budget_bytes)  # fmt: skip
+    log(f"calibration: done, {time.monotonic() - started:.0f} s")
+    return pack
+
+
+def _hold_out(docs: Sequence[Sequence[int]], tokens: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    held: list[Sequence[int]] = []
+    rest: list[Sequence[int]] = []
+    for n, document in enumerate(docs):
+        (held if n % 8 == 3 and sum(map(len, held)) < tokens else rest).append(document)
+    if not held:
+        held, rest = list(docs[-1:]), list(docs[:-1])
+    return held, rest
+
+
+def choose_weighting(
+    name: str, target: Decoder, layout: KvLayout, blocks: Tensor, queries: QueryStatistics, sample: FisherSample | None
+) -> Weighting:
+    """The weights of `CalibrationOptions.weighting`, normalised. blocks: float32 [blocks, d, d], of the KV's covariance."""
+    if name == "unit":
+        return unit_weights(layout, blocks)
+    attention = queries.weighting(target, layout, blocks)
+    if name == "attention":
+        return attention
+    assert sample is not None, "gradients were measured for these weights"
+    fisher = normalised(sample.blocks.weighting(), blocks)
+    if name == "auto":
+        name = "fisher" if sample.blocks.count >= ENOUGH_GRADIENTS else "blend"
+    return fisher if name == "fisher" else blended(fisher, attention, blocks)
+
+
+def fit_predictor(
+    stream: PairStream, m: Moments, ridge: float, weighting: Weighting, options: CalibrationOptions, budget_bytes: float
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    """The predictor's tensors and settings as stored, and the covariance float32 [D, D] of what it leaves over."""
+    layout, spec = stream.layout, stream.spec
+    num_features = len(m.ff)
+    fits = num_features > 0 and dense_bytes(num_features, layout.dim) < DENSE_SHARE * budget_bytes
+    if options.predictor == "dense" or (options.predictor == "auto" and options.rank is None and fits):
+        weights = round_weights(m.ridge(ridge), m.ff)
+        tensors, settings = DensePredictor.pack(spec, stream.draft_size, weights, m.f_mean, m.f_scale, m.mu)
+        return tensors, settings | {"kind": "dense"}, m.residual_of(weights.dense())
+    rank = options.rank or default_rank(num_features, layout, budget_bytes)
+    fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
+    tensors, settings = Predictor.pack(spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
+    return tensors, settings | {"kind": "low_rank"}, m.residual_covariance(fit)
+
+
+def predict_raw(predictor: AnyPredictor, features: Tensor) -> Tensor:
+    """Predictions float32 [n, D] from raw features [n, F], a few at a time."""
+    return torch.cat([predictor.predict_features(part) for part in features.split(2048)])
+
+
+def assemble(stream: PairStream, weighting: Weighting, transform: Transform, tensors: dict[str, Tensor], settings: dict[str, Any],
+             residual: Tensor, y: Tensor, *, facts: dict[str, Any], fingerprints: dict[str, str], budget_bytes: float) -> CodecPack:  # fmt: skip
+    """Rounds the parts, measures them on held-out tokens and makes the pack.
+
+    Args:
+        tensors, settings: the predictor's, as stored.
+        y: held-out KV [n, D]; residual: y minus predictions [n, D] by a predictor that has not seen these tokens.
+        facts: of the calibration, for the pack's info.
+    """
+    layout = stream.layout
+    c = transform.project(apply_blocks(residual, weighting.root), transform.num_components)
+    order = torch.argsort(c.pow(2).mean(0), descending=True)
+    variance = c.pow(2).mean(0)[order]
+    layer = None if transform.layer is None else transform.layer[order]
+    transform = Transform(transform.kind, transform.basis[order].contiguous(), layer, variance)
+    room_bytes = transform_bytes(layout, tensors, budget_bytes, transform.kind)
+    row_bits = allocate_bits(variance.tolist(), transform.basis.shape[1], room_bytes, FINEST_STEP)
+    transform = transform.first(len(row_bits))
+    pack = CodecPack.build(layout, weighting, transform, EntropyModel.laplace(), predictor=tensors, predictor_settings=settings,
+                           fingerprints=fingerprints, row_bits=row_bits)  # fmt: skip
+    zero = torch.zeros_like(residual)
+    c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)
+    cut = 3 * len(c) // 4
+    pack = pack.with_model(fit_entropy_model(c[:cut], c[:cut].pow(2).mean(0)))
+    r2 = explained(y, y - residual, tensors["mu"].to(y.device)).reshape(layout.coded_layers, 2, -1)
+    codec = KvCodec(pack, y.device)
+    spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
+    info: dict[str, Any] = facts | {
+        "cpu_seconds": round(time.process_time(), 1), "held_out_tokens": len(y), "predictor": settings["kind"],
+        "components": pack.transform.num_components, "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS},
+        "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
+        "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
+        "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
+        "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
+    }  # fmt: skip
+    return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
+
+
+def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_layers: int = 0, adapter: Decoder | None = None,
+               fingerprints: dict[str, str] | None = None, num_tokens: int = 2048, context: int = 256, rank: int = 768,
+               forward_seconds: float = 60.0, log: Log = print) -> CodecPack:  # fmt: skip
+    """A pack from a few thousand tokens of the interpreter's own library, fitted in at most about two minutes on two cores.
+
+    Args:
+        num_tokens: tokens to use; fewer when `forward_seconds` of forward passes are spent before (never fewer than 4 documents).
+        rank: of the predictor.
+        log: told about progress and the held-out R2 (documents left out one at a time).
+    """
+    started = time.monotonic()
+    # a few layers spread over the draft say nearly as much as all, with far fewer weights to learn
+    depth = draft.config.num_layers if draft is not None else trunk_layers
+    parts_of_depth = (1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0)
+    taps = tuple(sorted({max(1, round(depth * part)) for part in parts_of_depth})) if depth else ()
+    if adapter is not None:
+        taps = (*taps, depth + adapter.config.num_layers)
+    again = (0,) if draft is None else tuple(sorted({0, trunk_layers}))
+    stream = PairStream(target, draft, FeatureSpec(taps, again), trunk_layers, adapter)
+    layout = stream.layout
+    docs, text = documents(library_texts(), tokenizer, num_tokens, context, per_text=1)
+    queries, parts, done = QueryStatistics(), [], 0
+    for group in stream.batches(docs, 2 * context):
+        parts.append(stream.run(group, queries))
+        done += sum(map(len, group))
+        log(f"quick pack: {done} of {num_tokens} tokens, {time.monotonic() - started:.0f} s")
+        if time.monotonic() - started > forward_seconds and len(parts) >= 2:
+            break
+    features, y = torch.cat([p.features for p in parts]), torch.cat([p.y for p in parts])
+    lengths = [n for p in parts for n in p.lengths]
+    weighting = queries.weighting(target, layout, block_covariances(y, layout.head_dim))
+    fitted = fit_dual(features, y, lengths, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
+    residual = y - fitted.cross_validated
+    weighted = apply_blocks(residual, weighting.root)
+    covariances = list(block_covariances(weighted, layout.layer_dim))
+    limit = layout.dim
+    transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))
+    fit = fitted.fit
+    tensors, settings = Predictor.pack(stream.spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
+    pack = assemble(stream, weighting, transform, tensors, settings | {"kind": "low_rank"}, residual, y,
+                    facts={"ridge": fit.ridge, "tokens": done, "rank": len(fit.up)}, fingerprints=(fingerprints or {}) | {"text": text},
+                    budget_bytes=PACK_BUDGET * bf16_bytes(target))  # fmt: skip
+    info = pack.info
+    log(f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "
+        f"held-out R2 of keys {info['r2_k']:.2f}, of values {info['r2_v']:.2f}")  # fmt: skip
+    return pack
+
+
+__all__ = ["CalibrationOptions", "assemble", "calibrate", "default_rerun_layers", "feature_spec", "quick_pack"]

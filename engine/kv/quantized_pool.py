@@ -1,0 +1,205 @@
+"""The pool of the hot formats q4, q3 and q2: keys and values in few bits while they are attended, and attention over them.
+
+A request's first tokens and its last ones are kept exact beside the codes (`kernels.quantized_kv`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from engine.kv.pool import KvPool, KvSequence
+from kernels.kv_write import kv_write
+from kernels.quantized_kv import NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, hot_kv_write, hot_paged_attention, new_pages
+from kernels.quantized_kv.reference import dequantise
+from kernels.rope import apply_rope
+
+FIRST_SLOTS = 2  # sequences with room for exact tokens at first; doubles on demand
+
+
+class HotBatch(NamedTuple):
+    """What all layers of one forward pass over a hot pool share: tensors on the device."""
+
+    cos: torch.Tensor  # [N, d/2] float32
+    sin: torch.Tensor  # [N, d/2] float32
+    slots: torch.Tensor  # [N] int64
+    page_table: torch.Tensor  # [B, max_pages] int32
+    query_lens: torch.Tensor  # [B] int32
+    context_lens: torch.Tensor  # [B] int32, the new tokens included
+    max_query_len: int
+    tables: tuple[torch.Tensor, torch.Tensor]  # cos and sin [positions, d/2] float32 of all positions up to the longest context
+    exact_rows: torch.Tensor  # [B] int32, where each request's first and last tokens lie
+    since: torch.Tensor  # [B] int32, first position whose exact row is still held
+    new_sinks: tuple[torch.Tensor, torch.Tensor] | None  # of the N tokens those that are first ones, [M] int64, and their slots
+    new_recent: tuple[torch.Tensor | slice, torch.Tensor]  # those that stay among the last ones, and their slots
+
+
+@dataclass(frozen=True)
+class HotLayer:
+    """One layer of a hot pool, views."""
+
+    pages: HotPages
+    means: HotMeans
+    k_sinks: torch.Tensor  # [R, NUM_SINKS, G, d]
+    v_sinks: torch.Tensor
+    k_ring: torch.Tensor  # [R, RING, G, d]
+    v_ring: torch.Tensor
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: HotBatch, scale: float, *, deterministic: bool
+    ) -> torch.Tensor:
+        """Write new keys [N, G, d] and values, then attend: queries [N, H, d], neither rotated yet -> [N, H, d]."""
+        cos, sin = batch.cos, batch.sin
+        hot_kv_write(k, v, cos, sin, batch.slots, self.means, self.pages)
+        if batch.new_sinks is not None:
+            rows, slots = batch.new_sinks
+            kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, self.k_sinks, self.v_sinks)
+        out = hot_paged_attention(
+            apply_rope(q, cos, sin), self.pages, self.means, *batch.tables, batch.page_table, batch.query_lens, batch.context_lens, scale,
+            sinks=HotSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
+            recent=HotRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
+            deterministic=deterministic, max_query_len=batch.max_query_len,
+        )  # fmt: skip
+        # only now: attention still read what these overwrite
+        last, slots = batch.new_recent
+        kv_write(k[last], v[last], cos[last], sin[last], slots, self.k_ring, self.v_ring)
+        return out
+
+
+class HotPool(KvPool):
+    """Pages of codes and scales, one `HotPages` a layer, and for each first page in use a slot of exact first and last tokens.
+
+    Args:
+        bits: of a code, 4, 3 or 2.
+        means: [L, 2, G, d] float32, calibrated means of keys before rotation and of values.
+        num_pages, page_size, max_pages: see `KvPool`.
+        dtype: of the exact tokens.
+
+    Raises:
+        ValueError: the head size is not one that the formats take.
+    """
+
+    def __init__(
+        self, bits: int, means: torch.Tensor, num_pages: int, page_size: int = 64, *, dtype: torch.dtype, max_pages: int | None = None
+    ) -> None:
+        super().__init__(num_pages, page_size, max_pages)
+        self.bits = bits
+        self._heads, self._head_dim = means.shape[2:]
+        self._means = [HotMeans(layer[0].contiguous(), layer[1].contiguous()) for layer in means]
+        self._pages = [new_pages(bits, num_pages, page_size, self._heads, self._head_dim, means.device) for _ in means]
+        shape = len(means), 2, FIRST_SLOTS, NUM_SINKS, self._heads, self._head_dim
+        self._sinks = torch.zeros(shape, dtype=dtype, device=means.device)
+        self._rings = torch.zeros((*shape[:3], RING, *shape[4:]), dtype=dtype, device=means.device)
+        self._slot_of_page: dict[int, int] = {}
+        self._free_slots = list(range(FIRST_SLOTS))
+        self._held_from = [0] * FIRST_SLOTS  # first position of which a slot's ring holds the row
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+        return self._sinks.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of one page over all layers, in bytes; exact tokens are beside it."""
+        return sum(t.numel() * t.element_size() for pages in self._pages for t in pages[1:]) // self.num_pages
+
+    @property
+    def bytes(self) -> int:
+        """Size of codes, scales and exact tokens in bytes."""
+        return self.page_bytes * self.num_pages + self.slot_bytes * len(self._held_from)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Size of one sequence's exact tokens over all layers, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self._sinks, self._rings)) // len(self._held_from)
+
+    def bytes_of(self, sequence: KvSequence) -> int:
+        """Its pages, and its exact tokens."""
+        return super().bytes_of(sequence) + self.slot_bytes * any(page in self._slot_of_page for page in sequence.pages[:1])
+
+    def layer(self, index: int) -> HotLayer:
+        """What a layer's attention reads and writes."""
+        exact = (tensor[index, part] for tensor in (self._sinks, self._rings) for part in (0, 1))
+        return HotLayer(self._pages[index], self._means[index], *exact)
+
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
+    def exact_row(self, sequence: KvSequence) -> int:
+        """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page."""
+        first = sequence.pages[0]
+        if first not in self._slot_of_page:
+            if not self._free_slots:
+                count = len(self._held_from)
+                self._sinks, self._rings = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self._sinks, self._rings))
+                self._free_slots = list(range(count, 2 * count))
+                self._held_from += [0] * count
+            slot = self._slot_of_page[first] = self._free_slots.pop()
+            self._held_from[slot] = sys.maxsize
+        return self._slot_of_page[first]
+
+    def note_written(self, sequence: KvSequence, start: int, end: int) -> int:
+        """Tokens [start, end) are about to be written; returns the first position before them whose exact row is held (start: none is)."""
+        slot = self.exact_row(sequence)
+        since = min(self._held_from[slot], start)
+        self._held_from[slot] = max(since, end - RING)
+        return since
+
+    def release(self, pages: list[int]) -> None:
+        """Take one owner off each page; those without owner are free, and their exact tokens are forgotten."""
+        super().release(pages)
+        self._free_slots += [self._slot_of_page.pop(page) for page in pages if page in self._slot_of_page and self.is_free(page)]
+
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
+    def _extend(self, num_pages: int) -> None:
+        for number, old in enumerate(self._pages):
+            new = new_pages(self.bits, num_pages, self.page_size, self._heads, self._head_dim, self.device)
+            for ours, theirs in zip(new[1:], old[1:], strict=True):
+                ours[: len(theirs)] = theirs
+            self._pages[number] = new
+
+    def read(
+        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `PagedPool.read`: the codes' values, the exact ones of first tokens."""
+        pages, offsets = sequence.addresses(start, end)
+        sinks = max(0, min(end, NUM_SINKS) - start)
+        kv = torch.empty(end - start, len(self._pages) - first_layer, 2, self._heads, self._head_dim, device=self.device)
+        for number in range(first_layer, len(self._pages)):
+            layer = self.layer(number)
+            hot, out = layer.pages, kv[:, number - first_layer]
+            keys = dequantise(hot.k_codes[pages, :, offsets], hot.k_scale[pages, :, offsets], self.bits, self._head_dim)
+            values = dequantise(hot.v_codes[pages, :, offsets], hot.v_scale[pages, :, offsets], self.bits, self._head_dim)
+            out[:, 0] = apply_rope(keys, *inverse)
+            if layer.means.k_mean is not None:
+                out[:, 0] += layer.means.k_mean
+            out[:, 1] = values + layer.means.v_mean
+            if sinks:
+                slot = self.exact_row(sequence)
+                keys = layer.k_sinks[slot, start : start + sinks].float()
+                out[:sinks, 0] = apply_rope(keys, inverse[0][:sinks], inverse[1][:sinks])
+                out[:sinks, 1] = layer.v_sinks[slot, start : start + sinks].float()
+        return kv
+
+    def write(
+        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """See `PagedPool.write`."""
+        pages, offsets = sequence.addresses(start, start + len(kv))
+        if not len(kv):
+            return
+        slots, end, row = pages * self.page_size + offsets, start + len(kv), self.exact_row(sequence)
+        self.note_written(sequence, start, end)
+        sinks, recent = max(0, min(end, NUM_SINKS) - start), max(0, len(kv) - RING)
+        sink_slots = row * NUM_SINKS + torch.arange(start, start + sinks, device=self.device)
+        ring_slots = row * RING + torch.arange(start + recent, end, device=self.device) % RING
+        for number in range(first_layer, len(self._pages)):
+            layer, rows = self.layer(number), kv[:, number - first_layer]
+            hot_kv_write(rows[:, 0], rows[:, 1], *angles, slots, layer.means, layer.pages)
+            if sinks:
+                few = [t[:sinks] for t in (rows[:, 0], rows[:, 1], *angles)]
+                kv_write(few[0], few[1], few[2], few[3], sink_slots, layer.k_sinks, layer.v_sinks)
+            last = [t[recent:] for t in (rows[:, 0], rows[:, 1], *angles)]
+            kv_write(last[0], last[1], last[2], last[3], ring_slots, layer.k_ring, layer.v_ring)

@@ -1,0 +1,377 @@
+"""Our own decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) over a paged KV pool.
+
+Axes: B requests, N = sum of new tokens over the batch (flattened, ragged), L layers, H query heads, G KV heads, d head size, E hidden size,
+V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from draft.tree import Placement
+from engine.errors import InvalidOption
+from engine.kv.pool import KvPool, KvSequence, PagedPool
+from engine.kv.quantized_pool import HotBatch
+from engine.model.attention import ReferenceBatch, TritonBatch, prepare
+from engine.model.batch_invariant import StableLinear, stable_silu_mul
+from engine.model.config import DecoderConfig
+from engine.model.layers import DecoderLayer, LayerWeights
+from engine.model.linear import Projection, choose_product, packed_copy
+from engine.model.rope import RopeTable
+from engine.model.weights import load_folder, read_config, read_end_tokens
+from kernels.kv_write import kv_write
+from kernels.kv_write.reference import store
+from kernels.paged_attention import paged_attention
+from kernels.paged_attention.reference import attend
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.rope.reference import rotate
+from kernels.silu_mul import silu_mul
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer"]
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]  # (layer, queries before rotation [N, H, d], residual stream after it [N, E])
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: torch.Tensor | None  # float32 [N, V] ("all"), [B, V] ("last") or None ("none", or the last layer was not run)
+    hidden: torch.Tensor  # [N, E] residual stream after the last layer run, before the final norm
+    taps: dict[int, torch.Tensor]  # layer count i -> [N, E] residual stream after i layers
+
+
+class Decoder(nn.Module):
+    """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
+        # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
+        self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False)
+        self._tied_head: torch.Tensor | None = None
+        self._weights: list[LayerWeights] = []
+        self._rope: RopeTable | None = None
+        self._product = choose_product(self.dtype, self.device)
+        self._stable_linear = StableLinear(self._product)
+
+    # --- making one -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _materialise(cls, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """A decoder whose parameters have memory but no values yet."""
+        with torch.device("meta"):
+            decoder = cls(config).to(dtype)
+        decoder.to_empty(device=device)
+        decoder.requires_grad_(False)
+        return decoder.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
+        """Load a Hugging Face folder (config.json and safetensors, sharded or not), one tensor at a time.
+
+        Raises:
+            ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
+            UnsupportedArchitecture: the model is one our decoder does not run.
+        """
+        config = DecoderConfig.from_hf(read_config(Path(path)))
+        ends = dict.fromkeys(config.eos_token_ids + read_end_tokens(Path(path)))
+        config = replace(config, eos_token_ids=tuple(ends))
+        decoder = cls._materialise(config, dtype, device)
+        # checkpoints may repeat a tied head; old ones store the rotary frequencies
+        ignored = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
+        load_folder(Path(path), decoder.hf_tensors(), ignored=ignored)
+        return decoder.pack()
+
+    @classmethod
+    def from_config(cls, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Decoder:
+        """Random weights of the usual scale (normal, 0.02; norms 1; biases 0), the same for the same seed and device."""
+        decoder = cls._materialise(config, dtype, device)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return decoder.pack()
+
+    def hf_tensors(self) -> dict[str, torch.Tensor]:
+        """Hugging Face tensor name -> our parameter, or the contiguous part of a fused one."""
+        named = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
+        if self.lm_head is not None:
+            named["lm_head.weight"] = self.lm_head.weight
+        for number, weights in enumerate(self._layer_weights()):
+            named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
+        return named
+
+    def pack(self, *, in_bytes: bool = False) -> Decoder:
+        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made. in_bytes: keep 8 bits of the
+        projections' weights instead, for a draft, which need not be exact."""
+        self._weights = []  # it would keep every plain matrix alive
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack(in_bytes=in_bytes)
+        if self.lm_head is None:
+            self._tied_head = packed_copy(self.embed_tokens.weight.data)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # every move of the parameters (to, float, cuda, ...) comes through here: what was looked up before is stale
+        projections = [module for module in self.modules() if isinstance(module, Projection)]
+        packed = any(projection.packed is not None for projection in projections)
+        for projection in projections:
+            projection.unpack()
+        self._weights, self._rope, self._tied_head = [], None, None
+        result = super()._apply(*args, **kwargs)
+        self._product = choose_product(self.dtype, self.device)
+        self._stable_linear = StableLinear(self._product)
+        return self.pack() if packed else result
+
+    def _layer_weights(self) -> list[LayerWeights]:
+        if not self._weights:
+            self._weights = [cast(DecoderLayer, layer).weights() for layer in self.layers]
+        return self._weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of the KV pool."""
+        return self.final_norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.final_norm.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; a tied head counts once more where it has a copy for products."""
+        packed = [module.packed for module in self.modules() if isinstance(module, Projection)]
+        held = [*self.parameters(), *(tensor for tensor in (*packed, self._tied_head) if tensor is not None)]
+        return sum(tensor.nbytes for tensor in held)
+
+    @property
+    def rope(self) -> RopeTable:
+        """Table of rotary angles on the decoder's device."""
+        if self._rope is None:
+            self._rope = RopeTable(self.config.rope, self.config.head_dim, self.device)
+        return self._rope
+
+    def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None) -> PagedPool:
+        """A KV pool of this model's shape, dtype and device (see `PagedPool`)."""
+        c = self.config
+        return PagedPool(
+            c.num_layers, c.num_kv_heads, c.head_dim, num_pages, page_size, dtype=self.dtype, device=self.device, max_pages=max_pages
+        )
+
+    # --- running it -----------------------------------------------------------------------------------------------------
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embedding rows [N, E] of token ids [N] int64."""
+        return F.embedding(token_ids, self.embed_tokens.weight)
+
+    def head(self, hidden: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
+        """Final norm and output projection of the residual stream [N, E] -> float32 logits [N, V]."""
+        normed, _ = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        if self.lm_head is not None:
+            matrix = self.lm_head.matrix
+        else:
+            matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
+        return (self._stable_linear if deterministic else self._product)(normed, matrix, None).float()
+
+    def forward(
+        self,
+        token_ids: torch.Tensor | None,
+        sequences: list[KvSequence],
+        query_lens: list[int],
+        *,
+        starts: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+        logits: Literal["all", "last", "none"] = "all",
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        hidden: torch.Tensor | None = None,
+        observe: Observer | None = None,
+        placements: list[Placement] | None = None,
+        deterministic: bool = False,
+    ) -> DecoderOutput:
+        """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
+
+        Sequence lengths do not move: commit with `sequence.advance(n)`, roll back by not doing so.
+
+        Args:
+            token_ids: [N] int64, the requests' new tokens one after another; not used, and may be None, when `hidden` is given.
+            sequences: one per request, all of one pool of this model.
+            query_lens: new tokens of each request, at least 1.
+            starts: position of each request's first new token; default the sequence's length.
+            taps: layer counts i (0 to L) whose residual stream is returned: 0 the embeddings, L before the final norm.
+            logits: of all new tokens, of each request's last, or none. Only computed when the last layer is run.
+            first_layer, last_layer: run layers [first_layer, last_layer); last_layer None is L.
+            hidden: [N, E] residual stream to start from; needed when first_layer > 0.
+            placements: where the new tokens of each request stand, if they do not follow one another from `starts` on (siblings, on a CPU).
+            observe: called after each layer with its number, its queries before rotation and the residual stream after it.
+            deterministic: the result of a token is the same bits alone, in any batch and in any block.
+
+        Raises:
+            InvalidOption: the arguments do not fit each other.
+            PoolExhausted: the pool has too few pages.
+        """
+        depth = self.config.num_layers
+        last = depth if last_layer is None else last_layer
+        self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
+        if starts is None:
+            starts = [sequence.length for sequence in sequences]
+        batch = prepare(sequences, query_lens, starts, self.config, self.rope, deterministic=deterministic, placements=placements)
+        if hidden is None:
+            assert token_ids is not None
+            hidden = self.embed(token_ids)
+        stream, queries = self._run_layers(hidden, sequences[0].pool, batch, range(first_layer, last), taps, observe, deterministic)
+        out = None
+        if logits != "none" and last == depth:
+            rows = stream
+            if logits == "last":
+                ends = torch.tensor(query_lens, device=stream.device).cumsum(0) - 1
+                rows = stream[ends]
+            out = self.head(rows, deterministic=deterministic)
+        return DecoderOutput(out, stream, queries)
+
+    def _check(
+        self,
+        token_ids: torch.Tensor | None,
+        sequences: list[KvSequence],
+        query_lens: list[int],
+        starts: list[int] | None,
+        taps: tuple[int, ...],
+        first: int,
+        last: int,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        count, depth = sum(query_lens), self.config.num_layers
+        if not sequences or len(sequences) != len(query_lens) or min(query_lens) < 1:
+            raise InvalidOption("a batch needs one query length of at least 1 per sequence", "check sequences and query_lens")
+        if starts is not None and (len(starts) != len(sequences) or min(starts) < 0):
+            raise InvalidOption("a batch needs one start of at least 0 per sequence", "check starts")
+        if not 0 <= first <= last <= depth:
+            raise InvalidOption(f"layers {first} to {last} are not within 0 to {depth}", "check first_layer and last_layer")
+        if any(not first <= tap <= last for tap in taps):
+            raise InvalidOption(f"taps {taps} are not all within the layers run, {first} to {last}", "ask for taps of those layers")
+        if hidden is None and (first > 0 or token_ids is None):
+            raise InvalidOption("a forward pass without token ids, or from a later layer, needs hidden states", "pass hidden")
+        given = token_ids if hidden is None else hidden
+        assert given is not None
+        if given.shape[0] != count:
+            raise InvalidOption(f"{given.shape[0]} rows were given for {count} new tokens", "make query_lens sum to the number of rows")
+
+    def _run_layers(
+        self,
+        hidden: torch.Tensor,
+        pool: KvPool,
+        batch: ReferenceBatch | TritonBatch | HotBatch,
+        layers: range,
+        taps: tuple[int, ...],
+        observe: Observer | None,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        eps = self.config.rms_norm_eps
+        weights = self._layer_weights()
+        linear = self._stable_linear if deterministic else self._product
+        activate = stable_silu_mul if deterministic else silu_mul
+        stream, update, queries = hidden, None, None
+        taken: dict[int, torch.Tensor] = {}
+        for number in layers:
+            w = weights[number]
+            normed, stream = rms_norm(stream, w.input_norm, eps, update)
+            if number in taps:
+                taken[number] = stream
+            if observe is not None and queries is not None:
+                observe(number - 1, queries, stream)
+            attended, queries = self._attend(linear(normed, w.qkv, w.qkv_bias), w, pool.layer(number), batch, deterministic)
+            normed, stream = rms_norm(stream, w.post_norm, eps, linear(attended, w.o, w.o_bias))
+            update = linear(activate(linear(normed, w.gate_up, None)), w.down, None)
+        if update is not None:
+            stream = stream + update
+        if layers.stop in taps:
+            taken[layers.stop] = stream
+        if observe is not None and queries is not None:
+            observe(layers.stop - 1, queries, stream)
+        return stream, taken
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        w: LayerWeights,
+        pages: Any,
+        batch: ReferenceBatch | TritonBatch | HotBatch,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one layer: qkv [N, (H + 2G) d] and the pool's view of it -> (output [N, H d], queries before rotation [N, H, d])."""
+        config = self.config
+        heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
+        split = qkv.unflatten(1, (-1, d))
+        q, k, v = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
+        if w.qk_norm is not None:
+            q = rms_norm(q, w.qk_norm[0], config.rms_norm_eps)[0]
+            k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
+        scale = d**-0.5
+        if isinstance(batch, HotBatch):
+            attended = pages.attend(q, k, v, batch, scale, deterministic=deterministic)
+        elif isinstance(batch, TritonBatch):
+            kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
+            rotated = apply_rope(q, batch.cos, batch.sin)
+            attended = paged_attention(
+                rotated, pages[0], pages[1], batch.page_table, batch.query_lens, batch.context_lens, scale,
+                deterministic=deterministic, max_query_len=batch.max_query_len,
+            )  # fmt: skip
+        else:
+            # queries and keys turn in one go, and the plan is made once for all layers
+            both = split[:, : heads + kv_heads] if w.qk_norm is None else torch.cat((q, k), dim=1)
+            rotated = rotate(both, *batch.wide)
+            store(rotated[:, heads:], batch.slots, pages[0])
+            store(v, batch.slots, pages[1])
+            attended = attend(rotated[:, :heads], pages[0], pages[1], batch.attention, scale)
+        return attended.flatten(1), q
+
+    def decode(self, token_ids: torch.Tensor, pool: PagedPool, batch: TritonBatch) -> torch.Tensor:
+        """One new token [B] int64 of each request -> float32 logits [B, V]. The batch lies on the device already and nothing is read back,
+        so a CUDA graph can hold it; whoever made the batch owns the pages."""
+        stream, _ = self._run_layers(self.embed(token_ids), pool, batch, range(self.config.num_layers), (), None, False)
+        return self.head(stream)
+
+    # --- keys and values as data ----------------------------------------------------------------------------------------
+
+    def read_kv(self, sequence: KvSequence, start: int, end: int, *, first_layer: int = 0) -> torch.Tensor:
+        """Keys before rotation and values of tokens [start, end) of layers [first_layer, L).
+
+        Returns:
+            [T, D] float32 in the order (layer, key | value, head, channel).
+        """
+        assert 0 <= start <= end <= sequence.capacity, "only reserved tokens can be read"
+        return sequence.pool.read(sequence, start, end, first_layer, self.rope.inverse(start, end)).flatten(1)
+
+    def write_kv(self, sequence: KvSequence, start: int, y: torch.Tensor, *, first_layer: int = 0) -> None:
+        """Inverse of `read_kv`: rotate the keys of y [T, D] float32 and write tokens start .. start + T - 1; does not advance.
+
+        Raises:
+            InvalidOption: y has another width than the layers need.
+            PoolExhausted: the pool has too few pages.
+        """
+        config = self.config
+        layers = config.num_layers - first_layer
+        if y.dim() != 2 or y.shape[1] != layers * config.kv_width:
+            what = f"KV rows of shape {list(y.shape)} do not fit {layers} layers of {config.kv_width} channels"
+            raise InvalidOption(what, "check first_layer")
+        end = start + y.shape[0]
+        sequence.ensure(end)
+        kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim)
+        sequence.pool.write(sequence, start, kv, first_layer, self.rope.slice(start, end))

@@ -1,0 +1,171 @@
+"""A request's whole state while it runs, what it leaves behind, and what it returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from draft.length import MAX_AUTO_LENGTH, LengthController
+from draft.protocols import DraftState
+from engine.errors import ForetoldError
+from engine.kv.pool import KvSequence
+from engine.runtime.metrics import SpeculationMetrics
+from engine.runtime.sampling import SamplingParams
+from engine.text.detokenizer import TextStream
+
+FinishReason = Literal["stop", "length", "eos"]
+
+
+@dataclass
+class Conversation:
+    """Tokens and caches that outlive a request; may also be filled from outside (a session file).
+
+    Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV
+    of a prefix of token_ids. After a generated run `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens
+    beyond a cache are run when the conversation goes on.
+    """
+
+    token_ids: list[int]
+    sequence: KvSequence
+    draft_state: DraftState | None = None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a request returns.
+
+    text: up to the stop string or end token, exclusive. token_ids: the new tokens; the last one is the stop or end token, or the one
+    that completed the stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length".
+    prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
+    to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
+    memory: target_bytes, draft_bytes, pool_bytes.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    ttft_s: float
+    decode_s: float
+    tokens_per_s: float
+    seed: int
+    speculation: SpeculationMetrics
+    memory: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result's part of the command line's JSON."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("token_ids", "speculation")}
+        return plain | {"speculation": self.speculation.as_dict()}
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """A piece of a stream: the text released and the tokens accepted since the last event; the final event has finish_reason and result."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    result: GenerationResult | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One generation. token_ids (prompt, then generated) is the conversation's own list, so both always agree.
+
+    context: tokens the model can hold. eos_token_ids: what ends the text unless ignored. owns_cache: free the caches at the end (no
+    conversation goes on).
+    """
+
+    conversation: Conversation
+    params: SamplingParams
+    seed: int
+    context: int
+    eos_token_ids: frozenset[int]
+    stream: TextStream
+    controller: LengthController
+    metrics: SpeculationMetrics
+    owns_cache: bool = True
+    prompt_tokens: int = field(init=False)
+    reused_tokens: int = field(init=False)
+    finish_reason: FinishReason | None = None
+    error: ForetoldError | None = None
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.token_ids)
+        self.reused_tokens = self.sequence.length
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.conversation.token_ids
+
+    @property
+    def sequence(self) -> KvSequence:
+        return self.conversation.sequence
+
+    @property
+    def draft_state(self) -> DraftState | None:
+        return self.conversation.draft_state
+
+    @property
+    def num_new(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return min(self.params.max_new_tokens - self.num_new, self.context - len(self.token_ids))
+
+    def longest(self, *, drafts: bool) -> int:
+        """Most tokens it may have in a cache at once, and memory is promised for; with `drafts`, those of its last step included."""
+        most = MAX_AUTO_LENGTH if self.params.draft_length == "auto" else self.params.draft_length
+        return min(self.context, self.prompt_tokens + self.params.max_new_tokens + (most if drafts else 0))
+
+    def add_run(self, run: Sequence[int]) -> int:
+        """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""
+        run = list(run[: self.remaining])
+        ends = self.params.stop_token_ids
+        eos = frozenset[int]() if self.params.ignore_eos else self.eos_token_ids
+        stop_at = next((i for i, t in enumerate(run) if t in ends or t in eos), None)
+        kept = self.stream.push(run if stop_at is None else run[:stop_at])
+        limit = self.remaining
+        if kept is not None:
+            self.finish_reason = "stop"
+        elif stop_at is not None:
+            kept = stop_at + 1
+            self.finish_reason = "stop" if run[stop_at] in ends else "eos"
+        else:
+            kept = len(run)
+            self.finish_reason = "length" if kept == limit else None
+        self.token_ids.extend(run[:kept])
+        self.last_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or self.last_token_at
+        if self.finish_reason is not None:
+            self.stream.finish()
+        return kept
+
+    def result(self, memory: dict[str, int]) -> GenerationResult:
+        """The finished request's result."""
+        assert self.finish_reason is not None
+        decode_s = self.last_token_at - self.first_token_at
+        return GenerationResult(
+            text=self.stream.text,
+            token_ids=self.token_ids[self.prompt_tokens :],
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            new_tokens=self.num_new,
+            ttft_s=self.first_token_at - self.submitted_at,
+            decode_s=decode_s,
+            tokens_per_s=(self.num_new - 1) / decode_s if decode_s > 0 else 0.0,
+            seed=self.seed,
+            speculation=self.metrics,
+            memory=memory,
+        )

@@ -1,0 +1,169 @@
+"""One step of the engine: run prompt chunks, or draft -> verify -> commit, for a ragged batch of requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
+from draft.stopping import Gate
+from draft.tree import MAX_CANDIDATES, MAX_SIBLINGS, place_block, sibling_slot
+from engine.runtime.request import Request
+from engine.runtime.sampling import BatchSampler
+from engine.runtime.verify import verify
+from kernels.accept import LANE_SAMPLE
+
+
+@torch.inference_mode()
+def prefill_step(
+    requests: Sequence[Request], chunks: Sequence[int], target: CausalDecoder, drafter: Drafter | None, *, deterministic: bool = False
+) -> None:
+    """Run the next chunks[b] tokens of each request's prompt; a request whose prompt ends here gains its first token.
+
+    A separate draft does not run the prompt here: it catches up when it is first asked, after the first token is out.
+    """
+    pieces = [r.token_ids[r.sequence.length : r.sequence.length + n] for r, n in zip(requests, chunks, strict=True)]
+    taps = drafter.target_taps if drafter else ()
+    out = target.forward(
+        torch.tensor([t for piece in pieces for t in piece], dtype=torch.int64, device=target.device),
+        [r.sequence for r in requests], list(chunks), taps=taps, logits="last", deterministic=deterministic,
+    )  # fmt: skip
+    if drafter and taps:
+        drafter.observe_target([_state(r) for r in requests], chunks, out.taps)
+    for request, count in zip(requests, chunks, strict=True):
+        request.sequence.advance(count)
+    done = [b for b, r in enumerate(requests) if r.sequence.length == len(r.token_ids)]
+    if done:
+        sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+        logits = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
+        tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], LANE_SAMPLE)
+        for b, token in zip(done, tokens.tolist(), strict=True):
+            requests[b].add_run([token])
+
+
+@torch.inference_mode()
+def decode_step(
+    requests: Sequence[Request], target: CausalDecoder, drafter: Drafter | None, *, catch_up: int, deterministic: bool = False
+) -> None:
+    """Give every request at least one token: propose, verify in one target forward, commit.
+
+    Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
+    numbers need no cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one
+    step; a request still behind then decodes without drafts. Failure leaves every request as it was: lengths only move at the end.
+    """
+    began = time.perf_counter()
+    positions = [len(r.token_ids) for r in requests]
+    lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
+    gates = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
+    if drafter:
+        _catch_up(requests, lengths, drafter, catch_up)
+    sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+    if drafter and (any(lengths) or drafter.verify_from):
+        states = [_state(r) for r in requests]
+        proposal = drafter.propose(states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, gates)
+        lengths = proposal.lengths
+    else:
+        proposal = _no_proposal(len(requests), target.device)
+    proposed_at = time.perf_counter()
+
+    tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
+    first = drafter.verify_from if drafter else 0
+    placements = None
+    if proposal.siblings:
+        placements = [place_block(at, k, own) for at, k, own in zip(positions, lengths, proposal.siblings, strict=True)]
+    out = target.forward(
+        tokens, [r.sequence for r in requests], [k + 1 + proposal.num_siblings(b) for b, k in enumerate(lengths)], first_layer=first,
+        hidden=proposal.hidden, placements=placements, deterministic=deterministic,
+    )  # fmt: skip
+    runs, adopted = verify(out.logits, proposal, sampler, positions)
+    for b, number in enumerate(adopted):
+        if number is not None:
+            kept_drafts = len(runs[b]) - 2
+            proposal.adopt(b, kept_drafts, number)
+            requests[b].sequence.pool.move(requests[b].sequence, sibling_slot(positions[b], number), positions[b] + kept_drafts)
+
+    kept = [request.add_run(run) for request, run in zip(requests, runs, strict=True)]
+    for request, count in zip(requests, kept, strict=True):
+        request.sequence.advance(count)
+    if drafter and any(proposal.num_run):
+        drafter.commit([_state(r) for r in requests], proposal, kept)
+    ended = time.perf_counter()
+    for request, run, count, length, gate, number in zip(requests, runs, kept, lengths, gates, adopted, strict=True):
+        cut = count < len(run)
+        proposed, accepted = (count, count) if cut else (length, len(run) - 1)
+        request.metrics.observe(proposed, accepted, count)
+        request.metrics.draft_s += proposed_at - began
+        request.metrics.verify_s += ended - proposed_at
+        request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), gate)
+
+
+def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
+    """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
+    if drafter is None:
+        return 0
+    length = request.controller.choose(_load(request, batch))
+    room = min(request.context, drafter.max_positions) - len(request.token_ids)
+    if request.params.greedy:
+        room = min(room, request.remaining - 1)  # sampled text would change with the limit: there the surplus is drawn and dropped
+    return max(0, min(length, room))
+
+
+def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> Gate | None:
+    """What may end its block early. Siblings are for greedy text, where the order of sums may depend on what else is run, and where memory was promised
+    for their slots."""
+    candidates = 1
+    if request.controller.calibration is not None and request.params.greedy and not deterministic and drafter is not None:
+        room = sibling_slot(len(request.token_ids), MAX_SIBLINGS) <= request.longest(drafts=True)
+        candidates = MAX_CANDIDATES if room and drafter.takes_siblings and request.sequence.pool.takes_placements else 1
+    return request.controller.gate(_load(request, batch), candidates)
+
+
+def _load(request: Request, batch: int) -> int:
+    """The batch its drafts are chosen for: a given seed promises the same text in any, so its drafts may not depend on it. Greedy text does not depend
+    on them at all."""
+    return batch if request.params.greedy or request.params.seed is None else 1
+
+
+def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:
+    """Let drafts that lie too far behind run one chunk of at most `limit` tokens, and those still behind skip this step (sets their length to 0).
+
+    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; a trunk has to know all of the target's cache.
+    """
+    ends, slack = ([r.sequence.length for r in requests], 0) if drafter.verify_from else ([len(r.token_ids) for r in requests], limit)
+    behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).covered > slack]
+    if behind:
+        states = [_state(requests[b]) for b in behind]
+        pieces = [requests[b].token_ids[s.covered : min(s.covered + limit, ends[b])] for b, s in zip(behind, states, strict=True)]
+        drafter.prefill(states, pieces)
+        for b, state in zip(behind, states, strict=True):
+            if ends[b] - state.covered > slack:
+                lengths[b] = 0
+
+
+def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
+    """Each request's last token followed by its drafts and its siblings, flattened."""
+    device = proposal.tokens.device
+    pending = torch.tensor(last, dtype=torch.int64, device=device)
+    if not proposal.tokens.numel():
+        return pending
+    beside = [sibling.token for own in proposal.siblings for sibling in own]
+    parts = [pending, proposal.tokens, *([torch.tensor(beside, device=device)] if beside else [])]
+    if len(last) == 1:
+        return torch.cat(parts)
+    order, drafted, sibling = [], len(last), len(last) + len(proposal.tokens)
+    for b, length in enumerate(proposal.lengths):
+        order += [b, *range(drafted, drafted + length), *range(sibling, sibling + proposal.num_siblings(b))]
+        drafted, sibling = drafted + length, sibling + proposal.num_siblings(b)
+    return torch.cat(parts)[torch.tensor(order, device=device)]
+
+
+def _no_proposal(batch: int, device: torch.device) -> Proposal:
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return Proposal(empty, [0] * batch, [], None, [0] * batch, [0] * batch, [None] * batch)
+
+
+def _state(request: Request) -> DraftState:
+    assert request.draft_state is not None, "a request under a drafter has a draft state"
+    return request.draft_state

@@ -1,0 +1,186 @@
+"""The file a suspended session is kept in: token ids, coded spans of KV, and what they belong to.
+
+Sections (see `codec.container`): META JSON; TOKS token ids (a frame of `codec.token_ids`); SIZE the spans' starts, ends and byte counts;
+SPAN the spans' bytes, end to end.
+The first tokens' KV (attention sinks) is not stored: it depends on those tokens alone, so running them again restores it, for the price of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from codec.container import read_sections, write_sections
+from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
+from codec.spec import NUM_SINKS
+from codec.token_ids import COUNTED, decode_ids, encode_ids, read_frame
+from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
+from engine.hub.cache import is_disk_full
+
+MAX_TOKENS = 1 << 28
+_REMEDY = "restore it from a copy, or start a new session"
+_ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
+    TruncatedCode: Truncated,
+    CorruptedCode: Corrupted,
+    ForeignCode: Corrupted,
+    NewerCode: NewerVersion,
+    PackMismatch: ForeignModel,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) coded once; `data` never changes afterwards."""
+
+    start: int
+    end: int
+    data: bytes
+
+
+@dataclass
+class SessionFile:
+    """A suspended session.
+
+    token_ids: all tokens. num_cached: tokens whose KV the session held, a prefix of them; spans cover [sinks, num_cached) without gaps, or are
+    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack. token_frame: the
+    ids as a model coded them (`engine.sessions.token_coding`), None when they are coded without one; a file
+    loaded with such a frame has no token_ids until the model has read them.
+    """
+
+    token_ids: list[int]
+    num_cached: int
+    quality: str
+    fingerprints: dict[str, str]
+    spans: list[Span] = field(default_factory=list)
+    token_frame: bytes | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids there are, read or not."""
+        return len(self.token_ids) if self.token_frame is None else read_frame(self.token_frame)[1]
+
+    def to_bytes(self) -> bytes:
+        """The whole file."""
+        meta = {"quality": self.quality, "num_cached": self.num_cached, "num_tokens": self.num_tokens, "fingerprints": self.fingerprints}
+        sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
+        body = b"".join(s.data for s in self.spans)
+        tokens = encode_ids(self.token_ids) if self.token_frame is None else self.token_frame
+        packed = zstandard.ZstdCompressor(level=19).compress
+        return write_sections(
+            [("META", packed(json.dumps(meta, sort_keys=True).encode())), ("TOKS", tokens),
+             ("SIZE", packed(sizes.tobytes())), ("SPAN", body)]
+        )
+
+    def save(self, path: str | Path) -> int:
+        """Write under a temporary name, sync, rename; returns the file's bytes. A failure leaves an earlier file as it was.
+
+        Raises:
+            DiskFull, CacheNotWritable: as the names say.
+        """
+        path, data = Path(path).absolute(), self.to_bytes()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync_folder(path.parent)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
+            raise CacheNotWritable(f"the session file {path} cannot be written: {error.strerror or error}", "choose another path") from error
+        return len(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SessionFile:
+        """Read and check a file.
+
+        Raises:
+            BadSessionFile: it cannot be read, or is a folder.
+            Truncated, Corrupted, NewerVersion: what the bytes say; nothing is decoded from a file that fails a check.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise BadSessionFile(f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
+        with session_errors(path):
+            return cls.from_bytes(data)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SessionFile:
+        """Inverse of `to_bytes`. Raises the codec's named errors."""
+        sections = read_sections(data)
+        if [name for name, _ in sections] != ["META", "TOKS", "SIZE", "SPAN"]:
+            raise CorruptedCode("the file's sections are not a session's", _REMEDY)
+        meta_bytes, token_bytes, size_bytes, body = (content for _, content in sections)
+        try:
+            meta: dict[str, Any] = json.loads(_unpacked(meta_bytes))
+            num_cached, num_tokens = int(meta["num_cached"]), int(meta["num_tokens"])
+            quality, fingerprints = str(meta["quality"]), {str(k): str(v) for k, v in meta["fingerprints"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptedCode("the session's description is malformed", _REMEDY) from error
+        if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
+            raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
+        coder, count, _, _ = read_frame(token_bytes)
+        if count != num_tokens:
+            raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
+        tokens, frame = (decode_ids(token_bytes), None) if coder == COUNTED else ([], token_bytes)
+        raw_sizes = _unpacked(size_bytes)
+        if len(raw_sizes) % 12:
+            raise CorruptedCode("the session's list of spans is malformed", _REMEDY)
+        spans: list[Span] = []
+        at = 0
+        for start, end, size in np.frombuffer(raw_sizes, "<u4").reshape(-1, 3).tolist():
+            expected = spans[-1].end if spans else NUM_SINKS
+            if start != expected or not start < end <= num_cached or at + size > len(body):
+                raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+            spans.append(Span(start, end, body[at : at + size]))
+            at += size
+        if at != len(body) or (spans and spans[-1].end != num_cached):
+            raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+        return cls(tokens, num_cached, quality, fingerprints, spans, frame)
+
+
+class session_errors:
+    """Context: the codec's errors leave it as the session's, naming the file."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CodecError):
+            named = next((engine for codec, engine in _ERRORS.items() if isinstance(error, codec)), BadSessionFile)
+            raise named(f"session file {self._path}: {error.what}", error.remedy) from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    try:
+        # a size that the data itself claims is what would be reserved, whatever the limit says
+        if zstandard.frame_content_size(data) > 4 * MAX_TOKENS:
+            raise CorruptedCode("a compressed part of the session is too large", _REMEDY)
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * MAX_TOKENS)
+    except zstandard.ZstdError as error:
+        raise CorruptedCode("a compressed part of the session is damaged", _REMEDY) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,259 @@
+"""Conversations that leave memory as a coded residual and come back: suspend, resume, go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from codec.spec import NUM_SINKS, QUALITIES, KvLayout
+from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption
+from engine.runtime.request import GenerationResult
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.codec_params import Log, pair_fingerprints, trunk_layers
+from engine.sessions.file import SessionFile, Span, session_errors
+from engine.sessions.kv_codec import chunk_ends, prefill_draft, run_sinks, session_codec
+from engine.sessions.token_coding import decode_tokens, encode_tokens
+from engine.text.chat import next_turn
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+TOKENS = "tokens"
+SESSION_QUALITIES = (*QUALITIES, TOKENS)
+DEFAULT_QUALITY = "balanced"
+TOKEN_CODERS = ("draft", "counts")
+
+
+@dataclass(frozen=True)
+class SuspendReport:
+    """What a suspended session takes: tokens whose KV it stands for, the file's bytes, the bf16 bytes of that KV, the file's bits over that KV's
+    elements, seconds spent."""
+
+    tokens: int
+    stored_bytes: int
+    raw_bytes: int
+    bits_per_element: float
+    quality: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """What resuming cost: draft_s the draft's pass over the tokens, decode_s the codec and the pages, total_s everything, file included."""
+
+    tokens: int
+    draft_s: float
+    decode_s: float
+    total_s: float
+
+
+class Session:
+    """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
+
+    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only, coded with the draft, see
+    `engine.sessions.token_coding` for the time that takes;
+    resuming runs the target over them again).
+    None: as the file was written, "balanced" without one. What was coded before keeps its quality.
+
+    token_coder: how quality "tokens" codes its ids: "draft", or "counts", about twice the bytes and no time. Either is read back, whatever is given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        quality: str | None = None,
+        pack: str | Path | None = None,
+        file: str | Path | None = None,
+        token_coder: str = "draft",
+        log: Log = print,
+    ) -> None:
+        began = time.perf_counter()
+        stored = None if file is None else SessionFile.load(file)
+        if quality is not None and quality not in SESSION_QUALITIES:
+            raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
+        if token_coder not in TOKEN_CODERS:
+            raise InvalidOption(f"unknown token coder {token_coder!r}", f"choose one of {', '.join(TOKEN_CODERS)}")
+        self.engine, self._log, self._token_coder = engine, log, token_coder
+        self.quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
+        self._pack_path, self._closed = pack, False
+        self.spans: list[Span] = []
+        self.suspended: SuspendReport | None = None
+        self.resumed: ResumeReport | None = None
+        if stored is not None:
+            self._check(stored, file)
+            self._read_tokens(stored, file)
+        if self.quality != TOKENS or (stored is not None and stored.spans):
+            session_codec(engine, pack, log)
+        self.conversation = engine.open_conversation()
+        if stored is not None:
+            try:
+                self._restore(stored, file, began)
+            except BaseException:
+                self.close()
+                raise
+
+    # --- talking --------------------------------------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens so far."""
+        return self.conversation.token_ids
+
+    def generate(
+        self, text: str | Sequence[int] = "", params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+    ) -> GenerationResult:
+        """Append raw text (or token ids) and continue it. Without text the conversation just goes on. Raises as `Engine.run`."""
+        tokenizer = self.engine.tokenizer
+        if isinstance(text, str):
+            if text and tokenizer is None:
+                raise InvalidOption("a text prompt needs a tokenizer", "give token ids, or an engine with a tokenizer")
+            first = not self.token_ids
+            ids = tokenizer(text, add_special_tokens=first)["input_ids"] if text and tokenizer is not None else []
+        else:
+            ids = list(text)
+        return self._run(ids, params, on_text)
+
+    def chat(
+        self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+    ) -> GenerationResult:
+        """Say something as the user, through the model's chat template, and return the assistant's answer. Raises as `Engine.run`, and EmptyPrompt."""
+        if not message.strip():
+            raise EmptyPrompt("the message is empty", "say something")
+        if self.token_ids:
+            ids = next_turn(self.engine.tokenizer, message, self.token_ids)
+        else:
+            ids = self.engine.encode([{"role": "user", "content": message}])
+        return self._run(ids, params, on_text)
+
+    def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
+        """`Engine.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
+        try:
+            return self.engine.run(self.conversation, ids, params, on_text)
+        except BaseException:
+            state = self.conversation.draft_state
+            if state is not None and state.features is not None:
+                # cache and features grow one after the other; an interrupt may fall between the two
+                state.features.truncate(min(state.features.length, state.length))
+                state.features.skip(state.length - state.features.length)
+            raise
+
+    # --- leaving and coming back ----------------------------------------------------------------------------------------
+
+    def suspend(self, path: str | Path) -> SuspendReport:
+        """Write the session to `path`; the session itself stays usable. Spans coded before keep their bytes, only new tokens are coded.
+
+        Raises:
+            EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded.
+            DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
+        """
+        began = time.perf_counter()
+        if not self.token_ids:
+            raise EmptyPrompt("the session is empty", "generate something before suspending it")
+        num_cached = self.conversation.sequence.length
+        prints = pair_fingerprints(self.engine)
+        if self.quality == TOKENS and not self.spans:
+            spans: list[Span] = []
+        else:
+            codec = session_codec(self.engine, self._pack_path, self._log)
+            self.spans = [s for s in self.spans if s.end <= num_cached]
+            start = self.spans[-1].end if self.spans else min(NUM_SINKS, num_cached)
+            if self.quality != TOKENS:
+                self.spans += codec.encode(self.conversation, start, num_cached, self.quality)
+                codec.release(self.conversation, num_cached)
+            else:
+                num_cached = start  # what came since is kept as tokens
+            spans = self.spans
+            prints["pack"] = codec.pack.digest
+        file = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans)
+        if not spans and self.quality == TOKENS and self._token_coder == "draft":
+            file.token_frame = encode_tokens(self.engine, self.token_ids)
+        stored = file.save(path)
+        # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
+        tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
+        elements = self._layout.full_dim * tokens
+        bits = 8 * stored / elements if elements else 0.0
+        self.suspended = SuspendReport(tokens, stored, 2 * elements, bits, self.quality, time.perf_counter() - began)
+        return self.suspended
+
+    def close(self) -> None:
+        """Give the session's pages back; it must not be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close_conversation(self.conversation)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def kv_figures(self) -> dict[str, int | float | str | None]:
+        """The `kv` object of the command line's JSON."""
+        tokens, report, sequence = self.conversation.sequence.length, self.suspended, self.conversation.sequence
+        return {
+            "tokens": tokens,
+            "raw_bytes": 2 * tokens * self._layout.full_dim,
+            "hot_bytes": sequence.pool.bytes_of(sequence),
+            "stored_bytes": report.stored_bytes if report else None,
+            "bits_per_element": report.bits_per_element if report else None,
+            "quality": report.quality if report else None,
+        }
+
+    @property
+    def _layout(self) -> KvLayout:
+        config = self.engine.target.config
+        return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, trunk_layers(self.engine))
+
+    def _check(self, stored: SessionFile, path: str | Path | None) -> None:
+        """Refuse a file of other models before a pack is looked for: fitting one would take minutes."""
+        if stored.quality not in SESSION_QUALITIES:
+            raise Corrupted(f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy")
+        for role, digest in pair_fingerprints(self.engine).items():
+            if stored.fingerprints.get(role) != digest:
+                raise ForeignModel(f"session file {path} was written with another {role}", "resume it with the models and pack it was made with")
+        if stored.num_tokens > self.engine.context:
+            raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
+
+    def _read_tokens(self, stored: SessionFile, path: str | Path | None) -> None:
+        """Let the model read ids it coded, and refuse ids it cannot have."""
+        if stored.token_frame is not None:
+            with session_errors(path):
+                stored.token_ids = decode_tokens(self.engine, stored.token_frame)
+        if any(t >= self.engine.target.config.vocab_size for t in stored.token_ids):
+            raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
+
+    def _restore(self, stored: SessionFile, path: str | Path | None, began: float) -> None:
+        engine, conversation = self.engine, self.conversation
+        conversation.token_ids[:] = stored.token_ids
+        draft_s = decode_s = 0.0
+        num_cached = 0
+        if stored.spans:
+            codec = session_codec(engine, self._pack_path, self._log)
+            if stored.fingerprints.get("pack") != codec.pack.digest:
+                raise ForeignModel(f"session file {path} was written with another pack", "resume it with the models and pack it was made with")
+            num_cached = stored.num_cached
+            started = time.perf_counter()
+            run_sinks(engine, conversation, NUM_SINKS)
+            if engine.drafter is not None and conversation.draft_state is not None:
+                prefill_draft(engine, conversation.draft_state, stored.token_ids[:num_cached], chunk_ends(stored.spans))
+            _synchronise(engine)
+            draft_s = time.perf_counter() - started
+            with session_errors(path):
+                codec.decode(conversation, stored.spans)
+            conversation.sequence.advance(num_cached - conversation.sequence.length)
+            _synchronise(engine)
+            decode_s = time.perf_counter() - started - draft_s
+            self.spans = stored.spans
+        self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began)
+
+
+def _synchronise(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)

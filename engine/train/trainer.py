@@ -1,0 +1,257 @@
+"""Distillation of a trunk draft: the loop, its schedule, its checkpoints.
+
+The target runs a batch of whole documents once; its states after the trunk feed the student, its last states say what the student should have
+said. Those trunk states are exact at inference too, whatever was proposed (verification writes them), and the student's own keys and values come from
+them: so training on the target's text alone is what drafting meets, at every position of a block.
+
+Deterministic on a CPU from seed, data and number of steps, through any number of interruptions; a training limited by time is as
+deterministic as the clock. Weights are averaged exponentially (Polyak and Juditsky, 1992); the average is what is measured and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draft.errors import CheckpointMismatch, TrainingError, TrunkDepthError
+from engine.train.documents import TokenDocuments, epoch_order, make_batch
+from engine.train.loss import TeacherHead, distil
+from engine.train.model import Student, Teacher
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """trunk_layers, own_layers: m and n. head: "own" (trained) or "tied" (the target's rows). steps or seconds: where the training ends, one of
+    them. batch_tokens: of a step, padding included. optimizer: "adamw", or "muon" for the layers' matrices (Jordan et al., 2024; steps scaled to
+    AdamW's, Liu et al., 2025, arXiv 2502.16982) with AdamW for the rest. learning_rate: peak, after `warmup_steps`, falling as a cosine to a
+    fiftieth. mix_from, mix_to: part of the training over which the loss goes from divergence to total variation. averaging: highest decay of the
+    averaged weights. chunk: positions whose logits are held at a time."""
+
+    trunk_layers: int
+    own_layers: int
+    head: str = "own"
+    steps: int | None = None
+    seconds: float | None = None
+    batch_tokens: int = 32_768
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    mix_from: float = 0.4
+    mix_to: float = 0.6
+    averaging: float = 0.998
+    chunk: int = 8192
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports: figures are means over the positions since the last report."""
+
+    step: int
+    epoch: float
+    seconds: float
+    tokens: int
+    tokens_per_s: float
+    acceptance: float
+    agreement: float
+    divergence: float
+    mix: float
+    learning_rate: float
+
+
+class Trainer:
+    """Trains the student of `teacher` on `documents`; `student` holds the live weights, `averaged` the kept ones.
+
+    Raises:
+        TrunkDepthError, TrainingError: options that do not fit the target or each other.
+    """
+
+    def __init__(self, teacher: Teacher, token_ids: Tensor, documents: TokenDocuments, options: TrainOptions) -> None:
+        total = len(teacher.layers)
+        if not 1 <= options.trunk_layers < total or not 1 <= options.own_layers <= total:
+            what = f"a trunk of {options.trunk_layers} and {options.own_layers} own layers do not fit a target of {total}"
+            raise TrunkDepthError(what, f"choose a trunk between 1 and {total - 1}, and own layers from 1 on")
+        if (options.steps is None) == (options.seconds is None) or (options.steps or options.seconds or 0) <= 0:
+            raise TrainingError("a training needs an end: steps or seconds", "give exactly one of them, above 0")
+        if options.head not in ("own", "tied") or options.optimizer not in ("adamw", "muon"):
+            raise TrainingError(f"head {options.head!r}, optimizer {options.optimizer!r}", "heads: own, tied; optimizers: adamw, muon")
+        self.teacher, self.documents, self.options = teacher, documents, options
+        self.token_ids, self.dtype, self.device = token_ids, teacher.norm.dtype, teacher.norm.device
+        self.teacher_head = TeacherHead.of(teacher.head, token_ids)
+        own_head = options.head == "own"
+        self.student = Student(teacher, options.own_layers, token_ids, own_head=own_head)
+        self.averaged = Student(teacher, options.own_layers, token_ids, own_head=own_head).requires_grad_(False)
+        self.optimizers = _optimizers(self.student, options, self.device)
+        self.step, self.epoch, self.cursor, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
+        self._order: list[np.ndarray] = epoch_order(documents, options.batch_tokens, options.seed, 0)
+        self._sums = torch.zeros(5, device=self.device)
+        self._reported = (0, 0.0)  # tokens and seconds at the last report
+        self._data_digest = documents.digest
+
+    # --- running --------------------------------------------------------------------------------------------------------
+
+    def progress(self) -> float:
+        """How much of the training is done, 0 to 1."""
+        done = self.step / self.options.steps if self.options.steps else self.seconds / (self.options.seconds or 1.0)
+        return min(1.0, done)
+
+    @property
+    def epochs(self) -> float:
+        """Times the documents were gone through."""
+        return self.epoch + self.cursor / len(self._order)
+
+    def schedule(self) -> tuple[float, float]:
+        """(learning rate, share of total variation in the loss) of the next step."""
+        o, done = self.options, self.progress()
+        falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+        rate = o.learning_rate * min(1.0, (self.step + 1) / max(1, o.warmup_steps)) * falling
+        ramp = min(1.0, max(0.0, (done - o.mix_from) / max(1e-9, o.mix_to - o.mix_from)))
+        return rate, ramp * ramp * (3 - 2 * ramp)
+
+    def run(self, until: Callable[[], bool] = lambda: False, report: Callable[[Progress], None] | None = None, report_every: int = 50) -> bool:
+        """Train to the end, or until `until()` says so after a step; `report` is called every `report_every` steps. True at the end."""
+        clock = time.monotonic()
+        while self.progress() < 1.0:
+            self._step_once()
+            if report is not None and self.step % report_every == 0:
+                self._wait()
+            now = time.monotonic()
+            self.seconds, clock = self.seconds + now - clock, now
+            if report is not None and self.step % report_every == 0:
+                report(self._report())
+                clock = time.monotonic()  # what a report does (measuring, say) is not training
+            if until():
+                break
+        self._wait()
+        return self.progress() >= 1.0
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _step_once(self) -> None:
+        o = self.options
+        batch = make_batch(self.documents, self._next_documents(), self.device)
+        rate, mix = self.schedule()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        trunk, final = self.teacher.run(batch.token_ids, o.trunk_layers)
+        states = self.student(trunk, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
+        head = self.student.head.detach().to(self.dtype)
+        sums, gradients = distil(
+            states.detach(), head, final.flatten(0, 1)[batch.positions], self.teacher_head, mix, head_gradient=self.student.own_head, chunk=o.chunk
+        )  # fmt: skip
+        states.backward(gradients.states)
+        if gradients.head is not None:
+            self.student.head.grad = gradients.head
+        torch.nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.requires_grad], o.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += len(batch.positions)
+        self._sums += torch.stack([*sums, torch.ones_like(sums.accepted) * len(batch.positions)])
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        weight = 1 - min(self.options.averaging, self.step / (self.step + 10))
+        kept: list[Tensor] = [p.detach() for p in self.averaged.parameters()]
+        torch._foreach_lerp_(kept, [p.detach() for p in self.student.parameters()], weight)
+
+    def _next_documents(self) -> np.ndarray:
+        if self.cursor == len(self._order):
+            self.epoch, self.cursor = self.epoch + 1, 0
+            self._order = epoch_order(self.documents, self.options.batch_tokens, self.options.seed, self.epoch)
+        self.cursor += 1
+        return self._order[self.cursor - 1]
+
+    def _report(self) -> Progress:
+        accepted, agreed, divergence, _covered, count = self._sums.tolist()
+        tokens, seconds = self.tokens - self._reported[0], self.seconds - self._reported[1]
+        self._reported = (self.tokens, self.seconds)
+        self._sums.zero_()
+        rate, mix = self.schedule()
+        return Progress(
+            self.step, self.epochs, self.seconds, self.tokens, tokens / max(seconds, 1e-9), accepted / count,
+            agreed / count, divergence / count, mix, rate,
+        )  # fmt: skip
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Write everything a later run needs to go on, under a temporary name first. extra: plain values returned by `restore`."""
+        state = {
+            "version": CHECKPOINT_VERSION, "options": asdict(self.options), "data": self._data_digest, "token_ids": self.token_ids.cpu(),
+            "student": self.student.state_dict(), "averaged": self.averaged.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "place": [self.step, self.epoch, self.cursor, self.tokens, self.seconds], "sums": self._sums, "reported": list(self._reported),
+            "extra": extra or {},
+        }  # fmt: skip
+        temporary = Path(f"{path}.{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self, path: str | Path) -> dict[str, Any]:
+        """Go on where `save` left off; returns its `extra`. The end (steps or seconds) may be another than it was.
+
+        Raises:
+            CheckpointMismatch: the file is damaged, or from a training with other options, data or vocabulary.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            version = state["version"]
+        except Exception as error:  # torch.load names no closed set of errors for a damaged file
+            raise CheckpointMismatch(f"{path} is no checkpoint: {error}", "start again without --resume") from error
+        ends = ("steps", "seconds", "chunk")
+        ours, theirs = ({k: v for k, v in options.items() if k not in ends} for options in (asdict(self.options), state["options"]))
+        different = sorted(key for key in ours if ours[key] != theirs.get(key))
+        if version != CHECKPOINT_VERSION or different or state["data"] != self._data_digest or not torch.equal(
+            state["token_ids"].cpu(), self.token_ids.cpu()
+        ):  # fmt: skip
+            what = f"other {', '.join(different)}" if different else "other data"
+            raise CheckpointMismatch(f"{path} is of a training with {what}", "use the same options and data, or start without --resume")
+        self.student.load_state_dict(state["student"])
+        self.averaged.load_state_dict(state["averaged"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step, self.epoch, self.cursor, self.tokens, self.seconds = state["place"]
+        self._sums, self._reported = state["sums"], (int(state["reported"][0]), float(state["reported"][1]))
+        self._order = epoch_order(self.documents, self.options.batch_tokens, self.options.seed, self.epoch)
+        return state["extra"]
+
+
+def _optimizers(student: Student, options: TrainOptions, device: torch.device) -> list[torch.optim.Optimizer]:
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if p.dim() > 1 and name != "head"] if options.optimizer == "muon" else []
+    left = {name: p for name, p in trained.items() if all(p is not other for other in inner)}
+    groups = [
+        {"params": [p for p in left.values() if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in left.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), eps=1e-9, fused=device.type == "cuda")
+    ]
+    if inner:
+        made.append(torch.optim.Muon(inner, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return made

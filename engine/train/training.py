@@ -1,0 +1,163 @@
+"""From a decoder to a trained trunk adapter: teacher, training with checkpoints and a learning curve, measuring, 8 bits, the folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from draft.head_file import AdapterConfig, load_adapter, save_adapter, target_digest
+from engine.errors import InvalidOption
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
+from engine.train.data import TrainingSets
+from engine.train.documents import TokenDocuments, coverage, reduced_vocabulary
+from engine.train.measure import measure
+from engine.train.model import Shape, Teacher
+from engine.train.trainer import Progress, Trainer, TrainOptions
+
+_MEASURES = 12  # held-out measurements in a learning curve
+_CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A trunk draft's shape: m, n, R, and whose head."""
+
+    trunk_layers: int
+    own_layers: int
+    vocab_size: int
+    head: Literal["own", "tied"]
+
+    @classmethod
+    def parse(cls, text: str) -> Architecture:
+        """ "6,2,16384,own" -> m, n, R, head. Raises InvalidOption."""
+        try:
+            m, n, size, head = text.split(",")
+            found = cls(int(m), int(n), int(size), cast(Literal["own", "tied"], head))
+        except ValueError as error:
+            remedy = "write trunk layers, own layers, vocabulary, own or tied: 6,2,16384,own"
+            raise InvalidOption(f"{text!r} does not describe a trunk draft", remedy) from error
+        if head not in ("own", "tied"):
+            raise InvalidOption(f"a head of kind {head!r}", "use own or tied")
+        return found
+
+    def cost(self, config: DecoderConfig) -> float:
+        """Weights a draft step reads, as a share of those a target step reads (the looked-up embedding row aside)."""
+        c = config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+        read = (self.trunk_layers + self.own_layers) * layer + self.vocab_size * c.hidden_size
+        return read / (c.num_layers * layer + c.vocab_size * c.hidden_size)
+
+
+def teacher_of(decoder: Decoder) -> Teacher:
+    """The decoder's weights as a teacher; packed ones are unpacked into copies."""
+    c = decoder.config
+    head = decoder.embed_tokens.weight.data if decoder.lm_head is None else decoder.lm_head.weight
+    layers = [layer.weights().plain() for layer in decoder.layers]  # type: ignore[operator]
+    shape = Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
+    return Teacher(decoder.embed_tokens.weight.data, layers, decoder.final_norm.data, head, shape, lambda length: decoder.rope.slice(0, length))
+
+
+class TrunkTraining:
+    """One training: its trainer, its learning curve, and what becomes of the result.
+
+    Args:
+        special: token ids that the reduced vocabulary must hold.
+        options: the architecture's fields in it are replaced.
+    """
+
+    def __init__(
+        self, decoder: Decoder, teacher: Teacher, sets: TrainingSets, special: Sequence[int], architecture: Architecture, options: TrainOptions,
+    ) -> None:  # fmt: skip
+        self.decoder, self.teacher, self.sets, self.architecture = decoder, teacher, sets, architecture
+        ids = reduced_vocabulary(sets.train, decoder.config.vocab_size, architecture.vocab_size, special)
+        self.options = replace(options, trunk_layers=architecture.trunk_layers, own_layers=architecture.own_layers, head=architecture.head)
+        self.trainer = Trainer(teacher, ids, sets.train, self.options)
+        self.curve: list[dict[str, Any]] = []
+
+    def run(
+        self, log: Callable[[str], None], *, checkpoint: Path | None = None, resume: bool = False, pause_after: float | None = None,
+        report_every: int = 50,
+    ) -> bool:  # fmt: skip
+        """Train to the end (True), or until `pause_after` seconds of this call have passed (False); a checkpoint is written each minute and
+        at the end. Raises CheckpointMismatch, InvalidOption."""
+        started = saved = time.monotonic()
+        if resume:
+            if checkpoint is None:
+                raise InvalidOption("nothing to resume from", "name the checkpoint with --checkpoint")
+            if checkpoint.exists():
+                self.curve = self.trainer.restore(checkpoint)["curve"]
+                log(f"resumed at step {self.trainer.step}, {self.trainer.seconds:.0f} s in")
+
+        def report(progress: Progress) -> None:
+            nonlocal saved
+            entry: dict[str, Any] = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(progress).items()}
+            line = (
+                f"step {progress.step} ({self.trainer.progress():.0%}), epoch {progress.epoch:.2f}: acceptance {progress.acceptance:.4f}, "
+                f"agreement {progress.agreement:.4f}, divergence {progress.divergence:.3f}, mix {progress.mix:.2f}, "
+                f"{progress.tokens_per_s:,.0f} tokens/s"
+            )
+            if int(self.trainer.progress() * _MEASURES) > len([e for e in self.curve if "held_out" in e]):
+                entry["held_out"] = self.measured(self.sets.sampled, greedy=False)
+                line += f"; held out {entry['held_out']['acceptance']:.4f}, {entry['held_out']['tokens_per_step']:.3f} tokens a step"
+            self.curve.append(entry)
+            log(line)
+            if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                saved = time.monotonic()
+                self.trainer.save(checkpoint, {"curve": self.curve})
+
+        def paused() -> bool:
+            return pause_after is not None and time.monotonic() - started > pause_after
+
+        done = self.trainer.run(paused, report, report_every)
+        if checkpoint is not None:
+            self.trainer.save(checkpoint, {"curve": self.curve})
+        return done
+
+    def all_measured(self) -> dict[str, dict[str, Any]]:
+        """`measured` on every held-out set: temperature_1 and greedy, and the same after given_ for answers to given messages."""
+        groups = {"temperature_1": (self.sets.sampled, False), "greedy": (self.sets.greedy, True)}
+        if self.sets.given is not None:
+            groups |= {"given_temperature_1": (self.sets.given[0], False), "given_greedy": (self.sets.given[1], True)}
+        return {name: self.measured(docs, greedy=greedy) for name, (docs, greedy) in groups.items()}
+
+    def measured(self, docs: TokenDocuments, *, greedy: bool) -> dict[str, Any]:
+        """Held-out figures of the averaged weights, as plain values (see `engine.train.measure.Measured`)."""
+        t = self.trainer
+        found = measure(
+            self.teacher, t.averaged, t.teacher_head, self.architecture.trunk_layers, docs, greedy=greedy, batch_tokens=self.options.batch_tokens,
+            chunk=self.options.chunk,
+        )  # fmt: skip
+        return found.as_dict()
+
+    def figures(self) -> dict[str, Any]:
+        """Everything worth reporting of the training as it stands, as plain values."""
+        t, c = self.trainer, self.decoder.config
+        device = torch.cuda.get_device_name(self.decoder.device) if self.decoder.device.type == "cuda" else "cpu"
+        return {
+            "architecture": asdict(self.architecture), "draft_step_cost": round(self.architecture.cost(c), 4),
+            "coverage": round(coverage(self.sets.sampled, t.token_ids), 4), "steps": t.step, "epochs": round(t.epochs, 2),
+            "trained_tokens": t.tokens, "training_seconds": round(t.seconds, 1), "options": asdict(self.options), "data": self.sets.train.facts,
+            "data_documents": len(self.sets.train), "data_tokens": len(self.sets.train.tokens), "device": device, "torch": torch.__version__,
+            "held_out_documents": len(self.sets.sampled), **self.all_measured(),
+        }  # fmt: skip
+
+    def save(self, folder: Path, target: str, bits: Literal[8, 16], figures: dict[str, Any]) -> dict[str, Any]:
+        """Write the adapter; returns the figures with those of the stored weights added, which the folder's config.json also holds."""
+        t, a = self.trainer, self.architecture
+        tensors = t.averaged.tensors() | {"token_ids": t.token_ids}
+        config = AdapterConfig(target, target_digest(self.decoder.config), a.trunk_layers, a.own_layers, a.vocab_size, a.head, bits)
+        save_adapter(folder, config, tensors)
+        _, stored = load_adapter(folder)
+        kept = {name: tensor.clone() for name, tensor in t.averaged.tensors().items()}
+        t.averaged.load_tensors(stored)
+        figures = figures | {"stored_bits": bits, "stored": self.all_measured()}
+        t.averaged.load_tensors(kept)
+        config = save_adapter(folder, replace(config, training=figures), tensors)
+        return figures | {"adapter_digest": config.digest, "adapter_bytes": sum(f.stat().st_size for f in folder.glob("adapter.*"))}

@@ -1,0 +1,55 @@
+"""Keys and values kept in 4, 3 or 2 bits while they are attended. `reference.py` says what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.dispatch import use_triton
+from kernels.quantized_kv import reference
+from kernels.quantized_kv.reference import FORMATS, NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
+
+__all__ = [
+    "FORMATS", "NUM_RECENT", "NUM_SINKS", "RING", "HotMeans", "HotPages", "HotRecent", "HotSinks", "hot_kv_write", "hot_paged_attention", "new_pages",
+]  # fmt: skip
+
+
+def hot_kv_write(
+    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: HotMeans, pages: HotPages
+) -> None:
+    """`reference.hot_kv_write` (arguments there), through Triton where it applies."""
+    if use_triton(k, pages.k_codes):
+        from kernels.quantized_kv import triton
+
+        triton.hot_kv_write(k, v, cos, sin, slots, means, pages)
+    else:
+        reference.hot_kv_write(k, v, cos, sin, slots, means, pages)
+
+
+def hot_paged_attention(
+    q: torch.Tensor,
+    pages: HotPages,
+    means: HotMeans,
+    cos_table: torch.Tensor,
+    sin_table: torch.Tensor,
+    page_table: torch.Tensor,
+    query_lens: Sequence[int] | torch.Tensor,
+    context_lens: Sequence[int] | torch.Tensor,
+    scale: float,
+    *,
+    sinks: HotSinks | None = None,
+    recent: HotRecent | None = None,
+    deterministic: bool = False,
+    max_query_len: int | None = None,
+) -> torch.Tensor:
+    """`reference.hot_paged_attention` (arguments and result there), through Triton where it applies.
+
+    max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
+    """
+    fixed = (q, pages, means, cos_table, sin_table, page_table, query_lens, context_lens, scale)
+    if use_triton(q, pages.k_codes):
+        from kernels.quantized_kv import attention
+
+        return attention.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic, max_query_len=max_query_len)
+    return reference.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic)

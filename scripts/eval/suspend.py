@@ -1,0 +1,201 @@
+"""Batched greedy answers on conversations; suspending and resuming them through the bytes of a session file, through a file, or in place."""
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from codec.spec import NUM_SINKS, QUALITIES
+from codec.token_ids import encode_ids
+from engine.engine import Engine
+from engine.errors import InvalidOption
+from engine.kv.pool import KvSequence, PagedPool
+from engine.runtime.request import Conversation
+from engine.sessions.codec_params import pair_fingerprints
+from engine.sessions.file import SessionFile, Span
+from engine.sessions.kv_codec import PREFILL_TOKENS, chunk_ends, prefill_draft, run_sinks, session_codec
+
+CHUNK_TOKENS = 1024
+_TOGETHER = 8  # sequences of a prefill
+PREDICTION = "prediction"
+_PREDICTION_STEP = 1e6  # every residual rounds to zero: what is left is the prediction
+
+
+def step_name(quality: str) -> str | float:
+    """What the codec takes for a quality's name: the name, X of "stepX", or a step that keeps no residual for "prediction". Raises InvalidOption."""
+    if quality in QUALITIES:
+        return quality
+    if quality == PREDICTION:
+        return _PREDICTION_STEP
+    try:
+        if quality.startswith("step") and float(quality[4:]) > 0:
+            return float(quality[4:])
+    except ValueError:
+        pass
+    raise InvalidOption(f"unknown quality {quality!r}", f"choose from {', '.join(QUALITIES)}, {PREDICTION}, or stepX with a number X")
+
+
+@torch.inference_mode()
+def run_tokens(engine: Engine, conversations: Sequence[Conversation], pieces: Sequence[list[int]], logits: str) -> torch.Tensor | None:
+    """Run the target over pieces[b], which follow what conversation b's cache holds; logits as in `Decoder.forward`. Advances."""
+    states = [c.draft_state for c in conversations if c.draft_state is not None]
+    taps = engine.drafter.target_taps if engine.drafter and states else ()
+    flat = torch.tensor([t for piece in pieces for t in piece], device=engine.device)
+    counts = [len(piece) for piece in pieces]
+    out = engine.target.forward(
+        flat, [c.sequence for c in conversations], counts, taps=taps, logits=logits, deterministic=engine.deterministic  # type: ignore[arg-type]
+    )
+    if engine.drafter is not None and taps:
+        engine.drafter.observe_target(states, counts, out.taps)
+    for conversation, count in zip(conversations, counts, strict=True):
+        conversation.sequence.advance(count)
+    return out.logits
+
+
+@torch.inference_mode()
+def open_with(engine: Engine, token_ids: Sequence[Sequence[int]]) -> list[Conversation]:
+    """Conversations whose caches hold all of each of token_ids, and whose draft has run them too."""
+    conversations = [engine.open_conversation() for _ in token_ids]
+    for conversation, ids in zip(conversations, token_ids, strict=True):
+        conversation.token_ids[:] = ids
+    for first in range(0, len(conversations), _TOGETHER):
+        some = conversations[first : first + _TOGETHER]
+        for start in range(0, max(len(c.token_ids) for c in some), CHUNK_TOKENS):
+            going = [c for c in some if len(c.token_ids) > start]
+            run_tokens(engine, going, [c.token_ids[start : start + CHUNK_TOKENS] for c in going], "none")
+        run_draft(engine, some)
+    return conversations
+
+
+@torch.inference_mode()
+def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
+    """Let a separate draft run what it lacks of the conversations' caches, all of them together: its features are what is coded against."""
+    drafter = engine.drafter
+    if drafter is None or engine.draft_decoder is None:
+        return
+    pairs = [(c, c.draft_state) for c in conversations if c.draft_state is not None]
+    while behind := [(c, state) for c, state in pairs if state.length < c.sequence.length]:
+        drafter.prefill([state for _, state in behind],
+                        [c.token_ids[state.length : min(state.length + PREFILL_TOKENS, c.sequence.length)] for c, state in behind])
+
+
+def ask(
+    engine: Engine, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> list[list[int]]:
+    """Append each question's tokens and answer all greedily as one batch; returns the answers without their end tokens.
+
+    The conversations keep question and answer (with its end token); as everywhere, the last token's KV is not in the cache yet.
+    """
+    for conversation, question in zip(conversations, questions, strict=True):
+        conversation.token_ids.extend(question)
+    answers: list[list[int]] = [[] for _ in conversations]
+    active = list(range(len(conversations)))
+    for step in range(1, max(max_new_tokens, default=0) + 1):
+        chosen = [conversations[b] for b in active]
+        logits = run_tokens(engine, chosen, [c.token_ids[c.sequence.length :] for c in chosen], "last")
+        assert logits is not None
+        going = []
+        for b, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+            conversations[b].token_ids.append(token)
+            if token not in engine.eos_token_ids:
+                answers[b].append(token)
+                if step < max_new_tokens[b]:
+                    going.append(b)
+        active = going
+        if not active:
+            break
+    return answers
+
+
+def ask_aside(
+    engine: Engine, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> list[list[int]]:
+    """`ask` without a trace: every question gets a cache of its own that shares the conversation's full pages (one may be asked many times)."""
+    asides = []
+    try:
+        for conversation in conversations:
+            asides.append(Conversation(list(conversation.token_ids), copied(conversation.sequence, shared=True)))
+        return ask(engine, asides, questions, max_new_tokens)
+    finally:
+        for aside in asides:
+            aside.sequence.free()
+
+
+@torch.inference_mode()
+def copied(sequence: KvSequence, shared: bool) -> KvSequence:
+    """The same KV in a sequence of its own. shared: full pages belong to both, who may only write behind them."""
+    pool = sequence.pool
+    assert isinstance(pool, PagedPool), "only bf16 pages are copied"
+    new = pool.new_sequence()
+    full = sequence.length // pool.page_size if shared else 0
+    pool.retain(sequence.pages[:full])
+    new.pages = sequence.pages[:full]
+    rest = sequence.pages[full : -(-sequence.length // pool.page_size)]
+    if rest:
+        own = pool.allocate(len(rest))
+        pool.kv[:, :, own] = pool.kv[:, :, rest]
+        new.pages = new.pages + own
+    new.length = sequence.length
+    return new
+
+
+class Suspender:
+    """Writes an engine's conversations as session files' bytes and opens them again: `Session.suspend` and resume without the disk."""
+
+    def __init__(self, engine: Engine, pack: str | None, log: Callable[[str], None] = print) -> None:
+        self.engine, self.codec = engine, session_codec(engine, pack, log)
+        self._prints = pair_fingerprints(engine) | {"pack": self.codec.pack.digest}
+        self._frames: dict[tuple[int, ...], bytes] = {}  # coded ids: the same for every quality, and slow to make
+
+    @torch.inference_mode()
+    def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:
+        """The file's bytes; `spans` coded before keep theirs."""
+        num_cached = conversation.sequence.length
+        start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
+        new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
+        return self._file(conversation, quality, [*spans, *new])
+
+    def through_file(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> tuple[Conversation, list[Span], int]:
+        """Suspended into a file on disk and resumed from it: a new conversation, its spans, the file's bytes."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "session"
+            path.write_bytes(self.suspend(conversation, quality, spans))
+            data = path.read_bytes()
+        return *self.resume(data), len(data)
+
+    @torch.inference_mode()
+    def in_place(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> list[Span]:
+        """The conversation's KV becomes what a resume would give, without the draft's second pass: tokens that no span covers are coded, and decoded
+        over themselves. Returns all spans."""
+        num_cached = conversation.sequence.length
+        start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
+        new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
+        if new:
+            self.codec.decode(conversation, new)
+        return [*spans, *new]
+
+    def file_bytes(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> int:
+        """Bytes of the session file that a conversation would be suspended into."""
+        return len(self._file(conversation, quality, spans))
+
+    def _file(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> bytes:
+        ids = tuple(conversation.token_ids)
+        if ids not in self._frames:
+            self._frames[ids] = encode_ids(ids)
+        return SessionFile(list(ids), conversation.sequence.length, quality, self._prints, list(spans), self._frames[ids]).to_bytes()
+
+    @torch.inference_mode()
+    def resume(self, data: bytes) -> tuple[Conversation, list[Span]]:
+        """A new conversation from a file's bytes alone, and its spans."""
+        stored = SessionFile.from_bytes(data)
+        conversation = self.engine.open_conversation()
+        conversation.token_ids[:] = stored.token_ids
+        if stored.spans:
+            run_sinks(self.engine, conversation, NUM_SINKS)
+            if self.engine.drafter is not None and conversation.draft_state is not None:
+                prefill_draft(self.engine, conversation.draft_state, stored.token_ids[: stored.num_cached], chunk_ends(stored.spans))
+            self.codec.decode(conversation, stored.spans)
+            conversation.sequence.advance(stored.num_cached - conversation.sequence.length)
+        return conversation, stored.spans

@@ -1,0 +1,159 @@
+"""The adapter's folder: what is stored comes back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from draft.errors import AdapterMismatch, AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter
+from draft.head_file import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterConfig,
+    dequantise,
+    is_adapter,
+    load_adapter,
+    quantise,
+    read_config,
+    save_adapter,
+    target_digest,
+)
+
+TARGET = SimpleNamespace(
+    architecture="llama", num_layers=3, hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=80, vocab_size=97,
+    rms_norm_eps=1e-6, qkv_bias=False, o_bias=False, qk_norm=False, rope=SimpleNamespace(theta=1e4),
+)  # fmt: skip
+
+
+def example(head="own", bits=8):
+    torch.manual_seed(0)
+    config = AdapterConfig("tiny", target_digest(TARGET), 2, 1, 11, head, bits, {"seed": 3})
+    tensors = {"token_ids": torch.arange(0, 33, 3), "model.norm.weight": torch.rand(48), "model.layers.0.mlp.down_proj.weight": torch.randn(48, 80)}
+    if head == "own":
+        tensors["lm_head.weight"] = torch.randn(11, 48)
+    return config, tensors
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("head", ["own", "tied"])
+def test_what_is_saved_comes_back(tmp_path, head, bits):
+    config, tensors = example(head, bits)
+    saved = save_adapter(tmp_path, replace(config, bits=16), tensors, bits)
+    loaded, got = load_adapter(tmp_path)
+    assert loaded == config == saved and len(loaded.digest) == 64 and loaded.digest == saved.digest
+    assert got.keys() == tensors.keys() and got["token_ids"].tolist() == tensors["token_ids"].tolist()
+    assert torch.equal(got["model.norm.weight"], tensors["model.norm.weight"])
+    for name in tensors.keys() - {"token_ids", "model.norm.weight"}:
+        error, largest = (got[name].float() - tensors[name]).abs().max(), tensors[name].abs().max()
+        assert 0 < error <= largest * (0.51 / 127 if bits == 8 else 2.0**-8)
+    again = save_adapter(tmp_path / "again", loaded, got)
+    assert again.digest == saved.digest, "coded numbers are coded as themselves"
+    assert is_adapter(tmp_path) and not is_adapter(tmp_path / "nowhere")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 200), st.floats(-9, 4), st.integers(0, 9))
+def test_quantising_rounds_to_nearest(rows, width, exponent, seed):
+    torch.manual_seed(seed)
+    matrix = torch.randn(rows, width) * 10**exponent
+    steps, scale = quantise(matrix)
+    assert steps.shape == matrix.shape and scale.shape == (rows, -(-width // 64))
+    bound = scale.float().repeat_interleave(64, 1)[:, :width]
+    # half a step; at the largest weight a rounded-down scale may cost a little more: 127 times half a unit of its last place
+    rounded = 2.0**-10 * matrix.abs() + 127 * 2.0**-25
+    assert bool(((dequantise(steps, scale) - matrix).abs() <= 0.5 * bound + rounded).all())
+
+
+def test_zeros_stay_zeros():
+    assert bool((dequantise(*quantise(torch.zeros(3, 70))) == 0).all())
+
+
+def test_the_digest_leaves_the_training_out(tmp_path):
+    config, tensors = example()
+    digest = save_adapter(tmp_path, config, tensors).digest
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"training": {"acceptance": 0.6}}))
+    loaded, _ = load_adapter(tmp_path)
+    assert loaded.digest == digest and loaded.training == {"acceptance": 0.6}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"trunk_layers": 1}, {"num_layers": 2}, {"vocab_size": 12}, {"head": "tied"}, {"bits": 16}, {"target_fingerprint_config": "0" * 64}, {"more": 1}],
+)
+def test_a_config_of_another_adapter_is_refused(tmp_path, change):
+    save_adapter(tmp_path, *example())
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | change))
+    with pytest.raises(CorruptedAdapter):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_tensors_are_refused(tmp_path, place, damage):
+    save_adapter(tmp_path, *example())
+    data = bytearray((tmp_path / TENSOR_FILE).read_bytes())
+    at = int(place * len(data))
+    if damage == "cut":
+        del data[at:]
+    else:
+        data[at] ^= 16
+    (tmp_path / TENSOR_FILE).write_bytes(data)
+    with pytest.raises((CorruptedAdapter, ForeignAdapter)):
+        load_adapter(tmp_path)
+
+
+def test_missing_foreign_and_newer_files_have_names(tmp_path):
+    with pytest.raises(AdapterNotFound):
+        load_adapter(tmp_path)
+    config, tensors = example()
+    save_adapter(tmp_path, config, tensors)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    for text, error in (
+        ("{", CorruptedAdapter),
+        ("[]", ForeignAdapter),
+        ('{"model_type": "llama"}', ForeignAdapter),
+        (json.dumps(fields | {"version": 2}), NewerAdapter),
+        (json.dumps(fields | {"version": None}), CorruptedAdapter),
+        (json.dumps(fields | {"vocab_size": 0}), ForeignAdapter),
+        (json.dumps({k: v for k, v in fields.items() if k != "head"}), CorruptedAdapter),
+    ):
+        (tmp_path / CONFIG_FILE).write_text(text)
+        with pytest.raises(error):
+            read_config(tmp_path)
+    save_adapter(tmp_path, config, tensors)
+    (tmp_path / TENSOR_FILE).unlink()
+    with pytest.raises(AdapterNotFound):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_ids": torch.arange(11).flip(0)},
+        {"token_ids": torch.arange(12)},
+        {"lm_head.weight": None},
+        {"model.norm.weight": None},
+        {"model.layers.1.mlp.down_proj.weight": torch.zeros(2, 2)},
+        {"model.norm.weight": torch.full((48,), torch.nan)},
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_not_saved(tmp_path, change):
+    config, tensors = example()
+    with pytest.raises(CorruptedAdapter):
+        save_adapter(tmp_path, config, {k: v for k, v in (tensors | change).items() if v is not None})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_of_another_shape_is_refused():
+    config, _ = example()
+    config.check_target(TARGET)
+    with pytest.raises(AdapterMismatch, match="tiny"):
+        config.check_target(SimpleNamespace(**(vars(TARGET) | {"num_layers": 4})))

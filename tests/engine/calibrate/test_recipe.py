@@ -1,0 +1,154 @@
+"""Calibration of tiny random pairs: what it gathers, that packs work, and that text and options are checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from codec.codec import KvCodec
+from codec.pack import CodecPack
+from codec.predictor.dense import DensePredictor, load_predictor
+from codec.predictor.features import FeatureSpec, join_features
+from codec.spec import NUM_SINKS, QUALITIES
+from codec.weighting import apply_blocks
+from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
+from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
+from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, rotate_heads
+from engine.errors import InvalidOption
+
+
+@pytest.fixture(scope="module")
+def target(random_decoder):
+    return random_decoder(0, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def draft(random_decoder):
+    return random_decoder(1, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def docs(target) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, target.config.vocab_size, (48,), generator=generator).tolist() for _ in range(40)]
+
+
+def test_the_stream_returns_what_one_document_gives_alone(target, draft, docs) -> None:
+    stream = PairStream(target, draft, FeatureSpec((1, 2), (0, 1)))
+    together = stream.run(docs[:3])
+    assert together.lengths == [48 - NUM_SINKS] * 3
+    sequence = target.new_pool(2).new_sequence()
+    target.forward(torch.tensor(docs[1]), [sequence], [48])
+    truth = target.read_kv(sequence, NUM_SINKS, 48)
+    rows = slice(48 - NUM_SINKS, 2 * (48 - NUM_SINKS))
+    torch.testing.assert_close(together.y[rows], truth, atol=1e-4, rtol=1e-3)
+    out = draft.forward(torch.tensor(docs[1]), [draft.new_pool(2).new_sequence()], [48], taps=(1, 2))
+    own = target.forward(torch.tensor(docs[1]), [target.new_pool(2).new_sequence()], [48], taps=(0, 1))
+    target_rows = torch.stack([own.taps[0], own.taps[1]], 1)[NUM_SINKS:]
+    torch.testing.assert_close(target_rows[:, 0], target.embed(torch.tensor(docs[1]))[NUM_SINKS:])
+    expected = join_features(torch.stack([out.taps[1], out.taps[2]], 1)[NUM_SINKS:], target_rows)
+    torch.testing.assert_close(together.features[rows], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_query_statistics_and_weights(target, docs) -> None:
+    stream, queries = PairStream(target, None, FeatureSpec(()), 0), QueryStatistics(stride=1)
+    batch = stream.run(docs[:6], queries)
+    layout = stream.layout
+    weighting = queries.weighting(target, layout, block_covariances(batch.y, layout.head_dim))
+    product = weighting.root @ weighting.inverse
+    torch.testing.assert_close(product, torch.eye(layout.head_dim).expand_as(product), atol=1e-2, rtol=1e-2)
+    spread = apply_blocks(batch.y - batch.y.mean(0), weighting.root).pow(2).mean()
+    torch.testing.assert_close(spread, torch.tensor(1.0), atol=1e-3, rtol=1e-3)
+    # turning a query keeps its length: the moments' traces are the queries' mean squares, wherever the queries were turned to
+    lengths: list[torch.Tensor] = []
+    for document in docs[:6]:
+        sequence = target.new_pool(2).new_sequence()
+
+        def observe(layer: int, q: torch.Tensor, stream: torch.Tensor) -> None:
+            if layer == 1:
+                lengths.append(q[NUM_SINKS:].float().pow(2).sum(-1))
+
+        target.forward(torch.tensor(document), [sequence], [48], observe=observe)
+    trace = (queries.moments[1] / queries.counts[1]).diagonal(dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(trace, torch.cat(lengths).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_queries_are_turned_to_where_a_key_meets_them(target) -> None:
+    """(R_i q) . (R_j k) is (R_(i-j) q) . k: the scores of rotated queries and keys, from queries turned by the distance alone."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 1, 1, target.config.head_dim, generator=generator)
+    cos, sin = target.rope.slice(0, 20)
+    turn = lambda x, at: rotate_heads(x, cos[at : at + 1], sin[at : at + 1])  # noqa: E731
+    torch.testing.assert_close((turn(q, 17) * turn(k, 5)).sum(), (turn(q, 12) * k).sum(), atol=1e-4, rtol=1e-4)
+
+
+FULL_PACKS = [
+    (1, {"rank": 24}),
+    (0, {"rank": 24, "weighting": "attention"}),
+    (0, {"rank": 24, "transform": "per_layer", "weighting": "unit"}),
+    (1, {"predictor": "dense"}),
+    (-1, {"predictor": "dense"}),
+    (-1, {"rank": 24}),
+    (0, {"predictor": "dense", "level_strength": 1.0}),
+]
+
+
+@pytest.mark.parametrize("trunk,options", FULL_PACKS)
+def test_full_pack(target, draft, docs, tmp_path: Path, trunk: int, options: dict) -> None:
+    lines: list[str] = []
+    draft = None if trunk == 1 else draft  # -1: a draft, and a layer of the target run again beside it
+    trunk = abs(trunk)
+    chosen = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, **options)
+    pack = calibrate(target, draft, docs, trunk_layers=trunk, options=chosen, fingerprints={"target": "t"}, log=lines.append)
+    assert pack.predictor_settings["target_taps"] == ([0, 1] if draft and trunk else [0])
+    assert pack.layout.first_layer == trunk and pack.info["tokens"] > 1000 and len(lines) > 3
+    bits = [pack.info["ideal_bits_per_element"][q] for q in QUALITIES]
+    assert bits == sorted(bits, reverse=True) and bits[-1] > 0
+    pack.save(tmp_path / "p")
+    pack = CodecPack.load(tmp_path / "p")
+    predictor = load_predictor(pack.predictor, pack.predictor_settings)
+    stream = PairStream(target, draft, predictor.spec, trunk)
+    batch = stream.run(docs[:2])
+    prediction = predictor.predict_features(batch.features)
+    assert (batch.y - prediction).pow(2).sum() < 0.8 * (batch.y - predictor.mu).pow(2).sum()
+    assert isinstance(predictor, DensePredictor) == (options.get("predictor") == "dense")
+    codec = KvCodec(pack)
+    decoded = codec.decode(codec.encode(batch.y, prediction, "near-lossless"), prediction)
+    error, residual = (apply_blocks(x - batch.y, codec.weighting.root).pow(2).mean() for x in (decoded, prediction))
+    # a better prediction leaves residuals nearer to the step, of which less can be coded away
+    assert error < 0.6**2 / 6 and error < (0.4 if isinstance(predictor, DensePredictor) else 0.3) * residual
+
+
+@pytest.mark.parametrize("trunk", [0, 1])
+def test_quick_pack(target, draft, byte_tokenizer, trunk: int) -> None:
+    lines: list[str] = []
+    pack = quick_pack(target, None if trunk else draft, byte_tokenizer(), trunk_layers=trunk, num_tokens=500, context=64, rank=16, log=lines.append)
+    assert "held-out R2 of keys" in lines[-1] and pack.kind == "per_layer"
+    assert set(pack.fingerprints) == {"text"}
+
+
+def test_texts(tmp_path: Path, byte_tokenizer) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("hello " * 200)
+    (tmp_path / "sub" / "b.md").write_text("world " * 200)
+    (tmp_path / "c.bin").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / ".hidden").write_text("secret")
+    files = text_files([tmp_path])
+    assert [f.name for f in files] == ["a.txt", "b.md"]
+    assert list(read_texts(files, 1)) == list(read_texts(files, 1))
+    docs, digest = documents(read_texts(files), byte_tokenizer(), 10_000, 100, per_text=2)
+    assert [len(d) for d in docs] == [100] * 4 and digest == documents(read_texts(files), byte_tokenizer(), 10_000, 100, per_text=2)[1]
+    for bad in (["/no/such/place"], [tmp_path / "c.bin"]):
+        with pytest.raises(InvalidOption):
+            text_files(bad)
+    with pytest.raises(InvalidOption, match="too short"):
+        documents(["ab"], byte_tokenizer(), 100, 50)
+    first = next(iter(library_texts()))
+    assert len(first) > 1000 and first == next(iter(library_texts()))
+
+
+def test_options_are_checked(target, docs) -> None:
+    with pytest.raises(InvalidOption):
+        calibrate(target, None, docs, trunk_layers=1, options=CalibrationOptions(weighting="none"))

@@ -1,0 +1,342 @@
+"""`python -m engine.generate`: what goes where, the JSON of the contract, mistakes in one line, and a conversation at a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import FalconConfig, MistralConfig
+
+from engine.generate import main
+from engine.hub.resolve import PairPaths
+from engine.sessions.codec_params import find_pack
+from engine.sessions.file import SessionFile
+
+ROOT = Path(__file__).resolve().parents[3]
+TYPES = {
+    "text": str, "finish_reason": str, "prompt_tokens": int, "reused_tokens": int, "new_tokens": int, "ttft_s": float, "decode_s": float,
+    "tokens_per_s": float, "pair": str, "device": str, "dtype": str, "seed": int, "versions": dict,
+    "speculation": {"drafter": str, "steps": int, "proposed": int, "accepted": int, "acceptance_rate": float, "tokens_per_step": float,
+                    "accepted_by_position": list},
+    "kv": {"tokens": int, "raw_bytes": int, "hot_bytes": int, "stored_bytes": int, "bits_per_element": float, "quality": str},
+    "memory": {"target_bytes": int, "draft_bytes": int, "pool_bytes": int, "pack_bytes": int},
+}  # fmt: skip
+
+
+@pytest.fixture
+def generate(capsys, model_options):
+    """`generate(*options)` -> exit status, standard output, standard error, over the tiny pair unless models are named."""
+
+    def call(*options):
+        named = [] if {"--target", "--pair"} & set(options) else model_options
+        status = main([*named, *map(str, options)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """`stdin(data)`: what standard input holds."""
+    return lambda data: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+
+def mistake(status, out, err):
+    """The one line of a mistake."""
+    assert status == 2 and out == "" and "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and re.fullmatch(r"error: .+ \(.+\)", lines[0]), err
+    return lines[0]
+
+
+# --- text and figures ---------------------------------------------------------------------------------------------------
+
+
+def test_text_to_stdout_figures_to_stderr(generate):
+    status, out, err = generate("Hello", "--max-new-tokens", 12)
+    assert status == 0 and out.endswith("\n") and "tokens/s" not in out
+    assert re.search(r"\[.*target, cpu, float32: target \d+ MiB, draft \d+ MiB \(draft\), KV pools \d+ MiB\]", err)
+    assert re.search(r"\[\d+ tokens at [\d.]+ tokens/s, first after [\d.]+ s; prompt \d+ tokens, 0 reused.*; (length|eos)\]", err)
+
+
+def test_json_is_the_contract_s(generate, tmp_path):
+    status, out, _ = generate("Hello", "--max-new-tokens", 20, "--json", "--session", tmp_path / "a.kv", "--draft-length", 3, "--seed", 5)
+    found = json.loads(out.splitlines()[-1])
+    assert status == 0 and len(out.splitlines()) == 1
+    for key, kind in TYPES.items():
+        inner = kind if isinstance(kind, dict) else {}
+        assert isinstance(found[key], dict if inner else kind), key
+        for name, type_ in inner.items():
+            assert isinstance(found[key][name], type_) and not isinstance(found[key][name], bool), (key, name)
+    assert found["finish_reason"] in ("stop", "length", "eos") and found["seed"] == 5 and found["device"] == "cpu" and found["dtype"] == "float32"
+    assert found["kv"]["stored_bytes"] == (tmp_path / "a.kv").stat().st_size and found["kv"]["quality"] == "balanced"
+    assert found["kv"]["tokens"] == found["prompt_tokens"] + found["new_tokens"] - 1
+    assert found["memory"]["pack_bytes"] > 0 and found["speculation"]["drafter"] == "draft"
+    assert {"python", "torch", "transformers"} <= set(found["versions"])
+
+
+def test_json_without_a_session(generate, model_options):
+    status, out, _ = generate("Hello", "--max-new-tokens", 3, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["kv"]["stored_bytes"] is found["kv"]["bits_per_element"] is found["kv"]["quality"] is None
+    assert found["memory"]["pack_bytes"] == 0 and found["pair"] == model_options[1]
+
+
+def test_json_into_a_file_beside_the_text(generate, tmp_path):
+    status, out, _ = generate("Hello", "--max-new-tokens", 12, "--json-out", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert status == 0 and out == found["text"] + "\n" and found["new_tokens"] <= 12
+
+
+def test_a_known_pair(generate, chat_folders, monkeypatch, pack_home):
+    monkeypatch.setattr("engine.engine.resolve_pair", lambda name, progress: PairPaths(name, chat_folders.target, chat_folders.draft))
+    found = {}
+    for draft in ("draft", "trunk", "none"):
+        own = [] if draft == "draft" else ["--draft", draft]
+        status, out, _ = generate("--pair", "smollm2", *own, "Hello", "--max-new-tokens", 24, "--json", "--dtype", "float32", "--device", "cpu")
+        assert status == 0
+        found[draft] = json.loads(out)
+        assert found[draft]["pair"] == "smollm2" and found[draft]["speculation"]["drafter"] == draft
+    assert found["draft"]["text"] == found["trunk"]["text"] == found["none"]["text"]
+    assert found["none"]["speculation"]["proposed"] == 0 and found["none"]["memory"]["draft_bytes"] == 0
+
+
+def test_prompts_come_from_the_argument_a_file_or_standard_input(generate, stdin, tmp_path):
+    (tmp_path / "prompt.txt").write_text("früh 🙂", encoding="utf-8")
+    _, argued, _ = generate("früh 🙂", "--max-new-tokens", 10)
+    _, filed, _ = generate("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 10)
+    stdin("früh 🙂".encode())
+    _, piped, _ = generate("--max-new-tokens", 10)
+    assert argued == filed == piped
+
+
+def test_raw_leaves_the_template_out(generate):
+    lengths = {}
+    for options in ([], ["--raw"]):
+        _, out, _ = generate("Hello", "--max-new-tokens", 1, "--json", *options)
+        lengths[len(options)] = json.loads(out)["prompt_tokens"]
+    assert lengths == {1: 5, 0: len("user\nHello\nassistant\n") + 3}
+
+
+def test_sampling_options_reach_the_sampler(generate):
+    def text(*options):
+        status, out, _ = generate("Hello", "--json", "--max-new-tokens", 40, "--draft-length", 2, *options)
+        assert status == 0
+        return json.loads(out)["text"]
+
+    warm = ["--temperature", 1.5]
+    assert text(*warm, "--seed", 1) == text(*warm, "--seed", 1) != text(*warm, "--seed", 2)
+    greedy = text()
+    assert text(*warm, "--top-k", 1) == greedy == text(*warm, "--top-p", 1e-6) == text(*warm, "--min-p", 1)
+    assert text("--draft-length", 0) == greedy == text("--deterministic")
+    part = greedy[5:8]
+    stopped = text("--stop", "never there", "--stop", part)
+    assert part and stopped == greedy[: greedy.index(part)]
+
+
+# --- sessions -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_made_then_resumed(generate, tmp_path):
+    file = tmp_path / "chat.kv"
+    status, _, err = generate("Hello", "--session", file, "--max-new-tokens", 20, "--quality", "compact")
+    assert status == 0 and re.search(r"suspended \d+ tokens to .*chat\.kv: [\d,]+ bytes, \d+ times less than [\d,]+ in bf16 \(.*, compact, ", err)
+    assert "resumed" not in err
+    first = SessionFile.load(file)
+    status, out, err = generate("And now?", "--session", file, "--max-new-tokens", 20, "--json")
+    found, second = json.loads(out), SessionFile.load(file)
+    assert status == 0 and re.search(rf"resumed {len(first.token_ids)} tokens from .*chat\.kv in ", err)
+    assert found["reused_tokens"] == len(first.token_ids) - 1 == first.num_cached
+    assert second.token_ids[: len(first.token_ids)] == first.token_ids and second.spans[: len(first.spans)] == first.spans
+    assert second.quality == "compact", "the file's own quality, unless another is asked for"
+    status, _, _ = generate("More", "--session", file, "--max-new-tokens", 3, "--quality", "tokens")
+    assert status == 0 and SessionFile.load(file).quality == "tokens"
+
+
+@pytest.mark.parametrize("draft", ["trunk", "none"])
+def test_sessions_without_a_separate_draft(generate, chat_folders, draft, tmp_path):
+    options = ["--target", chat_folders.target, "--draft", draft, "--dtype", "float32", "--device", "cpu", "--session", tmp_path / "a.kv"]
+    for reused in (False, True):
+        status, out, _ = generate("Hello", *options, "--max-new-tokens", 20, "--json")
+        assert status == 0 and (json.loads(out)["reused_tokens"] > 0) is reused
+
+
+def test_a_session_whose_turn_fails_keeps_its_file(generate, tmp_path):
+    file = tmp_path / "chat.kv"
+    generate("Hello", "--session", file, "--max-new-tokens", 5)
+    before = file.read_bytes()
+    assert "context is 1024" in mistake(*generate("x" * 2000, "--session", file))
+    assert file.read_bytes() == before
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        (["--pair", "gpt-9", "hi"], "unknown pair 'gpt-9' (known pairs: "),
+        (["--target", "/no/such/folder", "hi"], "there is no folder '/no/such/folder'"),
+        (["--target", "/no/such", "--draft", "trunk", "hi"], "there is no folder '/no/such'"),
+        (["--pair", "smollm2", "--target", "x", "hi"], "--pair and --target exclude each other"),
+        (["hi", "--temperature", "-1"], "temperature"),
+        (["hi", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+        (["hi", "--temperature", "nan"], "temperature"),
+        (["hi", "--top-p", "0"], "top_p"),
+        (["hi", "--top-k", "-3"], "top_k"),
+        (["hi", "--min-p", "2"], "min_p"),
+        (["hi", "--seed", "-1"], "seed"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["hi", "--stop", ""], "stop"),
+        (["hi", "--draft-length", "many"], "--draft-length cannot be 'many'"),
+        (["hi", "--draft-length", "-1"], "draft_length"),
+        (["hi", "--device", "abacus"], "unknown device 'abacus'"),
+        (["hi", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["hi", "--quality", "best", "--session", "a.kv"], "unknown quality 'best'"),
+        (["hi", "--quality", "tiny"], "--quality only matters to a session"),
+        (["hi", "--pack", "x.pack"], "--pack only matters to a session"),
+        (["hi", "--session", "/no/such/folder/a.kv"], "--session cannot be written to"),
+        (["hi", "--session", "/tmp"], "--session cannot be written to"),
+        (["hi", "--json-out", "/no/such/folder/a.json"], "--json-out cannot be written to"),
+        (["hi", "--hot", "q5"], "--hot"),
+        (["hi", "there"], "unrecognized arguments: there"),
+        (["hi", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--chat", "--json"], "--chat does not go with --json"),
+        (["--chat", "--raw"], "--chat does not go with --raw"),
+        (["--chat", "--json-out", "a"], "--chat does not go with --json-out"),
+        (["hi", "--prompt-file", "x"], "there are two prompts"),
+        (["--prompt-file", "/no/such/file"], "prompt file /no/such/file cannot be read"),
+        ([""], "there is no prompt"),
+        ([" \n"], "there is no prompt"),
+        (["caf\udce9"], "not valid text"),
+        (["x" * 2000], "the model's context is 1024"),
+        (["x" * 2000, "--raw"], "the prompt has 2000 tokens"),
+    ],
+)
+def test_mistakes_end_in_one_line(generate, options, what):
+    assert what in mistake(*generate(*options))
+
+
+@pytest.mark.parametrize("data, what", [(b"", "there is no prompt"), (b"\n", "there is no prompt"), (b"caf\xe9", "standard input is not text")])
+def test_standard_input_without_a_prompt(generate, stdin, data, what):
+    stdin(data)
+    assert what in mistake(*generate())
+
+
+def test_prompt_files_that_are_no_text(generate, tmp_path):
+    (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in mistake(*generate("--prompt-file", tmp_path / "p"))
+    assert "cannot be read" in mistake(*generate("--prompt-file", tmp_path))
+    (tmp_path / "p").write_bytes(b"  \n")
+    assert "there is no prompt" in mistake(*generate("--prompt-file", tmp_path / "p"))
+
+
+def test_models_that_do_not_serve(generate, chat_folders, byte_tokenizer, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in chat_folders.draft.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["surplus"])
+    tokenizer.save_pretrained(other)
+    assert "only the draft has the token 'surplus'" in mistake(*generate("hi", "--target", chat_folders.target, "--draft", other))
+    for config, what in (
+        (FalconConfig(architectures=["FalconForCausalLM"]).to_dict(), "Falcon"),
+        (MistralConfig(architectures=["MistralForCausalLM"], sliding_window=8).to_dict(), "sliding"),
+        ({"architectures": ["NewForCausalLM"], "model_type": "new"}, "architecture 'new' is not supported"),
+        (FalconConfig().to_dict() | {"head_dim": 8}, "Falcon"),
+        ([], "not valid"),
+    ):
+        (other / "config.json").write_text(json.dumps(config))
+        assert what.lower() in mistake(*generate("hi", "--target", other)).lower()
+    (other / "config.json").unlink()
+    assert "holds no config.json" in mistake(*generate("hi", "--target", other))
+
+
+def test_a_model_without_a_chat_template(generate, chat_folders, byte_tokenizer, tmp_path):
+    for file in chat_folders.target.iterdir():
+        if "template" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    byte_tokenizer(None).save_pretrained(tmp_path)
+    plain = ["--target", tmp_path, "--device", "cpu", "--max-new-tokens", 3]
+    assert "no chat template (give the prompt as text (--raw)" in mistake(*generate("hi", *plain))
+    assert generate("hi", "--raw", *plain)[0] == 0
+
+
+def test_session_files_and_packs_that_do_not_serve(generate, chat_engine, chat_folders, tmp_path):
+    file, good = tmp_path / "a.kv", tmp_path / "good.kv"
+    file.write_bytes(b"nothing of the kind, but long enough to be one")
+    assert "not a Foretold file" in mistake(*generate("hi", "--session", file))
+    assert file.read_bytes().startswith(b"nothing"), "what was there is not overwritten"
+    assert generate("hi", "--session", good, "--max-new-tokens", 10)[0] == 0
+    file.write_bytes(good.read_bytes()[:-1])
+    assert "ends inside section" in mistake(*generate("hi", "--session", file))
+    stranger = ["--target", chat_folders.stranger, "--draft", chat_folders.draft, "--dtype", "float32", "--device", "cpu"]
+    assert "written with another target" in mistake(*generate("hi", "--session", good, *stranger))
+    pack = find_pack(chat_engine(), log=lambda _: None)
+    replace(pack, fingerprints=pack.fingerprints | {"draft": "another"}).save(tmp_path / "pack")
+    assert "made for another draft" in mistake(*generate("hi", "--session", tmp_path / "new.kv", "--pack", tmp_path / "pack"))
+    assert "there is no codec pack" in mistake(*generate("hi", "--session", tmp_path / "new.kv", "--pack", tmp_path / "none"))
+    assert not (tmp_path / "new.kv").exists()
+
+
+def test_a_disk_that_is_full_at_the_end(generate, tmp_path, monkeypatch):
+    import errno
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "a.kv"
+    generate("Hello", "--session", file, "--max-new-tokens", 5)
+    before = file.read_bytes()
+    monkeypatch.setattr("os.fsync", full)
+    status, out, err = generate("More", "--session", file, "--max-new-tokens", 5)
+    assert mistake(status, "", err).startswith("error: no room left for the session file") and out, "the answer was shown before"
+    assert file.read_bytes() == before
+
+
+# --- several turns ------------------------------------------------------------------------------------------------------
+
+
+def test_turns_from_a_pipe(generate, stdin, tmp_path):
+    stdin(b"Hello\nAnd now?\n\nnever read\n")
+    status, out, err = generate("--chat", "--session", tmp_path / "a.kv", "--max-new-tokens", 6)
+    assert status == 0 and err.count("tokens/s") == 2 and err.count("suspended") == 1 and "> " not in out + err
+    stdin(b"More")
+    status, _, err = generate("--chat", "First", "--session", tmp_path / "a.kv", "--max-new-tokens", 6)
+    assert status == 0 and err.count("tokens/s") == 2 and "resumed" in err
+    (tmp_path / "p").write_text("From a file")
+    stdin(b"")
+    status, _, err = generate("--chat", "--prompt-file", tmp_path / "p", "--max-new-tokens", 6)
+    assert status == 0 and err.count("tokens/s") == 1
+    tokens = SessionFile.load(tmp_path / "a.kv").token_ids
+    assert tokens.count(258) == 8, "four turns of two speakers"
+
+
+def test_a_chat_that_fills_the_context_is_kept(generate, stdin, tmp_path):
+    stdin(b"Hello\n" + b"x" * 2000 + b"\n")
+    status, out, err = generate("--chat", "--session", tmp_path / "a.kv", "--max-new-tokens", 6)
+    assert "context is 1024" in mistake(status, "", err) and out and "suspended" in err
+    assert SessionFile.load(tmp_path / "a.kv").token_ids.count(258) == 2
+
+
+def test_nothing_said_nothing_kept(generate, stdin, tmp_path):
+    stdin(b"\n")
+    status, out, _ = generate("--chat", "--session", tmp_path / "a.kv")
+    assert status == 0 and out == "" and not (tmp_path / "a.kv").exists()
+
+
+def test_an_interrupt_without_a_terminal_ends_the_program(generate, stdin, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.engine.Engine.run", interrupted)
+    stdin(b"Hello\nmore\n")
+    status, _, err = generate("--chat", "--session", tmp_path / "a.kv")
+    assert status == 130 and "interrupted" in err
+    assert generate("Hello")[0] == 130

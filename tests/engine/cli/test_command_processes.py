@@ -1,0 +1,104 @@
+"""`python -m engine.generate` as a process: a pipe, a terminal with Ctrl-C, a reader that leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.sessions.file import SessionFile
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_a_real_process(model_options, tmp_path):
+    command = [sys.executable, "-m", "engine.generate", *model_options, "--max-new-tokens", "5"]
+    done = subprocess.run([*command, "--json"], input=b"Hello", capture_output=True, env=environment(), cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] <= 5, done.stderr
+    command = [sys.executable, "-m", "engine.generate", "--pair", "nope", "Hello"]
+    done = subprocess.run(command, capture_output=True, env=environment(), cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stdout == b""
+    assert re.fullmatch(r"error: unknown pair 'nope' \(.+\)\n", done.stderr.decode()), "one line, and nothing else"
+
+
+class Terminal:
+    """A process at a pseudo-terminal."""
+
+    def __init__(self, *options):
+        self.process, self._fd = pty.fork()
+        if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and so inherited, where the tests run in the background
+            os.execve(sys.executable, [sys.executable, "-m", "engine.generate", *options], environment())
+        self.shown = ""
+
+    def until(self, pattern, timeout=60.0):
+        """Everything shown up to and including `pattern`."""
+        ends = time.monotonic() + timeout
+        while (found := re.search(pattern, self.shown)) is None:
+            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], f"{pattern!r} did not come; shown: {self.shown!r}"
+            try:
+                read = os.read(self._fd, 4096)
+            except OSError:  # the process has ended
+                read = b""
+            assert read, f"the end came before {pattern!r}; shown: {self.shown!r}"
+            self.shown += read.decode(errors="replace")
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, text):
+        os.write(self._fd, text.encode())
+
+    def end(self, timeout=60.0):
+        """Ctrl-C at the prompt; exit status, and the rest of what was shown."""
+        ends, rest = time.monotonic() + timeout, self.shown
+        time.sleep(0.2)  # input() does not see a Ctrl-C that falls just before its read
+        self.type("\x03")
+        while True:
+            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], f"no end; shown: {rest!r}"
+            try:
+                read = os.read(self._fd, 4096)
+            except OSError:
+                break
+            rest += read.decode(errors="replace")
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]), rest
+
+
+def test_a_conversation_at_a_terminal(model_options, tmp_path):
+    file = tmp_path / "a.kv"
+    terminal = Terminal(*model_options, "--chat", "--session", str(file), "--quality", "tokens", "--max-new-tokens", "400")
+    terminal.until("an empty line, end of input or Ctrl-C leaves\r\n> ")
+    terminal.type("Hello\n")
+    terminal.until(r"Hello\r\n.{3}")  # the answer has begun
+    terminal.type("\x03")
+    first = terminal.until(r"\[interrupted\]\r\n> |tokens/s.*\r\n> ")
+    terminal.type("And now?\n")
+    terminal.until(r"And now\?\r\n.{3}")
+    terminal.type("\x03")
+    second = terminal.until(r"\[interrupted\]\r\n> |tokens/s.*\r\n> ")
+    terminal.type("Once more\n")
+    assert "tokens/s" in terminal.until(r"tokens/s.*\r\n> "), "an answer that is left alone comes to its end"
+    assert "[interrupted]" in first and "[interrupted]" in second
+    status, rest = terminal.end()
+    assert status == 0 and "suspended" in rest and "Traceback" not in first + second + rest
+    assert SessionFile.load(file).token_ids.count(258) >= 4
+
+
+def test_a_reader_that_leaves(model_options, tmp_path):
+    command = [sys.executable, "-m", "engine.generate", *model_options, "--max-new-tokens", "400", "Hello"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read().decode() and process.wait() == 141
+    process.stderr.close()

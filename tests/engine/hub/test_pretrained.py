@@ -1,0 +1,116 @@
+"""Adapters that ship with the package: found by the target's shape, used for `trunk`, their pack taken where it fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import calibrate
+import pytest
+import torch
+
+from codec.pack import CodecPack
+from draft import pretrained
+from draft.head_file import CONFIG_FILE, PACK_FILE, load_adapter, read_config
+from draft.pretrained import FOLDER, shipped_adapter
+from engine.cli.command import run
+from engine.errors import BadAdapter, ForeignModel
+from engine.model.decoder import Decoder
+from engine.runtime.drafters import choose_draft
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.codec_params import find_pack, pair_fingerprints
+
+
+@pytest.fixture
+def shipped(tmp_path, chat_folders, monkeypatch):
+    """The chat target's adapter as if it came with the package, beside another one and a file of no kind."""
+    folder = tmp_path / "pretrained"
+    monkeypatch.setattr(pretrained, "FOLDER", folder)
+    shutil.copytree(chat_folders.adapter, folder / "b")
+    shutil.copytree(chat_folders.adapter, folder / "a")
+    config = json.loads((folder / "a" / CONFIG_FILE).read_text())
+    (folder / "a" / CONFIG_FILE).write_text(json.dumps(config | {"target_fingerprint_config": "0" * 64}))
+    (folder / "README.md").write_text("adapters")
+    return folder / "b"
+
+
+def test_trunk_is_the_shipped_adapter_of_a_target_of_its_shape(shipped, chat_engine, chat_folders, random_decoder):
+    engine = chat_engine("trunk")
+    assert engine.trained_trunk.folder == shipped and engine.drafter_name == "trained trunk"
+    assert pair_fingerprints(engine)["draft"] == f"trunk-1-{load_adapter(shipped)[0].digest}" == engine.trained_trunk.fingerprint
+    untrained = chat_engine("trunk", trunk_layers=2)
+    assert untrained.trained_trunk is None and untrained.drafter.num_layers == 2 and untrained.drafter_name == "trunk"
+    assert choose_draft("trunk", random_decoder(0).config).adapter is None
+    config = json.loads((shipped / CONFIG_FILE).read_text())
+    (shipped / CONFIG_FILE).write_text(json.dumps(config | {"version": 99}))
+    with pytest.raises(BadAdapter, match="version 99"):
+        chat_engine("trunk")
+
+
+def test_what_ships_is_whole(tmp_path, monkeypatch, random_decoder):
+    for folder in FOLDER.iterdir() if FOLDER.is_dir() else []:
+        config, tensors = load_adapter(folder)
+        assert len(tensors["token_ids"]) == config.vocab_size and (folder / "README.md").is_file()
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        assert size <= 24 * 2**20
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "none")
+    assert shipped_adapter(random_decoder(0).config) is None
+
+
+def test_the_pack_beside_the_adapter_is_taken_where_it_fits(shipped, chat_engine, pack_home):
+    said: list[str] = []
+    fitted = find_pack(chat_engine("trunk"), log=said.append)
+    assert fitted.predictor_settings["taps"] == [1, 2], "the trunk's last state and the adapter's"
+    marked = fitted.with_model(fitted.model, fitted.stored["variance"] * 2)
+    marked.save(shipped / PACK_FILE)
+    assert find_pack(chat_engine("trunk"), log=said.append).digest == marked.digest != fitted.digest
+    marked.fingerprints["draft"] = "trunk-1"
+    marked.save(shipped / PACK_FILE)
+    assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
+    (shipped / PACK_FILE).write_bytes(b"nothing")
+    assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
+
+
+def test_a_calibrated_pack_of_an_adapter_codes_its_sessions(chat_engine, chat_folders, tmp_path, monkeypatch):
+    pack = str(tmp_path / "pack")
+    arguments = ["calibrate.py", "--target", str(chat_folders.target), "--draft", str(chat_folders.adapter), "--tokens", "1500", "--context", "64"]
+    options = ["--weighting", "attention", "--level-strength", "0", "--predictor", "low_rank", "--rank", "24", "--budget", "9", "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", [*arguments, *options, "--device", "cpu", "--out", pack])
+    assert calibrate.main() == 0
+    found = CodecPack.load(pack)
+    assert found.predictor_settings["taps"] == [1, 2] and found.layout.first_layer == 1
+    with chat_engine("adapter").session(pack=pack, quality="near-lossless") as session:
+        session.generate("def f(x):\n    return x", SamplingParams(max_new_tokens=30))
+        session.suspend(tmp_path / "a.kv")
+        with chat_engine("adapter").session(tmp_path / "a.kv", pack=pack) as resumed:
+            assert resumed.token_ids == session.token_ids
+            kept, back = (s.engine.target.read_kv(s.conversation.sequence, 0, len(s.token_ids) - 1) for s in (session, resumed))
+    assert (kept - back).norm() < 0.5 * (kept - kept.mean(0)).norm()
+
+
+def test_a_session_of_another_adapter_is_refused(chat_engine, chat_folders, tmp_path, make_adapter):
+    with chat_engine("adapter").session(quality="tokens") as session:
+        session.generate("hello", SamplingParams(max_new_tokens=5))
+        session.suspend(tmp_path / "a.kv")
+    target = Decoder.from_pretrained(chat_folders.target, dtype=torch.float32)
+    other = make_adapter(tmp_path / "other", target, trunk=1, size=180)
+    assert read_config(other).trunk_layers == 1
+    for draft in (other, "trunk"):
+        with pytest.raises(ForeignModel, match="another draft"):
+            chat_engine(str(draft)).session(tmp_path / "a.kv")
+
+
+def test_the_command_line_takes_an_adapters_folder(chat_folders, pack_home, capsys, tmp_path):
+    options = ["--target", str(chat_folders.target), "--dtype", "float32", "--device", "cpu", "--json", "--max-new-tokens", "24", "hello"]
+    found = {}
+    for draft in (str(chat_folders.adapter), "none"):
+        assert run([*options, "--draft", draft, "--draft-length", "3"]) == 0
+        found[draft] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    trained, plain = found.values()
+    assert trained["text"] == plain["text"] and trained["speculation"]["drafter"] == "trained trunk"
+    assert trained["speculation"]["accepted"] > 0 and trained["memory"]["draft_bytes"] > 0
+    broken = tmp_path / "broken"
+    shutil.copytree(chat_folders.adapter, broken)
+    (broken / "adapter.safetensors").unlink()
+    assert run([*options, "--draft", str(broken)]) == 2
+    assert "error: there is no" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""Engines whose target's KV is hot: text, speculation, sessions, channel means, refusals, and what acceptance loses."""
+
+from __future__ import annotations
+
+import json
+
+import eval_hot
+import pytest
+import torch
+import transformers
+
+import engine.calibrate.channel_means as hot_means
+from engine.calibrate.channel_means import HOT_FORMATS, channel_means, measure_means, open_pool
+from engine.calibrate.corpus import documents, library_texts
+from engine.engine import Engine
+from engine.errors import InvalidOption
+from engine.generate import main
+from engine.kv.quantized_pool import FIRST_SLOTS, HotPool
+from engine.model.device import default_pool_tokens
+from engine.runtime.sampling import SamplingParams
+from kernels.quantized_kv import FORMATS, RING
+
+IDS = [list(range(40, 52)), [200, 3, 77], list(range(90, 160))]
+
+
+@pytest.fixture(scope="module")
+def hot_folders(tmp_path_factory, byte_tokenizer):
+    """Folders of a tiny target with a head size that hot formats take, and of a draft like it: its first two of four layers, a little altered."""
+    root = tmp_path_factory.mktemp("hot")
+    weights = {}
+    for name, layers in (("target", 4), ("draft", 2)):
+        torch.manual_seed(layers)
+        config = transformers.LlamaConfig(
+            vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+            max_position_embeddings=1024, eos_token_id=256, pad_token_id=None, bos_token_id=None, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = torch.randn_like(parameter.data) * 0.2
+        if name == "target":
+            for layer in model.model.layers[2:]:
+                layer.self_attn.o_proj.weight.data *= 0.4
+                layer.mlp.down_proj.weight.data *= 0.4
+            weights = model.state_dict()
+        else:
+            model.load_state_dict({key: weights[key] * (1 + 0.1 * torch.randn_like(weights[key])) for key in model.state_dict()})
+        model.save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def hot_engine(hot_folders, pack_home):
+    """`hot_engine(hot, draft="draft"|"trunk"|"none", **options)` -> a new float32 engine; its packs and means lie in the tests' own cache."""
+
+    def make(hot, draft="draft", **options):
+        source = hot_folders / "draft" if draft == "draft" else draft
+        options = {"device": "cpu", "dtype": "float32", "page_size": 16, "pool_tokens": 1 << 13} | options
+        return Engine.from_pretrained(hot_folders / "target", source, hot=hot, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("draft", ["draft", "trunk"])
+@pytest.mark.parametrize("hot", FORMATS)
+def test_greedy_text_with_and_without_speculation(hot_engine, hot, draft):
+    params = [SamplingParams(24, draft_length=length, ignore_eos=True) for length in (0, 3)]
+    engine = hot_engine(hot, draft, deterministic=True)
+    plain = [engine.generate([ids], params[0])[0].token_ids for ids in IDS]
+    together = engine.generate(IDS, params[1])
+    assert [r.token_ids for r in together] == plain
+    accepted, proposed = (sum(getattr(r.speculation, name) for r in together) for name in ("accepted", "proposed"))
+    assert 0 < accepted < proposed
+    engine.pool.check_integrity()
+    assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert plain != [r.token_ids for r in hot_engine("bf16", draft, deterministic=True).generate(IDS, params[0])] or hot == "q4"
+
+
+@pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
+def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
+    text = "def area(r):\n    return 3.14 * r * r\n\nclass Circle:\n    def __init__(self, radius):\n        self.radius = radius\n"
+    params = SamplingParams(12, ignore_eos=True, draft_length=2)
+    with hot_engine("q4", draft).session(quality="near-lossless", log=lambda _: None) as session:
+        session.generate(text, params)
+        kept, length = session.token_ids, session.conversation.sequence.length
+        figures = session.kv_figures
+        rows = session.engine.target.read_kv(session.conversation.sequence, 0, length)
+        session.suspend(tmp_path / "a.kv")
+    pages = -(-length // 16)
+    assert figures["hot_bytes"] == pages * 16 * 4 * 2 * (16 + 2) + 4 * 2 * (4 + RING) * 32 * 4 and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
+    back = {}
+    for hot in ("bf16", "q4", "q2"):
+        engine = hot_engine(hot, draft)
+        with engine.session(tmp_path / "a.kv", log=lambda _: None) as resumed:
+            assert resumed.token_ids == kept
+            back[hot] = engine.target.read_kv(resumed.conversation.sequence, 0, length)
+            torch.testing.assert_close(back[hot][:4], rows[:4], rtol=1e-3, atol=1e-3)
+            resumed.generate(" return", params)
+            resumed.suspend(tmp_path / "b.kv")
+        engine.pool.check_integrity()
+
+    def lost(a, b):
+        return float((a - b).square().sum() / b.square().sum())
+
+    assert lost(back["bf16"], rows) < 0.2 and lost(back["q4"], rows) < 0.2
+    if draft != "trunk":  # whose features are of the format they were computed in
+        assert 1e-3 < lost(back["q4"], back["bf16"]) < 0.011 and 0.04 < lost(back["q2"], back["bf16"]) < 0.13, "what was decoded, in hot pages"
+
+
+def test_memory_is_what_the_pool_holds(hot_engine):
+    sizes = {hot: hot_engine(hot, "none").memory()["pool_bytes"] for hot in HOT_FORMATS}
+    bits = {hot: hot_means.element_bits(hot, 32, torch.float32) for hot in HOT_FORMATS}
+    assert bits == {"bf16": 32, "q4": 4.5, "q3": 3.5, "q2": 2.5}
+    elements = sizes["bf16"] // 4
+    for hot in FORMATS:
+        exact = FIRST_SLOTS * 4 * 2 * (4 + RING) * 32 * 4  # slots, layers, key and value, tokens, channels, float32
+        assert sizes[hot] == elements * bits[hot] / 8 + exact
+
+
+# --- means --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
+    monkeypatch.setattr(hot_means, "NUM_TOKENS", 300)
+    return tmp_path
+
+
+def test_means_are_measured_once_and_mend_when_damaged(hot_engine, fresh_home, capsys):
+    engine = hot_engine("bf16", "none")
+    given = engine.target, engine.tokenizer, engine.target_dir
+    first = channel_means(*given)
+    assert "measuring" in capsys.readouterr().err
+    assert torch.equal(channel_means(engine.target, None, engine.target_dir), first), "kept means need no tokenizer"
+    assert capsys.readouterr().err == ""
+    (file,) = (fresh_home / "hot").glob("*.safetensors")
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"", b"{}" * 40):
+        file.write_bytes(damaged)
+        assert torch.equal(channel_means(*given), first)
+        assert "measuring" in capsys.readouterr().err and file.read_bytes() == whole
+    assert list((fresh_home / "hot").glob("*.part")) == []
+
+
+def test_means_are_those_of_the_text(hot_engine):
+    engine = hot_engine("bf16", "none")
+    mean = measure_means(engine.target, engine.tokenizer, 2000)
+    assert mean.shape == (4, 2, 1, 32) and mean.dtype == torch.float32
+    texts, _ = documents(library_texts(seed=1), engine.tokenizer, 2000, 200)
+    rows = []
+    for ids in texts:
+        sequence = engine.pool.new_sequence()
+        with torch.inference_mode():
+            engine.target(torch.tensor(ids), [sequence], [len(ids)], logits="none")
+        rows.append(engine.target.read_kv(sequence, 4, len(ids)))
+    other = torch.cat(rows).mean(0)
+    assert float((other - mean.flatten()).norm() / other.norm()) < 0.35
+
+
+def test_a_model_without_tokenizer_needs_kept_means(hot_engine, fresh_home):
+    target = hot_engine("bf16", "none").target
+    with pytest.raises(InvalidOption, match="no tokenizer"):
+        Engine(target, None, hot="q4")
+
+
+def test_what_does_not_go_is_refused_by_name(hot_engine, chat_engine, capsys, chat_folders):
+    with pytest.raises(InvalidOption, match="unknown hot format 'q5'"):
+        hot_engine("q5", "none")
+    target = chat_engine("none").target
+    with pytest.raises(InvalidOption, match="head size"):
+        open_pool(target, "q4", 4, 16, 4, tokenizer=None, target_dir=None)
+    with pytest.raises(InvalidOption, match="head size"):
+        default_pool_tokens(target, None, "q2")
+    assert main(["--target", str(chat_folders.target), "--device", "cpu", "--hot", "q4", "hi"]) == 2
+    assert "use --hot bf16" in capsys.readouterr().err
+
+
+def test_command_line(hot_folders, pack_home, capsys):
+    options = ["--target", str(hot_folders / "target"), "--draft", str(hot_folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+    assert main([*options, "--hot", "q3", "--json", "--max-new-tokens", "8", "colours"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out.splitlines()[-1])
+    assert found["hot"] == "q3" and ", q3]" in captured.err
+    assert 0 < found["kv"]["hot_bytes"] < found["memory"]["pool_bytes"]
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_stays_within_a_point(hot_engine):
+    engine = hot_engine("bf16")
+    text = engine.encode("".join(f"def f{n}(x, y):\n    return x * {n} + y\n\n\n" for n in range(60)))
+    windows = [text[start : start + 128] for start in range(0, 128 * 8, 128)]
+    rows = {hot: eval_hot.loss(engine, hot, windows, 128) for hot in HOT_FORMATS}
+    plain = rows["bf16"]
+    assert abs(plain["kl"]) < 1e-6 and 0.3 < plain["expected_acceptance"] < 0.99
+    kl = [rows[hot]["kl"] for hot in FORMATS]
+    assert kl == sorted(kl) and kl[0] > 1e-4 and kl[2] < 0.3
+    for hot in ("q4", "q3"):
+        for found in (rows[hot], rows[hot]["running"]):
+            assert abs(found["expected_acceptance"] - plain["expected_acceptance"]) < 0.01
+    pool = eval_hot.pool_of(engine, "q4", 128)
+    assert isinstance(pool, HotPool) and pool.bits == 4
+
+
+def test_eval_script(hot_folders, pack_home, tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text("".join(f"def f{n}(x):\n    return x * {n + number}\n\n\n" for n in range(20)))
+    models = ["--target", str(hot_folders / "target"), "--draft", str(hot_folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+    sizes = ["--tokens", "128", "--context", "64", "--prompts", "2", "--prompt-tokens", "20", "--new-tokens", "12", "--draft-length", "2"]
+    out = tmp_path / "hot.json"
+    assert eval_hot.main([*models, "--text", str(tmp_path), *sizes, "--formats", "bf16,q2", "--json-out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["bf16", "q2"]
+    found = json.loads(out.read_text())
+    assert found["test_sequences"] == 2 and found["command"].startswith("scripts/eval_hot.py --target")
+    plain, hot = found["rows"]
+    assert plain["kl"] < 1e-6 < hot["kl"] and hot["bits_per_element"] == 2.5
+    for row in found["rows"]:
+        assert [s["temperature"] for s in row["speculation"]] == [0.0, 1.0]
+        for s in row["speculation"]:
+            assert s["new_tokens"] == 24 and 0 <= s["accepted"] <= s["proposed"] and s["proposed"] > 0
+    refused = {"unknown hot format 'q7'": ["--formats", "q4,q7"], "nothing to score": ["--context", "4"], "at least": ["--draft-length", "0"]}
+    for said, options in refused.items():
+        assert eval_hot.main([*models, "--text", str(tmp_path), *options]) == 2
+        assert said in capsys.readouterr().err

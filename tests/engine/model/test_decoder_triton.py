@@ -1,0 +1,80 @@
+"""The decoder through the Triton kernels: in Triton's interpreter on a CPU, and on a CUDA device where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.model.decoder import Decoder
+from kernels.dispatch import triton_importable
+
+_COMPARE = """
+import os, sys, torch
+from engine.model.decoder import Decoder
+torch.set_num_threads(1)
+decoder = Decoder.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.randint(0, 97, (18,), generator=torch.Generator().manual_seed(1))
+
+@torch.inference_mode()
+def run(kernels, deterministic):
+    os.environ["FORETOLD_KERNELS"] = kernels
+    pool = decoder.new_pool(8, 8)
+    a, b = pool.new_sequence(), pool.new_sequence()
+    rows = [decoder(ids[:12], [a, b], [7, 5], deterministic=deterministic).logits]
+    a.advance(7)
+    b.advance(5)
+    rows.append(decoder(ids[12:], [a, b], [1, 5], deterministic=deterministic).logits)
+    a.advance(1)
+    return torch.cat([*rows, decoder.read_kv(a, 0, 8)[:, :97]])
+
+for deterministic in (False, True):
+    want = run("reference", deterministic)
+    difference = (run("triton", deterministic) - want).abs().max().item()
+    assert difference < 1e-4, (deterministic, difference)
+    assert want.abs().max() > 1
+print("agreed")
+"""
+
+
+@pytest.mark.skipif(not triton_importable(), reason="triton is not installed")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_interpreted_kernels_agree_with_the_reference(tiny_model, family):
+    # the interpreter is chosen when the kernels are imported, so a process of its own
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", _COMPARE, str(tiny_model(family).folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], env=environment, timeout=240)
+    assert result.stdout.strip() == "agreed", result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernels", ["reference", ""])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_cuda_agrees_with_the_cpu(tiny_model, monkeypatch, family, kernels):
+    monkeypatch.setenv("FORETOLD_KERNELS", kernels)
+    model = tiny_model(family)
+    decoder = Decoder.from_pretrained(model.folder, dtype=torch.float32, device="cuda")
+    ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(1))
+
+    def feed(sizes, deterministic):
+        sequence = decoder.new_pool(8, 16).new_sequence()
+        rows, start = [], 0
+        for size in sizes:
+            block = ids[start : start + size].cuda()
+            rows.append(decoder(block, [sequence], [size], deterministic=deterministic).logits)
+            sequence.advance(size)
+            start += size
+        return torch.cat(rows)
+
+    want = model.logits(ids)
+    assert (feed([40, 1, 5, 14], False).cpu() - want).abs().max() < 1e-3
+    whole = feed([60], True)
+    assert (whole.cpu() - want).abs().max() < 1e-3
+    assert torch.equal(feed([1] * 60, True), whole)
+    assert torch.equal(feed([33, 5, 5, 17], True), whole)

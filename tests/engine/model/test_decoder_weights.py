@@ -1,0 +1,201 @@
+"""Loading: shards, dtypes, tied heads, files that do not fit, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import ModelNotFound, UnsupportedArchitecture
+from engine.model.decoder import Decoder
+from engine.model.linear import Projection
+
+FAMILIES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
+
+
+def copy_of(model, folder: Path, edit) -> Path:
+    """A copy of the model's folder whose tensors went through `edit(dict)`."""
+    shutil.copytree(model.folder, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharded_folders_load_the_same_weights(tiny_model, tmp_path, family):
+    model = tiny_model(family)
+    model.reference.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = Decoder.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, ours in again.hf_tensors().items():
+        assert torch.equal(ours, model.decoder.hf_tensors()[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_the_file_is_in_its_place(tiny_model, family):
+    model = tiny_model(family)
+    stored = load_file(model.folder / "model.safetensors")
+    ours = model.decoder.hf_tensors()
+    assert set(stored) - {"lm_head.weight"} <= set(ours)
+    for name, tensor in stored.items():
+        if name in ours:
+            assert torch.equal(ours[name], tensor), name
+    assert model.decoder.weight_bytes == sum(t.numel() * 4 for t in model.reference.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_converted_on_the_way(tiny_model, tmp_path, dtype):
+    model = tiny_model("llama")
+    decoder = Decoder.from_pretrained(model.folder, dtype=dtype)
+    assert decoder.dtype == dtype and decoder.device.type == "cpu"
+    for name, ours in decoder.hf_tensors().items():
+        assert torch.equal(ours, model.decoder.hf_tensors()[name].to(dtype)), name
+    stored_half = copy_of(model, tmp_path, lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+    widened = Decoder.from_pretrained(stored_half, dtype=torch.float32)
+    assert torch.equal(widened.layers[1].o_proj.weight, decoder.layers[1].o_proj.weight.float())
+
+
+def test_a_tied_head_is_one_tensor_even_after_a_move(tiny_model, tmp_path):
+    model = tiny_model("qwen3")
+    for decoder in (model.decoder, Decoder.from_pretrained(model.folder, dtype=torch.float32).to(torch.bfloat16)):
+        assert decoder.lm_head is None
+        assert decoder.weight_bytes == sum(t.numel() for t in model.reference.parameters()) * decoder.dtype.itemsize
+    repeated = copy_of(model, tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(Decoder.from_pretrained(repeated, dtype=torch.float32).embed_tokens.weight, model.decoder.embed_tokens.weight)
+
+
+def test_moving_a_decoder_moves_what_it_computes_with(tiny_model):
+    model = tiny_model("llama")
+    ids = torch.arange(9)
+    moved = Decoder.from_pretrained(model.folder, dtype=torch.float32)
+    moved(ids, [moved.new_pool(1).new_sequence()], [9])
+    moved = moved.to(torch.bfloat16)
+    fresh = Decoder.from_pretrained(model.folder, dtype=torch.bfloat16)
+    assert torch.equal(moved(ids, [moved.new_pool(1).new_sequence()], [9]).logits, fresh(ids, [fresh.new_pool(1).new_sequence()], [9]).logits)
+
+
+@torch.inference_mode()
+def test_packed_weights_compute_what_plain_ones_do(tiny_model):
+    """bf16 on a CPU: the packed layout holds the same numbers and can be given back."""
+    decoder = Decoder.from_pretrained(tiny_model("qwen2").folder, dtype=torch.bfloat16)
+    ids = torch.arange(20)
+    plain = {name: tensor.clone() for name, tensor in decoder.hf_tensors().items()}
+    packed_logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    size = decoder.weight_bytes
+    for projection in (m for m in decoder.modules() if isinstance(m, Projection)):
+        projection.unpack()
+    decoder._weights = []
+    assert decoder.weight_bytes == size
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in decoder.hf_tensors().items())
+    assert all(not m.matrix.is_mkldnn for m in decoder.modules() if isinstance(m, Projection))
+    plain_logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    assert (packed_logits - plain_logits).norm() < 0.02 * plain_logits.norm()
+
+
+def test_a_tied_head_has_a_copy_for_products_where_it_is_small(tiny_model, monkeypatch):
+    folder, ids = tiny_model("qwen3").folder, torch.arange(20)
+    decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    if decoder.layers[0].qkv_proj.packed is None:  # type: ignore[union-attr]
+        pytest.skip("this processor has no use for packed weights")
+    logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    monkeypatch.setattr("engine.model.linear.LARGEST_COPY_BYTES", 1000)
+    plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    assert decoder.weight_bytes - plain.weight_bytes == plain.embed_tokens.weight.numel() * 2
+    assert torch.allclose(logits, plain(ids, [plain.new_pool(1).new_sequence()], [20]).logits, rtol=0.02, atol=0.02)
+    assert decoder.float().weight_bytes == 2 * plain.weight_bytes, "moving the weights gives the copy up"
+
+
+def test_end_tokens_of_both_configs_are_known(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    assert model.decoder.config.eos_token_ids == (5,)
+    shutil.copytree(model.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
+    assert Decoder.from_pretrained(tmp_path, dtype=torch.float32).config.eos_token_ids == (5, 7)
+
+
+def test_random_weights_repeat_with_their_seed(tiny_model):
+    config = tiny_model("qwen2").decoder.config
+    made = [Decoder.from_config(config, dtype=torch.float32, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(made[0].layers[2].down_proj.weight, made[1].layers[2].down_proj.weight)
+    assert not torch.equal(made[0].layers[2].down_proj.weight, made[2].layers[2].down_proj.weight)
+    out = made[0](torch.arange(9), [made[0].new_pool(1).new_sequence()], [9])
+    assert out.logits.isfinite().all() and out.logits.std() > 0
+
+
+def test_missing_misshapen_and_unknown_tensors_are_named(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ModelNotFound, match="up_proj"):
+        Decoder.from_pretrained(copy_of(model, tmp_path / "a", lambda t: t.pop(name)), dtype=torch.float32)
+    with pytest.raises(ModelNotFound, match=r"\[3, 48\].*\[80, 48\]"):
+        Decoder.from_pretrained(copy_of(model, tmp_path / "b", lambda t: t.update({name: torch.zeros(3, 48)})), dtype=torch.float32)
+    with pytest.raises(UnsupportedArchitecture, match=r"gate_proj\.bias"):
+        bias = {"model.layers.0.mlp.gate_proj.bias": torch.zeros(80)}
+        Decoder.from_pretrained(copy_of(model, tmp_path / "c", lambda t: t.update(bias)), dtype=torch.float32)
+    with pytest.raises(UnsupportedArchitecture, match="I8"):
+        packed = {name: torch.zeros(80, 48, dtype=torch.int8)}
+        Decoder.from_pretrained(copy_of(model, tmp_path / "d", lambda t: t.update(packed)), dtype=torch.float32)
+
+
+def test_broken_and_absent_files_are_refused(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    shutil.copytree(model.folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    for broken in (b"", content[:5], content[:200], content[:-1], b"\xff" * 64):
+        weights.write_bytes(broken)
+        with pytest.raises(ModelNotFound, match="not a complete safetensors file"):
+            Decoder.from_pretrained(tmp_path, dtype=torch.float32)
+    weights.unlink()
+    with pytest.raises(ModelNotFound, match=r"no model\.safetensors"):
+        Decoder.from_pretrained(tmp_path, dtype=torch.float32)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ModelNotFound, match="model-00001-of-00002"):
+        Decoder.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+_MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from engine.model.decoder import Decoder
+import transformers.models.llama.configuration_llama
+def high_water():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
+Decoder.from_pretrained(sys.argv[1], dtype=torch.bfloat16)  # what loading anything at all costs
+base = high_water()
+decoder = Decoder.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+print(decoder.weight_bytes, high_water() - base)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_never_holds_two_copies(tiny_model, hf_config, tmp_path, dtype):
+    """A model of 200 MB (bf16) on disk, in two shards; the peak while loading stays near one copy."""
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 16000}
+    config = hf_config("llama", **wide, num_hidden_layers=5)
+    from engine.model.decoder import DecoderConfig
+
+    tensors = Decoder.from_config(DecoderConfig.from_hf(config), dtype=torch.bfloat16).hf_tensors()
+    config.save_pretrained(tmp_path)
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, own in shards.items():
+        save_file({name: tensors[name].clone() for name in own}, tmp_path / shard)
+    where = {name: shard for shard, own in shards.items() for name in own}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    del tensors
+    small = tiny_model("llama").folder
+    command = [sys.executable, "-c", _MEASURE, str(small), str(tmp_path), dtype]
+    root = Path(__file__).parents[3]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=120)
+    weights, peak = (int(word) for word in result.stdout.split())
+    assert weights > 190e6 * (2 if dtype == "float32" else 1)
+    assert peak < 1.15 * weights + 32e6  # the read buffer is 16 MB

@@ -1,0 +1,89 @@
+"""Weights in 8 bits: close to what they stand for, for any number of rows, and only where they can be multiplied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.model.batch_invariant import BULK_ROWS, ROWS, StableLinear
+from engine.model.linear import BYTE_ROWS, ByteMatrix, Projection, choose_product
+from engine.runtime.drafters import load_trained_trunk
+
+needs_bytes = pytest.mark.skipif(not ByteMatrix.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights")
+
+
+def random_weight(outputs, inputs):
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    # rows of very different size, as each has a scale of its own
+    return (torch.randn(outputs, inputs, generator=generator) * torch.rand(outputs, 1, generator=generator) ** 4).bfloat16()
+
+
+@needs_bytes
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (960, 576), (192, 1536), (3072, 64)])
+def test_products_are_close_to_the_weights_own(outputs, inputs):
+    weight, bias = random_weight(outputs, inputs), torch.randn(outputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+    projection = Projection(inputs, outputs, False)
+    projection.plain.data = weight.clone()
+    projection.pack(in_bytes=True)
+    assert projection.plain is None and projection.matrix.nbytes == outputs * inputs + 2 * outputs
+    product = choose_product(weight.dtype, weight.device)
+    x = torch.randn(BYTE_ROWS + 5, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = x.double() @ weight.double().T
+    for count in (1, 2, 5, BYTE_ROWS, BYTE_ROWS + 5):
+        for own in (None, bias):
+            out = product(x[:count], projection.matrix, own)
+            wanted = exact[:count] if own is None else exact[:count] + bias.double()
+            assert out.shape == (count, outputs) and out.dtype == torch.bfloat16
+            assert (out.double() - wanted).norm() < 0.015 * wanted.norm()
+    assert (product(x[None, 3, :], projection.matrix, None) - product(x, projection.matrix, None)[3]).norm() < 0.02 * exact[3].norm()
+    error = (projection.weight.double() - weight.double()).abs()
+    assert bool((error <= 0.51 * weight.double().abs().amax(1, keepdim=True) / 127 + 2.0**-8 * weight.double().abs()).all())
+    projection.unpack()
+    assert projection.packed is None and projection.plain.shape == weight.shape
+    assert (projection.weight.double() - weight.double()).norm() < 0.015 * weight.norm()
+
+
+@needs_bytes
+@torch.inference_mode()
+def test_stable_products_do_not_depend_on_other_rows():
+    projection = Projection(576, 960, False)
+    projection.plain.data = random_weight(960, 576)
+    projection.pack(in_bytes=True)
+    linear = StableLinear(choose_product(torch.bfloat16, torch.device("cpu")))
+    x = torch.randn(BULK_ROWS + 2 * ROWS + 5, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+    whole = linear(x, projection.matrix)
+    for start, count in ((0, 1), (3, 5), (250, 30), (len(x) - 1, 1)):
+        assert torch.equal(linear(x[start : start + count], projection.matrix), whole[start : start + count])
+
+
+def test_only_what_can_be_multiplied_is_put_into_bytes():
+    for weight in (torch.zeros(64, 64), torch.zeros(64, 33, dtype=torch.bfloat16), torch.zeros(33, 64, dtype=torch.bfloat16)):
+        assert not ByteMatrix.fits(weight)
+        projection = Projection(weight.shape[1], weight.shape[0], False)
+        projection.plain.data = weight
+        projection.pack(in_bytes=True)
+        assert not isinstance(projection.matrix, ByteMatrix)
+
+
+def test_zeros_stay_zeros():
+    matrix = ByteMatrix(torch.zeros(4, 64, dtype=torch.bfloat16))
+    assert not matrix.to_dense().any() and matrix.to_dense().shape == (4, 64)
+
+
+@needs_bytes
+@torch.inference_mode()
+def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder, make_adapter, tmp_path):
+    shape = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 128}
+    target = random_decoder(0, num_hidden_layers=4, **shape).to(torch.bfloat16).pack()
+    trained = {bits: load_trained_trunk(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).decoder for bits in (8, 16)}
+    in_bytes = [isinstance(m.matrix, ByteMatrix) for m in trained[8].modules() if isinstance(m, Projection)]
+    assert in_bytes and all(in_bytes) and not any(isinstance(m.matrix, ByteMatrix) for m in trained[16].modules() if isinstance(m, Projection))
+    assert trained[8].weight_bytes < 0.6 * trained[16].weight_bytes
+    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    out = {}
+    for bits, decoder in trained.items():
+        states = decoder.forward(None, [decoder.new_pool(1).new_sequence()], [9], hidden=hidden, logits="none").hidden
+        out[bits] = decoder.head(states)
+    assert (out[8] - out[16]).norm() < 0.05 * out[16].norm()
+    moved = trained[8].to(torch.float32)
+    assert all(m.plain is not None or not isinstance(m.matrix, ByteMatrix) for m in moved.modules() if isinstance(m, Projection))

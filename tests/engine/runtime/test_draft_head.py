@@ -1,0 +1,275 @@
+"""A trained trunk in the engine: the target's text and distribution, caches and features that agree with a plain pass, ragged batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from codec.predictor.features import FeatureBuffer, FeatureSpec, join_features
+from codec.spec import NUM_SINKS
+from engine.calibrate.recipe import feature_spec
+from engine.calibrate.stream import PairStream
+from engine.engine import Engine
+from engine.errors import BadAdapter, InvalidOption
+from engine.model.decoder import Decoder
+from engine.runtime.drafters import TrainedTrunk, choose_draft, load_trained_trunk
+from engine.runtime.request import Conversation
+from engine.runtime.sampling import SamplingParams
+
+PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
+TRUNK = 2
+
+
+@pytest.fixture(scope="module")
+def target(random_decoder):
+    return random_decoder(0, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module", params=[(1, 60, "own"), (2, 30, "tied")], ids=["one own layer", "two own layers, tied head"])
+def trained(request, target, tmp_path_factory, make_adapter) -> TrainedTrunk:
+    layers, size, head = request.param
+    return load_trained_trunk(make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=head), target)
+
+
+def engine_of(target, draft, **options):
+    return Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 32} | options))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=40))]
+
+
+@pytest.mark.parametrize("length, features", [(1, ()), (4, ()), ("auto", ()), (4, (1, 2)), (1, (0, 3)), (4, (0, 3))])
+def test_greedy_text_equals_plain_decoding(target, trained, plain, length, features):
+    engine = engine_of(target, trained)
+    engine.keep_features(features, FeatureBuffer)
+    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
+    assert [r.token_ids for r in results] == plain
+    if length != "auto":
+        assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+    for pool in (engine.pool, engine.draft_pool):
+        pool.check_integrity()
+        assert pool.num_free_pages == pool.max_pages
+
+
+def test_only_tokens_of_its_vocabulary_are_drafted(target, trained):
+    engine, seen = engine_of(target, trained), []
+    propose = engine.drafter.propose
+
+    def recorded(*args):
+        proposal = propose(*args)
+        seen.append(proposal)
+        return proposal
+
+    engine.drafter.propose = recorded
+    engine.generate(PROMPTS, [SamplingParams(max_new_tokens=20, temperature=t, draft_length=3, seed=1) for t in (0.0, 1.0, 0.0, 2.0)])
+    allowed, vocab = set(trained.token_ids.tolist()), target.config.vocab_size
+    assert allowed >= {t for proposal in seen for t in proposal.tokens.tolist()} != set()
+    distributions = [q for proposal in seen for q in proposal.probs if q is not None]
+    outside = torch.ones(vocab).index_fill_(0, trained.token_ids, 0.0).bool()
+    assert distributions and all(len(q) == vocab and abs(float(q.sum()) - 1) < 1e-4 and not q[outside].any() for q in distributions)
+
+
+def test_equal_seeds_give_equal_text_in_any_batch(target, trained):
+    engine = engine_of(target, trained)
+    params = [
+        SamplingParams(max_new_tokens=25, temperature=t, top_k=k, top_p=p, min_p=m, seed=s, draft_length=3)
+        for t, k, p, m, s in ((1.0, 0, 1.0, 0.0, 1), (0.7, 12, 1.0, 0.0, 2), (1.4, 0, 0.8, 0.0, 3), (1.0, 20, 0.9, 0.05, 4))
+    ]
+    together = engine.generate(PROMPTS, params)
+    for prompt, own, result in zip(PROMPTS, params, together, strict=True):
+        [alone] = engine.generate([prompt], own)
+        assert alone.token_ids == result.token_ids and alone.speculation.accepted_at == result.speculation.accepted_at
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 3, "temperature": 0.8}])
+def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter, tmp_path, filters, check_sampled_text):
+    shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    target = random_decoder(3, **shape)
+    check_sampled_text(target, load_trained_trunk(make_adapter(tmp_path, target, size=3), target), 900, **filters)
+
+
+def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained):
+    texts = [
+        [r.token_ids for r in engine_of(target, draft, deterministic=True).generate(PROMPTS, SamplingParams(max_new_tokens=20, draft_length=k))]
+        for draft, k in ((None, 0), (trained, 0), (trained, 3))
+    ]
+    assert texts[1:] == texts[:1] * 2
+
+
+def full_pass(target, trained, token_ids):
+    """The trunk's and the adapter's states [T, taps, E] after 0 to TRUNK + n layers, and the adapter's KV, of one plain pass."""
+    sequence, own = target.new_pool(9, 16).new_sequence(), trained.decoder.new_pool(9, 16).new_sequence()
+    count, depth = len(token_ids), trained.config.num_layers
+    taps = target.forward(torch.tensor(token_ids), [sequence], [count], taps=tuple(range(TRUNK + 1)), last_layer=TRUNK, logits="none").taps
+    more = trained.decoder.forward(None, [own], [count], hidden=taps[TRUNK], taps=tuple(range(1, depth + 1)), logits="none").taps
+    states = [taps[i] for i in range(TRUNK + 1)] + [more[i] for i in range(1, depth + 1)]
+    return torch.stack(states, 1), trained.decoder.read_kv(own, 0, count)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
+@pytest.mark.parametrize("length", [0, 3])
+def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, temperature, length):
+    engine = engine_of(target, trained)
+    taps = tuple(range(TRUNK + trained.config.num_layers * eager + 1))
+    engine.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
+    conversation = engine.open_conversation()
+    for n, new in enumerate(([5, 6, 7] * 14, [], [1, 2])):
+        params = SamplingParams(max_new_tokens=23, temperature=temperature, seed=n, draft_length=length)
+        engine.run(conversation, new, params)
+    state, length = conversation.draft_state, conversation.sequence.length
+    assert length == len(conversation.token_ids) - 1 == state.features.length == state.covered
+    states, kv = full_pass(target, trained, conversation.token_ids[:length])
+    assert torch.allclose(state.features.take(0, length), states[:, list(taps)], atol=1e-3)
+    if eager:
+        assert state.own.length == length
+    engine.drafter.adapter.run_waiting([state])
+    assert state.own.length == length and state.waiting is None
+    assert torch.allclose(trained.decoder.read_kv(state.own, 0, length), kv, atol=1e-3)
+
+
+def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass(target, trained):
+    engine = engine_of(target, trained)
+    conversations = [engine.open_conversation() for _ in PROMPTS]
+    for turn in range(2):
+        for c, prompt in zip(conversations, PROMPTS, strict=True):
+            c.token_ids += [] if turn else prompt
+        params = [SamplingParams(max_new_tokens=12 + b, draft_length=(b + turn) % 3 * 2, ignore_eos=True) for b in range(len(PROMPTS))]
+        requests = [engine._submit(c, [], p, owns_cache=False) for c, p in zip(conversations, params, strict=True)]
+        for request in requests:
+            engine._finish(request)
+    for c in conversations:
+        state = c.draft_state
+        assert state.covered == c.sequence.length == len(c.token_ids) - 1
+        engine.drafter.adapter.run_waiting([state])
+        assert torch.allclose(trained.decoder.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3)
+
+
+def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
+    engine, runs = engine_of(target, trained, prefill_chunk=200), []
+    forward = trained.decoder.forward
+    monkeypatch.setattr(trained.decoder, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
+    conversation = engine.open_conversation()
+    engine.run(conversation, [4] * 150, SamplingParams(max_new_tokens=20, draft_length=0))
+    assert not runs and conversation.draft_state.num_waiting == 169
+    engine.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
+    assert runs[0] == [271], "with the first pending token, once"
+    assert sum(n for [n] in runs[1:]) <= 10
+    monkeypatch.setattr("draft.early_exit.MAX_WAITING", 64)
+    long = engine.open_conversation()
+    runs.clear()
+    engine.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
+    assert not runs
+    engine.run(long, [3], SamplingParams(max_new_tokens=6, draft_length=0))
+    assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_waiting == 5
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, plain, eager):
+    engine = engine_of(target, trained, prefill_chunk=8)
+    engine.keep_features((TRUNK + 1,) if eager else (), FeatureBuffer)
+    sequence = engine.pool.new_sequence()
+    target.forward(torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
+    sequence.advance(30)
+    conversation = Conversation(list(PROMPTS[1]), sequence)
+    result = engine.run(conversation, [], SamplingParams(max_new_tokens=40, draft_length=3))
+    assert result.token_ids == plain[1] and result.reused_tokens == 30
+    assert 0 < result.speculation.proposed < 3 * result.speculation.steps, "no drafts while it learns, eight tokens a step"
+    state = conversation.draft_state
+    assert state.covered == sequence.length
+    engine.drafter.adapter.run_waiting([state])
+    kv = full_pass(target, trained, conversation.token_ids[: sequence.length])[1]
+    assert torch.allclose(trained.decoder.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
+    if eager:
+        assert state.features.length == sequence.length and state.features.take(0, 34) is None
+        assert state.features.take(sequence.length - 5, sequence.length) is not None
+
+
+def test_what_lies_beyond_a_cut_cache_is_forgotten(target, trained):
+    engine = engine_of(target, trained)
+    conversation, fresh = engine.open_conversation(), engine.open_conversation()
+    engine.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, draft_length=3))
+    del conversation.token_ids[60:]
+    conversation.sequence.truncate(60)
+    again = engine.run(conversation, [9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
+    wanted = engine.run(fresh, [*PROMPTS[3][:60], 9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
+    assert again.token_ids == wanted.token_ids and again.speculation.accepted_at == wanted.speculation.accepted_at
+    engine.close_conversation(conversation)
+    engine.close_conversation(fresh)
+    assert engine.draft_pool.num_free_pages == engine.draft_pool.max_pages
+
+
+def test_calibration_sees_the_features_that_decoding_keeps(target, trained):
+    last = TRUNK + trained.config.num_layers
+    assert feature_spec(None, TRUNK, adapter=trained.decoder).taps == (2, last) and feature_spec(None, TRUNK).taps == (2,)
+    documents = [[5, 6, 7] * 14, [9, 1] * 9]
+    for taps in ((0, TRUNK, last), (last,), (1,)):
+        batch = PairStream(target, None, FeatureSpec(taps), TRUNK, trained.decoder).run(documents)
+        rows = torch.cat([full_pass(target, trained, d)[0][NUM_SINKS:, list(taps)] for d in documents])
+        embedded = torch.cat([target.embed(torch.tensor(d))[NUM_SINKS:] for d in documents])[:, None]
+        assert torch.allclose(batch.features, join_features(rows, embedded), atol=1e-3)
+
+
+def test_its_bytes_and_costs_are_counted(target, trained):
+    engine = engine_of(target, trained)
+    memory, c = engine.memory(), target.config
+    matrices = c.hidden_size * (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim + 3 * c.hidden_size * c.intermediate_size
+    layer = matrices + 2 * c.hidden_size
+    assert memory["draft_bytes"] == 4 * (trained.config.num_layers * layer + c.hidden_size * (trained.config.vocab_size + 1))
+    assert memory["pool_bytes"] == engine.pool.bytes + engine.draft_pool.bytes and engine.drafter_name == "trained trunk"
+    engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=2))
+    costs = engine.cost_model
+    assert costs.runs_last_draft and costs.last[0][1] < costs.draft[0][1]
+    assert costs.step_seconds(0, 1) == costs.last[0][1] + costs.verify[0][1]
+
+
+def test_adapters_that_do_not_fit_are_refused(target, random_decoder, make_adapter, tmp_path):
+    folder = make_adapter(tmp_path / "a", target)
+    with pytest.raises(BadAdapter, match="another model"):
+        load_trained_trunk(folder, random_decoder(0))
+    (folder / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:-7])
+    with pytest.raises(BadAdapter, match="cannot be read"):
+        load_trained_trunk(folder, target)
+    make_adapter(folder, target)
+    config = replace(target.config, vocab_size=20)
+    with pytest.raises(BadAdapter):
+        load_trained_trunk(folder, Decoder.from_config(config, dtype=torch.float32))
+    with pytest.raises(BadAdapter, match="there is no"):
+        load_trained_trunk(tmp_path / "none", target)
+    with pytest.raises(InvalidOption, match="trunk_layers"):
+        choose_draft(folder, target.config, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("features", [(), (1, 3)], ids=["lazy", "eager"])
+def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapter, tmp_path, features):
+    target = random_decoder(0, num_hidden_layers=4, head_dim=32, num_attention_heads=4)
+    folder = make_adapter(tmp_path, target)
+    there = Decoder.from_config(target.config, dtype=torch.float32, device="cuda")
+    for name, place in there.hf_tensors().items():
+        place.copy_(target.hf_tensors()[name])
+    trained = load_trained_trunk(folder, there)
+    texts = []
+    for draft, length in ((None, 0), (trained, 3)):
+        engine = engine_of(there, draft, deterministic=True, page_size=64)
+        if draft is not None:
+            engine.keep_features(features, lambda: FeatureBuffer(dtype=torch.float32))
+        results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
+        texts.append([r.token_ids for r in results])
+    assert texts[0] == texts[1] and 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+    sampled = SamplingParams(max_new_tokens=30, draft_length=3, temperature=1.0, seed=5)
+    conversation = engine.open_conversation()
+    engine.run(conversation, PROMPTS[1], sampled)
+    state, count = conversation.draft_state, conversation.sequence.length
+    engine.drafter.adapter.run_waiting([state])
+    here = load_trained_trunk(folder, target)
+    states, kv = full_pass(target, here, conversation.token_ids[:count])
+    assert (trained.decoder.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()
+    if features:
+        wanted = states[:, list(features)]
+        assert (state.features.take(0, count).cpu() - wanted).norm() < 0.02 * wanted.norm()

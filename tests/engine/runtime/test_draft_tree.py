@@ -1,0 +1,220 @@
+"""Siblings of drafts: the target's own greedy text, caches and features of a plain pass, and only where they can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from codec.predictor.features import FeatureBuffer
+from draft.length import CostModel
+from draft.protocols import Proposal
+from draft.tree import MAX_CHAIN, MAX_SIBLINGS, Placement, Sibling, place_block, sibling_slot
+from engine.engine import Engine
+from engine.errors import InvalidOption
+from engine.kv.quantized_pool import HotPool
+from engine.model.decoder import Decoder
+from engine.runtime.drafters import load_trained_trunk
+from engine.runtime.sampling import SamplingParams
+
+PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
+TRUNK = 2
+GENEROUS = CostModel(draft=((1, 0.02),), verify=((1, 1.0), (256, 1.02)), runs_last_draft=True, last=((1, 0.01),))
+
+
+@pytest.fixture(scope="module")
+def target(random_decoder):
+    return random_decoder(0, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module", params=["own head", "tied head", "trunk", "model"])
+def draft(request, target, tmp_path_factory, make_adapter):
+    if request.param == "trunk":
+        return TRUNK
+    if request.param == "model":
+        noisy = Decoder.from_config(target.config, dtype=torch.float32, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for ours, theirs in zip(noisy.parameters(), target.parameters(), strict=True):
+            ours.copy_(theirs * (1 + 0.15 * torch.randn(ours.shape, generator=generator)))
+        return noisy
+    layers, size = (1, 60) if request.param == "own head" else (2, 90)
+    folder = make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=request.param.split()[0])
+    return load_trained_trunk(folder, target)
+
+
+@pytest.fixture
+def adopted(monkeypatch):
+    """Depths and numbers of the siblings that were accepted."""
+    seen, adopt = [], Proposal.adopt
+
+    def recorded(self, b, num_kept, number):
+        seen.append((num_kept, number))
+        adopt(self, b, num_kept, number)
+
+    monkeypatch.setattr(Proposal, "adopt", recorded)
+    return seen
+
+
+def engine_of(target, draft, **options):
+    return Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 32, "costs": GENEROUS} | options))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=60))]
+
+
+def test_a_block_is_laid_out_behind_its_longest_chain():
+    siblings = [Sibling(1, 5), Sibling(1, 6), Sibling(3, 7)]
+    assert place_block(10, 3, siblings) == Placement([9, 10, 11, 12, 10, 10, 12], [9, 10, 11, 12, 10 + MAX_CHAIN, 11 + MAX_CHAIN, 12 + MAX_CHAIN])
+
+
+def test_greedy_text_equals_plain_decoding(target, draft, plain, adopted):
+    engine = engine_of(target, draft)
+    together = engine.generate(PROMPTS, SamplingParams(max_new_tokens=60))
+    assert [r.token_ids for r in together] == plain
+    assert len(adopted) > 10 and len({kept for kept, _ in adopted}) > 1 and len({number for _, number in adopted}) > 1
+    for prompt, wanted, beside in zip(PROMPTS, plain, together, strict=True):
+        [alone] = engine.generate([prompt], SamplingParams(max_new_tokens=60))
+        assert alone.token_ids == wanted and beside.speculation.accepted <= beside.speculation.proposed
+    for pool in (engine.pool, engine.draft_pool):
+        if pool is not None:
+            pool.check_integrity()
+            assert pool.num_free_pages == pool.max_pages
+
+
+def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
+    steps = []
+    for allowed in (True, False):
+        engine = engine_of(target, draft)
+        monkeypatch.setattr(type(engine.drafter), "takes_siblings", allowed)
+        steps.append(sum(r.speculation.steps for r in engine.generate(PROMPTS, SamplingParams(max_new_tokens=60))))
+    assert steps[0] < 0.95 * steps[1]
+
+
+@pytest.mark.parametrize("taps", [(), (0, TRUNK)])
+def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, taps):
+    engine = engine_of(target, draft)
+    engine.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
+    conversations = [engine.open_conversation() for _ in PROMPTS]
+    for new in ([], [1, 2], [9]):
+        for conversation, prompt in zip(conversations, PROMPTS, strict=True):
+            engine.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
+    assert len(adopted) > 10
+    model = engine.draft_decoder if engine.drafter.verify_from == 0 else None
+    for conversation in conversations:
+        tokens, state = conversation.token_ids, conversation.draft_state
+        length = conversation.sequence.length
+        assert length == len(tokens) - 1
+        sequence = target.new_pool(20, 16).new_sequence()
+        out = target.forward(torch.tensor(tokens[:length]), [sequence], [length], taps=(0, TRUNK))
+        assert torch.allclose(target.read_kv(conversation.sequence, 0, length), target.read_kv(sequence, 0, length), atol=1e-3)
+        if model is not None:
+            own, length = model.new_pool(20, 16).new_sequence(), state.length
+            out = model.forward(torch.tensor(tokens[:length]), [own], [length], taps=(0, TRUNK))
+            assert torch.allclose(model.read_kv(state.sequence, 0, length), model.read_kv(own, 0, length), atol=1e-3)
+        if engine.trained_trunk is not None:
+            decoder = engine.trained_trunk.decoder
+            own = decoder.new_pool(20, 16).new_sequence()
+            decoder.forward(None, [own], [length], hidden=out.taps[TRUNK], logits="none")
+            engine.drafter.adapter.run_waiting([state])
+            assert state.own.length == length
+            assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
+        if taps:
+            rows = torch.stack([out.taps[tap] for tap in taps], 1)
+            assert torch.allclose(state.features.take(0, length), rows, atol=1e-3)
+
+
+def test_a_stop_inside_a_block_ends_it(target, draft, plain, adopted):
+    engine = engine_of(target, draft)
+    for prompt, text in zip(PROMPTS, plain, strict=True):
+        for stop in set(text[20:]):
+            end = text.index(stop) + 1
+            conversation = engine.open_conversation()
+            params = SamplingParams(max_new_tokens=60, stop_token_ids=(stop,))
+            assert engine.run(conversation, prompt, params).token_ids == text[:end]
+            if end < 60:
+                assert engine.run(conversation, [], SamplingParams(max_new_tokens=60 - end)).token_ids == text[end:]
+            engine.close_conversation(conversation)
+    assert adopted
+
+
+def test_sampled_neighbours_draw_what_they_draw_alone(target, draft, adopted):
+    engine = engine_of(target, draft)
+    sampled = [SamplingParams(max_new_tokens=30, temperature=0.8, seed=s) for s in (1, 2)]
+    greedy = SamplingParams(max_new_tokens=30)
+    together = engine.generate([PROMPTS[0], *PROMPTS], [sampled[0], greedy, sampled[1], greedy, greedy])
+    assert adopted
+    for prompt, params, result in ((PROMPTS[0], sampled[0], together[0]), (PROMPTS[1], sampled[1], together[2])):
+        assert engine.generate([prompt], params)[0].token_ids == result.token_ids
+
+
+def test_no_memory_is_taken_beyond_what_was_promised(target, draft, plain):
+    tokens = len(PROMPTS[0]) + 60 + MAX_CHAIN
+    engine = engine_of(target, draft, pool_tokens=-(-tokens // 16) * 16)
+    assert engine.pool.max_pages == -(-tokens // 16)
+    assert engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=60))[0].token_ids == plain[0]
+
+
+def test_siblings_stay_out_of_deterministic_and_sampled_text(target, draft, adopted, monkeypatch):
+    made = []
+    propose = Proposal.num_siblings
+    monkeypatch.setattr(Proposal, "num_siblings", lambda self, b: made.append(propose(self, b)) or made[-1])
+    engine_of(target, draft, deterministic=True).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20))
+    engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, temperature=1.0, seed=1))
+    engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, draft_length=3))
+    assert made and not any(made) and not adopted
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_placed_token_sees_its_position_and_itself(target, scattered):
+    pool = target.new_pool(40, 16)
+    sequence, other = pool.new_sequence(), pool.new_sequence()
+    prompt = torch.arange(3, 23)
+    for _ in range(3):  # taking turns, their pages do not follow one another
+        sequence.ensure(sequence.capacity + 16)
+        other.ensure(other.capacity + 16 * scattered)
+    target.forward(prompt, [sequence], [20])
+    sequence.advance(20)
+    siblings = [Sibling(1, 40), Sibling(2, 41), Sibling(2, 42)]
+    block = [30, 31, 32, *(s.token for s in siblings)]
+    out = target.forward(torch.tensor(block), [sequence], [6], placements=[place_block(21, 2, siblings)])
+    assert sequence.length == 20 and sequence.capacity >= sibling_slot(21, 2) + 1
+
+    def alone(tokens):
+        fresh = target.new_pool(4, 16).new_sequence()
+        return target.forward(torch.cat([prompt, torch.tensor(tokens)]), [fresh], [20 + len(tokens)], logits="last").logits[0], fresh
+
+    for row, tokens in enumerate(([30], [30, 31], [30, 31, 32], [30, 40], [30, 31, 41], [30, 31, 42])):
+        assert torch.allclose(out.logits[row], alone(tokens)[0], atol=1e-3)
+    pool.move(sequence, sibling_slot(21, 2), 22)
+    sequence.advance(3)
+    assert torch.allclose(target.read_kv(sequence, 0, 23), target.read_kv(alone([30, 31, 42])[1], 0, 23), atol=1e-3)
+
+
+def test_pools_without_placements_refuse_them(random_decoder):
+    target = random_decoder(1, head_dim=32)
+    means = torch.zeros(target.config.num_layers, 2, target.config.num_kv_heads, target.config.head_dim)
+    pool = HotPool(4, means, 4, dtype=torch.float32)
+    sequence = pool.new_sequence()
+    assert not pool.takes_placements and target.new_pool(1).takes_placements
+    with pytest.raises(InvalidOption, match="without siblings"):
+        target.forward(torch.tensor([1]), [sequence], [1], placements=[Placement([0], [0])])
+    with pytest.raises(NotImplementedError, match="HotPool"):
+        pool.move(sequence, 1, 0)
+
+
+def test_there_are_never_too_many(target, draft, monkeypatch):
+    most = []
+    adopt = Proposal.num_siblings
+    monkeypatch.setattr(Proposal, "num_siblings", lambda self, b: most.append(adopt(self, b)) or most[-1])
+    engine_of(target, draft).generate(PROMPTS, SamplingParams(max_new_tokens=60))
+    assert 1 < max(most) <= MAX_SIBLINGS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in the interpreter alone")
+def test_kernels_forced_on_a_cpu_run_without_siblings(target, adopted, monkeypatch):
+    """The Triton kernels take no placements, so none may be made where they run."""
+    own = engine_of(target, TRUNK)
+    monkeypatch.setenv("FORETOLD_KERNELS", "triton")
+    result = own.generate([PROMPTS[0]], SamplingParams(max_new_tokens=16))[0]
+    assert result.new_tokens == 16 and result.speculation.proposed > 0 and not adopted

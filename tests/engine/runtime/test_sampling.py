@@ -1,0 +1,166 @@
+"""Logits to probabilities against a definition without tensors; random numbers against published vectors; draws against their distribution."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from engine.errors import InvalidOption
+from engine.runtime.sampling import BatchSampler, SamplingParams, probabilities
+from kernels.accept import sample_rows
+from kernels.philox import philox_uniform
+from kernels.philox.reference import philox_words
+
+FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 5000},
+    {"top_p": 0.9},
+    {"top_p": 0.999999},
+    {"top_p": 1e-6},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 9, "top_p": 0.7},
+    {"top_k": 9, "top_p": 0.7, "min_p": 0.2},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_probabilities_match_the_definition(filters, temperature, naive_probabilities):
+    params = SamplingParams(temperature=temperature, **filters)
+    for seed, size, spread in ((0, 50, 2.0), (1, 3000, 0.1), (2, 3, 5.0)):  # 3000 flat logits: the nucleus needs more than the candidates
+        logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * spread
+        found = probabilities(logits, [params, params])
+        for row, own in zip(found, logits, strict=True):
+            wanted = torch.tensor(naive_probabilities(own.double().tolist(), params))
+            assert torch.allclose(row.double(), wanted.double(), atol=1e-6)
+
+
+def test_rows_do_not_depend_on_the_batch():
+    logits = torch.randn(len(FILTERS) + 1, 3000, generator=torch.Generator().manual_seed(3))
+    params = [SamplingParams(temperature=0.8, **f) for f in FILTERS] + [SamplingParams()]
+    together = probabilities(logits, params)
+    for i, own in enumerate(params):
+        assert torch.equal(together[i], probabilities(logits[i : i + 1], [own])[0])
+
+
+def test_extreme_inputs_stay_distributions():
+    logits = torch.tensor([[3e4, -3e4, 0.0, -math.inf]])
+    for params in (
+        SamplingParams(temperature=1e-6),
+        SamplingParams(temperature=1e6),
+        SamplingParams(temperature=1.0, top_p=0.5, min_p=0.5),
+    ):
+        row = probabilities(logits, [params])[0]
+        assert row.isfinite().all() and abs(row.sum().item() - 1) < 1e-6 and row[3] == 0
+
+
+def test_ties_at_the_kth_logit_are_all_kept():
+    row = probabilities(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), [SamplingParams(temperature=1.0, top_k=2, top_p=0.9)])[0]
+    assert torch.allclose(row, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+def test_a_greedy_row_is_a_point_mass():
+    row = probabilities(torch.tensor([[1.0, 5.0, 2.0]]), [SamplingParams(temperature=0)])[0]
+    assert row.tolist() == [0.0, 1.0, 0.0]
+
+
+def _words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor([v]) for v in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "wanted"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ],
+)
+def test_philox_matches_the_published_vectors(counter, key, wanted):
+    assert tuple(int(w) for w in philox_words(_words(*counter), _words(*key))) == wanted
+    assert philox_words(counter, key) == wanted
+
+
+def test_few_and_many_uniform_numbers_are_the_same():
+    seeds, positions = torch.tensor([0, 5, 2**63 - 1, -3])[:, None], torch.tensor([0, 1, 2**40 + 3])
+    many = philox_uniform(seeds, positions.repeat(9), 2)
+    assert torch.equal(philox_uniform(seeds, positions, 2), many[:, :3]) and torch.equal(many[:, :3], many[:, -3:])
+    assert philox_uniform(seeds[0], positions[1], 2).shape == (1,)
+
+
+def test_uniform_numbers_are_spread_evenly_and_differ_by_every_argument(chi_square_p_value):
+    seeds = torch.arange(40000) * (2**33 + 7)
+    numbers = philox_uniform(seeds, torch.tensor(5), 1)
+    assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
+    counts = Counter((numbers * 20).long().tolist())
+    assert chi_square_p_value(dict(counts), {i: 0.05 for i in range(20)}) > 1e-3
+    for seed, position, lane in ((1, 5, 1), (0, 6, 1), (0, 5, 2)):
+        other = philox_uniform(seeds + seed, torch.tensor(position), lane)
+        assert (other == numbers).float().mean() < 0.01
+        covariance = ((numbers - 0.5) * (other - 0.5)).mean()
+        assert abs(covariance * 12) < 0.02  # 1/12 is the variance of a uniform number
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 1023, 1024, 1025, 5000])
+def test_drawn_rows_never_have_weight_zero(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    weights = torch.rand(64, vocab, generator=generator) * (torch.rand(64, vocab, generator=generator) < 0.02)
+    weights[torch.arange(64), torch.randint(vocab, (64,), generator=generator)] = 0.5
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        drawn = sample_rows(weights, torch.full((64,), uniform))
+        assert (weights[torch.arange(64), drawn] > 0).all()
+
+
+def test_draws_follow_the_weights(chi_square_p_value):
+    weights = torch.zeros(2500)
+    weights[torch.tensor([0, 3, 1023, 1024, 2047, 2499])] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    drawn = sample_rows(weights.expand(20000, -1), philox_uniform(torch.arange(20000), torch.tensor(0), 0))
+    expected = {i: w / 21 for i, w in enumerate(weights.tolist()) if w}
+    assert chi_square_p_value(dict(Counter(drawn.tolist())), expected) > 1e-3
+    assert chi_square_p_value(dict(Counter(drawn.tolist())), {i: 1 / 6 for i in expected}) < 1e-6  # the test can fail
+
+
+def test_a_sampler_serves_greedy_and_sampled_rows_and_pads_vocabularies():
+    params = [SamplingParams(), SamplingParams(temperature=1.0, top_k=2), SamplingParams()]
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 5.0], [9.0, 8.0, 7.0]])
+    tokens, probs = BatchSampler(params, [1, 2, 3], vocab_size=5).draw(logits, [0, 1, 2], [7, 7, 7])
+    assert tokens[0] == 1 and tokens[2] == 0 and tokens[1] in (0, 2)
+    assert probs[0] is None and probs[2] is None and torch.allclose(probs[1], torch.tensor([0.5, 0, 0.5, 0, 0]))
+    cut, probs = BatchSampler(params, [1, 2, 3], vocab_size=2).draw(logits[1:2], [1], [7])
+    assert probs[0].shape == (2,) and cut.item() in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"stop": "word"},
+        {"stop": ("",)},
+        {"stop_token_ids": (-1,)},
+        {"draft_length": "some"},
+        {"draft_length": 65},
+        {"draft_length": True},
+    ],
+    ids=str,
+)
+def test_values_outside_their_range_are_named_with_a_remedy(wrong):
+    with pytest.raises(InvalidOption) as caught:
+        SamplingParams(**wrong)
+    assert next(iter(wrong)) in caught.value.what and caught.value.remedy

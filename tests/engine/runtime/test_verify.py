@@ -1,0 +1,200 @@
+"""Speculative sampling has the target's distribution: chi-square of several tokens jointly, with a draft that is very different and with a trunk.
+
+The models are first-order Markov chains in the shape of a decoder (layers without attention), so the joint distribution is known exactly and thousands
+of requests run as one batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from draft.early_exit import TrunkDrafter
+from draft.length import CostModel, LengthController
+from draft.model import ModelDrafter
+from draft.stopping import SAMPLED_PRIOR, Calibration
+from engine.model.decoder import DecoderOutput
+from engine.runtime.metrics import SpeculationMetrics
+from engine.runtime.request import Conversation, Request
+from engine.runtime.sampling import SamplingParams
+from engine.runtime.step import decode_step
+from engine.text.detokenizer import TextStream
+
+VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 4000
+
+
+class Counted:
+    """A sequence that only counts."""
+
+    def __init__(self, length=0):
+        self.length = length
+
+    def advance(self, n):
+        self.length += n
+
+    def truncate(self, length):
+        self.length = length
+
+    def free(self):
+        self.length = 0
+
+
+class MarkovDecoder:
+    """Next-token logits are a function of the last token, computed layer by layer."""
+
+    device, dtype, weight_bytes = torch.device("cpu"), torch.float32, 0
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.config = SimpleNamespace(vocab_size=VOCAB, num_layers=LAYERS, hidden_size=WIDTH, max_position_embeddings=1000)
+        self.embedding = torch.randn(VOCAB, WIDTH, generator=generator)
+        self.layers = torch.randn(LAYERS, WIDTH, WIDTH, generator=generator)
+        self.output = torch.randn(WIDTH, VOCAB, generator=generator) * 0.8
+
+    def forward(
+        self, token_ids, sequences, query_lens, *, starts=None, taps=(), logits="all", first_layer=0, last_layer=None, hidden=None, **_
+    ):
+        assert len(sequences) == len(query_lens) and sum(query_lens) == len(token_ids)
+        assert (hidden is None) == (first_layer == 0)
+        hidden = self.embedding[token_ids] if hidden is None else hidden
+        for layer in range(first_layer, LAYERS if last_layer is None else last_layer):
+            hidden = torch.tanh(hidden @ self.layers[layer])
+        return DecoderOutput(self.head(hidden) if logits == "all" and last_layer is None else None, hidden, {})
+
+    def head(self, hidden, *, deterministic=False):
+        return hidden @ self.output
+
+
+def drafter_of(kind, target):
+    if kind == "trunk":
+        return TrunkDrafter(target, 1)
+    if kind == "model":
+        return ModelDrafter(MarkovDecoder(7), SimpleNamespace(new_sequence=Counted, bytes=0))
+    return None
+
+
+def request_of(params, seed, drafter, controller=None):
+    sequence = Counted(2)
+    conversation = Conversation([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
+    return Request(
+        conversation, params, seed=seed, context=1000, eos_token_ids=frozenset(), stream=TextStream(lambda ids: ""),
+        controller=controller or LengthController(params.draft_length), metrics=SpeculationMetrics(),
+    )  # fmt: skip
+
+
+def run(target, drafter, requests):
+    while active := [r for r in requests if r.finish_reason is None]:
+        decode_step(active, target, drafter, catch_up=64)
+        assert all(r.sequence.length == len(r.token_ids) - 1 for r in active)
+    return requests
+
+
+def joint(target, params, naive_probabilities):
+    rows = [
+        naive_probabilities(row.double().tolist(), params) for row in target.head(target.forward(torch.arange(VOCAB), [0], [VOCAB]).hidden)
+    ]
+    result = {}
+    for cell in itertools.product(range(VOCAB), repeat=TOKENS):
+        p, last = 1.0, 2
+        for token in cell:
+            p *= rows[last][token]
+            last = token
+        result[cell] = p
+    return result
+
+
+PROCESSORS = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 3},
+    {"top_p": 0.75},
+    {"min_p": 0.25},
+    {"temperature": 1.7, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("processors", PROCESSORS, ids=str)
+@pytest.mark.parametrize("kind", ["model", "trunk"])
+def test_speculative_text_has_the_targets_distribution(kind, processors, naive_probabilities, chi_square_p_value):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, draft_length=3)
+    requests = run(target, drafter, [request_of(params, seed, drafter) for seed in range(DRAWS)])
+    counts = Counter(tuple(r.token_ids[3:]) for r in requests)
+    assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+    accepted = sum(r.metrics.accepted for r in requests)
+    proposed = sum(r.metrics.proposed for r in requests)
+    assert 0.02 < accepted / proposed < 0.98, "both branches must be taken for the test to mean anything"
+
+
+@pytest.mark.parametrize("processors", PROCESSORS[:3], ids=str)
+@pytest.mark.parametrize("kind", ["model", "trunk"])
+def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, naive_probabilities, chi_square_p_value):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=0)  # with a seed each request counts as alone
+    costs = CostModel(draft=((1, 0.12),), verify=((1, 1.0), (13, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),))
+    made = [LengthController("auto", costs, Calibration(SAMPLED_PRIOR)) for _ in range(DRAWS)]
+    requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
+    counts = Counter(tuple(r.token_ids[3:]) for r in requests)
+    assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+    ends = Counter(length for r in requests for length in _lengths(r.metrics))
+    assert len(ends) >= 3 and max(ends.values()) < 0.95 * ends.total(), "blocks must end early, and at different places, for the test to mean anything"
+    assert sum(r.metrics.accepted for r in requests) < sum(r.metrics.proposed for r in requests)
+
+
+def _lengths(metrics):
+    """Drafts of each step, in no order."""
+    at = [metrics.steps, *metrics.proposed_at, 0]
+    return [length for length, (more, fewer) in enumerate(itertools.pairwise(at)) for _ in range(more - fewer)]
+
+
+def test_plain_sampling_has_it_too_and_the_test_can_fail(naive_probabilities, chi_square_p_value):
+    target, other = MarkovDecoder(1), MarkovDecoder(7)
+    params = SamplingParams(temperature=1.0, max_new_tokens=TOKENS)
+    counts = Counter(tuple(r.token_ids[3:]) for r in run(target, None, [request_of(params, seed, None) for seed in range(DRAWS)]))
+    assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+    assert chi_square_p_value(dict(counts), joint(other, params, naive_probabilities)) < 1e-9
+    sharper = SamplingParams(temperature=0.9, max_new_tokens=TOKENS)
+    assert chi_square_p_value(dict(counts), joint(target, sharper, naive_probabilities)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["model", "trunk"])
+def test_ragged_requests_keep_their_own_parameters(kind, naive_probabilities, chi_square_p_value):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    settings = [
+        SamplingParams(temperature=1.0, max_new_tokens=TOKENS, draft_length=1),
+        SamplingParams(temperature=0.7, top_k=3, max_new_tokens=TOKENS, draft_length=3),
+        SamplingParams(max_new_tokens=TOKENS, draft_length=2),
+        SamplingParams(temperature=1.3, top_p=0.8, max_new_tokens=TOKENS, draft_length=0),
+    ]
+    requests = run(target, drafter, [request_of(settings[i % 4], i, drafter) for i in range(2 * DRAWS)])
+    for i, params in enumerate(settings):
+        counts = Counter(tuple(r.token_ids[3:]) for r in requests[i::4])
+        assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["model", "trunk"])
+def test_a_request_draws_the_same_alone_and_in_a_batch(kind):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    params = [SamplingParams(temperature=t, top_k=k, max_new_tokens=30, draft_length=k) for t in (0.0, 0.8, 1.5) for k in (0, 2, 4)]
+    together = run(target, drafter, [request_of(p, 11 + i, drafter) for i, p in enumerate(params)])
+    for i, p in enumerate(params):
+        [alone] = run(target, drafter, [request_of(p, 11 + i, drafter)])
+        assert alone.token_ids == together[i].token_ids
+        assert alone.metrics.as_dict() | {"draft_s": 0, "verify_s": 0} == together[i].metrics.as_dict() | {"draft_s": 0, "verify_s": 0}
+
+
+def test_a_perfect_draft_is_never_rejected():
+    target = MarkovDecoder(1)
+    drafter = ModelDrafter(target, SimpleNamespace(new_sequence=Counted, bytes=0))
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=50, draft_length=4)
+    for request in run(target, drafter, [request_of(params, seed, drafter) for seed in range(50)]):
+        assert request.metrics.acceptance_rate == 1
+        assert request.metrics.steps == 10 and request.metrics.accepted_by_position == [1.0] * 4

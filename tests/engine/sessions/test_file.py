@@ -1,0 +1,305 @@
+"""The session file: what is written comes back, and nothing that was cut, altered, foreign or newer is ever taken for a session."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import replace
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codec.container import FILE_MAGIC, FILE_VERSION, read_sections, write_sections
+from codec.spec import NUM_SINKS
+from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, PackMismatch, Truncated
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.file import MAX_TOKENS, SessionFile, Span
+
+SPANS = [Span(NUM_SINKS, 68, b"first" * 20), Span(68, 90, b"second" * 7)]
+FILE = SessionFile([1, 70_000, 3] * 31, 90, "balanced", {"target": "a" * 64, "pack": "b"}, SPANS)
+DATA = FILE.to_bytes()
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "chat.kv"
+
+
+def load(file, data):
+    file.write_bytes(data)
+    return SessionFile.load(file)
+
+
+def altered(**sections):
+    """DATA with some sections' contents replaced, its checksums right."""
+    return write_sections([(name, sections.get(name, body)) for name, body in read_sections(DATA)])
+
+
+def packed(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+# --- whole files --------------------------------------------------------------------------------------------------------
+
+tokens = st.integers(0, 1 << 20)
+names = st.text(max_size=12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(tokens, max_size=200), st.lists(st.binary(min_size=1, max_size=40), max_size=4), st.dictionaries(names, names, max_size=4), names)
+def test_a_file_comes_back(ids, codes, fingerprints, quality):
+    ids = ids + [0] * (NUM_SINKS + len(codes) - len(ids))
+    spans = [Span(NUM_SINKS + i, NUM_SINKS + i + 1, code) for i, code in enumerate(codes)]
+    session = SessionFile(ids, spans[-1].end if spans else len(ids), quality, fingerprints, spans)
+    assert SessionFile.from_bytes(session.to_bytes()) == session
+    assert session.to_bytes() == replace(session, spans=list(spans)).to_bytes(), "equal sessions are equal bytes"
+
+
+def test_saving_and_loading(file):
+    assert FILE.save(file) == len(DATA) == file.stat().st_size
+    assert SessionFile.load(file) == FILE and [p.name for p in file.parent.iterdir()] == ["chat.kv"]
+
+
+# --- damaged files ------------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_named(file):
+    for length in range(len(DATA)):
+        with pytest.raises(Corrupted if length == 0 else Truncated, match=r"chat\.kv: .*file"):
+            load(file, DATA[:length])
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.integers(0, 8 * len(DATA) - 1))
+def test_every_flipped_bit_is_found(bit):
+    data = bytearray(DATA)
+    data[bit // 8] ^= 1 << bit % 8
+    named = []
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pathlib.Path.read_bytes", lambda _: bytes(data))
+            SessionFile.load("chat.kv")
+    except BadSessionFile as error:
+        named.append(type(error))
+    at_version = len(FILE_MAGIC) <= bit // 8 < len(FILE_MAGIC) + 2
+    assert named and named[0] in ((NewerVersion, Corrupted) if at_version else (Corrupted, Truncated))
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"GGUF" + b"\0" * 50, b"{}", DATA + b"\0", DATA[1:]])
+def test_what_is_no_session_file(file, data):
+    with pytest.raises(Corrupted, match=r"session file .*chat\.kv: .*\("):
+        load(file, data)
+
+
+def test_a_newer_version_is_named(file):
+    newer = write_sections([("META", b""), ("NEWS", b"unknown")], version=FILE_VERSION + 1)
+    with pytest.raises(NewerVersion, match=rf"version {FILE_VERSION + 1}.*update the program"):
+        load(file, newer)
+
+
+META = b'{"fingerprints": {}, "num_cached": %d, "num_tokens": %d, "quality": "tiny"}'
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"META": packed(b"no json")},
+        {"META": packed(b"[]")},
+        {"META": packed(b'{"quality": "tiny"}')},
+        {"META": packed(META % (94, 93))},
+        {"META": packed(META % (-1, 93))},
+        {"META": packed(META % (90, 92))},
+        {"META": packed(META % (0, MAX_TOKENS + 1))},
+        {"META": packed(META % (91, 93))},
+        {"META": b"not compressed"},
+        {"META": packed(META % (90, 93))[:-3]},
+        {"TOKS": packed(b"\0" * 5)},
+        # a frame that claims a terabyte
+        {"TOKS": zstandard.MAGIC_NUMBER.to_bytes(4, "little") + b"\xe0" + struct.pack("<Q", 1 << 40) + b"\1\0\0"},
+        {"SIZE": packed(b"\0" * 13)},
+        {"SIZE": packed(struct.pack("<6I", 4, 68, 100, 69, 90, 42))},
+        {"SIZE": packed(struct.pack("<6I", 4, 68, 100, 60, 90, 42))},
+        {"SIZE": packed(struct.pack("<6I", 5, 68, 100, 68, 90, 42))},
+        {"SIZE": packed(struct.pack("<6I", 0, 68, 100, 68, 90, 42))},
+        {"SIZE": packed(struct.pack("<6I", 4, 68, 100, 68, 68, 42))},
+        {"SIZE": packed(struct.pack("<6I", 4, 68, 100, 68, 90, 43))},
+        {"SIZE": packed(struct.pack("<6I", 4, 68, 100, 68, 90, 41))},
+        {"SIZE": packed(struct.pack("<3I", 4, 68, 100))},
+        {"SPAN": b""},
+    ],
+)  # fmt: skip
+def test_contents_that_contradict_themselves_are_refused_though_their_checksums_are_right(file, sections):
+    assert load(file, altered()) == FILE
+    with pytest.raises(Corrupted):
+        load(file, altered(**sections))
+
+
+def test_missing_and_surplus_sections(file):
+    found = read_sections(DATA)
+    for sections in (found[:-1], [*found, ("MORE", b"")], found[::-1], []):
+        with pytest.raises(Corrupted, match="sections"):
+            load(file, write_sections(sections))
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(BadSessionFile, match="cannot be read: No such file"):
+        SessionFile.load(tmp_path / "none.kv")
+    with pytest.raises(BadSessionFile, match="cannot be read: Is a directory"):
+        SessionFile.load(tmp_path)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def _fails(number):
+    def fail(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace", "pathlib.Path.open"])
+@pytest.mark.parametrize(
+    "number, error", [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EACCES, CacheNotWritable), (errno.EIO, CacheNotWritable)]
+)
+def test_a_failed_write_leaves_the_earlier_file(file, step, number, error, monkeypatch):
+    FILE.save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, _fails(number))
+        with pytest.raises(error, match=r"chat\.kv"):
+            replace(FILE, quality="tiny").save(file)
+    assert SessionFile.load(file) == FILE and [p.name for p in file.parent.iterdir()] == ["chat.kv"]
+
+
+def test_a_disk_that_fills_up_while_writing(file, monkeypatch):
+    FILE.save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionFile, "to_bytes", lambda _: DATA[:100])  # more would not fit
+        patch.setattr("os.fsync", _fails(errno.ENOSPC))
+        with pytest.raises(DiskFull, match="free space"):
+            FILE.save(file)
+    assert SessionFile.load(file) == FILE and len(list(file.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_a_crash_in_the_middle_of_a_save_leaves_the_earlier_file(file, step, tmp_path):
+    FILE.save(file)
+    process = os.fork()
+    if process == 0:  # the child dies there and then, as if killed: no handler of ours runs
+        import contextlib
+
+        with contextlib.suppress(BaseException):
+            setattr(os, step.split(".")[1], lambda *_: os._exit(7))
+            replace(FILE, quality="tiny").save(file)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+    assert SessionFile.load(file) == FILE
+    assert len(list(tmp_path.iterdir())) == 2, "the crash left its unfinished file"
+    replace(FILE, quality="tiny").save(file)
+    assert SessionFile.load(file).quality == "tiny"
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/a.kv", "file/a.kv", "folder", "n" * 300])
+def test_places_that_cannot_be_written(tmp_path, path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CacheNotWritable, match=r"cannot be written: .*choose another path"):
+        FILE.save(tmp_path / path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# --- through an engine --------------------------------------------------------------------------------------------------
+
+PARAMS = SamplingParams(max_new_tokens=30, draft_length=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def suspended(chat_engine, tmp_path_factory):
+    """A suspended session's file, and an engine that may resume it."""
+    engine, file = chat_engine(), tmp_path_factory.mktemp("suspended") / "chat.kv"
+    with engine.session(log=lambda _: None) as session:
+        session.generate("import this, and that, and what else there is to be had in a library: " * 2, PARAMS)
+        session.suspend(file)
+    return file, engine
+
+
+@pytest.mark.parametrize("role, models", [("target", {"target": "stranger"}), ("draft", {"draft": "stranger"}), ("draft", {"draft": "trunk"})])
+def test_foreign_models_are_refused_before_a_pack_is_looked_for(chat_engine, suspended, monkeypatch, role, models):
+    engine = chat_engine(**models)
+    monkeypatch.setattr("engine.sessions.kv_codec.find_pack", None)
+    with pytest.raises(ForeignModel, match=f"another {role}"):
+        engine.session(suspended[0])
+    assert engine.pool.num_free_pages == engine.pool.max_pages
+
+
+def test_a_foreign_tokenizer_is_refused(chat_engine, byte_tokenizer, suspended):
+    engine = chat_engine()
+    engine.tokenizer = byte_tokenizer()
+    engine.tokenizer.add_tokens(["another"])
+    with pytest.raises(ForeignModel, match="another tokenizer"):
+        engine.session(suspended[0])
+
+
+def test_another_pack_is_refused(chat_engine, suspended, tmp_path):
+    pack = suspended[1].session_codec.pack
+    replace(pack, info=pack.info | {"made": "later"}).save(tmp_path / "other.safetensors")
+    engine = chat_engine()
+    with pytest.raises(ForeignModel, match="another pack"):
+        engine.session(suspended[0], pack=tmp_path / "other.safetensors")
+    assert engine.pool.num_free_pages == engine.pool.max_pages
+    foreign = replace(pack, fingerprints=pack.fingerprints | {"target": "of another"})
+    foreign.save(tmp_path / "foreign.safetensors")
+    with pytest.raises(PackMismatch, match="made for another target"):
+        chat_engine().session(pack=tmp_path / "foreign.safetensors")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_span_damaged_behind_right_checksums_never_becomes_a_cache(suspended, tmp_path_factory, data):
+    """The file's own checksums are made to fit; the spans' own ones, their headers and their order must still tell."""
+    file, engine = suspended
+    stored = SessionFile.load(file)
+    span = data.draw(st.integers(0, len(stored.spans) - 1))
+    body = bytearray(stored.spans[span].data)
+    body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    stored.spans[span] = replace(stored.spans[span], data=bytes(body))
+    bad = tmp_path_factory.getbasetemp() / "bad.kv"
+    stored.save(bad)
+    free = engine.pool.num_free_pages, engine.draft_pool.num_free_pages
+    with pytest.raises(BadSessionFile, match=r"bad\.kv"):
+        engine.session(bad)
+    assert (engine.pool.num_free_pages, engine.draft_pool.num_free_pages) == free
+
+
+def test_spans_in_another_order_or_cut_are_refused(suspended, tmp_path):
+    file, engine = suspended
+    stored = SessionFile.load(file)
+    first, *_, last = stored.spans
+    for spans in (
+        [replace(first, data=last.data), *stored.spans[1:]],
+        [replace(first, data=first.data[:-1]), *stored.spans[1:]],
+        [replace(first, data=b""), *stored.spans[1:]],
+    ):
+        replace(stored, spans=spans).save(tmp_path / "bad.kv")
+        with pytest.raises(BadSessionFile, match=r"bad\.kv"):
+            engine.session(tmp_path / "bad.kv")
+    engine.pool.check_integrity()
+
+
+@pytest.mark.parametrize("ids", [[0, 263, 264], [1 << 31], list(range(200)) * 6])
+def test_tokens_the_model_cannot_have(suspended, tmp_path, ids):
+    file, engine = suspended
+    stored = SessionFile.load(file)
+    replace(stored, token_ids=ids, num_cached=0, spans=[]).save(tmp_path / "bad.kv")
+    with pytest.raises(Corrupted, match="tokens the model cannot have"):
+        engine.session(tmp_path / "bad.kv", quality="tokens")
+
+
+def test_an_unknown_quality_in_a_file_is_refused(suspended, tmp_path):
+    file, engine = suspended
+    replace(SessionFile.load(file), quality="best").save(tmp_path / "bad.kv")
+    with pytest.raises(Corrupted, match="unknown quality 'best'"):
+        engine.session(tmp_path / "bad.kv")

@@ -1,0 +1,44 @@
+"""The layers that are trained and the layers that draft are the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from draft.head_file import AdapterConfig, save_adapter, target_digest
+from engine.runtime.drafters import load_trained_trunk
+from engine.train.model import Student
+from engine.train.training import teacher_of
+
+TRUNK, LENGTH = 1, 19
+
+
+@pytest.mark.parametrize("head", ["own", "tied"])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "qwen3"])
+def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
+    target = tiny_model(family).decoder
+    teacher = teacher_of(target)
+    ids, tokens = torch.arange(2, 90, 3), torch.arange(LENGTH) * 4
+    student = Student(teacher, 2, ids, own_head=head == "own")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    config = AdapterConfig(family, target_digest(target.config), TRUNK, 2, len(ids), head)  # type: ignore[arg-type]
+    save_adapter(tmp_path, config, {"token_ids": ids, **student.tensors()})
+    trained = load_trained_trunk(tmp_path, target)
+    stored = {name: tensor for name, tensor in trained.decoder.hf_tensors().items() if name in student.tensors()}
+    student.load_tensors(stored)
+
+    states, _ = teacher.run(tokens[None], TRUNK)
+    wanted = student(states, teacher.angles(LENGTH))[0] @ student.head.T
+    sequence = target.new_pool(1).new_sequence()
+    tap = target.forward(tokens, [sequence], [LENGTH], taps=(TRUNK,), logits="none").taps[TRUNK]
+    assert torch.allclose(tap, states[0], atol=1e-4)
+    own = trained.decoder.new_pool(1).new_sequence()
+    parts = []
+    for start, end in ((0, 7), (7, 8), (8, LENGTH)):
+        parts.append(trained.decoder.forward(None, [own], [end - start], hidden=tap[start:end]).logits)
+        own.advance(end - start)
+    assert torch.allclose(torch.cat(parts), wanted, atol=2e-3)
+    assert wanted.std() > 0.5
