@@ -50,15 +50,22 @@ class SpanCoder:
         # the kernel reads a component's integers of neighbouring tokens together
         narrow = q.clamp(-_INT16_MAX, _INT16_MAX).to(torch.int16).t().contiguous().t()
         coded = kernel.rans_encode(
-            self._kernel_tables, narrow, base, gains, self._starts(sizes), tokens_per_lane,
-            shifts=-CLASSES_PER_LEVEL * levels, max_span_tokens=max(sizes),
-        )  # fmt: skip
+            self._kernel_tables,
+            narrow,
+            base,
+            gains,
+            self._starts(sizes),
+            tokens_per_lane,
+            shifts=-CLASSES_PER_LEVEL * levels,
+            max_span_tokens=max(sizes),
+        )
         word_ends = coded.word_starts.tolist()
         words = coded.words[: word_ends[-1]].cpu().numpy().view(np.uint16)
         states = coded.states.cpu().numpy().view(np.uint32)
         lane_ends = np.cumsum([0, *(num_lanes(size, tokens_per_lane) for size in sizes)])
         return [
-            SpanStream(size, states[lane_ends[n] : lane_ends[n + 1]], words[word_ends[n] : word_ends[n + 1]]) for n, size in enumerate(sizes)
+            SpanStream(size, states[lane_ends[n] : lane_ends[n + 1]], words[word_ends[n] : word_ends[n + 1]])
+            for n, size in enumerate(sizes)
         ]
 
     def decode(
@@ -82,9 +89,15 @@ class SpanCoder:
             self._starts([len(s.words) for s in streams]),
         )
         decoded = kernel.rans_decode(
-            self._kernel_tables, coded, base, self._starts(sizes), tokens_per_lane,
-            num_tokens=sum(sizes), shifts=-CLASSES_PER_LEVEL * levels, max_span_tokens=max(sizes),
-        )  # fmt: skip
+            self._kernel_tables,
+            coded,
+            base,
+            self._starts(sizes),
+            tokens_per_lane,
+            num_tokens=sum(sizes),
+            shifts=-CLASSES_PER_LEVEL * levels,
+            max_span_tokens=max(sizes),
+        )
         if not bool(decoded.intact.all()):
             raise CorruptedCode(*DAMAGED)
         return decoded.q.to(torch.int32, memory_format=torch.contiguous_format), decoded.gains

@@ -54,7 +54,9 @@ class PageDecoder:
         if {len(slots), len(cos), len(sin)} != {starts[-1]}:
             raise BadInput(f"{len(slots)} slots and {len(cos)} angles for {starts[-1]} coded tokens", "pass one of each a token")
         if kv.shape[0] - first_layer != self.codec.layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, *self._heads()):
-            raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {self.codec.layout}", "pass the pool that was coded")
+            raise BadInput(
+                f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {self.codec.layout}", "pass the pool that was coded"
+            )
         for members, c in self.codec.decoded_batches(codes):
             # components and the matrix are far smaller than the rows: many spans are entropy-decoded at once, fewer multiplied
             sizes = [codes[n].num_tokens for n in members]

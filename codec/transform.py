@@ -39,7 +39,9 @@ class Transform:
 
     def first(self, count: int) -> Transform:
         """Only the first `count` rows."""
-        return Transform(self.kind, self.basis[:count].contiguous(), None if self.layer is None else self.layer[:count], self.variance[:count])
+        return Transform(
+            self.kind, self.basis[:count].contiguous(), None if self.layer is None else self.layer[:count], self.variance[:count]
+        )
 
     def kept(self, threshold: float) -> int:
         """Number of leading components with standard deviation above threshold."""

@@ -105,9 +105,15 @@ class TrunkDrafter:
         else:
             starts = [state.sequence.length if state.features is None else state.features.length for state in states]
         out = self.decoder.forward(
-            flat, [s.sequence for s in states], query_lens, starts=starts, taps=self.target_taps, logits="none",
-            last_layer=self.num_layers, deterministic=self.deterministic,
-        )  # fmt: skip
+            flat,
+            [s.sequence for s in states],
+            query_lens,
+            starts=starts,
+            taps=self.target_taps,
+            logits="none",
+            last_layer=self.num_layers,
+            deterministic=self.deterministic,
+        )
         self._keep(states, starts, query_lens, out.taps)
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
@@ -137,13 +143,21 @@ class TrunkDrafter:
         parts = {tap: iter(states.split(counts)) for tap, states in self.adapter.run_waiting(behind, self.own_taps).items()}
         missing = taps[self.num_layers]
         own_states = {
-            self.num_layers + tap: torch.cat([next(parts[tap])[-n:] if own else missing[:n] for n, own in zip(query_lens, follows, strict=True)])
+            self.num_layers + tap: torch.cat(
+                [next(parts[tap])[-n:] if own else missing[:n] for n, own in zip(query_lens, follows, strict=True)]
+            )
             for tap in self.own_taps
         }
         self._append(adapted, starts, query_lens, {**taps, **own_states}, follows)
 
-    def _append(self, states: Sequence[DraftState], starts: Sequence[int], query_lens: Sequence[int], taps: Mapping[int, Tensor],
-                known: Sequence[bool] | None = None) -> None:  # fmt: skip
+    def _append(
+        self,
+        states: Sequence[DraftState],
+        starts: Sequence[int],
+        query_lens: Sequence[int],
+        taps: Mapping[int, Tensor],
+        known: Sequence[bool] | None = None,
+    ) -> None:
         """Append features where they end at `starts` (tokens run once more have theirs already); requests that are not `known` get a gap."""
         if not self.feature_taps:
             return
@@ -158,16 +172,29 @@ class TrunkDrafter:
                 features.skip(len(part))
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        self,
+        states: Sequence[DraftState],
+        pending: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        sampler: DraftSampler,
         gates: Gates = None,
-    ) -> Proposal:  # fmt: skip
+    ) -> Proposal:
         """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs its trunk."""
         assert all(len(tokens) == 1 for tokens in pending), "the trunk shares the target's cache, which lacks exactly the last token"
         own = None if self.adapter is None else AdapterBlock(self.adapter, cast(Sequence[AdaptedState], states), self.own_taps)
         return draft_block(
-            self.decoder, [s.sequence for s in states], pending, lengths, sampler, gates, last_layer=self.num_layers, runs_last_draft=True,
-            taps=self.feature_taps, deterministic=self.deterministic, own_layers=own,
-        )  # fmt: skip
+            self.decoder,
+            [s.sequence for s in states],
+            pending,
+            lengths,
+            sampler,
+            gates,
+            last_layer=self.num_layers,
+            runs_last_draft=True,
+            taps=self.feature_taps,
+            deterministic=self.deterministic,
+            own_layers=own,
+        )
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
         """Keep the features of the committed tokens, and the adapter's KV; the target's sequence is advanced by the decode step itself."""

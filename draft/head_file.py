@@ -34,9 +34,19 @@ _SCALE = ".scale"
 _REMEDY = "copy the adapter's folder again, or train one with scripts/train_draft.py"
 # what the layers of an adapter have in common with the target's
 _FACTS = (
-    "architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "rms_norm_eps",
-    "qkv_bias", "o_bias", "qk_norm",
-)  # fmt: skip
+    "architecture",
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "qkv_bias",
+    "o_bias",
+    "qk_norm",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ class AdapterConfig:
     def check_target(self, config: Any) -> None:
         """AdapterMismatch unless `config` (a decoder's) has the shape of the target the adapter was trained for."""
         if self.target_fingerprint_config != target_digest(config):
-            raise AdapterMismatch(f"the trunk adapter was trained for another model, {self.target}", "use it with that one, or --draft trunk")
+            raise AdapterMismatch(
+                f"the trunk adapter was trained for another model, {self.target}", "use it with that one, or --draft trunk"
+            )
 
 
 def target_digest(config: Any) -> str:
@@ -78,7 +90,9 @@ def target_digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def save_adapter(folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None) -> AdapterConfig:
+def save_adapter(
+    folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None
+) -> AdapterConfig:
     """Write the folder's config.json and adapter.safetensors, the latter under a temporary name first.
 
     tensors: as in the module's description, matrices and vectors in any float type, not quantised. bits: instead of config.bits.

@@ -167,7 +167,9 @@ def measure_costs(
 
     def trunk(sequence: Any, count: int) -> Any:
         tokens = torch.zeros(count, dtype=torch.int64, device=device)
-        return draft_decoder.forward(tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic).hidden
+        return draft_decoder.forward(
+            tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic
+        ).hidden
 
     def draft(sequence: Any, count: int) -> None:
         hidden, head = trunk(sequence, count), draft_decoder.head

@@ -61,9 +61,13 @@ class ModelDrafter:
         query_lens = [len(t) for t in tokens]
         flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
         out = self.decoder.forward(
-            flat.clamp_max(self.decoder.config.vocab_size - 1), [s.sequence for s in states], query_lens, taps=self.feature_taps,
-            logits="none", deterministic=self.deterministic,
-        )  # fmt: skip
+            flat.clamp_max(self.decoder.config.vocab_size - 1),
+            [s.sequence for s in states],
+            query_lens,
+            taps=self.feature_taps,
+            logits="none",
+            deterministic=self.deterministic,
+        )
         append_features(states, query_lens, out.taps, self.feature_taps)
         for state, count in zip(states, query_lens, strict=True):
             state.sequence.advance(count)
@@ -72,14 +76,26 @@ class ModelDrafter:
         """The target's hidden states are of no use to a separate model."""
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        self,
+        states: Sequence[DraftState],
+        pending: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        sampler: DraftSampler,
         gates: Gates = None,
-    ) -> Proposal:  # fmt: skip
+    ) -> Proposal:
         """Draft lengths[b] tokens after pending[b]; requests with length 0 cost nothing and stay behind until they are asked again."""
         return draft_block(
-            self.decoder, [s.sequence for s in states], pending, lengths, sampler, gates,
-            last_layer=None, runs_last_draft=False, taps=self.feature_taps, deterministic=self.deterministic,
-        )  # fmt: skip
+            self.decoder,
+            [s.sequence for s in states],
+            pending,
+            lengths,
+            sampler,
+            gates,
+            last_layer=None,
+            runs_last_draft=False,
+            taps=self.feature_taps,
+            deterministic=self.deterministic,
+        )
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
         """Keep the KV and features of the pending tokens and of the accepted drafts that were run (the last draft never is)."""

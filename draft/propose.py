@@ -59,9 +59,16 @@ def draft_block(
     while rows:
         # Ids beyond the drafter's own embedding (vocabularies may differ in padding) can only cost acceptance, never correctness.
         out = decoder.forward(
-            tokens.clamp_max(vocab_size - 1), [sequences[b] for b in rows], query_lens, starts=starts, taps=decoder_taps, logits="none",
-            last_layer=last_layer, deterministic=deterministic, placements=_placed(rows, starts, beside, siblings),
-        )  # fmt: skip
+            tokens.clamp_max(vocab_size - 1),
+            [sequences[b] for b in rows],
+            query_lens,
+            starts=starts,
+            taps=decoder_taps,
+            logits="none",
+            last_layer=last_layer,
+            deterministic=deterministic,
+            placements=_placed(rows, starts, beside, siblings),
+        )
         passes.append((out.hidden, dict(out.taps) if decoder_taps else {}))
         ends = torch.tensor(query_lens).cumsum(0).tolist()
         speaks = [end - 1 - len(others) for end, others in zip(ends, beside, strict=True)]
@@ -103,7 +110,9 @@ def draft_block(
         beside = [others[i] if runs_last_draft else [] for i in onward]
         tokens = pick(drawn, onward)
         if any(beside):
-            tokens = torch.tensor([t for own, others_here in zip(tokens.tolist(), beside, strict=True) for t in (own, *others_here)], device=device)
+            tokens = torch.tensor(
+                [t for own, others_here in zip(tokens.tolist(), beside, strict=True) for t in (own, *others_here)], device=device
+            )
         query_lens, starts = [1 + len(others_here) for others_here in beside], [bases[b] + step - 1 for b in rows]
 
     hidden = torch.cat([h for h, _ in passes]) if passes else None
@@ -143,9 +152,7 @@ def _gated(
     return kept, siblings
 
 
-def _placed(
-    rows: list[int], starts: list[int], beside: list[list[int]], siblings: list[list[Sibling]]
-) -> list[Placement] | None:
+def _placed(rows: list[int], starts: list[int], beside: list[list[int]], siblings: list[list[Sibling]]) -> list[Placement] | None:
     """Placements of a pass in which some draft has siblings beside it; None where none has."""
     if not any(beside):
         return None
@@ -157,4 +164,3 @@ def _placed(
             slots = [sibling_slot(base, number) for number in range(len(siblings[b]) - len(others), len(siblings[b]))]
         placements.append(Placement([start] * (1 + len(others)), [start, *slots]))
     return placements
-

@@ -243,9 +243,13 @@ class Drafter(Protocol):
         ...
 
     def propose(
-        self, states: Sequence[DraftState], pending: Sequence[Sequence[int]], lengths: Sequence[int], sampler: DraftSampler,
+        self,
+        states: Sequence[DraftState],
+        pending: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        sampler: DraftSampler,
         gates: Gates = None,
-    ) -> Proposal:  # fmt: skip
+    ) -> Proposal:
         """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one), or fewer where
         gates[b] ends the block."""
         ...

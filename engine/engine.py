@@ -89,9 +89,12 @@ class Engine:
         start = min(pages, -(-START_TOKENS // page_size))
         self.pool = open_pool(target, hot, start, page_size, pages, tokenizer=tokenizer, target_dir=target_dir)
         self.drafter, self.draft_pool = build_drafter(
-            target, draft, lambda model: model.new_pool(start, page_size, max_pages=pages),
-            name=draft_dir.name if draft_dir else "model", deterministic=deterministic,
-        )  # fmt: skip
+            target,
+            draft,
+            lambda model: model.new_pool(start, page_size, max_pages=pages),
+            name=draft_dir.name if draft_dir else "model",
+            deterministic=deterministic,
+        )
         self.scheduler = Scheduler(
             target, self.pool, self.drafter, self.draft_pool, max_batch=max_batch, prefill_chunk=prefill_chunk, deterministic=deterministic
         )

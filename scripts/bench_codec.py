@@ -8,6 +8,7 @@ beyond model, pack and calibration, exact tokens included.
     python scripts/bench_codec.py --pair smollm2 --pack smollm2.pack --text docs/ src/ --tokens 12288 --context 512
         --methods foretold,kvtc,turboquant-mean,fp8 --json-out codec.json --plot codec.png
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,8 +38,9 @@ from engine.hub.resolve import PAIRS, load_tokenizer, resolve_model, resolve_pai
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import choose_draft
 
-DEFAULT_METHODS = ("foretold,foretold-nopred,kvtc,aqua-kv,turboquant-mean,turboquant,kivi,kivi-nowindow,cachegen,cachegen-anchors,"
-                   "fp8,bf16+zstd")
+DEFAULT_METHODS = (
+    "foretold,foretold-nopred,kvtc,aqua-kv,turboquant-mean,turboquant,kivi,kivi-nowindow,cachegen,cachegen-anchors,fp8,bf16+zstd"
+)
 
 
 def log(message: str) -> None:
@@ -59,8 +61,12 @@ class LazyCalibration:
             if not self._sequences:
                 raise InvalidOption("there is no calibration text for the peers", "give more --text, or --calibration-text")
             start, shown = time.perf_counter(), 0.0
-            stream = CalibrationAccumulator(self._layout, sample_tokens=self._sample_tokens, covariances=self._covariances,
-                                            expected_tokens=sum(map(len, self._sequences)) - NUM_SINKS * len(self._sequences))
+            stream = CalibrationAccumulator(
+                self._layout,
+                sample_tokens=self._sample_tokens,
+                covariances=self._covariances,
+                expected_tokens=sum(map(len, self._sequences)) - NUM_SINKS * len(self._sequences),
+            )
             for n, rows in enumerate(self._quality.calibration_rows(self._sequences, NUM_SINKS), 1):
                 stream.update(rows)
                 if time.perf_counter() - shown > 10 or n == len(self._sequences):
@@ -75,7 +81,7 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, g
     scores, num_bytes, encode_s, decode_s, ideal = Scores(), 0, 0.0, 0.0, 0.0
     has_ideal, shown, parts = True, time.perf_counter(), []
     for start in range(0, len(cases), group):
-        some = cases[start:start + group]
+        some = cases[start : start + group]
         result = method.run(some)
         quality.score(some, result.decoded, scores)
         num_bytes, encode_s, decode_s = num_bytes + result.num_bytes, encode_s + result.encode_s, decode_s + result.decode_s
@@ -86,12 +92,22 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, g
             shown = time.perf_counter()
             log(f"  {method.method} {method.quality}: {start + len(some)} of {len(cases)} sequences")
     tokens = sum(case.prefix for case in cases)
-    row = {"method": method.method, "quality": method.quality, "bits_per_element": 8 * num_bytes / (tokens * full_dim),
-           "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
-           "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
-           "kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
-           "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
-           "encode_tokens_per_s": tokens / encode_s, "decode_tokens_per_s": tokens / decode_s, "tokens": tokens, "inputs": method.inputs}
+    row = {
+        "method": method.method,
+        "quality": method.quality,
+        "bits_per_element": 8 * num_bytes / (tokens * full_dim),
+        "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
+        "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
+        "kl": scores.kl,
+        "kl_standard_error": scores.kl_standard_error,
+        "nll": scores.nll / scores.predictions,
+        "nll_untouched": scores.nll_untouched / scores.predictions,
+        "top1_agreement": scores.agree / scores.positions,
+        "encode_tokens_per_s": tokens / encode_s,
+        "decode_tokens_per_s": tokens / decode_s,
+        "tokens": tokens,
+        "inputs": method.inputs,
+    }
     return row | ({"breakdown": merged(parts)} if parts else {})
 
 
@@ -106,8 +122,9 @@ def load_rows(path: Path, settings: dict[str, Any], restart: bool) -> list[dict[
         raise InvalidOption(f"{path} is not a codec benchmark", "choose another --json-out, or --restart to overwrite it") from error
     changed = [key for key in settings if settings[key] != earlier.get(key)]
     if changed:
-        raise InvalidOption(f"{path} holds rows of other settings ({', '.join(changed)})",
-                            "choose another --json-out, or --restart to overwrite it")
+        raise InvalidOption(
+            f"{path} holds rows of other settings ({', '.join(changed)})", "choose another --json-out, or --restart to overwrite it"
+        )
     return rows
 
 
@@ -116,24 +133,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", help="folder or hub id of the target (with --draft for our own methods)")
-    parser.add_argument("--draft", help="folder or hub id of the draft, folder of a trunk adapter, or trunk (default: the pair's own, or trunk)")
+    parser.add_argument(
+        "--draft", help="folder or hub id of the draft, folder of a trunk adapter, or trunk (default: the pair's own, or trunk)"
+    )
     parser.add_argument("--pack", help="codec pack of the pair (needed by the foretold methods)")
     parser.add_argument("--text", nargs="+", required=True, help="test text: files, folders, or one .npz with `train` and `test` token ids")
-    parser.add_argument("--calibration-text", nargs="+", default=[],
-                        help="text for the peers' calibration; default: the other part of --text")
+    parser.add_argument(
+        "--calibration-text", nargs="+", default=[], help="text for the peers' calibration; default: the other part of --text"
+    )
     parser.add_argument("--tokens", type=int, default=12_288, help="test tokens (whole sequences)")
     parser.add_argument("--calibration-tokens", type=int, default=49_152)
-    parser.add_argument("--sample-tokens", type=int, default=4096,
-                        help="calibration tokens kept for predictors, histograms and bit allocation")
+    parser.add_argument(
+        "--sample-tokens", type=int, default=4096, help="calibration tokens kept for predictors, histograms and bit allocation"
+    )
     parser.add_argument("--context", type=int, default=512, help="tokens of a sequence; three quarters are replaced")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated families or points; default all")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                        help="auto: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--json-out", required=True, type=Path)
     parser.add_argument("--plot", type=Path, help="PNG; drawn from all rows of --json-out")
-    parser.add_argument("--plot-without-sinks", action="store_true",
-                        help="leave the four exact tokens, which every method stores, out of the picture")
+    parser.add_argument(
+        "--plot-without-sinks", action="store_true", help="leave the four exact tokens, which every method stores, out of the picture"
+    )
     parser.add_argument("--breakdown", action="store_true", help="our rows also say where their bytes went (row key `breakdown`)")
     parser.add_argument("--restart", action="store_true", help="forget the rows of --json-out")
     return parser.parse_args(arguments)
@@ -148,8 +171,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if ours and not options.pack:
         raise InvalidOption("the foretold methods need a codec pack", "give --pack, or leave them out of --methods")
     device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()) else "cpu")
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[options.dtype]
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[
+        options.dtype
+    ]
     if options.pair:
         paths = resolve_pair(options.pair)
         target_dir, source = paths.target_dir, options.draft or paths.draft
@@ -159,16 +183,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     c = target.config
     layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim)
     tokenizer = load_tokenizer(target_dir)
-    split: TokenSplit = split_tokens(options.text, options.calibration_text, options.context, options.tokens, options.calibration_tokens,
-                                     lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    split: TokenSplit = split_tokens(
+        options.text,
+        options.calibration_text,
+        options.context,
+        options.tokens,
+        options.calibration_tokens,
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+    )
     pack = CodecPack.load(options.pack) if ours else None
     pair = options.pair or f"{target_dir.name}+{Path(source).name}"
-    settings = {"pair": pair, "context": options.context, "prefix": options.context * 3 // 4, "test_sequences": len(split.test),
-                "test_digest": digest(split.test), "dtype": str(dtype).removeprefix("torch.")}
+    settings = {
+        "pair": pair,
+        "context": options.context,
+        "prefix": options.context * 3 // 4,
+        "test_sequences": len(split.test),
+        "test_digest": digest(split.test),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     rows = load_rows(options.json_out, settings, options.restart)
-    document = {"pair": pair, "context": options.context, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "command": " ".join(["scripts/bench_codec.py", *sys.argv[1:]]), "settings": settings, "rows": rows,
-                "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "zstandard")}}
+    document = {
+        "pair": pair,
+        "context": options.context,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "command": " ".join(["scripts/bench_codec.py", *sys.argv[1:]]),
+        "settings": settings,
+        "rows": rows,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "zstandard")},
+    }
     quality = Quality(target, options.context, "cpu" if device.type == "cpu" else device)
     group = 32 if device.type == "cuda" else 4
     needs_covariances = any(point.startswith("kvtc") for _, point in wanted)
@@ -195,8 +237,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows[:] = [r for r in rows if r not in same] + [row]
         document["comparisons"] = comparisons(rows)
         write_json(options.json_out, document)
-        log(f"{row['method']:17s} {row['quality']:14s} {row['bits_per_element']:8.4f} bits  KL {row['kl']:.5f}  NLL {row['nll']:.4f} "
-            f"({row['nll_untouched']:.4f})  top-1 {row['top1_agreement']:.4f}  {time.perf_counter() - start:.0f} s")
+        log(
+            f"{row['method']:17s} {row['quality']:14s} {row['bits_per_element']:8.4f} bits  KL {row['kl']:.5f}  NLL {row['nll']:.4f} "
+            f"({row['nll_untouched']:.4f})  top-1 {row['top1_agreement']:.4f}  {time.perf_counter() - start:.0f} s"
+        )
     document["comparisons"] = comparisons(rows)
     print_comparisons(document["comparisons"])
     if options.plot:

@@ -23,11 +23,15 @@ from typing import Any
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", help="comma-separated groups (default: all); a group:text keeps the cases whose name or shape holds the text")
+    parser.add_argument(
+        "--ops", help="comma-separated groups (default: all); a group:text keeps the cases whose name or shape holds the text"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="time the candidates of one case may take (default 20)")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further case is begun")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself (with TRITON_INTERPRET=1 without a GPU)")
-    parser.add_argument("--compile-only", action="store_true", help="compile every configuration, time none; several such runs may go on at once")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="compile every configuration, time none; several such runs may go on at once"
+    )
     parser.add_argument("--no-candidates", action="store_true", help="time the launchers' own configurations only")
     parser.add_argument("--ceilings", help=argparse.SUPPRESS)
     parser.add_argument("--json-out", help="write the JSON object to this file, after every case")
@@ -66,8 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     from bench.kernel_cases_codec import entropy_coders, residuals
     from bench.kernel_timing import Clock, compile_all, line, measure
 
-    groups = {"attention": attentions, "residual": residuals, "rans": entropy_coders, "kv_write": kv_writes, "accept": accepts,
-              "rms_norm": rms_norms, "silu_mul": silu_muls, "rope": ropes}  # fmt: skip
+    groups = {
+        "attention": attentions,
+        "residual": residuals,
+        "rans": entropy_coders,
+        "kv_write": kv_writes,
+        "accept": accepts,
+        "rms_norm": rms_norms,
+        "silu_mul": silu_muls,
+        "rope": ropes,
+    }
 
     wanted = options.ops.split(",") if options.ops else list(groups)
     unknown = [w for w in wanted if w.split(":")[0] not in groups]
@@ -86,8 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "command": "python scripts/bench_kernels.py " + " ".join(Path(a).name if a == options.json_out else a for a in given),
-        "copy_gb_per_s": clock.copy_gb_per_s, "matrix_tflops": clock.matrix_tflops, "rows": [],
-    }  # fmt: skip
+        "copy_gb_per_s": clock.copy_gb_per_s,
+        "matrix_tflops": clock.matrix_tflops,
+        "rows": [],
+    }
     if not options.compile_only:
         print(f"{result['device']}: copy {clock.copy_gb_per_s:.0f} GB/s, bf16 product {clock.matrix_tflops:.0f} TFLOP/s", flush=True)
 
@@ -115,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
                     keep(row)
                     print(line(row), flush=True)
             except Exception as failure:
-                label = {"op": case.op, "shape": case.shape, "dtype": case.dtype} if case else {"op": name, "shape": "(inputs)", "dtype": ""}
+                label = (
+                    {"op": case.op, "shape": case.shape, "dtype": case.dtype} if case else {"op": name, "shape": "(inputs)", "dtype": ""}
+                )
                 row = {**label, "failure": f"{type(failure).__name__}: {failure}".splitlines()[0][:300], "correct": False}
                 keep(row)
                 print(line(row), flush=True)

@@ -11,6 +11,7 @@ the bandwidth of a large copy in the same run, over the time of a step. A copy's
 
     python scripts/bench_throughput.py --pair smollm2 --batches 1 --temperature 0,1 --json-out scripts/results/throughput-cpu-smollm2.json
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,10 +57,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--target", metavar="DIR", help="folder or hub id of the target")
     p.add_argument("--draft", metavar="DIR|trunk|none", help="another draft than the pair's own; with --target none unless given")
     p.add_argument("--engines", default=",".join(ENGINES))
-    p.add_argument("--modes", default=",".join(MODES), help="plain: both engines; speculative: ours; assisted: transformers' own speculation, which "
-                   "needs a draft that is a model and runs one prompt at a time")  # fmt: skip
+    p.add_argument(
+        "--modes",
+        default=",".join(MODES),
+        help="plain: both engines; speculative: ours; assisted: transformers' own speculation, which "
+        "needs a draft that is a model and runs one prompt at a time",
+    )
     p.add_argument("--batches", default="1", metavar="B,B")
-    p.add_argument("--prompts", type=int, metavar="N", help="so many of the prompts (default: all), in batches; the last is filled up from the first")
+    p.add_argument(
+        "--prompts", type=int, metavar="N", help="so many of the prompts (default: all), in batches; the last is filled up from the first"
+    )
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line instead of the built-in ones")
     p.add_argument("--prompt-tokens", type=int, metavar="L", help="raw prompts cut or repeated to L tokens, without the chat template")
     p.add_argument("--new-tokens", type=int, default=128, metavar="N")
@@ -115,8 +122,17 @@ def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) 
     room = max(args.batches) * (-(-(max(map(len, ids)) + args.new_tokens + drafts) // _PAGE) + 2) * _PAGE
 
     def ours(mode: str, draft: Draft, length: int | Literal["auto"]) -> Foretold:
-        engine = Engine(loaded.target, loaded.tokenizer, draft=draft, pool_tokens=room, page_size=_PAGE, max_batch=max(args.batches),
-                        deterministic=args.deterministic, target_dir=loaded.target_dir, draft_dir=loaded.draft_dir)
+        engine = Engine(
+            loaded.target,
+            loaded.tokenizer,
+            draft=draft,
+            pool_tokens=room,
+            page_size=_PAGE,
+            max_batch=max(args.batches),
+            deterministic=args.deterministic,
+            target_dir=loaded.target_dir,
+            draft_dir=loaded.draft_dir,
+        )
         return Foretold(mode, engine, length)
 
     found: list[Contestant] = []
@@ -133,12 +149,14 @@ def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) 
         if "assisted" in args.modes and loaded.draft_dir is not None:
             found.append(Transformers("assisted", model, load_transformers(loaded.draft_dir, loaded.dtype, loaded.device)))
     if not found:
-        raise InvalidOption("there is nothing to measure", "check --engines and --modes; speculative needs a draft, assisted one that is a model")
+        raise InvalidOption(
+            "there is nothing to measure", "check --engines and --modes; speculative needs a draft, assisted one that is a model"
+        )
     return found
 
 
 def taking_part(everyone: list[Contestant], batch: int) -> list[Contestant]:
-    return [c for c in everyone if c.mode != "assisted" or batch == 1]   # transformers assists one prompt at a time
+    return [c for c in everyone if c.mode != "assisted" or batch == 1]  # transformers assists one prompt at a time
 
 
 def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -146,26 +164,33 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
     texts = {(c.name, c.mode): [c.run(batch, args.new_tokens, 0.0, 0).texts for batch in batches] for c in everyone}
     judge = next((c for c in everyone if c.name == "transformers"), everyone[0])
     exact = args.deterministic or dtype == torch.float32
-    pairs = [(("foretold", "speculative"), ("foretold", "plain"), exact), (("foretold", "plain"), ("transformers", "plain"), False),
-             (("transformers", "assisted"), ("transformers", "plain"), False)]  # fmt: skip
+    pairs = [
+        (("foretold", "speculative"), ("foretold", "plain"), exact),
+        (("foretold", "plain"), ("transformers", "plain"), False),
+        (("transformers", "assisted"), ("transformers", "plain"), False),
+    ]
     found = []
     for one, other, strictly in pairs:
         if one in texts and other in texts:
             prompts, ours, theirs = ([t for batch in part for t in batch] for part in (batches, texts[one], texts[other]))
             result = compare(prompts, ours, theirs, judge, dtype, exact=strictly)
             found.append({"batch": len(batches[0]), "text": " ".join(one), "against": " ".join(other), "exact": strictly} | result)
-            say(f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
+            say(
+                f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
                 f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), "
                 f"{result['strays']} of {result['judged']} tokens after not the judge's best, "
-                + ("passed" if result["passed"] else f"FAILED: {result['failures']}"))  # fmt: skip
+                + ("passed" if result["passed"] else f"FAILED: {result['failures']}")
+            )
     return found
 
 
-def measure(everyone: list[Contestant], batches: list[list[list[int]]], temperature: float, args: argparse.Namespace) -> list[list[list[Sample]]]:
+def measure(
+    everyone: list[Contestant], batches: list[list[list[int]]], temperature: float, args: argparse.Namespace
+) -> list[list[list[Sample]]]:
     """[contestant][round][batch]; the contestants take turns, and another one begins each round."""
     samples: list[list[list[Sample]]] = [[[] for _ in range(args.repeats)] for _ in everyone]
     for who in everyone if temperature else ():
-        who.run(batches[0], min(_WARM_TOKENS, args.new_tokens), temperature, 0)   # sampling has kernels of its own to compile
+        who.run(batches[0], min(_WARM_TOKENS, args.new_tokens), temperature, 0)  # sampling has kernels of its own to compile
     for turn in range(args.repeats):
         for number, batch in enumerate(batches):
             for i in range(len(everyone)):
@@ -181,14 +206,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ids, device, dtype = prompt_ids(loaded, args), loaded.device, loaded.dtype
     config, weights = loaded.target.config, loaded.target.weight_bytes
     embedding = loaded.target.embed_tokens.weight
-    read = weights - (0 if config.tie_word_embeddings else embedding.nbytes)   # of embeddings of its own a step reads single rows
+    read = weights - (0 if config.tie_word_embeddings else embedding.nbytes)  # of embeddings of its own a step reads single rows
     document: dict[str, Any] = {
-        "pair": args.pair or Path(args.target).name, "device": device_name(loaded), "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."), "drafter": loaded.drafter_name, "deterministic": args.deterministic, "prompts": len(ids),
-        "new_tokens": args.new_tokens, "repeats": args.repeats, "read_bytes": read, "command": args.command, "versions": versions(),
-    }  # fmt: skip
+        "pair": args.pair or Path(args.target).name,
+        "device": device_name(loaded),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "drafter": loaded.drafter_name,
+        "deterministic": args.deterministic,
+        "prompts": len(ids),
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+        "read_bytes": read,
+        "command": args.command,
+        "versions": versions(),
+    }
     everyone = contestants(loaded, ids, args)
-    del loaded   # its pools; the models live on
+    del loaded  # its pools; the models live on
     document["copy_gb_per_s"] = copy_gb_per_s(device, 1 << (30 if device.type == "cuda" else 28))
     document |= {"checks": [], "passed": True, "rows": []}
     floor_s = read / (document["copy_gb_per_s"] * 1e9)
@@ -226,8 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ForetoldError as error:
         return report(error)
     about = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    print(f"{document['pair']}, {document['device']} ({document['threads']} threads), {document['dtype']}, drafter {document['drafter']}; "
-          f"copy {document['copy_gb_per_s']:.1f} GB/s; {about}\n{document['command']}")  # fmt: skip
+    print(
+        f"{document['pair']}, {document['device']} ({document['threads']} threads), {document['dtype']}, drafter {document['drafter']}; "
+        f"copy {document['copy_gb_per_s']:.1f} GB/s; {about}\n{document['command']}"
+    )
     if not document["passed"]:
         print("error: the texts differ, nothing was timed (see the check above)", file=sys.stderr)
         return 1

@@ -52,10 +52,17 @@ def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
-    parser.add_argument("--draft", help="folder or hub id, folder of a trunk adapter, or 'trunk' (the adapter that ships for the target, else the "
-                        "first layers); default: the pair's own, trunk for --target")  # fmt: skip
-    parser.add_argument("--trunk-layers", type=int, help="the target's first layers that a resume runs again and that are not coded: a trunk's "
-                        "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)")  # fmt: skip
+    parser.add_argument(
+        "--draft",
+        help="folder or hub id, folder of a trunk adapter, or 'trunk' (the adapter that ships for the target, else the "
+        "first layers); default: the pair's own, trunk for --target",
+    )
+    parser.add_argument(
+        "--trunk-layers",
+        type=int,
+        help="the target's first layers that a resume runs again and that are not coded: a trunk's "
+        "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)",
+    )
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
     parser.add_argument("--mix", metavar="equal|N,N,...", help="share of each source of --text in the tokens (default: files as they come)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
@@ -64,9 +71,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of a trunk)")
     parser.add_argument("--predictor", choices=("auto", "dense", "low_rank"), default="auto", help="all directions in 4 bits, or few in 8")
     parser.add_argument("--weighting", choices=("auto", "blend", "fisher", "attention", "unit"), default="auto")
-    parser.add_argument("--fisher-tokens", type=int, help="cached tokens whose gradients are taken (default: 65,536 on a GPU, fewer on a CPU)")
-    parser.add_argument("--level-strength", type=float, default=CalibrationOptions.level_strength,
-                        help="how far a token's step follows its predicted sensitivity, 0 to 1")  # fmt: skip
+    parser.add_argument(
+        "--fisher-tokens", type=int, help="cached tokens whose gradients are taken (default: 65,536 on a GPU, fewer on a CPU)"
+    )
+    parser.add_argument(
+        "--level-strength",
+        type=float,
+        default=CalibrationOptions.level_strength,
+        help="how far a token's step follows its predicted sensitivity, 0 to 1",
+    )
     parser.add_argument("--transform", choices=("global", "per_layer"), default="global")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
     parser.add_argument("--quick", action="store_true", help="the pack that is made on first use: a few thousand tokens, two minutes")
@@ -126,11 +139,17 @@ def run(args: argparse.Namespace) -> dict:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
         options = CalibrationOptions(
-            taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")), rank=args.rank, weighting=args.weighting,
-            predictor=args.predictor, level_strength=args.level_strength, transform=args.transform, context=args.context,
-            budget=args.budget, tokens_per_batch=16_384 if device == "cuda" else 4096,
+            taps=None if args.taps is None else tuple(int(i) for i in args.taps.split(",")),
+            rank=args.rank,
+            weighting=args.weighting,
+            predictor=args.predictor,
+            level_strength=args.level_strength,
+            transform=args.transform,
+            context=args.context,
+            budget=args.budget,
+            tokens_per_batch=16_384 if device == "cuda" else 4096,
             fisher_tokens=args.fisher_tokens or (CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6)),
-        )  # fmt: skip
+        )
         num_tokens = args.tokens + options.held_out_tokens
         if shares:
             docs, digest = mixed_documents(args.text, shares, tokenizer, num_tokens, args.context, args.seed, log)
@@ -140,9 +159,16 @@ def run(args: argparse.Namespace) -> dict:
         pack = calibrate(target, draft, docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log)
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)
-    return {"pair": args.pair, "target": str(target_dir.name), "device": device, "pack_bytes": os.path.getsize(args.out),
-            "target_bytes": bf16_bytes(target), "seconds": round(time.monotonic() - started, 1), "digest": pack.digest,
-            **pack.info}  # fmt: skip
+    return {
+        "pair": args.pair,
+        "target": str(target_dir.name),
+        "device": device,
+        "pack_bytes": os.path.getsize(args.out),
+        "target_bytes": bf16_bytes(target),
+        "seconds": round(time.monotonic() - started, 1),
+        "digest": pack.digest,
+        **pack.info,
+    }
 
 
 def main() -> int:

@@ -80,9 +80,15 @@ def run(engine: Engine, prompt: str, args: argparse.Namespace) -> tuple[list[int
     """Prompt ids and our row."""
     ids = engine.encode([{"role": "user", "content": prompt}])
     result = engine.generate([ids], SamplingParams(max_new_tokens=args.max_new_tokens, draft_length=args.draft_length))[0]
-    row = {"prompt": prompt, "token_ids": result.token_ids, "text": result.text, "new_tokens": result.new_tokens,
-           "tokens_per_s": round(result.tokens_per_s, 2), "acceptance_rate": round(result.speculation.acceptance_rate, 4),
-           "tokens_per_step": round(result.speculation.tokens_per_step, 3)}  # fmt: skip
+    row = {
+        "prompt": prompt,
+        "token_ids": result.token_ids,
+        "text": result.text,
+        "new_tokens": result.new_tokens,
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "acceptance_rate": round(result.speculation.acceptance_rate, 4),
+        "tokens_per_step": round(result.speculation.tokens_per_step, 3),
+    }
     return ids, row
 
 
@@ -101,9 +107,17 @@ class Reference:
         tensor = torch.tensor([ids], device=self.device)
         began = time.perf_counter()
         out = self.model.generate(
-            tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=count, eos_token_id=self.ends, pad_token_id=self.ends[0],
-            repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
+            tensor,
+            attention_mask=torch.ones_like(tensor),
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=self.ends,
+            pad_token_id=self.ends[0],
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
         return out[0, len(ids) :].tolist(), time.perf_counter() - began
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@
 
 Runs of bench_codec with the same settings may go side by side, each with its own --json-out; of rows with the same name the last file's counts.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,8 +57,17 @@ def comparisons(rows: Sequence[dict[str, Any]], levels: Sequence[float] = LEVELS
         for method in curves:
             if method != OURS:
                 theirs, coded = bits(method, kl, 0), bits(method, kl, 1)
-                found.append({"kl": kl, "method": method, "our_bits": ours, "bits": theirs, "bits_without_sinks": coded,
-                              "times_smaller": _over(theirs, ours), "times_smaller_without_sinks": _over(coded, ours)})
+                found.append(
+                    {
+                        "kl": kl,
+                        "method": method,
+                        "our_bits": ours,
+                        "bits": theirs,
+                        "bits_without_sinks": coded,
+                        "times_smaller": _over(theirs, ours),
+                        "times_smaller_without_sinks": _over(coded, ours),
+                    }
+                )
     return found
 
 
@@ -75,7 +85,9 @@ def print_comparisons(found: Sequence[dict[str, Any]]) -> None:
     print(f"{'KL':20s}" + "".join(f"{kl:>18g}" for kl in levels))
     print(f"{'our bits':20s}" + "".join(f"{_number(at[kl, methods[0]]['our_bits'], 4):>18s}" for kl in levels))
     for method in methods:
-        cells = [f"{_number(at[kl, method]['times_smaller'], 1)} ({_number(at[kl, method]['times_smaller_without_sinks'], 1)})" for kl in levels]
+        cells = [
+            f"{_number(at[kl, method]['times_smaller'], 1)} ({_number(at[kl, method]['times_smaller_without_sinks'], 1)})" for kl in levels
+        ]
         print(f"{method:20s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
@@ -101,7 +113,9 @@ def join(paths: Sequence[Path]) -> dict[str, Any]:
             raise InvalidOption(f"{path} is not a codec benchmark", "give files that bench_codec.py wrote") from error
     for path, (settings, device, _, _) in zip(paths, documents, strict=True):
         if settings != documents[0][0] or device != documents[0][1]:
-            raise InvalidOption(f"{path} is of other settings or another device than {paths[0]}", "join runs on the same text with the same options")
+            raise InvalidOption(
+                f"{path} is of other settings or another device than {paths[0]}", "join runs on the same text with the same options"
+            )
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for _, _, own, _ in documents:
         rows |= {(row["method"], row["quality"]): row for row in own}

@@ -9,6 +9,7 @@ temperature 1 accepts, without the noise of sampling. `speculation`: real, the s
 
     python scripts/eval_hot.py --pair qwen2.5-coder --text docs/ src/ --tokens 24576 --json-out scripts/results/hot-h100-qwen2.5-coder.json
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,8 +62,8 @@ class HotQuality(Quality):
                 for sequence in own:
                     sequence.free()
             for row, p in zip(hidden.unflatten(0, (len(ids), -1)), log_probs, strict=True):
-                q = self.draft.head(row[self.prefix:]).softmax(-1)
-                width = min(q.shape[-1], p.shape[-1])   # either may be padded beyond the tokenizer's tokens
+                q = self.draft.head(row[self.prefix :]).softmax(-1)
+                width = min(q.shape[-1], p.shape[-1])  # either may be padded beyond the tokenizer's tokens
                 self.accepted += float(torch.minimum(p[:, :width].exp(), q[:, :width]).sum(dtype=torch.float64))
                 self.positions += len(p)
         return log_probs
@@ -91,9 +92,14 @@ def decoded(engine: Engine, case: Case, pool: KvPool) -> torch.Tensor:
 
 
 def figures(scores: Scores, quality: HotQuality) -> dict[str, Any]:
-    return {"kl": scores.kl, "kl_standard_error": scores.kl_standard_error, "nll": scores.nll / scores.predictions,
-            "nll_untouched": scores.nll_untouched / scores.predictions, "top1_agreement": scores.agree / scores.positions,
-            "expected_acceptance": quality.expected_acceptance}
+    return {
+        "kl": scores.kl,
+        "kl_standard_error": scores.kl_standard_error,
+        "nll": scores.nll / scores.predictions,
+        "nll_untouched": scores.nll_untouched / scores.predictions,
+        "top1_agreement": scores.agree / scores.positions,
+        "expected_acceptance": quality.expected_acceptance,
+    }
 
 
 def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> di
     running = HotQuality(engine, context, pool_of(engine, hot, plain.batch * (context + _PAGE)))
     untouched = Quality(engine.target, context, engine.device)
     for start in range(0, len(windows), plain.batch):
-        cases = untouched.untouched(windows[start:start + plain.batch])
+        cases = untouched.untouched(windows[start : start + plain.batch])
         plain.score(cases, [decoded(engine, case, running.pool) for case in cases], scores)
         running.score(cases, [case.kv for case in cases], running_scores)
         log(f"  {hot}: {start + len(cases)} of {len(windows)} sequences, KL {scores.kl:.5f}, running {running_scores.kl:.5f}")
@@ -112,11 +118,17 @@ def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> di
 def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Real speculation over the prompts as one batch, at each temperature."""
     room = sum(-(-(len(p) + args.new_tokens + args.draft_length) // _PAGE) + 1 for p in prompts) * _PAGE
-    own = Engine(engine.target, engine.tokenizer, draft=draft, hot=hot, pool_tokens=room, target_dir=engine.target_dir, draft_dir=engine.draft_dir)
+    own = Engine(
+        engine.target, engine.tokenizer, draft=draft, hot=hot, pool_tokens=room, target_dir=engine.target_dir, draft_dir=engine.draft_dir
+    )
     rows = []
     for temperature in TEMPERATURES:
+
         def params(count: int, temperature: float = temperature) -> list[SamplingParams]:
-            return [SamplingParams(count, temperature, seed=seed, ignore_eos=True, draft_length=args.draft_length) for seed in range(len(prompts))]
+            return [
+                SamplingParams(count, temperature, seed=seed, ignore_eos=True, draft_length=args.draft_length)
+                for seed in range(len(prompts))
+            ]
 
         own.generate(prompts, params(_WARM_TOKENS))
         began = time.perf_counter()
@@ -125,11 +137,24 @@ def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]]
         counts = [r.speculation for r in results]
         proposed, accepted = sum(c.proposed for c in counts), sum(c.accepted for c in counts)
         steps, new = sum(c.steps for c in counts), sum(r.new_tokens for r in results)
-        rows.append({"temperature": temperature, "batch": len(prompts), "prompt_tokens": len(prompts[0]), "draft_length": args.draft_length,
-                     "proposed": proposed, "accepted": accepted, "acceptance_rate": accepted / max(1, proposed),
-                     "tokens_per_step": sum(c.new_tokens for c in counts) / max(1, steps),
-                     "new_tokens": new, "tokens_per_s": new / seconds, "pool_bytes": own.pool.bytes})
-        log(f"  {hot}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s")
+        rows.append(
+            {
+                "temperature": temperature,
+                "batch": len(prompts),
+                "prompt_tokens": len(prompts[0]),
+                "draft_length": args.draft_length,
+                "proposed": proposed,
+                "accepted": accepted,
+                "acceptance_rate": accepted / max(1, proposed),
+                "tokens_per_step": sum(c.new_tokens for c in counts) / max(1, steps),
+                "new_tokens": new,
+                "tokens_per_s": new / seconds,
+                "pool_bytes": own.pool.bytes,
+            }
+        )
+        log(
+            f"  {hot}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s"
+        )
     return rows
 
 
@@ -165,15 +190,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     engine = load(args)
     assert engine.tokenizer is not None
-    windows = split_tokens(args.text, [], args.context, args.tokens, 0, lambda text: engine.tokenizer.encode(text, add_special_tokens=False)).test
+    windows = split_tokens(
+        args.text, [], args.context, args.tokens, 0, lambda text: engine.tokenizer.encode(text, add_special_tokens=False)
+    ).test
     draft: Draft = engine.draft_decoder or engine.trained_trunk or (engine.drafter.verify_from if engine.drafter else None)
-    prompts = [window[:args.prompt_tokens] for window in windows[:args.prompts]] if draft is not None else []
+    prompts = [window[: args.prompt_tokens] for window in windows[: args.prompts]] if draft is not None else []
     config = engine.target.config
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     document: dict[str, Any] = {
-        "pair": args.pair or args.target, "context": args.context, "prefix": args.context * 3 // 4, "test_sequences": len(windows),
-        "test_digest": digest(windows), "device": device, "dtype": str(engine.dtype).removeprefix("torch."), "drafter": engine.drafter_name,
-        "command": " ".join(["scripts/eval_hot.py", *(args.arguments or sys.argv[1:])]), "versions": versions(), "rows": [],
+        "pair": args.pair or args.target,
+        "context": args.context,
+        "prefix": args.context * 3 // 4,
+        "test_sequences": len(windows),
+        "test_digest": digest(windows),
+        "device": device,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "drafter": engine.drafter_name,
+        "command": " ".join(["scripts/eval_hot.py", *(args.arguments or sys.argv[1:])]),
+        "versions": versions(),
+        "rows": [],
     }
     for hot in args.formats:
         row: dict[str, Any] = {"hot": hot, "bits_per_element": element_bits(hot, config.head_dim, engine.dtype)}
@@ -196,8 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     for row in document["rows"]:
         accepted = " ".join(f"{s['acceptance_rate']:.4f}@{s['temperature']:g}" for s in row["speculation"])
         expected = row["running"]["expected_acceptance"]
-        print(f"{row['hot']:5} {row['bits_per_element']:7.3f} bits  KL {row['kl']:.5f}  running {row['running']['kl']:.5f}  NLL {row['nll']:.4f}  "
-              f"top-1 {row['top1_agreement']:.4f}  expected acceptance {'-' if expected is None else format(expected, '.4f')}  accepted {accepted}")
+        print(
+            f"{row['hot']:5} {row['bits_per_element']:7.3f} bits  KL {row['kl']:.5f}  running {row['running']['kl']:.5f}  NLL {row['nll']:.4f}  "
+            f"top-1 {row['top1_agreement']:.4f}  expected acceptance {'-' if expected is None else format(expected, '.4f')}  accepted {accepted}"
+        )
     return 0
 
 

@@ -1,7 +1,8 @@
 """Tables of an evaluation's rows, for people; joins the files of runs of eval_sessions that went side by side, a task each.
 
-    python scripts/eval_report.py planted.json conversation.json --json-out sessions.json
+python scripts/eval_report.py planted.json conversation.json --json-out sessions.json
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,32 +24,60 @@ def print_report(document: dict[str, Any]) -> None:
     print(f"{document['pair']} on {document['device']}")
     answered = [row for row in rows if row["task"] not in ("domain", "position")]
     if answered:
-        print_table(["task", "context", "method", "bits", "asked", "right", "+-", "lost", "gained", "as untouched", "copied", "right by depth"],
-                    [answered_cells(row) for row in answered])
+        print_table(
+            ["task", "context", "method", "bits", "asked", "right", "+-", "lost", "gained", "as untouched", "copied", "right by depth"],
+            [answered_cells(row) for row in answered],
+        )
     domains = [row for row in rows if row["task"] == "domain"]
     if domains:
         names = list(dict.fromkeys(r["domain"] for r in domains))
         by_name = {(r["domain"], r["pack"], r["method"]): r for r in domains}
         packs, methods = (list(dict.fromkeys(r[key] for r in domains)) for key in ("pack", "method"))
         print("\nbits per element / KL / top-1 agreement by kind of text")
-        print_table(["domain", "pack", "NLL", *methods],
-                    [[name, pack, number(next(r["nll_untouched"] for r in domains if r["domain"] == name), 3),
-                      *(cell(by_name.get((name, pack, method))) for method in methods)] for name in names for pack in packs])
+        print_table(
+            ["domain", "pack", "NLL", *methods],
+            [
+                [
+                    name,
+                    pack,
+                    number(next(r["nll_untouched"] for r in domains if r["domain"] == name), 3),
+                    *(cell(by_name.get((name, pack, method))) for method in methods),
+                ]
+                for name in names
+                for pack in packs
+            ],
+        )
     positions = [row for row in rows if row["task"] == "position"]
     if positions:
         methods = list(positions[0]["bits_per_element"])
         print("\nbits per element by position")
-        print_table(["position", "tokens", "NLL", *methods],
-                    [[f"{r['from']}-{r['to']}", r["tokens"], number(r["nll"], 3), *(number(r["bits_per_element"].get(m), 4) for m in methods)]
-                     for r in positions])
+        print_table(
+            ["position", "tokens", "NLL", *methods],
+            [
+                [f"{r['from']}-{r['to']}", r["tokens"], number(r["nll"], 3), *(number(r["bits_per_element"].get(m), 4) for m in methods)]
+                for r in positions
+            ],
+        )
 
 
 def answered_cells(row: dict[str, Any]) -> list[Any]:
     """A row of the table of answers; shares in percent."""
     copied = percent(row["copied_fraction"]) if "copied_fraction" in row else ""
     depths = " ".join(percent(b["accuracy"]) for b in row.get("by_depth", []))
-    return [row["task"], row["context"] or "", row["method"], number(row["bits_per_element"], 4), row["questions"], percent(row["accuracy"]),
-            percent(row["standard_error"]), row["lost"], row["gained"], percent(row["agreement"]), copied, depths]
+    return [
+        row["task"],
+        row["context"] or "",
+        row["method"],
+        number(row["bits_per_element"], 4),
+        row["questions"],
+        percent(row["accuracy"]),
+        percent(row["standard_error"]),
+        row["lost"],
+        row["gained"],
+        percent(row["agreement"]),
+        copied,
+        depths,
+    ]
 
 
 def cell(row: dict[str, Any] | None) -> str:

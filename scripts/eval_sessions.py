@@ -20,6 +20,7 @@ Texts of several kinds, without a network besides a package mirror: Debian packa
     python scripts/domain_texts.py --debian texts --out D      # D/prose german french japanese logs json code
 Logs come from a seeded generator, JSON and code from the interpreter: without --debian these three are made, on any machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -81,7 +82,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft", help="folder or hub id of the draft, trunk, or none (default: the pair's own, trunk for --target)")
     parser.add_argument("--pack", help="codec pack (default: the pair's cached one, fitted at first use)")
     parser.add_argument("--tasks", help=f"comma-separated: {','.join(TASKS)}; default all, domains only with --domains")
-    parser.add_argument("--qualities", default=f"{','.join(QUALITIES)},{PREDICTION}", help="comma-separated qualities, stepX, or prediction")
+    parser.add_argument(
+        "--qualities", default=f"{','.join(QUALITIES)},{PREDICTION}", help="comma-separated qualities, stepX, or prediction"
+    )
     parser.add_argument("--samples", type=int, default=16, help="texts for each context; whole batches")
     parser.add_argument("--batch", type=int, help="texts answered together (default: 16 on a GPU, 4 on a CPU, at most --samples)")
     parser.add_argument("--contexts", default="2048,4096,8192", help="tokens of a text, with question and answer")
@@ -93,8 +96,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn-tokens", type=int, default=100, help="tokens of text beside each fact told in a conversation")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="filler and long texts")
     parser.add_argument("--domains", nargs="+", default=[], metavar="NAME=DIR")
-    parser.add_argument("--domain-packs", nargs="+", default=[], metavar="NAME=PACK",
-                        help="packs to compare on the domains (default: --pack alone, as `pack`)")
+    parser.add_argument(
+        "--domain-packs",
+        nargs="+",
+        default=[],
+        metavar="NAME=PACK",
+        help="packs to compare on the domains (default: --pack alone, as `pack`)",
+    )
     parser.add_argument("--domain-tokens", type=int, default=16_384, help="test tokens a domain")
     parser.add_argument("--domain-context", type=int, default=1024)
     parser.add_argument("--position-context", type=int, default=8192)
@@ -138,7 +146,9 @@ def load_parts(path: Path, settings: dict[str, Any], restart: bool) -> Parts:
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidOption(f"{path} is not such an evaluation", "choose another --json-out, or --restart to overwrite it") from error
     if changed := [key for key in settings if settings[key] != earlier.get(key)]:
-        raise InvalidOption(f"{path} holds rows of other settings ({', '.join(changed)})", "choose another --json-out, or --restart to overwrite it")
+        raise InvalidOption(
+            f"{path} holds rows of other settings ({', '.join(changed)})", "choose another --json-out, or --restart to overwrite it"
+        )
     return parts
 
 
@@ -160,27 +170,55 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     talk = options.turns * (options.turn_tokens + 128)
     longest = max(*contexts, talk, options.position_context, 512)
     asked = options.facts + options.identifiers + options.sums
-    planted = batch * (2 * max(contexts) + asked * 512)                                  # originals, restored copies, each question's own pages
+    planted = batch * (2 * max(contexts) + asked * 512)  # originals, restored copies, each question's own pages
     talking = options.conversations * talk * max(1, len(qualities))
     engine = open_engine(options, max(planted if "planted" in tasks else 0, talking if "conversation" in tasks else 0) + 2 * longest)
     suspender = Suspender(engine, options.pack, log)
     texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
-    plan = Plan(tuple(qualities), texts, options.samples, batch, options.seed, options.facts, options.identifiers, options.sums,
-                options.conversations, options.turns, options.turn_tokens)
+    plan = Plan(
+        tuple(qualities),
+        texts,
+        options.samples,
+        batch,
+        options.seed,
+        options.facts,
+        options.identifiers,
+        options.sums,
+        options.conversations,
+        options.turns,
+        options.turn_tokens,
+    )
     config, pack = engine.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     pair = options.pair or Path(options.target).name
-    settings = {"tasks_version": VERSION, "pair": pair, "draft": engine.drafter_name,
-                "dtype": str(engine.dtype).removeprefix("torch."), "pack": pack.digest[:16],
-                "batch": batch, "seed": plan.seed, "facts": plan.facts, "identifiers": plan.identifiers, "sums": plan.sums,
-                "conversations": plan.conversations, "turns": plan.turns, "turn_tokens": plan.turn_tokens,
-                "domain_context": options.domain_context, "position_context": options.position_context,
-                "text": sha256("\0".join(texts).encode()).hexdigest()[:16]}
+    settings = {
+        "tasks_version": VERSION,
+        "pair": pair,
+        "draft": engine.drafter_name,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "pack": pack.digest[:16],
+        "batch": batch,
+        "seed": plan.seed,
+        "facts": plan.facts,
+        "identifiers": plan.identifiers,
+        "sums": plan.sums,
+        "conversations": plan.conversations,
+        "turns": plan.turns,
+        "turn_tokens": plan.turn_tokens,
+        "domain_context": options.domain_context,
+        "position_context": options.position_context,
+        "text": sha256("\0".join(texts).encode()).hexdigest()[:16],
+    }
     parts = load_parts(options.json_out, settings, options.restart)
     document: dict[str, Any] = {
-        "pair": pair, "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
-        "command": " ".join(["scripts/eval_sessions.py", *sys.argv[1:]]), "settings": settings, "rows": [],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "zstandard")}, "parts": parts}
+        "pair": pair,
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        "command": " ".join(["scripts/eval_sessions.py", *sys.argv[1:]]),
+        "settings": settings,
+        "rows": [],
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "zstandard")},
+        "parts": parts,
+    }
 
     def save() -> None:
         document["rows"] = [*rows_of(parts, full_dim), *domain_rows(parts), *position_rows(parts, full_dim)]

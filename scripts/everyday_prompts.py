@@ -5,6 +5,7 @@ A small model left to itself asks about few things, and a draft trained on its a
 
     python scripts/everyday_prompts.py --count 5000 > messages.txt
 """
+
 from __future__ import annotations
 
 import argparse

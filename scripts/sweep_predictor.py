@@ -8,6 +8,7 @@ that are run again at a resume are exact, cost no bits, and count among the elem
     python scripts/sweep_predictor.py --pair qwen2.5-coder --text TEXTS --tokens 200000 --json-out sweep.json --plot sweep.png
     python scripts/sweep_predictor.py --pair smollm2 --text TEXTS --tokens 12000 --context 512 --ranks 256,full --json-out sweep.json
 """
+
 from __future__ import annotations
 
 import argparse
@@ -50,7 +51,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument("--pair", choices=sorted(PAIRS))
     which.add_argument("--target", help="folder or hub id of the target")
     parser.add_argument("--draft", default=TRUNK, help="with --target: folder or hub id of the draft, or trunk")
-    parser.add_argument("--again", default="2,4,8", help="with a separate draft: first layers of the target that sets with its own states run again")
+    parser.add_argument(
+        "--again", default="2,4,8", help="with a separate draft: first layers of the target that sets with its own states run again"
+    )
     parser.add_argument("--trunk-layers", type=int, help="of a trunk (default: what the engine uses)")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="default: the interpreter's library")
     parser.add_argument("--tokens", type=int, default=200_000)
@@ -78,7 +81,9 @@ def gather(
 ) -> tuple[Whole, int]:
     """Moments over all documents but some held-out ones, of every feature that a set asks for; and their tokens."""
     first = min(one.first_layer for one in sets)
-    spec = FeatureSpec(tuple(sorted({tap for one in sets for tap in one.taps})), tuple(sorted({tap for one in sets for tap in one.target_taps})))
+    spec = FeatureSpec(
+        tuple(sorted({tap for one in sets for tap in one.taps})), tuple(sorted({tap for one in sets for tap in one.target_taps}))
+    )
     stream = PairStream(target, draft, spec, first)
     held = [d for n, d in enumerate(docs) if n % 8 == 3][: max(1, held_out // max(map(len, docs)))]
     rest = [d for d in docs if not any(d is other for other in held)]
@@ -95,8 +100,17 @@ def gather(
     m = moments.finish()
     weighting = queries.weighting(target, stream.layout, diagonal_blocks(m.yy, stream.layout.head_dim))
     sizes = (stream.draft_size, target.config.hidden_size)
-    whole = Whole(spec.taps, spec.target_taps, sizes, m, torch.cat([b.features for b in apart]), torch.cat([b.y for b in apart]), weighting,
-                  stream.layout.layer_dim, first)
+    whole = Whole(
+        spec.taps,
+        spec.target_taps,
+        sizes,
+        m,
+        torch.cat([b.features for b in apart]),
+        torch.cat([b.y for b in apart]),
+        weighting,
+        stream.layout.layer_dim,
+        first,
+    )
     return whole, done
 
 
@@ -130,16 +144,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     whole, done = gather(target, draft, sets, docs, options.held_out_tokens, 16_384 if device.type == "cuda" else 2048)
     elements = layers * target.config.kv_width
     document: dict[str, Any] = {
-        "pair": options.pair or target_dir.name, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "command": " ".join(["scripts/sweep_predictor.py", *sys.argv[1:]]), "tokens": done, "held_out_tokens": len(whole.y), "text": digest,
-        "quality": options.quality, "target_bytes": bf16_bytes(target), "versions": {"torch": importlib.metadata.version("torch")}, "rows": []}
+        "pair": options.pair or target_dir.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "command": " ".join(["scripts/sweep_predictor.py", *sys.argv[1:]]),
+        "tokens": done,
+        "held_out_tokens": len(whole.y),
+        "text": digest,
+        "quality": options.quality,
+        "target_bytes": bf16_bytes(target),
+        "versions": {"torch": importlib.metadata.version("torch")},
+        "rows": [],
+    }
     for one in sets:
         for row in sweep(whole, one, ranks, QUALITIES[options.quality], elements):
             row["predictor_share"] = row["predictor_bytes"] / document["target_bytes"]
             document["rows"].append(row)
             write_json(options.json_out, document)
-            log(f"{row['features']:32s} rank {row['rank']!s:>5s} {row['storage_bits']} bits  {row['predictor_bytes'] / 1e6:7.1f} MB  "
-                f"R2 {row['r2_k']:.3f} / {row['r2_v']:.3f}  {row['ideal_bits_per_element']:.4f} bits")
+            log(
+                f"{row['features']:32s} rank {row['rank']!s:>5s} {row['storage_bits']} bits  {row['predictor_bytes'] / 1e6:7.1f} MB  "
+                f"R2 {row['r2_k']:.3f} / {row['r2_v']:.3f}  {row['ideal_bits_per_element']:.4f} bits"
+            )
     if options.plot:
         plot(document, options.plot)
     return document
@@ -148,6 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def plot(document: dict[str, Any], path: Path) -> None:
     """Bits per element against predictor bytes, one line a feature set; hollow: all directions in 4 and 8 bits."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -158,14 +183,32 @@ def plot(document: dict[str, Any], path: Path) -> None:
         colour = colours(0.92 * n / max(1, len(names) - 1))
         rows = [row for row in document["rows"] if row["features"] == name]
         low = [row for row in rows if row["rank"] != FULL]
-        axes.plot([r["predictor_bytes"] / 1e6 for r in low], [r["ideal_bits_per_element"] for r in low], "-o", color=colour, ms=5, label=name)
+        axes.plot(
+            [r["predictor_bytes"] / 1e6 for r in low], [r["ideal_bits_per_element"] for r in low], "-o", color=colour, ms=5, label=name
+        )
         full = [row for row in rows if row["rank"] == FULL]
-        axes.plot([r["predictor_bytes"] / 1e6 for r in full], [r["ideal_bits_per_element"] for r in full], "--s", color=colour, ms=6, mfc="white",
-                  label=None if low else name)
+        axes.plot(
+            [r["predictor_bytes"] / 1e6 for r in full],
+            [r["ideal_bits_per_element"] for r in full],
+            "--s",
+            color=colour,
+            ms=6,
+            mfc="white",
+            label=None if low else name,
+        )
     limit = PACK_BUDGET * document["target_bytes"] / 1e6
     axes.axvline(limit, color="#c0182b", lw=1)
-    axes.annotate(f"{PACK_BUDGET:.0%} of the target, the whole pack's budget", (limit, axes.get_ylim()[1]), xytext=(-4, -4), textcoords="offset points",
-                  rotation=90, ha="right", va="top", fontsize=8, color="#c0182b")
+    axes.annotate(
+        f"{PACK_BUDGET:.0%} of the target, the whole pack's budget",
+        (limit, axes.get_ylim()[1]),
+        xytext=(-4, -4),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="top",
+        fontsize=8,
+        color="#c0182b",
+    )
     axes.set_xscale("log")
     axes.set_xlabel("predictor, MB (circles: low rank in 8 bits; squares: all directions in 4 and in 8 bits)")
     axes.set_ylabel(f"ideal bits per KV element at `{document['quality']}`")

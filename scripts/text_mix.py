@@ -1,4 +1,5 @@
 """Calibration text from several sources in given shares of tokens."""
+
 from __future__ import annotations
 
 import random
@@ -43,7 +44,12 @@ def pieces(files: Sequence[Path], characters: int, seed: int) -> Iterator[str]:
 
 
 def mixed_documents(
-    sources: Sequence[str], shares: Sequence[float], tokenizer: Any, num_tokens: int, context: int, seed: int = 0,
+    sources: Sequence[str],
+    shares: Sequence[float],
+    tokenizer: Any,
+    num_tokens: int,
+    context: int,
+    seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> tuple[list[list[int]], str]:
     """As `engine.calibrate.corpus.documents`, every source giving its share of num_tokens as far as its text suffices; a shortage is logged.

@@ -7,6 +7,7 @@ The data are conversations that the target writes with itself, half of them begu
 are kept in a folder and found there again. --minutes is for sampling and training together. A run stopped early (--pause-after, or a signal) goes on
 with --resume from its --checkpoint.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,7 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the stored matrices (default 8)")
     end = parser.add_argument_group("length")
     end.add_argument("--minutes", type=float, default=25.0, help="sampling and training together (default 25)")
-    end.add_argument("--sample-minutes", default="auto", help=f"of these, for sampling (auto: {SAMPLE_SHARE:.0%}%, nothing with found data)")
+    end.add_argument(
+        "--sample-minutes", default="auto", help=f"of these, for sampling (auto: {SAMPLE_SHARE:.0%}%, nothing with found data)"
+    )
     end.add_argument("--sample-tokens", type=int, help="draw this many tokens instead: reproducible")
     end.add_argument("--steps", type=int, help="train this many steps instead of by the clock: reproducible")
     end.add_argument("--pause-after", type=float, metavar="MINUTES", help="stop this call then, to be resumed")
@@ -54,8 +57,12 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--data", help="folder to keep what was drawn, and to find it in")
     data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
     data.add_argument("--prompts", metavar="FILE", help="users' messages, one a line, for the target to answer; some are held out")
-    data.add_argument("--prompt-share", type=float, default=SelfTextOptions.given_share, help="conversations that begin with one (default 0.5)")
-    data.add_argument("--temperatures", default="0.6,1", metavar="LOW,HIGH", help="of the conversations, drawn evenly from these (default 0.6,1)")
+    data.add_argument(
+        "--prompt-share", type=float, default=SelfTextOptions.given_share, help="conversations that begin with one (default 0.5)"
+    )
+    data.add_argument(
+        "--temperatures", default="0.6,1", metavar="LOW,HIGH", help="of the conversations, drawn evenly from these (default 0.6,1)"
+    )
     data.add_argument("--text-share", type=float, default=0.2, help="their share of the tokens at most (default 0.2)")
     data.add_argument("--context", type=int, default=512, help="tokens of the longest conversation (default 512)")
     data.add_argument("--rows", type=int, help="conversations drawn at a time (default: what the memory allows)")
@@ -88,15 +95,35 @@ STARTED = time.monotonic()
 
 def command_of(args: argparse.Namespace) -> str:
     """The command without what only this machine knows: its folders and files."""
-    left_out = {"out", "data", "json_out", "plot", "checkpoint", "resume", "pause_after", "device", "report_every", "licence", "text", "prompts"}
+    left_out = {
+        "out",
+        "data",
+        "json_out",
+        "plot",
+        "checkpoint",
+        "resume",
+        "pause_after",
+        "device",
+        "report_every",
+        "licence",
+        "text",
+        "prompts",
+    }
     defaults = vars(arguments_defaults())
     parts = []
     for name, value in vars(args).items():
         if name in left_out or value is None or value == defaults.get(name):
             continue
         parts.append(f"--{name.replace('_', '-')} {Path(value).name if name == 'target' else value}")
-    return " ".join(["python scripts/train_draft.py", *parts, "--out DIR", *(["--text DIR"] if args.text else []),
-                     *(["--prompts FILE"] if args.prompts else [])])
+    return " ".join(
+        [
+            "python scripts/train_draft.py",
+            *parts,
+            "--out DIR",
+            *(["--text DIR"] if args.text else []),
+            *(["--prompts FILE"] if args.prompts else []),
+        ]
+    )
 
 
 def arguments_defaults() -> argparse.Namespace:
@@ -143,9 +170,17 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
 
 def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
     return TrainOptions(
-        args.trunk_layers, args.own_layers, args.head, steps=args.steps, seconds=None if args.steps else seconds, batch_tokens=args.batch_tokens,
-        optimizer=args.optimizer, learning_rate=args.learning_rate, chunk=args.chunk, seed=args.seed,
-    )  # fmt: skip
+        args.trunk_layers,
+        args.own_layers,
+        args.head,
+        steps=args.steps,
+        seconds=None if args.steps else seconds,
+        batch_tokens=args.batch_tokens,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        chunk=args.chunk,
+        seed=args.seed,
+    )
 
 
 def write_json(args: argparse.Namespace, document: dict[str, Any]) -> None:
@@ -164,8 +199,10 @@ def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, speci
         training.run(lambda line, text=text: log(f"{text}: {line}"), report_every=args.report_every)  # type: ignore[misc]
         row = training.figures() | {"curve": training.curve}
         document["search"].append(row)
-        log(f"{text}: cost {row['draft_step_cost']:.3f}, acceptance {row['temperature_1']['acceptance']:.4f}, tokens a step "
-            f"{row['temperature_1']['tokens_per_step']:.3f}, greedy {row['greedy']['tokens_per_step']:.3f}")  # fmt: skip
+        log(
+            f"{text}: cost {row['draft_step_cost']:.3f}, acceptance {row['temperature_1']['acceptance']:.4f}, tokens a step "
+            f"{row['temperature_1']['tokens_per_step']:.3f}, greedy {row['greedy']['tokens_per_step']:.3f}"
+        )
         write_json(args, document)
         del training
         release(decoder.device)

@@ -39,7 +39,19 @@ def test_imports_follow_the_one_direction(package: str) -> None:
 
 def test_kernels_need_only_torch_and_triton() -> None:
     outside = {name for path in FILES["kernels"] for name in imported(path)} - {"torch", "triton", "kernels"}
-    standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "importlib", "itertools", "math", "os", "typing", "weakref"}
+    standard = {
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "importlib",
+        "itertools",
+        "math",
+        "os",
+        "typing",
+        "weakref",
+    }
     assert outside <= standard
 
 

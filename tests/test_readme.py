@@ -12,9 +12,12 @@ def test_the_library_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     blocks = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if "import Engine" in b]
     assert len(blocks) == 1
     code = blocks[0]
-    for printed, here in (('quality="balanced"', 'quality="tokens"'),
-                          ("max_new_tokens=64", "max_new_tokens=8"), (".chat(", ".chat(params=SamplingParams(max_new_tokens=8), message="),
-                          ('"What is a radix tree?"}])', '"What is a radix tree?"}], SamplingParams(max_new_tokens=8))')):  # fmt: skip
+    for printed, here in (
+        ('quality="balanced"', 'quality="tokens"'),
+        ("max_new_tokens=64", "max_new_tokens=8"),
+        (".chat(", ".chat(params=SamplingParams(max_new_tokens=8), message="),
+        ('"What is a radix tree?"}])', '"What is a radix tree?"}], SamplingParams(max_new_tokens=8))'),
+    ):
         assert printed in code
         code = code.replace(printed, here)
     monkeypatch.chdir(tmp_path)

@@ -32,9 +32,16 @@ class DensePredictor:
     """
 
     def __init__(
-        self, spec: FeatureSpec, weight: Tensor, mean: Tensor, std: Tensor, mu: Tensor, draft_size: int, attention: Tensor | None = None,
+        self,
+        spec: FeatureSpec,
+        weight: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        mu: Tensor,
+        draft_size: int,
+        attention: Tensor | None = None,
         level_strength: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.spec, self.weight, self.mean, self.std, self.mu, self.draft_size = spec, weight, mean, std, mu, draft_size
         self.attention, self.level_strength = attention, level_strength
         self._split = len(spec.taps) * draft_size
@@ -95,7 +102,13 @@ class DensePredictor:
         """Tensors and settings to store. Raises PredictorError for other than 4 bits."""
         if weights.bits != 4:
             raise PredictorError(f"a predictor of {weights.bits} bits", "round it to 4")
-        tensors = {"dense": pack_nibbles(weights.codes), "dense.scale": weights.scale, "mean": mean.float(), "std": std.float(), "mu": mu.float()}
+        tensors = {
+            "dense": pack_nibbles(weights.codes),
+            "dense.scale": weights.scale,
+            "mean": mean.float(),
+            "std": std.float(),
+            "mu": mu.float(),
+        }
         if attention is not None:
             tensors["attention"] = attention.float()
         return tensors, spec.as_settings() | {"draft_size": draft_size, "group": weights.group}

@@ -159,8 +159,15 @@ class DualFit:
     cross_validated: Tensor
 
 
-def fit_dual(features: Tensor, y: Tensor, documents: Sequence[int], rank: int, weight: Rows, unweight: Rows,
-             candidates: Sequence[float] = DUAL_RIDGES) -> DualFit:  # fmt: skip
+def fit_dual(
+    features: Tensor,
+    y: Tensor,
+    documents: Sequence[int],
+    rank: int,
+    weight: Rows,
+    unweight: Rows,
+    candidates: Sequence[float] = DUAL_RIDGES,
+) -> DualFit:
     """Ridge in its dual form, for fewer tokens than features; the penalty is chosen by leaving out one document at a time.
 
     Leaving out a block B of rows changes its residual to (C^-1_BB)^-1 (C^-1 y)_B with C = K + ridge I (K the kernel matrix), exactly, so all

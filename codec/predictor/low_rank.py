@@ -92,8 +92,15 @@ class Predictor:
         column = up.pow(2).mean(0).sqrt().clamp_min(1e-12)
         down_codes, down_scale = to_int8(down)
         up_codes, up_scale = to_int8(up / column)
-        tensors = {"down": down_codes, "down.scale": down_scale, "offset": offset.float(), "up": up_codes, "up.scale": up_scale,
-                   "up.column": column.float(), "mu": mu.float()}  # fmt: skip
+        tensors = {
+            "down": down_codes,
+            "down.scale": down_scale,
+            "offset": offset.float(),
+            "up": up_codes,
+            "up.scale": up_scale,
+            "up.column": column.float(),
+            "mu": mu.float(),
+        }
         return tensors, spec.as_settings() | {"draft_size": draft_size}
 
     @classmethod

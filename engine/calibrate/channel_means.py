@@ -78,7 +78,9 @@ def channel_means(target: Decoder, tokenizer: Any | None, target_dir: Path | Non
     if (found := _load(cached, print_, shape)) is not None:
         return found
     if tokenizer is None:
-        raise InvalidOption("the hot formats take off channel means measured on text, and the engine has no tokenizer", f"use hot={PLAIN!r}")
+        raise InvalidOption(
+            "the hot formats take off channel means measured on text, and the engine has no tokenizer", f"use hot={PLAIN!r}"
+        )
     with disk_errors(cache_home()):
         cached.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(cached.with_suffix(".lock"), "measuring channel means"):

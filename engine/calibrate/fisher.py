@@ -46,7 +46,9 @@ def measure(stream: PairStream, documents: Sequence[Sequence[int]], *, context: 
     generator = torch.Generator(stream.target.device).manual_seed(seed)
     context = min(context, sorted(map(len, documents))[len(documents) // 2])
     if context < 4 * NUM_SINKS:
-        raise InvalidOption(f"half of the documents have fewer than {context + 1} tokens", "calibrate on longer texts, or with attention weights")
+        raise InvalidOption(
+            f"half of the documents have fewer than {context + 1} tokens", "calibrate on longer texts, or with attention weights"
+        )
     follow = max(1, int(FOLLOWING * context))
     full = [list(d) for d in documents if len(d) >= context]
     gradients, features, blocks, done = [], [], Sensitivity(stream.layout), 0

@@ -47,6 +47,7 @@ FINEST_STEP = min(QUALITIES.values())
 ENOUGH_GRADIENTS = 50_000
 """Cached tokens whose gradients make better weights than any blend with attention statistics does."""
 
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """Choices of a full calibration.
@@ -103,8 +104,17 @@ def default_rerun_layers(num_layers: int) -> int:
     return num_layers // 7
 
 
-def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[int]], *, trunk_layers: int = 0, adapter: Decoder | None = None,
-              options: CalibrationOptions | None = None, fingerprints: dict[str, str] | None = None, log: Log = print) -> CodecPack:  # fmt: skip
+def calibrate(
+    target: Decoder,
+    draft: Decoder | None,
+    docs: Sequence[Sequence[int]],
+    *,
+    trunk_layers: int = 0,
+    adapter: Decoder | None = None,
+    options: CalibrationOptions | None = None,
+    fingerprints: dict[str, str] | None = None,
+    log: Log = print,
+) -> CodecPack:
     """A codec pack from token documents, in one pass.
 
     Args:
@@ -156,11 +166,23 @@ def calibrate(target: Decoder, draft: Decoder | None, docs: Sequence[Sequence[in
             sample, m, lambda g: transform.project(apply_blocks(g, weighting.inverse), kept).pow(2).sum(1)
         )
         tensors["attention"], settings["level_strength"] = attention.float(), options.level_strength
-        log(f"calibration: token sensitivity predicted with correlation {facts['sensitivity_correlation']:.2f}, {time.monotonic() - started:.0f} s")
+        log(
+            f"calibration: token sensitivity predicted with correlation {facts['sensitivity_correlation']:.2f}, {time.monotonic() - started:.0f} s"
+        )
     del m, moments, residual, weighted, sample
     predictor = load_predictor(tensors, settings, y.device)
-    pack = assemble(stream, weighting, transform, tensors, settings, y - predict_raw(predictor, features), y, facts=facts,
-                    fingerprints=fingerprints or {}, budget_bytes=budget_bytes)  # fmt: skip
+    pack = assemble(
+        stream,
+        weighting,
+        transform,
+        tensors,
+        settings,
+        y - predict_raw(predictor, features),
+        y,
+        facts=facts,
+        fingerprints=fingerprints or {},
+        budget_bytes=budget_bytes,
+    )
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 
@@ -213,8 +235,19 @@ def predict_raw(predictor: AnyPredictor, features: Tensor) -> Tensor:
     return torch.cat([predictor.predict_features(part) for part in features.split(2048)])
 
 
-def assemble(stream: PairStream, weighting: Weighting, transform: Transform, tensors: dict[str, Tensor], settings: dict[str, Any],
-             residual: Tensor, y: Tensor, *, facts: dict[str, Any], fingerprints: dict[str, str], budget_bytes: float) -> CodecPack:  # fmt: skip
+def assemble(
+    stream: PairStream,
+    weighting: Weighting,
+    transform: Transform,
+    tensors: dict[str, Tensor],
+    settings: dict[str, Any],
+    residual: Tensor,
+    y: Tensor,
+    *,
+    facts: dict[str, Any],
+    fingerprints: dict[str, str],
+    budget_bytes: float,
+) -> CodecPack:
     """Rounds the parts, measures them on held-out tokens and makes the pack.
 
     Args:
@@ -231,8 +264,16 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     room_bytes = transform_bytes(layout, tensors, budget_bytes, transform.kind)
     row_bits = allocate_bits(variance.tolist(), transform.basis.shape[1], room_bytes, FINEST_STEP)
     transform = transform.first(len(row_bits))
-    pack = CodecPack.build(layout, weighting, transform, EntropyModel.laplace(), predictor=tensors, predictor_settings=settings,
-                           fingerprints=fingerprints, row_bits=row_bits)  # fmt: skip
+    pack = CodecPack.build(
+        layout,
+        weighting,
+        transform,
+        EntropyModel.laplace(),
+        predictor=tensors,
+        predictor_settings=settings,
+        fingerprints=fingerprints,
+        row_bits=row_bits,
+    )
     zero = torch.zeros_like(residual)
     c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)
     cut = 3 * len(c) // 4
@@ -241,19 +282,35 @@ def assemble(stream: PairStream, weighting: Weighting, transform: Transform, ten
     codec = KvCodec(pack, y.device)
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
     info: dict[str, Any] = facts | {
-        "cpu_seconds": round(time.process_time(), 1), "held_out_tokens": len(y), "predictor": settings["kind"],
-        "components": pack.transform.num_components, "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS},
-        "r2_k": float(r2[:, 0].mean()), "r2_v": float(r2[:, 1].mean()),
-        "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)], "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
+        "cpu_seconds": round(time.process_time(), 1),
+        "held_out_tokens": len(y),
+        "predictor": settings["kind"],
+        "components": pack.transform.num_components,
+        "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS},
+        "r2_k": float(r2[:, 0].mean()),
+        "r2_v": float(r2[:, 1].mean()),
+        "r2_k_by_layer": [round(float(x), 4) for x in r2[:, 0].mean(-1)],
+        "r2_v_by_layer": [round(float(x), 4) for x in r2[:, 1].mean(-1)],
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
-    }  # fmt: skip
+    }
     return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
 
 
-def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_layers: int = 0, adapter: Decoder | None = None,
-               fingerprints: dict[str, str] | None = None, num_tokens: int = 2048, context: int = 256, rank: int = 768,
-               forward_seconds: float = 60.0, log: Log = print) -> CodecPack:  # fmt: skip
+def quick_pack(
+    target: Decoder,
+    draft: Decoder | None,
+    tokenizer: Any,
+    *,
+    trunk_layers: int = 0,
+    adapter: Decoder | None = None,
+    fingerprints: dict[str, str] | None = None,
+    num_tokens: int = 2048,
+    context: int = 256,
+    rank: int = 768,
+    forward_seconds: float = 60.0,
+    log: Log = print,
+) -> CodecPack:
     """A pack from a few thousand tokens of the interpreter's own library, fitted in at most about two minutes on two cores.
 
     Args:
@@ -290,12 +347,23 @@ def quick_pack(target: Decoder, draft: Decoder | None, tokenizer: Any, *, trunk_
     transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))
     fit = fitted.fit
     tensors, settings = Predictor.pack(stream.spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
-    pack = assemble(stream, weighting, transform, tensors, settings | {"kind": "low_rank"}, residual, y,
-                    facts={"ridge": fit.ridge, "tokens": done, "rank": len(fit.up)}, fingerprints=(fingerprints or {}) | {"text": text},
-                    budget_bytes=PACK_BUDGET * bf16_bytes(target))  # fmt: skip
+    pack = assemble(
+        stream,
+        weighting,
+        transform,
+        tensors,
+        settings | {"kind": "low_rank"},
+        residual,
+        y,
+        facts={"ridge": fit.ridge, "tokens": done, "rank": len(fit.up)},
+        fingerprints=(fingerprints or {}) | {"text": text},
+        budget_bytes=PACK_BUDGET * bf16_bytes(target),
+    )
     info = pack.info
-    log(f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "
-        f"held-out R2 of keys {info['r2_k']:.2f}, of values {info['r2_v']:.2f}")  # fmt: skip
+    log(
+        f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "
+        f"held-out R2 of keys {info['r2_k']:.2f}, of values {info['r2_v']:.2f}"
+    )
     return pack
 
 

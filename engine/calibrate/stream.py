@@ -55,7 +55,9 @@ class PairStream:
         spec = self.spec
         trunk = self.layout.first_layer
         own_taps = tuple(tap - trunk for tap in spec.taps if tap > trunk) if self.adapter is not None else ()
-        taps = tuple(sorted({*spec.target_taps, *(min(tap, trunk) if own_taps else tap for tap in (spec.taps if self.draft is None else ()))}))
+        taps = tuple(
+            sorted({*spec.target_taps, *(min(tap, trunk) if own_taps else tap for tap in (spec.taps if self.draft is None else ()))})
+        )
         pages = sum(-(-n // 64) for n in lens)
         pool = target.new_pool(pages)
         sequences = [pool.new_sequence() for _ in lens]
@@ -72,7 +74,9 @@ class PairStream:
         states = dict(out.taps)
         if own_taps and self.adapter is not None:
             pool = self.adapter.new_pool(pages)
-            more = self.adapter.forward(None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[trunk], taps=own_taps, logits="none").taps
+            more = self.adapter.forward(
+                None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[trunk], taps=own_taps, logits="none"
+            ).taps
             states |= {trunk + i: rows for i, rows in more.items()}
         rows = torch.stack([states[i][kept] for i in spec.taps], 1) if spec.taps else None
         return CalibrationBatch(join_features(rows, target_rows), y, [n - NUM_SINKS for n in lens])

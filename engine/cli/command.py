@@ -60,7 +60,9 @@ def open_session(engine: Engine, args: argparse.Namespace) -> Session:
     session = engine.session(args.session if exists else None, quality=args.quality, pack=args.pack, log=say)
     if session.resumed is not None:
         r = session.resumed
-        say(f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s (draft {r.draft_s:.2f} s, decoding {r.decode_s:.2f} s)")
+        say(
+            f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s (draft {r.draft_s:.2f} s, decoding {r.decode_s:.2f} s)"
+        )
     return session
 
 
@@ -127,8 +129,10 @@ def keep(session: Session, args: argparse.Namespace) -> None:
         return
     r = session.suspend(args.session)
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0
-    say(f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
-        f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s)")  # fmt: skip
+    say(
+        f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
+        f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s)"
+    )
 
 
 def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
@@ -160,7 +164,11 @@ def versions() -> dict[str, str]:
 def summary(result: GenerationResult) -> str:
     """One line of figures."""
     s = result.speculation
-    drafts = f", {s.drafter}: {s.acceptance_rate:.0%} of {s.proposed} drafts accepted, {s.tokens_per_step:.2f} tokens a step" if s.proposed else ""
+    drafts = (
+        f", {s.drafter}: {s.acceptance_rate:.0%} of {s.proposed} drafts accepted, {s.tokens_per_step:.2f} tokens a step"
+        if s.proposed
+        else ""
+    )
     return (
         f"[{result.new_tokens} tokens at {result.tokens_per_s:.1f} tokens/s, first after {result.ttft_s:.2f} s; prompt {result.prompt_tokens} tokens, "
         f"{result.reused_tokens} reused{drafts}; {result.finish_reason}]"

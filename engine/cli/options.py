@@ -27,17 +27,25 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All options; what they mean together is checked by `checked`."""
-    p = Parser(prog="python -m engine.generate", description="Generate text with speculative decoding; keep the conversation as a coded residual.")
+    p = Parser(
+        prog="python -m engine.generate", description="Generate text with speculative decoding; keep the conversation as a coded residual."
+    )
     p.add_argument("prompt", nargs="?", help="the prompt (or --prompt-file, or standard input)")
     p.add_argument("--prompt-file", type=Path, metavar="FILE")
     models = p.add_argument_group("models")
     models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
     models.add_argument("--target", metavar="DIR|HUB_ID")
-    models.add_argument("--draft", metavar="DIR|HUB_ID|trunk|none", help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
-                        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target")  # fmt: skip
+    models.add_argument(
+        "--draft",
+        metavar="DIR|HUB_ID|trunk|none",
+        help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
+        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target",
+    )
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    models.add_argument("--hot", default=PLAIN, choices=HOT_FORMATS, help="format of the target's KV being attended; a draft model's stays bf16")
+    models.add_argument(
+        "--hot", default=PLAIN, choices=HOT_FORMATS, help="format of the target's KV being attended; a draft model's stays bf16"
+    )
     text = p.add_argument_group("text")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("--chat", action="store_true", help="several turns, read from the terminal")
@@ -49,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int)
     text.add_argument("--stop", action="append", default=[], metavar="STR", help="end the text before this string; may be repeated")
     text.add_argument("--draft-length", default="auto", metavar="N|auto", help="tokens drafted a step; 0: no speculation")
-    text.add_argument("--deterministic", action="store_true", help="shape-stable arithmetic: greedy text is the same with and without speculation")
+    text.add_argument(
+        "--deterministic", action="store_true", help="shape-stable arithmetic: greedy text is the same with and without speculation"
+    )
     kept = p.add_argument_group("session")
     kept.add_argument("--session", type=Path, metavar="FILE", help="resume from it if it exists, suspend into it at the end")
     kept.add_argument("--quality", help=f"{', '.join(SESSION_QUALITIES)}; default: the file's own, {DEFAULT_QUALITY} for a new one")
@@ -92,9 +102,15 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         except ValueError:
             raise InvalidOption(f"--draft-length cannot be {args.draft_length!r}", "give a whole number or auto") from None
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, stop=tuple(args.stop), draft_length=length,
-    )  # fmt: skip
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        draft_length=length,
+    )
 
 
 def given_prompt(args: argparse.Namespace) -> str | None:

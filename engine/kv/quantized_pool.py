@@ -58,11 +58,19 @@ class HotLayer:
             rows, slots = batch.new_sinks
             kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, self.k_sinks, self.v_sinks)
         out = hot_paged_attention(
-            apply_rope(q, cos, sin), self.pages, self.means, *batch.tables, batch.page_table, batch.query_lens, batch.context_lens, scale,
+            apply_rope(q, cos, sin),
+            self.pages,
+            self.means,
+            *batch.tables,
+            batch.page_table,
+            batch.query_lens,
+            batch.context_lens,
+            scale,
             sinks=HotSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
             recent=HotRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
-            deterministic=deterministic, max_query_len=batch.max_query_len,
-        )  # fmt: skip
+            deterministic=deterministic,
+            max_query_len=batch.max_query_len,
+        )
         # only now: attention still read what these overwrite
         last, slots = batch.new_recent
         kv_write(k[last], v[last], cos[last], sin[last], slots, self.k_ring, self.v_ring)

@@ -40,7 +40,13 @@ class TritonBatch(NamedTuple):
 
 
 def prepare(
-    sequences: list[KvSequence], query_lens: list[int], starts: list[int], config: DecoderConfig, rope: RopeTable, *, deterministic: bool,
+    sequences: list[KvSequence],
+    query_lens: list[int],
+    starts: list[int],
+    config: DecoderConfig,
+    rope: RopeTable,
+    *,
+    deterministic: bool,
     placements: list[Placement] | None = None,
 ) -> ReferenceBatch | TritonBatch | HotBatch:
     """Own the pages of the new tokens and gather what the layers need.
@@ -70,7 +76,9 @@ def prepare(
     else:
         cos, sin = rope.at([position for placement in placements for position in placement.positions])
         places = [placement.slots for placement in placements]
-    numbers = [sequence.pages[slot // size] * size + slot % size for sequence, slots in zip(sequences, places, strict=True) for slot in slots]
+    numbers = [
+        sequence.pages[slot // size] * size + slot % size for sequence, slots in zip(sequences, places, strict=True) for slot in slots
+    ]
     pages = [sequence.pages for sequence in sequences]
     if isinstance(pool, HotPool) or use_triton(cos):
         if placements is not None:

@@ -330,9 +330,16 @@ class Decoder(nn.Module):
             kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
             rotated = apply_rope(q, batch.cos, batch.sin)
             attended = paged_attention(
-                rotated, pages[0], pages[1], batch.page_table, batch.query_lens, batch.context_lens, scale,
-                deterministic=deterministic, max_query_len=batch.max_query_len,
-            )  # fmt: skip
+                rotated,
+                pages[0],
+                pages[1],
+                batch.page_table,
+                batch.query_lens,
+                batch.context_lens,
+                scale,
+                deterministic=deterministic,
+                max_query_len=batch.max_query_len,
+            )
         else:
             # queries and keys turn in one go, and the plan is made once for all layers
             both = split[:, : heads + kv_heads] if w.qk_norm is None else torch.cat((q, k), dim=1)

@@ -52,5 +52,7 @@ def default_pool_tokens(target: Decoder, draft: Decoder | None, hot: str = PLAIN
     if target.device.type != "cuda":
         return POOL_TOKENS_CPU
     models = [(target, hot)] + ([] if draft is None else [(draft, PLAIN)])
-    per_token = sum(m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models)
+    per_token = sum(
+        m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models
+    )
     return max(START_TOKENS, int(torch.cuda.mem_get_info(target.device)[0] / 2 / per_token))

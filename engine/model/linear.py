@@ -54,7 +54,9 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 
 def _has_onednn() -> bool:
     operations = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and hasattr(operations, "_linear_pointwise") and hasattr(operations, "_reorder_linear_weight")
+    return (
+        torch.backends.mkldnn.is_available() and hasattr(operations, "_linear_pointwise") and hasattr(operations, "_reorder_linear_weight")
+    )
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:

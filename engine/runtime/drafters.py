@@ -154,12 +154,19 @@ def measure_engine(engine: Engine, drafter: Drafter) -> CostModel:
     adapter = drafter.adapter if isinstance(drafter, TrunkDrafter) else None
     own = (adapter.decoder, adapter.pool.new_sequence) if adapter else None
     return measure_costs(
-        engine.target, drafter, draft_decoder, (engine.pool.new_sequence, pool.new_sequence), own_layers=own, token_counts=counts,
+        engine.target,
+        drafter,
+        draft_decoder,
+        (engine.pool.new_sequence, pool.new_sequence),
+        own_layers=own,
+        token_counts=counts,
         deterministic=engine.deterministic,
-    )  # fmt: skip
+    )
 
 
 def new_controller(params: SamplingParams, costs: CostModel | None, device: torch.device) -> LengthController:
     """What chooses a request's draft lengths: on a CPU draft by draft, elsewhere per block, where nothing is read back while a block is drafted."""
     by_confidence = device.type == "cpu"
-    return LengthController(params.draft_length, costs, Calibration(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None)
+    return LengthController(
+        params.draft_length, costs, Calibration(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None
+    )

@@ -28,8 +28,12 @@ def prefill_step(
     taps = drafter.target_taps if drafter else ()
     out = target.forward(
         torch.tensor([t for piece in pieces for t in piece], dtype=torch.int64, device=target.device),
-        [r.sequence for r in requests], list(chunks), taps=taps, logits="last", deterministic=deterministic,
-    )  # fmt: skip
+        [r.sequence for r in requests],
+        list(chunks),
+        taps=taps,
+        logits="last",
+        deterministic=deterministic,
+    )
     if drafter and taps:
         drafter.observe_target([_state(r) for r in requests], chunks, out.taps)
     for request, count in zip(requests, chunks, strict=True):
@@ -62,7 +66,9 @@ def decode_step(
     sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
     if drafter and (any(lengths) or drafter.verify_from):
         states = [_state(r) for r in requests]
-        proposal = drafter.propose(states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, gates)
+        proposal = drafter.propose(
+            states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, gates
+        )
         lengths = proposal.lengths
     else:
         proposal = _no_proposal(len(requests), target.device)
@@ -74,9 +80,14 @@ def decode_step(
     if proposal.siblings:
         placements = [place_block(at, k, own) for at, k, own in zip(positions, lengths, proposal.siblings, strict=True)]
     out = target.forward(
-        tokens, [r.sequence for r in requests], [k + 1 + proposal.num_siblings(b) for b, k in enumerate(lengths)], first_layer=first,
-        hidden=proposal.hidden, placements=placements, deterministic=deterministic,
-    )  # fmt: skip
+        tokens,
+        [r.sequence for r in requests],
+        [k + 1 + proposal.num_siblings(b) for b, k in enumerate(lengths)],
+        first_layer=first,
+        hidden=proposal.hidden,
+        placements=placements,
+        deterministic=deterministic,
+    )
     runs, adopted = verify(out.logits, proposal, sampler, positions)
     for b, number in enumerate(adopted):
         if number is not None:

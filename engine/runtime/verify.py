@@ -12,9 +12,7 @@ from engine.runtime.sampling import BatchSampler, probabilities
 from kernels.accept import accept
 
 
-def verify(
-    logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions: list[int]
-) -> tuple[list[list[int]], list[int | None]]:
+def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions: list[int]) -> tuple[list[list[int]], list[int | None]]:
     """(the tokens each request gains: its accepted drafts, then one token of the target's own; the sibling among them, if one was accepted).
 
     logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts and siblings. positions: the
@@ -57,9 +55,7 @@ def verify(
         tokens = proposal.tokens if not greedy else proposal.tokens[torch.tensor(places, dtype=torch.int64, device=device)]
         seeds, starts = sampler.counters(sampled, [positions[b] for b in sampled], device)
         counts = [lengths[b] for b in sampled]
-        kept_counts, following = accept(
-            target_probs, draft_probs, tokens, torch.tensor(counts, device=device), seeds, starts, max(counts)
-        )  # fmt: skip
+        kept_counts, following = accept(target_probs, draft_probs, tokens, torch.tensor(counts, device=device), seeds, starts, max(counts))
         for b, kept, token in zip(sampled, kept_counts.tolist(), following.tolist(), strict=True):
             runs[b] = [*drafts[draft_starts[b] : draft_starts[b] + kept], token]
     return runs, adopted

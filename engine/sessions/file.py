@@ -74,8 +74,12 @@ class SessionFile:
         tokens = encode_ids(self.token_ids) if self.token_frame is None else self.token_frame
         packed = zstandard.ZstdCompressor(level=19).compress
         return write_sections(
-            [("META", packed(json.dumps(meta, sort_keys=True).encode())), ("TOKS", tokens),
-             ("SIZE", packed(sizes.tobytes())), ("SPAN", body)]
+            [
+                ("META", packed(json.dumps(meta, sort_keys=True).encode())),
+                ("TOKS", tokens),
+                ("SIZE", packed(sizes.tobytes())),
+                ("SPAN", body),
+            ]
         )
 
     def save(self, path: str | Path) -> int:
@@ -100,7 +104,9 @@ class SessionFile:
         except OSError as error:
             if is_disk_full(error):
                 raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
-            raise CacheNotWritable(f"the session file {path} cannot be written: {error.strerror or error}", "choose another path") from error
+            raise CacheNotWritable(
+                f"the session file {path} cannot be written: {error.strerror or error}", "choose another path"
+            ) from error
         return len(data)
 
     @classmethod
@@ -114,7 +120,9 @@ class SessionFile:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise BadSessionFile(f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
+            raise BadSessionFile(
+                f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
         with session_errors(path):
             return cls.from_bytes(data)
 

@@ -55,7 +55,9 @@ class SessionCodec:
         first_layer = max(trunk_layers(engine), self.predictor.spec.target_layers)
         expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, first_layer)
         if pack.layout != expected:
-            raise InvalidOption(f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine")
+            raise InvalidOption(
+                f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine"
+            )
         if self.predictor.spec.taps:
             engine.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
 
@@ -101,7 +103,8 @@ class SessionCodec:
             some = spans[at : at + count]
             # span by span: products of the same shape give the same bits at every resume
             predicted = [
-                self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start)) for s in some
+                self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start))
+                for s in some
             ]
             self._write(conversation.sequence, some, predicted)
 
@@ -131,9 +134,15 @@ class SessionCodec:
             while at < stop:
                 count = min(stop - at, PREFILL_TOKENS)
                 out = target.forward(
-                    ids[at - start : at - start + count], [conversation.sequence], [count], starts=[at], taps=spec.target_taps, logits="none",
-                    last_layer=spec.target_layers, deterministic=self.engine.deterministic,
-                )  # fmt: skip
+                    ids[at - start : at - start + count],
+                    [conversation.sequence],
+                    [count],
+                    starts=[at],
+                    taps=spec.target_taps,
+                    logits="none",
+                    last_layer=spec.target_layers,
+                    deterministic=self.engine.deterministic,
+                )
                 rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
                 at += count
         return torch.cat(rows)

@@ -119,9 +119,7 @@ class Session:
             ids = list(text)
         return self._run(ids, params, on_text)
 
-    def chat(
-        self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
-    ) -> GenerationResult:
+    def chat(self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None) -> GenerationResult:
         """Say something as the user, through the model's chat template, and return the assistant's answer. Raises as `Engine.run`, and EmptyPrompt."""
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
@@ -214,10 +212,14 @@ class Session:
     def _check(self, stored: SessionFile, path: str | Path | None) -> None:
         """Refuse a file of other models before a pack is looked for: fitting one would take minutes."""
         if stored.quality not in SESSION_QUALITIES:
-            raise Corrupted(f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy")
+            raise Corrupted(
+                f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy"
+            )
         for role, digest in pair_fingerprints(self.engine).items():
             if stored.fingerprints.get(role) != digest:
-                raise ForeignModel(f"session file {path} was written with another {role}", "resume it with the models and pack it was made with")
+                raise ForeignModel(
+                    f"session file {path} was written with another {role}", "resume it with the models and pack it was made with"
+                )
         if stored.num_tokens > self.engine.context:
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
@@ -237,7 +239,9 @@ class Session:
         if stored.spans:
             codec = session_codec(engine, self._pack_path, self._log)
             if stored.fingerprints.get("pack") != codec.pack.digest:
-                raise ForeignModel(f"session file {path} was written with another pack", "resume it with the models and pack it was made with")
+                raise ForeignModel(
+                    f"session file {path} was written with another pack", "resume it with the models and pack it was made with"
+                )
             num_cached = stored.num_cached
             started = time.perf_counter()
             run_sinks(engine, conversation, NUM_SINKS)

@@ -83,7 +83,9 @@ def decode_tokens(engine: Engine, frame: bytes) -> list[int]:
     """
     model = coding_model(engine)
     if model is None:
-        raise InvalidOption("the session's token ids need their model in float32", "resume it with models loaded from folders, or in float32")
+        raise InvalidOption(
+            "the session's token ids need their model in float32", "resume it with models loaded from folders, or in float32"
+        )
     return decode_with(model, frame)
 
 

@@ -30,7 +30,7 @@ def next_turn(tokenizer: Any, message: str, token_ids: list[int]) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
-        )  # fmt: skip
+        )
     except TemplateError as error:
         raise InvalidOption(f"the model's chat template refuses a second turn: {error}", "use --raw and write the turns out") from error
     _, found, added = text.partition(_ASSISTANT)

@@ -22,7 +22,9 @@ class ChatOpening:
 
     def __post_init__(self) -> None:
         if not self.opening:
-            raise InvalidOption("nothing stands before a text, so the model has nothing to go on", "use a model with a chat template or a BOS token")
+            raise InvalidOption(
+                "nothing stands before a text, so the model has nothing to go on", "use a model with a chat template or a BOS token"
+            )
 
     @property
     def special(self) -> tuple[int, ...]:

@@ -36,7 +36,9 @@ class TrainingSets:
         """A file for each in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         # the file that `load` looks for comes last
-        for name, docs in zip((*_GIVEN_FILES, *_FILES[::-1]), (*(self.given or (None, None)), self.greedy, self.sampled, self.train), strict=True):
+        for name, docs in zip(
+            (*_GIVEN_FILES, *_FILES[::-1]), (*(self.given or (None, None)), self.greedy, self.sampled, self.train), strict=True
+        ):
             if docs is None:
                 (folder / name).unlink(missing_ok=True)
             else:

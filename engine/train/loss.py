@@ -112,7 +112,9 @@ class Scores(NamedTuple):
 
     accepted: Tensor  # sum min(p, q)
     agreed: Tensor  # [N] bool
-    kept: Tensor  # min(1, q / p) at the token that follows: the chance that this token, given that it was drawn from p, was an accepted draft
+    kept: (
+        Tensor  # min(1, q / p) at the token that follows: the chance that this token, given that it was drawn from p, was an accepted draft
+    )
     divergence: Tensor
     covered: Tensor
 

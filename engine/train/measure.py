@@ -41,9 +41,17 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    teacher: Teacher, student: Student, head: TeacherHead, trunk_layers: int, documents: TokenDocuments, *, greedy: bool, proposals: int = 4,
-    batch_tokens: int = 32_768, chunk: int = 8192,
-) -> Measured:  # fmt: skip
+    teacher: Teacher,
+    student: Student,
+    head: TeacherHead,
+    trunk_layers: int,
+    documents: TokenDocuments,
+    *,
+    greedy: bool,
+    proposals: int = 4,
+    batch_tokens: int = 32_768,
+    chunk: int = 8192,
+) -> Measured:
     """Measure a student on documents whose answers the target wrote at temperature 1, or greedily, or of a model that only
     answers."""
     device, dtype = teacher.norm.device, teacher.norm.dtype

@@ -61,9 +61,13 @@ def _given(figures: dict[str, Any]) -> list[str]:
     if "given_greedy" not in figures:
         return []
     return [
-        "The same on its answers to messages of the given kind that were held out:", "", "| | stored | as trained |", "|---|---|---|",
-        *_rows(figures, "given_"), "",
-    ]  # fmt: skip
+        "The same on its answers to messages of the given kind that were held out:",
+        "",
+        "| | stored | as trained |",
+        "|---|---|---|",
+        *_rows(figures, "given_"),
+        "",
+    ]
 
 
 def _rows(figures: dict[str, Any], kind: str = "") -> list[str]:

@@ -128,9 +128,14 @@ class SelfTextSampler:
     def _run(self, tokens: Tensor) -> Tensor:
         at = self._lengths
         batch = TritonBatch(
-            cos=self._cos[at], sin=self._sin[at], slots=self._first_slot + at, page_table=self._table, query_lens=self._ones,
-            context_lens=(at + 1).int(), max_query_len=1,
-        )  # fmt: skip
+            cos=self._cos[at],
+            sin=self._sin[at],
+            slots=self._first_slot + at,
+            page_table=self._table,
+            query_lens=self._ones,
+            context_lens=(at + 1).int(),
+            max_query_len=1,
+        )
         return self.decoder.decode(tokens, self._pool, batch)
 
     def _advance(self) -> None:
@@ -230,10 +235,18 @@ def draw(
                 log(f"sampled {drawn:,} tokens, {drawn / (shown - ready):,.0f} tokens/s")
     rate = drawn / (time.monotonic() - ready)
     facts = {
-        "rows": options.rows, "context": sampler.context, "temperatures": list(options.temperatures), "seed": options.seed,
-        "answer_temperature": options.answer_temperature, "drawn_tokens": drawn, "tokens_per_s": round(rate), "cuda_graph": sampler.captured,
-        "seconds": round(time.monotonic() - started, 1), "given_messages": len(given), "given_share": options.given_share if given else 0.0,
-    }  # fmt: skip
+        "rows": options.rows,
+        "context": sampler.context,
+        "temperatures": list(options.temperatures),
+        "seed": options.seed,
+        "answer_temperature": options.answer_temperature,
+        "drawn_tokens": drawn,
+        "tokens_per_s": round(rate),
+        "cuda_graph": sampler.captured,
+        "seconds": round(time.monotonic() - started, 1),
+        "given_messages": len(given),
+        "given_share": options.given_share if given else 0.0,
+    }
     return assemble(chat, np.concatenate([said for said, _ in rounds]), np.concatenate([flags for _, flags in rounds]), facts)
 
 

@@ -121,7 +121,9 @@ class Trainer:
         ramp = min(1.0, max(0.0, (done - o.mix_from) / max(1e-9, o.mix_to - o.mix_from)))
         return rate, ramp * ramp * (3 - 2 * ramp)
 
-    def run(self, until: Callable[[], bool] = lambda: False, report: Callable[[Progress], None] | None = None, report_every: int = 50) -> bool:
+    def run(
+        self, until: Callable[[], bool] = lambda: False, report: Callable[[Progress], None] | None = None, report_every: int = 50
+    ) -> bool:
         """Train to the end, or until `until()` says so after a step; `report` is called every `report_every` steps. True at the end."""
         clock = time.monotonic()
         while self.progress() < 1.0:
@@ -153,8 +155,14 @@ class Trainer:
         states = self.student(trunk, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
         head = self.student.head.detach().to(self.dtype)
         sums, gradients = distil(
-            states.detach(), head, final.flatten(0, 1)[batch.positions], self.teacher_head, mix, head_gradient=self.student.own_head, chunk=o.chunk
-        )  # fmt: skip
+            states.detach(),
+            head,
+            final.flatten(0, 1)[batch.positions],
+            self.teacher_head,
+            mix,
+            head_gradient=self.student.own_head,
+            chunk=o.chunk,
+        )
         states.backward(gradients.states)
         if gradients.head is not None:
             self.student.head.grad = gradients.head
@@ -187,20 +195,35 @@ class Trainer:
         self._sums.zero_()
         rate, mix = self.schedule()
         return Progress(
-            self.step, self.epochs, self.seconds, self.tokens, tokens / max(seconds, 1e-9), accepted / count,
-            agreed / count, divergence / count, mix, rate,
-        )  # fmt: skip
+            self.step,
+            self.epochs,
+            self.seconds,
+            self.tokens,
+            tokens / max(seconds, 1e-9),
+            accepted / count,
+            agreed / count,
+            divergence / count,
+            mix,
+            rate,
+        )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write everything a later run needs to go on, under a temporary name first. extra: plain values returned by `restore`."""
         state = {
-            "version": CHECKPOINT_VERSION, "options": asdict(self.options), "data": self._data_digest, "token_ids": self.token_ids.cpu(),
-            "student": self.student.state_dict(), "averaged": self.averaged.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            "place": [self.step, self.epoch, self.cursor, self.tokens, self.seconds], "sums": self._sums, "reported": list(self._reported),
+            "version": CHECKPOINT_VERSION,
+            "options": asdict(self.options),
+            "data": self._data_digest,
+            "token_ids": self.token_ids.cpu(),
+            "student": self.student.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "place": [self.step, self.epoch, self.cursor, self.tokens, self.seconds],
+            "sums": self._sums,
+            "reported": list(self._reported),
             "extra": extra or {},
-        }  # fmt: skip
+        }
         temporary = Path(f"{path}.{os.getpid()}.part")
         try:
             with temporary.open("wb") as file:
@@ -225,9 +248,12 @@ class Trainer:
         ends = ("steps", "seconds", "chunk")
         ours, theirs = ({k: v for k, v in options.items() if k not in ends} for options in (asdict(self.options), state["options"]))
         different = sorted(key for key in ours if ours[key] != theirs.get(key))
-        if version != CHECKPOINT_VERSION or different or state["data"] != self._data_digest or not torch.equal(
-            state["token_ids"].cpu(), self.token_ids.cpu()
-        ):  # fmt: skip
+        if (
+            version != CHECKPOINT_VERSION
+            or different
+            or state["data"] != self._data_digest
+            or not torch.equal(state["token_ids"].cpu(), self.token_ids.cpu())
+        ):
             what = f"other {', '.join(different)}" if different else "other data"
             raise CheckpointMismatch(f"{path} is of a training with {what}", "use the same options and data, or start without --resume")
         self.student.load_state_dict(state["student"])

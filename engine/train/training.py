@@ -61,7 +61,9 @@ def teacher_of(decoder: Decoder) -> Teacher:
     head = decoder.embed_tokens.weight.data if decoder.lm_head is None else decoder.lm_head.weight
     layers = [layer.weights().plain() for layer in decoder.layers]  # type: ignore[operator]
     shape = Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
-    return Teacher(decoder.embed_tokens.weight.data, layers, decoder.final_norm.data, head, shape, lambda length: decoder.rope.slice(0, length))
+    return Teacher(
+        decoder.embed_tokens.weight.data, layers, decoder.final_norm.data, head, shape, lambda length: decoder.rope.slice(0, length)
+    )
 
 
 class TrunkTraining:
@@ -73,8 +75,14 @@ class TrunkTraining:
     """
 
     def __init__(
-        self, decoder: Decoder, teacher: Teacher, sets: TrainingSets, special: Sequence[int], architecture: Architecture, options: TrainOptions,
-    ) -> None:  # fmt: skip
+        self,
+        decoder: Decoder,
+        teacher: Teacher,
+        sets: TrainingSets,
+        special: Sequence[int],
+        architecture: Architecture,
+        options: TrainOptions,
+    ) -> None:
         self.decoder, self.teacher, self.sets, self.architecture = decoder, teacher, sets, architecture
         ids = reduced_vocabulary(sets.train, decoder.config.vocab_size, architecture.vocab_size, special)
         self.options = replace(options, trunk_layers=architecture.trunk_layers, own_layers=architecture.own_layers, head=architecture.head)
@@ -82,9 +90,14 @@ class TrunkTraining:
         self.curve: list[dict[str, Any]] = []
 
     def run(
-        self, log: Callable[[str], None], *, checkpoint: Path | None = None, resume: bool = False, pause_after: float | None = None,
+        self,
+        log: Callable[[str], None],
+        *,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+        pause_after: float | None = None,
         report_every: int = 50,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Train to the end (True), or until `pause_after` seconds of this call have passed (False); a checkpoint is written each minute and
         at the end. Raises CheckpointMismatch, InvalidOption."""
         started = saved = time.monotonic()
@@ -131,9 +144,15 @@ class TrunkTraining:
         """Held-out figures of the averaged weights, as plain values (see `engine.train.measure.Measured`)."""
         t = self.trainer
         found = measure(
-            self.teacher, t.averaged, t.teacher_head, self.architecture.trunk_layers, docs, greedy=greedy, batch_tokens=self.options.batch_tokens,
+            self.teacher,
+            t.averaged,
+            t.teacher_head,
+            self.architecture.trunk_layers,
+            docs,
+            greedy=greedy,
+            batch_tokens=self.options.batch_tokens,
             chunk=self.options.chunk,
-        )  # fmt: skip
+        )
         return found.as_dict()
 
     def figures(self) -> dict[str, Any]:
@@ -141,12 +160,22 @@ class TrunkTraining:
         t, c = self.trainer, self.decoder.config
         device = torch.cuda.get_device_name(self.decoder.device) if self.decoder.device.type == "cuda" else "cpu"
         return {
-            "architecture": asdict(self.architecture), "draft_step_cost": round(self.architecture.cost(c), 4),
-            "coverage": round(coverage(self.sets.sampled, t.token_ids), 4), "steps": t.step, "epochs": round(t.epochs, 2),
-            "trained_tokens": t.tokens, "training_seconds": round(t.seconds, 1), "options": asdict(self.options), "data": self.sets.train.facts,
-            "data_documents": len(self.sets.train), "data_tokens": len(self.sets.train.tokens), "device": device, "torch": torch.__version__,
-            "held_out_documents": len(self.sets.sampled), **self.all_measured(),
-        }  # fmt: skip
+            "architecture": asdict(self.architecture),
+            "draft_step_cost": round(self.architecture.cost(c), 4),
+            "coverage": round(coverage(self.sets.sampled, t.token_ids), 4),
+            "steps": t.step,
+            "epochs": round(t.epochs, 2),
+            "trained_tokens": t.tokens,
+            "training_seconds": round(t.seconds, 1),
+            "options": asdict(self.options),
+            "data": self.sets.train.facts,
+            "data_documents": len(self.sets.train),
+            "data_tokens": len(self.sets.train.tokens),
+            "device": device,
+            "torch": torch.__version__,
+            "held_out_documents": len(self.sets.sampled),
+            **self.all_measured(),
+        }
 
     def save(self, folder: Path, target: str, bits: Literal[8, 16], figures: dict[str, Any]) -> dict[str, Any]:
         """Write the adapter; returns the figures with those of the stored weights added, which the folder's config.json also holds."""

@@ -12,11 +12,25 @@ from kernels.philox.triton import uniform
 
 @triton.jit
 def _accept_kernel(
-    target_ptr, draft_ptr, token_ptr, num_drafts_ptr, seed_ptr, position_ptr, accepted_ptr, next_ptr, sums_ptr,
-    num_requests, vocab, num_tiles,
-    LANE_A: tl.constexpr, LANE_S: tl.constexpr,
-    REQUESTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    target_ptr,
+    draft_ptr,
+    token_ptr,
+    num_drafts_ptr,
+    seed_ptr,
+    position_ptr,
+    accepted_ptr,
+    next_ptr,
+    sums_ptr,
+    num_requests,
+    vocab,
+    num_tiles,
+    LANE_A: tl.constexpr,
+    LANE_S: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     request = tl.program_id(0)
     everyone = tl.arange(0, REQUESTS)
     before = tl.load(num_drafts_ptr + everyone, mask=(everyone < num_requests) & (everyone < request), other=0)
@@ -105,9 +119,24 @@ def accept(
     num_tiles = triton.cdiv(triton.cdiv(vocab, SAMPLE_BLOCK), tile)
     sums = torch.empty(batch * 2 * num_tiles * tile, dtype=torch.float64, device=device)
     _accept_kernel[(batch,)](
-        target_probs.contiguous(), draft_probs.contiguous(), draft_tokens, num_drafts, seeds, positions, num_accepted, next_token, sums,
-        batch, vocab, num_tiles, LANE_A=LANE_ACCEPT, LANE_S=LANE_SAMPLE,
-        REQUESTS=triton.next_power_of_2(batch), TILE=tile, BLOCK=SAMPLE_BLOCK, BLOCKS=triton.next_power_of_2(num_tiles * tile),
+        target_probs.contiguous(),
+        draft_probs.contiguous(),
+        draft_tokens,
+        num_drafts,
+        seeds,
+        positions,
+        num_accepted,
+        next_token,
+        sums,
+        batch,
+        vocab,
+        num_tiles,
+        LANE_A=LANE_ACCEPT,
+        LANE_S=LANE_SAMPLE,
+        REQUESTS=triton.next_power_of_2(batch),
+        TILE=tile,
+        BLOCK=SAMPLE_BLOCK,
+        BLOCKS=triton.next_power_of_2(num_tiles * tile),
         num_warps=num_warps,
-    )  # fmt: skip
+    )
     return Accepted(num_accepted, next_token)

@@ -9,10 +9,22 @@ import triton.language as tl
 
 @triton.jit
 def _kv_write_kernel(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, slot_ptr, k_pages_ptr, v_pages_ptr,
-    heads, half, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    heads,
+    half,
+    k_stride_token,
+    k_stride_head,
+    v_stride_token,
+    v_stride_head,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     channel = tl.arange(0, HALF)
@@ -62,7 +74,21 @@ def kv_write(
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     _kv_write_kernel[(tokens,)](
-        k, v, cos.contiguous(), sin.contiguous(), slots, k_pages, v_pages,
-        heads, head_dim // 2, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(head_dim // 2), num_warps=2, enable_fp_fusion=False,
-    )  # fmt: skip
+        k,
+        v,
+        cos.contiguous(),
+        sin.contiguous(),
+        slots,
+        k_pages,
+        v_pages,
+        heads,
+        head_dim // 2,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=2,
+        enable_fp_fusion=False,
+    )

@@ -29,9 +29,17 @@ def first_rows(query_lens_ptr, request, num_requests, REQUESTS: tl.constexpr):
 
 @triton.jit
 def tile_rows(
-    query_lens_ptr, request, kv_head, tile, queries, context, num_requests,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, REQUESTS: tl.constexpr,
-):  # fmt: skip
+    query_lens_ptr,
+    request,
+    kv_head,
+    tile,
+    queries,
+    context,
+    num_requests,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
     """Rows of a tile, (new token, head of the group): (row of the batch, head, whether it is one, keys it sees, keys any of them sees)."""
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = packed // GROUP
@@ -77,12 +85,39 @@ def page_rows(page, block, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_
 
 @triton.jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, query_lens_ptr, context_lens_ptr, visible_ptr, out_ptr, part_ptr, stat_ptr,
-    scale_log2, num_requests, num_rows, num_splits, split_keys, q_heads, head_dim,
-    stride_q_row, stride_q_head, stride_table, stride_page, stride_token, stride_head,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    REQUESTS: tl.constexpr, DIRECT: tl.constexpr, TREE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    query_lens_ptr,
+    context_lens_ptr,
+    visible_ptr,
+    out_ptr,
+    part_ptr,
+    stat_ptr,
+    scale_log2,
+    num_requests,
+    num_rows,
+    num_splits,
+    split_keys,
+    q_heads,
+    head_dim,
+    stride_q_row,
+    stride_q_head,
+    stride_table,
+    stride_page,
+    stride_token,
+    stride_head,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    TREE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
     tile = tl.program_id(1) // num_splits
@@ -98,8 +133,9 @@ def _split_kernel(
     channel_mask = channel < head_dim
     q = tl.load(
         q_ptr + row[:, None] * stride_q_row + head[:, None] * stride_q_head + channel[None, :],
-        mask=row_mask[:, None] & channel_mask[None, :], other=0.0,
-    )  # [BLOCK_M, BLOCK_D]  # fmt: skip
+        mask=row_mask[:, None] & channel_mask[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
     if TREE:
         visible = tl.load(visible_ptr + row, mask=row_mask, other=0)
 
@@ -151,9 +187,19 @@ def _split_kernel(
 
 @triton.jit
 def merge_splits(
-    part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    stat_ptr,
+    row,
+    row_mask,
+    channel,
+    channel_mask,
+    num_splits,
+    row_heads,
+    head_dim,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Softmax-weighted mean [ROWS, BLOCK_D] float32 of the splits' results, AHEAD of them at a time so that their loads do not queue up.
 
     A split's place in the sums is its number alone: empty ones behind it change no bit.
@@ -183,16 +229,21 @@ def merge_splits(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, stat_ptr, out_ptr, num_splits, row_heads, head_dim,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    stat_ptr,
+    out_ptr,
+    num_splits,
+    row_heads,
+    head_dim,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < row_heads
     channel = tl.arange(0, BLOCK_D)
     channel_mask = channel < head_dim
-    out = merge_splits(
-        part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim, ROWS, BLOCK_D, AHEAD
-    )
+    out = merge_splits(part_ptr, stat_ptr, row, row_mask, channel, channel_mask, num_splits, row_heads, head_dim, ROWS, BLOCK_D, AHEAD)
     mask = row_mask[:, None] & channel_mask[None, :]
     tl.store(out_ptr + row[:, None] * head_dim + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -319,13 +370,39 @@ def paged_attention(
     stat = out if direct else torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
-        q, k_pages, v_pages, page_table, lengths.query_lens, lengths.context_lens, visible if visible is not None else page_table,
-        out, part, stat, scale * LOG2_E, batch, num_rows, num_splits, split_keys, q_heads, head_dim,
-        q.stride(0), q.stride(1), page_table.stride(0), *k_pages.stride()[:3],
-        GROUP=group, PAGE=page_size, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, REQUESTS=triton.next_power_of_2(batch),
-        DIRECT=direct, TREE=visible is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths.query_lens,
+        lengths.context_lens,
+        visible if visible is not None else page_table,
+        out,
+        part,
+        stat,
+        scale * LOG2_E,
+        batch,
+        num_rows,
+        num_splits,
+        split_keys,
+        q_heads,
+        head_dim,
+        q.stride(0),
+        q.stride(1),
+        page_table.stride(0),
+        *k_pages.stride()[:3],
+        GROUP=group,
+        PAGE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        REQUESTS=triton.next_power_of_2(batch),
+        DIRECT=direct,
+        TREE=visible is not None,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        num_warps=4 if deterministic else config.num_warps,
+        num_stages=config.num_stages,
+    )
     if not direct:
         _merge_kernel[(triton.cdiv(num_rows * q_heads, MERGE_ROWS),)](
             part, stat, out, num_splits, num_rows * q_heads, head_dim, ROWS=MERGE_ROWS, BLOCK_D=block_d, AHEAD=8, num_warps=1

@@ -11,8 +11,18 @@ from kernels.quantized_kv import reference
 from kernels.quantized_kv.reference import FORMATS, NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
 
 __all__ = [
-    "FORMATS", "NUM_RECENT", "NUM_SINKS", "RING", "HotMeans", "HotPages", "HotRecent", "HotSinks", "hot_kv_write", "hot_paged_attention", "new_pages",
-]  # fmt: skip
+    "FORMATS",
+    "NUM_RECENT",
+    "NUM_SINKS",
+    "RING",
+    "HotMeans",
+    "HotPages",
+    "HotRecent",
+    "HotSinks",
+    "hot_kv_write",
+    "hot_paged_attention",
+    "new_pages",
+]
 
 
 def hot_kv_write(

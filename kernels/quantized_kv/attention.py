@@ -50,9 +50,22 @@ LARGEST_SHARE = tl.constexpr(16384.0)  # bound on what a channel's mean adds to 
 
 @triton.jit
 def _prepare_kernel(
-    q_ptr, k_mean_ptr, signs_ptr, rotated_ptr, pair_ptr, scale_log2, num_rows, q_heads, stride_row, stride_head,
-    D: tl.constexpr, GROUP: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_mean_ptr,
+    signs_ptr,
+    rotated_ptr,
+    pair_ptr,
+    scale_log2,
+    num_rows,
+    q_heads,
+    stride_row,
+    stride_head,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (row, head)
     mask = (index < num_rows)[:, None]
     row, head = (index // q_heads).to(tl.int64), index % q_heads
@@ -101,11 +114,38 @@ def _sum_pairs(weights):
 
 @triton.jit
 def _turn(
-    block, first, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
-    k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
-    PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr,
-    MASKED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    block,
+    first,
+    page,
+    k_scale,
+    v_scale,
+    end,
+    q,
+    a,
+    b,
+    near_cos,
+    near_sin,
+    far_cos,
+    far_sin,
+    limit,
+    acc,
+    highest,
+    total,
+    k_code_ptr,
+    v_code_ptr,
+    level_ptr,
+    kv_head,
+    kv_heads,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MEAN: tl.constexpr,
+    SINKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows, and `highest` is kept the highest score;
     else it is minus the `first` block's highest, and who calls looks after sums too large for it."""
     DTYPE: tl.constexpr = q.dtype
@@ -155,13 +195,42 @@ def _turn(
 
 @triton.jit
 def _split_kernel(
-    q_ptr, pair_ptr, k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr, table_ptr, query_lens_ptr, context_lens_ptr,
-    since_ptr, angle_ptr, near_ptr, level_ptr, part_ptr, stat_ptr,
-    num_requests, num_rows, num_splits, split_keys, q_heads, kv_heads, stride_table,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    REQUESTS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, EDGES: tl.constexpr, ASM: tl.constexpr,
+    q_ptr,
+    pair_ptr,
+    k_code_ptr,
+    k_scale_ptr,
+    v_code_ptr,
+    v_scale_ptr,
+    table_ptr,
+    query_lens_ptr,
+    context_lens_ptr,
+    since_ptr,
+    angle_ptr,
+    near_ptr,
+    level_ptr,
+    part_ptr,
+    stat_ptr,
+    num_requests,
+    num_rows,
+    num_splits,
+    split_keys,
+    q_heads,
+    kv_heads,
+    stride_table,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    MEAN: tl.constexpr,
+    SINKS: tl.constexpr,
+    RECENT: tl.constexpr,
+    EDGES: tl.constexpr,
+    ASM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % num_splits
     tile = tl.program_id(1) // num_splits
@@ -217,10 +286,38 @@ def _split_kernel(
         next_cos, next_sin = _load_angles(angle_ptr, block + BLOCK_N, end, D, MEAN)
         ahead = load_page(table_row_ptr, block + 2 * BLOCK_N, end, PAGE, BLOCK_N)
         acc, highest, total = _turn(
-            block, block == inner, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
-            k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
-            PAGE, D, BITS, BLOCK_N, MEAN, SINKS, not EDGES, ASM, PRECISION,
-        )  # fmt: skip
+            block,
+            block == inner,
+            page,
+            k_scale,
+            v_scale,
+            end,
+            q,
+            a,
+            b,
+            near_cos,
+            near_sin,
+            far_cos,
+            far_sin,
+            limit,
+            acc,
+            highest,
+            total,
+            k_code_ptr,
+            v_code_ptr,
+            level_ptr,
+            kv_head,
+            kv_heads,
+            PAGE,
+            D,
+            BITS,
+            BLOCK_N,
+            MEAN,
+            SINKS,
+            not EDGES,
+            ASM,
+            PRECISION,
+        )
         page, k_scale, v_scale, far_cos, far_sin = next_page, next_k_scale, next_v_scale, next_cos, next_sin
     if EDGES:
         highest = tl.where(inner < stop, -highest, highest)
@@ -235,10 +332,38 @@ def _split_kernel(
             k_scale, v_scale = _load_scales(k_scale_ptr, v_scale_ptr, block, page, kv_head, kv_heads, PAGE, BLOCK_N)
             far_cos, far_sin = _load_angles(angle_ptr, block, end, D, MEAN)
             acc, highest, total = _turn(
-                block, False, page, k_scale, v_scale, end, q, a, b, near_cos, near_sin, far_cos, far_sin, limit, acc, highest, total,
-                k_code_ptr, v_code_ptr, level_ptr, kv_head, kv_heads,
-                PAGE, D, BITS, BLOCK_N, MEAN, SINKS, True, ASM, PRECISION,
-            )  # fmt: skip
+                block,
+                False,
+                page,
+                k_scale,
+                v_scale,
+                end,
+                q,
+                a,
+                b,
+                near_cos,
+                near_sin,
+                far_cos,
+                far_sin,
+                limit,
+                acc,
+                highest,
+                total,
+                k_code_ptr,
+                v_code_ptr,
+                level_ptr,
+                kv_head,
+                kv_heads,
+                PAGE,
+                D,
+                BITS,
+                BLOCK_N,
+                MEAN,
+                SINKS,
+                True,
+                ASM,
+                PRECISION,
+            )
 
     whole = tl.sum(tl.sum(total, 0), 0)
     part = split.to(tl.int64) * num_rows * q_heads + row_head
@@ -249,9 +374,18 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, stat_ptr, signs_ptr, v_mean_ptr, out_ptr, num_splits, row_heads, q_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    stat_ptr,
+    signs_ptr,
+    v_mean_ptr,
+    out_ptr,
+    num_splits,
+    row_heads,
+    q_heads,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     # A row a program: with many splits and few rows their loads must not queue up, and one row turned back is no matrix product yet.
     row = tl.program_id(0).to(tl.int64)
     one, channel = tl.arange(0, 1), tl.arange(0, D)
@@ -339,10 +473,23 @@ def hot_paged_attention(
     angles, near = angle_tables(cos_table, sin_table) if with_mean else (rotated, rotated)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     _prepare_kernel[(triton.cdiv(num_rows * q_heads, 16),)](
-        q, means.k_mean if means.k_mean is not None else means.v_mean, k_signs, rotated, pair, scale * LOG2_E,
-        num_rows * q_heads, q_heads, q.stride(0), q.stride(1),
-        D=d, GROUP=group, MEAN=with_mean, ROWS=16, SPLIT=q.dtype != torch.bfloat16, num_warps=4,
-    )  # fmt: skip
+        q,
+        means.k_mean if means.k_mean is not None else means.v_mean,
+        k_signs,
+        rotated,
+        pair,
+        scale * LOG2_E,
+        num_rows * q_heads,
+        q_heads,
+        q.stride(0),
+        q.stride(1),
+        D=d,
+        GROUP=group,
+        MEAN=with_mean,
+        ROWS=16,
+        SPLIT=q.dtype != torch.bfloat16,
+        num_warps=4,
+    )
     # what is exact comes first: a part's place must not depend on the number of splits
     first_split = (sinks is not None) + (recent is not None)
     num_parts = num_splits + first_split
@@ -354,17 +501,56 @@ def hot_paged_attention(
         at = first_split - 1
         attend_recent(q, recent, means.v_mean, v_signs, lengths, scale * LOG2_E, part[at], stat[at], 0 if sinks is None else NUM_SINKS)
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
-        rotated, pair, k_codes, pages.k_scale, v_codes, pages.v_scale, page_table, lengths.query_lens, lengths.context_lens,
+        rotated,
+        pair,
+        k_codes,
+        pages.k_scale,
+        v_codes,
+        pages.v_scale,
+        page_table,
+        lengths.query_lens,
+        lengths.context_lens,
         lengths.context_lens if recent is None else recent.since,
-        angles, near, levels(bits, device), part[first_split:], stat[first_split:],
-        batch, num_rows, num_splits, split_keys, q_heads, kv_heads, page_table.stride(0),
-        GROUP=group, PAGE=page_size, D=d, BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, REQUESTS=triton.next_power_of_2(batch),
-        MEAN=with_mean, SINKS=0 if sinks is None else NUM_SINKS, RECENT=0 if recent is None else NUM_RECENT,
-        EDGES=not deterministic, ASM=level_assembly(bits) if fast else "", PRECISION=precision,
-        num_warps=4 if deterministic else config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        angles,
+        near,
+        levels(bits, device),
+        part[first_split:],
+        stat[first_split:],
+        batch,
+        num_rows,
+        num_splits,
+        split_keys,
+        q_heads,
+        kv_heads,
+        page_table.stride(0),
+        GROUP=group,
+        PAGE=page_size,
+        D=d,
+        BITS=bits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        REQUESTS=triton.next_power_of_2(batch),
+        MEAN=with_mean,
+        SINKS=0 if sinks is None else NUM_SINKS,
+        RECENT=0 if recent is None else NUM_RECENT,
+        EDGES=not deterministic,
+        ASM=level_assembly(bits) if fast else "",
+        PRECISION=precision,
+        num_warps=4 if deterministic else config.num_warps,
+        num_stages=config.num_stages,
+    )
     _merge_kernel[(num_rows * q_heads,)](
-        part, stat, v_signs, means.v_mean, out, num_parts, num_rows * q_heads, q_heads,
-        GROUP=group, D=d, AHEAD=32, num_warps=4,
-    )  # fmt: skip
+        part,
+        stat,
+        v_signs,
+        means.v_mean,
+        out,
+        num_parts,
+        num_rows * q_heads,
+        q_heads,
+        GROUP=group,
+        D=d,
+        AHEAD=32,
+        num_warps=4,
+    )
     return out

@@ -27,8 +27,16 @@ def block_rows(page, block, stride_page, stride_token, PAGE: tl.constexpr, BLOCK
 
 @triton.jit
 def load_codes(
-    code_ptr, place, block, D: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr
-):  # fmt: skip
+    code_ptr,
+    place,
+    block,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """Codes of keys block .. block + BLOCK_N - 1 of one head. 4 bits: words of four codes, 16-bit pointers (not ROWS: in pairs of keys,
     [BLOCK_N / 2, 2, D / 4]). Else (bytes with the lower bits, those with the 3-bit format's upper bits), each byte once if FAST, else once a channel.
 
@@ -97,8 +105,16 @@ def _fours(words, level_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def decode_levels(
-    low, high, level_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+    low,
+    high,
+    level_ptr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ASM: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """Levels [BLOCK_N, D], in the order of `ordered_signs`, of what `load_codes` loaded.
 
     With ASM two at a time in packed arithmetic (sm_90 PTX), else from a table. ROWS: as for `ordered_signs`.
@@ -117,14 +133,22 @@ def decode_levels(
             # beside each byte of lower bits the one whose lowest four bits are its upper bits
             high = tl.reshape(tl.join(high, high >> 4), [BLOCK_N, D // 4])
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [low, high],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
+                ASM,
+                "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+                [low, high],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
         else:
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
+                ASM,
+                "=r,=r,=r,=r,=r,=r,=r,=r,r",
+                [low],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
         return _as_fragments(tl.permute(tl.join(tl.join(p0, p1), tl.join(p2, p3)), 0, 3, 2, 1), D, BLOCK_N)
 
 
@@ -164,7 +188,11 @@ def level_assembly(bits: int) -> str:
 
     exponent, a, _ = LEVEL_COEFFICIENTS[bits]
     step = 2.0**-exponent
-    lines = ["{ .reg .b32 t, u, s, x, y, step, low, nil, a;", f"mov.b32 step, {twice(step)};", f"mov.b32 low, {twice(-step * (127 + 2**bits))};"]
+    lines = [
+        "{ .reg .b32 t, u, s, x, y, step, low, nil, a;",
+        f"mov.b32 step, {twice(step)};",
+        f"mov.b32 low, {twice(-step * (127 + 2**bits))};",
+    ]
     lines += ["mov.b32 nil, 0x80008000;", f"mov.b32 a, {twice(a)};"]
 
     def level(output: int) -> list[str]:

@@ -286,7 +286,9 @@ def _attend_recent(
                     ring[recent.rows[b], before % RING].masked_fill((before < since)[:, None, None], 0.0),
                     new[row : row + n].to(ring.dtype),
                 )
-            ).float().transpose(0, 1)  # [G, context - low, d]
+            )
+            .float()
+            .transpose(0, 1)  # [G, context - low, d]
             for ring, new in ((recent.k_ring, recent.k_new), (recent.v_ring, recent.v_new))
         )
         step = 1 if deterministic else paged.TILE_ROWS
@@ -297,7 +299,9 @@ def _attend_recent(
             position = torch.arange(start + a, end, device=q.device)[:, None]
             key = torch.arange(end, device=q.device)
             near = max(low, start + a + 1 - NUM_RECENT)
-            exact = ((key >= position + 1 - NUM_RECENT) & (key >= max(since, num_sinks)))[:, near:].repeat_interleave(grouped.shape[1] // count, 0)
+            exact = ((key >= position + 1 - NUM_RECENT) & (key >= max(since, num_sinks)))[:, near:].repeat_interleave(
+                grouped.shape[1] // count, 0
+            )
             hidden = (key > position).repeat_interleave(grouped.shape[1] // count, 0)
             scores = grouped @ keys[:, :end].transpose(1, 2)
             close = grouped @ exact_k[:, near - low : end - low].transpose(1, 2)

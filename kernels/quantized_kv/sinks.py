@@ -13,10 +13,28 @@ from kernels.quantized_kv.triton import times_signs
 
 @triton.jit
 def _sink_kernel(
-    q_ptr, k_ptr, v_ptr, slot_ptr, v_mean_ptr, signs_ptr, query_lens_ptr, context_lens_ptr, part_ptr, stat_ptr,
-    scale_log2, num_requests, q_heads, kv_heads, stride_row, stride_head,
-    GROUP: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, REQUESTS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slot_ptr,
+    v_mean_ptr,
+    signs_ptr,
+    query_lens_ptr,
+    context_lens_ptr,
+    part_ptr,
+    stat_ptr,
+    scale_log2,
+    num_requests,
+    q_heads,
+    kv_heads,
+    stride_row,
+    stride_head,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
     tile, kv_head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     queries = tl.load(query_lens_ptr + request).to(tl.int32)
     if tile * BLOCK_M >= queries * GROUP:
@@ -81,7 +99,26 @@ def attend_sinks(
     group, batch = q_heads // kv_heads, len(sinks.rows)
     block_m = 16
     _sink_kernel[(triton.cdiv(lengths.max_query_len * group, block_m), kv_heads, batch)](
-        q, sinks.k, sinks.v, sinks.rows, v_mean, signs, lengths.query_lens, lengths.context_lens, part, stat,
-        scale_log2, batch, q_heads, kv_heads, q.stride(0), q.stride(1),
-        GROUP=group, D=d, SINKS=NUM_SINKS, BLOCK_M=block_m, REQUESTS=triton.next_power_of_2(batch), num_warps=4,
-    )  # fmt: skip
+        q,
+        sinks.k,
+        sinks.v,
+        sinks.rows,
+        v_mean,
+        signs,
+        lengths.query_lens,
+        lengths.context_lens,
+        part,
+        stat,
+        scale_log2,
+        batch,
+        q_heads,
+        kv_heads,
+        q.stride(0),
+        q.stride(1),
+        GROUP=group,
+        D=d,
+        SINKS=NUM_SINKS,
+        BLOCK_M=block_m,
+        REQUESTS=triton.next_power_of_2(batch),
+        num_warps=4,
+    )

@@ -23,10 +23,27 @@ def times_signs(x, signs, SPLIT: tl.constexpr):
 
 @triton.jit
 def _write_rows(
-    x_ptr, mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, code_ptr, scale_ptr,
-    num_rows, heads, stride_token, stride_head,
-    D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, ROTATE: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_ptr,
+    signs_ptr,
+    level_ptr,
+    threshold_ptr,
+    code_ptr,
+    scale_ptr,
+    num_rows,
+    heads,
+    stride_token,
+    stride_head,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     mask = (row < num_rows)[:, None]
     token, head = (row // heads).to(tl.int64), row % heads
@@ -77,21 +94,78 @@ def _write_rows(
 
 @triton.jit
 def _hot_write_kernel(
-    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr,
-    k_code_ptr, k_scale_ptr, v_code_ptr, v_scale_ptr,
-    num_rows, heads, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
-    D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, K_MEAN: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    k_ptr,
+    v_ptr,
+    k_mean_ptr,
+    v_mean_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_ptr,
+    signs_ptr,
+    level_ptr,
+    threshold_ptr,
+    k_code_ptr,
+    k_scale_ptr,
+    v_code_ptr,
+    v_scale_ptr,
+    num_rows,
+    heads,
+    k_stride_token,
+    k_stride_head,
+    v_stride_token,
+    v_stride_head,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    K_MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     if tl.program_id(1) == 0:
         _write_rows(
-            k_ptr, k_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, k_code_ptr, k_scale_ptr,
-            num_rows, heads, k_stride_token, k_stride_head, D, PAGE, BITS, True, K_MEAN, ROWS,
-        )  # fmt: skip
+            k_ptr,
+            k_mean_ptr,
+            cos_ptr,
+            sin_ptr,
+            slot_ptr,
+            signs_ptr,
+            level_ptr,
+            threshold_ptr,
+            k_code_ptr,
+            k_scale_ptr,
+            num_rows,
+            heads,
+            k_stride_token,
+            k_stride_head,
+            D,
+            PAGE,
+            BITS,
+            True,
+            K_MEAN,
+            ROWS,
+        )
     else:
         _write_rows(
-            v_ptr, v_mean_ptr, cos_ptr, sin_ptr, slot_ptr, signs_ptr, level_ptr, threshold_ptr, v_code_ptr, v_scale_ptr,
-            num_rows, heads, v_stride_token, v_stride_head, D, PAGE, BITS, False, True, ROWS,
-        )  # fmt: skip
+            v_ptr,
+            v_mean_ptr,
+            cos_ptr,
+            sin_ptr,
+            slot_ptr,
+            signs_ptr,
+            level_ptr,
+            threshold_ptr,
+            v_code_ptr,
+            v_scale_ptr,
+            num_rows,
+            heads,
+            v_stride_token,
+            v_stride_head,
+            D,
+            PAGE,
+            BITS,
+            False,
+            True,
+            ROWS,
+        )
 
 
 def hot_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
@@ -111,9 +185,30 @@ def hot_kv_write(
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     bits, device = pages.bits, k.device
     _hot_write_kernel[(triton.cdiv(tokens * heads, ROWS), 2)](
-        k, v, means.k_mean if means.k_mean is not None else means.v_mean, means.v_mean, cos.contiguous(), sin.contiguous(), slots,
-        hadamard_signs(head_dim, device), levels(bits, device), thresholds(bits, device),
-        pages.k_codes, pages.k_scale, pages.v_codes, pages.v_scale,
-        tokens * heads, heads, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        D=head_dim, PAGE=pages.k_scale.shape[2], BITS=bits, K_MEAN=means.k_mean is not None, ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
+        k,
+        v,
+        means.k_mean if means.k_mean is not None else means.v_mean,
+        means.v_mean,
+        cos.contiguous(),
+        sin.contiguous(),
+        slots,
+        hadamard_signs(head_dim, device),
+        levels(bits, device),
+        thresholds(bits, device),
+        pages.k_codes,
+        pages.k_scale,
+        pages.v_codes,
+        pages.v_scale,
+        tokens * heads,
+        heads,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        D=head_dim,
+        PAGE=pages.k_scale.shape[2],
+        BITS=bits,
+        K_MEAN=means.k_mean is not None,
+        ROWS=ROWS,
+        num_warps=4,
+    )

@@ -81,10 +81,27 @@ def _entries(divisors_ptr, values, infos, CHUNK: tl.constexpr):
 
 @triton.jit
 def encode_kernel(
-    q_ptr, gain_ptr, token_start_ptr, lane_start_ptr, divisors_ptr, info_ptr, class_ptr, shift_ptr, state_ptr, word_ptr, count_ptr,
-    depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    gain_ptr,
+    token_start_ptr,
+    lane_start_ptr,
+    divisors_ptr,
+    info_ptr,
+    class_ptr,
+    shift_ptr,
+    state_ptr,
+    word_ptr,
+    count_ptr,
+    depth,
+    num_classes,
+    tokens_per_lane,
+    stride_token,
+    stride_component,
+    LANES: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    BALLOT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
     size = (tl.load(token_start_ptr + span + 1) - first).to(tl.int32)

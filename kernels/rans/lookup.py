@@ -23,7 +23,9 @@ def _item(start: torch.Tensor, place: torch.Tensor, freq: torch.Tensor | int) ->
     return start << ITEM_SHIFT | (place & 15) << PLACE_SHIFT | freq
 
 
-def search_trees(freqs: torch.Tensor, starts: torch.Tensor, begins: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def search_trees(
+    freqs: torch.Tensor, starts: torch.Tensor, begins: torch.Tensor, limits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Nodes, int32 [N, 16], root of class c first to node c, and the number of each class's first node below the root, int32 [C].
 
     Args:

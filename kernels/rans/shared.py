@@ -35,9 +35,13 @@ def ranks(need, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):
     if BALLOT:
         # One warp holds one lane a thread.
         votes = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r", [need],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+            "=r,r",
+            [need],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
         below = votes & ((1 << lane) - 1)
         rank = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [below], dtype=tl.int32, is_pure=True, pack=1)
         count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [votes], dtype=tl.int32, is_pure=True, pack=1)

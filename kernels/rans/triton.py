@@ -36,9 +36,11 @@ def _node(node_ptr):
     """The sixteen items of each lane's node, four by four: a lane's thread reads four of them at once."""
     item = node_ptr[:, None] + tl.arange(0, 4)[None, :]
     return (
-        tl.load(item).to(tl.uint32, bitcast=True), tl.load(item + 4).to(tl.uint32, bitcast=True),
-        tl.load(item + 8).to(tl.uint32, bitcast=True), tl.load(item + 12).to(tl.uint32, bitcast=True),
-    )  # fmt: skip
+        tl.load(item).to(tl.uint32, bitcast=True),
+        tl.load(item + 4).to(tl.uint32, bitcast=True),
+        tl.load(item + 8).to(tl.uint32, bitcast=True),
+        tl.load(item + 12).to(tl.uint32, bitcast=True),
+    )
 
 
 @triton.jit
@@ -69,10 +71,28 @@ def _decode_step(x, found, active, word_ptr, position, end, lane, LANES: tl.cons
 
 @triton.jit
 def _decode_kernel(
-    state_ptr, word_ptr, token_start_ptr, lane_start_ptr, word_start_ptr, nodes_ptr, first_child_ptr, bits_ptr, class_ptr, shift_ptr,
-    q_ptr, gain_ptr, intact_ptr, depth, num_classes, tokens_per_lane, stride_token, stride_component,
-    LANES: tl.constexpr, SHIFTS: tl.constexpr, BALLOT: tl.constexpr,
-):  # fmt: skip
+    state_ptr,
+    word_ptr,
+    token_start_ptr,
+    lane_start_ptr,
+    word_start_ptr,
+    nodes_ptr,
+    first_child_ptr,
+    bits_ptr,
+    class_ptr,
+    shift_ptr,
+    q_ptr,
+    gain_ptr,
+    intact_ptr,
+    depth,
+    num_classes,
+    tokens_per_lane,
+    stride_token,
+    stride_component,
+    LANES: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    BALLOT: tl.constexpr,
+):
     span = tl.program_id(0)
     first = tl.load(token_start_ptr + span)
     size = (tl.load(token_start_ptr + span + 1) - first).to(tl.int32)
@@ -185,10 +205,28 @@ def rans_encode(
     lanes, warps, use_ballot = _shape(max_span_tokens, tokens_per_lane, q.device, ballot)
     if spans:
         encode_kernel[(spans,)](
-            q, gains, token_starts, lane_starts, tables.divisors, tables.info, classes, shifts if shifts is not None else classes,
-            states, loose, counts, depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, CHUNK=8 if lanes <= 64 else 2, num_warps=warps,
-        )  # fmt: skip
+            q,
+            gains,
+            token_starts,
+            lane_starts,
+            tables.divisors,
+            tables.info,
+            classes,
+            shifts if shifts is not None else classes,
+            states,
+            loose,
+            counts,
+            depth,
+            tables.num_classes,
+            tokens_per_lane,
+            q.stride(0),
+            q.stride(1),
+            LANES=lanes,
+            SHIFTS=shifts is not None,
+            BALLOT=use_ballot,
+            CHUNK=8 if lanes <= 64 else 2,
+            num_warps=warps,
+        )
     word_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if spans:
         compact_kernel[(spans, 4)](loose, dense, token_starts, word_starts, depth, BLOCK=1024, num_warps=4)
@@ -219,10 +257,28 @@ def rans_decode(
     lanes, warps, use_ballot = _shape(max_span_tokens, tokens_per_lane, device, ballot)
     if spans:
         _decode_kernel[(spans,)](
-            streams.states, streams.words, token_starts, lane_starts, streams.word_starts,
-            tables.nodes, tables.first_child, tables.search_bits, classes, shifts if shifts is not None else classes, q, gains, intact,
-            depth, tables.num_classes, tokens_per_lane, q.stride(0), q.stride(1),
-            LANES=lanes, SHIFTS=shifts is not None, BALLOT=use_ballot, num_warps=warps,
+            streams.states,
+            streams.words,
+            token_starts,
+            lane_starts,
+            streams.word_starts,
+            tables.nodes,
+            tables.first_child,
+            tables.search_bits,
+            classes,
+            shifts if shifts is not None else classes,
+            q,
+            gains,
+            intact,
+            depth,
+            tables.num_classes,
+            tokens_per_lane,
+            q.stride(0),
+            q.stride(1),
+            LANES=lanes,
+            SHIFTS=shifts is not None,
+            BALLOT=use_ballot,
+            num_warps=warps,
             maxnreg=96,  # 4% faster than what the compiler chooses
-        )  # fmt: skip
+        )
     return RansDecoded(q, gains, intact.bool())

@@ -18,9 +18,20 @@ DEPTH_MULTIPLE = 128  # the left factor's rows are filled up with zeros to a mul
 
 @triton.jit
 def _inputs_kernel(
-    q_ptr, step_ptr, latent_ptr, out_ptr, rows, components, latent_depth, width, stride_q_row, stride_q_column,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, LATENTS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    step_ptr,
+    latent_ptr,
+    out_ptr,
+    rows,
+    components,
+    latent_depth,
+    width,
+    stride_q_row,
+    stride_q_column,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LATENTS: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_mask = (row < rows)[:, None]
@@ -30,16 +41,37 @@ def _inputs_kernel(
     x = q.to(tl.float32) * step[:, None]
     if LATENTS:
         own = (column >= components) & (column < components + latent_depth)
-        x += tl.load(latent_ptr + wide_row * latent_depth + wide_column - components, mask=row_mask & own[None, :], other=0.0).to(tl.float32)
+        x += tl.load(latent_ptr + wide_row * latent_depth + wide_column - components, mask=row_mask & own[None, :], other=0.0).to(
+            tl.float32
+        )
     tl.store(out_ptr + wide_row * width + wide_column, x.to(out_ptr.dtype.element_ty), mask=row_mask & (column < width)[None, :])
 
 
 @triton.jit
 def _decode_kernel(
-    x_ptr, weight_ptr, mean_ptr, out_ptr, slot_ptr, cos_ptr, sin_ptr, rows, depth, width, columns, heads, stride_kind,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALF: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    out_ptr,
+    slot_ptr,
+    cos_ptr,
+    sin_ptr,
+    rows,
+    depth,
+    width,
+    columns,
+    heads,
+    stride_kind,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
     pairs = columns // 2
     row_tile, pair_tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(pairs, BLOCK_H), GROUP)
@@ -111,18 +143,50 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
     width = triton.cdiv(depth, DEPTH_MULTIPLE) * DEPTH_MULTIPLE
     x = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
     _inputs_kernel[(triton.cdiv(rows, 64), width // 64)](
-        q, step, latents.contiguous() if latents is not None else x, x, rows, components, latent_depth, width, q.stride(0), q.stride(1),
-        BLOCK_M=64, BLOCK_K=64, LATENTS=latents is not None, num_warps=4,
-    )  # fmt: skip
+        q,
+        step,
+        latents.contiguous() if latents is not None else x,
+        x,
+        rows,
+        components,
+        latent_depth,
+        width,
+        q.stride(0),
+        q.stride(1),
+        BLOCK_M=64,
+        BLOCK_K=64,
+        LATENTS=latents is not None,
+        num_warps=4,
+    )
     target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
     block_h = config.block_n // 2
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
     _decode_kernel[grid](
-        x, weight.contiguous(), mean.contiguous(), target, slots, cos, sin, rows, depth, width, columns, heads, stride_kind,
-        BLOCK_M=config.block_m, BLOCK_H=block_h, BLOCK_K=config.block_k, GROUP=config.group,
-        HALF=half, EVEN=depth % config.block_k == 0, ROWS=mean.dim() == 2, PAGES=pages is not None,
-        PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        x,
+        weight.contiguous(),
+        mean.contiguous(),
+        target,
+        slots,
+        cos,
+        sin,
+        rows,
+        depth,
+        width,
+        columns,
+        heads,
+        stride_kind,
+        BLOCK_M=config.block_m,
+        BLOCK_H=block_h,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        HALF=half,
+        EVEN=depth % config.block_k == 0,
+        ROWS=mean.dim() == 2,
+        PAGES=pages is not None,
+        PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def residual_decode(

@@ -15,10 +15,23 @@ import triton.language as tl
 
 @triton.jit
 def _gather_kernel(
-    kv_ptr, slot_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr,
-    num_tokens, dim, heads, half, stride_layer, stride_kind, first_layer,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    kv_ptr,
+    slot_ptr,
+    cos_ptr,
+    sin_ptr,
+    mean_ptr,
+    out_ptr,
+    num_tokens,
+    dim,
+    heads,
+    half,
+    stride_layer,
+    stride_kind,
+    first_layer,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     plane = tl.program_id(1)  # (coded layer, K|V)
     is_key = plane % 2 == 0
@@ -59,11 +72,30 @@ def grouped_tile(index, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _encode_kernel(
-    y_ptr, latent_ptr, weight_ptr, bias_ptr, inverse_step_ptr, out_ptr,
-    rows, depth, latent_depth, columns, load_columns, stride_weight, stride_out_row, stride_out_column, rounding, limit,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, LATENTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    latent_ptr,
+    weight_ptr,
+    bias_ptr,
+    inverse_step_ptr,
+    out_ptr,
+    rows,
+    depth,
+    latent_depth,
+    columns,
+    load_columns,
+    stride_weight,
+    stride_out_row,
+    stride_out_column,
+    rounding,
+    limit,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    LATENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -152,10 +184,24 @@ def gather_kv(
     out = torch.empty((tokens, dim), dtype=kv.dtype, device=kv.device)
     if out.numel():
         _gather_kernel[(triton.cdiv(tokens, rows), planes)](
-            kv, slots, cos.contiguous(), sin.contiguous(), mean, out,
-            tokens, dim, heads, head_dim // 2, kv.stride(0), kv.stride(1), first_layer,
-            ROWS=rows, HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
-        )  # fmt: skip
+            kv,
+            slots,
+            cos.contiguous(),
+            sin.contiguous(),
+            mean,
+            out,
+            tokens,
+            dim,
+            heads,
+            head_dim // 2,
+            kv.stride(0),
+            kv.stride(1),
+            first_layer,
+            ROWS=rows,
+            HEADS=triton.next_power_of_2(heads),
+            HALF=triton.next_power_of_2(head_dim // 2),
+            num_warps=4,
+        )
     return out
 
 
@@ -195,10 +241,30 @@ def residual_encode(
         return out
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
     _encode_kernel[grid](
-        y.contiguous(), latents.contiguous() if latents is not None else y, weight, bias, inverse_step, out,
-        rows, depth, latent_depth, columns, load_columns, weight.stride(0), out.stride(0), out.stride(1), rounding, float(limit),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group,
-        EVEN=depth % config.block_k == 0, LATENTS=latents is not None, PRECISION="tf32x3" if y.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        y.contiguous(),
+        latents.contiguous() if latents is not None else y,
+        weight,
+        bias,
+        inverse_step,
+        out,
+        rows,
+        depth,
+        latent_depth,
+        columns,
+        load_columns,
+        weight.stride(0),
+        out.stride(0),
+        out.stride(1),
+        rounding,
+        float(limit),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        EVEN=depth % config.block_k == 0,
+        LATENTS=latents is not None,
+        PRECISION="tf32x3" if y.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return out

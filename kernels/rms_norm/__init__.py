@@ -10,9 +10,7 @@ from kernels.rms_norm import reference
 __all__ = ["rms_norm"]
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.rms_norm` (arguments and result there), through Triton where it applies."""
     if use_triton(x, weight):
         from kernels.rms_norm.triton import rms_norm as launch

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual, then scale each row to unit root mean square and by `weight`; the statistics are float32.
 
     Args:

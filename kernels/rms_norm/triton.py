@@ -9,9 +9,18 @@ import triton.language as tl
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, num_rows, width, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    sum_ptr,
+    num_rows,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
@@ -34,9 +43,7 @@ def rms_norm_floors(num_rows: int, width: int, element_bytes: int, with_residual
     return (passes * num_rows + 1) * width * element_bytes, (4 + with_residual) * num_rows * width
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.rms_norm`."""
     width = x.shape[-1]
     flat = x.contiguous()
@@ -49,7 +56,17 @@ def rms_norm(
     rows = max(1, 1024 // block)
     added = residual.contiguous() if residual is not None else flat
     _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-        flat, added, weight, out, total if residual is not None else out, num_rows, width, eps,
-        ROWS=rows, BLOCK=block, ADD=residual is not None, num_warps=4 if block <= 2048 else 8,
-    )  # fmt: skip
+        flat,
+        added,
+        weight,
+        out,
+        total if residual is not None else out,
+        num_rows,
+        width,
+        eps,
+        ROWS=rows,
+        BLOCK=block,
+        ADD=residual is not None,
+        num_warps=4 if block <= 2048 else 8,
+    )
     return out, total

@@ -9,9 +9,17 @@ import triton.language as tl
 
 @triton.jit
 def _rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, heads, half, stride_token, stride_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    heads,
+    half,
+    stride_token,
+    stride_head,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     channel = tl.arange(0, HALF)
@@ -44,7 +52,17 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
         block = min(triton.next_power_of_2(heads), 16)
         # No fused multiply-add: the twin's result is reproduced to the last bit.
         _rope_kernel[(tokens, triton.cdiv(heads, block))](
-            rows, cos.contiguous(), sin.contiguous(), out, heads, half, rows.stride(0), rows.stride(1),
-            HEADS=block, HALF=triton.next_power_of_2(half), num_warps=2, enable_fp_fusion=False,
-        )  # fmt: skip
+            rows,
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            heads,
+            half,
+            rows.stride(0),
+            rows.stride(1),
+            HEADS=block,
+            HALF=triton.next_power_of_2(half),
+            num_warps=2,
+            enable_fp_fusion=False,
+        )
     return out

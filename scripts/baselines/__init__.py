@@ -1,5 +1,6 @@
 """Peers to be beaten, one small interface: make_peer(name, layout), fit, encode to bytes, decode from bytes (base.py says what all
 share)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +18,17 @@ from baselines.lossless import Bf16Zstd
 from baselines.turboquant import TurboQuant
 from codec.spec import KvLayout
 
-__all__ = ["PEERS", "Calibration", "CalibrationAccumulator", "NotFitted", "Peer", "TooLittleCalibration", "UnknownPeer",
-           "make_peer", "select_peers"]
+__all__ = [
+    "PEERS",
+    "Calibration",
+    "CalibrationAccumulator",
+    "NotFitted",
+    "Peer",
+    "TooLittleCalibration",
+    "UnknownPeer",
+    "make_peer",
+    "select_peers",
+]
 
 KVTC_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0)
 

@@ -6,6 +6,7 @@ two-dimensional grid of 16 points at 2 bits); first layer at 4 bits without a pr
 K|V) in place of one per 1,024 numbers (2.06 to 2.08 bits against 2.09); the Hadamard size is the largest power of two that divides G
 * d, up to 1,024; the first layer uses a Lloyd-Max scalar; no recent window.
 """
+
 from __future__ import annotations
 
 import torch
@@ -47,8 +48,13 @@ class Aqua(Peer):
     def _fit(self, calibration: Calibration) -> None:
         sample = calibration.require_sample(2, "AQUA-KV's predictors")[:_MAX_FIT_TOKENS].to(self.device)
         signs = torch.randint(0, 2, (self.width,), generator=torch.Generator().manual_seed(_SEED)).to(self.device) * 2.0 - 1
-        self.fitted = {"hadamard": hadamard(self.block).to(self.device), "signs": signs, "mean": calibration.mean.to(self.device),
-                       "grid": plane_grid(self.bits).to(self.device), "scalar": lloyd_max(_FIRST_LAYER_BITS).to(self.device)}
+        self.fitted = {
+            "hadamard": hadamard(self.block).to(self.device),
+            "signs": signs,
+            "mean": calibration.mean.to(self.device),
+            "grid": plane_grid(self.bits).to(self.device),
+            "scalar": lloyd_max(_FIRST_LAYER_BITS).to(self.device),
+        }
         x = self.layers(sample - self.fitted["mean"])
         key = value = x.new_zeros(len(x), 0)
         for layer in range(self.layout.coded_layers):
@@ -98,8 +104,11 @@ class Aqua(Peer):
                 key, value = (key, decoded) if part else (decoded, value)
                 norms.append(norm)
                 (rest if layer else first).append(codes)
-        return [to_bytes(torch.cat(norms, 1), torch.float16), pack_codes(torch.cat(first, 1).cpu().numpy(), _FIRST_LAYER_BITS),
-                pack_codes(torch.cat(rest, 1).cpu().numpy() if rest else torch.empty(0).numpy(), 2 * self.bits)]
+        return [
+            to_bytes(torch.cat(norms, 1), torch.float16),
+            pack_codes(torch.cat(first, 1).cpu().numpy(), _FIRST_LAYER_BITS),
+            pack_codes(torch.cat(rest, 1).cpu().numpy() if rest else torch.empty(0).numpy(), 2 * self.bits),
+        ]
 
     def _decode(self, sections: list[bytes], num_tokens: int) -> torch.Tensor:
         layers = self.layout.coded_layers

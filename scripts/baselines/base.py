@@ -5,6 +5,7 @@ RoPE float32 [T, D] in (layer, K|V, head, channel) order. The first four tokens 
 Recent-token windows of the papers (128 exact tokens in KVTC and AQUA-KV) are left out, as the cache is at rest; KIVI keeps its own as
 it defines its bits.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -73,8 +74,17 @@ class Peer(ABC):
         self._require_fit()
         checked = [self._checked(kv) for kv in kvs]
         own = iter(self._encode_many([kv[NUM_SINKS:] for kv in checked if len(kv) > NUM_SINKS], workers))
-        return [write_frame(self.name, self.layout.dim, self._fingerprint, len(kv), to_bytes(kv[:NUM_SINKS], torch.bfloat16),
-                            next(own) if len(kv) > NUM_SINKS else []) for kv in checked]
+        return [
+            write_frame(
+                self.name,
+                self.layout.dim,
+                self._fingerprint,
+                len(kv),
+                to_bytes(kv[:NUM_SINKS], torch.bfloat16),
+                next(own) if len(kv) > NUM_SINKS else [],
+            )
+            for kv in checked
+        ]
 
     def _checked(self, kv: torch.Tensor) -> torch.Tensor:
         if kv.ndim != 2 or kv.shape[1] != self.layout.dim or not len(kv):

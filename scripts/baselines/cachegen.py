@@ -7,6 +7,7 @@ K|V) over all channels, the finer bins for the first third of the key layers and
 plus deltas from it. Simplified: keys before RoPE; one token a lane in place of one bitstream per (layer, token), which saves padding;
 int8 anchors under DEFLATE rather than under a histogram of their own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ class CacheGen(Peer):
         fine, coarse = LEVELS[quality]
         layers = layout.coded_layers
         bins = torch.full((layers, 2), coarse)
-        bins[:max(1, round(layers * 11 / 32)), 0] = fine
-        bins[:max(1, round(layers * 3 / 32)), 1] = fine
-        self.half_levels = (bins // 2 - 1).clamp_min(1)                                  # symbols -h..h, as LMCache's max_bins // 2 - 1
+        bins[: max(1, round(layers * 11 / 32)), 0] = fine
+        bins[: max(1, round(layers * 3 / 32)), 1] = fine
+        self.half_levels = (bins // 2 - 1).clamp_min(1)  # symbols -h..h, as LMCache's max_bins // 2 - 1
         self.anchors = anchors
         if anchors:
             self.method = "cachegen-anchors"
@@ -75,14 +76,18 @@ class CacheGen(Peer):
     def _decode_many(self, sections: Sequence[list[bytes]], num_tokens: Sequence[int], workers: int = 1) -> list[torch.Tensor]:
         coded = [n - (-(-n // ANCHOR_GROUP) if self.anchors else 0) for n in num_tokens]
         streams = iter(decode([own[1] for own, n in zip(sections, coded, strict=True) if n], self.fitted["freqs"], [n for n in coded if n]))
-        return [self._dequantised(own, next(streams) if n else None, total)
-                for own, n, total in zip(sections, coded, num_tokens, strict=True)]
+        return [
+            self._dequantised(own, next(streams) if n else None, total) for own, n, total in zip(sections, coded, num_tokens, strict=True)
+        ]
 
     def _dequantised(self, sections: list[bytes], symbols: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
         """float32 [num_tokens, D] from a sequence's sections and its decoded symbols uint8 [coded, D]."""
         layers, dim = self.layout.coded_layers, self.layout.dim
-        is_anchor = torch.arange(num_tokens, device=self.device) % ANCHOR_GROUP == 0 if self.anchors else torch.zeros(
-            num_tokens, dtype=torch.bool, device=self.device)
+        is_anchor = (
+            torch.arange(num_tokens, device=self.device) % ANCHOR_GROUP == 0
+            if self.anchors
+            else torch.zeros(num_tokens, dtype=torch.bool, device=self.device)
+        )
         x = torch.zeros(num_tokens, layers, 2, dim // layers // 2, device=self.device)
         if symbols is not None:
             x[~is_anchor] = self._dequantise(symbols, from_bytes(sections[0], torch.float16, (len(symbols), layers, 2, 1), self.device))

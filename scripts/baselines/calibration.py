@@ -2,6 +2,7 @@
 
 One accumulator can feed all peers (and, on a GPU, runs beside our own calibration): its memory does not grow with the text.
 """
+
 from __future__ import annotations
 
 import torch
@@ -33,8 +34,9 @@ class Calibration:
         sample: float32 [m, D], some of the tokens (uncentred), or None.
     """
 
-    def __init__(self, layout: KvLayout, mean: torch.Tensor, covariances: tuple[torch.Tensor, torch.Tensor] | None,
-                 sample: torch.Tensor | None):
+    def __init__(
+        self, layout: KvLayout, mean: torch.Tensor, covariances: tuple[torch.Tensor, torch.Tensor] | None, sample: torch.Tensor | None
+    ):
         if mean.shape != (layout.dim,):
             raise BadInput(f"a calibration mean of shape {list(mean.shape)}", f"give [{layout.dim}]")
         self.layout, self.mean, self.covariances, self.sample = layout, mean, covariances, sample
@@ -73,7 +75,7 @@ class Calibration:
             half = self.layout.dim // 2
             if self.covariances is None and len(self._centred(part)) <= half:
                 x = self._centred(part) * inverse
-                values, left = torch.linalg.eigh(x @ x.T)                       # the dual problem: n x n instead of D/2 x D/2
+                values, left = torch.linalg.eigh(x @ x.T)  # the dual problem: n x n instead of D/2 x D/2
                 keep = values > values[-1] * 1e-6
                 values, left = values[keep].flip(0), left[:, keep].flip(1)
                 basis, variances = x.T @ left / values.sqrt(), values / (len(x) - 1)
@@ -129,7 +131,7 @@ class CalibrationAccumulator:
         for part, product in enumerate(self._products):
             x = part_of(centred, self.layout, part)
             product.addmm_(x.T, x)
-        chosen = kv[(-self._count) % self._stride::self._stride][:self.sample_tokens - self._sampled]
+        chosen = kv[(-self._count) % self._stride :: self._stride][: self.sample_tokens - self._sampled]
         self._sample.append(chosen.clone())
         self._sampled += len(chosen)
         self._count += len(kv)

@@ -1,4 +1,5 @@
 """Named errors of the peers, beside those of codec/errors.py (truncated, corrupted and foreign codes, bad input, pack mismatch)."""
+
 from codec.errors import CodecError
 
 

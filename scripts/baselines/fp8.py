@@ -3,6 +3,7 @@
 Source: Finn, "Speculative KV coding" (fp8 target: one scale per (layer, K|V)); vLLM's default compressed cache. The scale comes from
 the sequence itself (largest magnitude to 448), not from calibration, which favours the peer.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,7 +21,7 @@ class Fp8(Peer):
 
     def _encode(self, kv: torch.Tensor) -> list[bytes]:
         x = self.layers(kv)
-        scale = x.abs().amax((0, 3)).clamp_min(1e-12) / FP8_MAX                       # [L, 2]
+        scale = x.abs().amax((0, 3)).clamp_min(1e-12) / FP8_MAX  # [L, 2]
         codes = (x / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return [scale.cpu().numpy().astype("<f4").tobytes(), codes.view(torch.uint8).cpu().numpy().tobytes()]
 

@@ -6,6 +6,7 @@
 `fit` is the fingerprint of the fitted state (0 when nothing is fitted); the checksum covers everything but itself. All of it is
 counted as cost.
 """
+
 from __future__ import annotations
 
 import struct
@@ -48,7 +49,7 @@ def read_frame(data: bytes, name: str, dim: int, fit: int) -> Frame:
     """
     data = bytes(data)
     start = _HEADER.size + _CRC.size
-    if data[:4] != MAGIC[:len(data[:4])]:
+    if data[:4] != MAGIC[: len(data[:4])]:
         raise ForeignCode("these bytes are not a peer's code", "decode them with what wrote them")
     if len(data) < start:
         raise TruncatedCode("the code ends inside its header", _RESTORE)
@@ -62,17 +63,19 @@ def read_frame(data: bytes, name: str, dim: int, fit: int) -> Frame:
     lengths = struct.unpack_from(f"<{count}I", data, sizes_at)
     sink_bytes = min(num_tokens, NUM_SINKS) * its_dim * 2
     expected = sinks_at + sink_bytes + sum(lengths)
-    intact = zlib.crc32(data[start:], zlib.crc32(data[:_HEADER.size])) == _CRC.unpack_from(data, _HEADER.size)[0]
+    intact = zlib.crc32(data[start:], zlib.crc32(data[: _HEADER.size])) == _CRC.unpack_from(data, _HEADER.size)[0]
     if not intact and len(data) < expected:
         raise TruncatedCode(f"the code has {len(data)} bytes of {expected}", _RESTORE)
     if not intact or len(data) != expected:
         raise CorruptedCode("the code's checksum or length does not match", _RESTORE)
     label = data[start:sizes_at].decode(errors="replace")
     if (label, its_dim, its_fit) != (name, dim, fit):
-        raise PackMismatch(f"the code was written by {label} for {its_dim} elements a token (fit {its_fit:08x}), "
-                           f"this is {name} for {dim} (fit {fit:08x})", "decode with the same peer, layout and calibration")
+        raise PackMismatch(
+            f"the code was written by {label} for {its_dim} elements a token (fit {its_fit:08x}), this is {name} for {dim} (fit {fit:08x})",
+            "decode with the same peer, layout and calibration",
+        )
     position, sections = sinks_at + sink_bytes, []
     for length in lengths:
-        sections.append(data[position:position + length])
+        sections.append(data[position : position + length])
         position += length
-    return Frame(num_tokens, data[sinks_at:sinks_at + sink_bytes], sections)
+    return Frame(num_tokens, data[sinks_at : sinks_at + sink_bytes], sections)

@@ -1,4 +1,5 @@
 """Quantiser grids for standard normal data: Lloyd-Max scalars and a two-dimensional grid by k-means."""
+
 from __future__ import annotations
 
 import math
@@ -29,7 +30,7 @@ def lloyd_max(bits: int) -> torch.Tensor:
         if np.abs(updated - centroids).max() < 1e-10:
             break
         centroids = updated
-    return torch.from_numpy(((centroids - centroids[::-1]) / 2).astype(np.float32))     # exactly symmetric
+    return torch.from_numpy(((centroids - centroids[::-1]) / 2).astype(np.float32))  # exactly symmetric
 
 
 @lru_cache(maxsize=4)

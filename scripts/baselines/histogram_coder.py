@@ -4,6 +4,7 @@ rANS after Duda (2013), interleaved over lanes after Giesen (2014): 32-bit state
 same channel in a step, so a step is a few tensor operations, on a GPU as well. codec/rans.py is the project's own coder for scale classes; this one
 serves CacheGen's free-form histograms.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -57,8 +58,8 @@ def encode(symbols: Sequence[torch.Tensor], freqs: torch.Tensor) -> list[bytes]:
     state = torch.full((lanes,), _LOW, dtype=torch.int64, device=freqs.device)
     pieces: list[list[np.ndarray]] = [[] for _ in symbols]
     for low in reversed(range(0, channels, _BLOCK)):
-        some = columns[low:low + _BLOCK].long()
-        freq, start = freqs[low:low + _BLOCK].gather(1, some), starts[low:low + _BLOCK].gather(1, some)
+        some = columns[low : low + _BLOCK].long()
+        freq, start = freqs[low : low + _BLOCK].gather(1, some), starts[low : low + _BLOCK].gather(1, some)
         limit = freq << (32 - PRECISION_BITS)
         before = torch.empty_like(some)
         used = torch.empty(some.shape, dtype=torch.bool, device=freqs.device)
@@ -72,8 +73,10 @@ def encode(symbols: Sequence[torch.Tensor], freqs: torch.Tensor) -> list[bytes]:
             own = slice(end - len(symbols[n]), end)
             pieces[n].append((before[:, own][used[:, own]] & 0xFFFF).cpu().numpy().astype("<u2"))
     final = state.cpu().numpy().astype("<u4")
-    return [final[end - len(s):end].tobytes() + np.concatenate(words[::-1]).tobytes()
-            for s, end, words in zip(symbols, ends, pieces, strict=True)]
+    return [
+        final[end - len(s) : end].tobytes() + np.concatenate(words[::-1]).tobytes()
+        for s, end, words in zip(symbols, ends, pieces, strict=True)
+    ]
 
 
 def decode(streams: Sequence[bytes], freqs: torch.Tensor, num_tokens: Sequence[int]) -> list[torch.Tensor]:
@@ -89,7 +92,7 @@ def decode(streams: Sequence[bytes], freqs: torch.Tensor, num_tokens: Sequence[i
         if len(data) < 4 * n or len(data) % 2:
             raise damaged
         states[row, :n] = np.frombuffer(data, "<u4", n)
-        pool[row, :counts[row]] = np.frombuffer(data, "<u2", offset=4 * n)
+        pool[row, : counts[row]] = np.frombuffer(data, "<u2", offset=4 * n)
     state, words = torch.from_numpy(states).to(device), torch.from_numpy(pool).to(device)
     active = torch.arange(longest, device=device) < torch.tensor(num_tokens, device=device)[:, None]
     channels, alphabet = freqs.shape

@@ -4,6 +4,7 @@ Source: KIVI (arXiv 2402.02750): group 32, 16-bit scale and zero per group, the 
 bytes). Simplified: keys are quantised before RoPE (KVQuant, 2401.18079, found that better; it favours the peer). `window=0` drops the
 recent window and lets the last key group be shorter, so that a cache at rest is not judged by 16-bit tokens.
 """
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,7 @@ exact eigenvectors of the streamed covariance (or of the sample's Gram matrix) i
 place of nvCOMP's DEFLATE; shift and scale per token (sharing them among 16 tokens saved 5% of the bits on SmolLM2, scaling or not
 changed nothing); the first four tokens in bf16 (paper: fp8), as for every peer.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -27,8 +28,9 @@ class Kvtc(Peer):
     method = "kvtc"
     needs_calibration = True
 
-    def __init__(self, layout: KvLayout, budget_bits: float, *, group: int = 1, normalise: bool = True,
-                 block_sizes: tuple[int, ...] = BLOCK_SIZES):
+    def __init__(
+        self, layout: KvLayout, budget_bits: float, *, group: int = 1, normalise: bool = True, block_sizes: tuple[int, ...] = BLOCK_SIZES
+    ):
         super().__init__(layout, f"{budget_bits:g}bit")
         if budget_bits <= 0 or group < 1:
             raise BadInput(f"a KVTC budget of {budget_bits} bits, groups of {group} tokens", "give positive numbers")
@@ -46,7 +48,7 @@ class Kvtc(Peer):
         for part in (0, 1):
             variances, basis = calibration.spectrum(part, self.normalise)
             budget = int(self.budget_bits * half * self.group)
-            affordable = budget // (TYPE_BITS["int2"] * self.group) + 1                      # components at the cheapest type
+            affordable = budget // (TYPE_BITS["int2"] * self.group) + 1  # components at the cheapest type
             reach = min(len(variances), -(-affordable // 1024) * 1024)
             coefficients = self._sample_coefficients(calibration, part, variances[:reach], basis[:, :reach])
             choices = options(coefficients, self.group, self.block_sizes)
@@ -68,7 +70,7 @@ class Kvtc(Peer):
             count = max(_ALLOCATION_TOKENS, self.group)
             return torch.randn(count, len(variances), generator=generator).to(variances.device) * variances.sqrt()
         stride = max(1, len(calibration.sample) // max(_ALLOCATION_TOKENS, self.group)) if self.group == 1 else 1
-        rows = calibration.sample[::stride][:max(_ALLOCATION_TOKENS, self.group)]
+        rows = calibration.sample[::stride][: max(_ALLOCATION_TOKENS, self.group)]
         x = part_of(rows - calibration.mean, self.layout, part)
         return (x / calibration.scale(part) if self.normalise else x) @ basis
 
@@ -81,10 +83,10 @@ class Kvtc(Peer):
             codes = {kind: [np.zeros(0, np.uint8)] for kind in TYPE_BITS}
             for kind, channels in self._channels(part):
                 for first, last, rows in _token_groups(len(kv), self.group):
-                    x = c[first:last, channels].reshape(-1, rows, *channels.shape).transpose(1, 2)      # [spans, blocks, rows, size]
+                    x = c[first:last, channels].reshape(-1, rows, *channels.shape).transpose(1, 2)  # [spans, blocks, rows, size]
                     shift, scale, q = quantise(x.flatten(2), kind)
                     numbers += to_bytes(torch.cat([shift, scale], 2).permute(1, 2, 0), torch.float16)
-                    codes[kind].append(q.view_as(x).permute(1, 3, 0, 2).flatten().cpu().numpy())        # a component's tokens side by side
+                    codes[kind].append(q.view_as(x).permute(1, 3, 0, 2).flatten().cpu().numpy())  # a component's tokens side by side
             sections.append(deflate(numbers))
             sections += [deflate(pack_codes(np.concatenate(codes[kind]), bits)) for kind, bits in TYPE_BITS.items()]
         return sections
@@ -93,7 +95,7 @@ class Kvtc(Peer):
         spans = sum((last - first) // rows for first, last, rows in _token_groups(num_tokens, self.group))
         parts = []
         for part, blocks in enumerate(self.blocks):
-            data = sections[4 * part:4 * part + 4]
+            data = sections[4 * part : 4 * part + 4]
             basis, count = self.fitted[f"basis.{part}"], 2 * len(blocks) * spans
             numbers = from_bytes(inflate(data[0], 2 * count), torch.float16, (count,), self.device)
             codes = {}
@@ -106,8 +108,8 @@ class Kvtc(Peer):
             for kind, channels in self._channels(part):
                 for first, last, rows in _token_groups(num_tokens, self.group):
                     n, size = (last - first) // rows, (last - first) * channels.numel()
-                    shift, scale = numbers[at:at + 2 * n * len(channels)].reshape(len(channels), 2, n).permute(1, 2, 0)[..., None]
-                    q = codes[kind][used[kind]:used[kind] + size].reshape(*channels.shape, n, rows).permute(2, 0, 3, 1)
+                    shift, scale = numbers[at : at + 2 * n * len(channels)].reshape(len(channels), 2, n).permute(1, 2, 0)[..., None]
+                    q = codes[kind][used[kind] : used[kind] + size].reshape(*channels.shape, n, rows).permute(2, 0, 3, 1)
                     x = dequantise(shift, scale, q.flatten(2).contiguous(), kind).reshape(n, len(channels), rows, -1)
                     c[first:last, channels] = x.transpose(1, 2).reshape(last - first, *channels.shape)
                     at, used[kind] = at + 2 * n * len(channels), used[kind] + size
@@ -119,8 +121,10 @@ class Kvtc(Peer):
         found: dict[tuple[str, int], list[int]] = {}
         for block in self.blocks[part]:
             found.setdefault((block.kind, block.size), []).append(block.start)
-        return [(kind, torch.tensor(starts, device=self.device)[:, None] + torch.arange(size, device=self.device))
-                for (kind, size), starts in sorted(found.items())]
+        return [
+            (kind, torch.tensor(starts, device=self.device)[:, None] + torch.arange(size, device=self.device))
+            for (kind, size), starts in sorted(found.items())
+        ]
 
 
 def _token_groups(num_tokens: int, group: int) -> list[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ blocks of 1, 16, 64, 256 or 1024 neighbouring components that share a 16-bit shi
 at multiples of the smallest such block (16), which keeps the table of errors small and loses nothing visible; shift and scale are per
 block and per group of `group` tokens (paper: one token).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -77,17 +78,17 @@ def options(coefficients: torch.Tensor, group: int, block_sizes: tuple[int, ...]
     """
     n, r = coefficients.shape
     group = min(group, n)
-    x = coefficients[:n // group * group].reshape(-1, group, r)                         # [token groups, group, r]
+    x = coefficients[: n // group * group].reshape(-1, group, r)  # [token groups, group, r]
     grain = min((size for size in block_sizes if size > 1), default=1)
     found = []
     for size in block_sizes:
         if size > r:
             continue
         step = 1 if size == 1 else grain
-        windows = x.unfold(2, size, step)                                               # [token groups, group, starts, size]
+        windows = x.unfold(2, size, step)  # [token groups, group, starts, size]
         per_chunk = max(1, _CHUNK_ELEMENTS // (x.shape[0] * group * size))
         for first in range(0, windows.shape[2], per_chunk):
-            part = windows[:, :, first:first + per_chunk]
+            part = windows[:, :, first : first + per_chunk]
             rows = part.permute(2, 0, 1, 3).reshape(part.shape[2], x.shape[0], group * size)
             for kind, bits in TYPE_BITS.items():
                 error = (dequantise(*quantise(rows, kind), kind) - rows).pow(2).sum((1, 2)).tolist()
@@ -113,7 +114,7 @@ def allocate(choices: list[Option], energies: list[float], budget: int) -> list[
             starts[choice.start].append(index)
     best = np.full((r + 1, slots), np.inf)
     best[0, 0] = 0.0
-    came = np.full((r + 1, slots), -1, np.int32)                                        # -1: dropped, else the choice that ends here
+    came = np.full((r + 1, slots), -1, np.int32)  # -1: dropped, else the choice that ends here
     for i in range(r):
         here = best[i]
         reach = int(np.max(np.flatnonzero(np.isfinite(here)), initial=-1)) + 1
@@ -126,10 +127,10 @@ def allocate(choices: list[Option], energies: list[float], budget: int) -> list[
             count = min(reach, slots - shift)
             if count <= 0:
                 continue
-            total, target = here[:count] + choice.error, best[end, shift:shift + count]
+            total, target = here[:count] + choice.error, best[end, shift : shift + count]
             better = total < target
             target[better] = total[better]
-            came[end, shift:shift + count][better] = index
+            came[end, shift : shift + count][better] = index
     position, spent, blocks = r, int(best[r].argmin()), []
     while position:
         index = int(came[position, spent])

@@ -3,6 +3,7 @@
 Source: the usual practice for weights and checkpoints (byte planes before an LZ coder); "field-wise zstd" among the lossless KV
 codecs surveyed. Exact with respect to a bf16 cache. Nothing simplified.
 """
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Integer codes to bytes and back: b-bit packing, half-precision numbers, DEFLATE with a named error."""
+
 from __future__ import annotations
 
 import zlib
@@ -19,7 +20,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> bytes:
     if 8 % bits == 0:
         per_byte = 8 // bits
         padded = np.zeros(-(-len(flat) // per_byte) * per_byte, np.uint8)
-        padded[:len(flat)] = flat
+        padded[: len(flat)] = flat
         columns = padded.reshape(-1, per_byte)
         packed = np.zeros(len(columns), np.uint8)
         for i in range(per_byte):

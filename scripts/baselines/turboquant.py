@@ -6,6 +6,7 @@ Beta density. Left out: the inner-product variant (a 1-bit residual sketch, whic
 exact first and last layers, indices' entropy coding (about 5%). `remove_mean` subtracts the calibrated pre-RoPE channel mean first:
 not in the paper, but models with key biases collapse without it.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,7 +24,7 @@ def random_rotations(count: int, size: int, seed: int) -> torch.Tensor:
     """`count` random orthogonal matrices, float32 [count, size, size], the same for the same seed."""
     normal = torch.randn(count, size, size, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(normal)
-    return q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[:, None]           # signs fixed: Haar, and independent of the QR's convention
+    return q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[:, None]  # signs fixed: Haar, and independent of the QR's convention
 
 
 class TurboQuant(Peer):
@@ -52,8 +53,10 @@ class TurboQuant(Peer):
         """Rotations [blocks, d, d] and centroids [2**b], made once from the seed."""
         if not self._state:
             d = self.layout.head_dim
-            self._state = {"rotation": random_rotations(self.layout.num_blocks, d, _SEED).to(self.device),
-                           "centroids": (lloyd_max(self.bits) / d**0.5).to(self.device)}
+            self._state = {
+                "rotation": random_rotations(self.layout.num_blocks, d, _SEED).to(self.device),
+                "centroids": (lloyd_max(self.bits) / d**0.5).to(self.device),
+            }
         return self._state["rotation"], self._state["centroids"]
 
     def _encode(self, kv: torch.Tensor) -> list[bytes]:

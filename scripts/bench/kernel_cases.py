@@ -39,20 +39,34 @@ def rms_norms(device: torch.device, tiny: bool) -> Cases:
                 ours, theirs = rms_norm.rms_norm(*arguments), rms_norm_reference.rms_norm(*arguments)
                 return max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
 
-            yield Case("rms_norm+residual", f"{name} N={n} E={model['E']}", "bf16", rms_norm.rms_norm_floors(n, model["E"], 2, True), check, 8e-3,
-                       lambda _, calls=calls: calls(rms_norm.rms_norm), baselines={"torch": calls(rms_norm_reference.rms_norm)})  # fmt: skip
+            yield Case(
+                "rms_norm+residual",
+                f"{name} N={n} E={model['E']}",
+                "bf16",
+                rms_norm.rms_norm_floors(n, model["E"], 2, True),
+                check,
+                8e-3,
+                lambda _, calls=calls: calls(rms_norm.rms_norm),
+                baselines={"torch": calls(rms_norm_reference.rms_norm)},
+            )
 
 
 def silu_muls(device: torch.device, tiny: bool) -> Cases:
     for name, model in models(tiny).items():
         for n in row_counts(tiny):
             data = copies(lambda n=n, i=model["I"]: torch.randn(n, 2 * i, device=device, dtype=BF16), 6 * n * model["I"], device)
-            yield Case("silu_mul", f"{name} N={n} I={model['I']}", "bf16", silu.silu_mul_floors(n, model["I"], 2),
-                       lambda data=data: relative_error(silu.silu_mul(data[0]), silu_reference.silu_mul(data[0].clone())), 8e-3,
-                       lambda block, data=data: [lambda x=x: silu.silu_mul(x, block=block or 1024) for x in data],
-                       {"block 512": 512, "block 2048": 2048},
-                       lambda block, data=data: relative_error(silu.silu_mul(data[0], block=block), silu_reference.silu_mul(data[0].clone())),
-                       {"torch": [lambda x=x: silu_reference.silu_mul(x) for x in data]})  # fmt: skip
+            yield Case(
+                "silu_mul",
+                f"{name} N={n} I={model['I']}",
+                "bf16",
+                silu.silu_mul_floors(n, model["I"], 2),
+                lambda data=data: relative_error(silu.silu_mul(data[0]), silu_reference.silu_mul(data[0].clone())),
+                8e-3,
+                lambda block, data=data: [lambda x=x: silu.silu_mul(x, block=block or 1024) for x in data],
+                {"block 512": 512, "block 2048": 2048},
+                lambda block, data=data: relative_error(silu.silu_mul(data[0], block=block), silu_reference.silu_mul(data[0].clone())),
+                {"torch": [lambda x=x: silu_reference.silu_mul(x) for x in data]},
+            )
 
 
 def ropes(device: torch.device, tiny: bool) -> Cases:
@@ -61,10 +75,16 @@ def ropes(device: torch.device, tiny: bool) -> Cases:
             cos, sin = angles(n, model["d"], device)
             make = lambda n=n, m=model: torch.randn(n, m["H"], m["d"], device=device, dtype=BF16)  # noqa: E731
             data = copies(make, 4 * n * model["H"] * model["d"], device)
-            yield Case("rope", f"{name} N={n} H={model['H']}", "bf16", rope.rope_floors(data[0].numel(), n, model["d"] // 2, 2),
-                       lambda d=data, c=cos, s=sin: relative_error(rope.apply_rope(d[0], c, s), rope_reference.apply_rope(d[0], c, s)), 0.0,
-                       lambda _, d=data, c=cos, s=sin: [lambda x=x: rope.apply_rope(x, c, s) for x in d],
-                       baselines={"torch": [lambda x=x, c=cos, s=sin: rope_reference.apply_rope(x, c, s) for x in data]})  # fmt: skip
+            yield Case(
+                "rope",
+                f"{name} N={n} H={model['H']}",
+                "bf16",
+                rope.rope_floors(data[0].numel(), n, model["d"] // 2, 2),
+                lambda d=data, c=cos, s=sin: relative_error(rope.apply_rope(d[0], c, s), rope_reference.apply_rope(d[0], c, s)),
+                0.0,
+                lambda _, d=data, c=cos, s=sin: [lambda x=x: rope.apply_rope(x, c, s) for x in d],
+                baselines={"torch": [lambda x=x, c=cos, s=sin: rope_reference.apply_rope(x, c, s) for x in data]},
+            )
 
 
 def kv_writes(device: torch.device, tiny: bool) -> Cases:
@@ -84,10 +104,16 @@ def kv_writes(device: torch.device, tiny: bool) -> Cases:
                 function(*a, pool[0], pool[1])
                 return pool.clone()
 
-            yield Case("kv_write", f"{name} N={n} G={heads}", "bf16", kv_write.kv_write_floors(n, heads, d, 2),
-                       lambda p=plain: relative_error(p(kv_write.kv_write), p(kv_write_reference.kv_write)), 0.0,
-                       lambda _, a=rows, p=pool: [lambda: kv_write.kv_write(*a, p[0], p[1])],
-                       baselines={"torch": [lambda a=rows, p=pool: kv_write_reference.kv_write(*a, p[0], p[1])]})  # fmt: skip
+            yield Case(
+                "kv_write",
+                f"{name} N={n} G={heads}",
+                "bf16",
+                kv_write.kv_write_floors(n, heads, d, 2),
+                lambda p=plain: relative_error(p(kv_write.kv_write), p(kv_write_reference.kv_write)),
+                0.0,
+                lambda _, a=rows, p=pool: [lambda: kv_write.kv_write(*a, p[0], p[1])],
+                baselines={"torch": [lambda a=rows, p=pool: kv_write_reference.kv_write(*a, p[0], p[1])]},
+            )
             for label, bits in hot_reference.FORMATS.items():
                 means = hot_reference.HotMeans(torch.randn(heads, d, device=device), torch.randn(heads, d, device=device))
                 ours, theirs = (hot_reference.new_pages(bits, pages, size, heads, d, device) for _ in range(2))
@@ -100,9 +126,16 @@ def kv_writes(device: torch.device, tiny: bool) -> Cases:
                     return max(float((x != y).float().mean()) for x, y in ((ours.k_codes, theirs.k_codes), (ours.v_codes, theirs.v_codes)))
 
                 floors = hot_write.hot_kv_write_floors(n, heads, d, bits, 2)
-                yield Case(f"hot_kv_write {label}", f"{name} N={n} G={heads}", label, floors, differing, 4e-3,
-                           lambda _, a=hot_rows, p=ours: [lambda: hot_write.hot_kv_write(*a, p)],
-                           baselines={"torch": [lambda a=hot_rows, p=theirs: hot_reference.hot_kv_write(*a, p)]})  # fmt: skip
+                yield Case(
+                    f"hot_kv_write {label}",
+                    f"{name} N={n} G={heads}",
+                    label,
+                    floors,
+                    differing,
+                    4e-3,
+                    lambda _, a=hot_rows, p=ours: [lambda: hot_write.hot_kv_write(*a, p)],
+                    baselines={"torch": [lambda a=hot_rows, p=theirs: hot_reference.hot_kv_write(*a, p)]},
+                )
 
 
 def accepts(device: torch.device, tiny: bool) -> Cases:
@@ -122,8 +155,15 @@ def accepts(device: torch.device, tiny: bool) -> Cases:
                     wrong += float((ours.num_accepted != theirs.num_accepted).sum() + (ours.next_token != theirs.next_token).sum())
                 return wrong
 
-            yield Case("accept", f"{name} B={batch} K={drafts} V={vocab}", "f32", accept.accept_floors(batch, total, vocab), check, 0.0,
-                       lambda c, a=arguments: [lambda: accept.accept(*a, **(c or {}))],
-                       {f"tile {t}, {w} warps": {"tile": t, "num_warps": w} for t, w in ((4, 8), (8, 16), (16, 16), (4, 4))},
-                       check,
-                       {"torch": [lambda a=arguments: accept_reference.accept(*a)]})  # fmt: skip
+            yield Case(
+                "accept",
+                f"{name} B={batch} K={drafts} V={vocab}",
+                "f32",
+                accept.accept_floors(batch, total, vocab),
+                check,
+                0.0,
+                lambda c, a=arguments: [lambda: accept.accept(*a, **(c or {}))],
+                {f"tile {t}, {w} warps": {"tile": t, "num_warps": w} for t, w in ((4, 8), (8, 16), (16, 16), (4, 4))},
+                check,
+                {"torch": [lambda a=arguments: accept_reference.accept(*a)]},
+            )

@@ -67,7 +67,9 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
         scale = d**-0.5
         k, v = (_contiguous(x, table, context) for x in pool)
 
-        def attend(config: Any, a: tuple[Any, ...] = (q, pool[0], pool[1], table, lens, contexts, scale), n: int = n, **options: Any) -> torch.Tensor:
+        def attend(
+            config: Any, a: tuple[Any, ...] = (q, pool[0], pool[1], table, lens, contexts, scale), n: int = n, **options: Any
+        ) -> torch.Tensor:
             return paged.paged_attention(*a, max_query_len=n, config=config, **options)
 
         floors = paged.paged_attention_floors([n] * batch, [context] * batch, heads, groups, d, 4 * d, 2)
@@ -95,10 +97,29 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
             return relative_error(f(config).float(), want)
 
         # Candidates are compared where the goals are set; elsewhere the defaults are timed.
-        yield Case("paged_attention", shape, "bf16", floors, paged_error, 8e-3, lambda c, f=attend: [lambda: f(c)],
-                   PAGED_CANDIDATES if index < 2 else {}, paged_error, baselines, matrix=True)  # fmt: skip
-        yield Case("paged_attention det", shape, "bf16", floors, lambda w=want, f=attend: relative_error(f(None, deterministic=True).float(), w), 8e-3,
-                   lambda c, f=attend: [lambda: f(c, deterministic=True)], matrix=True)  # fmt: skip
+        yield Case(
+            "paged_attention",
+            shape,
+            "bf16",
+            floors,
+            paged_error,
+            8e-3,
+            lambda c, f=attend: [lambda: f(c)],
+            PAGED_CANDIDATES if index < 2 else {},
+            paged_error,
+            baselines,
+            matrix=True,
+        )
+        yield Case(
+            "paged_attention det",
+            shape,
+            "bf16",
+            floors,
+            lambda w=want, f=attend: relative_error(f(None, deterministic=True).float(), w),
+            8e-3,
+            lambda c, f=attend: [lambda: f(c, deterministic=True)],
+            matrix=True,
+        )
         del kt, vt, rows, grouped, baselines, want, paged_error
         position = torch.arange(context + 128, device=device)[:, None] * 1e6 ** (-torch.arange(d // 2, device=device) * 2 / d)
         cos, sin = position.cos(), position.sin()
@@ -112,24 +133,42 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
                 for b in range(batch):
                     slots = (table[b].long()[:, None] * 64 + torch.arange(64, device=device)).flatten()[:context]
                     rows_k = k[b].float() + (0 if k_mean is None else k_mean)
-                    hot_write.hot_kv_write(rows_k.to(BF16), (v[b].float() + means.v_mean).to(BF16), cos[:context], sin[:context], slots, means, pages)
+                    hot_write.hot_kv_write(
+                        rows_k.to(BF16), (v[b].float() + means.v_mean).to(BF16), cos[:context], sin[:context], slots, means, pages
+                    )
 
                 fixed = (q, pages, means, cos, sin, table)
 
                 def hot(config: Any, fixed: Any = fixed, rest: Any = (lens, contexts, scale), n: int = n) -> torch.Tensor:
                     return hot_attention.hot_paged_attention(*fixed, *rest, max_query_len=n, config=config)
 
-                def error(config: Any = None, hot: Any = hot, fixed: Any = fixed, rest: Any = ([n] * batch, [context] * batch, scale)) -> float:
+                def error(
+                    config: Any = None, hot: Any = hot, fixed: Any = fixed, rest: Any = ([n] * batch, [context] * batch, scale)
+                ) -> float:
                     return relative_error(hot(config).float(), _hot_dense(*fixed, *rest).float())
 
-                floors = paged.paged_attention_floors([n] * batch, [context] * batch, heads, groups, d, hot_attention.hot_row_bytes(d, bits), 2)
-                yield Case(f"hot_attention {label}", shape + (" mean" if with_mean else " no mean"), label, floors, error, 1.5e-2,
-                           lambda c, f=hot: [lambda: f(c)], HOT_CANDIDATES if index < 2 and bits == 4 else {}, error,
-                           {"paged_attention bf16, ours": [lambda f=attend: f(None)]}, matrix=True)  # fmt: skip
+                floors = paged.paged_attention_floors(
+                    [n] * batch, [context] * batch, heads, groups, d, hot_attention.hot_row_bytes(d, bits), 2
+                )
+                yield Case(
+                    f"hot_attention {label}",
+                    shape + (" mean" if with_mean else " no mean"),
+                    label,
+                    floors,
+                    error,
+                    1.5e-2,
+                    lambda c, f=hot: [lambda: f(c)],
+                    HOT_CANDIDATES if index < 2 and bits == 4 else {},
+                    error,
+                    {"paged_attention bf16, ours": [lambda f=attend: f(None)]},
+                    matrix=True,
+                )
                 del pages, fixed, hot, error
 
 
-def _hot_dense(q: Any, pages: Any, means: Any, cos: Any, sin: Any, table: Any, lens: list[int], contexts: list[int], scale: float) -> torch.Tensor:
+def _hot_dense(
+    q: Any, pages: Any, means: Any, cos: Any, sin: Any, table: Any, lens: list[int], contexts: list[int], scale: float
+) -> torch.Tensor:
     """Attention over decoded rows in float32, without pages."""
     d, n, context = q.shape[-1], lens[0], contexts[0]
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)

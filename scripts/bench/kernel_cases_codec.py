@@ -39,11 +39,19 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
         mean = torch.randn(dim, device=device)
         y = encode_reference.gather_kv(kv, slots, cos, sin, mean)
         shape = f"{name} T={tokens} D={dim} K={components} r={rank}"
-        yield Case("gather_kv", shape, "bf16", encode.gather_kv_floors(tokens, dim, 2),
-                   lambda a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a), y), 4e-3,
-                   lambda r, a=(kv, slots, cos, sin, mean): [lambda: encode.gather_kv(*a, rows=r or 8)], {"16 rows": 16, "4 rows": 4},
-                   lambda r, a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a, rows=r), y),
-                   {"torch": [lambda a=(kv, slots, cos, sin, mean): encode_reference.gather_kv(*a)]}, {"tokens/s": tokens})  # fmt: skip
+        yield Case(
+            "gather_kv",
+            shape,
+            "bf16",
+            encode.gather_kv_floors(tokens, dim, 2),
+            lambda a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a), y),
+            4e-3,
+            lambda r, a=(kv, slots, cos, sin, mean): [lambda: encode.gather_kv(*a, rows=r or 8)],
+            {"16 rows": 16, "4 rows": 4},
+            lambda r, a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a, rows=r), y),
+            {"torch": [lambda a=(kv, slots, cos, sin, mean): encode_reference.gather_kv(*a)]},
+            {"tokens/s": tokens},
+        )
 
         latents = torch.randn(tokens, rank, device=device, dtype=BF16)
         weight = encode.padded_columns(torch.randn(dim + rank, components, device=device, dtype=BF16) / dim**0.5)
@@ -62,9 +70,20 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
             difference = (f(config)[part].int() - want.int()).abs()
             return float("inf") if int(difference.max()) > 1 else float((difference > 0).float().mean())
 
-        yield Case("residual_encode", shape, "bf16", encode.residual_encode_floors(tokens, dim + rank, components, 2), encode_error, 5e-3,
-                   lambda c, f=encoded: [lambda: f(c)], {} if tiny else _product_candidates(), encode_error,
-                   {"torch": [torch_encoded]}, {"tokens/s": tokens}, True)  # fmt: skip
+        yield Case(
+            "residual_encode",
+            shape,
+            "bf16",
+            encode.residual_encode_floors(tokens, dim + rank, components, 2),
+            encode_error,
+            5e-3,
+            lambda c, f=encoded: [lambda: f(c)],
+            {} if tiny else _product_candidates(),
+            encode_error,
+            {"torch": [torch_encoded]},
+            {"tokens/s": tokens},
+            True,
+        )
         del y, weight
         back = torch.randn(components + rank, dim, device=device, dtype=BF16) / components**0.5
         q = torch.randint(-20, 20, (components, tokens), device=device, dtype=torch.int16).t()
@@ -78,7 +97,9 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
         def decode_error(config: Any = None, f: Any = decoded, q: Any = q, rest: Any = rest, a: Any = (kv, slots, cos, sin)) -> float:
             part, got = slice(0, min(512, len(q))), f(config).clone()
             want = torch.zeros_like(got)
-            decode_reference.residual_decode_pages(q[part], rest[0][part], rest[1][part], *rest[2:], want, a[1][part], a[2][part], a[3][part])
+            decode_reference.residual_decode_pages(
+                q[part], rest[0][part], rest[1][part], *rest[2:], want, a[1][part], a[2][part], a[3][part]
+            )
             return relative_error(got.flatten(2, 3)[:, :, a[1][part]], want.flatten(2, 3)[:, :, a[1][part]])
 
         def torch_decoded(q: Any = q, rest: Any = rest, a: Any = (kv, slots, cos, sin)) -> None:
@@ -88,9 +109,20 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
             flat[:, 0, a[1]] = rope_reference.apply_rope(y[:, :, 0], a[2], a[3]).transpose(0, 1)
             flat[:, 1, a[1]] = y[:, :, 1].transpose(0, 1)
 
-        yield Case("residual_decode_pages", shape, "bf16", decode.residual_decode_floors(tokens, components + rank, dim, 2), decode_error, 8e-3,
-                   lambda c, f=decoded: [lambda: f(c)], {} if tiny else _product_candidates(), decode_error,
-                   {"torch": [torch_decoded]}, {"tokens/s": tokens}, True)  # fmt: skip
+        yield Case(
+            "residual_decode_pages",
+            shape,
+            "bf16",
+            decode.residual_decode_floors(tokens, components + rank, dim, 2),
+            decode_error,
+            8e-3,
+            lambda c, f=decoded: [lambda: f(c)],
+            {} if tiny else _product_candidates(),
+            decode_error,
+            {"torch": [torch_decoded]},
+            {"tokens/s": tokens},
+            True,
+        )
 
 
 def _tables(device: torch.device) -> tuple[rans_reference.RansTables, torch.Tensor]:
@@ -158,8 +190,12 @@ def entropy_coders(device: torch.device, tiny: bool) -> Cases:
             dim, pages = layers * 2 * heads * d, tokens // 64 + 1
             kv = torch.zeros(layers, 2, pages, 64, heads, d, device=device, dtype=BF16)
             pages_of = (kv, torch.randperm(pages * 64, device=device)[:tokens], *angles(tokens, d, device))
-            rest = (torch.ones(tokens, device=device), torch.randn(tokens, rank, device=device, dtype=BF16),
-                    torch.randn(components + rank, dim, device=device, dtype=BF16) / 50, torch.zeros(dim, device=device))  # fmt: skip
+            rest = (
+                torch.ones(tokens, device=device),
+                torch.randn(tokens, rank, device=device, dtype=BF16),
+                torch.randn(components + rank, dim, device=device, dtype=BF16) / 50,
+                torch.zeros(dim, device=device),
+            )
             small = encode.ProductConfig(32, 32, 16, 8, 4, 2) if tiny else None
 
             def whole(f: Any = decoded, rest: Any = rest, a: Any = pages_of, small: Any = small) -> None:
@@ -175,5 +211,14 @@ def entropy_coders(device: torch.device, tiny: bool) -> Cases:
                 return relative_error(*(x.flatten(2, 3)[:, :, a[1][few]] for x in (a[0], expected)))
 
             moved = 2 * words + tokens * dim * 2 + (components + rank) * dim * 2
-            yield Case("page_run (rans+product)", shape, "bf16", (moved, 2 * tokens * (components + rank) * dim), page_error, 8e-3,
-                       lambda _, f=whole: [f], units={"tokens/s": tokens}, matrix=True)  # fmt: skip
+            yield Case(
+                "page_run (rans+product)",
+                shape,
+                "bf16",
+                (moved, 2 * tokens * (components + rank) * dim),
+                page_error,
+                8e-3,
+                lambda _, f=whole: [f],
+                units={"tokens/s": tokens},
+                matrix=True,
+            )

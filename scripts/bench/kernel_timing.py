@@ -161,8 +161,18 @@ def _try_candidates(case: Case, clock: Clock, tried: dict[str, Any]) -> str:
 
 def measure(case: Case, clock: Clock) -> dict[str, Any]:
     """Check, then time candidates and baselines. A failed check leaves the times of neither."""
-    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "ms": None, "gb_per_s": None, "tflops": None,
-                           "ceiling_fraction": None, "baseline": None, "baseline_ms": None, "config": None}  # fmt: skip
+    row: dict[str, Any] = {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "ms": None,
+        "gb_per_s": None,
+        "tflops": None,
+        "ceiling_fraction": None,
+        "baseline": None,
+        "baseline_ms": None,
+        "config": None,
+    }
     error = case.check()
     row.update(error=error, bound=case.bound, correct=error <= case.bound)
     if not row["correct"]:
@@ -207,4 +217,6 @@ def line(row: dict[str, Any]) -> str:
         text += f" {rate:.3g} {name}"
     if row["baseline"]:
         text += f" | {row['baseline_ms'] / row['ms']:.2f}x {row['baseline']} ({row['baseline_ms']:.4f})"
-    return text + f" [{row['config']}; default {row['default_ms']:.4f}{'' if row['captured'] else '; not captured'}; error {row['error']:.1e}]"
+    return (
+        text + f" [{row['config']}; default {row['default_ms']:.4f}{'' if row['captured'] else '; not captured'}; error {row['error']:.1e}]"
+    )

@@ -1,4 +1,5 @@
 """Is the text right? Greedy texts of two ways to decode, compared token by token before anything is timed."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def shortfalls(logits: torch.Tensor, text: Sequence[int], dtype: torch.dtype) ->
     chosen = logits.gather(-1, torch.tensor(text, device=logits.device)[:, None])[:, 0]
     if dtype == torch.float32:
         return (best - chosen) / TIE_FLOAT32
-    step = torch.exp2(logits.abs().max(-1).values.log2().floor() - 7)   # bfloat16 has 7 bits behind the leading one
+    step = torch.exp2(logits.abs().max(-1).values.log2().floor() - 7)  # bfloat16 has 7 bits behind the leading one
     return (best - chosen) / (TIE_BF16_STEPS * step)
 
 
@@ -61,7 +62,7 @@ def compare(
             continue
         logits = judge.logits(prompt, text)[at:]
         own = shortfalls(logits, text[at:], dtype)
-        largest = max(float(own.max()), float(shortfalls(logits[:1], other[at:at + 1], dtype)[0]))
+        largest = max(float(own.max()), float(shortfalls(logits[:1], other[at : at + 1], dtype)[0]))
         worst, judged, strays = max(worst, largest), judged + len(own), strays + int((own > 0).sum())
         if largest <= 1:
             ties += 1
@@ -70,5 +71,14 @@ def compare(
     if strays > ties + STRAY_SHARE * judged:
         failures.append({"strays": strays, "judged": judged})
     tokens = sum(map(len, texts))
-    return {"tokens": tokens, "equal_tokens": equal, "equal_share": equal / max(1, tokens), "ties": ties,
-            "judged": judged, "strays": strays, "worst": worst, "failures": failures, "passed": not failures}
+    return {
+        "tokens": tokens,
+        "equal_tokens": equal,
+        "equal_share": equal / max(1, tokens),
+        "ties": ties,
+        "judged": judged,
+        "strays": strays,
+        "worst": worst,
+        "failures": failures,
+        "passed": not failures,
+    }

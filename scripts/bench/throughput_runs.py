@@ -1,4 +1,5 @@
 """The contestants of bench_throughput: our engine and transformers over the same weights, the same prompts and equal token counts."""
+
 from __future__ import annotations
 
 import argparse
@@ -64,8 +65,15 @@ class Foretold:
         results = self.engine.generate(prompts, params)
         seconds = time.perf_counter() - began
         s = [r.speculation for r in results]
-        return Sample([r.token_ids for r in results], seconds, max(r.ttft_s for r in results), sum(x.proposed for x in s),
-                      sum(x.accepted for x in s), sum(x.steps for x in s), sum(x.new_tokens for x in s))
+        return Sample(
+            [r.token_ids for r in results],
+            seconds,
+            max(r.ttft_s for r in results),
+            sum(x.proposed for x in s),
+            sum(x.accepted for x in s),
+            sum(x.steps for x in s),
+            sum(x.new_tokens for x in s),
+        )
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], text: list[int]) -> torch.Tensor:
@@ -73,7 +81,7 @@ class Foretold:
         target, sequence = self.engine.target, self.engine.pool.new_sequence()
         tokens = torch.tensor([*prompt, *text[:-1]], device=target.device)
         try:
-            return target.head(target(tokens, [sequence], [len(tokens)], logits="none").hidden[-len(text):])
+            return target.head(target(tokens, [sequence], [len(tokens)], logits="none").hidden[-len(text) :])
         finally:
             sequence.free()
 
@@ -104,7 +112,9 @@ class Transformers:
         from transformers import GenerationConfig
 
         # no end token: every text has the same length. The model's own distribution: its generation_config may filter or penalise.
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        )
         config = GenerationConfig(max_new_tokens=count, pad_token_id=0, **sampling)
         extra = {} if self.assistant is None else {"assistant_model": self.assistant}
         torch.manual_seed(seed)
@@ -132,12 +142,12 @@ def prompt_ids(engine: Engine, args: argparse.Namespace) -> list[list[int]]:
             raise InvalidOption(f"{args.prompt_file} cannot be read: {error}", "give a UTF-8 text file") from error
     if not texts or len(texts) < (args.prompts or 1):
         raise InvalidOption(f"there are only {len(texts)} prompts", "lower --prompts, or give a --prompt-file with more lines")
-    texts = texts[:args.prompts]
+    texts = texts[: args.prompts]
     if args.prompt_tokens is None:
         ids = [engine.encode([{"role": "user", "content": text}]) for text in texts]
     else:
         ids = [engine.encode(text) for text in texts]
-        ids = [(own * -(-args.prompt_tokens // len(own)))[:args.prompt_tokens] for own in ids]
+        ids = [(own * -(-args.prompt_tokens // len(own)))[: args.prompt_tokens] for own in ids]
     longest = max(map(len, ids)) + args.new_tokens
     if longest > engine.context:
         raise InvalidOption(f"prompt and new tokens are up to {longest}, the model's context is {engine.context}", "lower one of them")

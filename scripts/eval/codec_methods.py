@@ -1,4 +1,5 @@
 """What bench_codec runs: the peers of codec/baselines, and our own codec with and without its prediction, behind one small interface."""
+
 from __future__ import annotations
 
 import os
@@ -112,7 +113,7 @@ class PairCodec:
         """Hidden states of draft and target for each sequence's prefix, as far as the predictor asks for them."""
         spec, keys = self.predictor.spec, [tuple(case.token_ids.tolist()) for case in cases]
         missing = [n for n, key in enumerate(keys) if key not in self._hidden]
-        tokens = [cases[n].token_ids[:cases[n].prefix] for n in missing]
+        tokens = [cases[n].token_ids[: cases[n].prefix] for n in missing]
         none: list[torch.Tensor | None] = [None] * len(missing)
         rows: Sequence[torch.Tensor | None] = none
         if spec.taps and self._draft is not None:
@@ -129,12 +130,14 @@ class PairCodec:
 
     def id_frame(self, case: Case) -> bytes:
         """The coded ids of a sequence's prefix, the same at every quality."""
-        ids = tuple(case.token_ids[:case.prefix].tolist())
+        ids = tuple(case.token_ids[: case.prefix].tolist())
         if ids not in self._frames:
             self._frames[ids] = encode_ids(ids)
         return self._frames[ids]
 
-    def predict(self, num_tokens: int, rows: torch.Tensor | None, target_rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def predict(
+        self, num_tokens: int, rows: torch.Tensor | None, target_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """KV vectors [T, D], and how many octaves each token's step lies above the usual one."""
         if rows is None:
             rows = torch.zeros(num_tokens, 0, self.predictor.draft_size, device=self.device)
@@ -164,7 +167,7 @@ class ForetoldMethod:
     @torch.inference_mode()
     def run(self, cases: Sequence[Case]) -> Result:
         pair = self._pair
-        if not pair.warm:                                                               # compiles kernels; not a part of the coding times
+        if not pair.warm:  # compiles kernels; not a part of the coding times
             pair.warm = True
             self.run(cases[:1])
         pack, codec, device = pair.pack, pair.codec, pair.device
@@ -176,17 +179,21 @@ class ForetoldMethod:
         pairs, levels = [], []
         for case, kv, rows, own in zip(cases, kvs, hidden, edges, strict=True):
             prediction, octaves = self._prediction(case, rows)
-            coded = kv[:, kv.shape[1] - width:]
-            pairs += [(coded[a:a + SPAN_TOKENS], prediction[a:a + SPAN_TOKENS]) for a in own]
-            levels += [None if octaves is None else levels_of(octaves[a:a + SPAN_TOKENS]) for a in own]
+            coded = kv[:, kv.shape[1] - width :]
+            pairs += [(coded[a : a + SPAN_TOKENS], prediction[a : a + SPAN_TOKENS]) for a in own]
+            levels += [None if octaves is None else levels_of(octaves[a : a + SPAN_TOKENS]) for a in own]
         spans = codec.encode_many(pairs, self._step, levels)
         middle = _now(device)
-        predictions = [part for case, rows, own in zip(cases, hidden, edges, strict=True)
-                       for prediction in [self._prediction(case, rows)[0]] for part in (prediction[a:a + SPAN_TOKENS] for a in own)]
+        predictions = [
+            part
+            for case, rows, own in zip(cases, hidden, edges, strict=True)
+            for prediction in [self._prediction(case, rows)[0]]
+            for part in (prediction[a : a + SPAN_TOKENS] for a in own)
+        ]
         back = iter(codec.decode_many(spans, predictions))
         decoded = [kv.clone() for kv in kvs]
         for kv, own in zip(decoded, edges, strict=True):
-            kv[NUM_SINKS:, kv.shape[1] - width:] = torch.cat([next(back) for _ in own])
+            kv[NUM_SINKS:, kv.shape[1] - width :] = torch.cat([next(back) for _ in own])
         end = _now(device)
         stored, files = iter(spans), []
         for case, own in zip(cases, edges, strict=True):
@@ -213,10 +220,11 @@ def select_methods(words: list[str]) -> list[tuple[str, str]]:
         elif word == family:
             chosen += [(family, quality) for quality in QUALITIES]
         else:
-            quality = word[len(family) + 1:]
+            quality = word[len(family) + 1 :]
             if quality not in QUALITIES and not _is_step(quality):
-                raise UnknownQuality(f"unknown quality {quality!r} in {word!r}",
-                                     f"choose one of {', '.join(QUALITIES)}, or stepX with a number X")
+                raise UnknownQuality(
+                    f"unknown quality {quality!r} in {word!r}", f"choose one of {', '.join(QUALITIES)}, or stepX with a number X"
+                )
             chosen.append((family, quality))
     return list(dict.fromkeys(chosen))
 

@@ -1,4 +1,5 @@
 """One picture of a codec benchmark: bits per KV element against KL, both logarithmic, every line named beside it."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -6,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 STYLE = {
-    "foretold": ("#c0182b", "foretold (predicted residual)"), "foretold-nopred": ("#e8833a", "foretold, same pack, prediction off"),
-    "kvtc": ("#1f5fa8", "KVTC"), "aqua-kv": ("#2a8f5b", "AQUA-KV"),
-    "turboquant-mean": ("#7a4fa3", "TurboQuant, mean removed"), "turboquant": ("#b79ad1", "TurboQuant"),
-    "kivi": ("#8c6d46", "KIVI (128 recent tokens exact)"), "kivi-nowindow": ("#c2a37a", "KIVI, no window"),
+    "foretold": ("#c0182b", "foretold (predicted residual)"),
+    "foretold-nopred": ("#e8833a", "foretold, same pack, prediction off"),
+    "kvtc": ("#1f5fa8", "KVTC"),
+    "aqua-kv": ("#2a8f5b", "AQUA-KV"),
+    "turboquant-mean": ("#7a4fa3", "TurboQuant, mean removed"),
+    "turboquant": ("#b79ad1", "TurboQuant"),
+    "kivi": ("#8c6d46", "KIVI (128 recent tokens exact)"),
+    "kivi-nowindow": ("#c2a37a", "KIVI, no window"),
     "cachegen": ("#3a9aa8", "CacheGen"),
-    "cachegen-anchors": ("#8fcbd3", "CacheGen with anchors"), "fp8": ("#444444", "fp8"), "bf16+zstd": ("#888888", "bf16 + zstd"),
+    "cachegen-anchors": ("#8fcbd3", "CacheGen with anchors"),
+    "fp8": ("#444444", "fp8"),
+    "bf16+zstd": ("#888888", "bf16 + zstd"),
 }
 _LABEL_GAP = 0.034
 _KL_FLOOR = 1e-4
@@ -24,6 +31,7 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
         without_sinks: leave out the four exact tokens that every method stores (16 bits an element, shared by the whole prefix).
     """
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -39,12 +47,20 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
         ours = method == "foretold"
         colour = STYLE.get(method, ("#000000", method))[0]
         axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=3 if ours else 1.6, zorder=3 if ours else 2)
-        for x, y, _ in points:                                                          # hollow: as good as exact, drawn on the floor
+        for x, y, _ in points:  # hollow: as good as exact, drawn on the floor
             axes.plot(x, y, "o", ms=7 if ours else 4.5, color=colour, mfc=colour if y > _KL_FLOOR else "white", zorder=4 if ours else 3)
     if "foretold" in lines:
         for bits, kl, quality in lines["foretold"]:
-            axes.annotate(quality, (bits, kl), xytext=(-6, -4), textcoords="offset points", ha="right", va="top", fontsize=8,
-                          color=STYLE["foretold"][0])
+            axes.annotate(
+                quality,
+                (bits, kl),
+                xytext=(-6, -4),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=STYLE["foretold"][0],
+            )
     bits = [p[0] for points in lines.values() for p in points]
     kls = [p[1] for points in lines.values() for p in points]
     axes.set_xlim(min(bits) / 1.8, max(bits) * 3)
@@ -56,8 +72,12 @@ def plot(document: dict[str, Any], path: str | Path, without_sinks: bool = False
     axes.set_ylabel(f"KL to the untouched target, nats per token{hollow}")
     axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title(f"{document['pair']}: {document['settings']['prefix']} cached tokens replaced, the next "
-                   f"{document['context'] - document['settings']['prefix']} scored (down and left is better)", loc="left", fontsize=11)
+    axes.set_title(
+        f"{document['pair']}: {document['settings']['prefix']} cached tokens replaced, the next "
+        f"{document['context'] - document['settings']['prefix']} scored (down and left is better)",
+        loc="left",
+        fontsize=11,
+    )
     axes.grid(True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -69,18 +89,22 @@ def _place_labels(axes: Any, lines: dict[str, list[tuple[float, float, str]]]) -
     """Names each line beside one of its points: the place that covers the fewest lines and names, nearest to the point (right side preferred)."""
     to_axes = axes.transAxes.inverted()
     at = {method: [tuple(to_axes.transform(axes.transData.transform(p[:2]))) for p in points] for method, points in lines.items()}
-    obstacles = [(x0 + (x1 - x0) * t / 40, y0 + (y1 - y0) * t / 40)
-                 for path in at.values() for (x0, y0), (x1, y1) in pairwise([path[0], *path]) for t in range(41)]
+    obstacles = [
+        (x0 + (x1 - x0) * t / 40, y0 + (y1 - y0) * t / 40)
+        for path in at.values()
+        for (x0, y0), (x1, y1) in pairwise([path[0], *path])
+        for t in range(41)
+    ]
     boxes: list[tuple[float, float, float, float]] = []
     for method in sorted(at, key=lambda m: (m != "foretold", -len(at[m]))):
         colour, label = STYLE.get(method, ("#000000", method))
         bold = method == "foretold"
         width = len(label) * (0.0079 if bold else 0.0072)
-        if bold:                                                                        # its points are named below it already
+        if bold:  # its points are named below it already
             boxes += [(x - 0.09, y - 0.035, x, y) for x, y in at[method]]
         best = (float("inf"), 0.0, 0.0, 0.0, 0.0)
         for x, y in at[method]:
-            for side in (1, 0, -1):                                                     # name to the right of, over or under, to the left of the point
+            for side in (1, 0, -1):  # name to the right of, over or under, to the left of the point
                 for step in range(-5, 6):
                     left, middle = x + (0.012 if side == 1 else -width / 2 if side == 0 else -0.012 - width), y + step * _LABEL_GAP * 0.6
                     box = (left, middle - _LABEL_GAP / 2, left + width, middle + _LABEL_GAP / 2)
@@ -91,5 +115,15 @@ def _place_labels(axes: Any, lines: dict[str, list[tuple[float, float, str]]]) -
                     best = min(best, (cost, left, middle, x, y))
         _, left, middle, x, y = best
         boxes.append((left, middle - _LABEL_GAP / 2, left + width, middle + _LABEL_GAP / 2))
-        axes.annotate(label, (x, y), xycoords=axes.transAxes, xytext=(left, middle), textcoords=axes.transAxes, va="center", fontsize=9.5,
-                      color=colour, fontweight="bold" if bold else "normal", zorder=5)
+        axes.annotate(
+            label,
+            (x, y),
+            xycoords=axes.transAxes,
+            xytext=(left, middle),
+            textcoords=axes.transAxes,
+            va="center",
+            fontsize=9.5,
+            color=colour,
+            fontweight="bold" if bold else "normal",
+            zorder=5,
+        )

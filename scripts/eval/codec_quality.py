@@ -4,6 +4,7 @@ the untouched target.
 KL is KL(untouched || replaced) in nats per scored position; NLL is of the text's next tokens; agreement is of the most probable
 tokens. Sequences run in batches, the untouched ones and their replacements in the same ones.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -70,10 +71,10 @@ class Quality:
         """Prefixes and continuations of sequences, the continuations reading the target's own cache."""
         cases = []
         for start in range(0, len(token_ids), self.batch):
-            ids = torch.tensor(token_ids[start:start + self.batch], device=self.target.device)
+            ids = torch.tensor(token_ids[start : start + self.batch], device=self.target.device)
             sequences = [self.pool.new_sequence() for _ in ids]
             try:
-                self.target(ids[:, :self.prefix].flatten(), sequences, [self.prefix] * len(ids), logits="none")
+                self.target(ids[:, : self.prefix].flatten(), sequences, [self.prefix] * len(ids), logits="none")
                 for sequence in sequences:
                     sequence.advance(self.prefix)
                 kv = [self.target.read_kv(sequence, 0, self.prefix).to(self.keep_on) for sequence in sequences]
@@ -87,10 +88,10 @@ class Quality:
     def score(self, cases: Sequence[Case], decoded: Sequence[torch.Tensor], scores: Scores) -> None:
         """Adds sequences whose prefix KV is `decoded`, float32 [P, D] each (pre-RoPE), to the sums."""
         for start in range(0, len(cases), self.batch):
-            some = cases[start:start + self.batch]
+            some = cases[start : start + self.batch]
             sequences = [self.pool.new_sequence() for _ in some]
             try:
-                for sequence, kv in zip(sequences, decoded[start:start + self.batch], strict=True):
+                for sequence, kv in zip(sequences, decoded[start : start + self.batch], strict=True):
                     self.target.write_kv(sequence, 0, kv)
                     sequence.advance(self.prefix)
                 log_probs = self._log_probs(torch.stack([case.token_ids for case in some]), sequences)
@@ -98,7 +99,7 @@ class Quality:
                 _free(sequences)
             for case, r in zip(some, log_probs, strict=True):
                 p = case.log_probs.to(r.device)
-                following = case.token_ids[case.prefix + 1:, None]
+                following = case.token_ids[case.prefix + 1 :, None]
                 scores.kl_by_case.append((p.exp() * (p - r)).sum(dtype=torch.float64).item())
                 scores.nll -= r[:-1].gather(-1, following).sum().item()
                 scores.nll_untouched -= p[:-1].gather(-1, following).sum().item()
@@ -109,14 +110,14 @@ class Quality:
     def _log_probs(self, ids: torch.Tensor, sequences: list[KvSequence]) -> torch.Tensor:
         """float32 [B, context - P, V] of the continuations of ids [B, context]."""
         rest = self.context - self.prefix
-        logits = self.target(ids[:, self.prefix:].flatten(), sequences, [rest] * len(ids)).logits
+        logits = self.target(ids[:, self.prefix :].flatten(), sequences, [rest] * len(ids)).logits
         return logits.log_softmax(-1).reshape(len(ids), rest, -1)
 
     @torch.inference_mode()
     def calibration_rows(self, sequences: Sequence[list[int]], skip: int) -> Iterator[torch.Tensor]:
         """KV float32 [context - skip, D] of each calibration sequence, its first `skip` tokens left out."""
         for start in range(0, len(sequences), self.batch):
-            some = sequences[start:start + self.batch]
+            some = sequences[start : start + self.batch]
             own = [self.pool.new_sequence() for _ in some]
             try:
                 ids = torch.tensor([t for s in some for t in s], device=self.target.device)
@@ -134,7 +135,11 @@ def _free(sequences: Sequence[KvSequence]) -> None:
 
 @torch.inference_mode()
 def hidden_states(
-    decoder: Decoder, token_ids: Sequence[torch.Tensor], taps: tuple[int, ...], last_layer: int | None = None, adapter: Decoder | None = None
+    decoder: Decoder,
+    token_ids: Sequence[torch.Tensor],
+    taps: tuple[int, ...],
+    last_layer: int | None = None,
+    adapter: Decoder | None = None,
 ) -> list[torch.Tensor]:
     """Residual streams [T, taps, E] of a prefill of each of token_ids, int64 [T], through layers [0, last_layer). Taps beyond last_layer are those of
     an adapter, whose layers go on from there."""
@@ -143,8 +148,8 @@ def hidden_states(
     beyond = tuple(i - last for i in taps if i > last)
     own = tuple(sorted({min(i, last) for i in taps}))
     for start in range(0, len(token_ids), batch):
-        lengths = [len(ids) for ids in token_ids[start:start + batch]]
-        ids = torch.cat(list(token_ids[start:start + batch])).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
+        lengths = [len(ids) for ids in token_ids[start : start + batch]]
+        ids = torch.cat(list(token_ids[start : start + batch])).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
         states = decoder(ids, _scratch(decoder, lengths), lengths, taps=own, logits="none", last_layer=last).taps
         if beyond:
             if adapter is None:

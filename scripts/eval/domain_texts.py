@@ -8,6 +8,7 @@ TEXTS is where Debian packages were unpacked (`/` when they are installed; eval_
 out, and said so. Logs and a part of the JSON come from a seeded generator, the rest of the JSON from the interpreter's tables, code from the
 installed transformers and torch. Nothing is fetched; the same versions give the same files.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +29,23 @@ from pathlib import Path
 
 FOLDER_BYTES = 400_000
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_PATHS = ("/", "/login", "/api/v1/items", "/api/v1/items/%d", "/static/app.js", "/static/site.css", "/images/%d.png", "/search?q=%d", "/health")
-_AGENTS = ("curl/7.88.1", "Mozilla/5.0 (X11; Linux x86_64; rv:115.0) Gecko/20100101 Firefox/115.0", "python-requests/2.31.0", "kube-probe/1.28")
+_PATHS = (
+    "/",
+    "/login",
+    "/api/v1/items",
+    "/api/v1/items/%d",
+    "/static/app.js",
+    "/static/site.css",
+    "/images/%d.png",
+    "/search?q=%d",
+    "/health",
+)
+_AGENTS = (
+    "curl/7.88.1",
+    "Mozilla/5.0 (X11; Linux x86_64; rv:115.0) Gecko/20100101 Firefox/115.0",
+    "python-requests/2.31.0",
+    "kube-probe/1.28",
+)
 
 
 def syslog(rng: random.Random, lines: int) -> str:
@@ -39,17 +55,19 @@ def syslog(rng: random.Random, lines: int) -> str:
         seconds += rng.choice((0, 0, 0, 1, 1, 2, 5, 17, 60))
         pid, port, n = rng.randint(300, 65000), rng.randint(1024, 65535), rng.randint(1, 9999)
         address = f"10.{rng.randint(0, 3)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}"
-        message = rng.choice((
-            f"sshd[{pid}]: Accepted publickey for deploy from {address} port {port} ssh2: ED25519 SHA256:{rng.getrandbits(128):032x}",
-            f"sshd[{pid}]: Failed password for invalid user admin{n} from {address} port {port} ssh2",
-            f"systemd[1]: Started session-{n}.scope - Session {n} of User deploy.",
-            f"systemd[1]: logrotate.service: Deactivated successfully, consumed {n / 100:.3f}s CPU time.",
-            f"CRON[{pid}]: (root) CMD (cd / && run-parts --report /etc/cron.hourly)",
-            f"kernel: [{seconds + 812.5:12.6f}] eth0: Link is Up - 1000Mbps/Full - flow control rx/tx",
-            f"kernel: [{seconds + 812.5:12.6f}] EXT4-fs (sda{n % 4 + 1}): mounted filesystem with ordered data mode. Quota mode: none.",
-            f"postgres[{pid}]: [{n}-1] LOG:  duration: {n / 7:.3f} ms  statement: SELECT id, total FROM orders WHERE customer = {n * 3}",
-            f"dhclient[{pid}]: DHCPACK of {address} from 10.0.0.1 (xid=0x{rng.getrandbits(32):08x})",
-        ))  # fmt: skip
+        message = rng.choice(
+            (
+                f"sshd[{pid}]: Accepted publickey for deploy from {address} port {port} ssh2: ED25519 SHA256:{rng.getrandbits(128):032x}",
+                f"sshd[{pid}]: Failed password for invalid user admin{n} from {address} port {port} ssh2",
+                f"systemd[1]: Started session-{n}.scope - Session {n} of User deploy.",
+                f"systemd[1]: logrotate.service: Deactivated successfully, consumed {n / 100:.3f}s CPU time.",
+                f"CRON[{pid}]: (root) CMD (cd / && run-parts --report /etc/cron.hourly)",
+                f"kernel: [{seconds + 812.5:12.6f}] eth0: Link is Up - 1000Mbps/Full - flow control rx/tx",
+                f"kernel: [{seconds + 812.5:12.6f}] EXT4-fs (sda{n % 4 + 1}): mounted filesystem with ordered data mode. Quota mode: none.",
+                f"postgres[{pid}]: [{n}-1] LOG:  duration: {n / 7:.3f} ms  statement: SELECT id, total FROM orders WHERE customer = {n * 3}",
+                f"dhclient[{pid}]: DHCPACK of {address} from 10.0.0.1 (xid=0x{rng.getrandbits(32):08x})",
+            )
+        )
         day, clock = seconds // 86_400, f"{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         out.append(f"{_MONTHS[3 + day // 28 % 9]} {day % 28 + 1:2d} {clock} node-7 {message}")
     return "\n".join(out) + "\n"
@@ -64,31 +82,85 @@ def access_log(rng: random.Random, lines: int) -> str:
         status = rng.choices((200, 304, 404, 302, 500), (70, 12, 9, 7, 2))[0]
         time = f"{n // 28_800 % 28 + 1:02d}/May/2024:{n // 1200 % 24:02d}:{n // 20 % 60:02d}:{n * 3 % 60:02d}"
         verb, size, agent = rng.choices(("GET", "POST"), (9, 1))[0], rng.randint(90, 90_000), rng.choice(_AGENTS)
-        out.append(f'192.168.{rng.randint(0, 9)}.{rng.randint(1, 254)} - - [{time} +0000] "{verb} {path} HTTP/1.1" {status} {size} "-" "{agent}"')
+        out.append(
+            f'192.168.{rng.randint(0, 9)}.{rng.randint(1, 254)} - - [{time} +0000] "{verb} {path} HTTP/1.1" {status} {size} "-" "{agent}"'
+        )
     return "\n".join(out) + "\n"
 
 
 def records(rng: random.Random, count: int) -> list[dict]:
     """Nested objects as a web API returns them."""
     words = sorted(html5)
-    return [{"id": f"{rng.getrandbits(64):016x}", "active": rng.random() < 0.8, "score": round(rng.gauss(50, 12), 2),
-             "owner": {"name": rng.choice(words).strip(";"), "roles": rng.sample(["admin", "editor", "reader", "billing"], rng.randint(1, 3))},
-             "items": [{"sku": f"{rng.choice('ABCD')}-{rng.randint(100, 999)}", "quantity": rng.randint(1, 12), "price": rng.randint(99, 99_999) / 100,
-                        "tags": rng.sample(words, 2)} for _ in range(rng.randint(1, 4))],
-             "updated": f"2024-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}T{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}:00Z",
-             "parent": None if rng.random() < 0.5 else rng.randint(1, 10**6)} for _ in range(count)]  # fmt: skip
+    return [
+        {
+            "id": f"{rng.getrandbits(64):016x}",
+            "active": rng.random() < 0.8,
+            "score": round(rng.gauss(50, 12), 2),
+            "owner": {
+                "name": rng.choice(words).strip(";"),
+                "roles": rng.sample(["admin", "editor", "reader", "billing"], rng.randint(1, 3)),
+            },
+            "items": [
+                {
+                    "sku": f"{rng.choice('ABCD')}-{rng.randint(100, 999)}",
+                    "quantity": rng.randint(1, 12),
+                    "price": rng.randint(99, 99_999) / 100,
+                    "tags": rng.sample(words, 2),
+                }
+                for _ in range(rng.randint(1, 4))
+            ],
+            "updated": f"2024-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}T{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}:00Z",
+            "parent": None if rng.random() < 0.5 else rng.randint(1, 10**6),
+        }
+        for _ in range(count)
+    ]
 
 
 def interpreter_json() -> Iterator[tuple[str, object]]:
     """Tables that every interpreter has: Unicode, HTML entities, MIME types, signatures of the library."""
     letters = range(0xA0, 0x2000, 3)
-    yield "unicode", [{"code": f"U+{c:04X}", "name": unicodedata.name(chr(c), ""), "category": unicodedata.category(chr(c)),
-                       "decomposition": unicodedata.decomposition(chr(c))} for c in letters if unicodedata.name(chr(c), "")]  # fmt: skip
+    yield (
+        "unicode",
+        [
+            {
+                "code": f"U+{c:04X}",
+                "name": unicodedata.name(chr(c), ""),
+                "category": unicodedata.category(chr(c)),
+                "decomposition": unicodedata.decomposition(chr(c)),
+            }
+            for c in letters
+            if unicodedata.name(chr(c), "")
+        ],
+    )
     yield "entities", [{"entity": name, "codes": [ord(c) for c in text]} for name, text in sorted(html5.items())]
     yield "mime", {"types": dict(sorted(mimetypes.types_map.items())), "encodings": mimetypes.encodings_map}
     found = []
-    for name in ("argparse", "asyncio", "collections", "csv", "datetime", "difflib", "email", "inspect", "json", "logging", "pathlib", "random", "re",
-                 "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "unittest", "urllib.parse", "zipfile"):
+    for name in (
+        "argparse",
+        "asyncio",
+        "collections",
+        "csv",
+        "datetime",
+        "difflib",
+        "email",
+        "inspect",
+        "json",
+        "logging",
+        "pathlib",
+        "random",
+        "re",
+        "shutil",
+        "socket",
+        "statistics",
+        "string",
+        "subprocess",
+        "tarfile",
+        "textwrap",
+        "threading",
+        "unittest",
+        "urllib.parse",
+        "zipfile",
+    ):
         module = importlib.import_module(name)
         for member, value in sorted(vars(module).items()):
             if callable(value) and not member.startswith("_"):
@@ -97,8 +169,15 @@ def interpreter_json() -> Iterator[tuple[str, object]]:
                 except (ValueError, TypeError):
                     continue
                 if " at 0x" not in signature:
-                    found.append({"module": name, "name": member, "kind": type(value).__name__, "signature": signature,
-                                  "summary": (inspect.getdoc(value) or "").partition("\n")[0]})  # fmt: skip
+                    found.append(
+                        {
+                            "module": name,
+                            "name": member,
+                            "kind": type(value).__name__,
+                            "signature": signature,
+                            "summary": (inspect.getdoc(value) or "").partition("\n")[0],
+                        }
+                    )
     yield "library", {"entries": found}
 
 
@@ -135,8 +214,17 @@ def debian_texts(root: Path, language: str) -> Iterator[tuple[str, str]]:
         yield f"debian-reference.{code}.txt", _bytes_of(text[start:], FOLDER_BYTES // 2)
     if language == "german" and (root / "usr/share/games/fortunes/de").is_dir():
         files = [p for p in sorted((root / "usr/share/games/fortunes/de").iterdir()) if not p.is_symlink() and p.suffix == ""]
-        yield "fortunes.txt", _bytes_of("\n".join(p.read_text(encoding="utf-8", errors="replace").replace("\n%\n", "\n\n") for p in files
-                                                   if p.name not in ("asciiart", "huhn")), FOLDER_BYTES // 2)
+        yield (
+            "fortunes.txt",
+            _bytes_of(
+                "\n".join(
+                    p.read_text(encoding="utf-8", errors="replace").replace("\n%\n", "\n\n")
+                    for p in files
+                    if p.name not in ("asciiart", "huhn")
+                ),
+                FOLDER_BYTES // 2,
+            ),
+        )
     handbook = root / f"usr/share/doc/debian-handbook/html/{locale}"
     if locale and handbook.is_dir():
         pages = "\n".join(plain(p.read_text(encoding="utf-8")) for p in sorted(handbook.glob("*.html")))
@@ -151,10 +239,12 @@ def write_folders(out: Path, debian: Path | None, apart: float = 0.0) -> dict[st
     rng = random.Random(0)
     made: dict[str, list[tuple[str, str]]] = {
         "logs": [("syslog.log", syslog(rng, 1800)), ("access.log", access_log(rng, 1400))],
-        "json": [(f"{name}.json", json.dumps(value, indent=1 + n % 2, ensure_ascii=False)[: FOLDER_BYTES // 5])
-                 for n, (name, value) in enumerate([*interpreter_json(), ("records", records(rng, 300))])],
+        "json": [
+            (f"{name}.json", json.dumps(value, indent=1 + n % 2, ensure_ascii=False)[: FOLDER_BYTES // 5])
+            for n, (name, value) in enumerate([*interpreter_json(), ("records", records(rng, 300))])
+        ],
         "code": list(code_texts()),
-    }  # fmt: skip
+    }
     if debian is not None:
         made |= {language: list(debian_texts(debian, language)) for language in ("prose", "german", "french", "japanese")}
     sizes = {}
@@ -177,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--debian", type=Path, help="where Debian packages were unpacked, or /")
-    parser.add_argument("--apart", type=float, default=0.0, help="last part of every text, such as 0.25, to OUT/test, and the rest to OUT/train")
+    parser.add_argument(
+        "--apart", type=float, default=0.0, help="last part of every text, such as 0.25, to OUT/test, and the rest to OUT/train"
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.apart < 1:
         print(f"error: --apart {options.apart} (give a fraction below 1)", file=sys.stderr)

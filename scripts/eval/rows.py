@@ -1,4 +1,5 @@
 """Judged answers, and the rows of a table that they add up to."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,9 +13,16 @@ Parts = dict[str, dict[str, Any]]
 
 def item(question: Question, answer: str, untouched: str) -> dict[str, Any]:
     """One judged answer."""
-    return {"task": question.task, "depth": round(question.depth, 4), "right": judge(question, answer), "agrees": answer == untouched,
-            "was_right": judge(question, untouched), "copied": round(copied_fraction(question, answer), 4),
-            "answer": answer, "expected": question.expected}
+    return {
+        "task": question.task,
+        "depth": round(question.depth, 4),
+        "right": judge(question, answer),
+        "agrees": answer == untouched,
+        "was_right": judge(question, untouched),
+        "copied": round(copied_fraction(question, answer), 4),
+        "answer": answer,
+        "expected": question.expected,
+    }
 
 
 def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
@@ -47,10 +55,19 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
         stored, tokens = (sum(column) for column in zip(*sizes.get((context, method), [(0, 0)]), strict=True))
         lost = sum(i["was_right"] and not i["right"] for i in asked)
         gained = sum(i["right"] and not i["was_right"] for i in asked)
-        row = {"task": task, "context": context, "method": method, "questions": n, "accuracy": right / n,
-               "standard_error": (right / n * (1 - right / n) / n) ** 0.5, "lost": lost, "gained": gained,
-               "difference_standard_error": ((lost + gained) - (gained - lost) ** 2 / n) ** 0.5 / n,
-               "agreement": sum(i["agrees"] for i in asked) / n, "bits_per_element": 8 * stored / (tokens * full_dim) if tokens else None}
+        row = {
+            "task": task,
+            "context": context,
+            "method": method,
+            "questions": n,
+            "accuracy": right / n,
+            "standard_error": (right / n * (1 - right / n) / n) ** 0.5,
+            "lost": lost,
+            "gained": gained,
+            "difference_standard_error": ((lost + gained) - (gained - lost) ** 2 / n) ** 0.5 / n,
+            "agreement": sum(i["agrees"] for i in asked) / n,
+            "bits_per_element": 8 * stored / (tokens * full_dim) if tokens else None,
+        }
         if task == "conversation":  # also the short replies of turns that tell a fact
             row["agreement_all_turns"] = sum(i["agrees"] for i in items) / len(items)
         if task == "copy":
@@ -67,6 +84,12 @@ def by_depth(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for n in range(DEPTH_BINS):
         inside = [i for i in items if min(int(i["depth"] * DEPTH_BINS), DEPTH_BINS - 1) == n]
         if inside:
-            bins.append({"from": n / DEPTH_BINS, "to": (n + 1) / DEPTH_BINS, "questions": len(inside),
-                         "accuracy": sum(i["right"] for i in inside) / len(inside)})
+            bins.append(
+                {
+                    "from": n / DEPTH_BINS,
+                    "to": (n + 1) / DEPTH_BINS,
+                    "questions": len(inside),
+                    "accuracy": sum(i["right"] for i in inside) / len(inside),
+                }
+            )
     return bins

@@ -1,4 +1,5 @@
 """Runs the planted questions and the conversations of eval_tasks over an untouched cache and over coded ones."""
+
 from __future__ import annotations
 
 import random
@@ -54,7 +55,9 @@ class Plan:
 class Runner:
     """Adds to `parts` whatever of a plan is not there yet, one entry for each (run, samples, method); `save` is called after each."""
 
-    def __init__(self, engine: Engine, suspender: Suspender, plan: Plan, parts: Parts, save: Callable[[], None], log: Callable[[str], None]):
+    def __init__(
+        self, engine: Engine, suspender: Suspender, plan: Plan, parts: Parts, save: Callable[[], None], log: Callable[[str], None]
+    ):
         self.engine, self._suspender, self.plan, self.parts = engine, suspender, plan, parts
         self._save, self._log = save, log
 
@@ -88,8 +91,15 @@ class Runner:
     def sample(self, context: int, number: int) -> Sample:
         """Sample `number` of a context length: a function of the seed and the two."""
         rng = random.Random(f"{self.plan.seed}/{context}/{number}")
-        return make_sample(rng, self.plan.texts, context - TEMPLATE_TOKENS, self.count,
-                           facts=self.plan.facts, identifiers=self.plan.identifiers, sums=self.plan.sums)
+        return make_sample(
+            rng,
+            self.plan.texts,
+            context - TEMPLATE_TOKENS,
+            self.count,
+            facts=self.plan.facts,
+            identifiers=self.plan.identifiers,
+            sums=self.plan.sums,
+        )
 
     def context_ids(self, sample: Sample) -> list[int]:
         """Token ids of the user's turn with the text and of the assistant's reply: everything before the suspension."""
@@ -118,10 +128,20 @@ class Runner:
         tokens = iter(ask_aside(self.engine, [c for c, _ in pairs], questions, [q.max_new_tokens for _, q in pairs]))
         return [[self._text(next(tokens)) for _ in s.questions] for s in samples]
 
-    def _record(self, key: str, samples: list[Sample], answers: list[list[str]], untouched: list[list[str]],
-                conversations: list[Conversation], stored_bytes: int | None) -> None:
-        items = [item(q, answer, same) for s, own, theirs in zip(samples, answers, untouched, strict=True)
-                 for q, answer, same in zip(s.questions, own, theirs, strict=True)]
+    def _record(
+        self,
+        key: str,
+        samples: list[Sample],
+        answers: list[list[str]],
+        untouched: list[list[str]],
+        conversations: list[Conversation],
+        stored_bytes: int | None,
+    ) -> None:
+        items = [
+            item(q, answer, same)
+            for s, own, theirs in zip(samples, answers, untouched, strict=True)
+            for q, answer, same in zip(s.questions, own, theirs, strict=True)
+        ]
         self.parts[key] = {"items": items, "stored_bytes": stored_bytes, "tokens": sum(c.sequence.length for c in conversations)}
         self._save()
         right = sum(i["right"] for i in items)
@@ -133,8 +153,12 @@ class Runner:
     def conversations(self) -> None:
         """Every method's own conversations, greedy; a coded one is suspended and resumed before every turn but the first."""
         count = self.plan.conversations
-        plans = [make_conversation(random.Random(f"{self.plan.seed}/conversation/{n}"), self.plan.texts, self.plan.turns,
-                                   self.plan.turn_tokens, self.count) for n in range(count)]
+        plans = [
+            make_conversation(
+                random.Random(f"{self.plan.seed}/conversation/{n}"), self.plan.texts, self.plan.turns, self.plan.turn_tokens, self.count
+            )
+            for n in range(count)
+        ]
         untouched = f"conversation/{count}/{UNTOUCHED}"
         for methods in ((UNTOUCHED,), self.plan.qualities):
             missing = [m for m in methods if f"conversation/{count}/{m}" not in self.parts]
@@ -178,16 +202,23 @@ class Runner:
             own = [b for b, (name, _) in enumerate(owners) if name == method]
             coded = method != UNTOUCHED and self.plan.turns > 1
             self.parts[f"conversation/{count}/{method}"] = {
-                "items": items[method], "resumes": count * (self.plan.turns - 1) if coded else 0,
-                "stored_bytes": sum(sizes[b] for b in own) if coded else None, "tokens": sum(lengths[b] for b in own)}
+                "items": items[method],
+                "resumes": count * (self.plan.turns - 1) if coded else 0,
+                "stored_bytes": sum(sizes[b] for b in own) if coded else None,
+                "tokens": sum(lengths[b] for b in own),
+            }
             asked = [i for i in items[method] if i["right"] is not None]
             self._log(f"conversation/{count}/{method}: {sum(i['right'] for i in asked)} of {len(asked)} right")
         self._save()
 
     def _turn(self, conversations: list[Conversation], turns: list[Turn]) -> list[str]:
         """What is answered to each user's message."""
-        questions = [next_turn(self.engine.tokenizer, t.message, c.token_ids) if c.token_ids else
-                     self.engine.encode([{"role": "user", "content": t.message}]) for t, c in zip(turns, conversations, strict=True)]
+        questions = [
+            next_turn(self.engine.tokenizer, t.message, c.token_ids)
+            if c.token_ids
+            else self.engine.encode([{"role": "user", "content": t.message}])
+            for t, c in zip(turns, conversations, strict=True)
+        ]
         limit = MAX_NEW_TOKENS["conversation"]
         return [self._text(ids) for ids in ask(self.engine, conversations, questions, [limit] * len(questions))]
 

@@ -1,4 +1,5 @@
 """Batched greedy answers on conversations; suspending and resuming them through the bytes of a session file, through a file, or in place."""
+
 from __future__ import annotations
 
 import tempfile
@@ -45,7 +46,12 @@ def run_tokens(engine: Engine, conversations: Sequence[Conversation], pieces: Se
     flat = torch.tensor([t for piece in pieces for t in piece], device=engine.device)
     counts = [len(piece) for piece in pieces]
     out = engine.target.forward(
-        flat, [c.sequence for c in conversations], counts, taps=taps, logits=logits, deterministic=engine.deterministic  # type: ignore[arg-type]
+        flat,
+        [c.sequence for c in conversations],
+        counts,
+        taps=taps,
+        logits=logits,
+        deterministic=engine.deterministic,  # type: ignore[arg-type]
     )
     if engine.drafter is not None and taps:
         engine.drafter.observe_target(states, counts, out.taps)
@@ -77,8 +83,10 @@ def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
         return
     pairs = [(c, c.draft_state) for c in conversations if c.draft_state is not None]
     while behind := [(c, state) for c, state in pairs if state.length < c.sequence.length]:
-        drafter.prefill([state for _, state in behind],
-                        [c.token_ids[state.length : min(state.length + PREFILL_TOKENS, c.sequence.length)] for c, state in behind])
+        drafter.prefill(
+            [state for _, state in behind],
+            [c.token_ids[state.length : min(state.length + PREFILL_TOKENS, c.sequence.length)] for c, state in behind],
+        )
 
 
 def ask(

@@ -2,6 +2,7 @@
 
 Axes: n held-out tokens, F features of a set, D KV elements (of the coded layers), r rank, K kept components.
 """
+
 from __future__ import annotations
 
 import math
@@ -42,8 +43,12 @@ def separate_sets(num_taps: int, again: Sequence[int]) -> list[FeatureSet]:
     """Sets for a draft with states 0 .. num_taps - 1, and the target's own after its first m layers for each m of `again`."""
     every = tuple(range(num_taps))
     third = tuple(range(num_taps - 1, -1, -3))[::-1]
-    sets = [FeatureSet("embedding", (), (0,), 0), FeatureSet("last state", every[-1:], (0,), 0), FeatureSet("every third state", third, (0,), 0),
-            FeatureSet("all states", every, (0,), 0)]
+    sets = [
+        FeatureSet("embedding", (), (0,), 0),
+        FeatureSet("last state", every[-1:], (0,), 0),
+        FeatureSet("every third state", third, (0,), 0),
+        FeatureSet("all states", every, (0,), 0),
+    ]
     for m in again:
         own = tuple(sorted({0, m // 2, m}))
         sets += [FeatureSet(f"target's {m} layers", (), own, m), FeatureSet(f"all states + target's {m} layers", every, own, m)]
@@ -53,8 +58,12 @@ def separate_sets(num_taps: int, again: Sequence[int]) -> list[FeatureSet]:
 def trunk_sets(layers: int) -> list[FeatureSet]:
     """Sets for a trunk of the target's first layers."""
     every = tuple(range(1, layers + 1))
-    return [FeatureSet("embedding", (), (0,), layers), FeatureSet("last state", every[-1:], (0,), layers),
-            FeatureSet("every second state", every[::-2][::-1], (0,), layers), FeatureSet("all states", every, (0,), layers)]
+    return [
+        FeatureSet("embedding", (), (0,), layers),
+        FeatureSet("last state", every[-1:], (0,), layers),
+        FeatureSet("every second state", every[::-2][::-1], (0,), layers),
+        FeatureSet("all states", every, (0,), layers),
+    ]
 
 
 class Whole:
@@ -69,8 +78,18 @@ class Whole:
         first_layer: of y.
     """
 
-    def __init__(self, taps: tuple[int, ...], target_taps: tuple[int, ...], sizes: tuple[int, int], moments: Moments, features: Tensor, y: Tensor,
-                 weighting: Weighting, layer_dim: int, first_layer: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        taps: tuple[int, ...],
+        target_taps: tuple[int, ...],
+        sizes: tuple[int, int],
+        moments: Moments,
+        features: Tensor,
+        y: Tensor,
+        weighting: Weighting,
+        layer_dim: int,
+        first_layer: int,
+    ) -> None:
         self.taps, self.target_taps, self.sizes = taps, target_taps, sizes
         self.moments, self.features, self.y, self.weighting = moments, features, y, weighting
         self.layer_dim, self.first_layer = layer_dim, first_layer
@@ -112,8 +131,14 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
     predicted = weighted.T @ (m.ff @ weighted)
     low = sorted({int(r) for r in ranks if r != FULL and int(r) < min(solution.shape)})
     directions = leading_eigenvectors(predicted, low[-1])[1] if low else predicted[:, :0]
-    fixed = {"features": one.name, "taps": list(one.taps), "target_taps": list(one.target_taps), "first_layer": one.first_layer,
-             "num_features": len(m.ff), "ridge": ridge}  # fmt: skip
+    fixed = {
+        "features": one.name,
+        "taps": list(one.taps),
+        "target_taps": list(one.target_taps),
+        "first_layer": one.first_layer,
+        "num_features": len(m.ff),
+        "ridge": ridge,
+    }
     for rank in low:
         u = directions[:, :rank]
         down = (weighted @ u) / m.f_scale[:, None]
@@ -123,8 +148,11 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
         prediction = torch.cat([predictor.predict_features(rows) for rows in features.split(2048)])
         taken = u @ (u.T @ cross)
         covariance = yy - taken - taken.T + u @ ((u.T @ predicted @ u) @ u.T)
-        yield fixed | {"rank": rank, "storage_bits": 8, "predictor_bytes": stored_bytes(tensors)} | _cost(
-            y, prediction, covariance, weighting, m.mu, step, num_elements, whole.layer_dim)
+        yield (
+            fixed
+            | {"rank": rank, "storage_bits": 8, "predictor_bytes": stored_bytes(tensors)}
+            | _cost(y, prediction, covariance, weighting, m.mu, step, num_elements, whole.layer_dim)
+        )
     standard = (features - m.f_mean) / m.f_scale
     for bits in (4, 8) if FULL in ranks else ():
         stored = round_weights(solution, m.ff, bits=bits)
@@ -132,8 +160,11 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
         size = stored.codes.numel() * bits // 8 + 2 * stored.scale.numel() + 12 * len(m.ff) + 4 * len(m.mu)
         prediction = m.mu + torch.cat([rows @ dense for rows in standard.split(2048)])
         covariance = both_sides(m.residual_of(dense), weighting.root)
-        yield fixed | {"rank": FULL, "storage_bits": bits, "predictor_bytes": size} | _cost(
-            y, prediction, covariance, weighting, m.mu, step, num_elements, whole.layer_dim)
+        yield (
+            fixed
+            | {"rank": FULL, "storage_bits": bits, "predictor_bytes": size}
+            | _cost(y, prediction, covariance, weighting, m.mu, step, num_elements, whole.layer_dim)
+        )
 
 
 def _cost(
@@ -145,8 +176,13 @@ def _cost(
     kept = max(1, int((variance > (KEEP_FACTOR * step) ** 2).sum()))
     c = apply_blocks(y - prediction, weighting.root) @ basis[:, :kept]
     bits = laplace_bits(c / step, variance[:kept].sqrt() / step)
-    return {"r2_k": float(r2[0]), "r2_v": float(r2[1]), "components": kept, "all_components": kept < len(variance),
-            "ideal_bits_per_element": float(bits.sum(1).mean()) / num_elements}  # fmt: skip
+    return {
+        "r2_k": float(r2[0]),
+        "r2_v": float(r2[1]),
+        "components": kept,
+        "all_components": kept < len(variance),
+        "ideal_bits_per_element": float(bits.sum(1).mean()) / num_elements,
+    }
 
 
 def laplace_bits(x: Tensor, scale: Tensor) -> Tensor:

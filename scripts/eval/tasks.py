@@ -1,10 +1,11 @@
 """Questions that only a faithful cache can answer, planted in filler text, and the judge of the answers.
 
-    retrieval    "The access code of NAME is <6 digits>.": one fact in every stratum of depth, each asked for by name
-    copy         a random identifier of 32 to 64 characters in the first tenth of the text, to be repeated exactly
-    arithmetic   two quantities in the first third of the text, their sum asked for (it stands nowhere in the text)
-    conversation facts told in the first half of the turns, asked for in the second half, in another order
+retrieval    "The access code of NAME is <6 digits>.": one fact in every stratum of depth, each asked for by name
+copy         a random identifier of 32 to 64 characters in the first tenth of the text, to be repeated exactly
+arithmetic   two quantities in the first third of the text, their sum asked for (it stands nowhere in the text)
+conversation facts told in the first half of the turns, asked for in the second half, in another order
 """
+
 from __future__ import annotations
 
 import random
@@ -19,10 +20,58 @@ from engine.errors import InvalidOption
 VERSION = 3
 """Of the tasks: results of different ones must not be mixed."""
 
-NAMES = ("Adela", "Boris", "Carmen", "Dmitri", "Elena", "Farid", "Greta", "Hassan", "Ingrid", "Jorge", "Katya", "Lionel", "Marisol", "Nadia",
-         "Otto", "Priya", "Quentin", "Rosalind", "Stefan", "Tamara", "Ulrich", "Valentina", "Wendell", "Ximena", "Yusuf", "Zelda", "Amadou",
-         "Beatrix", "Casimir", "Dorothea", "Emil", "Fiona")
-PLACES = ("Oslo", "Lima", "Kyoto", "Porto", "Quito", "Tunis", "Riga", "Hanoi", "Accra", "Turin", "Davos", "Cairo", "Perth", "Sofia", "Malmo", "Lagos")
+NAMES = (
+    "Adela",
+    "Boris",
+    "Carmen",
+    "Dmitri",
+    "Elena",
+    "Farid",
+    "Greta",
+    "Hassan",
+    "Ingrid",
+    "Jorge",
+    "Katya",
+    "Lionel",
+    "Marisol",
+    "Nadia",
+    "Otto",
+    "Priya",
+    "Quentin",
+    "Rosalind",
+    "Stefan",
+    "Tamara",
+    "Ulrich",
+    "Valentina",
+    "Wendell",
+    "Ximena",
+    "Yusuf",
+    "Zelda",
+    "Amadou",
+    "Beatrix",
+    "Casimir",
+    "Dorothea",
+    "Emil",
+    "Fiona",
+)
+PLACES = (
+    "Oslo",
+    "Lima",
+    "Kyoto",
+    "Porto",
+    "Quito",
+    "Tunis",
+    "Riga",
+    "Hanoi",
+    "Accra",
+    "Turin",
+    "Davos",
+    "Cairo",
+    "Perth",
+    "Sofia",
+    "Malmo",
+    "Lagos",
+)
 OBJECTS = ("archive", "satellite", "turbine", "telescope", "reactor", "freighter", "printer", "gateway")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 INTRODUCTION = "Read these notes carefully. I will ask you about single facts in them.\n\n"
@@ -72,12 +121,16 @@ def copied_fraction(question: Question, answer: str) -> float:
         return float(judge(question, answer))
     best = 0
     for word in re.findall(r"[0-9A-Za-z]+", answer):
-        same = next((n for n, (a, b) in enumerate(zip(word, question.expected, strict=False)) if a != b), min(len(word), len(question.expected)))
+        same = next(
+            (n for n, (a, b) in enumerate(zip(word, question.expected, strict=False)) if a != b), min(len(word), len(question.expected))
+        )
         best = max(best, same)
     return best / len(question.expected)
 
 
-def take_filler(rng: random.Random, texts: Sequence[str], num_tokens: int, count: Callable[[list[str]], list[int]]) -> tuple[list[str], list[int]]:
+def take_filler(
+    rng: random.Random, texts: Sequence[str], num_tokens: int, count: Callable[[list[str]], list[int]]
+) -> tuple[list[str], list[int]]:
     """Lines of running text, and the tokens of each, about num_tokens in all and never more: texts in random order, each from a random line on.
 
     Raises InvalidOption when the texts are too short for that.
@@ -87,7 +140,7 @@ def take_filler(rng: random.Random, texts: Sequence[str], num_tokens: int, count
     room = num_tokens
     for text in rng.sample(list(texts), len(texts)):
         own = [line.rstrip()[:400] for line in text.splitlines() if line.strip()]
-        own = own[rng.randrange(max(1, len(own) // 2)):][: room + 1]  # a line has at least one token
+        own = own[rng.randrange(max(1, len(own) // 2)) :][: room + 1]  # a line has at least one token
         for line, size in zip(own, line_tokens(own, count), strict=True):
             if size > room:
                 break
@@ -98,7 +151,9 @@ def take_filler(rng: random.Random, texts: Sequence[str], num_tokens: int, count
             continue
         break
     if room > max(256, num_tokens // 8):
-        raise InvalidOption(f"the filler text has only {num_tokens - room} of {num_tokens} tokens", "give more --text, or a smaller context")
+        raise InvalidOption(
+            f"the filler text has only {num_tokens - room} of {num_tokens} tokens", "give more --text, or a smaller context"
+        )
     return lines, sizes
 
 
@@ -108,8 +163,14 @@ def line_tokens(lines: list[str], count: Callable[[list[str]], list[int]]) -> li
 
 
 def make_sample(
-    rng: random.Random, texts: Sequence[str], num_tokens: int, count: Callable[[list[str]], list[int]],
-    *, facts: int = 8, identifiers: int = 1, sums: int = 2,
+    rng: random.Random,
+    texts: Sequence[str],
+    num_tokens: int,
+    count: Callable[[list[str]], list[int]],
+    *,
+    facts: int = 8,
+    identifiers: int = 1,
+    sums: int = 2,
 ) -> Sample:
     """A text of at most num_tokens tokens with all its facts, and one question for each.
 
@@ -118,9 +179,16 @@ def make_sample(
         facts: retrieval questions, one in each of as many equal strata of depth; at most len(NAMES).
         identifiers, sums: copy and arithmetic questions; at most len(OBJECTS), len(PLACES) // 2.
     """
-    if not 0 <= facts <= len(NAMES) or not 0 <= identifiers <= len(OBJECTS) or not 0 <= 2 * sums <= len(PLACES) or facts + identifiers + sums == 0:
-        raise InvalidOption(f"{facts} facts, {identifiers} identifiers, {sums} sums",
-                            f"ask for at most {len(NAMES)}, {len(OBJECTS)} and {len(PLACES) // 2}, and at least one in all")
+    if (
+        not 0 <= facts <= len(NAMES)
+        or not 0 <= identifiers <= len(OBJECTS)
+        or not 0 <= 2 * sums <= len(PLACES)
+        or facts + identifiers + sums == 0
+    ):
+        raise InvalidOption(
+            f"{facts} facts, {identifiers} identifiers, {sums} sums",
+            f"ask for at most {len(NAMES)}, {len(OBJECTS)} and {len(PLACES) // 2}, and at least one in all",
+        )
     planted: list[tuple[float, str]] = []
     questions: list[tuple[str, str, str, float]] = []
     for n, (name, code) in enumerate(zip(rng.sample(NAMES, facts), distinct_numbers(rng, facts, 6), strict=True)):
@@ -134,16 +202,21 @@ def make_sample(
     places = rng.sample(PLACES, 2 * sums)
     for a, b in zip(places[::2], places[1::2], strict=True):
         amounts, depths = [rng.randint(11, 99) for _ in range(2)], [EARLY["arithmetic"] * rng.random() for _ in range(2)]
-        planted += [(depth, f"The depot in {place} holds {amount} crates.") for depth, place, amount in zip(depths, (a, b), amounts, strict=True)]
-        questions.append(("arithmetic", f"How many crates do the depots in {a} and {b} hold together? {SUM_FORM}",
-                          str(sum(amounts)), max(depths)))
+        planted += [
+            (depth, f"The depot in {place} holds {amount} crates.") for depth, place, amount in zip(depths, (a, b), amounts, strict=True)
+        ]
+        questions.append(
+            ("arithmetic", f"How many crates do the depots in {a} and {b} hold together? {SUM_FORM}", str(sum(amounts)), max(depths))
+        )
     room = num_tokens - sum(line_tokens([line for _, line in planted], count))
     if room < 64:
         raise InvalidOption(f"{num_tokens} tokens leave no room for text around the facts", "give a longer context or fewer facts")
     lines, sizes = take_filler(rng, texts, room, count)
     document = plant(lines, sizes, planted)
     if any(document.count(expected) != 1 for task, _, expected, _ in questions if task != "arithmetic"):
-        return make_sample(rng, texts, num_tokens, count, facts=facts, identifiers=identifiers, sums=sums)  # the filler held a code by chance
+        return make_sample(
+            rng, texts, num_tokens, count, facts=facts, identifiers=identifiers, sums=sums
+        )  # the filler held a code by chance
     return Sample(document, [Question(*q) for q in questions])
 
 

@@ -1,4 +1,5 @@
 """What a pack costs on other kinds of text, and how the bits of a long text fall or rise with position."""
+
 from __future__ import annotations
 
 from bisect import bisect_right
@@ -37,12 +38,15 @@ def domain_windows(path: str, context: int, num_tokens: int, encode: Encode) -> 
     """Windows of `context` tokens from a folder's files, num_tokens in all at most. Raises InvalidOption when there is not one."""
     found = windows([encode(text) for text in read_files([path]).values()], context, num_tokens // context)
     if not found:
-        raise InvalidOption(f"{path} has no file of {context} tokens",
-                            "give longer text, more --domain-tokens, or a smaller --domain-context")
+        raise InvalidOption(
+            f"{path} has no file of {context} tokens", "give longer text, more --domain-tokens, or a smaller --domain-context"
+        )
     return found
 
 
-def measure_domain(pair: PairCodec, sequences: list[list[int]], methods: Sequence[str], done: Callable[[str, dict[str, Any]], None]) -> None:
+def measure_domain(
+    pair: PairCodec, sequences: list[list[int]], methods: Sequence[str], done: Callable[[str, dict[str, Any]], None]
+) -> None:
     """Bits per element, KL and top-1 agreement of each method (a quality's name) on windows, by the protocol of bench_codec; done(method, row)."""
     from bench_codec import measure
 
@@ -147,9 +151,16 @@ def position_rows(parts: dict[str, dict[str, Any]], full_dim: int) -> list[dict[
     rows = []
     for (a, b), by_quality in sorted(sums.items()):
         nll = by_quality.pop(NLL, [0, 0.0])
-        rows.append({"task": "position", "from": a, "to": b, "tokens": max((int(count) for count, _ in by_quality.values()), default=0),
-                     "nll": nll[1] / nll[0] if nll[0] else None,
-                     "bits_per_element": {q: 8 * size / (count * full_dim) for q, (count, size) in by_quality.items() if count}})
+        rows.append(
+            {
+                "task": "position",
+                "from": a,
+                "to": b,
+                "tokens": max((int(count) for count, _ in by_quality.values()), default=0),
+                "nll": nll[1] / nll[0] if nll[0] else None,
+                "bits_per_element": {q: 8 * size / (count * full_dim) for q, (count, size) in by_quality.items() if count},
+            }
+        )
     return rows
 
 

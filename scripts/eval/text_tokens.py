@@ -5,6 +5,7 @@ Without: files are split by the SHA-256 of their content, about one quarter (fir
 single file is cut at three quarters of its tokens. Windows of `context` tokens do not overlap and never cross a file; which ones
 are used is drawn with a fixed seed. An .npz with int arrays `train` and `test`, both [sequences, >= context], is taken as it is.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,8 +18,27 @@ import numpy as np
 
 from engine.errors import InvalidOption
 
-SUFFIXES = {".c", ".cpp", ".go", ".h", ".html", ".java", ".js", ".json", ".log", ".md", ".py", ".rs", ".rst", ".sh", ".toml", ".ts", ".txt",
-            ".yaml", ".yml"}
+SUFFIXES = {
+    ".c",
+    ".cpp",
+    ".go",
+    ".h",
+    ".html",
+    ".java",
+    ".js",
+    ".json",
+    ".log",
+    ".md",
+    ".py",
+    ".rs",
+    ".rst",
+    ".sh",
+    ".toml",
+    ".ts",
+    ".txt",
+    ".yaml",
+    ".yml",
+}
 _TEST_BELOW = 64
 _SEED = 0
 _MAX_WINDOWS_PER_FILE = 64
@@ -55,13 +75,19 @@ def read_files(paths: list[str]) -> dict[str, str]:
 
 def windows(sequences: list[list[int]], context: int, count: int) -> list[list[int]]:
     """At most `count` windows of `context` tokens, drawn over all sequences with a fixed seed."""
-    cut = [s[i:i + context] for s in sequences for i in range(0, min(len(s), context * _MAX_WINDOWS_PER_FILE) - context + 1, context)]
+    cut = [s[i : i + context] for s in sequences for i in range(0, min(len(s), context * _MAX_WINDOWS_PER_FILE) - context + 1, context)]
     random.Random(_SEED).shuffle(cut)
     return cut[:count]
 
 
-def split_tokens(text: list[str], calibration_text: list[str], context: int, test_tokens: int, calibration_tokens: int,
-                 encode: Callable[[str], list[int]]) -> TokenSplit:
+def split_tokens(
+    text: list[str],
+    calibration_text: list[str],
+    context: int,
+    test_tokens: int,
+    calibration_tokens: int,
+    encode: Callable[[str], list[int]],
+) -> TokenSplit:
     """Test and calibration windows after the rule above.
 
     Args:
@@ -75,8 +101,10 @@ def split_tokens(text: list[str], calibration_text: list[str], context: int, tes
         raise InvalidOption(f"{test_tokens} tokens are less than one window of {context}", "raise --tokens or lower --context")
     if len(text) == 1 and text[0].endswith(".npz"):
         arrays = np.load(text[0])
-        test, train = ([[int(t) for t in row[:context]] for row in arrays[name][:count] if len(row) >= context]
-                       for name, count in (("test", num_test), ("train", num_calibration)))
+        test, train = (
+            [[int(t) for t in row[:context]] for row in arrays[name][:count] if len(row) >= context]
+            for name, count in (("test", num_test), ("train", num_calibration))
+        )
     else:
         texts = read_files(text)
         if calibration_text:
@@ -91,7 +119,7 @@ def split_tokens(text: list[str], calibration_text: list[str], context: int, tes
         tokens = [[encode(t) for t in part] for part in parts]
         if not calibration_text and not (tokens[0] and tokens[1]):
             whole = tokens[0] + tokens[1]
-            tokens = [[s[len(s) * 3 // 4:] for s in whole], [s[:len(s) * 3 // 4] for s in whole]]
+            tokens = [[s[len(s) * 3 // 4 :] for s in whole], [s[: len(s) * 3 // 4] for s in whole]]
         test, train = windows(tokens[0], context, num_test), windows(tokens[1], context, num_calibration)
     if not test:
         raise InvalidOption(f"the test text has no file of {context} tokens", "give more text or lower --context")

@@ -1,7 +1,8 @@
 """One picture of trainings of a trunk draft: acceptance against time, from the JSON that train_draft.py writes.
 
-    python scripts/train/plot.py training.json training.png
+python scripts/train/plot.py training.json training.png
 """
+
 from __future__ import annotations
 
 import json
@@ -15,6 +16,7 @@ COLOURS = ("#c0182b", "#1f5fa8", "#2a8f5b", "#e8833a", "#7a4fa3", "#3a9aa8", "#8
 def plot(document: dict[str, Any], path: str | Path) -> None:
     """Writes a PNG: a line a training, thin for the batches just trained on, with the held-out measurements as points on a thick one."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

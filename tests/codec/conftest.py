@@ -57,9 +57,15 @@ def _make_pack(source: Source, kind: str = "global", room: float | None = None) 
         assert len(set(row_bits)) > 1
         transform = transform.first(len(row_bits))
     pack = CodecPack.build(
-        LAYOUT, weighting, transform, EntropyModel.laplace(), row_bits=row_bits,
-        predictor={"mu": torch.zeros(LAYOUT.dim)}, predictor_settings={"taps": [1]}, fingerprints={"target": "t", "draft": "d"},
-    )  # fmt: skip
+        LAYOUT,
+        weighting,
+        transform,
+        EntropyModel.laplace(),
+        row_bits=row_bits,
+        predictor={"mu": torch.zeros(LAYOUT.dim)},
+        predictor_settings={"taps": [1]},
+        fingerprints={"target": "t", "draft": "d"},
+    )
     held = source.draw(1500)
     c = KvCodec(pack).components(held, torch.zeros_like(held), pack.transform.num_components)
     return pack.with_model(fit_entropy_model(c, c.pow(2).mean(0)))

@@ -62,8 +62,17 @@ def test_foreign_and_newer_files() -> None:
 
 
 def span(levels: bool = True) -> bytes:
-    code = SpanCode(1.0, 4, 10, 7, 0xABCD, np.arange(3, dtype=np.uint32) + 70_000, np.arange(20, dtype=np.uint16),
-                    np.arange(10, dtype=np.int8) - 5 if levels else None, write_varints(np.array([3, 300])))  # fmt: skip
+    code = SpanCode(
+        1.0,
+        4,
+        10,
+        7,
+        0xABCD,
+        np.arange(3, dtype=np.uint32) + 70_000,
+        np.arange(20, dtype=np.uint16),
+        np.arange(10, dtype=np.int8) - 5 if levels else None,
+        write_varints(np.array([3, 300])),
+    )
     return write_span(code)
 
 

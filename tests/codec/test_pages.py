@@ -16,7 +16,9 @@ SIZES, PAGE = (40, 7, 20), 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pages_of(rows: torch.Tensor, like: torch.Tensor, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_layer: int) -> torch.Tensor:
+def pages_of(
+    rows: torch.Tensor, like: torch.Tensor, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_layer: int
+) -> torch.Tensor:
     """The pool after a plain write of rows float32 [T, D]."""
     kv, flat = like.clone(), rows.unflatten(1, (like.shape[0] - first_layer, 2, *like.shape[4:]))
     for layer in range(first_layer, like.shape[0]):

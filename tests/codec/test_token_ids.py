@@ -264,7 +264,9 @@ def test_rubbish_for_a_model_ends(head, data, count):
         assert len(found) == count and all(0 <= token < VOCAB for token in found)
 
 
-@pytest.mark.parametrize("data", [b"", bytes(1) + CODED[1:], bytes([MAX_LANES + 1]) + CODED[1:], bytes([128]) + CODED[1:], CODED[:1], CODED[:20]])
+@pytest.mark.parametrize(
+    "data", [b"", bytes(1) + CODED[1:], bytes([MAX_LANES + 1]) + CODED[1:], bytes([128]) + CODED[1:], CODED[:1], CODED[:20]]
+)
 def test_heads_and_ends_that_do_not_fit(data):
     with pytest.raises(CorruptedCode):
         decode_paths(data, 120, VOCAB, Bigrams())

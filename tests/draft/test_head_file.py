@@ -26,15 +26,30 @@ from draft.head_file import (
 )
 
 TARGET = SimpleNamespace(
-    architecture="llama", num_layers=3, hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=80, vocab_size=97,
-    rms_norm_eps=1e-6, qkv_bias=False, o_bias=False, qk_norm=False, rope=SimpleNamespace(theta=1e4),
-)  # fmt: skip
+    architecture="llama",
+    num_layers=3,
+    hidden_size=48,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=80,
+    vocab_size=97,
+    rms_norm_eps=1e-6,
+    qkv_bias=False,
+    o_bias=False,
+    qk_norm=False,
+    rope=SimpleNamespace(theta=1e4),
+)
 
 
 def example(head="own", bits=8):
     torch.manual_seed(0)
     config = AdapterConfig("tiny", target_digest(TARGET), 2, 1, 11, head, bits, {"seed": 3})
-    tensors = {"token_ids": torch.arange(0, 33, 3), "model.norm.weight": torch.rand(48), "model.layers.0.mlp.down_proj.weight": torch.randn(48, 80)}
+    tensors = {
+        "token_ids": torch.arange(0, 33, 3),
+        "model.norm.weight": torch.rand(48),
+        "model.layers.0.mlp.down_proj.weight": torch.randn(48, 80),
+    }
     if head == "own":
         tensors["lm_head.weight"] = torch.randn(11, 48)
     return config, tensors
@@ -85,7 +100,15 @@ def test_the_digest_leaves_the_training_out(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"trunk_layers": 1}, {"num_layers": 2}, {"vocab_size": 12}, {"head": "tied"}, {"bits": 16}, {"target_fingerprint_config": "0" * 64}, {"more": 1}],
+    [
+        {"trunk_layers": 1},
+        {"num_layers": 2},
+        {"vocab_size": 12},
+        {"head": "tied"},
+        {"bits": 16},
+        {"target_fingerprint_config": "0" * 64},
+        {"more": 1},
+    ],
 )
 def test_a_config_of_another_adapter_is_refused(tmp_path, change):
     save_adapter(tmp_path, *example())

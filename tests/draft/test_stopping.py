@@ -63,7 +63,9 @@ def test_the_likeliest_tokens_and_their_probabilities():
     logits = 3 * torch.randn(4, 50, generator=generator)
     wanted = logits.double().softmax(-1).sort(-1, descending=True)
     probabilities, columns = likeliest(logits, [None] * 4, 3)
-    assert columns == wanted.indices[:, :3].tolist() and torch.tensor(probabilities) == pytest.approx(wanted.values[:, :3].float(), rel=1e-5)
+    assert columns == wanted.indices[:, :3].tolist() and torch.tensor(probabilities) == pytest.approx(
+        wanted.values[:, :3].float(), rel=1e-5
+    )
     other = torch.rand(50, generator=generator).softmax(-1)
     probabilities, columns = likeliest(logits, [None, other, None, None], 2)
     assert columns[1] == [] and probabilities[1] == pytest.approx([float(other.max())]) and columns[2] == wanted.indices[2, :2].tolist()
@@ -81,7 +83,9 @@ def test_prices_follow_from_the_costs():
     separate = CostModel(draft=COSTS.draft, verify=COSTS.verify).gate(Exact(), 0.0, 1)
     assert separate.look_price == pytest.approx(0.3) and separate.keep_prices[0] == pytest.approx(0.1), "a rate of 0 means a token a second"
     slope = (COSTS.step_seconds(7, 1) - COSTS.step_seconds(0, 1) - 7 * 0.3) / 7
-    assert gate.sibling_price == pytest.approx(slope * per_second) and gate.candidates == 1, "its row in the trunk's pass costs nothing here"
+    assert gate.sibling_price == pytest.approx(slope * per_second) and gate.candidates == 1, (
+        "its row in the trunk's pass costs nothing here"
+    )
     shared = CostModel(draft=((1, 0.3), (4, 0.6)), verify=((1, 1.0), (4, 1.0), (8, 1.4))).gate(Exact(), 0.0, 4)
     assert shared.look_price == pytest.approx(0.6) and shared.keep_prices[0] == pytest.approx(0.4), "four requests gain a token each"
 

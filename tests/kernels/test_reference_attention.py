@@ -103,5 +103,7 @@ def test_deterministic_rows_are_the_same_bits_in_any_block_batch_and_pages(dtype
         part = q[start : start + n]
         alone = paged_attention(part, k_pages, v_pages, table[:1], [n], [start + n], 0.3, deterministic=True)
         assert torch.equal(alone, whole[start : start + n])
-        moved = paged_attention(part, k_pages[pages], v_pages[pages], torch.arange(5)[None].int(), [n], [start + n], 0.3, deterministic=True)
+        moved = paged_attention(
+            part, k_pages[pages], v_pages[pages], torch.arange(5)[None].int(), [n], [start + n], 0.3, deterministic=True
+        )
         assert torch.equal(moved, alone)

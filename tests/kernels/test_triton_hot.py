@@ -110,7 +110,9 @@ def _filled(bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(shape, bits, dtype, with_mean, device, assert_close):
     query_lens, context_lens, heads, kv_heads, head_dim, page_size = shape
-    q, pages, means, cos, sin, table = _filled(bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size, dtype, device, with_mean)
+    q, pages, means, cos, sin, table = _filled(
+        bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size, dtype, device, with_mean
+    )
     clean = HotPages(bits, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
     scale = head_dim**-0.5 / 3
     want = reference.hot_paged_attention(q.float(), clean, means, cos, sin, table, query_lens, context_lens, scale)

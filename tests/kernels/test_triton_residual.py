@@ -106,6 +106,8 @@ def test_a_weight_of_the_wrong_height_is_refused(device):
     with pytest.raises(ValueError, match="weight has"):
         encode_triton.residual_encode(ones, ones, torch.ones(8, 3, device=device), torch.zeros(3), torch.ones(4))
     with pytest.raises(ValueError, match="mean of shape"):
-        decode_triton.residual_decode(ones.short(), torch.ones(4, device=device), None, torch.ones(8, 16, device=device), torch.zeros(3, 16))
+        decode_triton.residual_decode(
+            ones.short(), torch.ones(4, device=device), None, torch.ones(8, 16, device=device), torch.zeros(3, 16)
+        )
     with pytest.raises(ValueError, match="weight has"):
         decode_triton.residual_decode(ones.short(), torch.ones(4), ones, torch.ones(8, 16, device=device), torch.zeros(16))

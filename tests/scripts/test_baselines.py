@@ -1,4 +1,5 @@
 """Every peer of the registry: round trip from the bytes alone, exact sinks, damaged bytes, bad input (tiny synthetic KV)."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,14 +11,17 @@ from codec.spec import NUM_SINKS, KvLayout
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=16)
 FAMILIES = {  # points of one family, more bits first: distortion and size must follow
-    "kivi-nowindow": ["4bit", "2bit"], "turboquant-mean": ["4bit", "3bit", "2bit"], "kvtc": ["2bit", "1bit", "0.5bit"],
-    "cachegen": ["finest", "fine", "medium", "coarse"], "cachegen-anchors": ["finest", "fine", "medium", "coarse"], "aqua-kv": ["3bit", "2bit"],
+    "kivi-nowindow": ["4bit", "2bit"],
+    "turboquant-mean": ["4bit", "3bit", "2bit"],
+    "kvtc": ["2bit", "1bit", "0.5bit"],
+    "cachegen": ["finest", "fine", "medium", "coarse"],
+    "cachegen-anchors": ["finest", "fine", "medium", "coarse"],
+    "aqua-kv": ["3bit", "2bit"],
 }
 
 
 # relative errors that only a broken decoder exceeds: those of turboquant and cachegen grow with the mean, small KVTC budgets keep only it
-LOOSEST = {
-    "kivi-nowindow": 0.5, "turboquant": 20.0, "kvtc": 1.05, "cachegen-coarse": 2.0, "cachegen-anchors-coarse": 1.0}
+LOOSEST = {"kivi-nowindow": 0.5, "turboquant": 20.0, "kvtc": 1.05, "cachegen-coarse": 2.0, "cachegen-anchors-coarse": 1.0}
 
 
 def synthetic_kv(tokens: int, seed: int, layout: KvLayout = LAYOUT) -> torch.Tensor:
@@ -54,7 +58,7 @@ def test_round_trip_from_bytes_only(name: str, tokens: int, peers: dict[str, Pee
     kv = synthetic_kv(tokens, seed=2)
     data = peers[name].encode(kv)
     assert isinstance(data, bytes)
-    reader = make_peer(name, LAYOUT)                # a second instance with the same calibration: nothing but the bytes connects the two
+    reader = make_peer(name, LAYOUT)  # a second instance with the same calibration: nothing but the bytes connects the two
     reader.fit(calibration)
     decoded = reader.decode(data)
     assert decoded.shape == kv.shape and decoded.dtype == torch.float32
@@ -114,9 +118,13 @@ def test_nominal_sizes(peers: dict[str, Peer]) -> None:
     tokens, layers = 260, LAYOUT.num_layers
     kv = synthetic_kv(tokens, seed=5)
     sinks, n = NUM_SINKS * LAYOUT.dim * 2, tokens - NUM_SINKS
-    expected = {"fp8": n * LAYOUT.dim + layers * 8, "turboquant-3bit": n * LAYOUT.num_blocks * (16 * 3 // 8 + 2),
-                "kivi-nowindow-2bit": n * LAYOUT.dim * 3 // 8, "kivi-4bit": 128 * LAYOUT.dim * (5 + 16) // 8,
-                "aqua-kv-2bit": n * (LAYOUT.dim * 2 // 8 + layers * 4 + LAYOUT.layer_dim * 2 // 8)}
+    expected = {
+        "fp8": n * LAYOUT.dim + layers * 8,
+        "turboquant-3bit": n * LAYOUT.num_blocks * (16 * 3 // 8 + 2),
+        "kivi-nowindow-2bit": n * LAYOUT.dim * 3 // 8,
+        "kivi-4bit": 128 * LAYOUT.dim * (5 + 16) // 8,
+        "aqua-kv-2bit": n * (LAYOUT.dim * 2 // 8 + layers * 4 + LAYOUT.layer_dim * 2 // 8),
+    }
     for name, size in expected.items():
         assert 0 <= len(peers[name].encode(kv)) - sinks - size <= 80, name
 
@@ -188,7 +196,7 @@ def test_registry_names_what_it_has() -> None:
 
 
 def test_streamed_calibration_equals_the_sample() -> None:
-    kv = synthetic_kv(903, seed=1)[NUM_SINKS:] + 50                                    # a large mean: sums must be shifted
+    kv = synthetic_kv(903, seed=1)[NUM_SINKS:] + 50  # a large mean: sums must be shifted
     stream = CalibrationAccumulator(LAYOUT, sample_tokens=100, expected_tokens=len(kv))
     for chunk in kv.split(128):
         stream.update(chunk)

@@ -1,4 +1,5 @@
 """scripts/bench_codec.py from end to end on a two-layer random model: rows of the contract, resuming, stale rows, bad input, the picture."""
+
 from __future__ import annotations
 
 import importlib
@@ -10,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-KEYS = {"method", "quality", "bits_per_element", "ideal_bits_per_element", "kl", "nll", "nll_untouched", "top1_agreement", "encode_tokens_per_s",
-        "decode_tokens_per_s"}
+KEYS = {
+    "method",
+    "quality",
+    "bits_per_element",
+    "ideal_bits_per_element",
+    "kl",
+    "nll",
+    "nll_untouched",
+    "top1_agreement",
+    "encode_tokens_per_s",
+    "decode_tokens_per_s",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +45,19 @@ def tiny(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from engine.model.config import DecoderConfig
     from engine.model.decoder import Decoder
 
-    config = DecoderConfig.from_hf(LlamaConfig(
-        num_hidden_layers=3, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96, vocab_size=96,
-        max_position_embeddings=512, tie_word_embeddings=False))
+    config = DecoderConfig.from_hf(
+        LlamaConfig(
+            num_hidden_layers=3,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=96,
+            vocab_size=96,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+        )
+    )
     target = Decoder.from_config(config, dtype=torch.float32, seed=0)
     monkeypatch.setattr(bench.Decoder, "from_pretrained", classmethod(lambda cls, path, **_: target))
     monkeypatch.setattr(bench, "resolve_model", Path)
@@ -45,8 +66,24 @@ def tiny(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, words in (("test.txt", 300), ("calibration.txt", 1200)):
         numbers = torch.randint(0, 500, (words,), generator=generator).tolist()
         (tmp_path / name).write_text(" ".join(f"w{n}" for n in numbers))
-    return ["--target", "tiny", "--text", str(tmp_path / "test.txt"), "--calibration-text", str(tmp_path / "calibration.txt"), "--tokens", "256",
-            "--calibration-tokens", "1152", "--context", "64", "--device", "cpu", "--json-out", str(tmp_path / "out.json")]
+    return [
+        "--target",
+        "tiny",
+        "--text",
+        str(tmp_path / "test.txt"),
+        "--calibration-text",
+        str(tmp_path / "calibration.txt"),
+        "--tokens",
+        "256",
+        "--calibration-tokens",
+        "1152",
+        "--context",
+        "64",
+        "--device",
+        "cpu",
+        "--json-out",
+        str(tmp_path / "out.json"),
+    ]
 
 
 def read(arguments: list[str]) -> dict[str, Any]:
@@ -109,12 +146,19 @@ def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> No
 def test_comparisons_interpolate_and_never_extrapolate() -> None:
     from codec_compare import bits_at, comparisons
 
-    points = [(0.01, 0.4), (0.04, 0.1), (0.02, 0.9)]                                    # the last is beaten in both
+    points = [(0.01, 0.4), (0.04, 0.1), (0.02, 0.9)]  # the last is beaten in both
     assert bits_at(points, 0.02) == pytest.approx(0.2) and bits_at(points, 0.01) == pytest.approx(0.4)
     assert bits_at(points, 0.009) is None and bits_at(points, 0.041) is None
-    rows = [{"method": m, "kl": kl, "bits_per_element": bits, "sink_bits_per_element": sink}
-            for m, kl, bits, sink in (("foretold", 0.01, 0.1, 0.0), ("foretold", 0.04, 0.025, 0.0), ("fp8", 0.02, 8.0, 1.0),
-                                      ("kvtc", 0.01, 0.5, 0.1), ("kvtc", 0.04, 0.2, 0.1))]
+    rows = [
+        {"method": m, "kl": kl, "bits_per_element": bits, "sink_bits_per_element": sink}
+        for m, kl, bits, sink in (
+            ("foretold", 0.01, 0.1, 0.0),
+            ("foretold", 0.04, 0.025, 0.0),
+            ("fp8", 0.02, 8.0, 1.0),
+            ("kvtc", 0.01, 0.5, 0.1),
+            ("kvtc", 0.04, 0.2, 0.1),
+        )
+    ]
     found = {one["method"]: one for one in comparisons(rows, (0.02,))}
     assert found["kvtc"]["times_smaller"] == pytest.approx((0.5 * 0.2) ** 0.5 / 0.05)
     assert found["kvtc"]["times_smaller_without_sinks"] == pytest.approx((0.4 * 0.1) ** 0.5 / 0.05)
@@ -144,13 +188,23 @@ def test_other_calibration_replaces_only_fitted_rows(bench: ModuleType, tiny: li
     assert len(read(tiny)["rows"]) == 2
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (["--methods", "gzip"], "unknown method"), (["--methods", "foretold"], "needs? a codec pack"), (["--methods", "foretold-best"], "unknown quality"),
-    (["--methods", "fp8", "--context", "8"], "context"), (["--methods", "fp8", "--text", "/nowhere"], "no text"),
-    (["--methods", "fp8", "--tokens", "10"], "less than one window"), (["--methods", "fp8", "--context", "512", "--tokens", "512"], "no file"),
-])
-def test_mistakes_end_with_one_line(bench: ModuleType, tiny: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--methods", "gzip"], "unknown method"),
+        (["--methods", "foretold"], "needs? a codec pack"),
+        (["--methods", "foretold-best"], "unknown quality"),
+        (["--methods", "fp8", "--context", "8"], "context"),
+        (["--methods", "fp8", "--text", "/nowhere"], "no text"),
+        (["--methods", "fp8", "--tokens", "10"], "less than one window"),
+        (["--methods", "fp8", "--context", "512", "--tokens", "512"], "no file"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    bench: ModuleType, tiny: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import re
+
     assert bench.main([*tiny, *change]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(message, lines[0])

@@ -1,4 +1,5 @@
 """Parts of the peers against outside truth: published distortions, brute force, another coder's sizes."""
+
 from __future__ import annotations
 
 import itertools
@@ -39,7 +40,7 @@ def test_published_codebooks() -> None:
 def test_plane_grid_beats_the_product_of_scalars() -> None:
     points = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(5))
     error = torch.cdist(points, plane_grid(2)).amin(1).pow(2).mean().item() / 2
-    assert 0.100 < error < 0.1120                                                       # product of 2-bit Lloyd-Max: 0.1175
+    assert 0.100 < error < 0.1120  # product of 2-bit Lloyd-Max: 0.1175
 
 
 def brute_force(choices: list[Option], energies: list[float], budget: int) -> float:
@@ -90,7 +91,7 @@ def test_kvtc_spends_its_budget_and_no_more(group: int) -> None:
     assert 0.5 < bits < 1.02
     assert len({b.kind for blocks in peer.blocks for b in blocks}) >= 2
     decoded = peer.decode(peer.encode(kv))
-    assert (decoded - kv)[NUM_SINKS:].pow(2).sum() < 0.3 * kv[NUM_SINKS:].pow(2).sum()      # one bit without a transform: 0.36
+    assert (decoded - kv)[NUM_SINKS:].pow(2).sum() < 0.3 * kv[NUM_SINKS:].pow(2).sum()  # one bit without a transform: 0.36
 
 
 def test_histogram_coder_round_trip_and_size() -> None:
@@ -115,7 +116,9 @@ def test_histogram_coder_round_trip_and_size() -> None:
 
 def test_histogram_coder_refuses_damage() -> None:
     freqs = torch.from_numpy(frequencies(np.ones((40, 5)), np.ones((40, 5), bool)).astype(np.int32))
-    data, other = encode([torch.randint(0, 5, (n, 40), generator=torch.Generator().manual_seed(n)).to(torch.uint8) for n in (30, 20)], freqs)
+    data, other = encode(
+        [torch.randint(0, 5, (n, 40), generator=torch.Generator().manual_seed(n)).to(torch.uint8) for n in (30, 20)], freqs
+    )
     for bad in (data[:-2], data[:50], data + b"\0\0", data[:-1]):
         with pytest.raises(CorruptedCode):
             decode([other, bad], freqs, [20, 30])

@@ -24,8 +24,18 @@ def timing():
 
 def case(timing, error, candidate_error, milliseconds):
     """A case whose configurations (None: the default) take the given milliseconds on `FakeClock`."""
-    return timing.Case("op", "shape", "f32", (10**6, 10**6), lambda: error, 1e-3, lambda config: [milliseconds[config]], {"fast": "fast"},
-                       candidate_error, {"torch": [4.0]})  # fmt: skip
+    return timing.Case(
+        "op",
+        "shape",
+        "f32",
+        (10**6, 10**6),
+        lambda: error,
+        1e-3,
+        lambda config: [milliseconds[config]],
+        {"fast": "fast"},
+        candidate_error,
+        {"torch": [4.0]},
+    )
 
 
 class FakeClock:
@@ -54,7 +64,16 @@ def test_the_fastest_right_configuration_is_reported(timing):
 def test_the_script_in_the_interpreter(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     out = tmp_path / "rows.json"
-    command = [sys.executable, str(SCRIPTS / "bench_kernels.py"), "--tiny", "--no-candidates", "--ops", "rms_norm,rope", "--json-out", str(out)]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "bench_kernels.py"),
+        "--tiny",
+        "--no-candidates",
+        "--ops",
+        "rms_norm,rope",
+        "--json-out",
+        str(out),
+    ]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     result = json.loads(out.read_text())
     assert [row["op"] for row in result["rows"]] == ["rms_norm+residual", "rope"]

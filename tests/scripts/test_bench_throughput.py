@@ -37,8 +37,11 @@ def test_rows_of_every_way(model_options, tmp_path, capsys, short):
         assert row["tokens_per_s_best"] == max(row["tokens_per_s_rounds"])
         assert (row["floor_fraction"] is None) == (row["mode"] != "plain")
         assert (row["acceptance_rate"] is None) == (row["mode"] != "speculative")
-        plain = next(r for r in document["rows"] if (r["batch"], r["temperature"], r["engine"], r["mode"])
-                     == (row["batch"], row["temperature"], "transformers", "plain"))  # fmt: skip
+        plain = next(
+            r
+            for r in document["rows"]
+            if (r["batch"], r["temperature"], r["engine"], r["mode"]) == (row["batch"], row["temperature"], "transformers", "plain")
+        )
         assert row["over_transformers_plain"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
     assert len(document["checks"]) == 5 and all(c["passed"] and c["equal_share"] == 1 for c in document["checks"])
     assert [c["exact"] for c in document["checks"]] == [True, False, False, True, False]
@@ -65,7 +68,10 @@ def test_a_trunk_has_no_assisted_way_and_deterministic_text_is_exact(chat_folder
     document = json.loads(file.read_text())
     assert document["dtype"] == "bfloat16" and document["checks"][0]["exact"] and document["checks"][0]["equal_share"] == 1
     assert [(r["engine"], r["mode"], r["prompt_tokens"]) for r in document["rows"]] == [
-        ("foretold", "plain", 20), ("foretold", "speculative", 20), ("transformers", "plain", 20)]  # fmt: skip
+        ("foretold", "plain", 20),
+        ("foretold", "speculative", 20),
+        ("transformers", "plain", 20),
+    ]
     assert 0 < document["rows"][1]["drafts_per_step"] <= 2
 
 
@@ -118,11 +124,15 @@ class Fixed:
 def test_near_ties_pass_and_others_do_not():
     step = 2.0**-3  # of bfloat16 from 16 to 32
     rows = [[20.0, 0.0, 0.0], [0.0, 20.0, 20.0 - step], [20.0, 20.0 - (TIE_BF16_STEPS + 1) * step, 0.0]]
-    assert shortfalls(torch.tensor(rows), [0, 2, 1], torch.bfloat16).tolist() == pytest.approx([0, 1 / TIE_BF16_STEPS, 1 + 1 / TIE_BF16_STEPS])
+    assert shortfalls(torch.tensor(rows), [0, 2, 1], torch.bfloat16).tolist() == pytest.approx(
+        [0, 1 / TIE_BF16_STEPS, 1 + 1 / TIE_BF16_STEPS]
+    )
     tie = compare([[7]], [[0, 2, 0]], [[0, 1, 1]], Fixed(rows), torch.bfloat16, exact=False)
     assert tie["passed"] and tie["ties"] == 1 and tie["equal_tokens"] == 1 and tie["equal_share"] == pytest.approx(1 / 3)
     later = compare([[7]], [[0, 2, 1]], [[0, 1, 1]], Fixed(rows), torch.bfloat16, exact=False)
-    assert not later["passed"] and later["ties"] == 0 and later["failures"][0]["position"] == 1 and later["failures"][0]["worst_position"] == 2
+    assert (
+        not later["passed"] and later["ties"] == 0 and later["failures"][0]["position"] == 1 and later["failures"][0]["worst_position"] == 2
+    )
     other = compare([[7]], [[0, 1, 0]], [[0, 0, 0]], Fixed(rows), torch.bfloat16, exact=False)
     assert not other["passed"]  # ours is the best there, the other's is far off
     assert not compare([[7]], [[0, 2, 0]], [[0, 1, 1]], Fixed(rows), torch.float32, exact=False)["passed"]
@@ -148,12 +158,24 @@ def test_batches_hold_every_prompt_and_are_full():
 
 def test_the_command_keeps_no_machine_paths():
     assert command_of(["--target", "/some/where/model", "--json-out", "scripts/results/a.json", "--prompt-file=/b/c.txt"]) == (
-        "python scripts/bench_throughput.py --target model --json-out scripts/results/a.json --prompt-file=c.txt")  # fmt: skip
+        "python scripts/bench_throughput.py --target model --json-out scripts/results/a.json --prompt-file=c.txt"
+    )
 
 
-@pytest.mark.parametrize("wrong", [["--engines", "vllm"], ["--modes", "fast"], ["--batches", "0"], ["--batches", "x"],
-                                   ["--draft-length", "0"], ["--temperature", "-1"], ["--new-tokens", "1"], ["--draft-length", "65"],
-                                   ["--json-out", "no/such/folder/a.json"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--engines", "vllm"],
+        ["--modes", "fast"],
+        ["--batches", "0"],
+        ["--batches", "x"],
+        ["--draft-length", "0"],
+        ["--temperature", "-1"],
+        ["--new-tokens", "1"],
+        ["--draft-length", "65"],
+        ["--json-out", "no/such/folder/a.json"],
+    ],
+)
 def test_bad_options_are_refused_before_loading(wrong):
     with pytest.raises(InvalidOption):
         parse(["--pair", "smollm2", *wrong])

@@ -127,7 +127,13 @@ def test_depth_bins_hold_every_answer():
 
 def test_rows_count_what_was_lost_and_gained():
     question = Question("retrieval", "", "482913", 0.5)
-    answers = [("482913", "482913"), ("111111", "482913"), ("482913", "none"), ("none", "482913"), ("none", "nothing")]  # (coded, untouched)
+    answers = [
+        ("482913", "482913"),
+        ("111111", "482913"),
+        ("482913", "none"),
+        ("none", "482913"),
+        ("none", "nothing"),
+    ]  # (coded, untouched)
     parts = {
         "planted/64/0-5/untouched": {"items": [item(question, old, old) for _, old in answers], "stored_bytes": None, "tokens": 320},
         "planted/64/0-5/tiny": {"items": [item(question, new, old) for new, old in answers], "stored_bytes": 400, "tokens": 320},
@@ -162,7 +168,10 @@ def test_folders_of_texts_repeat(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "länger" in (tmp_path / "a/german/fortunes.txt").read_text(encoding="utf-8")
     write_folders(tmp_path / "c", None, apart=0.25)
-    whole, parts = (tmp_path / "b/logs/syslog.log").read_text(), [(tmp_path / "c" / part / "logs/syslog.log").read_text() for part in ("train", "test")]
+    whole, parts = (
+        (tmp_path / "b/logs/syslog.log").read_text(),
+        [(tmp_path / "c" / part / "logs/syslog.log").read_text() for part in ("train", "test")],
+    )
     assert "".join(parts) == whole and parts[0].endswith("\n") and 0.7 < len(parts[0]) / len(whole) < 0.76
     page = '<html><p class="x">A paragraph of <b>more</b> than forty characters &amp; a tag.</p><pre>left out</pre></html>'
     assert plain(page) == "A paragraph of more than forty characters & a tag.\n"
@@ -181,7 +190,9 @@ def test_an_untouched_cache_answers_as_plain_generation(chat_engine, draft):
     conversations = open_with(engine, prompts)
     free = engine.pool.num_free_pages
     before = [engine.target.read_kv(c.sequence, 0, c.sequence.length) for c in conversations]
-    aside = ask_aside(engine, conversations * 2, [*questions, *questions[::-1]], [12, 12, 12, 3])  # leaves no trace, so asking again gives the same
+    aside = ask_aside(
+        engine, conversations * 2, [*questions, *questions[::-1]], [12, 12, 12, 3]
+    )  # leaves no trace, so asking again gives the same
     for conversation, prompt, kv in zip(conversations, prompts, before, strict=True):
         assert conversation.token_ids == prompt and conversation.sequence.length == len(prompt)
         assert torch.equal(engine.target.read_kv(conversation.sequence, 0, len(prompt)), kv)
@@ -190,7 +201,9 @@ def test_an_untouched_cache_answers_as_plain_generation(chat_engine, draft):
     answers = ask(engine, conversations, questions, [12, 12])
     assert aside[:2] == answers and len(aside[3]) <= 3
     assert all(c.sequence.length == len(c.token_ids) - 1 for c in conversations)
-    plain = engine.generate([a + b for a, b in zip(prompts, questions, strict=True)], SamplingParams(max_new_tokens=12, temperature=0, draft_length=0))
+    plain = engine.generate(
+        [a + b for a, b in zip(prompts, questions, strict=True)], SamplingParams(max_new_tokens=12, temperature=0, draft_length=0)
+    )
     ends = engine.eos_token_ids
     assert answers == [[t for t in result.token_ids if t not in ends] for result in plain]
 
@@ -285,16 +298,54 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
             (tmp_path / name / f"{n}.txt").write_text(text.replace("nothing", name))
     out = tmp_path / "out.json"
     command = [
-        "--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--device", "cpu", "--dtype", "float32", "--qualities", "compact",
-        "--samples", "1", "--contexts", "800", "--facts", "2", "--sums", "0", "--conversations", "1", "--turns", "2", "--turn-tokens", "0",
-        "--text", str(tmp_path / "one"),
-        "--domains", f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}", "--domain-context", "128", "--domain-tokens", "256",
-        "--position-context", "600", "--position-texts", "2", "--json-out", str(out), "--plot", str(tmp_path / "position.png"),
-    ]  # fmt: skip
+        "--target",
+        str(chat_folders.target),
+        "--draft",
+        str(chat_folders.draft),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--qualities",
+        "compact",
+        "--samples",
+        "1",
+        "--contexts",
+        "800",
+        "--facts",
+        "2",
+        "--sums",
+        "0",
+        "--conversations",
+        "1",
+        "--turns",
+        "2",
+        "--turn-tokens",
+        "0",
+        "--text",
+        str(tmp_path / "one"),
+        "--domains",
+        f"one={tmp_path / 'one'}",
+        f"two={tmp_path / 'two'}",
+        "--domain-context",
+        "128",
+        "--domain-tokens",
+        "256",
+        "--position-context",
+        "600",
+        "--position-texts",
+        "2",
+        "--json-out",
+        str(out),
+        "--plot",
+        str(tmp_path / "position.png"),
+    ]
     assert main(command) == 0
     document = json.loads(out.read_text())
     assert {"pair", "device", "command", "versions", "settings", "rows", "parts"} <= document.keys()
-    rows = {task: [r for r in document["rows"] if r["task"] == task] for task in ("retrieval", "copy", "conversation", "domain", "position")}
+    rows = {
+        task: [r for r in document["rows"] if r["task"] == task] for task in ("retrieval", "copy", "conversation", "domain", "position")
+    }
     assert {r["method"] for r in rows["retrieval"]} == {"untouched", "compact"}
     assert {(r["domain"], r["method"]) for r in rows["domain"]} == {("one", "compact"), ("two", "compact")}
     assert all({"bits_per_element", "kl", "top1_agreement", "nll_untouched"} <= r.keys() for r in rows["domain"])
@@ -317,10 +368,14 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
 def test_bad_options_are_named(tmp_path, capsys):
     base = ["--pair", "smollm2", "--json-out", str(tmp_path / "out.json")]
     for extra, said in (
-        (["--tasks", "speed"], "unknown task"), (["--tasks", "domains"], "needs texts"), (["--qualities", "best"], "unknown quality"),
+        (["--tasks", "speed"], "unknown task"),
+        (["--tasks", "domains"], "needs texts"),
+        (["--qualities", "best"], "unknown quality"),
         (["--samples", "many"], "--samples"),
-        (["--samples", "3", "--batch", "2"], "batches of 2"), (["--contexts", "2k"], "--contexts 2k"), (["--turns", "0"], "--turns 0"),
-    ):  # fmt: skip
+        (["--samples", "3", "--batch", "2"], "batches of 2"),
+        (["--contexts", "2k"], "--contexts 2k"),
+        (["--turns", "0"], "--turns 0"),
+    ):
         assert main([*base, *extra]) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(InvalidOption, match="--domains logs"):

@@ -23,6 +23,8 @@ def test_messages_are_different_and_complete():
 def test_nothing_is_what_the_benchmark_asks():
     everything = messages(10**6)
     assert not set(everything) & set(PROMPTS)
-    subjects = re.compile("hash table|fibonacci|pancake|landlord|tcp|lighthouse|whale|asleep|orders of each|french revolution|sky blue|rome\\b", re.I)
+    subjects = re.compile(
+        "hash table|fibonacci|pancake|landlord|tcp|lighthouse|whale|asleep|orders of each|french revolution|sky blue|rome\\b", re.I
+    )
     assert all(subjects.search(text) for text in PROMPTS[1:]) and not [text for text in everything if subjects.search(text)]
     assert all(len(values) == len(set(values)) > 5 for values in read_forms()[0].values())

@@ -38,7 +38,9 @@ def test_code_lengths_are_those_of_the_entropy_model() -> None:
     for scale in (0.3, 1.0, 4.0):
         table = -np.log2(laplace_probabilities(scale, 8))
         expected = [table[8 + int(q)] for q in quantise(x)[0]]
-        torch.testing.assert_close(laplace_bits(x, torch.full((5,), scale))[0], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            laplace_bits(x, torch.full((5,), scale))[0], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_parts_of_the_whole_are_what_each_set_gives_alone(target, draft, docs) -> None:
@@ -81,12 +83,35 @@ def test_layers_that_run_again_cost_nothing(target, draft, docs) -> None:
 
 
 def test_command(chat_folders, tmp_path, capsys) -> None:
-    (tmp_path / "text.txt").write_text("\n".join(f"Line {n} of a text about {n * 7919 % 1000} things and {n * 31 % 17} more." for n in range(900)))
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"Line {n} of a text about {n * 7919 % 1000} things and {n * 31 % 17} more." for n in range(900))
+    )
     (tmp_path / "more.txt").write_text("\n".join(f"Other words, {n * 104729 % 1000}, in another order: {n * 37 % 19}." for n in range(900)))
     out = tmp_path / "sweep.json"
-    command = ["--target", str(chat_folders.target), "--draft", "trunk", "--trunk-layers", "1", "--text", str(tmp_path),
-               "--tokens", "1200", "--context", "64", "--held-out-tokens", "128", "--ranks", "8,full", "--device", "cpu",
-               "--json-out", str(out), "--plot", str(tmp_path / "sweep.png")]  # fmt: skip
+    command = [
+        "--target",
+        str(chat_folders.target),
+        "--draft",
+        "trunk",
+        "--trunk-layers",
+        "1",
+        "--text",
+        str(tmp_path),
+        "--tokens",
+        "1200",
+        "--context",
+        "64",
+        "--held-out-tokens",
+        "128",
+        "--ranks",
+        "8,full",
+        "--device",
+        "cpu",
+        "--json-out",
+        str(out),
+        "--plot",
+        str(tmp_path / "sweep.png"),
+    ]
     assert main(command) == 0
     document = json.loads(out.read_text())
     assert {row["features"] for row in document["rows"]} == {one.name for one in trunk_sets(1)}

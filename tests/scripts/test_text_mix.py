@@ -54,13 +54,20 @@ def test_shares() -> None:
             shares_of(words, ["x", "y"])
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--pair", "smollm2", "--out", "p", "--tokens", "many"], "--tokens"), (["--pair", "smollm2"], "--out"),
-    (["--pair", "nothing", "--out", "p"], "--pair"),
-    (["--pair", "smollm2", "--target", "x", "--out", "p"], "not both"), (["--pair", "smollm2", "--out", "p", "--mix", "equal"], "--text"),
-    (["--pair", "smollm2", "--out", "p", "--text", "a", "b", "--mix", "1"], "--mix"),
-])  # fmt: skip
-def test_mistakes_end_with_one_line(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pair", "smollm2", "--out", "p", "--tokens", "many"], "--tokens"),
+        (["--pair", "smollm2"], "--out"),
+        (["--pair", "nothing", "--out", "p"], "--pair"),
+        (["--pair", "smollm2", "--target", "x", "--out", "p"], "not both"),
+        (["--pair", "smollm2", "--out", "p", "--mix", "equal"], "--text"),
+        (["--pair", "smollm2", "--out", "p", "--text", "a", "b", "--mix", "1"], "--mix"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments])
     assert calibrate.main() == 2
     lines = capsys.readouterr().err.strip().splitlines()

@@ -124,7 +124,9 @@ def test_full_pack(target, draft, docs, tmp_path: Path, trunk: int, options: dic
 @pytest.mark.parametrize("trunk", [0, 1])
 def test_quick_pack(target, draft, byte_tokenizer, trunk: int) -> None:
     lines: list[str] = []
-    pack = quick_pack(target, None if trunk else draft, byte_tokenizer(), trunk_layers=trunk, num_tokens=500, context=64, rank=16, log=lines.append)
+    pack = quick_pack(
+        target, None if trunk else draft, byte_tokenizer(), trunk_layers=trunk, num_tokens=500, context=64, rank=16, log=lines.append
+    )
     assert "held-out R2 of keys" in lines[-1] and pack.kind == "per_layer"
     assert set(pack.fingerprints) == {"text"}
 

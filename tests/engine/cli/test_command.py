@@ -18,13 +18,31 @@ from engine.sessions.file import SessionFile
 
 ROOT = Path(__file__).resolve().parents[3]
 TYPES = {
-    "text": str, "finish_reason": str, "prompt_tokens": int, "reused_tokens": int, "new_tokens": int, "ttft_s": float, "decode_s": float,
-    "tokens_per_s": float, "pair": str, "device": str, "dtype": str, "seed": int, "versions": dict,
-    "speculation": {"drafter": str, "steps": int, "proposed": int, "accepted": int, "acceptance_rate": float, "tokens_per_step": float,
-                    "accepted_by_position": list},
+    "text": str,
+    "finish_reason": str,
+    "prompt_tokens": int,
+    "reused_tokens": int,
+    "new_tokens": int,
+    "ttft_s": float,
+    "decode_s": float,
+    "tokens_per_s": float,
+    "pair": str,
+    "device": str,
+    "dtype": str,
+    "seed": int,
+    "versions": dict,
+    "speculation": {
+        "drafter": str,
+        "steps": int,
+        "proposed": int,
+        "accepted": int,
+        "acceptance_rate": float,
+        "tokens_per_step": float,
+        "accepted_by_position": list,
+    },
     "kv": {"tokens": int, "raw_bytes": int, "hot_bytes": int, "stored_bytes": int, "bits_per_element": float, "quality": str},
     "memory": {"target_bytes": int, "draft_bytes": int, "pool_bytes": int, "pack_bytes": int},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -73,7 +91,12 @@ def test_json_is_the_contract_s(generate, tmp_path):
         assert isinstance(found[key], dict if inner else kind), key
         for name, type_ in inner.items():
             assert isinstance(found[key][name], type_) and not isinstance(found[key][name], bool), (key, name)
-    assert found["finish_reason"] in ("stop", "length", "eos") and found["seed"] == 5 and found["device"] == "cpu" and found["dtype"] == "float32"
+    assert (
+        found["finish_reason"] in ("stop", "length", "eos")
+        and found["seed"] == 5
+        and found["device"] == "cpu"
+        and found["dtype"] == "float32"
+    )
     assert found["kv"]["stored_bytes"] == (tmp_path / "a.kv").stat().st_size and found["kv"]["quality"] == "balanced"
     assert found["kv"]["tokens"] == found["prompt_tokens"] + found["new_tokens"] - 1
     assert found["memory"]["pack_bytes"] > 0 and found["speculation"]["drafter"] == "draft"
@@ -98,7 +121,9 @@ def test_a_known_pair(generate, chat_folders, monkeypatch, pack_home):
     found = {}
     for draft in ("draft", "trunk", "none"):
         own = [] if draft == "draft" else ["--draft", draft]
-        status, out, _ = generate("--pair", "smollm2", *own, "Hello", "--max-new-tokens", 24, "--json", "--dtype", "float32", "--device", "cpu")
+        status, out, _ = generate(
+            "--pair", "smollm2", *own, "Hello", "--max-new-tokens", 24, "--json", "--dtype", "float32", "--device", "cpu"
+        )
         assert status == 0
         found[draft] = json.loads(out)
         assert found[draft]["pair"] == "smollm2" and found[draft]["speculation"]["drafter"] == draft
@@ -145,7 +170,9 @@ def test_sampling_options_reach_the_sampler(generate):
 def test_a_session_is_made_then_resumed(generate, tmp_path):
     file = tmp_path / "chat.kv"
     status, _, err = generate("Hello", "--session", file, "--max-new-tokens", 20, "--quality", "compact")
-    assert status == 0 and re.search(r"suspended \d+ tokens to .*chat\.kv: [\d,]+ bytes, \d+ times less than [\d,]+ in bf16 \(.*, compact, ", err)
+    assert status == 0 and re.search(
+        r"suspended \d+ tokens to .*chat\.kv: [\d,]+ bytes, \d+ times less than [\d,]+ in bf16 \(.*, compact, ", err
+    )
     assert "resumed" not in err
     first = SessionFile.load(file)
     status, out, err = generate("And now?", "--session", file, "--max-new-tokens", 20, "--json")
@@ -222,7 +249,9 @@ def test_mistakes_end_in_one_line(generate, options, what):
     assert what in mistake(*generate(*options))
 
 
-@pytest.mark.parametrize("data, what", [(b"", "there is no prompt"), (b"\n", "there is no prompt"), (b"caf\xe9", "standard input is not text")])
+@pytest.mark.parametrize(
+    "data, what", [(b"", "there is no prompt"), (b"\n", "there is no prompt"), (b"caf\xe9", "standard input is not text")]
+)
 def test_standard_input_without_a_prompt(generate, stdin, data, what):
     stdin(data)
     assert what in mistake(*generate())

@@ -46,7 +46,9 @@ class Terminal:
         """Everything shown up to and including `pattern`."""
         ends = time.monotonic() + timeout
         while (found := re.search(pattern, self.shown)) is None:
-            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], f"{pattern!r} did not come; shown: {self.shown!r}"
+            assert select.select([self._fd], [], [], max(0.0, ends - time.monotonic()))[0], (
+                f"{pattern!r} did not come; shown: {self.shown!r}"
+            )
             try:
                 read = os.read(self._fd, 4096)
             except OSError:  # the process has ended

@@ -73,8 +73,31 @@ def test_the_pack_beside_the_adapter_is_taken_where_it_fits(shipped, chat_engine
 
 def test_a_calibrated_pack_of_an_adapter_codes_its_sessions(chat_engine, chat_folders, tmp_path, monkeypatch):
     pack = str(tmp_path / "pack")
-    arguments = ["calibrate.py", "--target", str(chat_folders.target), "--draft", str(chat_folders.adapter), "--tokens", "1500", "--context", "64"]
-    options = ["--weighting", "attention", "--level-strength", "0", "--predictor", "low_rank", "--rank", "24", "--budget", "9", "--dtype", "float32"]
+    arguments = [
+        "calibrate.py",
+        "--target",
+        str(chat_folders.target),
+        "--draft",
+        str(chat_folders.adapter),
+        "--tokens",
+        "1500",
+        "--context",
+        "64",
+    ]
+    options = [
+        "--weighting",
+        "attention",
+        "--level-strength",
+        "0",
+        "--predictor",
+        "low_rank",
+        "--rank",
+        "24",
+        "--budget",
+        "9",
+        "--dtype",
+        "float32",
+    ]
     monkeypatch.setattr("sys.argv", [*arguments, *options, "--device", "cpu", "--out", pack])
     assert calibrate.main() == 0
     found = CodecPack.load(pack)

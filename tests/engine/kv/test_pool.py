@@ -24,9 +24,7 @@ def stamp(sequence, start, end, value):
 
 def stamped(sequence, value):
     size = sequence.pool.page_size
-    return all(
-        bool((sequence.pool.kv[:, :, sequence.pages[p // size], p % size] == value + p).all()) for p in range(sequence.length)
-    )
+    return all(bool((sequence.pool.kv[:, :, sequence.pages[p // size], p % size] == value + p).all()) for p in range(sequence.length))
 
 
 @settings(max_examples=150, deadline=None)

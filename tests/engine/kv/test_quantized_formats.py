@@ -31,9 +31,19 @@ def hot_folders(tmp_path_factory, byte_tokenizer):
     for name, layers in (("target", 4), ("draft", 2)):
         torch.manual_seed(layers)
         config = transformers.LlamaConfig(
-            vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-            max_position_embeddings=1024, eos_token_id=256, pad_token_id=None, bos_token_id=None, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=264,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=1024,
+            eos_token_id=256,
+            pad_token_id=None,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+        )
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -88,7 +98,10 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
         rows = session.engine.target.read_kv(session.conversation.sequence, 0, length)
         session.suspend(tmp_path / "a.kv")
     pages = -(-length // 16)
-    assert figures["hot_bytes"] == pages * 16 * 4 * 2 * (16 + 2) + 4 * 2 * (4 + RING) * 32 * 4 and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
+    assert (
+        figures["hot_bytes"] == pages * 16 * 4 * 2 * (16 + 2) + 4 * 2 * (4 + RING) * 32 * 4
+        and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
+    )
     back = {}
     for hot in ("bf16", "q4", "q2"):
         engine = hot_engine(hot, draft)
@@ -105,7 +118,9 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
 
     assert lost(back["bf16"], rows) < 0.2 and lost(back["q4"], rows) < 0.2
     if draft != "trunk":  # whose features are of the format they were computed in
-        assert 1e-3 < lost(back["q4"], back["bf16"]) < 0.011 and 0.04 < lost(back["q2"], back["bf16"]) < 0.13, "what was decoded, in hot pages"
+        assert 1e-3 < lost(back["q4"], back["bf16"]) < 0.011 and 0.04 < lost(back["q2"], back["bf16"]) < 0.13, (
+            "what was decoded, in hot pages"
+        )
 
 
 def test_memory_is_what_the_pool_holds(hot_engine):
@@ -222,7 +237,11 @@ def test_eval_script(hot_folders, pack_home, tmp_path, capsys):
         assert [s["temperature"] for s in row["speculation"]] == [0.0, 1.0]
         for s in row["speculation"]:
             assert s["new_tokens"] == 24 and 0 <= s["accepted"] <= s["proposed"] and s["proposed"] > 0
-    refused = {"unknown hot format 'q7'": ["--formats", "q4,q7"], "nothing to score": ["--context", "4"], "at least": ["--draft-length", "0"]}
+    refused = {
+        "unknown hot format 'q7'": ["--formats", "q4,q7"],
+        "nothing to score": ["--context", "4"],
+        "at least": ["--draft-length", "0"],
+    }
     for said, options in refused.items():
         assert eval_hot.main([*models, "--text", str(tmp_path), *options]) == 2
         assert said in capsys.readouterr().err

@@ -15,7 +15,11 @@ from kernels.dispatch import triton_importable
 from kernels.quantized_kv import FORMATS, NUM_SINKS, RING
 
 SHAPE = {"hidden_size": 48, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-ERROR = {"q4": 0.011, "q3": 0.038, "q2": 0.13}  # squared, of a row minus its mean; the kernels' own test holds them to 0.0099, 0.0352, 0.121
+ERROR = {
+    "q4": 0.011,
+    "q3": 0.038,
+    "q2": 0.13,
+}  # squared, of a row minus its mean; the kernels' own test holds them to 0.0099, 0.0352, 0.121
 
 
 @pytest.fixture
@@ -104,7 +108,9 @@ def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_re
         # drafts that are rejected, as many as may be: they overwrite the first tokens' exact rows, and the last ones' as far as these are spared
         drafts = wrong.roll(-start)[:65]
         decoder(torch.cat([drafts, ids[:3]]), [one, other], [len(drafts), 3], deterministic=True)
-        rows.append(decoder(torch.cat([ids[start : start + 10], wrong[start : start + 2]]), [one, other], [10, 2], deterministic=True).logits[:10])
+        rows.append(
+            decoder(torch.cat([ids[start : start + 10], wrong[start : start + 2]]), [one, other], [10, 2], deterministic=True).logits[:10]
+        )
         one.advance(10)
         other.advance(1)
     assert torch.equal(torch.cat(rows), whole)

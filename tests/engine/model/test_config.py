@@ -37,7 +37,9 @@ def test_older_spelling_of_rope_options_is_read():
 
 
 def test_both_spellings_give_the_same_config(hf_config):
-    new = hf_config("llama", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32})
+    new = hf_config(
+        "llama", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
+    )
     read = DecoderConfig.from_hf(new).rope
     old = SimpleNamespace(
         **(OLD | {"rope_theta": 500.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}})

@@ -35,7 +35,9 @@ def expected(folder):
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = reference(ids[None]).logits[0]
-        greedy = reference.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+        greedy = reference.generate(
+            ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
     del reference
     gc.collect()
     return ids, logits, greedy[0, len(ids) :]

@@ -78,7 +78,9 @@ def test_moving_a_decoder_moves_what_it_computes_with(tiny_model):
     moved(ids, [moved.new_pool(1).new_sequence()], [9])
     moved = moved.to(torch.bfloat16)
     fresh = Decoder.from_pretrained(model.folder, dtype=torch.bfloat16)
-    assert torch.equal(moved(ids, [moved.new_pool(1).new_sequence()], [9]).logits, fresh(ids, [fresh.new_pool(1).new_sequence()], [9]).logits)
+    assert torch.equal(
+        moved(ids, [moved.new_pool(1).new_sequence()], [9]).logits, fresh(ids, [fresh.new_pool(1).new_sequence()], [9]).logits
+    )
 
 
 @torch.inference_mode()

@@ -9,7 +9,9 @@ from engine.model.batch_invariant import BULK_ROWS, ROWS, StableLinear
 from engine.model.linear import BYTE_ROWS, ByteMatrix, Projection, choose_product
 from engine.runtime.drafters import load_trained_trunk
 
-needs_bytes = pytest.mark.skipif(not ByteMatrix.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights")
+needs_bytes = pytest.mark.skipif(
+    not ByteMatrix.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights"
+)
 
 
 def random_weight(outputs, inputs):
@@ -73,11 +75,20 @@ def test_zeros_stay_zeros():
 @needs_bytes
 @torch.inference_mode()
 def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder, make_adapter, tmp_path):
-    shape = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 128}
+    shape = {
+        "hidden_size": 64,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 128,
+    }
     target = random_decoder(0, num_hidden_layers=4, **shape).to(torch.bfloat16).pack()
     trained = {bits: load_trained_trunk(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).decoder for bits in (8, 16)}
     in_bytes = [isinstance(m.matrix, ByteMatrix) for m in trained[8].modules() if isinstance(m, Projection)]
-    assert in_bytes and all(in_bytes) and not any(isinstance(m.matrix, ByteMatrix) for m in trained[16].modules() if isinstance(m, Projection))
+    assert (
+        in_bytes and all(in_bytes) and not any(isinstance(m.matrix, ByteMatrix) for m in trained[16].modules() if isinstance(m, Projection))
+    )
     assert trained[8].weight_bytes < 0.6 * trained[16].weight_bytes
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     out = {}

@@ -94,7 +94,10 @@ def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter,
 
 def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained):
     texts = [
-        [r.token_ids for r in engine_of(target, draft, deterministic=True).generate(PROMPTS, SamplingParams(max_new_tokens=20, draft_length=k))]
+        [
+            r.token_ids
+            for r in engine_of(target, draft, deterministic=True).generate(PROMPTS, SamplingParams(max_new_tokens=20, draft_length=k))
+        ]
         for draft, k in ((None, 0), (trained, 0), (trained, 3))
     ]
     assert texts[1:] == texts[:1] * 2
@@ -146,7 +149,9 @@ def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass
         state = c.draft_state
         assert state.covered == c.sequence.length == len(c.token_ids) - 1
         engine.drafter.adapter.run_waiting([state])
-        assert torch.allclose(trained.decoder.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3)
+        assert torch.allclose(
+            trained.decoder.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
+        )
 
 
 def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):

@@ -65,7 +65,9 @@ def plain(target):
 
 def test_a_block_is_laid_out_behind_its_longest_chain():
     siblings = [Sibling(1, 5), Sibling(1, 6), Sibling(3, 7)]
-    assert place_block(10, 3, siblings) == Placement([9, 10, 11, 12, 10, 10, 12], [9, 10, 11, 12, 10 + MAX_CHAIN, 11 + MAX_CHAIN, 12 + MAX_CHAIN])
+    assert place_block(10, 3, siblings) == Placement(
+        [9, 10, 11, 12, 10, 10, 12], [9, 10, 11, 12, 10 + MAX_CHAIN, 11 + MAX_CHAIN, 12 + MAX_CHAIN]
+    )
 
 
 def test_greedy_text_equals_plain_decoding(target, draft, plain, adopted):

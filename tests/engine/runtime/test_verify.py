@@ -81,9 +81,15 @@ def request_of(params, seed, drafter, controller=None):
     sequence = Counted(2)
     conversation = Conversation([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
     return Request(
-        conversation, params, seed=seed, context=1000, eos_token_ids=frozenset(), stream=TextStream(lambda ids: ""),
-        controller=controller or LengthController(params.draft_length), metrics=SpeculationMetrics(),
-    )  # fmt: skip
+        conversation,
+        params,
+        seed=seed,
+        context=1000,
+        eos_token_ids=frozenset(),
+        stream=TextStream(lambda ids: ""),
+        controller=controller or LengthController(params.draft_length),
+        metrics=SpeculationMetrics(),
+    )
 
 
 def run(target, drafter, requests):
@@ -136,14 +142,18 @@ def test_speculative_text_has_the_targets_distribution(kind, processors, naive_p
 def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
-    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=0)  # with a seed each request counts as alone
+    params = SamplingParams(
+        **({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=0
+    )  # with a seed each request counts as alone
     costs = CostModel(draft=((1, 0.12),), verify=((1, 1.0), (13, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),))
     made = [LengthController("auto", costs, Calibration(SAMPLED_PRIOR)) for _ in range(DRAWS)]
     requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
     counts = Counter(tuple(r.token_ids[3:]) for r in requests)
     assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
     ends = Counter(length for r in requests for length in _lengths(r.metrics))
-    assert len(ends) >= 3 and max(ends.values()) < 0.95 * ends.total(), "blocks must end early, and at different places, for the test to mean anything"
+    assert len(ends) >= 3 and max(ends.values()) < 0.95 * ends.total(), (
+        "blocks must end early, and at different places, for the test to mean anything"
+    )
     assert sum(r.metrics.accepted for r in requests) < sum(r.metrics.proposed for r in requests)
 
 

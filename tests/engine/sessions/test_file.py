@@ -49,7 +49,12 @@ names = st.text(max_size=12)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(tokens, max_size=200), st.lists(st.binary(min_size=1, max_size=40), max_size=4), st.dictionaries(names, names, max_size=4), names)
+@given(
+    st.lists(tokens, max_size=200),
+    st.lists(st.binary(min_size=1, max_size=40), max_size=4),
+    st.dictionaries(names, names, max_size=4),
+    names,
+)
 def test_a_file_comes_back(ids, codes, fingerprints, quality):
     ids = ids + [0] * (NUM_SINKS + len(codes) - len(ids))
     spans = [Span(NUM_SINKS + i, NUM_SINKS + i + 1, code) for i, code in enumerate(codes)]
@@ -130,7 +135,7 @@ META = b'{"fingerprints": {}, "num_cached": %d, "num_tokens": %d, "quality": "ti
         {"SIZE": packed(struct.pack("<3I", 4, 68, 100))},
         {"SPAN": b""},
     ],
-)  # fmt: skip
+)
 def test_contents_that_contradict_themselves_are_refused_though_their_checksums_are_right(file, sections):
     assert load(file, altered()) == FILE
     with pytest.raises(Corrupted):
@@ -226,7 +231,9 @@ def suspended(chat_engine, tmp_path_factory):
     return file, engine
 
 
-@pytest.mark.parametrize("role, models", [("target", {"target": "stranger"}), ("draft", {"draft": "stranger"}), ("draft", {"draft": "trunk"})])
+@pytest.mark.parametrize(
+    "role, models", [("target", {"target": "stranger"}), ("draft", {"draft": "stranger"}), ("draft", {"draft": "trunk"})]
+)
 def test_foreign_models_are_refused_before_a_pack_is_looked_for(chat_engine, suspended, monkeypatch, role, models):
     engine = chat_engine(**models)
     monkeypatch.setattr("engine.sessions.kv_codec.find_pack", None)

@@ -13,7 +13,9 @@ from engine.sessions.kv_codec import SessionCodec
 
 QUALITIES = ("near-lossless", "balanced", "compact", "tiny")
 PROMPT = "def greet(name):\n    '''Say hello, once, to whoever is there.'''\n    return f'hello, {name}, and welcome'\n"
-TEXT = PROMPT + """
+TEXT = (
+    PROMPT
+    + """
 
 class Counter:
     '''Counts what it is given, and says how often each thing came.'''
@@ -24,6 +26,7 @@ class Counter:
     def add(self, thing):
         self.seen[thing] = self.seen.get(thing, 0) + 1
 """
+)
 PROBE = torch.tensor(list(b" and then these are the next words, for a while "))
 # about three times the divergence seen with any kind of draft, in nats; the mean over the positions of the probe
 BOUNDS = {"near-lossless": 0.02, "balanced": 0.035, "compact": 0.05, "tiny": 0.06}

@@ -55,7 +55,9 @@ def test_turns_add_up_to_the_whole_rendering(byte_tokenizer, template, ended):
 
 def test_nothing_that_stands_there_is_repeated(byte_tokenizer):
     tokenizer = byte_tokenizer(CHATML)
-    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("so", "so<|im_end|>", "so<|im_end|>\n", "so<|im_start|>")}
+    ids = {
+        text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("so", "so<|im_end|>", "so<|im_end|>\n", "so<|im_start|>")
+    }
     added = {text: tokenizer.decode(next_turn(tokenizer, "go on", own)) for text, own in ids.items()}
     tail = "<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
     assert added["so"] == "<|im_end|>\n" + tail == added["so<|im_start|>"]
@@ -119,5 +121,7 @@ def test_only_the_first_text_gets_special_tokens(chat_engine):
     with engine.session(quality="tokens") as session:
         session.generate("a", one)
         session.generate("b", one)
-        assert session.token_ids[0] == 257 and session.token_ids.count(257) == 1 + (session.token_ids[2] == 257) + (session.token_ids[-1] == 257)
+        assert session.token_ids[0] == 257 and session.token_ids.count(257) == 1 + (session.token_ids[2] == 257) + (
+            session.token_ids[-1] == 257
+        )
         assert len(session.token_ids) == 5

@@ -39,10 +39,16 @@ def test_the_distribution_is_the_engines(random_decoder, monkeypatch):
     decoder = random_decoder(2, vocab_size=12)
     chat = ChatOpening((3, 4), (10, 7), (9,))  # this model often says 10 at once, which ends the question here, and hardly ever 9
     torch.manual_seed(0)
-    sampler = self_text.SelfTextSampler(decoder, chat, SelfTextOptions(rows=2000, context=64, temperatures=(0.7, 0.7), answer_temperature=1.3))
+    sampler = self_text.SelfTextSampler(
+        decoder, chat, SelfTextOptions(rows=2000, context=64, temperatures=(0.7, 0.7), answer_temperature=1.3)
+    )
     said, flags = sampler.round()
     empty = said[0] == 10
-    for drawn, before, temperature in ((said[0], [3, 4], 0.7), (said[1][said[0] == 5], [3, 4, 5], 0.7), (said[2][empty], [3, 4, 10, 7], 1.3)):
+    for drawn, before, temperature in (
+        (said[0], [3, 4], 0.7),
+        (said[1][said[0] == 5], [3, 4, 5], 0.7),
+        (said[2][empty], [3, 4, 10, 7], 1.3),
+    ):
         logits = decoder.forward(torch.tensor(before), [decoder.new_pool(1).new_sequence()], [len(before)], logits="last").logits[0]
         expected = (logits / temperature).softmax(-1).numpy().astype(float)
         assert len(drawn) > 300

@@ -249,8 +249,11 @@ def test_training_on_a_gpu_follows_the_cpu(teacher: Teacher, documents: TokenDoc
         return None if tensor is None else tensor.to("cuda", torch.bfloat16)
 
     layers = [type("Moved", (), {name: cuda(part) for name, part in vars(layer).items()}) for layer in teacher.layers]
-    there = Teacher(*(cuda(t) if isinstance(t, torch.Tensor) else layers for t in (teacher.embed, None, teacher.norm, teacher.head)), SHAPE,
-                    lambda length: tuple(part.cuda() for part in angles(length)))  # fmt: skip
+    there = Teacher(
+        *(cuda(t) if isinstance(t, torch.Tensor) else layers for t in (teacher.embed, None, teacher.norm, teacher.head)),
+        SHAPE,
+        lambda length: tuple(part.cuda() for part in angles(length)),
+    )
     train, held = documents.split(16, seed=0)
     ids, options = reduced_vocabulary(train, V, 32, always=[0]), replace(OPTIONS, steps=100, optimizer=optimizer)
     found = []
@@ -263,4 +266,6 @@ def test_training_on_a_gpu_follows_the_cpu(teacher: Teacher, documents: TokenDoc
         again.restore(tmp_path / "c.pt")
         assert torch.equal(again.averaged.head, trainer.averaged.head)
         found.append(measure(model, trainer.averaged, trainer.teacher_head, 2, held, greedy=False))
-    assert found[1].acceptance == pytest.approx(found[0].acceptance, abs=0.03) and found[1].covered == pytest.approx(found[0].covered, abs=0.01)
+    assert found[1].acceptance == pytest.approx(found[0].acceptance, abs=0.03) and found[1].covered == pytest.approx(
+        found[0].covered, abs=0.01
+    )

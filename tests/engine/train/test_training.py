@@ -70,7 +70,10 @@ def test_training_measuring_and_storing(target, sets, tmp_path):
     engine = Engine(target, draft=load_trained_trunk(tmp_path / "adapter", target), page_size=16)
     for docs, group, temperature in ((sets.greedy, "greedy", 0.0), (sets.sampled, "temperature_1", 1.0)):
         prompts = [docs.document(i)[: docs.answers[i]].tolist() for i in range(len(docs)) if docs.answers[i] < docs.lengths[i]]
-        params = [SamplingParams(max_new_tokens=64, temperature=temperature, seed=s, draft_length=4, stop_token_ids=(2,)) for s in range(len(prompts))]
+        params = [
+            SamplingParams(max_new_tokens=64, temperature=temperature, seed=s, draft_length=4, stop_token_ids=(2,))
+            for s in range(len(prompts))
+        ]
         made = [result.speculation for result in engine.generate(prompts, params)]
         per_step = 1 + sum(m.accepted for m in made) / sum(m.steps for m in made)
         assert per_step == pytest.approx(figures["stored"][group]["tokens_per_step"], rel=0.2) and per_step > 1.3
@@ -173,16 +176,52 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     folder = tmp_path / "tiny"
     tiny_model("llama", tie_word_embeddings=True).reference.save_pretrained(folder)
     vocabulary = {f"t{i}": i for i in range(97)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t5").save_pretrained(folder)
-    common = ["--target", folder, "--data", tmp_path / "data", "--device", "cpu", "--context", 64, "--rows", 8, "--held-out", 4, "--vocab", 64,
-              "--trunk-layers", 1, "--own-layers", 1, "--batch-tokens", 512, "--report-every", 5, "--sample-tokens", 1024]  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t5").save_pretrained(
+        folder
+    )
+    common = [
+        "--target",
+        folder,
+        "--data",
+        tmp_path / "data",
+        "--device",
+        "cpu",
+        "--context",
+        64,
+        "--rows",
+        8,
+        "--held-out",
+        4,
+        "--vocab",
+        64,
+        "--trunk-layers",
+        1,
+        "--own-layers",
+        1,
+        "--batch-tokens",
+        512,
+        "--report-every",
+        5,
+        "--sample-tokens",
+        1024,
+    ]
 
     def run(*more: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["train_draft.py", *map(str, [*common, *more])])
         return train_draft.main(), capsys.readouterr().err
 
-    status, said = run("--out", tmp_path / "out", "--steps", 20, "--checkpoint", tmp_path / "c.pt", "--json-out", tmp_path / "t.json",
-                       "--temperatures", "0.2,0.9")  # fmt: skip
+    status, said = run(
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        20,
+        "--checkpoint",
+        tmp_path / "c.pt",
+        "--json-out",
+        tmp_path / "t.json",
+        "--temperatures",
+        "0.2,0.9",
+    )
     assert status == 0, said
     figures = json.loads((tmp_path / "t.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
@@ -190,7 +229,9 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     assert figures["done"] and figures["steps"] == 20 and f"{figures['stored']['greedy']['agreement']:.3f}" in card
     assert str(tmp_path) not in card and "--trunk-layers 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     # a larger number of steps goes on from the end of the smaller
-    status, said = run("--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json")
+    status, said = run(
+        "--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json"
+    )
     assert status == 0 and "found" in said and "resumed at step 20" in said
     assert json.loads((tmp_path / "m.json").read_text())["steps"] == 30
     status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--temperatures", "0.6")
