@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Calibration, CalibrationAccumulator
-from codec_compare import comparisons, print_comparisons, write_json
-from eval.codec_breakdown import merged
-from eval.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
-from eval.codec_plot import plot
-from eval.codec_quality import Quality, Scores
-from eval.text_tokens import TokenSplit, digest, split_tokens
 
+from baselines import Calibration, CalibrationAccumulator
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS, KvLayout
+from codec_compare import comparisons, print_comparisons, write_json
 from draft.errors import DraftError
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.resolve import PAIRS, load_tokenizer, resolve_model, resolve_pair
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import choose_draft
+from eval.codec_breakdown import merged
+from eval.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
+from eval.codec_plot import plot
+from eval.codec_quality import Quality, Scores
+from eval.text_tokens import TokenSplit, digest, split_tokens
 
 DEFAULT_METHODS = (
     "foretold,foretold-nopred,kvtc,aqua-kv,turboquant-mean,turboquant,kivi,kivi-nowindow,cachegen,cachegen-anchors,fp8,bf16+zstd"

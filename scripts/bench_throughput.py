@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from bench.throughput_check import compare
 from bench.throughput_rows import add_ratios, row, table
 from bench.throughput_runs import (
@@ -36,7 +37,6 @@ from bench.throughput_runs import (
 )
 from check_greedy import device_name
 from codec_compare import write_json
-
 from draft.length import MAX_AUTO_LENGTH
 from engine.cli.command import load, quiet_libraries, say, versions
 from engine.cli.options import Parser, report

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from text_mix import mixed_documents, shares_of
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
@@ -46,6 +45,7 @@ from engine.hub.resolve import (
 from engine.model.decoder import Decoder, DecoderConfig
 from engine.model.weights import read_config
 from engine.runtime.drafters import TrainedTrunk, choose_draft
+from text_mix import mixed_documents, shares_of
 
 
 def arguments() -> argparse.Namespace:

@@ -17,10 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eval.codec_plot import plot
-
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
+from eval.codec_plot import plot
 
 LEVELS = (0.0075, 0.014, 0.021, 0.03)
 OURS = "foretold"

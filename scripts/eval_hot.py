@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codec_compare import write_json
-from eval.codec_quality import Case, Quality, Scores
-from eval.text_tokens import digest, split_tokens
 
+from codec_compare import write_json
 from engine.calibrate.channel_means import HOT_FORMATS, element_bits, open_pool
 from engine.cli.command import load, quiet_libraries, versions
 from engine.cli.options import report
@@ -32,6 +30,8 @@ from engine.hub.resolve import PAIRS
 from engine.kv.pool import KvPool, KvSequence
 from engine.runtime.drafters import Draft
 from engine.runtime.sampling import SamplingParams
+from eval.codec_quality import Case, Quality, Scores
+from eval.text_tokens import digest, split_tokens
 
 TEMPERATURES = (0.0, 1.0)
 _WARM_TOKENS = 8

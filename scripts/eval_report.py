@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from codec_compare import write_json
-
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 

@@ -36,6 +36,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from codec.errors import CodecError
+from codec.pack import CodecPack
+from codec.spec import QUALITIES
+from draft.errors import DraftError
+from engine.calibrate.corpus import library_texts
+from engine.cli.options import Parser
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption
+from engine.hub.resolve import PAIRS
 from eval.codec_methods import PairCodec
 from eval.rows import Parts, rows_of
 from eval.runs import Plan, Runner
@@ -54,16 +64,6 @@ from eval.text import (
 )
 from eval.text_tokens import digest, read_files
 from eval_report import print_report
-
-from codec.errors import CodecError
-from codec.pack import CodecPack
-from codec.spec import QUALITIES
-from draft.errors import DraftError
-from engine.calibrate.corpus import library_texts
-from engine.cli.options import Parser
-from engine.engine import Engine
-from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS
 
 TASKS = ("planted", "conversation", "domains", "position")
 _LIBRARY_TEXTS = 300

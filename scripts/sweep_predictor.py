@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codec_compare import write_json
-from eval.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
 
 from codec.errors import CodecError
 from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import RidgeMoments
 from codec.spec import QUALITIES
+from codec_compare import write_json
 from draft.early_exit import default_trunk_layers
 from draft.errors import DraftError
 from engine.calibrate.budget import PACK_BUDGET, bf16_bytes
@@ -36,6 +35,7 @@ from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.resolve import PAIRS, TRUNK, load_tokenizer, resolve_model, resolve_pair
 from engine.model.decoder import Decoder
+from eval.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
 
 DEFAULT_RANKS = "64,128,256,512,1024,2048,full"
 _started = time.monotonic()

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from bench.kernel_shapes import BF16, Cases, angles, copies, models, row_counts
 from bench.kernel_timing import Call, Case, relative_error
-
 from kernels.accept import reference as accept_reference
 from kernels.accept import triton as accept
 from kernels.kv_write import reference as kv_write_reference

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from bench.kernel_shapes import BF16, Cases, models
 from bench.kernel_timing import Call, Case, relative_error
-
 from kernels.paged_attention import triton as paged
 from kernels.quantized_kv import attention as hot_attention
 from kernels.quantized_kv import reference as hot_reference

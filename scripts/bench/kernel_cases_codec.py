@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from bench.kernel_shapes import BF16, Cases, angles, models
 from bench.kernel_timing import Case, relative_error
-
 from kernels.rans import reference as rans_reference
 from kernels.rans import triton as rans
 from kernels.residual_decode import reference as decode_reference

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
 from bench.kernel_timing import Case
 
 BF16 = torch.bfloat16

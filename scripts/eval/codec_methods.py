@@ -10,10 +10,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from baselines import Calibration, make_peer, select_peers
-from eval.codec_breakdown import breakdown
-from eval.codec_quality import Case, hidden_states
 
+from baselines import Calibration, make_peer, select_peers
 from codec.codec import KvCodec
 from codec.errors import UnknownQuality
 from codec.pack import CodecPack
@@ -25,6 +23,8 @@ from codec.token_ids import encode_ids
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import Draft, TrainedTrunk
 from engine.sessions.file import SessionFile, Span
+from eval.codec_breakdown import breakdown
+from eval.codec_quality import Case, hidden_states
 
 OURS = ("foretold", "foretold-nopred")
 

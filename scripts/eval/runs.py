@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from engine.engine import Engine
+from engine.errors import InvalidOption
+from engine.runtime.request import Conversation
+from engine.sessions.file import Span
+from engine.text.chat import next_turn
 from eval.rows import Parts, item
 from eval.suspend import Suspender, ask, ask_aside, copied, open_with, run_draft
 from eval.tasks import (
@@ -19,12 +25,6 @@ from eval.tasks import (
     make_conversation,
     make_sample,
 )
-
-from engine.engine import Engine
-from engine.errors import InvalidOption
-from engine.runtime.request import Conversation
-from engine.sessions.file import Span
-from engine.text.chat import next_turn
 
 UNTOUCHED = "untouched"
 TEMPLATE_TOKENS = 256  # the chat template, a question and its answer

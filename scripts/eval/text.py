@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eval.codec_methods import ForetoldMethod, PairCodec
-from eval.codec_quality import Quality
-from eval.suspend import CHUNK_TOKENS, PREDICTION, Suspender, open_with, step_name
-from eval.text_tokens import read_files, windows
 
 from codec.spec import NUM_SINKS
 from engine.engine import Engine
 from engine.errors import InvalidOption
+from eval.codec_methods import ForetoldMethod, PairCodec
+from eval.codec_quality import Quality
+from eval.suspend import CHUNK_TOKENS, PREDICTION, Suspender, open_with, step_name
+from eval.text_tokens import read_files, windows
 
 NLL = "nll"
 _WINDOWS_PER_TEXT = 2

@@ -9,8 +9,8 @@ import os
 
 import pytest
 import torch
-from bench.interpreter import compute_like_hardware
 
+from bench.interpreter import compute_like_hardware
 from kernels.dispatch import triton_importable
 
 HAS_GPU = torch.cuda.is_available()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines import PEERS, Calibration, CalibrationAccumulator, NotFitted, Peer, UnknownPeer, make_peer, select_peers
 
+from baselines import PEERS, Calibration, CalibrationAccumulator, NotFitted, Peer, UnknownPeer, make_peer, select_peers
 from codec.errors import BadInput, CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
 from codec.spec import NUM_SINKS, KvLayout
 

@@ -223,9 +223,8 @@ def test_rows_of_another_run_are_not_mixed(bench: ModuleType, tiny: list[str], c
 
 
 def test_test_and_calibration_text_never_meet(bench: ModuleType, tmp_path: Path) -> None:
-    from eval.text_tokens import split_tokens
-
     from engine.errors import InvalidOption
+    from eval.text_tokens import split_tokens
 
     for n in range(40):
         (tmp_path / f"{n}.txt").write_text(" ".join(f"{n}x{i}" for i in range(64)))

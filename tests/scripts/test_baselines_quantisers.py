@@ -8,13 +8,13 @@ import constriction
 import numpy as np
 import pytest
 import torch
+
 from baselines.gaussian_grids import lloyd_max, plane_grid
 from baselines.histogram_coder import TOTAL, decode, encode, frequencies
 from baselines.kvtc import Kvtc
 from baselines.kvtc_allocation import Option, allocate, dequantise, options, quantise
 from baselines.packing import deflate, inflate, pack_codes, unpack_codes
 from baselines.turboquant import TurboQuant
-
 from codec.errors import CorruptedCode
 from codec.spec import NUM_SINKS, KvLayout
 

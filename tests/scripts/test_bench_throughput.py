@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import bench_throughput
 import pytest
 import torch
+
+import bench_throughput
 from bench.throughput_check import TIE_BF16_STEPS, compare, shortfalls
 from bench.throughput_runs import Foretold, Transformers, copy_gb_per_s, in_batches
 from bench_throughput import command_of, main, parse
-
 from engine.errors import InvalidOption
 
 

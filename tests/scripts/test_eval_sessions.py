@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import random
 
-import eval_report
 import pytest
 import torch
+
+import eval_report
+from engine.errors import InvalidOption
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.file import SessionFile
 from eval.domain_texts import plain, write_folders
 from eval.rows import by_depth, item, rows_of
 from eval.runs import Plan, Runner
@@ -15,10 +19,6 @@ from eval.suspend import Suspender, ask, ask_aside, open_with, run_tokens, step_
 from eval.tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
 from eval.text import long_windows, named_paths, position_bins, position_edges, token_nll
 from eval_sessions import main
-
-from engine.errors import InvalidOption
-from engine.runtime.sampling import SamplingParams
-from engine.sessions.file import SessionFile
 
 TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
 

@@ -6,13 +6,13 @@ import json
 
 import numpy as np
 import pytest
-import sweep_predictor
 import torch
-from eval.sweep_fits import FULL, laplace_bits, separate_sets, sweep, trunk_sets
-from sweep_predictor import gather, main
 
+import sweep_predictor
 from codec.quantize import quantise
 from codec.rate import laplace_probabilities
+from eval.sweep_fits import FULL, laplace_bits, separate_sets, sweep, trunk_sets
+from sweep_predictor import gather, main
 
 STEP = 1.0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import calibrate
 import pytest
-from text_mix import mixed_documents, pieces, shares_of
 
+import calibrate
 from engine.errors import InvalidOption
+from text_mix import mixed_documents, pieces, shares_of
 
 
 class Letters:

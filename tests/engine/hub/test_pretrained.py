@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
-import calibrate
 import pytest
 import torch
 
+import calibrate
 from codec.pack import CodecPack
 from draft import pretrained
 from draft.head_file import CONFIG_FILE, PACK_FILE, load_adapter, read_config

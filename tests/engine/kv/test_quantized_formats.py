@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import eval_hot
 import pytest
 import torch
 import transformers
 
 import engine.calibrate.channel_means as hot_means
+import eval_hot
 from engine.calibrate.channel_means import HOT_FORMATS, channel_means, measure_means, open_pool
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine

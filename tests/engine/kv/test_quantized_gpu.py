@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import eval_hot
 import pytest
 import torch
 
+import eval_hot
 from engine.calibrate.channel_means import HOT_FORMATS
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import train_draft
-from train import plot as train_plot
 
+import train_draft
 from draft.head_file import load_adapter
 from engine.engine import Engine
 from engine.errors import InvalidOption
@@ -22,6 +21,7 @@ from engine.train.model_card import model_card
 from engine.train.self_generated import SelfTextOptions
 from engine.train.trainer import TrainOptions
 from engine.train.training import Architecture, TrunkTraining, teacher_of
+from train import plot as train_plot
 
 CHAT = ChatOpening((3, 4, 6), (2, 7), (2,))
 OPTIONS = TrainOptions(1, 1, steps=150, batch_tokens=2048, learning_rate=3e-3, warmup_steps=10, chunk=512, averaging=0.9)
