@@ -249,20 +249,19 @@ class Engine:
         *,
         quality: str | None = None,
         pack: str | Path | None = None,
-        token_coder: str = "draft",
         log: Callable[[str], None] = print,
     ) -> Session:
         """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.sessions.session.Session`.
 
         quality: "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "balanced"). pack: a codec pack's file
-        (default: the pair's own, fitted at first use). token_coder: for "tokens", "draft" (slow to resume) or "counts" (at once, twice the bytes).
+        (default: the pair's own, fitted at first use).
 
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.
         """
         from engine.sessions.session import Session
 
-        return Session(self, quality=quality, pack=pack, file=file, token_coder=token_coder, log=log)
+        return Session(self, quality=quality, pack=pack, file=file, log=log)
 
     def close_conversation(self, conversation: Conversation) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""

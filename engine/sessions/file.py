@@ -20,11 +20,12 @@ import zstandard
 from codec.container import read_sections, write_sections
 from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
 from codec.spec import NUM_SINKS
-from codec.token_ids import COUNTED, decode_ids, encode_ids, read_frame
+from codec.token_ids import MAX_TOKENS, decode_ids, decompress, encode_ids, num_ids
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
 from engine.hub.cache import is_disk_full
 
-MAX_TOKENS = 1 << 28
+MAX_META_BYTES = 1 << 20
+_SPAN_ENTRY_BYTES = 12  # start, end and size of a span, uint32 each
 _REMEDY = "restore it from a copy, or start a new session"
 _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
     TruncatedCode: Truncated,
@@ -49,9 +50,7 @@ class SessionFile:
     """A suspended session.
 
     token_ids: all tokens. num_cached: tokens whose KV the session held, a prefix of them; spans cover [sinks, num_cached) without gaps, or are
-    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack. token_frame: the
-    ids as a model coded them (`engine.sessions.token_coding`), None when they are coded without one; a file
-    loaded with such a frame has no token_ids until the model has read them.
+    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack.
     """
 
     token_ids: list[int]
@@ -59,24 +58,22 @@ class SessionFile:
     quality: str
     fingerprints: dict[str, str]
     spans: list[Span] = field(default_factory=list)
-    token_frame: bytes | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """How many ids there are, read or not."""
-        return len(self.token_ids) if self.token_frame is None else read_frame(self.token_frame)[1]
 
     def to_bytes(self) -> bytes:
         """The whole file."""
-        meta = {"quality": self.quality, "num_cached": self.num_cached, "num_tokens": self.num_tokens, "fingerprints": self.fingerprints}
+        meta = {
+            "quality": self.quality,
+            "num_cached": self.num_cached,
+            "num_tokens": len(self.token_ids),
+            "fingerprints": self.fingerprints,
+        }
         sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
         body = b"".join(s.data for s in self.spans)
-        tokens = encode_ids(self.token_ids) if self.token_frame is None else self.token_frame
         packed = zstandard.ZstdCompressor(level=19).compress
         return write_sections(
             [
                 ("META", packed(json.dumps(meta, sort_keys=True).encode())),
-                ("TOKS", tokens),
+                ("TOKS", encode_ids(self.token_ids)),
                 ("SIZE", packed(sizes.tobytes())),
                 ("SPAN", body),
             ]
@@ -110,8 +107,8 @@ class SessionFile:
         return len(data)
 
     @classmethod
-    def load(cls, path: str | Path) -> SessionFile:
-        """Read and check a file.
+    def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS) -> SessionFile:
+        """Read and check a file of at most `max_tokens` tokens.
 
         Raises:
             BadSessionFile: it cannot be read, or is a folder.
@@ -124,29 +121,31 @@ class SessionFile:
                 f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions"
             ) from error
         with session_errors(path):
-            return cls.from_bytes(data)
+            return cls.from_bytes(data, max_tokens)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> SessionFile:
-        """Inverse of `to_bytes`. Raises the codec's named errors."""
+    def from_bytes(cls, data: bytes, max_tokens: int = MAX_TOKENS) -> SessionFile:
+        """Inverse of `to_bytes`; no part that claims more than `max_tokens` tokens is unpacked. Raises the codec's named errors."""
         sections = read_sections(data)
         if [name for name, _ in sections] != ["META", "TOKS", "SIZE", "SPAN"]:
             raise CorruptedCode("the file's sections are not a session's", _REMEDY)
         meta_bytes, token_bytes, size_bytes, body = (content for _, content in sections)
+        described = decompress(meta_bytes, MAX_META_BYTES, "the fields of the session's description")
         try:
-            meta: dict[str, Any] = json.loads(_unpacked(meta_bytes))
+            meta: dict[str, Any] = json.loads(described)
             num_cached, num_tokens = int(meta["num_cached"]), int(meta["num_tokens"])
             quality, fingerprints = str(meta["quality"]), {str(k): str(v) for k, v in meta["fingerprints"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptedCode("the session's description is malformed", _REMEDY) from error
         if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
             raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
-        coder, count, _, _ = read_frame(token_bytes)
-        if count != num_tokens:
+        if num_tokens > max_tokens:
+            raise CorruptedCode(f"it holds tokens the model cannot have: {num_tokens}, where {max_tokens} fit", _REMEDY)
+        if num_ids(token_bytes) != num_tokens:
             raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
-        tokens, frame = (decode_ids(token_bytes), None) if coder == COUNTED else ([], token_bytes)
-        raw_sizes = _unpacked(size_bytes)
-        if len(raw_sizes) % 12:
+        tokens = decode_ids(token_bytes, num_tokens)
+        raw_sizes = decompress(size_bytes, _SPAN_ENTRY_BYTES * num_cached, "the list of spans")
+        if len(raw_sizes) % _SPAN_ENTRY_BYTES:
             raise CorruptedCode("the session's list of spans is malformed", _REMEDY)
         spans: list[Span] = []
         at = 0
@@ -158,7 +157,7 @@ class SessionFile:
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
-        return cls(tokens, num_cached, quality, fingerprints, spans, frame)
+        return cls(tokens, num_cached, quality, fingerprints, spans)
 
 
 class session_errors:
@@ -174,16 +173,6 @@ class session_errors:
         if isinstance(error, CodecError):
             named = next((engine for codec, engine in _ERRORS.items() if isinstance(error, codec)), BadSessionFile)
             raise named(f"session file {self._path}: {error.what}", error.remedy) from error
-
-
-def _unpacked(data: bytes) -> bytes:
-    try:
-        # a size that the data itself claims is what would be reserved, whatever the limit says
-        if zstandard.frame_content_size(data) > 4 * MAX_TOKENS:
-            raise CorruptedCode("a compressed part of the session is too large", _REMEDY)
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * MAX_TOKENS)
-    except zstandard.ZstdError as error:
-        raise CorruptedCode("a compressed part of the session is damaged", _REMEDY) from error
 
 
 def _sync_folder(folder: Path) -> None:

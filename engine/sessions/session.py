@@ -17,7 +17,6 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints, trunk_layers
 from engine.sessions.file import SessionFile, Span, session_errors
 from engine.sessions.kv_codec import chunk_ends, prefill_draft, run_sinks, session_codec
-from engine.sessions.token_coding import decode_tokens, encode_tokens
 from engine.text.chat import next_turn
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 TOKENS = "tokens"
 SESSION_QUALITIES = (*QUALITIES, TOKENS)
 DEFAULT_QUALITY = "balanced"
-TOKEN_CODERS = ("draft", "counts")
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,8 @@ class ResumeReport:
 class Session:
     """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
 
-    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only, coded with the draft, see
-    `engine.sessions.token_coding` for the time that takes;
-    resuming runs the target over them again).
+    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only; the target runs over them again when the session goes on).
     None: as the file was written, "balanced" without one. What was coded before keeps its quality.
-
-    token_coder: how quality "tokens" codes its ids: "draft", or "counts", about twice the bytes and no time. Either is read back, whatever is given.
     """
 
     def __init__(
@@ -70,16 +64,13 @@ class Session:
         quality: str | None = None,
         pack: str | Path | None = None,
         file: str | Path | None = None,
-        token_coder: str = "draft",
         log: Log = print,
     ) -> None:
         began = time.perf_counter()
-        stored = None if file is None else SessionFile.load(file)
+        stored = None if file is None else SessionFile.load(file, engine.context)
         if quality is not None and quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
-        if token_coder not in TOKEN_CODERS:
-            raise InvalidOption(f"unknown token coder {token_coder!r}", f"choose one of {', '.join(TOKEN_CODERS)}")
-        self.engine, self._log, self._token_coder = engine, log, token_coder
+        self.engine, self._log = engine, log
         self.quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
         self._pack_path, self._closed = pack, False
         self.spans: list[Span] = []
@@ -87,7 +78,6 @@ class Session:
         self.resumed: ResumeReport | None = None
         if stored is not None:
             self._check(stored, file)
-            self._read_tokens(stored, file)
         if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(engine, pack, log)
         self.conversation = engine.open_conversation()
@@ -169,8 +159,6 @@ class Session:
             spans = self.spans
             prints["pack"] = codec.pack.digest
         file = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans)
-        if not spans and self.quality == TOKENS and self._token_coder == "draft":
-            file.token_frame = encode_tokens(self.engine, self.token_ids)
         stored = file.save(path)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
         tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
@@ -220,15 +208,7 @@ class Session:
                 raise ForeignModel(
                     f"session file {path} was written with another {role}", "resume it with the models and pack it was made with"
                 )
-        if stored.num_tokens > self.engine.context:
-            raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
-
-    def _read_tokens(self, stored: SessionFile, path: str | Path | None) -> None:
-        """Let the model read ids it coded, and refuse ids it cannot have."""
-        if stored.token_frame is not None:
-            with session_errors(path):
-                stored.token_ids = decode_tokens(self.engine, stored.token_frame)
-        if any(t >= self.engine.target.config.vocab_size for t in stored.token_ids):
+        if max(stored.token_ids, default=0) >= self.engine.target.config.vocab_size:
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
     def _restore(self, stored: SessionFile, path: str | Path | None, began: float) -> None:

@@ -98,7 +98,6 @@ class PairCodec:
         self._draft = draft if isinstance(draft, Decoder) else None
         self._adapter = draft.decoder if isinstance(draft, TrainedTrunk) else None
         self._hidden: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-        self._frames: dict[tuple[int, ...], bytes] = {}
         self.warm = target.device.type == "cpu"
 
     @cached_property
@@ -127,13 +126,6 @@ class PairCodec:
     def forget(self) -> None:
         """Gives the kept hidden states back."""
         self._hidden.clear()
-
-    def id_frame(self, case: Case) -> bytes:
-        """The coded ids of a sequence's prefix, the same at every quality."""
-        ids = tuple(case.token_ids[: case.prefix].tolist())
-        if ids not in self._frames:
-            self._frames[ids] = encode_ids(ids)
-        return self._frames[ids]
 
     def predict(
         self, num_tokens: int, rows: torch.Tensor | None, target_rows: torch.Tensor | None
@@ -199,9 +191,10 @@ class ForetoldMethod:
         for case, own in zip(cases, edges, strict=True):
             covered = [Span(a, min(a + SPAN_TOKENS, case.prefix), next(stored)) for a in own]
             prints = {"pack": pack.digest, **pack.fingerprints}
-            files.append(SessionFile([], case.prefix, self.quality, prints, covered, pair.id_frame(case)))
+            files.append(SessionFile(case.token_ids[: case.prefix].tolist(), case.prefix, self.quality, prints, covered))
         num_bytes = sum(len(file.to_bytes()) for file in files)
-        parts = breakdown(codec, spans, num_bytes, sum(len(pair.id_frame(case)) for case in cases)) if self._parts else None
+        id_bytes = sum(len(encode_ids(file.token_ids)) for file in files)
+        parts = breakdown(codec, spans, num_bytes, id_bytes) if self._parts else None
         return Result(num_bytes, decoded, middle - start, end - middle, codec.ideal_bits(pairs, self._step, levels), parts)
 
     def _prediction(self, case: Case, hidden: tuple[torch.Tensor | None, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:

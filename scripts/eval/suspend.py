@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES
-from codec.token_ids import encode_ids
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence, PagedPool
@@ -155,7 +154,6 @@ class Suspender:
     def __init__(self, engine: Engine, pack: str | None, log: Callable[[str], None] = print) -> None:
         self.engine, self.codec = engine, session_codec(engine, pack, log)
         self._prints = pair_fingerprints(engine) | {"pack": self.codec.pack.digest}
-        self._frames: dict[tuple[int, ...], bytes] = {}  # coded ids: the same for every quality, and slow to make
 
     @torch.inference_mode()
     def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:
@@ -189,10 +187,7 @@ class Suspender:
         return len(self._file(conversation, quality, spans))
 
     def _file(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> bytes:
-        ids = tuple(conversation.token_ids)
-        if ids not in self._frames:
-            self._frames[ids] = encode_ids(ids)
-        return SessionFile(list(ids), conversation.sequence.length, quality, self._prints, list(spans), self._frames[ids]).to_bytes()
+        return SessionFile(list(conversation.token_ids), conversation.sequence.length, quality, self._prints, list(spans)).to_bytes()
 
     @torch.inference_mode()
     def resume(self, data: bytes) -> tuple[Conversation, list[Span]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import struct
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from codec.container import FILE_MAGIC, FILE_VERSION, read_sections, write_sections
 from codec.spec import NUM_SINKS
+from codec.token_ids import MAX_TOKENS
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, PackMismatch, Truncated
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.file import MAX_TOKENS, SessionFile, Span
+from engine.sessions.file import SessionFile, Span
 
 SPANS = [Span(NUM_SINKS, 68, b"first" * 20), Span(68, 90, b"second" * 7)]
 FILE = SessionFile([1, 70_000, 3] * 31, 90, "balanced", {"target": "a" * 64, "pack": "b"}, SPANS)
@@ -66,6 +68,24 @@ def test_a_file_comes_back(ids, codes, fingerprints, quality):
 def test_saving_and_loading(file):
     assert FILE.save(file) == len(DATA) == file.stat().st_size
     assert SessionFile.load(file) == FILE and [p.name for p in file.parent.iterdir()] == ["chat.kv"]
+
+
+def test_files_of_earlier_versions_open(file):
+    """Their ids were counted bit by bit (`codec.counted_ids`)."""
+    older = altered(TOKS=base64.b85decode("0bKw90HB_@p%MQ{zrjm_"))
+    assert older != DATA and load(file, older) == FILE
+
+
+def test_a_small_file_never_takes_more_memory_than_the_context_allows(file):
+    zeros = {name: zstandard.ZstdCompressor(level=19).compress(bytes(1 << 26)) for name in ("META", "SIZE")}
+    for name, body in zeros.items():
+        assert len(body) < 1 << 14
+        with pytest.raises(Corrupted, match="claim 67108864 bytes"):
+            load(file, altered(**{name: body}))
+    with pytest.raises(Corrupted, match=r"tokens the model cannot have: 93, where 92 fit"):
+        FILE.save(file)
+        SessionFile.load(file, 92)
+    assert SessionFile.load(file, 93) == FILE
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------------
