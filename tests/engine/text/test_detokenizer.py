@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from engine.text.detokenizer import TextStream
 
@@ -105,3 +106,107 @@ def test_text_and_stops_do_not_depend_on_how_runs_are_cut(text, stop, cuts):
         assert used == len(text[:first].encode())
     else:
         assert final == text and used == len(tokens)
+
+
+WORDS = ["<s>", "\u2581a", "\u2581", "b", "\u2581c\u00e9"]  # ids 0 to 4, the first is special; bytes follow
+
+
+@pytest.fixture(scope="module")
+def fallback():
+    """decode of a tokenizer in sentencepiece's manner: words with a marked space, and a token for every byte."""
+    vocab = {word: i for i, word in enumerate([*WORDS, *(f"<0x{b:02X}>" for b in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def as_bytes(text):
+    return [len(WORDS) + b for b in (text.encode() if isinstance(text, str) else text)]
+
+
+def consume(decode, tokens, sizes, *, look, stop=(), context=()):
+    """(text, streamed text) of tokens pushed in runs of the given sizes."""
+    stream, streamed, used, i = TextStream(decode, context, stop), "", 0, 0
+    while used < len(tokens):
+        size = sizes[i % len(sizes)]
+        kept = stream.push(tokens[used : used + size])
+        if look:
+            streamed += stream.take()
+            assert streamed == stream.text
+        used, i = used + size, i + 1
+        if kept is not None:
+            break
+    stream.finish()
+    return stream.text, streamed + stream.take()
+
+
+def test_two_emoji_of_bytes_cut_in_the_second_are_the_same_text_however_they_are_asked_for(fallback):
+    tokens = as_bytes("\U0001f600\U0001f680")[:6]
+    assert fallback(tokens) == "\ufffd" * 6, "at once the tokenizer gives up the first one too"
+    for sizes in ([1], [6], [4, 2], [5, 1]):
+        for look in (True, False):
+            assert consume(fallback, tokens, sizes, look=look) == ("\U0001f600\ufffd\ufffd",) * 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from([0, 1, 2, 3, 4, "\u00e9", "\u20ac", "\U0001f600", b"\xff", b"\xf0\x9f", b"\x80", b"\xe2\x82", "A"]), max_size=12
+    ),
+    cuts=st.lists(st.integers(1, 6), min_size=1, max_size=10),
+    context=st.sampled_from([[], [1], [3, 4], as_bytes("\U0001f600"), as_bytes(b"\xf0\x9f"), [0]]),
+    stop=st.lists(st.sampled_from(["a", " c", "\u20ac", "bA"]), max_size=2),
+)
+def test_text_of_words_and_broken_bytes_does_not_depend_on_cuts_or_looks(fallback, pieces, cuts, context, stop):
+    tokens = [t for piece in pieces for t in ([piece] if isinstance(piece, int) else as_bytes(piece))]
+    text, streamed = consume(fallback, tokens, [1], look=True, context=context, stop=stop)
+    assert text == streamed
+    for look in (True, False):
+        assert consume(fallback, tokens, cuts, look=look, context=context, stop=stop) == (text, text)
+    if not stop and "\ufffd" not in fallback([*context, *tokens]):
+        assert text == fallback([*context, *tokens])[len(fallback(context)) :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=20), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=10))
+def test_broken_bytes_of_a_byte_level_tokenizer_come_out_as_python_decodes_them(data, cuts):
+    for sizes in ([1], cuts, [20]):
+        for look in (True, False):
+            assert consume(decode, list(data), sizes, look=look) == (decode(data),) * 2
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x80, 0xF0], ids=hex)
+def test_bytes_that_are_no_text_are_released_as_they_come_in_linear_time(fallback, byte):
+    for decoder, token in ((decode, byte), (fallback, len(WORDS) + byte)):
+        decoded = 0
+
+        def counting(ids, decoder=decoder):
+            nonlocal decoded
+            decoded += len(ids)
+            return decoder(ids)
+
+        stream, streamed, most = TextStream(counting), "", 0
+        for count in range(1, 301):
+            stream.push([token])
+            streamed += stream.take()
+            most = max(most, count - len(streamed))
+        stream.finish()
+        assert streamed + stream.take() == "\ufffd" * 300
+        assert most <= 3, "at most an unfinished character is held back"
+        assert decoded < 300 * 200
+
+
+def test_special_tokens_within_a_character_change_nothing(fallback):
+    a, b, c, d = as_bytes("\U0001f600")
+    assert consume(fallback, [1, a, 0, b, 0, 0, 0, c, d], [1], look=True) == ("a\U0001f600",) * 2
+    assert consume(fallback, [0] * 50 + [1, 1], [1], look=True) == ("a a",) * 2
+
+
+def test_of_several_stops_in_one_token_the_earliest_ends_the_text():
+    words = {0: "x", 1: "one END two STOP", 2: "y"}
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=["STOP", "END", "two"])
+    assert stream.push([0, 1, 2]) == 2
+    assert stream.text == "xone "
