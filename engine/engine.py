@@ -17,9 +17,9 @@ from draft.protocols import FeatureStore
 from engine.calibrate.channel_means import open_pool
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.hub.resolve import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
+from engine.model.config import read_config
 from engine.model.decoder import Decoder, DecoderConfig
 from engine.model.device import START_TOKENS, default_pool_tokens, device_named, dtype_named
-from engine.model.weights import read_config
 from engine.runtime.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent

@@ -42,8 +42,8 @@ from engine.hub.resolve import (
     resolve_pair,
     tokenizer_fingerprint,
 )
+from engine.model.config import read_config
 from engine.model.decoder import Decoder, DecoderConfig
-from engine.model.weights import read_config
 from engine.runtime.drafters import TrainedTrunk, choose_draft
 from text_mix import mixed_documents, shares_of
 

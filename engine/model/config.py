@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from engine.errors import UnsupportedArchitecture
+from engine.errors import ModelNotFound, UnsupportedArchitecture
+from engine.inputs import Fields, is_file, read_json_object, shown
 from engine.model.rope import RopeConfig
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _REMEDY = f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}, with full attention"
+_BAD_FIELD = "correct config.json, or download the model again"
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 1 << 14, 4096
+MAX_WIDTH, MAX_VOCAB, MAX_CONTEXT = 1 << 20, 1 << 24, 1 << 31
+# all that is read of a config; no other key reaches transformers, some of whose keys make lists of any length
+_KEYS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "eos_token_id",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "quantization_config",
+)
 
 
 @dataclass(frozen=True)
@@ -45,52 +77,142 @@ class DecoderConfig:
         Raises:
             UnsupportedArchitecture: another architecture, sliding-window attention, an activation other than SiLU, biases in the
                 feed-forward layers, quantised weights, or an unsupported RoPE scaling.
+            ModelNotFound: a value is missing, of another type, or out of all bounds.
         """
-        architecture = getattr(config, "model_type", None)
+        given = {name: getattr(config, name, None) for name in _KEYS}
+        architecture = given["model_type"]
         if architecture not in SUPPORTED_ARCHITECTURES:
-            raise UnsupportedArchitecture(f"architecture {architecture!r} is not supported", _REMEDY)
-        _refuse_options(config, architecture)
-        heads = config.num_attention_heads
+            raise UnsupportedArchitecture(f"architecture {shown(architecture)} is not supported", _REMEDY)
+        fields = _fields(given)
+        hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
+        layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+        _refuse_options(fields, architecture, layers)
+        heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+        kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, heads)
+        if heads % kv_heads:
+            raise fields.refuse("num_key_value_heads", f"it must divide the {heads} attention heads")
+        head_dim = fields.integer("head_dim", 2, MAX_HEAD_DIM, hidden // heads)
+        if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+            raise fields.refuse(
+                "num_attention_heads" if given["head_dim"] is None else "head_dim", "heads of an even number of channels are needed"
+            )
         # Llama and Qwen3 put the option's bias on all four projections; Qwen2 always has it on q, k, v and never on o
-        bias = bool(getattr(config, "attention_bias", False)) and architecture in ("llama", "qwen3")
-        eos = getattr(config, "eos_token_id", None)
+        bias = fields.boolean("attention_bias", False) and architecture in ("llama", "qwen3")
         return cls(
             architecture=architecture,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
+            num_layers=layers,
+            hidden_size=hidden,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=float(config.rms_norm_eps),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=fields.integer("intermediate_size", 1, 4 * MAX_WIDTH),
+            vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB),
+            rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0),
             rope=RopeConfig.from_hf(config),
             qkv_bias=bias or architecture == "qwen2",
             qk_norm=architecture == "qwen3",
-            tie_word_embeddings=bool(config.tie_word_embeddings),
-            max_position_embeddings=config.max_position_embeddings,
-            eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            max_position_embeddings=fields.integer("max_position_embeddings", 1, MAX_CONTEXT),
+            eos_token_ids=fields.ids("eos_token_id"),
             o_bias=bias,
         )
 
 
-def _refuse_options(config: Any, architecture: str) -> None:
-    window = getattr(config, "sliding_window", None)
-    if architecture in ("qwen2", "qwen3") and not getattr(config, "use_sliding_window", False):
-        window = None
-    layer_types = getattr(config, "layer_types", None) or ()
-    if window is not None and window >= config.max_position_embeddings:
-        window = None  # never narrower than the context: the same as full attention
-    elif "sliding_attention" in layer_types and window is None:
-        window = getattr(config, "sliding_window", None) or 0
-    if window is not None:
-        raise UnsupportedArchitecture(f"{architecture} with sliding-window attention (window {window}) is not supported", _REMEDY)
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model folder: the values of config.json, checked, over the architecture's defaults.
+
+    Raises:
+        ModelNotFound: no folder, no readable config.json in it, or a value of another type or out of all bounds.
+        UnsupportedArchitecture: the architecture is none that our decoder runs.
+    """
+    path = folder / "config.json"
+    if not is_file(path):
+        raise ModelNotFound(f"{folder} has no config.json", "give a Hugging Face model folder")
+    raw = read_json_object(path, ModelNotFound, "download or convert the model again")
+    kind = raw.get("model_type")
+    if kind not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedArchitecture(f"architecture {shown(kind)} is not supported", f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
+    kept = {name: raw[name] for name in _KEYS if name in raw}
+    _check_types(kept)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[kind].from_dict(kept)
+    except Exception as error:  # transformers checks values in ways of its own, with errors of many types
+        raise ModelNotFound(f"{path} is no config that transformers reads: {shown(str(error), 160)[1:-1]}", _BAD_FIELD) from error
+
+
+def read_end_tokens(folder: Path) -> tuple[int, ...]:
+    """End-of-text ids of generation_config.json, where chat models name those that config.json leaves out; () without the file.
+
+    Raises:
+        ModelNotFound: the file cannot be read, or names something else than ids.
+    """
+    path = folder / "generation_config.json"
+    if not is_file(path):
+        return ()
+    remedy = "correct it, or download the model again"
+    return Fields(read_json_object(path, ModelNotFound, remedy), str(path), ModelNotFound, remedy).ids("eos_token_id")
+
+
+def _fields(values: dict[str, Any]) -> Fields:
+    return Fields(values, "config.json", ModelNotFound, _BAD_FIELD)
+
+
+def _check_types(kept: dict[str, Any]) -> None:
+    """Bounds of every value before transformers sees it: what is absent takes the architecture's default, so it is not asked for."""
+    fields = _fields(kept)
+    whole = {
+        "num_hidden_layers": MAX_LAYERS,
+        "hidden_size": MAX_WIDTH,
+        "num_attention_heads": MAX_HEADS,
+        "num_key_value_heads": MAX_HEADS,
+        "head_dim": MAX_HEAD_DIM,
+        "intermediate_size": 4 * MAX_WIDTH,
+        "vocab_size": MAX_VOCAB,
+        "max_position_embeddings": MAX_CONTEXT,
+    }
+    for name, high in whole.items():
+        fields.integer(name, 1, high, 1)
+    for name in ("sliding_window", "max_window_layers"):
+        fields.integer(name, 0, MAX_CONTEXT, 0)
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        fields.boolean(name, False)
+    fields.number("rms_norm_eps", 0.0, 1.0, 0.0)
+    fields.number("partial_rotary_factor", 0.0, 1.0, 1.0)
+    fields.text("hidden_act", "silu")
+    fields.texts("layer_types", MAX_LAYERS)
+    fields.ids("eos_token_id")
+    fields.mapping("quantization_config")
+    RopeConfig.check_types(fields)
+
+
+def _refuse_options(fields: Fields, architecture: str, layers: int) -> None:
+    _refuse_windows(fields, architecture, layers)
+    if fields.text("hidden_act", "silu") != "silu":
+        what = f"{architecture} with activation {shown(fields.get('hidden_act'))} is not supported"
+        raise UnsupportedArchitecture(what, "supported: silu")
+    if fields.boolean("mlp_bias", False):
+        raise UnsupportedArchitecture(f"{architecture} with feed-forward biases is not supported", "use a model with mlp_bias false")
+    if fields.get("quantization_config"):
+        raise UnsupportedArchitecture(f"{architecture} with quantised weights is not supported", "use a float checkpoint")
+
+
+def _refuse_windows(fields: Fields, architecture: str, layers: int) -> None:
+    """UnsupportedArchitecture when some layer looks back over less than the context; settings that no layer uses say nothing."""
+    layer_types = fields.texts("layer_types", MAX_LAYERS)
     other = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if other:
-        raise UnsupportedArchitecture(f"{architecture} with layers of type {other[0]!r} is not supported", _REMEDY)
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise UnsupportedArchitecture(f"{architecture} with activation {config.hidden_act!r} is not supported", "supported: silu")
-    if getattr(config, "mlp_bias", False):
-        raise UnsupportedArchitecture(f"{architecture} with feed-forward biases is not supported", "use a model with mlp_bias false")
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedArchitecture(f"{architecture} with quantised weights is not supported", "use a float checkpoint")
+        raise UnsupportedArchitecture(f"{architecture} with layers of type {shown(other[0])} is not supported", _REMEDY)
+    if layer_types and len(layer_types) != layers:
+        raise fields.refuse("layer_types", f"there are {layers} layers")
+    window = fields.integer("sliding_window", 0, MAX_CONTEXT, 0)
+    if layer_types:
+        slides = "sliding_attention" in layer_types
+    elif architecture in ("qwen2", "qwen3"):
+        slides = fields.boolean("use_sliding_window", False) and fields.integer("max_window_layers", 0, MAX_CONTEXT, 0) < layers
+    else:
+        slides = architecture == "mistral" and fields.get("sliding_window") is not None
+    # never narrower than the context is the same as full attention
+    if slides and window < fields.integer("max_position_embeddings", 1, MAX_CONTEXT):
+        raise UnsupportedArchitecture(f"{architecture} with sliding-window attention (window {window}) is not supported", _REMEDY)

@@ -7,7 +7,6 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -25,7 +24,7 @@ from engine.model.config import DecoderConfig
 from engine.model.layers import DecoderLayer, LayerWeights
 from engine.model.linear import Projection, choose_product, packed_copy
 from engine.model.rope import RopeTable
-from engine.model.weights import load_folder, read_config, read_end_tokens
+from engine.model.weights import load_tensors, open_checkpoint
 from kernels.kv_write import kv_write
 from kernels.kv_write.reference import store
 from kernels.paged_attention import paged_attention
@@ -84,13 +83,9 @@ class Decoder(nn.Module):
             ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
             UnsupportedArchitecture: the model is one our decoder does not run.
         """
-        config = DecoderConfig.from_hf(read_config(Path(path)))
-        ends = dict.fromkeys(config.eos_token_ids + read_end_tokens(Path(path)))
-        config = replace(config, eos_token_ids=tuple(ends))
+        config, stored = open_checkpoint(Path(path))
         decoder = cls._materialise(config, dtype, device)
-        # checkpoints may repeat a tied head; old ones store the rotary frequencies
-        ignored = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
-        load_folder(Path(path), decoder.hf_tensors(), ignored=ignored)
+        load_tensors(stored, decoder.hf_tensors())
         return decoder.pack()
 
     @classmethod

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 
-from engine.errors import UnsupportedArchitecture
+from engine.errors import ModelNotFound, UnsupportedArchitecture
+from engine.inputs import Fields, shown
 
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+_THETA = (1.0 + 1e-6, 1e15)  # yarn divides by its logarithm
+_FACTOR = (1e-3, 1e6)
+_MAX_CONTEXT = 1 << 31
+_BAD_OPTION = "correct config.json, or download the model again"
 
 
 @dataclass(frozen=True)
@@ -37,52 +42,74 @@ class RopeConfig:
 
         Raises:
             UnsupportedArchitecture: a kind outside SUPPORTED_ROPE, partial rotation, or an option of the kind is missing.
+            ModelNotFound: an option of another type, or out of all bounds.
         """
-        options: dict[str, Any] = dict(getattr(config, "rope_scaling", None) or {})
-        options |= dict(getattr(config, "rope_parameters", None) or {})
+        names = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "max_position_embeddings")
+        outer = Fields({name: getattr(config, name, None) for name in names}, "config.json", ModelNotFound, _BAD_OPTION)
+        options = outer.mapping("rope_scaling") | outer.mapping("rope_parameters")
+        fields = Fields(options, "config.json's RoPE scaling", ModelNotFound, _BAD_OPTION)
         kind = options.get("rope_type") or options.get("type") or "default"
         if kind not in SUPPORTED_ROPE:
-            raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported", f"supported: {', '.join(SUPPORTED_ROPE)}")
-        partial = options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+            raise UnsupportedArchitecture(f"RoPE scaling {shown(kind)} is not supported", f"supported: {', '.join(SUPPORTED_ROPE)}")
+        nested = next((name for name, value in options.items() if isinstance(value, dict)), None)
+        if nested is not None:
+            raise UnsupportedArchitecture(f"RoPE options of their own for layers of type {shown(nested)} are not supported", "")
+        partial = fields.number("partial_rotary_factor", 0.0, 1.0, outer.number("partial_rotary_factor", 0.0, 1.0, 1.0))
         if partial != 1.0:
             what = f"partial rotation (partial_rotary_factor {partial}) is not supported"
             raise UnsupportedArchitecture(what, "use a model that rotates all channels")
-        theta = float(options.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+        theta = fields.number("rope_theta", *_THETA, outer.number("rope_theta", *_THETA, 10_000.0))
         if kind == "default":
             return cls(kind, theta)
-        original = options.get("original_max_position_embeddings") or config.max_position_embeddings
-        factor = options.get("factor")
-        if factor is None and kind == "yarn":
-            factor = config.max_position_embeddings / original
-        if factor is None:
+        context = outer.integer("max_position_embeddings", 1, _MAX_CONTEXT)
+        original = fields.integer("original_max_position_embeddings", 1, _MAX_CONTEXT, context)
+        if options.get("factor") is None and kind != "yarn":
             raise UnsupportedArchitecture(f"RoPE scaling {kind!r} without its 'factor'", "complete rope_parameters in config.json")
-        common: dict[str, Any] = {"kind": kind, "theta": theta, "factor": float(factor), "original_context": int(original)}
+        factor = fields.number("factor", *_FACTOR, max(context / original, _FACTOR[0]))
+        common: dict[str, Any] = {"kind": kind, "theta": theta, "factor": factor, "original_context": original}
         if kind == "linear":
             return cls(**common)
         if kind == "llama3":
-            missing = [name for name in ("low_freq_factor", "high_freq_factor") if name not in options]
+            missing = [name for name in ("low_freq_factor", "high_freq_factor") if options.get(name) is None]
             if missing:
                 raise UnsupportedArchitecture(f"RoPE scaling 'llama3' without {missing[0]!r}", "complete rope_parameters in config.json")
-            return cls(**common, low_freq_factor=float(options["low_freq_factor"]), high_freq_factor=float(options["high_freq_factor"]))
+            low, high = fields.number("low_freq_factor", *_FACTOR), fields.number("high_freq_factor", *_FACTOR)
+            if low >= high:
+                raise fields.refuse("high_freq_factor", f"it must be above low_freq_factor, {low:g}")
+            return cls(**common, low_freq_factor=low, high_freq_factor=high)
+        fast, slow = fields.number("beta_fast", *_FACTOR, 32.0), fields.number("beta_slow", *_FACTOR, 1.0)
         return cls(
             **common,
-            beta_fast=float(options.get("beta_fast") or 32.0),
-            beta_slow=float(options.get("beta_slow") or 1.0),
-            truncate=bool(options.get("truncate", True)),
-            attention_factor=_yarn_attention_factor(options, float(factor)),
+            beta_fast=fast,
+            beta_slow=slow,
+            truncate=fields.boolean("truncate", True),
+            attention_factor=_yarn_attention_factor(fields, factor),
         )
 
+    @staticmethod
+    def check_types(outer: Fields) -> None:
+        """ModelNotFound unless the config's RoPE options, where they are given, are numbers and objects within their bounds."""
+        outer.number("rope_theta", *_THETA, 10_000.0)
+        for name in ("rope_scaling", "rope_parameters"):
+            fields = Fields(outer.mapping(name), f"config.json's {name}", ModelNotFound, _BAD_OPTION)
+            fields.text("rope_type", "")
+            fields.text("type", "")
+            fields.number("rope_theta", *_THETA, 10_000.0)
+            for factor in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+                fields.number(factor, *_FACTOR, 1.0)
+            fields.integer("original_max_position_embeddings", 1, _MAX_CONTEXT, 1)
+            fields.boolean("truncate", True)
 
-def _yarn_attention_factor(options: dict[str, Any], factor: float) -> float:
+
+def _yarn_attention_factor(fields: Fields, factor: float) -> float:
     """The given factor, or 0.1 ln(factor) + 1 (YaRN, equation 22), or the ratio of two such terms (DeepSeek's mscale options)."""
-    given = options.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if fields.get("attention_factor") is not None:
+        return fields.number("attention_factor", *_FACTOR)
 
     def temperature(multiplier: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, mscale_all = options.get("mscale"), options.get("mscale_all_dim")
+    mscale, mscale_all = (fields.number(name, 0.0, _FACTOR[1], 0.0) for name in ("mscale", "mscale_all_dim"))
     if mscale and mscale_all:
         return temperature(mscale) / temperature(mscale_all)
     return temperature(1.0)

@@ -5,21 +5,26 @@ The files are read, not mapped: a mapped file would stay resident beside the par
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
-from engine.model.config import SUPPORTED_ARCHITECTURES
+from engine.inputs import is_file, is_lfs_pointer, lfs_pointer, open_regular, read_json_object, shown
+from engine.model.config import DecoderConfig, read_config, read_end_tokens
+from engine.model.rope import inverse_frequencies
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _CHUNK_BYTES = 16 << 20
-_MAX_HEADER_BYTES = 100 << 20
+_AGAIN = "download or convert the model again"
+_SAME_MODEL = "config.json and weights must come from the same model"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -32,104 +37,198 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model folder is loaded from: `model.safetensors`, or else the shards its index names, in order of name.
+
+    Other safetensors files beside them, and an index beside a whole file, are no part of the model.
 
     Raises:
-        ModelNotFound: no folder, or no readable config.json in it.
-        UnsupportedArchitecture: transformers does not know the architecture either.
+        ModelNotFound: there are neither, a shard is missing, or the index is malformed or names a file outside the folder.
     """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{folder} has no config.json", "give a Hugging Face model folder")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelNotFound(f"{folder / 'config.json'} is not valid JSON", "download or convert the model again") from error
-    if kind not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedArchitecture(f"architecture {kind!r} is not supported", f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
-def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """End-of-text ids of generation_config.json, where chat models name those that config.json leaves out; () without the file."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return ()
-    try:
-        ids = json.loads(path.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ModelNotFound(f"{path} is not valid JSON", "download or convert the model again") from error
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    if is_file(folder / SINGLE):
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not is_file(index):
+        raise ModelNotFound(f"{folder} has no {SINGLE} and no {INDEX}", "convert the weights to safetensors")
+    names = read_json_object(index, ModelNotFound, _AGAIN).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) and name for name in names.values()):
+        raise ModelNotFound(f"{index} has no weight_map from tensors to files", _AGAIN)
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
+            raise ModelNotFound(f"{index} names {shown(name)}, which is outside the folder", _AGAIN)
+        if not is_file(folder / name):
+            raise ModelNotFound(f"{folder} lacks the shard {shown(name)[1:-1]}", "download the model again")
+        files.append(folder / name)
+    return files
 
 
 def index_file(path: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file (8 bytes little-endian length, then JSON).
+    """Tensors of a safetensors file, from its header; no value is read. The header is checked by the safetensors library.
 
     Raises:
-        ModelNotFound: the file is cut short or is not a safetensors file.
+        ModelNotFound: the file is cut short, is not a safetensors file, or its tensors overlap or leave it.
         UnsupportedArchitecture: a tensor is stored in a dtype that is no float.
     """
-    broken = ModelNotFound(f"{path} is not a complete safetensors file", "download or convert the model again")
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= _MAX_HEADER_BYTES:
-                raise broken
-            header = json.loads(file.read(size))
-            total = file.seek(0, 2)
-    except (OSError, ValueError) as error:
-        raise broken from error
-    header.pop("__metadata__", None)
+    with open_regular(path, ModelNotFound, _AGAIN) as file:
+        first = 8 + int.from_bytes(file.read(8), "little")
+    if is_lfs_pointer(path):
+        raise lfs_pointer(path, ModelNotFound)
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise UnsupportedArchitecture(f"{path.name} stores {name!r} as {entry['dtype']}", "use a bf16, f16 or f32 checkpoint")
-        begin, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if 8 + size + end > total or end - begin != math.prod(shape) * dtype.itemsize:
-            raise broken
-        tensors[name] = StoredTensor(path, dtype, shape, 8 + size + begin)
+    try:
+        with safe_open(path, "np") as header:
+            at = first
+            for name in header.offset_keys():  # in the order of their bytes, which the library has found to be without gaps
+                entry = header.get_slice(name)
+                dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                if dtype not in _DTYPES:
+                    raise UnsupportedArchitecture(f"{path.name} stores {shown(name)} as {dtype}", "use a bf16, f16 or f32 checkpoint")
+                tensors[name] = StoredTensor(path, _DTYPES[dtype], shape, at)
+                at += math.prod(shape) * _DTYPES[dtype].itemsize
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ModelNotFound(f"{path} is not a complete safetensors file: {shown(str(error), 160)[1:-1]}", _AGAIN) from error
     return tensors
 
 
 def index_folder(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+    """All tensors of a model folder's weight files, by their Hugging Face names.
 
     Raises:
-        ModelNotFound: there are no safetensors files, or a shard is missing or broken.
+        ModelNotFound: there are no weight files, one is missing or broken, or two hold a tensor of one name.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return index_file(single)
-    if not index.is_file():
-        raise ModelNotFound(f"{folder} has no model.safetensors and no model.safetensors.index.json", "convert the weights to safetensors")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelNotFound(f"{folder} lacks the shard {name}", "download the model again")
-        tensors |= index_file(folder / name)
+    for path in weight_files(folder):
+        own = index_file(path)
+        twice = next((name for name in own if name in tensors), None)
+        if twice is not None:
+            raise ModelNotFound(f"{folder} holds {shown(twice)} in two files", _AGAIN)
+        tensors |= own
+    if "embed_tokens.weight" in tensors:  # saved from the model without its head
+        tensors = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None = None) -> None:
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor name -> shape, of all tensors that a decoder of this shape has; nothing is allocated."""
+    width, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        layer[f"self_attn.{name}_proj.weight"] = (rows, width)
+        if config.qkv_bias:
+            layer[f"self_attn.{name}_proj.bias"] = (rows,)
+    if config.qk_norm:
+        layer |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    layer["self_attn.o_proj.weight"] = (width, q)
+    if config.o_bias:
+        layer["self_attn.o_proj.bias"] = (width,)
+    layer |= {"mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width), "mlp.down_proj.weight": (width, inner)}
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def open_checkpoint(folder: Path) -> tuple[DecoderConfig, dict[str, StoredTensor]]:
+    """A model folder's config and tensors, found to fit each other before anything is allocated.
+
+    A head stored beside a tied flag is dropped when it equals the embeddings, and used when it differs, as transformers does. Rotary
+    frequencies, which old checkpoints store, are dropped when they are those of the config.
+
+    Returns:
+        The config, with the end tokens of generation_config.json and tied exactly when the head is, and the tensors by name.
+
+    Raises:
+        ModelNotFound: a file is missing or broken, or a tensor is missing or has another shape than the config asks for.
+        UnsupportedArchitecture: the model is one our decoder does not run, or holds tensors it has no use for.
+    """
+    config = DecoderConfig.from_hf(read_config(folder))
+    config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + read_end_tokens(folder))))
+    stored = index_folder(folder)
+    depth = 1 + max((int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))), default=-1)
+    if config.num_layers > depth:  # looked at first, as the names to expect grow with it
+        missing = f"model.layers.{depth}"
+        raise ModelNotFound(f"{folder} lacks the layers from {missing!r} on: config.json asks for {config.num_layers}", _SAME_MODEL)
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        if same_values(stored["lm_head.weight"], stored.get("model.embed_tokens.weight")):
+            del stored["lm_head.weight"]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+    _drop_rotary(stored, config)
+    expected = expected_shapes(config)
+    _check_fit(folder, expected, stored)
+    return config, stored
+
+
+def _check_fit(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> None:
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise ModelNotFound(f"{folder} lacks {len(missing)} tensors, first {missing[0]!r}", _SAME_MODEL)
+    extra = [name for name in stored if name not in expected]
+    if extra:
+        what = f"{folder} holds {len(extra)} tensors our decoder has no use for, first {shown(extra[0])}"
+        raise UnsupportedArchitecture(what, "use a plain checkpoint")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            what = f"{stored[name].path.name} holds {name} of shape {list(stored[name].shape)} where config.json asks for {list(shape)}"
+            raise ModelNotFound(what, _SAME_MODEL)
+
+
+def _drop_rotary(stored: dict[str, StoredTensor], config: DecoderConfig) -> None:
+    """Forget stored rotary frequencies; UnsupportedArchitecture where they are not the config's, with or without its scaling."""
+    names = [name for name in stored if name.endswith("rotary_emb.inv_freq")]
+    if not names:
+        return
+    scaled = inverse_frequencies(config.rope, config.head_dim)
+    plain = inverse_frequencies(replace(config.rope, kind="default"), config.head_dim)
+    for name in names:
+        source = stored.pop(name)
+        right = source.shape == tuple(plain.shape)
+        if right:
+            found = torch.empty(source.shape)
+            read_into(source, found)
+            # half precision keeps slow frequencies to a few percent
+            right = any(torch.allclose(found, own, rtol=0.04, atol=1e-6) for own in (plain, scaled))
+        if not right:
+            raise UnsupportedArchitecture(
+                f"{source.path.name} stores rotary frequencies {shown(name)} that config.json does not give",
+                "set rope_theta and rope_scaling in config.json to what the model was trained with",
+            )
+
+
+def same_values(one: StoredTensor, other: StoredTensor | None) -> bool:
+    """Whether two stored tensors hold the same bytes in the same dtype and shape; a chunk of each in memory at a time."""
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    left = math.prod(one.shape) * one.dtype.itemsize
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        while left:
+            count = min(left, _CHUNK_BYTES)
+            block = first.read(count)
+            if len(block) != count or block != second.read(count):
+                return False
+            left -= count
+    return True
+
+
+def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None = None, name: str = "a tensor") -> None:
     """Fill `target` (contiguous, the stored shape, any float dtype and device) through a small buffer.
 
     Raises:
-        ModelNotFound: the shapes differ, or the file ends early.
+        ModelNotFound: the shapes differ, the file ends early, or a value is NaN or infinite, as stored or in the target's dtype.
     """
     if tuple(target.shape) != source.shape:
         raise ModelNotFound(
             f"{source.path.name} holds a tensor of shape {list(source.shape)} where config.json asks for {list(target.shape)}",
-            "config.json and weights must come from the same model",
+            _SAME_MODEL,
         )
     if file is None:
         with source.path.open("rb", buffering=0) as opened:
-            return read_into(source, target, opened)
+            return read_into(source, target, opened, name)
     flat = target.view(-1)
     file.seek(source.offset)
     direct = target.device.type == "cpu" and target.dtype == source.dtype
@@ -139,8 +238,13 @@ def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None 
         count = min(step, flat.numel() - start)
         piece = flat[start : start + count] if direct else buffer[:count]
         _read_exactly(file, memoryview(piece.view(torch.uint8).numpy()), source.path)  # type: ignore[arg-type]
+        low, high = (float(value) for value in piece.aminmax())  # NaN if any value is
+        limit = torch.finfo(target.dtype).max
+        if not -limit <= low <= high <= limit:
+            raise ModelNotFound(f"{source.path.name} holds numbers in {name} that are not finite in {target.dtype}", _AGAIN)
         if not direct:
             flat[start : start + count].copy_(piece)
+    return None
 
 
 def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
@@ -152,34 +256,23 @@ def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
         done += count
 
 
-def load_folder(folder: Path, targets: dict[str, torch.Tensor], ignored: tuple[str, ...] = ()) -> None:
-    """Fill every target from the folder's tensor of that name.
+def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> None:
+    """Fill every target from the stored tensor of its name.
 
     Args:
-        folder: model folder.
+        stored: tensors of an `open_checkpoint`.
         targets: Hugging Face tensor name -> destination (a view of a fused parameter counts, as long as it is contiguous).
-        ignored: name endings that may be in the files without a target.
 
     Raises:
-        ModelNotFound: a tensor is missing, has another shape, or a file is broken.
-        UnsupportedArchitecture: the files hold a tensor that has no place in our decoder.
+        ModelNotFound: a file ends early, or a weight is not finite.
     """
-    stored = index_folder(folder)
-    missing = [name for name in targets if name not in stored]
-    if missing:
-        what = f"{folder} lacks {len(missing)} tensors, first {missing[0]!r}"
-        raise ModelNotFound(what, "config.json and weights must come from the same model")
-    extra = [name for name in stored if name not in targets and not name.endswith(ignored)]
-    if extra:
-        what = f"{folder} holds {len(extra)} tensors our decoder has no use for, first {extra[0]!r}"
-        raise UnsupportedArchitecture(what, "use a plain checkpoint")
     for path, names in _by_file(targets, stored):
         with path.open("rb", buffering=0) as file:
             for name in names:
-                read_into(stored[name], targets[name], file)
+                read_into(stored[name], targets[name], file, name)
 
 
-def _by_file(targets: dict[str, torch.Tensor], stored: dict[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
+def _by_file(targets: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
     """Names of each file in the order of their bytes, so that a disk reads forward."""
     for path in sorted({stored[name].path for name in targets}):
         yield path, sorted((name for name in targets if stored[name].path == path), key=lambda name: stored[name].offset)
