@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from codec_compare import write_json
-from engine.calibrate.channel_means import HOT_FORMATS, element_bits, open_pool
+from engine.calibrate.channel_means import KV_CACHE_DTYPES, element_bits, open_pool
 from engine.cli.command import load, quiet_libraries, versions
 from engine.cli.options import report
 from engine.engine import Engine
@@ -165,7 +165,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument("--target", help="folder or hub id of the target")
     parser.add_argument("--draft", help="another draft than the pair's own; with --target none unless given")
     parser.add_argument("--text", nargs="+", required=True, help="test text as for bench_codec.py: files, folders, or an .npz of token ids")
-    parser.add_argument("--formats", default=",".join(HOT_FORMATS))
+    parser.add_argument("--formats", default=",".join(KV_CACHE_DTYPES))
     parser.add_argument("--tokens", type=int, default=24576, help="test tokens, in whole windows")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=24, help="prompts of the speculation runs; 0: none")
@@ -177,9 +177,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
     args.formats = args.formats.split(",")
-    unknown = [name for name in args.formats if name not in HOT_FORMATS]
+    unknown = [name for name in args.formats if name not in KV_CACHE_DTYPES]
     if unknown:
-        raise InvalidOption(f"unknown hot format {unknown[0]!r}", f"choose from {', '.join(HOT_FORMATS)}")
+        raise InvalidOption(f"unknown hot format {unknown[0]!r}", f"choose from {', '.join(KV_CACHE_DTYPES)}")
     if args.prompt_tokens < 1 or args.prompts < 0 or args.new_tokens < 1 or args.draft_length < 1:
         raise InvalidOption("prompts have at least one token, new tokens and drafts are at least 1", "check the options")
     if args.context < 8:

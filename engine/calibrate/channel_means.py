@@ -20,14 +20,14 @@ from engine.calibrate.corpus import documents, library_texts
 from engine.errors import InvalidOption
 from engine.hub.cache import cache_home, disk_errors, exclusive
 from engine.kv.pool import KvPool
-from engine.kv.quantized_pool import HotPool
+from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
 from engine.sessions.codec_params import model_fingerprint
 from kernels.quantized_kv import FORMATS, NUM_SINKS
 from kernels.quantized_kv.reference import check_head_dim
 
 PLAIN = "bf16"  # pages in the model's own number format
-HOT_FORMATS = (PLAIN, *FORMATS)
+KV_CACHE_DTYPES = (PLAIN, *FORMATS)
 NUM_TOKENS = 2048
 _CONTEXT = 256
 _VERSION = 1
@@ -40,8 +40,8 @@ def element_bits(hot: str, head_dim: int, dtype: torch.dtype) -> float:
 
 def check_format(hot: str, target: Decoder) -> None:
     """Raises InvalidOption for an unknown format, or one that does not go with the model."""
-    if hot not in HOT_FORMATS:
-        raise InvalidOption(f"unknown hot format {hot!r}", f"choose one of {', '.join(HOT_FORMATS)}")
+    if hot not in KV_CACHE_DTYPES:
+        raise InvalidOption(f"unknown hot format {hot!r}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
     if hot != PLAIN:
         try:
             check_head_dim(target.config.head_dim)
@@ -52,7 +52,7 @@ def check_format(hot: str, target: Decoder) -> None:
 def open_pool(
     target: Decoder, hot: str, num_pages: int, page_size: int, max_pages: int, *, tokenizer: Any | None, target_dir: Path | None
 ) -> KvPool:
-    """A pool for the target's KV in a format of `HOT_FORMATS`; the means of a hot one are measured at first use.
+    """A pool for the target's KV in a format of `KV_CACHE_DTYPES`; the means of a hot one are measured at first use.
 
     Raises:
         InvalidOption: see `check_format` and `channel_means`. DiskFull, CacheNotWritable: the means could not be kept.
@@ -61,7 +61,7 @@ def open_pool(
     if hot == PLAIN:
         return target.new_pool(num_pages, page_size, max_pages=max_pages)
     means = channel_means(target, tokenizer, target_dir).to(target.device)
-    return HotPool(FORMATS[hot], means, num_pages, page_size, dtype=target.dtype, max_pages=max_pages)
+    return QuantizedPool(FORMATS[hot], means, num_pages, page_size, dtype=target.dtype, max_pages=max_pages)
 
 
 def channel_means(target: Decoder, tokenizer: Any | None, target_dir: Path | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from engine.calibrate.channel_means import HOT_FORMATS, PLAIN
+from engine.calibrate.channel_means import KV_CACHE_DTYPES, PLAIN
 from engine.errors import EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.runtime.sampling import SamplingParams
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     models.add_argument(
-        "--hot", default=PLAIN, choices=HOT_FORMATS, help="format of the target's KV being attended; a draft model's stays bf16"
+        "--hot", default=PLAIN, choices=KV_CACHE_DTYPES, help="format of the target's KV being attended; a draft model's stays bf16"
     )
     text = p.add_argument_group("text")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")

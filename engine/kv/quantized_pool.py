@@ -13,14 +13,24 @@ import torch
 
 from engine.kv.pool import KvPool, KvSequence
 from kernels.kv_write import kv_write
-from kernels.quantized_kv import NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, hot_kv_write, hot_paged_attention, new_pages
+from kernels.quantized_kv import (
+    NUM_SINKS,
+    RING,
+    ChannelMeans,
+    ExactRecent,
+    ExactSinks,
+    QuantizedPages,
+    new_pages,
+    quantized_kv_write,
+    quantized_paged_attention,
+)
 from kernels.quantized_kv.reference import dequantise
 from kernels.rope import apply_rope
 
 FIRST_SLOTS = 2  # sequences with room for exact tokens at first; doubles on demand
 
 
-class HotBatch(NamedTuple):
+class QuantizedBatch(NamedTuple):
     """What all layers of one forward pass over a hot pool share: tensors on the device."""
 
     cos: torch.Tensor  # [N, d/2] float32
@@ -38,26 +48,26 @@ class HotBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HotLayer:
+class QuantizedLayer:
     """One layer of a hot pool, views."""
 
-    pages: HotPages
-    means: HotMeans
+    pages: QuantizedPages
+    means: ChannelMeans
     k_sinks: torch.Tensor  # [R, NUM_SINKS, G, d]
     v_sinks: torch.Tensor
     k_ring: torch.Tensor  # [R, RING, G, d]
     v_ring: torch.Tensor
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: HotBatch, scale: float, *, deterministic: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: QuantizedBatch, scale: float, *, deterministic: bool
     ) -> torch.Tensor:
         """Write new keys [N, G, d] and values, then attend: queries [N, H, d], neither rotated yet -> [N, H, d]."""
         cos, sin = batch.cos, batch.sin
-        hot_kv_write(k, v, cos, sin, batch.slots, self.means, self.pages)
+        quantized_kv_write(k, v, cos, sin, batch.slots, self.means, self.pages)
         if batch.new_sinks is not None:
             rows, slots = batch.new_sinks
             kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, self.k_sinks, self.v_sinks)
-        out = hot_paged_attention(
+        out = quantized_paged_attention(
             apply_rope(q, cos, sin),
             self.pages,
             self.means,
@@ -66,8 +76,8 @@ class HotLayer:
             batch.query_lens,
             batch.context_lens,
             scale,
-            sinks=HotSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
-            recent=HotRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
+            sinks=ExactSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
+            recent=ExactRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
             deterministic=deterministic,
             max_query_len=batch.max_query_len,
         )
@@ -77,8 +87,8 @@ class HotLayer:
         return out
 
 
-class HotPool(KvPool):
-    """Pages of codes and scales, one `HotPages` a layer, and for each first page in use a slot of exact first and last tokens.
+class QuantizedPool(KvPool):
+    """Pages of codes and scales, one `QuantizedPages` a layer, and for each first page in use a slot of exact first and last tokens.
 
     Args:
         bits: of a code, 4, 3 or 2.
@@ -96,7 +106,7 @@ class HotPool(KvPool):
         super().__init__(num_pages, page_size, max_pages)
         self.bits = bits
         self._heads, self._head_dim = means.shape[2:]
-        self._means = [HotMeans(layer[0].contiguous(), layer[1].contiguous()) for layer in means]
+        self._means = [ChannelMeans(layer[0].contiguous(), layer[1].contiguous()) for layer in means]
         self._pages = [new_pages(bits, num_pages, page_size, self._heads, self._head_dim, means.device) for _ in means]
         shape = len(means), 2, FIRST_SLOTS, NUM_SINKS, self._heads, self._head_dim
         self._sinks = torch.zeros(shape, dtype=dtype, device=means.device)
@@ -129,10 +139,10 @@ class HotPool(KvPool):
         """Its pages, and its exact tokens."""
         return super().bytes_of(sequence) + self.slot_bytes * any(page in self._slot_of_page for page in sequence.pages[:1])
 
-    def layer(self, index: int) -> HotLayer:
+    def layer(self, index: int) -> QuantizedLayer:
         """What a layer's attention reads and writes."""
         exact = (tensor[index, part] for tensor in (self._sinks, self._rings) for part in (0, 1))
-        return HotLayer(self._pages[index], self._means[index], *exact)
+        return QuantizedLayer(self._pages[index], self._means[index], *exact)
 
     @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def exact_row(self, sequence: KvSequence) -> int:
@@ -205,7 +215,7 @@ class HotPool(KvPool):
         ring_slots = row * RING + torch.arange(start + recent, end, device=self.device) % RING
         for number in range(first_layer, len(self._pages)):
             layer, rows = self.layer(number), kv[:, number - first_layer]
-            hot_kv_write(rows[:, 0], rows[:, 1], *angles, slots, layer.means, layer.pages)
+            quantized_kv_write(rows[:, 0], rows[:, 1], *angles, slots, layer.means, layer.pages)
             if sinks:
                 few = [t[:sinks] for t in (rows[:, 0], rows[:, 1], *angles)]
                 kv_write(few[0], few[1], few[2], few[3], sink_slots, layer.k_sinks, layer.v_sinks)

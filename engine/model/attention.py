@@ -10,7 +10,7 @@ import torch
 from draft.tree import Placement
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence, PagedPool
-from engine.kv.quantized_pool import HotBatch, HotPool
+from engine.kv.quantized_pool import QuantizedBatch, QuantizedPool
 from engine.model.config import DecoderConfig
 from engine.model.rope import RopeTable
 from kernels.dispatch import use_triton
@@ -48,7 +48,7 @@ def prepare(
     *,
     deterministic: bool,
     placements: list[Placement] | None = None,
-) -> ReferenceBatch | TritonBatch | HotBatch:
+) -> ReferenceBatch | TritonBatch | QuantizedBatch:
     """Own the pages of the new tokens and gather what the layers need.
 
     Args:
@@ -80,7 +80,7 @@ def prepare(
         sequence.pages[slot // size] * size + slot % size for sequence, slots in zip(sequences, places, strict=True) for slot in slots
     ]
     pages = [sequence.pages for sequence in sequences]
-    if isinstance(pool, HotPool) or use_triton(cos):
+    if isinstance(pool, QuantizedPool) or use_triton(cos):
         if placements is not None:
             raise InvalidOption("the Triton kernels take tokens that follow one another", "draft without siblings there")
         width = max(len(own) for own in pages)
@@ -94,11 +94,11 @@ def prepare(
             torch.tensor(contexts, dtype=torch.int32, device=device),
             max(query_lens),
         )
-        if not isinstance(pool, HotPool):
+        if not isinstance(pool, QuantizedPool):
             return batch
         rows = [pool.exact_row(sequence) for sequence in sequences]
         since = [pool.note_written(sequence, start, end) for sequence, start, end in zip(sequences, starts, contexts, strict=True)]
-        return HotBatch(
+        return QuantizedBatch(
             *batch,
             rope.table(max(contexts)),
             torch.tensor(rows, dtype=torch.int32, device=device),

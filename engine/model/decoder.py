@@ -17,7 +17,7 @@ from torch import nn
 from draft.tree import Placement
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
-from engine.kv.quantized_pool import HotBatch
+from engine.kv.quantized_pool import QuantizedBatch
 from engine.model.attention import ReferenceBatch, TritonBatch, prepare
 from engine.model.batch_invariant import StableLinear, stable_silu_mul
 from engine.model.config import DecoderConfig
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
         self,
         hidden: torch.Tensor,
         pool: KvPool,
-        batch: ReferenceBatch | TritonBatch | HotBatch,
+        batch: ReferenceBatch | TritonBatch | QuantizedBatch,
         layers: range,
         taps: tuple[int, ...],
         observe: Observer | None,
@@ -307,7 +307,7 @@ class Decoder(nn.Module):
         qkv: torch.Tensor,
         w: LayerWeights,
         pages: Any,
-        batch: ReferenceBatch | TritonBatch | HotBatch,
+        batch: ReferenceBatch | TritonBatch | QuantizedBatch,
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one layer: qkv [N, (H + 2G) d] and the pool's view of it -> (output [N, H d], queries before rotation [N, H, d])."""
@@ -319,7 +319,7 @@ class Decoder(nn.Module):
             q = rms_norm(q, w.qk_norm[0], config.rms_norm_eps)[0]
             k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
         scale = d**-0.5
-        if isinstance(batch, HotBatch):
+        if isinstance(batch, QuantizedBatch):
             attended = pages.attend(q, k, v, batch, scale, deterministic=deterministic)
         elif isinstance(batch, TritonBatch):
             kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)

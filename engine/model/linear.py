@@ -19,7 +19,7 @@ BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; 
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
 
 
-class ByteMatrix:
+class Int8Weight:
     """A weight [out, in] in 8 bits: steps int8 [out, in], and a scale [out] for each row, in the dtype of the products.
 
     Stands in for a packed tensor, under a tensor's type: among products only those of this module meet one.
@@ -66,7 +66,7 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [N, in] by weight [out, in], plain, packed or in bytes, plus bias [out] -> [N, out], on a CPU."""
-    if isinstance(weight, ByteMatrix):
+    if isinstance(weight, Int8Weight):
         if len(x) > BYTE_ROWS:
             return F.linear(x, weight.to_dense(), bias)
         out = torch._weight_int8pack_mm(x.contiguous(), weight.steps, weight.scales)
@@ -114,8 +114,8 @@ class Projection(nn.Module):
         """Lay the weight out for oneDNN, or put it into bytes, where that pays; the plain one is given up."""
         if self.plain is None:
             return
-        if in_bytes and ByteMatrix.fits(self.plain):
-            self.packed, self.plain = cast(torch.Tensor, ByteMatrix(self.plain.data)), None
+        if in_bytes and Int8Weight.fits(self.plain):
+            self.packed, self.plain = cast(torch.Tensor, Int8Weight(self.plain.data)), None
         elif _packs(self.plain.dtype, self.plain.device):
             self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain.data, 1), None
 

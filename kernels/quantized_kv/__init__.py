@@ -8,39 +8,49 @@ import torch
 
 from kernels.dispatch import use_triton
 from kernels.quantized_kv import reference
-from kernels.quantized_kv.reference import FORMATS, NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
+from kernels.quantized_kv.reference import (
+    FORMATS,
+    NUM_RECENT,
+    NUM_SINKS,
+    RING,
+    ChannelMeans,
+    ExactRecent,
+    ExactSinks,
+    QuantizedPages,
+    new_pages,
+)
 
 __all__ = [
     "FORMATS",
     "NUM_RECENT",
     "NUM_SINKS",
     "RING",
-    "HotMeans",
-    "HotPages",
-    "HotRecent",
-    "HotSinks",
-    "hot_kv_write",
-    "hot_paged_attention",
+    "ChannelMeans",
+    "ExactRecent",
+    "ExactSinks",
+    "QuantizedPages",
     "new_pages",
+    "quantized_kv_write",
+    "quantized_paged_attention",
 ]
 
 
-def hot_kv_write(
-    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: HotMeans, pages: HotPages
+def quantized_kv_write(
+    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: ChannelMeans, pages: QuantizedPages
 ) -> None:
-    """`reference.hot_kv_write` (arguments there), through Triton where it applies."""
+    """`reference.quantized_kv_write` (arguments there), through Triton where it applies."""
     if use_triton(k, pages.k_codes):
         from kernels.quantized_kv import triton
 
-        triton.hot_kv_write(k, v, cos, sin, slots, means, pages)
+        triton.quantized_kv_write(k, v, cos, sin, slots, means, pages)
     else:
-        reference.hot_kv_write(k, v, cos, sin, slots, means, pages)
+        reference.quantized_kv_write(k, v, cos, sin, slots, means, pages)
 
 
-def hot_paged_attention(
+def quantized_paged_attention(
     q: torch.Tensor,
-    pages: HotPages,
-    means: HotMeans,
+    pages: QuantizedPages,
+    means: ChannelMeans,
     cos_table: torch.Tensor,
     sin_table: torch.Tensor,
     page_table: torch.Tensor,
@@ -48,12 +58,12 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
-    sinks: HotSinks | None = None,
-    recent: HotRecent | None = None,
+    sinks: ExactSinks | None = None,
+    recent: ExactRecent | None = None,
     deterministic: bool = False,
     max_query_len: int | None = None,
 ) -> torch.Tensor:
-    """`reference.hot_paged_attention` (arguments and result there), through Triton where it applies.
+    """`reference.quantized_paged_attention` (arguments and result there), through Triton where it applies.
 
     max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
     """
@@ -61,5 +71,7 @@ def hot_paged_attention(
     if use_triton(q, pages.k_codes):
         from kernels.quantized_kv import attention
 
-        return attention.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic, max_query_len=max_query_len)
-    return reference.hot_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic)
+        return attention.quantized_paged_attention(
+            *fixed, sinks=sinks, recent=recent, deterministic=deterministic, max_query_len=max_query_len
+        )
+    return reference.quantized_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic)

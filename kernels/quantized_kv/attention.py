@@ -1,4 +1,4 @@
-"""Triton kernels of `hot_paged_attention`; `reference.py` says what it means.
+"""Triton kernels of `quantized_paged_attention`; `reference.py` says what it means.
 
 Three launches: `_prepare_kernel` rotates the queries (once a step, not once a key), `_split_kernel` attends over a stretch of the context with
 the codes taken apart in registers, `_merge_kernel` joins the stretches, rotates the output back and adds the values' mean.
@@ -39,7 +39,7 @@ from kernels.paged_attention.triton import (
 )
 from kernels.quantized_kv.levels import block_rows, decode_levels, level_assembly, load_codes, ordered_signs
 from kernels.quantized_kv.recent import attend_recent
-from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, HotMeans, HotPages, HotRecent, HotSinks, levels
+from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, ChannelMeans, ExactRecent, ExactSinks, QuantizedPages, levels
 from kernels.quantized_kv.sinks import attend_sinks
 from kernels.quantized_kv.triton import times_signs
 
@@ -416,15 +416,15 @@ def angle_tables(cos_table: torch.Tensor, sin_table: torch.Tensor) -> tuple[torc
     return made
 
 
-def hot_row_bytes(head_dim: int, bits: int) -> float:
+def quantized_row_bytes(head_dim: int, bits: int) -> float:
     """Bytes of a key and a value of one head: two rows of codes, two scales. For `paged_attention_floors`."""
     return head_dim * bits / 4 + 4
 
 
-def hot_paged_attention(
+def quantized_paged_attention(
     q: torch.Tensor,
-    pages: HotPages,
-    means: HotMeans,
+    pages: QuantizedPages,
+    means: ChannelMeans,
     cos_table: torch.Tensor,
     sin_table: torch.Tensor,
     page_table: torch.Tensor,
@@ -432,14 +432,14 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
-    sinks: HotSinks | None = None,
-    recent: HotRecent | None = None,
+    sinks: ExactSinks | None = None,
+    recent: ExactRecent | None = None,
     deterministic: bool = False,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
     packed_arithmetic: bool | None = None,
 ) -> torch.Tensor:
-    """See `reference.hot_paged_attention`; floors: `paged_attention_floors` with `hot_row_bytes`.
+    """See `reference.quantized_paged_attention`; floors: `paged_attention_floors` with `quantized_row_bytes`.
 
     The tables must cover the longest context and be the same tensors every time (`angle_tables`). max_query_len, config: as for `paged_attention`.
     packed_arithmetic: take codes apart with `level_assembly`; None for wherever it runs.

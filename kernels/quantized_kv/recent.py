@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.paged_attention.triton import Lengths, first_rows, tile_rows
-from kernels.quantized_kv.reference import NUM_RECENT, RING, HotRecent
+from kernels.quantized_kv.reference import NUM_RECENT, RING, ExactRecent
 from kernels.quantized_kv.triton import times_signs
 
 
@@ -96,7 +96,7 @@ def _recent_kernel(
 
 def attend_recent(
     q: torch.Tensor,
-    recent: HotRecent,
+    recent: ExactRecent,
     v_mean: torch.Tensor,
     signs: torch.Tensor,
     lengths: Lengths,

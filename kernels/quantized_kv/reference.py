@@ -35,7 +35,7 @@ RING = 96  # of a request's last tokens kept for that: NUM_RECENT still lie befo
 LEVEL_COEFFICIENTS = {4: (4, 1.8515625, 1.046875), 3: (3, 2.609375, 0.73046875), 2: (2, 4.46875, 0.400390625)}  # bits: (shift, a, unit)
 
 
-class HotPages(NamedTuple):
+class QuantizedPages(NamedTuple):
     """One layer's pages. codes: uint8 [P, G, S, d * bits / 8], packed by `pack`; scales: float16 [P, G, S]."""
 
     bits: int
@@ -45,14 +45,14 @@ class HotPages(NamedTuple):
     v_scale: torch.Tensor
 
 
-class HotMeans(NamedTuple):
+class ChannelMeans(NamedTuple):
     """One layer's calibrated channel means, float32 [G, d]: of keys before rotation (None: zero, which saves a product) and of values."""
 
     k_mean: torch.Tensor | None
     v_mean: torch.Tensor
 
 
-class HotSinks(NamedTuple):
+class ExactSinks(NamedTuple):
     """One layer's first tokens kept exact; attention reads these and leaves their codes alone."""
 
     k: torch.Tensor  # [R, NUM_SINKS, G, d] bfloat16 or float32, keys rotated to positions 0, 1, ..., their mean not taken off
@@ -60,7 +60,7 @@ class HotSinks(NamedTuple):
     rows: torch.Tensor  # [B] int32, the slot of each request
 
 
-class HotRecent(NamedTuple):
+class ExactRecent(NamedTuple):
     """One layer's last tokens kept exact: a query reads the NUM_RECENT up to its own here and leaves their codes alone."""
 
     k_new: torch.Tensor  # [N, G, d] this step's keys, rotated, in the queries' dtype
@@ -77,14 +77,16 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"hot formats need a head size that is a power of two of at least 32, not {head_dim}")
 
 
-def new_pages(bits: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu") -> HotPages:
+def new_pages(
+    bits: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu"
+) -> QuantizedPages:
     """Empty pages of one layer. ValueError for other bits than 2, 3, 4, or as `check_head_dim`."""
     if bits not in LEVEL_COEFFICIENTS:
         raise ValueError(f"no hot format of {bits} bits (choose one of {', '.join(FORMATS)})")
     check_head_dim(head_dim)
     codes = [torch.zeros((num_pages, num_kv_heads, page_size, head_dim * bits // 8), dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros((num_pages, num_kv_heads, page_size), dtype=torch.float16, device=device) for _ in range(2)]
-    return HotPages(bits, codes[0], scales[0], codes[1], scales[1])
+    return QuantizedPages(bits, codes[0], scales[0], codes[1], scales[1])
 
 
 @functools.cache
@@ -190,8 +192,8 @@ def _levels_of_bytes(bits: int, device: torch.device | str) -> torch.Tensor:
     return levels(bits, device).float()[_from_bytes(every, bits)]
 
 
-def hot_kv_write(
-    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: HotMeans, pages: HotPages
+def quantized_kv_write(
+    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: ChannelMeans, pages: QuantizedPages
 ) -> None:
     """Take the means off, rotate keys to their positions, quantise both and write them into their slots, in place.
 
@@ -208,10 +210,10 @@ def hot_kv_write(
     pages.k_scale[page, :, offset], pages.v_scale[page, :, offset] = scale
 
 
-def hot_paged_attention(
+def quantized_paged_attention(
     q: torch.Tensor,
-    pages: HotPages,
-    means: HotMeans,
+    pages: QuantizedPages,
+    means: ChannelMeans,
     cos_table: torch.Tensor,
     sin_table: torch.Tensor,
     page_table: torch.Tensor,
@@ -219,8 +221,8 @@ def hot_paged_attention(
     context_lens: Sequence[int] | torch.Tensor,
     scale: float,
     *,
-    sinks: HotSinks | None = None,
-    recent: HotRecent | None = None,
+    sinks: ExactSinks | None = None,
+    recent: ExactRecent | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """`paged_attention` over decoded pages; the other arguments and the result are those of `kernels.paged_attention`.
@@ -267,7 +269,7 @@ def _attend_recent(
     query_lens: list[int],
     context_lens: list[int],
     scale: float,
-    recent: HotRecent,
+    recent: ExactRecent,
     num_sinks: int,
     deterministic: bool,
 ) -> torch.Tensor:

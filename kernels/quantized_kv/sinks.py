@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.paged_attention.triton import Lengths, first_rows
-from kernels.quantized_kv.reference import NUM_SINKS, HotSinks
+from kernels.quantized_kv.reference import NUM_SINKS, ExactSinks
 from kernels.quantized_kv.triton import times_signs
 
 
@@ -76,7 +76,7 @@ def _sink_kernel(
 
 def attend_sinks(
     q: torch.Tensor,
-    sinks: HotSinks,
+    sinks: ExactSinks,
     v_mean: torch.Tensor,
     signs: torch.Tensor,
     lengths: Lengths,

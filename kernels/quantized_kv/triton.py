@@ -1,4 +1,4 @@
-"""Triton kernel of `hot_kv_write`; `reference.py` says what it means, `attention.py` attends over what it writes."""
+"""Triton kernel of `quantized_kv_write`; `reference.py` says what it means, `attention.py` attends over what it writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.quantized_kv.reference import HotMeans, HotPages, hadamard_signs, levels, thresholds
+from kernels.quantized_kv.reference import ChannelMeans, QuantizedPages, hadamard_signs, levels, thresholds
 
 ROWS = 16
 
@@ -93,7 +93,7 @@ def _write_rows(
 
 
 @triton.jit
-def _hot_write_kernel(
+def _quantized_write_kernel(
     k_ptr,
     v_ptr,
     k_mean_ptr,
@@ -168,23 +168,23 @@ def _hot_write_kernel(
         )
 
 
-def hot_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
+def quantized_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations): rows in, codes and scales out; a fast Hadamard transform and a search of the levels."""
     elements = 2 * num_tokens * heads * head_dim
     steps = head_dim.bit_length() - 1 + bits
     return elements * element_bytes + elements * bits // 8 + 4 * num_tokens * heads + num_tokens * head_dim * 4, elements * steps
 
 
-def hot_kv_write(
-    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: HotMeans, pages: HotPages
+def quantized_kv_write(
+    k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, means: ChannelMeans, pages: QuantizedPages
 ) -> None:
-    """See `reference.hot_kv_write`. k and v may be slices of a wider row (fused QKV)."""
+    """See `reference.quantized_kv_write`. k and v may be slices of a wider row (fused QKV)."""
     tokens, heads, head_dim = k.shape
     if tokens == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     bits, device = pages.bits, k.device
-    _hot_write_kernel[(triton.cdiv(tokens * heads, ROWS), 2)](
+    _quantized_write_kernel[(triton.cdiv(tokens * heads, ROWS), 2)](
         k,
         v,
         means.k_mean if means.k_mean is not None else means.v_mean,

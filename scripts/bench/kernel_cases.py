@@ -15,8 +15,8 @@ from kernels.accept import reference as accept_reference
 from kernels.accept import triton as accept
 from kernels.kv_write import reference as kv_write_reference
 from kernels.kv_write import triton as kv_write
-from kernels.quantized_kv import reference as hot_reference
-from kernels.quantized_kv import triton as hot_write
+from kernels.quantized_kv import reference as quantized_reference
+from kernels.quantized_kv import triton as quantized_write
 from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rms_norm import triton as rms_norm
 from kernels.rope import reference as rope_reference
@@ -114,27 +114,27 @@ def kv_writes(device: torch.device, tiny: bool) -> Cases:
                 lambda _, a=rows, p=pool: [lambda: kv_write.kv_write(*a, p[0], p[1])],
                 baselines={"torch": [lambda a=rows, p=pool: kv_write_reference.kv_write(*a, p[0], p[1])]},
             )
-            for label, bits in hot_reference.FORMATS.items():
-                means = hot_reference.HotMeans(torch.randn(heads, d, device=device), torch.randn(heads, d, device=device))
-                ours, theirs = (hot_reference.new_pages(bits, pages, size, heads, d, device) for _ in range(2))
+            for label, bits in quantized_reference.FORMATS.items():
+                means = quantized_reference.ChannelMeans(torch.randn(heads, d, device=device), torch.randn(heads, d, device=device))
+                ours, theirs = (quantized_reference.new_pages(bits, pages, size, heads, d, device) for _ in range(2))
 
-                hot_rows = (*rows, means)
+                quantized_rows = (*rows, means)
 
-                def differing(a: Any = hot_rows, ours: Any = ours, theirs: Any = theirs) -> float:
-                    hot_write.hot_kv_write(*a, ours)
-                    hot_reference.hot_kv_write(*a, theirs)
+                def differing(a: Any = quantized_rows, ours: Any = ours, theirs: Any = theirs) -> float:
+                    quantized_write.quantized_kv_write(*a, ours)
+                    quantized_reference.quantized_kv_write(*a, theirs)
                     return max(float((x != y).float().mean()) for x, y in ((ours.k_codes, theirs.k_codes), (ours.v_codes, theirs.v_codes)))
 
-                floors = hot_write.hot_kv_write_floors(n, heads, d, bits, 2)
+                floors = quantized_write.quantized_kv_write_floors(n, heads, d, bits, 2)
                 yield Case(
-                    f"hot_kv_write {label}",
+                    f"quantized_kv_write {label}",
                     f"{name} N={n} G={heads}",
                     label,
                     floors,
                     differing,
                     4e-3,
-                    lambda _, a=hot_rows, p=ours: [lambda: hot_write.hot_kv_write(*a, p)],
-                    baselines={"torch": [lambda a=hot_rows, p=theirs: hot_reference.hot_kv_write(*a, p)]},
+                    lambda _, a=quantized_rows, p=ours: [lambda: quantized_write.quantized_kv_write(*a, p)],
+                    baselines={"torch": [lambda a=quantized_rows, p=theirs: quantized_reference.quantized_kv_write(*a, p)]},
                 )
 
 

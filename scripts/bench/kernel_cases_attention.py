@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from bench.kernel_shapes import BF16, Cases, models
 from bench.kernel_timing import Call, Case, relative_error
 from kernels.paged_attention import triton as paged
-from kernels.quantized_kv import attention as hot_attention
-from kernels.quantized_kv import reference as hot_reference
-from kernels.quantized_kv import triton as hot_write
+from kernels.quantized_kv import attention as quantized_attention
+from kernels.quantized_kv import reference as quantized_reference
+from kernels.quantized_kv import triton as quantized_write
 from kernels.rope import reference as rope_reference
 
 
@@ -53,7 +53,7 @@ def _candidates(*shapes: tuple[int, ...]) -> dict[str, Any]:
 
 
 PAGED_CANDIDATES = _candidates((64, 4, 4), (64, 4, 2), (64, 4, 3, 0, 64), (32, 4, 4), (128, 8, 2, 0, 64), (64, 4, 3, 33))
-HOT_CANDIDATES = _candidates((64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 3, 0, 64), (32, 4, 3))
+QUANTIZED_CANDIDATES = _candidates((64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 3, 0, 64), (32, 4, 3))
 
 
 def attentions(device: torch.device, tiny: bool) -> Cases:
@@ -123,24 +123,24 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
         del kt, vt, rows, grouped, baselines, want, paged_error
         position = torch.arange(context + 128, device=device)[:, None] * 1e6 ** (-torch.arange(d // 2, device=device) * 2 / d)
         cos, sin = position.cos(), position.sin()
-        for label, bits in hot_reference.FORMATS.items():
+        for label, bits in quantized_reference.FORMATS.items():
             for with_mean in (True, False) if bits == 4 else (True,):
                 if index and bits < 4:
                     continue
                 k_mean = torch.randn(groups, d, device=device) if with_mean else None
-                means = hot_reference.HotMeans(k_mean, torch.randn(groups, d, device=device))
-                pages = hot_reference.new_pages(bits, pool.shape[1], 64, groups, d, device)
+                means = quantized_reference.ChannelMeans(k_mean, torch.randn(groups, d, device=device))
+                pages = quantized_reference.new_pages(bits, pool.shape[1], 64, groups, d, device)
                 for b in range(batch):
                     slots = (table[b].long()[:, None] * 64 + torch.arange(64, device=device)).flatten()[:context]
                     rows_k = k[b].float() + (0 if k_mean is None else k_mean)
-                    hot_write.hot_kv_write(
+                    quantized_write.quantized_kv_write(
                         rows_k.to(BF16), (v[b].float() + means.v_mean).to(BF16), cos[:context], sin[:context], slots, means, pages
                     )
 
                 fixed = (q, pages, means, cos, sin, table)
 
                 def hot(config: Any, fixed: Any = fixed, rest: Any = (lens, contexts, scale), n: int = n) -> torch.Tensor:
-                    return hot_attention.hot_paged_attention(*fixed, *rest, max_query_len=n, config=config)
+                    return quantized_attention.quantized_paged_attention(*fixed, *rest, max_query_len=n, config=config)
 
                 def error(
                     config: Any = None, hot: Any = hot, fixed: Any = fixed, rest: Any = ([n] * batch, [context] * batch, scale)
@@ -148,17 +148,17 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
                     return relative_error(hot(config).float(), _hot_dense(*fixed, *rest).float())
 
                 floors = paged.paged_attention_floors(
-                    [n] * batch, [context] * batch, heads, groups, d, hot_attention.hot_row_bytes(d, bits), 2
+                    [n] * batch, [context] * batch, heads, groups, d, quantized_attention.quantized_row_bytes(d, bits), 2
                 )
                 yield Case(
-                    f"hot_attention {label}",
+                    f"quantized_attention {label}",
                     shape + (" mean" if with_mean else " no mean"),
                     label,
                     floors,
                     error,
                     1.5e-2,
                     lambda c, f=hot: [lambda: f(c)],
-                    HOT_CANDIDATES if index < 2 and bits == 4 else {},
+                    QUANTIZED_CANDIDATES if index < 2 and bits == 4 else {},
                     error,
                     {"paged_attention bf16, ours": [lambda f=attend: f(None)]},
                     matrix=True,
@@ -174,7 +174,7 @@ def _hot_dense(
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     for b in range(len(lens)):
         k, v = (
-            hot_reference.dequantise(c[table[b].long()], s[table[b].long()], pages.bits, d).transpose(1, 2).flatten(0, 1)[:context]
+            quantized_reference.dequantise(c[table[b].long()], s[table[b].long()], pages.bits, d).transpose(1, 2).flatten(0, 1)[:context]
             for c, s in ((pages.k_codes, pages.k_scale), (pages.v_codes, pages.v_scale))
         )
         if means.k_mean is not None:

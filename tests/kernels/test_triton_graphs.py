@@ -10,9 +10,9 @@ triton = pytest.importorskip("triton")
 from kernels.accept import triton as accept
 from kernels.kv_write import triton as kv_write
 from kernels.paged_attention import triton as paged
-from kernels.quantized_kv import attention as hot_attention
-from kernels.quantized_kv import triton as hot_write
-from kernels.quantized_kv.reference import HotMeans, new_pages
+from kernels.quantized_kv import attention as quantized_attention
+from kernels.quantized_kv import triton as quantized_write
+from kernels.quantized_kv.reference import ChannelMeans, new_pages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -23,7 +23,9 @@ def test_a_step_is_captured_and_replayed():
     generator = torch.Generator(device).manual_seed(1)
     pool = torch.randn(2, 40, size, groups, d, device=device, dtype=dtype, generator=generator)
     hot = new_pages(4, 40, size, groups, d, device)
-    means = HotMeans(torch.randn(groups, d, device=device, generator=generator), torch.randn(groups, d, device=device, generator=generator))
+    means = ChannelMeans(
+        torch.randn(groups, d, device=device, generator=generator), torch.randn(groups, d, device=device, generator=generator)
+    )
     angle = torch.arange(12 * size, device=device)[:, None] * 0.5 ** torch.arange(d // 2, device=device)
     cos, sin = angle.cos(), angle.sin()
     table = torch.randperm(36, device=device, generator=generator).to(torch.int32).view(batch, 12)
@@ -39,11 +41,11 @@ def test_a_step_is_captured_and_replayed():
     def step():
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + groups], qkv[:, heads + groups :]
         kv_write.kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, pool[0], pool[1])
-        hot_write.hot_kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, means, hot)
+        quantized_write.quantized_kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, means, hot)
         return (
             paged.paged_attention(q, pool[0], pool[1], table, lens, contexts, 0.1, max_query_len=n),
             paged.paged_attention(q, pool[0], pool[1], table, lens, contexts, 0.1, max_query_len=n, deterministic=True),
-            hot_attention.hot_paged_attention(q, hot, means, cos, sin, table, lens, contexts, 0.1, max_query_len=n),
+            quantized_attention.quantized_paged_attention(q, hot, means, cos, sin, table, lens, contexts, 0.1, max_query_len=n),
             *accept.accept(probs, drafts, tokens, counts, seeds, seeds, n),
         )
 

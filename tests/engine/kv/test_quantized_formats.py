@@ -10,12 +10,12 @@ import transformers
 
 import engine.calibrate.channel_means as hot_means
 import eval_hot
-from engine.calibrate.channel_means import HOT_FORMATS, channel_means, measure_means, open_pool
+from engine.calibrate.channel_means import KV_CACHE_DTYPES, channel_means, measure_means, open_pool
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.generate import main
-from engine.kv.quantized_pool import FIRST_SLOTS, HotPool
+from engine.kv.quantized_pool import FIRST_SLOTS, QuantizedPool
 from engine.model.device import default_pool_tokens
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS, RING
@@ -124,8 +124,8 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
 
 
 def test_memory_is_what_the_pool_holds(hot_engine):
-    sizes = {hot: hot_engine(hot, "none").memory()["pool_bytes"] for hot in HOT_FORMATS}
-    bits = {hot: hot_means.element_bits(hot, 32, torch.float32) for hot in HOT_FORMATS}
+    sizes = {hot: hot_engine(hot, "none").memory()["pool_bytes"] for hot in KV_CACHE_DTYPES}
+    bits = {hot: hot_means.element_bits(hot, 32, torch.float32) for hot in KV_CACHE_DTYPES}
     assert bits == {"bf16": 32, "q4": 4.5, "q3": 3.5, "q2": 2.5}
     elements = sizes["bf16"] // 4
     for hot in FORMATS:
@@ -208,7 +208,7 @@ def test_acceptance_stays_within_a_point(hot_engine):
     engine = hot_engine("bf16")
     text = engine.encode("".join(f"def f{n}(x, y):\n    return x * {n} + y\n\n\n" for n in range(60)))
     windows = [text[start : start + 128] for start in range(0, 128 * 8, 128)]
-    rows = {hot: eval_hot.loss(engine, hot, windows, 128) for hot in HOT_FORMATS}
+    rows = {hot: eval_hot.loss(engine, hot, windows, 128) for hot in KV_CACHE_DTYPES}
     plain = rows["bf16"]
     assert abs(plain["kl"]) < 1e-6 and 0.3 < plain["expected_acceptance"] < 0.99
     kl = [rows[hot]["kl"] for hot in FORMATS]
@@ -217,7 +217,7 @@ def test_acceptance_stays_within_a_point(hot_engine):
         for found in (rows[hot], rows[hot]["running"]):
             assert abs(found["expected_acceptance"] - plain["expected_acceptance"]) < 0.01
     pool = eval_hot.pool_of(engine, "q4", 128)
-    assert isinstance(pool, HotPool) and pool.bits == 4
+    assert isinstance(pool, QuantizedPool) and pool.bits == 4
 
 
 def test_eval_script(hot_folders, pack_home, tmp_path, capsys):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import eval_hot
-from engine.calibrate.channel_means import HOT_FORMATS
+from engine.calibrate.channel_means import KV_CACHE_DTYPES
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine
 from engine.hub.cache import cache_home
-from engine.kv.quantized_pool import HotPool
+from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS
@@ -30,7 +30,7 @@ def test_cuda_agrees_with_the_cpu(tiny_model, hot):
     means = torch.randn(c.num_layers, 2, c.num_kv_heads, c.head_dim, generator=torch.Generator().manual_seed(2)) * 0.3
 
     def feed(decoder, sizes, deterministic):
-        pool = HotPool(FORMATS[hot], means.to(decoder.device), 2, 64, dtype=torch.float32, max_pages=8)
+        pool = QuantizedPool(FORMATS[hot], means.to(decoder.device), 2, 64, dtype=torch.float32, max_pages=8)
         sequence = pool.new_sequence()
         rows = []
         for block in ids.to(decoder.device).split(sizes):
@@ -59,7 +59,7 @@ def qwen():
 def test_loss_and_acceptance_of_the_qwen_pair(qwen):
     texts, _ = documents(library_texts(seed=1), qwen.tokenizer, 30_000, 1024, per_text=1)
     windows = [ids for ids in texts if len(ids) == 1024][:8]
-    rows = {hot: eval_hot.loss(qwen, hot, windows, 1024) for hot in HOT_FORMATS}
+    rows = {hot: eval_hot.loss(qwen, hot, windows, 1024) for hot in KV_CACHE_DTYPES}
     for hot, row in rows.items():
         print(f"{hot}: KL {row['kl']:.5f}, running {row['running']['kl']:.5f}, accepted {row['running']['expected_acceptance']:.4f}")
     plain = rows["bf16"]["running"]["expected_acceptance"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kv.quantized_pool import HotPool
+from engine.kv.quantized_pool import QuantizedPool
 from kernels.dispatch import triton_importable
 from kernels.quantized_kv import FORMATS, NUM_SINKS, RING
 
@@ -28,14 +28,14 @@ def ids():
 
 
 @pytest.fixture
-def hot_pool(random_decoder):
-    """`hot_pool(hot, **options)` -> (decoder, a hot pool of its shape with means that are not zero)."""
+def quantized_pool(random_decoder):
+    """`quantized_pool(hot, **options)` -> (decoder, a hot pool of its shape with means that are not zero)."""
 
     def make(hot, dtype=torch.float32, **options):
         decoder = random_decoder(1, **SHAPE)
         c = decoder.config
         means = torch.randn(c.num_layers, 2, c.num_kv_heads, c.head_dim, generator=torch.Generator().manual_seed(2))
-        pool = HotPool(FORMATS[hot], means, dtype=dtype, **({"num_pages": 8, "page_size": 8} | options))
+        pool = QuantizedPool(FORMATS[hot], means, dtype=dtype, **({"num_pages": 8, "page_size": 8} | options))
         return decoder, pool, means
 
     return make
@@ -51,8 +51,8 @@ def fed(decoder, sequence, ids, sizes, deterministic=True):
 
 @pytest.mark.parametrize("hot", FORMATS)
 @torch.inference_mode()
-def test_written_rows_come_back_near_and_the_first_exactly(hot_pool, hot):
-    decoder, pool, means = hot_pool(hot)
+def test_written_rows_come_back_near_and_the_first_exactly(quantized_pool, hot):
+    decoder, pool, means = quantized_pool(hot)
     sequence = pool.new_sequence()
     rows = torch.randn(40, 2, 2, 1, 32, generator=torch.Generator().manual_seed(5)) * 3 + means
     decoder.write_kv(sequence, 0, rows.flatten(1))
@@ -78,7 +78,7 @@ def test_logits_follow_those_of_plain_pages(random_decoder, ids):
     means = rows[NUM_SINKS:].mean(0).view(2, 2, 1, 32)
 
     def divergence(hot, change=lambda pool, sequence: None):
-        pool = HotPool(FORMATS[hot], means, 16, 8, dtype=torch.float32)
+        pool = QuantizedPool(FORMATS[hot], means, 16, 8, dtype=torch.float32)
         sequence = pool.new_sequence()
         got = fed(decoder, sequence, ids[:30], [25, 5])
         change(pool, sequence)
@@ -95,8 +95,8 @@ def test_logits_follow_those_of_plain_pages(random_decoder, ids):
 
 @pytest.mark.parametrize("hot", ["q4", "q2"])
 @torch.inference_mode()
-def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(hot_pool, hot):
-    decoder, pool, _ = hot_pool(hot, num_pages=4, max_pages=200)
+def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(quantized_pool, hot):
+    decoder, pool, _ = quantized_pool(hot, num_pages=4, max_pages=200)
     ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(4))
     whole = fed(decoder, pool.new_sequence(), ids, [150])
     assert torch.equal(fed(decoder, pool.new_sequence(), ids, [1] * 150), whole)
@@ -121,8 +121,8 @@ def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_re
 
 
 @torch.inference_mode()
-def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(hot_pool):
-    decoder, pool, _ = hot_pool("q4", num_pages=40)
+def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(quantized_pool):
+    decoder, pool, _ = quantized_pool("q4", num_pages=40)
     ids = torch.randint(0, 97, (220,), generator=torch.Generator().manual_seed(4))
     sequence, short = pool.new_sequence(), pool.new_sequence()
     fed(decoder, sequence, ids, [220])
@@ -139,8 +139,8 @@ def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(hot_pool):
 
 
 @torch.inference_mode()
-def test_trunk_layers_run_apart_write_the_same_cache(hot_pool, ids):
-    decoder, pool, _ = hot_pool("q3", num_pages=16)
+def test_trunk_layers_run_apart_write_the_same_cache(quantized_pool, ids):
+    decoder, pool, _ = quantized_pool("q3", num_pages=16)
     whole, parts = pool.new_sequence(), pool.new_sequence()
     want = decoder(ids, [whole], [40], deterministic=True).logits
     lower = decoder(ids, [parts], [40], logits="none", last_layer=1, deterministic=True)
@@ -150,8 +150,8 @@ def test_trunk_layers_run_apart_write_the_same_cache(hot_pool, ids):
 
 
 @torch.inference_mode()
-def test_pages_grow_and_exact_tokens_go_with_their_first_page(hot_pool, ids):
-    decoder, pool, _ = hot_pool("q4", num_pages=2, max_pages=40)
+def test_pages_grow_and_exact_tokens_go_with_their_first_page(quantized_pool, ids):
+    decoder, pool, _ = quantized_pool("q4", num_pages=2, max_pages=40)
     small = pool.bytes
     sequences = [pool.new_sequence() for _ in range(7)]  # more than there are slots for at first
     for number, sequence in enumerate(sequences):
@@ -178,7 +178,7 @@ import os, torch
 from bench.interpreter import compute_like_hardware
 compute_like_hardware()
 from engine.model.decoder import Decoder, DecoderConfig
-from engine.kv.quantized_pool import HotPool
+from engine.kv.quantized_pool import QuantizedPool
 from engine.model.rope import RopeConfig
 torch.set_num_threads(1)
 config = DecoderConfig("llama", 2, 48, 2, 1, 32, 64, 97, 1e-5, RopeConfig("default", 1e4), False, False, True, 512, (5,))
@@ -192,7 +192,7 @@ means = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(2))
 @torch.inference_mode()
 def run(kernels, deterministic):
     os.environ["FORETOLD_KERNELS"] = kernels
-    pool = HotPool(4, means, 8, 8, dtype=torch.float32)
+    pool = QuantizedPool(4, means, 8, 8, dtype=torch.float32)
     a, b = pool.new_sequence(), pool.new_sequence()
     rows = [decoder(ids[:11], [a, b], [9, 2], deterministic=deterministic).logits]
     a.advance(9)

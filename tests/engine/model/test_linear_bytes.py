@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from engine.model.batch_invariant import BULK_ROWS, ROWS, StableLinear
-from engine.model.linear import BYTE_ROWS, ByteMatrix, Projection, choose_product
+from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, choose_product
 from engine.runtime.drafters import load_trained_trunk
 
 needs_bytes = pytest.mark.skipif(
-    not ByteMatrix.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights"
+    not Int8Weight.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights"
 )
 
 
@@ -60,15 +60,15 @@ def test_stable_products_do_not_depend_on_other_rows():
 
 def test_only_what_can_be_multiplied_is_put_into_bytes():
     for weight in (torch.zeros(64, 64), torch.zeros(64, 33, dtype=torch.bfloat16), torch.zeros(33, 64, dtype=torch.bfloat16)):
-        assert not ByteMatrix.fits(weight)
+        assert not Int8Weight.fits(weight)
         projection = Projection(weight.shape[1], weight.shape[0], False)
         projection.plain.data = weight
         projection.pack(in_bytes=True)
-        assert not isinstance(projection.matrix, ByteMatrix)
+        assert not isinstance(projection.matrix, Int8Weight)
 
 
 def test_zeros_stay_zeros():
-    matrix = ByteMatrix(torch.zeros(4, 64, dtype=torch.bfloat16))
+    matrix = Int8Weight(torch.zeros(4, 64, dtype=torch.bfloat16))
     assert not matrix.to_dense().any() and matrix.to_dense().shape == (4, 64)
 
 
@@ -85,9 +85,9 @@ def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder
     }
     target = random_decoder(0, num_hidden_layers=4, **shape).to(torch.bfloat16).pack()
     trained = {bits: load_trained_trunk(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).decoder for bits in (8, 16)}
-    in_bytes = [isinstance(m.matrix, ByteMatrix) for m in trained[8].modules() if isinstance(m, Projection)]
+    in_bytes = [isinstance(m.matrix, Int8Weight) for m in trained[8].modules() if isinstance(m, Projection)]
     assert (
-        in_bytes and all(in_bytes) and not any(isinstance(m.matrix, ByteMatrix) for m in trained[16].modules() if isinstance(m, Projection))
+        in_bytes and all(in_bytes) and not any(isinstance(m.matrix, Int8Weight) for m in trained[16].modules() if isinstance(m, Projection))
     )
     assert trained[8].weight_bytes < 0.6 * trained[16].weight_bytes
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -97,4 +97,4 @@ def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder
         out[bits] = decoder.head(states)
     assert (out[8] - out[16]).norm() < 0.05 * out[16].norm()
     moved = trained[8].to(torch.float32)
-    assert all(m.plain is not None or not isinstance(m.matrix, ByteMatrix) for m in moved.modules() if isinstance(m, Projection))
+    assert all(m.plain is not None or not isinstance(m.matrix, Int8Weight) for m in moved.modules() if isinstance(m, Projection))

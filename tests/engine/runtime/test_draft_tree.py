@@ -11,7 +11,7 @@ from draft.protocols import Proposal
 from draft.tree import MAX_CHAIN, MAX_SIBLINGS, Placement, Sibling, place_block, sibling_slot
 from engine.engine import Engine
 from engine.errors import InvalidOption
-from engine.kv.quantized_pool import HotPool
+from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import load_trained_trunk
 from engine.runtime.sampling import SamplingParams
@@ -196,12 +196,12 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
 def test_pools_without_placements_refuse_them(random_decoder):
     target = random_decoder(1, head_dim=32)
     means = torch.zeros(target.config.num_layers, 2, target.config.num_kv_heads, target.config.head_dim)
-    pool = HotPool(4, means, 4, dtype=torch.float32)
+    pool = QuantizedPool(4, means, 4, dtype=torch.float32)
     sequence = pool.new_sequence()
     assert not pool.takes_placements and target.new_pool(1).takes_placements
     with pytest.raises(InvalidOption, match="without siblings"):
         target.forward(torch.tensor([1]), [sequence], [1], placements=[Placement([0], [0])])
-    with pytest.raises(NotImplementedError, match="HotPool"):
+    with pytest.raises(NotImplementedError, match="QuantizedPool"):
         pool.move(sequence, 1, 0)
 
 

@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton")
 from kernels.kv_write import kv_write
 from kernels.paged_attention import reference as dense
 from kernels.paged_attention import triton as paged
-from kernels.quantized_kv import attention, hot_kv_write, reference
-from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, RING, HotMeans, HotPages, HotRecent, HotSinks, new_pages
+from kernels.quantized_kv import attention, quantized_kv_write, reference
+from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, RING, ChannelMeans, ExactRecent, ExactSinks, QuantizedPages, new_pages
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()
@@ -28,7 +28,7 @@ def _filled(shape, bits, dtype, device, sink_scale=6.0):
     angle = torch.arange(longest)[:, None] * 1000.0 ** (-torch.arange(d // 2) * 2 / d)
     cos, sin = angle.cos().to(device), angle.sin().to(device)
     mean = torch.randn(2, kv_heads, d, generator=generator).to(device)
-    means = HotMeans(mean[0], mean[1])
+    means = ChannelMeans(mean[0], mean[1])
     counts = [-(-c // size) for c in context_lens]
     order = torch.randperm(sum(counts), generator=generator).tolist()
     pages = new_pages(bits, len(order), size, kv_heads, d, device)
@@ -44,7 +44,7 @@ def _filled(shape, bits, dtype, device, sink_scale=6.0):
         kv[:, :NUM_SINKS] *= sink_scale
         kv = (kv.to(device) + mean[:, None]).to(dtype)
         slot = torch.tensor([mine[t // size] * size + t % size for t in range(context)], device=device)
-        hot_kv_write(kv[0], kv[1], cos[:context], sin[:context], slot, means, pages)
+        quantized_kv_write(kv[0], kv[1], cos[:context], sin[:context], slot, means, pages)
         n = min(context, NUM_SINKS)
         for scales in (pages.k_scale, pages.v_scale):
             scales[slot[:n] // size, :, slot[:n] % size] = 1000.0
@@ -52,7 +52,7 @@ def _filled(shape, bits, dtype, device, sink_scale=6.0):
         kv_write(kv[0][:n], kv[1][:n], cos[:n], sin[:n], first, kept[0], kept[1])
         kv_write(kv[0], kv[1], cos[:context], sin[:context], slot, true[0], true[1])
     q = torch.randn(sum(query_lens), heads, d, generator=generator).to(device, dtype)
-    return q, pages, means, (cos, sin), table.to(device), HotSinks(kept[0], kept[1], rows), true
+    return q, pages, means, (cos, sin), table.to(device), ExactSinks(kept[0], kept[1], rows), true
 
 
 @pytest.mark.parametrize("bits", [4, 2])
@@ -61,10 +61,10 @@ def _filled(shape, bits, dtype, device, sink_scale=6.0):
 def test_triton_against_the_twin(shape, bits, dtype, device, assert_close):
     q, pages, means, angles, table, sinks, _ = _filled(shape, bits, dtype, device)
     fixed = (pages, means, *angles, table, shape[0], shape[1], 0.1)
-    want = reference.hot_paged_attention(q.float(), *fixed, sinks=sinks)
+    want = reference.quantized_paged_attention(q.float(), *fixed, sinks=sinks)
     bound = 3e-3 if dtype == torch.float32 else 1e-2
     for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}, {"packed_arithmetic": False}):
-        got = attention.hot_paged_attention(q, *fixed, sinks=sinks, **options)
+        got = attention.quantized_paged_attention(q, *fixed, sinks=sinks, **options)
         assert_close(got.float(), want, bound)
 
 
@@ -75,7 +75,7 @@ def test_sinks_stand_in_for_their_codes(shape, device):
     want = dense.paged_attention(q, true[0], true[1], table, shape[0], shape[1], 0.1)
 
     def error(given):
-        got = reference.hot_paged_attention(q, pages, *fixed, sinks=given)
+        got = reference.quantized_paged_attention(q, pages, *fixed, sinks=given)
         return float((got - want).norm() / want.norm())
 
     assert error(sinks) < 0.06 and error(None) > 1.0  # the codes of the first tokens were spoiled
@@ -85,7 +85,7 @@ def test_a_context_of_sinks_alone_is_exact(device):
     q, pages, means, angles, table, sinks, true = _filled(([2, 1], [4, 2], 2, 1, 32, 4), 2, torch.float32, device)
     fixed = (table, [2, 1], [4, 2], 0.2)
     want = dense.paged_attention(q, true[0], true[1], *fixed)
-    for function in (reference.hot_paged_attention, attention.hot_paged_attention):
+    for function in (reference.quantized_paged_attention, attention.quantized_paged_attention):
         torch.testing.assert_close(function(q, pages, means, *angles, *fixed, sinks=sinks), want, rtol=1e-4, atol=1e-4)
 
 
@@ -94,9 +94,9 @@ def test_a_context_of_sinks_alone_is_exact(device):
 def test_deterministic_bits_do_not_depend_on_the_company(bits, twin, device, monkeypatch):
     monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
     q, pages, means, angles, table, sinks, _ = _filled(([3, 1], [90, 40], 4, 2, 32, 16), bits, torch.bfloat16, device)
-    call = reference.hot_paged_attention if twin else attention.hot_paged_attention
+    call = reference.quantized_paged_attention if twin else attention.quantized_paged_attention
     batch = call(q, pages, means, *angles, table, [3, 1], [90, 40], 0.1, sinks=sinks, deterministic=True)
-    alone = HotSinks(sinks.k, sinks.v, sinks.rows[:1])
+    alone = ExactSinks(sinks.k, sinks.v, sinks.rows[:1])
     for j in range(3):
         one = call(q[j : j + 1], pages, means, *angles, table[:1], [1], [88 + j], 0.1, sinks=alone, deterministic=True)
         assert torch.equal(one, batch[j : j + 1])
@@ -112,8 +112,8 @@ def test_the_fast_transform_is_the_rotation(head_dim):
 
 def test_reading_leaves_the_pages_alone(device):
     q, pages, means, angles, table, sinks, _ = _filled(SHAPES[1], 4, torch.float32, device)
-    before = HotPages(4, *(t.clone() for t in pages[1:]))
-    reference.hot_paged_attention(q, pages, means, *angles, table, *SHAPES[1][:2], 0.1, sinks=sinks)
+    before = QuantizedPages(4, *(t.clone() for t in pages[1:]))
+    reference.quantized_paged_attention(q, pages, means, *angles, table, *SHAPES[1][:2], 0.1, sinks=sinks)
     assert all(torch.equal(a, b) for a, b in zip(before[1:], pages[1:], strict=True))
 
 
@@ -142,7 +142,7 @@ def _with_recent(shape, bits, dtype, device):
         rings[:, int(sinks.rows[b]), held % RING] = rows[:, held]
         new.append(rows[:, context - n :])
     k_new, v_new = torch.cat(new, 1)
-    recent = HotRecent(k_new, v_new, rings[0], rings[1], sinks.rows, torch.tensor(since, dtype=torch.int32, device=device))
+    recent = ExactRecent(k_new, v_new, rings[0], rings[1], sinks.rows, torch.tensor(since, dtype=torch.int32, device=device))
     return q, (pages, means, *angles, table, query_lens, context_lens, 0.1), sinks, recent, true
 
 
@@ -157,18 +157,18 @@ def test_recent_triton_against_the_twin(shape, bits, dtype, with_sinks, device, 
         fixed[0].v_scale.clamp_(max=10.0)
     given = {"sinks": sinks if with_sinks else None, "recent": recent}
     wide = recent._replace(**{name: getattr(recent, name).float() for name in ("k_new", "v_new", "k_ring", "v_ring")})
-    want = reference.hot_paged_attention(q.float(), *fixed, **(given | {"recent": wide}))
+    want = reference.quantized_paged_attention(q.float(), *fixed, **(given | {"recent": wide}))
     bound = 3e-3 if dtype == torch.float32 else 1e-2
     for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}):
-        assert_close(attention.hot_paged_attention(q, *fixed, **given, **options).float(), want, bound)
-    assert_close(reference.hot_paged_attention(q.float(), *fixed, **(given | {"recent": wide}), deterministic=True), want, 1e-5)
+        assert_close(attention.quantized_paged_attention(q, *fixed, **given, **options).float(), want, bound)
+    assert_close(reference.quantized_paged_attention(q.float(), *fixed, **(given | {"recent": wide}), deterministic=True), want, 1e-5)
 
 
 @pytest.mark.parametrize("shape", RECENT_SHAPES, ids=str)
 def test_recent_tokens_stand_in_for_their_codes(shape, device):
     q, fixed, sinks, recent, true = _with_recent(shape, 4, torch.float32, device)
     pages, table, query_lens, context_lens, size = fixed[0], fixed[4], shape[0], shape[1], shape[5]
-    spoiled = HotPages(4, *(t.clone() for t in pages[1:]))
+    spoiled = QuantizedPages(4, *(t.clone() for t in pages[1:]))
     want = dense.paged_attention(q, true[0], true[1], table, query_lens, context_lens, 0.1)
     harmed = torch.zeros(len(q), dtype=torch.bool, device=device)  # queries of requests with spoiled codes
     for b, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
@@ -176,26 +176,26 @@ def test_recent_tokens_stand_in_for_their_codes(shape, device):
         for p in range(max(NUM_SINKS, recent.since.tolist()[b], context - NUM_RECENT), context - n + 1):
             spoiled.k_scale[table[b, p // size].long(), :, p % size] = 1000.0
             harmed[sum(query_lens[:b]) : sum(query_lens[: b + 1])] = True
-    got = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks, recent=recent)
+    got = reference.quantized_paged_attention(q, spoiled, *fixed[1:], sinks=sinks, recent=recent)
     assert float((got - want).norm() / want.norm()) < 0.06
-    lost = reference.hot_paged_attention(q, spoiled, *fixed[1:], sinks=sinks)
+    lost = reference.quantized_paged_attention(q, spoiled, *fixed[1:], sinks=sinks)
     assert not harmed.any() or float((lost - want)[harmed].norm() / want[harmed].norm()) > 0.1
 
 
 @pytest.mark.parametrize("twin", [True, False], ids=["twin", "triton"])
 def test_recent_deterministic_bits_do_not_depend_on_the_block(twin, device, monkeypatch):
     monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
-    call = reference.hot_paged_attention if twin else attention.hot_paged_attention
+    call = reference.quantized_paged_attention if twin else attention.quantized_paged_attention
     shape = ([20, 1], [90, 40], 6, 2, 32, 16, [5, 0])
     q, (pages, means, cos, sin, table, *_), sinks, recent, _ = _with_recent(shape, 3, torch.bfloat16, device)
     whole = call(q, pages, means, cos, sin, table, [20, 1], [90, 40], 0.1, sinks=sinks, recent=recent, deterministic=True)
     slot = int(sinks.rows[0])
-    row = HotSinks(sinks.k, sinks.v, sinks.rows[:1])
+    row = ExactSinks(sinks.k, sinks.v, sinks.rows[:1])
     for j in range(20):
         # the tokens before it have moved into the ring
         ring = [r.clone() for r in (recent.k_ring, recent.v_ring)]
         for r, new in zip(ring, (recent.k_new, recent.v_new), strict=True):
             r[slot, torch.arange(70, 70 + j) % RING] = new[:j]
-        own = HotRecent(recent.k_new[j : j + 1], recent.v_new[j : j + 1], ring[0], ring[1], sinks.rows[:1], recent.since[:1])
+        own = ExactRecent(recent.k_new[j : j + 1], recent.v_new[j : j + 1], ring[0], ring[1], sinks.rows[:1], recent.since[:1])
         one = call(q[j : j + 1], pages, means, cos, sin, table[:1], [1], [71 + j], 0.1, sinks=row, recent=own, deterministic=True)
         assert torch.equal(one, whole[j : j + 1]), j

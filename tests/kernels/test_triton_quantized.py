@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 from kernels.paged_attention import triton as paged
 from kernels.quantized_kv import attention, reference
 from kernels.quantized_kv import triton as writer
-from kernels.quantized_kv.reference import HotMeans, HotPages, new_pages
+from kernels.quantized_kv.reference import ChannelMeans, QuantizedPages, new_pages
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()
@@ -47,7 +47,7 @@ def test_a_row_of_zeros_stays_zero():
 def _rows(tokens, heads, head_dim, dtype, generator, device):
     mean = 10 * torch.randn(2, heads, head_dim, generator=generator)
     kv = torch.randn(2, tokens, heads, head_dim, generator=generator) + mean[:, None]
-    return kv.to(device, dtype), HotMeans(mean[0].to(device), mean[1].to(device))
+    return kv.to(device, dtype), ChannelMeans(mean[0].to(device), mean[1].to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -58,13 +58,13 @@ def test_write(bits, tokens, heads, head_dim, page_size, with_mean, dtype, devic
     generator = torch.Generator().manual_seed(tokens)
     kv, means = _rows(tokens, heads, head_dim, dtype, generator, device)
     if not with_mean:
-        means = HotMeans(None, means.v_mean)
+        means = ChannelMeans(None, means.v_mean)
     pages = -(-tokens // page_size) + 1
     slots = torch.randperm(pages * page_size, generator=generator)[:tokens].to(device)
     cos, sin = tables(tokens, head_dim, device)
     got, want = (new_pages(bits, pages, page_size, heads, head_dim, device) for _ in range(2))
-    writer.hot_kv_write(kv[0], kv[1], cos, sin, slots, means, got)
-    reference.hot_kv_write(kv[0], kv[1], cos, sin, slots, means, want)
+    writer.quantized_kv_write(kv[0], kv[1], cos, sin, slots, means, got)
+    reference.quantized_kv_write(kv[0], kv[1], cos, sin, slots, means, want)
     for ours, theirs in ((got.k_codes, want.k_codes), (got.v_codes, want.v_codes)):
         # A channel half way between two levels may fall to either side when sums are taken in another order.
         assert float((ours != theirs).float().mean()) < 2e-3
@@ -92,14 +92,14 @@ def _filled(bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size
     table = torch.zeros((len(counts), max(counts)), dtype=torch.int32)
     cos, sin = tables(max(context_lens) + 128, head_dim, device)
     cos, sin = cos * 1.25, sin * 1.25  # as models with stretched contexts scale them
-    means = HotMeans(None, torch.zeros(kv_heads, head_dim, device=device))
+    means = ChannelMeans(None, torch.zeros(kv_heads, head_dim, device=device))
     for b, (count, context) in enumerate(zip(counts, context_lens, strict=True)):
         mine = [order.pop() for _ in range(count)]
         table[b, :count] = torch.tensor(mine)
         kv, shared = _rows(context, kv_heads, head_dim, dtype, torch.Generator().manual_seed(99), device)
-        means = shared if with_mean else HotMeans(None, shared.v_mean)
+        means = shared if with_mean else ChannelMeans(None, shared.v_mean)
         slots = torch.tensor([mine[t // page_size] * page_size + t % page_size for t in range(context)], device=device)
-        reference.hot_kv_write(kv[0], kv[1], cos[:context], sin[:context], slots, means, pages)
+        reference.quantized_kv_write(kv[0], kv[1], cos[:context], sin[:context], slots, means, pages)
     q = torch.randn(sum(query_lens), heads, head_dim, generator=generator).to(device, dtype)
     return q, pages, means, cos, sin, table.to(device)
 
@@ -113,13 +113,13 @@ def test_attention(shape, bits, dtype, with_mean, device, assert_close):
     q, pages, means, cos, sin, table = _filled(
         bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size, dtype, device, with_mean
     )
-    clean = HotPages(bits, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
+    clean = QuantizedPages(bits, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
     scale = head_dim**-0.5 / 3
-    want = reference.hot_paged_attention(q.float(), clean, means, cos, sin, table, query_lens, context_lens, scale)
+    want = reference.quantized_paged_attention(q.float(), clean, means, cos, sin, table, query_lens, context_lens, scale)
     # The mean's share of the scores goes through 16-bit floats; it is ten times the keys' here.
     bound = 3e-3 if dtype == torch.float32 else 1e-2
     for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}, {"packed_arithmetic": False}):
-        got = attention.hot_paged_attention(q, pages, means, cos, sin, table, query_lens, context_lens, scale, **options)
+        got = attention.quantized_paged_attention(q, pages, means, cos, sin, table, query_lens, context_lens, scale, **options)
         assert_close(got.float(), want, bound)
 
 
@@ -128,12 +128,12 @@ def test_scores_far_above_the_first_block(with_mean, device, assert_close):
     """Weights are measured from a split's first block; where later ones are too large for a number, the split is taken again."""
     q, pages, means, cos, sin, table = _filled(4, [200], [2], 4, 2, 32, 64, torch.float32, device, with_mean)
     q, scale = q[:, :1].expand(-1, 4, -1).contiguous(), 1.0
-    clean = HotPages(4, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
+    clean = QuantizedPages(4, pages.k_codes, pages.k_scale.nan_to_num(0.0), pages.v_codes, pages.v_scale.nan_to_num(0.0))
     for rows in clean.k_scale, pages.k_scale:
         rows[table[0, 2].long(), :, :40] *= 64.0  # tokens 128 to 167
-    want = reference.hot_paged_attention(q, clean, means, cos, sin, table, [2], [200], scale)
+    want = reference.quantized_paged_attention(q, clean, means, cos, sin, table, [2], [200], scale)
     for options in ({"config": paged.AttentionConfig(num_splits=1)}, {"deterministic": True}, {}):
-        got = attention.hot_paged_attention(q, pages, means, cos, sin, table, [2], [200], scale, **options)
+        got = attention.quantized_paged_attention(q, pages, means, cos, sin, table, [2], [200], scale, **options)
         assert_close(got, want, 3e-3)
 
 
@@ -141,7 +141,7 @@ def test_scores_far_above_the_first_block(with_mean, device, assert_close):
 def test_deterministic_bits_do_not_depend_on_the_company(bits, device, monkeypatch):
     monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
     q, pages, means, cos, sin, table = _filled(bits, [90, 40], [3, 1], 4, 2, 32, 16, torch.bfloat16, device)
-    call = attention.hot_paged_attention
+    call = attention.quantized_paged_attention
     batch = call(q, pages, means, cos, sin, table, [3, 1], [90, 40], 0.1, deterministic=True)
     for j in range(3):
         alone = call(q[j : j + 1], pages, means, cos, sin, table[:1], [1], [88 + j], 0.1, deterministic=True)
@@ -155,4 +155,4 @@ def test_what_is_not_supported_is_refused(device):
         new_pages(4, 1, 4, 1, 80)
     q, pages, means, cos, sin, table = _filled(4, [70], [1], 2, 1, 32, 16, torch.float32, device)
     with pytest.raises(ValueError, match="tables of"):
-        attention.hot_paged_attention(q, pages, means, cos[:8], sin[:8], table, [1], [70], 0.1)
+        attention.quantized_paged_attention(q, pages, means, cos[:8], sin[:8], table, [1], [70], 0.1)
