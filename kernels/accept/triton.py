@@ -92,7 +92,7 @@ def _accept_kernel(
     tl.store(next_ptr + request, (chosen * BLOCK + offset).to(tl.int64))
 
 
-def accept_floors(num_requests: int, num_drafts: int, vocab: int) -> tuple[int, int]:
+def accept_bounds(num_requests: int, num_drafts: int, vocab: int) -> tuple[int, int]:
     """(bytes, operations): one row of p and q a request, three operations a word."""
     return num_requests * vocab * 8 + num_drafts * 16, 3 * num_requests * vocab
 

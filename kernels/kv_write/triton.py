@@ -51,7 +51,7 @@ def _kv_write_kernel(
     tl.store(v_pages_ptr + to + half, v_second.to(dtype), mask=mask)
 
 
-def kv_write_floors(num_tokens: int, heads: int, head_dim: int, element_bytes: int) -> tuple[int, int]:
+def kv_write_bounds(num_tokens: int, heads: int, head_dim: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations) that no version can do without."""
     elements = num_tokens * heads * head_dim
     return 4 * elements * element_bytes + num_tokens * (4 * head_dim + 8), 3 * elements

@@ -307,7 +307,7 @@ def choose_splits(config_splits: int, base_programs: int, keys: int, block_n: in
     return min(range(1, max(1, min(slots, blocks // 2)) + 1), key=cost)
 
 
-def paged_attention_floors(
+def paged_attention_bounds(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     q_heads: int,

@@ -26,11 +26,6 @@ def _philox_kernel(seed_ptr, position_ptr, out_ptr, count, LANE: tl.constexpr, B
     tl.store(out_ptr + index, uniform(seed, position, LANE), mask=mask)
 
 
-def philox_floors(count: int) -> tuple[int, int]:
-    """(bytes, operations) that no version can do without: ten rounds of two wide products and four exclusive ors."""
-    return 20 * count, 80 * count
-
-
 def philox_uniform(seed: torch.Tensor, position: torch.Tensor, lane: int) -> torch.Tensor:
     """See `reference.philox_uniform`."""
     seed, position = (x.contiguous() for x in torch.broadcast_tensors(seed, position))

@@ -417,7 +417,7 @@ def angle_tables(cos_table: torch.Tensor, sin_table: torch.Tensor) -> tuple[torc
 
 
 def quantized_row_bytes(head_dim: int, bits: int) -> float:
-    """Bytes of a key and a value of one head: two rows of codes, two scales. For `paged_attention_floors`."""
+    """Bytes of a key and a value of one head: two rows of codes, two scales. For `paged_attention_bounds`."""
     return head_dim * bits / 4 + 4
 
 
@@ -439,7 +439,7 @@ def quantized_paged_attention(
     config: AttentionConfig | None = None,
     packed_arithmetic: bool | None = None,
 ) -> torch.Tensor:
-    """See `reference.quantized_paged_attention`; floors: `paged_attention_floors` with `quantized_row_bytes`.
+    """See `reference.quantized_paged_attention`; roofline bounds: `paged_attention_bounds` with `quantized_row_bytes`.
 
     The tables must cover the longest context and be the same tensors every time (`angle_tables`). max_query_len, config: as for `paged_attention`.
     packed_arithmetic: take codes apart with `level_assembly`; None for wherever it runs.

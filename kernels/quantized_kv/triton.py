@@ -168,7 +168,7 @@ def _quantized_write_kernel(
         )
 
 
-def quantized_kv_write_floors(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
+def quantized_kv_write_bounds(num_tokens: int, heads: int, head_dim: int, bits: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations): rows in, codes and scales out; a fast Hadamard transform and a search of the levels."""
     elements = 2 * num_tokens * heads * head_dim
     steps = head_dim.bit_length() - 1 + bits

@@ -165,7 +165,7 @@ def _decode_kernel(
     tl.store(intact_ptr + span, (wrong == 0).to(tl.int8))
 
 
-def rans_floors(num_tokens: int, num_components: int, num_words: int) -> tuple[int, int]:
+def rans_bounds(num_tokens: int, num_components: int, num_words: int) -> tuple[int, int]:
     """(bytes, operations) of either direction: 16-bit integers and words once each, about twenty operations a symbol."""
     return 2 * num_tokens * num_components + 2 * num_words, 20 * num_tokens * num_components
 

@@ -125,7 +125,7 @@ def _decode_kernel(
     tl.store(to + HALF, second.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def residual_decode_floors(num_tokens: int, depth: int, dim: int, element_bytes: int, symbol_bytes: int = 2) -> tuple[int, int]:
+def residual_decode_bounds(num_tokens: int, depth: int, dim: int, element_bytes: int, symbol_bytes: int = 2) -> tuple[int, int]:
     """(bytes, operations); depth = K + r, dim = D."""
     return depth * dim * element_bytes + num_tokens * (depth * symbol_bytes + dim * element_bytes), 2 * num_tokens * depth * dim
 

@@ -155,12 +155,12 @@ def default_product(x: torch.Tensor) -> ProductConfig:
     return ProductConfig() if room >= 3 * (128 + 256) * 64 * 2 else ProductConfig(block_n=128, num_stages=2)
 
 
-def gather_kv_floors(num_tokens: int, dim: int, element_bytes: int) -> tuple[int, int]:
+def gather_kv_bounds(num_tokens: int, dim: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations) that no version can do without."""
     return 2 * num_tokens * dim * element_bytes + 4 * dim, 4 * num_tokens * dim
 
 
-def residual_encode_floors(num_tokens: int, depth: int, num_components: int, element_bytes: int) -> tuple[int, int]:
+def residual_encode_bounds(num_tokens: int, depth: int, num_components: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations); depth = D + r."""
     moved = (num_tokens + num_components) * depth * element_bytes + 2 * num_tokens * num_components
     return moved, 2 * num_tokens * depth * num_components

@@ -37,7 +37,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rms_norm_floors(num_rows: int, width: int, element_bytes: int, with_residual: bool) -> tuple[int, int]:
+def rms_norm_bounds(num_rows: int, width: int, element_bytes: int, with_residual: bool) -> tuple[int, int]:
     """(bytes, operations) that no version can do without."""
     passes = 4 if with_residual else 2
     return (passes * num_rows + 1) * width * element_bytes, (4 + with_residual) * num_rows * width

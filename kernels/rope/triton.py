@@ -35,7 +35,7 @@ def _rope_kernel(
     tl.store(target + half, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rope_floors(num_elements: int, num_tokens: int, half: int, element_bytes: int) -> tuple[int, int]:
+def rope_bounds(num_elements: int, num_tokens: int, half: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations) that no version can do without."""
     return 2 * num_elements * element_bytes + 8 * num_tokens * half, 3 * num_elements
 

@@ -19,7 +19,7 @@ def _silu_mul_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * width + columns, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=mask)
 
 
-def silu_mul_floors(num_rows: int, width: int, element_bytes: int) -> tuple[int, int]:
+def silu_mul_bounds(num_rows: int, width: int, element_bytes: int) -> tuple[int, int]:
     """(bytes, operations) that no version can do without; width is I."""
     return 3 * num_rows * width * element_bytes, 5 * num_rows * width
 

@@ -43,7 +43,7 @@ def rms_norms(device: torch.device, tiny: bool) -> Cases:
                 "rms_norm+residual",
                 f"{name} N={n} E={model['E']}",
                 "bf16",
-                rms_norm.rms_norm_floors(n, model["E"], 2, True),
+                rms_norm.rms_norm_bounds(n, model["E"], 2, True),
                 check,
                 8e-3,
                 lambda _, calls=calls: calls(rms_norm.rms_norm),
@@ -59,7 +59,7 @@ def silu_muls(device: torch.device, tiny: bool) -> Cases:
                 "silu_mul",
                 f"{name} N={n} I={model['I']}",
                 "bf16",
-                silu.silu_mul_floors(n, model["I"], 2),
+                silu.silu_mul_bounds(n, model["I"], 2),
                 lambda data=data: relative_error(silu.silu_mul(data[0]), silu_reference.silu_mul(data[0].clone())),
                 8e-3,
                 lambda block, data=data: [lambda x=x: silu.silu_mul(x, block=block or 1024) for x in data],
@@ -79,7 +79,7 @@ def ropes(device: torch.device, tiny: bool) -> Cases:
                 "rope",
                 f"{name} N={n} H={model['H']}",
                 "bf16",
-                rope.rope_floors(data[0].numel(), n, model["d"] // 2, 2),
+                rope.rope_bounds(data[0].numel(), n, model["d"] // 2, 2),
                 lambda d=data, c=cos, s=sin: relative_error(rope.apply_rope(d[0], c, s), rope_reference.apply_rope(d[0], c, s)),
                 0.0,
                 lambda _, d=data, c=cos, s=sin: [lambda x=x: rope.apply_rope(x, c, s) for x in d],
@@ -108,7 +108,7 @@ def kv_writes(device: torch.device, tiny: bool) -> Cases:
                 "kv_write",
                 f"{name} N={n} G={heads}",
                 "bf16",
-                kv_write.kv_write_floors(n, heads, d, 2),
+                kv_write.kv_write_bounds(n, heads, d, 2),
                 lambda p=plain: relative_error(p(kv_write.kv_write), p(kv_write_reference.kv_write)),
                 0.0,
                 lambda _, a=rows, p=pool: [lambda: kv_write.kv_write(*a, p[0], p[1])],
@@ -125,12 +125,12 @@ def kv_writes(device: torch.device, tiny: bool) -> Cases:
                     quantized_reference.quantized_kv_write(*a, theirs)
                     return max(float((x != y).float().mean()) for x, y in ((ours.k_codes, theirs.k_codes), (ours.v_codes, theirs.v_codes)))
 
-                floors = quantized_write.quantized_kv_write_floors(n, heads, d, bits, 2)
+                bounds = quantized_write.quantized_kv_write_bounds(n, heads, d, bits, 2)
                 yield Case(
                     f"quantized_kv_write {label}",
                     f"{name} N={n} G={heads}",
                     label,
-                    floors,
+                    bounds,
                     differing,
                     4e-3,
                     lambda _, a=quantized_rows, p=ours: [lambda: quantized_write.quantized_kv_write(*a, p)],
@@ -159,7 +159,7 @@ def accepts(device: torch.device, tiny: bool) -> Cases:
                 "accept",
                 f"{name} B={batch} K={drafts} V={vocab}",
                 "f32",
-                accept.accept_floors(batch, total, vocab),
+                accept.accept_bounds(batch, total, vocab),
                 check,
                 0.0,
                 lambda c, a=arguments: [lambda: accept.accept(*a, **(c or {}))],

@@ -72,7 +72,7 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
         ) -> torch.Tensor:
             return paged.paged_attention(*a, max_query_len=n, config=config, **options)
 
-        floors = paged.paged_attention_floors([n] * batch, [context] * batch, heads, groups, d, 4 * d, 2)
+        bounds = paged.paged_attention_bounds([n] * batch, [context] * batch, heads, groups, d, 4 * d, 2)
         want = _dense(q, k, v, n, scale)
         # The block's heads packed as rows against each KV head, without the small causal corner: the same reads and products.
         rows = q.view(batch, n, groups, -1, d).permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous()
@@ -101,7 +101,7 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
             "paged_attention",
             shape,
             "bf16",
-            floors,
+            bounds,
             paged_error,
             8e-3,
             lambda c, f=attend: [lambda: f(c)],
@@ -114,7 +114,7 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
             "paged_attention det",
             shape,
             "bf16",
-            floors,
+            bounds,
             lambda w=want, f=attend: relative_error(f(None, deterministic=True).float(), w),
             8e-3,
             lambda c, f=attend: [lambda: f(c, deterministic=True)],
@@ -147,14 +147,14 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
                 ) -> float:
                     return relative_error(hot(config).float(), _hot_dense(*fixed, *rest).float())
 
-                floors = paged.paged_attention_floors(
+                bounds = paged.paged_attention_bounds(
                     [n] * batch, [context] * batch, heads, groups, d, quantized_attention.quantized_row_bytes(d, bits), 2
                 )
                 yield Case(
                     f"quantized_attention {label}",
                     shape + (" mean" if with_mean else " no mean"),
                     label,
-                    floors,
+                    bounds,
                     error,
                     1.5e-2,
                     lambda c, f=hot: [lambda: f(c)],

@@ -43,7 +43,7 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
             "gather_kv",
             shape,
             "bf16",
-            encode.gather_kv_floors(tokens, dim, 2),
+            encode.gather_kv_bounds(tokens, dim, 2),
             lambda a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a), y),
             4e-3,
             lambda r, a=(kv, slots, cos, sin, mean): [lambda: encode.gather_kv(*a, rows=r or 8)],
@@ -74,7 +74,7 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
             "residual_encode",
             shape,
             "bf16",
-            encode.residual_encode_floors(tokens, dim + rank, components, 2),
+            encode.residual_encode_bounds(tokens, dim + rank, components, 2),
             encode_error,
             5e-3,
             lambda c, f=encoded: [lambda: f(c)],
@@ -113,7 +113,7 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
             "residual_decode_pages",
             shape,
             "bf16",
-            decode.residual_decode_floors(tokens, components + rank, dim, 2),
+            decode.residual_decode_bounds(tokens, components + rank, dim, 2),
             decode_error,
             8e-3,
             lambda c, f=decoded: [lambda: f(c)],
@@ -181,9 +181,9 @@ def entropy_coders(device: torch.device, tiny: bool) -> Cases:
             return float((small.words != dense.words[: len(small.words)]).sum() + (small.states != dense.states[:lanes]).sum())
 
         shape = f"T={tokens} K={components} lane={per_lane} {16 * words / tokens / components:.2f} b/symbol"
-        floors, count = rans.rans_floors(tokens, components, words), {"symbols/s": tokens * (components + 1.0), "tokens/s": tokens}
-        yield Case("rans_encode", shape, "int16", floors, twin, 0.0, lambda _, f=encoded: [f], units=count)
-        yield Case("rans_decode", shape, "int16", floors, check, 0.0, lambda _, f=decoded: [f], units=count)
+        bounds, count = rans.rans_bounds(tokens, components, words), {"symbols/s": tokens * (components + 1.0), "tokens/s": tokens}
+        yield Case("rans_encode", shape, "int16", bounds, twin, 0.0, lambda _, f=encoded: [f], units=count)
+        yield Case("rans_decode", shape, "int16", bounds, check, 0.0, lambda _, f=decoded: [f], units=count)
         if rank:
             model = models(tiny)["toy" if tiny else "1.5B"]
             layers, heads, d = model["L"], model["G"], model["d"]

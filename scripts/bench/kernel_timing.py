@@ -101,7 +101,7 @@ class Case:
 
     Args:
         op, shape, dtype: what it is called.
-        floors: (bytes, operations).
+        bounds: (bytes, operations).
         check: relative error of the default configuration, or 0 and infinity for exact meanings; at most bound passes.
         calls: for a candidate (None: the launcher's own choice) the same operation on different data.
         candidates: name to configuration.
@@ -114,7 +114,7 @@ class Case:
     op: str
     shape: str
     dtype: str
-    floors: tuple[int, int]
+    bounds: tuple[int, int]
     check: Callable[[], float]
     bound: float
     calls: Callable[[Any], Sequence[Call]]
@@ -181,7 +181,7 @@ def measure(case: Case, clock: Clock) -> dict[str, Any]:
     row["captured"] = clock.captured
     tried: dict[str, Any] = {"default": row["default_ms"]}
     best = _try_candidates(case, clock, tried)
-    moved, operations = case.floors
+    moved, operations = case.bounds
     ms = tried[best]
     row.update(ms=ms, config=best, tried=tried, gb_per_s=moved / ms / 1e6, tflops=operations / ms / 1e9)
     memory_ms = moved / clock.copy_gb_per_s / 1e6
