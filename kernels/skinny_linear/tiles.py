@@ -1,0 +1,33 @@
+"""Launch shapes of the products of a decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: output channels of a program, columns of a step (slices * block_k), programs that share a row's columns (splits).
+
+    lines: cache lines of each weight row that a program asks for before it waits for the kernel before it (0: none).
+    scalar: ordinary multiply-adds for a single token, instead of matrix instructions.
+    """
+
+    block_n: int = 16
+    block_k: int = 128
+    slices: int = 4
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    lines: int = 0
+    scalar: bool = False
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def token_block(tokens: int, tile: Tile) -> int:
+    """Columns of a program's result: 1 on the ordinary units, else a power of two from 8 on (the narrow side of a matrix instruction)."""
+    return 1 if tile.scalar and tokens == 1 else max(8, next_power_of_2(tokens))
