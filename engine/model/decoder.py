@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         named = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
         if self.lm_head is not None:
             named["lm_head.weight"] = self.lm_head.weight
-        for number, weights in enumerate(self._layer_weights()):
+        for number, weights in enumerate(self.layer_weights()):
             named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
         return named
 
@@ -134,7 +134,8 @@ class Decoder(nn.Module):
         self._stable_linear = StableLinear(self._product)
         return self.pack() if packed else result
 
-    def _layer_weights(self) -> list[LayerWeights]:
+    def layer_weights(self) -> list[LayerWeights]:
+        """Tensors of every layer."""
         if not self._weights:
             self._weights = [cast(DecoderLayer, layer).weights() for layer in self.layers]
         return self._weights
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
         deterministic: bool,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         eps = self.config.rms_norm_eps
-        weights = self._layer_weights()
+        weights = self.layer_weights()
         linear = self._stable_linear if deterministic else self._product
         activate = stable_silu_mul if deterministic else silu_mul
         stream, update, queries = hidden, None, None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool, KvSequence
+from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
 from engine.runtime.step import decode_step, prefill_step
 
@@ -19,7 +20,7 @@ class Scheduler:
     A request is admitted when its longest possible length fits beside those of the running ones, in the target's pool and the draft's: a
     running request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
-    prefill_tokens: most prompt tokens per step.
+    prefill_tokens: most prompt tokens per step. plain: runs decode steps without drafts, where the target has such a runner.
     """
 
     target: CausalDecoder
@@ -30,6 +31,7 @@ class Scheduler:
     prefill_chunk: int = 512
     prefill_tokens: int = 2048
     deterministic: bool = False
+    plain: PlainDecoding | None = None
 
     def __post_init__(self) -> None:
         self.waiting: deque[Request] = deque()
@@ -81,7 +83,9 @@ class Scheduler:
         if chosen:
             prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self.deterministic)
         if decoding:
-            decode_step(decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic)
+            decode_step(
+                decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic, plain=self.plain
+            )
         finished = [r for r in self.running if r.finish_reason is not None]
         self.running = [r for r in self.running if r.finish_reason is None]
         for request in finished:

@@ -10,6 +10,7 @@ import torch
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.stopping import Gate
 from draft.tree import MAX_CANDIDATES, MAX_SIBLINGS, place_block, sibling_slot
+from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
 from engine.runtime.sampling import BatchSampler
 from engine.runtime.verify import verify
@@ -49,17 +50,26 @@ def prefill_step(
 
 @torch.inference_mode()
 def decode_step(
-    requests: Sequence[Request], target: CausalDecoder, drafter: Drafter | None, *, catch_up: int, deterministic: bool = False
+    requests: Sequence[Request],
+    target: CausalDecoder,
+    drafter: Drafter | None,
+    *,
+    catch_up: int,
+    deterministic: bool = False,
+    plain: PlainDecoding | None = None,
 ) -> None:
     """Give every request at least one token: propose, verify in one target forward, commit.
 
     Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
     numbers need no cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one
-    step; a request still behind then decodes without drafts. Failure leaves every request as it was: lengths only move at the end.
+    step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner.
+    Failure leaves every request as it was: lengths only move at the end.
     """
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
+    if plain is not None and not deterministic and not any(lengths) and not (drafter and drafter.verify_from):
+        return _plain_step(requests, plain, began)
     gates = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
@@ -108,6 +118,25 @@ def decode_step(
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
         request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), gate)
+
+
+def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float) -> None:
+    """One token for every request, and no draft."""
+    draw = None
+    if not all(request.params.greedy for request in requests):
+        sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], plain.target.config.vocab_size)
+
+        def draw(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
+            return sampler.draw(logits, range(len(requests)), positions, LANE_SAMPLE)[0]
+
+    tokens = plain.step([r.sequence for r in requests], [r.token_ids[-1] for r in requests], [r.remaining for r in requests], draw)
+    ended = time.perf_counter()
+    for request, token in zip(requests, tokens, strict=True):
+        request.add_run([token])
+        request.sequence.advance(1)
+        request.metrics.observe(0, 0, 1)
+        request.metrics.verify_s += ended - began
+        request.controller.observe(0, 0, None)
 
 
 def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:

@@ -1,0 +1,403 @@
+"""A model's decode steps through the fused kernels over static buffers, on a GPU as captured graphs.
+
+A forward pass of few new tokens is bound by launches and by reading the weights. Here its inputs lie in buffers that never move: token ids, and one
+vector of positions, slots, context lengths and page table rows. What a batch of such a size does is captured once as a CUDA graph and replayed.
+
+Axes: B requests, padded to a bucket; n new tokens each, shorter ones padded; N = B n rows; P pages of a request's table.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from draft.protocols import CausalDecoder
+from draft.tree import Placement
+from engine.kv.pool import KvPool, KvSequence, PagedPool
+from engine.model.decoder import Decoder, DecoderOutput
+from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
+
+MAX_ROWS = 64  # more rows than that are bound by arithmetic: the library's products are faster there
+_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_LEAST_PAGES = 64
+_TABLES = 512  # page tables on the device; more sequences than that take turns
+
+Logits = Literal["all", "last", "none"]
+
+
+def bucket(count: int, sizes: Sequence[int] = _BATCHES) -> int:
+    """The least of `sizes` that holds `count`."""
+    return next(size for size in sizes if size >= count)
+
+
+def page_bucket(pages: int, most: int) -> int:
+    """Pages that a graph's tables hold: a power of two from _LEAST_PAGES on, at most `most`."""
+    return min(most, max(_LEAST_PAGES, 1 << (pages - 1).bit_length()))
+
+
+class PageTables:
+    """Page tables of sequences on a device, [rows, P] int32, uploaded when a sequence's pages change. Row 0 is padding."""
+
+    def __init__(self, num_rows: int, max_pages: int, device: torch.device) -> None:
+        self.tables = torch.zeros(num_rows, max_pages, dtype=torch.int32, device=device)
+        self._rows: weakref.WeakKeyDictionary[KvSequence, int] = weakref.WeakKeyDictionary()
+        self._known: dict[int, list[int]] = {}
+        self._free = list(range(num_rows - 1, 0, -1))
+
+    def row(self, sequence: KvSequence) -> int:
+        """The sequence's row, up to date."""
+        row = self._rows.get(sequence)
+        if row is None:
+            if not self._free:
+                # every row may be of a sequence that no longer decodes: all are given out anew
+                self._rows, self._free = weakref.WeakKeyDictionary(), list(range(len(self.tables) - 1, 0, -1))
+                self._known.clear()
+            row = self._rows[sequence] = self._free.pop()
+            self._known.pop(row, None)
+            weakref.finalize(sequence, self._release, self._rows, row)
+        if self._known.get(row) != sequence.pages:
+            self._known[row] = list(sequence.pages)
+            self.tables[row, : len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
+        return row
+
+    def _release(self, rows: weakref.WeakKeyDictionary[KvSequence, int], row: int) -> None:
+        if rows is self._rows:
+            self._free.append(row)
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a captured step does: B requests of n tokens over P pages through layers [first, last), with residual streams at `taps`; embed: from
+    token ids, else from given hidden states."""
+
+    batch: int
+    length: int
+    pages: int
+    first: int
+    last: int
+    taps: tuple[int, ...]
+    logits: bool
+    embed: bool = True
+
+
+@dataclass
+class Step:
+    """One captured step: its buffers, and the graph (None where it runs operation by operation).
+
+    inputs: int64 [2 N + 2 B], positions, slots, context lengths and page table rows.
+    """
+
+    key: StepKey
+    buffers: DecodeBuffers
+    inputs: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    graph: Any | None = None
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.key.batch * self.key.length
+
+    def fill(self, starts: Sequence[int], counts: Sequence[int], sequences: Sequence[KvSequence], tables: PageTables) -> None:
+        """Write the inputs of requests whose counts[b] new tokens begin at position starts[b]."""
+        n, batch = self.key.length, self.key.batch
+        positions, slots = [-1] * self.rows, [-1] * self.rows
+        contexts, rows = [0] * batch, [0] * batch
+        for b, (start, count, sequence) in enumerate(zip(starts, counts, sequences, strict=True)):
+            size, pages = sequence.pool.page_size, sequence.pages
+            contexts[b], rows[b] = start + count, tables.row(sequence)
+            for j in range(count):
+                at = start + j
+                positions[b * n + j], slots[b * n + j] = at, pages[at // size] * size + at % size
+        self.inputs.copy_(torch.tensor(positions + slots + contexts + rows))
+
+
+class GraphedDecoder:
+    """A decoder whose small forward passes run as captured steps; all others are the decoder's own. Implements `draft.protocols.CausalDecoder`.
+
+    Args:
+        decoder: a model whose matrices are plain (not packed for a CPU).
+        pool: its pool of plain pages. Steps are captured again when the pool grows, so give a GPU's pool its size at once.
+        capture: whether steps become CUDA graphs; False runs the same steps operation by operation.
+    """
+
+    def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
+        c = decoder.config
+        self.decoder, self.pool, self._capture = decoder, pool, capture
+        self.max_pages = min(pool.max_pages, -(-c.max_position_embeddings // pool.page_size))
+        self.shape = DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
+        self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
+        self._steps: dict[StepKey, Step] = {}
+        self._weights: DecodeWeights | None = None
+        self._graph_memory: Any | None = None
+
+    @staticmethod
+    def supports(decoder: Decoder, pool: KvPool) -> bool:
+        """Whether the model's steps can be captured: on a CUDA device, with plain pages in the model's dtype and plain matrices."""
+        return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and pool.kv.dtype == decoder.dtype
+
+    # --- the decoder's own face -----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The decoder's."""
+        return self.decoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.decoder.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.decoder.weight_bytes
+
+    def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
+        """See `Decoder.head`."""
+        return self.decoder.head(hidden, deterministic=deterministic)
+
+    def forward(
+        self,
+        token_ids: Tensor | None,
+        sequences: list[Any],
+        query_lens: list[int],
+        *,
+        starts: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+        logits: Logits = "all",
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        hidden: Tensor | None = None,
+        placements: list[Placement] | None = None,
+        deterministic: bool = False,
+    ) -> DecoderOutput:
+        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows, in deterministic mode, or with placements are the decoder's own."""
+        last = self.config.num_layers if last_layer is None else last_layer
+        length = max(query_lens)
+        small = len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * length <= MAX_ROWS
+        if deterministic or placements is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
+            return self.decoder.forward(
+                token_ids,
+                sequences,
+                query_lens,
+                starts=starts,
+                taps=taps,
+                logits=logits,
+                first_layer=first_layer,
+                last_layer=last_layer,
+                hidden=hidden,
+                placements=placements,
+                deterministic=deterministic,
+            )
+        starts = [sequence.length for sequence in sequences] if starts is None else starts
+        for sequence, start, count in zip(sequences, starts, query_lens, strict=True):
+            sequence.ensure(start + count)
+        with_logits = logits != "none" and last == self.config.num_layers
+        step = self.step(
+            len(sequences), length, max(len(s.pages) for s in sequences), first_layer, last, taps, with_logits, embed=hidden is None
+        )
+        step.fill(starts, query_lens, sequences, self.tables)
+        rows = self._rows(step, query_lens)
+        source, into = (token_ids, step.buffers.token_ids) if hidden is None else (hidden, step.buffers.stream)
+        assert source is not None
+        if isinstance(rows, slice):
+            into[rows] = source
+        else:
+            into.index_copy_(0, rows, source.to(into.dtype))
+        self.replay(step)
+        found = None
+        if with_logits:
+            assert step.buffers.logits is not None
+            wanted = rows if logits == "all" else self._ends(step, query_lens)
+            found = step.buffers.logits[wanted].clone() if isinstance(wanted, slice) else step.buffers.logits[wanted]
+        return DecoderOutput(found, step.buffers.stream[rows].clone(), {tap: rows_of[rows].clone() for tap, rows_of in step.taps.items()})
+
+    def _rows(self, step: Step, query_lens: Sequence[int]) -> slice | Tensor:
+        """Where the requests' new tokens lie among a step's rows."""
+        n = step.key.length
+        if all(count == n for count in query_lens):
+            return slice(0, n * len(query_lens))
+        return torch.tensor([b * n + j for b, count in enumerate(query_lens) for j in range(count)], device=self.device)
+
+    def _ends(self, step: Step, query_lens: Sequence[int]) -> Tensor:
+        return torch.tensor([b * step.key.length + count - 1 for b, count in enumerate(query_lens)], device=self.device)
+
+    # --- steps ----------------------------------------------------------------------------------------------------------
+
+    def step(
+        self, batch: int, length: int, pages: int, first: int, last: int, taps: tuple[int, ...], logits: bool, *, embed: bool = True
+    ) -> Step:
+        """The captured step for so many requests, captured now if it was not yet."""
+        key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed)
+        weights = self._current_weights()
+        if key not in self._steps:
+            self._steps[key] = self._build(key, weights)
+        return self._steps[key]
+
+    def replay(self, step: Step) -> None:
+        """Run a step over what its buffers hold."""
+        if step.graph is None:
+            self._run(step, self._current_weights())
+        else:
+            step.graph.replay()
+
+    def capture_common(self, batches: Sequence[int] = (1, 2, 4, 8), lengths: Sequence[int] = (1,)) -> None:
+        """Capture the steps of short contexts beforehand, so that no request waits for them."""
+        for batch in batches:
+            for length in lengths:
+                if batch * length <= MAX_ROWS:
+                    self.step(batch, length, 1, 0, self.config.num_layers, (), True)
+
+    def _current_weights(self) -> DecodeWeights:
+        """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""
+        known = self._weights
+        if known is not None and known.pages[0][0].data_ptr() == self.pool.layer(0)[0].data_ptr():
+            return known
+        self._steps.clear()
+        decoder = self.decoder
+        head = decoder.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.matrix
+        cos, sin = decoder.rope.table(self.max_pages * self.pool.page_size)
+        pages = [self.pool.layer(number) for number in range(decoder.config.num_layers)]
+        self._weights = DecodeWeights(
+            decoder.layer_weights(), pages, decoder.embed_tokens.weight.data, decoder.final_norm.data, head.data, cos, sin
+        )
+        return self._weights
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build(self, key: StepKey, weights: DecodeWeights) -> Step:
+        buffers = DecodeBuffers.allocate(
+            self.shape, key.batch, key.length, key.pages, self.pool.page_size, dtype=self.dtype, device=self.device, logits=key.logits
+        )
+        rows = key.batch * key.length
+        inputs = torch.zeros(2 * rows + 2 * key.batch, dtype=torch.int64, device=self.device)
+        inputs[: 2 * rows] = -1
+        buffers.positions, buffers.slots = inputs[:rows], inputs[rows : 2 * rows]
+        step = Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps})
+        if self._capture:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):  # compiles what is not compiled yet; the rows are padding and write no page
+                self._run(step, weights)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_memory):
+                self._run(step, weights)
+            step.graph = graph
+        return step
+
+    def _run(self, step: Step, weights: DecodeWeights) -> None:
+        key, buffers, rows = step.key, step.buffers, step.rows
+        buffers.context_lens.copy_(step.inputs[2 * rows : 2 * rows + key.batch])
+        torch.index_select(self.tables.tables[:, : key.pages], 0, step.inputs[2 * rows + key.batch :], out=buffers.page_table)
+        decode_embed(weights, buffers, first_layer=key.first, embed=key.embed)
+        at = key.first
+        for tap in (*sorted(key.taps), key.last):
+            if tap > at:
+                decode_layers(weights, buffers, self.shape, range(at, tap))
+                at = tap
+            if tap in step.taps:
+                step.taps[tap].copy_(buffers.stream)
+        if key.logits:
+            decode_head(weights, buffers, self.shape)
+
+
+@dataclass
+class _Ahead:
+    """A step that is under way: whose, from which positions, and where its tokens will be."""
+
+    sequences: list[KvSequence]
+    starts: list[int]
+    tokens: Tensor
+    ready: Any
+
+
+class PlainDecoding:
+    """Decode steps without drafts, each launched before the one before it is read back.
+
+    The next step's input is this step's output, which is on the device. Its tokens are thrown away when a request ends or another one joins; what
+    it wrote lies behind the committed tokens and is written again.
+
+    Args:
+        target: the model.
+        draw: logits float32 [B, V] and the sequence index of each drawn token -> tokens [B] int64, without reading back; None is greedy.
+    """
+
+    def __init__(self, target: GraphedDecoder) -> None:
+        self.target = target
+        self._ahead: _Ahead | None = None
+
+    def step(self, sequences: list[KvSequence], last_tokens: Sequence[int], room: Sequence[int], draw: Any | None) -> list[int]:
+        """One token for each request.
+
+        Args:
+            sequences: each with all tokens but the last one committed; pages for one more token are promised where room allows it.
+            last_tokens: each request's last token, which no model has run.
+            room: tokens each may still get, this one included.
+            draw: see the class.
+        """
+        starts = [sequence.length for sequence in sequences]
+        current = self._ahead
+        self._ahead = None
+        if current is None or current.starts != starts or not _same(current.sequences, sequences):
+            current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw)
+        if min(room) > 1:
+            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw)
+        return _read(current)
+
+    def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None) -> _Ahead:
+        target, batch = self.target, len(sequences)
+        for sequence, start in zip(sequences, starts, strict=True):
+            sequence.ensure(start + 1)
+        step = target.step(batch, 1, max(len(s.pages) for s in sequences), 0, target.config.num_layers, (), True)
+        step.fill(starts, [1] * batch, sequences, target.tables)
+        step.buffers.token_ids[:batch] = tokens
+        target.replay(step)
+        if draw is None:
+            found = step.buffers.next_tokens[:batch].clone()
+        else:
+            assert step.buffers.logits is not None
+            found = draw(step.buffers.logits[:batch], [start + 1 for start in starts])
+        return _Ahead(list(sequences), starts, found, _copy_out(found))
+
+
+def _same(first: Sequence[KvSequence], second: Sequence[KvSequence]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _copy_out(tokens: Tensor) -> Any:
+    """Begin to copy tokens to the host: (host tensor, event), or the tensor itself on a CPU."""
+    if tokens.device.type != "cuda":
+        return tokens
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _read(ahead: _Ahead) -> list[int]:
+    if isinstance(ahead.ready, Tensor):
+        return ahead.ready.tolist()
+    host, event = ahead.ready
+    event.synchronize()
+    return host.tolist()
+
+
+def decoders(models: Sequence[tuple[Decoder, KvPool]]) -> Iterator[CausalDecoder]:
+    """Each model's decoder as it should be run: through captured steps where they are supported."""
+    for decoder, pool in models:
+        supported = GraphedDecoder.supports(decoder, pool)
+        yield GraphedDecoder(decoder, pool, capture=True) if supported and isinstance(pool, PagedPool) else decoder

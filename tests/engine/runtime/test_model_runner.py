@@ -1,0 +1,102 @@
+"""Steps over static buffers say what the decoder says; text does not depend on what was launched ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.runtime.model_runner import GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket
+from engine.runtime.sampling import SamplingParams
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(scope="module", params=["llama-bias", "qwen2", "qwen3"])
+def decoder(request, tiny_model):
+    return tiny_model(request.param).decoder.to(DEVICE)
+
+
+def _pair(decoder, prompts):
+    """A pool each for the decoder and its runner, prompts already run in both."""
+    sides = []
+    for kind in (lambda pool: decoder, lambda pool: GraphedDecoder(decoder, pool, capture=GPU)):
+        pool = decoder.new_pool(40, 16)
+        runner = kind(pool)
+        sequences = [pool.new_sequence() for _ in prompts]
+        decoder.forward(torch.tensor([t for p in prompts for t in p], device=DEVICE), sequences, [len(p) for p in prompts])
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            sequence.advance(len(prompt))
+        sides.append((runner, sequences))
+    return sides
+
+
+@pytest.mark.parametrize("counts", [[1], [3, 1, 2], [2] * 5, [16, 15]], ids=str)
+@torch.inference_mode()
+def test_a_step_says_what_the_decoder_says(decoder, counts):
+    prompts = [list(range(3, 3 + 7 * (b + 1))) for b in range(len(counts))]
+    tokens = torch.arange(sum(counts), device=DEVICE) % 90
+    outputs = []
+    for runner, sequences in _pair(decoder, prompts):
+        own = [runner.forward(tokens, sequences, counts, taps=(0, 2), logits=logits) for logits in ("all", "last")]
+        rest = runner.forward(None, sequences, counts, first_layer=2, hidden=own[0].taps[2])
+        kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
+        outputs.append([own[0].logits, own[1].logits, rest.logits, own[0].hidden, own[0].taps[0], own[0].taps[2], *kv])
+    for want, got in zip(*outputs, strict=True):
+        assert want.shape == got.shape
+        assert ((want - got).norm() / want.norm()).item() < 1e-4
+
+
+@torch.inference_mode()
+def test_a_pool_that_grew_is_found_again(decoder):
+    pool = decoder.new_pool(2, 16, max_pages=40)
+    runner = GraphedDecoder(decoder, pool, capture=GPU)
+    sequence, other = pool.new_sequence(), pool.new_sequence()
+    want = decoder.forward(torch.arange(20, device=DEVICE), [other], [20]).logits
+    got = []
+    for token in range(20):
+        got.append(runner.forward(torch.tensor([token], device=DEVICE), [sequence], [1]).logits)
+        sequence.advance(1)
+        if token == 8:
+            pool.new_sequence().ensure(200)  # the pool's tensors are replaced
+    torch.testing.assert_close(torch.cat(got), want, rtol=1e-3, atol=1e-3)
+
+
+PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 12, [8, 8]]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}], ids=["greedy", "sampled"])
+def test_text_does_not_depend_on_the_runner(decoder, params):
+    texts = []
+    for graphed in (False, True):
+        engine = Engine(decoder, page_size=16, pool_tokens=1024, max_batch=4)
+        if graphed:
+            runner = GraphedDecoder(decoder, engine.pool, capture=GPU)
+            engine.scheduler.target, engine.scheduler.plain = runner, PlainDecoding(runner)
+        else:
+            engine.scheduler.plain = None
+        lengths = (40, 1, 17, 23, 30)
+        each = [SamplingParams(max_new_tokens=n, stop_token_ids=(11,), **params) for n in lengths]
+        texts.append([(r.token_ids, r.finish_reason) for r in engine.generate(PROMPTS, each)])
+        engine.pool.check_integrity()
+        assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert texts[0] == texts[1]
+
+
+def test_tables_of_more_sequences_than_rows(decoder):
+    pool = decoder.new_pool(40, 16)
+    tables = PageTables(4, 8, torch.device(DEVICE))
+    sequences = [pool.new_sequence() for _ in range(6)]
+    for n, sequence in enumerate(sequences):
+        sequence.ensure(16 * (n % 3 + 1))
+    for sequence in [*sequences, *reversed(sequences)]:
+        row = tables.row(sequence)
+        assert row > 0 and tables.tables[row, : len(sequence.pages)].tolist() == sequence.pages
+    sequence.ensure(64)
+    assert tables.tables[tables.row(sequence), :4].tolist() == sequence.pages
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 3, 8, 9, 64)] == [1, 4, 8, 16, 64]
+    assert [page_bucket(n, 512) for n in (1, 64, 65, 300, 512)] == [64, 64, 128, 512, 512] and page_bucket(3, 10) == 10
