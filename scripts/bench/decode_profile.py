@@ -1,0 +1,178 @@
+"""Decode speed of the product path on random weights of a named shape, beside the time that reading the weights once takes.
+
+    python scripts/bench/decode_profile.py --shape qwen2.5-1.5b --draft qwen2.5-0.5b --batches 1,8,32 --json-out decode.json
+
+Everything goes through `Engine.generate`. Before anything is timed, texts with captured steps are compared with the decoder's own passes: the share
+of equal tokens (random weights leave no near ties in float32; in bfloat16 a rounding may turn one) and the logits' distance on a fixed prefix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.engine import Engine
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder
+from engine.runtime.model_runner import GraphedDecoder
+from engine.runtime.sampling import SamplingParams
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-1.5b": ("Qwen2Config", {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+                                     "intermediate_size": 8960, "vocab_size": 151936, "tie_word_embeddings": True}),
+    "qwen2.5-0.5b": ("Qwen2Config", {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                                     "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}),
+    "llama-8b": ("LlamaConfig", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                 "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False}),
+    "tiny": ("Qwen2Config", {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                             "intermediate_size": 256, "vocab_size": 512, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Decoder:
+    """A decoder of a named shape whose next tokens depend on its context: random weights of the usual scale, norms of 1."""
+    import transformers
+
+    kind, sizes = SHAPES[shape]
+    config = getattr(transformers, kind)(**sizes, max_position_embeddings=32768, rms_norm_eps=1e-6, eos_token_id=None, bos_token_id=None)
+    return Decoder.from_config(DecoderConfig.from_hf(config), dtype=dtype, device=device, seed=seed)
+
+
+def read_gb_per_s(device: torch.device) -> float:
+    """Bandwidth of reading: the median of sums over 2 GiB, in 1e9 bytes a second."""
+    data = torch.ones(1 << 30 if device.type == "cuda" else 1 << 26, dtype=torch.bfloat16, device=device).view(torch.int32)
+    times = []
+    for _ in range(12):
+        began = moment(device)
+        data.amax()
+        times.append(moment(device) - began)
+    return data.nbytes / sorted(times[2:])[5] / 1e9
+
+
+def moment(device: torch.device) -> float:
+    """Now, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def read_bytes(decoder: Decoder) -> int:
+    """Weights that one step reads: all of them, the embedding once as the head."""
+    c = decoder.config
+    return decoder.weight_bytes - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size * decoder.dtype.itemsize)
+
+
+def prompts_of(batch: int, length: int, vocab: int) -> list[list[int]]:
+    """Random token ids, another prompt for each request."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(10, min(vocab, 100_000), (batch, length), generator=generator).tolist()
+
+
+def rate(engine: Engine, prompts: list[list[int]], new: int, draft_length: int) -> tuple[float, Any]:
+    """Tokens a second beyond the first ones: extra tokens over extra seconds between a short and a long run."""
+    seconds = []
+    results: list[Any] = []
+    for count in (new // 4, new):
+        params = SamplingParams(max_new_tokens=count, ignore_eos=True, draft_length=draft_length)
+        engine.generate(prompts, SamplingParams(max_new_tokens=8, ignore_eos=True, draft_length=draft_length))
+        began = moment(engine.device)
+        results = engine.generate(prompts, params)
+        seconds.append(moment(engine.device) - began)
+    return len(prompts) * (new - new // 4) / (seconds[1] - seconds[0]), results[0]
+
+
+@torch.inference_mode()
+def agreement(engine: Engine, decoder: Decoder) -> dict[str, float]:
+    """How far a captured step's logits are from the decoder's own pass, relative RMS, for blocks of 1 and 5 tokens."""
+    runner = engine.scheduler.target
+    if not isinstance(runner, GraphedDecoder):
+        return {}
+    found = {}
+    prompt = prompts_of(1, 300, decoder.config.vocab_size)[0]
+    for count in (1, 5):
+        logits = []
+        for model in (decoder, runner):
+            sequence = engine.pool.new_sequence()
+            decoder.forward(torch.tensor(prompt, device=engine.device), [sequence], [len(prompt)], logits="none")
+            sequence.advance(len(prompt))
+            logits.append(model.forward(torch.tensor(prompt[:count], device=engine.device), [sequence], [count]).logits)
+            sequence.free()
+        found[f"logits_relative_rms_{count}"] = ((logits[0] - logits[1]).norm() / logits[0].norm()).item()
+    return found
+
+
+@torch.inference_mode()
+def step_ms(engine: Engine, batch: int, length: int) -> float:
+    """Milliseconds of a captured step alone, replayed over padding of the right size with real contexts of 256 tokens."""
+    runner = engine.scheduler.target
+    if not isinstance(runner, GraphedDecoder):
+        return float("nan")
+    sequences = [engine.pool.new_sequence() for _ in range(batch)]
+    for sequence in sequences:
+        sequence.ensure(256 + length)
+    step = runner.step(batch, length, max(len(s.pages) for s in sequences), 0, runner.config.num_layers, (), True)
+    step.fill([256] * batch, [length] * batch, sequences, runner.tables)
+    for _ in range(3):
+        runner.replay(step)
+    began = moment(engine.device)
+    for _ in range(50):
+        runner.replay(step)
+    took = (moment(engine.device) - began) / 50
+    for sequence in sequences:
+        sequence.free()
+    return 1e3 * took
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; 1 when captured steps disagree with the decoder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2.5-1.5b", choices=sorted(SHAPES))
+    parser.add_argument("--draft", default="none", choices=["none", *sorted(SHAPES)])
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--draft-lengths", default="0", help="fixed draft lengths to time, 0 for plain decoding")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--json-out", type=Path)
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    target = random_decoder(args.shape, device, dtype)
+    draft = None if args.draft == "none" else random_decoder(args.draft, device, dtype, seed=1)
+    engine = Engine(target, draft=draft)
+    bandwidth = read_gb_per_s(device)
+    bound_ms = read_bytes(target) / bandwidth / 1e6
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    report: dict[str, Any] = {
+        "device": name, "shape": args.shape, "draft": args.draft, "read_gb_per_s": bandwidth, "read_bound_ms": bound_ms,
+        "versions": {"torch": torch.__version__}, "command": " ".join(["scripts/bench/decode_profile.py", *(argv or sys.argv[1:])]),
+        **agreement(engine, target), "rows": [],
+    }  # fmt: skip
+    print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
+    if any(value > 0.03 for key, value in report.items() if key.startswith("logits_relative_rms")):
+        print("captured steps disagree with the decoder; nothing is timed", file=sys.stderr)
+        return 1
+    for batch in map(int, args.batches.split(",")):
+        prompts = prompts_of(batch, args.prompt_tokens, target.config.vocab_size)
+        for length in map(int, args.draft_lengths.split(",")):
+            tokens_per_s, first = rate(engine, prompts, args.new_tokens, length)
+            row = {
+                "batch": batch, "draft_length": length, "tokens_per_s": tokens_per_s, "step_ms": 1e3 * batch / tokens_per_s,
+                "graph_ms": step_ms(engine, batch, length + 1), "bound_share": bound_ms * tokens_per_s / batch / 1e3,
+                "ttft_s": first.ttft_s, "tokens_per_step": first.speculation.tokens_per_step,
+            }  # fmt: skip
+            report["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            if args.json_out:
+                args.json_out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
