@@ -22,6 +22,7 @@ from engine.model.decoder import Decoder, DecoderConfig
 from engine.model.device import START_TOKENS, default_pool_tokens, device_named, dtype_named
 from engine.runtime.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
 from engine.runtime.metrics import SpeculationMetrics
+from engine.runtime.model_runner import graphed
 from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler
@@ -86,10 +87,12 @@ class Engine:
         if tokens < page_size:
             raise InvalidOption(f"pool_tokens cannot be {tokens}", f"give at least one page of {page_size} tokens")
         pages = tokens // page_size
-        start = min(pages, -(-START_TOKENS // page_size))
+        # captured steps hold addresses: a GPU's pool gets its size at once
+        start = pages if target.device.type == "cuda" else min(pages, -(-START_TOKENS // page_size))
         self.pool = open_pool(target, hot, start, page_size, pages, tokenizer=tokenizer, target_dir=target_dir)
+        runner = graphed(target, self.pool)
         self.drafter, self.draft_pool = build_drafter(
-            target,
+            runner,
             draft,
             lambda model: model.new_pool(start, page_size, max_pages=pages),
             name=draft_dir.name if draft_dir else "model",

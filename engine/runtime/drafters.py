@@ -17,12 +17,13 @@ from draft.head_file import HEAD, TOKEN_IDS, AdapterConfig, is_adapter, load_ada
 from draft.length import CostModel, LengthController, measure_costs
 from draft.model import ModelDrafter
 from draft.pretrained import shipped_adapter
-from draft.protocols import Drafter
+from draft.protocols import CausalDecoder, Drafter
 from draft.stopping import GREEDY_PRIOR, SAMPLED_PRIOR, Calibration
 from engine.errors import BadAdapter, InvalidOption
 from engine.hub.resolve import resolve_model
 from engine.kv.pool import PagedPool
 from engine.model.decoder import Decoder, DecoderConfig
+from engine.runtime.model_runner import graphed
 from engine.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def own_model(draft: Draft) -> Decoder | None:
 
 
 def build_drafter(
-    target: Decoder, draft: Draft, new_pool: Callable[[Decoder], PagedPool], *, name: str = "model", deterministic: bool = False
+    target: CausalDecoder, draft: Draft, new_pool: Callable[[Decoder], PagedPool], *, name: str = "model", deterministic: bool = False
 ) -> tuple[Drafter | None, PagedPool | None]:
     """The drafter, and the KV pool it has to itself. new_pool: makes a pool for a decoder; name: of a separate model, for reports.
 
@@ -135,10 +136,10 @@ def build_drafter(
     model = own_model(draft)
     pool = None if model is None else new_pool(model)
     if isinstance(draft, Decoder) and pool is not None:
-        return ModelDrafter(draft, pool, name=name, deterministic=deterministic), pool
+        return ModelDrafter(graphed(draft, pool), pool, name=name, deterministic=deterministic), pool
     try:
         if isinstance(draft, TrainedTrunk) and pool is not None:
-            adapter = TrunkAdapter(draft.decoder, draft.token_ids, pool, deterministic=deterministic)
+            adapter = TrunkAdapter(graphed(draft.decoder, pool), draft.token_ids, pool, deterministic=deterministic)
             return TrunkDrafter(target, draft.config.trunk_layers, deterministic=deterministic, adapter=adapter), pool
         return (TrunkDrafter(target, draft, deterministic=deterministic) if isinstance(draft, int) else None), None
     except DraftError as error:
@@ -149,12 +150,13 @@ def measure_engine(engine: Engine, drafter: Drafter) -> CostModel:
     """The warm-up of the automatic draft length: a few timed forwards on scratch sequences."""
     room = min(engine.context, drafter.max_positions, engine.pool.num_free_pages * engine.pool.page_size)
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= room]
-    draft_decoder = engine.draft_decoder or engine.target
+    target = engine.scheduler.target
+    draft_decoder = drafter.decoder if isinstance(drafter, ModelDrafter) else target
     pool = engine.pool if engine.draft_decoder is None or engine.draft_pool is None else engine.draft_pool
     adapter = drafter.adapter if isinstance(drafter, TrunkDrafter) else None
     own = (adapter.decoder, adapter.pool.new_sequence) if adapter else None
     return measure_costs(
-        engine.target,
+        target,
         drafter,
         draft_decoder,
         (engine.pool.new_sequence, pool.new_sequence),

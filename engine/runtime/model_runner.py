@@ -9,7 +9,7 @@ Axes: B requests, padded to a bucket; n new tokens each, shorter ones padded; N 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -396,8 +396,14 @@ def _read(ahead: _Ahead) -> list[int]:
     return host.tolist()
 
 
-def decoders(models: Sequence[tuple[Decoder, KvPool]]) -> Iterator[CausalDecoder]:
-    """Each model's decoder as it should be run: through captured steps where they are supported."""
-    for decoder, pool in models:
-        supported = GraphedDecoder.supports(decoder, pool)
-        yield GraphedDecoder(decoder, pool, capture=True) if supported and isinstance(pool, PagedPool) else decoder
+def graphed(decoder: Decoder, pool: KvPool) -> CausalDecoder:
+    """The decoder as it should be run over its pool: through captured steps where they are supported."""
+    if GraphedDecoder.supports(decoder, pool):
+        assert isinstance(pool, PagedPool)
+        return GraphedDecoder(decoder, pool, capture=True)
+    return decoder
+
+
+def plain_decoding(target: CausalDecoder) -> PlainDecoding | None:
+    """Steps launched ahead, where the target is run through captured ones."""
+    return PlainDecoding(target) if isinstance(target, GraphedDecoder) else None
