@@ -99,7 +99,14 @@ class Engine:
             deterministic=deterministic,
         )
         self.scheduler = Scheduler(
-            target, self.pool, self.drafter, self.draft_pool, max_batch=max_batch, prefill_chunk=prefill_chunk, deterministic=deterministic
+            runner,
+            self.pool,
+            self.drafter,
+            self.draft_pool,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            deterministic=deterministic,
+            plain=plain_decoding(runner),
         )
         self.cost_model = costs
         self.session_codec: SessionCodec | None = None
