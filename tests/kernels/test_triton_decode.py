@@ -34,10 +34,10 @@ BOUND = {torch.float32: 3e-5, torch.bfloat16: 8e-3}
 DTYPES = [torch.float32, torch.bfloat16]
 EARLY = torch.cuda.is_available()
 TILES = {
-    "slices": Tile(block_n=16, block_k=16, slices=4, stages=2, lines=2),
+    "slices": Tile(block_n=16, block_k=16, slices=4, stages=2, lines=2, held=2),
     "split": Tile(block_n=16, block_k=16, slices=2, splits=3, stages=2),
-    "whole": Tile(block_n=16, block_k=32, slices=1, stages=2, warps=1),
-    "scalar": Tile(block_n=8, block_k=32, slices=1, stages=2, scalar=True),
+    "whole": Tile(block_n=16, block_k=32, slices=1, stages=2, warps=1, held=3),
+    "scalar": Tile(block_n=8, block_k=32, slices=1, stages=2, scalar=True, held=1),
     "scalar-split": Tile(block_n=8, block_k=16, slices=2, splits=2, stages=2, scalar=True),
 }
 
@@ -235,6 +235,7 @@ PLANS = {
     "matrix": DecodePlan(
         TILES["slices"], TILES["slices"], TILES["slices"], TILES["split"], TILES["slices"],
         DecodeAttentionConfig(split=16, block_n=16, whole_block=False), early=EARLY,
+        ahead_mb=(0.004, 0.004, 0.1, 0.005, 0.01),
     ),
     "scalar": DecodePlan(
         TILES["scalar"], TILES["scalar"], TILES["scalar"], TILES["scalar-split"], TILES["scalar"],
@@ -259,7 +260,8 @@ def small_model(draw, device, dtype, qk_norm):
     ]  # fmt: skip
     pages = [tuple(draw(2, 12, 8, s.kv_heads, s.head_dim, dtype=dtype)) for _ in layers]
     angle = torch.arange(90, device=device)[:, None] * 0.6 ** torch.arange(s.head_dim // 2, device=device)
-    return DecodeWeights(layers, pages, matrix(s.vocab, s.hidden), 1 + draw(s.hidden, dtype=dtype) / 8, matrix(s.vocab, s.hidden), angle.cos(), angle.sin())
+    final_norm, tables = 1 + draw(s.hidden, dtype=dtype) / 8, (angle.cos(), angle.sin())
+    return DecodeWeights(layers, pages, matrix(s.vocab, s.hidden), final_norm, matrix(s.vocab, s.hidden), *tables)
 
 
 def fill(buffers, contexts, length):
