@@ -10,17 +10,16 @@ class DecodeAttentionConfig:
     """Keys of a split and of a step of its loop, programs a (request, KV head) has at most, warps, pipeline stages.
 
     whole_block: a request's new tokens share a program; else each has its own, and its result is the same bits alone and in a block.
-    ahead: splits merged at a time. prefetch: the split's keys and values are asked for before the queries are there.
+    ahead: splits merged at a time.
     """
 
-    split: int = 128
+    split: int = 64
     block_n: int = 64
     programs: int = 64
     warps: int = 4
     stages: int = 2
     whole_block: bool = True
     ahead: int = 4
-    prefetch: bool = True
 
 
 def decode_attention_parts(rows: int, heads: int, head_dim: int, keys: int, config: DecodeAttentionConfig) -> int:

@@ -11,20 +11,68 @@ import triton
 import triton.language as tl
 
 from kernels.decode_attention.config import DecodeAttentionConfig
-from kernels.paged_attention.triton import LOG2_E, load_page, merge_splits, page_rows
-from kernels.skinny_linear.product import admit_next, arrive, await_previous, prefetch
-from kernels.skinny_linear.tiles import next_power_of_2
+from kernels.paged_attention.triton import LOG2_E, load_page, page_rows
+from kernels.skinny_linear.product import admit_next, arrive, await_previous, errand
+from kernels.skinny_linear.tiles import errand_chunk, next_power_of_2
 
 MOST_ROWS = 64  # (new token, head) pairs a program takes: more would not fit its registers
 
 
 @triton.jit
+def _block_addresses(
+    table_row_ptr, block, end, channel, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_D] offsets of keys block .. block + BLOCK_N - 1."""
+    base, offset = page_rows(load_page(table_row_ptr, block, end, PAGE, BLOCK_N), block, stride_page, stride_token, PAGE, BLOCK_N)
+    return base + offset[:, None] + channel[None, :]
+
+
+@triton.jit
+def _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION: tl.constexpr):
+    """One block's keys and values [BLOCK_N, BLOCK_D] added to the running softmax (Milakov and Gimelshein, 2018)."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(highest - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    return tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION), new_highest, total
+
+
+@triton.jit
+def _merge(part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, row_heads, HEAD_DIM: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results, AHEAD of them at a time; empty ones at the end change no bit."""
+    near = tl.arange(0, AHEAD)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for base in range(0, splits, AHEAD):
+        mask = row_mask[None, :] & (base + near < splits)
+        part = (base + near) * row_heads + row_head[None, :]
+        theirs = tl.load(
+            part_ptr + part[:, :, None] * HEAD_DIM + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
+        )
+        their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
+        their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
+        new_highest = tl.maximum(highest, tl.max(their_highest, 0))
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weight = tl.exp2(their_highest - safe[None, :])
+        shrink = tl.exp2(highest - safe)
+        acc = acc * shrink[:, None] + tl.sum(theirs * weight[:, :, None], 0)
+        total = total * shrink + tl.sum(their_total * weight, 0)
+        highest = new_highest
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, context_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, context_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, ahead_ptr,
     scale_log2, num_rows, stride_table, stride_page, stride_token, stride_head,
     LENGTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // GROUPS
     TILES: tl.constexpr = LENGTH // TOKENS
@@ -33,8 +81,10 @@ def _decode_attention_kernel(
     tile = unit // GROUPS % TILES
     request = unit // GROUPS // TILES
     admit_next(EARLY)
-    # Lengths, positions and the page table are settled before the step's first kernel: they need not wait.
+    # Lengths, positions and the page table are settled before the step's first kernel: they need not wait. Nor do the keys and values of
+    # earlier steps: those of the first block are fetched before the queries are there.
     context = tl.load(context_ptr + request).to(tl.int32)
+    settled = context - LENGTH
     splits = tl.cdiv(context, SPLIT)
     programs = tl.maximum(tl.minimum(splits, tl.num_programs(1)), 1)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
@@ -42,15 +92,13 @@ def _decode_attention_kernel(
     v_ptr += kv_head.to(tl.int64) * stride_head
     channel = tl.arange(0, BLOCK_D)
     channel_mask = channel < HEAD_DIM
-    if PREFETCH:
-        start = tl.program_id(1) * SPLIT
-        key = start + tl.arange(0, SPLIT)
-        page = tl.load(table_row_ptr + key // PAGE, mask=key < context, other=0).to(tl.int64)
-        line = tl.arange(0, (HEAD_DIM + 63) // 64) * 64
-        offset = (page * stride_page + key % PAGE * stride_token)[:, None] + line[None, :]
-        if start < context:
-            prefetch(k_ptr + offset)
-            prefetch(v_ptr + offset)
+    start = tl.program_id(1) * SPLIT
+    near = tl.arange(0, BLOCK_N)
+    first = _block_addresses(table_row_ptr, start, context, channel, stride_page, stride_token, PAGE, BLOCK_N)
+    old = ((start + near < settled)[:, None]) & channel_mask[None, :]
+    old_k = tl.load(k_ptr + first, mask=old, other=0.0)
+    old_v = tl.load(v_ptr + first, mask=old, other=0.0)
+    errand(ahead_ptr, unit * tl.num_programs(1) + tl.program_id(1), CHUNK, THREADS)
     packed = tl.arange(0, BLOCK_M)
     row = (request * LENGTH + tile * TOKENS + packed // GROUP).to(tl.int64)
     row_mask = packed < TOKENS * GROUP
@@ -62,29 +110,26 @@ def _decode_attention_kernel(
     if tl.program_id(1) >= programs:
         return
     q = tl.load(q_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], mask=out_mask, other=0.0)
+    # Values past the end may be anything, NaN included, so they are not merely weighted by zero.
+    new = ((start + near >= settled) & (start + near < context))[:, None] & channel_mask[None, :]
+    old_k = tl.where(new, tl.load(k_ptr + first, mask=new, other=0.0), old_k)
+    old_v = tl.where(new, tl.load(v_ptr + first, mask=new, other=0.0), old_v)
     for split in range(tl.program_id(1), tl.maximum(splits, 1), programs):
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        end = tl.minimum((split + 1) * SPLIT, context)
-        page = load_page(table_row_ptr, split * SPLIT, end, PAGE, BLOCK_N)
-        for block in tl.range(split * SPLIT, end, BLOCK_N, num_stages=STAGES):
-            key = block + tl.arange(0, BLOCK_N)
-            inside = key < end
-            base, offset = page_rows(page, block, stride_page, stride_token, PAGE, BLOCK_N)
-            page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
-            k = tl.load(k_ptr + base + offset[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
-            # Values past the end may be anything, NaN included, so they are not merely weighted by zero.
-            v = tl.load(v_ptr + base + offset[:, None] + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0.0)
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-            scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(scores, 1))
-            safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            weights = tl.exp2(scores - safe[:, None])
-            shrink = tl.exp2(highest - safe)
-            total = total * shrink + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = new_highest
+        begin = split * SPLIT
+        end = tl.minimum(begin + SPLIT, context)
+        if split == tl.program_id(1):
+            acc, highest, total = _attend(q, old_k, old_v, begin + near, limit, acc, highest, total, scale_log2, PRECISION)
+            begin += BLOCK_N
+        for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+            key = block + near
+            at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
+            mask = (key < end)[:, None] & channel_mask[None, :]
+            k = tl.load(k_ptr + at, mask=mask, other=0.0)
+            v = tl.load(v_ptr + at, mask=mask, other=0.0)
+            acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
             out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -94,10 +139,10 @@ def _decode_attention_kernel(
             tl.store(stat_ptr + 2 * part + 1, total, mask=row_mask)
             tl.store(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], acc, mask=out_mask)
     if splits > 1 and arrive(ticket_ptr + unit, programs):
-        out = merge_splits(
+        merged = _merge(
             part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, num_rows * HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, AHEAD
         )
-        tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], merged.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def decode_attention(
@@ -114,10 +159,11 @@ def decode_attention(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """See `reference.decode_attention`; the grid does not depend on the lengths.
 
-    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. early: see `skinny_linear`.
+    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. early, ahead: see `skinny_linear`.
     """
     rows, heads, head_dim = q.shape
     batch, max_pages = page_table.shape
@@ -131,11 +177,13 @@ def decode_attention(
     splits = triton.cdiv(keys, config.split)
     stat = part[splits * rows * heads * head_dim :]
     programs = max(1, min(splits, config.programs))
-    _decode_attention_kernel[(batch * (length // tokens) * groups, programs)](
+    units = batch * (length // tokens) * groups
+    _decode_attention_kernel[(units, programs)](
         q, k_pages, v_pages, page_table, positions, context_lens, out, part, stat, tickets,
-        scale * LOG2_E, rows, page_table.stride(0), *k_pages.stride()[:3],
+        q if ahead is None else ahead, scale * LOG2_E, rows, page_table.stride(0), *k_pages.stride()[:3],
         LENGTH=length, TOKENS=tokens, HEADS=heads, GROUPS=groups, HEAD_DIM=head_dim, PAGE=size, SPLIT=config.split,
         BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, next_power_of_2(head_dim)),
-        STAGES=config.stages, AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)), PREFETCH=config.prefetch and early, EARLY=early,
+        STAGES=config.stages, AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)),
+        CHUNK=errand_chunk(ahead, units * programs, config.warps, early), THREADS=32 * config.warps, EARLY=early,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, launch_pdl=early,
     )  # fmt: skip

@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Launch shapes of a step's kernels. early: each is launched while the one before it runs (programmatic dependent launch)."""
+    """Launch shapes of a step's kernels.
 
-    qkv: Tile = Tile()
-    o: Tile = Tile()
-    gate_up: Tile = Tile(block_n=32)
-    down: Tile = Tile(splits=4)
-    head: Tile = Tile(block_n=32)
-    attention: DecodeAttentionConfig = DecodeAttentionConfig()
+    early: each is launched while the one before it runs (programmatic dependent launch).
+    ahead_mb: megabytes of later weights that kernels bring into the cache: of gate_up's during QKV, attention and the output projection, of
+    down's during gate_up, and of the next layer's QKV during down.
+    """
+
+    qkv: Tile
+    o: Tile
+    gate_up: Tile
+    down: Tile
+    head: Tile
+    attention: DecodeAttentionConfig
     early: bool = True
+    ahead_mb: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Workspace(NamedTuple):
@@ -35,7 +41,24 @@ class Workspace(NamedTuple):
 
 def choose_plan(shape: DecodeShape, rows: int) -> DecodePlan:
     """The plan that measured best for such sizes."""
-    return DecodePlan()
+    if rows <= 8:
+        skinny = Tile(block_n=16, block_k=128, slices=4, stages=3, lines=16)
+        return DecodePlan(
+            qkv=skinny,
+            o=skinny,
+            gate_up=Tile(block_n=32, block_k=64, slices=4, stages=3, lines=8),
+            down=Tile(block_n=16, block_k=64, slices=4, splits=4, stages=6, lines=8),
+            head=Tile(block_n=64, block_k=128, slices=1, stages=5),
+            attention=DecodeAttentionConfig(),
+        )
+    return DecodePlan(
+        qkv=Tile(block_n=64, block_k=128, slices=1, splits=2, lines=16),
+        o=Tile(block_n=64, block_k=64, slices=1, splits=6, stages=5, lines=8),
+        gate_up=Tile(block_n=128, block_k=64, slices=1, stages=4, lines=16),
+        down=Tile(block_n=64, block_k=128, slices=1, splits=7, stages=4),
+        head=Tile(block_n=128, block_k=64, slices=1, stages=4),
+        attention=DecodeAttentionConfig(),
+    )
 
 
 def _tiles(rows: int, tile: Tile) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.skinny_linear.product import admit_next, arrive, await_previous, inverse_rms, prefetch_rows, skinny_product
-from kernels.skinny_linear.tiles import Tile, next_power_of_2, token_block
+from kernels.skinny_linear.product import admit_next, arrive, await_previous, first_steps, prefetch_rows, skinny_product, sum_squares
+from kernels.skinny_linear.tiles import Tile, held_steps, next_power_of_2, token_block
 
 
 @triton.jit
@@ -17,12 +19,12 @@ def _first_best(value, index, NOWHERE: tl.constexpr):
     return best, tl.min(tl.where(value == best[None, :], index, NOWHERE), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _greedy_head_kernel(
     x_ptr, squares_ptr, w_ptr, logits_ptr, best_ptr, where_ptr, token_ptr, ticket_ptr, tokens, parts, eps,
     VOCAB: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, AT_ONCE: tl.constexpr, LOGITS: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr,
+    LOGITS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     admit_next(EARLY)
@@ -30,12 +32,15 @@ def _greedy_head_kernel(
     row_mask = row < VOCAB
     if LINES:
         prefetch_rows(w_ptr, tl.minimum(row, VOCAB - 1), 0, WIDTH, WIDTH, LINES)
+    EVEN_ROWS: tl.constexpr = VOCAB % BLOCK_N == 0
+    held = first_steps(w_ptr, row, row_mask, 0, WIDTH, WIDTH, 1, BLOCK_M, BLOCK_K, SLICES, EVEN_ROWS, HELD)
     await_previous(EARLY)
+    squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
-        x_ptr, w_ptr, row, row_mask, 0, WIDTH, tokens,
-        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, VOCAB % BLOCK_N == 0, PRECISION,
+        held, x_ptr, w_ptr, row, row_mask, 0, WIDTH, tokens,
+        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
     )  # fmt: skip
-    acc *= inverse_rms(squares_ptr, tokens, parts, eps, WIDTH, BLOCK_M, PARTS)[None, :]
+    acc *= tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
     acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
     token = tl.arange(0, BLOCK_M)
     inside = token < tokens
@@ -52,9 +57,9 @@ def _greedy_head_kernel(
         where = tl.full([BLOCK_M], VOCAB, tl.int32)
         for start in range(0, TILES, AT_ONCE):
             mask = (start + near < TILES) & inside[None, :]
-            at = (start + near) * tokens + token[None, :]
-            value = tl.load(best_ptr + at, mask=mask, other=float("-inf"))
-            value, index = _first_best(value, tl.load(where_ptr + at, mask=mask, other=VOCAB), VOCAB)
+            entry = (start + near) * tokens + token[None, :]
+            found = tl.load(best_ptr + entry, mask=mask, other=float("-inf"))
+            value, index = _first_best(found, tl.load(where_ptr + entry, mask=mask, other=VOCAB), VOCAB)
             where = tl.where(value > best, index, where)
             best = tl.maximum(best, value)
         tl.store(token_ptr + token, where.to(tl.int64), mask=inside)
@@ -88,7 +93,8 @@ def greedy_head(
     _greedy_head_kernel[(tiles,)](
         scaled, squares, weight, best if logits is None else logits, best, where, tokens, tickets, count, parts, eps,
         VOCAB=vocab, WIDTH=width, PARTS=next_power_of_2(parts), BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0, AT_ONCE=max(16, 4096 // block_m),
+        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0,
+        HELD=held_steps(width, dataclasses.replace(tile, splits=1)), AT_ONCE=max(16, 4096 // block_m),
         LOGITS=logits is not None, EARLY=early, PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.skinny_linear.product import admit_next, await_previous, halves, inverse_rms, prefetch_rows, skinny_product
-from kernels.skinny_linear.tiles import Tile, next_power_of_2, token_block
+from kernels.skinny_linear.product import (
+    admit_next,
+    await_previous,
+    errand,
+    first_steps,
+    halves,
+    prefetch_rows,
+    skinny_product,
+    sum_squares,
+)
+from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_power_of_2, token_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _norm_gate_up_kernel(
-    x_ptr, squares_ptr, w_ptr, out_ptr, tokens, parts, eps,
+    x_ptr, squares_ptr, w_ptr, out_ptr, ahead_ptr, tokens, parts, eps,
     INNER: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_N // 2
     tile = tl.program_id(0)
@@ -24,12 +36,16 @@ def _norm_gate_up_kernel(
     row = near // HALF * INNER + channel
     if LINES:
         prefetch_rows(w_ptr, tl.minimum(row, 2 * INNER - 1), 0, WIDTH, WIDTH, LINES)
+    EVEN_ROWS: tl.constexpr = INNER % HALF == 0
+    held = first_steps(w_ptr, row, channel < INNER, 0, WIDTH, WIDTH, 1, BLOCK_M, BLOCK_K, SLICES, EVEN_ROWS, HELD)
+    errand(ahead_ptr, tile, CHUNK, THREADS)
     await_previous(EARLY)
+    squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
-        x_ptr, w_ptr, row, channel < INNER, 0, WIDTH, tokens,
-        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, INNER % HALF == 0, PRECISION,
+        held, x_ptr, w_ptr, row, channel < INNER, 0, WIDTH, tokens,
+        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
     )  # fmt: skip
-    acc *= inverse_rms(squares_ptr, tokens, parts, eps, WIDTH, BLOCK_M, PARTS)[None, :]
+    acc *= tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
     dtype = out_ptr.dtype.element_ty
     gate, up = halves(acc.to(dtype).to(tl.float32), HALF, BLOCK_M)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
@@ -54,13 +70,17 @@ def norm_gate_up(
     *,
     tile: Tile,
     early: bool = False,
+    ahead: torch.Tensor | None = None,
 ) -> None:
-    """See `reference.norm_gate_up`. tile.block_n counts rows of both matrices; splits are not used. early: see `skinny_linear.triton`."""
+    """See `reference.norm_gate_up`. tile.block_n counts rows of both matrices; splits are not used. early, ahead: see `skinny_linear.triton`."""
     tokens, width = scaled.shape
     inner = weight.shape[0] // 2
-    _norm_gate_up_kernel[(triton.cdiv(inner, tile.block_n // 2),)](
-        scaled, squares, weight, out, tokens, parts, eps,
+    tiles = triton.cdiv(inner, tile.block_n // 2)
+    _norm_gate_up_kernel[(tiles,)](
+        scaled, squares, weight, out, weight if ahead is None else ahead, tokens, parts, eps,
         INNER=inner, WIDTH=width, PARTS=next_power_of_2(parts), BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0, EARLY=early,
+        BLOCK_K=tile.block_k, SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0,
+        HELD=held_steps(width, dataclasses.replace(tile, splits=1)), CHUNK=errand_chunk(ahead, tiles, tile.warps, early),
+        THREADS=32 * tile.warps, EARLY=early,
         PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip

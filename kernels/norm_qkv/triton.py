@@ -14,32 +14,51 @@ from kernels.skinny_linear.product import (
     admit_next,
     arrive,
     await_previous,
+    errand,
+    first_steps,
     halves,
-    inverse_rms,
     prefetch_rows,
     skinny_product,
     split_columns,
+    sum_squares,
 )
-from kernels.skinny_linear.tiles import Tile, next_power_of_2, token_block
+from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_power_of_2, token_block
+
+
+@triton.jit
+def _inputs(
+    head, channel, channel_mask, bias_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, tokens,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """What `_finish` needs besides the product, none of it written in a step: both halves' bias, cosines, sines, slots."""
+    token = tl.arange(0, BLOCK_M)
+    mask = channel_mask[:, None] & (token < tokens)[None, :]
+    low_bias = tl.zeros_like(channel).to(tl.float32)
+    high_bias = low_bias
+    if BIAS:
+        bias_at = bias_ptr + head * 2 * HALF + channel
+        low_bias = tl.load(bias_at, mask=channel_mask, other=0.0).to(tl.float32)
+        high_bias = tl.load(bias_at + HALF, mask=channel_mask, other=0.0).to(tl.float32)
+    # A padded row's position may be negative: it is turned by any angle.
+    position = tl.maximum(tl.load(position_ptr + token, mask=token < tokens, other=0).to(tl.int64), 0)
+    angle = position[None, :] * HALF + channel[:, None]
+    slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
+    return low_bias, high_bias, tl.load(cos_ptr + angle, mask=mask, other=1.0), tl.load(sin_ptr + angle, mask=mask, other=0.0), slot
 
 
 @triton.jit
 def _finish(
-    low, high, head, channel, channel_mask, bias_ptr, qk_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, k_ptr, v_ptr, q_ptr,
-    tokens, eps, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BIAS: tl.constexpr,
-    QK_NORM: tl.constexpr,
+    low, high, inputs, head, channel, channel_mask, qk_norm_ptr, k_ptr, v_ptr, q_ptr, tokens, eps,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, QK_NORM: tl.constexpr,
 ):  # fmt: skip
     """low, high: [C, BLOCK_M] float32, `channel` [C] of a head's two halves, normalised but for the bias."""
     dtype = q_ptr.dtype.element_ty
     token = tl.arange(0, BLOCK_M)
     mask = channel_mask[:, None] & (token < tokens)[None, :]
-    if BIAS:
-        bias_at = bias_ptr + head * 2 * HALF + channel
-        low += tl.load(bias_at, mask=channel_mask, other=0.0).to(tl.float32)[:, None]
-        high += tl.load(bias_at + HALF, mask=channel_mask, other=0.0).to(tl.float32)[:, None]
+    low_bias, high_bias, cos, sin, slot = inputs
     # Rounded where separate operations would round.
-    low = low.to(dtype).to(tl.float32)
-    high = high.to(dtype).to(tl.float32)
+    low = (low + low_bias[:, None]).to(dtype).to(tl.float32)
+    high = (high + high_bias[:, None]).to(dtype).to(tl.float32)
     if head < HEADS + GROUPS:
         if QK_NORM:
             norm_at = qk_norm_ptr + tl.where(head < HEADS, 0, 2 * HALF) + channel
@@ -49,9 +68,6 @@ def _finish(
             high = high * factor * tl.load(norm_at + HALF, mask=channel_mask, other=0.0).to(tl.float32)[:, None]
             low = low.to(dtype).to(tl.float32)
             high = high.to(dtype).to(tl.float32)
-        angle = tl.load(position_ptr + token, mask=token < tokens, other=0).to(tl.int64)[None, :] * HALF + channel[:, None]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
         turned = low * cos - high * sin
         high = high * cos + low * sin
         low = turned
@@ -60,7 +76,6 @@ def _finish(
         tl.store(at, low.to(dtype), mask=mask)
         tl.store(at + HALF, high.to(dtype), mask=mask)
     else:
-        slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
         mask = mask & (slot >= 0)[None, :]
         kept = k_ptr.dtype.element_ty
         if head < HEADS + GROUPS:
@@ -73,12 +88,13 @@ def _finish(
             tl.store(at + HALF, high.to(kept), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _norm_qkv_kernel(
     x_ptr, squares_ptr, w_ptr, bias_ptr, qk_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, k_ptr, v_ptr, q_ptr, part_ptr, ticket_ptr,
-    tokens, parts, eps, WIDTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    ahead_ptr, tokens, parts, eps, WIDTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, LINES: tl.constexpr, BIAS: tl.constexpr, QK_NORM: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr, BIAS: tl.constexpr,
+    QK_NORM: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     STRETCH: tl.constexpr = BLOCK_N // 2
     STRETCHES: tl.constexpr = HALF // STRETCH
@@ -91,35 +107,40 @@ def _norm_qkv_kernel(
     first, last = split_columns(split, WIDTH, BLOCK_K * SLICES, SPLITS)
     if LINES:
         prefetch_rows(w_ptr, row, first, last, WIDTH, LINES)
-    await_previous(EARLY)
-    acc = skinny_product(
-        x_ptr, w_ptr, row, near >= 0, first, last, tokens, WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, True, PRECISION
-    )
-    factor = inverse_rms(squares_ptr, tokens, parts, eps, WIDTH, BLOCK_M, PARTS)[None, :]
-    if SPLITS == 1 and not QK_NORM:
-        low, high = halves(acc, STRETCH, BLOCK_M)
-        channel = stretch * STRETCH + tl.arange(0, STRETCH)
-        _finish(
-            low * factor, high * factor, head, channel, channel >= 0, bias_ptr, qk_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
-            k_ptr, v_ptr, q_ptr, tokens, eps, HEADS, GROUPS, HALF, BLOCK_M, BIAS, QK_NORM,
-        )  # fmt: skip
+    held = first_steps(w_ptr, row, near >= 0, first, last, WIDTH, SPLITS, BLOCK_M, BLOCK_K, SLICES, True, HELD)
+    errand(ahead_ptr, tl.program_id(0) * SPLITS + split, CHUNK, THREADS)
+    WHOLE: tl.constexpr = SPLITS > 1 or QK_NORM
+    if WHOLE:
+        channel = tl.arange(0, BLOCK_H)
     else:
+        channel = stretch * STRETCH + tl.arange(0, STRETCH)
+    inputs = _inputs(head, channel, channel < HALF, bias_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, tokens, HALF, BLOCK_M, BIAS)
+    await_previous(EARLY)
+    squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
+    acc = skinny_product(
+        held, x_ptr, w_ptr, row, near >= 0, first, last, tokens,
+        WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, True, HELD, PRECISION,
+    )  # fmt: skip
+    if WHOLE:
         ROWS: tl.constexpr = (HEADS + 2 * GROUPS) * 2 * HALF
         token = tl.arange(0, BLOCK_M)
         tl.store(part_ptr + (split * ROWS + row)[:, None] * BLOCK_M + token[None, :], acc)
-        if arrive(ticket_ptr + head, STRETCHES * SPLITS):
-            channel = tl.arange(0, BLOCK_H)
-            mask = (channel < HALF)[:, None] & (token >= 0)[None, :]
-            low = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
-            high = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
-            for other in tl.static_range(SPLITS):
-                at = part_ptr + (other * ROWS + head * 2 * HALF + channel)[:, None] * BLOCK_M + token[None, :]
-                low += tl.load(at, mask=mask, other=0.0)
-                high += tl.load(at + HALF * BLOCK_M, mask=mask, other=0.0)
-            _finish(
-                low * factor, high * factor, head, channel, channel < HALF, bias_ptr, qk_norm_ptr, cos_ptr, sin_ptr, position_ptr,
-                slot_ptr, k_ptr, v_ptr, q_ptr, tokens, eps, HEADS, GROUPS, HALF, BLOCK_M, BIAS, QK_NORM,
-            )  # fmt: skip
+        if not arrive(ticket_ptr + head, STRETCHES * SPLITS):
+            return
+        mask = (channel < HALF)[:, None] & (token >= 0)[None, :]
+        low = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
+        high = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
+        for other in tl.static_range(SPLITS):
+            at = part_ptr + (other * ROWS + head * 2 * HALF + channel)[:, None] * BLOCK_M + token[None, :]
+            low += tl.load(at, mask=mask, other=0.0)
+            high += tl.load(at + HALF * BLOCK_M, mask=mask, other=0.0)
+    else:
+        low, high = halves(acc, STRETCH, BLOCK_M)
+    factor = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
+    _finish(
+        low * factor, high * factor, inputs, head, channel, channel < HALF, qk_norm_ptr, k_ptr, v_ptr, q_ptr, tokens, eps,
+        HEADS, GROUPS, HALF, BLOCK_M, QK_NORM,
+    )  # fmt: skip
 
 
 def norm_qkv_floors(tokens: int, rows: int, width: int, element_bytes: int) -> tuple[int, int]:
@@ -147,8 +168,9 @@ def norm_qkv(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
+    ahead: torch.Tensor | None = None,
 ) -> None:
-    """See `reference.norm_qkv`; workspace and `early` as in `skinny_linear.triton.linear_residual` (one ticket a head).
+    """See `reference.norm_qkv`; workspace, `early` and `ahead` as in `skinny_linear.triton.linear_residual` (one ticket a head).
 
     Raises:
         ValueError: the tile's rows do not divide a head, or the pages are not contiguous.
@@ -162,11 +184,14 @@ def norm_qkv(
         )
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("norm_qkv needs contiguous pages (pass one layer's keys and values of the pool, not a permuted view)")
-    _norm_qkv_kernel[((heads + 2 * groups) * (head_dim // tile.block_n), tile.splits)](
+    tiles = (heads + 2 * groups) * (head_dim // tile.block_n)
+    _norm_qkv_kernel[(tiles, tile.splits)](
         scaled, squares, weight, weight if bias is None else bias, weight if qk_norm is None else qk_norm, cos, sin, positions, slots,
-        k_pages, v_pages, q, part, tickets, tokens, parts, eps,
+        k_pages, v_pages, q, part, tickets, weight if ahead is None else ahead, tokens, parts, eps,
         WIDTH=width, HEADS=heads, GROUPS=groups, HALF=head_dim // 2, BLOCK_H=next_power_of_2(head_dim // 2), PARTS=next_power_of_2(parts),
         SPLITS=tile.splits, BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
-        STAGES=tile.stages, LINES=tile.lines if early else 0, BIAS=bias is not None, QK_NORM=qk_norm is not None, EARLY=early,
+        STAGES=tile.stages, LINES=tile.lines if early else 0, HELD=held_steps(width, tile),
+        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early), THREADS=32 * tile.warps,
+        BIAS=bias is not None, QK_NORM=qk_norm is not None, EARLY=early,
         PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip

@@ -51,72 +51,130 @@ def split_columns(split, WIDTH: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit
-def skinny_product(
-    x_ptr, w_ptr, row, row_mask, first, last, tokens,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, EVEN_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+def weight_step(
+    w_ptr, row, row_mask, k, last, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_M] float32: rows `row` of w [*, WIDTH] times rows 0 .. tokens - 1 of x [tokens, WIDTH], over columns [first, last).
-
-    BLOCK_M 1 multiplies and adds on the ordinary units; more uses matrix instructions.
-    """
-    STEP: tl.constexpr = BLOCK_K * SLICES
-    EVEN: tl.constexpr = WIDTH % (STEP * SPLITS) == 0
-    row = row.to(tl.int64)
-    if BLOCK_M == 1:
-        near = tl.arange(0, STEP)
-        w_at = w_ptr + row[:, None] * WIDTH + near[None, :]
-        acc = tl.zeros([BLOCK_N, STEP], tl.float32)
-        for k in tl.range(first, last, STEP, num_stages=STAGES):
-            if EVEN and EVEN_ROWS:
-                w = tl.load(w_at + k, eviction_policy="evict_first")
-                x = tl.load(x_ptr + k + near)
-            else:
-                inside = k + near < last
-                w = tl.load(w_at + k, mask=row_mask[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
-                x = tl.load(x_ptr + k + near, mask=inside, other=0.0)
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        return tl.sum(acc, 1)[:, None]
-    token = tl.arange(0, BLOCK_M)
-    if SLICES == 1:
-        near = tl.arange(0, BLOCK_K)
-        w_at = w_ptr + row[:, None] * WIDTH + near[None, :]
-        x_at = x_ptr + token[None, :] * WIDTH + near[:, None]
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for k in tl.range(first, last, STEP, num_stages=STAGES):
-            if EVEN and EVEN_ROWS:
-                w = tl.load(w_at + k, eviction_policy="evict_first")
-                x = tl.load(x_at + k, mask=(token < tokens)[None, :], other=0.0)
-            else:
-                inside = k + near < last
-                w = tl.load(w_at + k, mask=row_mask[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
-                x = tl.load(x_at + k, mask=(token < tokens)[None, :] & inside[:, None], other=0.0)
-            acc = tl.dot(w, x, acc, input_precision=PRECISION)
-        return acc
-    near = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    w_at = w_ptr + row[None, :, None] * WIDTH + near[:, None, :]
-    x_at = x_ptr + token[None, None, :] * WIDTH + near[:, :, None]
-    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
-    for k in tl.range(first, last, STEP, num_stages=STAGES):
-        if EVEN and EVEN_ROWS:
-            w = tl.load(w_at + k, eviction_policy="evict_first")
-            x = tl.load(x_at + k, mask=(token < tokens)[None, None, :], other=0.0)
-        else:
-            inside = k + near < last
-            w = tl.load(w_at + k, mask=row_mask[None, :, None] & inside[:, None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_at + k, mask=(token < tokens)[None, None, :] & inside[:, :, None], other=0.0)
-        acc = tl.dot(w, x, acc, input_precision=PRECISION)
-    return tl.sum(acc, 0)
+    """One step's weights: [BLOCK_N, STEP] for a single token or slice, else [SLICES, BLOCK_N, BLOCK_K]."""
+    if BLOCK_M == 1 or SLICES == 1:
+        column = k + tl.arange(0, BLOCK_K * SLICES)[None, :]
+        at = w_ptr + row.to(tl.int64)[:, None] * WIDTH + column
+        mask = row_mask[:, None] & (column < last)
+    else:
+        column = k + tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+        at = w_ptr + row.to(tl.int64)[None, :, None] * WIDTH + column
+        mask = row_mask[None, :, None] & (column < last)
+    if EVEN:
+        return tl.load(at, eviction_policy="evict_first")
+    else:
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def inverse_rms(squares_ptr, tokens, parts, eps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr):
-    """[BLOCK_M] float32: 1 / rms of each token's residual stream, from the partial sums of squares [parts, tokens] its writers left."""
+def add_step(
+    acc, w, x_ptr, k, last, tokens, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one step's weights times the tokens' columns."""
+    token = tl.arange(0, BLOCK_M)
+    if BLOCK_M == 1:
+        column = k + tl.arange(0, BLOCK_K * SLICES)[None, :]
+        at = x_ptr + column
+        mask = column < WIDTH
+    elif SLICES == 1:
+        column = k + tl.arange(0, BLOCK_K)[:, None]
+        at = x_ptr + token[None, :] * WIDTH + column
+        mask = (token < tokens)[None, :]
+    else:
+        column = k + tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :, None]
+        at = x_ptr + token[None, None, :] * WIDTH + column
+        mask = (token < tokens)[None, None, :]
+    if not EVEN:
+        mask = mask & (column < last)
+    if EVEN and BLOCK_M == 1:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=mask, other=0.0)
+    if BLOCK_M == 1:
+        return acc + w.to(tl.float32) * x.to(tl.float32)
+    else:
+        return tl.dot(w, x, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def first_steps(
+    w_ptr, row, row_mask, first, last, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr, EVEN_ROWS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Weights of the first HELD steps (up to 3), to be asked for before the tokens are there. What is not held is a placeholder."""
+    STEP: tl.constexpr = BLOCK_K * SLICES
+    EVEN: tl.constexpr = EVEN_ROWS and WIDTH % (STEP * SPLITS) == 0
+    w0 = tl.full([1], 0, tl.int32)
+    w1 = w0
+    w2 = w0
+    if HELD > 0:
+        w0 = weight_step(w_ptr, row, row_mask, first, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
+    if HELD > 1:
+        w1 = weight_step(w_ptr, row, row_mask, first + STEP, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
+    if HELD > 2:
+        w2 = weight_step(w_ptr, row, row_mask, first + 2 * STEP, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
+    return w0, w1, w2
+
+
+@triton.jit
+def skinny_product(
+    held, x_ptr, w_ptr, row, row_mask, first, last, tokens,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, EVEN_ROWS: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_M] float32: rows `row` of w [*, WIDTH] times rows 0 .. tokens - 1 of x [tokens, WIDTH], over columns [first, last).
+
+    held: what `first_steps` returned. BLOCK_M 1 multiplies and adds on the ordinary units; more uses matrix instructions.
+    """
+    STEP: tl.constexpr = BLOCK_K * SLICES
+    EVEN: tl.constexpr = EVEN_ROWS and WIDTH % (STEP * SPLITS) == 0
+    if BLOCK_M == 1:
+        acc = tl.zeros([BLOCK_N, STEP], tl.float32)
+    elif SLICES == 1:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    if HELD > 0:
+        acc = add_step(acc, held[0], x_ptr, first, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
+    if HELD > 1:
+        acc = add_step(acc, held[1], x_ptr, first + STEP, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
+    if HELD > 2:
+        acc = add_step(acc, held[2], x_ptr, first + 2 * STEP, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
+    for k in tl.range(first + HELD * STEP, last, STEP, num_stages=STAGES):
+        w = weight_step(w_ptr, row, row_mask, k, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
+        acc = add_step(acc, w, x_ptr, k, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
+    if BLOCK_M == 1:
+        return tl.sum(acc, 1)[:, None]
+    elif SLICES == 1:
+        return acc
+    else:
+        return tl.sum(acc, 0)
+
+
+@triton.jit
+def sum_squares(squares_ptr, tokens, parts, BLOCK_M: tl.constexpr, PARTS: tl.constexpr):
+    """[PARTS, BLOCK_M] float32: the partial sums of squares [parts, tokens] that the residual stream's writers left."""
     token = tl.arange(0, BLOCK_M)
     part = tl.arange(0, PARTS)
     mask = (part < parts)[:, None] & (token < tokens)[None, :]
-    squares = tl.load(squares_ptr + part[:, None] * tokens + token[None, :], mask=mask, other=0.0)
-    return tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    return tl.load(squares_ptr + part[:, None] * tokens + token[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def errand(ahead_ptr, program, CHUNK: tl.constexpr, THREADS: tl.constexpr):
+    """Have the copy engine bring a later kernel's weights into the second-level cache: CHUNK bytes for each thread of the grid (0: nothing)."""
+    if CHUNK > 0:
+        near = program * THREADS + tl.arange(0, THREADS)
+        address = ahead_ptr.to(tl.int64) + near.to(tl.int64) * CHUNK
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, near * 0 + CHUNK],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

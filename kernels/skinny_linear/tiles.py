@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut: output channels of a program, columns of a step (slices * block_k), programs that share a row's columns (splits).
 
-    lines: cache lines of each weight row that a program asks for before it waits for the kernel before it (0: none).
+    held: steps (up to 3) whose weights a program keeps in registers, loaded before it waits for the kernel before it.
+    lines: cache lines of each weight row that a program asks for before that wait (0: none).
     scalar: ordinary multiply-adds for a single token, instead of matrix instructions.
     """
 
@@ -21,6 +24,17 @@ class Tile:
     stages: int = 4
     lines: int = 0
     scalar: bool = False
+    held: int = 0
+
+
+def held_steps(width: int, tile: Tile) -> int:
+    """Steps to hold: no more than a split has."""
+    return min(tile.held, 3, -(-width // (tile.block_k * tile.slices * tile.splits)))
+
+
+def errand_chunk(ahead: torch.Tensor | None, programs: int, warps: int, early: bool) -> int:
+    """Bytes of `ahead` that each thread of a grid asks for: all of it together, in pieces of 16 bytes."""
+    return ahead.nbytes // (programs * warps * 32 * 16) * 16 if ahead is not None and early else 0
 
 
 def next_power_of_2(number: int) -> int:

@@ -6,15 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.skinny_linear.product import admit_next, arrive, await_previous, prefetch_rows, skinny_product, split_columns
-from kernels.skinny_linear.tiles import Tile, token_block
+from kernels.skinny_linear.product import (
+    admit_next,
+    arrive,
+    await_previous,
+    errand,
+    first_steps,
+    prefetch_rows,
+    skinny_product,
+    split_columns,
+)
+from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, token_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for any number of rows up to the block
 def _linear_residual_kernel(
-    x_ptr, w_ptr, bias_ptr, stream_ptr, norm_ptr, scaled_ptr, squares_ptr, part_ptr, ticket_ptr, tokens,
+    x_ptr, w_ptr, bias_ptr, stream_ptr, norm_ptr, scaled_ptr, squares_ptr, part_ptr, ticket_ptr, ahead_ptr, tokens,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr,
+    THREADS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -24,12 +34,22 @@ def _linear_residual_kernel(
     first, last = split_columns(split, WIDTH, BLOCK_K * SLICES, SPLITS)
     if LINES:
         prefetch_rows(w_ptr, tl.minimum(row, ROWS - 1), first, last, WIDTH, LINES)
-    await_previous(EARLY)
-    acc = skinny_product(
-        x_ptr, w_ptr, row, row_mask, first, last, tokens,
-        WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, ROWS % BLOCK_N == 0, PRECISION,
-    )  # fmt: skip
+    EVEN_ROWS: tl.constexpr = ROWS % BLOCK_N == 0
+    held = first_steps(w_ptr, row, row_mask, first, last, WIDTH, SPLITS, BLOCK_M, BLOCK_K, SLICES, EVEN_ROWS, HELD)
+    errand(ahead_ptr, tile * SPLITS + split, CHUNK, THREADS)
+    norm = tl.load(norm_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
     token = tl.arange(0, BLOCK_M)
+    mask = row_mask[:, None] & (token < tokens)[None, :]
+    at = token[None, :] * ROWS + row[:, None]
+    await_previous(EARLY)
+    # Asked for before the product, so that nothing waits for it after.
+    before = tl.load(stream_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    acc = skinny_product(
+        held, x_ptr, w_ptr, row, row_mask, first, last, tokens,
+        WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
+    )  # fmt: skip
     if SPLITS > 1:
         within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + token[None, :]
         part_ptr += tile * SPLITS * BLOCK_N * BLOCK_M
@@ -40,15 +60,12 @@ def _linear_residual_kernel(
         for other in tl.static_range(SPLITS):
             acc += tl.load(part_ptr + other * BLOCK_N * BLOCK_M + within)
     if BIAS:
-        acc += tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        acc += bias[:, None]
     dtype = stream_ptr.dtype.element_ty
-    mask = row_mask[:, None] & (token < tokens)[None, :]
-    at = token[None, :] * ROWS + row[:, None]
     # The product is rounded before the sum and the sum after it, as two operations would round them.
-    stream = (tl.load(stream_ptr + at, mask=mask, other=0.0).to(tl.float32) + acc.to(dtype).to(tl.float32)).to(dtype)
+    stream = (before + acc.to(dtype).to(tl.float32)).to(dtype)
     tl.store(stream_ptr + at, stream, mask=mask)
     wide = stream.to(tl.float32)
-    norm = tl.load(norm_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
     tl.store(scaled_ptr + at, (wide * norm[:, None]).to(dtype), mask=mask)
     tl.store(squares_ptr + tile * tokens + token, tl.sum(tl.where(mask, wide * wide, 0.0), 0), mask=token < tokens)
 
@@ -76,19 +93,22 @@ def linear_residual(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
+    ahead: torch.Tensor | None = None,
 ) -> int:
     """See `reference.linear_residual`; returns how many rows of `squares` were written.
 
     part: float32, room for splits * rounded-up rows * token block. tickets: int32, zero, one a tile; left zero.
-    early: launched while the kernel before it still runs (programmatic dependent launch).
+    early: launched while the kernel before it still runs (programmatic dependent launch). ahead: weights a later kernel will read, brought
+    into the cache meanwhile (only when early).
     """
     tokens, width = x.shape
     rows = weight.shape[0]
     tiles = square_parts(rows, tile)
     _linear_residual_kernel[(tiles, tile.splits)](
-        x, weight, weight if bias is None else bias, stream, norm, scaled, squares, part, tickets, tokens,
+        x, weight, weight if bias is None else bias, stream, norm, scaled, squares, part, tickets, weight if ahead is None else ahead, tokens,
         ROWS=rows, WIDTH=width, SPLITS=tile.splits, BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0, BIAS=bias is not None, EARLY=early,
+        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0, HELD=held_steps(width, tile),
+        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early), THREADS=32 * tile.warps, BIAS=bias is not None, EARLY=early,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip
     return tiles
