@@ -22,7 +22,7 @@ from engine.model.decoder import Decoder, DecoderConfig
 from engine.model.device import START_TOKENS, default_pool_tokens, device_named, dtype_named
 from engine.runtime.drafters import Draft, TrainedTrunk, build_drafter, choose_draft, measure_engine, new_controller, own_model
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.model_runner import graphed
+from engine.runtime.model_runner import graphed, plain_decoding
 from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler

@@ -21,10 +21,12 @@ from draft.tree import Placement
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
+from kernels.dispatch import use_triton
 
 MAX_ROWS = 64  # more rows than that are bound by arithmetic: the library's products are faster there
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LEAST_PAGES = 64
+_HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
 
 Logits = Literal["all", "last", "none"]
@@ -138,8 +140,9 @@ class GraphedDecoder:
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
-        """Whether the model's steps can be captured: on a CUDA device, with plain pages in the model's dtype and plain matrices."""
-        return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and pool.kv.dtype == decoder.dtype
+        """Whether the model's steps can be captured: on a CUDA device, with plain pages and heads that the fused kernels' tiles divide."""
+        fits = decoder.config.head_dim % _HEAD_TILE == 0 and use_triton(decoder.final_norm)
+        return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and fits
 
     # --- the decoder's own face -----------------------------------------------------------------------------------------
 
