@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidOption
+from engine.inputs import is_finite, is_whole, plain_number, shown
 from kernels.accept import LANE_DRAFT, sample_rows
 from kernels.philox import philox_uniform
 
@@ -48,30 +49,50 @@ class SamplingParams:
     draft_length: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        self._make_plain()
         _require(
-            _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
+            is_whole(self.max_new_tokens) and 1 <= self.max_new_tokens < 2**63,
             "max_new_tokens",
             self.max_new_tokens,
             "give a whole number from 1 on",
         )
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 is greedy, 1 the model's own")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "give a whole number, 0 for no limit")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and up to 1, 1 for no limit")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1, 0 for no limit")
         _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
+            # beyond these float32 makes 0 or infinity of it
+            is_finite(self.temperature) and (self.temperature == 0 or 1e-10 <= self.temperature <= 1e10),
+            "temperature",
+            self.temperature,
+            "0 is greedy, 1 the model's own; give 0, or 1e-10 to 1e10",
+        )
+        _require(is_whole(self.top_k) and 0 <= self.top_k < 2**63, "top_k", self.top_k, "give a whole number, 0 for no limit")
+        _require(is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and up to 1, 1 for no limit")
+        _require(is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1, 0 for no limit")
+        _require(
+            self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 2**63),
             "seed",
             self.seed,
             "give a whole number from 0 to 2^63 - 1",
         )
-        strings = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, "stop", self.stop, "give a tuple of non-empty strings")
         _require(
-            all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "give a tuple of token ids"
+            isinstance(self.stop_token_ids, tuple) and all(is_whole(t) and 0 <= t < 2**63 for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "give a tuple of token ids",
         )
-        automatic = self.draft_length == "auto"
-        fixed = _is_int(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
+        automatic = isinstance(self.draft_length, str) and self.draft_length == "auto"
+        fixed = is_whole(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
         _require(automatic or fixed, "draft_length", self.draft_length, f'give a whole number from 0 to {MAX_DRAFT_LENGTH}, or "auto"')
+
+    def _make_plain(self) -> None:
+        """Numbers of numpy and torch become Python's, lists tuples, and None nothing to stop at; what is neither stays, to be refused."""
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "draft_length"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            given = given.tolist() if hasattr(given, "tolist") else given
+            if given is None or isinstance(given, list):
+                object.__setattr__(self, name, tuple(plain_number(item) for item in given or ()))
 
     @property
     def greedy(self) -> bool:
@@ -79,17 +100,9 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise InvalidOption(f"{name} cannot be {value!r}", remedy)
+        raise InvalidOption(f"{name} cannot be {shown(value)}", remedy)
 
 
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -164,3 +164,34 @@ def test_values_outside_their_range_are_named_with_a_remedy(wrong):
     with pytest.raises(InvalidOption) as caught:
         SamplingParams(**wrong)
     assert next(iter(wrong)) in caught.value.what and caught.value.remedy
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    import numpy as np
+
+    given = SamplingParams(
+        max_new_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        top_k=np.int32(4),
+        top_p=torch.tensor(0.5),
+        seed=torch.tensor(7),
+        stop=None,
+        stop_token_ids=np.array([5, 6]),
+        draft_length=np.int8(2),
+    )
+    assert given == SamplingParams(max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.5, seed=7, stop_token_ids=(5, 6), draft_length=2)
+    assert all(type(getattr(given, name)) is int for name in ("max_new_tokens", "top_k", "seed", "draft_length"))
+    assert SamplingParams(stop=["a"], stop_token_ids=[5]) == SamplingParams(stop=("a",), stop_token_ids=(5,))
+
+
+@pytest.mark.parametrize(
+    "name", ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "draft_length", "stop", "stop_token_ids"]
+)
+@pytest.mark.parametrize(
+    "value", ["x", b"x", object(), float("nan"), pytest.param(10**400, id="huge"), 1e-300, 1e300, [None], {"a": 1}, True, -1, 1j]
+)
+def test_parameters_of_a_wrong_kind_are_named(name, value):
+    if (name, value) == ("min_p", 1e-300) or (name, value) == ("top_p", 1e-300):
+        return  # small, but a share like any other
+    with pytest.raises(InvalidOption, match=name):
+        SamplingParams(**{name: value})
