@@ -191,8 +191,8 @@ class Engine:
     # --- generating -----------------------------------------------------------------------------------------------------
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption."""
-        return encode_prompt(self.tokenizer, prompt)
+        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption, PromptTooLong."""
+        return encode_prompt(self.tokenizer, prompt, self.context)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

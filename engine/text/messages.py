@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import EmptyPrompt, InvalidOption
+from engine.errors import EmptyPrompt, InvalidOption, PromptTooLong
 from engine.inputs import named_errors, shown
 
 _FORM = 'give {"role": "user", "content": "..."}'
@@ -138,15 +138,15 @@ class Disguise:
             raise InvalidOption(f"the role {shown(role)} holds a special token", _FORM)
         return {key: value if key == "role" else self._hide_value(value) for key, value in message.items()}
 
-    def encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendering: the template's special tokens as such, those that were hidden as ordinary text."""
+    def encode(self, rendered: str, most: int | None = None) -> list[int]:
+        """Token ids of a rendering: the template's special tokens as such, those that were hidden as ordinary text. most: see `encode_text`."""
         if not self._marks:
-            return encode_text(self._tokenizer, rendered)
+            return encode_text(self._tokenizer, rendered, most=most)
         origin = {mark: text for text, mark in self._marks.items()}
         ids: list[int] = []
         for piece in re.split(f"([{''.join(origin)}])", rendered):
             if piece:
-                ids += encode_text(self._tokenizer, origin.get(piece, piece), ordinary=piece in origin)
+                ids += encode_text(self._tokenizer, origin.get(piece, piece), ordinary=piece in origin, most=most)
         return ids
 
     def _hide_value(self, value: Any) -> Any:
@@ -167,15 +167,30 @@ class Disguise:
         return self._marks[text]
 
 
-def encode_text(tokenizer: Any, text: str, *, ordinary: bool = False, add_special_tokens: bool = False) -> list[int]:
+def encode_text(
+    tokenizer: Any, text: str, *, ordinary: bool = False, add_special_tokens: bool = False, most: int | None = None
+) -> list[int]:
     """Token ids of a text; `ordinary`: what looks like a special token in it is none.
+
+    most: more tokens than this are no use. A text that is far too long is found to be so by its beginning, not after minutes.
 
     Raises:
         InvalidOption: the tokenizer refuses the text, or cannot take special tokens as ordinary text.
+        PromptTooLong: there are more than `most`.
     """
     options = {"split_special_tokens": True} if ordinary else {}
-    with named_errors(InvalidOption, "the tokenizer cannot encode the prompt", "check the text, or the model's tokenizer files"):
-        return [int(i) for i in tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]]
+
+    def encode(piece: str) -> list[int]:
+        with named_errors(InvalidOption, "the tokenizer cannot encode the prompt", "check the text, or the model's tokenizer files"):
+            return [int(i) for i in tokenizer(piece, add_special_tokens=add_special_tokens, **options)["input_ids"]]
+
+    chars = 16 * most if most is not None else len(text)
+    while most is not None and chars < len(text):
+        found = len(encode(text[:chars]))
+        if found > most + 16:  # the cut may have made a few more of the last word
+            raise PromptTooLong(f"the prompt has more than {most} tokens, the model's context", "shorten it")
+        chars *= 4
+    return encode(text)
 
 
 def disguised(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Disguise]:

@@ -65,25 +65,27 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if len(prompts) > 0 and all(_is_id(item) for item in prompts) else list(prompts)
 
 
-def encode_prompt(tokenizer: Any | None, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Any | None, prompt: Prompt, most: int | None = None) -> list[int]:
     """Token ids of a prompt. Text is taken raw, messages go through the tokenizer's chat template with the assistant's turn opened.
 
-    What looks like a special token in raw text is one, as whoever writes raw text writes the turns; in a message it is ordinary text.
+    What looks like a special token in raw text is one, as whoever writes raw text writes the turns; in a message it is ordinary text. most: tokens
+    of the model's context, to refuse at once what is far longer.
 
     Raises:
+        PromptTooLong: a text of far more than `most` tokens.
         EmptyPrompt: no text, no ids, no messages, or nothing but what the tokenizer always adds.
         InvalidOption: text or messages without a tokenizer, messages without a chat template or of another form, or no prompt at all.
     """
     if isinstance(prompt, str):
         text = valid_text(prompt, "the prompt")
-        ids = encode_text(_needed(tokenizer), text, add_special_tokens=True) if text.strip() else []
+        ids = encode_text(_needed(tokenizer), text, add_special_tokens=True, most=most) if text.strip() else []
     elif is_messages(prompt):
         if not has_template(_needed(tokenizer)):
             raise InvalidOption(
                 "the model's tokenizer has no chat template", "give the prompt as text (--raw), or use an instruction-tuned model"
             )
         messages, disguise = disguised(tokenizer, checked_messages(prompt))
-        ids = disguise.encode(render(tokenizer, messages))
+        ids = disguise.encode(render(tokenizer, messages), most)
     else:
         ids = token_ids(prompt)
     if not ids:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from engine.errors import EmptyPrompt, ForetoldError, InvalidOption, ModelNotFound
+from engine.errors import EmptyPrompt, ForetoldError, InvalidOption, ModelNotFound, PromptTooLong
 from engine.runtime.sampling import SamplingParams
 from engine.text import templates
 from engine.text.chat import next_turn
@@ -124,6 +124,17 @@ def test_prompts_that_are_empty(byte_tokenizer):
             encode_prompt(byte_tokenizer(), prompt)
     with pytest.raises(InvalidOption, match="not valid text"):
         encode_prompt(byte_tokenizer(), "a\ud800")
+
+
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(byte_tokenizer):
+    tokenizer = byte_tokenizer()
+    text = "a b " * 5_000_000
+    for prompt in (text, [{"role": "user", "content": text}]):
+        began = time.process_time()
+        with pytest.raises(PromptTooLong, match="more than 512"):
+            encode_prompt(tokenizer, prompt, 512)
+        assert time.process_time() - began < 2
+    assert len(encode_prompt(tokenizer, "a" * 9000, 10_000)) == 9000
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt():
