@@ -100,7 +100,7 @@ def _usable(path: Path, fingerprints: dict[str, str]) -> CodecPack | None:
 def model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
     """Of the folder a model came from; of its weights where it came from none."""
     if folder is not None:
-        return fingerprint(folder)
+        return fingerprint(folder, decoder.weight_sum)
     digest = sha256(repr(decoder.config).encode())
     for name, tensor in sorted(decoder.hf_tensors().items()):  # not state_dict, which leaves packed weights out
         digest.update(name.encode())
