@@ -315,6 +315,7 @@ class Engine:
         """Queue a request; `tokens` were checked."""
         if params.stop and self.tokenizer is None:
             raise InvalidOption("stop strings need a tokenizer", "use stop_token_ids, or give the engine a tokenizer")
+        params.check_vocabulary(self.target.config.vocab_size)
         stop_ids = tuple(self._special[s] for s in params.stop if s in self._special)
         params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stop_ids))
         if self.drafter is not None and params.draft_length == "auto" and self.cost_model is None:

@@ -80,6 +80,10 @@ class InvalidOption(ForetoldError):
     """An option has a value outside its range, or two options exclude each other."""
 
 
+class NonFiniteLogits(ForetoldError):
+    """The model gave logits that are NaN or infinite: its weights, or the keys and values it was given, are no numbers."""
+
+
 class PoolExhausted(ForetoldError):
     """The paged KV pool has no free page left and may not grow."""
 

@@ -90,8 +90,8 @@ def _index_noise(
 
 
 def _words(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], lane: int, numbers: NDArray[np.uint64]) -> tuple[Any, ...]:
-    zero = numbers * 0  # of the full shape, so that every word is an array
-    return philox_words((positions + zero, (positions >> 32) + zero, zero + lane, numbers), (seeds, seeds >> 32))
+    zero = np.zeros(np.broadcast_shapes(positions.shape, numbers.shape), np.uint64)  # of the full shape, so that every word is an array
+    return philox_words((positions + zero, (positions >> 32) + zero, zero + lane, numbers + zero), (seeds, seeds >> 32))
 
 
 def _exponential(words: NDArray[np.uint64]) -> Floats:

@@ -72,9 +72,7 @@ def race_floors(num_rows: int, vocab: int) -> tuple[int, int]:
     return num_rows * vocab * 4, num_rows * vocab * 84 // RACE_BLOCK
 
 
-def race(
-    probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, tile: int = 16, num_warps: int = 4
-) -> torch.Tensor:
+def race(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, tile: int = 16, num_warps: int = 4) -> torch.Tensor:
     """See `reference.race`. tile: blocks of 64 indices a program reads at once."""
     n, vocab = probs.shape
     num_tiles = triton.cdiv(triton.cdiv(vocab, RACE_BLOCK), tile)
