@@ -179,16 +179,17 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
         ModelDrafter(other, SimpleNamespace(new_sequence=Counted, bytes=0)),
     ]
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (13, 1.1)), runs_last_draft=True)
-    texts = []
+    texts, proposed, accepted = [], 0, 0
     for drafter in drafters:
         for length in (0, 1, 4, "auto") if drafter else (0,):
             own = SamplingParams(**params, seed=0, max_new_tokens=25, draft_length=length)
             requests = [request_of(own, seed, drafter, LengthController(length, costs, Calibration(SAMPLED_PRIOR))) for seed in range(40)]
             texts.append([r.token_ids for r in run(target, drafter, requests)])
-            if length in (1, 4):
-                assert 0 < sum(r.metrics.accepted for r in requests) < sum(r.metrics.proposed for r in requests)
+            proposed += sum(r.metrics.proposed for r in requests)
+            accepted += sum(r.metrics.accepted for r in requests)
             [alone] = run(target, drafter, [request_of(own, 17, drafter)])
             assert alone.token_ids == texts[0][17]
+    assert 0 < accepted < proposed
     assert all(text == texts[0] for text in texts)
     assert params == {} or len({tuple(text) for text in texts[0]}) > 30, "another seed is another text"
 
