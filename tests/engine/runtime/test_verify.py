@@ -176,7 +176,7 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
         None,
         drafter_of("model", target),
         drafter_of("trunk", target),
-        ModelDrafter(other, SimpleNamespace(new_sequence=Counted, bytes=0)),
+        *(ModelDrafter(model, SimpleNamespace(new_sequence=Counted, bytes=0)) for model in (other, target)),
     ]
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (13, 1.1)), runs_last_draft=True)
     texts, proposed, accepted = [], 0, 0
