@@ -249,19 +249,20 @@ class Engine:
         *,
         quality: str | None = None,
         pack: str | Path | None = None,
+        restore: str = "auto",
         log: Callable[[str], None] = print,
     ) -> Session:
         """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.sessions.session.Session`.
 
-        quality: "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "balanced"). pack: a codec pack's file
-        (default: the pair's own, fitted at first use).
+        quality: "auto", "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "auto": what comes back fastest on
+        this machine). pack: a codec pack's file (default: the pair's own, fitted at first use). restore: "auto", "decode" or "recompute".
 
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.
         """
         from engine.sessions.session import Session
 
-        return Session(self, quality=quality, pack=pack, file=file, log=log)
+        return Session(self, quality=quality, pack=pack, file=file, restore=restore, log=log)
 
     def close_conversation(self, conversation: Conversation) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""
