@@ -17,7 +17,7 @@ from codec.container import SpanCode, read_span, read_varints, write_span, write
 from codec.errors import BadInput, CorruptedCode, PackMismatch
 from codec.pack import CodecPack
 from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
-from codec.rans import SpanStream
+from codec.rans import DAMAGED, SpanStream
 from codec.rate import RATE_WEIGHT, class_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 from codec.weighting import apply_blocks
@@ -46,6 +46,28 @@ class _Integers(NamedTuple):
     def classes(self) -> torch.Tensor:
         """int32 [T, K], after step level and gain."""
         return final_classes(self.base, self.levels, self.gains)
+
+
+class DecodedSpans(NamedTuple):
+    """What the entropy decoder read of neighbouring spans of one step and lane length.
+
+    sizes: tokens of each span. q int [T, K] (an escape reads limit + 1), base int32 [K], levels int32 [T], gains uint8 [T] as in the encoder. escapes:
+    each span's remainders. faults: bool scalars on the device that nobody has waited for yet; any that is true means damage.
+    """
+
+    step: float
+    sizes: list[int]
+    q: torch.Tensor
+    base: torch.Tensor
+    levels: torch.Tensor
+    gains: torch.Tensor
+    escapes: list[bytes]
+    faults: list[torch.Tensor]
+
+    def check(self) -> None:
+        """Wait for what was enqueued so far and raise CorruptedCode if it found damage."""
+        if self.faults and bool(torch.stack(self.faults).any()):
+            raise CorruptedCode(*DAMAGED)
 
 
 class KvCodec:
@@ -169,10 +191,8 @@ class KvCodec:
         """encode_many of one span."""
         return self.encode_many([(truth, prediction)], quality, [levels])[0]
 
-    def read(self, spans: Sequence[bytes], predictions: Sequence[torch.Tensor]) -> list[SpanCode]:
-        """The spans' parts. Named errors as in codec.container, PackMismatch, and BadInput unless there is a prediction [T, D] for each."""
-        if len(spans) != len(predictions):
-            raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
+    def read(self, spans: Sequence[bytes | memoryview]) -> list[SpanCode]:
+        """The spans' parts, every checksum compared. Named errors as in codec.container, and PackMismatch."""
         codes = [read_span(s) for s in spans]
         counts = {step: self.num_components(step) for step in {code.step for code in codes}}
         for code in codes:
@@ -180,39 +200,43 @@ class KvCodec:
                 raise PackMismatch("a coded span was written with another codec pack", "use the pack it was written with")
             if code.num_components != counts[code.step] or code.num_components > self.transform.num_components:
                 raise CorruptedCode("a coded span's component count is not its step's", "restore the file from a copy")
-        for code, prediction in zip(codes, predictions, strict=True):
-            if prediction.shape != (code.num_tokens, self.layout.dim):
-                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
-                raise BadInput(what, "predict the tokens that were coded")
         return codes
 
-    def decoded_batches(self, codes: Sequence[SpanCode]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(numbers of spans, their components float32 [sum T, K] as decoded), until all spans had their turn. CorruptedCode as it comes."""
-        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
-            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
-            for some in batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
-                members = [chosen[i] for i in some]
-                yield members, self._components_of([codes[n] for n in members])
-
-    def _components_of(self, codes: Sequence[SpanCode]) -> torch.Tensor:
-        """Decoded components, float32 [sum T, K], of spans of one step and lane length."""
-        step, sizes = codes[0].step, [c.num_tokens for c in codes]
-        base = self._base(step, codes[0].num_components)
+    def entropy_decoded(self, codes: Sequence[SpanCode]) -> DecodedSpans:
+        """Decode spans of one step and lane length, all at once; on a GPU nothing is waited for, `DecodedSpans.check` does. Raises CorruptedCode."""
+        step, base = codes[0].step, self._base(codes[0].step, codes[0].num_components)
         stored = [np.zeros(c.num_tokens, np.int8) if c.levels is None else c.levels for c in codes]
         levels = torch.from_numpy(np.concatenate(stored).astype(np.int32)).to(self.device)
         streams = [SpanStream(c.num_tokens, c.states, c.words) for c in codes]
-        q, gains = self.coder.decode(streams, base, levels, codes[0].tokens_per_lane)
-        classes = final_classes(base, levels, gains)
+        q, gains, intact = self.coder.decode(streams, base, levels, codes[0].tokens_per_lane)
+        faults = [] if intact is None else [~intact.all()]
+        return DecodedSpans(step, [c.num_tokens for c in codes], q, base, levels, gains, [c.escapes for c in codes], faults)
+
+    def components_of(self, decoded: DecodedSpans, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Components, float32 [T, K], of spans [first, last) of those decoded. Raises CorruptedCode when their escapes do not fit."""
+        ends = np.cumsum([0, *decoded.sizes])
+        last = len(decoded.sizes) if last is None else last
+        tokens = slice(int(ends[first]), int(ends[last]))
+        levels, q = decoded.levels[tokens], decoded.q[tokens].to(torch.int32)
+        classes = final_classes(decoded.base, levels, decoded.gains[tokens])
+        escapes = decoded.escapes[first:last]
         limit = self.choice.limit[classes]
+        if any(escapes) or self.device.type == "cpu":
+            self._fill_escapes(q, limit, ends[first : last + 1] - ends[first], escapes)
+        else:  # finding them would wait for the device: that there are none is checked with the rest
+            decoded.faults.append((q > limit).any())
+        return self.choice.reconstruct(q, classes) * token_steps(decoded.step, levels, len(levels), self.device)
+
+    def _fill_escapes(self, q: torch.Tensor, limit: torch.Tensor, ends: np.ndarray, escapes: Sequence[bytes]) -> None:
+        """Put the escaped integers into q [T, K], limit [T, K]; ends [spans + 1]. Raises CorruptedCode."""
         row, column = (q > limit).nonzero(as_tuple=True)
-        bounds = np.searchsorted(row.cpu().numpy(), np.cumsum([0, *sizes]))
-        parts = [read_varints(c.escapes, int(count)) for c, count in zip(codes, np.diff(bounds), strict=True)]
+        bounds = np.searchsorted(row.cpu().numpy(), ends)
+        parts = [read_varints(data, int(count)) for data, count in zip(escapes, np.diff(bounds), strict=True)]
         remainder = torch.from_numpy(np.concatenate(parts)).to(self.device)
         magnitude = limit[row, column] + 1 + (remainder >> 1)
         if len(remainder) and int(magnitude.max()) > Q_LIMIT:
             raise CorruptedCode("a coded integer is out of range", "restore the file from a copy")
         q[row, column] = torch.where(remainder % 2 == 1, -magnitude, magnitude).to(torch.int32)
-        return self.choice.reconstruct(q, classes) * token_steps(step, levels, len(levels), self.device)
 
     def _residual(self, c: torch.Tensor) -> torch.Tensor:
         """Unweighted residual, float32 [T, D], of components [T, K]."""
@@ -232,11 +256,22 @@ class KvCodec:
 
     def decode_many(self, spans: Sequence[bytes], predictions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """KV float32 [T, D] of every span, given the predictions that the encoder used (up to rounding)."""
-        codes = self.read(spans, predictions)
+        if len(spans) != len(predictions):
+            raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
+        codes = self.read(spans)
+        for code, prediction in zip(codes, predictions, strict=True):
+            if prediction.shape != (code.num_tokens, self.layout.dim):
+                what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
+                raise BadInput(what, "predict the tokens that were coded")
         decoded = list(predictions)
-        for members, c in self.decoded_batches(codes):
-            for n, residual in zip(members, self._residuals(c, [codes[n].num_tokens for n in members]), strict=True):
-                decoded[n] = residual.add_(predictions[n].to(self.device, torch.float32))
+        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
+            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
+            for some in batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
+                members = [chosen[i] for i in some]
+                part = self.entropy_decoded([codes[n] for n in members])
+                part.check()
+                for n, residual in zip(members, self._residuals(self.components_of(part), part.sizes), strict=True):
+                    decoded[n] = residual.add_(predictions[n].to(self.device, torch.float32))
         return decoded
 
     def decode(self, span: bytes, prediction: torch.Tensor) -> torch.Tensor:

@@ -70,25 +70,30 @@ class SpanCoder:
 
     def decode(
         self, streams: Sequence[SpanStream], base: torch.Tensor, levels: torch.Tensor, tokens_per_lane: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse of encode: q int32 [T, K] (the escape reads limit + 1) and gains uint8 [T], on the device; CorruptedCode if a stream is damaged."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Inverse of encode: q int [T, K] (the escape reads limit + 1), gains uint8 [T], and intact bool [spans], all on the device.
+
+        Nothing is waited for.
+
+        intact: None where the streams were checked already. Raises CorruptedCode if a stream is found to be damaged by then.
+        """
         sizes = [s.num_tokens for s in streams]
-        if not use_triton(base):
-            own = own_classes(base[None], levels[:, None]).cpu().numpy()
-            parts = np.split(own, np.cumsum(sizes)[:-1])
-            q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
-            return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device)
-        # the kernel reads no word before or after its span's own; a span without words still needs an address
-        words = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)])
         states = np.concatenate([s.states for s in streams])
         if len(states) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
             raise CorruptedCode(*DAMAGED)
+        if not use_triton(base):
+            own = own_classes(base[None], levels[:, None]).cpu().numpy() if bool(levels.any()) else base[None].cpu().numpy()
+            parts = np.split(own, np.cumsum(sizes)[:-1]) if len(own) > 1 else [own] * len(sizes)
+            q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
+            return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device), None
+        # the kernel reads no word before or after its span's own; a span without words still needs an address
+        words = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)])
         coded = kernel.RansStreams(
             torch.from_numpy(states.view(np.int32)).to(self.device),
             torch.from_numpy(words.view(np.int16)).to(self.device),
             self._starts([len(s.words) for s in streams]),
         )
-        decoded = kernel.rans_decode(
+        return kernel.rans_decode(
             self._kernel_tables,
             coded,
             base,
@@ -98,9 +103,6 @@ class SpanCoder:
             shifts=-CLASSES_PER_LEVEL * levels,
             max_span_tokens=max(sizes),
         )
-        if not bool(decoded.intact.all()):
-            raise CorruptedCode(*DAMAGED)
-        return decoded.q.to(torch.int32, memory_format=torch.contiguous_format), decoded.gains
 
     def _starts(self, sizes: Sequence[int]) -> torch.Tensor:
         """int64 [n + 1]: where each part starts, the total last."""

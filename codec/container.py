@@ -80,8 +80,8 @@ def write_span(code: SpanCode) -> bytes:
 
 
 def read_span(data: bytes | memoryview) -> SpanCode:
-    """Inverse of write_span. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
-    data = bytes(data)
+    """Inverse of write_span; the parts are views of `data`. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
+    data = memoryview(data)
     if data[:2] != _SPAN_MAGIC[: len(data[:2])]:
         raise ForeignCode("these bytes are not a coded span", "pass what KvCodec.encode wrote")
     if len(data) < _SPAN.size + _CRC.size:
@@ -103,7 +103,7 @@ def read_span(data: bytes | memoryview) -> SpanCode:
     rest = data[at + 4 * lanes + 2 * words : size - _CRC.size]
     size = flags * -(-tokens // 2)
     levels = _unpack_levels(rest[:size], tokens) if flags else None
-    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, rest[size:])
+    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, bytes(rest[size:]))
 
 
 def _pack_levels(levels: np.ndarray) -> bytes:
@@ -113,7 +113,7 @@ def _pack_levels(levels: np.ndarray) -> bytes:
     return (shifted[::2] | shifted[1::2] << 4).tobytes()
 
 
-def _unpack_levels(data: bytes, tokens: int) -> np.ndarray:
+def _unpack_levels(data: memoryview, tokens: int) -> np.ndarray:
     packed = np.frombuffer(data, np.uint8)
     return (np.stack([packed & 15, packed >> 4], 1).reshape(-1)[:tokens].astype(np.int16) + MIN_LEVEL).astype(np.int8)
 
@@ -155,8 +155,8 @@ def _table_crc(magic: bytes, version: int, table: bytes | memoryview) -> int:
     return zlib.crc32(table, zlib.crc32(magic + bytes([version & 255, version >> 8])))
 
 
-def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> list[tuple[str, bytes]]:
-    """Inverse of write_sections; every checksum is compared. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
+def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> list[tuple[str, memoryview]]:
+    """Inverse of write_sections, as views of `data`; every checksum is compared. Raises ForeignCode, NewerCode, TruncatedCode or CorruptedCode."""
     view = memoryview(data)
     if bytes(view[:8]) != magic[: len(view[:8])] or len(view) == 0:
         raise ForeignCode("this is not a Foretold file", "check the path")
@@ -175,7 +175,7 @@ def read_sections(data: bytes | memoryview, magic: bytes = FILE_MAGIC, version: 
         name, size, crc = _SECTION.unpack_from(view, _FILE_HEAD.size + n * _SECTION.size)
         if at + size > len(view):
             raise TruncatedCode(f"the file ends inside section {n}", _REMEDY)
-        body = bytes(view[at : at + size])
+        body = view[at : at + size]
         if zlib.crc32(body) != crc:
             raise CorruptedCode(f"section {n} of the file is damaged", _REMEDY)
         sections.append((name.decode("ascii", "replace"), body))

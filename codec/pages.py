@@ -1,90 +1,184 @@
-"""Coded spans straight into a pool's pages, keys rotated to their positions, in one product (`kernels.residual_decode`): how a GPU resumes."""
+"""Coded spans and features back to KV in one product a chunk: into a pool's pages on a GPU (`kernels.residual_decode`), into rows elsewhere.
+
+Transform, weighting and predictor are stacked into one matrix [F + K, D], so that a token is mu + [features, components] @ matrix. All spans are read,
+copied and entropy-decoded at once; on a GPU on a stream of their own, beside the pass that makes the features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from codec.codec import KvCodec, batches
+from codec.codec import DecodedSpans, KvCodec, batches
+from codec.container import SpanCode
 from codec.errors import BadInput
+from codec.predictor.dense import AnyPredictor
 from codec.weighting import apply_blocks
 from kernels.residual_decode import residual_decode_pages
 
 _TILE = 64
-"""Components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
+"""Features and components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
 
-_PRODUCT_TOKENS = 4096
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}
+_BLOCK_ROWS = 128
+"""Rows of a product on a CPU, filled up with zeros: a product's shape decides how its terms are summed, so a token gives the same bits whatever is
+decoded behind it."""
+
+_ENTROPY_TOKENS = 65_536
 _FOLDED_ROWS = 512
 
 
-class PageDecoder:
-    """Decodes with transform and weighting folded into one matrix [K, D] of the pool's dtype, made at first use.
+class EntropyDecoded(NamedTuple):
+    """Neighbouring spans that are entropy-decoded together: their first token, counted from the first span's, and what came out."""
 
-    In bfloat16 components and matrix are rounded to eight bits, as the KV itself is when it is stored: an error of two thousandths of what the
-    prediction left over, where the code's own is a tenth and more. A token's result depends on nothing that is decoded beside it.
+    start: int
+    decoded: DecodedSpans
+
+
+class PageDecoder:
+    """Decodes spans, given the features of their tokens.
+
+    In bfloat16 features, components and matrix are rounded to eight bits, as the KV itself is when it is stored: an error of two thousandths of what
+    the prediction left over, where the code's own is a tenth and more. A token's result depends on nothing that is decoded beside it.
+
+    Args:
+        codec, predictor: of one pack, on one device.
+        dtype: of the product, float32 or bfloat16.
     """
 
-    def __init__(self, codec: KvCodec) -> None:
-        self.codec = codec
+    def __init__(self, codec: KvCodec, predictor: AnyPredictor, dtype: torch.dtype) -> None:
+        self.codec, self.predictor, self.dtype = codec, predictor, dtype
+        self.num_inputs = -(-predictor.matrix.shape[0] // _TILE) * _TILE
         self._matrix: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
 
-    def decode(
+    # --- entropy decoding -----------------------------------------------------------------------------------------------
+
+    def start(self, spans: Sequence[bytes | memoryview], *, beside: bool = True) -> list[EntropyDecoded]:
+        """Read and check all spans, copy them to the device and begin to entropy-decode them. beside: on a GPU, on a stream of its own.
+
+        Raises the errors of `KvCodec.read`.
+        """
+        return self.begin(self.codec.read(spans), beside=beside)
+
+    def begin(self, codes: Sequence[SpanCode], *, beside: bool = True) -> list[EntropyDecoded]:
+        """As `start`, from spans that were read."""
+        if self.codec.device.type != "cuda" or not beside:
+            return list(self._parts(codes))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.codec.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.codec.device))
+        with torch.cuda.stream(self._stream):
+            return list(self._parts(codes))
+
+    def _parts(self, codes: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
+        start, first = 0, 0
+        while first < len(codes):
+            last, tokens = first, 0
+            key = codes[first].step, codes[first].tokens_per_lane
+            while last < len(codes) and (codes[last].step, codes[last].tokens_per_lane) == key and tokens < _ENTROPY_TOKENS:
+                tokens += codes[last].num_tokens
+                last += 1
+            yield EntropyDecoded(start, self.codec.entropy_decoded(codes[first:last]))
+            start, first = start + tokens, last
+
+    def check(self, parts: Sequence[EntropyDecoded]) -> None:
+        """Wait for everything and raise CorruptedCode if a stream was damaged: what was written of it must then be thrown away."""
+        for part in parts:
+            part.decoded.check()
+
+    # --- the product ----------------------------------------------------------------------------------------------------
+
+    def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(tokens, their components [T, K up to a whole tile] in the product's dtype), chunk by chunk."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.codec.device)
+            current.wait_stream(self._stream)
+            for part in parts:
+                for tensor in (part.decoded.q, part.decoded.gains, part.decoded.levels, part.decoded.base):
+                    tensor.record_stream(current)
+        for part in parts:
+            sizes, at = part.decoded.sizes, part.start
+            for some in batches(sizes, CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])):
+                c = self.codec.components_of(part.decoded, some[0], some[-1] + 1).to(self.dtype)
+                yield slice(at, at + len(c)), torch.nn.functional.pad(c, (0, -c.shape[1] % _TILE))
+                at += len(c)
+
+    def write_pages(
         self,
-        spans: Sequence[bytes],
-        predictions: Sequence[torch.Tensor],
+        parts: Sequence[EntropyDecoded],
+        latents: torch.Tensor,
+        target_rows: torch.Tensor | None,
         kv: torch.Tensor,
         slots: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         first_layer: int = 0,
     ) -> None:
-        """Write the tokens of all spans, one span's after another's.
+        """Write the tokens of all spans into pages; call `check` before they are used.
 
         Args:
-            spans: of `KvCodec.encode_many`; their errors as in `decode_many`, before anything of a batch is written.
-            predictions: float32 [T, D] of each span, those that the encoder used (up to rounding).
-            kv: [L, 2, P, S, G, d] contiguous pool on the codec's device, of which layers first_layer .. L - 1 are written.
+            parts: of `start`.
+            latents, target_rows: of the tokens, as for `Predictor.predict`.
+            kv: [L, 2, P, S, G, d] contiguous pool of the product's dtype on the codec's device, of which layers first_layer .. L - 1 are written.
             slots: int64 [T], page * S + offset of each token, no slot twice.
             cos, sin: float32 [T, d/2], of each token's angles.
         """
-        codes = self.codec.read(spans, predictions)
-        starts = np.cumsum([0, *(code.num_tokens for code in codes)]).tolist()
-        if {len(slots), len(cos), len(sin)} != {starts[-1]}:
-            raise BadInput(f"{len(slots)} slots and {len(cos)} angles for {starts[-1]} coded tokens", "pass one of each a token")
-        if kv.shape[0] - first_layer != self.codec.layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, *self._heads()):
-            raise BadInput(
-                f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {self.codec.layout}", "pass the pool that was coded"
-            )
-        for members, c in self.codec.decoded_batches(codes):
-            # components and the matrix are far smaller than the rows: many spans are entropy-decoded at once, fewer multiplied
-            sizes = [codes[n].num_tokens for n in members]
-            ends = np.cumsum([0, *sizes]).tolist()
-            for some in batches(sizes, _PRODUCT_TOKENS):
-                own = [members[i] for i in some]
-                rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in own]).to(slots.device)
-                prediction = torch.cat([predictions[n].to(c.device, torch.float32) for n in own])
-                narrow = self._narrow(c[ends[some[0]] : ends[some[-1] + 1]], kv.dtype)
-                ones, weight = torch.ones(len(rows), device=c.device), self._weight(kv.dtype)[: narrow.shape[1]]
-                residual_decode_pages(narrow, ones, None, weight, prediction, kv, slots[rows], cos[rows], sin[rows], first_layer)
+        tokens = self._num_tokens(parts, latents, target_rows)
+        if {len(slots), len(cos), len(sin)} != {tokens}:
+            raise BadInput(f"{len(slots)} slots and {len(cos)} angles for {tokens} coded tokens", "pass one of each a token")
+        layout = self.codec.layout
+        if kv.shape[0] - first_layer != layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, layout.num_kv_heads, layout.head_dim):
+            raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {layout}", "pass the pool that was coded")
+        ones = torch.ones(tokens, device=self.codec.device)
+        for at, c in self._chunks(parts):
+            weight = self.matrix[: self.num_inputs + c.shape[1]]
+            x, angles = self._inputs(latents, target_rows, at), (cos[at], sin[at])
+            residual_decode_pages(x, ones[at], c.contiguous(), weight, self.predictor.mu, kv, slots[at], *angles, first_layer)
 
-    def _narrow(self, c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[T, K up to a whole tile], tokens adjacent, which the kernel reads fastest."""
-        return torch.nn.functional.pad(c.to(dtype), (0, -c.shape[1] % _TILE)).t().contiguous().t()
+    def rows(
+        self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(tokens, their KV rows float32 [T, D]), chunk by chunk; arguments as in `write_pages`. Call `check` before they are used."""
+        self._num_tokens(parts, latents, target_rows)
+        for at, c in self._chunks(parts):
+            x = torch.cat([self._inputs(latents, target_rows, at), c], 1)
+            if self.codec.device.type != "cpu":
+                yield at, (x @ self.matrix[: x.shape[1]]).float().add_(self.predictor.mu)
+                continue
+            out = torch.empty(len(x), self.codec.layout.dim)
+            for first in range(0, len(x), _BLOCK_ROWS):
+                block = x[first : first + _BLOCK_ROWS]
+                full = torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block)))
+                torch.add((full @ self.matrix[: x.shape[1]])[: len(block)].float(), self.predictor.mu, out=out[first : first + len(block)])
+            yield at, out
 
-    def _heads(self) -> tuple[int, int]:
-        return self.codec.layout.num_kv_heads, self.codec.layout.head_dim
+    def _num_tokens(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> int:
+        tokens = sum(sum(part.decoded.sizes) for part in parts)
+        if len(latents) != tokens or (target_rows is not None and len(target_rows) != tokens):
+            raise BadInput(f"features of {len(latents)} tokens for {tokens} coded ones", "pass those of the tokens that were coded")
+        return tokens
 
-    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[K up to a whole tile, D]: U^T S^-1."""
-        if self._matrix is None or self._matrix.dtype != dtype:
-            codec, dim = self.codec, self.codec.layout.dim
-            count = codec.transform.num_components
-            matrix = torch.zeros(-(-count // _TILE) * _TILE, dim, dtype=dtype, device=codec.device)
+    def _inputs(self, latents: torch.Tensor, target_rows: torch.Tensor | None, at: slice) -> torch.Tensor:
+        """[T, F up to a whole tile] in the product's dtype."""
+        x = self.predictor.inputs(latents[at], None if target_rows is None else target_rows[at]).to(self.dtype)
+        return torch.nn.functional.pad(x, (0, self.num_inputs - x.shape[1]))
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """[F + K, D], each up to a whole tile: the predictor's matrix over U^T S^-1. Made at first use."""
+        if self._matrix is None:
+            codec, own = self.codec, self.predictor.matrix
+            dim, count = codec.layout.dim, codec.transform.num_components
+            depth = self.num_inputs + -(-count // _TILE) * _TILE
+            matrix = torch.zeros(depth, dim, dtype=self.dtype, device=codec.device)
+            matrix[: len(own)] = own
             eye = torch.eye(count, device=codec.device)
             for at in range(0, count, _FOLDED_ROWS):
                 some = eye[at : at + _FOLDED_ROWS]
-                matrix[at : at + len(some)] = apply_blocks(codec.transform.expand(some, dim), codec.weighting.inverse).to(dtype)
+                folded = apply_blocks(codec.transform.expand(some, dim), codec.weighting.inverse)
+                matrix[self.num_inputs + at : self.num_inputs + at + len(some)] = folded
             self._matrix = matrix
         return self._matrix

@@ -49,12 +49,12 @@ def encode_ids(ids: Sequence[int]) -> bytes:
     return _HEAD.pack(COMPRESSED, len(narrow), checksum(narrow)) + bytes([width]) + packed
 
 
-def num_ids(frame: bytes) -> int:
+def num_ids(frame: bytes | memoryview) -> int:
     """How many ids a frame claims to hold. Raises CorruptedCode."""
     return _read_head(frame)[1]
 
 
-def decode_ids(frame: bytes, max_tokens: int = MAX_TOKENS) -> list[int]:
+def decode_ids(frame: bytes | memoryview, max_tokens: int = MAX_TOKENS) -> list[int]:
     """Inverse of encode_ids. Nothing larger than `max_tokens` ids is ever reserved, whatever the frame claims.
 
     Raises:
@@ -78,7 +78,7 @@ def decode_ids(frame: bytes, max_tokens: int = MAX_TOKENS) -> list[int]:
     return ids.tolist()
 
 
-def _read_head(frame: bytes) -> tuple[int, int, int]:
+def _read_head(frame: bytes | memoryview) -> tuple[int, int, int]:
     """(coder, number of tokens, checksum). Raises CorruptedCode."""
     if len(frame) < _HEAD.size:
         raise CorruptedCode("the token ids end inside their header", _REMEDY)

@@ -201,8 +201,8 @@ class Engine:
     # --- generating -----------------------------------------------------------------------------------------------------
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption."""
-        return encode_prompt(self.tokenizer, prompt)
+        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption, PromptTooLong."""
+        return encode_prompt(self.tokenizer, prompt, self.context)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -259,19 +259,20 @@ class Engine:
         *,
         quality: str | None = None,
         pack: str | Path | None = None,
+        restore: str = "auto",
         log: Callable[[str], None] = print,
     ) -> Session:
         """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.sessions.session.Session`.
 
-        quality: "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "balanced"). pack: a codec pack's file
-        (default: the pair's own, fitted at first use).
+        quality: "auto", "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "auto": what comes back fastest on
+        this machine). pack: a codec pack's file (default: the pair's own, fitted at first use). restore: "auto", "decode" or "recompute".
 
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.
         """
         from engine.sessions.session import Session
 
-        return Session(self, quality=quality, pack=pack, file=file, log=log)
+        return Session(self, quality=quality, pack=pack, file=file, restore=restore, log=log)
 
     def close_conversation(self, conversation: Conversation) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""
@@ -325,6 +326,7 @@ class Engine:
         """Queue a request; `tokens` were checked."""
         if params.stop and self.tokenizer is None:
             raise InvalidOption("stop strings need a tokenizer", "use stop_token_ids, or give the engine a tokenizer")
+        params.check_vocabulary(self.target.config.vocab_size)
         stop_ids = tuple(self._special[s] for s in params.stop if s in self._special)
         params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stop_ids))
         if self.drafter is not None and params.draft_length == "auto" and self.cost_model is None:

@@ -226,3 +226,37 @@ def is_finite(value: object) -> bool:
         return math.isfinite(float(cast(Any, value)))
     except (OverflowError, ValueError):
         return False
+
+
+def plain_number(value: Any) -> Any:
+    """Python's own int or float for a number of numpy or a tensor of one; anything else, booleans among them, as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "tolist"):
+        value = value.tolist()
+    if is_whole(value):
+        return int(value)
+    return float(value) if is_finite(value) and not isinstance(value, float) else value
+
+
+class named_errors:
+    """Context: whatever a foreign library raises leaves it as one error of ours; our own errors and interrupts pass unchanged.
+
+    Panics of Rust libraries are no `Exception`, so everything but the wish to end is caught.
+
+    Args:
+        error: class to raise.
+        what: what was being done, a clause that the library's own words follow.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, error: type[ForetoldError], what: str, remedy: str) -> None:
+        self._error, self._what, self._remedy = error, what, remedy
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, (ForetoldError, KeyboardInterrupt, SystemExit, GeneratorExit)):
+            return
+        lines = str(error).strip().splitlines()
+        said = lines[0][:160] if lines else type(error).__name__
+        raise self._error(f"{self._what}: {said}", self._remedy) from error

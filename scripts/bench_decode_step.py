@@ -203,7 +203,9 @@ class without:
         self.kind, self.shape = kind, shape
 
     def __enter__(self) -> None:
-        self.kept = {name: getattr(fused_step, name) for name in ("norm_qkv", "decode_attention", "linear_residual", "norm_gate_up", "greedy_head")}
+        self.kept = {
+            name: getattr(fused_step, name) for name in ("norm_qkv", "decode_attention", "linear_residual", "norm_gate_up", "greedy_head")
+        }
         names = {"qkv": "norm_qkv", "attention": "decode_attention", "gate_up": "norm_gate_up", "head": "greedy_head"}
         if self.kind in names:
             setattr(fused_step, names[self.kind], lambda *args, **kwargs: None)
@@ -227,7 +229,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 class Bench:
     """One model shape and one (batch, length) of rows."""
 
-    def __init__(self, weights: DecodeWeights, shape: DecodeShape, rows: tuple[int, int], context: int, keys: int, plan: DecodePlan | None = None):
+    def __init__(
+        self, weights: DecodeWeights, shape: DecodeShape, rows: tuple[int, int], context: int, keys: int, plan: DecodePlan | None = None
+    ):
         self.weights, self.shape = weights, shape
         device = weights.head.device
         batch, length = rows
@@ -289,7 +293,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def parse_rows(text: str) -> list[tuple[int, int]]:
-    """"5,8x1" -> [(1, 5), (8, 1)]."""
+    """ "5,8x1" -> [(1, 5), (8, 1)]."""
     pairs = [(item if "x" in item else f"1x{item}").split("x") for item in text.split(",")]
     return [(int(a), int(b)) for a, b in pairs]
 

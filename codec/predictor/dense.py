@@ -63,7 +63,13 @@ class DensePredictor:
         flat = rms_normalise(rows.to(self.weight.device)).flatten(1)
         return (flat - self.mean[: self._split]) / self.std[: self._split]
 
-    def _inputs(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+    @property
+    def matrix(self) -> Tensor:
+        """[F, D]: the prediction is mu + inputs @ matrix."""
+        return self.weight
+
+    def inputs(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+        """float32 [n, F]: standardised features, from reduced ones [n, taps * E] and the target's hidden states [n, target taps, E_t]."""
         parts = [latents.to(self.weight.device, torch.float32)]
         if self.spec.target_taps:
             rows = rms_normalise(check_target_rows(self.spec, target_rows).to(self.weight.device)).flatten(1)
@@ -72,7 +78,7 @@ class DensePredictor:
 
     def predict(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
         """KV vectors float32 [n, D] from reduced features [n, taps * E] and the target's hidden states [n, target taps, E_t]."""
-        return self.mu + (self._inputs(latents, target_rows).to(self.weight.dtype) @ self.weight).float()
+        return self.mu + (self.inputs(latents, target_rows).to(self.weight.dtype) @ self.weight).float()
 
     def predict_features(self, features: Tensor) -> Tensor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
@@ -85,7 +91,7 @@ class DensePredictor:
         """
         if self.attention is None or self.level_strength <= 0:
             return None
-        return -0.5 * self.level_strength * (self._inputs(latents, target_rows) @ self.attention)
+        return -0.5 * self.level_strength * (self.inputs(latents, target_rows) @ self.attention)
 
     def to(self, device: torch.device | str) -> DensePredictor:
         """The same predictor with its tensors on `device`."""

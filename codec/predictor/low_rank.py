@@ -53,13 +53,22 @@ class Predictor:
             raise PredictorError(what, f"take {len(self.spec.taps)} taps of {self.draft_size} channels: {self.spec.taps}")
         return rms_normalise(rows.to(self.down.device)).flatten(1) @ self.down[: self._split] + self.offset
 
-    def predict(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
-        """KV vectors float32 [n, D] from reduced features [n, r] and the target's hidden states [n, target taps, E_t] (None without such taps)."""
+    @property
+    def matrix(self) -> Tensor:
+        """[r, D]: the prediction is mu + inputs @ matrix."""
+        return self.up
+
+    def inputs(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+        """float32 [n, r] from reduced features [n, r] and the target's hidden states [n, target taps, E_t] (None without such taps)."""
         total = latents.to(self.down.device, torch.float32)
         if self.spec.target_taps:
             rows = check_target_rows(self.spec, target_rows).to(self.down.device)
             total = total + rms_normalise(rows).flatten(1) @ self.down[self._split :]
-        return torch.addmm(self.mu, total, self.up)
+        return total
+
+    def predict(self, latents: Tensor, target_rows: Tensor | None) -> Tensor:
+        """KV vectors float32 [n, D] from what `inputs` takes."""
+        return torch.addmm(self.mu, self.inputs(latents, target_rows), self.up)
 
     def predict_features(self, features: Tensor) -> Tensor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""

@@ -60,9 +60,10 @@ def open_session(engine: Engine, args: argparse.Namespace) -> Session:
     session = engine.session(args.session if exists else None, quality=args.quality, pack=args.pack, log=say)
     if session.resumed is not None:
         r = session.resumed
-        say(
-            f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s (draft {r.draft_s:.2f} s, decoding {r.decode_s:.2f} s)"
+        how = (
+            f"draft {r.draft_s:.2f} s, decoding {r.decode_s:.2f} s" if r.restore == "decode" else "to be recomputed from their ids, exactly"
         )
+        say(f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s ({how}){because(r.reason)}")
     return session
 
 
@@ -131,8 +132,13 @@ def keep(session: Session, args: argparse.Namespace) -> None:
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0
     say(
         f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
-        f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s)"
+        f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s){because(r.reason)}"
     )
+
+
+def because(reason: str | None) -> str:
+    """Why a session is restored as it is, to be put behind what was done."""
+    return "" if reason is None else f"; {reason}"
 
 
 def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:

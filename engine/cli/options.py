@@ -14,8 +14,10 @@ from engine.errors import EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
+from engine.text.prompts import prompt_text
 
 DEFAULT_PAIR = "smollm2"
+MAX_PROMPT_BYTES = 64 << 20
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,11 +118,15 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def given_prompt(args: argparse.Namespace) -> str | None:
     """The prompt from the command line or a file, None when there is neither. Raises InvalidOption."""
     if args.prompt_file is None:
-        return None if args.prompt is None else _checked_text(args.prompt)
+        return None if args.prompt is None else prompt_text(args.prompt, "the prompt")
     try:
-        return args.prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with args.prompt_file.open("rb") as file:  # a pipe as well, as shells pass what a command writes
+            content = file.read(MAX_PROMPT_BYTES + 1)
+    except (OSError, ValueError) as error:
         raise InvalidOption(f"the prompt file {args.prompt_file} cannot be read: {error}", "give a UTF-8 text file") from error
+    if len(content) > MAX_PROMPT_BYTES:
+        raise InvalidOption(f"the prompt file {args.prompt_file} has more than {MAX_PROMPT_BYTES:,} bytes", "give a shorter text")
+    return prompt_text(content, f"the prompt file {args.prompt_file} cannot be read: it")
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -136,18 +142,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 def read_input(read: Callable[[], str]) -> str:
     """What `read` takes from standard input. Raises InvalidOption when that is no text, and EOFError as `input` does."""
     try:
-        return _checked_text(read())
+        return prompt_text(read(), "standard input")
     except UnicodeDecodeError as error:
         raise InvalidOption(f"standard input is not text: {error}", "give UTF-8") from error
-
-
-def _checked_text(text: str) -> str:
-    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidOption("the prompt is not valid text", "give UTF-8") from error
-    return text
 
 
 def report(error: ForetoldError) -> int:

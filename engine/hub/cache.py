@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,19 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def cache_home() -> Path:
-    """FORETOLD_HOME when set, else `foretold` in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    """FORETOLD_HOME when set, else `foretold` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Raises:
+        CacheNotWritable: there is no home folder, or no user of the name that the path begins with.
+    """
     chosen = os.environ.get("FORETOLD_HOME")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "foretold"
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return (Path(base) if base else Path.home() / ".cache") / "foretold"
+    except (RuntimeError, OSError) as error:
+        raise CacheNotWritable(f"the cache folder cannot be found: {error}", "set FORETOLD_HOME to a folder you may write to") from error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -59,9 +67,11 @@ def require_free(folder: Path, num_bytes: int) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file under a temporary name, syncs it and renames it, so that readers see the old content or the new."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # a name that nobody can have laid a link at, as short as the target's may be long
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -7,15 +7,19 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from engine.errors import UnsupportedArchitecture
+from engine.errors import ModelNotFound, UnsupportedArchitecture
 from engine.hub.gguf import GgufFile, GgufTensor, dequantize_rows
 from engine.hub.gguf_tokenizer import end_token_ids, write_tokenizer
 from engine.hub.progress import Progress, silent
+from engine.inputs import Fields, shown
+from engine.model.config import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, DecoderConfig
+from engine.model.weights import expected_shapes
 
 _CHUNK_ELEMENTS = 1 << 22
 _FAMILIES = {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")}
@@ -52,6 +56,7 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
 
     Raises:
         UnsupportedArchitecture: another family, tokenizer or tensor.
+        ModelNotFound: the file is broken, or its metadata and tensors do not fit each other or are not finite.
     """
     with GgufFile(path) as source:
         config = _hf_config(source)
@@ -66,36 +71,38 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
 def _hf_config(source: GgufFile) -> dict[str, Any]:
     metadata = source.metadata
     family = metadata.get("general.architecture")
-    if family not in _FAMILIES:
-        raise UnsupportedArchitecture(f"GGUF files of the {family!r} family", f"readable: {', '.join(sorted(_FAMILIES))}")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise UnsupportedArchitecture(f"GGUF files of the {shown(family)} family", f"readable: {', '.join(sorted(_FAMILIES))}")
     scaling = [key for key in metadata if key.startswith(f"{family}.rope.scaling")]
     if scaling or f"{family}.attention.sliding_window" in metadata:
         raise UnsupportedArchitecture("GGUF files with RoPE scaling or sliding windows", "use the model's Hugging Face folder")
     architecture, model_type = _FAMILIES[family]
-
-    def value(name: str) -> Any:
-        return metadata[f"{family}.{name}"]
-
-    heads, hidden = value("attention.head_count"), value("embedding_length")
+    remedy = "fetch the file again, or use the model's Hugging Face folder"
+    named = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    fields = Fields(named, "the GGUF file", ModelNotFound, remedy)
+    tokens = Fields(metadata, "the GGUF file", ModelNotFound, remedy)
+    if "token_embd.weight" not in source.tensors:
+        raise ModelNotFound("the GGUF file lacks the tensor 'token_embd.weight'", remedy)
+    heads, hidden = fields.integer("attention.head_count", 1, MAX_HEADS), fields.integer("embedding_length", 1, MAX_WIDTH)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
         "dtype": "bfloat16",
         "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
+        "intermediate_size": fields.integer("feed_forward_length", 1, 4 * MAX_WIDTH),
+        "num_hidden_layers": fields.integer("block_count", 1, MAX_LAYERS),
         "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv"),
-        "head_dim": metadata.get(f"{family}.attention.key_length", hidden // heads),
+        "num_key_value_heads": fields.integer("attention.head_count_kv", 1, MAX_HEADS, heads),
+        "head_dim": fields.integer("attention.key_length", 2, MAX_HEAD_DIM, hidden // heads),
         "hidden_act": "silu",
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(value("rope.freq_base"))},
+        "max_position_embeddings": fields.integer("context_length", 1, MAX_CONTEXT),
+        "rms_norm_eps": _shortest(fields.number("attention.layer_norm_rms_epsilon", 0.0, 1.0)),
+        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(fields.number("rope.freq_base", 1.0, 1e15, 10_000.0))},
         "vocab_size": source.tensors["token_embd.weight"].num_rows,
         "tie_word_embeddings": "output.weight" not in source.tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": tokens.integer("tokenizer.ggml.bos_token_id", 0, MAX_VOCAB, -1),
         "eos_token_id": end_token_ids(metadata),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": tokens.integer("tokenizer.ggml.padding_token_id", 0, MAX_VOCAB, -1),
         "attention_dropout": 0.0,
         "use_cache": True,
     }
@@ -105,7 +112,26 @@ def _hf_config(source: GgufFile) -> dict[str, Any]:
         config |= {"attention_bias": False, "mlp_bias": False}
     # the oldest release that reads this form; without it 5.17 takes every folder for an early Mistral and warns of its tokenizer
     config["transformers_version"] = "5.17.0"
-    return {key: item for key, item in config.items() if item is not None}
+    config = {key: item for key, item in config.items() if item != -1}
+    _check_tensors(source, config)
+    return config
+
+
+def _check_tensors(source: GgufFile, config: dict[str, Any]) -> None:
+    """ModelNotFound or UnsupportedArchitecture unless the file holds the tensors that a decoder of this config has, and no other."""
+    shape = DecoderConfig.from_hf(SimpleNamespace(**config))
+    held = {_hf_name(tensor.name): tensor.shape for tensor in source.tensors.values()}
+    depth = 1 + max((int(match[1]) for name in held if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))), default=-1)
+    if shape.num_layers > depth:  # looked at first, as the names to expect grow with it
+        raise ModelNotFound(f"the GGUF file holds {depth} layers, its metadata speaks of {shape.num_layers}", "fetch the file again")
+    expected = expected_shapes(shape)
+    wrong = next((name for name in expected if held.get(name) != expected[name]), None)
+    if wrong is not None:
+        what = f"the GGUF file holds {wrong} of shape {list(held[wrong])}" if wrong in held else f"the GGUF file lacks {wrong}"
+        raise ModelNotFound(f"{what}, its metadata speaks of {list(expected[wrong])}", "fetch the file again")
+    extra = next((name for name in held if name not in expected), None)
+    if extra is not None:
+        raise UnsupportedArchitecture(f"the GGUF file holds {extra}, which such a model does not have", "use the Hugging Face folder")
 
 
 def _shortest(number: float) -> float:
@@ -116,9 +142,9 @@ def _shortest(number: float) -> float:
 def _hf_name(name: str) -> str:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _LAYER_NAMES:
-        raise UnsupportedArchitecture(f"the GGUF tensor {name!r}", "only plain Llama and Qwen2 layers are read")
+        raise UnsupportedArchitecture(f"the GGUF tensor {shown(name)}", "only plain Llama and Qwen2 layers are read")
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
 
 
@@ -156,6 +182,8 @@ def _write_weights(source: GgufFile, config: dict[str, Any], out: BinaryIO, prog
         for first in range(0, tensor.num_rows, step):
             raw = source.rows(tensor, first, min(first + step, tensor.num_rows))
             values = dequantize_rows(raw if order is None else raw[order], tensor.kind)
+            if not np.isfinite(values).all():
+                raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite", "fetch the file again")
             rounded = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
             write(rounded.reshape(-1).view(np.uint8).data)
             done += rounded.nbytes

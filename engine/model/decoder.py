@@ -59,6 +59,7 @@ class Decoder(nn.Module):
         # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
         self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False)
         self._tied_head: torch.Tensor | None = None
+        self.weight_sum: int | None = None  # over the bytes it was loaded from (`load_tensors`)
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
         self._product = choose_product(self.dtype, self.device)
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
         """
         config, stored = open_checkpoint(Path(path))
         decoder = cls._materialise(config, dtype, device)
-        load_tensors(stored, decoder.hf_tensors())
+        decoder.weight_sum = load_tensors(stored, decoder.hf_tensors())
         return decoder.pack()
 
     @classmethod

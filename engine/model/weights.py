@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -45,22 +46,32 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelNotFound: there are neither, a shard is missing, or the index is malformed or names a file outside the folder.
     """
-    if is_file(folder / SINGLE):
-        return [folder / SINGLE]
-    index = folder / INDEX
+    single, index = folder / SINGLE, folder / INDEX
+    if is_file(single) and not _is_first_shard(index):
+        return [single]
     if not is_file(index):
         raise ModelNotFound(f"{folder} has no {SINGLE} and no {INDEX}", "convert the weights to safetensors")
     names = read_json_object(index, ModelNotFound, _AGAIN).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) and name for name in names.values()):
         raise ModelNotFound(f"{index} has no weight_map from tensors to files", _AGAIN)
-    files = []
-    for name in sorted(set(names.values())):
+    shards = sorted(set(names.values()))
+    for name in shards:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
             raise ModelNotFound(f"{index} names {shown(name)}, which is outside the folder", _AGAIN)
-        if not is_file(folder / name):
-            raise ModelNotFound(f"{folder} lacks the shard {shown(name)[1:-1]}", "download the model again")
-        files.append(folder / name)
-    return files
+    missing = [name for name in shards if not is_file(folder / name)]
+    if missing:
+        what = f"{folder} lacks {len(missing)} of {len(shards)} weight files, {shown(missing[0])[1:-1]} first"
+        raise ModelNotFound(what, "download the model again")
+    return [folder / name for name in shards]
+
+
+def _is_first_shard(index: Path) -> bool:
+    """Whether an index names `model.safetensors` among other files; one that does not, or cannot be read, is a left-over beside it."""
+    try:
+        names = read_json_object(index, ModelNotFound, _AGAIN).get("weight_map")
+    except ModelNotFound:
+        return False
+    return isinstance(names, dict) and SINGLE in names.values() and any(name != SINGLE for name in names.values())
 
 
 def index_file(path: Path) -> dict[str, StoredTensor]:
@@ -215,8 +226,8 @@ def same_values(one: StoredTensor, other: StoredTensor | None) -> bool:
     return True
 
 
-def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None = None, name: str = "a tensor") -> None:
-    """Fill `target` (contiguous, the stored shape, any float dtype and device) through a small buffer.
+def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None = None, name: str = "a tensor") -> int:
+    """Fill `target` (contiguous, the stored shape, any float dtype and device) through a small buffer; returns a sum over the bytes read.
 
     Raises:
         ModelNotFound: the shapes differ, the file ends early, or a value is NaN or infinite, as stored or in the target's dtype.
@@ -234,17 +245,20 @@ def read_into(source: StoredTensor, target: torch.Tensor, file: BinaryIO | None 
     direct = target.device.type == "cpu" and target.dtype == source.dtype
     step = _CHUNK_BYTES // source.dtype.itemsize
     buffer = flat if direct else torch.empty(min(step, flat.numel()), dtype=source.dtype)
+    total = 0
     for start in range(0, flat.numel(), step):
         count = min(step, flat.numel() - start)
         piece = flat[start : start + count] if direct else buffer[:count]
-        _read_exactly(file, memoryview(piece.view(torch.uint8).numpy()), source.path)  # type: ignore[arg-type]
+        content = piece.view(torch.uint8).numpy()
+        _read_exactly(file, memoryview(content), source.path)  # type: ignore[arg-type]
+        total = (total * 0x9E3779B97F4A7C15 + _sum(content)) % 2**64
         low, high = (float(value) for value in piece.aminmax())  # NaN if any value is
         limit = torch.finfo(target.dtype).max
         if not -limit <= low <= high <= limit:
             raise ModelNotFound(f"{source.path.name} holds numbers in {name} that are not finite in {target.dtype}", _AGAIN)
         if not direct:
             flat[start : start + count].copy_(piece)
-    return None
+    return total
 
 
 def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
@@ -256,20 +270,33 @@ def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
         done += count
 
 
-def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> None:
+def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> int:
     """Fill every target from the stored tensor of its name.
 
     Args:
         stored: tensors of an `open_checkpoint`.
         targets: Hugging Face tensor name -> destination (a view of a fused parameter counts, as long as it is contiguous).
 
+    Returns:
+        A sum over all bytes read, 64 bits, the same for every dtype and device of the targets. Any one changed byte changes it; it is no
+        digest (`engine.hub.fingerprint` says what it serves for).
+
     Raises:
         ModelNotFound: a file ends early, or a weight is not finite.
     """
+    total = 0
     for path, names in _by_file(targets, stored):
         with path.open("rb", buffering=0) as file:
             for name in names:
-                read_into(stored[name], targets[name], file, name)
+                # odd factors, so that no exchange of two tensors goes unseen
+                total = (total * 0x9E3779B97F4A7C15 + read_into(stored[name], targets[name], file, name)) % 2**64
+    return total
+
+
+def _sum(content: np.ndarray) -> int:
+    """Sum of the bytes uint8 [n] taken as 64-bit words, modulo 2^64."""
+    words = content[: len(content) // 8 * 8].view(np.uint64)
+    return (int(words.sum()) + int.from_bytes(content[words.nbytes :].tobytes(), "little")) % 2**64
 
 
 def _by_file(targets: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:

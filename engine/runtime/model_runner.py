@@ -20,6 +20,7 @@ from draft.protocols import CausalDecoder
 from draft.tree import Placement
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
+from engine.runtime.sampling import finite_rows
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.dispatch import use_triton
 
@@ -343,7 +344,7 @@ class PlainDecoding:
         self._ahead: _Ahead | None = None
 
     def step(self, sequences: list[KvSequence], last_tokens: Sequence[int], room: Sequence[int], draw: Any | None) -> list[int]:
-        """One token for each request.
+        """One token for each request, -1 where its logits are not finite.
 
         Args:
             sequences: each with all tokens but the last one committed; pages for one more token are promised where room allows it.
@@ -366,13 +367,12 @@ class PlainDecoding:
             sequence.ensure(start + 1)
         step = target.step(batch, 1, max(len(s.pages) for s in sequences), 0, target.config.num_layers, (), True)
         step.fill(starts, [1] * batch, sequences, target.tables)
-        step.buffers.token_ids[:batch] = tokens
+        step.buffers.token_ids[:batch] = tokens.clamp_min(0)
         target.replay(step)
-        if draw is None:
-            found = step.buffers.next_tokens[:batch].clone()
-        else:
-            assert step.buffers.logits is not None
-            found = draw(step.buffers.logits[:batch], [start + 1 for start in starts])
+        assert step.buffers.logits is not None
+        logits = step.buffers.logits[:batch]
+        found = step.buffers.next_tokens[:batch] if draw is None else draw(logits, [start + 1 for start in starts])
+        found = torch.where(finite_rows(logits), found, -1)
         return _Ahead(list(sequences), starts, found, _copy_out(found))
 
 

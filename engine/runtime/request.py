@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
+
 from draft.length import MAX_AUTO_LENGTH, LengthController
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.sampling import SamplingParams
+from engine.runtime.sampling import SamplingParams, TokenHistory
 from engine.text.detokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "eos"]
@@ -96,6 +98,7 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.token_ids)
@@ -122,6 +125,14 @@ class Request:
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return min(self.params.max_new_tokens - self.num_new, self.context - len(self.token_ids))
+
+    def history(self, vocab_size: int, device: torch.device) -> TokenHistory | None:
+        """Its tokens counted for the penalties; None where it has none."""
+        if not self.params.penalised:
+            return None
+        if self._history is None:
+            self._history = TokenHistory(self.params, vocab_size, self.prompt_tokens, device)
+        return self._history.follow(self.token_ids)
 
     def longest(self, *, drafts: bool) -> int:
         """Most tokens it may have in a cache at once, and memory is promised for; with `drafts`, those of its last step included."""

@@ -6,32 +6,45 @@ Axes: n rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engine.errors import InvalidOption
+from engine.inputs import is_finite, is_whole, plain_number, shown
 from kernels.accept import LANE_DRAFT, sample_rows
 from kernels.philox import philox_uniform
+from kernels.race import race
 
 NUCLEUS_CANDIDATES = 1024  # largest logits tried first for top-p; a full sort of the vocabulary only when they do not hold the mass
 MAX_DRAFT_LENGTH = 64
+MAX_PENALTY = 2.0  # of frequency and presence, as OpenAI bounds them
+MAX_BIAS = 100.0  # of a logit, likewise
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is continued.
 
-    max_new_tokens: at most this many tokens. temperature: 0 is greedy. top_k: keep the k most probable tokens, 0 keeps all (ties with
-    the k-th stay). top_p: keep the smallest set of most probable tokens holding this mass, 1 keeps all. min_p: drop tokens less probable
-    than min_p times the most probable one. The filters apply in this order, after the temperature. seed: of the counter-based random
-    numbers; None takes a fresh one, and lets the automatic draft length look at the load of the whole batch (a given seed promises the
-    same text in any batch). stop: strings that end the text (left out of it). stop_token_ids: tokens that end it (kept in the ids, not
-    in the text). ignore_eos: go on after an end-of-sequence token. draft_length: tokens drafted a step, 0 for no speculation, "auto" for
-    the length with the best expected tokens per second.
+    max_new_tokens: at most this many tokens. stop: strings that end the text (left out of it; None is none). stop_token_ids: tokens that end it
+    (kept in the ids, not in the text). ignore_eos: go on after an end-of-sequence token. draft_length: tokens drafted a step, 0 for no
+    speculation, "auto" for the length with the best expected tokens per second.
+
+    What follows makes the distribution that is sampled, in this order.
+    logit_bias: token id -> number added to its logit.
+    repetition_penalty: of every token in prompt or new text, a positive logit is divided by it and a negative one multiplied (Keskar et al.,
+    "CTRL", 2019; transformers' `repetition_penalty`); 1 is none.
+    frequency_penalty, presence_penalty: taken off a token's logit for each time, and once if, it occurs in the new text (OpenAI's); 0 is none.
+    temperature: logits are divided by it; 0 is greedy: the largest logit is taken, whatever follows.
+    top_k: keep the k most probable tokens, 0 keeps all (ties with the k-th stay). top_p: keep the smallest set of most probable tokens holding
+    this mass, 1 keeps all. min_p: drop tokens less probable than min_p times the most probable one.
+
+    seed: None draws by rejection sampling (few drafts are lost) with fresh random numbers. A given seed names the same text every time: it is a
+    function of model, prompt, parameters and seed, whatever drafts, draft length, batch or load (docs/guarantees.md says where arithmetic limits
+    this); its drafts are accepted a little less often.
 
     Raises InvalidOption for a value outside its range.
     """
@@ -46,50 +59,162 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     draft_length: int | Literal["auto"] = "auto"
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        self._make_plain()
         _require(
-            _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
+            is_whole(self.max_new_tokens) and 1 <= self.max_new_tokens < 2**63,
             "max_new_tokens",
             self.max_new_tokens,
             "give a whole number from 1 on",
         )
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 is greedy, 1 the model's own")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "give a whole number, 0 for no limit")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and up to 1, 1 for no limit")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1, 0 for no limit")
         _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
+            # beyond these float32 makes 0 or infinity of it
+            is_finite(self.temperature) and (self.temperature == 0 or 1e-10 <= self.temperature <= 1e10),
+            "temperature",
+            self.temperature,
+            "0 is greedy, 1 the model's own; give 0, or 1e-10 to 1e10",
+        )
+        _require(is_whole(self.top_k) and 0 <= self.top_k < 2**63, "top_k", self.top_k, "give a whole number, 0 for no limit")
+        _require(is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "give a number above 0 and up to 1, 1 for no limit")
+        _require(is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "give a number from 0 to 1, 0 for no limit")
+        _require(
+            self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 2**63),
             "seed",
             self.seed,
             "give a whole number from 0 to 2^63 - 1",
         )
-        strings = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         _require(strings, "stop", self.stop, "give a tuple of non-empty strings")
         _require(
-            all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "give a tuple of token ids"
+            isinstance(self.stop_token_ids, tuple) and all(is_whole(t) and 0 <= t < 2**63 for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "give a tuple of token ids",
         )
-        automatic = self.draft_length == "auto"
-        fixed = _is_int(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
+        automatic = isinstance(self.draft_length, str) and self.draft_length == "auto"
+        fixed = is_whole(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
         _require(automatic or fixed, "draft_length", self.draft_length, f'give a whole number from 0 to {MAX_DRAFT_LENGTH}, or "auto"')
+
+        _require(
+            is_finite(self.repetition_penalty) and 1e-10 <= self.repetition_penalty <= 1e10,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "give a number above 0, 1 for none",
+        )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            remedy = f"give a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}, 0 for none"
+            _require(is_finite(value) and abs(value) <= MAX_PENALTY, name, value, remedy)
+        biases = self.logit_bias
+        _require(
+            isinstance(biases, dict)
+            and all(is_whole(i) and 0 <= i < 2**63 and is_finite(bias) and abs(bias) <= MAX_BIAS for i, bias in biases.items()),
+            "logit_bias",
+            biases,
+            f"give token ids with numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}",
+        )
+
+    def _make_plain(self) -> None:
+        """Numbers of numpy and torch become Python's, lists tuples, and None nothing to stop at; what is neither stays, to be refused."""
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            given = given.tolist() if hasattr(given, "tolist") else given
+            if given is None or isinstance(given, list):
+                object.__setattr__(self, name, tuple(plain_number(item) for item in given or ()))
+        if self.logit_bias is None or isinstance(self.logit_bias, Mapping):
+            biases = {plain_number(i): plain_number(bias) for i, bias in (self.logit_bias or {}).items()}
+            object.__setattr__(self, "logit_bias", biases)
 
     @property
     def greedy(self) -> bool:
         """True when the most probable token is always taken."""
         return self.temperature == 0
 
+    @property
+    def coupled(self) -> bool:
+        """True when the target's token at a position does not depend on the drafts: greedy, or drawn by a race under a seed."""
+        return self.greedy or self.seed is not None
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    @property
+    def penalised(self) -> bool:
+        """True when logits are changed by the tokens before them, or by a bias."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0 or bool(self.logit_bias)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises InvalidOption where logit_bias names a token that a vocabulary of this size does not have."""
+        wrong = next((i for i in self.logit_bias if i >= vocab_size), None)
+        if wrong is not None:
+            raise InvalidOption(f"logit_bias names token {wrong} of a vocabulary of {vocab_size}", "use the target's own tokenizer")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_NUMBERS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "draft_length"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+)
 
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:
     if not valid:
-        raise InvalidOption(f"{name} cannot be {value!r}", remedy)
+        raise InvalidOption(f"{name} cannot be {shown(value)}", remedy)
+
+
+class TokenHistory:
+    """What penalties need of one request's tokens, counted once each.
+
+    Args:
+        params: the request's.
+        vocab_size: V of the target.
+        prompt_tokens: how many of the tokens are the prompt's.
+        device: of the logits.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt_tokens: int, device: torch.device) -> None:
+        self.params, self.prompt_tokens, self.length = params, prompt_tokens, 0
+        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or new text
+        self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # in the new text
+        self._bias: Tensor | None = None
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=device)
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device).index_add_(0, ids, values)
+
+    def follow(self, token_ids: Sequence[int]) -> TokenHistory:
+        """Count the tokens that joined since the last call; token_ids: all of the request's, prompt first."""
+        for start, new_text in ((self.length, False), (max(self.length, self.prompt_tokens), True)):
+            new = torch.tensor(token_ids[start:], dtype=torch.int64, device=self._seen.device)
+            if new_text:
+                self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
+            else:
+                self._seen[new] = True
+        self.length = len(token_ids)
+        return self
+
+    def penalise(self, logits: Tensor, drafts: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Logits [V'] of the token after `drafts` [k] int64, which follow the counted ones, with bias and penalties, float32.
+
+        token_ids [V']: what the columns stand for, where they are but some of the vocabulary.
+        """
+        p, logits = self.params, logits.float()
+
+        def columns(values: Tensor) -> Tensor:
+            return values if token_ids is None else values[token_ids]
+
+        if self._bias is not None:
+            logits = logits + columns(self._bias)
+        if p.repetition_penalty != 1:
+            seen = columns(self._seen.index_fill(0, drafts, True))
+            logits = torch.where(seen, torch.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty), logits)
+        if p.frequency_penalty != 0 or p.presence_penalty != 0:
+            counts = columns(self._counts.index_add(0, drafts, torch.ones_like(drafts, dtype=torch.float32)))
+            logits = logits - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
+        return logits
 
 
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -129,7 +254,7 @@ def _cuts(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
     rows = torch.tensor(filtered, device=device)
     chosen = scaled if len(filtered) == scaled.shape[0] else scaled[rows]
     largest = chosen.topk(count).values  # [m, count], descending
-    floor = torch.full((len(filtered),), -math.inf, device=device)
+    floor = torch.full((len(filtered),), -math.inf, dtype=torch.float32, device=device)
     has_k = torch.tensor([limits[i] > 0 for i in filtered], device=device)
     kth = largest.gather(1, torch.tensor([[max(limits[i], 1) - 1] for i in filtered], device=device))[:, 0]
     floor = torch.where(has_k, kth, floor)
@@ -166,46 +291,121 @@ def _mass_cuts(values: Tensor, floor: Tensor, wanted: Tensor) -> tuple[Tensor, T
 class BatchSampler:
     """Draws tokens for the requests of one step; implements `draft.protocols.DraftSampler`.
 
+    A request with a seed draws by an exponential race (`kernels.race`), the same noise for a draft and for the target at its position; the
+    others by inverting the cumulative sum, with random numbers of their own for drafts.
+
     Args:
         params: one per request.
         seeds: one per request, the key of its random numbers.
         vocab_size: V of the target; a draft's logits are cut or padded with -inf to it (families pad their vocabularies differently).
+        histories: one per request, that has counted all its tokens; None where it is not penalised. Empty: no request is.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        vocab_size: int,
+        histories: Sequence[TokenHistory | None] = (),
+    ) -> None:
         self.params, self.seeds, self.vocab_size = list(params), list(seeds), vocab_size
+        self._histories = list(histories) or [None] * len(self.params)
+        for own, history in zip(self.params, self._histories, strict=True):
+            assert (history is None) == (not own.penalised), "penalties need a history, and nothing else has one"
+        self._drafts: list[dict[int, Tensor]] = [{} for _ in self.params]  # of penalised requests: position -> draft [1]
 
     def draw(
         self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int = LANE_DRAFT, *, token_ids: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Draw one token per row of logits [n, V'] float32; rows: the request of each row; positions: the sequence index of each drawn
-        token. token_ids [V'] int64, ascending: the ids the columns stand for, where they are but some of the vocabulary.
+        token, which follows the request's tokens and what was drawn here after them. token_ids [V'] int64, ascending: the ids the columns
+        stand for, where they are but some of the vocabulary.
 
         Returns tokens [n] int64 and per row the distribution [V] float32 it came from, or None for a greedy request.
         """
-        if token_ids is not None:
-            # temperature and filters see the same finite logits in the same order as in a row of V with -inf elsewhere, for a part of the work
-            tokens, found = self._draw(logits, rows, positions, lane)
-            return token_ids[tokens], [None if q is None else q.new_zeros(self.vocab_size).index_copy_(0, token_ids, q) for q in found]
-        if logits.shape[-1] != self.vocab_size:
-            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-math.inf)
-        return self._draw(logits, rows, positions, lane)
+        before: list[Tensor | Sequence[int]] = []
+        for r, position in zip(rows, positions, strict=True):
+            history = self._histories[r]
+            before.append([] if history is None else [self._drafts[r][at] for at in range(history.length, position)])  # type: ignore[misc]
+        tokens, distributions = self.draw_after(logits, rows, positions, before, lane, token_ids=token_ids)
+        for i, (r, position) in enumerate(zip(rows, positions, strict=True)):
+            if self._histories[r] is not None:
+                self._drafts[r][position] = tokens[i : i + 1]
+        return tokens, distributions
 
-    def _draw(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int) -> tuple[Tensor, list[Tensor | None]]:
-        """As `draw`, tokens and distributions in terms of the columns."""
+    def draw_after(
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        before: Sequence[Any],
+        lane: int,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """As `draw`; before: per row the drafts between the request's tokens and the drawn one, ids or tensors [1] of one."""
+        width = logits.shape[-1]
+        if token_ids is None and width != self.vocab_size:
+            logits = torch.nn.functional.pad(logits, (0, self.vocab_size - width), value=-math.inf)
+        logits = self.penalise(logits, rows, before, token_ids=token_ids)
         sampled = [i for i, r in enumerate(rows) if not self.params[r].greedy]
-        if not sampled:
-            return logits.argmax(-1), [None] * len(rows)
-        whole = len(sampled) == len(rows)
-        index = torch.tensor(sampled, device=logits.device)
-        probs = probabilities(logits if whole else logits[index], [self.params[rows[i]] for i in sampled])
-        seeds, places = self.counters([rows[i] for i in sampled], [positions[i] for i in sampled], logits.device)
-        drawn = sample_rows(probs, philox_uniform(seeds, places, lane))
         distributions: list[Tensor | None] = [None] * len(rows)
-        for i, row in zip(sampled, probs, strict=True):
+        if len(sampled) < len(rows):
+            tokens = logits.argmax(-1)
+            tokens = tokens if token_ids is None else token_ids[tokens]
+        if not sampled:
+            return tokens, distributions
+        whole = len(sampled) == len(rows)
+        # temperature and filters see the same finite logits in the same order as in a row of V with -inf elsewhere, for a part of the work
+        probs = probabilities(logits if whole else logits[_index(sampled, logits)], [self.params[rows[i]] for i in sampled])
+        full = probs if token_ids is None else probs.new_zeros(len(sampled), self.vocab_size).index_copy_(1, token_ids, probs)
+        drawn = self._draw(probs, full, [rows[i] for i in sampled], [positions[i] for i in sampled], lane, token_ids)
+        for i, row in zip(sampled, full, strict=True):
             distributions[i] = row
-        return (drawn if whole else logits.argmax(-1).index_copy(0, index, drawn)), distributions
+        return (drawn if whole else tokens.index_copy(0, _index(sampled, logits), drawn)), distributions
+
+    def _draw(
+        self, probs: Tensor, full: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int, token_ids: Tensor | None
+    ) -> Tensor:
+        """One token [n] int64 per row of probs [n, V'] and full [n, V], the same distributions."""
+        seeds, places = self.counters(rows, positions, probs.device)
+        raced = [i for i, r in enumerate(rows) if self.params[r].coupled]
+        if len(raced) == len(rows):
+            return race(full, seeds, places)
+        drawn = sample_rows(probs, philox_uniform(seeds, places, lane))
+        drawn = drawn if token_ids is None else token_ids[drawn]
+        if raced:
+            own = _index(raced, probs)
+            drawn = drawn.index_copy(0, own, race(full[own], seeds[own], places[own]))
+        return drawn
+
+    def penalise(self, logits: Tensor, rows: Sequence[int], before: Sequence[Any], *, token_ids: Tensor | None = None) -> Tensor:
+        """Logits [n, V'] with the biases and penalties of the rows' requests, each row after its drafts `before`; `logits` itself where no request has
+        any. The draft's proposals and the target's verification both come through here."""
+        penalised = [i for i, r in enumerate(rows) if self._histories[r] is not None]
+        if not penalised:
+            return logits
+        logits = logits.float().clone()
+        for i in penalised:
+            history, own = self._histories[rows[i]], before[i]
+            assert history is not None
+            drafts = (
+                torch.cat(list(own))
+                if len(own) and isinstance(own[0], Tensor)
+                else torch.tensor(list(own), dtype=torch.int64, device=logits.device)
+            )
+            logits[i] = history.penalise(logits[i], drafts, token_ids)
+        return logits
 
     def counters(self, rows: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Seeds and positions of rows as int64 tensors, the arguments of `philox_uniform`."""
+        """Seeds and positions of rows as int64 tensors, the arguments of `philox_uniform` and `race`."""
         return torch.tensor([self.seeds[r] for r in rows], device=device), torch.tensor(list(positions), device=device)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Which rows of logits [n, V] hold finite numbers alone, [n] bool."""
+    return logits.sum(-1, dtype=torch.float32).isfinite()
+
+
+def _index(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)

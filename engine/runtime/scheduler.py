@@ -65,7 +65,7 @@ class Scheduler:
         """Run one chunk of every prompt in progress (within the budget) and one decode step of all others.
 
         Returns the requests that finished. One that does not fit beside the open conversations although nothing runs is among them, with
-        `error` set.
+        `error` set, and so is one whose logits are not finite.
         """
         refused = self._admit()
         prefilling = [r for r in self.running if r.num_new == 0]
@@ -86,8 +86,8 @@ class Scheduler:
             decode_step(
                 decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic, plain=self.plain
             )
-        finished = [r for r in self.running if r.finish_reason is not None]
-        self.running = [r for r in self.running if r.finish_reason is None]
+        finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
+        self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
         return refused + finished

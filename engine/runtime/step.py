@@ -10,9 +10,10 @@ import torch
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.stopping import Gate
 from draft.tree import MAX_CANDIDATES, MAX_SIBLINGS, place_block, sibling_slot
+from engine.errors import NonFiniteLogits
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
-from engine.runtime.sampling import BatchSampler
+from engine.runtime.sampling import BatchSampler, finite_rows
 from engine.runtime.verify import verify
 from kernels.accept import LANE_SAMPLE
 
@@ -41,11 +42,14 @@ def prefill_step(
         request.sequence.advance(count)
     done = [b for b, r in enumerate(requests) if r.sequence.length == len(r.token_ids)]
     if done:
-        sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+        sampler = _sampler(requests, target)
         logits = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
         tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], LANE_SAMPLE)
-        for b, token in zip(done, tokens.tolist(), strict=True):
-            requests[b].add_run([token])
+        for b, token in zip(done, torch.where(finite_rows(logits), tokens, -1).tolist(), strict=True):
+            if token < 0:
+                requests[b].error = _not_finite(requests[b])
+            else:
+                requests[b].add_run([token])
 
 
 @torch.inference_mode()
@@ -68,12 +72,13 @@ def decode_step(
     began = time.perf_counter()
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
-    if plain is not None and not deterministic and not any(lengths) and not (drafter and drafter.verify_from):
+    undrafted = not any(lengths) and not (drafter and drafter.verify_from)
+    if plain is not None and undrafted and not deterministic and not any(r.params.penalised for r in requests):
         return _plain_step(requests, plain, began)
     gates = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
-    sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], target.config.vocab_size)
+    sampler = _sampler(requests, target)
     if drafter and (any(lengths) or drafter.verify_from):
         states = [_state(r) for r in requests]
         proposal = drafter.propose(
@@ -105,13 +110,16 @@ def decode_step(
             proposal.adopt(b, kept_drafts, number)
             requests[b].sequence.pool.move(requests[b].sequence, sibling_slot(positions[b], number), positions[b] + kept_drafts)
 
-    kept = [request.add_run(run) for request, run in zip(requests, runs, strict=True)]
+    kept = [request.add_run(run) if run else 0 for request, run in zip(requests, runs, strict=True)]
     for request, count in zip(requests, kept, strict=True):
         request.sequence.advance(count)
     if drafter and any(proposal.num_run):
         drafter.commit([_state(r) for r in requests], proposal, kept)
     ended = time.perf_counter()
     for request, run, count, length, gate, number in zip(requests, runs, kept, lengths, gates, adopted, strict=True):
+        if not run:
+            request.error = _not_finite(request)
+            continue
         cut = count < len(run)
         proposed, accepted = (count, count) if cut else (length, len(run) - 1)
         request.metrics.observe(proposed, accepted, count)
@@ -124,7 +132,7 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float)
     """One token for every request, and no draft."""
     draw = None
     if not all(request.params.greedy for request in requests):
-        sampler = BatchSampler([r.params for r in requests], [r.seed for r in requests], plain.target.config.vocab_size)
+        sampler = _sampler(requests, plain.target)
 
         def draw(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
             return sampler.draw(logits, range(len(requests)), positions, LANE_SAMPLE)[0]
@@ -132,6 +140,9 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float)
     tokens = plain.step([r.sequence for r in requests], [r.token_ids[-1] for r in requests], [r.remaining for r in requests], draw)
     ended = time.perf_counter()
     for request, token in zip(requests, tokens, strict=True):
+        if token < 0:
+            request.error = _not_finite(request)
+            continue
         request.add_run([token])
         request.sequence.advance(1)
         request.metrics.observe(0, 0, 1)
@@ -143,11 +154,9 @@ def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
     """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
     if drafter is None:
         return 0
-    length = request.controller.choose(_load(request, batch))
+    length = request.controller.choose(batch)
     room = min(request.context, drafter.max_positions) - len(request.token_ids)
-    if request.params.greedy:
-        room = min(room, request.remaining - 1)  # sampled text would change with the limit: there the surplus is drawn and dropped
-    return max(0, min(length, room))
+    return max(0, min(length, room, request.remaining - 1))
 
 
 def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> Gate | None:
@@ -157,13 +166,21 @@ def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: 
     if request.controller.calibration is not None and request.params.greedy and not deterministic and drafter is not None:
         room = sibling_slot(len(request.token_ids), MAX_SIBLINGS) <= request.longest(drafts=True)
         candidates = MAX_CANDIDATES if room and drafter.takes_siblings and request.sequence.pool.takes_placements else 1
-    return request.controller.gate(_load(request, batch), candidates)
+    return request.controller.gate(batch, candidates)
 
 
-def _load(request: Request, batch: int) -> int:
-    """The batch its drafts are chosen for: a given seed promises the same text in any, so its drafts may not depend on it. Greedy text does not depend
-    on them at all."""
-    return batch if request.params.greedy or request.params.seed is None else 1
+def _sampler(requests: Sequence[Request], target: CausalDecoder) -> BatchSampler:
+    """What draws their next tokens."""
+    vocab_size = target.config.vocab_size
+    histories = [r.history(vocab_size, target.device) for r in requests]
+    return BatchSampler([r.params for r in requests], [r.seed for r in requests], vocab_size, histories)
+
+
+def _not_finite(request: Request) -> NonFiniteLogits:
+    return NonFiniteLogits(
+        f"the model's logits after {len(request.token_ids)} tokens are NaN or infinite",
+        "its weights or a resumed session hold values that are no finite numbers: check the files, or use float32",
+    )
 
 
 def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:

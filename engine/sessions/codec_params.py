@@ -6,6 +6,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 Log = Callable[[str], None]
+
+_DIGESTS: WeakKeyDictionary[Decoder, str] = WeakKeyDictionary()  # of models that came from no folder: reading all weights takes seconds
 
 
 def trunk_layers(engine: Engine) -> int:
@@ -100,9 +103,11 @@ def _usable(path: Path, fingerprints: dict[str, str]) -> CodecPack | None:
 def model_fingerprint(decoder: Decoder, folder: Path | None) -> str:
     """Of the folder a model came from; of its weights where it came from none."""
     if folder is not None:
-        return fingerprint(folder)
+        return fingerprint(folder, decoder.weight_sum)
+    if decoder in _DIGESTS:
+        return _DIGESTS[decoder]
     digest = sha256(repr(decoder.config).encode())
     for name, tensor in sorted(decoder.hf_tensors().items()):  # not state_dict, which leaves packed weights out
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return _DIGESTS.setdefault(decoder, digest.hexdigest())

@@ -38,11 +38,11 @@ _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, end) coded once; `data` never changes afterwards."""
+    """Tokens [start, end) coded once; `data` never changes afterwards (a view of the file's bytes where it was read from one)."""
 
     start: int
     end: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass
@@ -50,7 +50,8 @@ class SessionFile:
     """A suspended session.
 
     token_ids: all tokens. num_cached: tokens whose KV the session held, a prefix of them; spans cover [sinks, num_cached) without gaps, or are
-    absent altogether (quality "tokens"). fingerprints: role -> digest of the target, draft, tokenizer and, with spans, the pack.
+    absent altogether (quality "tokens"). quality: of the last tokens coded; auto: it was chosen by what pays. fingerprints: role -> digest of the
+    target, draft, tokenizer and, with spans, the pack.
     """
 
     token_ids: list[int]
@@ -58,6 +59,7 @@ class SessionFile:
     quality: str
     fingerprints: dict[str, str]
     spans: list[Span] = field(default_factory=list)
+    auto: bool = False
 
     def to_bytes(self) -> bytes:
         """The whole file."""
@@ -66,7 +68,7 @@ class SessionFile:
             "num_cached": self.num_cached,
             "num_tokens": len(self.token_ids),
             "fingerprints": self.fingerprints,
-        }
+        } | ({"auto": True} if self.auto else {})
         sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
         body = b"".join(s.data for s in self.spans)
         packed = zstandard.ZstdCompressor(level=19).compress
@@ -80,30 +82,9 @@ class SessionFile:
         )
 
     def save(self, path: str | Path) -> int:
-        """Write under a temporary name, sync, rename; returns the file's bytes. A failure leaves an earlier file as it was.
-
-        Raises:
-            DiskFull, CacheNotWritable: as the names say.
-        """
-        path, data = Path(path).absolute(), self.to_bytes()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                _sync_folder(path.parent)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-        except OSError as error:
-            if is_disk_full(error):
-                raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
-            raise CacheNotWritable(
-                f"the session file {path} cannot be written: {error.strerror or error}", "choose another path"
-            ) from error
+        """`write_file` of `to_bytes`; returns the file's bytes."""
+        data = self.to_bytes()
+        write_file(path, data)
         return len(data)
 
     @classmethod
@@ -134,7 +115,11 @@ class SessionFile:
         try:
             meta: dict[str, Any] = json.loads(described)
             num_cached, num_tokens = int(meta["num_cached"]), int(meta["num_tokens"])
-            quality, fingerprints = str(meta["quality"]), {str(k): str(v) for k, v in meta["fingerprints"].items()}
+            quality, auto, fingerprints = (
+                str(meta["quality"]),
+                bool(meta.get("auto")),
+                {str(k): str(v) for k, v in meta["fingerprints"].items()},
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptedCode("the session's description is malformed", _REMEDY) from error
         if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
@@ -157,7 +142,32 @@ class SessionFile:
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
-        return cls(tokens, num_cached, quality, fingerprints, spans)
+        return cls(tokens, num_cached, quality, fingerprints, spans, auto)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write under a temporary name, sync, rename. A failure leaves an earlier file as it was.
+
+    Raises:
+        DiskFull, CacheNotWritable: as the names say.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
+        raise CacheNotWritable(f"the session file {path} cannot be written: {error.strerror or error}", "choose another path") from error
 
 
 class session_errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,25 +13,28 @@ from torch import Tensor
 from codec.codec import KvCodec
 from codec.errors import CodecError
 from codec.pack import CodecPack
-from codec.pages import PageDecoder
+from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.dense import load_predictor
 from codec.predictor.features import FeatureBuffer
 from codec.quantize import levels_of
-from codec.spec import SPAN_TOKENS, KvLayout
+from codec.spec import QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
 from engine.errors import InvalidOption, PackMismatch
-from engine.kv.pool import KvSequence, PagedPool
+from engine.kv.pool import PagedPool
+from engine.model.decoder import Decoder
 from engine.runtime.request import Conversation
 from engine.sessions.codec_params import Log, find_pack, trunk_layers
 from engine.sessions.file import Span
+from engine.sessions.rates import Rates
+from engine.sessions.stages import StageClock
 from kernels.dispatch import use_triton
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-PREFILL_TOKENS = 512
-SPANS_AT_ONCE = 64  # read, predicted and coded together: bounds the memory of a long session
-DECODED_ON_GPU = 256  # a GPU decodes a span's lanes one symbol after the other: only many spans fill it
+PASS_TOKENS = 512  # of a pass over known tokens on a CPU
+_LARGEST_PASS = 16_384  # on a GPU, where its memory allows
+_CODED_TOKENS = 4096  # read, predicted and coded together: bounds the memory of a long session
 
 
 class SessionCodec:
@@ -46,10 +50,12 @@ class SessionCodec:
         self.engine, self.pack = engine, pack
         try:
             self.codec = KvCodec(pack, engine.device)
-            self._pages = PageDecoder(self.codec)
             self.predictor = load_predictor(pack.predictor, pack.predictor_settings, engine.device)
+            self.pages = PageDecoder(self.codec, self.predictor, product_dtype(engine.dtype, engine.device))
         except CodecError as error:
             raise PackMismatch(error.what, error.remedy) from error
+        self.rates: Rates | None = None
+        self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer
         config = engine.target.config
         first_layer = max(trunk_layers(engine), self.predictor.spec.target_layers)
@@ -60,33 +66,82 @@ class SessionCodec:
             )
         if self.predictor.spec.taps:
             engine.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
+        if engine.device.type == "cuda":
+            self._warming = threading.Thread(target=self.warm_up, name="codec warm-up", daemon=True)
+            self._warming.start()
 
-    def encode(self, conversation: Conversation, start: int, end: int, quality: str) -> list[Span]:
-        """Code tokens [start, end), whose KV is in the conversation's pages, in spans of at most SPAN_TOKENS tokens.
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Code and decode a few random tokens: makes tables, and on a GPU compiles kernels, which takes seconds that no suspend should wait for."""
+        layout = self.pack.layout
+        generator = torch.Generator().manual_seed(0)
+        spec, device = self.predictor.spec, self.engine.device
+        latents = self.predictor.reduce(torch.randn(SPAN_TOKENS, len(spec.taps), self.predictor.draft_size, generator=generator).to(device))
+        hidden = torch.randn(SPAN_TOKENS, len(spec.target_taps), self.engine.target.config.hidden_size, generator=generator).to(device)
+        features = latents, hidden if spec.target_taps else None
+        for quality in QUALITIES:
+            truth = torch.randn(SPAN_TOKENS, layout.dim, generator=generator).to(device)
+            span = self.codec.encode(truth, torch.zeros_like(truth), quality)
+            for _, rows in self.pages.rows(self.pages.start([span], beside=False), *features):
+                assert rows.shape == truth.shape
+        pool = self.engine.pool
+        if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
+            kv = torch.zeros(
+                layout.num_layers, 2, 1, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=pool.kv.dtype, device=pool.device
+            )
+            slots, angles = (
+                torch.arange(SPAN_TOKENS, device=pool.device),
+                torch.zeros(SPAN_TOKENS, layout.head_dim // 2, device=pool.device),
+            )
+            self.pages.write_pages(self.pages.start([span], beside=False), *features, kv, slots, angles, angles, self.first_layer)
+
+    def ready(self) -> None:
+        """Wait for a warm-up that is under way."""
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+
+    def features(self, conversation: Conversation, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """What `Predictor.predict` takes, of tokens [start, end): from what was kept while decoding, else from passes of the models."""
+        return self._latents(conversation, start, end), self._target_rows(conversation, start, end)
+
+    def encode(self, conversation: Conversation, start: int, end: int, quality: str, clock: StageClock | None = None) -> list[Span]:
+        """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
 
         Raises InvalidOption when the KV cannot be coded (it overflowed).
         """
         if start >= end:
             return []
-        latents, target_rows = self._latents(conversation, start, end), self._target_rows(conversation, start, end)
-        bounds = [(a, min(a + SPAN_TOKENS, end)) for a in range(start, end, SPAN_TOKENS)]
+        self.ready()
+        clock = clock or StageClock(self.engine.device)
+        latents, target_rows = self.features(conversation, start, end)
+        clock.mark("features")
+        grid = range(start - start % SPAN_TOKENS, end, SPAN_TOKENS)
+        bounds = [(max(a, start), min(a + SPAN_TOKENS, end)) for a in grid]
         spans: list[Span] = []
-        for at in range(0, len(bounds), SPANS_AT_ONCE):
-            some = bounds[at : at + SPANS_AT_ONCE]
-            pairs, levels = [], []
-            begin = some[0][0]
-            rows = self.engine.target.read_kv(conversation.sequence, begin, some[-1][1], first_layer=self.first_layer)
-            for a, b in some:
-                features = latents[a - start : b - start], _part(target_rows, a - start, b - start)
-                pairs.append((rows[a - begin : b - begin], self.predictor.predict(*features)))
-                octaves = self.predictor.step_octaves(*features)
-                levels.append(None if octaves is None else levels_of(octaves))
+        for some in (bounds[i : i + _CODED_TOKENS // SPAN_TOKENS] for i in range(0, len(bounds), _CODED_TOKENS // SPAN_TOKENS)):
+            first, last = some[0][0], some[-1][1]
+            features = latents[first - start : last - start], None if target_rows is None else target_rows[first - start : last - start]
+            sizes = [b - a for a, b in some]
+            rows = self.engine.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
+            clock.mark("read")
+            octaves = self.predictor.step_octaves(*features)
+            levels = None if octaves is None else levels_of(octaves).split(sizes)
+            pairs = list(zip(rows.split(sizes), self.predictor.predict(*features).split(sizes), strict=True))
+            clock.mark("predict")
             try:
                 coded = self.codec.encode_many(pairs, quality, levels)
             except CodecError as error:
                 raise InvalidOption(error.what, error.remedy) from error
             spans += [Span(a, b, data) for (a, b), data in zip(some, coded, strict=True)]
+            clock.mark("code")
         return spans
+
+    def run_target(self, conversation: Conversation, count: int) -> None:
+        """Run the target over the first `count` tokens of an empty conversation, in passes as long as the draft's; advances."""
+        size = pass_tokens(self.engine.target)
+        for at in range(0, count, size):
+            run_tokens(self.engine, conversation, min(size, count - at))
 
     def release(self, conversation: Conversation, before: int) -> None:
         """Drop the features of tokens before `before`: their spans keep their bytes, so nothing asks for them again."""
@@ -94,57 +149,71 @@ class SessionCodec:
         if state is not None and state.features is not None:
             state.features.forget(before)  # type: ignore[attr-defined]
 
-    def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
-        """Write the spans' KV into the conversation's pages; does not advance. Raises the codec's errors."""
-        start, end = spans[0].start, spans[-1].end
-        latents, target_rows = self._latents(conversation, start, end), self._target_rows(conversation, start, end, chunk_ends(spans))
-        count = DECODED_ON_GPU if self.engine.device.type == "cuda" else SPANS_AT_ONCE
-        for at in range(0, len(spans), count):
-            some = spans[at : at + count]
-            # span by span: products of the same shape give the same bits at every resume
-            predicted = [
-                self.predictor.predict(latents[s.start - start : s.end - start], _part(target_rows, s.start - start, s.end - start))
-                for s in some
-            ]
-            self._write(conversation.sequence, some, predicted)
+    def restore(self, conversation: Conversation, spans: Sequence[Span], clock: StageClock | None = None) -> None:
+        """Fill an empty conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances.
 
-    def _write(self, sequence: KvSequence, spans: Sequence[Span], predicted: list[Tensor]) -> None:
-        """Decode neighbouring spans, given the prediction [T, D] of each, into pages; on a GPU without the rows in between."""
-        pool, data, start, end = sequence.pool, [s.data for s in spans], spans[0].start, spans[-1].end
-        if isinstance(pool, PagedPool) and pool.kv.dtype == torch.bfloat16 and use_triton(pool.kv):
+        Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
+        product a chunk. Raises the codec's errors; the conversation must then be closed.
+        """
+        self.ready()
+        clock = clock or StageClock(self.engine.device)
+        start, end = spans[0].start, spans[-1].end
+        parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
+        clock.mark("entropy")
+        run_tokens(self.engine, conversation, start)
+        clock.mark("sinks")
+        if self.engine.drafter is not None and conversation.draft_state is not None:
+            prefill_draft(self.engine, conversation.draft_state, conversation.token_ids[:end])
+        clock.mark("draft")
+        self._decode(conversation, parts, start, end, clock)
+        self.release(conversation, end)
+        conversation.sequence.advance(end - conversation.sequence.length)
+
+    def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
+        """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""
+        clock = StageClock(self.engine.device)
+        self._decode(conversation, self.pages.start([s.data for s in spans]), spans[0].start, spans[-1].end, clock)
+
+    def _decode(self, conversation: Conversation, parts: Sequence[EntropyDecoded], start: int, end: int, clock: StageClock) -> None:
+        sequence, target = conversation.sequence, self.engine.target
+        latents = self._latents(conversation, start, end)
+        target_rows = self._target_rows(conversation, start, end)
+        clock.mark("target_layers")
+        pool = sequence.pool
+        if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
             sequence.ensure(end)
             pages, offsets = sequence.addresses(start, end)
-            angles = self.engine.target.rope.slice(start, end)
-            self._pages.decode(data, predicted, pool.kv, pages * pool.page_size + offsets, *angles, self.first_layer)
+            slots, angles = pages * pool.page_size + offsets, target.rope.slice(start, end)
+            self.pages.write_pages(parts, latents, target_rows, pool.kv, slots, *angles, self.first_layer)
         else:
-            rows = torch.cat(self.codec.decode_many(data, predicted))
-            self.engine.target.write_kv(sequence, start, rows, first_layer=self.first_layer)
+            for tokens, rows in self.pages.rows(parts, latents, target_rows):
+                target.write_kv(sequence, start + tokens.start, rows, first_layer=self.first_layer)
+        self.pages.check(parts)
+        clock.mark("product")
 
-    def _target_rows(self, conversation: Conversation, start: int, end: int, ends: Sequence[int] = ()) -> Tensor | None:
+    def _target_rows(self, conversation: Conversation, start: int, end: int) -> Tensor | None:
         """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over
-        them (chunks as in `prefill_draft`) and write their own KV."""
+        them and write their own KV."""
         spec, target = self.predictor.spec, self.engine.target
         if not spec.target_taps:
             return None
         ids = torch.tensor(conversation.token_ids[start:end], device=self.engine.device)
         if spec.target_layers == 0:
             return target.embed(ids)[:, None]
-        rows, at = [], start
-        for stop in (*ends, end):
-            while at < stop:
-                count = min(stop - at, PREFILL_TOKENS)
-                out = target.forward(
-                    ids[at - start : at - start + count],
-                    [conversation.sequence],
-                    [count],
-                    starts=[at],
-                    taps=spec.target_taps,
-                    logits="none",
-                    last_layer=spec.target_layers,
-                    deterministic=self.engine.deterministic,
-                )
-                rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
-                at += count
+        rows, size = [], pass_tokens(target)
+        for at in range(start, end, size):
+            count = min(end - at, size)
+            out = target.forward(
+                ids[at - start : at - start + count],
+                [conversation.sequence],
+                [count],
+                starts=[at],
+                taps=spec.target_taps,
+                logits="none",
+                last_layer=spec.target_layers,
+                deterministic=self.engine.deterministic,
+            )
+            rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
         return torch.cat(rows)
 
     def _latents(self, conversation: Conversation, start: int, end: int) -> Tensor:
@@ -179,14 +248,21 @@ class SessionCodec:
             sequence.free()
 
 
-def chunk_ends(spans: Sequence[Span]) -> list[int]:
-    """Where passes over a stored session's tokens stop: a shorter span ends what one suspension added, and passes that stop there repeat to the bit at
-    later resumes."""
-    return [s.end for s in spans if s.end - s.start < SPAN_TOKENS]
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the decoder's product: the engine's own where the device multiplies bfloat16 fast, else float32."""
+    if dtype == torch.bfloat16 and (device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+        return torch.bfloat16
+    return torch.float32
 
 
-def _part(rows: Tensor | None, start: int, end: int) -> Tensor | None:
-    return None if rows is None else rows[start:end]
+def pass_tokens(model: Decoder) -> int:
+    """Most tokens of one pass over known tokens: a GPU is given as many as its free memory holds the widest layer's activations of."""
+    if model.device.type != "cuda":
+        return PASS_TOKENS
+    config = model.config
+    free = torch.cuda.mem_get_info(model.device)[0]
+    each = 2 * (3 * config.intermediate_size + 8 * config.hidden_size)
+    return max(PASS_TOKENS, min(_LARGEST_PASS, free // (2 * each)))
 
 
 def session_codec(engine: Engine, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
@@ -200,9 +276,10 @@ def session_codec(engine: Engine, pack: str | Path | None = None, log: Log = pri
     return engine.session_codec
 
 
-def run_sinks(engine: Engine, conversation: Conversation, count: int) -> None:
-    """Run the target over the first `count` tokens of an empty conversation: their KV depends on nothing else, so it needs no storing."""
-    ids = torch.tensor(conversation.token_ids[:count], device=engine.device)
+def run_tokens(engine: Engine, conversation: Conversation, count: int) -> None:
+    """Run the target over the next `count` tokens of a conversation, the KV of which was not stored; advances."""
+    start = conversation.sequence.length
+    ids = torch.tensor(conversation.token_ids[start : start + count], device=engine.device)
     taps = engine.drafter.target_taps if engine.drafter else ()
     out = engine.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=engine.deterministic)
     if engine.drafter is not None and taps and conversation.draft_state is not None:
@@ -210,17 +287,13 @@ def run_sinks(engine: Engine, conversation: Conversation, count: int) -> None:
     conversation.sequence.advance(count)
 
 
-def prefill_draft(engine: Engine, state: DraftState, token_ids: Sequence[int], ends: Sequence[int] = ()) -> None:
-    """Let the draft run what it lacks of token_ids, keeping features where it keeps any. A trunk's sequence advances with it: the caller then writes
-    the other layers' KV.
-
-    Chunks have at most PREFILL_TOKENS tokens and stop at each of `ends` (ascending): tokens before an end are run the same way, to the bit, whatever
-    follows it.
-    """
+def prefill_draft(engine: Engine, state: DraftState, token_ids: Sequence[int]) -> None:
+    """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. A trunk's sequence advances with
+    it: the caller then writes the other layers' KV."""
     drafter = engine.drafter
     assert drafter is not None
-    for end in (*ends, len(token_ids)):
-        while chunk := token_ids[state.length : min(end, state.length + PREFILL_TOKENS)]:
-            drafter.prefill([state], [chunk])
-            if drafter.verify_from:
-                state.sequence.advance(len(chunk))
+    size = pass_tokens(engine.draft_decoder or engine.target)
+    while chunk := token_ids[state.length : state.length + size]:
+        drafter.prefill([state], [chunk])
+        if drafter.verify_from:
+            state.sequence.advance(len(chunk))

@@ -15,22 +15,29 @@ from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints, trunk_layers
-from engine.sessions.file import SessionFile, Span, session_errors
-from engine.sessions.kv_codec import chunk_ends, prefill_draft, run_sinks, session_codec
+from engine.sessions.file import SessionFile, Span, session_errors, write_file
+from engine.sessions.kv_codec import session_codec
+from engine.sessions.rates import rates_of
+from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-TOKENS = "tokens"
-SESSION_QUALITIES = (*QUALITIES, TOKENS)
-DEFAULT_QUALITY = "balanced"
+AUTO, TOKENS = "auto", "tokens"
+SESSION_QUALITIES = (AUTO, *QUALITIES, TOKENS)
+DEFAULT_QUALITY = AUTO
+AUTO_QUALITY = "balanced"
+"""What `auto` codes at, where coding pays."""
+
+DECODE, RECOMPUTE = "decode", "recompute"
+RESTORES = (AUTO, DECODE, RECOMPUTE)
 
 
 @dataclass(frozen=True)
 class SuspendReport:
     """What a suspended session takes: tokens whose KV it stands for, the file's bytes, the bf16 bytes of that KV, the file's bits over that KV's
-    elements, seconds spent."""
+    elements, seconds spent. restore: "decode" or "recompute", what a resume of it will do; reason: why, where that was chosen by what pays."""
 
     tokens: int
     stored_bytes: int
@@ -38,23 +45,32 @@ class SuspendReport:
     bits_per_element: float
     quality: str
     seconds: float
+    restore: str
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class ResumeReport:
-    """What resuming cost: draft_s the draft's pass over the tokens, decode_s the codec and the pages, total_s everything, file included."""
+    """What resuming cost: draft_s the passes of the draft (and of the target over the first tokens), decode_s the codec and the pages, total_s
+    everything, file included. tokens: restored ones. restore and reason: as in `SuspendReport`, what was done."""
 
     tokens: int
     draft_s: float
     decode_s: float
     total_s: float
+    restore: str
+    reason: str | None
 
 
 class Session:
     """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
 
-    quality: "near-lossless", "balanced", "compact", "tiny", or "tokens" (ids only; the target runs over them again when the session goes on).
-    None: as the file was written, "balanced" without one. What was coded before keeps its quality.
+    quality: "near-lossless", "balanced", "compact", "tiny": coded spans. "tokens": ids only; the target runs over them again when the session goes
+    on, and its KV is then exact. "auto": spans at "balanced" where restoring them is faster on this machine than recomputing (`sessions.rates`), else
+    "tokens". None: as the file was written, "auto" without one. What was coded before keeps its quality.
+
+    restore: what to do with a file's spans: "decode", "recompute" (the target runs over the ids, and the spans are kept for the next file), or "auto",
+    whichever is faster here.
     """
 
     def __init__(
@@ -64,26 +80,59 @@ class Session:
         quality: str | None = None,
         pack: str | Path | None = None,
         file: str | Path | None = None,
+        restore: str = AUTO,
         log: Log = print,
     ) -> None:
         began = time.perf_counter()
-        stored = None if file is None else SessionFile.load(file, engine.context)
         if quality is not None and quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
+        if restore not in RESTORES:
+            raise InvalidOption(f"unknown way to restore {restore!r}", f"choose one of {', '.join(RESTORES)}")
+        self._begin(engine, None if file is None else SessionFile.load(file, engine.context), file, quality, pack, restore, log, began)
+
+    @classmethod
+    def from_bytes(
+        cls,
+        engine: Engine,
+        data: bytes,
+        *,
+        quality: str | None = None,
+        pack: str | Path | None = None,
+        restore: str = AUTO,
+        log: Log = print,
+    ) -> Session:
+        """A session resumed from what `to_bytes` returned; arguments and errors as in `Engine.session`."""
+        began, session = time.perf_counter(), cls.__new__(cls)
+        with session_errors("in memory"):
+            stored = SessionFile.from_bytes(data, engine.context)
+        session._begin(engine, stored, "in memory", quality, pack, restore, log, began)
+        return session
+
+    def _begin(
+        self,
+        engine: Engine,
+        stored: SessionFile | None,
+        source: str | Path | None,
+        quality: str | None,
+        pack: str | Path | None,
+        restore: str,
+        log: Log,
+        began: float,
+    ) -> None:
         self.engine, self._log = engine, log
-        self.quality = quality or (DEFAULT_QUALITY if stored is None else stored.quality)
+        self.quality = quality or (DEFAULT_QUALITY if stored is None else AUTO if stored.auto else stored.quality)
         self._pack_path, self._closed = pack, False
         self.spans: list[Span] = []
         self.suspended: SuspendReport | None = None
         self.resumed: ResumeReport | None = None
         if stored is not None:
-            self._check(stored, file)
+            self._check(stored, source)
         if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(engine, pack, log)
         self.conversation = engine.open_conversation()
         if stored is not None:
             try:
-                self._restore(stored, file, began)
+                self._restore(stored, source, restore, began)
             except BaseException:
                 self.close()
                 raise
@@ -141,31 +190,46 @@ class Session:
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
         began = time.perf_counter()
-        if not self.token_ids:
-            raise EmptyPrompt("the session is empty", "generate something before suspending it")
-        num_cached = self.conversation.sequence.length
-        prints = pair_fingerprints(self.engine)
-        if self.quality == TOKENS and not self.spans:
-            spans: list[Span] = []
-        else:
-            codec = session_codec(self.engine, self._pack_path, self._log)
-            self.spans = [s for s in self.spans if s.end <= num_cached]
-            start = self.spans[-1].end if self.spans else min(NUM_SINKS, num_cached)
-            if self.quality != TOKENS:
-                self.spans += codec.encode(self.conversation, start, num_cached, self.quality)
-                codec.release(self.conversation, num_cached)
-            else:
-                num_cached = start  # what came since is kept as tokens
-            spans = self.spans
-            prints["pack"] = codec.pack.digest
-        file = SessionFile(list(self.token_ids), num_cached, self.quality, prints, spans)
-        stored = file.save(path)
+        file, reason = self._coded()
+        data = file.to_bytes()
+        write_file(path, data)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
         tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
         elements = self._layout.full_dim * tokens
-        bits = 8 * stored / elements if elements else 0.0
-        self.suspended = SuspendReport(tokens, stored, 2 * elements, bits, self.quality, time.perf_counter() - began)
+        bits = 8 * len(data) / elements if elements else 0.0
+        restore = DECODE if file.spans else RECOMPUTE
+        seconds = time.perf_counter() - began
+        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason)
         return self.suspended
+
+    def to_bytes(self) -> bytes:
+        """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
+        return self._coded()[0].to_bytes()
+
+    def _coded(self) -> tuple[SessionFile, str | None]:
+        """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen."""
+        if not self.token_ids:
+            raise EmptyPrompt("the session is empty", "generate something before suspending it")
+        held = self.conversation.sequence.length
+        prints = pair_fingerprints(self.engine)
+        quality, reason = self.quality, None
+        self.spans = [s for s in self.spans if s.end <= len(self.token_ids)]
+        if quality == AUTO:
+            codec = session_codec(self.engine, self._pack_path, self._log)
+            rates = rates_of(codec, self._log)
+            quality, reason = AUTO_QUALITY if rates.pays(held) else TOKENS, rates.reason(held)
+        if quality == TOKENS and not self.spans:
+            return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
+        codec = session_codec(self.engine, self._pack_path, self._log)
+        start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
+        if quality != TOKENS:
+            with torch.inference_mode():
+                self.spans += codec.encode(self.conversation, start, held, quality)
+            codec.release(self.conversation, held)
+            start = max(start, held)
+        # what came behind the spans is kept as tokens
+        prints["pack"] = codec.pack.digest
+        return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason
 
     def close(self) -> None:
         """Give the session's pages back; it must not be used afterwards."""
@@ -190,6 +254,7 @@ class Session:
             "stored_bytes": report.stored_bytes if report else None,
             "bits_per_element": report.bits_per_element if report else None,
             "quality": report.quality if report else None,
+            "restore": report.restore if report else self.resumed.restore if self.resumed else None,
         }
 
     @property
@@ -199,7 +264,7 @@ class Session:
 
     def _check(self, stored: SessionFile, path: str | Path | None) -> None:
         """Refuse a file of other models before a pack is looked for: fitting one would take minutes."""
-        if stored.quality not in SESSION_QUALITIES:
+        if stored.quality not in SESSION_QUALITIES or stored.quality == AUTO:
             raise Corrupted(
                 f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy"
             )
@@ -211,33 +276,28 @@ class Session:
         if max(stored.token_ids, default=0) >= self.engine.target.config.vocab_size:
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
-    def _restore(self, stored: SessionFile, path: str | Path | None, began: float) -> None:
+    def _restore(self, stored: SessionFile, source: str | Path | None, how: str, began: float) -> None:
         engine, conversation = self.engine, self.conversation
         conversation.token_ids[:] = stored.token_ids
         draft_s = decode_s = 0.0
-        num_cached = 0
+        num_cached, reason = 0, None
         if stored.spans:
             codec = session_codec(engine, self._pack_path, self._log)
             if stored.fingerprints.get("pack") != codec.pack.digest:
                 raise ForeignModel(
-                    f"session file {path} was written with another pack", "resume it with the models and pack it was made with"
+                    f"session file {source} was written with another pack", "resume it with the models and pack it was made with"
                 )
-            num_cached = stored.num_cached
-            started = time.perf_counter()
-            run_sinks(engine, conversation, NUM_SINKS)
-            if engine.drafter is not None and conversation.draft_state is not None:
-                prefill_draft(engine, conversation.draft_state, stored.token_ids[:num_cached], chunk_ends(stored.spans))
-            _synchronise(engine)
-            draft_s = time.perf_counter() - started
-            with session_errors(path):
-                codec.decode(conversation, stored.spans)
-            conversation.sequence.advance(num_cached - conversation.sequence.length)
-            _synchronise(engine)
-            decode_s = time.perf_counter() - started - draft_s
             self.spans = stored.spans
-        self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began)
-
-
-def _synchronise(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize(engine.device)
+            if how == AUTO:
+                rates = rates_of(codec, self._log)
+                how, reason = DECODE if rates.pays(stored.num_cached) else RECOMPUTE, rates.reason(stored.num_cached)
+            if how == DECODE:
+                num_cached = stored.num_cached
+                clock = StageClock(engine.device)
+                with torch.inference_mode(), session_errors(source):
+                    codec.restore(conversation, stored.spans, clock)
+                stages = clock.seconds()
+                draft_s = stages["sinks"] + stages["draft"]
+                decode_s = sum(stages.values()) - draft_s
+        done = DECODE if num_cached else RECOMPUTE
+        self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)

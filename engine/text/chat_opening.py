@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidOption
+from engine.text.messages import encode_text
+from engine.text.templates import has_template, render
 
 _MESSAGE = "user-message-placeholder"
 
@@ -38,12 +40,12 @@ def chat_opening(tokenizer: Any, ends: Sequence[int]) -> ChatOpening:
     Raises:
         InvalidOption: no template and no such token, or a template that leaves a user's message out or changes it.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         first = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *ends) if token is not None), None)
         return ChatOpening(() if first is None else (int(first),), (), tuple(ends))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MESSAGE}], tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, [{"role": "user", "content": _MESSAGE}])
     before, found, after = text.partition(_MESSAGE)
     if not found:
         raise InvalidOption("the model's chat template leaves out the user's message", "train on text with --text")
-    opening, closing = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+    opening, closing = (encode_text(tokenizer, part) for part in (before, after))
     return ChatOpening(tuple(opening), tuple(closing), tuple(ends))

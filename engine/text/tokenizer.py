@@ -9,6 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelNotFound, VocabularyMismatch
+from engine.inputs import is_lfs_pointer, lfs_pointer, named_errors, open_regular
+
+MAX_TOKENIZER_BYTES = 256 << 20
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_FOLDER_NEEDS = "the folder needs tokenizer.json and tokenizer_config.json"
 
 # names that converters and trainers give to rows of the embedding matrix that stand for no text
 _PADDING = re.compile(
@@ -20,17 +35,23 @@ def load_tokenizer(path: Path) -> Any:
     """The transformers tokenizer in a model folder.
 
     Raises:
-        ModelNotFound: the folder holds no tokenizer that transformers can read.
+        ModelNotFound: the folder holds no tokenizer that transformers can read, or one whose ids are no ids.
     """
+    for name in _FILES:  # what is no regular file would be waited for, or read without an end
+        if (path / name).exists():
+            with open_regular(path / name, ModelNotFound, _FOLDER_NEEDS, max_bytes=MAX_TOKENIZER_BYTES):
+                pass
+            if is_lfs_pointer(path / name):
+                raise lfs_pointer(path / name, ModelNotFound)
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFound(
-            f"{path} holds no readable tokenizer: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
+    with named_errors(ModelNotFound, f"{path} holds no readable tokenizer", _FOLDER_NEEDS):
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer("a", add_special_tokens=False)  # some faults only show when the vocabulary is used
+        strange = next((i for i in tokenizer.added_tokens_decoder if not 0 <= i < 2**31), None)
+    if strange is not None:
+        raise ModelNotFound(f"{path} has a tokenizer with the id {strange}", _FOLDER_NEEDS)
+    return tokenizer
 
 
 def check_vocabularies(target: Any, draft: Any) -> int:

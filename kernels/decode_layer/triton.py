@@ -57,13 +57,9 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
         b.parts = linear_residual(
             b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares, tile=plan.o, ahead=in_o, **scratch
         )
-        norm_gate_up(
-            b.scaled, b.squares, b.parts, shape.eps, w.gate_up, b.gated, tile=plan.gate_up, early=plan.early, ahead=in_gate_up
-        )
+        norm_gate_up(b.scaled, b.squares, b.parts, shape.eps, w.gate_up, b.gated, tile=plan.gate_up, early=plan.early, ahead=in_gate_up)
         following = weights.layers[number + 1].input_norm if number + 1 < depth else weights.final_norm
-        b.parts = linear_residual(
-            b.gated, w.down, None, b.stream, following, b.scaled, b.squares, tile=plan.down, ahead=in_down, **scratch
-        )
+        b.parts = linear_residual(b.gated, w.down, None, b.stream, following, b.scaled, b.squares, tile=plan.down, ahead=in_down, **scratch)
 
 
 def decode_head(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeShape) -> None:

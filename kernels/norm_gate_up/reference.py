@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from kernels.skinny_linear.reference import inverse_rms
 
 
-def norm_gate_up(
-    scaled: torch.Tensor, squares: torch.Tensor, parts: int, eps: float, weight: torch.Tensor, out: torch.Tensor
-) -> None:
+def norm_gate_up(scaled: torch.Tensor, squares: torch.Tensor, parts: int, eps: float, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out = silu(gate) * up of the normalised rows.
 
     Args:

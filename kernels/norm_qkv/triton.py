@@ -179,7 +179,9 @@ def norm_qkv(
     heads, head_dim = q.shape[1:]
     groups = k_pages.shape[2]
     if head_dim % tile.block_n:
-        raise ValueError(f"norm_qkv takes {tile.block_n} rows of a head at a time, and a head has {head_dim} (use a block_n that divides it)")
+        raise ValueError(
+            f"norm_qkv takes {tile.block_n} rows of a head at a time, and a head has {head_dim} (use a block_n that divides it)"
+        )
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("norm_qkv needs contiguous pages (pass one layer's keys and values of the pool, not a permuted view)")
     tiles = (heads + 2 * groups) * (head_dim // tile.block_n)

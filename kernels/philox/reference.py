@@ -6,9 +6,10 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
@@ -17,13 +18,12 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 FEW = 16  # numbers up to which Python's own integers beat a hundred tensor operations on a CPU
 
-Word = TypeVar("Word", int, Tensor)
+Word = TypeVar("Word", int, Tensor, NDArray[Any])
 
 
 def philox_words(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
-    """Four 32-bit output words (in int64 tensors, or as integers) of Philox4x32-10 for a counter of four and a key of two 32-bit words (int64
-    of one shape, or integers).
-    """
+    """Four 32-bit output words of Philox4x32-10 for a counter of four and a key of two 32-bit words: int64 tensors of one shape, uint64 arrays, or
+    integers."""
     c0, c1, c2, c3 = (c & MASK32 for c in counter)
     k0, k1 = key[0] & MASK32, key[1] & MASK32
     for _ in range(ROUNDS):

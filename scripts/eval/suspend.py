@@ -15,7 +15,7 @@ from engine.kv.pool import KvSequence, PagedPool
 from engine.runtime.request import Conversation
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import SessionFile, Span
-from engine.sessions.kv_codec import PREFILL_TOKENS, chunk_ends, prefill_draft, run_sinks, session_codec
+from engine.sessions.kv_codec import PASS_TOKENS, session_codec
 
 CHUNK_TOKENS = 1024
 _TOGETHER = 8  # sequences of a prefill
@@ -84,7 +84,7 @@ def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
     while behind := [(c, state) for c, state in pairs if state.length < c.sequence.length]:
         drafter.prefill(
             [state for _, state in behind],
-            [c.token_ids[state.length : min(state.length + PREFILL_TOKENS, c.sequence.length)] for c, state in behind],
+            [c.token_ids[state.length : min(state.length + PASS_TOKENS, c.sequence.length)] for c, state in behind],
         )
 
 
@@ -196,9 +196,5 @@ class Suspender:
         conversation = self.engine.open_conversation()
         conversation.token_ids[:] = stored.token_ids
         if stored.spans:
-            run_sinks(self.engine, conversation, NUM_SINKS)
-            if self.engine.drafter is not None and conversation.draft_state is not None:
-                prefill_draft(self.engine, conversation.draft_state, stored.token_ids[: stored.num_cached], chunk_ends(stored.spans))
-            self.codec.decode(conversation, stored.spans)
-            conversation.sequence.advance(stored.num_cached - conversation.sequence.length)
+            self.codec.restore(conversation, stored.spans)
         return conversation, stored.spans

@@ -9,11 +9,21 @@ from codec.codec import KvCodec
 from codec.errors import BadInput, CorruptedCode
 from codec.pack import CodecPack
 from codec.pages import PageDecoder
+from codec.predictor.dense import DensePredictor
+from codec.predictor.features import FeatureSpec
 from codec.weighting import apply_blocks
 from kernels.rope.reference import apply_rope
 
-SIZES, PAGE = (40, 7, 20), 8
+SIZES, PAGE, FEATURES = (40, 7, 20), 8, 21
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def predictor_of(dim: int, device: str = DEVICE, scale: float = 0.3) -> DensePredictor:
+    """A full-rank predictor of FEATURES features with random weights."""
+    generator = torch.Generator().manual_seed(3)
+    weight, mu = (scale * torch.randn(*shape, generator=generator).to(device) for shape in ((FEATURES, dim), (dim,)))
+    zeros, ones = torch.zeros(FEATURES, device=device), torch.ones(FEATURES, device=device)
+    return DensePredictor(FeatureSpec((0,), ()), weight, zeros, ones, mu, FEATURES)
 
 
 def pages_of(
@@ -33,8 +43,9 @@ def test_pages_hold_what_decode_many_gives(source, make_pack, dtype: torch.dtype
     codec = KvCodec(make_pack(source, kind), DEVICE)
     layout, generator = codec.layout, torch.Generator().manual_seed(4)
     rows = source.draw(sum(SIZES)).to(DEVICE)
-    guess = rows + 0.4 * source.draw(len(rows)).to(DEVICE)
-    pairs = list(zip(rows.split(SIZES), guess.split(SIZES), strict=True))
+    predictor, inputs = predictor_of(layout.dim), torch.randn(len(rows), FEATURES, generator=generator).to(DEVICE)
+    guess = predictor.predict(inputs, None)
+    pairs = list(zip((rows + guess).split(SIZES), guess.split(SIZES), strict=True))
     spans = [codec.encode(*pair, quality) for pair, quality in zip(pairs, ("tiny", "near-lossless", "tiny"), strict=True)]
     kv = torch.randn(layout.num_layers, 2, 11, PAGE, layout.num_kv_heads, layout.head_dim, generator=generator).to(DEVICE, dtype)
     slots = torch.randperm(11 * PAGE, generator=generator)[: len(rows)].to(DEVICE)
@@ -42,13 +53,27 @@ def test_pages_hold_what_decode_many_gives(source, make_pack, dtype: torch.dtype
     cos, sin = angle.cos(), angle.sin()
     decoded = torch.cat(codec.decode_many(spans, [g for _, g in pairs]))
     want = pages_of(decoded, kv, slots, cos, sin, layout.first_layer)
-    got = kv.clone()
-    PageDecoder(codec).decode(spans, guess.split(SIZES), got, slots, cos, sin, layout.first_layer)
+    got, pages = kv.clone(), PageDecoder(codec, predictor, dtype)
+    parts = pages.start(spans)
+    pages.write_pages(parts, inputs, None, got, slots, cos, sin, layout.first_layer)
+    pages.check(parts)
+    found = torch.cat([part for _, part in pages.rows(pages.start(spans), inputs, None)])
+    assert float((found - decoded).norm() / decoded.norm()) < (1e-5 if dtype == torch.float32 else 4e-3)
     assert float((got.float() - want.float()).norm() / want.float().norm()) < (1e-5 if dtype == torch.float32 else 4e-3)
     free = torch.ones(11 * PAGE, dtype=torch.bool, device=DEVICE)
     free[slots] = False
     assert torch.equal(got.flatten(2, 3)[:, :, free], kv.flatten(2, 3)[:, :, free])
     assert torch.equal(got[: layout.first_layer], kv[: layout.first_layer])
+
+
+def test_a_token_gives_the_same_bits_whatever_is_decoded_behind_it(codec: KvCodec, source) -> None:
+    rows, generator = source.draw(300), torch.Generator().manual_seed(5)
+    predictor, inputs = predictor_of(codec.layout.dim, "cpu"), torch.randn(300, FEATURES, generator=generator)
+    spans = codec.encode_many([(part, torch.zeros_like(part)) for part in rows.split(64)], "balanced")
+    pages = PageDecoder(codec, predictor, torch.bfloat16)
+    (_, whole), *none = pages.rows(pages.start(spans), inputs, None)
+    (_, first), *_ = pages.rows(pages.start(spans[:3]), inputs[:192], None)
+    assert not none and torch.equal(whole[:192], first)
 
 
 def test_rounding_adds_little_to_the_codes_own_error(codec: KvCodec, source) -> None:
@@ -58,7 +83,8 @@ def test_rounding_adds_little_to_the_codes_own_error(codec: KvCodec, source) -> 
     kv = torch.zeros(layout.num_layers, 2, 8, PAGE, layout.num_kv_heads, layout.head_dim, dtype=torch.bfloat16)
     slots, cos = torch.arange(64), torch.ones(64, layout.head_dim // 2)
     own = codec.decode(span, zero)
-    PageDecoder(codec).decode([span], [zero], kv, slots, cos, torch.zeros_like(cos), layout.first_layer)
+    pages = PageDecoder(codec, predictor_of(layout.dim, "cpu", scale=0.0), torch.bfloat16)
+    pages.write_pages(pages.start([span]), torch.zeros(64, FEATURES), None, kv, slots, cos, torch.zeros_like(cos), layout.first_layer)
     back = kv[layout.first_layer :].flatten(2, 3).permute(2, 0, 1, 3, 4).reshape(64, -1).float()
     errors = [float(apply_blocks(x - rows, codec.weighting.root).pow(2).mean()) for x in (own, back)]
     assert errors[1] < 1.01 * errors[0]
@@ -70,13 +96,16 @@ def test_refusals(codec: KvCodec, source, pack: CodecPack) -> None:
     span = codec.encode(rows, zero, "tiny")
     kv = torch.zeros(layout.num_layers, 2, 1, PAGE, layout.num_kv_heads, layout.head_dim)
     slots, angles = torch.arange(8), torch.ones(8, layout.head_dim // 2)
-    pages = PageDecoder(codec)
+    pages, inputs = PageDecoder(codec, predictor_of(layout.dim, "cpu"), torch.float32), torch.zeros(8, FEATURES)
+    parts = pages.start([span])
     with pytest.raises(BadInput, match="4 slots"):
-        pages.decode([span], [zero], kv, slots[:4], angles, angles, 1)
-    with pytest.raises(BadInput, match="predict the tokens"):
-        pages.decode([span], [zero[:4]], kv, slots, angles, angles, 1)
+        pages.write_pages(parts, inputs, None, kv, slots[:4], angles, angles, 1)
+    with pytest.raises(BadInput, match="features of 4 tokens"):
+        pages.write_pages(parts, inputs[:4], None, kv, slots, angles, angles, 1)
+    with pytest.raises(BadInput, match="features of 4 tokens"):
+        list(pages.rows(parts, inputs[:4], None))
     with pytest.raises(BadInput, match="do not fit"):
-        pages.decode([span], [zero], kv, slots, angles, angles, 0)
+        pages.write_pages(parts, inputs, None, kv, slots, angles, angles, 0)
     with pytest.raises(CorruptedCode):
-        pages.decode([span[:-9] + bytes([span[-9] ^ 1]) + span[-8:]], [zero], kv, slots, angles, angles, 1)
+        pages.start([span[:-9] + bytes([span[-9] ^ 1]) + span[-8:]])
     assert not kv.any()

@@ -10,24 +10,24 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from kernels.decode_attention import reference as attention_reference  # noqa: E402
-from kernels.decode_attention import triton as attention_triton  # noqa: E402
-from kernels.decode_attention.config import DecodeAttentionConfig, decode_attention_parts  # noqa: E402
-from kernels.decode_layer import reference as step_reference  # noqa: E402
-from kernels.decode_layer import triton as step_triton  # noqa: E402
-from kernels.decode_layer.plans import DecodePlan  # noqa: E402
-from kernels.decode_layer.tensors import DecodeBuffers, DecodeShape, DecodeWeights  # noqa: E402
-from kernels.embed_rows import reference as embed_reference  # noqa: E402
-from kernels.embed_rows import triton as embed_triton  # noqa: E402
-from kernels.greedy_head import reference as head_reference  # noqa: E402
-from kernels.greedy_head import triton as head_triton  # noqa: E402
-from kernels.norm_gate_up import reference as gate_reference  # noqa: E402
-from kernels.norm_gate_up import triton as gate_triton  # noqa: E402
-from kernels.norm_qkv import reference as qkv_reference  # noqa: E402
-from kernels.norm_qkv import triton as qkv_triton  # noqa: E402
-from kernels.skinny_linear import reference as linear_reference  # noqa: E402
-from kernels.skinny_linear import triton as linear_triton  # noqa: E402
-from kernels.skinny_linear.tiles import Tile  # noqa: E402
+from kernels.decode_attention import reference as attention_reference
+from kernels.decode_attention import triton as attention_triton
+from kernels.decode_attention.config import DecodeAttentionConfig, decode_attention_parts
+from kernels.decode_layer import reference as step_reference
+from kernels.decode_layer import triton as step_triton
+from kernels.decode_layer.plans import DecodePlan
+from kernels.decode_layer.tensors import DecodeBuffers, DecodeShape, DecodeWeights
+from kernels.embed_rows import reference as embed_reference
+from kernels.embed_rows import triton as embed_triton
+from kernels.greedy_head import reference as head_reference
+from kernels.greedy_head import triton as head_triton
+from kernels.norm_gate_up import reference as gate_reference
+from kernels.norm_gate_up import triton as gate_triton
+from kernels.norm_qkv import reference as qkv_reference
+from kernels.norm_qkv import triton as qkv_triton
+from kernels.skinny_linear import reference as linear_reference
+from kernels.skinny_linear import triton as linear_triton
+from kernels.skinny_linear.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = {torch.float32: 3e-5, torch.bfloat16: 8e-3}
@@ -89,7 +89,9 @@ def test_linear_residual(tokens, rows, width, tile, dtype, with_bias, device, dr
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("tokens,heads,groups,head_dim,width,with_norm", [(1, 2, 1, 32, 64, False), (5, 3, 1, 48, 90, True), (2, 4, 2, 16, 40, True)])
+@pytest.mark.parametrize(
+    "tokens,heads,groups,head_dim,width,with_norm", [(1, 2, 1, 32, 64, False), (5, 3, 1, 48, 90, True), (2, 4, 2, 16, 40, True)]
+)
 def test_norm_qkv(tokens, heads, groups, head_dim, width, with_norm, tile, dtype, device, draw, assert_close):
     scaled, squares = prepared(draw, tokens, width, dtype)
     rows = (heads + 2 * groups) * head_dim
@@ -119,7 +121,22 @@ def test_norm_qkv_refuses_a_tile_that_does_not_divide_a_head(device, draw):
     table, ints = draw(4, 12), torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="divides it"):
         qkv_triton.norm_qkv(
-            draw(1, 8), draw(1, 1), 1, 1e-5, draw(72, 8), None, None, table, table, ints, ints, pages, pages, q, tile=Tile(), **scratch(device)
+            draw(1, 8),
+            draw(1, 1),
+            1,
+            1e-5,
+            draw(72, 8),
+            None,
+            None,
+            table,
+            table,
+            ints,
+            ints,
+            pages,
+            pages,
+            q,
+            tile=Tile(),
+            **scratch(device),
         )
 
 
@@ -190,7 +207,9 @@ def paged_case(draw, device, contexts, length, heads, groups, head_dim, size, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
 @pytest.mark.parametrize("whole_block", [False, True], ids=["each", "block"])
 @pytest.mark.parametrize(
-    "contexts,length,heads,groups,head_dim,size", [([1], 1, 2, 1, 16, 16), ([70, 3, 131], 3, 6, 2, 32, 16), ([40, 300], 2, 3, 1, 48, 5)], ids=str
+    "contexts,length,heads,groups,head_dim,size",
+    [([1], 1, 2, 1, 16, 16), ([70, 3, 131], 3, 6, 2, 32, 16), ([40, 300], 2, 3, 1, 48, 5)],
+    ids=str,
 )
 def test_decode_attention(contexts, length, heads, groups, head_dim, size, whole_block, dtype, device, draw, assert_close):
     q, pool, table, positions, lens = paged_case(draw, device, contexts, length, heads, groups, head_dim, size, dtype)
@@ -295,7 +314,16 @@ def test_a_step_matches_its_twin(plan, contexts, length, qk_norm, dtype, device,
         pages = [tuple(x.clone() for x in pair) for pair in weights.pages]
         own = weights._replace(pages=pages)
         buffers = DecodeBuffers.allocate(SHAPE, len(contexts), length, 6, 8, dtype=dtype, device=device, plan=PLANS[plan])
-        for tensor in (buffers.stream, buffers.scaled, buffers.squares, buffers.queries, buffers.attended, buffers.gated, buffers.logits, buffers.part):
+        for tensor in (
+            buffers.stream,
+            buffers.scaled,
+            buffers.squares,
+            buffers.queries,
+            buffers.attended,
+            buffers.gated,
+            buffers.logits,
+            buffers.part,
+        ):
             tensor.fill_(float("nan"))
         fill(buffers, contexts, length)
         step(module, own, buffers)

@@ -240,6 +240,11 @@ def test_an_index_stays_inside_its_folder(folder, index):
         load(folder)
 
 
+def test_names_in_errors_cannot_reach_the_terminal_as_commands():
+    error = ModelNotFound("there is no \x1b[31mfolder\x07 \ud800 é\n", "look")
+    assert str(error) == "there is no \\x1b[31mfolder\\x07 \\ud800 é (look)"
+
+
 def test_a_stale_index_beside_a_whole_file_and_shards_in_a_subfolder(folder, tiny_model):
     expected = tiny_model("qwen3").decoder.embed_tokens.weight
     index = folder / "model.safetensors.index.json"

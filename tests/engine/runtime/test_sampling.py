@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine.errors import InvalidOption
-from engine.runtime.sampling import BatchSampler, SamplingParams, probabilities
-from kernels.accept import sample_rows
+from engine.runtime.sampling import BatchSampler, SamplingParams, _mass_cuts, finite_rows, probabilities
+from kernels.accept import LANE_SAMPLE, sample_rows
 from kernels.philox import philox_uniform
 from kernels.philox.reference import philox_words
 
@@ -63,6 +63,73 @@ def test_extreme_inputs_stay_distributions():
 def test_ties_at_the_kth_logit_are_all_kept():
     row = probabilities(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), [SamplingParams(temperature=1.0, top_k=2, top_p=0.9)])[0]
     assert torch.allclose(row, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+def test_the_nucleus_ends_where_it_holds_exactly_the_mass():
+    """Powers of two, whose sums are exact: with top_p at an edge the token after it must go."""
+    logits = torch.log2(torch.tensor([[0.5, 0.25, 0.125, 0.125]])) * math.log(2)
+    values = torch.tensor([[0.0, -1.0, -2.0, -3.0]]) * math.log(2)
+    row = probabilities(logits, [SamplingParams(temperature=1.0, top_p=0.5)])[0]
+    assert row.tolist() == [1, 0, 0, 0]
+    cuts, reached = _mass_cuts(torch.zeros(1, 4), torch.tensor([-math.inf]), torch.tensor([2.0], dtype=torch.float64))
+    assert reached.item() and cuts.item() == 0
+    descending = values.double().float()
+    ends = descending.exp().double().cumsum(-1)
+    for kept in range(4):
+        cut, reached = _mass_cuts(descending, torch.tensor([-math.inf]), ends[:, kept])
+        assert cut.item() == descending[0, kept].item() and reached.item()
+    assert not _mass_cuts(descending, torch.tensor([-math.inf]), ends[:, -1] + 1e-9)[1].item()
+
+
+def test_min_p_never_lowers_the_cut_of_another_filter():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    for filters, kept in (
+        ({"top_k": 1, "min_p": 0.1}, 1),
+        ({"top_p": 0.6, "min_p": 0.1}, 2),
+        ({"top_k": 3, "min_p": 0.7}, 2),
+        ({"top_p": 0.95, "min_p": 0.45}, 3),
+    ):
+        row = probabilities(logits, [SamplingParams(temperature=1.0, **filters)])[0]
+        assert (row > 0).tolist() == [i < kept for i in range(4)], filters
+        mixed = probabilities(
+            logits.expand(2, -1), [SamplingParams(temperature=1.0, **filters), SamplingParams(temperature=1.0, min_p=0.3)]
+        )
+        assert torch.equal(mixed[0], row) and (mixed[1] > 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_the_callers_default_dtype_does_not_matter(filters):
+    params = [SamplingParams(temperature=0.8, **filters, seed=s) for s in (None, 3)]
+    logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(5))
+    wanted = BatchSampler(params, [1, 3], 3000).draw(logits, [0, 1], [4, 4])
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = BatchSampler(params, [1, 3], 3000).draw(logits, [0, 1], [4, 4])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], wanted[0])
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found[1], wanted[1], strict=True))
+
+
+def test_draft_and_target_draw_the_same_token_from_the_same_distribution_under_a_seed_alone():
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(6))
+    rows, places = [0] * 200, list(range(200))
+    for seed, same in ((7, True), (None, False)):
+        sampler = BatchSampler([SamplingParams(temperature=1.0, seed=seed)], [7], 50)
+        draft, target = sampler.draw(logits, rows, places)[0], sampler.draw(logits, rows, places, LANE_SAMPLE)[0]
+        assert torch.equal(draft, target) == same
+    ids = torch.arange(0, 100, 2)
+    wide = BatchSampler([SamplingParams(temperature=1.0, seed=7)], [7], 100)
+    reduced, found = wide.draw(logits, rows, places, token_ids=ids)
+    full = torch.full((200, 100), -math.inf).index_copy_(1, ids, logits)
+    assert torch.equal(reduced, wide.draw(full, rows, places, LANE_SAMPLE)[0]), "a reduced vocabulary has the noise of the target's ids"
+    assert torch.allclose(torch.stack(found), probabilities(full, [wide.params[0]] * 200))
+
+
+def test_rows_that_are_not_finite_are_found():
+    logits = torch.zeros(5, 7)
+    logits[1, 3], logits[2, 0], logits[4, 6] = math.nan, math.inf, -math.inf
+    assert finite_rows(logits).tolist() == [True, False, False, True, False]
 
 
 def test_a_greedy_row_is_a_point_mass():
@@ -164,3 +231,34 @@ def test_values_outside_their_range_are_named_with_a_remedy(wrong):
     with pytest.raises(InvalidOption) as caught:
         SamplingParams(**wrong)
     assert next(iter(wrong)) in caught.value.what and caught.value.remedy
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    import numpy as np
+
+    given = SamplingParams(
+        max_new_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        top_k=np.int32(4),
+        top_p=torch.tensor(0.5),
+        seed=torch.tensor(7),
+        stop=None,
+        stop_token_ids=np.array([5, 6]),
+        draft_length=np.int8(2),
+    )
+    assert given == SamplingParams(max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.5, seed=7, stop_token_ids=(5, 6), draft_length=2)
+    assert all(type(getattr(given, name)) is int for name in ("max_new_tokens", "top_k", "seed", "draft_length"))
+    assert SamplingParams(stop=["a"], stop_token_ids=[5]) == SamplingParams(stop=("a",), stop_token_ids=(5,))
+
+
+@pytest.mark.parametrize(
+    "name", ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "draft_length", "stop", "stop_token_ids"]
+)
+@pytest.mark.parametrize(
+    "value", ["x", b"x", object(), float("nan"), pytest.param(10**400, id="huge"), 1e-300, 1e300, [None], {"a": 1}, True, -1, 1j]
+)
+def test_parameters_of_a_wrong_kind_are_named(name, value):
+    if (name, value) == ("min_p", 1e-300) or (name, value) == ("top_p", 1e-300):
+        return  # small, but a share like any other
+    with pytest.raises(InvalidOption, match=name):
+        SamplingParams(**{name: value})

@@ -65,7 +65,9 @@ def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
     assert [r.token_ids for r in together] == [r.token_ids for r in again]
     for prompt, own, result in zip(PROMPTS, params, together, strict=True):
         [alone] = engine.generate([prompt], own)
-        assert alone.token_ids == result.token_ids and counters(alone) == counters(result)
+        assert alone.token_ids == result.token_ids
+        # an automatic draft length looks at the load, which changes the steps and not the text
+        assert length == "auto" or counters(alone) == counters(result)
     others = engine.generate(PROMPTS, [SamplingParams(max_new_tokens=25, temperature=1.0, seed=9, draft_length=length)] * 4)
     assert [r.token_ids for r in together] != [r.token_ids for r in others]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,8 @@ VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 4000
 
 class Counted:
     """A sequence that only counts."""
+
+    pool = SimpleNamespace(takes_placements=False)
 
     def __init__(self, length=0):
         self.length = length
@@ -78,6 +81,7 @@ def drafter_of(kind, target):
 
 
 def request_of(params, seed, drafter, controller=None):
+    params = params if params.seed is None else replace(params, seed=seed)
     sequence = Counted(2)
     conversation = Conversation([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
     return Request(
@@ -125,10 +129,11 @@ PROCESSORS = [
 
 @pytest.mark.parametrize("processors", PROCESSORS, ids=str)
 @pytest.mark.parametrize("kind", ["model", "trunk"])
-def test_speculative_text_has_the_targets_distribution(kind, processors, naive_probabilities, chi_square_p_value):
+@pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
+def test_speculative_text_has_the_targets_distribution(kind, processors, seed, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
-    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, draft_length=3)
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, draft_length=3, seed=seed)
     requests = run(target, drafter, [request_of(params, seed, drafter) for seed in range(DRAWS)])
     counts = Counter(tuple(r.token_ids[3:]) for r in requests)
     assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
@@ -139,13 +144,14 @@ def test_speculative_text_has_the_targets_distribution(kind, processors, naive_p
 
 @pytest.mark.parametrize("processors", PROCESSORS[:3], ids=str)
 @pytest.mark.parametrize("kind", ["model", "trunk"])
-def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, naive_probabilities, chi_square_p_value):
+@pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
+def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
-    params = SamplingParams(
-        **({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=0
-    )  # with a seed each request counts as alone
-    costs = CostModel(draft=((1, 0.12),), verify=((1, 1.0), (13, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),))
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=seed)
+    costs = CostModel(
+        draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),)
+    )
     made = [LengthController("auto", costs, Calibration(SAMPLED_PRIOR)) for _ in range(DRAWS)]
     requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
     counts = Counter(tuple(r.token_ids[3:]) for r in requests)
@@ -161,6 +167,31 @@ def _lengths(metrics):
     """Drafts of each step, in no order."""
     at = [metrics.steps, *metrics.proposed_at, 0]
     return [length for length, (more, fewer) in enumerate(itertools.pairwise(at)) for _ in range(more - fewer)]
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {}], ids=str)
+def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
+    target, other = MarkovDecoder(1), MarkovDecoder(3)
+    drafters = [
+        None,
+        drafter_of("model", target),
+        drafter_of("trunk", target),
+        *(ModelDrafter(model, SimpleNamespace(new_sequence=Counted, bytes=0)) for model in (other, target)),
+    ]
+    costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (13, 1.1)), runs_last_draft=True)
+    texts, proposed, accepted = [], 0, 0
+    for drafter in drafters:
+        for length in (0, 1, 4, "auto") if drafter else (0,):
+            own = SamplingParams(**params, seed=0, max_new_tokens=25, draft_length=length)
+            requests = [request_of(own, seed, drafter, LengthController(length, costs, Calibration(SAMPLED_PRIOR))) for seed in range(40)]
+            texts.append([r.token_ids for r in run(target, drafter, requests)])
+            proposed += sum(r.metrics.proposed for r in requests)
+            accepted += sum(r.metrics.accepted for r in requests)
+            [alone] = run(target, drafter, [request_of(own, 17, drafter)])
+            assert alone.token_ids == texts[0][17]
+    assert 0 < accepted < proposed
+    assert all(text == texts[0] for text in texts)
+    assert params == {} or len({tuple(text) for text in texts[0]}) > 30, "another seed is another text"
 
 
 def test_plain_sampling_has_it_too_and_the_test_can_fail(naive_probabilities, chi_square_p_value):

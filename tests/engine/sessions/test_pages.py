@@ -26,16 +26,16 @@ def test_pages_get_what_rows_would(chat_engine, draft, tmp_path, monkeypatch) ->
     kept.generate(TEXT, SamplingParams(max_new_tokens=1, ignore_eos=True))
     kept.suspend(tmp_path / "a.kv")
     rows = resumed_kv(engine(), tmp_path / "a.kv")
-    written, decode = [], PageDecoder.decode
+    written, write = [], PageDecoder.write_pages
 
-    def counted(self, spans, *args, **kwargs):
-        written.append(len(spans))
-        return decode(self, spans, *args, **kwargs)
+    def counted(self, parts, *args, **kwargs):
+        written.extend(size for part in parts for size in part.decoded.sizes)
+        return write(self, parts, *args, **kwargs)
 
     monkeypatch.setattr("engine.sessions.kv_codec.use_triton", lambda *tensors: True)
-    monkeypatch.setattr(PageDecoder, "decode", counted)
+    monkeypatch.setattr(PageDecoder, "write_pages", counted)
     pages = resumed_kv(engine(), tmp_path / "a.kv")
-    assert sum(written) > 2
+    assert sum(written) == len(TEXT) - NUM_SINKS
     assert len(pages) == len(TEXT) and torch.equal(pages[:NUM_SINKS], rows[:NUM_SINKS])
     assert 0 < float((pages - rows).norm() / rows.norm()) < 5e-3
     assert torch.equal(pages, resumed_kv(engine(), tmp_path / "a.kv")), "the same bits at every resume"

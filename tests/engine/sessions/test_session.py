@@ -193,15 +193,16 @@ def test_suspending_again_writes_the_same_bytes(chat_engine, tmp_path):
 
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
 def test_loss_does_not_accumulate_over_cycles(chat_engine, draft, tmp_path):
+    """In deterministic mode tokens that were restored before come back to the bit, whatever follows them by now."""
     file = tmp_path / "a.kv"
-    session = spoken(chat_engine(draft))
+    session = spoken(chat_engine(draft, deterministic=True))
     truth = kv_of(session)
     session.suspend(file)
     spans = SessionFile.load(file).spans
-    assert all(s.end - s.start == SPAN_TOKENS for s in spans[:-1])
+    assert [s.start for s in spans] == [NUM_SINKS, *range(SPAN_TOKENS, spans[-1].end, SPAN_TOKENS)], "whole spans fill pages"
     old: torch.Tensor | None = None
     for cycle in range(5):
-        session = session_of(chat_engine(draft), file)
+        session = session_of(chat_engine(draft, deterministic=True), file)
         restored = kv_of(session)
         if old is not None:
             assert torch.equal(restored[: len(old)], old), f"cycle {cycle} changed tokens that were restored before"
@@ -302,7 +303,7 @@ def test_short_sessions(chat_engine, length, tmp_path):
     report = session.suspend(tmp_path / "a.kv")
     assert report.tokens == length
     resumed = session_of(engine, tmp_path / "a.kv")
-    assert resumed.token_ids == session.token_ids and len(resumed.spans) == -(-(length - NUM_SINKS) // SPAN_TOKENS) * (length > NUM_SINKS)
+    assert resumed.token_ids == session.token_ids and len(resumed.spans) == -(-length // SPAN_TOKENS) * (length > NUM_SINKS)
     assert resumed.generate("", GREEDY).new_tokens == 40
     assert resumed.suspend(tmp_path / "a.kv").tokens == length + 40
 

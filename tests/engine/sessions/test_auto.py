@@ -1,0 +1,137 @@
+"""Quality auto: what pays is kept, and a resume never costs more than recomputing; sessions as bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from engine.errors import BadSessionFile, InvalidOption
+from engine.runtime.sampling import SamplingParams
+from engine.sessions import rates
+from engine.sessions.file import SessionFile
+from engine.sessions.rates import Rates
+from engine.sessions.session import Session
+
+PROMPT = "def greet(name):\n    '''Say hello, once, to whoever is there.'''\n    return f'hello, {name}, and welcome'\n" * 2
+GREEDY = SamplingParams(max_new_tokens=20, draft_length=3, ignore_eos=True)
+DEAR, CHEAP = Rates(1.0, 1.0, 0.0, 1e-6), Rates(0.0, 1e-6, 0.0, 1.0)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def spoken(engine, **options):
+    session = engine.session(log=quiet, **options)
+    session.generate(PROMPT, GREEDY)
+    return session
+
+
+def kv_of(session):
+    sequence = session.conversation.sequence
+    return session.engine.target.read_kv(sequence, 0, sequence.length)
+
+
+@pytest.mark.parametrize("known, quality, restore", [(CHEAP, "balanced", "decode"), (DEAR, "tokens", "recompute")])
+def test_auto_keeps_what_pays_and_says_why(chat_engine, tmp_path, known, quality, restore):
+    session = spoken(chat_engine())
+    assert session.quality == "auto"
+    session.engine.session_codec.rates = known
+    report = session.suspend(tmp_path / "a.kv")
+    assert (report.quality, report.restore) == (quality, restore) and report.reason == known.reason(len(session.token_ids) - 1)
+    figures = session.kv_figures
+    assert (figures["quality"], figures["restore"]) == (quality, restore)
+    stored = SessionFile.load(tmp_path / "a.kv")
+    assert stored.auto and bool(stored.spans) == (restore == "decode")
+    with chat_engine().session(tmp_path / "a.kv", log=quiet) as resumed:
+        assert resumed.quality == "auto" and resumed.resumed.restore == restore
+        assert resumed.kv_figures["restore"] == restore
+        assert resumed.generate("", GREEDY).reused_tokens == (stored.num_cached if restore == "decode" else 0)
+
+
+def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_path):
+    def engine():
+        return chat_engine(deterministic=True)
+
+    kept = spoken(engine(), quality="tiny")
+    kept.suspend(tmp_path / "a.kv")
+    spans = SessionFile.load(tmp_path / "a.kv").spans
+    again = engine()
+    assert again.session(tmp_path / "a.kv", log=quiet, restore="decode").resumed.tokens == len(kept.token_ids) - 1
+    again.session_codec.rates = DEAR
+    resumed = again.session(tmp_path / "a.kv", log=quiet)
+    assert (resumed.resumed.restore, resumed.resumed.tokens, resumed.resumed.reason) == (
+        "recompute",
+        0,
+        DEAR.reason(len(kept.token_ids) - 1),
+    )
+    resumed.suspend(tmp_path / "b.kv")
+    assert SessionFile.load(tmp_path / "b.kv") == SessionFile.load(tmp_path / "a.kv"), "nothing ran: the same file"
+    ours, theirs = kept.generate(" and then", GREEDY), resumed.generate(" and then", GREEDY)
+    assert ours.token_ids == theirs.token_ids and torch.equal(kv_of(kept), kv_of(resumed))
+    resumed.suspend(tmp_path / "b.kv")
+    later = SessionFile.load(tmp_path / "b.kv")
+    assert later.spans[: len(spans)] == spans and later.num_cached == len(resumed.token_ids) - 1
+    forced = engine().session(tmp_path / "a.kv", log=quiet, restore="recompute")
+    assert forced.resumed.restore == "recompute" and forced.resumed.reason is None
+
+
+def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_path):
+    session = spoken(chat_engine())
+    codec, measured = session.engine.session_codec, []
+    monkeypatch.setattr(rates, "cache_home", lambda: tmp_path)
+    monkeypatch.setattr(rates, "measure", lambda codec: measured.append(codec) or CHEAP)
+    for _ in range(3):
+        codec.rates = None
+        assert rates.rates_of(codec, quiet) == CHEAP
+    assert measured == [codec]
+    (file,) = (tmp_path / "rates").iterdir()
+    for damage in ("", "{}", "[1]", json.dumps({"restore_s": "x"})):
+        file.write_text(damage)
+        codec.rates = None
+        assert rates.rates_of(codec, quiet) == CHEAP, "a damaged memory is made anew"
+    threads = torch.get_num_threads()
+    key = rates._key(codec)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert rates._key(codec) != key
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("draft", ["draft", "adapter", "none"])
+def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
+    from engine.sessions.kv_codec import session_codec
+
+    engine = chat_engine(draft)
+    codec = session_codec(engine, log=quiet)
+    found = MEASURE(codec)
+    assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
+    assert found.recomputing(256) > 0 and found.restoring(256) > 0
+    engine.pool.check_integrity()
+    assert engine.pool.num_free_pages == engine.pool.max_pages
+
+
+MEASURE = rates.measure
+
+
+def test_a_session_as_bytes(chat_engine, tmp_path):
+    session = spoken(chat_engine(), quality="balanced")
+    data = session.to_bytes()
+    session.suspend(tmp_path / "a.kv")
+    assert (tmp_path / "a.kv").read_bytes() == data
+    engine = chat_engine()
+    with Session.from_bytes(engine, data, log=quiet) as resumed:
+        assert resumed.token_ids == session.token_ids and resumed.to_bytes() == data
+        assert torch.equal(kv_of(resumed), kv_of(engine.session(tmp_path / "a.kv", log=quiet)))
+    for bad in (b"", data[:-1], data[:100] + b"\0" + data[101:]):
+        with pytest.raises(BadSessionFile, match="in memory"):
+            Session.from_bytes(engine, bad, log=quiet)
+
+
+def test_unknown_ways_to_restore_are_refused(chat_engine):
+    with pytest.raises(InvalidOption, match=r"'guess'.*auto, decode, recompute"):
+        chat_engine("none").session(restore="guess")
