@@ -23,6 +23,7 @@ from engine.errors import BadAdapter, InvalidOption
 from engine.hub.resolve import resolve_model
 from engine.kv.pool import PagedPool
 from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.weights import expected_shapes
 from engine.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -109,11 +110,13 @@ def load_trained_trunk(folder: str | Path, target: Decoder) -> TrainedTrunk:
         tensors[HEAD] = head.detach()[token_ids.to(head.device)]
     # a head of its own matrix, which a CPU can lay out for its products, and no embeddings: tokens never reach these layers
     shape = replace(target.config, num_layers=config.num_layers, vocab_size=config.vocab_size, tie_word_embeddings=False)
+    expected = {name: sizes for name, sizes in expected_shapes(shape).items() if name != _EMBEDDING}  # before memory is taken for them
+    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := {name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)}:
+        raise BadAdapter(f"the trunk adapter {folder} and its target disagree about {min(wrong)}", "train one for this target")
     decoder = Decoder._materialise(shape, target.dtype, target.device)
     decoder.embed_tokens.weight = nn.Parameter(decoder.embed_tokens.weight[:0].clone(), requires_grad=False)
     places = {name: place for name, place in decoder.hf_tensors().items() if name != _EMBEDDING}
-    if wrong := {n for n in places.keys() | tensors.keys() if n not in places or n not in tensors or places[n].shape != tensors[n].shape}:
-        raise BadAdapter(f"the trunk adapter {folder} and its target disagree about {min(wrong)}", "train one for this target")
     for name, place in places.items():
         place.copy_(tensors[name])
     return TrainedTrunk(config, decoder.pack(in_bytes=config.bits == 8), token_ids.to(target.device), Path(folder))
