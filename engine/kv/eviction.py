@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from engine.kv.trie_nodes import Node, Tier
 
 Density = Callable[[Node], float]
@@ -135,39 +137,131 @@ class Gdsf(HeapPolicy):
         return node
 
 
-class Value(HeapPolicy):
-    """P(reuse) x restore seconds saved / bytes.
+class Value(EvictionPolicy):
+    """Restore seconds expected to be saved a byte and second of keeping it: P(reuse) x seconds saved / bytes, at the best horizon.
 
-    P(reuse) is taken proportional to the decayed count of requests plus what is expected before any was seen: the share of nodes of the
-    same kind that were used again so far, and the model's own probability of the whole prefix times the namespace's recent requests. All
-    of it decays at one rate, so the order of two nodes changes only when one of them is used, and a heap holds it: the key is the
-    logarithm of the value at time 0.
+    Nodes of one kind with about the same decayed count and the same last gap between requests form a class. For each class the policy
+    learns how long after a request the next one comes, or whether none does. From that the reuse rate at an age is
+    max over T of P(reuse within T) / E[seconds kept until reuse or T], Gittins' index of a job that ends at its reuse; a class seen too
+    little is pulled towards its kind, a kind towards a prior. The model's own probability of the whole prefix, times the rate of the
+    namespace's requests, is added: that many requests a second would come from texts drawn from the model.
+
+    Inside a class the least recently used node goes first, so a call costs O(classes + log n).
     """
 
     name = "value"
+    num_ages = 36
+    refresh_requests = 256
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._seen: dict[str, int] = {}
-        self._reused: dict[str, int] = {}
+        self._heaps: dict[tuple[str, int, int], list[tuple[float, int, Node]]] = {}
+        self._queued: set[Node] = set()
+        self._serial = 0
+        self._now_s = 0.0
+        self._touches = 0
+        # seconds after a request; the last edge also stands for never
+        self._edges = np.concatenate([[0.0], 2.0 ** (np.arange(1, self.num_ages) / 2 - 0.5)])
+        self._ends: dict[Any, np.ndarray] = {}  # pages whose next request came in an age bucket, by class and by kind
+        self._starts: dict[Any, float] = {}  # pages that were requested
+        self._rates: dict[Any, list[float]] = {}
 
-    def key(self, node: Node) -> float:
-        expected = node.count + (node.state[self.tier] or 0.0)
-        density = self.density(node)
-        if expected <= 0 or density <= 0:
-            return -math.inf
-        return math.log2(expected) + math.log2(density) + node.count_s / self.half_life_s
+    def _class(self, node: Node) -> tuple[str, int, int]:
+        count = min(5, int(math.log2(node.count))) if node.count >= 1 else 0
+        gap = -1 if node.gap_s == math.inf else int(math.log2(max(1.0, node.gap_s)))
+        return node.kind, count, min(gap, 13)
+
+    def _age(self, seconds: float) -> int:
+        return 0 if seconds < 1.0 else min(self.num_ages - 1, int(2 * math.log2(seconds) + 1))
 
     def touch(self, node: Node, root: Node) -> None:
-        first = node.requests <= 1
-        self._seen[node.kind] = self._seen.get(node.kind, 0) + first
-        self._reused[node.kind] = self._reused.get(node.kind, 0) + (node.requests == 2)
-        # a kind never seen before starts at one half
-        prior = (self._reused[node.kind] + 1) / (self._seen[node.kind] + 2)
+        self._now_s = max(self._now_s, node.last_s)
+        before = node.state[self.tier]
+        pages = node.num_pages
+        if before is not None and node.gap_s != math.inf:
+            age = self._age(node.gap_s)
+            for key in (before, before[0]):
+                self._ends[key][age] += pages
+        now = self._class(node)
+        for key in (now, now[0]):
+            if key not in self._starts:
+                self._starts[key], self._ends[key] = 0.0, np.zeros(self.num_ages)
+            self._starts[key] += pages
+        node.state[self.tier] = now
+        self._touches += node.parent is root
+        if self._touches >= self.refresh_requests:
+            self._touches = 0
+            self._rates.clear()
+
+    def _rates_of(self, key: tuple[str, int, int]) -> list[float]:
+        """Reuses a second at each age, for nodes of a class."""
+        rates = self._rates.get(key)
+        if rates is None:
+            prior = 0.5 / self.num_ages * np.ones(self.num_ages)
+            kind = (self._ends.get(key[0], 0.0) + 4 * prior) / (self._starts.get(key[0], 0.0) + 4)
+            weight = 50.0
+            share = (self._ends.get(key, 0.0) + weight * kind) / (self._starts.get(key, 0.0) + weight)
+            ended = np.concatenate([[0.0], np.cumsum(share)])  # reused before each edge, and ever
+            alive = np.maximum(1.0 - ended[:-1], 1e-9)
+            width = np.diff(np.append(self._edges, 2 * self._edges[-1]))
+            kept = np.concatenate([[0.0], np.cumsum(width * (alive + np.maximum(1.0 - ended[1:], 0.0)) / 2)])
+            hits = ended[None, 1:] - ended[:-1, None]
+            seconds = np.maximum(kept[None, 1:] - kept[:-1, None], 1e-9)
+            rates = np.where(seconds > 1e-9, hits / seconds, 0.0).max(axis=1).tolist()
+            self._rates[key] = rates
+        return rates
+
+    def value(self, node: Node) -> float:
+        """Seconds saved a byte and second of keeping the node's pages, as expected now."""
+        rate = self._rates_of(node.state[self.tier] or self._class(node))[self._age(self._now_s - node.last_s)]
         log2_p = node.end_log2_p
         if log2_p is not None:
-            prior += root.count * 2.0 ** max(log2_p, -1000.0)
-        node.state[self.tier] = prior
+            rate += self._namespace_rate(node) * 2.0 ** max(log2_p, -1000.0)
+        return rate * self.density(node)
+
+    def _namespace_rate(self, node: Node) -> float:
+        """Requests a second of the node's namespace."""
+        while node.parent is not None:
+            node = node.parent
+        return node.count * math.log(2) / self.half_life_s
+
+    def add(self, node: Node) -> None:
+        if node not in self._queued:
+            self._queued.add(node)
+            self._push(node)
+
+    def _push(self, node: Node) -> None:
+        self._serial += 1
+        heapq.heappush(self._heaps.setdefault(node.state[self.tier] or self._class(node), []), (node.last_s, self._serial, node))
+
+    def victim(self) -> Node | None:
+        worst: tuple[float, Any] | None = None
+        locked: list[Node] = []
+        for key in list(self._heaps):
+            heap = self._heaps[key]
+            while heap:
+                last_s, _, node = heap[0]
+                if not self._may_leave(node):
+                    heapq.heappop(heap)
+                    self._queued.discard(node)
+                elif node.last_s != last_s:
+                    heapq.heappop(heap)
+                    self._push(node)
+                elif not node.num_unlocked(self.tier):
+                    heapq.heappop(heap)
+                    locked.append(node)
+                else:
+                    value = self.value(node)
+                    if worst is None or value < worst[0]:
+                        worst = (value, key)
+                    break
+        for node in locked:
+            self._push(node)
+        if worst is None:
+            return None
+        node = heapq.heappop(self._heaps[worst[1]])[2]
+        self._queued.discard(node)
+        return node
 
 
 class S3Fifo(EvictionPolicy):

@@ -9,6 +9,7 @@ what of that paper does not hold. Not safe for use from several threads at once.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
@@ -208,6 +209,7 @@ class Trie:
         while at is not None:
             at.count = self.decayed_count(at, now_s) + 1.0
             at.count_s = max(at.count_s, now_s)
+            at.gap_s = now_s - at.last_s if at.requests else math.inf
             at.requests += 1
             at.last_s = max(at.last_s, now_s)
             at = at.parent
@@ -235,7 +237,7 @@ class Trie:
         upper.key = node.key
         same_hash = parent.children[upper.key]
         same_hash[same_hash.index(node)] = upper
-        for name in ("count", "count_s", "requests", "last_s", "kind"):
+        for name in ("count", "count_s", "requests", "last_s", "gap_s", "kind"):
             setattr(upper, name, getattr(node, name))
         upper.state = list(node.state)
         upper.ends = [min(end, pages) for end in node.ends]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ class Node:
         "count",
         "count_s",
         "ends",
+        "gap_s",
         "handles",
         "key",
         "kind",
@@ -106,6 +108,7 @@ class Node:
         self.log2_p: np.ndarray | None = None  # float32 [T]
         self.prefix_log2_p: float | None = 0.0 if parent is None else parent.end_log2_p
         self.count, self.count_s, self.requests, self.last_s = 0.0, 0.0, 0, 0.0
+        self.gap_s = math.inf  # between the last two requests
         self.kind = "user"
         self.key = 0  # hash of the first page
         self.locks = 0  # handles that end below this node

@@ -20,6 +20,9 @@ MEASURED: dict[str, Any] = {
 }
 
 
+HISTORY_SHARE = 0.02
+
+
 def _row(requests: int, prompt_tokens: int, hit_tokens: int, restore_s: float, recompute_s: float) -> dict[str, Any]:
     """What every replay reports; `recompute_s`: computing the hit tokens instead of restoring them."""
     return {
@@ -44,7 +47,11 @@ def replay(
     """
     page_bytes = max(1, round(bytes_per_token / ratio * trace.block_tokens))
     token_bytes = trace.block_tokens * TOKEN_BYTES
-    tokens_budget = capacity_bytes * token_bytes // (page_bytes + token_bytes) if policy in ("s3-fifo", "value") else 0
+    tokens_budget = 0
+    if policy == "s3-fifo":
+        tokens_budget = capacity_bytes * token_bytes // (page_bytes + token_bytes)
+    elif policy == "value":
+        tokens_budget = int(capacity_bytes * HISTORY_SHARE)
     budget = 2**62 if policy is None else capacity_bytes - tokens_budget
     budgets = {Tier.HOST: budget} if policy is None or not tokens_budget else {Tier.HOST: budget, Tier.TOKENS: tokens_budget}
     trie = Trie(1, half_life_s=half_life_s, page_bytes=[0, page_bytes, 0, token_bytes])
@@ -61,7 +68,7 @@ def replay(
         hit_tokens += found
         restore_s += times.restore_s(Tier.HOST, 0, found)
         recompute_s += times.recompute.first(found)
-        kind = "tool"
+        kind = "tool" if request.num_system_blocks else "user"
         system = request.blocks[: request.num_system_blocks]
         if match.num_pages < len(system):
             # the system prompt becomes a node of its own kind
