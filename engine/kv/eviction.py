@@ -199,6 +199,9 @@ class Value(EvictionPolicy):
         if rates is None:
             prior = 0.5 / self.num_ages * np.ones(self.num_ages)
             kind = (self._ends.get(key[0], 0.0) + 4 * prior) / (self._starts.get(key[0], 0.0) + 4)
+            # before a class was seen, each doubling of the count halves the chance that no request follows
+            ever = kind.sum()
+            kind = kind * (1.0 - (1.0 - ever) / 2.0 ** key[1]) / ever
             weight = 50.0
             share = (self._ends.get(key, 0.0) + weight * kind) / (self._starts.get(key, 0.0) + weight)
             ended = np.concatenate([[0.0], np.cumsum(share)])  # reused before each edge, and ever
@@ -235,33 +238,37 @@ class Value(EvictionPolicy):
         heapq.heappush(self._heaps.setdefault(node.state[self.tier] or self._class(node), []), (node.last_s, self._serial, node))
 
     def victim(self) -> Node | None:
-        worst: tuple[float, Any] | None = None
         locked: list[Node] = []
-        for key in list(self._heaps):
-            heap = self._heaps[key]
+        found, moved = self._worst(locked)
+        while found is None and moved:
+            found, moved = self._worst(locked)
+        for node in locked:
+            self._push(node)
+        return found
+
+    def _worst(self, locked: list[Node]) -> tuple[Node | None, bool]:
+        """The worst of the classes' oldest nodes, and whether others were put where they belong by now; `locked` takes what must wait."""
+        worst: tuple[float, Any] | None = None
+        stale: list[Node] = []
+        for key, heap in self._heaps.items():
             while heap:
                 last_s, _, node = heap[0]
-                if not self._may_leave(node):
-                    heapq.heappop(heap)
-                    self._queued.discard(node)
-                elif node.last_s != last_s:
-                    heapq.heappop(heap)
-                    self._push(node)
-                elif not node.num_unlocked(self.tier):
-                    heapq.heappop(heap)
-                    locked.append(node)
-                else:
+                if self._may_leave(node) and node.last_s == last_s and node.num_unlocked(self.tier):
                     value = self.value(node)
                     if worst is None or value < worst[0]:
                         worst = (value, key)
                     break
-        for node in locked:
+                heapq.heappop(heap)
+                if not self._may_leave(node):
+                    self._queued.discard(node)
+                else:
+                    (stale if node.last_s != last_s else locked).append(node)
+        found = None if worst is None else heapq.heappop(self._heaps[worst[1]])[2]
+        if found is not None:
+            self._queued.discard(found)
+        for node in stale:
             self._push(node)
-        if worst is None:
-            return None
-        node = heapq.heappop(self._heaps[worst[1]])[2]
-        self._queued.discard(node)
-        return node
+        return found, bool(stale)
 
 
 class S3Fifo(EvictionPolicy):
