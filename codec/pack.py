@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, PackMismatch
 from codec.rate import EntropyModel
-from codec.rows import ROW_BITS, dequantise_rows, quantise_rows
+from codec.rows import GROUP, ROW_BITS, dequantise_rows, quantise_rows
 from codec.spec import KvLayout
 from codec.transform import Transform
 from codec.weighting import Weighting
@@ -161,7 +162,7 @@ class CodecPack:
         """Writes the file under a temporary name and renames it, so a half-written pack is never found."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + f".{os.getpid()}.part")
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have laid a link at
         try:
             save_file(
                 {k: v.contiguous() for k, v in self._tensors().items()},
@@ -174,34 +175,127 @@ class CodecPack:
 
     @classmethod
     def load(cls, path: str | Path) -> CodecPack:
-        """Reads and checks a pack. Raises ForeignCode, NewerCode or CorruptedCode; FileNotFoundError as usual."""
-        if not Path(path).is_file():
+        """Reads and checks a pack: all that it says of itself, the shapes of its tensors, and that every number is finite.
+
+        Raises ForeignCode, NewerCode, PackMismatch (an older format) or CorruptedCode; FileNotFoundError when there is no such file.
+        """
+        try:
+            found = Path(path).is_file()
+        except (OSError, ValueError):  # a name that no system takes
+            found = False
+        if not found:
             raise FileNotFoundError(path)
-        remedy = "calibrate it again with scripts/calibrate.py"
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CorruptedCode(f"the codec pack {path} cannot be read: {error}", remedy) from error
+        except Exception as error:  # the library has errors of many types for headers and for dtypes it cannot turn into tensors
+            raise CorruptedCode(f"the codec pack {path} cannot be read: {error}", _REMEDY) from error
         try:
             meta = json.loads(metadata["foretold"])
             if meta["kind"] != _KIND:
                 raise KeyError("kind")
-            version = int(meta["version"])
-        except (KeyError, TypeError, ValueError) as error:
+            version = meta["version"]
+            if not isinstance(version, int) or isinstance(version, bool):
+                raise TypeError("version")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ForeignCode(f"{path} is not a codec pack", "check the path") from error
         if version > PACK_VERSION:
             raise NewerCode(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", "update the program")
         if version < PACK_VERSION:
-            raise PackMismatch(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", remedy)
+            raise PackMismatch(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", _REMEDY)
         if metadata.get("digest") != _digest(tensors, meta):
-            raise CorruptedCode(f"the codec pack {path} is damaged", remedy)
+            raise CorruptedCode(f"the codec pack {path} is damaged", _REMEDY)
         own = {k: v for k, v in tensors.items() if not k.startswith(_PREDICTOR)}
         other = {k[len(_PREDICTOR) :]: v for k, v in tensors.items() if k.startswith(_PREDICTOR)}
-        return cls(
-            KvLayout(**meta["layout"]), meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"]
-        )
+        layout = _checked_meta(meta)
+        pack = cls(layout, meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"])
+        pack._check_tensors()
+        return pack
+
+    def _check_tensors(self) -> None:
+        """CorruptedCode unless the tensors are those of the layout, finite, and of a weighting that can be undone."""
+        d, width = self.layout.head_dim, self.layout.dim if self.kind == "global" else self.layout.layer_dim
+        stored, rows = dict(self.stored), 0
+        _expect(stored, "weight", torch.float16, (self.layout.num_blocks, d, d))
+        for bits in ROW_BITS:
+            codes = stored.get(f"basis.{bits}.codes")
+            count = codes.shape[0] if codes is not None and codes.ndim else 0
+            _expect(stored, f"basis.{bits}.codes", torch.uint8, (count, bits, -(-width // 8)))
+            _expect(stored, f"basis.{bits}.step", torch.uint8, (count, -(-width // GROUP)))
+            _expect(stored, f"basis.{bits}.peak", torch.float32, (count,), low=0.0)
+            rows += count
+        _expect(stored, "variance", torch.float32, (rows,), low=0.0)
+        if self.kind == "per_layer":
+            layer = _expect(stored, "basis.layer", torch.int16, (rows,))
+            if rows and not 0 <= int(layer.min()) <= int(layer.max()) < self.layout.coded_layers:
+                raise CorruptedCode("the pack's transform speaks of layers that are not coded", _REMEDY)
+        for name, kind in _TABLES.items():
+            table = _expect(stored, name, kind, None)
+            if table.ndim != (2 if name == "table.centroids" else 1):
+                raise CorruptedCode(f"the pack's {name} has the shape {list(table.shape)}", _REMEDY)
+        if stored:
+            raise CorruptedCode(f"the pack holds {sorted(stored)[0]!r}, which is no part of one", _REMEDY)
+        for name, tensor in self.predictor.items():
+            _finite(f"{_PREDICTOR}{name}", tensor)
+        self.model.check()
+        try:
+            inverse = self.weighting.inverse
+        except RuntimeError as error:  # a singular block
+            raise CorruptedCode("the pack's weighting cannot be undone", _REMEDY) from error
+        _finite("weighting", inverse)
+
+
+_REMEDY = "calibrate it again with scripts/calibrate.py"
+_TABLES = {
+    "table.probs": torch.float32,
+    "table.freqs": torch.uint16,
+    "table.gain_probs": torch.float32,
+    "table.gain_freqs": torch.uint16,
+    "table.centroids": torch.float32,
+}
+_LAYOUT_BOUNDS = {"num_layers": 1 << 16, "num_kv_heads": 1 << 16, "head_dim": 1 << 16, "first_layer": 1 << 16}
+
+
+def _checked_meta(meta: dict) -> KvLayout:
+    """The layout in a pack's description. CorruptedCode unless every field is of its type, and every count a whole number within bounds."""
+    layout = meta.get("layout")
+    if not isinstance(layout, dict) or set(layout) != set(_LAYOUT_BOUNDS):
+        raise CorruptedCode("the pack does not describe a KV layout", _REMEDY)
+    for name, high in _LAYOUT_BOUNDS.items():
+        if not isinstance(layout[name], int) or isinstance(layout[name], bool) or not 0 <= layout[name] <= high:
+            raise CorruptedCode(f"the pack's layout has an impossible {name}", _REMEDY)
+    if meta.get("transform") not in ("global", "per_layer"):
+        raise CorruptedCode("the pack names no kind of transform", _REMEDY)
+    if not all(isinstance(meta.get(name), dict) for name in ("predictor_settings", "fingerprints", "info")):
+        raise CorruptedCode("the pack's description lacks its settings, fingerprints or figures", _REMEDY)
+    if not all(isinstance(value, str) for value in meta["fingerprints"].values()):
+        raise CorruptedCode("the pack's fingerprints are no texts", _REMEDY)
+    try:
+        return KvLayout(**layout)
+    except BadInput as error:
+        raise CorruptedCode(f"the pack has an {error.what}", _REMEDY) from error
+
+
+def _expect(
+    stored: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...] | None, low: float | None = None
+) -> torch.Tensor:
+    """Takes a tensor out of `stored`. CorruptedCode unless it is there, of this dtype and shape, finite, and nowhere below `low`."""
+    tensor = stored.pop(name, None)
+    if tensor is None:
+        raise CorruptedCode(f"the pack lacks {name}", _REMEDY)
+    if tensor.dtype != dtype or (shape is not None and tuple(tensor.shape) != shape):
+        wanted = "" if shape is None else f" of shape {list(shape)}"
+        raise CorruptedCode(f"the pack's {name} is {tensor.dtype} of shape {list(tensor.shape)} instead of {dtype}{wanted}", _REMEDY)
+    _finite(name, tensor)
+    if low is not None and tensor.numel() and float(tensor.min()) < low:
+        raise CorruptedCode(f"the pack's {name} holds numbers below {low:g}", _REMEDY)
+    return tensor
+
+
+def _finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise CorruptedCode(f"the pack's {name} holds numbers that are not finite", _REMEDY)
 
 
 def _model_tensors(model: EntropyModel) -> dict[str, torch.Tensor]:

@@ -119,12 +119,14 @@ class EntropyModel:
         return cls(np.concatenate(probs), freqs, gain, normalise(gain).astype(np.uint16), centroids)
 
     def check(self) -> None:
-        """CorruptedCode unless every table is complete, positive and sums to TOTAL."""
+        """CorruptedCode unless every table is complete, finite and positive, and the frequencies sum to TOTAL."""
         size = int(self.offset[-1])
         right = len(self.probs) == len(self.freqs) == size and len(self.gain_freqs) == NUM_GAINS and self.freqs.min(initial=1) > 0
         if right:
             sums = np.add.reduceat(self.freqs.astype(np.int64), self.offset[:-1])
             right = bool((sums == TOTAL).all()) and int(self.gain_freqs.sum(dtype=np.int64)) == TOTAL and int(self.gain_freqs.min()) > 0
+        right = right and len(self.gain_probs) == NUM_GAINS and all(t.min(initial=0) >= 0 for t in (self.probs, self.gain_probs))
+        right = right and all(np.isfinite(t).all() for t in (self.probs, self.gain_probs, self.centroids))
         if not right or self.centroids.shape != (NUM_CLASSES, 3):
             raise CorruptedCode("the pack's frequency tables are inconsistent", "calibrate the pack again")
 

@@ -12,7 +12,7 @@ from draft.draft_head import MAX_WAITING, AdaptedState, AdapterBlock, TrunkAdapt
 from draft.errors import TrunkDepthError
 from draft.model import append_features, check_taps
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, Proposal
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, Proposal, ScratchPasses
 
 
 def default_trunk_layers(num_layers: int) -> int:
@@ -219,3 +219,29 @@ class TrunkDrafter:
         for state in states:
             if isinstance(state, AdaptedState):
                 state.own.free()
+
+    def scratch(self, new_target_sequence: Callable[[], Any]) -> ScratchPasses:
+        """The first layers with the target's head, or with the adapter's layers and head; the last draft runs the first layers alone, which only is
+        another pass where there is an adapter."""
+        adapter, sequences = self.adapter, [new_target_sequence()]
+
+        def trunk(sequence: Any, count: int) -> Any:
+            tokens = torch.zeros(count, dtype=torch.int64, device=self.decoder.device)
+            return self.decoder.forward(
+                tokens, [sequence], [count], logits="none", last_layer=self.num_layers, deterministic=self.deterministic
+            ).hidden
+
+        if adapter is None:
+            return ScratchPasses(
+                lambda count: self.decoder.head(trunk(sequences[0], count), deterministic=self.deterministic), None, sequences[0].free
+            )
+        sequences += [new_target_sequence(), adapter.pool.new_sequence()]
+
+        def draft(count: int) -> None:
+            adapter.head(adapter.forward([sequences[2]], trunk(sequences[0], count), [count], [0], ()).hidden)
+
+        def close() -> None:
+            for sequence in sequences:
+                sequence.free()
+
+        return ScratchPasses(draft, lambda count: trunk(sequences[1], count), close)

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +33,7 @@ CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pac
 TOKEN_IDS, NORM, HEAD = "token_ids", "model.norm.weight", "lm_head.weight"
 GROUP = 64  # inputs that share a scale
 _SCALE = ".scale"
+_MAX_CONFIG_BYTES = 16 << 20
 _REMEDY = "copy the adapter's folder again, or train one with scripts/train_draft.py"
 # what the layers of an adapter have in common with the target's
 _FACTS = (
@@ -71,9 +74,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         counts = {"trunk_layers": self.trunk_layers, "num_layers": self.num_layers, "vocab_size": self.vocab_size}
         for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
                 raise ForeignAdapter(f"an adapter with {name} {value!r}", "give a whole number from 1 on")
-        if self.head not in ("own", "tied") or self.bits not in (8, 16):
+        if not all(isinstance(text, str) for text in (self.target, self.target_fingerprint_config)) or not isinstance(self.training, dict):
+            raise ForeignAdapter("an adapter without the name and digest of its target", "give both, as texts")
+        if self.head not in ("own", "tied") or type(self.bits) is not int or self.bits not in (8, 16):
             raise ForeignAdapter(f"an adapter with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
 
     def check_target(self, config: Any) -> None:
@@ -130,13 +135,13 @@ def load_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """
     config = read_config(folder)
     path = Path(folder) / TENSOR_FILE
-    if not path.is_file():
+    if not _is_file(path):
         raise AdapterNotFound(f"there is no {path}", _REMEDY)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the library has errors of many types for headers and for dtypes it cannot turn into tensors
         raise CorruptedAdapter(f"the trunk adapter {path} cannot be read: {error}", _REMEDY) from error
     if metadata.get("format") != FORMAT:
         raise ForeignAdapter(f"{path} is not a trunk adapter", "check the path")
@@ -151,16 +156,16 @@ def load_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
 def read_config(folder: str | Path) -> AdapterConfig:
     """The folder's config alone, unchecked against the tensors. Raises AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter."""
     path = Path(folder) / CONFIG_FILE
+    if not _is_file(path):
+        raise AdapterNotFound(f"there is no {path}", _REMEDY)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterNotFound(f"there is no {path}", _REMEDY) from error
-    except (OSError, ValueError) as error:
+        fields = json.loads(_read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptedAdapter(f"{path} cannot be read: {error}", _REMEDY) from error
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise ForeignAdapter(f"{path} does not describe a trunk adapter", "check the path")
     version = fields.pop("version", None)
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise CorruptedAdapter(f"{path} names no version", _REMEDY)
     if version > VERSION:
         raise NewerAdapter(f"the trunk adapter has format version {version}, this program reads up to {VERSION}", "update the program")
@@ -172,9 +177,10 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 def is_adapter(folder: str | Path) -> bool:
     """True when the folder's config.json says that it holds a trunk adapter, of any version and in any state."""
+    path = Path(folder) / CONFIG_FILE
     try:
-        return json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return _is_file(path) and json.loads(_read_text(path)).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -195,17 +201,46 @@ def dequantise(steps: Tensor, scale: Tensor) -> Tensor:
 
 def _check(config: AdapterConfig, stored: Mapping[str, Tensor], folder: Path) -> None:
     """CorruptedAdapter unless the tensors that do not depend on the target are those the config speaks of."""
-    ids, layers = stored.get(TOKEN_IDS), {int(n.split(".")[2]) for n in stored if n.startswith("model.layers.")}
-    if ids is None or ids.shape != (config.vocab_size,) or ids[0] < 0 or not bool((ids[1:] > ids[:-1]).all()):
+    ids = stored.get(TOKEN_IDS)
+    right = ids is not None and ids.dtype == torch.int32 and ids.shape == (config.vocab_size,)
+    if ids is None or not right or ids[0] < 0 or not bool((ids[1:] > ids[:-1]).all()):
         raise CorruptedAdapter(f"the trunk adapter {folder} needs {config.vocab_size} ascending token_ids", _REMEDY)
-    if layers != set(range(config.num_layers)) or NORM not in stored or (HEAD in stored) != (config.head == "own"):
+    layers = {match[1] for name in stored if (match := re.match(r"model\.layers\.(0|[1-9]\d{0,5})\.", name))}
+    # counted first: the config's number may be any
+    whole = len(layers) == config.num_layers and layers == {str(number) for number in range(config.num_layers)}
+    if not whole or NORM not in stored or (HEAD in stored) != (config.head == "own"):
         raise CorruptedAdapter(f"the trunk adapter {folder} lacks tensors its config speaks of, or holds others", _REMEDY)
     for name, tensor in stored.items():
+        if name != TOKEN_IDS and tensor.dtype not in (torch.int8, torch.float16, torch.bfloat16, torch.float32):
+            raise CorruptedAdapter(f"the trunk adapter {folder} stores {name} as {tensor.dtype}", _REMEDY)
         scaled, scale = tensor.dtype == torch.int8, stored.get(name + _SCALE)
-        if scaled and (config.bits != 8 or scale is None or scale.shape != (tensor.shape[0], -(-tensor.shape[1] // GROUP))):
+        if scaled and (config.bits != 8 or tensor.ndim != 2 or scale is None):
             raise CorruptedAdapter(f"the trunk adapter {folder} has no scales that fit {name}", _REMEDY)
+        if scaled and scale is not None:
+            fits = scale.dtype == torch.float16 and scale.shape == (tensor.shape[0], -(-tensor.shape[1] // GROUP))
+            if not fits or (scale.numel() and float(scale.min()) < 0):
+                raise CorruptedAdapter(f"the trunk adapter {folder} has no scales that fit {name}", _REMEDY)
+        if name.endswith(_SCALE) and stored.get(name.removesuffix(_SCALE), ids).dtype != torch.int8:
+            raise CorruptedAdapter(f"the trunk adapter {folder} has scales of nothing, {name}", _REMEDY)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CorruptedAdapter(f"the trunk adapter {folder} holds numbers that are not finite, in {name}", _REMEDY)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a regular file is there; a pipe would be waited for, and some names no system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_text(path: Path) -> str:
+    """A config's text. Raises ValueError when it is no UTF-8, or larger than a config is."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_CONFIG_BYTES + 1)
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {_MAX_CONFIG_BYTES:,} bytes")
+    return content.decode("utf-8")
 
 
 def _digest(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
@@ -219,7 +254,7 @@ def _digest(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
 
 
 def _replace_file(path: Path, write: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have laid a link at
     try:
         write(temporary)
         os.replace(temporary, path)

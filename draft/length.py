@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from draft.protocols import CausalDecoder, Drafter
+from draft.protocols import CausalDecoder, Drafter, ScratchPasses
 from draft.stopping import Calibration, Gate
 from draft.tree import MAX_CHAIN
 
@@ -145,65 +145,50 @@ class LengthController:
 def measure_costs(
     target: CausalDecoder,
     drafter: Drafter,
-    draft_decoder: CausalDecoder,
-    new_sequences: tuple[Callable[[], Any], Callable[[], Any]],
+    new_sequence: Callable[[], Any],
+    scratch: ScratchPasses,
     *,
-    own_layers: tuple[CausalDecoder, Callable[[], Any]] | None = None,
     token_counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     budget_s: float = 2.0,
     deterministic: bool = False,
 ) -> CostModel:
-    """Time a few forwards of target and draft (the warm-up). new_sequences: makers of a target's and a draft's sequence, for scratch use;
-    own_layers: the layers that speak for a trained trunk, and a maker of theirs.
+    """Time a few forwards of target and draft (the warm-up).
 
+    new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here.
     Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
     """
     first, device = drafter.verify_from, target.device
+    sequence = new_sequence()
 
-    def verify(sequence: Any, count: int) -> None:
+    def verify(count: int) -> None:
         tokens = torch.zeros(count, dtype=torch.int64, device=device)
         hidden = torch.zeros(count, target.config.hidden_size, dtype=target.dtype, device=device) if first else None
         target.forward(tokens, [sequence], [count], first_layer=first, hidden=hidden, deterministic=deterministic)
 
-    def trunk(sequence: Any, count: int) -> Any:
-        tokens = torch.zeros(count, dtype=torch.int64, device=device)
-        return draft_decoder.forward(
-            tokens, [sequence], [count], logits="none", last_layer=first or None, deterministic=deterministic
-        ).hidden
-
-    def draft(sequence: Any, count: int) -> None:
-        hidden, head = trunk(sequence, count), draft_decoder.head
-        if own_layers is not None:
-            hidden = own_layers[0].forward(None, [own_sequence], [count], hidden=hidden, logits="none", deterministic=deterministic).hidden
-            head = own_layers[0].head
-        head(hidden, deterministic=deterministic)
-
-    timed = [verify, draft] if own_layers is None else [verify, draft, trunk]
-    own_sequence = own_layers[1]() if own_layers is not None else None
-    sequences = [new_sequences[0](), *(new_sequences[1]() for _ in timed[1:])]
+    timed = [verify, scratch.draft] if scratch.last is None else [verify, scratch.draft, scratch.last]
     best: list[dict[int, float]] = [{} for _ in timed]
     began = time.perf_counter()
     try:
-        for run, sequence in zip(timed, sequences, strict=True):
-            run(sequence, token_counts[0])  # caches, lazily built tables, kernel compilation
+        for run in timed:
+            run(token_counts[0])  # caches, lazily built tables, kernel compilation
         for turn in range(TURNS):
             # in turns: what slows the machine down for a while must not hit one count alone
             for count in token_counts if turn == 0 else list(best[0]):
                 if len(best[0]) >= 3 and time.perf_counter() - began > budget_s:
                     break
-                for run, sequence, found in zip(timed, sequences, best, strict=True):
-                    if run is trunk:
-                        verify(sequences[0], 1)  # as in a step, the trunk's weights must come from memory, not from a cache
+                for run, found in zip(timed, best, strict=True):
+                    if run is scratch.last:
+                        verify(1)  # as in a step, the first layers' weights must come from memory, not from a cache
                     _synchronize(device)
                     start = time.perf_counter()
-                    run(sequence, count)
+                    run(count)
                     _synchronize(device)
                     found[count] = min(found.get(count, math.inf), time.perf_counter() - start)
     finally:
-        for sequence in (*sequences, *((own_sequence,) if own_sequence is not None else ())):
-            sequence.free()
+        sequence.free()
+        scratch.close()
     curves = [_rising(found) for found in best]
-    return CostModel(curves[1], curves[0], drafter.runs_last_draft, curves[2] if own_layers is not None else None)
+    return CostModel(curves[1], curves[0], drafter.runs_last_draft, None if scratch.last is None else curves[2])
 
 
 def _rising(seconds: dict[int, float]) -> Curve:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.errors import FeatureTapError
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, KvPool, Proposal
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, KvPool, Proposal, ScratchPasses
 
 
 class ModelDrafter:
@@ -112,6 +112,17 @@ class ModelDrafter:
         """Free the draft's pages."""
         for state in states:
             state.sequence.free()
+
+    def scratch(self, new_target_sequence: Callable[[], Any]) -> ScratchPasses:
+        """One forward with its logits, in a sequence of its own."""
+        sequence = self.pool.new_sequence()
+
+        def draft(count: int) -> None:
+            tokens = torch.zeros(count, dtype=torch.int64, device=self.decoder.device)
+            out = self.decoder.forward(tokens, [sequence], [count], logits="none", deterministic=self.deterministic)
+            self.decoder.head(out.hidden, deterministic=self.deterministic)
+
+        return ScratchPasses(draft, None, sequence.free)
 
 
 def check_taps(taps: tuple[int, ...], num_layers: int, name: str) -> None:

@@ -194,6 +194,19 @@ class Proposal:
             self.num_adapted[b] = min(adapted, num_kept + 1)
 
 
+@dataclass(frozen=True)
+class ScratchPasses:
+    """A drafter's passes over sequences of their own, to be timed; each runs so many tokens.
+
+    draft: one drafting pass, logits included. last: the pass over a block's last draft, which proposes nothing (None: it takes as long as `draft`).
+    close: gives the sequences back.
+    """
+
+    draft: Callable[[int], Any]
+    last: Callable[[int], Any] | None
+    close: Callable[[], None]
+
+
 class Drafter(Protocol):
     """A source of proposals.
 
@@ -260,4 +273,8 @@ class Drafter(Protocol):
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Give back what the states hold."""
+        ...
+
+    def scratch(self, new_target_sequence: Callable[[], Any]) -> ScratchPasses:
+        """Its passes, to be timed. new_target_sequence: makes a sequence of the target's."""
         ...

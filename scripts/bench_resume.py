@@ -96,8 +96,8 @@ def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
         changes = {"taps": args.taps, "rerun_layers": args.rerun_layers}
         engine, pack = build(args.shapes, device, dtype, 3 * most + 4096, **{k: v for k, v in changes.items() if v is not None})
         target, _, draft = args.shapes.partition("+")
-        ids = torch.randint(engine.target.config.vocab_size, (most,), generator=torch.Generator().manual_seed(5)).tolist()
-        return ResumeBench(engine, pack), ids, target, draft or "draft"
+        ids = torch.randint(engine.core.target.config.vocab_size, (most,), generator=torch.Generator().manual_seed(5)).tolist()
+        return ResumeBench(engine.core, pack), ids, target, draft or "draft"
     engine = Engine.from_pair(args.pair, device=args.device, dtype=args.dtype)
     if most >= engine.context:
         raise InvalidOption(f"{most} tokens are more than the model's context of {engine.context}", "give fewer --tokens")
@@ -106,7 +106,7 @@ def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
         ids += engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) >= most:
             break
-    return ResumeBench(engine, find_pack(engine, args.pack, say)), ids[:most], args.pair, engine.drafter_name
+    return ResumeBench(engine.core, find_pack(engine.core, args.pack, say)), ids[:most], args.pair, engine.drafter_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         quiet_libraries()
         bench, ids, target, draft = opened(args)
-        device = torch.cuda.get_device_name(bench.engine.device) if bench.engine.device.type == "cuda" else "cpu"
+        device = torch.cuda.get_device_name(bench.core.device) if bench.core.device.type == "cuda" else "cpu"
         say(f"{target}, {draft} on {device}: the codec was ready after {bench.setup_s:.2f} s")
         try:
             errors = {quality: bench.check(ids, quality) for quality in args.qualities}

@@ -38,12 +38,12 @@ from bench.throughput_runs import (
 from check_greedy import device_name
 from codec_compare import write_json
 from draft.length import MAX_AUTO_LENGTH
+from draft.source import DraftSource
 from engine.cli.command import load, quiet_libraries, say, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.resolve import PAIRS
-from engine.runtime.drafters import Draft
 from engine.runtime.sampling import SamplingParams
 
 ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")
@@ -117,21 +117,20 @@ def command_of(argv: Sequence[str]) -> str:
 
 def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) -> list[Contestant]:
     """Every way to decode that was asked for and that these models have. Raises InvalidOption when there is none."""
-    draft: Draft = loaded.draft_decoder or loaded.trained_trunk or (loaded.drafter.verify_from if loaded.drafter else None)
+    core, target_dir = loaded.core, loaded.core.config.target_dir
     drafts = MAX_AUTO_LENGTH if args.draft_length == "auto" else args.draft_length
     room = max(args.batches) * (-(-(max(map(len, ids)) + args.new_tokens + drafts) // _PAGE) + 2) * _PAGE
 
-    def ours(mode: str, draft: Draft, length: int | Literal["auto"]) -> Foretold:
+    def ours(mode: str, source: DraftSource | None, length: int | Literal["auto"]) -> Foretold:
         engine = Engine(
-            loaded.target,
+            core.target,
             loaded.tokenizer,
-            draft=draft,
+            draft=source,
             pool_tokens=room,
             page_size=_PAGE,
             max_batch=max(args.batches),
             deterministic=args.deterministic,
-            target_dir=loaded.target_dir,
-            draft_dir=loaded.draft_dir,
+            target_dir=target_dir,
         )
         return Foretold(mode, engine, length)
 
@@ -139,15 +138,15 @@ def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) 
     if "foretold" in args.engines:
         if "plain" in args.modes:
             found.append(ours("plain", None, 0))
-        if "speculative" in args.modes and draft is not None:
-            found.append(ours("speculative", draft, args.draft_length))
+        if "speculative" in args.modes and core.source is not None:
+            found.append(ours("speculative", core.source, args.draft_length))
     if "transformers" in args.engines and {"plain", "assisted"} & set(args.modes):
-        assert loaded.target_dir is not None
-        model = load_transformers(loaded.target_dir, loaded.dtype, loaded.device)
+        assert target_dir is not None
+        model = load_transformers(target_dir, loaded.dtype, loaded.device)
         if "plain" in args.modes:
             found.append(Transformers("plain", model))
-        if "assisted" in args.modes and loaded.draft_dir is not None:
-            found.append(Transformers("assisted", model, load_transformers(loaded.draft_dir, loaded.dtype, loaded.device)))
+        if "assisted" in args.modes and core.draft_model is not None and core.source is not None and core.source.folder is not None:
+            found.append(Transformers("assisted", model, load_transformers(core.source.folder, loaded.dtype, loaded.device)))
     if not found:
         raise InvalidOption(
             "there is nothing to measure", "check --engines and --modes; speculative needs a draft, assisted one that is a model"
@@ -204,8 +203,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
     loaded = load(args)
     ids, device, dtype = prompt_ids(loaded, args), loaded.device, loaded.dtype
-    config, weights = loaded.target.config, loaded.target.weight_bytes
-    embedding = loaded.target.embed_tokens.weight
+    config, weights = loaded.core.target.config, loaded.core.target.weight_bytes
+    embedding = loaded.core.target.embed_tokens.weight
     read = weights - (0 if config.tie_word_embeddings else embedding.nbytes)  # of embeddings of its own a step reads single rows
     document: dict[str, Any] = {
         "pair": args.pair or Path(args.target).name,
@@ -246,7 +245,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             document["rows"] += [row(who, own, batches, temperature, floor_s) for who, own in zip(here, rounds, strict=True)]
             add_ratios(document["rows"])
             keep()
-    costs = next((c.engine.cost_model for c in everyone if isinstance(c, Foretold) and c.engine.cost_model), None)
+    costs = next((c.engine.core.cost_model for c in everyone if isinstance(c, Foretold) and c.engine.core.cost_model), None)
     document["cost_model"] = dataclasses.asdict(costs) if costs else None
     keep()
     return document

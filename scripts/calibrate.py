@@ -32,6 +32,7 @@ from engine.calibrate.corpus import documents, library_texts, read_texts, text_f
 from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
+from engine.hub.fingerprint import model_fingerprint
 from engine.hub.resolve import (
     PAIRS,
     TRUNK,
@@ -42,9 +43,9 @@ from engine.hub.resolve import (
     resolve_pair,
     tokenizer_fingerprint,
 )
+from engine.loading import choose_draft
 from engine.model.config import read_config
 from engine.model.decoder import Decoder, DecoderConfig
-from engine.runtime.drafters import TrainedTrunk, choose_draft
 from text_mix import mixed_documents, shares_of
 
 
@@ -122,19 +123,20 @@ def run(args: argparse.Namespace) -> dict:
     started = time.monotonic()
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
     num_layers, loaded = target.config.num_layers, choice.load(target)
-    draft = loaded if isinstance(loaded, Decoder) else None
-    trained = loaded if isinstance(loaded, TrainedTrunk) else None
-    if trained is not None and args.trunk_layers not in (None, trained.config.trunk_layers):
-        raise InvalidOption(f"--trunk-layers {args.trunk_layers} with an adapter for {trained.config.trunk_layers}", "leave it out")
-    if trained is not None:
-        trunk = trained.config.trunk_layers
-    else:
-        trunk = loaded if isinstance(loaded, int) else default_rerun_layers(num_layers) if args.trunk_layers is None else args.trunk_layers
+    assert loaded is not None, "there is a source of features"
+    draft, trunk = loaded.model, loaded.exit_layer
+    if loaded.head_layers is not None and args.trunk_layers not in (None, trunk):
+        raise InvalidOption(f"--trunk-layers {args.trunk_layers} with an adapter for {trunk}", "leave it out")
+    if draft is not None:
+        trunk = default_rerun_layers(num_layers) if args.trunk_layers is None else args.trunk_layers
     if not (0 if draft else 1) <= trunk < num_layers:
         raise InvalidOption(f"--trunk-layers {trunk} for a target of {num_layers} layers", "choose fewer than it has")
-    own = fingerprint(draft_dir) if draft_dir is not None else trained.fingerprint if trained is not None else f"trunk-{trunk}"
-    prints = {"target": fingerprint(target_dir), "tokenizer": tokenizer_fingerprint(tokenizer), "draft": own}
-    parts: dict[str, Any] = {"trunk_layers": trunk, "adapter": trained.decoder if trained is not None else None}
+    prints = {
+        "target": fingerprint(target_dir),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "draft": loaded.fingerprint(model_fingerprint),
+    }
+    parts: dict[str, Any] = {"trunk_layers": trunk, "adapter": loaded.head_layers}
     if args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:

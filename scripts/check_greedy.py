@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     ours = [run(engine, prompt, args) for prompt in PROMPTS]
     about = {"pair": args.pair, "device": device_name(engine), "dtype": "float32", "memory": engine.memory(), "versions": versions()}
     about["peak_device_bytes"] = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None
-    folder, device, ends = engine.target_dir, engine.device, sorted(engine.eos_token_ids)
+    folder, device, ends = engine.core.config.target_dir, engine.device, sorted(engine.core.eos_token_ids)
     del engine  # three float32 models at once would not fit a small machine
     reference = Reference(folder, device, ends)
     for number, (prompt, (ids, row)) in enumerate(zip(PROMPTS, ours, strict=True)):

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 from codec_compare import write_json
-from engine.calibrate.channel_means import KV_CACHE_DTYPES, element_bits, open_pool
+from engine.calibrate.channel_means import channel_means
 from engine.cli.command import load, quiet_libraries, versions
 from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.resolve import PAIRS
+from engine.kv.formats import KV_CACHE_DTYPES, PLAIN, element_bits
 from engine.kv.pool import KvPool, KvSequence
-from engine.runtime.drafters import Draft
+from engine.runtime.memory import open_pool
 from engine.runtime.sampling import SamplingParams
 from eval.codec_quality import Case, Quality, Scores
 from eval.text_tokens import digest, split_tokens
@@ -46,8 +47,8 @@ class HotQuality(Quality):
     """The protocol with a pool of any format; sums what the engine's draft model would have accepted of the scored positions."""
 
     def __init__(self, engine: Engine, context: int, pool: KvPool | None = None):
-        super().__init__(engine.target, context, engine.device)
-        self.draft = engine.draft_decoder
+        super().__init__(engine.core.target, context, engine.device)
+        self.draft = engine.core.draft_model
         self.draft_pool = self.draft.new_pool(self.batch * -(-context // _PAGE), _PAGE) if self.draft else None
         self.pool = pool or self.pool  # type: ignore[assignment]
         self.accepted, self.positions = 0.0, 0
@@ -77,7 +78,9 @@ class HotQuality(Quality):
 def pool_of(engine: Engine, hot: str, tokens: int) -> KvPool:
     """A pool in a format for so many tokens."""
     pages = -(-tokens // _PAGE)
-    return open_pool(engine.target, hot, pages, _PAGE, pages, tokenizer=engine.tokenizer, target_dir=engine.target_dir)
+    target = engine.core.target
+    means = None if hot == PLAIN else channel_means(target, engine.tokenizer, engine.core.config.target_dir)
+    return open_pool(target, hot, pages, _PAGE, pages, means=means)
 
 
 @torch.inference_mode()
@@ -85,8 +88,8 @@ def decoded(engine: Engine, case: Case, pool: KvPool) -> torch.Tensor:
     """The case's prefix KV float32 [P, D] after a stay in `pool`."""
     sequence = pool.new_sequence()
     try:
-        engine.target.write_kv(sequence, 0, case.kv)
-        return engine.target.read_kv(sequence, 0, case.prefix)
+        engine.core.target.write_kv(sequence, 0, case.kv)
+        return engine.core.target.read_kv(sequence, 0, case.prefix)
     finally:
         sequence.free()
 
@@ -106,7 +109,7 @@ def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> di
     """One format's loss over the test windows, a batch of them at a time."""
     plain, scores, running_scores = HotQuality(engine, context), Scores(), Scores()
     running = HotQuality(engine, context, pool_of(engine, hot, plain.batch * (context + _PAGE)))
-    untouched = Quality(engine.target, context, engine.device)
+    untouched = Quality(engine.core.target, context, engine.device)
     for start in range(0, len(windows), plain.batch):
         cases = untouched.untouched(windows[start : start + plain.batch])
         plain.score(cases, [decoded(engine, case, running.pool) for case in cases], scores)
@@ -115,12 +118,11 @@ def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> di
     return figures(scores, plain) | {"running": figures(running_scores, running)}
 
 
-def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def speculation(engine: Engine, hot: str, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Real speculation over the prompts as one batch, at each temperature."""
     room = sum(-(-(len(p) + args.new_tokens + args.draft_length) // _PAGE) + 1 for p in prompts) * _PAGE
-    own = Engine(
-        engine.target, engine.tokenizer, draft=draft, hot=hot, pool_tokens=room, target_dir=engine.target_dir, draft_dir=engine.draft_dir
-    )
+    core = engine.core
+    own = Engine(core.target, engine.tokenizer, draft=core.source, hot=hot, pool_tokens=room, target_dir=core.config.target_dir)
     rows = []
     for temperature in TEMPERATURES:
 
@@ -149,7 +151,7 @@ def speculation(engine: Engine, hot: str, draft: Draft, prompts: list[list[int]]
                 "tokens_per_step": sum(c.new_tokens for c in counts) / max(1, steps),
                 "new_tokens": new,
                 "tokens_per_s": new / seconds,
-                "pool_bytes": own.pool.bytes,
+                "pool_bytes": own.core.pool.bytes,
             }
         )
         log(
@@ -193,9 +195,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     windows = split_tokens(
         args.text, [], args.context, args.tokens, 0, lambda text: engine.tokenizer.encode(text, add_special_tokens=False)
     ).test
-    draft: Draft = engine.draft_decoder or engine.trained_trunk or (engine.drafter.verify_from if engine.drafter else None)
-    prompts = [window[: args.prompt_tokens] for window in windows[: args.prompts]] if draft is not None else []
-    config = engine.target.config
+    prompts = [window[: args.prompt_tokens] for window in windows[: args.prompts]] if engine.core.source is not None else []
+    config = engine.core.target.config
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
     document: dict[str, Any] = {
         "pair": args.pair or args.target,
@@ -213,7 +214,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for hot in args.formats:
         row: dict[str, Any] = {"hot": hot, "bits_per_element": element_bits(hot, config.head_dim, engine.dtype)}
         row |= loss(engine, hot, windows, args.context)
-        row["speculation"] = speculation(engine, hot, draft, prompts, args) if prompts else []
+        row["speculation"] = speculation(engine, hot, prompts, args) if prompts else []
         document["rows"].append(row)
         if args.json_out:
             write_json(args.json_out, document)

@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     planted = batch * (2 * max(contexts) + asked * 512)  # originals, restored copies, each question's own pages
     talking = options.conversations * talk * max(1, len(qualities))
     engine = open_engine(options, max(planted if "planted" in tasks else 0, talking if "conversation" in tasks else 0) + 2 * longest)
-    suspender = Suspender(engine, options.pack, log)
+    suspender = Suspender(engine.core, options.pack, log)
     texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
     plan = Plan(
         tuple(qualities),
@@ -188,7 +188,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.turns,
         options.turn_tokens,
     )
-    config, pack = engine.target.config, suspender.codec.pack
+    config, pack = engine.core.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     pair = options.pair or Path(options.target).name
     settings = {
@@ -241,7 +241,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         packs = {name: CodecPack.load(path) for name, path in named_paths("--domain-packs", options.domain_packs).items()} or {"pack": pack}
         for label, one in packs.items():
             one.check({role: value for role, value in pack.fingerprints.items() if role in ("target", "draft", "tokenizer")})
-            pair_codec = PairCodec(one, engine.target, engine.draft_decoder or engine.trained_trunk)
+            pair_codec = PairCodec(one, engine.core.target, engine.core.source)
             for name, folder in domains.items():
                 windows = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
                 run_domain(pair_codec, name, label, windows, qualities, parts, save)

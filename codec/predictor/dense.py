@@ -138,5 +138,37 @@ AnyPredictor = DensePredictor | Predictor
 
 
 def load_predictor(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> AnyPredictor:
-    """The predictor of a pack, whichever form it has. Raises PredictorError when something is missing."""
-    return (DensePredictor if "dense" in tensors else Predictor).from_pack(tensors, settings, device)
+    """The predictor of a pack, whichever form it has.
+
+    Raises:
+        PredictorError: something is missing, of another shape or type, or not finite.
+    """
+    remedy = "calibrate the pack again"
+    try:
+        for name in ("taps", "target_taps"):
+            taps = settings[name]
+            if not isinstance(taps, (list, tuple)) or not all(isinstance(i, int) and 0 <= i < 1 << 16 for i in taps):
+                raise PredictorError(f"the pack's predictor has the {name} {taps!r}", remedy)
+        made: AnyPredictor = (DensePredictor if "dense" in tensors else Predictor).from_pack(tensors, settings, device)
+        if isinstance(made, DensePredictor):
+            num_features = made.weight.shape[0]
+            right = made.weight.ndim == 2 and made.mean.shape == made.std.shape == (num_features,) and made.mu.shape == (made.dim,)
+            right = right and bool((made.std > 0).all()) and 0 <= made.level_strength <= 1
+            right = right and (made.attention is None or made.attention.shape == (num_features,))
+            numbers = [made.weight, made.mean, made.std, made.mu, *([] if made.attention is None else [made.attention])]
+        else:
+            num_features = made.down.shape[0]
+            right = made.down.ndim == made.up.ndim == 2 and made.offset.shape == (made.down.shape[1],) == (made.rank,)
+            right = right and made.mu.shape == (made.dim,)
+            numbers = [made.down, made.offset, made.up, made.mu]
+        # what the draft's taps leave is the target's, in equal parts
+        own = num_features - len(made.spec.taps) * made.draft_size
+        right = right and made.draft_size >= 1 and own >= 0 and own % max(len(made.spec.target_taps), 1) == 0
+        right = right and (own > 0) == bool(made.spec.target_taps) and all(bool(t.isfinite().all()) for t in numbers)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        if isinstance(error, PredictorError):
+            raise
+        raise PredictorError(f"the pack holds no predictor that can be used: {error}", remedy) from error
+    if not right:
+        raise PredictorError("the pack's predictor contradicts itself, or holds numbers that are not finite", remedy)
+    return made

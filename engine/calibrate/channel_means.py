@@ -1,4 +1,4 @@
-"""Opening an engine's pool in a format of its own; the channel means that the hot formats take off, measured once a model and kept.
+"""The channel means that the quantised KV formats take off, measured once a model and kept.
 
 The means come from the library text that every machine with Python has (`engine.calibrate.corpus`), a few thousand tokens in plain pages.
 """
@@ -19,49 +19,14 @@ from safetensors.torch import save_file
 from engine.calibrate.corpus import documents, library_texts
 from engine.errors import InvalidOption
 from engine.hub.cache import cache_home, disk_errors, exclusive
-from engine.kv.pool import KvPool
-from engine.kv.quantized_pool import QuantizedPool
+from engine.hub.fingerprint import model_fingerprint
+from engine.kv.formats import PLAIN
 from engine.model.decoder import Decoder
-from engine.sessions.codec_params import model_fingerprint
-from kernels.quantized_kv import FORMATS, NUM_SINKS
-from kernels.quantized_kv.reference import check_head_dim
+from kernels.quantized_kv import NUM_SINKS
 
-PLAIN = "bf16"  # pages in the model's own number format
-KV_CACHE_DTYPES = (PLAIN, *FORMATS)
 NUM_TOKENS = 2048
 _CONTEXT = 256
 _VERSION = 1
-
-
-def element_bits(hot: str, head_dim: int, dtype: torch.dtype) -> float:
-    """Bits an element of KV takes in pages of this format."""
-    return torch.finfo(dtype).bits if hot == PLAIN else FORMATS[hot] + 16 / head_dim
-
-
-def check_format(hot: str, target: Decoder) -> None:
-    """Raises InvalidOption for an unknown format, or one that does not go with the model."""
-    if hot not in KV_CACHE_DTYPES:
-        raise InvalidOption(f"unknown hot format {hot!r}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
-    if hot != PLAIN:
-        try:
-            check_head_dim(target.config.head_dim)
-        except ValueError as error:
-            raise InvalidOption(f"--hot {hot} does not go with this model: {error}", f"use --hot {PLAIN}") from error
-
-
-def open_pool(
-    target: Decoder, hot: str, num_pages: int, page_size: int, max_pages: int, *, tokenizer: Any | None, target_dir: Path | None
-) -> KvPool:
-    """A pool for the target's KV in a format of `KV_CACHE_DTYPES`; the means of a hot one are measured at first use.
-
-    Raises:
-        InvalidOption: see `check_format` and `channel_means`. DiskFull, CacheNotWritable: the means could not be kept.
-    """
-    check_format(hot, target)
-    if hot == PLAIN:
-        return target.new_pool(num_pages, page_size, max_pages=max_pages)
-    means = channel_means(target, tokenizer, target_dir).to(target.device)
-    return QuantizedPool(FORMATS[hot], means, num_pages, page_size, dtype=target.dtype, max_pages=max_pages)
 
 
 def channel_means(target: Decoder, tokenizer: Any | None, target_dir: Path | None) -> torch.Tensor:

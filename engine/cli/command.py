@@ -10,10 +10,10 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engine.calibrate.channel_means import PLAIN
 from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
 from engine.engine import Engine
 from engine.errors import CacheNotWritable, ForetoldError
+from engine.kv.formats import PLAIN
 from engine.runtime.request import GenerationResult
 from engine.sessions.session import Session
 
@@ -143,15 +143,15 @@ def because(reason: str | None) -> str:
 
 def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
     """The object of CONTRACTS: the result with the session's KV figures and what the run ran on."""
-    engine = session.engine
-    codec = engine.session_codec
+    core = session.core
+    codec = core.session_codec
     return result.as_dict() | {
         "kv": session.kv_figures,
-        "memory": {**engine.memory(), "pack_bytes": codec.pack.nbytes if codec else 0},
-        "pair": engine.pair or str(engine.target_dir),
-        "device": str(engine.device),
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "hot": engine.hot,
+        "memory": {**core.memory(), "pack_bytes": codec.pack.nbytes if codec else 0},
+        "pair": core.config.pair or str(core.config.target_dir),
+        "device": str(core.device),
+        "dtype": str(core.dtype).removeprefix("torch."),
+        "hot": core.config.kv_cache_dtype,
         "versions": versions(),
     }
 
@@ -184,9 +184,10 @@ def summary(result: GenerationResult) -> str:
 def memory_line(engine: Engine) -> str:
     """What the models and pools take, said before the first token."""
     m = {name: size / 2**20 for name, size in engine.memory().items()}
-    hot = "" if engine.hot == PLAIN else f", {engine.hot}"
+    config = engine.core.config
+    hot = "" if config.kv_cache_dtype == PLAIN else f", {config.kv_cache_dtype}"
     return (
-        f"[{engine.pair or engine.target_dir}, {engine.device}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
+        f"[{config.pair or config.target_dir}, {engine.device}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
         f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB{hot}]"
     )
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from engine.calibrate.channel_means import KV_CACHE_DTYPES, PLAIN
 from engine.errors import EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
+from engine.kv.formats import KV_CACHE_DTYPES, PLAIN
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
 from engine.text.prompts import prompt_text

@@ -14,7 +14,10 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
 
 from engine.errors import ForetoldError, ModelNotFound
 from engine.hub.cache import cache_home, write_atomically
@@ -48,6 +51,34 @@ def fingerprint(path: Path, loaded_sum: int | None = None) -> str:
     kept = {key: value for key, value in config.items() if key not in _IDLE_KEYS}
     content = {"config": kept, "weights": sorted(_digests(path, weights, loaded_sum).values())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_DIGESTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of models that came from no folder: reading all weights takes seconds
+
+
+class Fingerprinted(Protocol):
+    """The part of a decoder that its fingerprint is taken of."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def weight_sum(self) -> int | None: ...  # over what was loaded
+
+    def hf_tensors(self) -> dict[str, torch.Tensor]: ...
+
+
+def model_fingerprint(decoder: Fingerprinted, folder: Path | None) -> str:
+    """SHA-256 (hex) of the folder a model came from (`fingerprint`); of its config and weights where it came from none."""
+    if folder is not None:
+        return fingerprint(folder, decoder.weight_sum)
+    if decoder in _DIGESTS:
+        return _DIGESTS[decoder]
+    digest = hashlib.sha256(repr(decoder.config).encode())
+    for name, tensor in sorted(decoder.hf_tensors().items()):  # not state_dict, which leaves packed weights out
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return _DIGESTS.setdefault(decoder, digest.hexdigest())
 
 
 def remember_digest(weights: Path, sha256: str) -> None:

@@ -1,16 +1,12 @@
-"""Where models and pools are put: device, number format, and how many tokens of KV the memory is given to."""
+"""Where models are put, and in which number format."""
 
 from __future__ import annotations
 
 import torch
 
-from engine.calibrate.channel_means import PLAIN, check_format, element_bits
 from engine.errors import InvalidOption
-from engine.model.decoder import Decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-POOL_TOKENS_CPU = 1 << 17
-START_TOKENS = 4096  # what a pool begins with; it doubles on demand
 
 
 def device_named(name: str) -> torch.device:
@@ -41,18 +37,3 @@ def dtype_named(name: str) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise InvalidOption(f"unknown dtype {name!r}", f"use auto, {' or '.join(DTYPES)}")
     return DTYPES.get(name, torch.bfloat16)
-
-
-def default_pool_tokens(target: Decoder, draft: Decoder | None, hot: str = PLAIN) -> int:
-    """Most tokens each pool may hold: half of a GPU's free memory, over the bytes a token takes in both pools; a fixed number on a CPU.
-
-    hot: format of the target's pool. Raises InvalidOption when the target cannot have it.
-    """
-    check_format(hot, target)
-    if target.device.type != "cuda":
-        return POOL_TOKENS_CPU
-    models = [(target, hot)] + ([] if draft is None else [(draft, PLAIN)])
-    per_token = sum(
-        m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models
-    )
-    return max(START_TOKENS, int(torch.cuda.mem_get_info(target.device)[0] / 2 / per_token))

@@ -5,19 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from draft.length import MAX_AUTO_LENGTH, LengthController
+from draft.length import MAX_AUTO_LENGTH, CostModel, LengthController
 from draft.protocols import DraftState
+from draft.stopping import GREEDY_PRIOR, SAMPLED_PRIOR, Calibration
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.sampling import SamplingParams, TokenHistory
-from engine.text.detokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "eos"]
+
+
+class TextSink(Protocol):
+    """The text of a request's growing tokens; `engine.text.detokenizer.TextStream`."""
+
+    @property
+    def text(self) -> str: ...  # what was released so far
+
+    def push(self, tokens: Sequence[int]) -> int | None: ...  # how many of them completed the first stop string; None: no stop string
+
+    def take(self) -> str: ...  # released since the last call
+
+    def finish(self) -> None: ...  # no token follows: release all
+
+
+class TextSource(Protocol):
+    """From token ids to text; `engine.text.decoder.TextDecoder`."""
+
+    @property
+    def tokenizer(self) -> Any | None: ...
+
+    def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]: ...  # of the stop strings that are special tokens
+
+    def stream(self, context: Sequence[int], stop: Sequence[str]) -> TextSink: ...
 
 
 @dataclass
@@ -87,7 +111,7 @@ class Request:
     seed: int
     context: int
     eos_token_ids: frozenset[int]
-    stream: TextStream
+    stream: TextSink
     controller: LengthController
     metrics: SpeculationMetrics
     owns_cache: bool = True
@@ -180,3 +204,11 @@ class Request:
             speculation=self.metrics,
             memory=memory,
         )
+
+
+def new_controller(params: SamplingParams, costs: CostModel | None, device: torch.device) -> LengthController:
+    """What chooses a request's draft lengths: on a CPU draft by draft, elsewhere per block, where nothing is read back while a block is drafted."""
+    by_confidence = device.type == "cpu"
+    return LengthController(
+        params.draft_length, costs, Calibration(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None
+    )

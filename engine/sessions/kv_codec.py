@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,15 +21,12 @@ from draft.protocols import DraftState
 from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool
 from engine.model.decoder import Decoder
+from engine.runtime.core import EngineCore
 from engine.runtime.request import Conversation
-from engine.sessions.codec_params import Log, find_pack, trunk_layers
+from engine.sessions.codec_params import Log, find_pack
 from engine.sessions.file import Span
-from engine.sessions.rates import Rates
-from engine.sessions.stages import StageClock
+from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
-
-if TYPE_CHECKING:
-    from engine.engine import Engine
 
 PASS_TOKENS = 512  # of a pass over known tokens on a CPU
 _LARGEST_PASS = 16_384  # on a GPU, where its memory allows
@@ -46,27 +42,28 @@ class SessionCodec:
         PackMismatch: the pack holds no predictor. InvalidOption: it is laid out for another engine.
     """
 
-    def __init__(self, engine: Engine, pack: CodecPack) -> None:
-        self.engine, self.pack = engine, pack
+    def __init__(self, core: EngineCore, pack: CodecPack) -> None:
+        self.core, self.pack = core, pack
+        self.pack_path: Path | None = None  # as the user named it
         try:
-            self.codec = KvCodec(pack, engine.device)
-            self.predictor = load_predictor(pack.predictor, pack.predictor_settings, engine.device)
-            self.pages = PageDecoder(self.codec, self.predictor, product_dtype(engine.dtype, engine.device))
+            self.codec = KvCodec(pack, core.device)
+            self.predictor = load_predictor(pack.predictor, pack.predictor_settings, core.device)
+            self.pages = PageDecoder(self.codec, self.predictor, product_dtype(core.dtype, core.device))
         except CodecError as error:
             raise PackMismatch(error.what, error.remedy) from error
         self.rates: Rates | None = None
         self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer
-        config = engine.target.config
-        first_layer = max(trunk_layers(engine), self.predictor.spec.target_layers)
+        config = core.target.config
+        first_layer = max(core.exit_layer, self.predictor.spec.target_layers)
         expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, first_layer)
         if pack.layout != expected:
             raise InvalidOption(
                 f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine"
             )
         if self.predictor.spec.taps:
-            engine.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
-        if engine.device.type == "cuda":
+            core.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
+        if core.device.type == "cuda":
             self._warming = threading.Thread(target=self.warm_up, name="codec warm-up", daemon=True)
             self._warming.start()
 
@@ -75,16 +72,16 @@ class SessionCodec:
         """Code and decode a few random tokens: makes tables, and on a GPU compiles kernels, which takes seconds that no suspend should wait for."""
         layout = self.pack.layout
         generator = torch.Generator().manual_seed(0)
-        spec, device = self.predictor.spec, self.engine.device
+        spec, device = self.predictor.spec, self.core.device
         latents = self.predictor.reduce(torch.randn(SPAN_TOKENS, len(spec.taps), self.predictor.draft_size, generator=generator).to(device))
-        hidden = torch.randn(SPAN_TOKENS, len(spec.target_taps), self.engine.target.config.hidden_size, generator=generator).to(device)
+        hidden = torch.randn(SPAN_TOKENS, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator).to(device)
         features = latents, hidden if spec.target_taps else None
         for quality in QUALITIES:
             truth = torch.randn(SPAN_TOKENS, layout.dim, generator=generator).to(device)
             span = self.codec.encode(truth, torch.zeros_like(truth), quality)
             for _, rows in self.pages.rows(self.pages.start([span], beside=False), *features):
                 assert rows.shape == truth.shape
-        pool = self.engine.pool
+        pool = self.core.pool
         if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
             kv = torch.zeros(
                 layout.num_layers, 2, 1, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=pool.kv.dtype, device=pool.device
@@ -113,7 +110,7 @@ class SessionCodec:
         if start >= end:
             return []
         self.ready()
-        clock = clock or StageClock(self.engine.device)
+        clock = clock or StageClock(self.core.device)
         latents, target_rows = self.features(conversation, start, end)
         clock.mark("features")
         grid = range(start - start % SPAN_TOKENS, end, SPAN_TOKENS)
@@ -123,7 +120,7 @@ class SessionCodec:
             first, last = some[0][0], some[-1][1]
             features = latents[first - start : last - start], None if target_rows is None else target_rows[first - start : last - start]
             sizes = [b - a for a, b in some]
-            rows = self.engine.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
+            rows = self.core.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
             clock.mark("read")
             octaves = self.predictor.step_octaves(*features)
             levels = None if octaves is None else levels_of(octaves).split(sizes)
@@ -139,9 +136,9 @@ class SessionCodec:
 
     def run_target(self, conversation: Conversation, count: int) -> None:
         """Run the target over the first `count` tokens of an empty conversation, in passes as long as the draft's; advances."""
-        size = pass_tokens(self.engine.target)
+        size = pass_tokens(self.core.target)
         for at in range(0, count, size):
-            run_tokens(self.engine, conversation, min(size, count - at))
+            run_tokens(self.core, conversation, min(size, count - at))
 
     def release(self, conversation: Conversation, before: int) -> None:
         """Drop the features of tokens before `before`: their spans keep their bytes, so nothing asks for them again."""
@@ -156,14 +153,14 @@ class SessionCodec:
         product a chunk. Raises the codec's errors; the conversation must then be closed.
         """
         self.ready()
-        clock = clock or StageClock(self.engine.device)
+        clock = clock or StageClock(self.core.device)
         start, end = spans[0].start, spans[-1].end
         parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
         clock.mark("entropy")
-        run_tokens(self.engine, conversation, start)
+        run_tokens(self.core, conversation, start)
         clock.mark("sinks")
-        if self.engine.drafter is not None and conversation.draft_state is not None:
-            prefill_draft(self.engine, conversation.draft_state, conversation.token_ids[:end])
+        if self.core.drafter is not None and conversation.draft_state is not None:
+            prefill_draft(self.core, conversation.draft_state, conversation.token_ids[:end])
         clock.mark("draft")
         self._decode(conversation, parts, start, end, clock)
         self.release(conversation, end)
@@ -171,11 +168,11 @@ class SessionCodec:
 
     def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""
-        clock = StageClock(self.engine.device)
+        clock = StageClock(self.core.device)
         self._decode(conversation, self.pages.start([s.data for s in spans]), spans[0].start, spans[-1].end, clock)
 
     def _decode(self, conversation: Conversation, parts: Sequence[EntropyDecoded], start: int, end: int, clock: StageClock) -> None:
-        sequence, target = conversation.sequence, self.engine.target
+        sequence, target = conversation.sequence, self.core.target
         latents = self._latents(conversation, start, end)
         target_rows = self._target_rows(conversation, start, end)
         clock.mark("target_layers")
@@ -194,10 +191,10 @@ class SessionCodec:
     def _target_rows(self, conversation: Conversation, start: int, end: int) -> Tensor | None:
         """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over
         them and write their own KV."""
-        spec, target = self.predictor.spec, self.engine.target
+        spec, target = self.predictor.spec, self.core.target
         if not spec.target_taps:
             return None
-        ids = torch.tensor(conversation.token_ids[start:end], device=self.engine.device)
+        ids = torch.tensor(conversation.token_ids[start:end], device=self.core.device)
         if spec.target_layers == 0:
             return target.embed(ids)[:, None]
         rows, size = [], pass_tokens(target)
@@ -211,7 +208,7 @@ class SessionCodec:
                 taps=spec.target_taps,
                 logits="none",
                 last_layer=spec.target_layers,
-                deterministic=self.engine.deterministic,
+                deterministic=self.core.deterministic,
             )
             rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
         return torch.cat(rows)
@@ -220,26 +217,26 @@ class SessionCodec:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
         supplies features that were never kept."""
         if not self.predictor.spec.taps:
-            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.engine.device))
+            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.core.device))
         state = conversation.draft_state
         if state is None:  # opened by hand, without a request so far
             return self._recomputed(conversation.token_ids[:end], start)
         if state.features is None:
             state.features = FeatureBuffer(self.predictor.reduce)
             state.features.skip(state.length)
-        if self.engine.draft_decoder is not None:
-            prefill_draft(self.engine, state, conversation.token_ids[:end])
+        if self.core.draft_model is not None:
+            prefill_draft(self.core, state, conversation.token_ids[:end])
         rows = state.features.take(start, end)  # type: ignore[attr-defined]
         return self._recomputed(conversation.token_ids[:end], start) if rows is None else rows
 
     def _recomputed(self, token_ids: Sequence[int], start: int) -> Tensor:
         """Features of tokens from `start` on, by a pass over all of them on scratch pages."""
-        drafter = self.engine.drafter
+        drafter = self.core.drafter
         assert drafter is not None
-        sequence = self.engine.pool.new_sequence()
+        sequence = self.core.pool.new_sequence()
         state = drafter.open(sequence)
         try:
-            prefill_draft(self.engine, state, token_ids)
+            prefill_draft(self.core, state, token_ids)
             rows = state.features.take(start, len(token_ids))  # type: ignore[union-attr]
             assert rows is not None, "a pass over all tokens keeps all features"
             return rows.clone()
@@ -265,34 +262,34 @@ def pass_tokens(model: Decoder) -> int:
     return max(PASS_TOKENS, min(_LARGEST_PASS, free // (2 * each)))
 
 
-def session_codec(engine: Engine, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
+def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
     """The engine's one codec, made at first use (see `find_pack`). Raises InvalidOption when another pack is asked for later."""
     path = None if pack is None else Path(pack).absolute()
-    if engine.session_codec is None:
-        engine.session_codec = SessionCodec(engine, find_pack(engine, path, log))
-        engine.session_pack = path
-    elif path is not None and path != engine.session_pack:
+    if core.session_codec is None:
+        core.session_codec = SessionCodec(core, find_pack(core, path, log))
+        core.session_codec.pack_path = path
+    elif path is not None and path != core.session_codec.pack_path:
         raise InvalidOption("this engine already codes its sessions with another pack", "use one engine per pack")
-    return engine.session_codec
+    return core.session_codec
 
 
-def run_tokens(engine: Engine, conversation: Conversation, count: int) -> None:
+def run_tokens(core: EngineCore, conversation: Conversation, count: int) -> None:
     """Run the target over the next `count` tokens of a conversation, the KV of which was not stored; advances."""
     start = conversation.sequence.length
-    ids = torch.tensor(conversation.token_ids[start : start + count], device=engine.device)
-    taps = engine.drafter.target_taps if engine.drafter else ()
-    out = engine.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=engine.deterministic)
-    if engine.drafter is not None and taps and conversation.draft_state is not None:
-        engine.drafter.observe_target([conversation.draft_state], [count], out.taps)
+    ids = torch.tensor(conversation.token_ids[start : start + count], device=core.device)
+    taps = core.drafter.target_taps if core.drafter else ()
+    out = core.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=core.deterministic)
+    if core.drafter is not None and taps and conversation.draft_state is not None:
+        core.drafter.observe_target([conversation.draft_state], [count], out.taps)
     conversation.sequence.advance(count)
 
 
-def prefill_draft(engine: Engine, state: DraftState, token_ids: Sequence[int]) -> None:
+def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int]) -> None:
     """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. A trunk's sequence advances with
     it: the caller then writes the other layers' KV."""
-    drafter = engine.drafter
+    drafter = core.drafter
     assert drafter is not None
-    size = pass_tokens(engine.draft_decoder or engine.target)
+    size = pass_tokens(core.draft_model or core.target)
     while chunk := token_ids[state.length : state.length + size]:
         drafter.prefill([state], [chunk])
         if drafter.verify_from:

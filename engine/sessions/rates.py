@@ -10,9 +10,8 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,42 +19,12 @@ from codec.spec import NUM_SINKS
 from engine.errors import CacheNotWritable, DiskFull
 from engine.hub.cache import cache_home, disk_errors, write_atomically
 from engine.sessions.codec_params import pair_fingerprints
-from engine.sessions.stages import StageClock
-
-if TYPE_CHECKING:
-    from engine.sessions.kv_codec import SessionCodec
+from engine.sessions.kv_codec import SessionCodec
+from engine.sessions.stages import Rates, StageClock
 
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
 _VERSION = 1  # of what is measured and how
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Seconds of restoring and of recomputing n tokens: *_s + n * *_token_s."""
-
-    restore_s: float
-    restore_token_s: float
-    recompute_s: float
-    recompute_token_s: float
-
-    def restoring(self, tokens: int) -> float:
-        """Seconds to restore so many tokens from coded spans."""
-        return self.restore_s + tokens * self.restore_token_s
-
-    def recomputing(self, tokens: int) -> float:
-        """Seconds of the target's own pass over them."""
-        return self.recompute_s + tokens * self.recompute_token_s
-
-    def pays(self, tokens: int) -> bool:
-        """Whether restoring them is faster than recomputing them."""
-        return self.restoring(tokens) < self.recomputing(tokens)
-
-    def reason(self, tokens: int) -> str:
-        """The comparison in one clause."""
-        return (
-            f"{tokens} tokens take about {self.restoring(tokens):.3f} s to restore here and {self.recomputing(tokens):.3f} s to recompute"
-        )
 
 
 def rates_of(codec: SessionCodec, log: Callable[[str], None]) -> Rates:
@@ -74,10 +43,10 @@ def rates_of(codec: SessionCodec, log: Callable[[str], None]) -> Rates:
 
 
 def _key(codec: SessionCodec) -> str:
-    engine = codec.engine
-    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else f"{platform.processor()} {platform.machine()}"
-    parts = [_VERSION, device, platform.node(), torch.get_num_threads(), torch.__version__, str(engine.dtype), engine.deterministic]
-    return sha256(repr([*parts, codec.pack.digest, sorted(pair_fingerprints(engine).items())]).encode()).hexdigest()[:24]
+    core = codec.core
+    device = torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else f"{platform.processor()} {platform.machine()}"
+    parts = [_VERSION, device, platform.node(), torch.get_num_threads(), torch.__version__, str(core.dtype), core.deterministic]
+    return sha256(repr([*parts, codec.pack.digest, sorted(pair_fingerprints(core).items())]).encode()).hexdigest()[:24]
 
 
 @torch.inference_mode()
@@ -86,28 +55,28 @@ def measure(codec: SessionCodec) -> Rates:
 
     Takes as long as a prompt of a few hundred tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back.
     """
-    engine = codec.engine
-    room = min(engine.context, engine.pool.num_free_pages * engine.pool.page_size // 2)
-    small, large = (min(length, room) for length in _LENGTHS.get(engine.device.type, _LENGTHS["cpu"]))
+    core = codec.core
+    room = min(core.context, core.pool.num_free_pages * core.pool.page_size // 2)
+    small, large = (min(length, room) for length in _LENGTHS.get(core.device.type, _LENGTHS["cpu"]))
     if large <= max(small, NUM_SINKS):  # no room to measure in, and nothing to gain
         return Rates(1.0, 0.0, 0.0, 0.0)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(engine.target.config.vocab_size, (large,), generator=generator).tolist()
-    first = engine.open_conversation()
+    ids = torch.randint(core.target.config.vocab_size, (large,), generator=generator).tolist()
+    first = core.open_conversation()
     try:
         first.token_ids[:] = ids
         codec.run_target(first, large)
         spans = codec.encode(first, NUM_SINKS, large, _QUALITY)
     finally:
-        engine.close_conversation(first)
+        core.close_conversation(first)
     seconds: dict[str, dict[int, float]] = {"restore": {}, "recompute": {}}
     # the first pass of a length pays for compiling, and for pages touched for the first time
-    for length in (small, large) if engine.device.type == "cpu" else (small, small, large, large):
+    for length in (small, large) if core.device.type == "cpu" else (small, small, large, large):
         for kind, found in seconds.items():
-            conversation = engine.open_conversation()
+            conversation = core.open_conversation()
             try:
                 conversation.token_ids[:] = ids
-                clock = StageClock(engine.device)
+                clock = StageClock(core.device)
                 if kind == "restore":
                     codec.restore(conversation, [s for s in spans if s.end <= length] or spans[:1])
                 else:
@@ -115,7 +84,7 @@ def measure(codec: SessionCodec) -> Rates:
                 clock.mark(kind)
                 found[length] = clock.seconds()[kind]
             finally:
-                engine.close_conversation(conversation)
+                core.close_conversation(conversation)
     lines = []
     for found in seconds.values():
         token_s = max(0.0, (found[large] - found[small]) / (large - small))

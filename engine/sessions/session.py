@@ -6,23 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES, KvLayout
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption
+from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.codec_params import Log, pair_fingerprints, trunk_layers
+from engine.sessions.codec_params import Log, pair_fingerprints
 from engine.sessions.file import SessionFile, Span, session_errors, write_file
 from engine.sessions.kv_codec import session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
-
-if TYPE_CHECKING:
-    from engine.engine import Engine
+from engine.text.prompts import encode_prompt
 
 AUTO, TOKENS = "auto", "tokens"
 SESSION_QUALITIES = (AUTO, *QUALITIES, TOKENS)
@@ -75,7 +73,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
+        core: EngineCore,
         *,
         quality: str | None = None,
         pack: str | Path | None = None,
@@ -88,12 +86,12 @@ class Session:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
         if restore not in RESTORES:
             raise InvalidOption(f"unknown way to restore {restore!r}", f"choose one of {', '.join(RESTORES)}")
-        self._begin(engine, None if file is None else SessionFile.load(file, engine.context), file, quality, pack, restore, log, began)
+        self._begin(core, None if file is None else SessionFile.load(file, core.context), file, quality, pack, restore, log, began)
 
     @classmethod
     def from_bytes(
         cls,
-        engine: Engine,
+        core: EngineCore,
         data: bytes,
         *,
         quality: str | None = None,
@@ -104,13 +102,13 @@ class Session:
         """A session resumed from what `to_bytes` returned; arguments and errors as in `Engine.session`."""
         began, session = time.perf_counter(), cls.__new__(cls)
         with session_errors("in memory"):
-            stored = SessionFile.from_bytes(data, engine.context)
-        session._begin(engine, stored, "in memory", quality, pack, restore, log, began)
+            stored = SessionFile.from_bytes(data, core.context)
+        session._begin(core, stored, "in memory", quality, pack, restore, log, began)
         return session
 
     def _begin(
         self,
-        engine: Engine,
+        core: EngineCore,
         stored: SessionFile | None,
         source: str | Path | None,
         quality: str | None,
@@ -119,7 +117,7 @@ class Session:
         log: Log,
         began: float,
     ) -> None:
-        self.engine, self._log = engine, log
+        self.core, self._log = core, log
         self.quality = quality or (DEFAULT_QUALITY if stored is None else AUTO if stored.auto else stored.quality)
         self._pack_path, self._closed = pack, False
         self.spans: list[Span] = []
@@ -128,8 +126,8 @@ class Session:
         if stored is not None:
             self._check(stored, source)
         if self.quality != TOKENS or (stored is not None and stored.spans):
-            session_codec(engine, pack, log)
-        self.conversation = engine.open_conversation()
+            session_codec(core, pack, log)
+        self.conversation = core.open_conversation()
         if stored is not None:
             try:
                 self._restore(stored, source, restore, began)
@@ -147,8 +145,8 @@ class Session:
     def generate(
         self, text: str | Sequence[int] = "", params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
     ) -> GenerationResult:
-        """Append raw text (or token ids) and continue it. Without text the conversation just goes on. Raises as `Engine.run`."""
-        tokenizer = self.engine.tokenizer
+        """Append raw text (or token ids) and continue it. Without text the conversation just goes on. Raises as `EngineCore.run`."""
+        tokenizer = self.core.tokenizer
         if isinstance(text, str):
             if text and tokenizer is None:
                 raise InvalidOption("a text prompt needs a tokenizer", "give token ids, or an engine with a tokenizer")
@@ -159,19 +157,19 @@ class Session:
         return self._run(ids, params, on_text)
 
     def chat(self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None) -> GenerationResult:
-        """Say something as the user, through the model's chat template, and return the assistant's answer. Raises as `Engine.run`, and EmptyPrompt."""
+        """Say something as the user, through the model's chat template, and return the answer. Raises as `EngineCore.run`, and EmptyPrompt."""
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
         if self.token_ids:
-            ids = next_turn(self.engine.tokenizer, message, self.token_ids)
+            ids = next_turn(self.core.tokenizer, message, self.token_ids)
         else:
-            ids = self.engine.encode([{"role": "user", "content": message}])
+            ids = encode_prompt(self.core.tokenizer, [{"role": "user", "content": message}])
         return self._run(ids, params, on_text)
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
-        """`Engine.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
+        """`EngineCore.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
         try:
-            return self.engine.run(self.conversation, ids, params, on_text)
+            return self.core.run(self.conversation, ids, params, on_text)
         except BaseException:
             state = self.conversation.draft_state
             if state is not None and state.features is not None:
@@ -211,16 +209,16 @@ class Session:
         if not self.token_ids:
             raise EmptyPrompt("the session is empty", "generate something before suspending it")
         held = self.conversation.sequence.length
-        prints = pair_fingerprints(self.engine)
+        prints = pair_fingerprints(self.core)
         quality, reason = self.quality, None
         self.spans = [s for s in self.spans if s.end <= len(self.token_ids)]
         if quality == AUTO:
-            codec = session_codec(self.engine, self._pack_path, self._log)
+            codec = session_codec(self.core, self._pack_path, self._log)
             rates = rates_of(codec, self._log)
             quality, reason = AUTO_QUALITY if rates.pays(held) else TOKENS, rates.reason(held)
         if quality == TOKENS and not self.spans:
             return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
-        codec = session_codec(self.engine, self._pack_path, self._log)
+        codec = session_codec(self.core, self._pack_path, self._log)
         start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
         if quality != TOKENS:
             with torch.inference_mode():
@@ -235,7 +233,7 @@ class Session:
         """Give the session's pages back; it must not be used afterwards."""
         if not self._closed:
             self._closed = True
-            self.engine.close_conversation(self.conversation)
+            self.core.close_conversation(self.conversation)
 
     def __enter__(self) -> Session:
         return self
@@ -259,8 +257,8 @@ class Session:
 
     @property
     def _layout(self) -> KvLayout:
-        config = self.engine.target.config
-        return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, trunk_layers(self.engine))
+        config = self.core.target.config
+        return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, self.core.exit_layer)
 
     def _check(self, stored: SessionFile, path: str | Path | None) -> None:
         """Refuse a file of other models before a pack is looked for: fitting one would take minutes."""
@@ -268,21 +266,21 @@ class Session:
             raise Corrupted(
                 f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy"
             )
-        for role, digest in pair_fingerprints(self.engine).items():
+        for role, digest in pair_fingerprints(self.core).items():
             if stored.fingerprints.get(role) != digest:
                 raise ForeignModel(
                     f"session file {path} was written with another {role}", "resume it with the models and pack it was made with"
                 )
-        if max(stored.token_ids, default=0) >= self.engine.target.config.vocab_size:
+        if max(stored.token_ids, default=0) >= self.core.target.config.vocab_size:
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
     def _restore(self, stored: SessionFile, source: str | Path | None, how: str, began: float) -> None:
-        engine, conversation = self.engine, self.conversation
+        core, conversation = self.core, self.conversation
         conversation.token_ids[:] = stored.token_ids
         draft_s = decode_s = 0.0
         num_cached, reason = 0, None
         if stored.spans:
-            codec = session_codec(engine, self._pack_path, self._log)
+            codec = session_codec(core, self._pack_path, self._log)
             if stored.fingerprints.get("pack") != codec.pack.digest:
                 raise ForeignModel(
                     f"session file {source} was written with another pack", "resume it with the models and pack it was made with"
@@ -293,7 +291,7 @@ class Session:
                 how, reason = DECODE if rates.pays(stored.num_cached) else RECOMPUTE, rates.reason(stored.num_cached)
             if how == DECODE:
                 num_cached = stored.num_cached
-                clock = StageClock(engine.device)
+                clock = StageClock(core.device)
                 with torch.inference_mode(), session_errors(source):
                     codec.restore(conversation, stored.spans, clock)
                 stages = clock.seconds()

@@ -1,8 +1,9 @@
-"""Seconds of the stages of a restore, without waiting for the device between them."""
+"""Seconds of a restore: of its stages, without waiting for the device between them, and as straight lines in the number of tokens."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -39,3 +40,31 @@ class StageClock:
             took = ended - began if first is None or last is None else first.elapsed_time(last) / 1000
             found[stage] = found.get(stage, 0.0) + took
         return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of restoring and of recomputing n tokens: *_s + n * *_token_s."""
+
+    restore_s: float
+    restore_token_s: float
+    recompute_s: float
+    recompute_token_s: float
+
+    def restoring(self, tokens: int) -> float:
+        """Seconds to restore so many tokens from coded spans."""
+        return self.restore_s + tokens * self.restore_token_s
+
+    def recomputing(self, tokens: int) -> float:
+        """Seconds of the target's own pass over them."""
+        return self.recompute_s + tokens * self.recompute_token_s
+
+    def pays(self, tokens: int) -> bool:
+        """Whether restoring them is faster than recomputing them."""
+        return self.restoring(tokens) < self.recomputing(tokens)
+
+    def reason(self, tokens: int) -> str:
+        """The comparison in one clause."""
+        return (
+            f"{tokens} tokens take about {self.restoring(tokens):.3f} s to restore here and {self.recomputing(tokens):.3f} s to recompute"
+        )

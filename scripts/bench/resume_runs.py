@@ -15,7 +15,7 @@ from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS
 from codec.token_ids import decode_ids, encode_ids
-from engine.engine import Engine
+from engine.runtime.core import EngineCore
 from engine.sessions.file import SessionFile, write_file
 from engine.sessions.kv_codec import SessionCodec, prefill_draft, run_tokens
 from engine.sessions.stages import StageClock
@@ -27,15 +27,15 @@ _TWIN_BOUND = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 class ResumeBench:
     """Suspends and resumes of random or given tokens with an engine and its codec parameters."""
 
-    def __init__(self, engine: Engine, pack: CodecPack) -> None:
+    def __init__(self, core: EngineCore, pack: CodecPack) -> None:
         began = time.perf_counter()
-        self.engine, self.codec = engine, SessionCodec(engine, pack)
+        self.core, self.codec = core, SessionCodec(core, pack)
         self.codec.ready()
         self.setup_s = time.perf_counter() - began
 
     def _wait(self) -> None:
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        if self.core.device.type == "cuda":
+            torch.cuda.synchronize(self.core.device)
 
     def _timed(self, run: Callable[[], Any], repeats: int) -> float:
         """Median seconds of `repeats` runs after one that is not counted."""
@@ -49,21 +49,21 @@ class ResumeBench:
         return statistics.median(found[1:])
 
     def _opened(self, ids: Sequence[int]):
-        conversation = self.engine.open_conversation()
+        conversation = self.core.open_conversation()
         conversation.token_ids[:] = ids
         return conversation
 
     def _recompute(self, ids: Sequence[int]) -> None:
         conversation = self._opened(ids)
         self.codec.run_target(conversation, len(ids))
-        self.engine.close_conversation(conversation)
+        self.core.close_conversation(conversation)
 
     def _resume(self, path: Path, clock: StageClock | None = None) -> None:
         """From the file to a conversation that can go on; every token restored."""
-        stored = SessionFile.load(path, self.engine.context)
+        stored = SessionFile.load(path, self.core.context)
         conversation = self._opened(stored.token_ids)
         self.codec.restore(conversation, stored.spans, clock)
-        self.engine.close_conversation(conversation)
+        self.core.close_conversation(conversation)
 
     @torch.inference_mode()
     def check(self, ids: Sequence[int], quality: str) -> float:
@@ -72,21 +72,21 @@ class ResumeBench:
         Raises AssertionError beyond the product's rounding.
         """
         ids = list(ids[:_TWIN_TOKENS])
-        end, codec, engine = len(ids), self.codec, self.engine
+        end, codec, core = len(ids), self.codec, self.core
         conversation = self._opened(ids)
         codec.run_target(conversation, end)
         spans = codec.encode(conversation, NUM_SINKS, end, quality)
-        engine.close_conversation(conversation)
+        core.close_conversation(conversation)
         restored = self._opened(ids)
         codec.restore(restored, spans)
-        found = engine.target.read_kv(restored.sequence, 0, end, first_layer=codec.first_layer).cpu()[NUM_SINKS:]
-        engine.close_conversation(restored)
+        found = core.target.read_kv(restored.sequence, 0, end, first_layer=codec.first_layer).cpu()[NUM_SINKS:]
+        core.close_conversation(restored)
         twin = self._opened(ids)
-        run_tokens(engine, twin, NUM_SINKS)
-        if engine.drafter is not None and twin.draft_state is not None:
-            prefill_draft(engine, twin.draft_state, ids)
+        run_tokens(core, twin, NUM_SINKS)
+        if core.drafter is not None and twin.draft_state is not None:
+            prefill_draft(core, twin.draft_state, ids)
         predicted = codec.predictor.predict(*codec.features(twin, NUM_SINKS, end)).cpu()
-        engine.close_conversation(twin)
+        core.close_conversation(twin)
         sizes = [s.end - s.start for s in spans]
         rows = torch.cat(KvCodec(codec.pack).decode_many([s.data for s in spans], predicted.split(sizes)))
         error = float((found - rows).norm() / rows.norm())
@@ -96,36 +96,36 @@ class ResumeBench:
     @torch.inference_mode()
     def run(self, ids: Sequence[int], quality: str, repeats: int) -> dict[str, Any]:
         """A row of CONTRACTS with its stages."""
-        engine, codec, end = self.engine, self.codec, len(ids)
-        layers, config = engine.target.config.num_layers, engine.target.config
+        core, codec, end = self.core, self.codec, len(ids)
+        layers, config = core.target.config.num_layers, core.target.config
         row: dict[str, Any] = {"tokens": end, "quality": quality, "raw_bytes": 2 * end * layers * config.kv_width}
         row["recompute_s"] = self._timed(lambda: self._recompute(ids), repeats)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "session.kv"
             conversation = self._opened(ids)
             codec.run_target(conversation, end)
-            if engine.drafter is not None and conversation.draft_state is not None and engine.draft_decoder is not None:
-                prefill_draft(engine, conversation.draft_state, conversation.token_ids)  # as generating would have
+            if core.drafter is not None and conversation.draft_state is not None and core.draft_model is not None:
+                prefill_draft(core, conversation.draft_state, conversation.token_ids)  # as generating would have
             self._wait()
             began = time.perf_counter()
-            clock = StageClock(engine.device, waits=True)
+            clock = StageClock(core.device, waits=True)
             spans = codec.encode(conversation, NUM_SINKS, end, quality, clock)
             self._wait()
             coded = time.perf_counter()
             data = SessionFile(list(ids), end, quality, {}, spans).to_bytes()
             write_file(path, data)
             written = time.perf_counter()
-            engine.close_conversation(conversation)
+            core.close_conversation(conversation)
             row |= {"suspend_s": written - began, "encode_s": coded - began, "write_s": written - coded, "stored_bytes": len(data)}
             row["encode_stages"] = clock.seconds()
             row["resume_s"] = self._timed(lambda: self._resume(path), repeats)
-            row["read_s"] = self._timed(lambda: SessionFile.load(path, engine.context), repeats)
+            row["read_s"] = self._timed(lambda: SessionFile.load(path, core.context), repeats)
             frame = encode_ids(ids)
             row["ids_s"] = self._timed(lambda: decode_ids(frame), repeats)
             row["check_s"] = self._timed(lambda: codec.codec.read([s.data for s in spans]), repeats)
-            clock = StageClock(engine.device, waits=True)
+            clock = StageClock(core.device, waits=True)
             self._resume(path, clock)
-            clock = StageClock(engine.device, waits=True)
+            clock = StageClock(core.device, waits=True)
             self._resume(path, clock)
             stages = clock.seconds()
         row["draft_prefill_s"] = stages["sinks"] + stages["draft"]
@@ -142,7 +142,7 @@ class ResumeBench:
         """Seconds of one step of the target over a single token: what every way to come back still needs before the first token."""
         conversation = self._opened([1] * 8)
         self.codec.run_target(conversation, 8)
-        ids = torch.ones(1, dtype=torch.int64, device=self.engine.device)
-        seconds = self._timed(lambda: self.engine.target.forward(ids, [conversation.sequence], [1]).logits.argmax(-1).tolist(), repeats)  # type: ignore[union-attr]
-        self.engine.close_conversation(conversation)
+        ids = torch.ones(1, dtype=torch.int64, device=self.core.device)
+        seconds = self._timed(lambda: self.core.target.forward(ids, [conversation.sequence], [1]).logits.argmax(-1).tolist(), repeats)  # type: ignore[union-attr]
+        self.core.close_conversation(conversation)
         return seconds

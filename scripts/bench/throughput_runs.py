@@ -78,7 +78,7 @@ class Foretold:
     @torch.inference_mode()
     def logits(self, prompt: list[int], text: list[int]) -> torch.Tensor:
         """[len(text), V] float32: what the target says of each token of `text`, all run as one block."""
-        target, sequence = self.engine.target, self.engine.pool.new_sequence()
+        target, sequence = self.engine.core.target, self.engine.core.pool.new_sequence()
         tokens = torch.tensor([*prompt, *text[:-1]], device=target.device)
         try:
             return target.head(target(tokens, [sequence], [len(tokens)], logits="none").hidden[-len(text) :])

@@ -20,8 +20,8 @@ from codec.predictor.low_rank import zero_prediction
 from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.token_ids import encode_ids
+from draft.source import DraftSource
 from engine.model.decoder import Decoder
-from engine.runtime.drafters import Draft, TrainedTrunk
 from engine.sessions.file import SessionFile, Span
 from eval.codec_breakdown import breakdown
 from eval.codec_quality import Case, hidden_states
@@ -93,10 +93,10 @@ class PairCodec:
     """A pack's codec and predictor with the models that feed it, shared by all our qualities. The hidden states of the sequences are kept: features
     come from one prefill of the prefix, whose time is not in the coding times."""
 
-    def __init__(self, pack: CodecPack, target: Decoder, draft: Draft):
+    def __init__(self, pack: CodecPack, target: Decoder, source: DraftSource | None):
         self.pack, self.target, self.device = pack, target, target.device
-        self._draft = draft if isinstance(draft, Decoder) else None
-        self._adapter = draft.decoder if isinstance(draft, TrainedTrunk) else None
+        self._draft = None if source is None else source.model
+        self._adapter = None if source is None else source.head_layers
         self._hidden: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self.warm = target.device.type == "cpu"
 

@@ -78,7 +78,7 @@ class Runner:
             if all(key in self.parts for key in keys.values()):
                 continue
             samples = [self.sample(context, number) for number in batch]
-            conversations = open_with(self.engine, [self.context_ids(s) for s in samples])
+            conversations = open_with(self.engine.core, [self.context_ids(s) for s in samples])
             try:
                 answers = self._ask_all(conversations, samples)
                 self._record(keys[UNTOUCHED], samples, answers, answers, conversations, None)
@@ -125,7 +125,7 @@ class Runner:
         """Answers [sample][question]; every question starts from the conversations as they are, and leaves them so. All are answered together."""
         pairs = [(c, q) for c, s in zip(conversations, samples, strict=True) for q in s.questions]
         questions = [next_turn(self.engine.tokenizer, q.text, c.token_ids) for c, q in pairs]
-        tokens = iter(ask_aside(self.engine, [c for c, _ in pairs], questions, [q.max_new_tokens for _, q in pairs]))
+        tokens = iter(ask_aside(self.engine.core, [c for c, _ in pairs], questions, [q.max_new_tokens for _, q in pairs]))
         return [[self._text(next(tokens)) for _ in s.questions] for s in samples]
 
     def _record(
@@ -170,7 +170,7 @@ class Runner:
         other methods' first ones before the last turn; the others are coded and decoded in place."""
         count = len(plans)
         owners = [(method, n) for method in methods for n in range(count)]
-        conversations = [self.engine.open_conversation() for _ in owners]
+        conversations = [self.engine.core.open_conversation() for _ in owners]
         spans: list[list[Span]] = [[] for _ in owners]
         items: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         sizes = [0] * len(owners)
@@ -179,7 +179,7 @@ class Runner:
             for turn in range(self.plan.turns):
                 last = turn == self.plan.turns - 1
                 if turn:
-                    run_draft(self.engine, conversations)
+                    run_draft(self.engine.core, conversations)
                 for b, (method, n) in enumerate(owners):
                     if not turn or method == UNTOUCHED:
                         continue
@@ -220,11 +220,11 @@ class Runner:
             for t, c in zip(turns, conversations, strict=True)
         ]
         limit = MAX_NEW_TOKENS["conversation"]
-        return [self._text(ids) for ids in ask(self.engine, conversations, questions, [limit] * len(questions))]
+        return [self._text(ids) for ids in ask(self.engine.core, conversations, questions, [limit] * len(questions))]
 
     def _text(self, ids: list[int]) -> str:
         return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
 
     def _close(self, conversations: Sequence[Conversation]) -> None:
         for conversation in conversations:
-            self.engine.close_conversation(conversation)
+            self.engine.core.close_conversation(conversation)

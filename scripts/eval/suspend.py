@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES
-from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence, PagedPool
+from engine.runtime.core import EngineCore
 from engine.runtime.request import Conversation
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import SessionFile, Span
@@ -38,47 +38,47 @@ def step_name(quality: str) -> str | float:
 
 
 @torch.inference_mode()
-def run_tokens(engine: Engine, conversations: Sequence[Conversation], pieces: Sequence[list[int]], logits: str) -> torch.Tensor | None:
+def run_tokens(core: EngineCore, conversations: Sequence[Conversation], pieces: Sequence[list[int]], logits: str) -> torch.Tensor | None:
     """Run the target over pieces[b], which follow what conversation b's cache holds; logits as in `Decoder.forward`. Advances."""
     states = [c.draft_state for c in conversations if c.draft_state is not None]
-    taps = engine.drafter.target_taps if engine.drafter and states else ()
-    flat = torch.tensor([t for piece in pieces for t in piece], device=engine.device)
+    taps = core.drafter.target_taps if core.drafter and states else ()
+    flat = torch.tensor([t for piece in pieces for t in piece], device=core.device)
     counts = [len(piece) for piece in pieces]
-    out = engine.target.forward(
+    out = core.target.forward(
         flat,
         [c.sequence for c in conversations],
         counts,
         taps=taps,
         logits=logits,
-        deterministic=engine.deterministic,  # type: ignore[arg-type]
+        deterministic=core.deterministic,  # type: ignore[arg-type]
     )
-    if engine.drafter is not None and taps:
-        engine.drafter.observe_target(states, counts, out.taps)
+    if core.drafter is not None and taps:
+        core.drafter.observe_target(states, counts, out.taps)
     for conversation, count in zip(conversations, counts, strict=True):
         conversation.sequence.advance(count)
     return out.logits
 
 
 @torch.inference_mode()
-def open_with(engine: Engine, token_ids: Sequence[Sequence[int]]) -> list[Conversation]:
+def open_with(core: EngineCore, token_ids: Sequence[Sequence[int]]) -> list[Conversation]:
     """Conversations whose caches hold all of each of token_ids, and whose draft has run them too."""
-    conversations = [engine.open_conversation() for _ in token_ids]
+    conversations = [core.open_conversation() for _ in token_ids]
     for conversation, ids in zip(conversations, token_ids, strict=True):
         conversation.token_ids[:] = ids
     for first in range(0, len(conversations), _TOGETHER):
         some = conversations[first : first + _TOGETHER]
         for start in range(0, max(len(c.token_ids) for c in some), CHUNK_TOKENS):
             going = [c for c in some if len(c.token_ids) > start]
-            run_tokens(engine, going, [c.token_ids[start : start + CHUNK_TOKENS] for c in going], "none")
-        run_draft(engine, some)
+            run_tokens(core, going, [c.token_ids[start : start + CHUNK_TOKENS] for c in going], "none")
+        run_draft(core, some)
     return conversations
 
 
 @torch.inference_mode()
-def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
+def run_draft(core: EngineCore, conversations: Sequence[Conversation]) -> None:
     """Let a separate draft run what it lacks of the conversations' caches, all of them together: its features are what is coded against."""
-    drafter = engine.drafter
-    if drafter is None or engine.draft_decoder is None:
+    drafter = core.drafter
+    if drafter is None or core.draft_model is None:
         return
     pairs = [(c, c.draft_state) for c in conversations if c.draft_state is not None]
     while behind := [(c, state) for c, state in pairs if state.length < c.sequence.length]:
@@ -89,7 +89,7 @@ def run_draft(engine: Engine, conversations: Sequence[Conversation]) -> None:
 
 
 def ask(
-    engine: Engine, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+    core: EngineCore, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
 ) -> list[list[int]]:
     """Append each question's tokens and answer all greedily as one batch; returns the answers without their end tokens.
 
@@ -101,12 +101,12 @@ def ask(
     active = list(range(len(conversations)))
     for step in range(1, max(max_new_tokens, default=0) + 1):
         chosen = [conversations[b] for b in active]
-        logits = run_tokens(engine, chosen, [c.token_ids[c.sequence.length :] for c in chosen], "last")
+        logits = run_tokens(core, chosen, [c.token_ids[c.sequence.length :] for c in chosen], "last")
         assert logits is not None
         going = []
         for b, token in zip(active, logits.argmax(-1).tolist(), strict=True):
             conversations[b].token_ids.append(token)
-            if token not in engine.eos_token_ids:
+            if token not in core.eos_token_ids:
                 answers[b].append(token)
                 if step < max_new_tokens[b]:
                     going.append(b)
@@ -117,14 +117,14 @@ def ask(
 
 
 def ask_aside(
-    engine: Engine, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+    core: EngineCore, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
 ) -> list[list[int]]:
     """`ask` without a trace: every question gets a cache of its own that shares the conversation's full pages (one may be asked many times)."""
     asides = []
     try:
         for conversation in conversations:
             asides.append(Conversation(list(conversation.token_ids), copied(conversation.sequence, shared=True)))
-        return ask(engine, asides, questions, max_new_tokens)
+        return ask(core, asides, questions, max_new_tokens)
     finally:
         for aside in asides:
             aside.sequence.free()
@@ -151,9 +151,9 @@ def copied(sequence: KvSequence, shared: bool) -> KvSequence:
 class Suspender:
     """Writes an engine's conversations as session files' bytes and opens them again: `Session.suspend` and resume without the disk."""
 
-    def __init__(self, engine: Engine, pack: str | None, log: Callable[[str], None] = print) -> None:
-        self.engine, self.codec = engine, session_codec(engine, pack, log)
-        self._prints = pair_fingerprints(engine) | {"pack": self.codec.pack.digest}
+    def __init__(self, core: EngineCore, pack: str | None, log: Callable[[str], None] = print) -> None:
+        self.core, self.codec = core, session_codec(core, pack, log)
+        self._prints = pair_fingerprints(core) | {"pack": self.codec.pack.digest}
 
     @torch.inference_mode()
     def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:
@@ -193,7 +193,7 @@ class Suspender:
     def resume(self, data: bytes) -> tuple[Conversation, list[Span]]:
         """A new conversation from a file's bytes alone, and its spans."""
         stored = SessionFile.from_bytes(data)
-        conversation = self.engine.open_conversation()
+        conversation = self.core.open_conversation()
         conversation.token_ids[:] = stored.token_ids
         if stored.spans:
             self.codec.restore(conversation, stored.spans)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from codec.spec import NUM_SINKS
-from engine.engine import Engine
 from engine.errors import InvalidOption
+from engine.runtime.core import EngineCore
 from eval.codec_methods import ForetoldMethod, PairCodec
 from eval.codec_quality import Quality
 from eval.suspend import CHUNK_TOKENS, PREDICTION, Suspender, open_with, step_name
@@ -108,29 +108,29 @@ def measure_positions(
 
     A span counts where its middle lies; the exact first tokens are not counted. Bytes are of the spans alone, without ids and headers of a file.
     """
-    engine, length = suspender.engine, len(token_ids)
+    core, length = suspender.core, len(token_ids)
     if NLL in qualities:
-        done(NLL, position_bins(length, ((n, 1, nll) for n, nll in enumerate(token_nll(engine, token_ids), 1))))
+        done(NLL, position_bins(length, ((n, 1, nll) for n, nll in enumerate(token_nll(core, token_ids), 1))))
     coded = [quality for quality in qualities if quality != NLL]
-    conversation = open_with(engine, [token_ids])[0] if coded else engine.open_conversation()
+    conversation = open_with(core, [token_ids])[0] if coded else core.open_conversation()
     try:
         for quality in coded:
             spans = suspender.codec.encode(conversation, NUM_SINKS, length, step_name(quality))  # type: ignore[arg-type]
             done(quality, position_bins(length, (((s.start + s.end) // 2, s.end - s.start, len(s.data)) for s in spans)))
     finally:
-        engine.close_conversation(conversation)
+        core.close_conversation(conversation)
 
 
 @torch.inference_mode()
-def token_nll(engine: Engine, token_ids: list[int]) -> list[float]:
+def token_nll(core: EngineCore, token_ids: list[int]) -> list[float]:
     """The target's negative log-probability of tokens 1, 2, ... in nats."""
-    ids = torch.tensor(token_ids, device=engine.device)
-    sequence = engine.pool.new_sequence()
+    ids = torch.tensor(token_ids, device=core.device)
+    sequence = core.pool.new_sequence()
     values: list[float] = []
     try:
         for start in range(0, len(ids) - 1, CHUNK_TOKENS):
             piece = ids[start : min(start + CHUNK_TOKENS, len(ids) - 1)]
-            logits = engine.target.forward(piece, [sequence], [len(piece)]).logits
+            logits = core.target.forward(piece, [sequence], [len(piece)]).logits
             sequence.advance(len(piece))
             assert logits is not None
             values += torch.nn.functional.cross_entropy(logits.float(), ids[start + 1 : start + 1 + len(piece)], reduction="none").tolist()

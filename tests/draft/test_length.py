@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from draft.length import FIRST_PROBE, LAST_PROBE, MAX_AUTO_LENGTH, CostModel, LengthController, expected_tokens, measure_costs
+from draft.protocols import ScratchPasses
 
 FLAT = ((1, 1.0), (64, 1.1))  # a memory-bound target: a block costs hardly more than a token
 LINEAR = ((1, 1.0), (2, 2.0))  # a compute-bound one
@@ -117,24 +118,26 @@ class SlowDecoder:
         return hidden
 
 
-class Scratch:
-    freed = 0
-
-    def free(self):
-        Scratch.freed += 1
-
-
 @pytest.mark.parametrize("verify_from", [0, 2])
 def test_costs_are_measured_on_scratch_sequences_within_a_budget(verify_from):
-    target, draft = SlowDecoder(), SlowDecoder()
+    target, draft, freed = SlowDecoder(), SlowDecoder(), []
     drafter = type("D", (), {"verify_from": verify_from, "runs_last_draft": bool(verify_from)})
-    Scratch.freed = 0
-    costs = measure_costs(target, drafter, draft, (Scratch, Scratch), token_counts=(1, 2, 4, 64), budget_s=10)
-    assert Scratch.freed == 2 and costs.runs_last_draft == bool(verify_from)
+
+    class Sequence:
+        def free(self):
+            freed.append(self)
+
+    def measure(budget_s):
+        own = Sequence()
+        passes = ScratchPasses(lambda count: draft.forward([0] * count, [own], [count]), None, own.free)
+        return measure_costs(target, drafter, Sequence, passes, token_counts=(1, 2, 4, 64), budget_s=budget_s)
+
+    costs = measure(10)
+    assert len(freed) == 2 and costs.runs_last_draft == bool(verify_from) and costs.last is None
     for curve in (costs.draft, costs.verify):
         assert [n for n, _ in curve] == [1, 2, 4, 64]
         seconds = [s for _, s in curve]
         assert seconds == sorted(seconds) and seconds[0] >= 0.0022 and seconds[-1] >= 0.0148
     assert all(options["first_layer"] == verify_from and (options["hidden"] is None) == (verify_from == 0) for _, options in target.calls)
-    hurried = measure_costs(target, drafter, draft, (Scratch, Scratch), token_counts=(1, 2, 4, 64), budget_s=0)
+    hurried = measure(0)
     assert len(hurried.draft) == len(hurried.verify) == 3

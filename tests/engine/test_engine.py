@@ -73,7 +73,7 @@ def test_results_carry_the_figures_of_the_run(engine, target):
     assert result.text == ByteTokenizer().decode(result.token_ids, True, False)
     assert result.ttft_s > 0 and result.decode_s > 0 and result.tokens_per_s == pytest.approx(23 / result.decode_s)
     assert result.seed == 12
-    pages = engine.pool.bytes + engine.draft_pool.bytes
+    pages = engine.core.pool.bytes + engine.core.draft_pool.bytes
     assert result.memory == {"target_bytes": target.weight_bytes, "draft_bytes": target.weight_bytes, "pool_bytes": pages}
     plain = json.loads(json.dumps(result.as_dict()))
     assert plain["speculation"]["acceptance_rate"] == 1 and plain["speculation"]["drafter"] == "model"
@@ -114,8 +114,8 @@ def test_streams_interleave_and_may_be_left(engine):
             if event.finish_reason:
                 del streams[p]
     left.close()
-    assert texts == wanted and engine.scheduler.idle
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert texts == wanted and engine.core.scheduler.idle
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
 
 @pytest.mark.parametrize("length", [0, 4])
@@ -124,15 +124,15 @@ def test_stop_strings_cut_text_and_caches(engine, length):
     place = next(i for i in range(9, 60) if all(b < 128 for b in whole.token_ids[i : i + 2]))
     word = bytes(whole.token_ids[place : place + 2]).decode()
     params = SamplingParams(max_new_tokens=60, ignore_eos=True, stop=(word, "never this"), draft_length=length)
-    conversation = engine.open_conversation()
+    conversation = engine.core.open_conversation()
     pieces = []
-    result = engine.run(conversation, list(b"stop me"), params, pieces.append)
+    result = engine.core.run(conversation, list(b"stop me"), params, pieces.append)
     assert result.finish_reason == "stop" and word not in result.text and "".join(pieces) == result.text
     assert result.token_ids == whole.token_ids[: len(result.token_ids)]
     cut = bytes(t for t in result.token_ids if t < 256).decode("utf-8", errors="replace")
     assert cut == result.text + word
     assert conversation.sequence.length == len(conversation.token_ids) - 1
-    engine.close_conversation(conversation)
+    engine.core.close_conversation(conversation)
 
 
 def test_end_tokens_and_special_stop_strings(target, random_decoder):
@@ -156,15 +156,18 @@ def test_end_tokens_and_special_stop_strings(target, random_decoder):
 
 
 def test_a_conversation_reuses_its_caches(engine):
-    conversation = engine.open_conversation()
-    first = engine.run(conversation, list(b"hello"), GREEDY)
-    second = engine.run(conversation, list(b"more"), GREEDY)
+    conversation = engine.core.open_conversation()
+    first = engine.core.run(conversation, list(b"hello"), GREEDY)
+    second = engine.core.run(conversation, list(b"more"), GREEDY)
     assert second.reused_tokens == 5 + first.new_tokens - 1 and second.prompt_tokens == 5 + first.new_tokens + 4
     [fresh] = engine.generate([[*b"hello", *first.token_ids, *b"more"]], GREEDY)
     assert fresh.token_ids == second.token_ids
-    assert engine.pool.num_free_pages < engine.pool.max_pages
-    engine.close_conversation(conversation)
-    assert engine.pool.num_free_pages == engine.pool.max_pages and engine.draft_pool.num_free_pages == engine.draft_pool.max_pages
+    assert engine.core.pool.num_free_pages < engine.core.pool.max_pages
+    engine.core.close_conversation(conversation)
+    assert (
+        engine.core.pool.num_free_pages == engine.core.pool.max_pages
+        and engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
+    )
 
 
 @pytest.mark.parametrize("draft", ["model", "trunk"])
@@ -172,26 +175,26 @@ def test_a_conversation_filled_from_outside_goes_on(target, draft):
     engine = Engine(target, ByteTokenizer(), draft=target if draft == "model" else 1, page_size=16)
     prompt = list(b"filled from outside")
     [wanted] = engine.generate([prompt], GREEDY)
-    conversation = engine.open_conversation()
+    conversation = engine.core.open_conversation()
     conversation.token_ids += prompt
     target.forward(torch.tensor(prompt), [conversation.sequence], [len(prompt)], logits="none")
     conversation.sequence.advance(len(prompt))
-    result = engine.run(conversation, [], GREEDY)  # the cache holds everything: the last token runs again
+    result = engine.core.run(conversation, [], GREEDY)  # the cache holds everything: the last token runs again
     assert result.token_ids == wanted.token_ids and result.reused_tokens == len(prompt) - 1
 
 
 def test_a_failing_callback_ends_the_request_and_leaves_the_conversation_usable(engine):
-    conversation = engine.open_conversation()
+    conversation = engine.core.open_conversation()
 
     def fail(text):
         raise RuntimeError("screen gone")
 
     with pytest.raises(RuntimeError, match="screen gone"):
-        engine.run(conversation, list(b"abc"), GREEDY, fail)
-    assert engine.scheduler.idle and conversation.sequence.length == len(conversation.token_ids) - 1
+        engine.core.run(conversation, list(b"abc"), GREEDY, fail)
+    assert engine.core.scheduler.idle and conversation.sequence.length == len(conversation.token_ids) - 1
     [wanted] = engine.generate([conversation.token_ids[:]], GREEDY)
-    assert engine.run(conversation, [], GREEDY).token_ids == wanted.token_ids
-    engine.close_conversation(conversation)
+    assert engine.core.run(conversation, [], GREEDY).token_ids == wanted.token_ids
+    engine.core.close_conversation(conversation)
 
 
 def test_requests_wait_for_room_and_all_finish(target):
@@ -201,34 +204,34 @@ def test_requests_wait_for_room_and_all_finish(target):
     small = Engine(target, ByteTokenizer(), draft=target, page_size=8, pool_tokens=160, prefill_chunk=16, max_batch=5)
     most = 0
 
-    def watched(step=small.scheduler.step):
+    def watched(step=small.core.scheduler.step):
         nonlocal most
         finished = step()
-        most = max(most, len(small.scheduler.running))
-        small.pool.check_integrity()
-        small.draft_pool.check_integrity()
+        most = max(most, len(small.core.scheduler.running))
+        small.core.pool.check_integrity()
+        small.core.draft_pool.check_integrity()
         return finished
 
-    small.scheduler.step = watched
+    small.core.scheduler.step = watched
     results = small.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in wanted]
-    assert 1 < most <= 5 and small.pool.num_free_pages == small.pool.max_pages == 20
+    assert 1 < most <= 5 and small.core.pool.num_free_pages == small.core.pool.max_pages == 20
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(target):
     engine = Engine(target, ByteTokenizer(), page_size=16, prefill_chunk=16)
-    engine.scheduler.prefill_tokens = 16
+    engine.core.scheduler.prefill_tokens = 16
     short = engine.stream([1, 2], SamplingParams(max_new_tokens=10))
     next(short)
     long = engine.stream([3] * 200, SamplingParams(max_new_tokens=1))
     next_of_long = []
 
-    def spy(step=engine.scheduler.step):
+    def spy(step=engine.core.scheduler.step):
         finished = step()
-        next_of_long.append(max(len(r.token_ids) for r in engine.scheduler.running or finished))
+        next_of_long.append(max(len(r.token_ids) for r in engine.core.scheduler.running or finished))
         return finished
 
-    engine.scheduler.step = spy
+    engine.core.scheduler.step = spy
     [event] = list(long)
     assert event.finish_reason == "length" and len(next_of_long) == 13, "200 tokens in chunks of 16"
     assert sum(len(e.token_ids) for e in short) == 9, "the short request decoded beside it"
@@ -255,17 +258,17 @@ def test_refused_requests_leave_nothing_behind(target):
     engine = Engine(target, ByteTokenizer(), draft=target, page_size=16, pool_tokens=64)
     with pytest.raises(PoolExhausted, match="pool_tokens"):
         engine.generate(["a", "b"], [SamplingParams(max_new_tokens=8), SamplingParams(max_new_tokens=100)])
-    assert engine.scheduler.idle and engine.pool.num_free_pages == 4
-    conversation = engine.open_conversation()
-    engine.run(conversation, [1] * 20, SamplingParams(max_new_tokens=8))
+    assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == 4
+    conversation = engine.core.open_conversation()
+    engine.core.run(conversation, [1] * 20, SamplingParams(max_new_tokens=8))
     with pytest.raises(PoolExhausted, match="close conversations"):
         engine.generate([[2] * 30], SamplingParams(max_new_tokens=8))
     before = list(conversation.token_ids)
     with pytest.raises(PoolExhausted):
-        engine.run(conversation, [1] * 20, SamplingParams(max_new_tokens=90))
+        engine.core.run(conversation, [1] * 20, SamplingParams(max_new_tokens=90))
     assert conversation.token_ids == before
-    engine.close_conversation(conversation)
-    assert engine.scheduler.idle and engine.pool.num_free_pages == 4
+    engine.core.close_conversation(conversation)
+    assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == 4
     with pytest.raises(InvalidOption, match="token id 257"):
         engine.generate([[1, 257]])
 
@@ -278,14 +281,15 @@ def test_bad_options_name_a_remedy(target, engine, tmp_path):
         lambda: Engine(target, max_batch=0),
         lambda: tokenizerless.generate(["text"]),
         lambda: tokenizerless.generate([[1]], SamplingParams(stop=("x",))),
-        lambda: tokenizerless.keep_features((0,), lambda: None),
-        lambda: engine.keep_features((9,), lambda: None),
+        lambda: tokenizerless.core.keep_features((0,), lambda: None),
+        lambda: engine.core.keep_features((9,), lambda: None),
         lambda: Engine.from_pretrained(tmp_path, device="abacus"),
         lambda: Engine.from_pretrained(tmp_path, dtype="int7"),
     ):
         with pytest.raises(InvalidOption) as caught:
             call()
         assert caught.value.remedy
+    tokenizerless.core.pool.check_integrity()
     with pytest.raises(ModelNotFound):
         Engine.from_pretrained(tmp_path / "nothing")
     tokenizer = ByteTokenizer()
@@ -305,7 +309,7 @@ def test_from_pretrained_loads_target_draft_and_trunk(tiny_model, tmp_path):
     params = SamplingParams(max_new_tokens=12, draft_length=3)
     [wanted] = plain.generate([[4, 8, 15]], params)
     assert plain.drafter_name == "none" and plain.memory()["draft_bytes"] == 0 and plain.dtype == torch.float32
-    assert plain.eos_token_ids == {5}
+    assert plain.core.eos_token_ids == {5}
     for draft, name, options in ((folder, folder.name, {}), ("trunk", "trunk", {"trunk_layers": 2}), ("trunk", "trunk", {})):
         engine = Engine.from_pretrained(folder, draft, device="cpu", dtype="float32", page_size=16, **options)
         [result] = engine.generate([[4, 8, 15]], params)
@@ -317,10 +321,10 @@ def test_from_pretrained_loads_target_draft_and_trunk(tiny_model, tmp_path):
 def test_costs_are_measured_once_and_frozen(target):
     engine = Engine(target, draft=1)
     engine.generate([[1]], SamplingParams(max_new_tokens=2, draft_length=2))
-    assert engine.cost_model is None, "a fixed length needs no costs"
+    assert engine.core.cost_model is None, "a fixed length needs no costs"
     engine.generate([[1]], SamplingParams(max_new_tokens=2))
-    costs = engine.cost_model
+    costs = engine.core.cost_model
     engine.generate([[1]], SamplingParams(max_new_tokens=2))
-    assert costs is not None and engine.cost_model is costs and costs.runs_last_draft
-    assert Engine(target, draft=1, costs=costs).cost_model is costs
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert costs is not None and engine.core.cost_model is costs and costs.runs_last_draft
+    assert Engine(target, draft=1, costs=costs).core.cost_model is costs
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages

@@ -103,7 +103,7 @@ def test_both_judges_agree(chat_engine, chat_folders):
     ours, theirs = Foretold("plain", engine, 0), Transformers("plain", load_transformers(chat_folders.target, torch.float32, engine.device))
     prompt, text = [3, 200, 17, 40], [9, 80, 120]
     assert torch.allclose(ours.logits(prompt, text), theirs.logits(prompt, text), atol=1e-4)
-    assert engine.pool.num_free_pages == chat_engine(draft="none").pool.num_free_pages
+    assert engine.core.pool.num_free_pages == chat_engine(draft="none").core.pool.num_free_pages
     end = 256  # both go on after it
     for who in (ours, theirs):
         sample = who.run([prompt, [*prompt, end]], 40, 0.0, 0)

@@ -187,31 +187,31 @@ def test_an_untouched_cache_answers_as_plain_generation(chat_engine, draft):
     engine = chat_engine(draft)
     prompts = [engine.encode("A text that is read first, number one."), engine.encode("Another one, a little longer than the first.")]
     questions = [engine.encode(" And then?"), engine.encode(" What comes next?")]
-    conversations = open_with(engine, prompts)
-    free = engine.pool.num_free_pages
-    before = [engine.target.read_kv(c.sequence, 0, c.sequence.length) for c in conversations]
+    conversations = open_with(engine.core, prompts)
+    free = engine.core.pool.num_free_pages
+    before = [engine.core.target.read_kv(c.sequence, 0, c.sequence.length) for c in conversations]
     aside = ask_aside(
-        engine, conversations * 2, [*questions, *questions[::-1]], [12, 12, 12, 3]
+        engine.core, conversations * 2, [*questions, *questions[::-1]], [12, 12, 12, 3]
     )  # leaves no trace, so asking again gives the same
     for conversation, prompt, kv in zip(conversations, prompts, before, strict=True):
         assert conversation.token_ids == prompt and conversation.sequence.length == len(prompt)
-        assert torch.equal(engine.target.read_kv(conversation.sequence, 0, len(prompt)), kv)
-    assert engine.pool.num_free_pages == free
-    engine.pool.check_integrity()
-    answers = ask(engine, conversations, questions, [12, 12])
+        assert torch.equal(engine.core.target.read_kv(conversation.sequence, 0, len(prompt)), kv)
+    assert engine.core.pool.num_free_pages == free
+    engine.core.pool.check_integrity()
+    answers = ask(engine.core, conversations, questions, [12, 12])
     assert aside[:2] == answers and len(aside[3]) <= 3
     assert all(c.sequence.length == len(c.token_ids) - 1 for c in conversations)
     plain = engine.generate(
         [a + b for a, b in zip(prompts, questions, strict=True)], SamplingParams(max_new_tokens=12, temperature=0, draft_length=0)
     )
-    ends = engine.eos_token_ids
+    ends = engine.core.eos_token_ids
     assert answers == [[t for t in result.token_ids if t not in ends] for result in plain]
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
 def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
     engine = chat_engine(draft)
-    suspender = Suspender(engine, None)
+    suspender = Suspender(engine.core, None)
     session = engine.session(quality="compact")
     session.generate("Some text to remember. " * 8, SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True))
     session.suspend(tmp_path / "first")
@@ -221,8 +221,8 @@ def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
     theirs = engine.session(tmp_path / "first").conversation
     length = theirs.sequence.length
     assert ours.token_ids == theirs.token_ids and ours.sequence.length == length > 150
-    assert torch.equal(engine.target.read_kv(ours.sequence, 0, length), engine.target.read_kv(theirs.sequence, 0, length))
-    ask(engine, [ours], [engine.encode(" More.")], [8])
+    assert torch.equal(engine.core.target.read_kv(ours.sequence, 0, length), engine.core.target.read_kv(theirs.sequence, 0, length))
+    ask(engine.core, [ours], [engine.encode(" More.")], [8])
     again = SessionFile.from_bytes(suspender.suspend(ours, "compact", spans))
     assert again.spans[: len(spans)] == spans and again.num_cached == len(again.token_ids) - 1 == again.spans[-1].end
 
@@ -230,28 +230,28 @@ def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
 @pytest.mark.parametrize("draft", ["draft", "trunk"])
 def test_in_place_is_what_a_resume_gives(chat_engine, draft):
     engine = chat_engine(draft)
-    suspender = Suspender(engine, None)
-    conversation = open_with(engine, [engine.encode("Some text that is coded twice, in two ways. " * 6)])[0]
-    ask(engine, [conversation], [engine.encode(" And then?")], [5])
+    suspender = Suspender(engine.core, None)
+    conversation = open_with(engine.core, [engine.encode("Some text that is coded twice, in two ways. " * 6)])[0]
+    ask(engine.core, [conversation], [engine.encode(" And then?")], [5])
     length = conversation.sequence.length
-    exact = engine.target.read_kv(conversation.sequence, 0, length)
+    exact = engine.core.target.read_kv(conversation.sequence, 0, length)
     resumed, spans, num_bytes = suspender.through_file(conversation, "compact")
     assert suspender.in_place(conversation, "compact") == spans
     assert suspender.file_bytes(conversation, "compact", spans) == num_bytes
-    here, there = (engine.target.read_kv(c.sequence, 0, length) for c in (conversation, resumed))
+    here, there = (engine.core.target.read_kv(c.sequence, 0, length) for c in (conversation, resumed))
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(here, exact, atol=1e-2)
     assert suspender.in_place(conversation, "compact", spans) == spans, "coded once"
 
 
 def test_prediction_keeps_no_residual(engine):
-    suspender = Suspender(engine, None)
-    conversation = open_with(engine, [engine.encode("All of this is only predicted, and costs hardly anything. " * 4)])[0]
+    suspender = Suspender(engine.core, None)
+    conversation = open_with(engine.core, [engine.encode("All of this is only predicted, and costs hardly anything. " * 4)])[0]
     small, large = (suspender.suspend(conversation, quality) for quality in ("prediction", "near-lossless"))
     assert len(small) < len(large) / 2
     assert all(len(s.data) < 0.35 * (s.end - s.start) + 64 for s in SessionFile.from_bytes(small).spans)
     restored, _ = suspender.resume(small)
-    assert torch.isfinite(engine.target.read_kv(restored.sequence, 0, restored.sequence.length)).all()
+    assert torch.isfinite(engine.core.target.read_kv(restored.sequence, 0, restored.sequence.length)).all()
     assert step_name("step2.5") == 2.5
     for wrong in ("best", "step0", "stepx"):
         with pytest.raises(InvalidOption, match="unknown quality"):
@@ -261,21 +261,21 @@ def test_prediction_keeps_no_residual(engine):
 def test_nll_is_the_models_own(engine):
     ids = engine.encode("The same text, scored at once and in pieces.")
     with torch.inference_mode():
-        sequence = engine.pool.new_sequence()
-        logits = engine.target.forward(torch.tensor(ids), [sequence], [len(ids)]).logits
+        sequence = engine.core.pool.new_sequence()
+        logits = engine.core.target.forward(torch.tensor(ids), [sequence], [len(ids)]).logits
     expected = -logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(token_nll(engine, ids)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(token_nll(engine.core, ids)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_untouched_row_agrees_with_itself_and_costs_no_pages(engine):
     plan = Plan(("balanced",), TEXTS, 2, 2, 0, facts=2, identifiers=1, sums=1, conversations=2, turns=4, turn_tokens=0)
     parts: dict = {}
     saves = []
-    free = engine.pool.num_free_pages
-    runner = Runner(engine, Suspender(engine, None), plan, parts, lambda: saves.append(len(parts)), lambda _: None)
+    free = engine.core.pool.num_free_pages
+    runner = Runner(engine, Suspender(engine.core, None), plan, parts, lambda: saves.append(len(parts)), lambda _: None)
     runner.planted(900)
     runner.conversations()
-    assert saves == [1, 2, 3, 4] and engine.pool.num_free_pages >= free
+    assert saves == [1, 2, 3, 4] and engine.core.pool.num_free_pages >= free
     rows = rows_of(parts, 100)
     assert {(r["task"], r["context"]) for r in rows} == {("retrieval", 900), ("copy", 900), ("arithmetic", 900), ("conversation", None)}
     assert {r["questions"] for r in rows if r["task"] == "retrieval"} == {4}
@@ -383,7 +383,7 @@ def test_bad_options_are_named(tmp_path, capsys):
 
 
 def test_run_tokens_moves_the_cache(engine):
-    conversation = engine.open_conversation()
+    conversation = engine.core.open_conversation()
     conversation.token_ids[:] = engine.encode("abc")
-    logits = run_tokens(engine, [conversation], [conversation.token_ids], "last")
+    logits = run_tokens(engine.core, [conversation], [conversation.token_ids], "last")
     assert logits is not None and logits.shape[0] == 1 and conversation.sequence.length == 3

@@ -307,7 +307,7 @@ def test_session_files_and_packs_that_do_not_serve(generate, chat_engine, chat_f
     assert "ends inside section" in mistake(*generate("hi", "--session", file))
     stranger = ["--target", chat_folders.stranger, "--draft", chat_folders.draft, "--dtype", "float32", "--device", "cpu"]
     assert "written with another target" in mistake(*generate("hi", "--session", good, *stranger))
-    pack = find_pack(chat_engine(), log=lambda _: None)
+    pack = find_pack(chat_engine().core, log=lambda _: None)
     replace(pack, fingerprints=pack.fingerprints | {"draft": "another"}).save(tmp_path / "pack")
     assert "made for another draft" in mistake(*generate("hi", "--session", tmp_path / "new.kv", "--pack", tmp_path / "pack"))
     assert "there is no codec pack" in mistake(*generate("hi", "--session", tmp_path / "new.kv", "--pack", tmp_path / "none"))
@@ -364,7 +364,7 @@ def test_an_interrupt_without_a_terminal_ends_the_program(generate, stdin, tmp_p
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.engine.Engine.run", interrupted)
+    monkeypatch.setattr("engine.runtime.core.EngineCore.run", interrupted)
     stdin(b"Hello\nmore\n")
     status, _, err = generate("--chat", "--session", tmp_path / "a.kv")
     assert status == 130 and "interrupted" in err

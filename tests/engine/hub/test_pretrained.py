@@ -15,8 +15,9 @@ from draft.head_file import CONFIG_FILE, PACK_FILE, load_adapter, read_config
 from draft.pretrained import FOLDER, shipped_adapter
 from engine.cli.command import run
 from engine.errors import BadAdapter, ForeignModel
+from engine.hub.fingerprint import model_fingerprint
+from engine.loading import choose_draft
 from engine.model.decoder import Decoder
-from engine.runtime.drafters import choose_draft
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import find_pack, pair_fingerprints
 
@@ -36,11 +37,15 @@ def shipped(tmp_path, chat_folders, monkeypatch):
 
 def test_trunk_is_the_shipped_adapter_of_a_target_of_its_shape(shipped, chat_engine, chat_folders, random_decoder):
     engine = chat_engine("trunk")
-    assert engine.trained_trunk.folder == shipped and engine.drafter_name == "trained trunk"
-    assert pair_fingerprints(engine)["draft"] == f"trunk-1-{load_adapter(shipped)[0].digest}" == engine.trained_trunk.fingerprint
+    assert engine.core.source.folder == shipped and engine.drafter_name == "trained trunk"
+    assert (
+        pair_fingerprints(engine.core)["draft"]
+        == f"trunk-1-{load_adapter(shipped)[0].digest}"
+        == engine.core.source.fingerprint(model_fingerprint)
+    )
     untrained = chat_engine("trunk", trunk_layers=2)
-    assert untrained.trained_trunk is None and untrained.drafter.num_layers == 2 and untrained.drafter_name == "trunk"
-    assert choose_draft("trunk", random_decoder(0).config).adapter is None
+    assert untrained.core.source.head_layers is None and untrained.core.exit_layer == 2 and untrained.drafter_name == "trunk"
+    assert choose_draft("trunk", random_decoder(0).config).head is None
     config = json.loads((shipped / CONFIG_FILE).read_text())
     (shipped / CONFIG_FILE).write_text(json.dumps(config | {"version": 99}))
     with pytest.raises(BadAdapter, match="version 99"):
@@ -59,16 +64,16 @@ def test_what_ships_is_whole(tmp_path, monkeypatch, random_decoder):
 
 def test_the_pack_beside_the_adapter_is_taken_where_it_fits(shipped, chat_engine, pack_home):
     said: list[str] = []
-    fitted = find_pack(chat_engine("trunk"), log=said.append)
+    fitted = find_pack(chat_engine("trunk").core, log=said.append)
     assert fitted.predictor_settings["taps"] == [1, 2], "the trunk's last state and the adapter's"
     marked = fitted.with_model(fitted.model, fitted.stored["variance"] * 2)
     marked.save(shipped / PACK_FILE)
-    assert find_pack(chat_engine("trunk"), log=said.append).digest == marked.digest != fitted.digest
+    assert find_pack(chat_engine("trunk").core, log=said.append).digest == marked.digest != fitted.digest
     marked.fingerprints["draft"] = "trunk-1"
     marked.save(shipped / PACK_FILE)
-    assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
+    assert find_pack(chat_engine("trunk").core, log=said.append).digest == fitted.digest
     (shipped / PACK_FILE).write_bytes(b"nothing")
-    assert find_pack(chat_engine("trunk"), log=said.append).digest == fitted.digest
+    assert find_pack(chat_engine("trunk").core, log=said.append).digest == fitted.digest
 
 
 def test_a_calibrated_pack_of_an_adapter_codes_its_sessions(chat_engine, chat_folders, tmp_path, monkeypatch):
@@ -107,7 +112,7 @@ def test_a_calibrated_pack_of_an_adapter_codes_its_sessions(chat_engine, chat_fo
         session.suspend(tmp_path / "a.kv")
         with chat_engine("adapter").session(tmp_path / "a.kv", pack=pack) as resumed:
             assert resumed.token_ids == session.token_ids
-            kept, back = (s.engine.target.read_kv(s.conversation.sequence, 0, len(s.token_ids) - 1) for s in (session, resumed))
+            kept, back = (s.core.target.read_kv(s.conversation.sequence, 0, len(s.token_ids) - 1) for s in (session, resumed))
     assert (kept - back).norm() < 0.5 * (kept - kept.mean(0)).norm()
 
 

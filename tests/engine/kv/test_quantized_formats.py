@@ -10,13 +10,14 @@ import transformers
 
 import engine.calibrate.channel_means as hot_means
 import eval_hot
-from engine.calibrate.channel_means import KV_CACHE_DTYPES, channel_means, measure_means, open_pool
+from engine.calibrate.channel_means import channel_means, measure_means
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.generate import main
+from engine.kv.formats import KV_CACHE_DTYPES, element_bits
 from engine.kv.quantized_pool import FIRST_SLOTS, QuantizedPool
-from engine.model.device import default_pool_tokens
+from engine.runtime.memory import default_pool_tokens, open_pool
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS, RING
 
@@ -82,8 +83,8 @@ def test_greedy_text_with_and_without_speculation(hot_engine, hot, draft):
     assert [r.token_ids for r in together] == plain
     accepted, proposed = (sum(getattr(r.speculation, name) for r in together) for name in ("accepted", "proposed"))
     assert 0 < accepted < proposed
-    engine.pool.check_integrity()
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    engine.core.pool.check_integrity()
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
     assert plain != [r.token_ids for r in hot_engine("bf16", draft, deterministic=True).generate(IDS, params[0])] or hot == "q4"
 
 
@@ -95,7 +96,7 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
         session.generate(text, params)
         kept, length = session.token_ids, session.conversation.sequence.length
         figures = session.kv_figures
-        rows = session.engine.target.read_kv(session.conversation.sequence, 0, length)
+        rows = session.core.target.read_kv(session.conversation.sequence, 0, length)
         session.suspend(tmp_path / "a.kv")
     pages = -(-length // 16)
     assert (
@@ -107,11 +108,11 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
         engine = hot_engine(hot, draft)
         with engine.session(tmp_path / "a.kv", log=lambda _: None) as resumed:
             assert resumed.token_ids == kept
-            back[hot] = engine.target.read_kv(resumed.conversation.sequence, 0, length)
+            back[hot] = engine.core.target.read_kv(resumed.conversation.sequence, 0, length)
             torch.testing.assert_close(back[hot][:4], rows[:4], rtol=1e-3, atol=1e-3)
             resumed.generate(" return", params)
             resumed.suspend(tmp_path / "b.kv")
-        engine.pool.check_integrity()
+        engine.core.pool.check_integrity()
 
     def lost(a, b):
         return float((a - b).square().sum() / b.square().sum())
@@ -125,7 +126,7 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
 
 def test_memory_is_what_the_pool_holds(hot_engine):
     sizes = {hot: hot_engine(hot, "none").memory()["pool_bytes"] for hot in KV_CACHE_DTYPES}
-    bits = {hot: hot_means.element_bits(hot, 32, torch.float32) for hot in KV_CACHE_DTYPES}
+    bits = {hot: element_bits(hot, 32, torch.float32) for hot in KV_CACHE_DTYPES}
     assert bits == {"bf16": 32, "q4": 4.5, "q3": 3.5, "q2": 2.5}
     elements = sizes["bf16"] // 4
     for hot in FORMATS:
@@ -145,10 +146,10 @@ def fresh_home(monkeypatch, tmp_path):
 
 def test_means_are_measured_once_and_mend_when_damaged(hot_engine, fresh_home, capsys):
     engine = hot_engine("bf16", "none")
-    given = engine.target, engine.tokenizer, engine.target_dir
+    given = engine.core.target, engine.tokenizer, engine.core.config.target_dir
     first = channel_means(*given)
     assert "measuring" in capsys.readouterr().err
-    assert torch.equal(channel_means(engine.target, None, engine.target_dir), first), "kept means need no tokenizer"
+    assert torch.equal(channel_means(engine.core.target, None, engine.core.config.target_dir), first), "kept means need no tokenizer"
     assert capsys.readouterr().err == ""
     (file,) = (fresh_home / "hot").glob("*.safetensors")
     whole = file.read_bytes()
@@ -161,21 +162,21 @@ def test_means_are_measured_once_and_mend_when_damaged(hot_engine, fresh_home, c
 
 def test_means_are_those_of_the_text(hot_engine):
     engine = hot_engine("bf16", "none")
-    mean = measure_means(engine.target, engine.tokenizer, 2000)
+    mean = measure_means(engine.core.target, engine.tokenizer, 2000)
     assert mean.shape == (4, 2, 1, 32) and mean.dtype == torch.float32
     texts, _ = documents(library_texts(seed=1), engine.tokenizer, 2000, 200)
     rows = []
     for ids in texts:
-        sequence = engine.pool.new_sequence()
+        sequence = engine.core.pool.new_sequence()
         with torch.inference_mode():
-            engine.target(torch.tensor(ids), [sequence], [len(ids)], logits="none")
-        rows.append(engine.target.read_kv(sequence, 4, len(ids)))
+            engine.core.target(torch.tensor(ids), [sequence], [len(ids)], logits="none")
+        rows.append(engine.core.target.read_kv(sequence, 4, len(ids)))
     other = torch.cat(rows).mean(0)
     assert float((other - mean.flatten()).norm() / other.norm()) < 0.35
 
 
 def test_a_model_without_tokenizer_needs_kept_means(hot_engine, fresh_home):
-    target = hot_engine("bf16", "none").target
+    target = hot_engine("bf16", "none").core.target
     with pytest.raises(InvalidOption, match="no tokenizer"):
         Engine(target, None, hot="q4")
 
@@ -183,9 +184,11 @@ def test_a_model_without_tokenizer_needs_kept_means(hot_engine, fresh_home):
 def test_what_does_not_go_is_refused_by_name(hot_engine, chat_engine, capsys, chat_folders):
     with pytest.raises(InvalidOption, match="unknown hot format 'q5'"):
         hot_engine("q5", "none")
-    target = chat_engine("none").target
+    target = chat_engine("none").core.target
     with pytest.raises(InvalidOption, match="head size"):
-        open_pool(target, "q4", 4, 16, 4, tokenizer=None, target_dir=None)
+        open_pool(target, "q4", 4, 16, 4)
+    with pytest.raises(InvalidOption, match="channel means"):
+        open_pool(hot_engine("bf16", "none").core.target, "q4", 4, 16, 4)
     with pytest.raises(InvalidOption, match="head size"):
         default_pool_tokens(target, None, "q2")
     assert main(["--target", str(chat_folders.target), "--device", "cpu", "--hot", "q4", "hi"]) == 2

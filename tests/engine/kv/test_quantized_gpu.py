@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import eval_hot
-from engine.calibrate.channel_means import KV_CACHE_DTYPES
 from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine
 from engine.hub.cache import cache_home
+from engine.kv.formats import KV_CACHE_DTYPES
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
@@ -72,7 +72,13 @@ def test_loss_and_acceptance_of_the_qwen_pair(qwen):
 @pytest.mark.parametrize("hot", ["q4", "q2"])
 def test_deterministic_text_of_the_qwen_pair(qwen, hot):
     engine = Engine(
-        qwen.target, qwen.tokenizer, draft=qwen.draft_decoder, hot=hot, deterministic=True, pool_tokens=1 << 14, target_dir=qwen.target_dir
+        qwen.core.target,
+        qwen.tokenizer,
+        draft=qwen.core.source,
+        hot=hot,
+        deterministic=True,
+        pool_tokens=1 << 14,
+        target_dir=qwen.core.config.target_dir,
     )
     prompts = [[{"role": "user", "content": text}] for text in ("Write a function that reverses a list.", "What is a hash table?")]
     alone = [engine.generate([prompt], SamplingParams(32, draft_length=0))[0].token_ids for prompt in prompts]

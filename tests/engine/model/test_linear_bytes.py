@@ -7,7 +7,7 @@ import torch
 
 from engine.model.batch_invariant import BULK_ROWS, ROWS, StableLinear
 from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, choose_product
-from engine.runtime.drafters import load_trained_trunk
+from engine.runtime.drafters import load_draft_head
 
 needs_bytes = pytest.mark.skipif(
     not Int8Weight.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights"
@@ -84,7 +84,9 @@ def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder
         "vocab_size": 128,
     }
     target = random_decoder(0, num_hidden_layers=4, **shape).to(torch.bfloat16).pack()
-    trained = {bits: load_trained_trunk(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).decoder for bits in (8, 16)}
+    trained = {
+        bits: load_draft_head(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).head_layers for bits in (8, 16)
+    }
     in_bytes = [isinstance(m.matrix, Int8Weight) for m in trained[8].modules() if isinstance(m, Projection)]
     assert (
         in_bytes and all(in_bytes) and not any(isinstance(m.matrix, Int8Weight) for m in trained[16].modules() if isinstance(m, Projection))

@@ -9,12 +9,14 @@ import torch
 
 from codec.predictor.features import FeatureBuffer, FeatureSpec, join_features
 from codec.spec import NUM_SINKS
+from draft.source import DraftHeadSource
 from engine.calibrate.recipe import feature_spec
 from engine.calibrate.stream import PairStream
 from engine.engine import Engine
 from engine.errors import BadAdapter, InvalidOption
+from engine.loading import choose_draft
 from engine.model.decoder import Decoder
-from engine.runtime.drafters import TrainedTrunk, choose_draft, load_trained_trunk
+from engine.runtime.drafters import load_draft_head
 from engine.runtime.request import Conversation
 from engine.runtime.sampling import SamplingParams
 
@@ -28,9 +30,9 @@ def target(random_decoder):
 
 
 @pytest.fixture(scope="module", params=[(1, 60, "own"), (2, 30, "tied")], ids=["one own layer", "two own layers, tied head"])
-def trained(request, target, tmp_path_factory, make_adapter) -> TrainedTrunk:
+def trained(request, target, tmp_path_factory, make_adapter) -> DraftHeadSource:
     layers, size, head = request.param
-    return load_trained_trunk(make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=head), target)
+    return load_draft_head(make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=head), target)
 
 
 def engine_of(target, draft, **options):
@@ -45,26 +47,26 @@ def plain(target):
 @pytest.mark.parametrize("length, features", [(1, ()), (4, ()), ("auto", ()), (4, (1, 2)), (1, (0, 3)), (4, (0, 3))])
 def test_greedy_text_equals_plain_decoding(target, trained, plain, length, features):
     engine = engine_of(target, trained)
-    engine.keep_features(features, FeatureBuffer)
+    engine.core.keep_features(features, FeatureBuffer)
     results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
     assert [r.token_ids for r in results] == plain
     if length != "auto":
         assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
-    for pool in (engine.pool, engine.draft_pool):
+    for pool in (engine.core.pool, engine.core.draft_pool):
         pool.check_integrity()
         assert pool.num_free_pages == pool.max_pages
 
 
 def test_only_tokens_of_its_vocabulary_are_drafted(target, trained):
     engine, seen = engine_of(target, trained), []
-    propose = engine.drafter.propose
+    propose = engine.core.drafter.propose
 
     def recorded(*args):
         proposal = propose(*args)
         seen.append(proposal)
         return proposal
 
-    engine.drafter.propose = recorded
+    engine.core.drafter.propose = recorded
     engine.generate(PROMPTS, [SamplingParams(max_new_tokens=20, temperature=t, draft_length=3, seed=1) for t in (0.0, 1.0, 0.0, 2.0)])
     allowed, vocab = set(trained.token_ids.tolist()), target.config.vocab_size
     assert allowed >= {t for proposal in seen for t in proposal.tokens.tolist()} != set()
@@ -89,7 +91,7 @@ def test_equal_seeds_give_equal_text_in_any_batch(target, trained):
 def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter, tmp_path, filters, check_sampled_text):
     shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
     target = random_decoder(3, **shape)
-    check_sampled_text(target, load_trained_trunk(make_adapter(tmp_path, target, size=3), target), 900, **filters)
+    check_sampled_text(target, load_draft_head(make_adapter(tmp_path, target, size=3), target), 900, **filters)
 
 
 def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained):
@@ -105,12 +107,12 @@ def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained)
 
 def full_pass(target, trained, token_ids):
     """The trunk's and the adapter's states [T, taps, E] after 0 to TRUNK + n layers, and the adapter's KV, of one plain pass."""
-    sequence, own = target.new_pool(9, 16).new_sequence(), trained.decoder.new_pool(9, 16).new_sequence()
+    sequence, own = target.new_pool(9, 16).new_sequence(), trained.head_layers.new_pool(9, 16).new_sequence()
     count, depth = len(token_ids), trained.config.num_layers
     taps = target.forward(torch.tensor(token_ids), [sequence], [count], taps=tuple(range(TRUNK + 1)), last_layer=TRUNK, logits="none").taps
-    more = trained.decoder.forward(None, [own], [count], hidden=taps[TRUNK], taps=tuple(range(1, depth + 1)), logits="none").taps
+    more = trained.head_layers.forward(None, [own], [count], hidden=taps[TRUNK], taps=tuple(range(1, depth + 1)), logits="none").taps
     states = [taps[i] for i in range(TRUNK + 1)] + [more[i] for i in range(1, depth + 1)]
-    return torch.stack(states, 1), trained.decoder.read_kv(own, 0, count)
+    return torch.stack(states, 1), trained.head_layers.read_kv(own, 0, count)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -119,76 +121,76 @@ def full_pass(target, trained, token_ids):
 def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, temperature, length):
     engine = engine_of(target, trained)
     taps = tuple(range(TRUNK + trained.config.num_layers * eager + 1))
-    engine.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
-    conversation = engine.open_conversation()
+    engine.core.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
+    conversation = engine.core.open_conversation()
     for n, new in enumerate(([5, 6, 7] * 14, [], [1, 2])):
         params = SamplingParams(max_new_tokens=23, temperature=temperature, seed=n, draft_length=length)
-        engine.run(conversation, new, params)
+        engine.core.run(conversation, new, params)
     state, length = conversation.draft_state, conversation.sequence.length
     assert length == len(conversation.token_ids) - 1 == state.features.length == state.covered
     states, kv = full_pass(target, trained, conversation.token_ids[:length])
     assert torch.allclose(state.features.take(0, length), states[:, list(taps)], atol=1e-3)
     if eager:
         assert state.own.length == length
-    engine.drafter.adapter.run_waiting([state])
+    engine.core.drafter.adapter.run_waiting([state])
     assert state.own.length == length and state.waiting is None
-    assert torch.allclose(trained.decoder.read_kv(state.own, 0, length), kv, atol=1e-3)
+    assert torch.allclose(trained.head_layers.read_kv(state.own, 0, length), kv, atol=1e-3)
 
 
 def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass(target, trained):
     engine = engine_of(target, trained)
-    conversations = [engine.open_conversation() for _ in PROMPTS]
+    conversations = [engine.core.open_conversation() for _ in PROMPTS]
     for turn in range(2):
         for c, prompt in zip(conversations, PROMPTS, strict=True):
             c.token_ids += [] if turn else prompt
         params = [SamplingParams(max_new_tokens=12 + b, draft_length=(b + turn) % 3 * 2, ignore_eos=True) for b in range(len(PROMPTS))]
-        requests = [engine._submit(c, [], p, owns_cache=False) for c, p in zip(conversations, params, strict=True)]
+        requests = [engine.core.submit(c, [], p, owns_cache=False) for c, p in zip(conversations, params, strict=True)]
         for request in requests:
-            engine._finish(request)
+            engine.core.finish(request)
     for c in conversations:
         state = c.draft_state
         assert state.covered == c.sequence.length == len(c.token_ids) - 1
-        engine.drafter.adapter.run_waiting([state])
+        engine.core.drafter.adapter.run_waiting([state])
         assert torch.allclose(
-            trained.decoder.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
+            trained.head_layers.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
         )
 
 
 def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     engine, runs = engine_of(target, trained, prefill_chunk=200), []
-    forward = trained.decoder.forward
-    monkeypatch.setattr(trained.decoder, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
-    conversation = engine.open_conversation()
-    engine.run(conversation, [4] * 150, SamplingParams(max_new_tokens=20, draft_length=0))
+    forward = trained.head_layers.forward
+    monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
+    conversation = engine.core.open_conversation()
+    engine.core.run(conversation, [4] * 150, SamplingParams(max_new_tokens=20, draft_length=0))
     assert not runs and conversation.draft_state.num_waiting == 169
-    engine.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
+    engine.core.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
     assert runs[0] == [271], "with the first pending token, once"
     assert sum(n for [n] in runs[1:]) <= 10
     monkeypatch.setattr("draft.early_exit.MAX_WAITING", 64)
-    long = engine.open_conversation()
+    long = engine.core.open_conversation()
     runs.clear()
-    engine.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
+    engine.core.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
     assert not runs
-    engine.run(long, [3], SamplingParams(max_new_tokens=6, draft_length=0))
+    engine.core.run(long, [3], SamplingParams(max_new_tokens=6, draft_length=0))
     assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_waiting == 5
 
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, plain, eager):
     engine = engine_of(target, trained, prefill_chunk=8)
-    engine.keep_features((TRUNK + 1,) if eager else (), FeatureBuffer)
-    sequence = engine.pool.new_sequence()
+    engine.core.keep_features((TRUNK + 1,) if eager else (), FeatureBuffer)
+    sequence = engine.core.pool.new_sequence()
     target.forward(torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
     sequence.advance(30)
     conversation = Conversation(list(PROMPTS[1]), sequence)
-    result = engine.run(conversation, [], SamplingParams(max_new_tokens=40, draft_length=3))
+    result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=40, draft_length=3))
     assert result.token_ids == plain[1] and result.reused_tokens == 30
     assert 0 < result.speculation.proposed < 3 * result.speculation.steps, "no drafts while it learns, eight tokens a step"
     state = conversation.draft_state
     assert state.covered == sequence.length
-    engine.drafter.adapter.run_waiting([state])
+    engine.core.drafter.adapter.run_waiting([state])
     kv = full_pass(target, trained, conversation.token_ids[: sequence.length])[1]
-    assert torch.allclose(trained.decoder.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
+    assert torch.allclose(trained.head_layers.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
     if eager:
         assert state.features.length == sequence.length and state.features.take(0, 34) is None
         assert state.features.take(sequence.length - 5, sequence.length) is not None
@@ -196,24 +198,24 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
 
 def test_what_lies_beyond_a_cut_cache_is_forgotten(target, trained):
     engine = engine_of(target, trained)
-    conversation, fresh = engine.open_conversation(), engine.open_conversation()
-    engine.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, draft_length=3))
+    conversation, fresh = engine.core.open_conversation(), engine.core.open_conversation()
+    engine.core.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, draft_length=3))
     del conversation.token_ids[60:]
     conversation.sequence.truncate(60)
-    again = engine.run(conversation, [9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
-    wanted = engine.run(fresh, [*PROMPTS[3][:60], 9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
+    again = engine.core.run(conversation, [9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
+    wanted = engine.core.run(fresh, [*PROMPTS[3][:60], 9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
     assert again.token_ids == wanted.token_ids and again.speculation.accepted_at == wanted.speculation.accepted_at
-    engine.close_conversation(conversation)
-    engine.close_conversation(fresh)
-    assert engine.draft_pool.num_free_pages == engine.draft_pool.max_pages
+    engine.core.close_conversation(conversation)
+    engine.core.close_conversation(fresh)
+    assert engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
 
 
 def test_calibration_sees_the_features_that_decoding_keeps(target, trained):
     last = TRUNK + trained.config.num_layers
-    assert feature_spec(None, TRUNK, adapter=trained.decoder).taps == (2, last) and feature_spec(None, TRUNK).taps == (2,)
+    assert feature_spec(None, TRUNK, adapter=trained.head_layers).taps == (2, last) and feature_spec(None, TRUNK).taps == (2,)
     documents = [[5, 6, 7] * 14, [9, 1] * 9]
     for taps in ((0, TRUNK, last), (last,), (1,)):
-        batch = PairStream(target, None, FeatureSpec(taps), TRUNK, trained.decoder).run(documents)
+        batch = PairStream(target, None, FeatureSpec(taps), TRUNK, trained.head_layers).run(documents)
         rows = torch.cat([full_pass(target, trained, d)[0][NUM_SINKS:, list(taps)] for d in documents])
         embedded = torch.cat([target.embed(torch.tensor(d))[NUM_SINKS:] for d in documents])[:, None]
         assert torch.allclose(batch.features, join_features(rows, embedded), atol=1e-3)
@@ -225,9 +227,9 @@ def test_its_bytes_and_costs_are_counted(target, trained):
     matrices = c.hidden_size * (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim + 3 * c.hidden_size * c.intermediate_size
     layer = matrices + 2 * c.hidden_size
     assert memory["draft_bytes"] == 4 * (trained.config.num_layers * layer + c.hidden_size * (trained.config.vocab_size + 1))
-    assert memory["pool_bytes"] == engine.pool.bytes + engine.draft_pool.bytes and engine.drafter_name == "trained trunk"
+    assert memory["pool_bytes"] == engine.core.pool.bytes + engine.core.draft_pool.bytes and engine.drafter_name == "trained trunk"
     engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=2))
-    costs = engine.cost_model
+    costs = engine.core.cost_model
     assert costs.runs_last_draft and costs.last[0][1] < costs.draft[0][1]
     assert costs.step_seconds(0, 1) == costs.last[0][1] + costs.verify[0][1]
 
@@ -235,16 +237,16 @@ def test_its_bytes_and_costs_are_counted(target, trained):
 def test_adapters_that_do_not_fit_are_refused(target, random_decoder, make_adapter, tmp_path):
     folder = make_adapter(tmp_path / "a", target)
     with pytest.raises(BadAdapter, match="another model"):
-        load_trained_trunk(folder, random_decoder(0))
+        load_draft_head(folder, random_decoder(0))
     (folder / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:-7])
     with pytest.raises(BadAdapter, match="cannot be read"):
-        load_trained_trunk(folder, target)
+        load_draft_head(folder, target)
     make_adapter(folder, target)
     config = replace(target.config, vocab_size=20)
     with pytest.raises(BadAdapter):
-        load_trained_trunk(folder, Decoder.from_config(config, dtype=torch.float32))
+        load_draft_head(folder, Decoder.from_config(config, dtype=torch.float32))
     with pytest.raises(BadAdapter, match="there is no"):
-        load_trained_trunk(tmp_path / "none", target)
+        load_draft_head(tmp_path / "none", target)
     with pytest.raises(InvalidOption, match="trunk_layers"):
         choose_draft(folder, target.config, 2)
 
@@ -258,23 +260,23 @@ def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapt
     there = Decoder.from_config(target.config, dtype=torch.float32, device="cuda")
     for name, place in there.hf_tensors().items():
         place.copy_(target.hf_tensors()[name])
-    trained = load_trained_trunk(folder, there)
+    trained = load_draft_head(folder, there)
     texts = []
     for draft, length in ((None, 0), (trained, 3)):
         engine = engine_of(there, draft, deterministic=True, page_size=64)
         if draft is not None:
-            engine.keep_features(features, lambda: FeatureBuffer(dtype=torch.float32))
+            engine.core.keep_features(features, lambda: FeatureBuffer(dtype=torch.float32))
         results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
         texts.append([r.token_ids for r in results])
     assert texts[0] == texts[1] and 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
     sampled = SamplingParams(max_new_tokens=30, draft_length=3, temperature=1.0, seed=5)
-    conversation = engine.open_conversation()
-    engine.run(conversation, PROMPTS[1], sampled)
+    conversation = engine.core.open_conversation()
+    engine.core.run(conversation, PROMPTS[1], sampled)
     state, count = conversation.draft_state, conversation.sequence.length
-    engine.drafter.adapter.run_waiting([state])
-    here = load_trained_trunk(folder, target)
+    engine.core.drafter.adapter.run_waiting([state])
+    here = load_draft_head(folder, target)
     states, kv = full_pass(target, here, conversation.token_ids[:count])
-    assert (trained.decoder.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()
+    assert (trained.head_layers.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()
     if features:
         wanted = states[:, list(features)]
         assert (state.features.take(0, count).cpu() - wanted).norm() < 0.02 * wanted.norm()

@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
-from engine.runtime.drafters import load_trained_trunk
+from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
@@ -38,7 +38,7 @@ def draft(request, target, tmp_path_factory, make_adapter):
         return noisy
     layers, size = (1, 60) if request.param == "own head" else (2, 90)
     folder = make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=request.param.split()[0])
-    return load_trained_trunk(folder, target)
+    return load_draft_head(folder, target)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_greedy_text_equals_plain_decoding(target, draft, plain, adopted):
     for prompt, wanted, beside in zip(PROMPTS, plain, together, strict=True):
         [alone] = engine.generate([prompt], SamplingParams(max_new_tokens=60))
         assert alone.token_ids == wanted and beside.speculation.accepted <= beside.speculation.proposed
-    for pool in (engine.pool, engine.draft_pool):
+    for pool in (engine.core.pool, engine.core.draft_pool):
         if pool is not None:
             pool.check_integrity()
             assert pool.num_free_pages == pool.max_pages
@@ -88,7 +88,7 @@ def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
     steps = []
     for allowed in (True, False):
         engine = engine_of(target, draft)
-        monkeypatch.setattr(type(engine.drafter), "takes_siblings", allowed)
+        monkeypatch.setattr(type(engine.core.drafter), "takes_siblings", allowed)
         steps.append(sum(r.speculation.steps for r in engine.generate(PROMPTS, SamplingParams(max_new_tokens=60))))
     assert steps[0] < 0.95 * steps[1]
 
@@ -96,13 +96,13 @@ def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
 @pytest.mark.parametrize("taps", [(), (0, TRUNK)])
 def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, taps):
     engine = engine_of(target, draft)
-    engine.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
-    conversations = [engine.open_conversation() for _ in PROMPTS]
+    engine.core.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
+    conversations = [engine.core.open_conversation() for _ in PROMPTS]
     for new in ([], [1, 2], [9]):
         for conversation, prompt in zip(conversations, PROMPTS, strict=True):
-            engine.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
+            engine.core.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
     assert len(adopted) > 10
-    model = engine.draft_decoder if engine.drafter.verify_from == 0 else None
+    model = engine.core.draft_model if engine.core.drafter.verify_from == 0 else None
     for conversation in conversations:
         tokens, state = conversation.token_ids, conversation.draft_state
         length = conversation.sequence.length
@@ -114,11 +114,11 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
             own, length = model.new_pool(20, 16).new_sequence(), state.length
             out = model.forward(torch.tensor(tokens[:length]), [own], [length], taps=(0, TRUNK))
             assert torch.allclose(model.read_kv(state.sequence, 0, length), model.read_kv(own, 0, length), atol=1e-3)
-        if engine.trained_trunk is not None:
-            decoder = engine.trained_trunk.decoder
+        decoder = engine.core.source.head_layers
+        if decoder is not None:
             own = decoder.new_pool(20, 16).new_sequence()
             decoder.forward(None, [own], [length], hidden=out.taps[TRUNK], logits="none")
-            engine.drafter.adapter.run_waiting([state])
+            engine.core.drafter.adapter.run_waiting([state])
             assert state.own.length == length
             assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
         if taps:
@@ -131,12 +131,12 @@ def test_a_stop_inside_a_block_ends_it(target, draft, plain, adopted):
     for prompt, text in zip(PROMPTS, plain, strict=True):
         for end in sorted({text.index(text[place]) + 1 for place in (20, 37, 52)}):
             stop = text[end - 1]
-            conversation = engine.open_conversation()
+            conversation = engine.core.open_conversation()
             params = SamplingParams(max_new_tokens=60, stop_token_ids=(stop,))
-            assert engine.run(conversation, prompt, params).token_ids == text[:end]
+            assert engine.core.run(conversation, prompt, params).token_ids == text[:end]
             if end < 60:
-                assert engine.run(conversation, [], SamplingParams(max_new_tokens=60 - end)).token_ids == text[end:]
-            engine.close_conversation(conversation)
+                assert engine.core.run(conversation, [], SamplingParams(max_new_tokens=60 - end)).token_ids == text[end:]
+            engine.core.close_conversation(conversation)
     assert adopted
 
 
@@ -153,7 +153,7 @@ def test_sampled_neighbours_draw_what_they_draw_alone(target, draft, adopted):
 def test_no_memory_is_taken_beyond_what_was_promised(target, draft, plain):
     tokens = len(PROMPTS[0]) + 60 + MAX_CHAIN
     engine = engine_of(target, draft, pool_tokens=-(-tokens // 16) * 16)
-    assert engine.pool.max_pages == -(-tokens // 16)
+    assert engine.core.pool.max_pages == -(-tokens // 16)
     assert engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=60))[0].token_ids == plain[0]
 
 

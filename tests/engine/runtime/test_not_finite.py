@@ -26,7 +26,7 @@ def poisoned(request, random_decoder):
 
 @pytest.mark.parametrize("mode", MODES, ids=["greedy", "rejection", "race"])
 def test_a_prompt_or_a_token_without_numbers_is_a_named_error_and_leaves_nothing_behind(poisoned, mode):
-    length = 0 if poisoned.drafter is None else 3
+    length = 0 if poisoned.core.drafter is None else 3
     prompt_has_it = SamplingParams(max_new_tokens=8, draft_length=length, **mode)
     text_has_it = SamplingParams(max_new_tokens=8, draft_length=length, logit_bias={POISON: 100.0}, **mode)
     for prompt, params in (([1, POISON, 2], prompt_has_it), ([1, 2], text_has_it)):
@@ -34,27 +34,27 @@ def test_a_prompt_or_a_token_without_numbers_is_a_named_error_and_leaves_nothing
             poisoned.generate([prompt], params)
         with pytest.raises(NonFiniteLogits):
             list(poisoned.stream(prompt, params))
-    poisoned.pool.check_integrity()
-    assert poisoned.pool.num_free_pages == poisoned.pool.max_pages
+    poisoned.core.pool.check_integrity()
+    assert poisoned.core.pool.num_free_pages == poisoned.core.pool.max_pages
     assert len(poisoned.generate([[1, 2]], SamplingParams(max_new_tokens=8, logit_bias={POISON: -100.0}))[0].token_ids) == 8
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["greedy", "rejection", "race"])
 def test_the_others_of_its_batch_go_on(poisoned, mode):
-    length = 0 if poisoned.drafter is None else 3
+    length = 0 if poisoned.core.drafter is None else 3
     good = SamplingParams(max_new_tokens=12, draft_length=length, logit_bias={POISON: -100.0}, **mode)
     bad = SamplingParams(max_new_tokens=12, draft_length=length, logit_bias={POISON: 100.0}, **mode)
     requests = [
-        poisoned._submit(poisoned.open_conversation(), prompt, params, owns_cache=True)
+        poisoned.core.submit(poisoned.core.open_conversation(), prompt, params, owns_cache=True)
         for prompt, params in (([1, 2], good), ([1, 2], bad), ([POISON, 2], good), ([3], good))
     ]
-    while not poisoned.scheduler.idle:
-        poisoned.scheduler.step()
+    while not poisoned.core.scheduler.idle:
+        poisoned.core.scheduler.step()
     assert [isinstance(r.error, NonFiniteLogits) for r in requests] == [False, True, True, False]
     assert [r.finish_reason for r in requests] == ["length", None, None, "length"]
     assert requests[1].token_ids == [1, 2, POISON] and requests[2].token_ids == [POISON, 2]
-    poisoned.pool.check_integrity()
-    assert poisoned.pool.num_free_pages == poisoned.pool.max_pages
+    poisoned.core.pool.check_integrity()
+    assert poisoned.core.pool.num_free_pages == poisoned.core.pool.max_pages
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["greedy", "rejection", "race"])

@@ -166,7 +166,7 @@ def test_a_bias_beyond_the_vocabulary_is_named_and_leaves_nothing_behind(pair):
     engine = Engine(pair[0], page_size=16)
     with pytest.raises(InvalidOption, match="logit_bias names token 40"):
         engine.generate([PROMPT], SamplingParams(logit_bias={40: 1.0}))
-    engine.pool.check_integrity()
+    engine.core.pool.check_integrity()
 
 
 def test_numbers_of_numpy_and_none_for_no_stop_are_taken():

@@ -45,11 +45,11 @@ def test_greedy_text_equals_plain_decoding(make_engine, plain, kind, length):
     if kind == "itself" and length == 5:
         assert all(r.speculation.acceptance_rate == 1 for r in results)
         assert results[0].speculation.steps == 7, "39 tokens after the first, 6 a step"
-    engine.pool.check_integrity()
-    assert engine.pool.num_free_pages == engine.pool.max_pages
-    if engine.draft_pool is not None:
-        engine.draft_pool.check_integrity()
-        assert engine.draft_pool.num_free_pages == engine.draft_pool.max_pages
+    engine.core.pool.check_integrity()
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+    if engine.core.draft_pool is not None:
+        engine.core.draft_pool.check_integrity()
+        assert engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
 
 
 @pytest.mark.parametrize("length", [0, 3, "auto"])
@@ -83,14 +83,14 @@ def test_sampled_text_of_the_real_decoder_has_the_targets_distribution(random_de
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_committed_tokens_are_those_of_a_prefill(make_engine, kind, temperature):
     engine = make_engine(kind)
-    engine.keep_features((0, 1), lambda: FeatureBuffer(dtype=torch.float32))
-    conversation = engine.open_conversation()
-    engine.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, temperature=temperature, seed=4, draft_length=3))
+    engine.core.keep_features((0, 1), lambda: FeatureBuffer(dtype=torch.float32))
+    conversation = engine.core.open_conversation()
+    engine.core.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, temperature=temperature, seed=4, draft_length=3))
     state = conversation.draft_state
     length = state.length
     assert len(conversation.token_ids) - 4 <= length <= len(conversation.token_ids) - 1
     assert state.features.length == length
-    decoder = engine.draft_decoder or engine.target
+    decoder = engine.core.draft_model or engine.core.target
     sequence = decoder.new_pool(8, 16).new_sequence()
     taps = decoder.forward(torch.tensor(conversation.token_ids[:length]), [sequence], [length], taps=(0, 1), logits="none").taps
     assert torch.allclose(state.features.take(0, length), torch.stack([taps[0], taps[1]], 1), atol=1e-4)
@@ -101,8 +101,8 @@ def test_features_of_committed_tokens_are_those_of_a_prefill(make_engine, kind, 
 @pytest.mark.parametrize("kind", ["other", "trunk-1"])
 def test_without_taps_nothing_is_kept(make_engine, kind):
     engine = make_engine(kind)
-    conversation = engine.open_conversation()
-    engine.run(conversation, [1, 2], SamplingParams(max_new_tokens=5, draft_length=2))
+    conversation = engine.core.open_conversation()
+    engine.core.run(conversation, [1, 2], SamplingParams(max_new_tokens=5, draft_length=2))
     assert conversation.draft_state.features is None
 
 
@@ -110,15 +110,15 @@ def test_without_taps_nothing_is_kept(make_engine, kind):
 @pytest.mark.parametrize("cut", range(5))
 def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kind, cut):
     plain_engine, engine = make_engine("none"), make_engine(kind)
-    engine.keep_features((1,), FeatureBuffer)
+    engine.core.keep_features((1,), FeatureBuffer)
     greedy = SamplingParams(max_new_tokens=40)
     whole = plain_engine.generate([PROMPTS[0]], greedy)[0].token_ids
     # the first token new to the text from a given place on, so that steps of 5 are cut at different places of a run
     place = next(i for i in range(6 + cut, 40) if whole[i] not in whole[:i])
     stop = SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],), draft_length=4)
-    used, reference = engine.open_conversation(), plain_engine.open_conversation()
-    result = engine.run(used, PROMPTS[0], stop)
-    expected = plain_engine.run(reference, PROMPTS[0], SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],)))
+    used, reference = engine.core.open_conversation(), plain_engine.core.open_conversation()
+    result = engine.core.run(used, PROMPTS[0], stop)
+    expected = plain_engine.core.run(reference, PROMPTS[0], SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],)))
     assert result.token_ids == expected.token_ids == whole[: place + 1] and result.finish_reason == "stop"
     assert used.token_ids == reference.token_ids
     assert used.sequence.length == reference.sequence.length == len(used.token_ids) - 1
@@ -127,16 +127,16 @@ def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kin
     assert m.new_tokens == len(result.token_ids) - 1 and sum(m.accepted_at) == m.accepted and sum(m.proposed_at) == m.proposed
     if kind == "itself":
         assert m.acceptance_rate == 1
-    kv = engine.target.read_kv(used.sequence, 0, used.sequence.length)
-    assert torch.allclose(kv, plain_engine.target.read_kv(reference.sequence, 0, used.sequence.length), atol=1e-4)
+    kv = engine.core.target.read_kv(used.sequence, 0, used.sequence.length)
+    assert torch.allclose(kv, plain_engine.core.target.read_kv(reference.sequence, 0, used.sequence.length), atol=1e-4)
     # going on: the same text as a conversation that was never speculated, with and without new tokens in between
     for new in ([], [8, 1, 6]):
-        following = engine.run(used, new, SamplingParams(max_new_tokens=15, draft_length=4))
-        assert following.token_ids == plain_engine.run(reference, new, SamplingParams(max_new_tokens=15)).token_ids
+        following = engine.core.run(used, new, SamplingParams(max_new_tokens=15, draft_length=4))
+        assert following.token_ids == plain_engine.core.run(reference, new, SamplingParams(max_new_tokens=15)).token_ids
         assert following.reused_tokens == following.prompt_tokens - len(new) - 1
-    engine.close_conversation(used)
-    engine.pool.check_integrity()
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    engine.core.close_conversation(used)
+    engine.core.pool.check_integrity()
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,18 +146,18 @@ def test_random_numbers_are_cut_with_the_text(make_engine, kind):
     whole = engine.generate([PROMPTS[0]], params)[0].token_ids
     for length in (7, 8, 9, 10):
         shorter = SamplingParams(max_new_tokens=length, temperature=1.0, seed=6, draft_length=4)
-        conversation = engine.open_conversation()
-        assert engine.run(conversation, PROMPTS[0], shorter).token_ids == whole[:length]
+        conversation = engine.core.open_conversation()
+        assert engine.core.run(conversation, PROMPTS[0], shorter).token_ids == whole[:length]
         # from here on the text is that of a conversation which got these tokens as its prompt
-        fresh = engine.open_conversation()
-        wanted = engine.run(fresh, conversation.token_ids, params).token_ids
-        assert engine.run(conversation, [], params).token_ids == wanted
-        engine.close_conversation(conversation)
-        engine.close_conversation(fresh)
+        fresh = engine.core.open_conversation()
+        wanted = engine.core.run(fresh, conversation.token_ids, params).token_ids
+        assert engine.core.run(conversation, [], params).token_ids == wanted
+        engine.core.close_conversation(conversation)
+        engine.core.close_conversation(fresh)
 
 
 def test_a_draft_with_a_shorter_context_and_a_smaller_vocabulary_only_stops_drafting(make_engine, random_decoder, plain):
-    target = make_engine("none").target
+    target = make_engine("none").core.target
     draft = random_decoder(5, max_position_embeddings=40, vocab_size=90)
     results = Engine(target, draft=draft, page_size=16).generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=4))
     assert [r.token_ids for r in results] == plain

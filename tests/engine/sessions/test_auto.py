@@ -32,14 +32,14 @@ def spoken(engine, **options):
 
 def kv_of(session):
     sequence = session.conversation.sequence
-    return session.engine.target.read_kv(sequence, 0, sequence.length)
+    return session.core.target.read_kv(sequence, 0, sequence.length)
 
 
 @pytest.mark.parametrize("known, quality, restore", [(CHEAP, "balanced", "decode"), (DEAR, "tokens", "recompute")])
 def test_auto_keeps_what_pays_and_says_why(chat_engine, tmp_path, known, quality, restore):
     session = spoken(chat_engine())
     assert session.quality == "auto"
-    session.engine.session_codec.rates = known
+    session.core.session_codec.rates = known
     report = session.suspend(tmp_path / "a.kv")
     assert (report.quality, report.restore) == (quality, restore) and report.reason == known.reason(len(session.token_ids) - 1)
     figures = session.kv_figures
@@ -61,7 +61,7 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
     spans = SessionFile.load(tmp_path / "a.kv").spans
     again = engine()
     assert again.session(tmp_path / "a.kv", log=quiet, restore="decode").resumed.tokens == len(kept.token_ids) - 1
-    again.session_codec.rates = DEAR
+    again.core.session_codec.rates = DEAR
     resumed = again.session(tmp_path / "a.kv", log=quiet)
     assert (resumed.resumed.restore, resumed.resumed.tokens, resumed.resumed.reason) == (
         "recompute",
@@ -81,7 +81,7 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
 
 def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_path):
     session = spoken(chat_engine())
-    codec, measured = session.engine.session_codec, []
+    codec, measured = session.core.session_codec, []
     monkeypatch.setattr(rates, "cache_home", lambda: tmp_path)
     monkeypatch.setattr(rates, "measure", lambda codec: measured.append(codec) or CHEAP)
     for _ in range(3):
@@ -107,12 +107,12 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
     from engine.sessions.kv_codec import session_codec
 
     engine = chat_engine(draft)
-    codec = session_codec(engine, log=quiet)
+    codec = session_codec(engine.core, log=quiet)
     found = MEASURE(codec)
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
     assert found.recomputing(256) > 0 and found.restoring(256) > 0
-    engine.pool.check_integrity()
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    engine.core.pool.check_integrity()
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
 
 MEASURE = rates.measure
@@ -124,12 +124,12 @@ def test_a_session_as_bytes(chat_engine, tmp_path):
     session.suspend(tmp_path / "a.kv")
     assert (tmp_path / "a.kv").read_bytes() == data
     engine = chat_engine()
-    with Session.from_bytes(engine, data, log=quiet) as resumed:
+    with Session.from_bytes(engine.core, data, log=quiet) as resumed:
         assert resumed.token_ids == session.token_ids and resumed.to_bytes() == data
         assert torch.equal(kv_of(resumed), kv_of(engine.session(tmp_path / "a.kv", log=quiet)))
     for bad in (b"", data[:-1], data[:100] + b"\0" + data[101:]):
         with pytest.raises(BadSessionFile, match="in memory"):
-            Session.from_bytes(engine, bad, log=quiet)
+            Session.from_bytes(engine.core, bad, log=quiet)
 
 
 def test_unknown_ways_to_restore_are_refused(chat_engine):

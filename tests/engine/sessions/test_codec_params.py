@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.errors import InvalidOption, PackMismatch
 from engine.model.decoder import Decoder, DecoderConfig
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.codec_params import find_pack, load_pack, pair_fingerprints, trunk_layers
+from engine.sessions.codec_params import find_pack, load_pack, pair_fingerprints
 
 
 @pytest.fixture
@@ -30,37 +30,37 @@ def packs_in(home):
 def test_a_pack_is_fitted_once_and_cached(chat_engine, home):
     said: list[str] = []
     engine = chat_engine("none")
-    first = find_pack(engine, log=said.append)
+    first = find_pack(engine.core, log=said.append)
     assert any("fitting a quick one" in line for line in said) and any("held-out R2 of keys" in line for line in said)
     assert len(packs_in(home)) == 1
     del said[:]
-    assert find_pack(chat_engine("none"), log=said.append).digest == first.digest and said == []
-    find_pack(chat_engine("trunk"), log=said.append)
+    assert find_pack(chat_engine("none").core, log=said.append).digest == first.digest and said == []
+    find_pack(chat_engine("trunk").core, log=said.append)
     assert len(packs_in(home)) == 2, "another source of drafts, another pack"
 
 
 def test_a_damaged_cached_pack_is_fitted_again(chat_engine, home):
     engine = chat_engine("none")
-    find_pack(engine, log=lambda _: None)
+    find_pack(engine.core, log=lambda _: None)
     file = home / "packs" / packs_in(home)[0]
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
     said: list[str] = []
-    healed = find_pack(engine, log=said.append)
-    assert said and find_pack(engine, file).digest == healed.digest
+    healed = find_pack(engine.core, log=said.append)
+    assert said and find_pack(engine.core, file).digest == healed.digest
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
 def test_the_pack_asks_for_what_the_engine_has(chat_engine, draft):
     engine = chat_engine(draft)
-    pack = find_pack(engine, log=lambda _: None)
+    pack = find_pack(engine.core, log=lambda _: None)
     layers = {"draft": 2, "trunk": 1, "none": 0}[draft]
     taps = pack.predictor_settings["taps"]
     assert bool(taps) == (draft != "none") and all(1 <= tap <= layers for tap in taps)
     assert pack.predictor_settings["target_taps"] == [0], "too shallow a target to run any layers again"
-    assert pack.layout.first_layer == trunk_layers(engine) == (1 if draft == "trunk" else 0)
-    assert {role: pack.fingerprints[role] for role in ("target", "draft", "tokenizer")} == pair_fingerprints(engine)
+    assert pack.layout.first_layer == engine.core.exit_layer == (1 if draft == "trunk" else 0)
+    assert {role: pack.fingerprints[role] for role in ("target", "draft", "tokenizer")} == pair_fingerprints(engine.core)
     assert pack.fingerprints["draft"] == {"trunk": "trunk-1", "none": "none"}.get(draft, pack.fingerprints["draft"])
     assert -1 < pack.info["r2_k"] <= 1
 
@@ -69,7 +69,7 @@ def test_a_full_calibration_without_a_draft(chat_engine, tmp_path):
     engine = chat_engine("none")
     docs, _ = documents(library_texts(), engine.tokenizer, 2500, 128)
     options = CalibrationOptions(context=128, tokens_per_batch=512, held_out_tokens=512)
-    pack = calibrate(engine.target, None, docs, options=options, fingerprints=pair_fingerprints(engine), log=lambda _: None)
+    pack = calibrate(engine.core.target, None, docs, options=options, fingerprints=pair_fingerprints(engine.core), log=lambda _: None)
     assert pack.predictor_settings["taps"] == []
     pack.save(tmp_path / "pack.safetensors")
     session = engine.session(pack=str(tmp_path / "pack.safetensors"))
@@ -81,8 +81,8 @@ def test_a_full_calibration_without_a_draft(chat_engine, tmp_path):
 
 def test_packs_that_do_not_belong(chat_engine, tmp_path):
     engine = chat_engine("none")
-    pack = find_pack(engine, log=lambda _: None)
-    prints = pair_fingerprints(engine)
+    pack = find_pack(engine.core, log=lambda _: None)
+    prints = pair_fingerprints(engine.core)
     for role in prints:
         replace(pack, fingerprints=prints | {role: "another"}).save(tmp_path / "pack")
         with pytest.raises(PackMismatch, match=f"made for another {role}"):
@@ -97,10 +97,10 @@ def test_packs_that_do_not_belong(chat_engine, tmp_path):
     replace(pack, predictor={}).save(tmp_path / "pack")
     with pytest.raises(PackMismatch, match="holds no predictor"):
         engine.session(pack=tmp_path / "pack")
-    replace(find_pack(chat_engine("trunk"), log=lambda _: None), fingerprints=prints).save(tmp_path / "pack")
+    replace(find_pack(chat_engine("trunk").core, log=lambda _: None), fingerprints=prints).save(tmp_path / "pack")
     with pytest.raises(InvalidOption, match="first_layer"):
         engine.session(pack=tmp_path / "pack")
-    replace(find_pack(chat_engine("draft"), log=lambda _: None), fingerprints=prints).save(tmp_path / "pack")
+    replace(find_pack(chat_engine("draft").core, log=lambda _: None), fingerprints=prints).save(tmp_path / "pack")
     with pytest.raises(InvalidOption, match="this engine has none"):
         engine.session(pack=tmp_path / "pack")
 
@@ -108,7 +108,9 @@ def test_packs_that_do_not_belong(chat_engine, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_without_a_folder_are_told_apart_by_their_weights(hf_config, dtype):
     config = DecoderConfig.from_hf(hf_config("llama", num_hidden_layers=1))
-    prints = [pair_fingerprints(Engine(Decoder.from_config(config, dtype=dtype, seed=seed), draft=None))["target"] for seed in (0, 0, 1)]
+    prints = [
+        pair_fingerprints(Engine(Decoder.from_config(config, dtype=dtype, seed=seed), draft=None).core)["target"] for seed in (0, 0, 1)
+    ]
     assert prints[0] == prints[1] != prints[2]
     first, second = (Decoder.from_config(config, dtype=dtype, seed=0) for _ in range(2))
     layer = second.layers[0]
@@ -116,10 +118,10 @@ def test_models_without_a_folder_are_told_apart_by_their_weights(hf_config, dtyp
     layer.o_proj.plain.data[0, 0] += 1
     layer.o_proj.pack()
     second._weights = []
-    prints = [pair_fingerprints(Engine(decoder))["target"] for decoder in (first, second)]
+    prints = [pair_fingerprints(Engine(decoder).core)["target"] for decoder in (first, second)]
     assert prints[0] != prints[1], "one number in a matrix that bf16 packs for the CPU"
 
 
 def test_without_a_tokenizer_a_pack_must_be_given(random_decoder, home):
     with pytest.raises(InvalidOption, match="no tokenizer"):
-        find_pack(Engine(random_decoder(0)))
+        find_pack(Engine(random_decoder(0)).core)

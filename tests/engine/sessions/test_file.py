@@ -259,7 +259,7 @@ def test_foreign_models_are_refused_before_a_pack_is_looked_for(chat_engine, sus
     monkeypatch.setattr("engine.sessions.kv_codec.find_pack", None)
     with pytest.raises(ForeignModel, match=f"another {role}"):
         engine.session(suspended[0])
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
 
 def test_a_foreign_tokenizer_is_refused(chat_engine, byte_tokenizer, suspended):
@@ -276,7 +276,7 @@ def test_another_pack_is_refused(chat_engine, suspended, tmp_path):
     engine = chat_engine()
     with pytest.raises(ForeignModel, match="another pack"):
         engine.session(suspended[0], pack=tmp_path / "other.safetensors")
-    assert engine.pool.num_free_pages == engine.pool.max_pages
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
     foreign = replace(pack, fingerprints=pack.fingerprints | {"target": "of another"})
     foreign.save(tmp_path / "foreign.safetensors")
     with pytest.raises(PackMismatch, match="made for another target"):
@@ -295,10 +295,10 @@ def test_a_span_damaged_behind_right_checksums_never_becomes_a_cache(suspended, 
     stored.spans[span] = replace(stored.spans[span], data=bytes(body))
     bad = tmp_path_factory.getbasetemp() / "bad.kv"
     stored.save(bad)
-    free = engine.pool.num_free_pages, engine.draft_pool.num_free_pages
+    free = engine.core.pool.num_free_pages, engine.core.draft_pool.num_free_pages
     with pytest.raises(BadSessionFile, match=r"bad\.kv"):
         engine.session(bad)
-    assert (engine.pool.num_free_pages, engine.draft_pool.num_free_pages) == free
+    assert (engine.core.pool.num_free_pages, engine.core.draft_pool.num_free_pages) == free
 
 
 def test_spans_in_another_order_or_cut_are_refused(suspended, tmp_path):
@@ -313,7 +313,7 @@ def test_spans_in_another_order_or_cut_are_refused(suspended, tmp_path):
         replace(stored, spans=spans).save(tmp_path / "bad.kv")
         with pytest.raises(BadSessionFile, match=r"bad\.kv"):
             engine.session(tmp_path / "bad.kv")
-    engine.pool.check_integrity()
+    engine.core.pool.check_integrity()
 
 
 @pytest.mark.parametrize("ids", [[0, 263, 264], [1 << 31], list(range(200)) * 6])

@@ -24,7 +24,7 @@ def spoken(engine, tokens, **options):
 
 def kv_of(session):
     sequence = session.conversation.sequence
-    return session.engine.target.read_kv(sequence, 0, sequence.length)
+    return session.core.target.read_kv(sequence, 0, sequence.length)
 
 
 def loss(truth, restored):
@@ -71,17 +71,17 @@ def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine
         elif place == "on_text":
             on_text = Break(written.append, 3, after)
         else:
-            owner = engine.target if place.startswith("target") else engine.drafter
+            owner = engine.core.target if place.startswith("target") else engine.core.drafter
             name = place.split(".")[1]
             patch.setattr(owner, name, Break(getattr(owner, name), 1 if name == "observe_target" else 5, after))
         with pytest.raises(KeyboardInterrupt):
             session.generate(" more", GREEDY, on_text)
-    assert engine.scheduler.idle
+    assert engine.core.scheduler.idle
     assert session.token_ids[: len(before) + 5] == before + engine.tokenizer(" more")["input_ids"]
     assert session.conversation.sequence.length < len(session.token_ids)
     state = session.conversation.draft_state
     assert state is None or state.features.length == state.length, "a feature row belongs to its token"
-    engine.pool.check_integrity()
+    engine.core.pool.check_integrity()
     # the same tokens, never broken off, continue alike
     whole = session_of(engine, quality="tokens")
     expected = whole.generate(session.token_ids, GREEDY).token_ids
@@ -103,7 +103,7 @@ def test_an_interrupt_after_the_last_token_leaves_nothing_running(chat_engine, m
         patch.setattr(Request, "add_run", lambda self, run: broken(self, run))
         with pytest.raises(KeyboardInterrupt):
             session.generate(" more", SamplingParams(max_new_tokens=1))
-    assert engine.scheduler.idle
+    assert engine.core.scheduler.idle
     before = list(session.token_ids)
     engine.generate("another", SamplingParams(max_new_tokens=3))
     assert session.token_ids == before

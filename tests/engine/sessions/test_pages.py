@@ -14,7 +14,7 @@ TEXT = "def add(self, thing):\n    '''Count it, and say how often it came.'''\n 
 
 def resumed_kv(engine, file):
     session = engine.session(file, log=lambda _: None)
-    return engine.target.read_kv(session.conversation.sequence, 0, session.conversation.sequence.length)
+    return engine.core.target.read_kv(session.conversation.sequence, 0, session.conversation.sequence.length)
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk"])

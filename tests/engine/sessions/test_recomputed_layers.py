@@ -25,7 +25,7 @@ def engines(chat_engine, monkeypatch, tmp_path):
 
 def kv_of(session):
     sequence = session.conversation.sequence
-    return session.engine.target.read_kv(sequence, 0, sequence.length)
+    return session.core.target.read_kv(sequence, 0, sequence.length)
 
 
 def resumed_from(engine, path):
@@ -34,7 +34,7 @@ def resumed_from(engine, path):
 
 def test_the_first_layers_are_exact_and_nothing_wears_out(engines, tmp_path):
     engine = engines()
-    pack = find_pack(engine, log=lambda _: None)
+    pack = find_pack(engine.core, log=lambda _: None)
     assert pack.layout.first_layer == LAYERS and pack.predictor_settings["target_taps"] == [0, LAYERS]
     session = engine.session(quality="near-lossless", log=lambda _: None)
     session.generate(PROMPT, GREEDY)
@@ -57,7 +57,7 @@ def test_the_first_layers_are_exact_and_nothing_wears_out(engines, tmp_path):
         assert [s.data for s in later[: len(spans)]] == [s.data for s in spans] and len(later) > len(spans)
         spans = later
         resumed.close()
-        resumed.engine.pool.check_integrity()
+        resumed.core.pool.check_integrity()
 
 
 def test_suspending_does_not_disturb_a_session_in_use(engines, tmp_path):

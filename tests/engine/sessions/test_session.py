@@ -50,7 +50,7 @@ def spoken(engine, tokens=120, params=GREEDY, **options):
 
 def kv_of(session):
     sequence = session.conversation.sequence
-    return session.engine.target.read_kv(sequence, 0, sequence.length)
+    return session.core.target.read_kv(sequence, 0, sequence.length)
 
 
 def loss(truth, restored):
@@ -62,7 +62,7 @@ def next_log_probabilities(session):
     """[T, V] of the probe after what the session's cache holds; nothing moves. Recomputes the session's last tokens where it holds none."""
     sequence = session.conversation.sequence
     ids = torch.cat([torch.tensor(session.token_ids[sequence.length :], dtype=torch.int64), PROBE])
-    return session.engine.target.forward(ids, [sequence], [len(ids)]).logits[-len(PROBE) :].log_softmax(-1)
+    return session.core.target.forward(ids, [sequence], [len(ids)]).logits[-len(PROBE) :].log_softmax(-1)
 
 
 def divergence(session, other):
@@ -76,13 +76,13 @@ def draft_tokens(monkeypatch):
     """`draft_tokens(engine)` -> a list that grows by the number of tokens of every forward of the engine's draft."""
 
     def watch(engine):
-        seen, forward = [], engine.draft_decoder.forward
+        seen, forward = [], engine.core.draft_model.forward
 
         def counted(token_ids, *args, **kwargs):
             seen.append(len(token_ids))
             return forward(token_ids, *args, **kwargs)
 
-        monkeypatch.setattr(engine.draft_decoder, "forward", counted)
+        monkeypatch.setattr(engine.core.draft_model, "forward", counted)
         return seen
 
     return watch
@@ -108,7 +108,7 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
         assert report.bits_per_element == pytest.approx(16 * report.stored_bytes / report.raw_bytes)
         for session in (stored, resumed):
             session.close()
-    again.pool.check_integrity()
+    again.core.pool.check_integrity()
     with capsys.disabled():
         print(f"\n{draft}: KL " + ", ".join(f"{q} {found[q]:.4f} ({sizes[q]} bytes)" for q in found))
     assert abs(found["tokens"]) < 1e-6
@@ -128,7 +128,7 @@ def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, t
     before, after = kv_of(kept), kv_of(resumed)
     assert torch.equal(before[:NUM_SINKS], after[:NUM_SINKS])
     assert 0 < loss(before, after) < 0.2
-    trunk = kept.engine.drafter.verify_from * 2 * 2 * 8 if kept.engine.drafter else 0
+    trunk = kept.core.drafter.verify_from * 2 * 2 * 8 if kept.core.drafter else 0
     assert torch.equal(before[:, :trunk], after[:, :trunk]), "a trunk's own layers are run again, not coded"
 
 
@@ -164,11 +164,11 @@ def test_acceptance_after_a_resume_is_what_it_was(chat_engine, draft, tmp_path):
     kept = spoken(engine, quality="compact")
     kept.suspend(tmp_path / "a.kv")
     resumed = session_of(again, tmp_path / "a.kv")
-    engine.target.write_kv(kept.conversation.sequence, 0, kv_of(resumed))
+    engine.core.target.write_kv(kept.conversation.sequence, 0, kv_of(resumed))
     if draft == "draft":
         length = resumed.conversation.draft_state.length
         assert length == len(kept.token_ids) - 1 and kept.conversation.draft_state.length == length
-        ours, theirs = (s.engine.draft_decoder.read_kv(s.conversation.draft_state.sequence, 0, length) for s in (kept, resumed))
+        ours, theirs = (s.core.draft_decoder.read_kv(s.conversation.draft_state.sequence, 0, length) for s in (kept, resumed))
         assert torch.equal(ours, theirs)
     ours, theirs = (s.generate("", SamplingParams(max_new_tokens=120, draft_length=3, ignore_eos=True)) for s in (kept, resumed))
     assert ours.token_ids == theirs.token_ids
@@ -263,7 +263,7 @@ def test_features_that_were_never_kept_come_from_a_scratch_pass(chat_engine, dra
     late = spoken(engine, quality="tokens")  # opened before the engine had a pack: no features
     late.quality = "near-lossless"
     late.suspend(tmp_path / "late.kv")
-    engine.pool.check_integrity()
+    engine.core.pool.check_integrity()
     kept = session_of(engine, quality="near-lossless")
     kept.generate(late.token_ids[:-1], SamplingParams(max_new_tokens=1, draft_length=0))
     kept.suspend(tmp_path / "kept.kv")
@@ -329,8 +329,8 @@ def test_an_empty_session_cannot_be_suspended(chat_engine, tmp_path):
             session.generate("")
         session.close()
     assert not (tmp_path / "a.kv").exists()
-    session.engine.pool.check_integrity()
-    assert session.engine.pool.num_free_pages == session.engine.pool.max_pages
+    session.core.pool.check_integrity()
+    assert session.core.pool.num_free_pages == session.core.pool.max_pages
 
 
 def test_options_that_cannot_be(chat_engine, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from draft.head_file import AdapterConfig, save_adapter, target_digest
-from engine.runtime.drafters import load_trained_trunk
+from engine.runtime.drafters import load_draft_head
 from engine.train.model import Student
 from engine.train.training import teacher_of
 
@@ -26,8 +26,8 @@ def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     config = AdapterConfig(family, target_digest(target.config), TRUNK, 2, len(ids), head)  # type: ignore[arg-type]
     save_adapter(tmp_path, config, {"token_ids": ids, **student.tensors()})
-    trained = load_trained_trunk(tmp_path, target)
-    stored = {name: tensor for name, tensor in trained.decoder.hf_tensors().items() if name in student.tensors()}
+    trained = load_draft_head(tmp_path, target)
+    stored = {name: tensor for name, tensor in trained.head_layers.hf_tensors().items() if name in student.tensors()}
     student.load_tensors(stored)
 
     states, _ = teacher.run(tokens[None], TRUNK)
@@ -35,10 +35,10 @@ def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
     sequence = target.new_pool(1).new_sequence()
     tap = target.forward(tokens, [sequence], [LENGTH], taps=(TRUNK,), logits="none").taps[TRUNK]
     assert torch.allclose(tap, states[0], atol=1e-4)
-    own = trained.decoder.new_pool(1).new_sequence()
+    own = trained.head_layers.new_pool(1).new_sequence()
     parts = []
     for start, end in ((0, 7), (7, 8), (8, LENGTH)):
-        parts.append(trained.decoder.forward(None, [own], [end - start], hidden=tap[start:end]).logits)
+        parts.append(trained.head_layers.forward(None, [own], [end - start], hidden=tap[start:end]).logits)
         own.advance(end - start)
     assert torch.allclose(torch.cat(parts), wanted, atol=2e-3)
     assert wanted.std() > 0.5

@@ -13,7 +13,7 @@ import train_draft
 from draft.head_file import load_adapter
 from engine.engine import Engine
 from engine.errors import InvalidOption
-from engine.runtime.drafters import load_trained_trunk
+from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.text.chat_opening import ChatOpening
 from engine.train.data import TrainingSets, add_text, draw_sets, read_messages, split_given
@@ -67,7 +67,7 @@ def test_training_measuring_and_storing(target, sets, tmp_path):
     error = tensors["lm_head.weight"] - training.trainer.averaged.head
     assert 0 < float(error.abs().max()) < 0.02 * float(tensors["lm_head.weight"].abs().max())
     # the engine, drafting freely with the stored adapter, gets what was measured on held-out text
-    engine = Engine(target, draft=load_trained_trunk(tmp_path / "adapter", target), page_size=16)
+    engine = Engine(target, draft=load_draft_head(tmp_path / "adapter", target), page_size=16)
     for docs, group, temperature in ((sets.greedy, "greedy", 0.0), (sets.sampled, "temperature_1", 1.0)):
         prompts = [docs.document(i)[: docs.answers[i]].tolist() for i in range(len(docs)) if docs.answers[i] < docs.lengths[i]]
         params = [

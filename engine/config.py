@@ -1,0 +1,44 @@
+"""What an engine is made with, beside its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from draft.length import CostModel
+from engine.errors import InvalidOption
+from engine.kv.formats import PLAIN, check_name
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine.
+
+    pool_tokens: most tokens of KV each pool may hold; None: 131,072 on a CPU, half the free memory of a GPU. page_size: tokens a page.
+    max_batch: most requests at once. prefill_chunk: tokens of one request's prompt a step.
+    deterministic: batch-invariant kernels, so that greedy text is the same with and without speculation, to the bit.
+    kv_cache_dtype: format of the target's KV cache, one of `engine.kv.formats.KV_CACHE_DTYPES`; a draft's stays its own.
+    costs: frozen costs for the automatic draft length; None: measured at the first request that needs them.
+    target_dir: folder the target came from, for fingerprints; it is not read here. pair: name of the known pair, for reports.
+
+    Raises:
+        InvalidOption: a number below what makes sense, or an unknown format.
+    """
+
+    pool_tokens: int | None = None
+    page_size: int = 64
+    max_batch: int = 64
+    prefill_chunk: int = 512
+    deterministic: bool = False
+    kv_cache_dtype: str = PLAIN
+    costs: CostModel | None = None
+    target_dir: Path | None = None
+    pair: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_batch", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(f"{name} cannot be {getattr(self, name)}", "give a whole number from 1 on")
+        if self.pool_tokens is not None and self.pool_tokens < self.page_size:
+            raise InvalidOption(f"pool_tokens cannot be {self.pool_tokens}", f"give at least one page of {self.page_size} tokens")
+        check_name(self.kv_cache_dtype)

@@ -1,0 +1,355 @@
+"""Which node gives up its last pages first: LRU, LFU, GDSF, S3-FIFO and value per byte behind one interface.
+
+A policy sees only nodes whose end may leave the tier, so prefixes always outlive what follows them. Requests are counted once a node, not
+once a page. No call walks the tree: each costs O(log n) in the queued nodes, amortised.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engine.kv.trie_nodes import Node, Tier
+
+Density = Callable[[Node], float]
+
+
+class EvictionPolicy(ABC):
+    """Orders the nodes of one tier.
+
+    Args:
+        tier: whose pages leave.
+        density: restore seconds that the node's pages in this tier save, a byte; None counts all bytes alike.
+        half_life_s: the trie's, in which a request's count halves.
+        capacity_pages: about how many pages the tier holds.
+    """
+
+    name = ""
+
+    def __init__(self, tier: Tier, density: Density | None = None, half_life_s: float = 3600.0, capacity_pages: int = 0) -> None:
+        self.tier, self.half_life_s, self.capacity_pages = tier, half_life_s, capacity_pages
+        self.density: Density = density or (lambda node: 1.0)
+
+    @abstractmethod
+    def add(self, node: Node) -> None:
+        """The node's last pages in the tier may leave from now on; harmless when it is queued already."""
+
+    @abstractmethod
+    def victim(self) -> Node | None:
+        """Take the node that gives up pages next out of the queue; None when everything is locked or nothing is there."""
+
+    def touch(self, node: Node, root: Node) -> None:  # noqa: B027 (most policies read what they need from the node)
+        """A request used the node; its counts are up to date. `root` is its namespace's."""
+
+    def evicted(self, node: Node, num_pages: int) -> None:  # noqa: B027
+        """`num_pages` of the node left the tier."""
+
+    def _may_leave(self, node: Node) -> bool:
+        return node.parent is not None and node.is_tail(self.tier)
+
+
+class HeapPolicy(EvictionPolicy):
+    """Lowest key first. A key may rise while a node is queued, never fall: it is looked at again when it comes to the top."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._heap: list[tuple[Any, int, Node]] = []
+        self._queued: set[Node] = set()
+        self._serial = 0
+
+    @abstractmethod
+    def key(self, node: Node) -> Any:
+        """What orders the nodes."""
+
+    def add(self, node: Node) -> None:
+        if node not in self._queued:
+            self._queued.add(node)
+            self._push(self.key(node), node)
+
+    def _push(self, key: Any, node: Node) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (key, self._serial, node))
+
+    def victim(self) -> Node | None:
+        locked = []
+        found = None
+        while self._heap:
+            key, _, node = heapq.heappop(self._heap)
+            if not self._may_leave(node):
+                self._queued.discard(node)
+                continue
+            now = self.key(node)
+            if now > key:
+                self._push(now, node)
+            elif not node.num_unlocked(self.tier):
+                locked.append((now, node))
+            else:
+                self._queued.discard(node)
+                found = node
+                break
+        for key, node in locked:
+            self._push(key, node)
+        return found
+
+
+class Lru(HeapPolicy):
+    """Least recently used."""
+
+    name = "lru"
+
+    def key(self, node: Node) -> float:
+        return node.last_s
+
+
+class Lfu(HeapPolicy):
+    """Fewest requests ever, the older among equals."""
+
+    name = "lfu"
+
+    def key(self, node: Node) -> tuple[int, float]:
+        return node.requests, node.last_s
+
+
+class Gdsf(HeapPolicy):
+    """Greedy-Dual-Size-Frequency (Cherkasova 1998): requests x seconds saved a byte, plus the age of the cache when last used."""
+
+    name = "gdsf"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._age = 0.0
+
+    def key(self, node: Node) -> float:
+        return (node.state[self.tier] or 0.0) + node.requests * self.density(node)
+
+    def touch(self, node: Node, root: Node) -> None:
+        node.state[self.tier] = self._age
+
+    def victim(self) -> Node | None:
+        node = super().victim()
+        if node is not None:
+            self._age = max(self._age, self.key(node))
+        return node
+
+
+class Value(EvictionPolicy):
+    """Restore seconds expected to be saved a byte and second of keeping it: P(reuse) x seconds saved / bytes, at the best horizon.
+
+    Nodes of one kind with about the same decayed count and the same last gap between requests form a class. For each class the policy
+    learns how long after a request the next one comes, or whether none does. From that the reuse rate at an age is
+    max over T of P(reuse within T) / E[seconds kept until reuse or T], Gittins' index of a job that ends at its reuse; a class seen too
+    little is pulled towards its kind, a kind towards a prior. The model's own probability of the whole prefix, times the rate of the
+    namespace's requests, is added: that many requests a second would come from texts drawn from the model.
+
+    Inside a class the least recently used node goes first, so a call costs O(classes + log n).
+    """
+
+    name = "value"
+    num_ages = 36
+    refresh_requests = 256
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._heaps: dict[tuple[str, int, int], list[tuple[float, int, Node]]] = {}
+        self._queued: set[Node] = set()
+        self._serial = 0
+        self._now_s = 0.0
+        self._touches = 0
+        # seconds after a request; the last edge also stands for never
+        self._edges = np.concatenate([[0.0], 2.0 ** (np.arange(1, self.num_ages) / 2 - 0.5)])
+        self._ends: dict[Any, np.ndarray] = {}  # pages whose next request came in an age bucket, by class and by kind
+        self._starts: dict[Any, float] = {}  # pages that were requested
+        self._rates: dict[Any, list[float]] = {}
+
+    def _class(self, node: Node) -> tuple[str, int, int]:
+        count = min(5, int(math.log2(node.count))) if node.count >= 1 else 0
+        gap = -1 if node.gap_s == math.inf else int(math.log2(max(1.0, node.gap_s)))
+        return node.kind, count, min(gap, 13)
+
+    def _age(self, seconds: float) -> int:
+        return 0 if seconds < 1.0 else min(self.num_ages - 1, int(2 * math.log2(seconds) + 1))
+
+    def touch(self, node: Node, root: Node) -> None:
+        self._now_s = max(self._now_s, node.last_s)
+        before = node.state[self.tier]
+        pages = node.num_pages
+        if before is not None and node.gap_s != math.inf:
+            age = self._age(node.gap_s)
+            for key in (before, before[0]):
+                self._ends[key][age] += pages
+        now = self._class(node)
+        for key in (now, now[0]):
+            if key not in self._starts:
+                self._starts[key], self._ends[key] = 0.0, np.zeros(self.num_ages)
+            self._starts[key] += pages
+        node.state[self.tier] = now
+        self._touches += node.parent is root
+        if self._touches >= self.refresh_requests:
+            self._touches = 0
+            self._rates.clear()
+
+    def _rates_of(self, key: tuple[str, int, int]) -> list[float]:
+        """Reuses a second at each age, for nodes of a class."""
+        rates = self._rates.get(key)
+        if rates is None:
+            prior = 0.5 / self.num_ages * np.ones(self.num_ages)
+            kind = (self._ends.get(key[0], 0.0) + 4 * prior) / (self._starts.get(key[0], 0.0) + 4)
+            # before a class was seen, each doubling of the count halves the chance that no request follows
+            ever = kind.sum()
+            kind = kind * (1.0 - (1.0 - ever) / 2.0 ** key[1]) / ever
+            weight = 50.0
+            share = (self._ends.get(key, 0.0) + weight * kind) / (self._starts.get(key, 0.0) + weight)
+            ended = np.concatenate([[0.0], np.cumsum(share)])  # reused before each edge, and ever
+            alive = np.maximum(1.0 - ended[:-1], 1e-9)
+            width = np.diff(np.append(self._edges, 2 * self._edges[-1]))
+            kept = np.concatenate([[0.0], np.cumsum(width * (alive + np.maximum(1.0 - ended[1:], 0.0)) / 2)])
+            hits = ended[None, 1:] - ended[:-1, None]
+            seconds = np.maximum(kept[None, 1:] - kept[:-1, None], 1e-9)
+            rates = np.where(seconds > 1e-9, hits / seconds, 0.0).max(axis=1).tolist()
+            self._rates[key] = rates
+        return rates
+
+    def value(self, node: Node) -> float:
+        """Seconds saved a byte and second of keeping the node's pages, as expected now."""
+        rate = self._rates_of(node.state[self.tier] or self._class(node))[self._age(self._now_s - node.last_s)]
+        log2_p = node.end_log2_p
+        if log2_p is not None:
+            rate += self._namespace_rate(node) * 2.0 ** max(log2_p, -1000.0)
+        return rate * self.density(node)
+
+    def _namespace_rate(self, node: Node) -> float:
+        """Requests a second of the node's namespace."""
+        while node.parent is not None:
+            node = node.parent
+        return node.count * math.log(2) / self.half_life_s
+
+    def add(self, node: Node) -> None:
+        if node not in self._queued:
+            self._queued.add(node)
+            self._push(node)
+
+    def _push(self, node: Node) -> None:
+        self._serial += 1
+        heapq.heappush(self._heaps.setdefault(node.state[self.tier] or self._class(node), []), (node.last_s, self._serial, node))
+
+    def victim(self) -> Node | None:
+        locked: list[Node] = []
+        found, moved = self._worst(locked)
+        while found is None and moved:
+            found, moved = self._worst(locked)
+        for node in locked:
+            self._push(node)
+        return found
+
+    def _worst(self, locked: list[Node]) -> tuple[Node | None, bool]:
+        """The worst of the classes' oldest nodes, and whether others were put where they belong by now; `locked` takes what must wait."""
+        worst: tuple[float, Any] | None = None
+        stale: list[Node] = []
+        for key, heap in self._heaps.items():
+            while heap:
+                last_s, _, node = heap[0]
+                if self._may_leave(node) and node.last_s == last_s and node.num_unlocked(self.tier):
+                    value = self.value(node)
+                    if worst is None or value < worst[0]:
+                        worst = (value, key)
+                    break
+                heapq.heappop(heap)
+                if not self._may_leave(node):
+                    self._queued.discard(node)
+                else:
+                    (stale if node.last_s != last_s else locked).append(node)
+        found = None if worst is None else heapq.heappop(self._heaps[worst[1]])[2]
+        if found is not None:
+            self._queued.discard(found)
+        for node in stale:
+            self._push(node)
+        return found, bool(stale)
+
+
+class S3Fifo(EvictionPolicy):
+    """S3-FIFO (Yang et al., SOSP 2023): a small queue for what is new, a main queue for what was used again, a memory of what left.
+
+    The memory is the TOKENS tier: a node that comes back from there goes to the main queue at once.
+    """
+
+    name = "s3-fifo"
+    small_share = 0.1
+    max_frequency = 3
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # state of a node: (frequency, is in the main queue, serial, pages it kept when others left or None)
+        self._queues: tuple[list[tuple[int, int, Node]], list[tuple[int, int, Node]]] = ([], [])
+        self._queued: set[Node] = set()
+        self._small_pages = 0
+        self._serial = 0
+        self._entry = 0
+
+    def add(self, node: Node) -> None:
+        if node in self._queued:
+            return
+        state = node.state[self.tier]
+        if state is None:
+            state = (0, False, self._next(), None)
+            self._small_pages += node.size(self.tier)
+        frequency, main, serial, kept = state
+        if kept is not None and node.size(self.tier) > kept:
+            self._small_pages -= 0 if main else kept
+            frequency, main, serial, kept = 0, True, self._next(), None
+        node.state[self.tier] = (frequency, main, serial, kept)
+        self._queued.add(node)
+        self._push(node)
+
+    def touch(self, node: Node, root: Node) -> None:
+        state = node.state[self.tier]
+        if state is not None and node.requests > 1:
+            node.state[self.tier] = (min(self.max_frequency, state[0] + 1), *state[1:])
+
+    def evicted(self, node: Node, num_pages: int) -> None:
+        frequency, main, serial, _ = node.state[self.tier]
+        self._small_pages -= 0 if main else num_pages
+        node.state[self.tier] = (frequency, main, serial, node.size(self.tier))
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _push(self, node: Node) -> None:
+        self._entry += 1
+        _, main, serial, _ = node.state[self.tier]
+        heapq.heappush(self._queues[main], (serial, self._entry, node))
+
+    def victim(self) -> Node | None:
+        locked: list[Node] = []
+        found = None
+        small, main = self._queues
+        while found is None and (small or main):
+            from_main = not small or (bool(main) and self._small_pages <= self.small_share * self.capacity_pages)
+            _, _, node = heapq.heappop(self._queues[from_main])
+            if not self._may_leave(node):
+                self._queued.discard(node)
+                continue
+            frequency, _, _, kept = node.state[self.tier]
+            if not node.num_unlocked(self.tier):
+                locked.append(node)
+            elif frequency and from_main:
+                node.state[self.tier] = (frequency - 1, True, self._next(), kept)
+                self._push(node)
+            elif frequency > 1:
+                self._small_pages -= node.size(self.tier)
+                node.state[self.tier] = (0, True, self._next(), kept)
+                self._push(node)
+            else:
+                self._queued.discard(node)
+                found = node
+        for node in locked:
+            self._push(node)
+        return found
+
+
+POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Lru, Lfu, Gdsf, S3Fifo, Value)}

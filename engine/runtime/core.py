@@ -1,0 +1,291 @@
+"""The engine's core: models, KV pools, scheduler, drafter and running conversations. It knows no files, no sessions, and loads no tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from draft.errors import DraftError
+from draft.length import CostModel, measure_costs
+from draft.protocols import FeatureStore
+from draft.source import DraftSource
+from engine.config import EngineConfig
+from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
+from engine.model.decoder import Decoder
+from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
+from engine.runtime.metrics import SpeculationMetrics
+from engine.runtime.model_runner import graphed, plain_decoding
+from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent, TextSource, new_controller
+from engine.runtime.sampling import SamplingParams
+from engine.runtime.scheduler import Scheduler
+
+TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
+_MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
+
+
+class EngineCore:
+    """Runs conversations with a target, a draft source and their KV pools. Not thread-safe: one thread drives it.
+
+    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once (`cost_model`).
+
+    Args:
+        target: the model whose distribution is sampled.
+        source: of drafts; None for no speculation.
+        config: options.
+        text: from token ids to text and stop tokens.
+        eos_token_ids: what ends a text.
+        kv_means: [L, 2, G, d] float32, channel means of the target's keys and values; needed by quantised KV formats only.
+
+    Raises:
+        InvalidOption: an early exit after more layers than the target has, or another bad option.
+    """
+
+    def __init__(
+        self,
+        target: Decoder,
+        source: DraftSource | None,
+        config: EngineConfig,
+        *,
+        text: TextSource,
+        eos_token_ids: frozenset[int],
+        kv_means: torch.Tensor | None = None,
+    ) -> None:
+        self.target, self.source, self.config = target, source, config
+        self.text, self.eos_token_ids = text, eos_token_ids
+        cached = None if source is None else source.cached_decoder
+        tokens = config.pool_tokens
+        if tokens is None:
+            tokens = default_pool_tokens(target, cached, config.kv_cache_dtype)
+        start, pages = page_counts(tokens, config.page_size)
+        if target.device.type == "cuda":
+            start = pages  # captured steps hold addresses: a GPU's pool gets its size at once
+        self.pool = open_pool(target, config.kv_cache_dtype, start, config.page_size, pages, means=kv_means)
+        self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
+        runner = graphed(target, self.pool)
+        try:
+            self.drafter = None
+            if source is not None:
+                cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
+                self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
+        except DraftError as error:
+            raise InvalidOption(error.what, error.remedy) from error
+        self.scheduler = Scheduler(
+            runner,
+            self.pool,
+            self.drafter,
+            self.draft_pool,
+            max_batch=config.max_batch,
+            prefill_chunk=config.prefill_chunk,
+            deterministic=config.deterministic,
+            plain=plain_decoding(runner),
+        )
+        self.cost_model = config.costs
+        # the one that the drafter keeps features for; made by `engine.sessions` at first use, and not looked at here
+        self.session_codec: Any = None
+
+    # --- figures --------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """Of the target; None where only token ids are given."""
+        return self.text.tokenizer
+
+    @property
+    def draft_model(self) -> Any | None:
+        """The draft where it is a model of its own."""
+        return None if self.source is None else self.source.model
+
+    @property
+    def exit_layer(self) -> int:
+        """The target's first layers that drafts rest on (0: none); their KV is recomputed at a resume, not stored."""
+        return 0 if self.source is None else self.source.exit_layer
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether batch-invariant kernels run."""
+        return self.config.deterministic
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models lie."""
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of KV pages in the model's own format."""
+        return self.target.dtype
+
+    @property
+    def context(self) -> int:
+        """Most tokens a request may have, prompt and new ones together."""
+        return self.target.config.max_position_embeddings
+
+    @property
+    def drafter_name(self) -> str:
+        """The source of drafts, for reports."""
+        return self.drafter.name if self.drafter else "none"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: target_bytes and draft_bytes of weights, pool_bytes of both KV pools as they are now."""
+        draft_bytes, draft_pool = (self.drafter.weight_bytes, self.drafter.pool_bytes) if self.drafter else (0, 0)
+        return {"target_bytes": self.target.weight_bytes, "draft_bytes": draft_bytes, "pool_bytes": self.pool.bytes + draft_pool}
+
+    def measure_costs(self) -> CostModel | None:
+        """The frozen costs of the automatic draft length, measured at the first call by a few timed forwards on scratch sequences; None without
+        a drafter."""
+        if self.drafter is not None and self.cost_model is None:
+            room = min(self.context, self.drafter.max_positions, self.pool.num_free_pages * self.pool.page_size)
+            counts = [n for n in _MEASURED_COUNTS if n <= room]
+            scratch = self.drafter.scratch(self.pool.new_sequence)
+            self.cost_model = measure_costs(
+                self.scheduler.target, self.drafter, self.pool.new_sequence, scratch, token_counts=counts, deterministic=self.deterministic
+            )
+        return self.cost_model
+
+    # --- conversations --------------------------------------------------------------------------------------------------
+
+    def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
+        """Conversations opened from now on keep the draft's hidden states of committed tokens, for the codec.
+
+        Raises:
+            InvalidOption: there is no drafter, or it has no such layer. See `Drafter.keep_features`.
+        """
+        if self.drafter is None:
+            raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
+        try:
+            self.drafter.keep_features(taps, new_buffer)
+        except DraftError as error:
+            raise InvalidOption(error.what, error.remedy) from error
+
+    def open_conversation(self) -> Conversation:
+        """An empty conversation. It keeps its pages until `close_conversation`."""
+        sequence = self.pool.new_sequence()
+        return Conversation([], sequence, self.drafter.open(sequence) if self.drafter else None)
+
+    def close_conversation(self, conversation: Conversation) -> None:
+        """Give a conversation's pages back; it must not be used afterwards."""
+        if self.drafter is not None and conversation.draft_state is not None:
+            self.drafter.close([conversation.draft_state])
+        conversation.sequence.free()
+
+    def run(
+        self,
+        conversation: Conversation,
+        new_token_ids: Sequence[int] = (),
+        params: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> GenerationResult:
+        """Append tokens to a conversation and generate; the caches are reused, and kept for the next turn. on_text gets each piece of text.
+
+        Without new tokens the conversation's text goes on. The conversation is as before when it is refused.
+
+        Raises:
+            EmptyPrompt, PromptTooLong, InvalidOption, PoolExhausted.
+        """
+        self.check_tokens([*conversation.token_ids, *new_token_ids])
+        result, before = None, len(conversation.token_ids)
+        events = self.events(self.submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
+        try:
+            with closing(events):  # a failing on_text must end the request at once
+                for event in events:
+                    result = event.result
+                    if on_text is not None and event.text:
+                        on_text(event.text)
+        except PoolExhausted:  # refused before anything ran
+            del conversation.token_ids[max(before, conversation.sequence.length) :]
+            raise
+        assert result is not None
+        return result
+
+    # --- requests -------------------------------------------------------------------------------------------------------
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raises EmptyPrompt, PromptTooLong, or InvalidOption for an id outside the vocabulary."""
+        if not tokens:
+            raise EmptyPrompt("the prompt is empty", "give at least one word, or one token id")
+        if len(tokens) >= self.context:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens, the model's context is {self.context}",
+                "shorten it: at least one token must be left to generate",
+            )
+        wrong = next((t for t in tokens if not 0 <= t < self.target.config.vocab_size), None)
+        if wrong is not None:
+            raise InvalidOption(
+                f"token id {wrong} is outside the vocabulary of {self.target.config.vocab_size}", "use the target's own tokenizer"
+            )
+
+    def submit(self, conversation: Conversation, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
+        """Queue a request that appends `tokens` (checked) to a conversation and generates.
+
+        owns_cache: the conversation is closed with the request, and at once when it is refused.
+
+        Raises:
+            InvalidOption: stop strings without a tokenizer, or biased tokens outside the vocabulary. PoolExhausted: it could not even run alone.
+        """
+        before = len(conversation.token_ids)
+        try:
+            params.check_vocabulary(self.target.config.vocab_size)
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *self.text.stop_token_ids(params.stop)))
+            costs = self.measure_costs() if params.draft_length == "auto" else self.cost_model
+            if self.drafter is not None and conversation.draft_state is None:
+                conversation.draft_state = self.drafter.open(conversation.sequence)
+            conversation.token_ids.extend(tokens)
+            if conversation.sequence.length >= len(conversation.token_ids):
+                # everything is in the cache: the last token runs again, for its logits
+                conversation.sequence.truncate(len(conversation.token_ids) - 1)
+                state = conversation.draft_state
+                if state is not None and state.sequence is conversation.sequence and state.features is not None:
+                    state.features.truncate(state.length)
+            request = Request(
+                conversation,
+                params,
+                seed=secrets.randbits(48) if params.seed is None else params.seed,
+                context=self.context,
+                eos_token_ids=self.eos_token_ids,
+                stream=self.text.stream(conversation.token_ids[-TEXT_CONTEXT:], params.stop),
+                controller=new_controller(params, costs, self.device),
+                metrics=SpeculationMetrics(self.drafter_name),
+                owns_cache=owns_cache,
+            )
+            self.scheduler.submit(request)
+        except BaseException:
+            del conversation.token_ids[before:]
+            if owns_cache:
+                self.close_conversation(conversation)
+            raise
+        return request
+
+    def events(self, request: Request) -> Generator[StreamEvent, None, None]:
+        """Run a submitted request to its end, with whatever else is submitted; an event a step. Closing the generator cancels the request."""
+        seen = request.prompt_tokens
+        try:
+            while request.finish_reason is None:
+                self._step(request)
+                if request.finish_reason is None and len(request.token_ids) > seen:
+                    new, seen = request.token_ids[seen:], len(request.token_ids)
+                    yield StreamEvent(request.stream.take(), new)
+            result = request.result(self.memory())
+            yield StreamEvent(request.stream.take(), request.token_ids[seen:], request.finish_reason, result)
+        finally:
+            self.abandon(request)
+
+    def finish(self, request: Request) -> GenerationResult:
+        """Run a submitted request to its end, with whatever else is submitted."""
+        while request.finish_reason is None:
+            self._step(request)
+        return request.result(self.memory())
+
+    def abandon(self, request: Request) -> None:
+        """Cancel a request, whatever state an interrupt left it in; nothing happens to one that has finished."""
+        if request in self.scheduler.running or request in self.scheduler.waiting:
+            self.scheduler.cancel(request)
+
+    def _step(self, request: Request) -> None:
+        self.scheduler.step()
+        if request.error is not None:
+            raise request.error

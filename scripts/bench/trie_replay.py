@@ -1,0 +1,113 @@
+"""Replays of a trace: through the trie with one tier of stored pages, and through a cache of whole sequences."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from bench.traces import Trace
+from engine.kv.tiers import RestoreTimes, TierManager
+from engine.kv.trie import TOKEN_BYTES, Tier, Trie
+
+# Medians of 3 on one H100: prefill of both models by the engine, and the parts of a resume that any implementation needs (the draft's pass
+# and decoding). Beyond 16,384 tokens both go on with their last slope, which understates prefill.
+MEASURED: dict[str, Any] = {
+    "source": "one H100, qwen2.5-coder, quality balanced",
+    "recompute": [[1024, 0.030], [4096, 0.197], [16384, 0.851]],
+    "restore": {"host": [[1024, 0.073], [4096, 0.181], [16384, 0.967]]},
+}
+
+
+HISTORY_SHARE = 0.02
+
+
+def _row(requests: int, prompt_tokens: int, hit_tokens: int, restore_s: float, recompute_s: float) -> dict[str, Any]:
+    """What every replay reports; `recompute_s`: computing the hit tokens instead of restoring them."""
+    return {
+        "requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "hit_tokens": hit_tokens,
+        "hit_rate": hit_tokens / max(1, prompt_tokens),
+        "restore_s": restore_s,
+        "recompute_s": recompute_s,
+    }
+
+
+def replay(
+    trace: Trace, policy: str | None, capacity_bytes: int, bytes_per_token: int, ratio: float, times: RestoreTimes, half_life_s: float
+) -> dict[str, Any]:
+    """One policy at one capacity; policy None is an infinite cache.
+
+    A block id stands for a page: the trie runs with one symbol a page, `block_tokens` tokens each in bytes. Prompts alone are stored, as
+    the traces name no blocks for answers until they come back in a prompt. Policies rank by the prefill seconds that a hit saves; restore
+    seconds are reported apart, so that a table in which restoring does not pay leaves something to study. s3-fifo and value remember
+    the token ids of as many tokens as fit, and pay for them from the capacity.
+    """
+    page_bytes = max(1, round(bytes_per_token / ratio * trace.block_tokens))
+    token_bytes = trace.block_tokens * TOKEN_BYTES
+    tokens_budget = 0
+    if policy == "s3-fifo":
+        tokens_budget = capacity_bytes * token_bytes // (page_bytes + token_bytes)
+    elif policy == "value":
+        tokens_budget = int(capacity_bytes * HISTORY_SHARE)
+    budget = 2**62 if policy is None else capacity_bytes - tokens_budget
+    budgets = {Tier.HOST: budget} if policy is None or not tokens_budget else {Tier.HOST: budget, Tier.TOKENS: tokens_budget}
+    trie = Trie(1, half_life_s=half_life_s, page_bytes=[0, page_bytes, 0, token_bytes])
+    # positions in the trie are in symbols, the table in tokens
+    per_symbol = RestoreTimes.from_json({"recompute": _in_blocks(times.recompute, trace.block_tokens)})
+    manager = TierManager(trie, budgets, per_symbol, policy or "lru", skip_unprofitable=False)
+    requests = prompt_tokens = hit_tokens = 0
+    restore_s = recompute_s = 0.0
+    for request in trace:
+        match = manager.match(request.blocks, request.namespace)
+        found = min(match.num_restorable_pages * trace.block_tokens, request.num_tokens)
+        requests += 1
+        prompt_tokens += request.num_tokens
+        hit_tokens += found
+        restore_s += times.restore_s(Tier.HOST, 0, found)
+        recompute_s += times.recompute.first(found)
+        kind = "tool" if request.num_system_blocks else "user"
+        system = request.blocks[: request.num_system_blocks]
+        if match.num_pages < len(system):
+            # the system prompt becomes a node of its own kind
+            manager.insert(system, namespace=request.namespace, kind="system", after=match).release()
+        whole = manager.insert(request.blocks, namespace=request.namespace, kind=kind, after=match)
+        match.release()
+        manager.finish(whole, request.arrival_s)
+        if policy is not None:
+            manager.rebalance()
+    return _row(requests, prompt_tokens, hit_tokens, restore_s, recompute_s)
+
+
+def _in_blocks(curve: Any, block_tokens: int) -> list[tuple[float, float]]:
+    return [(tokens / block_tokens, seconds) for tokens, seconds in zip(curve.tokens[1:], curve.total_s[1:], strict=True)]
+
+
+def replay_sessions(trace: Trace, capacity_bytes: int, bytes_per_token: int, ratio: float, times: RestoreTimes) -> dict[str, Any]:
+    """LRU over whole sequences: a session's last prompt is kept or dropped in one piece (a single request is its own session)."""
+    kept: OrderedDict[int, tuple[np.ndarray, int]] = OrderedDict()
+    held = 0.0
+    requests = prompt_tokens = hit_tokens = 0
+    restore_s = recompute_s = 0.0
+    for request in trace:
+        before = kept.pop(request.session, None)
+        found = 0
+        if before is not None:
+            held -= before[1] * bytes_per_token / ratio
+            length = min(len(before[0]), len(request.blocks))
+            differs = before[0][:length] != request.blocks[:length]
+            common = int(differs.argmax()) if differs.any() else length
+            found = min(common * trace.block_tokens, request.num_tokens)
+        kept[request.session] = (request.blocks, request.num_tokens)
+        held += request.num_tokens * bytes_per_token / ratio
+        while held > capacity_bytes:
+            _, (_, num_tokens) = kept.popitem(last=False)
+            held -= num_tokens * bytes_per_token / ratio
+        requests += 1
+        prompt_tokens += request.num_tokens
+        hit_tokens += found
+        restore_s += times.restore_s(Tier.HOST, 0, found)
+        recompute_s += times.recompute.first(found)
+    return _row(requests, prompt_tokens, hit_tokens, restore_s, recompute_s)

@@ -1,0 +1,166 @@
+"""Replay request traces through the trie under several eviction policies: hit rate at a capacity in bytes, and what the hits are worth.
+
+    python scripts/bench_trie.py --trace conversation_trace.jsonl.gz --capacity-bytes 16G --ratio 121 --json-out rows.json --plot rows.png
+
+`--capacity-bytes` and `--ratio` take several values, separated by commas: each pair is replayed. The row `infinite` is what an unbounded
+cache would hit; `lru-sessions` evicts whole sequences, as a cache keyed by session does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.traces import Trace, read_trace
+from bench.trie_replay import MEASURED, replay, replay_sessions
+from engine.errors import ForetoldError, InvalidOption
+from engine.kv.eviction import POLICIES
+from engine.kv.tiers import RestoreTimes
+
+UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+OTHERS = ("infinite", "lru-sessions")
+
+
+def byte_count(text: str) -> int:
+    """`17179869184`, `16G`, `0.5t`: bytes, in powers of 1,024."""
+    unit = UNITS.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = -1.0
+    if not 1 <= value < 2**60:
+        raise InvalidOption(f"{text!r} is no capacity in bytes", "give bytes, or a number with K, M, G or T")
+    return int(value)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--trace", required=True, help="a .jsonl or .jsonl.gz file: requests with hash_ids, or sessions with runs of blocks"
+    )
+    parser.add_argument("--capacity-bytes", required=True, help="bytes, K M G T allowed, several separated by commas")
+    parser.add_argument("--bytes-per-token", type=int, default=28672, help="of the uncompressed KV (default 28672; an 8B model: 131072)")
+    parser.add_argument("--ratio", default="1", help="how many times smaller stored KV is, several separated by commas (default 1)")
+    parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join((*POLICIES, *OTHERS))}; `infinite` is always added")
+    parser.add_argument("--sessions", type=int, help="only the first N sessions or, of a trace of single requests, the first N requests")
+    parser.add_argument("--hours", type=float, default=8.0, help="sessions arrive uniformly in this time (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the arrival times")
+    parser.add_argument("--half-life-s", type=float, default=1800.0, help="in which a request's count halves (default 1800)")
+    parser.add_argument("--times", help="JSON file of measured restore times (default: one H100, qwen2.5-coder)")
+    parser.add_argument("--json", action="store_true", help="print the JSON object on the last line")
+    parser.add_argument("--json-out", help="write the JSON object to this file")
+    parser.add_argument("--plot", help="draw hit rate over capacity into this file")
+    return parser.parse_args(argv)
+
+
+def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[str], RestoreTimes]:
+    """Capacities, ratios, policies and restore times, or InvalidOption."""
+    capacities = [byte_count(text) for text in options.capacity_bytes.split(",")]
+    try:
+        ratios = [float(text) for text in options.ratio.split(",")]
+    except ValueError:
+        ratios = [0.0]
+    if not all(1 <= ratio < 1e6 for ratio in ratios):
+        raise InvalidOption(f"--ratio {options.ratio} is not usable", "give numbers of at least 1, separated by commas")
+    policies = [name for name in options.policies.split(",") if name != "infinite"]
+    unknown = [name for name in policies if name not in (*POLICIES, *OTHERS)]
+    if unknown:
+        raise InvalidOption(f"there is no eviction policy {unknown[0]!r}", f"use {', '.join((*POLICIES, *OTHERS))}")
+    least = {"--bytes-per-token": options.bytes_per_token, "--hours": options.hours, "--half-life-s": options.half_life_s}
+    if options.sessions is not None:
+        least["--sessions"] = options.sessions
+    for name, value in least.items():
+        if not value > 0:
+            raise InvalidOption(f"{name} {value} is not usable", "give a number above 0")
+    if options.times is None:
+        return capacities, ratios, policies, RestoreTimes.from_json(MEASURED)
+    try:
+        table = json.loads(Path(options.times).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidOption(f"--times {options.times} cannot be read: {error}", "give a JSON file of measured restore times") from error
+    return capacities, ratios, policies, RestoreTimes.from_json(table)
+
+
+def rows_of(trace: Trace, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a policy, ratio and capacity, `infinite` first."""
+    capacities, ratios, policies, times = checked(options)
+    half_life_s = options.half_life_s
+    rows = [{**replay(trace, None, 1, options.bytes_per_token, 1.0, times, half_life_s), "policy": "infinite"}]
+    for ratio in ratios:
+        for capacity in capacities:
+            for policy in policies:
+                started = time.process_time()
+                if policy == "lru-sessions":
+                    row = replay_sessions(trace, capacity, options.bytes_per_token, ratio, times)
+                else:
+                    row = replay(trace, policy, capacity, options.bytes_per_token, ratio, times, half_life_s)
+                rows.append({**row, "policy": policy, "ratio": ratio, "capacity_bytes": capacity})
+                seconds = time.process_time() - started
+                print(f"{policy:12} {capacity / 2**30:8.2f} GiB at {ratio:g}x: {row['hit_rate']:7.2%}  {seconds:.1f} s", file=sys.stderr)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
+    """Hit rate over capacity, one line a policy and ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    lines: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["policy"] != "infinite":
+            lines.setdefault((row["policy"], row["ratio"]), []).append((row["capacity_bytes"] / 2**30, 100 * row["hit_rate"]))
+    for (policy, ratio), points in lines.items():
+        x, y = np.array(sorted(points)).T
+        axes.plot(x, y, marker="o", markersize=3, label=f"{policy}, {ratio:g}x")
+    axes.axhline(100 * rows[0]["hit_rate"], color="grey", linestyle=":", label="infinite")
+    axes.set(xscale="log", xlabel="capacity, GiB", ylabel="prompt tokens hit, %", title=title)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    options = arguments(given)
+    try:
+        checked(options)
+        trace = read_trace(options.trace, options.sessions, options.hours, options.seed)
+        rows = rows_of(trace, options)
+    except ForetoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = {value: Path(value).name for value in (options.trace, options.json_out, options.plot, options.times) if value}
+    result = {
+        "trace": Path(options.trace).name,
+        "capacity_bytes": rows[1]["capacity_bytes"] if len(rows) > 1 else None,
+        "bytes_per_token": options.bytes_per_token,
+        "sessions": trace.num_sessions,
+        "restore_times": json.loads(Path(options.times).read_text(encoding="utf-8")) if options.times else MEASURED,
+        "device": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "command": "python scripts/bench_trie.py " + " ".join(files.get(word, word) for word in given),
+        "rows": rows,
+    }
+    if options.json_out:
+        Path(options.json_out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, options.plot, f"{result['trace']}, {options.bytes_per_token:,} bytes a token uncompressed")
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    sys.exit(main())
