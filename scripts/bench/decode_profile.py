@@ -91,7 +91,7 @@ def rate(engine: Engine, prompts: list[list[int]], new: int, draft_length: int) 
 @torch.inference_mode()
 def agreement(engine: Engine, decoder: Decoder) -> dict[str, float]:
     """How far a captured step's logits are from the decoder's own pass, relative RMS, for blocks of 1 and 5 tokens."""
-    runner = engine.scheduler.target
+    runner = engine.core.scheduler.target
     if not isinstance(runner, GraphedDecoder):
         return {}
     found = {}
@@ -99,7 +99,7 @@ def agreement(engine: Engine, decoder: Decoder) -> dict[str, float]:
     for count in (1, 5):
         logits = []
         for model in (decoder, runner):
-            sequence = engine.pool.new_sequence()
+            sequence = engine.core.pool.new_sequence()
             decoder.forward(torch.tensor(prompt, device=engine.device), [sequence], [len(prompt)], logits="none")
             sequence.advance(len(prompt))
             logits.append(model.forward(torch.tensor(prompt[:count], device=engine.device), [sequence], [count]).logits)
@@ -111,10 +111,10 @@ def agreement(engine: Engine, decoder: Decoder) -> dict[str, float]:
 @torch.inference_mode()
 def step_ms(engine: Engine, batch: int, length: int) -> float:
     """Milliseconds of a captured step alone, replayed over padding of the right size with real contexts of 256 tokens."""
-    runner = engine.scheduler.target
+    runner = engine.core.scheduler.target
     if not isinstance(runner, GraphedDecoder):
         return float("nan")
-    sequences = [engine.pool.new_sequence() for _ in range(batch)]
+    sequences = [engine.core.pool.new_sequence() for _ in range(batch)]
     for sequence in sequences:
         sequence.ensure(256 + length)
     step = runner.step(batch, length, max(len(s.pages) for s in sequences), 0, runner.config.num_layers, (), True)

@@ -73,15 +73,15 @@ def test_text_does_not_depend_on_the_runner(decoder, params):
     for graphed in (False, True):
         engine = Engine(decoder, page_size=16, pool_tokens=1024, max_batch=4)
         if graphed:
-            runner = GraphedDecoder(decoder, engine.pool, capture=GPU)
-            engine.scheduler.target, engine.scheduler.plain = runner, PlainDecoding(runner)
+            runner = GraphedDecoder(decoder, engine.core.pool, capture=GPU)
+            engine.core.scheduler.target, engine.core.scheduler.plain = runner, PlainDecoding(runner)
         else:
-            engine.scheduler.plain = None
+            engine.core.scheduler.plain = None
         lengths = (40, 1, 17, 23, 30)
         each = [SamplingParams(max_new_tokens=n, stop_token_ids=(11,), **params) for n in lengths]
         texts.append([(r.token_ids, r.finish_reason) for r in engine.generate(PROMPTS, each)])
-        engine.pool.check_integrity()
-        assert engine.pool.num_free_pages == engine.pool.max_pages
+        engine.core.pool.check_integrity()
+        assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
     assert texts[0] == texts[1]
 
 
