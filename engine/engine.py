@@ -12,7 +12,7 @@ from draft.length import CostModel
 from engine.calibrate.channel_means import channel_means
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption
-from engine.hub.resolve import check_vocabularies, load_tokenizer, resolve_model, resolve_pair
+from engine.hub.resolve import resolve_model, resolve_pair
 from engine.kv.formats import PLAIN, check_format
 from engine.loading import choose_draft
 from engine.model.config import DecoderConfig, read_config
@@ -25,6 +25,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.session import Session
 from engine.text.decoder import TextDecoder
 from engine.text.prompts import Prompt, as_prompts, encode_prompt, end_tokens
+from engine.text.tokenizer import check_vocabularies, load_tokenizer
 
 
 class Engine:

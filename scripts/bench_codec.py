@@ -29,9 +29,11 @@ from codec_compare import comparisons, print_comparisons, write_json
 from draft.errors import DraftError
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS, load_tokenizer, resolve_model, resolve_pair
+from engine.hub.pairs import PAIRS
+from engine.hub.resolve import resolve_model, resolve_pair
 from engine.loading import choose_draft
 from engine.model.decoder import Decoder
+from engine.text.tokenizer import load_tokenizer
 from eval.codec_breakdown import merged
 from eval.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
 from eval.codec_plot import plot

@@ -43,7 +43,7 @@ from engine.cli.command import load, quiet_libraries, say, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS
+from engine.hub.pairs import PAIRS
 from engine.runtime.sampling import SamplingParams
 
 ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")

@@ -32,20 +32,13 @@ from engine.calibrate.corpus import documents, library_texts, read_texts, text_f
 from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.fingerprint import model_fingerprint
-from engine.hub.resolve import (
-    PAIRS,
-    TRUNK,
-    check_vocabularies,
-    fingerprint,
-    load_tokenizer,
-    resolve_model,
-    resolve_pair,
-    tokenizer_fingerprint,
-)
+from engine.hub.fingerprint import fingerprint, model_fingerprint
+from engine.hub.pairs import PAIRS, TRUNK
+from engine.hub.resolve import resolve_model, resolve_pair
 from engine.loading import choose_draft
 from engine.model.config import read_config
 from engine.model.decoder import Decoder, DecoderConfig
+from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_fingerprint
 from text_mix import mixed_documents, shares_of
 
 

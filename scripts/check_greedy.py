@@ -21,7 +21,7 @@ from engine.cli.command import quiet_libraries, say, versions
 from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError
-from engine.hub.resolve import PAIRS
+from engine.hub.pairs import PAIRS
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = (

@@ -26,7 +26,7 @@ from engine.cli.command import load, quiet_libraries, versions
 from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS
+from engine.hub.pairs import PAIRS
 from engine.kv.formats import KV_CACHE_DTYPES, PLAIN, element_bits
 from engine.kv.pool import KvPool, KvSequence
 from engine.runtime.memory import open_pool

@@ -45,7 +45,7 @@ from engine.calibrate.corpus import library_texts
 from engine.cli.options import Parser
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS
+from engine.hub.pairs import PAIRS
 from eval.codec_methods import PairCodec
 from eval.rows import Parts, rows_of
 from eval.runs import Plan, Runner

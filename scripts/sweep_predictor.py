@@ -33,8 +33,10 @@ from engine.calibrate.corpus import documents, library_texts, read_texts, text_f
 from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS, TRUNK, load_tokenizer, resolve_model, resolve_pair
+from engine.hub.pairs import PAIRS, TRUNK
+from engine.hub.resolve import resolve_model, resolve_pair
 from engine.model.decoder import Decoder
+from engine.text.tokenizer import load_tokenizer
 from eval.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
 
 DEFAULT_RANKS = "64,128,256,512,1024,2048,full"

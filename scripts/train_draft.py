@@ -22,9 +22,11 @@ import torch
 
 from draft.errors import DraftError
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.resolve import PAIRS, load_tokenizer, resolve_model, resolve_pair
+from engine.hub.pairs import PAIRS
+from engine.hub.resolve import resolve_model, resolve_pair
 from engine.model.decoder import Decoder
 from engine.text.chat_opening import chat_opening
+from engine.text.tokenizer import load_tokenizer
 from engine.train.data import TrainingSets, add_text, choose_rows, draw_sets, read_messages, release
 from engine.train.model_card import model_card
 from engine.train.self_generated import SelfTextOptions

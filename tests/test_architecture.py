@@ -1,4 +1,4 @@
-"""Rules of the tree: which package may import which, how long a file may be, and what must not be in the repository."""
+"""Rules of the tree: which package and which room may import which, and what must not be in the repository."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_imports_follow_the_one_direction(package: str) -> None:
     assert not wrong
 
 
-def test_kernels_need_only_torch_and_triton() -> None:
-    outside = {name for path in FILES["kernels"] for name in imported(path)} - {"torch", "triton", "kernels"}
+def test_kernels_need_only_torch_triton_and_numpy() -> None:
+    outside = {name for path in FILES["kernels"] for name in imported(path)} - {"torch", "triton", "numpy", "kernels"}
     standard = {
         "__future__",
         "collections",
@@ -55,11 +55,93 @@ def test_kernels_need_only_torch_and_triton() -> None:
     assert outside <= standard
 
 
-def test_files_are_short_and_none_is_called_utils() -> None:
+def test_no_file_is_called_utils() -> None:
     files = [p for name in (*ALLOWED, "scripts", "tests") for p in (ROOT / name).rglob("*.py")]
     assert len(files) > 50
-    assert not {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert not [p for p in files if "utils" in p.name]
+
+
+# --- rooms of the engine ------------------------------------------------------------------------------------------------
+
+LIBRARIES = {"kernels", "codec", "draft"}
+LEAVES = {"engine.errors", "engine.inputs"}
+RUNTIME = {"kernels", "draft", "engine.kv", "engine.model", "engine.config", *LEAVES}
+ABOVE = {*LIBRARIES, *RUNTIME, "engine.runtime", "engine.hub", "engine.text"}
+FACADE = {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.engine"}
+ROOMS = {
+    "kernels": set(),
+    "codec": {"kernels"},
+    "draft": {"kernels"},
+    "engine.errors": set(),
+    "engine.inputs": {"engine.errors"},
+    "engine.kv": {"kernels", "draft", *LEAVES},
+    "engine.model": {"kernels", "draft", "engine.kv", *LEAVES},
+    "engine.config": {"draft", "engine.kv", *LEAVES},
+    "engine.runtime": RUNTIME,
+    "engine.hub": {"engine.model", *LEAVES},  # model folders and what a decoder reads of them
+    "engine.text": LEAVES,
+    "engine.calibrate": ABOVE,
+    "engine.train": {*ABOVE, "engine.calibrate"},
+    "engine.sessions": {*ABOVE, "engine.calibrate"},
+    "engine.store": {*ABOVE, "engine.sessions"},
+    "engine.loading": ABOVE,
+    "engine.engine": {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions"},
+    "engine": FACADE,
+    "engine.cli": FACADE,
+    "engine.server": FACADE,
+    "engine.connectors": FACADE,
+    "engine.generate": {*FACADE, "engine.cli"},
+    "engine.serve": {*FACADE, "engine.cli", "engine.server"},
+}
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file of the tree."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for files in FILES.values() for path in files}
+
+
+def room_of(module: str) -> str:
+    """The part of the tree that a module belongs to: a package, or a folder or file directly below engine/."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "engine" else parts[0]
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of the tree that a module imports, wherever in it: at the top, inside functions, and for type checkers only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            found |= {full if (full := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names}
+    return found & MODULES.keys()
+
+
+def test_rooms_import_along_the_edges() -> None:
+    assert len(MODULES) > 100 and {room_of(module) for module in MODULES} <= ROOMS.keys()
+    wrong = [
+        f"{module} -> {other}"
+        for module in MODULES
+        for other in sorted(imports_of(module))
+        if room_of(other) not in (room_of(module), *ROOMS[room_of(module)])
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: imports_of(module) for module in MODULES}
+    while leaves := {module for module, imports in graph.items() if not imports & graph.keys()}:
+        for module in leaves:
+            del graph[module]
+    while roots := graph.keys() - {other for imports in graph.values() for other in imports}:
+        for module in roots:  # these only lead into a circle
+            del graph[module]
+    assert not sorted(graph)
 
 
 def test_no_machine_paths_or_registry_hosts() -> None:

@@ -15,27 +15,11 @@ from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, r
 from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
-from engine.hub.fingerprint import fingerprint, remember_digest
+from engine.hub.fingerprint import remember_digest
 from engine.hub.pairs import PAIRS, TRUNK, ModelSource
 from engine.hub.progress import Progress, StderrProgress
 from engine.inputs import is_file, shown
 from engine.model.weights import INDEX, weight_files
-from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_fingerprint
-
-__all__ = [
-    "PAIRS",
-    "TRUNK",
-    "PairPaths",
-    "cache_home",
-    "check_kernels_package",
-    "check_vocabularies",
-    "fingerprint",
-    "load_tokenizer",
-    "resolve_model",
-    "resolve_pair",
-    "resolve_source",
-    "tokenizer_fingerprint",
-]
 
 _MARKER = "foretold.json"
 _FORMAT = 1

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING
 
-from engine.kv.trie_nodes import Node, Payload, Tier
-
-if TYPE_CHECKING:
-    from engine.kv.trie import Trie
+from engine.kv.trie_nodes import Node, Payload, Tier, TrieState
 
 
-def check_trie(trie: Trie) -> None:
+def check_trie(trie: TrieState) -> None:
     """Raise AssertionError, naming what differs, unless everything kept beside the tree follows from the tree."""
     pages_in, bytes_in, num_nodes = [0] * 4, [0] * 4, 0
     slots: dict[int, int] = {}
@@ -52,7 +48,7 @@ def check_trie(trie: Trie) -> None:
     _check_links(trie)
 
 
-def _check_links(trie: Trie) -> None:
+def _check_links(trie: TrieState) -> None:
     """Handles, locks and children."""
     locks: dict[Node, int] = {}
     for handle in trie.handles:

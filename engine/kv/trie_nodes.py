@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from engine.kv.trie import Trie
 
 
 class Tier(IntEnum):
@@ -156,6 +153,22 @@ class Node:
             yield from same_hash
 
 
+class TrieState(Protocol):
+    """What handles and checks look at of a trie; `engine.kv.trie.Trie`."""
+
+    page_size: int
+    page_bytes: Any  # [4], bytes a page takes in each tier where it has no payload
+    pages_in: list[int]
+    bytes_in: list[int]
+    num_nodes: int
+    handles: set[Match]
+    roots: dict[str, Node]
+
+    def nodes(self) -> Iterator[Node]: ...
+
+    def page_key(self, tokens: np.ndarray) -> int: ...
+
+
 class Match:
     """A known prefix of a request, locked until `release`: its pages and payloads are valid only while this handle is held.
 
@@ -165,7 +178,7 @@ class Match:
 
     __slots__ = ("_trie", "node", "num_pages", "num_restorable_pages", "pages_in_node", "released")
 
-    def __init__(self, trie: Trie, node: Node, pages_in_node: int) -> None:
+    def __init__(self, trie: TrieState, node: Node, pages_in_node: int) -> None:
         self._trie, self.node, self.pages_in_node = trie, node, pages_in_node
         self.num_pages = node.start_page + pages_in_node
         self.released = False

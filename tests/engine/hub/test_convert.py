@@ -21,10 +21,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import engine.hub.resolve as models
 from engine.errors import DiskFull, HashMismatch, ModelNotFound, UnsupportedArchitecture
 from engine.hub.convert import convert_gguf
+from engine.hub.fingerprint import fingerprint
 from engine.hub.gguf import GgufFile
 from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import silent
-from engine.hub.resolve import fingerprint, load_tokenizer, resolve_source
+from engine.hub.resolve import resolve_source
+from engine.text.tokenizer import load_tokenizer
 
 SPELLING = bytes_to_unicode()
 MERGES = ["h e", "l l", "he ll", "Ġ Ġ"]

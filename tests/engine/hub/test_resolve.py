@@ -22,8 +22,10 @@ from engine.errors import (
     VocabularyMismatch,
 )
 from engine.hub.environment import check_kernels_package
+from engine.hub.fingerprint import fingerprint
 from engine.hub.progress import StderrProgress
-from engine.hub.resolve import check_vocabularies, fingerprint, load_tokenizer, resolve_model, resolve_pair, tokenizer_fingerprint
+from engine.hub.resolve import resolve_model, resolve_pair
+from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_fingerprint
 
 
 @pytest.fixture

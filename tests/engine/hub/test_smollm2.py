@@ -7,8 +7,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.hub.convert import convert_gguf
 from engine.hub.fetch import fetch_source, file_sha256
+from engine.hub.fingerprint import fingerprint
+from engine.hub.pairs import PAIRS
 from engine.hub.progress import silent
-from engine.hub.resolve import PAIRS, fingerprint, load_tokenizer, resolve_model, resolve_pair
+from engine.hub.resolve import resolve_model, resolve_pair
+from engine.text.tokenizer import load_tokenizer
 
 TEXT = "The capital of France is Paris, and 2024 was a leap year:\n    for day in range(366): print(day)\n"
 

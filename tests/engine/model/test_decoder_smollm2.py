@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from engine.errors import DownloadFailed
-from engine.hub.resolve import load_tokenizer, resolve_pair
+from engine.hub.resolve import resolve_pair
 from engine.model.decoder import Decoder
+from engine.text.tokenizer import load_tokenizer
 
 TEXT = (
     "The tide goes out twice a day because the Moon pulls harder on the near side of the Earth than on the far side. "
