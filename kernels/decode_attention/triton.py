@@ -72,7 +72,7 @@ def _decode_attention_kernel(
     scale_log2, num_rows, stride_table, stride_page, stride_token, stride_head,
     LENGTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, ONCE: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // GROUPS
     TILES: tl.constexpr = LENGTH // TOKENS
@@ -114,22 +114,23 @@ def _decode_attention_kernel(
     new = ((start + near >= settled) & (start + near < context))[:, None] & channel_mask[None, :]
     old_k = tl.where(new, tl.load(k_ptr + first, mask=new, other=0.0), old_k)
     old_v = tl.where(new, tl.load(v_ptr + first, mask=new, other=0.0), old_v)
-    for split in range(tl.program_id(1), tl.maximum(splits, 1), programs):
+    for split in range(tl.program_id(1), tl.program_id(1) + 1 if ONCE else tl.maximum(splits, 1), programs):
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         begin = split * SPLIT
         end = tl.minimum(begin + SPLIT, context)
-        if split == tl.program_id(1):
+        if ONCE or split == tl.program_id(1):
             acc, highest, total = _attend(q, old_k, old_v, begin + near, limit, acc, highest, total, scale_log2, PRECISION)
             begin += BLOCK_N
-        for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-            key = block + near
-            at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
-            mask = (key < end)[:, None] & channel_mask[None, :]
-            k = tl.load(k_ptr + at, mask=mask, other=0.0)
-            v = tl.load(v_ptr + at, mask=mask, other=0.0)
-            acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
+        if not ONCE or SPLIT > BLOCK_N:
+            for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+                key = block + near
+                at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
+                mask = (key < end)[:, None] & channel_mask[None, :]
+                k = tl.load(k_ptr + at, mask=mask, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask, other=0.0)
+                acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
             out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -184,6 +185,7 @@ def decode_attention(
         LENGTH=length, TOKENS=tokens, HEADS=heads, GROUPS=groups, HEAD_DIM=head_dim, PAGE=size, SPLIT=config.split,
         BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, next_power_of_2(head_dim)),
         STAGES=config.stages, AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)),
-        CHUNK=errand_chunk(ahead, units * programs, config.warps, early), THREADS=32 * config.warps, EARLY=early,
+        CHUNK=errand_chunk(ahead, units * programs, config.warps, early), THREADS=32 * config.warps,
+        ONCE=programs == splits, EARLY=early,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, launch_pdl=early,
     )  # fmt: skip

@@ -42,12 +42,12 @@ class Workspace(NamedTuple):
 def choose_plan(shape: DecodeShape, rows: int) -> DecodePlan:
     """The plan that measured best for such sizes."""
     if rows <= 8:
-        skinny = Tile(block_n=16, block_k=128, slices=4, stages=3, lines=16)
+        skinny = Tile(block_n=16, block_k=128, slices=4, stages=3, lines=8)
         return DecodePlan(
             qkv=skinny,
             o=skinny,
-            gate_up=Tile(block_n=32, block_k=64, slices=4, stages=3, lines=8),
-            down=Tile(block_n=16, block_k=64, slices=4, splits=4, stages=6, lines=8),
+            gate_up=Tile(block_n=16, block_k=64, slices=4, stages=4, lines=8),
+            down=Tile(block_n=16, block_k=64, slices=4, splits=4, stages=6, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
             attention=DecodeAttentionConfig(),
         )
