@@ -52,9 +52,10 @@ def _merge(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    bound = tl.where(row_mask, splits, 0)
     for base in range(0, splits, AHEAD):
         for near in tl.static_range(AHEAD):
-            mask = row_mask & (splits > base + near)
+            mask = bound > base + near
             part = (base + near) * row_heads + row_head
             theirs = tl.load(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], mask=mask[:, None] & channel_mask[None, :], other=0.0)
             their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
