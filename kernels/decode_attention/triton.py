@@ -41,29 +41,33 @@ def _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION: tl.
 
 
 @triton.jit
-def _merge(part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, row_heads, HEAD_DIM: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results, AHEAD of them at a time; empty ones at the end change no bit."""
-    near = tl.arange(0, AHEAD)[:, None]
+def _merge(
+    part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, row_heads,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results; empty ones at the end change no bit.
+
+    AHEAD of them are unrolled, so that their loads overlap. One at a time, because a sum over an axis of splits would cross the warps.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    bound = tl.where(row_mask, splits, 0)
     for base in range(0, splits, AHEAD):
-        mask = row_mask[None, :] & (base + near < splits)
-        part = (base + near) * row_heads + row_head[None, :]
-        theirs = tl.load(
-            part_ptr + part[:, :, None] * HEAD_DIM + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
-        )
-        their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
-        their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, tl.max(their_highest, 0))
-        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = tl.exp2(their_highest - safe[None, :])
-        shrink = tl.exp2(highest - safe)
-        acc = acc * shrink[:, None] + tl.sum(theirs * weight[:, :, None], 0)
-        total = total * shrink + tl.sum(their_total * weight, 0)
-        highest = new_highest
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        for near in tl.static_range(AHEAD):
+            mask = bound > base + near
+            part = (base + near) * row_heads + row_head
+            theirs = tl.load(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], mask=mask[:, None] & channel_mask[None, :], other=0.0)
+            their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
+            their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
+            new_highest = tl.maximum(highest, their_highest)
+            safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weight = tl.exp2(their_highest - safe)
+            shrink = tl.exp2(highest - safe)
+            acc = acc * shrink[:, None] + theirs * weight[:, None]
+            total = total * shrink + their_total * weight
+            highest = new_highest
+    return acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
 @triton.jit
@@ -132,7 +136,7 @@ def _decode_attention_kernel(
                 v = tl.load(v_ptr + at, mask=mask, other=0.0)
                 acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
-            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
         else:
             part = row_head + num_rows * HEADS * split
