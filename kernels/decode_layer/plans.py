@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kernels.decode_attention.config import DecodeAttentionConfig, decode_attention_parts
 from kernels.skinny_linear.tiles import Tile, token_block
 
-if TYPE_CHECKING:
-    from kernels.decode_layer.tensors import DecodeShape
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Sizes of a Llama-like model."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    eps: float = 1e-6
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the QKV matrix."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True)

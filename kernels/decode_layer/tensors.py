@@ -12,25 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.decode_layer.plans import DecodePlan, choose_plan, workspace
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    """Sizes of a Llama-like model."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    eps: float = 1e-6
-
-    @property
-    def qkv_rows(self) -> int:
-        """Rows of the QKV matrix."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+from kernels.decode_layer.plans import DecodePlan, DecodeShape, choose_plan, workspace
 
 
 class LayerTensors(Protocol):
