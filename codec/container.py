@@ -29,6 +29,8 @@ _SPAN_MAGIC = b"fS"
 _FILE_HEAD = struct.Struct("<8sHHI")
 _SECTION = struct.Struct("<4sQI")
 MAX_SECTIONS = 65535
+MIN_STEP, MAX_STEP = 2.0**-12, 2.0**12
+"""Quantiser steps that a span may have: others make nothing, or no finite number, of its integers."""
 _VARINT_BYTES = 9  # of seven bits: a non-negative int64
 
 
@@ -59,6 +61,8 @@ class SpanCode:
 
 def write_span(code: SpanCode) -> bytes:
     """The span's bytes."""
+    if not MIN_STEP <= code.step <= MAX_STEP:
+        raise BadInput(f"a quantiser step of {code.step}", f"choose one from {MIN_STEP:g} to {MAX_STEP:g}")
     if not 0 < code.num_tokens <= MAX_SPAN_TOKENS:
         raise BadInput(f"a span of {code.num_tokens} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
     tail = b"" if code.levels is None else _pack_levels(code.levels)
@@ -95,7 +99,7 @@ def read_span(data: bytes | memoryview) -> SpanCode:
         raise TruncatedCode(f"a coded span has {len(data)} of {size} bytes", _REMEDY)
     if len(data) > size or zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
         raise CorruptedCode("a coded span's checksum does not match", _REMEDY)
-    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not 0 < step < float("inf") or tail < flags * -(-tokens // 2):
+    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not MIN_STEP <= step <= MAX_STEP or tail < flags * -(-tokens // 2):
         raise CorruptedCode("a coded span's header contradicts itself", _REMEDY)
     at = _SPAN.size
     states = np.frombuffer(data, "<u4", lanes, at)

@@ -5,6 +5,7 @@ Every reader takes the error class to raise, as the same fault in a model folder
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -55,7 +56,8 @@ def open_regular(path: Path, error: type[ForetoldError], remedy: str, *, max_byt
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise error(f"{shown(str(path), 200)} is not a regular file", remedy)
+        why = os.strerror(errno.EISDIR) if stat.S_ISDIR(status.st_mode) else "it is not a regular file"
+        raise error(f"{shown(str(path), 200)} cannot be read: {why}", remedy)
     if max_bytes is not None and status.st_size > max_bytes:
         os.close(descriptor)
         raise error(f"{shown(str(path), 200)} has {status.st_size:,} bytes, more than the {max_bytes:,} such a file may have", remedy)

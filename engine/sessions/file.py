@@ -12,17 +12,17 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zstandard
 
-from codec.container import read_sections, write_sections
+from codec.container import FILE_MAGIC, read_sections, write_sections
 from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, PackMismatch, TruncatedCode
 from codec.spec import NUM_SINKS
 from codec.token_ids import MAX_TOKENS, decode_ids, decompress, encode_ids, num_ids
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
 from engine.hub.cache import is_disk_full
+from engine.inputs import Fields, open_regular, parse_json, shown
 
 MAX_META_BYTES = 1 << 20
 _SPAN_ENTRY_BYTES = 12  # start, end and size of a span, uint32 each
@@ -88,20 +88,28 @@ class SessionFile:
         return len(data)
 
     @classmethod
-    def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS) -> SessionFile:
-        """Read and check a file of at most `max_tokens` tokens.
+    def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS, max_bytes: int | None = None) -> SessionFile:
+        """Read and check a file of at most `max_tokens` tokens and `max_bytes` bytes; its first bytes are looked at before the rest is read.
 
         Raises:
-            BadSessionFile: it cannot be read, or is a folder.
+            BadSessionFile: it cannot be read, is no regular file, or is larger.
             Truncated, Corrupted, NewerVersion: what the bytes say; nothing is decoded from a file that fails a check.
         """
+        where = f"session file {shown(str(path), 200)[1:-1]}"
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise BadSessionFile(
-                f"the session file {path} cannot be read: {error.strerror or error}", "check the path and its permissions"
-            ) from error
-        with session_errors(path):
+            name = Path(path)
+        except TypeError as error:
+            raise BadSessionFile(f"a session file is named by {shown(path)}", "give a path") from error
+        with open_regular(name, BadSessionFile, "check the path and its permissions", max_bytes=max_bytes) as file, session_errors(path):
+            try:
+                head = file.read(len(FILE_MAGIC))
+                if head != FILE_MAGIC[: len(head)] or not head:
+                    raise ForeignCode("this is not a Foretold file", "check the path")
+                data = head + file.read()
+            except OSError as error:
+                raise BadSessionFile(f"{where} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
+            except MemoryError as error:
+                raise BadSessionFile(f"{where} is larger than the memory", _REMEDY) from error
             return cls.from_bytes(data, max_tokens)
 
     @classmethod
@@ -113,16 +121,17 @@ class SessionFile:
         meta_bytes, token_bytes, size_bytes, body = (content for _, content in sections)
         described = decompress(meta_bytes, MAX_META_BYTES, "the fields of the session's description")
         try:
-            meta: dict[str, Any] = json.loads(described)
-            num_cached, num_tokens = int(meta["num_cached"]), int(meta["num_tokens"])
-            quality, auto, fingerprints = (
-                str(meta["quality"]),
-                bool(meta.get("auto")),
-                {str(k): str(v) for k, v in meta["fingerprints"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptedCode("the session's description is malformed", _REMEDY) from error
-        if not 0 <= num_cached <= num_tokens <= MAX_TOKENS:
+            meta = parse_json(described, "its description", Corrupted, _REMEDY)
+            if not isinstance(meta, dict):
+                raise Corrupted("its description is no object", _REMEDY)
+            fields = Fields(meta, "its description", Corrupted, _REMEDY)
+            num_cached, num_tokens = fields.integer("num_cached", 0, MAX_TOKENS), fields.integer("num_tokens", 0, MAX_TOKENS)
+            quality, auto, fingerprints = fields.text("quality"), fields.boolean("auto", False), fields.mapping("fingerprints")
+            if not all(isinstance(digest, str) for digest in fingerprints.values()):
+                raise fields.refuse("fingerprints", "texts are needed")
+        except Corrupted as error:
+            raise CorruptedCode(f"the session's description is malformed: {error.what}", _REMEDY) from error
+        if num_cached > num_tokens:
             raise CorruptedCode("the session's token counts contradict each other", _REMEDY)
         if num_tokens > max_tokens:
             raise CorruptedCode(f"it holds tokens the model cannot have: {num_tokens}, where {max_tokens} fit", _REMEDY)

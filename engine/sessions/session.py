@@ -20,7 +20,9 @@ from engine.sessions.kv_codec import session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
+from engine.text.messages import encode_text
 from engine.text.prompts import encode_prompt
+from engine.text.prompts import token_ids as prompt_ids
 
 AUTO, TOKENS = "auto", "tokens"
 SESSION_QUALITIES = (AUTO, *QUALITIES, TOKENS)
@@ -60,6 +62,12 @@ class ResumeReport:
     reason: str | None
 
 
+def _largest_file(core: EngineCore) -> int:
+    """Bytes that no session of this engine's models exceeds: coded KV is smaller than bf16, of which the context holds so much."""
+    config = core.target.config
+    return (1 << 20) + 2 * 2 * config.num_layers * config.kv_width * core.context
+
+
 class Session:
     """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
 
@@ -86,7 +94,8 @@ class Session:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
         if restore not in RESTORES:
             raise InvalidOption(f"unknown way to restore {restore!r}", f"choose one of {', '.join(RESTORES)}")
-        self._begin(core, None if file is None else SessionFile.load(file, core.context), file, quality, pack, restore, log, began)
+        stored = None if file is None else SessionFile.load(file, core.context, _largest_file(core))
+        self._begin(core, stored, file, quality, pack, restore, log, began)
 
     @classmethod
     def from_bytes(
@@ -151,19 +160,21 @@ class Session:
             if text and tokenizer is None:
                 raise InvalidOption("a text prompt needs a tokenizer", "give token ids, or an engine with a tokenizer")
             first = not self.token_ids
-            ids = tokenizer(text, add_special_tokens=first)["input_ids"] if text and tokenizer is not None else []
+            ids = encode_text(tokenizer, text, add_special_tokens=first, most=self.core.context) if text else []
         else:
-            ids = list(text)
+            ids = prompt_ids(text)
         return self._run(ids, params, on_text)
 
     def chat(self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None) -> GenerationResult:
         """Say something as the user, through the model's chat template, and return the answer. Raises as `EngineCore.run`, and EmptyPrompt."""
+        if not isinstance(message, str):
+            raise InvalidOption(f"a message is of type {type(message).__name__}", "give a text")
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
         if self.token_ids:
             ids = next_turn(self.core.tokenizer, message, self.token_ids)
         else:
-            ids = encode_prompt(self.core.tokenizer, [{"role": "user", "content": message}])
+            ids = encode_prompt(self.core.tokenizer, [{"role": "user", "content": message}], self.core.context)
         return self._run(ids, params, on_text)
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:

@@ -18,7 +18,7 @@ from codec.spec import NUM_SINKS
 from codec.token_ids import MAX_TOKENS
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, PackMismatch, Truncated
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.file import SessionFile, Span
+from engine.sessions.file import SessionFile, Span, session_errors
 
 SPANS = [Span(NUM_SINKS, 68, b"first" * 20), Span(68, 90, b"second" * 7)]
 FILE = SessionFile([1, 70_000, 3] * 31, 90, "balanced", {"target": "a" * 64, "pack": "b"}, SPANS)
@@ -104,9 +104,8 @@ def test_every_flipped_bit_is_found(bit):
     data[bit // 8] ^= 1 << bit % 8
     named = []
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pathlib.Path.read_bytes", lambda _: bytes(data))
-            SessionFile.load("chat.kv")
+        with session_errors("chat.kv"):
+            SessionFile.from_bytes(bytes(data))
     except BadSessionFile as error:
         named.append(type(error))
     at_version = len(FILE_MAGIC) <= bit // 8 < len(FILE_MAGIC) + 2
