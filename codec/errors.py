@@ -1,17 +1,12 @@
-"""Named errors of the codec. Each says what is wrong and what to do about it; the engine wraps them for the command line."""
+"""Named errors of the codec. Each says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+from kernels.errors import ForetoldError
 
 
-class CodecError(ValueError):
-    """Base of every error this package raises on bad input.
-
-    Attributes:
-        what: the fact, one clause.
-        remedy: what the user can do, one clause.
-    """
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(f"{what} ({remedy})")
-        self.what, self.remedy = what, remedy
+class CodecError(ForetoldError, ValueError):
+    """Base of every error this package raises on bad input."""
 
 
 class TruncatedCode(CodecError):

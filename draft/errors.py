@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-
-class DraftError(ValueError):
-    """A drafter cannot do what was asked of it.
-
-    Args:
-        what: what went wrong, naming the offending value.
-        remedy: what to do about it.
-    """
-
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy
-        super().__init__(what, remedy)
-
-    def __str__(self) -> str:
-        return f"{self.what} ({self.remedy})"
+from kernels.errors import ForetoldError, InvalidOption
 
 
-class TrunkDepthError(DraftError):
+class DraftError(ForetoldError, ValueError):
+    """A drafter cannot do what was asked of it."""
+
+
+class TrunkDepthError(DraftError, InvalidOption):
     """The number of trunk layers does not leave both a trunk and a rest."""
 
 
-class FeatureTapError(DraftError):
+class FeatureTapError(DraftError, InvalidOption):
     """Features were asked for at a layer the drafter does not run."""
 
 

@@ -12,7 +12,11 @@ __all__ = ["Engine", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    # imported when asked for: `engine.hub.environment` must be able to look for a clashing package before anything heavy is loaded
+    # imported when asked for, once it is known that `kernels` is ours
+    from engine.hub.environment import kernels_package_clash
+
+    if clash := kernels_package_clash():
+        raise ImportError(f"{clash[0]} ({clash[1]})")
     if name == "Engine":
         from engine.engine import Engine
 

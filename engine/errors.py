@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from codec.errors import PackMismatch
+from draft.errors import AdapterError as BadAdapter
+from kernels.errors import ForetoldError, InvalidOption
 
-class ForetoldError(Exception):
-    """Base of all errors meant for a user: `str(error)` is one line, "what (remedy)"; the command line prints it and exits with status 2.
-
-    Args:
-        what: what went wrong, naming the offending value.
-        remedy: what the user can do; may be empty, and the brackets are then left out.
-    """
-
-    def __init__(self, what: str, remedy: str = "") -> None:
-        self.what = _printable(what)
-        self.remedy = _printable(remedy)
-        # Exception.args keep the constructor's form, so that the error survives pickling and copying
-        super().__init__(self.what, self.remedy)
-
-    def __str__(self) -> str:
-        return f"{self.what} ({self.remedy})" if self.remedy else self.what
-
-
-def _printable(text: str) -> str:
-    """The text on one line; control characters and lone surrogates, which file names may hold, as escapes instead of to the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-
+__all__ = [
+    "BadAdapter",
+    "BadSessionFile",
+    "CacheNotWritable",
+    "Corrupted",
+    "DiskFull",
+    "DownloadFailed",
+    "EmptyPrompt",
+    "ForeignModel",
+    "ForetoldError",
+    "HashMismatch",
+    "InvalidOption",
+    "KernelsPackageClash",
+    "ModelNotFound",
+    "NewerVersion",
+    "NonFiniteLogits",
+    "PackMismatch",
+    "PoolExhausted",
+    "PromptTooLong",
+    "Truncated",
+    "UnknownPair",
+    "UnsupportedArchitecture",
+    "VocabularyMismatch",
+]
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -76,10 +81,6 @@ class PromptTooLong(ForetoldError):
     """The prompt, with the tokens to be generated, does not fit the model's context."""
 
 
-class InvalidOption(ForetoldError):
-    """An option has a value outside its range, or two options exclude each other."""
-
-
 class NonFiniteLogits(ForetoldError):
     """The model gave logits that are NaN or infinite: its weights, or the keys and values it was given, are no numbers."""
 
@@ -89,14 +90,6 @@ class PoolExhausted(ForetoldError):
 
 
 # --- sessions and packs -----------------------------------------------------------------------------------------------
-
-
-class BadAdapter(ForetoldError):
-    """A trained trunk draft is missing, damaged, newer than the program, or made for another target."""
-
-
-class PackMismatch(ForetoldError):
-    """The codec pack was made for another target, draft or tokenizer."""
 
 
 class BadSessionFile(ForetoldError):

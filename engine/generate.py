@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from engine.errors import ForetoldError
-
 # before anything that imports our `kernels`: another package of that name would break those imports without saying why
-from engine.hub.environment import check_kernels_package
+from engine.hub.environment import kernels_package_clash
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    try:
-        check_kernels_package()
-        from engine.cli.command import run
-    except ForetoldError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if clash := kernels_package_clash():
+        what, remedy = clash
+        print(f"error: {what} ({remedy})", file=sys.stderr)
         return 2
+    from engine.cli.command import run
+
     return run(argv)
 
 

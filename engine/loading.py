@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draft.early_exit import default_trunk_layers
-from draft.errors import DraftError
 from draft.head_file import is_adapter
 from draft.pretrained import shipped_adapter
 from draft.source import DraftSource, EarlyExitSource, ModelSource
-from engine.errors import BadAdapter, InvalidOption
+from engine.errors import InvalidOption
 from engine.hub.resolve import resolve_model
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
@@ -46,10 +45,7 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
     if str(draft) == "none":
         return DraftChoice()
     if str(draft) == "trunk":
-        try:
-            shipped = shipped_adapter(target) if exit_layer is None else None
-        except DraftError as error:
-            raise BadAdapter(error.what, error.remedy) from error
+        shipped = shipped_adapter(target) if exit_layer is None else None
         if shipped is not None:
             return DraftChoice(head=shipped)
         return DraftChoice(exit_layer=default_trunk_layers(target.num_layers) if exit_layer is None else exit_layer)

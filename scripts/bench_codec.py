@@ -22,11 +22,9 @@ from typing import Any
 import torch
 
 from baselines import Calibration, CalibrationAccumulator
-from codec.errors import CodecError
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS, KvLayout
 from codec_compare import comparisons, print_comparisons, write_json
-from draft.errors import DraftError
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
@@ -253,7 +251,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
-    except (ForetoldError, CodecError, DraftError, OSError) as error:
+    except (ForetoldError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -26,7 +26,6 @@ import torch
 from bench.resume_links import LINKS, WAYS, crossovers, link_rows, plot
 from bench.resume_runs import ResumeBench
 from bench.resume_shapes import SHAPES, build
-from codec.errors import CodecError
 from codec.spec import QUALITIES
 from codec_compare import write_json
 from engine.calibrate.corpus import library_texts
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row | {"twin_error": errors[quality]})
             say(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
         step_s = bench.step_s(args.repeats)
-    except (ForetoldError, CodecError) as error:
+    except ForetoldError as error:
         return report(error)  # type: ignore[arg-type]
     links = link_rows(rows, LINKS, step_s)
     crossed = crossovers(links)

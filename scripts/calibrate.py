@@ -25,9 +25,7 @@ from typing import Any
 
 import torch
 
-from codec.errors import CodecError
 from codec.pack import CodecPack
-from draft.errors import DraftError
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
 from engine.cli.options import Parser
@@ -91,7 +89,7 @@ def log(line: str) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Calibrates and saves; returns the figures. Raises ForetoldError, CodecError or DraftError on bad input."""
+    """Calibrates and saves; returns the figures. Raises ForetoldError on bad input."""
     if (args.pair is None) == (args.target is None):
         raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
     shares = shares_of(args.mix, args.text) if args.mix is not None else []
@@ -170,7 +168,7 @@ def main() -> int:
     try:
         args = arguments()
         figures = run(args)
-    except (ForetoldError, CodecError, DraftError) as error:
+    except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json_out:

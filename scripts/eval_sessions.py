@@ -37,10 +37,8 @@ from typing import Any
 
 import torch
 
-from codec.errors import CodecError
 from codec.pack import CodecPack
 from codec.spec import QUALITIES
-from draft.errors import DraftError
 from engine.calibrate.corpus import library_texts
 from engine.cli.options import Parser
 from engine.engine import Engine
@@ -291,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         positions = [row for row in document["rows"] if row["task"] == "position" and row["nll"] is not None]
         if options.plot and positions:
             plot_positions(positions, f"{document['pair']}: size of the code against position", options.plot)
-    except (ForetoldError, CodecError, DraftError, OSError) as error:
+    except (ForetoldError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_report(document)

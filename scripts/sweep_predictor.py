@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 
-from codec.errors import CodecError
 from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import RidgeMoments
 from codec.spec import QUALITIES
 from codec_compare import write_json
 from draft.early_exit import default_trunk_layers
-from draft.errors import DraftError
 from engine.calibrate.budget import PACK_BUDGET, bf16_bytes
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
@@ -226,7 +224,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
-    except (ForetoldError, CodecError, DraftError, OSError) as error:
+    except (ForetoldError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

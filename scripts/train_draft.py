@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from draft.errors import DraftError
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.hub.resolve import resolve_model, resolve_pair
@@ -269,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     try:
         return run(arguments())
-    except (ForetoldError, DraftError) as error:
+    except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

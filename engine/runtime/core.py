@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from draft.errors import DraftError
 from draft.length import CostModel, measure_costs
 from draft.protocols import FeatureStore
 from draft.source import DraftSource
@@ -67,13 +66,10 @@ class EngineCore:
         self.pool = open_pool(target, config.kv_cache_dtype, start, config.page_size, pages, means=kv_means)
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
-        try:
-            self.drafter = None
-            if source is not None:
-                cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
-                self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
-        except DraftError as error:
-            raise InvalidOption(error.what, error.remedy) from error
+        self.drafter = None
+        if source is not None:
+            cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
+            self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
         self.scheduler = Scheduler(
             runner,
             self.pool,
@@ -157,10 +153,7 @@ class EngineCore:
         """
         if self.drafter is None:
             raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
-        try:
-            self.drafter.keep_features(taps, new_buffer)
-        except DraftError as error:
-            raise InvalidOption(error.what, error.remedy) from error
+        self.drafter.keep_features(taps, new_buffer)
 
     def open_conversation(self) -> Conversation:
         """An empty conversation. It keeps its pages until `close_conversation`."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from draft.errors import DraftError
 from draft.head_file import HEAD, TOKEN_IDS, load_adapter
 from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
 from engine.errors import BadAdapter
@@ -32,11 +31,8 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     Raises:
         BadAdapter: it is missing, damaged, newer than the program, or made for a target of another shape.
     """
-    try:
-        config, tensors = load_adapter(folder)
-        config.check_target(target.config)
-    except DraftError as error:
-        raise BadAdapter(error.what, error.remedy) from error
+    config, tensors = load_adapter(folder)
+    config.check_target(target.config)
     token_ids = tensors.pop(TOKEN_IDS).long()
     if int(token_ids[-1]) >= target.config.vocab_size:
         raise BadAdapter(f"the trunk adapter {folder} holds tokens that its target does not have", "copy the adapter's folder again")
