@@ -19,8 +19,8 @@ class DraftError(ValueError):
         return f"{self.what} ({self.remedy})"
 
 
-class TrunkDepthError(DraftError):
-    """The number of trunk layers does not leave both a trunk and a rest."""
+class ExitLayerError(DraftError):
+    """The exit layer does not leave layers both below and above it."""
 
 
 class FeatureTapError(DraftError):
@@ -28,11 +28,11 @@ class FeatureTapError(DraftError):
 
 
 class AdapterError(DraftError):
-    """A trunk adapter's folder cannot be used."""
+    """A draft head's folder cannot be used."""
 
 
 class AdapterNotFound(AdapterError):
-    """The folder lacks a file of the adapter."""
+    """The folder lacks a file of the draft head."""
 
 
 class CorruptedAdapter(AdapterError):
@@ -48,11 +48,11 @@ class NewerAdapter(AdapterError):
 
 
 class AdapterMismatch(AdapterError):
-    """The adapter was trained for a target of another shape."""
+    """The draft head was trained for a target of another shape."""
 
 
 class TrainingError(DraftError):
-    """A trunk draft cannot be trained this way."""
+    """A draft head cannot be trained this way."""
 
 
 class TrainingDataError(TrainingError):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from draft.tree import Placement
+from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.quantized_pool import QuantizedBatch
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         hidden: torch.Tensor | None = None,
         observe: Observer | None = None,
-        placements: list[Placement] | None = None,
+        placements: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
         """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.

@@ -128,8 +128,8 @@ class Scheduler:
     def _demands(self, request: Request) -> list[tuple[KvPool, KvSequence]]:
         demands = [(self.pool, request.sequence)]
         drafts = request.params.draft_length != 0 or (
-            self.drafter is not None and self.drafter.verify_from
-        )  # a trained trunk keeps up regardless
+            self.drafter is not None and self.drafter.exit_layer
+        )  # a draft head keeps up regardless
         if self.draft_pool is not None and request.draft_state is not None and drafts:
             demands.append((self.draft_pool, request.draft_state.cache))
         return demands
