@@ -213,6 +213,7 @@ class Drafter(Protocol):
     name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to
     `observe_target`. exit_layer: first layer the target still has to run on a proposal (0 unless drafts rest on its own first layers).
     runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
+    deterministic: whether its forwards are batch-invariant; a step sets it where verification goes on from them.
     """
 
     name: str
@@ -220,6 +221,7 @@ class Drafter(Protocol):
     exit_layer: int
     runs_last_draft: bool
     max_positions: int
+    deterministic: bool
 
     @property
     def target_taps(self) -> tuple[int, ...]: ...

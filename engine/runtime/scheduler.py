@@ -81,16 +81,25 @@ class Scheduler:
             chosen.append(request)
             chunks.append(chunk)
         if chosen:
-            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self.deterministic)
+            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self._deterministic(chosen))
         if decoding:
             decode_step(
-                decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic, plain=self.plain
+                decoding,
+                self.target,
+                self.drafter,
+                catch_up=self.prefill_chunk,
+                deterministic=self._deterministic(decoding),
+                plain=self.plain,
             )
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
         self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
         return refused + finished
+
+    def _deterministic(self, requests: list[Request]) -> bool:
+        """Whether a step of these must be batch-invariant: what a seed names may not depend on who else is served."""
+        return self.deterministic or any(request.params.seed is not None for request in requests)
 
     def _admit(self) -> list[Request]:
         refused: list[Request] = []
