@@ -70,7 +70,7 @@ def decode_step(
     Failure leaves every request as it was: lengths only move at the end.
     """
     began = time.perf_counter()
-    if drafter and drafter.verify_from:
+    if drafter and drafter.exit_layer:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
