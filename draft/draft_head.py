@@ -1,4 +1,4 @@
-"""The trained layers of a trunk draft at work: they run on the target's hidden states after its first m layers, with a KV of their own.
+"""A draft head at work: trained layers that run on the target's hidden states after its first m layers, with a KV of their own.
 
 Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
 them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
@@ -19,28 +19,28 @@ from torch import Tensor
 from draft.protocols import CausalDecoder, DraftState, FeatureStore, KvPool
 from draft.rows import pick
 
-MAX_WAITING = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
+MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
 
 
 @dataclass
-class AdaptedState(DraftState):
-    """A trunk's state with the own layers' cache.
+class DraftHeadState(DraftState):
+    """The state of a request under a draft head, with the own layers' cache.
 
-    own: their KV of a prefix of the committed tokens. waiting [n, E]: the trunk's states of the n tokens after it, which they have not run.
+    own: their KV of a prefix of the committed tokens. pending_hidden [n, E]: the states at the exit of the n tokens after it, which they have not run.
     """
 
     own: Any = None
-    waiting: Tensor | None = None
+    pending_hidden: Tensor | None = None
 
     @property
-    def covered(self) -> int:
+    def num_cached(self) -> int:
         """Tokens the own layers have run or can run; fewer than the target's when its cache was filled without their knowledge."""
-        return self.own.length + self.num_waiting
+        return self.own.length + self.num_pending_hidden
 
     @property
-    def num_waiting(self) -> int:
+    def num_pending_hidden(self) -> int:
         """n."""
-        return 0 if self.waiting is None else len(self.waiting)
+        return 0 if self.pending_hidden is None else len(self.pending_hidden)
 
     @property
     def cache(self) -> Any:
@@ -50,12 +50,14 @@ class AdaptedState(DraftState):
     def align(self) -> None:
         """Forget what lies beyond the target's sequence, which was cut or never advanced."""
         length = self.sequence.length
-        if self.covered > length:
+        if self.num_cached > length:
             self.own.truncate(min(self.own.length, length))
-            self.waiting = None if self.waiting is None or self.own.length == length else self.waiting[: length - self.own.length]
+            self.pending_hidden = (
+                None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
+            )
 
 
-class TrunkAdapter:
+class DraftHead:
     """The own layers with their norm and head, and where their KV lies.
 
     Args:
@@ -68,41 +70,41 @@ class TrunkAdapter:
     def __init__(self, decoder: CausalDecoder, token_ids: Tensor, pool: KvPool, *, deterministic: bool = False) -> None:
         self.decoder, self.token_ids, self.pool, self.deterministic = decoder, token_ids, pool, deterministic
 
-    def open(self, target_sequence: Any, features: FeatureStore | None) -> AdaptedState:
+    def open(self, target_sequence: Any, features: FeatureStore | None) -> DraftHeadState:
         """A state over the target's sequence, none of whose tokens is known to the own layers."""
-        return AdaptedState(target_sequence, features, self.pool.new_sequence())
+        return DraftHeadState(target_sequence, features, self.pool.new_sequence())
 
-    def wait(self, state: AdaptedState, rows: Tensor) -> None:
-        """Trunk states rows [n, E] of the tokens after the covered ones join those that wait."""
-        state.waiting = rows if state.waiting is None else torch.cat((state.waiting, rows))
+    def append_hidden(self, state: DraftHeadState, rows: Tensor) -> None:
+        """exit states rows [n, E] of the tokens after the covered ones join those that wait."""
+        state.pending_hidden = rows if state.pending_hidden is None else torch.cat((state.pending_hidden, rows))
 
-    def run_waiting(self, states: Sequence[AdaptedState], taps: tuple[int, ...] = (), *, least: int = 1) -> Mapping[int, Tensor]:
+    def run_pending(self, states: Sequence[DraftHeadState], taps: tuple[int, ...] = (), *, least: int = 1) -> Mapping[int, Tensor]:
         """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}."""
-        chosen = [state for state in states if state.num_waiting >= least]
+        chosen = [state for state in states if state.num_pending_hidden >= least]
         if not chosen:
             return {}
-        rows = [state.waiting for state in chosen if state.waiting is not None]
+        rows = [state.pending_hidden for state in chosen if state.pending_hidden is not None]
         counts = [len(part) for part in rows]
         out = self.forward([s.own for s in chosen], torch.cat(rows), counts, [s.own.length for s in chosen], taps)
         for state, count in zip(chosen, counts, strict=True):
-            state.waiting = None  # first: broken off in between, the tokens count as never run
+            state.pending_hidden = None  # first: broken off in between, the tokens count as never run
             state.own.advance(count)
         return out.taps
 
-    def commit(self, state: AdaptedState, num_run: int | None, rows: Tensor) -> bool:
-        """Keep a block's committed tokens, whose trunk states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
+    def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
+        """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
         False, and nothing is kept, where the block's first token does not follow the covered ones (num_run None)."""
         if num_run is None:
             return False
         if run := min(num_run, len(rows)):
-            count, state.waiting = state.num_waiting + run, None
+            count, state.pending_hidden = state.num_pending_hidden + run, None
             state.own.advance(count)
         if run < len(rows):
-            self.wait(state, rows[run:])
+            self.append_hidden(state, rows[run:])
         return True
 
     def forward(self, sequences: list[Any], hidden: Tensor, counts: list[int], starts: list[int], taps: tuple[int, ...]) -> Any:
-        """The own layers over trunk states [N, E]; moves nothing. Returns a DecoderOutput without logits."""
+        """The own layers over exit states [N, E]; moves nothing. Returns a DecoderOutput without logits."""
         return self.decoder.forward(
             None, sequences, counts, starts=starts, hidden=hidden, taps=taps, logits="none", deterministic=self.deterministic
         )
@@ -112,8 +114,8 @@ class TrunkAdapter:
         return self.decoder.head(hidden, deterministic=self.deterministic)
 
 
-class AdapterBlock:
-    """The own layers' part in drafting one block: called after each of the trunk's passes, which has one row per request.
+class DraftHeadBlock:
+    """The own layers' part in drafting one block: called after each pass of the first layers, which has one row per request.
 
     num_run: per request the tokens of the block that the own layers have run; None where the target's cache is not covered: such a request cannot
     draft, and its rows are passed over.
@@ -124,12 +126,12 @@ class AdapterBlock:
             drafts included.
     """
 
-    def __init__(self, adapter: TrunkAdapter, states: Sequence[AdaptedState], taps: tuple[int, ...]) -> None:
+    def __init__(self, adapter: DraftHead, states: Sequence[DraftHeadState], taps: tuple[int, ...]) -> None:
         self.adapter, self.states, self.taps = adapter, states, taps
-        self.num_run = [0 if state.covered == state.sequence.length else None for state in states]
+        self.num_run = [0 if state.num_cached == state.sequence.length else None for state in states]
 
     def step(self, rows: Sequence[int], hidden: Tensor, drawing: Sequence[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Run the trunk's states hidden [n, E] of the requests `rows`.
+        """Run the states at the exit hidden [n, E] of the requests `rows`.
 
         drawing: which of the rows want to draw. Returns float32 logits [len(drawing), R] (None without any) and, where taps are wanted, {i: [n, E]} of
         all rows, undefined for requests that cannot draft.
@@ -141,12 +143,12 @@ class AdapterBlock:
         for i in chosen:
             state, done = self.states[rows[i]], self.num_run[rows[i]]
             assert done is not None, "a request whose cache is not covered was asked for drafts"
-            first = done == 0 and state.waiting is not None
-            if first and state.waiting is not None:
-                parts.append(state.waiting)
+            first = done == 0 and state.pending_hidden is not None
+            if first and state.pending_hidden is not None:
+                parts.append(state.pending_hidden)
             parts.append(hidden[i : i + 1])
-            counts.append(1 + first * state.num_waiting)
-            starts.append(state.own.length if first else state.covered + done)
+            counts.append(1 + first * state.num_pending_hidden)
+            starts.append(state.own.length if first else state.num_cached + done)
             self.num_run[rows[i]] = done + 1
         out = self.adapter.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows

@@ -1,4 +1,4 @@
-"""The target's own first layers as drafter, alone or under trained layers: verification goes on from the trunk's hidden states."""
+"""The target's own first layers as drafter, alone or under trained layers: verification goes on from the hidden states at the exit."""
 
 from __future__ import annotations
 
@@ -8,79 +8,77 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from draft.draft_head import MAX_WAITING, AdaptedState, AdapterBlock, TrunkAdapter
-from draft.errors import TrunkDepthError
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState
+from draft.errors import ExitLayerError
 from draft.model import append_features, check_taps
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, Proposal, ScratchPasses
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Policies, Proposal, ScratchPasses
 
 
-def default_trunk_layers(num_layers: int) -> int:
-    """Layers of a trunk when nobody says otherwise: a fifth of the target's."""
+def default_exit_layer(num_layers: int) -> int:
+    """Layers of an early exit when nobody says otherwise: a fifth of the target's."""
     return max(1, num_layers // 5)
 
 
-class TrunkDrafter:
-    """Drafts with the target's first `num_layers` layers, under the layers, norm and head of a trained adapter or the target's own norm and head.
+class EarlyExitDrafter:
+    """Drafts with the target's first `num_layers` layers, under a trained draft head or the target's own norm and head.
 
     Untrained, it is exact and accepts little; trained, it is exact and accepts more.
 
-    The trunk's KV is the target's, in the target's sequence; an adapter has its own (see `draft.draft_head`). Every block runs the first layers once
-    for the pending token and each draft; the target's verification then starts at layer `num_layers` from the hidden states in the proposal, so no
+    The first layers' KV is the target's, in the target's sequence; a draft head has its own (see `draft.draft_head`). Every block runs the first layers
+    once for the pending token and each draft; the target's verification then starts at layer `num_layers` from the hidden states in the proposal, so no
     layer runs twice for a token.
 
-    Feature taps 0 to `num_layers` are the trunk's hidden states, those beyond are the adapter's after its first, second... layer.
+    Feature taps 0 to `num_layers` are the hidden states at the exit, those beyond are the draft head's after its first, second... layer.
 
     Args:
         decoder: the target.
-        num_layers: layers of the trunk, 1 <= num_layers < the target's.
+        num_layers: layers below the exit, 1 <= num_layers < the target's.
         deterministic: passed to every forward.
-        adapter: trained layers that go on from the trunk's states.
+        adapter: the draft head that goes on from the states at the exit.
     """
 
     runs_last_draft = True
 
-    def __init__(
-        self, decoder: CausalDecoder, num_layers: int, *, deterministic: bool = False, adapter: TrunkAdapter | None = None
-    ) -> None:
+    def __init__(self, decoder: CausalDecoder, num_layers: int, *, deterministic: bool = False, adapter: DraftHead | None = None) -> None:
         total = decoder.config.num_layers
         if not 1 <= num_layers < total:
-            raise TrunkDepthError(f"a trunk of {num_layers} layers does not fit a target of {total}", f"choose between 1 and {total - 1}")
+            raise ExitLayerError(f"a trunk of {num_layers} layers does not fit a target of {total}", f"choose between 1 and {total - 1}")
         self.decoder, self.num_layers, self.deterministic, self.adapter = decoder, num_layers, deterministic, adapter
         self.name = "trunk" if adapter is None else "trained trunk"
-        self.verify_from = num_layers
+        self.exit_layer = num_layers
         self.feature_taps: tuple[int, ...] = ()
         self.max_positions: int = decoder.config.max_position_embeddings
         self._new_buffer: Callable[[], FeatureStore] | None = None
 
     @property
     def target_taps(self) -> tuple[int, ...]:
-        """A prompt's hidden states come from the target's prefill: the trunk's features, and what an adapter goes on from."""
+        """A prompt's hidden states come from the target's prefill: features at and below the exit, and what a draft head goes on from."""
         start = () if self.adapter is None else (self.num_layers,)
         return tuple(sorted({*start, *(tap for tap in self.feature_taps if tap <= self.num_layers)}))
 
     @property
     def own_taps(self) -> tuple[int, ...]:
-        """Numbers of the adapter's layers whose states are features."""
+        """Numbers of the draft head's layers whose states are features."""
         return tuple(tap - self.num_layers for tap in self.feature_taps if tap > self.num_layers)
 
     @property
-    def takes_siblings(self) -> bool:
-        """Not where the adapter's states are kept, which a sibling has none of."""
+    def takes_leaves(self) -> bool:
+        """Not where the draft head's states are kept, which a leaf has none of."""
         return not self.own_taps
 
     @property
     def weight_bytes(self) -> int:
-        """The adapter's; the trunk itself is the target's."""
+        """The draft head's; the first layers are the target's."""
         return 0 if self.adapter is None else self.adapter.decoder.weight_bytes
 
     @property
     def pool_bytes(self) -> int:
-        """Of the adapter's pool; the trunk lies in the target's."""
+        """Of the draft head's pool; the first layers' KV lies in the target's."""
         return 0 if self.adapter is None else self.adapter.pool.bytes
 
     def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
-        """States opened from now on keep the hidden states after `taps` layers. Raises FeatureTapError beyond the trunk and its adapter."""
+        """States opened from now on keep the hidden states after `taps` layers. Raises FeatureTapError beyond the exit and the draft head."""
         check_taps(taps, self.num_layers + (self.adapter.decoder.config.num_layers if self.adapter else 0), self.name)
         self.feature_taps, self._new_buffer = taps, new_buffer if taps else None
 
@@ -92,16 +90,16 @@ class TrunkDrafter:
         return DraftState(target_sequence, features) if self.adapter is None else self.adapter.open(target_sequence, features)
 
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
-        """Write the trunk's layers' KV of tokens that follow what each state covers, and keep their features.
+        """Write the first layers' KV of tokens that follow what each state covers, and keep their features.
 
         The sequences do not move: the other layers' KV of these tokens is still to be written, by whoever restores a session, who then
-        advances; or it is there already, where an adapter learns of a cache that was filled without it. A run of several calls passes
-        the tokens behind the sequence: positions start where features end, where they are kept, or where the adapter's knowledge does.
+        advances; or it is there already, where a draft head learns of a cache that was filled without it. A run of several calls passes
+        the tokens behind the sequence: positions start where features end, where they are kept, or where the draft head's knowledge does.
         """
         query_lens = [len(t) for t in tokens]
         flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
         if self.adapter is not None:
-            starts = [state.covered for state in states]
+            starts = [state.num_cached for state in states]
         else:
             starts = [state.sequence.length if state.features is None else state.features.length for state in states]
         out = self.decoder.forward(
@@ -117,9 +115,9 @@ class TrunkDrafter:
         self._keep(states, starts, query_lens, out.taps)
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
-        """Keep the features of a prompt chunk the target just ran, and what the adapter needs of it."""
+        """Keep the features of a prompt chunk the target just ran, and what the draft head needs of it."""
         for state in states:
-            if isinstance(state, AdaptedState):
+            if isinstance(state, DraftHeadState):
                 state.align()
         self._keep(states, [state.sequence.length for state in states], query_lens, taps)
 
@@ -128,19 +126,19 @@ class TrunkDrafter:
         if self.adapter is None:
             append_features(states, query_lens, taps, self.feature_taps)
             return
-        adapted = cast(Sequence[AdaptedState], states)
-        follows = [state.covered == start for state, start in zip(adapted, starts, strict=True)]
+        adapted = cast(Sequence[DraftHeadState], states)
+        follows = [state.num_cached == start for state, start in zip(adapted, starts, strict=True)]
         for state, own, rows in zip(adapted, follows, taps[self.num_layers].split(list(query_lens)), strict=True):
             if own:
-                self.adapter.wait(state, rows)
+                self.adapter.append_hidden(state, rows)
         behind = [state for state, own in zip(adapted, follows, strict=True) if own]
         if not self.own_taps:
-            self.adapter.run_waiting(behind, least=MAX_WAITING)
+            self.adapter.run_pending(behind, least=MAX_PENDING_HIDDEN)
             self._append(adapted, starts, query_lens, taps)
             return
         # rows that waited from before have had their turn: only those of this pass are features
-        counts = [state.num_waiting for state in behind]
-        parts = {tap: iter(states.split(counts)) for tap, states in self.adapter.run_waiting(behind, self.own_taps).items()}
+        counts = [state.num_pending_hidden for state in behind]
+        parts = {tap: iter(states.split(counts)) for tap, states in self.adapter.run_pending(behind, self.own_taps).items()}
         missing = taps[self.num_layers]
         own_states = {
             self.num_layers + tap: torch.cat(
@@ -177,18 +175,18 @@ class TrunkDrafter:
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        gates: Gates = None,
+        policies: Policies = None,
     ) -> Proposal:
-        """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs its trunk."""
+        """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs the first layers."""
         assert all(len(tokens) == 1 for tokens in pending), "the trunk shares the target's cache, which lacks exactly the last token"
-        own = None if self.adapter is None else AdapterBlock(self.adapter, cast(Sequence[AdaptedState], states), self.own_taps)
+        own = None if self.adapter is None else DraftHeadBlock(self.adapter, cast(Sequence[DraftHeadState], states), self.own_taps)
         return draft_block(
             self.decoder,
             [s.sequence for s in states],
             pending,
             lengths,
             sampler,
-            gates,
+            policies,
             last_layer=self.num_layers,
             runs_last_draft=True,
             taps=self.feature_taps,
@@ -197,14 +195,14 @@ class TrunkDrafter:
         )
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
-        """Keep the features of the committed tokens, and the adapter's KV; the target's sequence is advanced by the decode step itself."""
+        """Keep the features of the committed tokens, and the draft head's KV; the target's sequence is advanced by the decode step itself."""
         at = 0
         for b, state in enumerate(states):
             rows, gap = proposal.features[b], False
-            if isinstance(state, AdaptedState) and self.adapter is not None:
+            if isinstance(state, DraftHeadState) and self.adapter is not None:
                 assert proposal.hidden is not None
-                gap = not self.adapter.commit(state, proposal.num_adapted[b], proposal.hidden[at : at + num_new[b]])
-            at += proposal.num_run[b] + proposal.num_siblings(b)
+                gap = not self.adapter.commit(state, proposal.num_draft_cached[b], proposal.hidden[at : at + num_new[b]])
+            at += proposal.num_run[b] + proposal.num_leaves(b)
             if state.features is None or rows is None:
                 continue
             if gap and self.own_taps:
@@ -212,17 +210,17 @@ class TrunkDrafter:
             else:
                 state.features.append(rows[: num_new[b]])
         if self.adapter is not None:
-            self.adapter.run_waiting(cast(Sequence[AdaptedState], states), least=MAX_WAITING)
+            self.adapter.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
 
     def close(self, states: Sequence[DraftState]) -> None:
-        """Free an adapter's pages; the sequences themselves belong to the target."""
+        """Free a draft head's pages; the sequences themselves belong to the target."""
         for state in states:
-            if isinstance(state, AdaptedState):
+            if isinstance(state, DraftHeadState):
                 state.own.free()
 
     def scratch(self, new_target_sequence: Callable[[], Any]) -> ScratchPasses:
-        """The first layers with the target's head, or with the adapter's layers and head; the last draft runs the first layers alone, which only is
-        another pass where there is an adapter."""
+        """The first layers with the target's head, or with the draft head's layers and head; the last draft runs the first layers alone, which only is
+        another pass where there is a draft head."""
         adapter, sequences = self.adapter, [new_target_sequence()]
 
         def trunk(sequence: Any, count: int) -> Any:

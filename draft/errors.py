@@ -9,8 +9,8 @@ class DraftError(ForetoldError, ValueError):
     """A drafter cannot do what was asked of it."""
 
 
-class TrunkDepthError(DraftError, InvalidOption):
-    """The number of trunk layers does not leave both a trunk and a rest."""
+class ExitLayerError(DraftError, InvalidOption):
+    """The exit layer does not leave layers both below and above it."""
 
 
 class FeatureTapError(DraftError, InvalidOption):
@@ -18,11 +18,11 @@ class FeatureTapError(DraftError, InvalidOption):
 
 
 class AdapterError(DraftError):
-    """A trunk adapter's folder cannot be used."""
+    """A draft head's folder cannot be used."""
 
 
 class AdapterNotFound(AdapterError):
-    """The folder lacks a file of the adapter."""
+    """The folder lacks a file of the draft head."""
 
 
 class CorruptedAdapter(AdapterError):
@@ -38,11 +38,11 @@ class NewerAdapter(AdapterError):
 
 
 class AdapterMismatch(AdapterError):
-    """The adapter was trained for a target of another shape."""
+    """The draft head was trained for a target of another shape."""
 
 
 class TrainingError(DraftError):
-    """A trunk draft cannot be trained this way."""
+    """A draft head cannot be trained this way."""
 
 
 class TrainingDataError(TrainingError):

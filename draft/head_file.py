@@ -1,11 +1,11 @@
-"""A trained trunk draft on disk: the layers, norm and head that run on a target's hidden states after its first m layers.
+"""A draft head on disk: the layers, norm and head that run on a target's hidden states after its first m layers.
 
 A folder with `config.json` (`AdapterConfig`), `adapter.safetensors` (the tensors, and a digest over them and the config), optionally
 `pack.safetensors` (a codec pack of the pair) and `README.md` (the model card).
 
 Tensors: "token_ids" int32 [R], the ids of the reduced vocabulary in the target's, ascending; each own layer under its Hugging Face name,
 "model.layers.{i}.self_attn.q_proj.weight" and so on with i from 0; "model.norm.weight" [E]; "lm_head.weight" [R, E] when the head is the
-adapter's own (a tied one is the target's head at token_ids). In 8 bits a matrix "name" is int8 [out, in] with "name.scale" float16
+draft head's own (a tied one is the target's head at token_ids). In 8 bits a matrix "name" is int8 [out, in] with "name.scale" float16
 [out, ceil(in / 64)]: symmetric, rounded to nearest, one scale for each 64 inputs. In 16 bits it is bfloat16. Vectors are float32.
 """
 
@@ -35,7 +35,7 @@ GROUP = 64  # inputs that share a scale
 _SCALE = ".scale"
 _MAX_CONFIG_BYTES = 16 << 20
 _REMEDY = "copy the adapter's folder again, or train one with scripts/train_draft.py"
-# what the layers of an adapter have in common with the target's
+# what the layers of a draft head have in common with the target's
 _FACTS = (
     "architecture",
     "num_layers",
@@ -54,11 +54,11 @@ _FACTS = (
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `config.json` says of an adapter.
+    """What `config.json` says of a draft head.
 
     target: name of the model it was trained for. target_fingerprint_config: `target_digest` of that model's config. trunk_layers: m.
     num_layers: n, own layers. vocab_size: R. head: "own" or "tied" (to the target's). bits: 8 or 16, of the stored matrices. training: facts and
-    figures of the training, for reports only. digest: SHA-256 of the adapter as stored, "" before it was (not in the file).
+    figures of the training, for reports only. digest: SHA-256 of the draft head as stored, "" before it was (not in the file).
     """
 
     target: str
@@ -82,7 +82,7 @@ class AdapterConfig:
             raise ForeignAdapter(f"an adapter with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
 
     def check_target(self, config: Any) -> None:
-        """AdapterMismatch unless `config` (a decoder's) has the shape of the target the adapter was trained for."""
+        """AdapterMismatch unless `config` (a decoder's) has the shape of the target the draft head was trained for."""
         if self.target_fingerprint_config != target_digest(config):
             raise AdapterMismatch(
                 f"the trunk adapter was trained for another model, {self.target}", "use it with that one, or --draft trunk"
@@ -90,7 +90,7 @@ class AdapterConfig:
 
 
 def target_digest(config: Any) -> str:
-    """SHA-256 (hex) over the sizes and options in a decoder's config that an adapter depends on; fine-tuned models of one shape agree."""
+    """SHA-256 (hex) over the sizes and options in a decoder's config that a draft head depends on; fine-tuned models of one shape agree."""
     facts = {name: getattr(config, name) for name in _FACTS} | {"rope_theta": config.rope.theta}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -176,7 +176,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """True when the folder's config.json says that it holds a trunk adapter, of any version and in any state."""
+    """True when the folder's config.json says that it holds a draft head, of any version and in any state."""
     path = Path(folder) / CONFIG_FILE
     try:
         return _is_file(path) and json.loads(_read_text(path)).get("format") == FORMAT

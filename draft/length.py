@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from draft.protocols import CausalDecoder, Drafter, ScratchPasses
-from draft.stopping import Calibration, Gate
+from draft.stopping import AcceptanceEstimator, StoppingPolicy
 from draft.tree import MAX_CHAIN
 
 MAX_AUTO_LENGTH = MAX_CHAIN
@@ -36,7 +36,7 @@ Curve = tuple[tuple[int, float], ...]
 class CostModel:
     """Seconds of the forwards of one step, as curves over their number of tokens.
 
-    draft: one drafting pass, ((tokens, seconds), ...) in rising order. verify: the target's forward (from its first layer after a trunk).
+    draft: one drafting pass, ((tokens, seconds), ...) in rising order. verify: the target's forward (from the exit layer on).
     runs_last_draft: a block of k drafts takes k + 1 drafting passes, and a step without drafts takes one. last: what the pass over the last
     draft takes (which proposes nothing), where that is less.
     """
@@ -51,17 +51,17 @@ class CostModel:
         last = _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         return length * _at(self.draft, batch) + last + _at(self.verify, batch * (length + 1))
 
-    def gate(self, calibration: Calibration, rate: float, batch: int, candidates: int = 1) -> Gate:
-        """A gate over drafts each of which is accepted with probability `rate`, in a batch of so many decoding requests."""
+    def policy(self, estimator: AcceptanceEstimator, rate: float, batch: int, candidates: int = 1) -> StoppingPolicy:
+        """A stopping policy over drafts each of which is accepted with probability `rate`, in a batch of so many decoding requests."""
         k = self.best_length(rate, batch)
         tokens_per_s = expected_tokens(k, rate) / self.step_seconds(k, batch)  # of each request; passes are shared by all of them
         draft, last = _at(self.draft, batch), _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
         more = [_at(self.verify, batch * (i + 2)) - _at(self.verify, batch * (i + 1)) for i in range(MAX_AUTO_LENGTH)]
-        # a sibling's row in the verification and in the trunk's pass; over many rows, as the difference between a few drowns in the noise
+        # a leaf's row in the verification and in the pass of the first layers; over many rows, as the difference between a few drowns in the noise
         curves = [self.verify, self.last or self.draft] if self.runs_last_draft else [self.verify]
         row = sum(_at(curve, 8 * batch) - _at(curve, batch) for curve in curves) / 7
         prices = [(last + seconds) * tokens_per_s for seconds in more]
-        return Gate(calibration, rate, (draft - last) * tokens_per_s, prices, row * tokens_per_s, candidates)
+        return StoppingPolicy(estimator, rate, (draft - last) * tokens_per_s, prices, row * tokens_per_s, candidates)
 
     def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
         """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
@@ -88,11 +88,11 @@ class LengthController:
     Args:
         wanted: a fixed length, or "auto".
         costs: the frozen cost model; only needed for "auto", None then means no speculation.
-        calibration: with one, "auto" decides draft by draft: `choose` gives the longest length allowed, `gate` ends the block earlier.
+        estimator: with one, "auto" decides draft by draft: `choose` gives the longest length allowed, `policy` ends the block earlier.
     """
 
-    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None, calibration: Calibration | None = None) -> None:
-        self.wanted, self.costs, self.calibration = wanted, costs, calibration
+    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None, estimator: AcceptanceEstimator | None = None) -> None:
+        self.wanted, self.costs, self.estimator = wanted, costs, estimator
         self._hits, self._trials = PRIOR_RATE * PRIOR_TRIALS, PRIOR_TRIALS
         self._plain_steps, self._probe_after = 0, FIRST_PROBE
 
@@ -110,32 +110,32 @@ class LengthController:
         best = self.costs.best_length(self.rate, batch)
         if best > 0:
             self._plain_steps, self._probe_after = 0, FIRST_PROBE
-            return best if self.calibration is None else MAX_AUTO_LENGTH
+            return best if self.estimator is None else MAX_AUTO_LENGTH
         self._plain_steps += 1
         if self._plain_steps >= self._probe_after and self.costs.best_length(HOPEFUL_RATE, batch) > 0:
             self._plain_steps, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
             return 1
         return 0
 
-    def gate(self, batch: int = 1, candidates: int = 1) -> Gate | None:
-        """What may end the next step's block early, and add siblings where `candidates` is above 1; None where the chosen length stands."""
-        if self.wanted != "auto" or self.costs is None or self.calibration is None:
+    def policy(self, batch: int = 1, candidates: int = 1) -> StoppingPolicy | None:
+        """What may end the next step's block early, and add leaves where `candidates` is above 1; None where the chosen length stands."""
+        if self.wanted != "auto" or self.costs is None or self.estimator is None:
             return None
-        return self.costs.gate(self.calibration, self.rate, batch, candidates)
+        return self.costs.policy(self.estimator, self.rate, batch, candidates)
 
-    def observe(self, proposed: int, accepted: int, gate: Gate | None = None) -> None:
-        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing. A sibling is no hit.
+    def observe(self, proposed: int, accepted: int, policy: StoppingPolicy | None = None) -> None:
+        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing. A leaf is no hit.
 
-        Under a gate only likely drafts are proposed, so the rate is that of all drafts looked at, by what their confidence lets expect. Those that
-        followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.
+        Under a stopping policy only likely drafts are proposed, so the rate is that of all drafts looked at, as their confidence lets expect. Those
+        that followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.
         """
-        if gate is not None:
-            chances = [gate.calibration.chance(confidence) for confidence in gate.confidences[: accepted + 1]]
+        if policy is not None:
+            chances = [policy.estimator.chance(confidence) for confidence in policy.confidences[: accepted + 1]]
             if chances:
                 self._hits = self._hits * STEADY_MEMORY + sum(chances)
                 self._trials = self._trials * STEADY_MEMORY + len(chances)
-            for i, confidence in enumerate(gate.confidences[: min(accepted + 1, proposed)]):
-                gate.calibration.observe(confidence, i < accepted)
+            for i, confidence in enumerate(policy.confidences[: min(accepted + 1, proposed)]):
+                policy.estimator.observe(confidence, i < accepted)
         elif proposed:
             self._hits = self._hits * MEMORY + accepted
             self._trials = self._trials * MEMORY + accepted + (accepted < proposed)
@@ -157,7 +157,7 @@ def measure_costs(
     new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here.
     Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
     """
-    first, device = drafter.verify_from, target.device
+    first, device = drafter.exit_layer, target.device
     sequence = new_sequence()
 
     def verify(count: int) -> None:

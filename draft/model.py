@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.errors import FeatureTapError
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Gates, KvPool, Proposal, ScratchPasses
+from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, KvPool, Policies, Proposal, ScratchPasses
 
 
 class ModelDrafter:
@@ -24,9 +24,9 @@ class ModelDrafter:
     """
 
     target_taps: tuple[int, ...] = ()
-    verify_from = 0
+    exit_layer = 0
     runs_last_draft = False
-    takes_siblings = True
+    takes_leaves = True
 
     def __init__(self, decoder: CausalDecoder, pool: KvPool, *, name: str = "model", deterministic: bool = False) -> None:
         self.decoder, self.pool, self.name, self.deterministic = decoder, pool, name, deterministic
@@ -81,7 +81,7 @@ class ModelDrafter:
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        gates: Gates = None,
+        policies: Policies = None,
     ) -> Proposal:
         """Draft lengths[b] tokens after pending[b]; requests with length 0 cost nothing and stay behind until they are asked again."""
         return draft_block(
@@ -90,7 +90,7 @@ class ModelDrafter:
             pending,
             lengths,
             sampler,
-            gates,
+            policies,
             last_layer=None,
             runs_last_draft=False,
             taps=self.feature_taps,

@@ -1,4 +1,4 @@
-"""Trained trunk adapters that come with the package, each in a folder of its own under `pretrained/`."""
+"""Trained draft heads that come with the package, each in a folder of its own under `pretrained/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "pretrained"
 
 
 def shipped_adapter(target: Any) -> Path | None:
-    """The folder of the adapter trained for a target of this shape (`target`: a decoder's config); the first by name where there are several, None
+    """The folder of the draft head trained for a target of this shape (`target`: a decoder's config); the first by name where there are several, None
     where there is none. A target of the same shape with other weights drafts less well with it, and no less exactly."""
     wanted = target_digest(target)
     for candidate in sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []:

@@ -1,4 +1,4 @@
-"""The autoregressive drafting loop over a ragged batch, shared by the separate draft model and the trunk."""
+"""The autoregressive drafting loop over a ragged batch, shared by a draft model and an early exit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft.draft_head import AdapterBlock
-from draft.protocols import CausalDecoder, DraftGate, DraftSampler, Gates, Proposal
+from draft.draft_head import DraftHeadBlock
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Policies, Proposal
 from draft.rows import pick
 from draft.stopping import likeliest
-from draft.tree import Placement, Sibling, sibling_slot
+from draft.tree import Leaf, TreePosition, leaf_slot
 
 
 def draft_block(
@@ -21,21 +21,21 @@ def draft_block(
     pending: Sequence[Sequence[int]],
     lengths: Sequence[int],
     sampler: DraftSampler,
-    gates: Gates = None,
+    policies: Policies = None,
     *,
     last_layer: int | None,
     runs_last_draft: bool,
     taps: tuple[int, ...],
     deterministic: bool,
-    own_layers: AdapterBlock | None = None,
+    own_layers: DraftHeadBlock | None = None,
 ) -> Proposal:
     """Run pending[b] and then draft lengths[b] tokens for every request, feeding each draft back.
 
-    decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a trained trunk: there every
-    request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft (a trunk),
-    where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
+    decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a draft head: there every
+    request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft
+    (early exit), where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
     not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here, except in a
-    pass where a request has a gate. Its siblings run beside their draft, where the last draft is run at all.
+    pass where a request has a stopping policy. Its leaves run beside their draft, where the last draft is run at all.
     """
     batch, device, lengths = len(sequences), decoder.device, list(lengths)
     vocab_size = decoder.config.vocab_size
@@ -45,11 +45,11 @@ def draft_block(
     starts = [sequences[b].length for b in rows]
     tokens = torch.tensor([t for b in rows for t in pending[b]], dtype=torch.int64, device=device)
 
-    beside: list[list[int]] = [[] for _ in rows]  # siblings in the pass at hand, target's ids
-    siblings: list[list[Sibling]] = [[] for _ in range(batch)]
+    beside: list[list[int]] = [[] for _ in rows]  # leaves in the pass at hand, target's ids
+    leaves: list[list[Leaf]] = [[] for _ in range(batch)]
     passes: list[tuple[Tensor, dict[int, Tensor]]] = []  # hidden and taps of each forward
     run_at: list[list[int]] = [[] for _ in range(batch)]  # where each request's run tokens lie in the concatenated passes
-    side_at: list[list[int]] = [[] for _ in range(batch)]  # the same of its siblings
+    side_at: list[list[int]] = [[] for _ in range(batch)]  # the same of its leaves
     draws: list[Tensor] = []
     drawn_at: list[list[int]] = [[] for _ in range(batch)]
     probs: list[list[Tensor | None]] = [[] for _ in range(batch)]
@@ -67,7 +67,7 @@ def draft_block(
             logits="none",
             last_layer=last_layer,
             deterministic=deterministic,
-            placements=_placed(rows, starts, beside, siblings),
+            placements=_placed(rows, starts, beside, leaves),
         )
         passes.append((out.hidden, dict(out.taps) if decoder_taps else {}))
         ends = torch.tensor(query_lens).cumsum(0).tolist()
@@ -91,13 +91,13 @@ def draft_block(
         draws.append(drawn)
         kept = list(range(len(drafted)))
         others: list[list[int]] = [[] for _ in drafted]
-        if gates is not None and any(gates[b] for b in drafted):
-            kept, others = _gated(logits, drawn, distributions, [gates[b] for b in drafted], token_ids.get("token_ids"))
+        if policies is not None and any(policies[b] for b in drafted):
+            kept, others = _stopped_drafts(logits, drawn, distributions, [policies[b] for b in drafted], token_ids.get("token_ids"))
             for i, b in enumerate(drafted):
-                siblings[b] += [Sibling(step + 1, token) for token in others[i]]
+                leaves[b] += [Leaf(step + 1, token) for token in others[i]]
                 if i not in kept:
                     lengths[b] = step
-                elif (gate := gates[b]) is not None and not gate.goes_on():
+                elif (policy := policies[b]) is not None and not policy.should_continue():
                     lengths[b] = step + 1
         for i in kept:
             drawn_at[drafted[i]].append(num_drawn + i)
@@ -130,37 +130,37 @@ def draft_block(
         num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],
         num_run=[len(run_at[b]) for b in range(batch)],
         features=features,
-        num_adapted=[] if own_layers is None else own_layers.num_run,
-        siblings=siblings if any(siblings) else [],
+        num_draft_cached=[] if own_layers is None else own_layers.num_run,
+        leaves=leaves if any(leaves) else [],
     )
 
 
-def _gated(
-    logits: Tensor, drawn: Tensor, distributions: Sequence[Tensor | None], gates: Sequence[DraftGate | None], token_ids: Tensor | None
+def _stopped_drafts(
+    logits: Tensor, drawn: Tensor, distributions: Sequence[Tensor | None], policies: Sequence[BlockPolicy | None], token_ids: Tensor | None
 ) -> tuple[list[int], list[list[int]]]:
-    """(rows whose draft is kept, per row the target's ids of its siblings) of drafts `drawn` from logits [n, V]."""
-    most = max(gate.candidates for gate in gates if gate is not None)
+    """(rows whose draft is kept, per row the target's ids of its leaves) of drafts `drawn` from logits [n, V]."""
+    most = max(policy.candidates for policy in policies if policy is not None)
     probabilities, columns = likeliest(logits, distributions, most)
-    kept, siblings = [], []
-    for i, gate in enumerate(gates):
-        count = 1 if gate is None else gate.select(probabilities[i])
+    kept, leaves = [], []
+    for i, policy in enumerate(policies):
+        count = 1 if policy is None else policy.select(probabilities[i])
         if count:
             kept.append(i)
         own = int(drawn[i]) if count > 1 else None
         found = [column if token_ids is None else int(token_ids[column]) for column in columns[i][:count]] if count > 1 else []
-        siblings.append([token for token in found if token != own][: count - 1])
-    return kept, siblings
+        leaves.append([token for token in found if token != own][: count - 1])
+    return kept, leaves
 
 
-def _placed(rows: list[int], starts: list[int], beside: list[list[int]], siblings: list[list[Sibling]]) -> list[Placement] | None:
-    """Placements of a pass in which some draft has siblings beside it; None where none has."""
+def _placed(rows: list[int], starts: list[int], beside: list[list[int]], leaves: list[list[Leaf]]) -> list[TreePosition] | None:
+    """Tree positions of a pass in which some draft has leaves beside it; None where none has."""
     if not any(beside):
         return None
     placements = []
     for b, start, others in zip(rows, starts, beside, strict=True):
         slots = []
         if others:
-            base = start + 1 - siblings[b][-1].depth
-            slots = [sibling_slot(base, number) for number in range(len(siblings[b]) - len(others), len(siblings[b]))]
-        placements.append(Placement([start] * (1 + len(others)), [start, *slots]))
+            base = start + 1 - leaves[b][-1].depth
+            slots = [leaf_slot(base, number) for number in range(len(leaves[b]) - len(others), len(leaves[b]))]
+        placements.append(TreePosition([start] * (1 + len(others)), [start, *slots]))
     return placements

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from draft.tree import Placement, Sibling
+from draft.tree import Leaf, TreePosition
 
 
 class DecoderOutput(Protocol):
@@ -77,7 +77,7 @@ class CausalDecoder(Protocol):
         first_layer: int = 0,
         last_layer: int | None = None,
         hidden: Tensor | None = None,
-        placements: list[Placement] | None = None,
+        placements: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> Any: ...
 
@@ -111,7 +111,7 @@ class DraftSampler(Protocol):
         ...
 
 
-class DraftGate(Protocol):
+class BlockPolicy(Protocol):
     """Ends a request's block early; `draft.stopping.Gate`."""
 
     @property
@@ -119,17 +119,17 @@ class DraftGate(Protocol):
 
     def select(self, probabilities: Sequence[float]) -> int: ...  # how many of the likeliest tokens are proposed; 0 ends the block
 
-    def goes_on(self) -> bool: ...  # whether another is looked for after it
+    def should_continue(self) -> bool: ...  # whether another is looked for after it
 
 
-Gates = Sequence[DraftGate | None] | None  # one per request; None drafts the whole length
+Policies = Sequence[BlockPolicy | None] | None  # one per request; None drafts the whole length
 
 
 @dataclass
 class DraftState:
     """What a drafter keeps per request.
 
-    sequence: the draft's own KV (for a trunk: the target's sequence itself). features: its hidden states of committed tokens, or None
+    sequence: the draft's own KV (under an early exit: the target's sequence itself). features: its hidden states of committed tokens, or None
     when nobody asked for them. Invariant: features.length == sequence.length whenever features are kept and the state was never filled
     from outside.
     """
@@ -143,7 +143,7 @@ class DraftState:
         return self.sequence.length
 
     @property
-    def covered(self) -> int:
+    def num_cached(self) -> int:
         """Tokens that need no further pass before drafts can follow them."""
         return self.sequence.length
 
@@ -158,10 +158,10 @@ class Proposal:
     """A batch's drafted tokens, and what the drafter must remember until they are committed.
 
     tokens [K] int64: all drafts, requests in order. lengths: drafts per request. probs: per draft the distribution [V] float32 it was
-    drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the trunk's layers,
+    drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the first layers,
     from which the target goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending
     ones, then drafts). features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
-    num_adapted: how many of them a trunk's own layers ran as well (None: they could not; empty without such layers). siblings: per request
+    num_draft_cached: how many of them a draft head's layers ran as well (None: they could not; empty without a draft head). leaves: per request
     (empty: none at all); their rows follow those of its drafts in hidden and features, and are not counted in num_run.
     """
 
@@ -172,26 +172,26 @@ class Proposal:
     num_pending: list[int]
     num_run: list[int]
     features: list[Tensor | None]
-    num_adapted: list[int | None] = field(default_factory=list)
-    siblings: list[list[Sibling]] = field(default_factory=list)
+    num_draft_cached: list[int | None] = field(default_factory=list)
+    leaves: list[list[Leaf]] = field(default_factory=list)
 
-    def num_siblings(self, b: int) -> int:
+    def num_leaves(self, b: int) -> int:
         """Of request b."""
-        return len(self.siblings[b]) if self.siblings else 0
+        return len(self.leaves[b]) if self.leaves else 0
 
     def adopt(self, b: int, num_kept: int, number: int) -> None:
-        """Request b's sibling `number` was accepted after its first num_kept drafts: it takes the place of the draft beside which it stood."""
+        """Request b's leaf `number` was accepted after its first num_kept drafts: it takes the place of the draft beside which it stood."""
         if self.hidden is not None:
-            at = sum(self.num_run[i] + self.num_siblings(i) for i in range(b))
+            at = sum(self.num_run[i] + self.num_leaves(i) for i in range(b))
             self.hidden[at + 1 + num_kept] = self.hidden[at + self.num_run[b] + number]
             rows = self.features[b]
             if rows is not None:
                 rows[1 + num_kept] = rows[self.num_run[b] + number]
         else:
-            # a model of its own has not run the sibling, and the draft in its place was the wrong one
+            # a model of its own has not run the leaf, and the draft in its place was the wrong one
             self.num_run[b] = min(self.num_run[b], self.num_pending[b] + num_kept)
-        if self.num_adapted and (adapted := self.num_adapted[b]) is not None:
-            self.num_adapted[b] = min(adapted, num_kept + 1)
+        if self.num_draft_cached and (adapted := self.num_draft_cached[b]) is not None:
+            self.num_draft_cached[b] = min(adapted, num_kept + 1)
 
 
 @dataclass(frozen=True)
@@ -211,22 +211,24 @@ class Drafter(Protocol):
     """A source of proposals.
 
     name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to
-    `observe_target`. verify_from: first layer the target still has to run on a proposal (0 unless the drafter is its trunk).
+    `observe_target`. exit_layer: first layer the target still has to run on a proposal (0 unless drafts rest on its own first layers).
     runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
+    deterministic: whether its forwards are batch-invariant; a step sets it where verification goes on from them.
     """
 
     name: str
     feature_taps: tuple[int, ...]
-    verify_from: int
+    exit_layer: int
     runs_last_draft: bool
     max_positions: int
+    deterministic: bool
 
     @property
     def target_taps(self) -> tuple[int, ...]: ...
 
     @property
-    def takes_siblings(self) -> bool:
-        """Whether its blocks may hold siblings."""
+    def takes_leaves(self) -> bool:
+        """Whether its blocks may hold leaves."""
         ...
 
     @property
@@ -261,10 +263,10 @@ class Drafter(Protocol):
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        gates: Gates = None,
+        policies: Policies = None,
     ) -> Proposal:
         """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one), or fewer where
-        gates[b] ends the block."""
+        policies[b] ends the block."""
         ...
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:

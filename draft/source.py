@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from draft.draft_head import TrunkAdapter
-from draft.early_exit import TrunkDrafter
+from draft.draft_head import DraftHead
+from draft.early_exit import EarlyExitDrafter
 from draft.head_file import PACK_FILE, AdapterConfig
 from draft.model import ModelDrafter
 from draft.protocols import Drafter, KvPool
@@ -98,7 +98,7 @@ class EarlyExitSource(DraftSource):
 
     def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
         """See `DraftSource.drafter`."""
-        return TrunkDrafter(target, self.exit_layer, deterministic=deterministic)
+        return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic)
 
 
 class DraftHeadSource(DraftSource):
@@ -127,5 +127,5 @@ class DraftHeadSource(DraftSource):
     def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
         """See `DraftSource.drafter`."""
         assert pool is not None and self.head_layers is not None, "a draft head has a pool of its own"
-        head = TrunkAdapter(cached or self.head_layers, self.token_ids, pool, deterministic=deterministic)
-        return TrunkDrafter(target, self.exit_layer, deterministic=deterministic, adapter=head)
+        head = DraftHead(cached or self.head_layers, self.token_ids, pool, deterministic=deterministic)
+        return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, adapter=head)

@@ -4,7 +4,7 @@ Lengths fixed before a block spend passes on branches that the draft itself does
 is known after each pass, and compared with what the next pass costs (the marginal rule for a ratio of sums, Dinkelbach 1967: a part is worth its
 seconds if it brings more tokens than the best known rate would in them). Confidence is the largest probability in the distribution a draft is drawn
 from, which is known before the draw: whether a draft is kept says nothing about which token it is, so verification stays exact. Greedy drafts may bring
-siblings (see `draft.tree`), each of which is weighed by its own probability.
+leaves (see `draft.tree`), each of which is weighed by its own probability.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from draft.tree import MAX_SIBLINGS
+from draft.tree import MAX_LEAVES
 
 GREEDY_PRIOR = (0.08, 0.87)  # a greedy draft is right about as often as it is sure
 SAMPLED_PRIOR = (0.35, 0.5)  # sum of min(p, q): the two share much of their mass even where neither is sure
@@ -22,7 +22,7 @@ PRIOR_WEIGHT = 24.0  # trials
 MEMORY = 0.97  # weight of older trials after each
 
 
-class Calibration:
+class AcceptanceEstimator:
     """Chance that a draft is accepted, from its confidence: a line with a fixed slope whose height is learned from the request's own outcomes.
 
     Args:
@@ -42,7 +42,7 @@ class Calibration:
         self._surplus = self._surplus * MEMORY + accepted - self._line(confidence)
         self._trials = max(PRIOR_WEIGHT, self._trials * MEMORY + 1)
 
-    def sibling_chance(self, probability: float) -> float:
+    def leaf_chance(self, probability: float) -> float:
         """Estimated probability that a token that is not the likeliest is the target's."""
         return self.prior[1] * probability
 
@@ -51,24 +51,24 @@ class Calibration:
 
 
 @dataclass
-class Gate:
+class StoppingPolicy:
     """Decides for one request in one step, draft by draft.
 
-    calibration: from confidence to chance. rate: the chance of a draft whose confidence is not known yet. look_price, keep_prices: what looking for
+    estimator: from confidence to chance. rate: the chance of a draft whose confidence is not known yet. draft_cost, verify_costs: what looking for
     another draft costs, and keeping the i-th (the last price holds for all further ones), in tokens that the best known rate yields in that time.
-    sibling_price: the same for a sibling beside a draft that is kept. candidates: most tokens at one depth; 1 is none but the draft.
+    leaf_cost: the same for a leaf beside a draft that is kept. candidates: most tokens at one depth; 1 is none but the draft.
     confidences: of all drafts looked at, kept or not.
     """
 
-    calibration: Calibration
+    estimator: AcceptanceEstimator
     rate: float
-    look_price: float
-    keep_prices: Sequence[float]
-    sibling_price: float = 1.0
+    draft_cost: float
+    verify_costs: Sequence[float]
+    leaf_cost: float = 1.0
     candidates: int = 1
     chance: float = field(default=1.0, init=False)
     confidences: list[float] = field(default_factory=list, init=False)
-    _num_siblings: int = field(default=0, init=False)
+    _num_leaves: int = field(default=0, init=False)
 
     def select(self, probabilities: Sequence[float]) -> int:
         """How many tokens are proposed at the depth just looked at, likeliest first: 0 ends the block here, 1 is the draft alone.
@@ -77,24 +77,24 @@ class Gate:
         """
         self.confidences.append(probabilities[0])
         before = self.chance
-        self.chance *= self.calibration.chance(probabilities[0])
-        worth, price, count = self.chance, self._keep_price(len(self.confidences) - 1), 1
-        for probability in probabilities[1 : min(self.candidates, 1 + MAX_SIBLINGS - self._num_siblings)]:
-            gain = before * self.calibration.sibling_chance(probability)
-            if gain < self.sibling_price:
+        self.chance *= self.estimator.chance(probabilities[0])
+        worth, price, count = self.chance, self._verify_cost(len(self.confidences) - 1), 1
+        for probability in probabilities[1 : min(self.candidates, 1 + MAX_LEAVES - self._num_leaves)]:
+            gain = before * self.estimator.leaf_chance(probability)
+            if gain < self.leaf_cost:
                 break
-            worth, price, count = worth + gain, price + self.sibling_price, count + 1
+            worth, price, count = worth + gain, price + self.leaf_cost, count + 1
         if worth < price:
             return 0
-        self._num_siblings += count - 1
+        self._num_leaves += count - 1
         return count
 
-    def goes_on(self) -> bool:
+    def should_continue(self) -> bool:
         """Whether another draft is looked for after those kept."""
-        return self.chance * self.rate >= self.look_price + self._keep_price(len(self.confidences))
+        return self.chance * self.rate >= self.draft_cost + self._verify_cost(len(self.confidences))
 
-    def _keep_price(self, position: int) -> float:
-        return self.keep_prices[min(position, len(self.keep_prices) - 1)]
+    def _verify_cost(self, position: int) -> float:
+        return self.verify_costs[min(position, len(self.verify_costs) - 1)]
 
 
 def likeliest(logits: Tensor, distributions: Sequence[Tensor | None], count: int) -> tuple[list[list[float]], list[list[int]]]:

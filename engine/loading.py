@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from draft.early_exit import default_trunk_layers
+from draft.early_exit import default_exit_layer
 from draft.head_file import is_adapter
 from draft.pretrained import shipped_adapter
 from draft.source import DraftSource, EarlyExitSource, ModelSource
@@ -48,6 +48,6 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
         shipped = shipped_adapter(target) if exit_layer is None else None
         if shipped is not None:
             return DraftChoice(head=shipped)
-        return DraftChoice(exit_layer=default_trunk_layers(target.num_layers) if exit_layer is None else exit_layer)
+        return DraftChoice(exit_layer=default_exit_layer(target.num_layers) if exit_layer is None else exit_layer)
     folder = Path(draft).expanduser()
     return DraftChoice(head=folder) if is_adapter(folder) else DraftChoice(model=resolve_model(draft))

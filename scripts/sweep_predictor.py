@@ -25,7 +25,7 @@ from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import RidgeMoments
 from codec.spec import QUALITIES
 from codec_compare import write_json
-from draft.early_exit import default_trunk_layers
+from draft.early_exit import default_exit_layer
 from engine.calibrate.budget import PACK_BUDGET, bf16_bytes
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
     layers = target.config.num_layers
     if draft is None:
-        sets = trunk_sets(options.trunk_layers or default_trunk_layers(layers))
+        sets = trunk_sets(options.trunk_layers or default_exit_layer(layers))
     else:
         sets = separate_sets(draft.config.num_layers, again)
     sets = [one for one in sets if not options.sets or any(word.strip() in one.name for word in options.sets.split(","))]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from draft.tree import Placement
+from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence, PagedPool
 from engine.kv.quantized_pool import QuantizedBatch, QuantizedPool
@@ -47,7 +47,7 @@ def prepare(
     rope: RopeTable,
     *,
     deterministic: bool,
-    placements: list[Placement] | None = None,
+    placements: list[TreePosition] | None = None,
 ) -> ReferenceBatch | TritonBatch | QuantizedBatch:
     """Own the pages of the new tokens and gather what the layers need.
 

@@ -1,7 +1,10 @@
-"""Shape-stable operations for the deterministic mode: a row's result is the same bits whatever rows stand beside it.
+"""Batch-invariant operations: a row's result is the same bits whatever rows stand beside it.
 
 A matrix product may sum in another order for another number of rows, and an elementwise kernel may take its scalar path for the elements at
-the end of a thread's share. Here products run on a fixed number of rows, padded, and the activation in pieces that no thread splits.
+the end of a thread's share. Here every product is cut into tiles of one number of rows, padded, at aligned addresses: the library is only
+ever asked for one shape, so it runs one kernel. Nothing is measured or probed. oneDNN's kernels and those of a GPU sum every row of a tile in
+the same order; the other CPU libraries may treat a tile's last rows apart, and get one row at a time. The activation runs in pieces that no
+thread splits.
 """
 
 from __future__ import annotations
@@ -9,66 +12,37 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.model.linear import Product
+from engine.model.linear import Product, onednn_linear
 from kernels.silu_mul import silu_mul
 
-ROWS = 16  # rows of the usual product: a verification block fits one
-BULK_ROWS = 256  # rows for prompts, used only where it is shown to sum in the same order
-_PROBE_OUTPUTS = 8192  # outputs to compare before a shape is trusted
+ROWS = 16  # of every product: a verification block fits one, and so does a tile of a CPU's matrix unit (AMX)
 _ALIGNMENT = 64  # bytes, what the allocator gives
 _GRAIN = 32768  # elements below which PyTorch never splits an elementwise operation over threads
 
 
-class StableLinear:
-    """x W^T + b on fixed row counts, chosen once per weight shape by a probe of the product it is given.
+def batch_invariant(product: Product) -> Product:
+    """x W^T + b, [N, in] by [out, in] -> [N, out], by products of one number of rows."""
 
-    The probe multiplies random rows, each repeated over the whole tile: if every position gives the same bits, position and tile size do
-    not matter for that shape. Otherwise rows go one at a time.
-    """
-
-    def __init__(self, product: Product = F.linear) -> None:
-        self._product = product
-        self._tiles: dict[tuple[object, ...], tuple[int, ...]] = {}
-
-    def tiles(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
-        """Row counts, falling, that may be used for this weight; their results agree bit for bit."""
-        key = (tuple(weight.shape), weight.is_mkldnn, weight.dtype, weight.device, bias is None, torch.get_num_threads())
-        if key not in self._tiles:
-            single = self._agrees(weight, bias, ROWS)
-            bulk = single and self._agrees(weight, bias, BULK_ROWS)
-            self._tiles[key] = (BULK_ROWS, ROWS) if bulk else (ROWS,) if single else (1,)
-        return self._tiles[key]
-
-    def _agrees(self, weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> bool:
-        """True when random rows come out the same from every position of `count` rows, and the same as from `ROWS` rows."""
-        generator = torch.Generator().manual_seed(0)
-        # a narrow product shows a different order of summation only now and then: try more rows
-        for _ in range(min(64, -(-_PROBE_OUTPUTS // weight.shape[0]))):
-            row = torch.randn(1, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-            expected = self._product(row.repeat(ROWS, 1), weight, bias)[:1]
-            if not bool((self._product(row.repeat(count, 1), weight, bias) == expected).all()):
-                return False
-        return True
-
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [N, in] by weight [out, in] plus bias [out] -> [N, out], in x's dtype."""
-        tiles = self.tiles(weight, bias)
-        smallest = tiles[-1]
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows = ROWS if product is onednn_linear or x.is_cuda else 1
         count = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -count % smallest)).contiguous()
+        padded = F.pad(x, (0, 0, 0, -count % rows)).contiguous()
+        if padded.shape[0] == rows:
+            return product(_aligned(padded), weight, bias)[:count]
         out = torch.empty(padded.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-        start = 0
-        for tile in tiles:
-            while padded.shape[0] - start >= tile:
-                piece = padded[start : start + tile]
-                if piece.data_ptr() % _ALIGNMENT:
-                    piece = piece.clone()  # some products peel off the rows before the first aligned address
-                out[start : start + tile] = self._product(piece, weight, bias)
-                start += tile
+        for start in range(0, padded.shape[0], rows):
+            out[start : start + rows] = product(_aligned(padded[start : start + rows]), weight, bias)
         return out[:count]
 
+    return linear
 
-def stable_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` at an address as the allocator gives them: some products peel off the rows before the first aligned one."""
+    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+
+
+def batch_invariant_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu_mul` of [N, 2I] -> [N, I] in pieces of whole rows that one thread does alone."""
     width = gate_up.shape[1] // 2
     rows = max(1, _GRAIN // width)

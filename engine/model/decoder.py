@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from draft.tree import Placement
+from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.quantized_pool import QuantizedBatch
 from engine.model.attention import ReferenceBatch, TritonBatch, prepare
-from engine.model.batch_invariant import StableLinear, stable_silu_mul
+from engine.model.batch_invariant import batch_invariant, batch_invariant_silu_mul
 from engine.model.config import DecoderConfig
 from engine.model.layers import DecoderLayer, LayerWeights
 from engine.model.linear import Projection, choose_product, packed_copy
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
         self._product = choose_product(self.dtype, self.device)
-        self._stable_linear = StableLinear(self._product)
+        self._batch_invariant_product = batch_invariant(self._product)
 
     # --- making one -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         self._weights, self._rope, self._tied_head = [], None, None
         result = super()._apply(*args, **kwargs)
         self._product = choose_product(self.dtype, self.device)
-        self._stable_linear = StableLinear(self._product)
+        self._batch_invariant_product = batch_invariant(self._product)
         return self.pack() if packed else result
 
     def layer_weights(self) -> list[LayerWeights]:
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
             matrix = self.lm_head.matrix
         else:
             matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
-        return (self._stable_linear if deterministic else self._product)(normed, matrix, None).float()
+        return (self._batch_invariant_product if deterministic else self._product)(normed, matrix, None).float()
 
     def forward(
         self,
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         hidden: torch.Tensor | None = None,
         observe: Observer | None = None,
-        placements: list[Placement] | None = None,
+        placements: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
         """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
@@ -282,8 +282,8 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         eps = self.config.rms_norm_eps
         weights = self.layer_weights()
-        linear = self._stable_linear if deterministic else self._product
-        activate = stable_silu_mul if deterministic else silu_mul
+        linear = self._batch_invariant_product if deterministic else self._product
+        activate = batch_invariant_silu_mul if deterministic else silu_mul
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
         for number in layers:

@@ -19,7 +19,7 @@ from engine.model.decoder import Decoder
 from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import graphed, plain_decoding
-from engine.runtime.request import Conversation, GenerationResult, Request, StreamEvent, TextSource, new_controller
+from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource, new_controller
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler
 
@@ -155,12 +155,12 @@ class EngineCore:
             raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
         self.drafter.keep_features(taps, new_buffer)
 
-    def open_conversation(self) -> Conversation:
+    def open_conversation(self) -> SequenceState:
         """An empty conversation. It keeps its pages until `close_conversation`."""
         sequence = self.pool.new_sequence()
-        return Conversation([], sequence, self.drafter.open(sequence) if self.drafter else None)
+        return SequenceState([], sequence, self.drafter.open(sequence) if self.drafter else None)
 
-    def close_conversation(self, conversation: Conversation) -> None:
+    def close_conversation(self, conversation: SequenceState) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""
         if self.drafter is not None and conversation.draft_state is not None:
             self.drafter.close([conversation.draft_state])
@@ -168,7 +168,7 @@ class EngineCore:
 
     def run(
         self,
-        conversation: Conversation,
+        conversation: SequenceState,
         new_token_ids: Sequence[int] = (),
         params: SamplingParams | None = None,
         on_text: Callable[[str], None] | None = None,
@@ -212,7 +212,7 @@ class EngineCore:
                 f"token id {wrong} is outside the vocabulary of {self.target.config.vocab_size}", "use the target's own tokenizer"
             )
 
-    def submit(self, conversation: Conversation, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
+    def submit(self, conversation: SequenceState, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
         """Queue a request that appends `tokens` (checked) to a conversation and generates.
 
         owns_cache: the conversation is closed with the request, and at once when it is refused.

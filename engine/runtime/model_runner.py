@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from draft.protocols import CausalDecoder
-from draft.tree import Placement
+from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.sampling import finite_rows
@@ -183,7 +183,7 @@ class GraphedDecoder:
         first_layer: int = 0,
         last_layer: int | None = None,
         hidden: Tensor | None = None,
-        placements: list[Placement] | None = None,
+        placements: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
         """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows, in deterministic mode, or with placements are the decoder's own."""

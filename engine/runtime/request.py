@@ -11,7 +11,7 @@ import torch
 
 from draft.length import MAX_AUTO_LENGTH, CostModel, LengthController
 from draft.protocols import DraftState
-from draft.stopping import GREEDY_PRIOR, SAMPLED_PRIOR, Calibration
+from draft.stopping import GREEDY_PRIOR, SAMPLED_PRIOR, AcceptanceEstimator
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
 from engine.runtime.metrics import SpeculationMetrics
@@ -45,7 +45,7 @@ class TextSource(Protocol):
 
 
 @dataclass
-class Conversation:
+class SequenceState:
     """Tokens and caches that outlive a request; may also be filled from outside (a session file).
 
     Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV
@@ -106,7 +106,7 @@ class Request:
     conversation goes on).
     """
 
-    conversation: Conversation
+    conversation: SequenceState
     params: SamplingParams
     seed: int
     context: int
@@ -163,7 +163,7 @@ class Request:
         most = MAX_AUTO_LENGTH if self.params.draft_length == "auto" else self.params.draft_length
         return min(self.context, self.prompt_tokens + self.params.max_new_tokens + (most if drafts else 0))
 
-    def add_run(self, run: Sequence[int]) -> int:
+    def append_tokens(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""
         run = list(run[: self.remaining])
         ends = self.params.stop_token_ids
@@ -210,5 +210,5 @@ def new_controller(params: SamplingParams, costs: CostModel | None, device: torc
     """What chooses a request's draft lengths: on a CPU draft by draft, elsewhere per block, where nothing is read back while a block is drafted."""
     by_confidence = device.type == "cpu"
     return LengthController(
-        params.draft_length, costs, Calibration(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None
+        params.draft_length, costs, AcceptanceEstimator(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None
     )

@@ -81,16 +81,25 @@ class Scheduler:
             chosen.append(request)
             chunks.append(chunk)
         if chosen:
-            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self.deterministic)
+            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self._deterministic(chosen))
         if decoding:
             decode_step(
-                decoding, self.target, self.drafter, catch_up=self.prefill_chunk, deterministic=self.deterministic, plain=self.plain
+                decoding,
+                self.target,
+                self.drafter,
+                catch_up=self.prefill_chunk,
+                deterministic=self._deterministic(decoding),
+                plain=self.plain,
             )
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
         self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
         return refused + finished
+
+    def _deterministic(self, requests: list[Request]) -> bool:
+        """Whether a step of these must be batch-invariant: what a seed names may not depend on who else is served."""
+        return self.deterministic or any(request.params.seed is not None for request in requests)
 
     def _admit(self) -> list[Request]:
         refused: list[Request] = []
@@ -128,8 +137,8 @@ class Scheduler:
     def _demands(self, request: Request) -> list[tuple[KvPool, KvSequence]]:
         demands = [(self.pool, request.sequence)]
         drafts = request.params.draft_length != 0 or (
-            self.drafter is not None and self.drafter.verify_from
-        )  # a trained trunk keeps up regardless
+            self.drafter is not None and self.drafter.exit_layer
+        )  # a draft head keeps up regardless
         if self.draft_pool is not None and request.draft_state is not None and drafts:
             demands.append((self.draft_pool, request.draft_state.cache))
         return demands

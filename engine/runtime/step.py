@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
-from draft.stopping import Gate
-from draft.tree import MAX_CANDIDATES, MAX_SIBLINGS, place_block, sibling_slot
+from draft.stopping import StoppingPolicy
+from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
@@ -49,7 +49,7 @@ def prefill_step(
             if token < 0:
                 requests[b].error = _not_finite(requests[b])
             else:
-                requests[b].add_run([token])
+                requests[b].append_tokens([token])
 
 
 @torch.inference_mode()
@@ -70,19 +70,21 @@ def decode_step(
     Failure leaves every request as it was: lengths only move at the end.
     """
     began = time.perf_counter()
+    if drafter and drafter.exit_layer:
+        drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
-    undrafted = not any(lengths) and not (drafter and drafter.verify_from)
+    undrafted = not any(lengths) and not (drafter and drafter.exit_layer)
     if plain is not None and undrafted and not deterministic and not any(r.params.penalised for r in requests):
         return _plain_step(requests, plain, began)
-    gates = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
+    policies = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = _sampler(requests, target)
-    if drafter and (any(lengths) or drafter.verify_from):
+    if drafter and (any(lengths) or drafter.exit_layer):
         states = [_state(r) for r in requests]
         proposal = drafter.propose(
-            states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, gates
+            states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, policies
         )
         lengths = proposal.lengths
     else:
@@ -90,14 +92,14 @@ def decode_step(
     proposed_at = time.perf_counter()
 
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
-    first = drafter.verify_from if drafter else 0
+    first = drafter.exit_layer if drafter else 0
     placements = None
-    if proposal.siblings:
-        placements = [place_block(at, k, own) for at, k, own in zip(positions, lengths, proposal.siblings, strict=True)]
+    if proposal.leaves:
+        placements = [block_positions(at, k, own) for at, k, own in zip(positions, lengths, proposal.leaves, strict=True)]
     out = target.forward(
         tokens,
         [r.sequence for r in requests],
-        [k + 1 + proposal.num_siblings(b) for b, k in enumerate(lengths)],
+        [k + 1 + proposal.num_leaves(b) for b, k in enumerate(lengths)],
         first_layer=first,
         hidden=proposal.hidden,
         placements=placements,
@@ -108,15 +110,15 @@ def decode_step(
         if number is not None:
             kept_drafts = len(runs[b]) - 2
             proposal.adopt(b, kept_drafts, number)
-            requests[b].sequence.pool.move(requests[b].sequence, sibling_slot(positions[b], number), positions[b] + kept_drafts)
+            requests[b].sequence.pool.move(requests[b].sequence, leaf_slot(positions[b], number), positions[b] + kept_drafts)
 
-    kept = [request.add_run(run) if run else 0 for request, run in zip(requests, runs, strict=True)]
+    kept = [request.append_tokens(run) if run else 0 for request, run in zip(requests, runs, strict=True)]
     for request, count in zip(requests, kept, strict=True):
         request.sequence.advance(count)
     if drafter and any(proposal.num_run):
         drafter.commit([_state(r) for r in requests], proposal, kept)
     ended = time.perf_counter()
-    for request, run, count, length, gate, number in zip(requests, runs, kept, lengths, gates, adopted, strict=True):
+    for request, run, count, length, policy, number in zip(requests, runs, kept, lengths, policies, adopted, strict=True):
         if not run:
             request.error = _not_finite(request)
             continue
@@ -125,7 +127,7 @@ def decode_step(
         request.metrics.observe(proposed, accepted, count)
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
-        request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), gate)
+        request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), policy)
 
 
 def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float) -> None:
@@ -143,7 +145,7 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float)
         if token < 0:
             request.error = _not_finite(request)
             continue
-        request.add_run([token])
+        request.append_tokens([token])
         request.sequence.advance(1)
         request.metrics.observe(0, 0, 1)
         request.metrics.verify_s += ended - began
@@ -159,14 +161,14 @@ def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
     return max(0, min(length, room, request.remaining - 1))
 
 
-def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> Gate | None:
-    """What may end its block early. Siblings are for greedy text, where the order of sums may depend on what else is run, and where memory was promised
+def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> StoppingPolicy | None:
+    """What may end its block early. Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised
     for their slots."""
     candidates = 1
-    if request.controller.calibration is not None and request.params.greedy and not deterministic and drafter is not None:
-        room = sibling_slot(len(request.token_ids), MAX_SIBLINGS) <= request.longest(drafts=True)
-        candidates = MAX_CANDIDATES if room and drafter.takes_siblings and request.sequence.pool.takes_placements else 1
-    return request.controller.gate(batch, candidates)
+    if request.controller.estimator is not None and request.params.greedy and not deterministic and drafter is not None:
+        room = leaf_slot(len(request.token_ids), MAX_LEAVES) <= request.longest(drafts=True)
+        candidates = MAX_CANDIDATES if room and drafter.takes_leaves and request.sequence.pool.takes_placements else 1
+    return request.controller.policy(batch, candidates)
 
 
 def _sampler(requests: Sequence[Request], target: CausalDecoder) -> BatchSampler:
@@ -186,33 +188,33 @@ def _not_finite(request: Request) -> NonFiniteLogits:
 def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:
     """Let drafts that lie too far behind run one chunk of at most `limit` tokens, and those still behind skip this step (sets their length to 0).
 
-    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; a trunk has to know all of the target's cache.
+    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; an early exit has to know all of the target's cache.
     """
-    ends, slack = ([r.sequence.length for r in requests], 0) if drafter.verify_from else ([len(r.token_ids) for r in requests], limit)
-    behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).covered > slack]
+    ends, slack = ([r.sequence.length for r in requests], 0) if drafter.exit_layer else ([len(r.token_ids) for r in requests], limit)
+    behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).num_cached > slack]
     if behind:
         states = [_state(requests[b]) for b in behind]
-        pieces = [requests[b].token_ids[s.covered : min(s.covered + limit, ends[b])] for b, s in zip(behind, states, strict=True)]
+        pieces = [requests[b].token_ids[s.num_cached : min(s.num_cached + limit, ends[b])] for b, s in zip(behind, states, strict=True)]
         drafter.prefill(states, pieces)
         for b, state in zip(behind, states, strict=True):
-            if ends[b] - state.covered > slack:
+            if ends[b] - state.num_cached > slack:
                 lengths[b] = 0
 
 
 def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
-    """Each request's last token followed by its drafts and its siblings, flattened."""
+    """Each request's last token followed by its drafts and its leaves, flattened."""
     device = proposal.tokens.device
     pending = torch.tensor(last, dtype=torch.int64, device=device)
     if not proposal.tokens.numel():
         return pending
-    beside = [sibling.token for own in proposal.siblings for sibling in own]
+    beside = [leaf.token for own in proposal.leaves for leaf in own]
     parts = [pending, proposal.tokens, *([torch.tensor(beside, device=device)] if beside else [])]
     if len(last) == 1:
         return torch.cat(parts)
-    order, drafted, sibling = [], len(last), len(last) + len(proposal.tokens)
+    order, drafted, leaf = [], len(last), len(last) + len(proposal.tokens)
     for b, length in enumerate(proposal.lengths):
-        order += [b, *range(drafted, drafted + length), *range(sibling, sibling + proposal.num_siblings(b))]
-        drafted, sibling = drafted + length, sibling + proposal.num_siblings(b)
+        order += [b, *range(drafted, drafted + length), *range(leaf, leaf + proposal.num_leaves(b))]
+        drafted, leaf = drafted + length, leaf + proposal.num_leaves(b)
     return torch.cat(parts)[torch.tensor(order, device=device)]
 
 

@@ -13,13 +13,13 @@ from kernels.accept import LANE_SAMPLE, accept
 
 
 def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions: list[int]) -> tuple[list[list[int]], list[int | None]]:
-    """(the tokens each request gains: its accepted drafts, then one token of the target's own; the sibling among them, if one was accepted).
+    """(the tokens each request gains: its accepted drafts, then one token of the target's own; the leaf among them, if one was accepted).
 
-    logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts and siblings. positions: the
+    logits [K + B, V] float32: for every request the target's rows after its pending token and after each of its drafts and leaves. positions: the
     sequence index of each request's first new token.
 
     Greedy requests and those with a seed (`SamplingParams.coupled`) keep drafts while they equal the target's own token, the largest logit or the
-    winner of the race, and then a sibling that does: their text does not depend on the drafts. The others, which have no siblings, go through
+    winner of the race, and then a leaf that does: their text does not depend on the drafts. The others, which have no leaves, go through
     `kernels.accept`, on distributions made by the same function that made the drafts'. A request with logits that are not finite gains no token.
     """
     lengths = proposal.lengths
@@ -27,7 +27,7 @@ def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions:
     coupled = [b for b in range(len(lengths)) if sampler.params[b].coupled]
     rejecting = [b for b in range(len(lengths)) if not sampler.params[b].coupled]
     draft_starts = [0, *accumulate(lengths)][:-1]
-    row_starts = [0, *accumulate(length + 1 + proposal.num_siblings(b) for b, length in enumerate(lengths))]
+    row_starts = [0, *accumulate(length + 1 + proposal.num_leaves(b) for b, length in enumerate(lengths))]
     runs: list[list[int]] = [[] for _ in lengths]
     known = torch.cat((proposal.tokens, finite_rows(logits).long())).tolist()  # one read-back
     flat, finite = known[: sum(lengths)], known[sum(lengths) :]
@@ -41,9 +41,9 @@ def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions:
             owners += [b] * (row_starts[b + 1] - row_starts[b])
             places += range(positions[b], positions[b] + lengths[b] + 1)
             before += [drafts[b][:i] for i in range(lengths[b] + 1)]
-            for sibling in proposal.siblings[b] if proposal.siblings else []:
-                places.append(positions[b] + sibling.depth)
-                before.append([*drafts[b][: sibling.depth - 1], sibling.token])
+            for leaf in proposal.leaves[b] if proposal.leaves else []:
+                places.append(positions[b] + leaf.depth)
+                before.append([*drafts[b][: leaf.depth - 1], leaf.token])
         rows = [r for b in coupled for r in range(row_starts[b], row_starts[b + 1])]
         own_logits = logits if not rejecting else logits[torch.tensor(rows, device=logits.device)]
         named = iter(sampler.draw_after(own_logits, owners, places, before, LANE_SAMPLE)[0].tolist())
@@ -53,9 +53,9 @@ def verify(logits: Tensor, proposal: Proposal, sampler: BatchSampler, positions:
             while kept < lengths[b] and drafts[b][kept] == own[kept]:
                 kept += 1
             runs[b] = own[: kept + 1]
-            for number in range(proposal.num_siblings(b)):
+            for number in range(proposal.num_leaves(b)):
                 after = next(named)
-                if kept < lengths[b] and proposal.siblings[b][number] == (kept + 1, own[kept]):
+                if kept < lengths[b] and proposal.leaves[b][number] == (kept + 1, own[kept]):
                     adopted[b] = number
                     runs[b].append(after)
 

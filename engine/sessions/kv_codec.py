@@ -22,7 +22,7 @@ from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
-from engine.runtime.request import Conversation
+from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import Log, find_pack
 from engine.sessions.file import Span
 from engine.sessions.stages import Rates, StageClock
@@ -98,11 +98,11 @@ class SessionCodec:
             self._warming.join()
             self._warming = None
 
-    def features(self, conversation: Conversation, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+    def features(self, conversation: SequenceState, start: int, end: int) -> tuple[Tensor, Tensor | None]:
         """What `Predictor.predict` takes, of tokens [start, end): from what was kept while decoding, else from passes of the models."""
         return self._latents(conversation, start, end), self._target_rows(conversation, start, end)
 
-    def encode(self, conversation: Conversation, start: int, end: int, quality: str, clock: StageClock | None = None) -> list[Span]:
+    def encode(self, conversation: SequenceState, start: int, end: int, quality: str, clock: StageClock | None = None) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
 
         Raises InvalidOption when the KV cannot be coded (it overflowed).
@@ -134,19 +134,19 @@ class SessionCodec:
             clock.mark("code")
         return spans
 
-    def run_target(self, conversation: Conversation, count: int) -> None:
+    def run_target(self, conversation: SequenceState, count: int) -> None:
         """Run the target over the first `count` tokens of an empty conversation, in passes as long as the draft's; advances."""
         size = pass_tokens(self.core.target)
         for at in range(0, count, size):
             run_tokens(self.core, conversation, min(size, count - at))
 
-    def release(self, conversation: Conversation, before: int) -> None:
+    def release(self, conversation: SequenceState, before: int) -> None:
         """Drop the features of tokens before `before`: their spans keep their bytes, so nothing asks for them again."""
         state = conversation.draft_state
         if state is not None and state.features is not None:
             state.features.forget(before)  # type: ignore[attr-defined]
 
-    def restore(self, conversation: Conversation, spans: Sequence[Span], clock: StageClock | None = None) -> None:
+    def restore(self, conversation: SequenceState, spans: Sequence[Span], clock: StageClock | None = None) -> None:
         """Fill an empty conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances.
 
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
@@ -166,12 +166,12 @@ class SessionCodec:
         self.release(conversation, end)
         conversation.sequence.advance(end - conversation.sequence.length)
 
-    def decode(self, conversation: Conversation, spans: Sequence[Span]) -> None:
+    def decode(self, conversation: SequenceState, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""
         clock = StageClock(self.core.device)
         self._decode(conversation, self.pages.start([s.data for s in spans]), spans[0].start, spans[-1].end, clock)
 
-    def _decode(self, conversation: Conversation, parts: Sequence[EntropyDecoded], start: int, end: int, clock: StageClock) -> None:
+    def _decode(self, conversation: SequenceState, parts: Sequence[EntropyDecoded], start: int, end: int, clock: StageClock) -> None:
         sequence, target = conversation.sequence, self.core.target
         latents = self._latents(conversation, start, end)
         target_rows = self._target_rows(conversation, start, end)
@@ -188,7 +188,7 @@ class SessionCodec:
         self.pages.check(parts)
         clock.mark("product")
 
-    def _target_rows(self, conversation: Conversation, start: int, end: int) -> Tensor | None:
+    def _target_rows(self, conversation: SequenceState, start: int, end: int) -> Tensor | None:
         """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over
         them and write their own KV."""
         spec, target = self.predictor.spec, self.core.target
@@ -213,7 +213,7 @@ class SessionCodec:
             rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
         return torch.cat(rows)
 
-    def _latents(self, conversation: Conversation, start: int, end: int) -> Tensor:
+    def _latents(self, conversation: SequenceState, start: int, end: int) -> Tensor:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
         supplies features that were never kept."""
         if not self.predictor.spec.taps:
@@ -273,7 +273,7 @@ def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = p
     return core.session_codec
 
 
-def run_tokens(core: EngineCore, conversation: Conversation, count: int) -> None:
+def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> None:
     """Run the target over the next `count` tokens of a conversation, the KV of which was not stored; advances."""
     start = conversation.sequence.length
     ids = torch.tensor(conversation.token_ids[start : start + count], device=core.device)
@@ -292,5 +292,5 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int])
     size = pass_tokens(core.draft_model or core.target)
     while chunk := token_ids[state.length : state.length + size]:
         drafter.prefill([state], [chunk])
-        if drafter.verify_from:
+        if drafter.exit_layer:
             state.sequence.advance(len(chunk))

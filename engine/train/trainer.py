@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draft.errors import CheckpointMismatch, TrainingError, TrunkDepthError
+from draft.errors import CheckpointMismatch, ExitLayerError, TrainingError
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
 from engine.train.loss import TeacherHead, distil
 from engine.train.model import Student, Teacher
@@ -83,7 +83,7 @@ class Trainer:
         total = len(teacher.layers)
         if not 1 <= options.trunk_layers < total or not 1 <= options.own_layers <= total:
             what = f"a trunk of {options.trunk_layers} and {options.own_layers} own layers do not fit a target of {total}"
-            raise TrunkDepthError(what, f"choose a trunk between 1 and {total - 1}, and own layers from 1 on")
+            raise ExitLayerError(what, f"choose a trunk between 1 and {total - 1}, and own layers from 1 on")
         if (options.steps is None) == (options.seconds is None) or (options.steps or options.seconds or 0) <= 0:
             raise TrainingError("a training needs an end: steps or seconds", "give exactly one of them, above 0")
         if options.head not in ("own", "tied") or options.optimizer not in ("adamw", "muon"):

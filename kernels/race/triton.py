@@ -42,21 +42,21 @@ def _race_kernel(
     p_row = probs_ptr + row.to(tl.int64) * vocab
     inner = tl.arange(0, BLOCK)
     endless = float("inf")
-    best = endless * 1.0
-    winner = vocab * 0
+    best = tl.full([], float("inf"), tl.float32)
+    winner = tl.full([], 0, tl.int32)
     for tile in range(part * tiles_per_part, (part + 1) * tiles_per_part):
         block = tile * TILE + tl.arange(0, TILE)
         index = block[:, None] * BLOCK + inner[None, :]
         p = tl.load(p_row + index, mask=index < vocab, other=0.0)
         zero = (block * 0).to(tl.uint32)
-        word, place, _, _ = tl.philox(seed, zero + low, zero + high, zero + LANE_B, block.to(tl.uint32))
+        word, place, _third, _fourth = tl.philox(seed, zero + low, zero + high, zero + LANE_B, block.to(tl.uint32))
         least = _exponential(word) / BLOCK
         first = (place & (BLOCK - 1)).to(tl.int32)
         peak = tl.max(p, 1)
         bound = tl.where(peak > 0, least / peak, endless)
         if tl.min(bound, 0) < best:
             zeros = (index * 0).to(tl.uint32)
-            words, _, _, _ = tl.philox(seed, zeros + low, zeros + high, zeros + LANE_I, index.to(tl.uint32))
+            words, _seconds, _thirds, _fourths = tl.philox(seed, zeros + low, zeros + high, zeros + LANE_I, index.to(tl.uint32))
             noise = least[:, None] + tl.where(inner[None, :] == first[:, None], 0.0, _exponential(words))
             time = tl.where(p > 0, noise / p, endless)
             soonest = tl.min(tl.min(time, 1), 0)

@@ -11,7 +11,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import InvalidOption
-from engine.runtime.request import Conversation
+from engine.runtime.request import SequenceState
 from engine.sessions.file import Span
 from engine.text.chat import next_turn
 from eval.rows import Parts, item
@@ -106,13 +106,13 @@ class Runner:
         ids = self.engine.encode([{"role": "user", "content": INTRODUCTION + sample.document}])
         return ids + self.engine.tokenizer(ACKNOWLEDGEMENT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
 
-    def _coded(self, key: str, quality: str, samples: list[Sample], originals: list[Conversation], untouched: list[list[str]]) -> None:
+    def _coded(self, key: str, quality: str, samples: list[Sample], originals: list[SequenceState], untouched: list[list[str]]) -> None:
         """The first text goes through a file; the others are coded and decoded in place, in copies of their caches."""
         first, _, stored = self._suspender.through_file(originals[0], quality)
         restored, copies = [first], []
         try:
             for original in originals[1:]:
-                copy = Conversation(list(original.token_ids), copied(original.sequence, shared=False), original.draft_state)
+                copy = SequenceState(list(original.token_ids), copied(original.sequence, shared=False), original.draft_state)
                 copies.append(copy)
                 stored += self._suspender.file_bytes(copy, quality, self._suspender.in_place(copy, quality))
             self._record(key, samples, self._ask_all([*restored, *copies], samples), untouched, originals, stored)
@@ -121,7 +121,7 @@ class Runner:
             for copy in copies:
                 copy.sequence.free()
 
-    def _ask_all(self, conversations: list[Conversation], samples: list[Sample]) -> list[list[str]]:
+    def _ask_all(self, conversations: list[SequenceState], samples: list[Sample]) -> list[list[str]]:
         """Answers [sample][question]; every question starts from the conversations as they are, and leaves them so. All are answered together."""
         pairs = [(c, q) for c, s in zip(conversations, samples, strict=True) for q in s.questions]
         questions = [next_turn(self.engine.tokenizer, q.text, c.token_ids) for c, q in pairs]
@@ -134,7 +134,7 @@ class Runner:
         samples: list[Sample],
         answers: list[list[str]],
         untouched: list[list[str]],
-        conversations: list[Conversation],
+        conversations: list[SequenceState],
         stored_bytes: int | None,
     ) -> None:
         items = [
@@ -211,7 +211,7 @@ class Runner:
             self._log(f"conversation/{count}/{method}: {sum(i['right'] for i in asked)} of {len(asked)} right")
         self._save()
 
-    def _turn(self, conversations: list[Conversation], turns: list[Turn]) -> list[str]:
+    def _turn(self, conversations: list[SequenceState], turns: list[Turn]) -> list[str]:
         """What is answered to each user's message."""
         questions = [
             next_turn(self.engine.tokenizer, t.message, c.token_ids)
@@ -225,6 +225,6 @@ class Runner:
     def _text(self, ids: list[int]) -> str:
         return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
 
-    def _close(self, conversations: Sequence[Conversation]) -> None:
+    def _close(self, conversations: Sequence[SequenceState]) -> None:
         for conversation in conversations:
             self.engine.core.close_conversation(conversation)

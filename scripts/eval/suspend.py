@@ -12,7 +12,7 @@ from codec.spec import NUM_SINKS, QUALITIES
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence, PagedPool
 from engine.runtime.core import EngineCore
-from engine.runtime.request import Conversation
+from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import SessionFile, Span
 from engine.sessions.kv_codec import PASS_TOKENS, session_codec
@@ -38,7 +38,7 @@ def step_name(quality: str) -> str | float:
 
 
 @torch.inference_mode()
-def run_tokens(core: EngineCore, conversations: Sequence[Conversation], pieces: Sequence[list[int]], logits: str) -> torch.Tensor | None:
+def run_tokens(core: EngineCore, conversations: Sequence[SequenceState], pieces: Sequence[list[int]], logits: str) -> torch.Tensor | None:
     """Run the target over pieces[b], which follow what conversation b's cache holds; logits as in `Decoder.forward`. Advances."""
     states = [c.draft_state for c in conversations if c.draft_state is not None]
     taps = core.drafter.target_taps if core.drafter and states else ()
@@ -60,7 +60,7 @@ def run_tokens(core: EngineCore, conversations: Sequence[Conversation], pieces: 
 
 
 @torch.inference_mode()
-def open_with(core: EngineCore, token_ids: Sequence[Sequence[int]]) -> list[Conversation]:
+def open_with(core: EngineCore, token_ids: Sequence[Sequence[int]]) -> list[SequenceState]:
     """Conversations whose caches hold all of each of token_ids, and whose draft has run them too."""
     conversations = [core.open_conversation() for _ in token_ids]
     for conversation, ids in zip(conversations, token_ids, strict=True):
@@ -75,7 +75,7 @@ def open_with(core: EngineCore, token_ids: Sequence[Sequence[int]]) -> list[Conv
 
 
 @torch.inference_mode()
-def run_draft(core: EngineCore, conversations: Sequence[Conversation]) -> None:
+def run_draft(core: EngineCore, conversations: Sequence[SequenceState]) -> None:
     """Let a separate draft run what it lacks of the conversations' caches, all of them together: its features are what is coded against."""
     drafter = core.drafter
     if drafter is None or core.draft_model is None:
@@ -89,7 +89,7 @@ def run_draft(core: EngineCore, conversations: Sequence[Conversation]) -> None:
 
 
 def ask(
-    core: EngineCore, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+    core: EngineCore, conversations: Sequence[SequenceState], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
 ) -> list[list[int]]:
     """Append each question's tokens and answer all greedily as one batch; returns the answers without their end tokens.
 
@@ -117,13 +117,13 @@ def ask(
 
 
 def ask_aside(
-    core: EngineCore, conversations: Sequence[Conversation], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+    core: EngineCore, conversations: Sequence[SequenceState], questions: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
 ) -> list[list[int]]:
     """`ask` without a trace: every question gets a cache of its own that shares the conversation's full pages (one may be asked many times)."""
     asides = []
     try:
         for conversation in conversations:
-            asides.append(Conversation(list(conversation.token_ids), copied(conversation.sequence, shared=True)))
+            asides.append(SequenceState(list(conversation.token_ids), copied(conversation.sequence, shared=True)))
         return ask(core, asides, questions, max_new_tokens)
     finally:
         for aside in asides:
@@ -156,14 +156,14 @@ class Suspender:
         self._prints = pair_fingerprints(core) | {"pack": self.codec.pack.digest}
 
     @torch.inference_mode()
-    def suspend(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> bytes:
+    def suspend(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> bytes:
         """The file's bytes; `spans` coded before keep theirs."""
         num_cached = conversation.sequence.length
         start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
         new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
         return self._file(conversation, quality, [*spans, *new])
 
-    def through_file(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> tuple[Conversation, list[Span], int]:
+    def through_file(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> tuple[SequenceState, list[Span], int]:
         """Suspended into a file on disk and resumed from it: a new conversation, its spans, the file's bytes."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "session"
@@ -172,7 +172,7 @@ class Suspender:
         return *self.resume(data), len(data)
 
     @torch.inference_mode()
-    def in_place(self, conversation: Conversation, quality: str, spans: Sequence[Span] = ()) -> list[Span]:
+    def in_place(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> list[Span]:
         """The conversation's KV becomes what a resume would give, without the draft's second pass: tokens that no span covers are coded, and decoded
         over themselves. Returns all spans."""
         num_cached = conversation.sequence.length
@@ -182,15 +182,15 @@ class Suspender:
             self.codec.decode(conversation, new)
         return [*spans, *new]
 
-    def file_bytes(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> int:
+    def file_bytes(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> int:
         """Bytes of the session file that a conversation would be suspended into."""
         return len(self._file(conversation, quality, spans))
 
-    def _file(self, conversation: Conversation, quality: str, spans: Sequence[Span]) -> bytes:
+    def _file(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> bytes:
         return SessionFile(list(conversation.token_ids), conversation.sequence.length, quality, self._prints, list(spans)).to_bytes()
 
     @torch.inference_mode()
-    def resume(self, data: bytes) -> tuple[Conversation, list[Span]]:
+    def resume(self, data: bytes) -> tuple[SequenceState, list[Span]]:
         """A new conversation from a file's bytes alone, and its spans."""
         stored = SessionFile.from_bytes(data)
         conversation = self.core.open_conversation()

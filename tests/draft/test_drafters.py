@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from codec.predictor.features import FeatureBuffer
-from draft.early_exit import TrunkDrafter
-from draft.errors import FeatureTapError, TrunkDepthError
+from draft.early_exit import EarlyExitDrafter
+from draft.errors import ExitLayerError, FeatureTapError
 from draft.model import ModelDrafter
 
 VOCAB = 10
@@ -93,28 +93,28 @@ def test_a_ragged_batch_is_drafted_and_committed(model):
 class Script:
     """Keeps and goes on as told."""
 
-    def __init__(self, counts, goes_on, candidates=1):
-        self.answers, self.more, self.seen, self.candidates = list(counts), list(goes_on), [], candidates
+    def __init__(self, counts, should_continue, candidates=1):
+        self.answers, self.more, self.seen, self.candidates = list(counts), list(should_continue), [], candidates
 
     def select(self, probabilities):
         assert len(probabilities) == self.candidates
         self.seen.append(probabilities[0])
         return self.answers.pop(0)
 
-    def goes_on(self):
+    def should_continue(self):
         return self.more.pop(0)
 
 
-def gates():
+def policies():
     """The first ends after a kept draft, the second throws its second draft away, the third's block stays whole, the fourth's first is thrown away."""
     return [Script([1], [False]), Script([1, 0], [True]), None, Script([0], [])]
 
 
 def test_gates_end_a_models_blocks(model):
     states = [model.open(None) for _ in range(4)]
-    proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), given := gates())
+    proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), given := policies())
     assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8] and len(proposal.probs) == 5
-    assert proposal.num_run == [1, 2, 3, 1] and not any(gate.answers or gate.more for gate in given if gate)
+    assert proposal.num_run == [1, 2, 3, 1] and not any(policy.answers or policy.more for policy in given if policy)
     sure = float(torch.nn.functional.one_hot(torch.tensor(0), VOCAB).float().softmax(-1).max())
     assert given[1].seen == pytest.approx([sure, sure])
     model.commit(states, proposal, [2, 2, 4, 1])
@@ -122,9 +122,9 @@ def test_gates_end_a_models_blocks(model):
 
 
 def test_gates_end_a_trunks_blocks():
-    trunk = TrunkDrafter(Recorder(), 2)
+    trunk = EarlyExitDrafter(Recorder(), 2)
     states = [trunk.open(Counted(n)) for n in (5, 3, 7, 2)]
-    proposal = trunk.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), gates())
+    proposal = trunk.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policies())
     assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
     wanted = [[1, 5], [2, 6], [3, 3], [4, 4], [5, 7], [6, 8], [7, 9], [8, 10], [7, 2]]
     assert proposal.hidden[:, :2].tolist() == wanted, "every pending token and every kept draft, and no other"
@@ -149,14 +149,14 @@ def test_closing_frees_the_drafts_own_sequences_only(model):
     state = model.open(None)
     model.close([state])
     assert state.sequence.freed
-    trunk, sequence = TrunkDrafter(Recorder(), 2), Counted()
+    trunk, sequence = EarlyExitDrafter(Recorder(), 2), Counted()
     trunk.close([trunk.open(sequence)])
     assert not sequence.freed
     assert (model.weight_bytes, model.pool_bytes) == (12, 7) and (trunk.weight_bytes, trunk.pool_bytes) == (0, 0)
 
 
 def test_a_trunk_runs_each_token_once_and_hands_over_its_states():
-    trunk = TrunkDrafter(Recorder(), 2)
+    trunk = EarlyExitDrafter(Recorder(), 2)
     trunk.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
     sequences = [Counted(), Counted(), Counted()]
     states = [trunk.open(s) for s in sequences]
@@ -177,7 +177,7 @@ def test_a_trunk_runs_each_token_once_and_hands_over_its_states():
 
 
 def test_a_trunk_opened_over_a_filled_sequence_has_no_features_of_its_tokens():
-    trunk = TrunkDrafter(Recorder(), 2)
+    trunk = EarlyExitDrafter(Recorder(), 2)
     trunk.keep_features((1,), FeatureBuffer)
     state = trunk.open(Counted(4))
     trunk.observe_target([state], [1], {1: torch.ones(1, 3)})
@@ -185,7 +185,7 @@ def test_a_trunk_opened_over_a_filled_sequence_has_no_features_of_its_tokens():
 
 
 def test_a_trunk_prefill_does_not_move_the_target():
-    trunk = TrunkDrafter(Recorder(), 2)
+    trunk = EarlyExitDrafter(Recorder(), 2)
     trunk.keep_features((0,), FeatureBuffer)
     state = trunk.open(Counted())
     trunk.prefill([state], [[1, 2]])
@@ -196,12 +196,12 @@ def test_a_trunk_prefill_does_not_move_the_target():
 
 @pytest.mark.parametrize("layers", [0, 4, 5])
 def test_a_trunk_must_leave_layers_to_verify_with(layers):
-    with pytest.raises(TrunkDepthError, match="between 1 and 3"):
-        TrunkDrafter(Recorder(), layers)
+    with pytest.raises(ExitLayerError, match="between 1 and 3"):
+        EarlyExitDrafter(Recorder(), layers)
 
 
 def test_taps_beyond_the_drafter_are_refused(model):
     with pytest.raises(FeatureTapError, match="0 to 4"):
         model.keep_features((5,), FeatureBuffer)
     with pytest.raises(FeatureTapError, match="0 to 2"):
-        TrunkDrafter(Recorder(), 2).keep_features((3,), FeatureBuffer)
+        EarlyExitDrafter(Recorder(), 2).keep_features((3,), FeatureBuffer)

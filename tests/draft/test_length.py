@@ -118,10 +118,10 @@ class SlowDecoder:
         return hidden
 
 
-@pytest.mark.parametrize("verify_from", [0, 2])
-def test_costs_are_measured_on_scratch_sequences_within_a_budget(verify_from):
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_costs_are_measured_on_scratch_sequences_within_a_budget(exit_layer):
     target, draft, freed = SlowDecoder(), SlowDecoder(), []
-    drafter = type("D", (), {"verify_from": verify_from, "runs_last_draft": bool(verify_from)})
+    drafter = type("D", (), {"exit_layer": exit_layer, "runs_last_draft": bool(exit_layer)})
 
     class Sequence:
         def free(self):
@@ -133,11 +133,11 @@ def test_costs_are_measured_on_scratch_sequences_within_a_budget(verify_from):
         return measure_costs(target, drafter, Sequence, passes, token_counts=(1, 2, 4, 64), budget_s=budget_s)
 
     costs = measure(10)
-    assert len(freed) == 2 and costs.runs_last_draft == bool(verify_from) and costs.last is None
+    assert len(freed) == 2 and costs.runs_last_draft == bool(exit_layer) and costs.last is None
     for curve in (costs.draft, costs.verify):
         assert [n for n, _ in curve] == [1, 2, 4, 64]
         seconds = [s for _, s in curve]
         assert seconds == sorted(seconds) and seconds[0] >= 0.0022 and seconds[-1] >= 0.0148
-    assert all(options["first_layer"] == verify_from and (options["hidden"] is None) == (verify_from == 0) for _, options in target.calls)
+    assert all(options["first_layer"] == exit_layer and (options["hidden"] is None) == (exit_layer == 0) for _, options in target.calls)
     hurried = measure(0)
     assert len(hurried.draft) == len(hurried.verify) == 3

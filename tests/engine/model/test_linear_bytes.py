@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.model.batch_invariant import BULK_ROWS, ROWS, StableLinear
+from engine.model.batch_invariant import ROWS, batch_invariant
 from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, choose_product
 from engine.runtime.drafters import load_draft_head
 
@@ -51,8 +51,8 @@ def test_stable_products_do_not_depend_on_other_rows():
     projection = Projection(576, 960, False)
     projection.plain.data = random_weight(960, 576)
     projection.pack(in_bytes=True)
-    linear = StableLinear(choose_product(torch.bfloat16, torch.device("cpu")))
-    x = torch.randn(BULK_ROWS + 2 * ROWS + 5, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+    linear = batch_invariant(choose_product(torch.bfloat16, torch.device("cpu")))
+    x = torch.randn(7 * ROWS + 5, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     whole = linear(x, projection.matrix)
     for start, count in ((0, 1), (3, 5), (250, 30), (len(x) - 1, 1)):
         assert torch.equal(linear(x[start : start + count], projection.matrix), whole[start : start + count])

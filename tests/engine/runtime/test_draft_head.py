@@ -17,7 +17,7 @@ from engine.errors import BadAdapter, InvalidOption
 from engine.loading import choose_draft
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import load_draft_head
-from engine.runtime.request import Conversation
+from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
@@ -127,13 +127,13 @@ def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, te
         params = SamplingParams(max_new_tokens=23, temperature=temperature, seed=n, draft_length=length)
         engine.core.run(conversation, new, params)
     state, length = conversation.draft_state, conversation.sequence.length
-    assert length == len(conversation.token_ids) - 1 == state.features.length == state.covered
+    assert length == len(conversation.token_ids) - 1 == state.features.length == state.num_cached
     states, kv = full_pass(target, trained, conversation.token_ids[:length])
     assert torch.allclose(state.features.take(0, length), states[:, list(taps)], atol=1e-3)
     if eager:
         assert state.own.length == length
-    engine.core.drafter.adapter.run_waiting([state])
-    assert state.own.length == length and state.waiting is None
+    engine.core.drafter.adapter.run_pending([state])
+    assert state.own.length == length and state.pending_hidden is None
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, length), kv, atol=1e-3)
 
 
@@ -149,10 +149,10 @@ def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass
             engine.core.finish(request)
     for c in conversations:
         state = c.draft_state
-        assert state.covered == c.sequence.length == len(c.token_ids) - 1
-        engine.core.drafter.adapter.run_waiting([state])
+        assert state.num_cached == c.sequence.length == len(c.token_ids) - 1
+        engine.core.drafter.adapter.run_pending([state])
         assert torch.allclose(
-            trained.head_layers.read_kv(state.own, 0, state.covered), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
+            trained.head_layers.read_kv(state.own, 0, state.num_cached), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
         )
 
 
@@ -162,7 +162,7 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
     conversation = engine.core.open_conversation()
     engine.core.run(conversation, [4] * 150, SamplingParams(max_new_tokens=20, draft_length=0))
-    assert not runs and conversation.draft_state.num_waiting == 169
+    assert not runs and conversation.draft_state.num_pending_hidden == 169
     engine.core.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
     assert runs[0] == [271], "with the first pending token, once"
     assert sum(n for [n] in runs[1:]) <= 10
@@ -172,7 +172,7 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     engine.core.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
     assert not runs
     engine.core.run(long, [3], SamplingParams(max_new_tokens=6, draft_length=0))
-    assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_waiting == 5
+    assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_pending_hidden == 5
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -182,13 +182,13 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
     sequence = engine.core.pool.new_sequence()
     target.forward(torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
     sequence.advance(30)
-    conversation = Conversation(list(PROMPTS[1]), sequence)
+    conversation = SequenceState(list(PROMPTS[1]), sequence)
     result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=40, draft_length=3))
     assert result.token_ids == plain[1] and result.reused_tokens == 30
     assert 0 < result.speculation.proposed < 3 * result.speculation.steps, "no drafts while it learns, eight tokens a step"
     state = conversation.draft_state
-    assert state.covered == sequence.length
-    engine.core.drafter.adapter.run_waiting([state])
+    assert state.num_cached == sequence.length
+    engine.core.drafter.adapter.run_pending([state])
     kv = full_pass(target, trained, conversation.token_ids[: sequence.length])[1]
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
     if eager:
@@ -273,7 +273,7 @@ def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapt
     conversation = engine.core.open_conversation()
     engine.core.run(conversation, PROMPTS[1], sampled)
     state, count = conversation.draft_state, conversation.sequence.length
-    engine.core.drafter.adapter.run_waiting([state])
+    engine.core.drafter.adapter.run_pending([state])
     here = load_draft_head(folder, target)
     states, kv = full_pass(target, here, conversation.token_ids[:count])
     assert (trained.head_layers.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()

@@ -8,7 +8,7 @@ import torch
 from codec.predictor.features import FeatureBuffer
 from draft.length import CostModel
 from draft.protocols import Proposal
-from draft.tree import MAX_CHAIN, MAX_SIBLINGS, Placement, Sibling, place_block, sibling_slot
+from draft.tree import MAX_CHAIN, MAX_LEAVES, Leaf, TreePosition, block_positions, leaf_slot
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.kv.quantized_pool import QuantizedPool
@@ -43,7 +43,7 @@ def draft(request, target, tmp_path_factory, make_adapter):
 
 @pytest.fixture
 def adopted(monkeypatch):
-    """Depths and numbers of the siblings that were accepted."""
+    """Depths and numbers of the leaves that were accepted."""
     seen, adopt = [], Proposal.adopt
 
     def recorded(self, b, num_kept, number):
@@ -64,8 +64,8 @@ def plain(target):
 
 
 def test_a_block_is_laid_out_behind_its_longest_chain():
-    siblings = [Sibling(1, 5), Sibling(1, 6), Sibling(3, 7)]
-    assert place_block(10, 3, siblings) == Placement(
+    leaves = [Leaf(1, 5), Leaf(1, 6), Leaf(3, 7)]
+    assert block_positions(10, 3, leaves) == TreePosition(
         [9, 10, 11, 12, 10, 10, 12], [9, 10, 11, 12, 10 + MAX_CHAIN, 11 + MAX_CHAIN, 12 + MAX_CHAIN]
     )
 
@@ -88,7 +88,7 @@ def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
     steps = []
     for allowed in (True, False):
         engine = engine_of(target, draft)
-        monkeypatch.setattr(type(engine.core.drafter), "takes_siblings", allowed)
+        monkeypatch.setattr(type(engine.core.drafter), "takes_leaves", allowed)
         steps.append(sum(r.speculation.steps for r in engine.generate(PROMPTS, SamplingParams(max_new_tokens=60))))
     assert steps[0] < 0.95 * steps[1]
 
@@ -102,7 +102,7 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
         for conversation, prompt in zip(conversations, PROMPTS, strict=True):
             engine.core.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
     assert len(adopted) > 10
-    model = engine.core.draft_model if engine.core.drafter.verify_from == 0 else None
+    model = engine.core.draft_model if engine.core.drafter.exit_layer == 0 else None
     for conversation in conversations:
         tokens, state = conversation.token_ids, conversation.draft_state
         length = conversation.sequence.length
@@ -118,7 +118,7 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
         if decoder is not None:
             own = decoder.new_pool(20, 16).new_sequence()
             decoder.forward(None, [own], [length], hidden=out.taps[TRUNK], logits="none")
-            engine.core.drafter.adapter.run_waiting([state])
+            engine.core.drafter.adapter.run_pending([state])
             assert state.own.length == length
             assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
         if taps:
@@ -157,10 +157,10 @@ def test_no_memory_is_taken_beyond_what_was_promised(target, draft, plain):
     assert engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=60))[0].token_ids == plain[0]
 
 
-def test_siblings_stay_out_of_deterministic_and_sampled_text(target, draft, adopted, monkeypatch):
+def test_leaves_stay_out_of_deterministic_and_sampled_text(target, draft, adopted, monkeypatch):
     made = []
-    propose = Proposal.num_siblings
-    monkeypatch.setattr(Proposal, "num_siblings", lambda self, b: made.append(propose(self, b)) or made[-1])
+    propose = Proposal.num_leaves
+    monkeypatch.setattr(Proposal, "num_leaves", lambda self, b: made.append(propose(self, b)) or made[-1])
     engine_of(target, draft, deterministic=True).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20))
     engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, temperature=1.0, seed=1))
     engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, draft_length=3))
@@ -177,10 +177,10 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
         other.ensure(other.capacity + 16 * scattered)
     target.forward(prompt, [sequence], [20])
     sequence.advance(20)
-    siblings = [Sibling(1, 40), Sibling(2, 41), Sibling(2, 42)]
-    block = [30, 31, 32, *(s.token for s in siblings)]
-    out = target.forward(torch.tensor(block), [sequence], [6], placements=[place_block(21, 2, siblings)])
-    assert sequence.length == 20 and sequence.capacity >= sibling_slot(21, 2) + 1
+    leaves = [Leaf(1, 40), Leaf(2, 41), Leaf(2, 42)]
+    block = [30, 31, 32, *(s.token for s in leaves)]
+    out = target.forward(torch.tensor(block), [sequence], [6], placements=[block_positions(21, 2, leaves)])
+    assert sequence.length == 20 and sequence.capacity >= leaf_slot(21, 2) + 1
 
     def alone(tokens):
         fresh = target.new_pool(4, 16).new_sequence()
@@ -188,7 +188,7 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
 
     for row, tokens in enumerate(([30], [30, 31], [30, 31, 32], [30, 40], [30, 31, 41], [30, 31, 42])):
         assert torch.allclose(out.logits[row], alone(tokens)[0], atol=1e-3)
-    pool.move(sequence, sibling_slot(21, 2), 22)
+    pool.move(sequence, leaf_slot(21, 2), 22)
     sequence.advance(3)
     assert torch.allclose(target.read_kv(sequence, 0, 23), target.read_kv(alone([30, 31, 42])[1], 0, 23), atol=1e-3)
 
@@ -200,21 +200,21 @@ def test_pools_without_placements_refuse_them(random_decoder):
     sequence = pool.new_sequence()
     assert not pool.takes_placements and target.new_pool(1).takes_placements
     with pytest.raises(InvalidOption, match="without siblings"):
-        target.forward(torch.tensor([1]), [sequence], [1], placements=[Placement([0], [0])])
+        target.forward(torch.tensor([1]), [sequence], [1], placements=[TreePosition([0], [0])])
     with pytest.raises(NotImplementedError, match="QuantizedPool"):
         pool.move(sequence, 1, 0)
 
 
 def test_there_are_never_too_many(target, draft, monkeypatch):
     most = []
-    adopt = Proposal.num_siblings
-    monkeypatch.setattr(Proposal, "num_siblings", lambda self, b: most.append(adopt(self, b)) or most[-1])
+    adopt = Proposal.num_leaves
+    monkeypatch.setattr(Proposal, "num_leaves", lambda self, b: most.append(adopt(self, b)) or most[-1])
     engine_of(target, draft).generate(PROMPTS, SamplingParams(max_new_tokens=60))
-    assert 1 < max(most) <= MAX_SIBLINGS
+    assert 1 < max(most) <= MAX_LEAVES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in the interpreter alone")
-def test_kernels_forced_on_a_cpu_run_without_siblings(target, adopted, monkeypatch):
+def test_kernels_forced_on_a_cpu_run_without_leaves(target, adopted, monkeypatch):
     """The Triton kernels take no placements, so none may be made where they run."""
     own = engine_of(target, TRUNK)
     monkeypatch.setenv("FORETOLD_KERNELS", "triton")

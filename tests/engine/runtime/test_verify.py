@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from draft.early_exit import TrunkDrafter
+from draft.early_exit import EarlyExitDrafter
 from draft.length import CostModel, LengthController
 from draft.model import ModelDrafter
-from draft.stopping import SAMPLED_PRIOR, Calibration
+from draft.stopping import SAMPLED_PRIOR, AcceptanceEstimator
 from engine.model.decoder import DecoderOutput
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.request import Conversation, Request
+from engine.runtime.request import Request, SequenceState
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.step import decode_step
 from engine.text.detokenizer import TextStream
@@ -74,7 +74,7 @@ class MarkovDecoder:
 
 def drafter_of(kind, target):
     if kind == "trunk":
-        return TrunkDrafter(target, 1)
+        return EarlyExitDrafter(target, 1)
     if kind == "model":
         return ModelDrafter(MarkovDecoder(7), SimpleNamespace(new_sequence=Counted, bytes=0))
     return None
@@ -83,7 +83,7 @@ def drafter_of(kind, target):
 def request_of(params, seed, drafter, controller=None):
     params = params if params.seed is None else replace(params, seed=seed)
     sequence = Counted(2)
-    conversation = Conversation([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
+    conversation = SequenceState([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
     return Request(
         conversation,
         params,
@@ -152,7 +152,7 @@ def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, pr
     costs = CostModel(
         draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),)
     )
-    made = [LengthController("auto", costs, Calibration(SAMPLED_PRIOR)) for _ in range(DRAWS)]
+    made = [LengthController("auto", costs, AcceptanceEstimator(SAMPLED_PRIOR)) for _ in range(DRAWS)]
     requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
     counts = Counter(tuple(r.token_ids[3:]) for r in requests)
     assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
@@ -183,7 +183,9 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
     for drafter in drafters:
         for length in (0, 1, 4, "auto") if drafter else (0,):
             own = SamplingParams(**params, seed=0, max_new_tokens=25, draft_length=length)
-            requests = [request_of(own, seed, drafter, LengthController(length, costs, Calibration(SAMPLED_PRIOR))) for seed in range(40)]
+            requests = [
+                request_of(own, seed, drafter, LengthController(length, costs, AcceptanceEstimator(SAMPLED_PRIOR))) for seed in range(40)
+            ]
             texts.append([r.token_ids for r in run(target, drafter, requests)])
             proposed += sum(r.metrics.proposed for r in requests)
             accepted += sum(r.metrics.accepted for r in requests)

@@ -49,7 +49,7 @@ class Break:
 
 
 @pytest.mark.parametrize("draft", ["draft", "adapter", "trunk", "none"])
-@pytest.mark.parametrize("place", ["target.forward", "drafter.commit", "drafter.observe_target", "add_run", "on_text"])
+@pytest.mark.parametrize("place", ["target.forward", "drafter.commit", "drafter.observe_target", "append_tokens", "on_text"])
 @pytest.mark.parametrize("after", [False, True])
 def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine, draft, place, after, monkeypatch, tmp_path):
     if draft == "none" and place.startswith("drafter"):
@@ -62,12 +62,12 @@ def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine
     written: list[str] = []
     with monkeypatch.context() as patch:
         on_text = written.append
-        if place == "add_run":
+        if place == "append_tokens":
             from engine.runtime.request import Request
 
-            whole = Request.add_run
+            whole = Request.append_tokens
             broken = Break(whole, 5, after)
-            patch.setattr(Request, "add_run", lambda self, run: broken(self, run))
+            patch.setattr(Request, "append_tokens", lambda self, run: broken(self, run))
         elif place == "on_text":
             on_text = Break(written.append, 3, after)
         else:
@@ -97,10 +97,10 @@ def test_an_interrupt_after_the_last_token_leaves_nothing_running(chat_engine, m
     from engine.runtime.request import Request
 
     engine = chat_engine("none")
-    session, whole = spoken(engine, tokens=20, quality="tokens"), Request.add_run
+    session, whole = spoken(engine, tokens=20, quality="tokens"), Request.append_tokens
     with monkeypatch.context() as patch:
         broken = Break(whole, 1, after=True)
-        patch.setattr(Request, "add_run", lambda self, run: broken(self, run))
+        patch.setattr(Request, "append_tokens", lambda self, run: broken(self, run))
         with pytest.raises(KeyboardInterrupt):
             session.generate(" more", SamplingParams(max_new_tokens=1))
     assert engine.core.scheduler.idle

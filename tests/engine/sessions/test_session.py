@@ -128,7 +128,7 @@ def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, t
     before, after = kv_of(kept), kv_of(resumed)
     assert torch.equal(before[:NUM_SINKS], after[:NUM_SINKS])
     assert 0 < loss(before, after) < 0.2
-    trunk = kept.core.drafter.verify_from * 2 * 2 * 8 if kept.core.drafter else 0
+    trunk = kept.core.drafter.exit_layer * 2 * 2 * 8 if kept.core.drafter else 0
     assert torch.equal(before[:, :trunk], after[:, :trunk]), "a trunk's own layers are run again, not coded"
 
 

@@ -116,7 +116,7 @@ def test_only_the_first_text_gets_special_tokens(chat_engine):
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [257] * add_special_tokens + self._inner(text)["input_ids"]}
 
-    engine.tokenizer = Beginning(engine.tokenizer)
+    engine.core.text.tokenizer = Beginning(engine.tokenizer)
     one = SamplingParams(max_new_tokens=1)
     with engine.session(quality="tokens") as session:
         session.generate("a", one)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from draft.errors import CheckpointMismatch, TrainingDataError, TrainingError, TrunkDepthError
+from draft.errors import CheckpointMismatch, ExitLayerError, TrainingDataError, TrainingError
 from engine.train.documents import TokenDocuments, coverage, epoch_order, make_batch, reduced_vocabulary
 from engine.train.loss import TeacherHead, distil, score
 from engine.train.measure import measure, replay
@@ -161,7 +161,7 @@ def test_a_training_by_the_clock_ends_in_time(teacher: Teacher, documents: Token
 
 def test_options_are_checked(teacher: Teacher, documents: TokenDocuments):
     ids = torch.arange(V)
-    with pytest.raises(TrunkDepthError):
+    with pytest.raises(ExitLayerError):
         Trainer(teacher, ids, documents, replace(OPTIONS, trunk_layers=4))
     with pytest.raises(TrainingError, match="end"):
         Trainer(teacher, ids, documents, replace(OPTIONS, seconds=3.0))
