@@ -17,12 +17,15 @@ import torch
 from draft.early_exit import EarlyExitDrafter
 from draft.length import CostModel, LengthController
 from draft.model import ModelDrafter
+from draft.protocols import Proposal
 from draft.stopping import SAMPLED_PRIOR, AcceptanceEstimator
+from draft.tree import Leaf
 from engine.model.decoder import DecoderOutput
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.request import Request, SequenceState
-from engine.runtime.sampling import SamplingParams
+from engine.runtime.sampling import BatchSampler, SamplingParams
 from engine.runtime.step import decode_step
+from engine.runtime.verify import verify
 from engine.text.detokenizer import TextStream
 
 VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 4000
@@ -241,3 +244,41 @@ def test_a_perfect_draft_is_never_rejected():
     for request in run(target, drafter, [request_of(params, seed, drafter) for seed in range(50)]):
         assert request.metrics.acceptance_rate == 1
         assert request.metrics.steps == 10 and request.metrics.accepted_by_position == [1.0] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_more_is_drafted_than_the_text_may_still_take(temperature):
+    target = MarkovDecoder(1)
+    drafter, asked = drafter_of("model", target), []
+    propose = drafter.propose
+
+    def watched(states, pending, lengths, *rest):
+        asked.append(lengths[0])
+        return propose(states, pending, lengths, *rest)
+
+    drafter.propose = watched
+    params = SamplingParams(temperature=temperature, max_new_tokens=6, draft_length=4)
+    request, left = request_of(params, 3, drafter), []
+    while request.finish_reason is None:
+        left.append(request.remaining)
+        decode_step([request], target, drafter, catch_up=64)
+    assert asked == [min(4, n - 1) for n in left if n > 1]
+    assert len(request.token_ids) == 9
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_leaf_takes_the_place_of_the_rejected_draft_beside_it_and_of_no_other(seed):
+    """Target's tokens 3, 4, 2 after the pending one, 1 after the leaf's."""
+    logits = torch.full((4, VOCAB), -9.0)
+    for row, token in enumerate((3, 4, 2, 1)):
+        logits[row, token] = 9.0
+    sampler = BatchSampler([SamplingParams(seed=seed)], [5], VOCAB)
+    for drafts, leaf, gained, number in (
+        ([3, 0], Leaf(2, 4), [3, 4, 1], 0),  # beside the draft that is refused
+        ([3, 0], Leaf(1, 3), [3, 4], None),  # beside one that is kept
+        ([3, 0], Leaf(2, 1), [3, 4], None),  # another token
+        ([3, 4], Leaf(3, 2), [3, 4, 2], None),  # behind the chain: nothing was refused
+        ([0, 4], Leaf(2, 4), [3], None),  # after the first refusal
+    ):
+        proposal = Proposal(torch.tensor(drafts), [2], [None, None], None, [1], [3], [None], leaves=[[leaf]])
+        assert verify(logits, proposal, sampler, [7]) == ([gained], [number])
