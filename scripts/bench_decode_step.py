@@ -75,10 +75,16 @@ def random_model(name: str, device: torch.device, keys: int, layers: int | None 
 
     def one() -> Layer:
         return Layer(
-            1 + draw(s.hidden, scale=0.1), matrix(s.qkv_rows, s.hidden), draw(s.qkv_rows, scale=0.1) if bias else None,
-            1 + draw(2, s.head_dim, scale=0.1) if qk_norm else None, matrix(s.hidden, s.heads * s.head_dim), None,
-            1 + draw(s.hidden, scale=0.1), matrix(2 * s.intermediate, s.hidden), matrix(s.hidden, s.intermediate),
-        )  # fmt: skip
+            1 + draw(s.hidden, scale=0.1),
+            matrix(s.qkv_rows, s.hidden),
+            draw(s.qkv_rows, scale=0.1) if bias else None,
+            1 + draw(2, s.head_dim, scale=0.1) if qk_norm else None,
+            matrix(s.hidden, s.heads * s.head_dim),
+            None,
+            1 + draw(s.hidden, scale=0.1),
+            matrix(2 * s.intermediate, s.hidden),
+            matrix(s.hidden, s.intermediate),
+        )
 
     stack = [one() for _ in range(depth if layers is None else layers)]
     pages = [tuple(draw(2, keys // PAGE, PAGE, s.kv_heads, s.head_dim)) for _ in stack]
@@ -318,8 +324,15 @@ def main() -> int:
     weight_bytes = sum(t.nbytes for t in tensors)
     read = read_bandwidth(device)
     print(f"{torch.cuda.get_device_name()}: reads {read:.0f} GB/s; {options.shape}: {weight_bytes / 1e9:.3f} GB of weights", flush=True)
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "shape": options.shape, "read_gb_per_s": read, "rows": [],
-                              "context": options.context, "torch": torch.__version__, "triton": triton.__version__}  # fmt: skip
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "shape": options.shape,
+        "read_gb_per_s": read,
+        "rows": [],
+        "context": options.context,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     wide = None if options.no_check else widened(weights)
     for batch, length in wanted:
         bench = Bench(weights, shape, (batch, length), options.context, options.max_keys)

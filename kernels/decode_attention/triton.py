@@ -20,8 +20,15 @@ MOST_ROWS = 64  # (new token, head) pairs a program takes: more would not fit it
 
 @triton.jit
 def _block_addresses(
-    table_row_ptr, block, end, channel, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    table_row_ptr,
+    block,
+    end,
+    channel,
+    stride_page,
+    stride_token,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """[BLOCK_N, BLOCK_D] offsets of keys block .. block + BLOCK_N - 1."""
     base, offset = page_rows(load_page(table_row_ptr, block, end, PAGE, BLOCK_N), block, stride_page, stride_token, PAGE, BLOCK_N)
     return base + offset[:, None] + channel[None, :]
@@ -42,42 +49,79 @@ def _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION: tl.
 
 @triton.jit
 def _merge(
-    part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, row_heads,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results; empty ones at the end change no bit.
-
-    AHEAD of them are unrolled, so that their loads overlap. One at a time, because a sum over an axis of splits would cross the warps.
-    """
+    part_ptr,
+    stat_ptr,
+    row_head,
+    row_mask,
+    channel,
+    channel_mask,
+    splits,
+    row_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results, AHEAD of them at a time; empty ones at the end change no bit."""
+    near = tl.arange(0, AHEAD)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    bound = tl.where(row_mask, splits, 0)
     for base in range(0, splits, AHEAD):
-        for near in tl.static_range(AHEAD):
-            mask = bound > base + near
-            part = (base + near) * row_heads + row_head
-            theirs = tl.load(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], mask=mask[:, None] & channel_mask[None, :], other=0.0)
-            their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
-            their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
-            new_highest = tl.maximum(highest, their_highest)
-            safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            weight = tl.exp2(their_highest - safe)
-            shrink = tl.exp2(highest - safe)
-            acc = acc * shrink[:, None] + theirs * weight[:, None]
-            total = total * shrink + their_total * weight
-            highest = new_highest
-    return acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        mask = row_mask[None, :] & (base + near < splits)
+        part = (base + near) * row_heads + row_head[None, :]
+        theirs = tl.load(
+            part_ptr + part[:, :, None] * HEAD_DIM + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
+        )
+        their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
+        their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
+        new_highest = tl.maximum(highest, tl.max(their_highest, 0))
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weight = tl.exp2(their_highest - safe[None, :])
+        shrink = tl.exp2(highest - safe)
+        acc = acc * shrink[:, None] + tl.sum(theirs * weight[:, :, None], 0)
+        total = total * shrink + tl.sum(their_total * weight, 0)
+        highest = new_highest
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, context_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, ahead_ptr,
-    scale_log2, num_rows, stride_table, stride_page, stride_token, stride_head,
-    LENGTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr, ONCE: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    position_ptr,
+    context_ptr,
+    out_ptr,
+    part_ptr,
+    stat_ptr,
+    ticket_ptr,
+    ahead_ptr,
+    scale_log2,
+    num_rows,
+    stride_table,
+    stride_page,
+    stride_token,
+    stride_head,
+    LENGTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     GROUP: tl.constexpr = HEADS // GROUPS
     TILES: tl.constexpr = LENGTH // TOKENS
     unit = tl.program_id(0)
@@ -136,7 +180,7 @@ def _decode_attention_kernel(
                 v = tl.load(v_ptr + at, mask=mask, other=0.0)
                 acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
-            out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
         else:
             part = row_head + num_rows * HEADS * split
@@ -184,12 +228,38 @@ def decode_attention(
     programs = max(1, min(splits, config.programs))
     units = batch * (length // tokens) * groups
     _decode_attention_kernel[(units, programs)](
-        q, k_pages, v_pages, page_table, positions, context_lens, out, part, stat, tickets,
-        q if ahead is None else ahead, scale * LOG2_E, rows, page_table.stride(0), *k_pages.stride()[:3],
-        LENGTH=length, TOKENS=tokens, HEADS=heads, GROUPS=groups, HEAD_DIM=head_dim, PAGE=size, SPLIT=config.split,
-        BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, next_power_of_2(head_dim)),
-        STAGES=config.stages, AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)),
-        CHUNK=errand_chunk(ahead, units * programs, config.warps, early), THREADS=32 * config.warps,
-        ONCE=programs == splits, EARLY=early,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, launch_pdl=early,
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        positions,
+        context_lens,
+        out,
+        part,
+        stat,
+        tickets,
+        q if ahead is None else ahead,
+        scale * LOG2_E,
+        rows,
+        page_table.stride(0),
+        *k_pages.stride()[:3],
+        LENGTH=length,
+        TOKENS=tokens,
+        HEADS=heads,
+        GROUPS=groups,
+        HEAD_DIM=head_dim,
+        PAGE=size,
+        SPLIT=config.split,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        STAGES=config.stages,
+        AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)),
+        CHUNK=errand_chunk(ahead, units * programs, config.warps, early),
+        THREADS=32 * config.warps,
+        ONCE=programs == splits,
+        EARLY=early,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        num_warps=config.warps,
+        launch_pdl=early,
+    )

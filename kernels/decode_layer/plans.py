@@ -62,17 +62,17 @@ def choose_plan(shape: DecodeShape, rows: int) -> DecodePlan:
             qkv=skinny,
             o=skinny,
             gate_up=Tile(block_n=16, block_k=64, slices=4, stages=4, lines=8),
-            down=Tile(block_n=16, block_k=128, slices=4, splits=4, stages=3, held=1),
+            down=Tile(block_n=16, block_k=64, slices=4, splits=4, stages=6, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
-            attention=DecodeAttentionConfig(warps=2),
+            attention=DecodeAttentionConfig(),
         )
     return DecodePlan(
         qkv=Tile(block_n=64, block_k=128, slices=1, splits=2, lines=16),
         o=Tile(block_n=64, block_k=64, slices=1, splits=6, stages=5, lines=8),
-        gate_up=Tile(block_n=128, block_k=64, slices=1, stages=4, lines=8),
-        down=Tile(block_n=64, block_k=128, slices=1, splits=5, stages=4),
+        gate_up=Tile(block_n=128, block_k=64, slices=1, stages=4, lines=16),
+        down=Tile(block_n=64, block_k=128, slices=1, splits=7, stages=4),
         head=Tile(block_n=128, block_k=64, slices=1, stages=4),
-        attention=DecodeAttentionConfig(warps=2),
+        attention=DecodeAttentionConfig(),
     )
 
 

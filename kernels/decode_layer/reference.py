@@ -29,9 +29,21 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
         w = weights.layers[number]
         k_pages, v_pages = weights.pages[number]
         norm_qkv(
-            b.scaled, b.squares, b.parts, shape.eps, w.qkv, w.qkv_bias, w.qk_norm, weights.cos, weights.sin, b.positions, b.slots,
-            k_pages, v_pages, b.queries,
-        )  # fmt: skip
+            b.scaled,
+            b.squares,
+            b.parts,
+            shape.eps,
+            w.qkv,
+            w.qkv_bias,
+            w.qk_norm,
+            weights.cos,
+            weights.sin,
+            b.positions,
+            b.slots,
+            k_pages,
+            v_pages,
+            b.queries,
+        )
         decode_attention(b.queries, k_pages, v_pages, b.page_table, b.positions, b.context_lens, shape.head_dim**-0.5, b.attended)
         b.parts = linear_residual(b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares)
         norm_gate_up(b.scaled, b.squares, b.parts, shape.eps, w.gate_up, b.gated)

@@ -101,10 +101,21 @@ class DecodeBuffers:
             return torch.zeros(sizes, dtype=kind, device=device)
 
         return cls(
-            integers(rows), integers(rows), integers(rows), integers(batch, max_pages, kind=torch.int32),
-            integers(batch, kind=torch.int32), floats(rows, shape.hidden), floats(rows, shape.hidden),
-            torch.zeros(needs.square_rows, rows, device=device), 0,
-            floats(rows, shape.heads, shape.head_dim), floats(rows, shape.heads, shape.head_dim), floats(rows, shape.intermediate),
-            torch.zeros(rows, shape.vocab, device=device) if logits else None, integers(rows),
-            torch.zeros(needs.part_floats, device=device), integers(needs.tickets, kind=torch.int32), plan,
-        )  # fmt: skip
+            integers(rows),
+            integers(rows),
+            integers(rows),
+            integers(batch, max_pages, kind=torch.int32),
+            integers(batch, kind=torch.int32),
+            floats(rows, shape.hidden),
+            floats(rows, shape.hidden),
+            torch.zeros(needs.square_rows, rows, device=device),
+            0,
+            floats(rows, shape.heads, shape.head_dim),
+            floats(rows, shape.heads, shape.head_dim),
+            floats(rows, shape.intermediate),
+            torch.zeros(rows, shape.vocab, device=device) if logits else None,
+            integers(rows),
+            torch.zeros(needs.part_floats, device=device),
+            integers(needs.tickets, kind=torch.int32),
+            plan,
+        )

@@ -47,13 +47,37 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
         in_qkv, in_attention, in_o = _stretches(w.gate_up, *plan.ahead_mb[:3])
         (in_gate_up,), (in_down,) = _stretches(w.down, plan.ahead_mb[3]), _stretches(after, plan.ahead_mb[4])
         norm_qkv(
-            b.scaled, b.squares, b.parts, shape.eps, w.qkv, w.qkv_bias, w.qk_norm, weights.cos, weights.sin, b.positions, b.slots,
-            k_pages, v_pages, b.queries, tile=plan.qkv, ahead=in_qkv, **scratch,
-        )  # fmt: skip
+            b.scaled,
+            b.squares,
+            b.parts,
+            shape.eps,
+            w.qkv,
+            w.qkv_bias,
+            w.qk_norm,
+            weights.cos,
+            weights.sin,
+            b.positions,
+            b.slots,
+            k_pages,
+            v_pages,
+            b.queries,
+            tile=plan.qkv,
+            ahead=in_qkv,
+            **scratch,
+        )
         decode_attention(
-            b.queries, k_pages, v_pages, b.page_table, b.positions, b.context_lens, shape.head_dim**-0.5, b.attended,
-            config=plan.attention, ahead=in_attention, **scratch,
-        )  # fmt: skip
+            b.queries,
+            k_pages,
+            v_pages,
+            b.page_table,
+            b.positions,
+            b.context_lens,
+            shape.head_dim**-0.5,
+            b.attended,
+            config=plan.attention,
+            ahead=in_attention,
+            **scratch,
+        )
         b.parts = linear_residual(
             b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares, tile=plan.o, ahead=in_o, **scratch
         )
@@ -66,6 +90,15 @@ def decode_head(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeSha
     """See `reference.decode_head`."""
     b = buffers
     greedy_head(
-        b.scaled, b.squares, b.parts, shape.eps, weights.head, b.logits, b.next_tokens,
-        tile=b.plan.head, part=b.part, tickets=b.tickets, early=b.plan.early,
-    )  # fmt: skip
+        b.scaled,
+        b.squares,
+        b.parts,
+        shape.eps,
+        weights.head,
+        b.logits,
+        b.next_tokens,
+        tile=b.plan.head,
+        part=b.part,
+        tickets=b.tickets,
+        early=b.plan.early,
+    )

@@ -9,8 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def _embed_rows_kernel(
-    id_ptr, embedding_ptr, norm_ptr, stream_ptr, scaled_ptr, squares_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMBED: tl.constexpr,
-):  # fmt: skip
+    id_ptr,
+    embedding_ptr,
+    norm_ptr,
+    stream_ptr,
+    scaled_ptr,
+    squares_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EMBED: tl.constexpr,
+):
     token = tl.program_id(0)
     channel = tl.arange(0, BLOCK)
     mask = channel < WIDTH
@@ -42,7 +50,15 @@ def embed_rows(
     """See `reference.embed_rows`. Never launched early: what later kernels of the step read before their turn is settled when it ends."""
     tokens, width = stream.shape
     _embed_rows_kernel[(tokens,)](
-        norm if token_ids is None else token_ids, embedding, norm, stream, scaled, squares,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), EMBED=token_ids is not None, num_warps=8,
-    )  # fmt: skip
+        norm if token_ids is None else token_ids,
+        embedding,
+        norm,
+        stream,
+        scaled,
+        squares,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        EMBED=token_ids is not None,
+        num_warps=8,
+    )
     return 1

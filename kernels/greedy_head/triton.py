@@ -21,11 +21,32 @@ def _first_best(value, index, NOWHERE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _greedy_head_kernel(
-    x_ptr, squares_ptr, w_ptr, logits_ptr, best_ptr, where_ptr, token_ptr, ticket_ptr, tokens, parts, eps,
-    VOCAB: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr,
-    LOGITS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    squares_ptr,
+    w_ptr,
+    logits_ptr,
+    best_ptr,
+    where_ptr,
+    token_ptr,
+    ticket_ptr,
+    tokens,
+    parts,
+    eps,
+    VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    HELD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile = tl.program_id(0)
     admit_next(EARLY)
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -37,9 +58,25 @@ def _greedy_head_kernel(
     await_previous(EARLY)
     squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
-        held, x_ptr, w_ptr, row, row_mask, 0, WIDTH, tokens,
-        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
-    )  # fmt: skip
+        held,
+        x_ptr,
+        w_ptr,
+        row,
+        row_mask,
+        0,
+        WIDTH,
+        tokens,
+        WIDTH,
+        1,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SLICES,
+        STAGES,
+        EVEN_ROWS,
+        HELD,
+        PRECISION,
+    )
     acc *= tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
     acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
     token = tl.arange(0, BLOCK_M)
@@ -91,10 +128,31 @@ def greedy_head(
     block_m = token_block(count, tile)
     best, where = part[: tiles * count], part[tiles * count : 2 * tiles * count].view(torch.int32)
     _greedy_head_kernel[(tiles,)](
-        scaled, squares, weight, best if logits is None else logits, best, where, tokens, tickets, count, parts, eps,
-        VOCAB=vocab, WIDTH=width, PARTS=next_power_of_2(parts), BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0,
-        HELD=held_steps(width, dataclasses.replace(tile, splits=1)), AT_ONCE=max(16, 4096 // block_m),
-        LOGITS=logits is not None, EARLY=early, PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, launch_pdl=early,
-    )  # fmt: skip
+        scaled,
+        squares,
+        weight,
+        best if logits is None else logits,
+        best,
+        where,
+        tokens,
+        tickets,
+        count,
+        parts,
+        eps,
+        VOCAB=vocab,
+        WIDTH=width,
+        PARTS=next_power_of_2(parts),
+        BLOCK_M=block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SLICES=tile.slices,
+        STAGES=tile.stages,
+        LINES=tile.lines if early else 0,
+        HELD=held_steps(width, dataclasses.replace(tile, splits=1)),
+        AT_ONCE=max(16, 4096 // block_m),
+        LOGITS=logits is not None,
+        EARLY=early,
+        PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        launch_pdl=early,
+    )

@@ -23,11 +23,29 @@ from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_pow
 
 @triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _norm_gate_up_kernel(
-    x_ptr, squares_ptr, w_ptr, out_ptr, ahead_ptr, tokens, parts, eps,
-    INNER: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    squares_ptr,
+    w_ptr,
+    out_ptr,
+    ahead_ptr,
+    tokens,
+    parts,
+    eps,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    HELD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     HALF: tl.constexpr = BLOCK_N // 2
     tile = tl.program_id(0)
     admit_next(EARLY)
@@ -42,9 +60,25 @@ def _norm_gate_up_kernel(
     await_previous(EARLY)
     squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
-        held, x_ptr, w_ptr, row, channel < INNER, 0, WIDTH, tokens,
-        WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
-    )  # fmt: skip
+        held,
+        x_ptr,
+        w_ptr,
+        row,
+        channel < INNER,
+        0,
+        WIDTH,
+        tokens,
+        WIDTH,
+        1,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SLICES,
+        STAGES,
+        EVEN_ROWS,
+        HELD,
+        PRECISION,
+    )
     acc *= tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
     dtype = out_ptr.dtype.element_ty
     gate, up = halves(acc.to(dtype).to(tl.float32), HALF, BLOCK_M)
@@ -77,10 +111,28 @@ def norm_gate_up(
     inner = weight.shape[0] // 2
     tiles = triton.cdiv(inner, tile.block_n // 2)
     _norm_gate_up_kernel[(tiles,)](
-        scaled, squares, weight, out, weight if ahead is None else ahead, tokens, parts, eps,
-        INNER=inner, WIDTH=width, PARTS=next_power_of_2(parts), BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0,
-        HELD=held_steps(width, dataclasses.replace(tile, splits=1)), CHUNK=errand_chunk(ahead, tiles, tile.warps, early),
-        THREADS=32 * tile.warps, EARLY=early,
-        PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
-    )  # fmt: skip
+        scaled,
+        squares,
+        weight,
+        out,
+        weight if ahead is None else ahead,
+        tokens,
+        parts,
+        eps,
+        INNER=inner,
+        WIDTH=width,
+        PARTS=next_power_of_2(parts),
+        BLOCK_M=token_block(tokens, tile),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SLICES=tile.slices,
+        STAGES=tile.stages,
+        LINES=tile.lines if early else 0,
+        HELD=held_steps(width, dataclasses.replace(tile, splits=1)),
+        CHUNK=errand_chunk(ahead, tiles, tile.warps, early),
+        THREADS=32 * tile.warps,
+        EARLY=early,
+        PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        launch_pdl=early,
+    )

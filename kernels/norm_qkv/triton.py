@@ -27,9 +27,19 @@ from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_pow
 
 @triton.jit
 def _inputs(
-    head, channel, channel_mask, bias_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, tokens,
-    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    head,
+    channel,
+    channel_mask,
+    bias_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    slot_ptr,
+    tokens,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """What `_finish` needs besides the product, none of it written in a step: both halves' bias, cosines, sines, slots."""
     token = tl.arange(0, BLOCK_M)
     mask = channel_mask[:, None] & (token < tokens)[None, :]
@@ -48,9 +58,24 @@ def _inputs(
 
 @triton.jit
 def _finish(
-    low, high, inputs, head, channel, channel_mask, qk_norm_ptr, k_ptr, v_ptr, q_ptr, tokens, eps,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, QK_NORM: tl.constexpr,
-):  # fmt: skip
+    low,
+    high,
+    inputs,
+    head,
+    channel,
+    channel_mask,
+    qk_norm_ptr,
+    k_ptr,
+    v_ptr,
+    q_ptr,
+    tokens,
+    eps,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    QK_NORM: tl.constexpr,
+):
     """low, high: [C, BLOCK_M] float32, `channel` [C] of a head's two halves, normalised but for the bias."""
     dtype = q_ptr.dtype.element_ty
     token = tl.arange(0, BLOCK_M)
@@ -90,12 +115,45 @@ def _finish(
 
 @triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
 def _norm_qkv_kernel(
-    x_ptr, squares_ptr, w_ptr, bias_ptr, qk_norm_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, k_ptr, v_ptr, q_ptr, part_ptr, ticket_ptr,
-    ahead_ptr, tokens, parts, eps, WIDTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr, BIAS: tl.constexpr,
-    QK_NORM: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    squares_ptr,
+    w_ptr,
+    bias_ptr,
+    qk_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    slot_ptr,
+    k_ptr,
+    v_ptr,
+    q_ptr,
+    part_ptr,
+    ticket_ptr,
+    ahead_ptr,
+    tokens,
+    parts,
+    eps,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    HELD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    BIAS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     STRETCH: tl.constexpr = BLOCK_N // 2
     STRETCHES: tl.constexpr = HALF // STRETCH
     head = tl.program_id(0) // STRETCHES
@@ -118,9 +176,25 @@ def _norm_qkv_kernel(
     await_previous(EARLY)
     squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
-        held, x_ptr, w_ptr, row, near >= 0, first, last, tokens,
-        WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, True, HELD, PRECISION,
-    )  # fmt: skip
+        held,
+        x_ptr,
+        w_ptr,
+        row,
+        near >= 0,
+        first,
+        last,
+        tokens,
+        WIDTH,
+        SPLITS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SLICES,
+        STAGES,
+        True,
+        HELD,
+        PRECISION,
+    )
     if WHOLE:
         ROWS: tl.constexpr = (HEADS + 2 * GROUPS) * 2 * HALF
         token = tl.arange(0, BLOCK_M)
@@ -138,9 +212,24 @@ def _norm_qkv_kernel(
         low, high = halves(acc, STRETCH, BLOCK_M)
     factor = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)[None, :]
     _finish(
-        low * factor, high * factor, inputs, head, channel, channel < HALF, qk_norm_ptr, k_ptr, v_ptr, q_ptr, tokens, eps,
-        HEADS, GROUPS, HALF, BLOCK_M, QK_NORM,
-    )  # fmt: skip
+        low * factor,
+        high * factor,
+        inputs,
+        head,
+        channel,
+        channel < HALF,
+        qk_norm_ptr,
+        k_ptr,
+        v_ptr,
+        q_ptr,
+        tokens,
+        eps,
+        HEADS,
+        GROUPS,
+        HALF,
+        BLOCK_M,
+        QK_NORM,
+    )
 
 
 def norm_qkv_floors(tokens: int, rows: int, width: int, element_bytes: int) -> tuple[int, int]:
@@ -186,12 +275,44 @@ def norm_qkv(
         raise ValueError("norm_qkv needs contiguous pages (pass one layer's keys and values of the pool, not a permuted view)")
     tiles = (heads + 2 * groups) * (head_dim // tile.block_n)
     _norm_qkv_kernel[(tiles, tile.splits)](
-        scaled, squares, weight, weight if bias is None else bias, weight if qk_norm is None else qk_norm, cos, sin, positions, slots,
-        k_pages, v_pages, q, part, tickets, weight if ahead is None else ahead, tokens, parts, eps,
-        WIDTH=width, HEADS=heads, GROUPS=groups, HALF=head_dim // 2, BLOCK_H=next_power_of_2(head_dim // 2), PARTS=next_power_of_2(parts),
-        SPLITS=tile.splits, BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
-        STAGES=tile.stages, LINES=tile.lines if early else 0, HELD=held_steps(width, tile),
-        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early), THREADS=32 * tile.warps,
-        BIAS=bias is not None, QK_NORM=qk_norm is not None, EARLY=early,
-        PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
-    )  # fmt: skip
+        scaled,
+        squares,
+        weight,
+        weight if bias is None else bias,
+        weight if qk_norm is None else qk_norm,
+        cos,
+        sin,
+        positions,
+        slots,
+        k_pages,
+        v_pages,
+        q,
+        part,
+        tickets,
+        weight if ahead is None else ahead,
+        tokens,
+        parts,
+        eps,
+        WIDTH=width,
+        HEADS=heads,
+        GROUPS=groups,
+        HALF=head_dim // 2,
+        BLOCK_H=next_power_of_2(head_dim // 2),
+        PARTS=next_power_of_2(parts),
+        SPLITS=tile.splits,
+        BLOCK_M=token_block(tokens, tile),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SLICES=tile.slices,
+        STAGES=tile.stages,
+        LINES=tile.lines if early else 0,
+        HELD=held_steps(width, tile),
+        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early),
+        THREADS=32 * tile.warps,
+        BIAS=bias is not None,
+        QK_NORM=qk_norm is not None,
+        EARLY=early,
+        PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        launch_pdl=early,
+    )

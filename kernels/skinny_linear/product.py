@@ -52,9 +52,17 @@ def split_columns(split, WIDTH: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.con
 
 @triton.jit
 def weight_step(
-    w_ptr, row, row_mask, k, last, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    w_ptr,
+    row,
+    row_mask,
+    k,
+    last,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """One step's weights: [BLOCK_N, STEP] for a single token or slice, else [SLICES, BLOCK_N, BLOCK_K]."""
     if BLOCK_M == 1 or SLICES == 1:
         column = k + tl.arange(0, BLOCK_K * SLICES)[None, :]
@@ -72,9 +80,19 @@ def weight_step(
 
 @triton.jit
 def add_step(
-    acc, w, x_ptr, k, last, tokens, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    acc,
+    w,
+    x_ptr,
+    k,
+    last,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add one step's weights times the tokens' columns."""
     token = tl.arange(0, BLOCK_M)
     if BLOCK_M == 1:
@@ -103,9 +121,19 @@ def add_step(
 
 @triton.jit
 def first_steps(
-    w_ptr, row, row_mask, first, last, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, EVEN_ROWS: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    row,
+    row_mask,
+    first,
+    last,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    HELD: tl.constexpr,
+):
     """Weights of the first HELD steps (up to 3), to be asked for before the tokens are there. What is not held is a placeholder."""
     STEP: tl.constexpr = BLOCK_K * SLICES
     EVEN: tl.constexpr = EVEN_ROWS and WIDTH % (STEP * SPLITS) == 0
@@ -123,10 +151,25 @@ def first_steps(
 
 @triton.jit
 def skinny_product(
-    held, x_ptr, w_ptr, row, row_mask, first, last, tokens,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, EVEN_ROWS: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    held,
+    x_ptr,
+    w_ptr,
+    row,
+    row_mask,
+    first,
+    last,
+    tokens,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """[BLOCK_N, BLOCK_M] float32: rows `row` of w [*, WIDTH] times rows 0 .. tokens - 1 of x [tokens, WIDTH], over columns [first, last).
 
     held: what `first_steps` returned. BLOCK_M 1 multiplies and adds on the ordinary units; more uses matrix instructions.
@@ -172,9 +215,13 @@ def errand(ahead_ptr, program, CHUNK: tl.constexpr, THREADS: tl.constexpr):
         near = program * THREADS + tl.arange(0, THREADS)
         address = ahead_ptr.to(tl.int64) + near.to(tl.int64) * CHUNK
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [address, near * 0 + CHUNK],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [address, near * 0 + CHUNK],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -21,11 +21,33 @@ from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, token_bl
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for any number of rows up to the block
 def _linear_residual_kernel(
-    x_ptr, w_ptr, bias_ptr, stream_ptr, norm_ptr, scaled_ptr, squares_ptr, part_ptr, ticket_ptr, ahead_ptr, tokens,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr,
-    THREADS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    stream_ptr,
+    norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    part_ptr,
+    ticket_ptr,
+    ahead_ptr,
+    tokens,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    HELD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile = tl.program_id(0)
     split = tl.program_id(1)
     admit_next(EARLY)
@@ -47,9 +69,25 @@ def _linear_residual_kernel(
     # Asked for before the product, so that nothing waits for it after.
     before = tl.load(stream_ptr + at, mask=mask, other=0.0).to(tl.float32)
     acc = skinny_product(
-        held, x_ptr, w_ptr, row, row_mask, first, last, tokens,
-        WIDTH, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, SLICES, STAGES, EVEN_ROWS, HELD, PRECISION,
-    )  # fmt: skip
+        held,
+        x_ptr,
+        w_ptr,
+        row,
+        row_mask,
+        first,
+        last,
+        tokens,
+        WIDTH,
+        SPLITS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        SLICES,
+        STAGES,
+        EVEN_ROWS,
+        HELD,
+        PRECISION,
+    )
     if SPLITS > 1:
         within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + token[None, :]
         part_ptr += tile * SPLITS * BLOCK_N * BLOCK_M
@@ -105,10 +143,33 @@ def linear_residual(
     rows = weight.shape[0]
     tiles = square_parts(rows, tile)
     _linear_residual_kernel[(tiles, tile.splits)](
-        x, weight, weight if bias is None else bias, stream, norm, scaled, squares, part, tickets, weight if ahead is None else ahead, tokens,
-        ROWS=rows, WIDTH=width, SPLITS=tile.splits, BLOCK_M=token_block(tokens, tile), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SLICES=tile.slices, STAGES=tile.stages, LINES=tile.lines if early else 0, HELD=held_steps(width, tile),
-        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early), THREADS=32 * tile.warps, BIAS=bias is not None, EARLY=early,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, launch_pdl=early,
-    )  # fmt: skip
+        x,
+        weight,
+        weight if bias is None else bias,
+        stream,
+        norm,
+        scaled,
+        squares,
+        part,
+        tickets,
+        weight if ahead is None else ahead,
+        tokens,
+        ROWS=rows,
+        WIDTH=width,
+        SPLITS=tile.splits,
+        BLOCK_M=token_block(tokens, tile),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SLICES=tile.slices,
+        STAGES=tile.stages,
+        LINES=tile.lines if early else 0,
+        HELD=held_steps(width, tile),
+        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early),
+        THREADS=32 * tile.warps,
+        BIAS=bias is not None,
+        EARLY=early,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        launch_pdl=early,
+    )
     return tiles

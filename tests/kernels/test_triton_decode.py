@@ -252,15 +252,25 @@ class Layer(NamedTuple):
 SHAPE = DecodeShape(hidden=72, heads=4, kv_heads=2, head_dim=16, intermediate=100, vocab=300, eps=1e-5)
 PLANS = {
     "matrix": DecodePlan(
-        TILES["slices"], TILES["slices"], TILES["slices"], TILES["split"], TILES["slices"],
-        DecodeAttentionConfig(split=16, block_n=16, whole_block=False), early=EARLY,
+        TILES["slices"],
+        TILES["slices"],
+        TILES["slices"],
+        TILES["split"],
+        TILES["slices"],
+        DecodeAttentionConfig(split=16, block_n=16, whole_block=False),
+        early=EARLY,
         ahead_mb=(0.004, 0.004, 0.1, 0.005, 0.01),
     ),
     "scalar": DecodePlan(
-        TILES["scalar"], TILES["scalar"], TILES["scalar"], TILES["scalar-split"], TILES["scalar"],
-        DecodeAttentionConfig(split=16, block_n=16), early=EARLY,
+        TILES["scalar"],
+        TILES["scalar"],
+        TILES["scalar"],
+        TILES["scalar-split"],
+        TILES["scalar"],
+        DecodeAttentionConfig(split=16, block_n=16),
+        early=EARLY,
     ),
-}  # fmt: skip
+}
 
 
 def small_model(draw, device, dtype, qk_norm):
@@ -271,12 +281,18 @@ def small_model(draw, device, dtype, qk_norm):
 
     layers = [
         Layer(
-            1 + draw(s.hidden, dtype=dtype) / 8, matrix(s.qkv_rows, s.hidden), draw(s.qkv_rows, dtype=dtype),
-            draw(2, s.head_dim, dtype=dtype) if qk_norm else None, matrix(s.hidden, s.heads * s.head_dim), None,
-            1 + draw(s.hidden, dtype=dtype) / 8, matrix(2 * s.intermediate, s.hidden), matrix(s.hidden, s.intermediate),
+            1 + draw(s.hidden, dtype=dtype) / 8,
+            matrix(s.qkv_rows, s.hidden),
+            draw(s.qkv_rows, dtype=dtype),
+            draw(2, s.head_dim, dtype=dtype) if qk_norm else None,
+            matrix(s.hidden, s.heads * s.head_dim),
+            None,
+            1 + draw(s.hidden, dtype=dtype) / 8,
+            matrix(2 * s.intermediate, s.hidden),
+            matrix(s.hidden, s.intermediate),
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     pages = [tuple(draw(2, 12, 8, s.kv_heads, s.head_dim, dtype=dtype)) for _ in layers]
     angle = torch.arange(90, device=device)[:, None] * 0.6 ** torch.arange(s.head_dim // 2, device=device)
     final_norm, tables = 1 + draw(s.hidden, dtype=dtype) / 8, (angle.cos(), angle.sin())
