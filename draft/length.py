@@ -1,8 +1,7 @@
 """How many tokens to draft: the length with the most expected tokens per second (goodput), 0 included.
 
-Two parts are kept apart so that equal seeds give equal text: what a step costs is measured once, in a warm-up, and then frozen; how
-often drafts are accepted is counted per request from a fixed prior. No clock is read while text is generated, and no request's counts
-touch another's.
+What a step costs is measured once, in a warm-up, and then frozen; how often drafts are accepted is counted per request from a fixed prior.
+No clock is read while text is generated, and no request's counts touch another's. Text under a seed does not depend on the lengths.
 """
 
 from __future__ import annotations

@@ -31,9 +31,8 @@ from engine.text.tokenizer import check_vocabularies, load_tokenizer
 class Engine:
     """Generates text with a target and a source of drafts. Not thread-safe: one thread drives an engine; `core` is what runs.
 
-    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once
-    (`core.cost_model`), at the first request that needs them; to repeat sampled text in another process, pass that one's costs, or fix
-    `draft_length`.
+    A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured once
+    (`core.cost_model`), at the first request that needs them.
 
     Args:
         target: the model whose distribution is sampled.

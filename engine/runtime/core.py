@@ -30,7 +30,8 @@ _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are t
 class EngineCore:
     """Runs conversations with a target, a draft source and their KV pools. Not thread-safe: one thread drives it.
 
-    Equal seeds give equal text within a process, in any batch. The automatic draft length rests on costs measured once (`cost_model`).
+    A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured
+    once (`cost_model`).
 
     Args:
         target: the model whose distribution is sampled.

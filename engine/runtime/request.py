@@ -66,7 +66,7 @@ class GenerationResult:
     that completed the stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length".
     prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
     to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
-    memory: target_bytes, draft_bytes, pool_bytes.
+    seed: the request's own, which names this text, or the key of the random numbers it drew without one. memory: target_bytes, draft_bytes, pool_bytes.
     """
 
     text: str
