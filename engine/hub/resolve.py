@@ -15,7 +15,7 @@ from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, r
 from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
-from engine.hub.fingerprint import remember_digest
+from engine.hub.fingerprint import CACHE_NAME, remember_digest
 from engine.hub.pairs import PAIRS, TRUNK, ModelSource
 from engine.hub.progress import Progress, StderrProgress
 from engine.inputs import is_file, shown

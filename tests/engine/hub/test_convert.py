@@ -26,6 +26,7 @@ from engine.hub.gguf import GgufFile
 from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_source
+from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
 
 SPELLING = bytes_to_unicode()
