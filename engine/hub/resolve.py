@@ -15,7 +15,7 @@ from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, r
 from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
-from engine.hub.fingerprint import remember_digest
+from engine.hub.fingerprint import CACHE_NAME, remember_digest
 from engine.hub.pairs import PAIRS, TRUNK, ModelSource
 from engine.hub.progress import Progress, StderrProgress
 from engine.inputs import is_file, shown
@@ -135,7 +135,8 @@ def _is_whole(folder: Path, source: ModelSource) -> bool:
         return (
             marker["format"] == _FORMAT
             and marker["source_sha256"] == source.sha256
-            and all((folder / name).stat().st_size == size for name, size in marker["files"].items())
+            # the note of digests grows when the model is loaded
+            and all((folder / name).stat().st_size == size for name, size in marker["files"].items() if name != CACHE_NAME)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

@@ -120,8 +120,9 @@ def model_folder(folder: Path) -> Path:
 
 def _load(folder: Path) -> None:
     decoder = Decoder.from_pretrained(folder, dtype=torch.float32)
-    out = decoder(torch.arange(4), [decoder.new_pool(1).new_sequence()], [4]).logits
-    assert out is not None and out.isfinite().all(), "a loaded model computes no numbers"
+    decoder(torch.arange(4), [decoder.new_pool(1).new_sequence()], [4])
+    # numbers that are finite but absurd may overflow on the way: the sampler looks at the logits
+    assert all(tensor.isfinite().all() for tensor in decoder.hf_tensors().values()), "weights were loaded that are no numbers"
 
 
 def _json_file(name: str, whole: Any = None) -> Callable[[Path], Attempt]:

@@ -26,6 +26,7 @@ from engine.hub.gguf import GgufFile
 from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_source
+from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
 
 SPELLING = bytes_to_unicode()
@@ -276,6 +277,9 @@ def test_a_source_becomes_one_folder_once_and_nothing_else_stays_on_disk(tmp_pat
     assert [p.name for p in (tmp_path / "home" / "models").iterdir()] == [folder.name]
     assert models.resolve_model(folder) == folder
     assert fingerprint(folder) == fingerprint(folder)
+    loaded = Decoder.from_pretrained(folder, dtype=torch.float32)
+    assert fingerprint(folder, loaded.weight_sum) == fingerprint(folder)
+    assert resolve_source(source, silent, installer=installer) == folder and asked == ["tiny==1.0"], "a noted sum is no damage"
 
 
 @pytest.mark.parametrize("damage", ["cut weights", "no config", "no marker", "old format", "stale temporary folder"])
