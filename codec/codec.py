@@ -90,8 +90,8 @@ class KvCodec:
         self._sigma = pack.transform.variance.clamp_min(1e-12).sqrt().numpy()
 
     def num_components(self, step: float) -> int:
-        """K: components kept at a step."""
-        return max(1, self.pack.transform.kept(KEEP_FACTOR * step))
+        """K: components kept at a step, at least one where the pack has any (a draft that predicts exactly leaves none)."""
+        return min(max(1, self.pack.transform.kept(KEEP_FACTOR * step)), self.pack.transform.num_components)
 
     def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
         """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]."""

@@ -44,7 +44,7 @@ class SpanCoder:
             q: int32 [T, K]; values beyond a class's limit become the escape symbol (the caller stores the remainder).
             base: int32 [K], the components' classes. levels: int32 [T], step levels. gains: uint8 [T].
         """
-        if not use_triton(q):
+        if not self._on_kernels(q):
             own = own_classes(base[None], levels[:, None]).cpu().numpy()
             return encode(self._numpy_tables, q.cpu().numpy(), own, gains.cpu().numpy(), list(sizes), tokens_per_lane)
         # the kernel reads a component's integers of neighbouring tokens together
@@ -81,7 +81,7 @@ class SpanCoder:
         states = np.concatenate([s.states for s in streams])
         if len(states) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
             raise CorruptedCode(*DAMAGED)
-        if not use_triton(base):
+        if not self._on_kernels(base):
             own = own_classes(base[None], levels[:, None]).cpu().numpy() if bool(levels.any()) else base[None].cpu().numpy()
             parts = np.split(own, np.cumsum(sizes)[:-1]) if len(own) > 1 else [own] * len(sizes)
             q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
@@ -103,6 +103,10 @@ class SpanCoder:
             shifts=-CLASSES_PER_LEVEL * levels,
             max_span_tokens=max(sizes),
         )
+
+    def _on_kernels(self, components: torch.Tensor) -> bool:
+        """Whether the kernels code tensors like this one; they read a first component, which there may not be."""
+        return components.shape[-1] > 0 and use_triton(components)
 
     def _starts(self, sizes: Sequence[int]) -> torch.Tensor:
         """int64 [n + 1]: where each part starts, the total last."""

@@ -67,11 +67,15 @@ class PageDecoder:
         """As `start`, from spans that were read."""
         if self.codec.device.type != "cuda" or not beside:
             return list(self._parts(codes))
+        with torch.cuda.stream(self.side_stream()):
+            return list(self._parts(codes))
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """What runs beside the current stream runs here; of a GPU."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.codec.device)
-        self._stream.wait_stream(torch.cuda.current_stream(self.codec.device))
-        with torch.cuda.stream(self._stream):
-            return list(self._parts(codes))
+            self._stream.wait_stream(torch.cuda.current_stream(self.codec.device))  # for the tables; the spans come from the host
+        return self._stream
 
     def _parts(self, codes: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
         start, first = 0, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.dense import load_predictor
 from codec.predictor.features import FeatureBuffer
 from codec.quantize import levels_of
-from codec.spec import QUALITIES, SPAN_TOKENS, KvLayout
+from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
 from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool
@@ -30,6 +31,8 @@ from kernels.dispatch import use_triton
 
 PASS_TOKENS = 512  # of a pass over known tokens on a CPU
 _LARGEST_PASS = 16_384  # on a GPU, where its memory allows
+_PASS_TOKENS: WeakKeyDictionary[Decoder, int] = WeakKeyDictionary()  # so that passes keep their shapes, and their bits
+_WARM_SIZES = ((SPAN_TOKENS, SPAN_TOKENS), (SPAN_TOKENS - NUM_SINKS, SPAN_TOKENS))
 _CODED_TOKENS = 4096  # read, predicted and coded together: bounds the memory of a long session
 
 
@@ -70,27 +73,30 @@ class SessionCodec:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Code and decode a few random tokens: makes tables, and on a GPU compiles kernels, which takes seconds that no suspend should wait for."""
-        layout = self.pack.layout
+        layout, spec, device = self.pack.layout, self.predictor.spec, self.core.device
         generator = torch.Generator().manual_seed(0)
-        spec, device = self.predictor.spec, self.core.device
-        latents = self.predictor.reduce(torch.randn(SPAN_TOKENS, len(spec.taps), self.predictor.draft_size, generator=generator).to(device))
-        hidden = torch.randn(SPAN_TOKENS, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator).to(device)
-        features = latents, hidden if spec.target_taps else None
-        for quality in QUALITIES:
-            truth = torch.randn(SPAN_TOKENS, layout.dim, generator=generator).to(device)
-            span = self.codec.encode(truth, torch.zeros_like(truth), quality)
-            for _, rows in self.pages.rows(self.pages.start([span], beside=False), *features):
-                assert rows.shape == truth.shape
         pool = self.core.pool
-        if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
+        into_pages = isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv)
+        for sizes in _WARM_SIZES:  # Triton compiles a kernel once more for numbers that 16 divides
+            tokens = sum(sizes)
+            latents = self.predictor.reduce(torch.randn(tokens, len(spec.taps), self.predictor.draft_size, generator=generator).to(device))
+            hidden = torch.randn(tokens, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator).to(device)
+            features = latents, hidden if spec.target_taps else None
+            truth = self.predictor.predict(*features)
+            pairs = [(part + 1e-3 * part.abs().mean(), part) for part in truth.split(sizes)]
+            slots, angles = torch.arange(tokens, device=device), torch.zeros(tokens, layout.head_dim // 2, device=device)
             kv = torch.zeros(
-                layout.num_layers, 2, 1, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=pool.kv.dtype, device=pool.device
+                layout.num_layers, 2, 2, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=self.pages.dtype, device=device
             )
-            slots, angles = (
-                torch.arange(SPAN_TOKENS, device=pool.device),
-                torch.zeros(SPAN_TOKENS, layout.head_dim // 2, device=pool.device),
-            )
-            self.pages.write_pages(self.pages.start([span], beside=False), *features, kv, slots, angles, angles, self.first_layer)
+            for quality in QUALITIES:
+                spans = self.codec.encode_many(pairs, quality, [torch.zeros(size, dtype=torch.int8) for size in sizes])
+                parts = self.pages.start(spans, beside=False)
+                if into_pages:
+                    self.pages.write_pages(parts, *features, kv, slots, angles, angles, self.first_layer)
+                else:
+                    for _, rows in self.pages.rows(parts, *features):
+                        assert rows.shape[1] == layout.dim
+                self.pages.check(parts)
 
     def ready(self) -> None:
         """Wait for a warm-up that is under way."""
@@ -155,27 +161,56 @@ class SessionCodec:
         self.ready()
         clock = clock or StageClock(self.core.device)
         start, end = spans[0].start, spans[-1].end
-        parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
-        clock.mark("entropy")
-        run_tokens(self.core, conversation, start)
-        clock.mark("sinks")
-        if self.core.drafter is not None and conversation.draft_state is not None:
-            prefill_draft(self.core, conversation.draft_state, conversation.token_ids[:end])
-        clock.mark("draft")
-        self._decode(conversation, parts, start, end, clock)
+        drafter, state = self.core.drafter, conversation.draft_state
+        if self.core.device.type == "cuda" and not clock.waits and drafter is not None and drafter.exit_layer == 0 and state is not None:
+            parts, target_rows = self._passes_side_by_side(conversation, state, spans, clock)
+        else:
+            parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
+            clock.mark("entropy")
+            run_tokens(self.core, conversation, start)
+            clock.mark("sinks")
+            if drafter is not None and state is not None:
+                prefill_draft(self.core, state, conversation.token_ids[:end])
+            clock.mark("draft")
+            target_rows = self._target_rows(conversation, start, end)
+            clock.mark("target_layers")
+        self._decode(conversation, parts, target_rows, start, end)
+        clock.mark("product")
         self.release(conversation, end)
         conversation.sequence.advance(end - conversation.sequence.length)
 
+    def _passes_side_by_side(
+        self, conversation: SequenceState, state: DraftState, spans: Sequence[Span], clock: StageClock
+    ) -> tuple[list[EntropyDecoded], Tensor | None]:
+        """On a GPU: the draft's pass on the current stream, and on another one, meanwhile, the entropy decoder and the target's passes. What the host
+        does for these (reading spans, laying out batches, launching small kernels) then never leaves the device without work."""
+        start, end = spans[0].start, spans[-1].end
+        current, side = torch.cuda.current_stream(self.core.device), self.pages.side_stream()
+        conversation.sequence.ensure(end)  # here, as a pool that grows belongs to the current stream
+        side.wait_stream(current)
+        prefill_draft(self.core, state, conversation.token_ids[:end])
+        clock.mark("draft")
+        with torch.cuda.stream(side):
+            parts = self.pages.start([s.data for s in spans], beside=False)
+            run_tokens(self.core, conversation, start)
+            target_rows = self._target_rows(conversation, start, end)
+        current.wait_stream(side)
+        if target_rows is not None:
+            target_rows.record_stream(current)
+        clock.mark("target_layers")
+        return parts, target_rows
+
     def decode(self, conversation: SequenceState, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""
-        clock = StageClock(self.core.device)
-        self._decode(conversation, self.pages.start([s.data for s in spans]), spans[0].start, spans[-1].end, clock)
+        start, end = spans[0].start, spans[-1].end
+        parts = self.pages.start([s.data for s in spans])
+        self._decode(conversation, parts, self._target_rows(conversation, start, end), start, end)
 
-    def _decode(self, conversation: SequenceState, parts: Sequence[EntropyDecoded], start: int, end: int, clock: StageClock) -> None:
+    def _decode(
+        self, conversation: SequenceState, parts: Sequence[EntropyDecoded], target_rows: Tensor | None, start: int, end: int
+    ) -> None:
         sequence, target = conversation.sequence, self.core.target
         latents = self._latents(conversation, start, end)
-        target_rows = self._target_rows(conversation, start, end)
-        clock.mark("target_layers")
         pool = sequence.pool
         if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
             sequence.ensure(end)
@@ -186,7 +221,6 @@ class SessionCodec:
             for tokens, rows in self.pages.rows(parts, latents, target_rows):
                 target.write_kv(sequence, start + tokens.start, rows, first_layer=self.first_layer)
         self.pages.check(parts)
-        clock.mark("product")
 
     def _target_rows(self, conversation: SequenceState, start: int, end: int) -> Tensor | None:
         """The target's hidden states [end - start, target taps, E] of tokens [start, end), where the predictor uses them: its first layers run over
@@ -256,10 +290,12 @@ def pass_tokens(model: Decoder) -> int:
     """Most tokens of one pass over known tokens: a GPU is given as many as its free memory holds the widest layer's activations of."""
     if model.device.type != "cuda":
         return PASS_TOKENS
+    if model in _PASS_TOKENS:
+        return _PASS_TOKENS[model]
     config = model.config
     free = torch.cuda.mem_get_info(model.device)[0]
     each = 2 * (3 * config.intermediate_size + 8 * config.hidden_size)
-    return max(PASS_TOKENS, min(_LARGEST_PASS, free // (2 * each)))
+    return _PASS_TOKENS.setdefault(model, max(PASS_TOKENS, min(_LARGEST_PASS, free // (2 * each))))
 
 
 def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = print) -> SessionCodec:

@@ -306,7 +306,7 @@ class Session:
                 with torch.inference_mode(), session_errors(source):
                     codec.restore(conversation, stored.spans, clock)
                 stages = clock.seconds()
-                draft_s = stages["sinks"] + stages["draft"]
+                draft_s = stages.get("sinks", 0.0) + stages["draft"]
                 decode_s = sum(stages.values()) - draft_s
         done = DECODE if num_cached else RECOMPUTE
         self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)

@@ -7,9 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec, tokens_per_lane
 from codec.errors import BadInput, CodecError, PackMismatch, UnknownQuality
+from codec.pack import CodecPack
 from codec.spec import QUALITIES
+from codec.transform import Transform
 from codec.weighting import apply_blocks
 
 
@@ -96,6 +99,22 @@ def test_extreme_values_are_codable(codec: KvCodec) -> None:
     kept = codec.transform.expand(codec.transform.project(weighted, codec.num_components(0.6)), codec.layout.dim)
     assert torch.isfinite(decoded).all()
     assert (apply_blocks(decoded, codec.weighting.root) - kept).abs().max() < 1e-2 * kept.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["global", "per_layer"])
+def test_a_pack_without_components_codes_what_is_predicted_exactly(source, pack: CodecPack, kind: str, tmp_path) -> None:
+    """Nothing is left over, so a span holds its gains alone, and decodes to the prediction."""
+    layout = pack.layout
+    width, layer = (layout.dim, None) if kind == "global" else (layout.layer_dim, torch.zeros(0, dtype=torch.int64))
+    transform, model = Transform(kind, torch.zeros(0, width), layer, torch.zeros(0)), fit_entropy_model(torch.zeros(9, 0), torch.zeros(0))
+    CodecPack.build(layout, pack.weighting, transform, model, predictor={}, predictor_settings={}, fingerprints={}).save(
+        tmp_path / "none.safetensors"
+    )
+    codec = KvCodec(CodecPack.load(tmp_path / "none.safetensors"))
+    rows = source.draw(70)
+    span = codec.encode(rows, rows, "balanced")
+    assert torch.equal(codec.decode(span, rows), rows) and len(span) < 160
+    assert torch.equal(codec.decode(span, rows + 1), rows + 1)
 
 
 def test_refusals(codec: KvCodec, source, make_source, make_pack) -> None:

@@ -118,6 +118,15 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
 MEASURE = rates.measure
 
 
+@pytest.mark.parametrize("draft, dtype", [("draft", "float32"), ("adapter", "bfloat16"), ("none", "float32")])
+def test_warming_up_touches_nothing_of_the_engine(chat_engine, draft, dtype):
+    engine = chat_engine(draft, dtype=dtype)
+    session = spoken(engine, quality="balanced")
+    before = kv_of(session), engine.pool.num_free_pages
+    engine.session_codec.warm_up()
+    assert torch.equal(kv_of(session), before[0]) and engine.pool.num_free_pages == before[1]
+
+
 def test_a_session_as_bytes(chat_engine, tmp_path):
     session = spoken(chat_engine(), quality="balanced")
     data = session.to_bytes()
@@ -127,7 +136,7 @@ def test_a_session_as_bytes(chat_engine, tmp_path):
     with Session.from_bytes(engine.core, data, log=quiet) as resumed:
         assert resumed.token_ids == session.token_ids and resumed.to_bytes() == data
         assert torch.equal(kv_of(resumed), kv_of(engine.session(tmp_path / "a.kv", log=quiet)))
-    for bad in (b"", data[:-1], data[:100] + b"\0" + data[101:]):
+    for bad in (b"", data[:-1], data[:100] + bytes([data[100] ^ 1]) + data[101:]):
         with pytest.raises(BadSessionFile, match="in memory"):
             Session.from_bytes(engine.core, bad, log=quiet)
 
