@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows, links, crossed))
     document = {
         "device": device,
-        "command": "python scripts/bench_resume.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": " ".join(["python scripts/bench_resume.py", *(Path(word).name for word in (sys.argv[1:] if argv is None else argv))]),
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "setup_s": bench.setup_s,

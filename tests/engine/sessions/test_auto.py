@@ -122,9 +122,9 @@ MEASURE = rates.measure
 def test_warming_up_touches_nothing_of_the_engine(chat_engine, draft, dtype):
     engine = chat_engine(draft, dtype=dtype)
     session = spoken(engine, quality="balanced")
-    before = kv_of(session), engine.pool.num_free_pages
-    engine.session_codec.warm_up()
-    assert torch.equal(kv_of(session), before[0]) and engine.pool.num_free_pages == before[1]
+    before = kv_of(session), engine.core.pool.num_free_pages
+    engine.core.session_codec.warm_up()
+    assert torch.equal(kv_of(session), before[0]) and engine.core.pool.num_free_pages == before[1]
 
 
 def test_a_session_as_bytes(chat_engine, tmp_path):
