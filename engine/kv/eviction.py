@@ -146,7 +146,7 @@ class Value(EvictionPolicy):
     little is pulled towards its kind, a kind towards a prior. The model's own probability of the whole prefix, times the rate of the
     namespace's requests, is added: that many requests a second would come from texts drawn from the model.
 
-    Inside a class the least recently used node goes first, so a call costs O(classes + log n).
+    Inside a class the least recently used node goes first. Classes are ordered once a request, by the value of their oldest node.
     """
 
     name = "value"
@@ -165,6 +165,8 @@ class Value(EvictionPolicy):
         self._ends: dict[Any, np.ndarray] = {}  # pages whose next request came in an age bucket, by class and by kind
         self._starts: dict[Any, float] = {}  # pages that were requested
         self._rates: dict[Any, list[float]] = {}
+        self._order: list[tuple[float, tuple[str, int, int]]] = []  # of the classes, by the value of their oldest node
+        self._ordered = False
 
     def _class(self, node: Node) -> tuple[str, int, int]:
         count = min(5, int(math.log2(node.count))) if node.count >= 1 else 0
@@ -176,6 +178,7 @@ class Value(EvictionPolicy):
 
     def touch(self, node: Node, root: Node) -> None:
         self._now_s = max(self._now_s, node.last_s)
+        self._ordered = False
         before = node.state[self.tier]
         pages = node.num_pages
         if before is not None and node.gap_s != math.inf:
@@ -235,40 +238,53 @@ class Value(EvictionPolicy):
 
     def _push(self, node: Node) -> None:
         self._serial += 1
-        heapq.heappush(self._heaps.setdefault(node.state[self.tier] or self._class(node), []), (node.last_s, self._serial, node))
+        key = node.state[self.tier] or self._class(node)
+        heap = self._heaps.setdefault(key, [])
+        heapq.heappush(heap, (node.last_s, self._serial, node))
+        if self._ordered and heap[0][2] is node:
+            heapq.heappush(self._order, (self.value(node), key))
 
     def victim(self) -> Node | None:
+        if not self._ordered:
+            # values move with the clock and the counts, so the classes are ordered anew after a request, not at every eviction
+            self._order, self._ordered = [], True
+            for key in list(self._heaps):
+                self._order_class(key)
         locked: list[Node] = []
-        found, moved = self._worst(locked)
-        while found is None and moved:
-            found, moved = self._worst(locked)
+        found = None
+        while self._order and found is None:
+            value, key = heapq.heappop(self._order)
+            heap = self._heaps[key]
+            if not heap:
+                continue
+            last_s, _, node = heap[0]
+            if not self._may_leave(node) or node.last_s != last_s or self.value(node) > value:
+                self._order_class(key)
+                continue
+            heapq.heappop(heap)
+            self._order_class(key)
+            if node.num_unlocked(self.tier):
+                self._queued.discard(node)
+                found = node
+            else:
+                locked.append(node)
         for node in locked:
             self._push(node)
         return found
 
-    def _worst(self, locked: list[Node]) -> tuple[Node | None, bool]:
-        """The worst of the classes' oldest nodes, and whether others were put where they belong by now; `locked` takes what must wait."""
-        worst: tuple[float, Any] | None = None
-        stale: list[Node] = []
-        for key, heap in self._heaps.items():
-            while heap:
-                last_s, _, node = heap[0]
-                if self._may_leave(node) and node.last_s == last_s and node.num_unlocked(self.tier):
-                    value = self.value(node)
-                    if worst is None or value < worst[0]:
-                        worst = (value, key)
-                    break
-                heapq.heappop(heap)
-                if not self._may_leave(node):
-                    self._queued.discard(node)
-                else:
-                    (stale if node.last_s != last_s else locked).append(node)
-        found = None if worst is None else heapq.heappop(self._heaps[worst[1]])[2]
-        if found is not None:
-            self._queued.discard(found)
-        for node in stale:
-            self._push(node)
-        return found, bool(stale)
+    def _order_class(self, key: tuple[str, int, int]) -> None:
+        """Put a class where its oldest node belongs, once nodes that left or were used again are out of the way."""
+        heap = self._heaps[key]
+        while heap:
+            last_s, _, node = heap[0]
+            if self._may_leave(node) and node.last_s == last_s:
+                heapq.heappush(self._order, (self.value(node), key))
+                return
+            heapq.heappop(heap)
+            if self._may_leave(node):
+                self._push(node)
+            else:
+                self._queued.discard(node)
 
 
 class S3Fifo(EvictionPolicy):
