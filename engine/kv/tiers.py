@@ -242,11 +242,15 @@ class TierManager:
         if max_pages is not None:
             available = min(available, max_pages)
         payloads = None if node.payloads is None else node.payloads[: node.ends[tier]]
-        pages, freed = 0, 0
-        while pages < available and freed < excess:
-            pages += 1
-            payload = None if payloads is None else payloads[-pages]
-            freed += self.trie.page_bytes[tier] if payload is None else payload.num_bytes
+        page_bytes = self.trie.page_bytes[tier]
+        if payloads is None:
+            pages = min(available, -(-excess // page_bytes)) if page_bytes else available
+        else:
+            pages, freed = 0, 0
+            while pages < available and freed < excess:
+                pages += 1
+                payload = payloads[-pages]
+                freed += page_bytes if payload is None else payload.num_bytes
         lower = [t for t in self.tiers if t > tier]
         destination = lower[0] if lower else Tier.GONE
         moved = None
