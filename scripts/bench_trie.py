@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,11 @@ def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[s
     return capacities, ratios, policies, RestoreTimes.from_json(table)
 
 
-def rows_of(trace: Trace, options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(trace: Trace, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a policy, ratio and capacity, `infinite` first."""
     capacities, ratios, policies, times = checked(options)
     half_life_s = options.half_life_s
-    rows = [{**replay(trace, None, 1, options.bytes_per_token, 1.0, times, half_life_s), "policy": "infinite"}]
+    yield {**replay(trace, None, 1, options.bytes_per_token, 1.0, times, half_life_s), "policy": "infinite"}
     for ratio in ratios:
         for capacity in capacities:
             for policy in policies:
@@ -102,10 +103,9 @@ def rows_of(trace: Trace, options: argparse.Namespace) -> list[dict[str, Any]]:
                     row = replay_sessions(trace, capacity, options.bytes_per_token, ratio, times)
                 else:
                     row = replay(trace, policy, capacity, options.bytes_per_token, ratio, times, half_life_s)
-                rows.append({**row, "policy": policy, "ratio": ratio, "capacity_bytes": capacity})
+                yield {**row, "policy": policy, "ratio": ratio, "capacity_bytes": capacity}
                 seconds = time.process_time() - started
                 print(f"{policy:12} {capacity / 2**30:8.2f} GiB at {ratio:g}x: {row['hit_rate']:7.2%}  {seconds:.1f} s", file=sys.stderr)
-    return rows
 
 
 def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
@@ -134,16 +134,16 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     options = arguments(given)
     try:
-        checked(options)
+        capacities = checked(options)[0]
         trace = read_trace(options.trace, options.sessions, options.hours, options.seed)
-        rows = rows_of(trace, options)
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     files = {value: Path(value).name for value in (options.trace, options.json_out, options.plot, options.times) if value}
+    rows: list[dict[str, Any]] = []
     result = {
         "trace": Path(options.trace).name,
-        "capacity_bytes": rows[1]["capacity_bytes"] if len(rows) > 1 else None,
+        "capacity_bytes": capacities[0],
         "bytes_per_token": options.bytes_per_token,
         "sessions": trace.num_sessions,
         "restore_times": json.loads(Path(options.times).read_text(encoding="utf-8")) if options.times else MEASURED,
@@ -152,8 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python scripts/bench_trie.py " + " ".join(files.get(word, word) for word in given),
         "rows": rows,
     }
-    if options.json_out:
-        Path(options.json_out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for row in rows_of(trace, options):
+        rows.append(row)
+        if options.json_out:
+            Path(options.json_out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, options.plot, f"{result['trace']}, {options.bytes_per_token:,} bytes a token uncompressed")
     if options.json:
