@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from draft.draft_head import DraftHeadBlock
+from draft.policy import likeliest
 from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Policies, Proposal
 from draft.rows import pick
-from draft.stopping import likeliest
 from draft.tree import Leaf, TreePosition, leaf_slot
 
 

@@ -112,7 +112,7 @@ class DraftSampler(Protocol):
 
 
 class BlockPolicy(Protocol):
-    """Ends a request's block early; `draft.stopping.Gate`."""
+    """Ends a request's block early; `draft.policy.Gate`."""
 
     @property
     def candidates(self) -> int: ...  # most tokens at one depth

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from draft.length import CostModel
+from draft.policy import CostModel
 from engine.errors import InvalidOption
 from engine.kv.formats import PLAIN, check_name
 

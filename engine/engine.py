@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from draft.length import CostModel
+from draft.policy import CostModel
 from engine.calibrate.channel_means import channel_means
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption

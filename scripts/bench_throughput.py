@@ -37,7 +37,7 @@ from bench.throughput_runs import (
 )
 from check_greedy import device_name
 from codec_compare import write_json
-from draft.length import MAX_AUTO_LENGTH
+from draft.policy import MAX_AUTO_LENGTH
 from draft.source import DraftSource
 from engine.cli.command import load, quiet_libraries, say, versions
 from engine.cli.options import Parser, report

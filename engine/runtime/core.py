@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from draft.length import CostModel, measure_costs
+from draft.policy import CostModel, measure_costs, new_controller
 from draft.protocols import FeatureStore
 from draft.source import DraftSource
 from engine.config import EngineConfig
@@ -19,7 +19,7 @@ from engine.model.decoder import Decoder
 from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import graphed, plain_decoding
-from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource, new_controller
+from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler
 
@@ -242,7 +242,7 @@ class EngineCore:
                 context=self.context,
                 eos_token_ids=self.eos_token_ids,
                 stream=self.text.stream(conversation.token_ids[-TEXT_CONTEXT:], params.stop),
-                controller=new_controller(params, costs, self.device),
+                controller=new_controller(params.draft_length, costs, greedy=params.greedy, draft_by_draft=self.device.type == "cpu"),
                 metrics=SpeculationMetrics(self.drafter_name),
                 owns_cache=owns_cache,
             )

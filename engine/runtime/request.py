@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from draft.length import MAX_AUTO_LENGTH, CostModel, LengthController
+from draft.policy import MAX_AUTO_LENGTH, LengthController
 from draft.protocols import DraftState
-from draft.stopping import GREEDY_PRIOR, SAMPLED_PRIOR, AcceptanceEstimator
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
 from engine.runtime.metrics import SpeculationMetrics
@@ -204,11 +203,3 @@ class Request:
             speculation=self.metrics,
             memory=memory,
         )
-
-
-def new_controller(params: SamplingParams, costs: CostModel | None, device: torch.device) -> LengthController:
-    """What chooses a request's draft lengths: on a CPU draft by draft, elsewhere per block, where nothing is read back while a block is drafted."""
-    by_confidence = device.type == "cpu"
-    return LengthController(
-        params.draft_length, costs, AcceptanceEstimator(GREEDY_PRIOR if params.greedy else SAMPLED_PRIOR) if by_confidence else None
-    )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from draft.policy import StoppingPolicy
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
-from draft.stopping import StoppingPolicy
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
 from engine.runtime.model_runner import PlainDecoding

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draft.length import MAX_AUTO_LENGTH, CostModel, LengthController
-from draft.stopping import GREEDY_PRIOR, PRIOR_WEIGHT, SAMPLED_PRIOR, AcceptanceEstimator, StoppingPolicy, likeliest
+from draft.policy import (
+    GREEDY_PRIOR,
+    MAX_AUTO_LENGTH,
+    PRIOR_WEIGHT,
+    SAMPLED_PRIOR,
+    AcceptanceEstimator,
+    CostModel,
+    LengthController,
+    StoppingPolicy,
+    likeliest,
+)
 
 COSTS = CostModel(draft=((1, 0.3), (4, 0.6)), verify=((1, 1.0), (2, 1.1), (3, 1.3)), runs_last_draft=True, last=((1, 0.2),))
 

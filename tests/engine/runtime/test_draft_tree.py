@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codec.predictor.features import FeatureBuffer
-from draft.length import CostModel
+from draft.policy import CostModel
 from draft.protocols import Proposal
 from draft.tree import MAX_CHAIN, MAX_LEAVES, Leaf, TreePosition, block_positions, leaf_slot
 from engine.engine import Engine

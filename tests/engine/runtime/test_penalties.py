@@ -102,7 +102,7 @@ def test_greedy_text_is_the_same_with_every_draft(pair, options):
 
 def test_a_stop_of_the_draft_length_by_itself_meets_siblings_and_penalties(pair):
     target, drafts = pair
-    from draft.length import CostModel
+    from draft.policy import CostModel
 
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (64, 1.02)), runs_last_draft=True)
     for options in PENALTIES:

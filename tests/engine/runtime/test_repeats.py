@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draft.length import CostModel
+from draft.policy import CostModel
 from engine.engine import Engine
 from engine.hub.resolve import resolve_pair
 from engine.runtime.sampling import SamplingParams

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from draft.early_exit import EarlyExitDrafter
-from draft.length import CostModel, LengthController
 from draft.model import ModelDrafter
+from draft.policy import SAMPLED_PRIOR, AcceptanceEstimator, CostModel, LengthController
 from draft.protocols import Proposal
-from draft.stopping import SAMPLED_PRIOR, AcceptanceEstimator
 from draft.tree import Leaf
 from engine.model.decoder import DecoderOutput
 from engine.runtime.metrics import SpeculationMetrics

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from draft.length import FIRST_PROBE, LAST_PROBE, MAX_AUTO_LENGTH, CostModel, LengthController, expected_tokens, measure_costs
+from draft.policy import FIRST_PROBE, LAST_PROBE, MAX_AUTO_LENGTH, CostModel, LengthController, expected_tokens, measure_costs
 from draft.protocols import ScratchPasses
 
 FLAT = ((1, 1.0), (64, 1.1))  # a memory-bound target: a block costs hardly more than a token

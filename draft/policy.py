@@ -1,4 +1,15 @@
-"""How many tokens to draft: the length with the most expected tokens per second (goodput), 0 included.
+"""When to draft, and how far: the drafting policy of a request.
+
+The best known rate is R = max over k of E(k) / t(k), in tokens a second, where E(k) = 1 + a + ... + a^k are the tokens expected of a step with k
+drafts, a the acceptance rate, and t(k) = k t_draft + t_verify(k + 1) its seconds (goodput; k = 0 is no speculation). A step's length is that k, or
+is found draft by draft: where c is the chance that all drafts so far are accepted, another is drafted while
+
+    c a / (t_draft + t_verify(k + 2) - t_verify(k + 1)) >= R
+
+that is, while the expected tokens gained per second exceed the best rate known (the marginal rule for a ratio of sums, Dinkelbach 1967). A draft that
+was looked at is kept, and a leaf added beside it (see `draft.tree`), by the same rule with its own chance, and with the seconds of its row in the
+verification alone. The chance of a draft comes from its confidence, the largest probability in the distribution it is drawn from: that is known
+before the draw and says nothing about which token it is, so verification stays exact.
 
 What a step costs is measured once, in a warm-up, and then frozen; how often drafts are accepted is counted per request from a fixed prior.
 No clock is read while text is generated, and no request's counts touch another's. Text under a seed does not depend on the lengths.
@@ -10,18 +21,18 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from draft.protocols import CausalDecoder, Drafter, ScratchPasses
-from draft.stopping import AcceptanceEstimator, StoppingPolicy
-from draft.tree import MAX_CHAIN
+from draft.tree import MAX_CHAIN, MAX_LEAVES
 
 MAX_AUTO_LENGTH = MAX_CHAIN
 PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials
-MEMORY = 0.9  # weight of older trials after each speculating step
+RATE_MEMORY = 0.9  # weight of older trials after each speculating step
 STEADY_MEMORY = 0.96  # the same where the rate is a mean of expectations, which scatter less than outcomes
 HOPEFUL_RATE = 0.95  # a probe is only worth its price if speculation would pay at this acceptance rate
 FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after each probe that changes nothing
@@ -29,6 +40,105 @@ FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after e
 TURNS = 3  # of timing every count
 
 Curve = tuple[tuple[int, float], ...]
+GREEDY_PRIOR = (0.08, 0.87)  # a greedy draft is right about as often as it is sure
+SAMPLED_PRIOR = (0.35, 0.5)  # sum of min(p, q): the two share much of their mass even where neither is sure
+PRIOR_WEIGHT = 24.0  # trials
+ESTIMATOR_MEMORY = 0.97  # weight of older trials after each
+
+
+# --- how likely is a draft accepted, and does another one pay -----------------------------------------------------------
+
+
+class AcceptanceEstimator:
+    """Chance that a draft is accepted, from its confidence: a line with a fixed slope whose height is learned from the request's own outcomes.
+
+    Args:
+        prior: (height, slope) of the line before anything is known.
+    """
+
+    def __init__(self, prior: tuple[float, float] = GREEDY_PRIOR) -> None:
+        self.prior = prior
+        self._surplus, self._trials = 0.0, PRIOR_WEIGHT
+
+    def chance(self, confidence: float) -> float:
+        """Estimated probability of acceptance, given that all drafts before were accepted."""
+        return min(1.0, max(0.0, self._line(confidence) + self._surplus / self._trials))
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """Count one draft that was verified after an accepted prefix."""
+        self._surplus = self._surplus * ESTIMATOR_MEMORY + accepted - self._line(confidence)
+        self._trials = max(PRIOR_WEIGHT, self._trials * ESTIMATOR_MEMORY + 1)
+
+    def leaf_chance(self, probability: float) -> float:
+        """Estimated probability that a token that is not the likeliest is the target's."""
+        return self.prior[1] * probability
+
+    def _line(self, confidence: float) -> float:
+        return self.prior[0] + self.prior[1] * confidence
+
+
+@dataclass
+class StoppingPolicy:
+    """Decides for one request in one step, draft by draft.
+
+    estimator: from confidence to chance. rate: the chance of a draft whose confidence is not known yet. draft_cost, verify_costs: what looking for
+    another draft costs, and keeping the i-th (the last price holds for all further ones), in tokens that the best known rate yields in that time.
+    leaf_cost: the same for a leaf beside a draft that is kept. candidates: most tokens at one depth; 1 is none but the draft.
+    confidences: of all drafts looked at, kept or not.
+    """
+
+    estimator: AcceptanceEstimator
+    rate: float
+    draft_cost: float
+    verify_costs: Sequence[float]
+    leaf_cost: float = 1.0
+    candidates: int = 1
+    chance: float = field(default=1.0, init=False)
+    confidences: list[float] = field(default_factory=list, init=False)
+    _num_leaves: int = field(default=0, init=False)
+
+    def select(self, probabilities: Sequence[float]) -> int:
+        """How many tokens are proposed at the depth just looked at, likeliest first: 0 ends the block here, 1 is the draft alone.
+
+        probabilities: of the likeliest tokens, descending; only the first is needed where `candidates` is 1.
+        """
+        self.confidences.append(probabilities[0])
+        before = self.chance
+        self.chance *= self.estimator.chance(probabilities[0])
+        worth, price, count = self.chance, self._verify_cost(len(self.confidences) - 1), 1
+        for probability in probabilities[1 : min(self.candidates, 1 + MAX_LEAVES - self._num_leaves)]:
+            gain = before * self.estimator.leaf_chance(probability)
+            if gain < self.leaf_cost:
+                break
+            worth, price, count = worth + gain, price + self.leaf_cost, count + 1
+        if worth < price:
+            return 0
+        self._num_leaves += count - 1
+        return count
+
+    def should_continue(self) -> bool:
+        """Whether another draft is looked for after those kept."""
+        return self.chance * self.rate >= self.draft_cost + self._verify_cost(len(self.confidences))
+
+    def _verify_cost(self, position: int) -> float:
+        return self.verify_costs[min(position, len(self.verify_costs) - 1)]
+
+
+def likeliest(logits: Tensor, distributions: Sequence[Tensor | None], count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The largest probabilities of each row of logits [n, V], descending, and their columns: `count` of softmax(logits) for a greedy row, which has no
+    distribution (None), else the largest of the distribution it was drawn from, without its column."""
+    if any(q is None for q in distributions):
+        top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
+        probabilities, columns = top.values.tolist(), top.indices.tolist()
+    else:
+        probabilities, columns = [[] for _ in distributions], [[] for _ in distributions]
+    for i, q in enumerate(distributions):
+        if q is not None:
+            probabilities[i], columns[i] = [float(q.amax())], []
+    return probabilities, columns
+
+
+# --- what steps cost ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,8 +246,19 @@ class LengthController:
             for i, confidence in enumerate(policy.confidences[: min(accepted + 1, proposed)]):
                 policy.estimator.observe(confidence, i < accepted)
         elif proposed:
-            self._hits = self._hits * MEMORY + accepted
-            self._trials = self._trials * MEMORY + accepted + (accepted < proposed)
+            self._hits = self._hits * RATE_MEMORY + accepted
+            self._trials = self._trials * RATE_MEMORY + accepted + (accepted < proposed)
+
+
+def new_controller(wanted: int | Literal["auto"], costs: CostModel | None, *, greedy: bool, draft_by_draft: bool) -> LengthController:
+    """What chooses a request's draft lengths.
+
+    draft_by_draft: "auto" looks at each draft (on a CPU), else it chooses per block, where nothing is read back while a block is drafted (on a GPU).
+    """
+    return LengthController(wanted, costs, AcceptanceEstimator(GREEDY_PRIOR if greedy else SAMPLED_PRIOR) if draft_by_draft else None)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
