@@ -96,6 +96,14 @@ class BadSessionFile(ForetoldError):
     """The file cannot be resumed; the subclasses say why."""
 
 
+class SessionInUse(ForetoldError):
+    """Another process holds the session file."""
+
+
+class SessionClosed(ForetoldError):
+    """The session was closed: its KV is gone."""
+
+
 class Truncated(BadSessionFile):
     """The session file ends early."""
 

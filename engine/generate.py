@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from types import FrameType
 
 # before anything that imports our `kernels`: another package of that name would break those imports without saying why
 from engine.hub.environment import kernels_package_clash
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    if clash := kernels_package_clash():
-        what, remedy = clash
-        print(f"error: {what} ({remedy})", file=sys.stderr)
-        return 2
-    from engine.cli.command import run
+    """Run the command line; returns the exit status (docs/command.md lists them)."""
+    before = None
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before = signal.signal(signal.SIGINT, _leave)
+    try:
+        if clash := kernels_package_clash():
+            what, remedy = clash
+            print(f"error: {what} ({remedy})", file=sys.stderr)
+            return 2
+        from engine.cli.command import run
 
-    return run(argv)
+        return run(argv)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """Ctrl-C while libraries and models load: nothing is lost, and an exception inside an import ends in whatever that library makes of it."""
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import Any
 
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
+from engine.files import write_atomically
 from eval.codec_plot import plot
 
 LEVELS = (0.0075, 0.014, 0.021, 0.03)
@@ -95,10 +95,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes under a temporary name and renames."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Writes the whole file or none."""
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def join(paths: Sequence[Path]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ import argparse
 import importlib.metadata
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from engine.calibrate.corpus import library_texts
 from engine.cli.options import Parser
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
+from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
 from eval.codec_methods import PairCodec
 from eval.rows import Parts, rows_of
@@ -220,9 +220,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     def save() -> None:
         document["rows"] = [*rows_of(parts, full_dim), *domain_rows(parts), *position_rows(parts, full_dim)]
-        temporary = options.json_out.with_name(options.json_out.name + ".part")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, options.json_out)
+        write_atomically(options.json_out, json.dumps(document, indent=1) + "\n")
 
     log(f"{pair} on {document['device']}, draft {engine.drafter_name}, {', '.join(qualities)}; {len(parts)} parts kept")
     runner = Runner(engine, suspender, plan, parts, save, log)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from engine.errors import ForetoldError, InvalidOption
+from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.model.decoder import Decoder
@@ -186,9 +186,7 @@ def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptio
 
 def write_json(args: argparse.Namespace, document: dict[str, Any]) -> None:
     if args.json_out:
-        temporary = Path(f"{args.json_out}.part")
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json_out)
+        write_atomically(args.json_out, json.dumps(document, indent=1) + "\n")
 
 
 def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, special: tuple[int, ...], name: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_no_file_is_called_utils() -> None:
 # --- rooms of the engine ------------------------------------------------------------------------------------------------
 
 LIBRARIES = {"kernels", "codec", "draft"}
-LEAVES = {"engine.errors", "engine.inputs"}
+LEAVES = {"engine.errors", "engine.inputs", "engine.files"}
 RUNTIME = {"kernels", "draft", "engine.kv", "engine.model", "engine.config", *LEAVES}
 ABOVE = {*LIBRARIES, *RUNTIME, "engine.runtime", "engine.hub", "engine.text"}
 FACADE = {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.engine"}
@@ -74,6 +74,7 @@ ROOMS = {
     "draft": {"kernels"},
     "engine.errors": LIBRARIES,  # one base for all; the libraries' errors under the engine's names
     "engine.inputs": {"engine.errors"},
+    "engine.files": {"engine.errors", "engine.inputs"},
     "engine.kv": {"kernels", "draft", *LEAVES},
     "engine.model": {"kernels", "draft", "engine.kv", *LEAVES},
     "engine.config": {"draft", "engine.kv", *LEAVES},

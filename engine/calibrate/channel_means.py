@@ -6,7 +6,6 @@ The means come from the library text that every machine with Python has (`engine
 from __future__ import annotations
 
 import json
-import os
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from engine.calibrate.corpus import documents, library_texts
 from engine.errors import InvalidOption
+from engine.files import write_bytes
 from engine.hub.cache import cache_home, disk_errors, exclusive
 from engine.hub.fingerprint import model_fingerprint
 from engine.kv.formats import PLAIN
@@ -82,14 +82,9 @@ def _digest(fingerprint: str, means: torch.Tensor) -> str:
 
 
 def _save(path: Path, fingerprint: str, means: torch.Tensor) -> None:
-    """Under a temporary name first: a half-written file is never found."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        facts = {"kind": "foretold-hot-means", "version": _VERSION, "fingerprint": fingerprint, "digest": _digest(fingerprint, means)}
-        save_file({"means": means.contiguous()}, temporary, {"foretold": json.dumps(facts)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Whole or not at all: a half-written file is never found."""
+    facts = {"kind": "foretold-hot-means", "version": _VERSION, "fingerprint": fingerprint, "digest": _digest(fingerprint, means)}
+    write_bytes(path, save({"means": means.contiguous()}, {"foretold": json.dumps(facts)}))
 
 
 def _load(path: Path, fingerprint: str, shape: tuple[int, ...]) -> torch.Tensor | None:

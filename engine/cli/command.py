@@ -7,41 +7,65 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
+from engine.cli.terminal import Ended, OutputLost, ReaderGone, ending_signals, prepare_streams, say, show, undisturbed
 from engine.engine import Engine
-from engine.errors import CacheNotWritable, ForetoldError
+from engine.errors import CacheNotWritable, ForetoldError, ModelNotFound
+from engine.files import session_lock, write_atomically
+from engine.inputs import is_file, read_json_object, shown
 from engine.kv.formats import PLAIN
 from engine.runtime.request import GenerationResult
 from engine.sessions.session import Session
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for a user's mistake, 130 when interrupted, 141 when nobody reads the output any more."""
+    """Exit status: 0, 2 for a named error, 130 when interrupted, 141 when nobody reads the output any more, 129 and 143 after SIGHUP and SIGTERM.
+
+    Whatever ends the command, an answer that was begun is in the session's file (docs/command.md).
+    """
+    prepare_streams()
     try:
         args = checked(argv)
+        if args.version:
+            show(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")
+            return 0
         prompt = given_prompt(args) if args.chat else read_prompt(args)
-        quiet_libraries()
-        engine = load(args, hot=args.hot, deterministic=args.deterministic)
-        say(memory_line(engine))
-        with open_session(engine, args) as session:
-            if args.chat:
-                talk(session, prompt, args)
-            else:
-                assert prompt is not None
-                one_turn(session, prompt, args)
-        return 0
+        with nullcontext() if args.session is None else session_lock(args.session):
+            return _run(args, prompt)
+    except OutputLost as error:
+        return error.status if isinstance(error, ReaderGone) else report(error)
     except ForetoldError as error:
         return report(error)
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
-    except BrokenPipeError:
-        # or the interpreter would try to flush once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except Ended as ended:
+        return ended.status
+
+
+def _run(args: argparse.Namespace, prompt: str | None) -> int:
+    quiet_libraries()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    engine = load(args, hot=args.hot, deterministic=args.deterministic)
+    say(memory_line(engine))
+    if (ignored := ignored_settings(engine, args)) is not None:
+        say(ignored)
+    with ending_signals(), open_session(engine, args) as session:
+        if args.chat:
+            repl(session, prompt, args)
+        else:
+            assert prompt is not None
+            one_turn(session, prompt, args)
+    return 0
 
 
 def load(args: argparse.Namespace, **options: Any) -> Engine:
@@ -67,73 +91,120 @@ def open_session(engine: Engine, args: argparse.Namespace) -> Session:
     return session
 
 
+def answer(session: Session, prompt: str, args: argparse.Namespace, on_text: Callable[[str], None] | None) -> GenerationResult:
+    """One answer, in the session's file before anything else happens, be it broken off by whatever breaks it off; one that never began is not."""
+    begun, before = len(session.token_ids), session.token_ids[:]
+    started = False
+
+    def piece(text: str) -> None:
+        nonlocal started
+        started = True
+        if on_text is not None:
+            on_text(text)
+
+    try:
+        if args.raw:
+            result = session.generate(prompt, args.params, piece)
+        else:
+            system = args.system if begun == 0 else None
+            result = session.chat(prompt, args.params, piece, system=system, prefill=args.prefill)
+    except BaseException:
+        if started and session.token_ids != before:
+            save(session, args)
+        raise
+    save(session, args)
+    return result
+
+
 def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
-    on_text = None if args.json else show
-    result = session.generate(prompt, args.params, on_text) if args.raw else session.chat(prompt, args.params, on_text)
+    result = answer(session, prompt, args, None if args.json else show)
     if not args.json:
-        print(flush=True)
-    keep(session, args)
+        show("\n")
     say(summary(result))
     if args.json_out:
-        try:
-            args.json_out.write_text(json.dumps(as_json(session, result)) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CacheNotWritable(f"{args.json_out} cannot be written: {error.strerror or error}", "choose another path") from error
+        write_json(args.json_out, as_json(session, result))
     if args.json:
-        print(json.dumps(as_json(session, result)), flush=True)
+        show(json.dumps(as_json(session, result)) + "\n")
 
 
-def talk(session: Session, first: str | None, args: argparse.Namespace) -> None:
-    """Several turns from the terminal (or piped lines), until the input ends. Ctrl-C ends an answer, which stays as far as it went; at the prompt it
-    leaves. Whatever ends the conversation, it is kept."""
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """The object as a file of one line; a pipe or a device is written to as it is. Raises CacheNotWritable."""
+    text = json.dumps(document) + "\n"
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path, text)
+    except OSError as error:
+        raise CacheNotWritable(f"{path} cannot be written: {error.strerror or error}", "choose another path") from error
+
+
+def repl(session: Session, first: str | None, args: argparse.Namespace) -> None:
+    """Several turns from the terminal (or piped lines, blank ones left out), until the input ends. Ctrl-C ends an answer, which stays as far as it
+    went; at the prompt it leaves. Every answer is saved before the next message is read."""
     terminal = sys.stdin.isatty()
     if terminal:
         say("type a message; Ctrl-C ends an answer; an empty line, end of input or Ctrl-C leaves")
     try:
-        while message := first or next_message(terminal):
+        while (message := first or next_message(terminal)) is not None:
             first = None
             try:
-                result = session.chat(message, args.params, show)
-                print(flush=True)
+                result = answer(session, message, args, show)
+                show("\n")
                 say(summary(result))
             except KeyboardInterrupt:
                 if not terminal:
                     raise
-                print(flush=True)
+                show("\n")
                 say("[interrupted]")
     except KeyboardInterrupt:
         if not terminal:
             raise
         say("")
-    except ForetoldError:
-        keep(session, args)
-        raise
-    keep(session, args)
 
 
-def next_message(terminal: bool) -> str:
-    """The next line of input, empty at its end."""
-    if terminal:
-        print("> ", end="", file=sys.stderr, flush=True)
-    try:
-        return read_input(input).strip()
-    except EOFError:
+def next_message(terminal: bool) -> str | None:
+    """The next line of input that says something; None at the input's end, and for an empty line at a terminal."""
+    while True:
         if terminal:
-            say("")
-        return ""
+            with suppress(OSError, ValueError):
+                print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = read_input(input).strip()
+        except EOFError:
+            if terminal:
+                say("")
+            return None
+        if line:
+            return line
+        if terminal:
+            return None
 
 
-def keep(session: Session, args: argparse.Namespace) -> None:
-    """Suspend into the session's file, if there is one."""
+def save(session: Session, args: argparse.Namespace) -> None:
+    """Suspend into the session's file, if there is one; signals wait meanwhile."""
     if args.session is None or not session.token_ids:
         return
-    r = session.suspend(args.session)
+    with undisturbed():
+        r = session.suspend(args.session)
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0
     say(
         f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
         f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s){because(r.reason)}"
     )
+
+
+def ignored_settings(engine: Engine, args: argparse.Namespace) -> str | None:
+    """What the model's generation_config.json says of sampling, where the user says nothing of it: it is not taken, and that is said."""
+    folder = engine.core.config.target_dir
+    if folder is None or args.temperature is not None or not is_file(folder / "generation_config.json"):
+        return None
+    found = read_json_object(folder / "generation_config.json", ModelNotFound, "correct it, or download the model again")
+    named = [
+        f"{name} {shown(found[name])}" for name in ("temperature", "top_k", "top_p", "repetition_penalty") if found.get(name) is not None
+    ]
+    return f"[generation_config.json's {', '.join(named)} not taken: text is greedy unless --temperature is given]" if named else None
 
 
 def because(reason: str | None) -> str:
@@ -199,13 +270,3 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def show(text: str) -> None:
-    """A piece of the answer, at once."""
-    print(text, end="", flush=True)
-
-
-def say(text: str) -> None:
-    """Anything but the answer."""
-    print(text, file=sys.stderr, flush=True)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from engine.errors import EmptyPrompt, ForetoldError, InvalidOption
+from codec.container import FILE_MAGIC
+from engine.cli.terminal import say
+from engine.errors import BadSessionFile, Corrupted, EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
+from engine.inputs import open_regular, shown
 from engine.kv.formats import KV_CACHE_DTYPES, PLAIN
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
@@ -18,6 +23,7 @@ from engine.text.prompts import prompt_text
 
 DEFAULT_PAIR = "smollm2"
 MAX_PROMPT_BYTES = 64 << 20
+PIPE_WAIT_S = 2.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,10 +39,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m engine.generate", description="Generate text with speculative decoding; keep the conversation as a coded residual."
     )
     p.add_argument("prompt", nargs="?", help="the prompt (or --prompt-file, or standard input)")
-    p.add_argument("--prompt-file", type=Path, metavar="FILE")
+    p.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file that holds the prompt")
+    p.add_argument("--version", action="store_true", help="print the versions that figures depend on, and leave")
     models = p.add_argument_group("models")
     models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
-    models.add_argument("--target", metavar="DIR|HUB_ID")
+    models.add_argument("--target", metavar="DIR|HUB_ID", help="another model than a pair's: a folder, or its name on the hub")
     models.add_argument(
         "--draft",
         metavar="DIR|HUB_ID|trunk|none",
@@ -46,17 +53,34 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     models.add_argument(
-        "--hot", default=PLAIN, choices=KV_CACHE_DTYPES, help="format of the target's KV being attended; a draft model's stays bf16"
+        "--kv-cache-dtype",
+        dest="hot",
+        default=PLAIN,
+        choices=KV_CACHE_DTYPES,
+        help="format of the target's KV being attended; a draft model's stays bf16",
     )
+    models.add_argument("--hot", dest="hot", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
+    models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
     text = p.add_argument_group("text")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("--chat", action="store_true", help="several turns, read from the terminal")
-    text.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    text.add_argument("--top-k", type=int, default=0, metavar="K")
-    text.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    text.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    text.add_argument("--seed", type=int)
+    text.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many; default 256")
+    text.add_argument("--system", metavar="TEXT", help="the system message of a new conversation")
+    text.add_argument("--prefill", metavar="TEXT", help="what every answer begins with: given to the model, not printed again")
+    text.add_argument("--temperature", type=float, help="0 is greedy, the default")
+    text.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens; 0, the default: from all")
+    text.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the fewest tokens that hold this probability; default 1"
+    )
+    text.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less probable than P times the best; default 0")
+    text.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="divides the logits of tokens seen; default 1: none"
+    )
+    text.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="F", help="off a logit for each time its token came; default 0"
+    )
+    text.add_argument("--presence-penalty", type=float, default=0.0, metavar="F", help="off a logit once its token came; default 0")
+    text.add_argument("--seed", type=int, help="repeats a sampled text; default: another text every time")
     text.add_argument("--stop", action="append", default=[], metavar="STR", help="end the text before this string; may be repeated")
     text.add_argument("--draft-length", default="auto", metavar="N|auto", help="tokens drafted a step; 0: no speculation")
     text.add_argument(
@@ -74,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
 def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check options before anything is loaded. Raises InvalidOption."""
     args = parser().parse_args(argv)
+    if args.version:
+        return args
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 on")
+    if args.raw and (args.system is not None or args.prefill is not None):
+        raise InvalidOption(f"--raw does not go with {'--prefill' if args.system is None else '--system'}", "write it into the prompt")
     if args.pair and args.target:
         raise InvalidOption("--pair and --target exclude each other", "give one of them")
     if args.prompt is not None and args.prompt_file is not None:
@@ -88,11 +118,31 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, file in (("--session", args.session), ("--json-out", args.json_out)):
         if file is None:
             continue
-        folder = file.absolute().parent
-        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):  # not after minutes of work
-            raise InvalidOption(f"{name} cannot be written to {str(file)!r}", "name a file in a folder that exists and may be written to")
+        if not _writable(file):  # not after minutes of work
+            raise InvalidOption(
+                f"{name} cannot be written to {shown(str(file), 200)}", "name a file in a folder that exists and may be written to"
+            )
+    if args.session is not None and args.session.exists():
+        _check_head(args.session)
     args.params = sampling_params(args)
     return args
+
+
+def _writable(file: Path) -> bool:
+    """Whether a file may be written there: no folder, no name that the system refuses, in a folder that takes files."""
+    try:
+        target = Path(os.path.realpath(file))
+        return not target.is_dir() and (target.exists() or target.parent.is_dir()) and os.access(target.parent, os.W_OK)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_head(file: Path) -> None:
+    """Refuse what cannot be a session by its kind and first bytes, before models are loaded. Raises BadSessionFile."""
+    with open_regular(file, BadSessionFile, "name a session file, or a new one") as opened:
+        head = opened.read(len(FILE_MAGIC))
+    if head != FILE_MAGIC[: len(head)] or not head:
+        raise Corrupted(f"session file {shown(str(file), 200)}: this is not a Foretold file", "check the path")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -105,10 +155,13 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
             raise InvalidOption(f"--draft-length cannot be {args.draft_length!r}", "give a whole number or auto") from None
     return SamplingParams(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
+        temperature=args.temperature or 0.0,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
         draft_length=length,
@@ -134,9 +187,27 @@ def read_prompt(args: argparse.Namespace) -> str:
     text = given_prompt(args)
     if text is None:
         text = "" if sys.stdin.isatty() else read_input(sys.stdin.read)
+    elif (piped := read_beside()).strip():
+        text = f"{text}\n\n{piped}"
     if not text.strip():
         raise EmptyPrompt("there is no prompt", "give it as an argument, with --prompt-file, or on standard input")
     return text
+
+
+def read_beside() -> str:
+    """What a pipe or a file on standard input adds to a prompt that was given. A pipe that says nothing for PIPE_WAIT_S is left alone, as it may be
+    one that nobody writes to. Raises InvalidOption."""
+    try:
+        number = sys.stdin.fileno()
+        mode = os.fstat(number).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+            return ""
+        if not select.select([number], [], [], PIPE_WAIT_S)[0]:
+            say(f"[standard input is a pipe that has said nothing for {PIPE_WAIT_S:.0f} s: it is not read]")
+            return ""
+    except (OSError, ValueError):  # no file behind it
+        return ""
+    return read_input(sys.stdin.read)
 
 
 def read_input(read: Callable[[], str]) -> str:
@@ -149,5 +220,5 @@ def read_input(read: Callable[[], str]) -> str:
 
 def report(error: ForetoldError) -> int:
     """One line on standard error; the exit status of a user's mistake."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}")
     return 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -63,22 +62,6 @@ def require_free(folder: Path, num_bytes: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are needed",
             "free space, or set FORETOLD_HOME to a roomier folder",
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file under a temporary name, syncs it and renames it, so that readers see the old content or the new."""
-    # a name that nobody can have laid a link at, as short as the target's may be long
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import DiskFull, DownloadFailed, HashMismatch
-from engine.hub.cache import disk_errors, is_disk_full, write_atomically
+from engine.files import write_atomically
+from engine.hub.cache import disk_errors, is_disk_full
 from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import Progress
 from engine.inputs import named_errors

@@ -20,7 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from engine.errors import ForetoldError, ModelNotFound
-from engine.hub.cache import cache_home, write_atomically
+from engine.files import write_atomically
+from engine.hub.cache import cache_home
 from engine.hub.fetch import file_sha256
 from engine.inputs import is_file, read_json_object
 from engine.model.weights import weight_files

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import DiskFull, DownloadFailed, ModelNotFound, UnknownPair
-from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free, write_atomically
+from engine.files import write_atomically
+from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free
 from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download

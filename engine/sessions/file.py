@@ -8,8 +8,6 @@ The first tokens' KV (attention sinks) is not stored: it depends on those tokens
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from codec.errors import CodecError, CorruptedCode, ForeignCode, NewerCode, Pack
 from codec.spec import NUM_SINKS
 from codec.token_ids import MAX_TOKENS, decode_ids, decompress, encode_ids, num_ids
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, Truncated
+from engine.files import write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, open_regular, parse_json, shown
 
@@ -155,28 +154,18 @@ class SessionFile:
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename. A failure leaves an earlier file as it was.
+    """Write a session, readable by its owner alone. A failure leaves an earlier file as it was (`engine.files.atomic_file`).
 
     Raises:
         DiskFull, CacheNotWritable: as the names say.
     """
-    path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    where = Path(path).absolute()
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_bytes(where, data, private=True)
     except OSError as error:
         if is_disk_full(error):
-            raise DiskFull(f"no room left for the session file {path}", "free space, or choose another folder") from error
-        raise CacheNotWritable(f"the session file {path} cannot be written: {error.strerror or error}", "choose another path") from error
+            raise DiskFull(f"no room left for the session file {where}", "free space, or choose another folder") from error
+        raise CacheNotWritable(f"the session file {where} cannot be written: {error.strerror or error}", "choose another path") from error
 
 
 class session_errors:
@@ -192,11 +181,3 @@ class session_errors:
         if isinstance(error, CodecError):
             named = next((engine for codec, engine in _ERRORS.items() if isinstance(error, codec)), BadSessionFile)
             raise named(f"session file {self._path}: {error.what}", error.remedy) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

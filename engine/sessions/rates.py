@@ -17,7 +17,8 @@ import torch
 
 from codec.spec import NUM_SINKS
 from engine.errors import CacheNotWritable, DiskFull
-from engine.hub.cache import cache_home, disk_errors, write_atomically
+from engine.files import write_atomically
+from engine.hub.cache import cache_home, disk_errors
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.stages import Rates, StageClock

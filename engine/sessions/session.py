@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES, KvLayout
-from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption
+from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionClosed
 from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
@@ -137,6 +138,8 @@ class Session:
         if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(core, pack, log)
         self.conversation = core.open_conversation()
+        self._give_back = weakref.finalize(self, core.close_conversation, self.conversation)
+        self._give_back.atexit = False
         if stored is not None:
             try:
                 self._restore(stored, source, restore, began)
@@ -165,20 +168,39 @@ class Session:
             ids = prompt_ids(text)
         return self._run(ids, params, on_text)
 
-    def chat(self, message: str, params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None) -> GenerationResult:
-        """Say something as the user, through the model's chat template, and return the answer. Raises as `EngineCore.run`, and EmptyPrompt."""
+    def chat(
+        self,
+        message: str,
+        params: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        system: str | None = None,
+        prefill: str | None = None,
+    ) -> GenerationResult:
+        """Say something as the user, through the model's chat template, and return the answer.
+
+        system: the system message, at the first turn only. prefill: what the answer begins with; the result holds what comes after it.
+
+        Raises as `EngineCore.run`, EmptyPrompt, and InvalidOption for a system message in a conversation that has begun.
+        """
         if not isinstance(message, str):
             raise InvalidOption(f"a message is of type {type(message).__name__}", "give a text")
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
         if self.token_ids:
+            if system is not None:
+                raise InvalidOption("the conversation has begun: its system message cannot be set", "start a new session")
             ids = next_turn(self.core.tokenizer, message, self.token_ids)
         else:
-            ids = encode_prompt(self.core.tokenizer, [{"role": "user", "content": message}], self.core.context)
+            opening = [] if system is None else [{"role": "system", "content": system}]
+            ids = encode_prompt(self.core.tokenizer, [*opening, {"role": "user", "content": message}], self.core.context)
+        if prefill:
+            ids = [*ids, *encode_text(self.core.tokenizer, prefill, add_special_tokens=False, most=self.core.context)]
         return self._run(ids, params, on_text)
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
         """`EngineCore.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
+        self._check_open()
         try:
             return self.core.run(self.conversation, ids, params, on_text)
         except BaseException:
@@ -217,6 +239,7 @@ class Session:
 
     def _coded(self) -> tuple[SessionFile, str | None]:
         """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen."""
+        self._check_open()
         if not self.token_ids:
             raise EmptyPrompt("the session is empty", "generate something before suspending it")
         held = self.conversation.sequence.length
@@ -241,10 +264,13 @@ class Session:
         return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason
 
     def close(self) -> None:
-        """Give the session's pages back; it must not be used afterwards."""
-        if not self._closed:
-            self._closed = True
-            self.core.close_conversation(self.conversation)
+        """Give the session's pages back; afterwards it refuses to go on or to be suspended. A session that is dropped is closed."""
+        self._closed = True
+        self._give_back()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("the session is closed", "open it again from its file, or start a new one")
 
     def __enter__(self) -> Session:
         return self

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from draft.errors import TrainingDataError
+from engine.files import atomic_file
 
 VERSION = 1
 LENGTH_STEP = 64  # documents are padded to a multiple of it: few different shapes, little padding
@@ -95,15 +95,10 @@ class TokenDocuments:
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write a .npz file under a temporary name, then rename it."""
-        temporary = Path(f"{path}.{os.getpid()}.part")
+        """Write a .npz file, whole or not at all."""
         header = json.dumps({"version": VERSION, "facts": self.facts})
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, tokens=self.tokens, offsets=self.offsets, starts=self.starts, answers=self.answers, header=np.array(header))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            np.savez(file, tokens=self.tokens, offsets=self.offsets, starts=self.starts, answers=self.answers, header=np.array(header))
 
     @classmethod
     def load(cls, path: str | Path) -> TokenDocuments:

@@ -11,7 +11,6 @@ deterministic as the clock. Weights are averaged exponentially (Polyak and Judit
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from draft.errors import CheckpointMismatch, ExitLayerError, TrainingError
+from engine.files import atomic_file
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
 from engine.train.loss import TeacherHead, distil
 from engine.train.model import Student, Teacher
@@ -224,15 +224,8 @@ class Trainer:
             "reported": list(self._reported),
             "extra": extra or {},
         }
-        temporary = Path(f"{path}.{os.getpid()}.part")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            torch.save(state, file)
 
     def restore(self, path: str | Path) -> dict[str, Any]:
         """Go on where `save` left off; returns its `extra`. The end (steps or seconds) may be another than it was.

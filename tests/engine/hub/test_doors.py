@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CacheNotWritable, DownloadFailed, ForetoldError, HashMismatch, ModelNotFound, UnsupportedArchitecture
-from engine.hub.cache import cache_home, write_atomically
+from engine.files import write_atomically
+from engine.hub.cache import cache_home
 from engine.hub.convert import convert_gguf
 from engine.hub.fetch import fetch_source
 from engine.hub.fingerprint import CACHE_NAME, fingerprint

@@ -1,0 +1,27 @@
+"""The console script `foretold`: its subcommands."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.generate import main as generate
+
+_USAGE = "usage: foretold generate [PROMPT] [options]; foretold generate --help lists them"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status, 2 when there is none of that name."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["generate"]:
+        return generate(given[1:])
+    if given in (["--help"], ["-h"]):
+        print(_USAGE)
+        return 0
+    if given == ["--version"]:
+        return generate(given)
+    print(f"error: {'unknown subcommand ' + ascii(given[0]) if given else 'no subcommand'} ({_USAGE})", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
