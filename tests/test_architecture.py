@@ -88,7 +88,7 @@ ROOMS = {
     "engine.loading": ABOVE,
     "engine.engine": {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions"},
     "engine": FACADE,
-    "engine.cli": FACADE,
+    "engine.cli": {*FACADE, "engine.generate"},  # the console script
     "engine.server": FACADE,
     "engine.connectors": FACADE,
     "engine.generate": {*FACADE, "engine.cli"},

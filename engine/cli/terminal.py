@@ -45,7 +45,7 @@ def prepare_streams() -> None:
             if name == "stdout":
                 setattr(sys, name, _Closed())
             else:
-                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
         elif mode == "w" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
