@@ -12,13 +12,18 @@ class ForetoldError(Exception):
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.remedy = " ".join(remedy.split())
+        self.what = _printable(what)
+        self.remedy = _printable(remedy)
         # Exception.args keep the constructor's form, so that the error survives pickling and copying
         super().__init__(self.what, self.remedy)
 
     def __str__(self) -> str:
         return f"{self.what} ({self.remedy})" if self.remedy else self.what
+
+
+def _printable(text: str) -> str:
+    """The text on one line; control characters and lone surrogates, which file names may hold, as escapes instead of to the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 class InvalidOption(ForetoldError):

@@ -18,7 +18,7 @@ from torch import Tensor
 from codec.spec import NUM_SINKS, KvLayout
 from codec.weighting import Weighting
 from engine.model.decoder import Decoder
-from engine.model.layers import LayerWeights
+from engine.model.layers import DIFFERENTIABLE, LayerShape, LayerWeights, dense_attention, differentiable_rope, layer_forward, rotation
 
 
 @torch.enable_grad()
@@ -54,50 +54,31 @@ def _cached(target: Decoder, token_ids: Tensor) -> Tensor:
 def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor) -> Tensor:
     """Logits [B, T, V] of the tokens from `split` on, differentiable in the cache: the decoder's layers in plain operations."""
     c = target.config
-    batch, length = token_ids.shape
-    x = target.embed(token_ids[:, split:].flatten()).reshape(batch, length - split, -1)
+    shape = LayerShape.of(c)
+    length = token_ids.shape[1]
+    x = target.embed(token_ids[:, split:].flatten()).unflatten(0, (-1, length - split))
     cos, sin = (_outside_inference(part) for part in target.rope.slice(0, length))
+    turn_cached, rope = rotation(cos[:split], sin[:split]), differentiable_rope(cos[split:], sin[split:], c.num_heads)
+    mask = torch.ones(length - split, length, dtype=torch.bool, device=x.device).tril(split)
+    update = None
     for number, layer in enumerate(target.layers):
         plain: LayerWeights = layer.weights().plain()  # type: ignore[operator]
         w = LayerWeights(*(None if t is None else _outside_inference(t) for t in plain))  # type: ignore[arg-type]
-        x = x + _attention(_norm(x, w.input_norm, c.rms_norm_eps), w, cache[:, :, number], cos, sin, split, c)
-        gate, up = F.linear(_norm(x, w.post_norm, c.rms_norm_eps), w.gate_up).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, w.down)
+        keys, values = turn_cached(cache[:, :, number, 0].to(x.dtype)), cache[:, :, number, 1].to(x.dtype)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+            return dense_attention(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), mask)
+
+        out = layer_forward(w, x, rope, attend, shape, DIFFERENTIABLE, update)
+        x, update = out.stream, out.update
     head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
-    return F.linear(_norm(x, _outside_inference(target.final_norm), c.rms_norm_eps), _outside_inference(head))
+    normed, _ = DIFFERENTIABLE.rms_norm(x, _outside_inference(target.final_norm), c.rms_norm_eps, update)
+    return F.linear(normed, _outside_inference(head))
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:
     """A tensor made under inference mode (weights loaded there, angles grown there) as a copy that autograd takes; any other as it is."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _attention(x: Tensor, w: LayerWeights, cache: Tensor, cos: Tensor, sin: Tensor, split: int, c) -> Tensor:
-    heads, groups, d = c.num_heads, c.num_kv_heads, c.head_dim
-    q, k, v = F.linear(x, w.qkv, w.qkv_bias).unflatten(-1, (-1, d)).split((heads, groups, groups), 2)  # [B, T, *, d]
-    if w.qk_norm is not None:
-        q, k = _norm(q, w.qk_norm[0], c.rms_norm_eps), _norm(k, w.qk_norm[1], c.rms_norm_eps)
-    keys = torch.cat([cache[:, :, 0].to(k.dtype), k], 1)
-    values = torch.cat([cache[:, :, 1].to(v.dtype), v], 1)
-    q, keys = _rotate(q, cos[split:], sin[split:]), _rotate(keys, cos, sin)
-    length = keys.shape[1]
-    mask = torch.ones(length - split, length, dtype=torch.bool, device=x.device).tril(split)
-    keys, values = (t.repeat_interleave(heads // groups, 2) for t in (keys, values))
-    q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    return F.linear(out.transpose(1, 2).flatten(2), w.o, w.o_bias)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * scaled).to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, *, d] turned by angles [T, d/2], halves convention, in float32."""
-    first, second = x.float().chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 @dataclass

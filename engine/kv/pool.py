@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from engine.errors import PoolExhausted
-from kernels.dispatch import use_triton
 from kernels.rope import apply_rope
 
 
@@ -281,8 +280,8 @@ class PagedPool(KvPool):
 
     @property
     def takes_placements(self) -> bool:
-        """On a CPU where the plain attention runs, whose masks are tensors."""
-        return self.device.type == "cpu" and not use_triton(self.kv)
+        """Yes: a place holds a token whatever its position is."""
+        return True
 
     def move(self, sequence: KvSequence, source: int, target: int) -> None:
         """See `KvPool.move`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -17,34 +16,14 @@ from kernels.quantized_kv import (
     NUM_SINKS,
     RING,
     ChannelMeans,
-    ExactRecent,
-    ExactSinks,
     QuantizedPages,
     new_pages,
     quantized_kv_write,
-    quantized_paged_attention,
 )
 from kernels.quantized_kv.reference import dequantise
 from kernels.rope import apply_rope
 
 FIRST_SLOTS = 2  # sequences with room for exact tokens at first; doubles on demand
-
-
-class QuantizedBatch(NamedTuple):
-    """What all layers of one forward pass over a hot pool share: tensors on the device."""
-
-    cos: torch.Tensor  # [N, d/2] float32
-    sin: torch.Tensor  # [N, d/2] float32
-    slots: torch.Tensor  # [N] int64
-    page_table: torch.Tensor  # [B, max_pages] int32
-    query_lens: torch.Tensor  # [B] int32
-    context_lens: torch.Tensor  # [B] int32, the new tokens included
-    max_query_len: int
-    tables: tuple[torch.Tensor, torch.Tensor]  # cos and sin [positions, d/2] float32 of all positions up to the longest context
-    exact_rows: torch.Tensor  # [B] int32, where each request's first and last tokens lie
-    since: torch.Tensor  # [B] int32, first position whose exact row is still held
-    new_sinks: tuple[torch.Tensor, torch.Tensor] | None  # of the N tokens those that are first ones, [M] int64, and their slots
-    new_recent: tuple[torch.Tensor | slice, torch.Tensor]  # those that stay among the last ones, and their slots
 
 
 @dataclass(frozen=True)
@@ -57,34 +36,6 @@ class QuantizedLayer:
     v_sinks: torch.Tensor
     k_ring: torch.Tensor  # [R, RING, G, d]
     v_ring: torch.Tensor
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: QuantizedBatch, scale: float, *, deterministic: bool
-    ) -> torch.Tensor:
-        """Write new keys [N, G, d] and values, then attend: queries [N, H, d], neither rotated yet -> [N, H, d]."""
-        cos, sin = batch.cos, batch.sin
-        quantized_kv_write(k, v, cos, sin, batch.slots, self.means, self.pages)
-        if batch.new_sinks is not None:
-            rows, slots = batch.new_sinks
-            kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, self.k_sinks, self.v_sinks)
-        out = quantized_paged_attention(
-            apply_rope(q, cos, sin),
-            self.pages,
-            self.means,
-            *batch.tables,
-            batch.page_table,
-            batch.query_lens,
-            batch.context_lens,
-            scale,
-            sinks=ExactSinks(self.k_sinks, self.v_sinks, batch.exact_rows),
-            recent=ExactRecent(apply_rope(k, cos, sin), v, self.k_ring, self.v_ring, batch.exact_rows, batch.since),
-            deterministic=deterministic,
-            max_query_len=batch.max_query_len,
-        )
-        # only now: attention still read what these overwrite
-        last, slots = batch.new_recent
-        kv_write(k[last], v[last], cos[last], sin[last], slots, self.k_ring, self.v_ring)
-        return out
 
 
 class QuantizedPool(KvPool):
@@ -113,6 +64,7 @@ class QuantizedPool(KvPool):
         self._rings = torch.zeros((*shape[:3], RING, *shape[4:]), dtype=dtype, device=means.device)
         self._slot_of_page: dict[int, int] = {}
         self._free_slots = list(range(FIRST_SLOTS))
+        self._spare: int | None = None
         self._held_from = [0] * FIRST_SLOTS  # first position of which a slot's ring holds the row
 
     @property
@@ -144,19 +96,29 @@ class QuantizedPool(KvPool):
         exact = (tensor[index, part] for tensor in (self._sinks, self._rings) for part in (0, 1))
         return QuantizedLayer(self._pages[index], self._means[index], *exact)
 
-    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def exact_row(self, sequence: KvSequence) -> int:
-        """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page."""
+        """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page. Slots double when they run out,
+        which replaces the tensors that hold them."""
         first = sequence.pages[0]
         if first not in self._slot_of_page:
-            if not self._free_slots:
-                count = len(self._held_from)
-                self._sinks, self._rings = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self._sinks, self._rings))
-                self._free_slots = list(range(count, 2 * count))
-                self._held_from += [0] * count
-            slot = self._slot_of_page[first] = self._free_slots.pop()
+            slot = self._slot_of_page[first] = self._take_slot()
             self._held_from[slot] = sys.maxsize
         return self._slot_of_page[first]
+
+    def spare_row(self) -> int:
+        """A slot that no sequence owns, for rows that nobody reads; the same one every time."""
+        if self._spare is None:
+            self._spare = self._take_slot()
+        return self._spare
+
+    @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
+    def _take_slot(self) -> int:
+        if not self._free_slots:
+            count = len(self._held_from)
+            self._sinks, self._rings = (torch.cat((t, torch.zeros_like(t)), 2) for t in (self._sinks, self._rings))
+            self._free_slots = list(range(count, 2 * count))
+            self._held_from += [0] * count
+        return self._free_slots.pop()
 
     def note_written(self, sequence: KvSequence, start: int, end: int) -> int:
         """Tokens [start, end) are about to be written; returns the first position before them whose exact row is held (start: none is)."""

@@ -1,139 +1,484 @@
-"""What all layers of one forward pass share: angles, slots of the new tokens, and how to find the keys."""
+"""Attention backends: what one forward pass asks of the KV cache, whatever pages hold and whichever kernels run.
+
+A backend is planned for a batch, once for all layers; then each layer rotates, writes its new keys and values and attends. Pages are the caller's
+business: a plan only reads the sequences' page lists.
+
+Axes: B requests, N new tokens over the batch, H query heads, G KV heads, d head size, S page size.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from draft.tree import TreePosition
 from engine.errors import InvalidOption
-from engine.kv.pool import KvSequence, PagedPool
-from engine.kv.quantized_pool import QuantizedBatch, QuantizedPool
+from engine.kv.pool import KvPool, KvSequence, PagedPool
+from engine.kv.quantized_pool import QuantizedPool
 from engine.model.config import DecoderConfig
 from engine.model.rope import RopeTable
 from kernels.dispatch import use_triton
-from kernels.paged_attention.reference import Plan, plan
-from kernels.quantized_kv import NUM_SINKS, RING
-from kernels.rope.reference import widen
+from kernels.kv_write import kv_write
+from kernels.kv_write.reference import store
+from kernels.paged_attention import paged_attention
+from kernels.paged_attention.reference import TREE_SPAN, Plan, attend, plan
+from kernels.quantized_kv import NUM_SINKS, RING, ExactRecent, ExactSinks, quantized_kv_write, quantized_paged_attention
+from kernels.rope import apply_rope
+from kernels.rope.reference import rotate, widen
 
 
-class ReferenceBatch(NamedTuple):
-    """For the plain PyTorch path, laid out so that a layer needs few small operations."""
+class AttentionBatch(NamedTuple):
+    """New tokens of a ragged batch, one request's after another's, as the host knows them.
 
-    wide: tuple[torch.Tensor, torch.Tensor]  # angles as `kernels.rope.reference.rotate` wants them
-    slots: torch.Tensor | slice  # [N] int64; a slice where the slots follow one another
-    attention: Plan
+    sequences: one per request, all of one pool, with pages for the new tokens. query_lens: new tokens of each. starts: position of each request's
+    first one. placements: where they stand, if they do not follow one another from there on.
+    """
+
+    sequences: Sequence[KvSequence]
+    query_lens: Sequence[int]
+    starts: Sequence[int]
+    placements: Sequence[TreePosition] | None = None
+
+    @property
+    def contexts(self) -> list[int]:
+        """Places of the cache that each request needs, new tokens included."""
+        if self.placements is not None:
+            return [max(placement.slots) + 1 for placement in self.placements]
+        return [start + count for start, count in zip(self.starts, self.query_lens, strict=True)]
+
+    def reserve(self) -> None:
+        """Own the pages of the new tokens. Raises PoolExhausted; the sequences before the one that does not fit keep theirs."""
+        for sequence, context in zip(self.sequences, self.contexts, strict=True):
+            sequence.ensure(context)
+
+    @property
+    def slots(self) -> list[int]:
+        """Where in the pool each new token is written: page * S + offset."""
+        contexts = self.contexts
+        places: list[Sequence[int]]
+        if self.placements is None:
+            places = [range(start, context) for start, context in zip(self.starts, contexts, strict=True)]
+        else:
+            places = [placement.slots for placement in self.placements]
+        found = []
+        for sequence, own, context in zip(self.sequences, places, contexts, strict=True):
+            assert context <= sequence.capacity, "pages are owned before a plan is made"
+            pages, size = sequence.pages, sequence.pool.page_size
+            found += [pages[place // size] * size + place % size for place in own]
+        return found
+
+    @property
+    def positions(self) -> list[int]:
+        """Position in its text of each new token."""
+        if self.placements is not None:
+            return [position for placement in self.placements for position in placement.positions]
+        return [p for start, count in zip(self.starts, self.query_lens, strict=True) for p in range(start, start + count)]
+
+    def angles(self, rope: RopeTable) -> tuple[Tensor, Tensor]:
+        """cos, sin of the new tokens' positions, each [N, d/2] float32."""
+        if self.placements is not None:
+            return rope.at(self.positions)
+        return rope.gather(list(zip(self.starts, self.contexts, strict=True)))
+
+    def tree(self) -> tuple[list[int], list[int]] | None:
+        """(visible: N bit masks, windows: N first places they speak of), as `kernels.paged_attention` takes them; None without placements.
+
+        Raises:
+            InvalidOption: a token lies farther behind its position than a mask has bits.
+        """
+        if self.placements is None:
+            return None
+        slots = [slot for placement in self.placements for slot in placement.slots]
+        windows = self.positions
+        behind = [slot - position for slot, position in zip(slots, windows, strict=True)]
+        if max(behind) >= TREE_SPAN or min(behind) < 0:
+            what = f"draft tree places {min(behind)} to {max(behind)} behind their positions"
+            raise InvalidOption(what, f"keep them from 0 to {TREE_SPAN - 1}")
+        return [1 << distance for distance in behind], windows
 
 
-class TritonBatch(NamedTuple):
-    """For the Triton kernels: tensors on the device."""
-
-    cos: torch.Tensor  # [N, d/2] float32
-    sin: torch.Tensor  # [N, d/2] float32
-    slots: torch.Tensor  # [N] int64
-    page_table: torch.Tensor  # [B, max_pages] int32
-    query_lens: torch.Tensor  # [B] int32
-    context_lens: torch.Tensor  # [B] int32, the new tokens included
-    max_query_len: int
-
-
-def prepare(
-    sequences: list[KvSequence],
-    query_lens: list[int],
-    starts: list[int],
-    config: DecoderConfig,
-    rope: RopeTable,
-    *,
-    deterministic: bool,
-    placements: list[TreePosition] | None = None,
-) -> ReferenceBatch | TritonBatch | QuantizedBatch:
-    """Own the pages of the new tokens and gather what the layers need.
+class AttentionBackend(ABC):
+    """Attention of one model over one pool.
 
     Args:
-        sequences: one per request, all of one pool.
-        query_lens: new tokens of each request.
-        starts: position of each request's first new token.
-        deterministic: see `Decoder.forward`.
-        placements: where tokens stand that do not follow one another; only for the plain PyTorch path.
-
-    Raises:
-        PoolExhausted: the pool has too few pages.
-        InvalidOption: placements where the Triton kernels run.
+        pool: holds the model's keys and values.
+        config, rope: of the model.
+        deterministic: a token's result is the same bits alone, in any batch and in any block.
     """
-    pool = sequences[0].pool
-    device, size = pool.device, pool.page_size
-    contexts = [start + count for start, count in zip(starts, query_lens, strict=True)]
-    if placements is not None:
-        contexts = [max(placement.slots) + 1 for placement in placements]
-    for sequence, context in zip(sequences, contexts, strict=True):
-        assert sequence.pool is pool, "the sequences of a batch share one pool"
-        sequence.ensure(context)
-    if placements is None:
-        cos, sin = rope.gather(list(zip(starts, contexts, strict=True)))
-        places: list[Sequence[int]] = [range(start, context) for start, context in zip(starts, contexts, strict=True)]
-    else:
-        cos, sin = rope.at([position for placement in placements for position in placement.positions])
-        places = [placement.slots for placement in placements]
-    numbers = [
-        sequence.pages[slot // size] * size + slot % size for sequence, slots in zip(sequences, places, strict=True) for slot in slots
-    ]
-    pages = [sequence.pages for sequence in sequences]
-    if isinstance(pool, QuantizedPool) or use_triton(cos):
-        if placements is not None:
-            raise InvalidOption("the Triton kernels take tokens that follow one another", "draft without siblings there")
+
+    def __init__(self, pool: KvPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool) -> None:
+        self.config, self.rope, self.deterministic = config, rope, deterministic
+        self.scale = config.head_dim**-0.5
+        self.device, self.page_size = pool.device, pool.page_size
+
+    @abstractmethod
+    def plan(self, batch: AttentionBatch) -> None:
+        """Gather what the layers need for a batch. The sequences own their pages already.
+
+        Raises:
+            InvalidOption: placements that this backend cannot attend with.
+        """
+
+    @abstractmethod
+    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys side by side [N, H + G, d] -> the queries [N, H, d] that `run` takes, the keys [N, G, d] that `write` takes: rotated
+        here, or there."""
+
+    @abstractmethod
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write new keys and values [N, G, d] of a layer."""
+
+    @abstractmethod
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of queries [N, H, d] -> [N, H, d], after the layer's `write`."""
+
+    @abstractmethod
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """Lay out what the layers read in tensors that stay where they are, for batches of exactly so many requests and new tokens.
+
+        Pad a smaller batch with requests on a scratch sequence. max_query_len, max_context: of any request, over all batches to come.
+        """
+
+    @abstractmethod
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """Fill these tensors for a batch, so that what was captured over them may run again.
+
+        Raises:
+            InvalidOption: the batch is not of the captured size, or has placements.
+        """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`write`, then `run`."""
+        self.write(layer, k, v)
+        return self.run(layer, q)
+
+
+def open_backend(pool: KvPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> AttentionBackend:
+    """The backend for a pool, on its device. Making one is cheap; one that is captured must be kept."""
+    if isinstance(pool, QuantizedPool):
+        return QuantizedBackend(pool, config, rope, deterministic=deterministic)
+    assert isinstance(pool, PagedPool)
+    kind = TritonBackend if use_triton(pool.kv) else ReferenceBackend
+    return kind(pool, config, rope, deterministic=deterministic)
+
+
+@dataclass(frozen=True)
+class _Capacity:
+    """Sizes that a backend was prepared for."""
+
+    num_requests: int
+    num_rows: int
+    max_query_len: int
+    max_context: int
+
+    def check(self, batch: AttentionBatch) -> None:
+        if batch.placements is not None:
+            raise InvalidOption("a captured step takes no placements", "run draft trees uncaptured")
+        found = len(batch.sequences), sum(batch.query_lens)
+        if found != (self.num_requests, self.num_rows):
+            what = f"{found[0]} requests of {found[1]} new tokens do not fit a step captured for {self.num_requests} of {self.num_rows}"
+            raise InvalidOption(what, "pad the batch with requests on a scratch sequence, or capture a step of its size")
+        if max(batch.query_lens) > self.max_query_len or max(batch.contexts) > self.max_context:
+            what = f"requests of up to {max(batch.query_lens)} new tokens in contexts of up to {max(batch.contexts)} are longer than the step's"
+            raise InvalidOption(what, f"capture one for more than {self.max_query_len} new tokens, {self.max_context} in all")
+
+
+class ReferenceBackend(AttentionBackend):
+    """Plain PyTorch over plain pages, laid out so that a layer needs few small operations."""
+
+    def __init__(self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
+        super().__init__(pool, config, rope, deterministic=deterministic)
+        self.pool = pool
+        self._heads = config.num_heads
+        self._capacity: _Capacity | None = None
+        self._wide: tuple[Tensor, Tensor]
+        self._slots: Tensor | slice
+        self._plan: Plan
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.plan`."""
+        slots = batch.slots
+        first, last = slots[0], slots[-1]
+        self._slots = slice(first, last + 1)
+        if slots != list(range(first, last + 1)):
+            self._slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        self._wide = widen(*batch.angles(self.rope))
+        tree = batch.tree()
+        self._plan = plan(
+            [sequence.pages for sequence in batch.sequences],
+            batch.query_lens,
+            batch.contexts,
+            self.page_size,
+            self.config.num_heads // self.config.num_kv_heads,
+            self.pool.kv.dtype,
+            self.device,
+            deterministic=self.deterministic,
+            tree=None if tree is None else (torch.tensor(tree[0], device=self.device), torch.tensor(tree[1], device=self.device)),
+        )
+
+    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys turn in one go."""
+        turned = rotate(qk, *self._wide)
+        return turned[:, : self._heads], turned[:, self._heads :]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keys come rotated."""
+        k_pages, v_pages = self.pool.layer(layer)
+        store(k, self._slots, k_pages)
+        store(v, self._slots, v_pages)
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """Queries come rotated."""
+        return attend(q, *self.pool.layer(layer), self._plan, self.scale)
+
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """Only the sizes are kept: plain operations are never captured, and `prepare_for_replay` plans anew."""
+        self._capacity = _Capacity(num_requests, num_rows, max_query_len, max_context)
+
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.prepare_for_replay`."""
+        assert self._capacity is not None, "prepare_for_capture comes first"
+        self._capacity.check(batch)
+        self.plan(batch)
+
+
+@dataclass
+class DeviceBatch:
+    """A batch on the device, for the Triton kernels."""
+
+    cos: Tensor  # [N, d/2] float32
+    sin: Tensor  # [N, d/2] float32
+    slots: Tensor  # [N] int64
+    page_table: Tensor  # [B, max_pages] int32
+    query_lens: Tensor  # [B] int32
+    context_lens: Tensor  # [B] int32, the new tokens included
+    max_query_len: int
+    visible: Tensor | None = None  # [N] int64, of a draft tree (`kernels.paged_attention`)
+    windows: Tensor | None = None  # [N] int32, of a draft tree
+
+    @classmethod
+    def of(cls, batch: AttentionBatch, rope: RopeTable, device: torch.device) -> DeviceBatch:
+        """From the host's lists."""
+        pages = [sequence.pages for sequence in batch.sequences]
         width = max(len(own) for own in pages)
-        table = [own + [0] * (width - len(own)) for own in pages]
-        batch = TritonBatch(
+        tree = batch.tree()
+        cos, sin = batch.angles(rope)
+        return cls(
             cos,
             sin,
-            torch.tensor(numbers, dtype=torch.int64, device=device),
-            torch.tensor(table, dtype=torch.int32, device=device),
-            torch.tensor(query_lens, dtype=torch.int32, device=device),
-            torch.tensor(contexts, dtype=torch.int32, device=device),
-            max(query_lens),
+            torch.tensor(batch.slots, dtype=torch.int64, device=device),
+            torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32, device=device),
+            torch.tensor(batch.query_lens, dtype=torch.int32, device=device),
+            torch.tensor(batch.contexts, dtype=torch.int32, device=device),
+            max(batch.query_lens),
+            None if tree is None else torch.tensor(tree[0], dtype=torch.int64, device=device),
+            None if tree is None else torch.tensor(tree[1], dtype=torch.int32, device=device),
         )
-        if not isinstance(pool, QuantizedPool):
-            return batch
-        rows = [pool.exact_row(sequence) for sequence in sequences]
-        since = [pool.note_written(sequence, start, end) for sequence, start, end in zip(sequences, starts, contexts, strict=True)]
-        return QuantizedBatch(
-            *batch,
-            rope.table(max(contexts)),
+
+    @classmethod
+    def static(cls, capacity: _Capacity, page_size: int, head_dim: int, device: torch.device) -> DeviceBatch:
+        """Tensors to be filled by `fill`."""
+        rows, requests = capacity.num_rows, capacity.num_requests
+        cos, sin = torch.zeros(2, rows, head_dim // 2, device=device)
+        query_lens, context_lens = torch.zeros(2, requests, dtype=torch.int32, device=device)
+        table = torch.zeros(requests, -(-capacity.max_context // page_size), dtype=torch.int32, device=device)
+        slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(cos, sin, slots, table, query_lens, context_lens, capacity.max_query_len)
+
+    def fill(self, other: DeviceBatch) -> None:
+        """Take over another batch's values; pages past the longest context are not needed."""
+        width = min(self.page_table.shape[1], other.page_table.shape[1])
+        self.page_table[:, :width] = other.page_table[:, :width]
+        for own in fields(self):
+            mine, theirs = getattr(self, own.name), getattr(other, own.name)
+            if isinstance(mine, Tensor) and mine is not self.page_table:
+                mine.copy_(theirs)
+
+
+class TritonBackend(AttentionBackend):
+    """The kernels over plain pages, with all that they read in tensors; on a CPU, unless they are forced, their twins run.
+
+    batch: what the layers read. A caller whose sequences live on the device alone may set it instead of calling `plan`.
+    """
+
+    batch: DeviceBatch
+
+    def __init__(self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
+        super().__init__(pool, config, rope, deterministic=deterministic)
+        self.pool = pool
+        self._capacity: _Capacity | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.plan`."""
+        self.batch = DeviceBatch.of(batch, self.rope, self.device)
+
+    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Only the queries turn here."""
+        heads = self.config.num_heads
+        return apply_rope(qk[:, :heads], self.batch.cos, self.batch.sin), qk[:, heads:]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keys turn as they are written."""
+        kv_write(k, v, self.batch.cos, self.batch.sin, self.batch.slots, *self.pool.layer(layer))
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """Queries come rotated."""
+        batch = self.batch
+        return paged_attention(
+            q,
+            *self.pool.layer(layer),
+            batch.page_table,
+            batch.query_lens,
+            batch.context_lens,
+            self.scale,
+            deterministic=self.deterministic,
+            visible=batch.visible,
+            windows=batch.windows,
+            max_query_len=batch.max_query_len,
+        )
+
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """See `AttentionBackend.prepare_for_capture`."""
+        self._capacity = _Capacity(num_requests, num_rows, max_query_len, max_context)
+        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, self.device)
+
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.prepare_for_replay`."""
+        assert self._capacity is not None, "prepare_for_capture comes first"
+        self._capacity.check(batch)
+        self.batch.fill(DeviceBatch.of(batch, self.rope, self.device))
+
+
+@dataclass
+class ExactRows:
+    """Where a batch's tokens that stay exact beside the codes lie, on the device."""
+
+    rows: Tensor  # [B] int32, where each request's first and last tokens lie
+    since: Tensor  # [B] int32, first position whose exact row is still held
+    sinks: tuple[Tensor, Tensor] | None  # of the N tokens those that are first ones, [M] int64, and their slots [M] int64; None without any
+    recent: tuple[Tensor | slice, Tensor]  # those that stay among the last ones (a slice for all), and their slots
+
+    @classmethod
+    def of(cls, batch: AttentionBatch, pool: QuantizedPool) -> ExactRows:
+        """The batch's tokens count as written from now on."""
+        rows = [pool.exact_row(sequence) for sequence in batch.sequences]
+        since = [
+            pool.note_written(sequence, start, end)
+            for sequence, start, end in zip(batch.sequences, batch.starts, batch.contexts, strict=True)
+        ]
+        device = pool.device
+        return cls(
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.tensor(since, dtype=torch.int32, device=device),
-            _new_sinks(starts, query_lens, rows, device),
-            _new_recent(starts, query_lens, rows, device),
+            _new_sinks(batch, rows, device),
+            _new_recent(batch, rows, device),
         )
-    assert isinstance(pool, PagedPool)
-    first, last = numbers[0], numbers[-1]
-    slots: torch.Tensor | slice = slice(first, last + 1)
-    if numbers != list(range(first, last + 1)):
-        slots = torch.tensor(numbers, dtype=torch.int64, device=device)
-    group = config.num_heads // config.num_kv_heads
-    attention = plan(pages, query_lens, contexts, size, group, pool.kv.dtype, device, deterministic=deterministic, placements=placements)
-    return ReferenceBatch(widen(cos, sin), slots, attention)
 
 
-def _new_sinks(starts: list[int], query_lens: list[int], rows: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+class QuantizedBackend(AttentionBackend):
+    """Attention over quantised pages, with each request's first and last tokens exact beside them."""
+
+    batch: DeviceBatch
+
+    def __init__(self, pool: QuantizedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
+        super().__init__(pool, config, rope, deterministic=deterministic)
+        self.pool = pool
+        self._capacity: _Capacity | None = None
+        self._exact: ExactRows
+        self._tables: tuple[Tensor, Tensor]  # cos and sin [positions, d/2] float32 of all positions up to the longest context
+        self._new: tuple[Tensor, Tensor]  # keys and values of the layer at hand
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.plan`."""
+        if batch.placements is not None:
+            raise InvalidOption("a quantised KV cache takes tokens that follow one another", "draft without leaves there")
+        self.batch = DeviceBatch.of(batch, self.rope, self.device)
+        self._exact = ExactRows.of(batch, self.pool)
+        self._tables = self.rope.table(max(batch.contexts))
+
+    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing turns here: codes are of keys before rotation."""
+        heads = self.config.num_heads
+        return qk[:, :heads], qk[:, heads:]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Codes, and first tokens; the last ones only after attention, which still reads what they overwrite."""
+        own, batch, sinks = self.pool.layer(layer), self.batch, self._exact.sinks
+        quantized_kv_write(k, v, batch.cos, batch.sin, batch.slots, own.means, own.pages)
+        if sinks is not None:
+            rows, slots = sinks
+            kv_write(k[rows], v[rows], batch.cos[rows], batch.sin[rows], slots, own.k_sinks, own.v_sinks)
+        self._new = k, v
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """Queries come before rotation."""
+        own, batch, exact = self.pool.layer(layer), self.batch, self._exact
+        (k, v), cos, sin = self._new, batch.cos, batch.sin
+        out = quantized_paged_attention(
+            apply_rope(q, cos, sin),
+            own.pages,
+            own.means,
+            *self._tables,
+            batch.page_table,
+            batch.query_lens,
+            batch.context_lens,
+            self.scale,
+            sinks=ExactSinks(own.k_sinks, own.v_sinks, exact.rows),
+            recent=ExactRecent(apply_rope(k, cos, sin), v, own.k_ring, own.v_ring, exact.rows, exact.since),
+            deterministic=self.deterministic,
+            max_query_len=batch.max_query_len,
+        )
+        last, slots = exact.recent
+        kv_write(k[last], v[last], cos[last], sin[last], slots, own.k_ring, own.v_ring)
+        return out
+
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """See `AttentionBackend.prepare_for_capture`. Capture again when the pool's exact rows have grown (`QuantizedPool.exact_row`)."""
+        self._capacity = _Capacity(num_requests, num_rows, max_query_len, max_context)
+        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, self.device)
+        self._tables = self.rope.table(max_context)
+        rows, since = torch.zeros(2, num_requests, dtype=torch.int32, device=self.device)
+        everyone = torch.arange(num_rows, device=self.device)
+        self._exact = ExactRows(rows, since, (everyone, torch.zeros_like(everyone)), (slice(None), torch.zeros_like(everyone)))
+
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.prepare_for_replay`."""
+        assert self._capacity is not None, "prepare_for_capture comes first"
+        self._capacity.check(batch)
+        self.batch.fill(DeviceBatch.of(batch, self.rope, self.device))
+        found, spare = ExactRows.of(batch, self.pool), self.pool.spare_row()
+        mine = self._exact
+        mine.rows.copy_(found.rows)
+        mine.since.copy_(found.since)
+        assert mine.sinks is not None
+        mine.sinks[1].fill_(spare * NUM_SINKS)  # tokens that are no first or last ones are written where nobody reads
+        if found.sinks is not None:
+            mine.sinks[1][found.sinks[0]] = found.sinks[1]
+        mine.recent[1].fill_(spare * RING)
+        mine.recent[1][found.recent[0]] = found.recent[1]
+
+
+def _new_sinks(batch: AttentionBatch, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Which of the new tokens, one request's after another's, are first ones, and where these are kept: each [M] int64; None without any."""
-    if min(starts) >= NUM_SINKS:
+    if min(batch.starts) >= NUM_SINKS:
         return None
     found, before = [], 0
-    for start, count, row in zip(starts, query_lens, rows, strict=True):
+    for start, count, row in zip(batch.starts, batch.query_lens, rows, strict=True):
         found += [(before + t, row * NUM_SINKS + start + t) for t in range(count) if start + t < NUM_SINKS]
         before += count
     new, slots = torch.tensor(found, dtype=torch.int64, device=device).unbind(1)
     return new, slots.contiguous()
 
 
-def _new_recent(
-    starts: list[int], query_lens: list[int], rows: list[int], device: torch.device
-) -> tuple[torch.Tensor | slice, torch.Tensor]:
+def _new_recent(batch: AttentionBatch, rows: list[int], device: torch.device) -> tuple[Tensor | slice, Tensor]:
     """Which of the new tokens are among their request's last RING ones (a slice for all), [M] int64, and where these are kept."""
     new, slots, before = [], [], 0
-    for start, count, row in zip(starts, query_lens, rows, strict=True):
+    for start, count, row in zip(batch.starts, batch.query_lens, rows, strict=True):
         last = range(max(0, count - RING), count)
         new += [before + t for t in last]
         slots += [row * RING + (start + t) % RING for t in last]

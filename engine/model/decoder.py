@@ -7,6 +7,7 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,21 +18,14 @@ from torch import nn
 from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
-from engine.kv.quantized_pool import QuantizedBatch
-from engine.model.attention import ReferenceBatch, TritonBatch, prepare
+from engine.model.attention import AttentionBackend, AttentionBatch, open_backend
 from engine.model.batch_invariant import batch_invariant, batch_invariant_silu_mul
 from engine.model.config import DecoderConfig
-from engine.model.layers import DecoderLayer, LayerWeights
+from engine.model.layers import DecoderLayer, LayerOps, LayerShape, LayerWeights, layer_forward
 from engine.model.linear import Projection, choose_product, packed_copy
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint
-from kernels.kv_write import kv_write
-from kernels.kv_write.reference import store
-from kernels.paged_attention import paged_attention
-from kernels.paged_attention.reference import attend
 from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope
-from kernels.rope.reference import rotate
 from kernels.silu_mul import silu_mul
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer"]
@@ -216,7 +210,7 @@ class Decoder(nn.Module):
             logits: of all new tokens, of each request's last, or none. Only computed when the last layer is run.
             first_layer, last_layer: run layers [first_layer, last_layer); last_layer None is L.
             hidden: [N, E] residual stream to start from; needed when first_layer > 0.
-            placements: where the new tokens of each request stand, if they do not follow one another from `starts` on (siblings, on a CPU).
+            placements: where the new tokens of each request stand, if they do not follow one another from `starts` on (draft trees).
             observe: called after each layer with its number, its queries before rotation and the residual stream after it.
             deterministic: the result of a token is the same bits alone, in any batch and in any block.
 
@@ -229,11 +223,14 @@ class Decoder(nn.Module):
         self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
         if starts is None:
             starts = [sequence.length for sequence in sequences]
-        batch = prepare(sequences, query_lens, starts, self.config, self.rope, deterministic=deterministic, placements=placements)
+        batch = AttentionBatch(sequences, query_lens, starts, placements)
+        batch.reserve()
+        backend = self.attention_backend(sequences[0].pool, deterministic=deterministic)
+        backend.plan(batch)
         if hidden is None:
             assert token_ids is not None
             hidden = self.embed(token_ids)
-        stream, queries = self._run_layers(hidden, sequences[0].pool, batch, range(first_layer, last), taps, observe, deterministic)
+        stream, queries = self._run_layers(hidden, backend, range(first_layer, last), taps, observe)
         out = None
         if logits != "none" and last == depth:
             rows = stream
@@ -273,29 +270,26 @@ class Decoder(nn.Module):
     def _run_layers(
         self,
         hidden: torch.Tensor,
-        pool: KvPool,
-        batch: ReferenceBatch | TritonBatch | QuantizedBatch,
+        backend: AttentionBackend,
         layers: range,
         taps: tuple[int, ...],
         observe: Observer | None,
-        deterministic: bool,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        eps = self.config.rms_norm_eps
         weights = self.layer_weights()
-        linear = self._batch_invariant_product if deterministic else self._product
-        activate = batch_invariant_silu_mul if deterministic else silu_mul
+        shape = LayerShape.of(self.config)
+        if backend.deterministic:
+            ops = LayerOps(self._batch_invariant_product, rms_norm, batch_invariant_silu_mul)
+        else:
+            ops = LayerOps(self._product, rms_norm, silu_mul)
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
         for number in layers:
-            w = weights[number]
-            normed, stream = rms_norm(stream, w.input_norm, eps, update)
+            out = layer_forward(weights[number], stream, backend.rotate, partial(backend.attend, number), shape, ops, update)
             if number in taps:
-                taken[number] = stream
+                taken[number] = out.entered
             if observe is not None and queries is not None:
-                observe(number - 1, queries, stream)
-            attended, queries = self._attend(linear(normed, w.qkv, w.qkv_bias), w, pool.layer(number), batch, deterministic)
-            normed, stream = rms_norm(stream, w.post_norm, eps, linear(attended, w.o, w.o_bias))
-            update = linear(activate(linear(normed, w.gate_up, None)), w.down, None)
+                observe(number - 1, queries, out.entered)
+            stream, update, queries = out.stream, out.update, out.queries
         if update is not None:
             stream = stream + update
         if layers.stop in taps:
@@ -304,53 +298,17 @@ class Decoder(nn.Module):
             observe(layers.stop - 1, queries, stream)
         return stream, taken
 
-    def _attend(
-        self,
-        qkv: torch.Tensor,
-        w: LayerWeights,
-        pages: Any,
-        batch: ReferenceBatch | TritonBatch | QuantizedBatch,
-        deterministic: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one layer: qkv [N, (H + 2G) d] and the pool's view of it -> (output [N, H d], queries before rotation [N, H, d])."""
-        config = self.config
-        heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-        split = qkv.unflatten(1, (-1, d))
-        q, k, v = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
-        if w.qk_norm is not None:
-            q = rms_norm(q, w.qk_norm[0], config.rms_norm_eps)[0]
-            k = rms_norm(k, w.qk_norm[1], config.rms_norm_eps)[0]
-        scale = d**-0.5
-        if isinstance(batch, QuantizedBatch):
-            attended = pages.attend(q, k, v, batch, scale, deterministic=deterministic)
-        elif isinstance(batch, TritonBatch):
-            kv_write(k, v, batch.cos, batch.sin, batch.slots, *pages)
-            rotated = apply_rope(q, batch.cos, batch.sin)
-            attended = paged_attention(
-                rotated,
-                pages[0],
-                pages[1],
-                batch.page_table,
-                batch.query_lens,
-                batch.context_lens,
-                scale,
-                deterministic=deterministic,
-                max_query_len=batch.max_query_len,
-            )
-        else:
-            # queries and keys turn in one go, and the plan is made once for all layers
-            both = split[:, : heads + kv_heads] if w.qk_norm is None else torch.cat((q, k), dim=1)
-            rotated = rotate(both, *batch.wide)
-            store(rotated[:, heads:], batch.slots, pages[0])
-            store(v, batch.slots, pages[1])
-            attended = attend(rotated[:, :heads], pages[0], pages[1], batch.attention, scale)
-        return attended.flatten(1), q
+    def attention_backend(self, pool: KvPool, *, deterministic: bool = False) -> AttentionBackend:
+        """Attention of this model over one of its pools."""
+        return open_backend(pool, self.config, self.rope, deterministic=deterministic)
 
-    def decode(self, token_ids: torch.Tensor, pool: PagedPool, batch: TritonBatch) -> torch.Tensor:
-        """One new token [B] int64 of each request -> float32 logits [B, V]. The batch lies on the device already and nothing is read back,
-        so a CUDA graph can hold it; whoever made the batch owns the pages."""
-        stream, _ = self._run_layers(self.embed(token_ids), pool, batch, range(self.config.num_layers), (), None, False)
-        return self.head(stream)
+    def decode(self, token_ids: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
+        """New tokens [N] int64 of a batch that the backend was planned or prepared for -> float32 logits [N, V].
+
+        Nothing is allocated in the pool and nothing read back, so a CUDA graph can hold it.
+        """
+        stream, _ = self._run_layers(self.embed(token_ids), backend, range(self.config.num_layers), (), None)
+        return self.head(stream, deterministic=backend.deterministic)
 
     # --- keys and values as data ----------------------------------------------------------------------------------------
 

@@ -1,15 +1,28 @@
-"""Parameters of the decoder's layers, with fused projections, and the Hugging Face names of their parts."""
+"""A layer of the Llama family: its parameters, with fused projections, and its forward pass.
+
+Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads, d head size, E hidden size, I feed-forward width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.model.config import DecoderConfig
 from engine.model.linear import Projection
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.rope.reference import rotate, widen
+from kernels.silu_mul import silu_mul
+
+Rope = Callable[
+    [torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]  # queries and keys side by side [N, H + G, d] -> both as the attention takes them
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q [N, H, d], k and v [N, G, d] -> [N, H, d]
 
 
 class DecoderLayer(nn.Module):
@@ -42,8 +55,22 @@ class DecoderLayer(nn.Module):
         )
 
 
+class LayerShape(NamedTuple):
+    """What a layer needs to know besides its tensors."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> LayerShape:
+        """Of a decoder's layers."""
+        return cls(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps)
+
+
 class LayerWeights(NamedTuple):
-    """Tensors of one layer, in the model's dtype; the matrices may be packed (see `engine.model.linear`)."""
+    """Tensors of one layer, usually in one dtype; the matrices may be packed (see `engine.model.linear`)."""
 
     input_norm: torch.Tensor  # [E]
     qkv: torch.Tensor  # [(H + 2G) d, E]
@@ -81,3 +108,103 @@ class LayerWeights(NamedTuple):
         yield "mlp.gate_proj.weight", gate
         yield "mlp.up_proj.weight", up
         yield "mlp.down_proj.weight", plain.down
+
+
+class LayerOps(NamedTuple):
+    """The operations a layer is made of."""
+
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
+    # x [N, E], weight, eps, residual or None -> (normalised rows, x + residual)
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+    silu_mul: Callable[[torch.Tensor], torch.Tensor]  # [N, 2I] -> [N, I]
+
+
+def _differentiable_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if residual is not None:
+        x = x + residual
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype), x
+
+
+def _differentiable_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+FAST = LayerOps(F.linear, rms_norm, silu_mul)  # kernels, for plain matrices
+DIFFERENTIABLE = LayerOps(
+    F.linear, _differentiable_norm, _differentiable_silu_mul
+)  # plain operations; norms in float32 whatever their weight's dtype
+
+
+class LayerOutput(NamedTuple):
+    """What a layer's forward pass returns, each tensor [N, E] but `queries`.
+
+    The residual stream after the layer is stream + update: the next norm adds them in passing.
+    """
+
+    entered: torch.Tensor  # residual stream before the layer
+    stream: torch.Tensor  # after its attention
+    update: torch.Tensor  # of its feed-forward part, not yet added
+    queries: torch.Tensor  # [N, H, d] before rotation
+
+
+def layer_forward(
+    w: LayerWeights,
+    x: torch.Tensor,
+    rope: Rope,
+    attend: Attend,
+    shape: LayerShape,
+    ops: LayerOps,
+    update: torch.Tensor | None = None,
+) -> LayerOutput:
+    """One layer over the residual stream x [N, E], to which the update [N, E] of the layer before is added first."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    normed, entered = ops.rms_norm(x, w.input_norm, shape.eps, update)
+    split = ops.linear(normed, w.qkv, w.qkv_bias).unflatten(-1, (-1, shape.head_dim))
+    queries, v = split.narrow(-2, 0, heads), split.narrow(-2, heads + kv_heads, kv_heads)
+    if w.qk_norm is None:
+        qk = split.narrow(-2, 0, heads + kv_heads)
+    else:
+        queries = ops.rms_norm(queries, w.qk_norm[0], shape.eps, None)[0]
+        keys = ops.rms_norm(split.narrow(-2, heads, kv_heads), w.qk_norm[1], shape.eps, None)[0]
+        qk = torch.cat((queries, keys), -2)
+    attended = attend(*rope(qk), v).flatten(-2)
+    normed, stream = ops.rms_norm(entered, w.post_norm, shape.eps, ops.linear(attended, w.o, w.o_bias))
+    return LayerOutput(entered, stream, ops.linear(ops.silu_mul(ops.linear(normed, w.gate_up, None)), w.down, None), queries)
+
+
+def rope_of(cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Rope:
+    """Rotation by angles [N, d/2] float32 through the kernels; num_heads: of the queries."""
+
+    def rope(qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = apply_rope(qk, cos, sin)
+        return turned[..., :num_heads, :], turned[..., num_heads:, :]
+
+    return rope
+
+
+def rotation(cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rotation of [*, T, heads, d] by angles [T, d/2] float32 in plain operations, which autograd follows."""
+    wide = widen(cos, sin)
+    return lambda x: rotate(x, *wide)
+
+
+def differentiable_rope(cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Rope:
+    """`rope_of` for [*, T, heads, d], which autograd follows."""
+    turn = rotation(cos, sin)
+
+    def rope(qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = turn(qk)
+        return turned[..., :num_heads, :], turned[..., num_heads:, :]
+
+    return rope
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """q [B, T, H, d] over k, v [B, T', G, d] -> [B, T, H, d], causal, or under a mask [T, T'] of what is seen."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (part.repeat_interleave(group, 2) for part in (k, v))
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)

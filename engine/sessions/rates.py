@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,15 +26,20 @@ from engine.sessions.stages import Rates, StageClock
 
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
-_VERSION = 1  # of what is measured and how
+_VERSION = 3  # of what is measured and how
+SHORTEST = 512
+"""Tokens from which on measuring pays: fewer are recomputed before it would end."""
 
 
-def rates_of(codec: SessionCodec, log: Callable[[str], None]) -> Rates:
-    """The rates of a codec's engine: those known in this process, those remembered in the cache, or new ones, measured now."""
+def rates_of(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Rates | None:
+    """The rates of a codec's engine: those known in this process, those remembered in the cache, or new ones, measured now. None where none are known
+    and so few tokens are at stake that it is not worth a measurement."""
     if codec.rates is None:
         file = cache_home() / "rates" / f"{_key(codec)}.json"
         with suppress(OSError, ValueError, TypeError, AttributeError):
             codec.rates = Rates(**{name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()})
+        if codec.rates is None and tokens < SHORTEST:
+            return None
         if codec.rates is None:
             codec.rates = measure(codec)
             log(f"measured once for this machine and pair: {codec.rates.reason(4096)}")
@@ -54,7 +60,8 @@ def _key(codec: SessionCodec) -> str:
 def measure(codec: SessionCodec) -> Rates:
     """Time the target's pass over random tokens and their restore from coded spans, each after a pass that is not timed.
 
-    Takes as long as a prompt of a few hundred tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back.
+    Takes as long as a prompt of a thousand tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back. On a CPU the seconds are the
+    process's own over its threads, so that other programs make no difference.
     """
     core = codec.core
     room = min(core.context, core.pool.num_free_pages * core.pool.page_size // 2)
@@ -71,23 +78,28 @@ def measure(codec: SessionCodec) -> Rates:
     finally:
         core.close_conversation(first)
     seconds: dict[str, dict[int, float]] = {"restore": {}, "recompute": {}}
+    first_s: dict[str, float] = {}
     # the first pass of a length pays for compiling, and for pages touched for the first time
-    for length in (small, large) if core.device.type == "cpu" else (small, small, large, large):
+    for length in (small, small, large) if core.device.type == "cpu" else (small, small, large, large):
         for kind, found in seconds.items():
             conversation = core.open_conversation()
             try:
                 conversation.token_ids[:] = ids
-                clock = StageClock(core.device)
+                clock, began = StageClock(core.device), time.process_time()
                 if kind == "restore":
                     codec.restore(conversation, [s for s in spans if s.end <= length] or spans[:1])
                 else:
                     codec.run_target(conversation, length)
                 clock.mark(kind)
-                found[length] = clock.seconds()[kind]
+                own_s = (time.process_time() - began) / torch.get_num_threads()
+                found[length] = own_s if core.device.type == "cpu" else clock.seconds()[kind]
+                first_s.setdefault(kind, found[length])
             finally:
                 core.close_conversation(conversation)
     lines = []
-    for found in seconds.values():
+    for kind, found in seconds.items():
         token_s = max(0.0, (found[large] - found[small]) / (large - small))
-        lines += [max(0.0, found[large] - token_s * large), token_s]
+        # on a CPU every process makes its matrices anew, at its first restore; a GPU's are made while the session is opened
+        at_small = first_s[kind] if core.device.type == "cpu" else found[small]
+        lines += [max(0.0, at_small - token_s * small), token_s]
     return Rates(*lines)

@@ -248,8 +248,9 @@ class Session:
         self.spans = [s for s in self.spans if s.end <= len(self.token_ids)]
         if quality == AUTO:
             codec = session_codec(self.core, self._pack_path, self._log)
-            rates = rates_of(codec, self._log)
-            quality, reason = AUTO_QUALITY if rates.pays(held) else TOKENS, rates.reason(held)
+            rates = rates_of(codec, held, self._log)
+            quality = AUTO_QUALITY if rates is not None and rates.pays(held) else TOKENS
+            reason = f"{held} tokens are few enough to be recomputed" if rates is None else rates.reason(held)
         if quality == TOKENS and not self.spans:
             return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
         codec = session_codec(self.core, self._pack_path, self._log)
@@ -324,8 +325,9 @@ class Session:
                 )
             self.spans = stored.spans
             if how == AUTO:
-                rates = rates_of(codec, self._log)
-                how, reason = DECODE if rates.pays(stored.num_cached) else RECOMPUTE, rates.reason(stored.num_cached)
+                rates = rates_of(codec, stored.num_cached, self._log)
+                how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE
+                reason = None if rates is None else rates.reason(stored.num_cached)
             if how == DECODE:
                 num_cached = stored.num_cached
                 clock = StageClock(core.device)

@@ -7,60 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope
-from kernels.silu_mul import silu_mul
+from engine.model.layers import (
+    DIFFERENTIABLE,
+    FAST,
+    LayerShape,
+    LayerWeights,
+    dense_attention,
+    differentiable_rope,
+    layer_forward,
+    rope_of,
+)
 
 Angles = Callable[[int], tuple[Tensor, Tensor]]  # T -> cos, sin [T, d/2] float32 of positions 0 .. T - 1
-
-
-class LayerTensors(Protocol):
-    """Tensors of one layer with fused projections; any of the biases, and qk_norm, may be None."""
-
-    @property
-    def input_norm(self) -> Tensor: ...  # [E]
-
-    @property
-    def qkv(self) -> Tensor: ...  # [(H + 2G) d, E]
-
-    @property
-    def qkv_bias(self) -> Tensor | None: ...
-
-    @property
-    def qk_norm(self) -> Tensor | None: ...  # [2, d]
-
-    @property
-    def o(self) -> Tensor: ...  # [E, H d]
-
-    @property
-    def o_bias(self) -> Tensor | None: ...
-
-    @property
-    def post_norm(self) -> Tensor: ...  # [E]
-
-    @property
-    def gate_up(self) -> Tensor: ...  # [2I, E]
-
-    @property
-    def down(self) -> Tensor: ...  # [E, I]
-
-
-_FIELDS = ("input_norm", "qkv", "qkv_bias", "qk_norm", "o", "o_bias", "post_norm", "gate_up", "down")
-
-
-class Shape(NamedTuple):
-    """What the layers need to know besides their tensors."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -68,10 +31,10 @@ class Teacher:
     """The frozen target: `embed` [V, E], `layers`, `norm` [E], `head` [V, E], all in one dtype on one device."""
 
     embed: Tensor
-    layers: Sequence[LayerTensors]
+    layers: Sequence[LayerWeights]
     norm: Tensor
     head: Tensor
-    shape: Shape
+    shape: LayerShape
     angles: Angles
 
     @torch.no_grad()
@@ -80,20 +43,19 @@ class Teacher:
         batch, length = token_ids.shape
         shape = self.shape
         cos, sin = (part.repeat(batch, 1) for part in self.angles(length))
+        rope = rope_of(cos, sin, shape.num_heads)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dense_attention(*(part.unflatten(0, (batch, length)) for part in (q, k, v))).flatten(0, 1)
+
         stream, update = F.embedding(token_ids.flatten(), self.embed), None
         taken = stream
         for number, w in enumerate(self.layers):
-            normed, stream = rms_norm(stream, w.input_norm, shape.eps, update)
+            out = layer_forward(w, stream, rope, attend, shape, FAST, update)
             if number == tap:
-                taken = stream
-            q, k, v = _heads(F.linear(normed, w.qkv, w.qkv_bias), shape)
-            if w.qk_norm is not None:
-                q, k = rms_norm(q, w.qk_norm[0], shape.eps)[0], rms_norm(k, w.qk_norm[1], shape.eps)[0]
-            turned = (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-            attended = _attend(*(part.unflatten(0, (batch, length)) for part in turned))
-            normed, stream = rms_norm(stream, w.post_norm, shape.eps, F.linear(attended.flatten(0, 1), w.o, w.o_bias))
-            update = F.linear(silu_mul(F.linear(normed, w.gate_up)), w.down)
-        normed, stream = rms_norm(stream, self.norm, shape.eps, update)
+                taken = out.entered
+            stream, update = out.stream, out.update
+        normed, stream = FAST.rms_norm(stream, self.norm, shape.eps, update)
         if tap == len(self.layers):
             taken = stream
         return taken.unflatten(0, (batch, length)), normed.unflatten(0, (batch, length))
@@ -119,10 +81,11 @@ class Student(nn.Module):
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The target's residual stream after the trunk [B, T, E] -> what the head multiplies [B, T, E], in hidden's dtype."""
-        x = hidden
+        stream, update, rope = hidden, None, differentiable_rope(*angles, self.shape.num_heads)
         for layer in self.layers:
-            x = layer(x, angles, self.shape)
-        return _norm(x, self.norm, self.shape.eps)
+            out = layer_forward(layer.weights(hidden.dtype), stream, rope, dense_attention, self.shape, DIFFERENTIABLE, update)  # type: ignore[operator]
+            stream, update = out.stream, out.update
+        return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shape.eps, update)[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> tensor of everything an adapter stores but the token ids."""
@@ -139,7 +102,7 @@ class Student(nn.Module):
 
 
 class _OwnLayer(nn.Module):
-    """One trained layer; its attributes are those of `LayerTensors`, float32."""
+    """One trained layer; its attributes are those of `LayerWeights`, float32."""
 
     input_norm: nn.Parameter
     qkv: nn.Parameter
@@ -151,25 +114,18 @@ class _OwnLayer(nn.Module):
     gate_up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, source: LayerTensors) -> None:
+    def __init__(self, source: LayerWeights) -> None:
         super().__init__()
-        for name in _FIELDS:
+        for name in LayerWeights._fields:
             tensor = getattr(source, name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(_copy(tensor)))
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], shape: Shape) -> Tensor:
-        """Plain operations that autograd follows; the products run in x's dtype on weights rounded to it."""
-        dtype = x.dtype
-        w: dict[str, Any] = {name: None if getattr(self, name) is None else getattr(self, name).to(dtype) for name in _FIELDS}
-        q, k, v = _heads(F.linear(_norm(x, self.input_norm, shape.eps), w["qkv"], w["qkv_bias"]), shape)
-        if self.qk_norm is not None:
-            q, k = _norm(q, self.qk_norm[0], shape.eps), _norm(k, self.qk_norm[1], shape.eps)
-        attended = _attend(_rotate(q, *angles), _rotate(k, *angles), v)
-        x = x + F.linear(attended, w["o"], w["o_bias"])
-        gate, up = F.linear(_norm(x, self.post_norm, shape.eps), w["gate_up"]).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, w["down"])
+    def weights(self, dtype: torch.dtype) -> LayerWeights:
+        """Its tensors, matrices and their biases rounded to the dtype that products run in; the norms stay float32."""
+        named = {name: getattr(self, name) for name in LayerWeights._fields}
+        return LayerWeights(**{name: t if t is None or "norm" in name else t.to(dtype) for name, t in named.items()})
 
-    def named(self, shape: Shape) -> list[tuple[str, Tensor]]:
+    def named(self, shape: LayerShape) -> list[tuple[str, Tensor]]:
         """(name within a Hugging Face layer, view of the tensor)."""
         q, kv, inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, self.down.shape[1]
         parts = [("input_layernorm.weight", self.input_norm.data), ("post_attention_layernorm.weight", self.post_norm.data)]
@@ -188,29 +144,3 @@ class _OwnLayer(nn.Module):
 def _copy(tensor: Tensor) -> Tensor:
     # through numbers, not views: weights may be inference tensors, which autograd refuses
     return torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device).copy_(tensor)
-
-
-def _heads(qkv: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., (H + 2G) d] -> q [..., H, d], k and v [..., G, d]."""
-    split = qkv.unflatten(-1, (-1, shape.head_dim))
-    q, k, v = split.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), -2)
-    return q, k, v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [B, T, H, d] over k, v [B, T, G, d] -> [B, T, H d]."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (part.repeat_interleave(group, 2) for part in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, *, d] turned by cos, sin [T, d/2], in float32."""
-    first, second = x.float().chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

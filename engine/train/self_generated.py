@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidOption
-from engine.model.attention import TritonBatch
+from engine.model.attention import DeviceBatch, TritonBackend
 from engine.model.decoder import Decoder
 from engine.text.chat_opening import ChatOpening
 from engine.train.documents import TokenDocuments
@@ -71,7 +71,8 @@ class SelfTextSampler:
         self.captured = False
         self._graph: torch.cuda.CUDAGraph | None = None
         rows, device = options.rows, decoder.device
-        self._pool = decoder.new_pool(rows * context // PAGE_SIZE, PAGE_SIZE)
+        pool = decoder.new_pool(rows * context // PAGE_SIZE, PAGE_SIZE)
+        self._backend = TritonBackend(pool, decoder.config, decoder.rope)
         self._first_slot = torch.arange(rows, device=device) * context
         self._table = torch.arange(rows * context // PAGE_SIZE, dtype=torch.int32, device=device).view(rows, -1)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
@@ -127,7 +128,7 @@ class SelfTextSampler:
 
     def _run(self, tokens: Tensor) -> Tensor:
         at = self._lengths
-        batch = TritonBatch(
+        self._backend.batch = DeviceBatch(
             cos=self._cos[at],
             sin=self._sin[at],
             slots=self._first_slot + at,
@@ -136,7 +137,7 @@ class SelfTextSampler:
             context_lens=(at + 1).int(),
             max_query_len=1,
         )
-        return self.decoder.decode(tokens, self._pool, batch)
+        return self.decoder.decode(tokens, self._backend)
 
     def _advance(self) -> None:
         """Every row says one token more. No operation here takes a host number as a tensor: its copy could not be captured."""

@@ -14,10 +14,11 @@ from draft.head_file import AdapterConfig, load_adapter, save_adapter, target_di
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
+from engine.model.layers import LayerShape
 from engine.train.data import TrainingSets
 from engine.train.documents import TokenDocuments, coverage, reduced_vocabulary
 from engine.train.measure import measure
-from engine.train.model import Shape, Teacher
+from engine.train.model import Teacher
 from engine.train.trainer import Progress, Trainer, TrainOptions
 
 _MEASURES = 12  # held-out measurements in a learning curve
@@ -60,7 +61,7 @@ def teacher_of(decoder: Decoder) -> Teacher:
     c = decoder.config
     head = decoder.embed_tokens.weight.data if decoder.lm_head is None else decoder.lm_head.weight
     layers = [layer.weights().plain() for layer in decoder.layers]  # type: ignore[operator]
-    shape = Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
+    shape = LayerShape.of(c)
     return Teacher(
         decoder.embed_tokens.weight.data, layers, decoder.final_norm.data, head, shape, lambda length: decoder.rope.slice(0, length)
     )

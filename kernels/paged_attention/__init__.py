@@ -23,6 +23,7 @@ def paged_attention(
     *,
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
     max_query_len: int | None = None,
 ) -> torch.Tensor:
     """`reference.paged_attention` (arguments and result there), through Triton where it applies.
@@ -33,5 +34,5 @@ def paged_attention(
     if use_triton(q, k_pages):
         from kernels.paged_attention.triton import paged_attention as launch
 
-        return launch(*fixed, deterministic=deterministic, visible=visible, max_query_len=max_query_len)
-    return reference.paged_attention(*fixed, deterministic=deterministic, visible=visible)
+        return launch(*fixed, deterministic=deterministic, visible=visible, windows=windows, max_query_len=max_query_len)
+    return reference.paged_attention(*fixed, deterministic=deterministic, visible=visible, windows=windows)

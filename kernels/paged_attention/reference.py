@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 TILE_ROWS = 128
+TREE_SPAN = 63  # places that a tree's bit masks speak of
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def _corner_mask(rows: int, heads_per_group: int, keys: int, dtype: torch.dtype,
     return mask.repeat_interleave(heads_per_group, dim=0)
 
 
-def _placed_mask(positions: Sequence[int], slots: Sequence[int], keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[rows, keys]: 0 where a key's slot lies before the row's position or is the row's own, else -inf."""
-    where = torch.arange(keys, device=device)
-    before, own = (torch.tensor(list(places), device=device)[:, None] for places in (positions, slots))
-    return torch.zeros(len(slots), keys, dtype=dtype, device=device).masked_fill_((where >= before) & (where != own), float("-inf"))
+def _tree_mask(visible: torch.Tensor, windows: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, keys]: 0 where a key's place lies before the row's window, or where bit (place - window) of its mask is set, else -inf."""
+    new = torch.arange(keys, device=visible.device) - windows[:, None]
+    inside = (new >= 0) & (new < TREE_SPAN)
+    seen = (new < 0) | (inside & ((visible[:, None] >> new.clamp(0, TREE_SPAN - 1)) & 1).bool())
+    return torch.zeros(seen.shape, dtype=dtype, device=visible.device).masked_fill_(~seen, float("-inf"))
 
 
 def plan(
@@ -65,7 +67,7 @@ def plan(
     device: torch.device,
     *,
     deterministic: bool = False,
-    placements: Sequence[tuple[Sequence[int], Sequence[int]]] | None = None,
+    tree: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
@@ -77,8 +79,7 @@ def plan(
         query_lens, context_lens: [B] ints; a context length includes the request's new tokens.
         heads_per_group: H // G.
         dtype, device: of the queries.
-        placements: per request the positions and the slots of its new tokens; each sees the slots before its position, and its own. A request is
-            then one tile.
+        tree: `visible` and `windows`, each [N], as in `paged_attention`.
     """
     spans: list[slice | torch.Tensor] = []
     tiles: list[Tile] = []
@@ -88,16 +89,15 @@ def plan(
     for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
         used = list(pages[: -(-context // page_size)])
         spans.append(_span(used, device, as_view=not deterministic))
-        if placements is not None:
-            seen = _placed_mask(*placements[request], context, dtype, device)
-            tiles.append(Tile(request, start, start + rows, context, seen.repeat_interleave(heads_per_group, dim=0)))
-            start += rows
-            continue
         for first in range(0, rows, tile_rows):
             last = min(first + tile_rows, rows)
             keys = context - rows + last
             mask = None
-            if last - first > 1:
+            if tree is not None:
+                visible, windows = (part[start + first : start + last] for part in tree)
+                keys = context
+                mask = _tree_mask(visible, windows, keys, dtype).repeat_interleave(heads_per_group, dim=0)
+            elif last - first > 1:
                 key = (last - first, keys)
                 if key not in masks:
                     masks[key] = _corner_mask(last - first, heads_per_group, keys, dtype, device)
@@ -105,17 +105,6 @@ def plan(
             tiles.append(Tile(request, start + first, start + last, keys, mask))
         start += rows
     return Plan(spans, tiles)
-
-
-def _tree_tile(
-    tile: Tile, visible: torch.Tensor, query_lens: Sequence[int], context_lens: Sequence[int], heads_per_group: int, dtype: torch.dtype
-) -> Tile:
-    """The tile with every key of its request and a mask of what its rows see of the new ones."""
-    rows, keys = query_lens[tile.request], context_lens[tile.request]
-    new = torch.arange(keys, device=visible.device) - (keys - rows)
-    seen = (new < 0) | ((visible[tile.start : tile.end, None] >> new.clamp_min(0)) & 1).bool()
-    mask = torch.zeros(seen.shape, dtype=dtype, device=visible.device).masked_fill_(~seen, float("-inf"))
-    return Tile(tile.request, tile.start, tile.end, keys, mask.repeat_interleave(heads_per_group, dim=0))
 
 
 def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float) -> torch.Tensor:
@@ -160,6 +149,7 @@ def paged_attention(
     *,
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over pages: the j-th of a request's n new tokens sees the first context_len - n + 1 + j keys.
 
@@ -170,7 +160,9 @@ def paged_attention(
         query_lens, context_lens: [B]; a context length includes the request's new tokens.
         scale: factor of the scores, usually d ** -0.5.
         deterministic: a token's result is the same bits whatever it is batched with.
-        visible: int64 [N] for a tree of drafts: bit i of a row says whether it sees its request's i-th new token (up to 63 of them).
+        visible: int64 [N] for a tree of drafts: a row sees every key before its window, and of the TREE_SPAN keys from there on those whose bits are
+            set, the window's first key in bit 0.
+        windows: [N] ints, first places of these windows; without it they begin with the request's first new token.
 
     Returns:
         [N, H, d] in q's dtype.
@@ -178,7 +170,11 @@ def paged_attention(
     lens = query_lens.tolist() if isinstance(query_lens, torch.Tensor) else list(query_lens)
     contexts = context_lens.tolist() if isinstance(context_lens, torch.Tensor) else list(context_lens)
     size, groups = k_pages.shape[1:3]
-    batch = plan(page_table.tolist(), lens, contexts, size, q.shape[1] // groups, q.dtype, q.device, deterministic=deterministic)
+    tree = None
     if visible is not None:
-        batch = Plan(batch.spans, [_tree_tile(tile, visible, lens, contexts, q.shape[1] // groups, q.dtype) for tile in batch.tiles])
+        if windows is None:
+            first = [context - count for context, count in zip(contexts, lens, strict=True) for _ in range(count)]
+            windows = torch.tensor(first, device=q.device)
+        tree = visible, windows
+    batch = plan(page_table.tolist(), lens, contexts, size, q.shape[1] // groups, q.dtype, q.device, deterministic=deterministic, tree=tree)
     return attend(q, k_pages, v_pages, batch, scale)

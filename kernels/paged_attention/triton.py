@@ -92,6 +92,7 @@ def _split_kernel(
     query_lens_ptr,
     context_lens_ptr,
     visible_ptr,
+    window_ptr,
     out_ptr,
     part_ptr,
     stat_ptr,
@@ -140,7 +141,10 @@ def _split_kernel(
         visible = tl.load(visible_ptr + row, mask=row_mask, other=0)
 
     start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
-    end = tl.minimum(end, reach)
+    if TREE:
+        window = tl.load(window_ptr + row, mask=row_mask, other=0).to(tl.int32)
+    else:
+        end = tl.minimum(end, reach)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -158,9 +162,9 @@ def _split_kernel(
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
         seen = token[None, :] < limit[:, None]
         if TREE:
-            new = token - (context - queries)
-            bit = (visible[:, None] >> tl.maximum(new, 0)[None, :]) & 1
-            seen = (token < end)[None, :] & ((new < 0)[None, :] | (bit == 1))
+            new = token[None, :] - window[:, None]
+            bit = (visible[:, None] >> tl.minimum(tl.maximum(new, 0), 62)) & 1
+            seen = (token < end)[None, :] & ((new < 0) | ((new < 63) & (bit == 1)))
         scores = tl.where(seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -333,12 +337,12 @@ def paged_attention(
     *,
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`; k_pages and v_pages may have any strides but 1 along d, the same for both.
 
-    visible: int64 [N] for a tree of drafts: bit i of a row says whether it sees its request's i-th new token (up to 63 of them).
     max_query_len: bound on query_lens when these are a device tensor; without it N - B + 1 is assumed.
     config: launch shape; without it one that suits the sizes.
     """
@@ -369,6 +373,8 @@ def paged_attention(
     part = out if direct else torch.empty((num_splits, num_rows, q_heads, head_dim), dtype=torch.float32, device=q.device)
     stat = out if direct else torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
+    if windows is None and visible is not None:
+        windows = (lengths.context_lens - lengths.query_lens).repeat_interleave(lengths.query_lens, output_size=num_rows)
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
         q,
         k_pages,
@@ -377,6 +383,7 @@ def paged_attention(
         lengths.query_lens,
         lengths.context_lens,
         visible if visible is not None else page_table,
+        windows if windows is not None else page_table,
         out,
         part,
         stat,

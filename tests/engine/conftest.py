@@ -277,6 +277,7 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
         # restoring tiny models takes longer than recomputing them: measured rates would leave nothing to be decoded
         patch.setattr("engine.sessions.rates.measure", lambda codec: Rates(0.0, 1e-6, 0.0, 1.0))
+        patch.setattr("engine.sessions.rates.SHORTEST", 0)
         yield home
 
 

@@ -47,6 +47,7 @@ def test_noise_is_exponential_independent_and_a_function_of_seed_position_and_in
     rows = np.stack([reference.exponentials(seed, 7, 128) for seed in range(2000)])
     for column in (0, 1, 63, 64, 127):
         assert stats.kstest(rows[:, column], "expon").pvalue > 1e-3
+    assert stats.kstest(rows[:, 64:].min(1) * 64, "expon").pvalue > 1e-3, "the least of a block has rate 64"
     ranks = np.log(rows[:, :64])  # of one block: the least value, which they share, must not show
     correlation = np.corrcoef(ranks, rowvar=False) - np.eye(64)
     assert np.abs(correlation).max() < 5 / np.sqrt(2000)

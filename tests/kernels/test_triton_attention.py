@@ -113,6 +113,29 @@ def test_tree_of_drafts(device, assert_close):
     assert_close(twin, want, 2e-5)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_trees_with_gaps(device, assert_close, deterministic):
+    """Leaves that lie behind places nobody may read, in windows of their own; a request without leaves beside them."""
+    query_lens, context_lens, windows = [3, 2], [70, 18], [51, 52, 5, 15, 17]
+    bits = [[0, 1, 18], [0, 17], [0, 62], [0, 1], [0]]
+    visible = torch.tensor([sum(1 << bit for bit in own) for own in bits], dtype=torch.int64, device=device)
+    q, pool, table, keys, values = make_batch(query_lens, context_lens, 4, 2, 16, 8, torch.float32, device)
+    rows = []
+    for row, own in enumerate(bits):
+        request = int(row >= 3)
+        seen = [*range(windows[row]), *(windows[row] + bit for bit in own)]
+        k, v = (x[request][seen].double().cpu().repeat_interleave(2, 1) for x in (keys, values))
+        weights = (torch.einsum("hd,thd->ht", q[row].double().cpu(), k) * 0.25).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weights, v))
+    want = torch.stack(rows).float().to(device)
+    options = {"visible": visible, "windows": torch.tensor(windows, dtype=torch.int32, device=device), "deterministic": deterministic}
+    got = paged.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.25, **options)
+    assert_close(got, want, 2e-5)
+    table, pool = table.clamp_max(pool.shape[1] - 1), pool.nan_to_num(0.0)
+    twin = reference.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.25, **options)
+    assert_close(twin, want, 2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_deterministic_bits_do_not_depend_on_the_company(dtype, device, monkeypatch):
     """The last token alone, inside a block of four, and in a batch of three with a longer neighbour: the same bits."""

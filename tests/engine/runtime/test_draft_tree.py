@@ -199,7 +199,7 @@ def test_pools_without_placements_refuse_them(random_decoder):
     pool = QuantizedPool(4, means, 4, dtype=torch.float32)
     sequence = pool.new_sequence()
     assert not pool.takes_placements and target.new_pool(1).takes_placements
-    with pytest.raises(InvalidOption, match="without siblings"):
+    with pytest.raises(InvalidOption, match="without leaves"):
         target.forward(torch.tensor([1]), [sequence], [1], placements=[TreePosition([0], [0])])
     with pytest.raises(NotImplementedError, match="QuantizedPool"):
         pool.move(sequence, 1, 0)
@@ -214,9 +214,14 @@ def test_there_are_never_too_many(target, draft, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in the interpreter alone")
-def test_kernels_forced_on_a_cpu_run_without_leaves(target, adopted, monkeypatch):
-    """The Triton kernels take no placements, so none may be made where they run."""
-    own = engine_of(target, TRUNK)
-    monkeypatch.setenv("FORETOLD_KERNELS", "triton")
-    result = own.generate([PROMPTS[0]], SamplingParams(max_new_tokens=16))[0]
-    assert result.new_tokens == 16 and result.speculation.proposed > 0 and not adopted
+def test_the_kernels_see_a_tree_as_the_plain_attention_does(target, monkeypatch):
+    leaves = [Leaf(1, 40), Leaf(2, 41), Leaf(2, 42)]
+    found = []
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("FORETOLD_KERNELS", kernels)
+        sequence = target.new_pool(8, 16).new_sequence()
+        target.forward(torch.arange(3, 23), [sequence], [20])
+        sequence.advance(20)
+        block = torch.tensor([30, 31, 32, *(leaf.token for leaf in leaves)])
+        found.append(target.forward(block, [sequence], [6], placements=[block_positions(21, 2, leaves)]).logits)
+    assert torch.allclose(*found, atol=1e-4) and found[0].abs().max() > 0.1

@@ -21,6 +21,7 @@ PENALTIES = [
     {"frequency_penalty": 1.1, "presence_penalty": 0.4},
     {"frequency_penalty": -0.6},
     {"presence_penalty": 2.0, "repetition_penalty": 1.2, "logit_bias": {0: 1.0}},
+    {"logit_bias": {9: 6.0, 3: -4.0}},
 ]
 
 

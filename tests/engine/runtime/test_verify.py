@@ -236,10 +236,11 @@ def test_a_request_draws_the_same_alone_and_in_a_batch(kind):
         assert alone.metrics.as_dict() | {"draft_s": 0, "verify_s": 0} == together[i].metrics.as_dict() | {"draft_s": 0, "verify_s": 0}
 
 
-def test_a_perfect_draft_is_never_rejected():
+@pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
+def test_a_perfect_draft_is_never_rejected(seed):
     target = MarkovDecoder(1)
     drafter = ModelDrafter(target, SimpleNamespace(new_sequence=Counted, bytes=0))
-    params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=50, draft_length=4)
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=50, draft_length=4, seed=seed)
     for request in run(target, drafter, [request_of(params, seed, drafter) for seed in range(50)]):
         assert request.metrics.acceptance_rate == 1
         assert request.metrics.steps == 10 and request.metrics.accepted_by_position == [1.0] * 4

@@ -79,6 +79,19 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
     assert forced.resumed.restore == "recompute" and forced.resumed.reason is None
 
 
+def test_short_sessions_are_not_worth_a_measurement(chat_engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(rates, "cache_home", lambda: tmp_path / "cache")
+    monkeypatch.setattr(rates, "SHORTEST", 1000)
+    monkeypatch.setattr(rates, "measure", None)
+    session = spoken(chat_engine())
+    report = session.suspend(tmp_path / "a.kv")
+    assert report.quality == "tokens" and report.reason.startswith(f"{len(session.token_ids) - 1} tokens are few enough")
+    session = spoken(chat_engine(), quality="balanced")
+    session.suspend(tmp_path / "b.kv")
+    with chat_engine().session(tmp_path / "b.kv", log=quiet) as resumed:
+        assert (resumed.resumed.restore, resumed.resumed.reason) == ("decode", None), "what was asked for, while nothing is known"
+
+
 def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_path):
     session = spoken(chat_engine())
     codec, measured = session.core.session_codec, []
@@ -86,13 +99,13 @@ def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_pa
     monkeypatch.setattr(rates, "measure", lambda codec: measured.append(codec) or CHEAP)
     for _ in range(3):
         codec.rates = None
-        assert rates.rates_of(codec, quiet) == CHEAP
+        assert rates.rates_of(codec, 100, quiet) == CHEAP
     assert measured == [codec]
     (file,) = (tmp_path / "rates").iterdir()
     for damage in ("", "{}", "[1]", json.dumps({"restore_s": "x"})):
         file.write_text(damage)
         codec.rates = None
-        assert rates.rates_of(codec, quiet) == CHEAP, "a damaged memory is made anew"
+        assert rates.rates_of(codec, 100, quiet) == CHEAP, "a damaged memory is made anew"
     threads = torch.get_num_threads()
     key = rates._key(codec)
     try:

@@ -9,27 +9,27 @@ import pytest
 import torch
 
 from draft.errors import CheckpointMismatch, ExitLayerError, TrainingDataError, TrainingError
+from engine.model.layers import LayerShape, LayerWeights
 from engine.train.documents import TokenDocuments, coverage, epoch_order, make_batch, reduced_vocabulary
 from engine.train.loss import TeacherHead, distil, score
 from engine.train.measure import measure, replay
-from engine.train.model import Shape, Student, Teacher
+from engine.train.model import Student, Teacher
 from engine.train.trainer import Trainer, TrainOptions
 
 V, E, D, INNER = 40, 32, 8, 48
-SHAPE = Shape(num_heads=4, num_kv_heads=2, head_dim=D, eps=1e-5)
+SHAPE = LayerShape(num_heads=4, num_kv_heads=2, head_dim=D, eps=1e-5)
 
 
-class Layer:
+def random_layer(generator: torch.Generator, scale: float = 0.2) -> LayerWeights:
     """Random tensors of one layer."""
 
-    def __init__(self, generator: torch.Generator, scale: float = 0.2) -> None:
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator) * scale
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
 
-        self.input_norm, self.post_norm = 1 + normal(E), 1 + normal(E)
-        self.qkv, self.o = normal((4 + 2 * 2) * D, E), normal(E, 4 * D)
-        self.qkv_bias, self.qk_norm, self.o_bias = normal((4 + 2 * 2) * D), 1 + normal(2, D), None
-        self.gate_up, self.down = normal(2 * INNER, E), normal(E, INNER)
+    input_norm, post_norm = 1 + normal(E), 1 + normal(E)
+    qkv, o = normal((4 + 2 * 2) * D, E), normal(E, 4 * D)
+    qkv_bias, qk_norm = normal((4 + 2 * 2) * D), 1 + normal(2, D)
+    return LayerWeights(input_norm, qkv, qkv_bias, qk_norm, o, None, post_norm, normal(2 * INNER, E), normal(E, INNER))
 
 
 def angles(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def angles(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     generator = torch.Generator().manual_seed(0)
-    layers = [Layer(generator) for _ in range(4)]
+    layers = [random_layer(generator) for _ in range(4)]
     embed = torch.randn(V, E, generator=generator)
     return Teacher(embed, layers, torch.ones(E), embed * 0.6, SHAPE, angles)
 
@@ -248,7 +248,7 @@ def test_training_on_a_gpu_follows_the_cpu(teacher: Teacher, documents: TokenDoc
     def cuda(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to("cuda", torch.bfloat16)
 
-    layers = [type("Moved", (), {name: cuda(part) for name, part in vars(layer).items()}) for layer in teacher.layers]
+    layers = [LayerWeights(*(cuda(part) for part in layer)) for layer in teacher.layers]
     there = Teacher(
         *(cuda(t) if isinstance(t, torch.Tensor) else layers for t in (teacher.embed, None, teacher.norm, teacher.head)),
         SHAPE,
