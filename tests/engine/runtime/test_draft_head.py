@@ -166,7 +166,7 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     engine.core.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
     assert runs[0] == [271], "with the first pending token, once"
     assert sum(n for [n] in runs[1:]) <= 10
-    monkeypatch.setattr("draft.early_exit.MAX_WAITING", 64)
+    monkeypatch.setattr("draft.early_exit.MAX_PENDING_HIDDEN", 64)
     long = engine.core.open_conversation()
     runs.clear()
     engine.core.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
