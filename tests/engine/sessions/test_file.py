@@ -263,14 +263,14 @@ def test_foreign_models_are_refused_before_a_pack_is_looked_for(chat_engine, sus
 
 def test_a_foreign_tokenizer_is_refused(chat_engine, byte_tokenizer, suspended):
     engine = chat_engine()
-    engine.tokenizer = byte_tokenizer()
+    engine.core.text.tokenizer = byte_tokenizer()
     engine.tokenizer.add_tokens(["another"])
     with pytest.raises(ForeignModel, match="another tokenizer"):
         engine.session(suspended[0])
 
 
 def test_another_pack_is_refused(chat_engine, suspended, tmp_path):
-    pack = suspended[1].session_codec.pack
+    pack = suspended[1].core.session_codec.pack
     replace(pack, info=pack.info | {"made": "later"}).save(tmp_path / "other.safetensors")
     engine = chat_engine()
     with pytest.raises(ForeignModel, match="another pack"):
