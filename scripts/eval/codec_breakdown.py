@@ -48,7 +48,7 @@ def breakdown(codec: KvCodec, spans: Sequence[bytes], num_bytes: int, id_bytes: 
         some = codes[at : at + _SPANS_AT_ONCE]
         stored = [np.zeros(c.num_tokens, np.int8) if c.levels is None else c.levels for c in some]
         levels = torch.from_numpy(np.concatenate(stored).astype(np.int32)).to(codec.device)
-        q, gains = codec.coder.decode([SpanStream(c.num_tokens, c.states, c.words) for c in some], base, levels, some[0].tokens_per_lane)
+        q, gains, _ = codec.coder.decode([SpanStream(c.num_tokens, c.states, c.words) for c in some], base, levels, some[0].tokens_per_lane)
         bits += codec.choice.bits[codec.choice.symbols(q, final_classes(base, levels, gains))].sum(0, dtype=torch.float64).cpu().numpy()
         nonzero += (q != 0).sum(0).cpu().numpy()
     tokens = sum(c.num_tokens for c in codes)

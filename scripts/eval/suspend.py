@@ -20,7 +20,7 @@ from engine.sessions.kv_codec import PASS_TOKENS, session_codec
 CHUNK_TOKENS = 1024
 _TOGETHER = 8  # sequences of a prefill
 PREDICTION = "prediction"
-_PREDICTION_STEP = 1e6  # every residual rounds to zero: what is left is the prediction
+_PREDICTION_STEP = 4096.0  # every residual rounds to zero: what is left is the prediction
 
 
 def step_name(quality: str) -> str | float:
