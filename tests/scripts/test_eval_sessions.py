@@ -218,7 +218,8 @@ def test_a_resume_in_memory_is_the_sessions_own(chat_engine, tmp_path, draft):
     data = suspender.suspend(session.conversation, "compact")
     assert SessionFile.from_bytes(data).spans == SessionFile.load(tmp_path / "first").spans
     ours, spans = suspender.resume(data)
-    theirs = engine.session(tmp_path / "first", restore="decode").conversation
+    resumed = engine.session(tmp_path / "first")  # held: a session that is dropped gives its pages back
+    theirs = resumed.conversation
     length = theirs.sequence.length
     assert ours.token_ids == theirs.token_ids and ours.sequence.length == length > 150
     assert torch.equal(engine.core.target.read_kv(ours.sequence, 0, length), engine.core.target.read_kv(theirs.sequence, 0, length))
