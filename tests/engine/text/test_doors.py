@@ -133,7 +133,7 @@ def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(byte_tokenizer)
         began = time.process_time()
         with pytest.raises(PromptTooLong, match="more than 512"):
             encode_prompt(tokenizer, prompt, 512)
-        assert time.process_time() - began < 10  # all of it takes minutes
+        assert time.process_time() - began < 4  # all of it takes minutes
     assert len(encode_prompt(tokenizer, "a" * 9000, 10_000)) == 9000
 
 
