@@ -230,6 +230,11 @@ def fit_predictor(
     return tensors, settings | {"kind": "low_rank"}, m.residual_covariance(fit)
 
 
+def _rank_of(tensors: dict[str, Tensor], settings: dict[str, Any]) -> int | None:
+    """Of a low-rank predictor's product; None where it is dense."""
+    return None if settings["kind"] == "dense" else tensors["up"].shape[0]
+
+
 def predict_raw(predictor: AnyPredictor, features: Tensor) -> Tensor:
     """Predictions float32 [n, D] from raw features [n, F], a few at a time."""
     return torch.cat([predictor.predict_features(part) for part in features.split(2048)])
@@ -294,6 +299,7 @@ def assemble(
         "ideal_bits_per_element": {q: codec.ideal_bits(spans, q) / (len(residual) - cut) / layout.full_dim for q in QUALITIES},
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
     }
+    info["restore"] = stream.restore_cost(_rank_of(tensors, settings), codec.num_components(QUALITIES["balanced"])).as_info()
     return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, KvLayout
 from codec.weighting import Weighting, attention_weighting, normalised, unit_weighting
+from engine.calibrate.restore_cost import RestoreCost, predictor_multiplies, restore_cost
 from engine.model.decoder import Decoder
 from engine.model.layers import DecoderLayer
 
@@ -46,6 +47,18 @@ class PairStream:
         self.draft_size = (draft or target).config.hidden_size
         self.num_features = spec.num_features(self.draft_size, c.hidden_size)
 
+    def restore_cost(self, rank: int | None, components: int = 0) -> RestoreCost:
+        """Of these features with a predictor of that rank (None: dense) and so many components of the transform."""
+        return restore_cost(
+            self.target.config,
+            self.spec,
+            self.layout.first_layer,
+            draft=None if self.draft is None else self.draft.config,
+            head=None if self.adapter is None else self.adapter.config,
+            predictor_multiplies=predictor_multiplies(self.num_features, self.layout.dim, rank),
+            components=components,
+        )
+
     @torch.no_grad()
     def run(self, documents: Sequence[Sequence[int]], queries: QueryStatistics | None = None) -> CalibrationBatch:
         """One batch of documents; each one's first NUM_SINKS tokens are left out of what is returned."""
@@ -70,7 +83,9 @@ class PairStream:
         if self.draft is not None and spec.taps:
             pool = self.draft.new_pool(pages)
             clipped = ids.clamp_max(self.draft.config.vocab_size - 1)
-            out = self.draft.forward(clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none")
+            out = self.draft.forward(
+                clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none", last_layer=max(1, *spec.taps)
+            )
         states = dict(out.taps)
         if own_taps and self.adapter is not None:
             pool = self.adapter.new_pool(pages)

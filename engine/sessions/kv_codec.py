@@ -19,6 +19,7 @@ from codec.predictor.features import FeatureBuffer
 from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
+from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool
 from engine.model.decoder import Decoder
@@ -64,8 +65,12 @@ class SessionCodec:
             raise InvalidOption(
                 f"the codec pack is laid out as {pack.layout}, the engine's KV as {expected}", "calibrate a pack for this engine"
             )
-        if self.predictor.spec.taps:
-            core.keep_features(self.predictor.spec.taps, lambda: FeatureBuffer(self.predictor.reduce))
+        draft, taps = core.draft_model, self.predictor.spec.taps
+        self._shallow_layers: int | None = None  # of a separate draft whose other layers a restore leaves out
+        if draft is not None and draft_layers_run(taps, draft.config.num_layers) < draft.config.num_layers:
+            self._shallow_layers = max(taps, default=0)
+        if taps:
+            core.keep_features(taps, lambda: FeatureBuffer(self.predictor.reduce))
         if core.device.type == "cuda":
             self._warming = threading.Thread(target=self.warm_up, name="codec warm-up", daemon=True)
             self._warming.start()
@@ -156,39 +161,39 @@ class SessionCodec:
         """Fill an empty conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances.
 
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
-        product a chunk. Raises the codec's errors; the conversation must then be closed.
+        product a chunk. A predictor that looks at the first layers of a separate draft needs only these (`draft_layers_run`): the draft's cache stays
+        empty then, and the draft catches up when it is first asked for drafts. Raises the codec's errors; the conversation must then be closed.
         """
         self.ready()
         clock = clock or StageClock(self.core.device)
         start, end = spans[0].start, spans[-1].end
         drafter, state = self.core.drafter, conversation.draft_state
         if self.core.device.type == "cuda" and not clock.waits and drafter is not None and drafter.exit_layer == 0 and state is not None:
-            parts, target_rows = self._passes_side_by_side(conversation, state, spans, clock)
+            parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock)
         else:
             parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
             clock.mark("entropy")
             run_tokens(self.core, conversation, start)
             clock.mark("sinks")
-            if drafter is not None and state is not None:
-                prefill_draft(self.core, state, conversation.token_ids[:end])
+            latents = self._draft_pass(state, conversation, start, end)
             clock.mark("draft")
             target_rows = self._target_rows(conversation, start, end)
             clock.mark("target_layers")
-        self._decode(conversation, parts, target_rows, start, end)
+        self._decode(conversation, parts, latents, target_rows, start, end)
         clock.mark("product")
         self.release(conversation, end)
         conversation.sequence.advance(end - conversation.sequence.length)
 
     def _passes_side_by_side(
         self, conversation: SequenceState, state: DraftState, spans: Sequence[Span], clock: StageClock
-    ) -> tuple[list[EntropyDecoded], Tensor | None]:
+    ) -> tuple[list[EntropyDecoded], Tensor, Tensor | None]:
         """On a GPU: the draft's pass on the current stream, and on another one, meanwhile, the entropy decoder and the target's passes. What the host
         does for these (reading spans, laying out batches, launching small kernels) then never leaves the device without work."""
         start, end = spans[0].start, spans[-1].end
         current, side = torch.cuda.current_stream(self.core.device), self.pages.side_stream()
         conversation.sequence.ensure(end)  # here, as a pool that grows belongs to the current stream
         side.wait_stream(current)
-        prefill_draft(self.core, state, conversation.token_ids[:end])
+        latents = self._draft_pass(state, conversation, start, end)
         clock.mark("draft")
         with torch.cuda.stream(side):
             parts = self.pages.start([s.data for s in spans], beside=False)
@@ -198,19 +203,24 @@ class SessionCodec:
         if target_rows is not None:
             target_rows.record_stream(current)
         clock.mark("target_layers")
-        return parts, target_rows
+        return parts, latents, target_rows
 
     def decode(self, conversation: SequenceState, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""
         start, end = spans[0].start, spans[-1].end
         parts = self.pages.start([s.data for s in spans])
-        self._decode(conversation, parts, self._target_rows(conversation, start, end), start, end)
+        self._decode(conversation, parts, *self.features(conversation, start, end), start, end)
 
     def _decode(
-        self, conversation: SequenceState, parts: Sequence[EntropyDecoded], target_rows: Tensor | None, start: int, end: int
+        self,
+        conversation: SequenceState,
+        parts: Sequence[EntropyDecoded],
+        latents: Tensor,
+        target_rows: Tensor | None,
+        start: int,
+        end: int,
     ) -> None:
         sequence, target = conversation.sequence, self.core.target
-        latents = self._latents(conversation, start, end)
         pool = sequence.pool
         if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
             sequence.ensure(end)
@@ -246,6 +256,40 @@ class SessionCodec:
             )
             rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
         return torch.cat(rows)
+
+    def _draft_pass(self, state: DraftState | None, conversation: SequenceState, start: int, end: int) -> Tensor:
+        """[end - start, r] for an empty conversation that is being restored: the draft runs tokens [0, end), or its first layers alone do."""
+        if self._shallow_layers is None or state is None or state.length:
+            if self.core.drafter is not None and state is not None:
+                prefill_draft(self.core, state, conversation.token_ids[:end])
+            return self._latents(conversation, start, end)
+        taps, draft = self.predictor.spec.taps, self.core.draft_model
+        assert draft is not None
+        rows = FeatureBuffer(self.predictor.reduce)
+        if not taps:
+            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.core.device))
+        ids = torch.tensor(conversation.token_ids[:end], device=self.core.device).clamp_max(draft.config.vocab_size - 1)
+        size = pass_tokens(draft)
+        for at in range(0, end, size):
+            count = min(size, end - at)
+            if self._shallow_layers == 0:
+                rows.append(draft.embed(ids[at : at + count])[:, None])
+                continue
+            # pages behind the sequence's length, which the draft's own pass over these tokens writes again
+            out = draft.forward(
+                ids[at : at + count],
+                [state.sequence],
+                [count],
+                starts=[at],
+                taps=taps,
+                logits="none",
+                last_layer=self._shallow_layers,
+                deterministic=self.core.deterministic,
+            )
+            rows.append(torch.stack([out.taps[i] for i in taps], 1))
+        found = rows.take(start, end)
+        assert found is not None, "a pass over all tokens keeps all features"
+        return found
 
     def _latents(self, conversation: SequenceState, start: int, end: int) -> Tensor:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
