@@ -20,14 +20,17 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
+from engine.calibrate.restore_cost import DEFAULT_BUDGET
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.fingerprint import fingerprint, model_fingerprint
@@ -40,7 +43,7 @@ from engine.text.tokenizer import check_vocabularies, load_tokenizer, tokenizer_
 from text_mix import mixed_documents, shares_of
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair")
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
@@ -73,15 +76,39 @@ def arguments() -> argparse.Namespace:
         help="how far a token's step follows its predicted sensitivity, 0 to 1",
     )
     parser.add_argument("--transform", choices=("global", "per_layer"), default="global")
+    parser.add_argument(
+        "--restore-budget",
+        type=float,
+        metavar="SHARE",
+        help="features and form of the predictor with the fewest bits among those whose passes and product take at most this share of the arithmetic "
+        f"of the target's prefill (default: {DEFAULT_BUDGET}, unless --taps, --rank, --predictor or --trunk-layers say which)",
+    )
+    parser.add_argument("--show", metavar="PACK", help="make none: print the figures of one, its restore's arithmetic among them")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
     parser.add_argument("--quick", action="store_true", help="the pack that is made on first use: a few thousand tokens, two minutes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="order of the text")
-    parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--out", help="file to write")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument("--json-out", metavar="FILE", help="also write them to a file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def restore_budget_of(args: argparse.Namespace) -> float | None:
+    """As given; the default where nothing else says which predictor."""
+    said = args.taps is not None or args.rank is not None or args.predictor != "auto" or args.trunk_layers is not None
+    return DEFAULT_BUDGET if args.restore_budget is None and not said else args.restore_budget
+
+
+def shown(path: str) -> dict:
+    """Figures of a pack. Raises InvalidOption when it cannot be read."""
+    try:
+        pack = CodecPack.load(path)
+    except (CodecError, FileNotFoundError) as error:
+        raise InvalidOption(f"{path} is no codec pack that can be read: {error}", "check the path") from error
+    known = {"pack": path, "pack_bytes": os.path.getsize(path), "digest": pack.digest, "layout": pack.layout.as_dict()}
+    return known | {"predictor_settings": pack.predictor_settings} | pack.info
 
 
 def log(line: str) -> None:
@@ -90,6 +117,10 @@ def log(line: str) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Calibrates and saves; returns the figures. Raises ForetoldError on bad input."""
+    if args.show is not None:
+        return shown(args.show)
+    if args.out is None:
+        raise InvalidOption("--out is missing", "name the file to write, or a pack to --show")
     if (args.pair is None) == (args.target is None):
         raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
     shares = shares_of(args.mix, args.text) if args.mix is not None else []
@@ -118,6 +149,8 @@ def run(args: argparse.Namespace) -> dict:
     draft, trunk = loaded.model, loaded.exit_layer
     if loaded.head_layers is not None and args.trunk_layers not in (None, trunk):
         raise InvalidOption(f"--trunk-layers {args.trunk_layers} with an adapter for {trunk}", "leave it out")
+    if draft is not None and args.restore_budget is not None and args.trunk_layers is not None:
+        raise InvalidOption("a restore budget chooses how many layers are recomputed", "leave --trunk-layers or --restore-budget out")
     if draft is not None:
         trunk = default_rerun_layers(num_layers) if args.trunk_layers is None else args.trunk_layers
     if not (0 if draft else 1) <= trunk < num_layers:
@@ -128,6 +161,8 @@ def run(args: argparse.Namespace) -> dict:
         "draft": loaded.fingerprint(model_fingerprint),
     }
     parts: dict[str, Any] = {"trunk_layers": trunk, "adapter": loaded.head_layers}
+    if args.quick and args.restore_budget is not None:
+        raise InvalidOption("a quick pack has features of its own", "leave --quick or --restore-budget out")
     if args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
@@ -140,6 +175,7 @@ def run(args: argparse.Namespace) -> dict:
             transform=args.transform,
             context=args.context,
             budget=args.budget,
+            restore_budget=restore_budget_of(args),
             tokens_per_batch=16_384 if device == "cuda" else 4096,
             fisher_tokens=args.fisher_tokens or (CalibrationOptions.fisher_tokens if device == "cuda" else max(4096, args.tokens // 6)),
         )
@@ -164,9 +200,31 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
-def main() -> int:
+def described(figures: dict, path: str) -> str:
+    """A pack's figures as text; what its calibration did not state is left out."""
+    lines = [f"{path}: {figures['pack_bytes'] / 1e6:.1f} MB"]
+    if "target_bytes" in figures:
+        lines[0] += (
+            f" ({figures['pack_bytes'] / figures['target_bytes']:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s"
+        )
+    if "r2_k" in figures:
+        lines.append(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} ({figures['predictor']} predictor)")
+    if restore := figures.get("restore"):
+        parts = ", ".join(f"{name} {restore[name + '_flops'] / 1e6:.1f}" for name in ("draft", "target", "predictor", "transform"))
+        lines.append(
+            f"restore: {restore['restore_flops'] / 1e6:.1f} MFLOP a token ({parts}), {restore['share_of_prefill']:.0%} of the target's prefill "
+            f"({restore['prefill_flops'] / 1e6:.1f} MFLOP), attention left out"
+        )
+    for quality, bits in figures.get("ideal_bits_per_element", {}).items():
+        lines.append(
+            f"{quality:14s} {bits:.4f} ideal bits per element ({16 / bits:.0f}x), {figures['components_by_quality'][quality]} components"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        args = arguments()
+        args = arguments(argv)
         figures = run(args)
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -176,13 +234,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(figures))
         return 0
-    share = figures["pack_bytes"] / figures["target_bytes"]
-    print(
-        f"{args.out}: {figures['pack_bytes'] / 1e6:.1f} MB ({share:.1%} of the target), {figures['tokens']:,} tokens, {figures['seconds']} s"
-    )
-    print(f"held-out R2: keys {figures['r2_k']:.3f}, values {figures['r2_v']:.3f} ({figures['predictor']} predictor)")
-    for quality, bits in figures["ideal_bits_per_element"].items():
-        print(f"{quality:14s} {bits:.4f} ideal bits per element ({16 / bits:.0f}x), {figures['components_by_quality'][quality]} components")
+    print(described(figures, args.show or args.out))
     return 0
 
 

@@ -28,6 +28,7 @@ from codec_compare import write_json
 from draft.early_exit import default_exit_layer
 from engine.calibrate.budget import PACK_BUDGET, bf16_bytes
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
+from engine.calibrate.search import FeatureSet, Whole
 from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
@@ -35,7 +36,7 @@ from engine.hub.pairs import PAIRS, TRUNK
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
-from eval.sweep_fits import FULL, FeatureSet, Whole, separate_sets, sweep, trunk_sets
+from eval.sweep_fits import FULL, separate_sets, sweep, trunk_sets
 
 DEFAULT_RANKS = "64,128,256,512,1024,2048,full"
 _started = time.monotonic()

@@ -6,9 +6,10 @@ Two recipes of the same steps. `calibrate` makes the full pack in one streaming 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from codec.rows import ROW_BITS, allocate_bits
 from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_global, fit_per_layer
 from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
+from engine.calibrate import search
 from engine.calibrate.budget import (
     DENSE_SHARE,
     PACK_BUDGET,
@@ -59,7 +61,9 @@ class CalibrationOptions:
     transform: "global" or "per_layer".
     context: tokens a document. held_out_tokens: kept apart for tables and reported figures.
     fisher_tokens: cached tokens whose gradients are taken. level_strength: how far a token's step follows its sensitivity, 0 not at all, 1 as far
-    as equal marginal returns would say. budget: fraction of the target's bytes the pack may take.
+    as equal marginal returns would say. budget: fraction of the target's bytes the pack may take. restore_budget: share of the target's prefill that a
+    restore's passes and predictor may take: features, recomputed layers and form of the predictor are then chosen (`engine.calibrate.search`). None:
+    taps, predictor and rank say which.
     """
 
     taps: tuple[int, ...] | None = None
@@ -73,6 +77,7 @@ class CalibrationOptions:
     fisher_tokens: int = 65_536
     level_strength: float = 0.5
     budget: float = PACK_BUDGET
+    restore_budget: float | None = None
 
     def check(self) -> None:
         """Raises InvalidOption for a name that is none of the choices."""
@@ -84,6 +89,12 @@ class CalibrationOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidOption(f"calibration with {name} {getattr(self, name)!r}", f"choose one of {', '.join(allowed)}")
+        if self.restore_budget is None:
+            return
+        if not 0 < self.restore_budget < math.inf:
+            raise InvalidOption(f"a restore budget of {self.restore_budget}", "give a share of the target's prefill, such as 0.25")
+        if self.taps is not None or self.rank is not None or self.predictor != "auto":
+            raise InvalidOption("a restore budget chooses taps, predictor and rank", "give either the budget, or these")
 
 
 def feature_spec(
@@ -128,10 +139,18 @@ def calibrate(
     options = options or CalibrationOptions()
     options.check()
     torch.backends.cuda.matmul.allow_tf32 = False
-    stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps, adapter), trunk_layers, adapter)
-    layout, device = stream.layout, target.device
+    budget_bytes = options.budget * bf16_bytes(target)
+    candidates: list[search.Candidate] = []
+    if options.restore_budget is None:
+        stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps, adapter), trunk_layers, adapter)
+    else:
+        shapes = None if draft is None else draft.config, trunk_layers, None if adapter is None else adapter.config
+        room = search.predictor_bytes_of(budget_bytes)
+        candidates = search.affordable(target.config, *shapes, restore_budget=options.restore_budget, predictor_bytes=room)
+        stream = PairStream(target, draft, *search.wide_spec(candidates), adapter)
+    device = target.device
     held, rest = _hold_out(docs, options.held_out_tokens)
-    moments, queries = RidgeMoments(stream.num_features, layout.dim, device), QueryStatistics()
+    moments, queries = RidgeMoments(stream.num_features, stream.layout.dim, device), QueryStatistics()
     started, done, total = time.monotonic(), 0, sum(map(len, rest))
     for group in stream.batches(rest, options.tokens_per_batch):
         batch = stream.run(group, None if queries.complete else queries)
@@ -141,13 +160,30 @@ def calibrate(
     apart = [stream.run(group) for group in stream.batches(held, options.tokens_per_batch)]
     features, y = torch.cat([b.features for b in apart]), torch.cat([b.y for b in apart])
     m = moments.finish()
+    facts: dict[str, Any] = {"tokens": done}
+    if candidates:
+        blocks = diagonal_blocks(m.yy, stream.layout.head_dim)
+        weighting = unit_weights(stream.layout, blocks) if options.weighting == "unit" else queries.weighting(target, stream.layout, blocks)
+        sizes, layout = (stream.draft_size, target.config.hidden_size), stream.layout
+        whole = search.Whole(
+            stream.spec.taps, stream.spec.target_taps, sizes, m, features, y, weighting, layout.layer_dim, layout.first_layer
+        )
+        chosen, facts["search"] = search.choose(whole, candidates, QUALITIES["balanced"], layout.full_dim)
+        options = replace(options, restore_budget=None, predictor="dense" if chosen.rank is None else "low_rank", rank=chosen.rank)
+        stream = PairStream(target, draft, chosen.features.spec, chosen.features.first_layer, adapter)
+        m, features, y, _ = whole.part(chosen.features)
+        del whole, weighting
+        log(
+            f"calibration: of {len(candidates)} predictors within the restore budget {chosen.features.name}, rank {chosen.rank or 'full'} at "
+            f"{chosen.cost.budget_share:.0%} of the prefill, {time.monotonic() - started:.0f} s"
+        )
+    layout = stream.layout
     blocks = diagonal_blocks(m.yy, layout.head_dim)
     sample = None
     if options.weighting in ("auto", "fisher", "blend") or options.level_strength > 0:
         sample = measure(stream, rest, context=options.context, tokens=options.fisher_tokens)
         log(f"calibration: gradients at {sample.blocks.count:,} cached tokens, {time.monotonic() - started:.0f} s")
     weighting = choose_weighting(options.weighting, target, layout, blocks, queries, sample)
-    budget_bytes = options.budget * bf16_bytes(target)
     ridge = m.choose_ridge(features, y)
     tensors, settings, residual = fit_predictor(stream, m, ridge, weighting, options, budget_bytes)
     log(f"calibration: {settings['kind']} predictor fitted, ridge {ridge:g}, {time.monotonic() - started:.0f} s")
@@ -159,7 +195,7 @@ def calibrate(
     else:
         transform = fit_per_layer(list(diagonal_blocks(weighted, layout.layer_dim)), threshold, limit)
     log(f"calibration: {transform.num_components} components, {time.monotonic() - started:.0f} s")
-    facts: dict[str, Any] = {"ridge": ridge, "tokens": done}
+    facts["ridge"] = ridge
     if sample is not None and settings["kind"] == "dense" and options.level_strength > 0:
         kept = transform.kept(KEEP_FACTOR * QUALITIES["balanced"])
         attention, facts["sensitivity_correlation"] = fit_token_sensitivity(

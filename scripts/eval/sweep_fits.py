@@ -5,38 +5,25 @@ Axes: n held-out tokens, F features of a set, D KV elements (of the coded layers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from codec.predictor.features import FeatureSpec
-from codec.predictor.fit import LinearFit, Moments, explained
+from codec.predictor.fit import LinearFit, explained
 from codec.predictor.gptq import round_weights
 from codec.predictor.low_rank import Predictor
-from codec.quantize import ROUNDING, quantise
 from codec.spec import KEEP_FACTOR
 from codec.weighting import Weighting, apply_blocks, both_sides
 from engine.calibrate.budget import stored_bytes
+from engine.calibrate.search import FeatureSet, Whole, laplace_bits
 from kernels.eigen import leading_eigenvectors
 
 FULL = "full"
 COMPONENTS_SHARE = 5
 """At most this part of D components are kept, about what fits a pack beside its predictor."""
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """name; taps: layers of the draft (or of the target's trunk). target_taps: the target's own states, 0 its embeddings. first_layer: the target's
-    layers below it are run again, exact and not coded."""
-
-    name: str
-    taps: tuple[int, ...]
-    target_taps: tuple[int, ...]
-    first_layer: int
 
 
 def separate_sets(num_taps: int, again: Sequence[int]) -> list[FeatureSet]:
@@ -64,53 +51,6 @@ def trunk_sets(layers: int) -> list[FeatureSet]:
         FeatureSet("every second state", every[::-2][::-1], (0,), layers),
         FeatureSet("all states", every, (0,), layers),
     ]
-
-
-class Whole:
-    """Moments of all features and layers, and held-out rows: a set's are parts of them.
-
-    Args:
-        taps, target_taps: what the columns of the features are, in this order; sizes E and E_t.
-        moments: of all tokens.
-        features, y: held-out raw features [n, F] and KV [n, D].
-        weighting: of all layers, so that a step means the same for every set.
-        layer_dim: KV elements of a layer.
-        first_layer: of y.
-    """
-
-    def __init__(
-        self,
-        taps: tuple[int, ...],
-        target_taps: tuple[int, ...],
-        sizes: tuple[int, int],
-        moments: Moments,
-        features: Tensor,
-        y: Tensor,
-        weighting: Weighting,
-        layer_dim: int,
-        first_layer: int,
-    ) -> None:
-        self.taps, self.target_taps, self.sizes = taps, target_taps, sizes
-        self.moments, self.features, self.y, self.weighting = moments, features, y, weighting
-        self.layer_dim, self.first_layer = layer_dim, first_layer
-
-    def columns(self, one: FeatureSet) -> Tensor:
-        """Feature columns of a set, int64 [F]."""
-        size, target_size = self.sizes
-        offset = len(self.taps) * size
-        parts = [torch.arange(size) + size * self.taps.index(tap) for tap in one.taps]
-        parts += [torch.arange(target_size) + offset + target_size * self.target_taps.index(tap) for tap in one.target_taps]
-        return torch.cat(parts).to(self.features.device)
-
-    def part(self, one: FeatureSet) -> tuple[Moments, Tensor, Tensor, Weighting]:
-        """Moments, held-out features and KV, and weights of a set."""
-        index, skip = self.columns(one), (one.first_layer - self.first_layer) * self.layer_dim
-        m, root = self.moments, self.weighting.root
-        blocks = skip // root.shape[-1]
-        whole = len(index) == len(m.ff)
-        ff = m.ff if whole else m.ff[index][:, index]
-        part = Moments(m.n, ff, m.fy[index][:, skip:], m.yy[skip:, skip:], m.f_mean[index], m.f_scale[index], m.mu[skip:])
-        return part, self.features[:, index], self.y[:, skip:], Weighting(root[blocks:], self.weighting.inverse[blocks:])
 
 
 def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float, num_elements: int) -> Iterator[dict[str, Any]]:
@@ -183,15 +123,3 @@ def _cost(
         "all_components": kept < len(variance),
         "ideal_bits_per_element": float(bits.sum(1).mean()) / num_elements,
     }
-
-
-def laplace_bits(x: Tensor, scale: Tensor) -> Tensor:
-    """Ideal code length, float32 [n, K], of the quantised x [n, K] (in steps) under discretised Laplace densities of standard deviation scale [K].
-
-    As `codec.rate.laplace_probabilities`: zero covers |x| < 1 - ROUNDING, n covers n - ROUNDING <= |x| < n + 1 - ROUNDING.
-    """
-    rate = math.sqrt(2) / scale
-    size = quantise(x).abs().float()
-    zero = -torch.log2(-torch.expm1(-(1 - ROUNDING) * rate))
-    more = 1 + (size - ROUNDING) * rate * math.log2(math.e) - torch.log2(-torch.expm1(-rate))
-    return torch.where(size > 0, more, zero)

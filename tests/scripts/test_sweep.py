@@ -11,7 +11,8 @@ import torch
 import sweep_predictor
 from codec.quantize import quantise
 from codec.rate import laplace_probabilities
-from eval.sweep_fits import FULL, laplace_bits, separate_sets, sweep, trunk_sets
+from engine.calibrate.search import laplace_bits
+from eval.sweep_fits import FULL, separate_sets, sweep, trunk_sets
 from sweep_predictor import gather, main
 
 STEP = 1.0
