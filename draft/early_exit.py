@@ -196,19 +196,17 @@ class EarlyExitDrafter:
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
         """Keep the features of the committed tokens, and the draft head's KV; the target's sequence is advanced by the decode step itself."""
-        at = 0
-        for b, state in enumerate(states):
-            rows, gap = proposal.features[b], False
+        for state, own, count in zip(states, proposal.requests, num_new, strict=True):
+            gap = False
             if isinstance(state, DraftHeadState) and self.adapter is not None:
-                assert proposal.hidden is not None
-                gap = not self.adapter.commit(state, proposal.num_draft_cached[b], proposal.hidden[at : at + num_new[b]])
-            at += proposal.num_run[b] + proposal.num_leaves(b)
-            if state.features is None or rows is None:
+                assert own.hidden is not None
+                gap = not self.adapter.commit(state, own.num_draft_cached, own.hidden[:count])
+            if state.features is None or own.features is None:
                 continue
             if gap and self.own_taps:
-                state.features.skip(num_new[b])
+                state.features.skip(count)
             else:
-                state.features.append(rows[: num_new[b]])
+                state.features.append(own.features[:count])
         if self.adapter is not None:
             self.adapter.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
 

@@ -99,13 +99,12 @@ class ModelDrafter:
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
         """Keep the KV and features of the pending tokens and of the accepted drafts that were run (the last draft never is)."""
-        for b, state in enumerate(states):
-            if proposal.num_run[b] == 0:
+        for state, own, count in zip(states, proposal.requests, num_new, strict=True):
+            if own.num_run == 0:
                 continue
-            kept = min(proposal.num_pending[b] + num_new[b] - 1, proposal.num_run[b])
-            rows = proposal.features[b]
-            if state.features is not None and rows is not None:
-                state.features.append(rows[:kept])
+            kept = min(own.num_pending + count - 1, own.num_run)
+            if state.features is not None and own.features is not None:
+                state.features.append(own.features[:kept])
             state.sequence.advance(kept)
 
     def close(self, states: Sequence[DraftState]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.draft_head import DraftHeadBlock
 from draft.policy import likeliest
-from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Policies, Proposal
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Policies, Proposal, RequestProposal
 from draft.rows import pick
 from draft.tree import Leaf, TreePosition, leaf_slot
 
@@ -115,24 +115,30 @@ def draft_block(
             )
         query_lens, starts = [1 + len(others_here) for others_here in beside], [bases[b] + step - 1 for b in rows]
 
-    hidden = torch.cat([h for h, _ in passes]) if passes else None
-    features: list[Tensor | None] = [None] * batch
+    hidden = torch.cat([h for h, _ in passes]) if passes and runs_last_draft else None
+    stacked = None
     if taps and passes:
         stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
-        features = [pick(stacked, run_at[b] + side_at[b]) for b in range(batch)]
-    return Proposal(
-        tokens=pick(torch.cat(draws), [i for b in range(batch) for i in drawn_at[b]])
-        if draws
-        else torch.empty(0, dtype=torch.int64, device=device),
-        lengths=lengths,
-        probs=[q for b in range(batch) for q in probs[b]],
-        hidden=pick(hidden, [i for b in range(batch) for i in run_at[b] + side_at[b]]) if runs_last_draft and hidden is not None else None,
-        num_pending=[len(pending[b]) if run_at[b] else 0 for b in range(batch)],
-        num_run=[len(run_at[b]) for b in range(batch)],
-        features=features,
-        num_draft_cached=[] if own_layers is None else own_layers.num_run,
-        leaves=leaves if any(leaves) else [],
-    )
+    proposal = Proposal.empty(batch, device)
+    if draws:
+        proposal.tokens = pick(torch.cat(draws), [i for own in drawn_at for i in own])
+    if hidden is not None:
+        proposal.hidden = pick(hidden, [i for b in range(batch) for i in run_at[b] + side_at[b]])
+    at = 0
+    for b in range(batch):
+        rows_of = run_at[b] + side_at[b]
+        proposal.requests[b] = RequestProposal(
+            num_drafts=lengths[b],
+            probs=probs[b],
+            leaves=leaves[b],
+            num_pending=len(pending[b]) if rows_of else 0,
+            num_run=len(run_at[b]),
+            num_draft_cached=None if own_layers is None else own_layers.num_run[b],
+            hidden=None if proposal.hidden is None else proposal.hidden[at : at + len(rows_of)],
+            features=None if stacked is None else pick(stacked, rows_of),
+        )
+        at += len(rows_of)
+    return proposal
 
 
 def _stopped_drafts(

@@ -154,44 +154,64 @@ class DraftState:
 
 
 @dataclass
-class Proposal:
-    """A batch's drafted tokens, and what the drafter must remember until they are committed.
+class RequestProposal:
+    """One request's part of a batch's proposal, and what the drafter must remember of it until it is committed.
 
-    tokens [K] int64: all drafts, requests in order. lengths: drafts per request. probs: per draft the distribution [V] float32 it was
-    drawn from (None: greedy request). hidden [K + B, E]: for every request its pending token and its drafts after the first layers,
-    from which the target goes on (None: the target starts at its first layer). num_run: tokens per request the drafter ran (pending
-    ones, then drafts). features: per request the hidden states [num_run, taps, E] of those tokens, or None when nobody asked for them.
-    num_draft_cached: how many of them a draft head's layers ran as well (None: they could not; empty without a draft head). leaves: per request
-    (empty: none at all); their rows follow those of its drafts in hidden and features, and are not counted in num_run.
+    num_drafts: its drafts. probs: per draft the distribution [V] float32 it was drawn from; None is a point mass (a greedy draft, or one that was
+    not drawn but read from the text). leaves: tokens beside its drafts. num_pending: committed tokens that the drafter ran before the drafts.
+    num_run: all tokens it ran, pending ones and drafts. num_draft_cached: how many of these a draft head's layers ran as well (None: they could not,
+    or there is no draft head). hidden [num_run + leaves, E]: states after the first layers, rows of the batch's `Proposal.hidden`. features
+    [num_run + leaves, taps, E]: of the same tokens (None: nobody asked for them).
+    """
+
+    num_drafts: int = 0
+    probs: list[Tensor | None] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    num_pending: int = 0
+    num_run: int = 0
+    num_draft_cached: int | None = None
+    hidden: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its verification: its pending token, drafts and leaves."""
+        return 1 + self.num_drafts + len(self.leaves)
+
+    @property
+    def point_mass(self) -> bool:
+        """True when every draft was certain before it was drawn."""
+        return all(q is None for q in self.probs)
+
+    def adopt(self, num_kept: int, number: int) -> None:
+        """Leaf `number` was accepted after the first num_kept drafts: it takes the place of the draft beside which it stood."""
+        if self.hidden is not None:
+            self.hidden[1 + num_kept] = self.hidden[self.num_run + number]
+            if self.features is not None:
+                self.features[1 + num_kept] = self.features[self.num_run + number]
+        else:
+            # a model of its own has not run the leaf, and the draft in its place was the wrong one
+            self.num_run = min(self.num_run, self.num_pending + num_kept)
+        if self.num_draft_cached is not None:
+            self.num_draft_cached = min(self.num_draft_cached, num_kept + 1)
+
+
+@dataclass
+class Proposal:
+    """A batch's drafted tokens.
+
+    tokens [K] int64: all drafts, requests in order. requests: one each. hidden: every request's rows in order, from which the target goes on (None:
+    the target starts at its first layer).
     """
 
     tokens: Tensor
-    lengths: list[int]
-    probs: list[Tensor | None]
-    hidden: Tensor | None
-    num_pending: list[int]
-    num_run: list[int]
-    features: list[Tensor | None]
-    num_draft_cached: list[int | None] = field(default_factory=list)
-    leaves: list[list[Leaf]] = field(default_factory=list)
+    requests: list[RequestProposal]
+    hidden: Tensor | None = None
 
-    def num_leaves(self, b: int) -> int:
-        """Of request b."""
-        return len(self.leaves[b]) if self.leaves else 0
-
-    def adopt(self, b: int, num_kept: int, number: int) -> None:
-        """Request b's leaf `number` was accepted after its first num_kept drafts: it takes the place of the draft beside which it stood."""
-        if self.hidden is not None:
-            at = sum(self.num_run[i] + self.num_leaves(i) for i in range(b))
-            self.hidden[at + 1 + num_kept] = self.hidden[at + self.num_run[b] + number]
-            rows = self.features[b]
-            if rows is not None:
-                rows[1 + num_kept] = rows[self.num_run[b] + number]
-        else:
-            # a model of its own has not run the leaf, and the draft in its place was the wrong one
-            self.num_run[b] = min(self.num_run[b], self.num_pending[b] + num_kept)
-        if self.num_draft_cached and (adapted := self.num_draft_cached[b]) is not None:
-            self.num_draft_cached[b] = min(adapted, num_kept + 1)
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Proposal:
+        """No draft for any of `batch` requests, and nothing run."""
+        return cls(torch.empty(0, dtype=torch.int64, device=device), [RequestProposal() for _ in range(batch)])
 
 
 @dataclass(frozen=True)

@@ -86,48 +86,47 @@ def decode_step(
         proposal = drafter.propose(
             states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, policies
         )
-        lengths = proposal.lengths
     else:
-        proposal = _no_proposal(len(requests), target.device)
+        proposal = Proposal.empty(len(requests), target.device)
     proposed_at = time.perf_counter()
 
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
     first = drafter.exit_layer if drafter else 0
     placements = None
-    if proposal.leaves:
-        placements = [block_positions(at, k, own) for at, k, own in zip(positions, lengths, proposal.leaves, strict=True)]
+    if any(own.leaves for own in proposal.requests):
+        placements = [block_positions(at, own.num_drafts, own.leaves) for at, own in zip(positions, proposal.requests, strict=True)]
     out = target.forward(
         tokens,
         [r.sequence for r in requests],
-        [k + 1 + proposal.num_leaves(b) for b, k in enumerate(lengths)],
+        [own.num_rows for own in proposal.requests],
         first_layer=first,
         hidden=proposal.hidden,
         placements=placements,
         deterministic=deterministic,
     )
-    runs, adopted = verify(out.logits, proposal, sampler, positions)
-    for b, number in enumerate(adopted):
-        if number is not None:
-            kept_drafts = len(runs[b]) - 2
-            proposal.adopt(b, kept_drafts, number)
-            requests[b].sequence.pool.move(requests[b].sequence, leaf_slot(positions[b], number), positions[b] + kept_drafts)
+    verdicts = verify(out.logits, proposal, sampler, positions)
+    for request, own, (gained, leaf), at in zip(requests, proposal.requests, verdicts, positions, strict=True):
+        if leaf is not None:
+            kept_drafts = len(gained) - 2
+            own.adopt(kept_drafts, leaf)
+            request.sequence.pool.move(request.sequence, leaf_slot(at, leaf), at + kept_drafts)
 
-    kept = [request.append_tokens(run) if run else 0 for request, run in zip(requests, runs, strict=True)]
+    kept = [request.append_tokens(gained) if gained else 0 for request, (gained, _) in zip(requests, verdicts, strict=True)]
     for request, count in zip(requests, kept, strict=True):
         request.sequence.advance(count)
-    if drafter and any(proposal.num_run):
+    if drafter and any(own.num_run for own in proposal.requests):
         drafter.commit([_state(r) for r in requests], proposal, kept)
     ended = time.perf_counter()
-    for request, run, count, length, policy, number in zip(requests, runs, kept, lengths, policies, adopted, strict=True):
-        if not run:
+    for request, own, (gained, leaf), count, policy in zip(requests, proposal.requests, verdicts, kept, policies, strict=True):
+        if not gained:
             request.error = _not_finite(request)
             continue
-        cut = count < len(run)
-        proposed, accepted = (count, count) if cut else (length, len(run) - 1)
+        cut = count < len(gained)
+        proposed, accepted = (count, count) if cut else (own.num_drafts, len(gained) - 1)
         request.metrics.observe(proposed, accepted, count)
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
-        request.controller.observe(proposed, accepted if number is None else min(accepted, len(run) - 2), policy)
+        request.controller.observe(proposed, accepted if leaf is None else min(accepted, len(gained) - 2), policy)
 
 
 def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float) -> None:
@@ -207,20 +206,15 @@ def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
     pending = torch.tensor(last, dtype=torch.int64, device=device)
     if not proposal.tokens.numel():
         return pending
-    beside = [leaf.token for own in proposal.leaves for leaf in own]
+    beside = [leaf.token for own in proposal.requests for leaf in own.leaves]
     parts = [pending, proposal.tokens, *([torch.tensor(beside, device=device)] if beside else [])]
     if len(last) == 1:
         return torch.cat(parts)
     order, drafted, leaf = [], len(last), len(last) + len(proposal.tokens)
-    for b, length in enumerate(proposal.lengths):
-        order += [b, *range(drafted, drafted + length), *range(leaf, leaf + proposal.num_leaves(b))]
-        drafted, leaf = drafted + length, leaf + proposal.num_leaves(b)
+    for b, own in enumerate(proposal.requests):
+        order += [b, *range(drafted, drafted + own.num_drafts), *range(leaf, leaf + len(own.leaves))]
+        drafted, leaf = drafted + own.num_drafts, leaf + len(own.leaves)
     return torch.cat(parts)[torch.tensor(order, device=device)]
-
-
-def _no_proposal(batch: int, device: torch.device) -> Proposal:
-    empty = torch.empty(0, dtype=torch.int64, device=device)
-    return Proposal(empty, [0] * batch, [], None, [0] * batch, [0] * batch, [None] * batch)
 
 
 def _state(request: Request) -> DraftState:

@@ -65,6 +65,14 @@ def feature_rows(tokens, start, taps):
     return torch.tensor([[[t, start + i, 100.0 * tap] for tap in taps] for i, t in enumerate(tokens)])
 
 
+def drafts_of(proposal):
+    return [own.num_drafts for own in proposal.requests]
+
+
+def runs_of(proposal):
+    return [own.num_run for own in proposal.requests]
+
+
 @pytest.fixture
 def model():
     return ModelDrafter(Recorder(), SimpleNamespace(new_sequence=Counted, bytes=7))
@@ -77,9 +85,9 @@ def test_a_ragged_batch_is_drafted_and_committed(model):
     model.decoder.runs.clear()
     sampler = Argmax()
     proposal = model.propose(states, [[5, 6], [2], [9]], [3, 1, 0], sampler)
-    assert proposal.tokens.tolist() == [7, 8, 9, 3] and proposal.lengths == [3, 1, 0]
+    assert proposal.tokens.tolist() == [7, 8, 9, 3] and drafts_of(proposal) == [3, 1, 0]
     assert sampler.drawn == [(0, 4), (1, 4), (0, 5), (0, 6)]
-    assert proposal.hidden is None and proposal.num_run == [4, 1, 0] and proposal.num_pending == [2, 1, 0]
+    assert proposal.hidden is None and runs_of(proposal) == [4, 1, 0] and [own.num_pending for own in proposal.requests] == [2, 1, 0]
     first, second = (id(s.sequence) for s in states[:2])
     assert model.decoder.runs == [(first, 2, 5), (first, 3, 6), (second, 3, 2), (first, 4, 7), (first, 5, 8)]
     assert [s.length for s in states] == [2, 3, 0], "nothing moves before the commit"
@@ -113,8 +121,12 @@ def policies():
 def test_gates_end_a_models_blocks(model):
     states = [model.open(None) for _ in range(4)]
     proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), given := policies())
-    assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8] and len(proposal.probs) == 5
-    assert proposal.num_run == [1, 2, 3, 1] and not any(policy.answers or policy.more for policy in given if policy)
+    assert (
+        drafts_of(proposal) == [1, 1, 3, 0]
+        and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
+        and sum(len(own.probs) for own in proposal.requests) == 5
+    )
+    assert runs_of(proposal) == [1, 2, 3, 1] and not any(policy.answers or policy.more for policy in given if policy)
     sure = float(torch.nn.functional.one_hot(torch.tensor(0), VOCAB).float().softmax(-1).max())
     assert given[1].seen == pytest.approx([sure, sure])
     model.commit(states, proposal, [2, 2, 4, 1])
@@ -125,10 +137,10 @@ def test_gates_end_a_trunks_blocks():
     trunk = EarlyExitDrafter(Recorder(), 2)
     states = [trunk.open(Counted(n)) for n in (5, 3, 7, 2)]
     proposal = trunk.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policies())
-    assert proposal.lengths == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
+    assert drafts_of(proposal) == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
     wanted = [[1, 5], [2, 6], [3, 3], [4, 4], [5, 7], [6, 8], [7, 9], [8, 10], [7, 2]]
     assert proposal.hidden[:, :2].tolist() == wanted, "every pending token and every kept draft, and no other"
-    assert len(trunk.decoder.runs) == len(wanted) and proposal.num_run == [2, 2, 4, 1]
+    assert len(trunk.decoder.runs) == len(wanted) and runs_of(proposal) == [2, 2, 4, 1]
 
 
 def test_all_drafts_accepted_leaves_the_last_one_to_be_run(model):
@@ -170,6 +182,9 @@ def test_a_trunk_runs_each_token_once_and_hands_over_its_states():
     assert sampler.drawn == [(0, 6), (2, 8), (0, 7)]
     wanted = [[4, 5, 200], [5, 6, 200], [6, 7, 200], [6, 3, 200], [8, 7, 200], [9, 8, 200]]
     assert proposal.hidden.tolist() == wanted, "request by request, as the target's verification block is laid out"
+    assert [own.hidden.tolist() for own in proposal.requests] == [wanted[:3], wanted[3:4], wanted[4:]]
+    proposal.requests[2].hidden[0] = 1
+    assert proposal.hidden[4].tolist() == [1, 1, 1], "each request's rows are the batch's"
     trunk.commit(states, proposal, [2, 1, 1])
     assert [s.features.length for s in states] == [7, 4, 8]
     assert torch.equal(states[0].features.take(5, 7), feature_rows([4, 5], 5, (1,)))

@@ -70,7 +70,7 @@ def test_only_tokens_of_its_vocabulary_are_drafted(target, trained):
     engine.generate(PROMPTS, [SamplingParams(max_new_tokens=20, temperature=t, draft_length=3, seed=1) for t in (0.0, 1.0, 0.0, 2.0)])
     allowed, vocab = set(trained.token_ids.tolist()), target.config.vocab_size
     assert allowed >= {t for proposal in seen for t in proposal.tokens.tolist()} != set()
-    distributions = [q for proposal in seen for q in proposal.probs if q is not None]
+    distributions = [q for proposal in seen for own in proposal.requests for q in own.probs if q is not None]
     outside = torch.ones(vocab).index_fill_(0, trained.token_ids, 0.0).bool()
     assert distributions and all(len(q) == vocab and abs(float(q.sum()) - 1) < 1e-4 and not q[outside].any() for q in distributions)
 

@@ -7,7 +7,7 @@ import torch
 
 from codec.predictor.features import FeatureBuffer
 from draft.policy import CostModel
-from draft.protocols import Proposal
+from draft.protocols import RequestProposal
 from draft.tree import MAX_CHAIN, MAX_LEAVES, Leaf, TreePosition, block_positions, leaf_slot
 from engine.engine import Engine
 from engine.errors import InvalidOption
@@ -15,6 +15,7 @@ from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
+from engine.runtime.verify import verify
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
 TRUNK = 2
@@ -44,14 +45,27 @@ def draft(request, target, tmp_path_factory, make_adapter):
 @pytest.fixture
 def adopted(monkeypatch):
     """Depths and numbers of the leaves that were accepted."""
-    seen, adopt = [], Proposal.adopt
+    seen, adopt = [], RequestProposal.adopt
 
-    def recorded(self, b, num_kept, number):
+    def recorded(self, num_kept, number):
         seen.append((num_kept, number))
-        adopt(self, b, num_kept, number)
+        adopt(self, num_kept, number)
 
-    monkeypatch.setattr(Proposal, "adopt", recorded)
+    monkeypatch.setattr(RequestProposal, "adopt", recorded)
     return seen
+
+
+@pytest.fixture
+def num_leaves(monkeypatch):
+    """Leaves of every request's proposal that was verified."""
+    made = []
+
+    def recorded(logits, proposal, *rest):
+        made.extend(len(own.leaves) for own in proposal.requests)
+        return verify(logits, proposal, *rest)
+
+    monkeypatch.setattr("engine.runtime.step.verify", recorded)
+    return made
 
 
 def engine_of(target, draft, **options):
@@ -157,14 +171,11 @@ def test_no_memory_is_taken_beyond_what_was_promised(target, draft, plain):
     assert engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=60))[0].token_ids == plain[0]
 
 
-def test_leaves_stay_out_of_deterministic_and_sampled_text(target, draft, adopted, monkeypatch):
-    made = []
-    propose = Proposal.num_leaves
-    monkeypatch.setattr(Proposal, "num_leaves", lambda self, b: made.append(propose(self, b)) or made[-1])
+def test_leaves_stay_out_of_deterministic_and_sampled_text(target, draft, adopted, num_leaves):
     engine_of(target, draft, deterministic=True).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20))
     engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, temperature=1.0, seed=1))
     engine_of(target, draft).generate(PROMPTS[:2], SamplingParams(max_new_tokens=20, draft_length=3))
-    assert made and not any(made) and not adopted
+    assert num_leaves and not any(num_leaves) and not adopted
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -205,12 +216,9 @@ def test_pools_without_placements_refuse_them(random_decoder):
         pool.move(sequence, 1, 0)
 
 
-def test_there_are_never_too_many(target, draft, monkeypatch):
-    most = []
-    adopt = Proposal.num_leaves
-    monkeypatch.setattr(Proposal, "num_leaves", lambda self, b: most.append(adopt(self, b)) or most[-1])
+def test_there_are_never_too_many(target, draft, num_leaves):
     engine_of(target, draft).generate(PROMPTS, SamplingParams(max_new_tokens=60))
-    assert 1 < max(most) <= MAX_LEAVES
+    assert 1 < max(num_leaves) <= MAX_LEAVES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on CPU tensors in the interpreter alone")

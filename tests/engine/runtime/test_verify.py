@@ -17,7 +17,7 @@ import torch
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
 from draft.policy import SAMPLED_PRIOR, AcceptanceEstimator, CostModel, LengthController
-from draft.protocols import Proposal
+from draft.protocols import Proposal, RequestProposal
 from draft.tree import Leaf
 from engine.model.decoder import DecoderOutput
 from engine.runtime.metrics import SpeculationMetrics
@@ -280,5 +280,5 @@ def test_a_leaf_takes_the_place_of_the_rejected_draft_beside_it_and_of_no_other(
         ([3, 4], Leaf(3, 2), [3, 4, 2], None),  # behind the chain: nothing was refused
         ([0, 4], Leaf(2, 4), [3], None),  # after the first refusal
     ):
-        proposal = Proposal(torch.tensor(drafts), [2], [None, None], None, [1], [3], [None], leaves=[[leaf]])
-        assert verify(logits, proposal, sampler, [7]) == ([gained], [number])
+        proposal = Proposal(torch.tensor(drafts), [RequestProposal(2, [None, None], [leaf])])
+        assert verify(logits, proposal, sampler, [7]) == [(gained, number)]
