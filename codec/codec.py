@@ -48,8 +48,15 @@ class _Integers(NamedTuple):
         return final_classes(self.base, self.levels, self.gains)
 
 
+class SpanSetting(NamedTuple):
+    """How a span is coded: its quantiser step, and whether what the transform's rows leave over is coded in the fallback basis."""
+
+    step: float
+    fallback: bool = False
+
+
 class DecodedSpans(NamedTuple):
-    """What the entropy decoder read of neighbouring spans of one step and lane length.
+    """What the entropy decoder read of spans of one step, lane length and number of components.
 
     sizes: tokens of each span. q int [T, K] (an escape reads limit + 1), base int32 [K], levels int32 [T], gains uint8 [T] as in the encoder. escapes:
     each span's remainders. faults: bool scalars on the device that nobody has waited for yet; any that is true means damage.
@@ -89,9 +96,12 @@ class KvCodec:
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self._sigma = pack.transform.variance.clamp_min(1e-12).sqrt().numpy()
 
-    def num_components(self, step: float) -> int:
-        """K: components kept at a step, at least one where the pack has any (a draft that predicts exactly leaves none)."""
-        return min(max(1, self.pack.transform.kept(KEEP_FACTOR * step)), self.pack.transform.num_components)
+    def num_components(self, step: float, *, fallback: bool = False) -> int:
+        """K: components kept at a step, at least one where the pack has any (a draft that predicts exactly leaves none); with a fallback basis all of
+        the rows' and those of the basis that are kept, at least one."""
+        transform = self.pack.transform
+        kept = transform.kept(KEEP_FACTOR * step, fallback=fallback)
+        return max(transform.num_rows + 1, kept) if fallback else min(max(1, kept), transform.num_rows)
 
     def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
         """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]."""
@@ -131,9 +141,9 @@ class KvCodec:
         return torch.from_numpy(class_of(self._sigma[:count], step)).to(self.device)
 
     def _quantised(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], step: float, levels: Sequence[torch.Tensor | None]
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], setting: SpanSetting, levels: Sequence[torch.Tensor | None]
     ) -> _Integers:
-        count = self.num_components(step)
+        step, count = setting.step, self.num_components(setting.step, fallback=setting.fallback)
         base, level = self._base(step, count), self._levels(levels, [len(t) for t, _ in pairs])
         scaled = self._all_components(pairs, count)
         scaled = scaled / token_steps(step, level, len(level), self.device)
@@ -144,31 +154,58 @@ class KvCodec:
         return _Integers(q, base, level, gains)
 
     def _checked_batches(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], levels: Sequence[torch.Tensor | None] | None, step: float
-    ) -> Iterator[tuple[list[int], _Integers]]:
-        """Integers of all spans, batch by batch, with each batch's span sizes."""
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        levels: Sequence[torch.Tensor | None] | None,
+        settings: Sequence[SpanSetting],
+    ) -> Iterator[tuple[list[int], SpanSetting, _Integers]]:
+        """Integers of all spans, batch by batch of one setting, with the numbers of each batch's spans."""
         every = [None] * len(pairs) if levels is None else levels
         for truth, _ in pairs:
             if not 0 < len(truth) <= MAX_SPAN_TOKENS:
                 raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
-        for some in batches([len(t) for t, _ in pairs], self._batch_tokens):
-            yield [len(pairs[n][0]) for n in some], self._quantised([pairs[n] for n in some], step, [every[n] for n in some])
+        if len(settings) != len(pairs) or (self.transform.fallback is None and any(setting.fallback for setting in settings)):
+            raise BadInput("settings do not fit the spans", "pass one a span, and a fallback basis only where the pack has one")
+        for setting in dict.fromkeys(settings):
+            alike = [n for n, own in enumerate(settings) if own == setting]
+            for some in batches([len(pairs[n][0]) for n in alike], self._batch_tokens):
+                members = [alike[i] for i in some]
+                yield members, setting, self._quantised([pairs[n] for n in members], setting, [every[n] for n in members])
 
     def encode_many(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], quality: str | float, levels: Sequence[torch.Tensor | None] | None = None
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        quality: str | float | Sequence[SpanSetting],
+        levels: Sequence[torch.Tensor | None] | None = None,
     ) -> list[bytes]:
         """One span of bytes for each (truth [T, D], prediction [T, D]), float32.
 
         Args:
             pairs: spans of at most MAX_SPAN_TOKENS tokens.
-            quality: a name of codec.spec.QUALITIES, or a step.
+            quality: a name of codec.spec.QUALITIES, a step, or each span's own setting.
             levels: for each span None or integers [T]: token t uses step * 2 ** (level / 4).
         """
-        step = step_of(quality) if isinstance(quality, str) else float(quality)
-        spans: list[bytes] = []
-        for sizes, integers in self._checked_batches(pairs, levels, step):
-            spans += self._write(integers, sizes, step)
+        spans: list[bytes] = [b""] * len(pairs)
+        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
+            written = self._write(integers, [len(pairs[n][0]) for n in members], setting.step)
+            for n, span in zip(members, written, strict=True):
+                spans[n] = span
         return spans
+
+    def requantised(
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        quality: str | float | Sequence[SpanSetting],
+        levels: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """What decode_many gives for the spans that encode_many would write, without the bytes; arguments as there."""
+        decoded: list[torch.Tensor] = [truth for truth, _ in pairs]
+        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
+            q = integers.q
+            c = self.choice.reconstruct(q, integers.classes()) * token_steps(setting.step, integers.levels, len(q), self.device)
+            for n, part in zip(members, self._residuals(c, [len(pairs[n][0]) for n in members]), strict=True):
+                decoded[n] = part + pairs[n][1].to(self.device, torch.float32)
+        return decoded
 
     def _write(self, integers: _Integers, sizes: list[int], step: float) -> list[bytes]:
         per_lane, q = tokens_per_lane(step), integers.q
@@ -194,16 +231,18 @@ class KvCodec:
     def read(self, spans: Sequence[bytes | memoryview]) -> list[SpanCode]:
         """The spans' parts, every checksum compared. Named errors as in codec.container, and PackMismatch."""
         codes = [read_span(s) for s in spans]
-        counts = {step: self.num_components(step) for step in {code.step for code in codes}}
+        kinds = (False,) if self.transform.fallback is None else (False, True)
+        counts = {step: {self.num_components(step, fallback=kind) for kind in kinds} for step in {code.step for code in codes}}
         for code in codes:
             if code.pack_tag != self.pack.tag:
                 raise PackMismatch("a coded span was written with another codec pack", "use the pack it was written with")
-            if code.num_components != counts[code.step] or code.num_components > self.transform.num_components:
+            if code.num_components not in counts[code.step]:
                 raise CorruptedCode("a coded span's component count is not its step's", "restore the file from a copy")
         return codes
 
     def entropy_decoded(self, codes: Sequence[SpanCode]) -> DecodedSpans:
-        """Decode spans of one step and lane length, all at once; on a GPU nothing is waited for, `DecodedSpans.check` does. Raises CorruptedCode."""
+        """Decode spans of one step, lane length and number of components, all at once; on a GPU nothing is waited for, `DecodedSpans.check`
+        does. Raises CorruptedCode."""
         step, base = codes[0].step, self._base(codes[0].step, codes[0].num_components)
         stored = [np.zeros(c.num_tokens, np.int8) if c.levels is None else c.levels for c in codes]
         levels = torch.from_numpy(np.concatenate(stored).astype(np.int32)).to(self.device)
@@ -264,8 +303,7 @@ class KvCodec:
                 what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
                 raise BadInput(what, "predict the tokens that were coded")
         decoded = list(predictions)
-        for key in sorted({(c.step, c.tokens_per_lane) for c in codes}):
-            chosen = [n for n, c in enumerate(codes) if (c.step, c.tokens_per_lane) == key]
+        for chosen in alike(codes):
             for some in batches([codes[n].num_tokens for n in chosen], self._batch_tokens):
                 members = [chosen[i] for i in some]
                 part = self.entropy_decoded([codes[n] for n in members])
@@ -279,14 +317,31 @@ class KvCodec:
         return self.decode_many([span], [prediction])[0]
 
     def ideal_bits(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], quality: str | float, levels: Sequence[torch.Tensor | None] | None = None
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        quality: str | float | Sequence[SpanSetting],
+        levels: Sequence[torch.Tensor | None] | None = None,
     ) -> float:
         """Code length, in bits, of the symbols that encode_many would write for these spans, under the pack's unrounded tables."""
-        step = step_of(quality) if isinstance(quality, str) else float(quality)
         total = 0.0
-        for _, integers in self._checked_batches(pairs, levels, step):
+        for _, _, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
             total += float(self.choice.code_lengths(integers.q, integers.classes(), integers.gains).sum())
         return total
+
+
+def alike(codes: Sequence[SpanCode]) -> list[list[int]]:
+    """Numbers of the spans that can be entropy-decoded together: those of one step, lane length and number of components."""
+    groups: dict[tuple[float, int, int], list[int]] = {}
+    for n, code in enumerate(codes):
+        groups.setdefault((code.step, code.tokens_per_lane, code.num_components), []).append(n)
+    return list(groups.values())
+
+
+def _settings(quality: str | float | Sequence[SpanSetting], count: int) -> Sequence[SpanSetting]:
+    """One setting a span."""
+    if isinstance(quality, (str, float, int)):
+        return [SpanSetting(step_of(quality) if isinstance(quality, str) else float(quality))] * count
+    return quality
 
 
 def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -24,10 +24,14 @@ from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, PackMi
 from codec.rate import EntropyModel
 from codec.rows import GROUP, ROW_BITS, dequantise_rows, quantise_rows
 from codec.spec import KvLayout
-from codec.transform import Transform
+from codec.transform import Fallback, Transform, assembled_fallback
 from codec.weighting import Weighting
 
-PACK_VERSION = 2
+PACK_VERSION = 3
+"""Of packs with a fallback basis; others are written as the version before, which knows none."""
+
+_FIRST_VERSION = 2
+_FALLBACK_BITS = 8
 _KIND = "foretold-codec-pack"
 _PREDICTOR = "predictor."
 
@@ -98,6 +102,19 @@ class CodecPack:
             stored["variance"] = variance.float().cpu()
         return CodecPack(self.layout, self.kind, stored, self.predictor, self.predictor_settings, self.fingerprints, self.info)
 
+    def with_fallback(self, fallback: Fallback, variance: torch.Tensor, model: EntropyModel) -> CodecPack:
+        """The same pack with a fallback basis behind its rows, entropy tables for both, and the variances of all components, float32 [K + D]."""
+        rows = fallback.basis.flatten(0, 1)[fallback.order]
+        parts = {f"fallback.{name}": part for name, part in quantise_rows(rows, _FALLBACK_BITS).items()}
+        parts["fallback.layer"] = (fallback.order // fallback.basis.shape[1]).to(torch.int16).cpu()
+        stored = self.stored | parts | {"variance": variance.float().cpu()} | _model_tensors(model)
+        return CodecPack(self.layout, self.kind, stored, self.predictor, self.predictor_settings, self.fingerprints, self.info)
+
+    @property
+    def version(self) -> int:
+        """Of the format that its file takes."""
+        return PACK_VERSION if "fallback.codes" in self.stored else _FIRST_VERSION
+
     @cached_property
     def weighting(self) -> Weighting:
         return Weighting.from_root(self.stored["weight"])
@@ -108,7 +125,11 @@ class CodecPack:
         names = ("codes", "step", "peak")
         parts = [dequantise_rows({name: self.stored[f"basis.{bits}.{name}"] for name in names}, width) for bits in ROW_BITS]
         layer = self.stored["basis.layer"].long() if self.kind == "per_layer" else None
-        return Transform(self.kind, torch.cat(parts), layer, self.stored["variance"], len(parts[0]))
+        fallback = None
+        if "fallback.codes" in self.stored:
+            rows = dequantise_rows({name: self.stored[f"fallback.{name}"] for name in names}, self.layout.layer_dim)
+            fallback = assembled_fallback(rows, self.stored["fallback.layer"].long())
+        return Transform(self.kind, torch.cat(parts), layer, self.stored["variance"], len(parts[0]), fallback)
 
     @cached_property
     def model(self) -> EntropyModel:
@@ -150,7 +171,7 @@ class CodecPack:
     def _meta(self) -> dict:
         return {
             "kind": _KIND,
-            "version": PACK_VERSION,
+            "version": self.version,
             "layout": self.layout.as_dict(),
             "transform": self.kind,
             "predictor_settings": self.predictor_settings,
@@ -202,7 +223,7 @@ class CodecPack:
             raise ForeignCode(f"{path} is not a codec pack", "check the path") from error
         if version > PACK_VERSION:
             raise NewerCode(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", "update the program")
-        if version < PACK_VERSION:
+        if version < _FIRST_VERSION:
             raise PackMismatch(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", _REMEDY)
         if metadata.get("digest") != _digest(tensors, meta):
             raise CorruptedCode(f"the codec pack {path} is damaged", _REMEDY)
@@ -210,6 +231,8 @@ class CodecPack:
         other = {k[len(_PREDICTOR) :]: v for k, v in tensors.items() if k.startswith(_PREDICTOR)}
         layout = _checked_meta(meta)
         pack = cls(layout, meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"])
+        if version != pack.version:
+            raise CorruptedCode(f"the codec pack {path} has the tensors of format version {pack.version}, not {version}", _REMEDY)
         pack._check_tensors()
         return pack
 
@@ -225,7 +248,18 @@ class CodecPack:
             _expect(stored, f"basis.{bits}.step", torch.uint8, (count, -(-width // GROUP)))
             _expect(stored, f"basis.{bits}.peak", torch.float32, (count,), low=0.0)
             rows += count
-        _expect(stored, "variance", torch.float32, (rows,), low=0.0)
+        if "fallback.codes" in stored:
+            own, short = self.layout.dim, self.layout.layer_dim
+            _expect(stored, "fallback.codes", torch.uint8, (own, _FALLBACK_BITS, -(-short // 8)))
+            _expect(stored, "fallback.step", torch.uint8, (own, -(-short // GROUP)))
+            _expect(stored, "fallback.peak", torch.float32, (own,), low=0.0)
+            layer = _expect(stored, "fallback.layer", torch.int16, (own,))
+            if not bool((layer.sort().values == torch.arange(own) // short).all()):
+                raise CorruptedCode("the rows of the pack's fallback basis are not those of its layers", _REMEDY)
+            own += rows
+        else:
+            own = rows
+        _expect(stored, "variance", torch.float32, (own,), low=0.0)
         if self.kind == "per_layer":
             layer = _expect(stored, "basis.layer", torch.int16, (rows,))
             if rows and not 0 <= int(layer.min()) <= int(layer.max()) < self.layout.coded_layers:

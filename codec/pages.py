@@ -6,17 +6,20 @@ copied and entropy-decoded at once; on a GPU on a stream of their own, beside th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from codec.codec import DecodedSpans, KvCodec, batches
+from codec.codec import DecodedSpans, KvCodec, alike, batches
 from codec.container import SpanCode
 from codec.errors import BadInput
 from codec.predictor.dense import AnyPredictor
+from codec.transform import Fallback
 from codec.weighting import apply_blocks
 from kernels.residual_decode import residual_decode_pages
+from kernels.rope import apply_rope
 
 _TILE = 64
 """Features and components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
@@ -31,10 +34,23 @@ _FOLDED_ROWS = 512
 
 
 class EntropyDecoded(NamedTuple):
-    """Neighbouring spans that are entropy-decoded together: their first token, counted from the first span's, and what came out."""
+    """Spans that are entropy-decoded together: the first token of each, counted from the first span's, and what came out."""
 
-    start: int
+    starts: list[int]
     decoded: DecodedSpans
+
+
+class _Chunk(NamedTuple):
+    """Components of some spans of a part, in the product's dtype.
+
+    tokens: their places among all coded tokens, a slice where they follow one another. runs: the same as ranges. rows: [T, K up to a whole tile] of the
+    transform's rows; rest: [T, n] of its fallback basis, or None.
+    """
+
+    tokens: slice | torch.Tensor
+    runs: list[tuple[int, int]]
+    rows: torch.Tensor
+    rest: torch.Tensor | None
 
 
 class PageDecoder:
@@ -52,6 +68,7 @@ class PageDecoder:
         self.codec, self.predictor, self.dtype = codec, predictor, dtype
         self.num_inputs = -(-predictor.matrix.shape[0] // _TILE) * _TILE
         self._matrix: torch.Tensor | None = None
+        self._fallback: Fallback | None = None
         self._stream: torch.cuda.Stream | None = None
 
     # --- entropy decoding -----------------------------------------------------------------------------------------------
@@ -78,15 +95,11 @@ class PageDecoder:
         return self._stream
 
     def _parts(self, codes: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
-        start, first = 0, 0
-        while first < len(codes):
-            last, tokens = first, 0
-            key = codes[first].step, codes[first].tokens_per_lane
-            while last < len(codes) and (codes[last].step, codes[last].tokens_per_lane) == key and tokens < _ENTROPY_TOKENS:
-                tokens += codes[last].num_tokens
-                last += 1
-            yield EntropyDecoded(start, self.codec.entropy_decoded(codes[first:last]))
-            start, first = start + tokens, last
+        starts = list(itertools.accumulate((code.num_tokens for code in codes), initial=0))
+        for group in alike(codes):
+            for some in batches([codes[n].num_tokens for n in group], _ENTROPY_TOKENS):
+                members = [group[i] for i in some]
+                yield EntropyDecoded([starts[n] for n in members], self.codec.entropy_decoded([codes[n] for n in members]))
 
     def check(self, parts: Sequence[EntropyDecoded]) -> None:
         """Wait for everything and raise CorruptedCode if a stream was damaged: what was written of it must then be thrown away."""
@@ -95,20 +108,27 @@ class PageDecoder:
 
     # --- the product ----------------------------------------------------------------------------------------------------
 
-    def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(tokens, their components [T, K up to a whole tile] in the product's dtype), chunk by chunk."""
+    def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[_Chunk]:
+        """All components, chunk by chunk."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self.codec.device)
             current.wait_stream(self._stream)
             for part in parts:
                 for tensor in (part.decoded.q, part.decoded.gains, part.decoded.levels, part.decoded.base):
                     tensor.record_stream(current)
+        count = self.codec.transform.num_rows
         for part in parts:
-            sizes, at = part.decoded.sizes, part.start
-            for some in batches(sizes, CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])):
+            for some in batches(part.decoded.sizes, CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])):
                 c = self.codec.components_of(part.decoded, some[0], some[-1] + 1).to(self.dtype)
-                yield slice(at, at + len(c)), torch.nn.functional.pad(c, (0, -c.shape[1] % _TILE))
-                at += len(c)
+                runs: list[tuple[int, int]] = []
+                for n in some:
+                    start, end = part.starts[n], part.starts[n] + part.decoded.sizes[n]
+                    runs[-1:] = [(runs[-1][0], end)] if runs and runs[-1][1] == start else [*runs[-1:], (start, end)]
+                tokens: slice | torch.Tensor = slice(*runs[0])
+                if len(runs) > 1:
+                    tokens = torch.cat([torch.arange(*run) for run in runs]).to(self.codec.device)
+                rows, rest = c[:, :count], c[:, count:] if c.shape[1] > count else None
+                yield _Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
 
     def write_pages(
         self,
@@ -137,27 +157,53 @@ class PageDecoder:
         if kv.shape[0] - first_layer != layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, layout.num_kv_heads, layout.head_dim):
             raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {layout}", "pass the pool that was coded")
         ones = torch.ones(tokens, device=self.codec.device)
-        for at, c in self._chunks(parts):
+        for at, _, c, rest in self._chunks(parts):
             weight = self.matrix[: self.num_inputs + c.shape[1]]
             x, angles = self._inputs(latents, target_rows, at), (cos[at], sin[at])
-            residual_decode_pages(x, ones[at], c.contiguous(), weight, self.predictor.mu, kv, slots[at], *angles, first_layer)
+            if rest is None:
+                residual_decode_pages(x, ones[at], c.contiguous(), weight, self.predictor.mu, kv, slots[at], *angles, first_layer)
+                continue
+            y = (torch.cat([x, c], 1) @ weight).float().add_(self.predictor.mu).add_(self._fallback_rows(rest))
+            self._scatter(y, kv, slots[at], *angles, first_layer)
+
+    def _scatter(
+        self, rows: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_layer: int
+    ) -> None:
+        """Rotate the keys of rows float32 [T, D] and write them; arguments as in `write_pages`."""
+        layout = self.codec.layout
+        y = rows.view(len(rows), layout.coded_layers, 2, layout.num_kv_heads, layout.head_dim)
+        y[:, :, 0] = apply_rope(y[:, :, 0], cos, sin)
+        kv[first_layer:].flatten(2, 3)[:, :, slots] = y.permute(1, 2, 0, 3, 4).to(kv.dtype)
 
     def rows(
         self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """(tokens, their KV rows float32 [T, D]), chunk by chunk; arguments as in `write_pages`. Call `check` before they are used."""
         self._num_tokens(parts, latents, target_rows)
-        for at, c in self._chunks(parts):
+        for at, runs, c, rest in self._chunks(parts):
             x = torch.cat([self._inputs(latents, target_rows, at), c], 1)
             if self.codec.device.type != "cpu":
-                yield at, (x @ self.matrix[: x.shape[1]]).float().add_(self.predictor.mu)
-                continue
-            out = torch.empty(len(x), self.codec.layout.dim)
-            for first in range(0, len(x), _BLOCK_ROWS):
-                block = x[first : first + _BLOCK_ROWS]
-                full = torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block)))
-                torch.add((full @ self.matrix[: x.shape[1]])[: len(block)].float(), self.predictor.mu, out=out[first : first + len(block)])
-            yield at, out
+                out = (x @ self.matrix[: x.shape[1]]).float().add_(self.predictor.mu)
+            else:
+                out = torch.empty(len(x), self.codec.layout.dim)
+                for first in range(0, len(x), _BLOCK_ROWS):
+                    block = x[first : first + _BLOCK_ROWS]
+                    full = torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block)))
+                    product = (full @ self.matrix[: x.shape[1]])[: len(block)].float()
+                    torch.add(product, self.predictor.mu, out=out[first : first + len(block)])
+            if rest is not None:
+                out += self._fallback_rows(rest)
+            done = 0
+            for start, end in runs:
+                yield slice(start, end), out[done : done + end - start]
+                done += end - start
+
+    def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
+        """float32 [T, D] of components of the fallback basis, in products of whole blocks of rows: as `rows`."""
+        parts = []
+        for block in rest.split(_BLOCK_ROWS):
+            parts.append(self.fallback.expand(torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block))))[: len(block)].float())
+        return torch.cat(parts)
 
     def _num_tokens(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> int:
         tokens = sum(sum(part.decoded.sizes) for part in parts)
@@ -165,7 +211,7 @@ class PageDecoder:
             raise BadInput(f"features of {len(latents)} tokens for {tokens} coded ones", "pass those of the tokens that were coded")
         return tokens
 
-    def _inputs(self, latents: torch.Tensor, target_rows: torch.Tensor | None, at: slice) -> torch.Tensor:
+    def _inputs(self, latents: torch.Tensor, target_rows: torch.Tensor | None, at: slice | torch.Tensor) -> torch.Tensor:
         """[T, F up to a whole tile] in the product's dtype."""
         x = self.predictor.inputs(latents[at], None if target_rows is None else target_rows[at]).to(self.dtype)
         return torch.nn.functional.pad(x, (0, self.num_inputs - x.shape[1]))
@@ -175,7 +221,7 @@ class PageDecoder:
         """[F + K, D], each up to a whole tile: the predictor's matrix over U^T S^-1. Made at first use."""
         if self._matrix is None:
             codec, own = self.codec, self.predictor.matrix
-            dim, count = codec.layout.dim, codec.transform.num_components
+            dim, count = codec.layout.dim, codec.transform.num_rows
             depth = self.num_inputs + -(-count // _TILE) * _TILE
             matrix = torch.zeros(depth, dim, dtype=self.dtype, device=codec.device)
             matrix[: len(own)] = own
@@ -186,3 +232,15 @@ class PageDecoder:
                 matrix[self.num_inputs + at : self.num_inputs + at + len(some)] = folded
             self._matrix = matrix
         return self._matrix
+
+    @property
+    def fallback(self) -> Fallback:
+        """The transform's fallback basis over S^-1. Made at first use."""
+        if self._fallback is None:
+            own, inverse = self.codec.transform.fallback, self.codec.weighting.inverse
+            assert own is not None, "a span was coded in a fallback basis"
+            layers, width, _ = own.basis.shape
+            heads = own.basis.reshape(layers, width, -1, inverse.shape[-1]).transpose(1, 2)  # [layers, blocks of a layer, W, d]
+            folded = heads @ inverse.reshape(layers, -1, *inverse.shape[1:])
+            self._fallback = Fallback(folded.transpose(1, 2).reshape(layers, width, width).to(self.dtype), own.order)
+        return self._fallback

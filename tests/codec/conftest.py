@@ -13,8 +13,8 @@ from codec.pack import CodecPack
 from codec.rate import EntropyModel
 from codec.rows import allocate_bits, row_bytes
 from codec.spec import QUALITIES, KvLayout
-from codec.transform import Transform, fit_global, fit_per_layer
-from codec.weighting import Weighting, both_sides, normalised, unit_weighting
+from codec.transform import Transform, fit_fallback, fit_global, fit_per_layer
+from codec.weighting import Weighting, apply_blocks, both_sides, normalised, unit_weighting
 
 LAYOUT = KvLayout(num_layers=5, num_kv_heads=2, head_dim=16, first_layer=1)
 
@@ -71,6 +71,14 @@ def _make_pack(source: Source, kind: str = "global", room: float | None = None) 
     return pack.with_model(fit_entropy_model(c, c.pow(2).mean(0)))
 
 
+def _with_fallback(pack: CodecPack, held: torch.Tensor) -> CodecPack:
+    """The pack with a fallback basis fitted on rows held float32 [n, D]."""
+    z = apply_blocks(held, pack.weighting.root)
+    rest = z - pack.transform.expand(pack.transform.project(z, pack.transform.num_rows), z.shape[1])
+    fallback, variance = fit_fallback(rest, LAYOUT.layer_dim)
+    return pack.with_fallback(fallback, torch.cat([pack.transform.variance, variance]), pack.model)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Products this small only lose by being shared out."""
@@ -98,6 +106,15 @@ def source() -> Source:
 @pytest.fixture(scope="session")
 def pack(source: Source) -> CodecPack:
     return _make_pack(source)
+
+
+@pytest.fixture(scope="session")
+def completed_pack(source: Source, pack: CodecPack) -> CodecPack:
+    """A pack of the source's leading components alone, with a fallback basis."""
+    t, count = pack.transform, pack.transform.num_rows // 4
+    kept = {"predictor": pack.predictor, "predictor_settings": pack.predictor_settings, "fingerprints": pack.fingerprints}
+    few = CodecPack.build(LAYOUT, pack.weighting, t.first(count), pack.model, **kept)
+    return _with_fallback(few, source.draw(1000))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.calibrate_tables import fit_entropy_model
-from codec.codec import KvCodec, tokens_per_lane
+from codec.codec import KvCodec, SpanSetting, tokens_per_lane
 from codec.errors import BadInput, CodecError, PackMismatch, UnknownQuality
 from codec.pack import CodecPack
 from codec.spec import QUALITIES
@@ -80,6 +80,38 @@ def test_products_of_many_spans_at_once(codec: KvCodec, source, monkeypatch: pyt
         assert torch.equal(joined.decode(span, guess), whole), "a span's bits do not depend on what is decoded beside it"
 
 
+def test_a_fallback_basis_codes_what_the_rows_leave_over(completed_pack, source) -> None:
+    codec = KvCodec(completed_pack)
+    rows = source.draw(96)
+    zero = torch.zeros_like(rows)
+    pairs = list(zip(rows.split(32), zero.split(32), strict=True))
+    error = {}
+    for step, fallback in ((0.5, False), (0.5, True), (0.125, True)):
+        setting = [SpanSetting(step, fallback)] * 3
+        spans = codec.encode_many(pairs, setting)
+        decoded = torch.cat(codec.decode_many(spans, [z for _, z in pairs]))
+        torch.testing.assert_close(torch.cat(codec.requantised(pairs, setting)), decoded, atol=1e-4, rtol=1e-4)
+        assert codec.ideal_bits(pairs, setting) < 8 * sum(map(len, spans))
+        error[step, fallback] = float(apply_blocks(decoded - rows, codec.weighting.root).pow(2).mean())
+    assert error[0.5, True] < 0.5**2 / 6 and 2 * error[0.5, True] < error[0.5, False], "the rows alone leave a floor"
+    assert error[0.125, True] < 0.15 * error[0.5, True]
+    mixed = codec.encode_many(pairs, [SpanSetting(0.5), SpanSetting(0.25, True), SpanSetting(0.5)])
+    assert [
+        codec.encode_many([pair], [own])[0]
+        for pair, own in zip(pairs, (SpanSetting(0.5), SpanSetting(0.25, True), SpanSetting(0.5)), strict=True)
+    ] == mixed
+
+
+def test_a_fallback_basis_is_complete(completed_pack, source) -> None:
+    t = completed_pack.transform
+    z = source.draw(20) @ torch.randn(completed_pack.layout.dim, completed_pack.layout.dim)  # of no kind that was fitted
+    c = t.project(z, t.num_components)
+    assert c.shape[1] == t.num_rows + completed_pack.layout.dim
+    assert float((t.expand(c, z.shape[1]) - z).norm() / z.norm()) < 0.02, "eight bits a number"
+    variance = t.variance[t.num_rows :]
+    assert bool((variance[:-1] >= variance[1:]).all())
+
+
 def test_token_levels_change_the_step(codec: KvCodec, source) -> None:
     rows = source.draw(64)
     zero = torch.zeros_like(rows)
@@ -129,6 +161,9 @@ def test_refusals(codec: KvCodec, source, make_source, make_pack) -> None:
     with pytest.raises(BadInput):
         codec.encode(rows[:0], zero[:0], "tiny")
     span = codec.encode(rows, zero, "tiny")
+    for wrong in ([SpanSetting(1.0, True)], []):
+        with pytest.raises(BadInput, match="settings do not fit"):
+            codec.encode_many([(rows, zero)], wrong)
     with pytest.raises(BadInput):
         codec.decode(span, zero[:4])
     with pytest.raises(PackMismatch):

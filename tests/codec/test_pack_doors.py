@@ -31,9 +31,9 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def parts(make_pack, make_source):
+def parts(make_pack, make_source, completed_pack):
     """(tensors, description) of a whole pack of each kind."""
-    made = {}
+    made = {"fallback": (completed_pack._tensors(), completed_pack._meta())}
     for kind in ("global", "per_layer"):
         pack = make_pack(make_source(1), kind)
         made[kind] = pack._tensors(), pack._meta()
@@ -58,7 +58,7 @@ def test_forging_alone_changes_nothing(tmp_path, parts):
         assert KvCodec(pack).encode(torch.randn(20, pack.layout.dim), torch.zeros(20, pack.layout.dim), "balanced")
 
 
-@pytest.mark.parametrize("kind", ["global", "per_layer"])
+@pytest.mark.parametrize("kind", ["global", "per_layer", "fallback"])
 def test_every_tensor_is_needed_in_its_shape_and_dtype_and_finite(tmp_path, parts, kind):
     tensors, meta = parts[kind]
     for name, tensor in tensors.items():
@@ -77,6 +77,19 @@ def test_every_tensor_is_needed_in_its_shape_and_dtype_and_finite(tmp_path, part
         CodecPack.load(forge(tmp_path / "more", tensors | {"extra": torch.zeros(2)}, meta))
     with pytest.raises(CorruptedCode, match=r"cannot be undone|not finite"):
         CodecPack.load(forge(tmp_path / "singular", tensors | {"weight": torch.zeros_like(tensors["weight"])}, meta))
+
+
+def test_a_fallback_basis_belongs_to_its_version_and_to_whole_layers(tmp_path, parts):
+    tensors, meta = parts["fallback"]
+    assert meta["version"] == 3 and parts["global"][1]["version"] == 2
+    layer = tensors["fallback.layer"].clone()
+    layer[0] = (int(layer[0]) + 1) % 4
+    with pytest.raises(CorruptedCode, match="not those of its layers"):
+        CodecPack.load(forge(tmp_path / "layer", tensors | {"fallback.layer": layer}, meta))
+    with pytest.raises(CorruptedCode, match="format version"):
+        CodecPack.load(forge(tmp_path / "old", tensors, meta | {"version": 2}))
+    with pytest.raises(CorruptedCode, match="format version"):
+        CodecPack.load(forge(tmp_path / "new", parts["global"][0], parts["global"][1] | {"version": 3}))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codec.codec import KvCodec
+from codec.codec import KvCodec, SpanSetting
 from codec.errors import BadInput, CorruptedCode
 from codec.pack import CodecPack
 from codec.pages import PageDecoder
@@ -57,13 +57,43 @@ def test_pages_hold_what_decode_many_gives(source, make_pack, dtype: torch.dtype
     parts = pages.start(spans)
     pages.write_pages(parts, inputs, None, got, slots, cos, sin, layout.first_layer)
     pages.check(parts)
-    found = torch.cat([part for _, part in pages.rows(pages.start(spans), inputs, None)])
+    found = torch.zeros_like(decoded)
+    for tokens, part in pages.rows(pages.start(spans), inputs, None):
+        found[tokens] = part
     assert float((found - decoded).norm() / decoded.norm()) < (1e-5 if dtype == torch.float32 else 4e-3)
     assert float((got.float() - want.float()).norm() / want.float().norm()) < (1e-5 if dtype == torch.float32 else 4e-3)
     free = torch.ones(11 * PAGE, dtype=torch.bool, device=DEVICE)
     free[slots] = False
     assert torch.equal(got.flatten(2, 3)[:, :, free], kv.flatten(2, 3)[:, :, free])
     assert torch.equal(got[: layout.first_layer], kv[: layout.first_layer])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_spans_in_a_fallback_basis_lie_between_others(completed_pack, source, dtype: torch.dtype) -> None:
+    """Spans of three settings in turns: each is decoded with those like it, and every token lands in its own place."""
+    codec, generator = KvCodec(completed_pack, DEVICE), torch.Generator().manual_seed(6)
+    layout, sizes = codec.layout, (9, 30, 4, 17)
+    rows = source.draw(sum(sizes)).to(DEVICE)
+    predictor, inputs = predictor_of(layout.dim), torch.randn(len(rows), FEATURES, generator=generator).to(DEVICE)
+    guess = predictor.predict(inputs, None)
+    settings = [SpanSetting(0.5), SpanSetting(0.5, True), SpanSetting(0.5), SpanSetting(0.25, True)]
+    spans = codec.encode_many(list(zip((rows + guess).split(sizes), guess.split(sizes), strict=True)), settings)
+    decoded = torch.cat(codec.decode_many(spans, guess.split(sizes)))
+    kv = torch.randn(layout.num_layers, 2, 9, PAGE, layout.num_kv_heads, layout.head_dim, generator=generator).to(DEVICE, dtype)
+    slots = torch.randperm(9 * PAGE, generator=generator)[: len(rows)].to(DEVICE)
+    angle = (torch.rand(len(rows), layout.head_dim // 2, generator=generator) * 60).to(DEVICE)
+    want = pages_of(decoded, kv, slots, angle.cos(), angle.sin(), layout.first_layer)
+    pages = PageDecoder(codec, predictor, dtype)
+    parts = pages.start(spans)
+    assert [part.starts for part in parts] == [[0, 39], [9], [43]]
+    pages.write_pages(parts, inputs, None, kv, slots, angle.cos(), angle.sin(), layout.first_layer)
+    pages.check(parts)
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    assert float((kv.float() - want.float()).norm() / want.float().norm()) < bound
+    found = torch.zeros_like(decoded)
+    for tokens, part in pages.rows(pages.start(spans), inputs, None):
+        found[tokens] = part
+    assert float((found - decoded).norm() / decoded.norm()) < bound
 
 
 def test_a_token_gives_the_same_bits_whatever_is_decoded_behind_it(codec: KvCodec, source) -> None:
