@@ -9,6 +9,7 @@ from kernels.errors import ForetoldError, InvalidOption
 __all__ = [
     "BadAdapter",
     "BadSessionFile",
+    "BadStore",
     "CacheNotWritable",
     "Corrupted",
     "DiskFull",
@@ -118,3 +119,10 @@ class ForeignModel(BadSessionFile):
 
 class NewerVersion(BadSessionFile):
     """The session file was written by a newer version of its format."""
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+class BadStore(ForetoldError):
+    """The folder is no store: other files lie in it, a newer version wrote it, or it is no folder at all."""

@@ -59,7 +59,7 @@ def atomic_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO
     descriptor = os.open(temporary, os.O_WRONLY | _CREATE, PRIVATE_MODE if private or earlier is not None else 0o666)
     try:
         with open(descriptor, "wb") as file:
-            _lock(descriptor)  # tells the sweep of another process that the writer lives
+            try_lock(descriptor)  # tells the sweep of another process that the writer lives
             if earlier is not None and hasattr(os, "fchmod"):
                 if (earlier.st_uid, earlier.st_gid) != (os.geteuid(), os.getegid()):
                     with suppress(OSError):
@@ -73,8 +73,24 @@ def atomic_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
-    _sweep(target.parent)
+    sync_folder(target.parent)
+    sweep(target.parent)
+
+
+def stage_bytes(folder: Path, content: bytes) -> Path:
+    """A new private file of a random name in `folder` with this content, synced; the caller renames it to where it belongs, soon. Raises OSError."""
+    temporary = folder / f".foretold-{secrets.token_hex(8)}.part"
+    descriptor = os.open(temporary, os.O_WRONLY | _CREATE, PRIVATE_MODE)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def write_bytes(path: str | Path, content: bytes, *, private: bool = False) -> None:
@@ -125,7 +141,7 @@ def _hold(beside: Path, session: str | Path) -> int | None:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, f"{beside.name} is not a regular file")
-            if not _lock(descriptor):
+            if not try_lock(descriptor):
                 if fcntl is None:
                     os.close(descriptor)
                     return None
@@ -156,7 +172,7 @@ def _holder(descriptor: int) -> str:
         return "another process"
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Take the system's lock on an open file, True when it is ours; False as well where there are none."""
     if fcntl is None:
         return False
@@ -171,7 +187,8 @@ def _lock(descriptor: int) -> bool:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -179,7 +196,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove temporary files of dead writers: old ones whose lock is free. What cannot be removed stays."""
     if fcntl is None:
         return
@@ -192,7 +209,7 @@ def _sweep(folder: Path) -> None:
                     continue
                 descriptor = os.open(entry.path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
                 try:
-                    if _lock(descriptor):
+                    if try_lock(descriptor):
                         os.unlink(entry.path)
                 finally:
                     os.close(descriptor)

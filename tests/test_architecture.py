@@ -67,7 +67,7 @@ LIBRARIES = {"kernels", "codec", "draft"}
 LEAVES = {"engine.errors", "engine.inputs", "engine.files"}
 RUNTIME = {"kernels", "draft", "engine.kv", "engine.model", "engine.config", *LEAVES}
 ABOVE = {*LIBRARIES, *RUNTIME, "engine.runtime", "engine.hub", "engine.text"}
-FACADE = {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.engine"}
+FACADE = {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.store", "engine.engine"}
 ROOMS = {
     "kernels": set(),
     "codec": {"kernels"},
@@ -86,7 +86,7 @@ ROOMS = {
     "engine.sessions": {*ABOVE, "engine.calibrate"},
     "engine.store": {*ABOVE, "engine.sessions"},
     "engine.loading": ABOVE,
-    "engine.engine": {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions"},
+    "engine.engine": {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.store"},
     "engine": FACADE,
     "engine.cli": {*FACADE, "engine.generate"},  # the console script
     "engine.server": FACADE,

@@ -1,0 +1,138 @@
+"""A stored run: a few pages of token ids that continue a parent run, with the coded spans of their KV or without.
+
+A page is PAGE_TOKENS tokens; a run fills RUN_PAGES pages, and only the last run of a text may be shorter. Every page has a key: the hash of the
+key before it and of its token ids, beginning with the root's, which names models, codec parameters, quality and namespace. A run is named by the key of
+its last page, so a name says everything before it too, and equal runs of any process are one file.
+
+File: sections of `codec.container`: HEAD (root, parent, first page, pages, whether coded), TOKS (a frame of `codec.token_ids`), SIZE (bytes of each
+span, uint32), SPAN (the spans' bytes, end to end), HASH (BLAKE2b-128 of all before).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from itertools import pairwise
+
+import numpy as np
+
+from codec.container import read_sections, write_sections
+from codec.errors import CorruptedCode
+from codec.spec import NUM_SINKS, SPAN_TOKENS
+from codec.token_ids import decode_ids, encode_ids
+
+PAGE_TOKENS = SPAN_TOKENS
+RUN_PAGES = 4
+RUN_TOKENS = PAGE_TOKENS * RUN_PAGES
+KEY_BYTES = 20
+FORMAT = 1
+"""Of keys and files: another number names other runs."""
+
+LABEL = "label"
+"""The role under which an identity says, for people, which models it is about."""
+
+MAX_RUN_BYTES = 64 << 20
+MAGIC = b"FTLDRUN\n"
+_HEAD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sIBB")
+_NAMES = ["HEAD", "TOKS", "SIZE", "SPAN", "HASH"]
+_REMEDY = "let the store be verified with --repair: what is lost is computed again"
+
+
+def root_key(identity: Mapping[str, str]) -> bytes:
+    """The key before a text's first page. identity: role -> what it is, such as the models' fingerprints and the namespace; LABEL changes nothing."""
+    named = {role: value for role, value in identity.items() if role != LABEL}
+    return sha256(json.dumps({"format": str(FORMAT), **named}, sort_keys=True).encode()).digest()[:KEY_BYTES]
+
+
+def page_keys(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
+    """The keys of all whole pages of a text."""
+    whole = len(token_ids) - len(token_ids) % PAGE_TOKENS
+    data = np.asarray(token_ids[:whole], "<u4").tobytes()
+    keys, key, size = [], root, 4 * PAGE_TOKENS
+    for at in range(0, len(data), size):
+        key = sha256(key + data[at : at + size]).digest()[:KEY_BYTES]
+        keys.append(key)
+    return keys
+
+
+def span_bounds(page: int) -> tuple[int, int]:
+    """The tokens [start, end) that the span of a page covers: the attention sinks have no span."""
+    return max(NUM_SINKS, page * PAGE_TOKENS), (page + 1) * PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pages [start_page, start_page + pages) of a text.
+
+    root, parent: keys before the text, and before this run. token_ids: of its pages. spans: the coded span of each page (`span_bounds`), or None where
+    the ids alone are kept.
+    """
+
+    root: bytes
+    parent: bytes
+    start_page: int
+    token_ids: tuple[int, ...]
+    spans: tuple[bytes, ...] | None
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.token_ids) // PAGE_TOKENS
+
+    @property
+    def coded(self) -> bool:
+        return self.spans is not None
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of its pages; the last one names it."""
+        return page_keys(self.parent, self.token_ids)
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        head = _HEAD.pack(self.root, self.parent, self.start_page, self.num_pages, self.coded)
+        spans = self.spans or ()
+        parts = [head, encode_ids(self.token_ids), np.array([len(s) for s in spans], "<u4").tobytes(), b"".join(spans)]
+        return write_sections(list(zip(_NAMES, [*parts, _digest(parts)], strict=True)), MAGIC, FORMAT)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Run:
+        """Inverse of `to_bytes`.
+
+        Raises:
+            ForeignCode, NewerCode, TruncatedCode, CorruptedCode: as the names say; no damaged run comes out.
+        """
+        sections = read_sections(data, MAGIC, FORMAT)
+        if [name for name, _ in sections] != _NAMES:
+            raise CorruptedCode("the file's sections are not a run's", _REMEDY)
+        head, ids, sizes, body, digest = (content for _, content in sections)
+        if _digest([head, ids, sizes, body]) != bytes(digest) or len(head) != _HEAD.size:
+            raise CorruptedCode("the run's digest does not match its bytes", _REMEDY)
+        root, parent, start_page, pages, coded = _HEAD.unpack(head)
+        counts = [] if len(sizes) % 4 else np.frombuffer(sizes, "<u4").tolist()
+        if (
+            not 1 <= pages <= RUN_PAGES
+            or start_page % RUN_PAGES
+            or (start_page == 0) != (parent == root)
+            or coded > 1
+            or len(counts) != pages * coded
+            or len(sizes) != 4 * len(counts)
+            or sum(counts) != len(body)
+        ):
+            raise CorruptedCode("the run's description contradicts itself", _REMEDY)
+        tokens = decode_ids(ids, pages * PAGE_TOKENS)
+        if len(tokens) != pages * PAGE_TOKENS:
+            raise CorruptedCode("the run holds another number of tokens than it says", _REMEDY)
+        ends = np.cumsum([0, *counts]).tolist()
+        spans = tuple(bytes(body[a:b]) for a, b in pairwise(ends)) if coded else None
+        return cls(bytes(root), bytes(parent), start_page, tuple(tokens), spans)
+
+
+def _digest(parts: Sequence[bytes | memoryview]) -> bytes:
+    hasher = blake2b(digest_size=16)
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.digest()
