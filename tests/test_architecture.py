@@ -88,7 +88,7 @@ ROOMS = {
     "engine.loading": ABOVE,
     "engine.engine": {*ABOVE, "engine.loading", "engine.calibrate", "engine.sessions", "engine.store"},
     "engine": FACADE,
-    "engine.cli": {*FACADE, "engine.generate"},  # the console script
+    "engine.cli": {*FACADE, "engine.server", "engine.generate", "engine.serve"},  # the console script
     "engine.server": FACADE,
     "engine.connectors": FACADE,
     "engine.generate": {*FACADE, "engine.cli"},

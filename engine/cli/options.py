@@ -41,26 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prompt", nargs="?", help="the prompt (or --prompt-file, or standard input)")
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file that holds the prompt")
     p.add_argument("--version", action="store_true", help="print the versions that figures depend on, and leave")
-    models = p.add_argument_group("models")
-    models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
-    models.add_argument("--target", metavar="DIR|HUB_ID", help="another model than a pair's: a folder, or its name on the hub")
-    models.add_argument(
-        "--draft",
-        metavar="DIR|HUB_ID|trunk|none",
-        help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
-        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target",
-    )
-    models.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    models.add_argument(
-        "--kv-cache-dtype",
-        dest="hot",
-        default=PLAIN,
-        choices=KV_CACHE_DTYPES,
-        help="format of the target's KV being attended; a draft model's stays bf16",
-    )
-    models.add_argument("--hot", dest="hot", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
-    models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
+    model_options(p)
     text = p.add_argument_group("text")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("--chat", action="store_true", help="several turns, read from the terminal")
@@ -93,6 +74,30 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line instead of streaming the text")
     p.add_argument("--json-out", type=Path, metavar="FILE", help="write that object to a file")
     return p
+
+
+def model_options(p: argparse.ArgumentParser) -> None:
+    """Options that name models, and how they are held; `engine.cli.command.load` reads them."""
+    models = p.add_argument_group("models")
+    models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
+    models.add_argument("--target", metavar="DIR|HUB_ID", help="another model than a pair's: a folder, or its name on the hub")
+    models.add_argument(
+        "--draft",
+        metavar="DIR|HUB_ID|trunk|none",
+        help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
+        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target",
+    )
+    models.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    models.add_argument(
+        "--kv-cache-dtype",
+        dest="hot",
+        default=PLAIN,
+        choices=KV_CACHE_DTYPES,
+        help="format of the target's KV being attended; a draft model's stays bf16",
+    )
+    models.add_argument("--hot", dest="hot", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
+    models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
 
 
 def checked(argv: Sequence[str] | None) -> argparse.Namespace:

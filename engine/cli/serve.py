@@ -1,0 +1,150 @@
+"""What `python -m engine.serve` does: its options, the engine they name, and the server around it."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from engine.cli.command import load, memory_line, quiet_libraries
+from engine.cli.options import DEFAULT_PAIR, Parser, model_options, report
+from engine.cli.terminal import prepare_streams, say
+from engine.engine import Engine
+from engine.errors import ForetoldError, InvalidOption, ModelNotFound
+from engine.server.app import Server, ServerConfig
+from engine.server.keys import read_keys
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options of the server."""
+    p = Parser(prog="python -m engine.serve", description="Serve OpenAI's protocol: chat completions, completions, models, metrics.")
+    model_options(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; other than this machine's own needs --api-key-file")
+    p.add_argument("--port", type=int, default=8000, help="port; 0: any free one, which is printed")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, or a name and a key; each is a namespace")
+    p.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients; default: the pair's or the target's")
+    p.add_argument("--max-batch", type=int, default=64, metavar="N", help="requests running at once; default 64")
+    p.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="requests waiting at once, more are answered with 429; default 256"
+    )
+    p.add_argument("--max-body-bytes", type=int, default=32 << 20, metavar="N", help="largest request; default 32 MiB")
+    p.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="longest life of a request, in seconds; default 3600")
+    p.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="at SIGTERM, running requests may go on so many seconds; default 30"
+    )
+    p.add_argument("--deterministic", action="store_true", help="greedy text does not depend on who else is served")
+    p.add_argument("--pool-tokens", type=int, metavar="N", help="tokens the KV pool holds; default: what memory allows")
+    return p
+
+
+def checked(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check options before anything is loaded. Raises InvalidOption."""
+    args = parser().parse_args(argv)
+    if args.pair and args.target:
+        raise InvalidOption("--pair and --target exclude each other", "give one of them")
+    bounds = {"threads": (1, 1024), "port": (0, 65535), "max_batch": (1, 4096), "max_queue": (1, 1 << 20)}
+    bounds |= {"max_body_bytes": (1024, 1 << 31), "pool_tokens": (1, 1 << 40)}
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InvalidOption(f"--{name.replace('_', '-')} cannot be {value}", f"give a whole number from {low} to {high}")
+    for name in ("timeout", "grace"):
+        if not 0 < getattr(args, name) <= 1e7:
+            raise InvalidOption(f"--{name} cannot be {getattr(args, name)}", "give seconds above 0")
+    if args.api_key_file is None and not is_local(args.host):
+        raise InvalidOption(
+            f"without API keys the server listens on this machine alone, not on {args.host}",
+            "give --api-key-file FILE, or --host 127.0.0.1",
+        )
+    return args
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Exit status: 0 after a stop by a signal, 2 for a named error."""
+    prepare_streams()
+    try:
+        args = checked(argv)
+        keys = read_keys(args.api_key_file)
+        listening = listen(args.host, args.port)
+        try:
+            engine = _engine(args)
+            config = ServerConfig(
+                model=args.served_model_name or args.pair or args.target or DEFAULT_PAIR,
+                keys=keys,
+                max_queue=args.max_queue,
+                max_body_bytes=args.max_body_bytes,
+                timeout_s=args.timeout,
+                grace_s=args.grace,
+                local_only=not keys.digests,
+            )
+            serve(Server(engine, config), listening)
+        finally:
+            listening.close()
+    except ForetoldError as error:
+        return report(error)
+    return 0
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    quiet_libraries()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    options = {"hot": args.hot, "deterministic": args.deterministic, "max_batch": args.max_batch, "pool_tokens": args.pool_tokens}
+    engine = load(args, **options)
+    if engine.tokenizer is None:
+        raise ModelNotFound("the target has no tokenizer", "a server needs one: use a folder that holds it")
+    say(memory_line(engine))
+    engine.core.measure_costs()  # not at the first request's expense
+    return engine
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before minutes of loading. Raises InvalidOption."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        raise InvalidOption(f"the server cannot listen on {host}, port {port}: {error}", "choose another --host or --port") from error
+    return listening
+
+
+def serve(server: Server, listening: socket.socket) -> None:
+    """Answer requests until SIGINT or SIGTERM; then no new ones, and those running end (`ServerConfig.grace_s`)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    alone = "; without API keys it answers this machine alone" if server.config.local_only else ""
+    say(f"serving {server.config.model} at http://{shown}:{port}{alone}")
+    grace = server.config.grace_s
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(grace) + 1,
+        h11_max_incomplete_event_size=64 << 10,
+        limit_concurrency=None,
+    )
+    uvicorn.Server(config).run(sockets=[listening])

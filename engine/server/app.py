@@ -1,0 +1,394 @@
+"""The HTTP side: routes of OpenAI's protocol over an `EngineLoop`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from engine.engine import Engine
+from engine.errors import ForetoldError
+from engine.inputs import is_whole
+from engine.runtime.request import GenerationResult
+from engine.server.errors import ApiError, as_api_error
+from engine.server.keys import Keys
+from engine.server.loop import EngineLoop, Event, Ticket
+from engine.server.metrics import ServerMetrics
+from engine.server.page import PAGE
+from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
+from engine.server.responses import Answer, finish_reason
+from engine.text.decoder import TextDecoder
+
+log = logging.getLogger("foretold.server")
+Handler = Callable[[Request, str], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server is told beside its engine.
+
+    model: the name it serves. keys: of callers. max_queue: waiting requests. max_body_bytes: of a request. timeout_s: longest life of a
+    request. grace_s: how long running requests may go on when the server stops. local_only: answer only to names of this machine, which keeps a
+    web page from asking through a browser.
+    """
+
+    model: str
+    keys: Keys
+    max_queue: int = 256
+    max_body_bytes: int = 32 << 20
+    timeout_s: float = 3600.0
+    grace_s: float = 30.0
+    local_only: bool = False
+
+
+class Server:
+    """One engine behind HTTP. `app` is the ASGI application; its lifespan starts and stops the engine's thread.
+
+    Args:
+        engine: with a tokenizer; the server alone uses it.
+        config: see `ServerConfig`.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self.engine, self.config = engine, config
+        self._text = TextDecoder(engine.tokenizer)
+        pool = engine.core.pool
+        self.metrics = ServerMetrics(
+            config.model,
+            {
+                "vllm:num_requests_running": lambda: self.loop.num_running,
+                "vllm:num_requests_waiting": lambda: self.loop.num_waiting,
+                "vllm:kv_cache_usage_perc": lambda: 1 - pool.num_free_pages / pool.max_pages,
+            },
+        )
+        self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue)
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        # one thread: a tokenizer is not made for two at once, and a long prompt must not hold up the answers of others
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="foretold-encode")
+        routes = [
+            ("/v1/chat/completions", "POST", self._keyed(self._chat)),
+            ("/v1/completions", "POST", self._keyed(self._complete)),
+            ("/v1/models", "GET", self._keyed(self._models)),
+            ("/v1/models/{name:path}", "GET", self._keyed(self._model)),
+            ("/tokenize", "POST", self._keyed(self._tokenize)),
+            ("/detokenize", "POST", self._keyed(self._detokenize)),
+            ("/metrics", "GET", self._keyed(self._metrics)),
+            ("/stats", "GET", self._keyed(self._stats)),
+            ("/health", "GET", self._health),
+            ("/", "GET", self._page),
+        ]
+        self.app = Starlette(
+            routes=[Route(path, handler, methods=[method]) for path, method, handler in routes],
+            lifespan=self._lifespan,
+            exception_handlers={404: _not_found, 405: _not_found, Exception: _failed},
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self._asyncio = asyncio.get_running_loop()
+        self.loop.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.loop.stop, self.config.grace_s)
+            self._encoder.shutdown(wait=False)
+
+    def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
+        """Hand a step's events to the server's thread, in one call."""
+
+        def dispatch() -> None:
+            for ticket, event in events:
+                ticket.sink(event)
+
+        assert self._asyncio is not None
+        try:
+            self._asyncio.call_soon_threadsafe(dispatch)
+        except RuntimeError:  # the server's thread is gone, and its clients with it
+            log.debug("events of %d requests after the server's end", len(events))
+
+    # --- doors ----------------------------------------------------------------------------------------------------------
+
+    def _keyed(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        """A route that asks for a key where there are keys, and answers errors in the protocol's form."""
+
+        async def route(request: Request) -> Response:
+            try:
+                self._check_origin(request)
+                return await handler(request, self.config.keys.namespace(request.headers.get("authorization")))
+            except ApiError as error:
+                return JSONResponse(error.body(), error.status, error.headers())
+            except ForetoldError as error:
+                own = as_api_error(error)
+                return JSONResponse(own.body(), own.status, own.headers())
+            except ClientDisconnect:
+                return Response(status_code=499)
+
+        return route
+
+    def _check_origin(self, request: Request) -> None:
+        """Without keys, a page of another site must not be able to ask through somebody's browser. Raises ApiError(403)."""
+        if not self.config.local_only:
+            return
+        host = request.headers.get("host", "")
+        if _host_name(f"//{host}") not in ("localhost", "127.0.0.1", "::1"):
+            raise ApiError(403, "without API keys only requests to localhost are answered", code="foreign_host")
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise ApiError(403, "without API keys no other site's pages are answered", code="foreign_origin")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The request's JSON object, read up to the limit. Raises ApiError."""
+        limit = self.config.max_body_bytes
+        too_large = ApiError(413, f"the request's body has more than {limit:,} bytes", code="body_too_large")
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length[:19]) > limit:
+            raise too_large
+        content = bytearray()
+        async for piece in request.stream():
+            content += piece
+            if len(content) > limit:
+                raise too_large
+        return read_body(bytes(content))
+
+    # --- completions ----------------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request, namespace: str) -> Response:
+        body = await self._body(request)
+        model = read_model(body, [self.config.model])
+        return await self._answer(request, read_chat(body), model, namespace)
+
+    async def _complete(self, request: Request, namespace: str) -> Response:
+        body = await self._body(request)
+        model = read_model(body, [self.config.model])
+        return await self._answer(request, read_completion(body), model, namespace)
+
+    async def _answer(self, http: Request, asked: CompletionRequest, model: str, namespace: str) -> Response:
+        gone = asyncio.ensure_future(_disconnected(http))
+        try:
+            return await self._answer_unless(gone, asked, model, namespace)
+        finally:
+            gone.cancel()
+
+    async def _answer_unless(self, gone: asyncio.Future[None], asked: CompletionRequest, model: str, namespace: str) -> Response:
+        """The answer; ClientDisconnect when `gone` comes first."""
+        prompts = [await self._encode(prompt, "messages" if asked.chat else "prompt") for prompt in asked.prompts]
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        deadline = time.monotonic() + self.config.timeout_s
+        tickets: list[Ticket] = []
+        for tokens in prompts:
+            for choice in range(asked.n):
+                sink = _numbered(events, len(tickets))
+                params = asked.sampling(len(tokens), self.engine.context, choice)
+                tickets.append(Ticket(tokens, params, namespace, sink, deadline))
+        self.loop.submit(tickets)
+        answer = Answer(model, asked.chat, asked.n)
+        echoed = [
+            asked.prompts[i // asked.n] if asked.echo and isinstance(asked.prompts[i // asked.n], str) else "" for i in range(len(tickets))
+        ]
+        if not asked.stream:
+            return await self._whole(gone, answer, tickets, events, echoed)
+        # the first event says whether there is an answer at all: an error before it still has its HTTP status
+        try:
+            first = await self._next(gone, events)
+        except BaseException:
+            self._cancel(tickets)
+            raise
+        if first[1].error is not None:
+            self._cancel(tickets)
+            raise first[1].error
+        pieces = self._pieces(answer, tickets, events, first, asked.include_usage, echoed)
+        return _EventStream(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def _whole(
+        self, gone: asyncio.Future[None], answer: Answer, tickets: list[Ticket], events: asyncio.Queue[tuple[int, Event]], echoed: list[str]
+    ) -> Response:
+        results: list[GenerationResult | None] = [None] * len(tickets)
+        try:
+            while any(result is None for result in results):
+                index, event = await self._next(gone, events)
+                if event.error is not None:
+                    raise event.error
+                results[index] = event.result or results[index]
+        except BaseException:
+            self._cancel(tickets)
+            raise
+        found = [result for result in results if result is not None]
+        texts = [before + result.text for before, result in zip(echoed, found, strict=True)]
+        return JSONResponse(answer.whole(texts, found, [None] * len(found)))
+
+    async def _pieces(
+        self,
+        answer: Answer,
+        tickets: list[Ticket],
+        events: asyncio.Queue[tuple[int, Event]],
+        first: tuple[int, Event],
+        include_usage: bool,
+        echoed: list[str],
+    ) -> AsyncIterator[bytes]:
+        """Chunks of an answer in SSE's form. Whoever stops asking for them, as Starlette does when the client is gone, ends the requests."""
+        results: dict[int, GenerationResult] = {}
+        try:
+            for index, text in enumerate(echoed):
+                if answer.chat:
+                    yield _sse(answer.opening(index))
+                elif text:
+                    yield _sse(answer.piece(index, text))
+            index, event = first
+            while True:
+                if event.error is not None:
+                    yield _sse(event.error.body())
+                    break
+                if event.text:
+                    yield _sse(answer.piece(index, event.text))
+                if event.result is not None:
+                    results[index] = event.result
+                    yield _sse(answer.closing(index, finish_reason(event.result)))
+                    if len(results) == len(tickets):
+                        break
+                index, event = await events.get()
+            if include_usage and len(results) == len(tickets):
+                yield _sse(answer.usage_chunk([results[i] for i in range(len(tickets))]))
+            yield b"data: [DONE]\n\n"
+        finally:
+            self._cancel(tickets)
+
+    async def _next(self, gone: asyncio.Future[None], events: asyncio.Queue[tuple[int, Event]]) -> tuple[int, Event]:
+        """The next event; ClientDisconnect when the client is gone before it."""
+        if not events.empty():
+            return events.get_nowait()
+        event = asyncio.ensure_future(events.get())
+        try:
+            await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                return event.result()
+            raise ClientDisconnect
+        finally:
+            event.cancel()
+
+    def _cancel(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.state != "done":
+                self.loop.cancel(ticket)
+
+    async def _encode(self, prompt: Any, param: str) -> list[int]:
+        """Token ids of a prompt, checked. Raises ApiError."""
+
+        def encode() -> list[int]:
+            tokens = self.engine.encode(prompt)
+            self.engine.core.check_tokens(tokens)
+            return tokens
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        except ForetoldError as error:
+            raise as_api_error(error, param) from error
+
+    # --- the rest -------------------------------------------------------------------------------------------------------
+
+    async def _models(self, _request: Request, _namespace: str) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def _model(self, request: Request, _namespace: str) -> Response:
+        read_model({"model": request.path_params["name"]}, [self.config.model])
+        return JSONResponse(self._model_card())
+
+    def _model_card(self) -> dict[str, Any]:
+        return {"id": self.config.model, "object": "model", "created": 0, "owned_by": "foretold", "max_model_len": self.engine.context}
+
+    async def _tokenize(self, request: Request, _namespace: str) -> Response:
+        body = await self._body(request)
+        chat = "messages" in body
+        prompt = body.get("messages" if chat else "prompt")
+        if not (isinstance(prompt, list) if chat else isinstance(prompt, str)):
+            raise ApiError(400, "give a prompt (a text) or messages (a list)", param="messages" if chat else "prompt")
+        tokens = await self._encode(prompt, "messages" if chat else "prompt")
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.engine.context})
+
+    async def _detokenize(self, request: Request, _namespace: str) -> Response:
+        tokens = (await self._body(request)).get("tokens")
+        if not isinstance(tokens, list) or not all(is_whole(token) for token in tokens):
+            raise ApiError(400, "tokens must be a list of token ids", param="tokens")
+        if tokens:
+            self.engine.core.check_tokens(tokens)
+        text = await asyncio.get_running_loop().run_in_executor(self._encoder, self._text.decode, tokens)
+        return JSONResponse({"prompt": text})
+
+    async def _metrics(self, _request: Request, _namespace: str) -> Response:
+        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _stats(self, _request: Request, _namespace: str) -> Response:
+        core = self.engine.core
+        models = {"target_layers": core.target.config.num_layers, "drafter": core.drafter_name, "device": str(core.device)}
+        memory = {name: int(count) for name, count in core.memory().items()}
+        tiers = self._tiers()
+        return JSONResponse(self.metrics.summary() | {"model": self.config.model, "memory": memory, "models": models, "tiers": tiers})
+
+    def _tiers(self) -> list[dict[str, Any]]:
+        """Where KV lies: name, bytes, tokens held, bytes the same tokens take in the model's own format, hits (None: not counted apart)."""
+        core = self.engine.core
+        pages = core.pool.max_pages - core.pool.num_free_pages
+        tokens = pages * core.pool.page_size
+        config = core.target.config
+        raw = 2 * config.num_layers * config.num_kv_heads * config.head_dim * core.dtype.itemsize
+        held = round(core.pool.bytes * tokens / max(1, core.pool.num_pages * core.pool.page_size))
+        return [{"name": "pool", "bytes": held, "tokens": tokens, "raw_bytes": tokens * raw, "hits": None}]
+
+    async def _health(self, _request: Request) -> Response:
+        return Response(status_code=200 if self.loop.accepting else 503)
+
+    async def _page(self, _request: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+
+
+class _EventStream(StreamingResponse):
+    """A stream whose source is closed with it, also when the client goes away in the middle of a piece."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]  # an async generator
+
+
+async def _disconnected(http: Request) -> None:
+    """Returns when the client has closed its connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _numbered(events: asyncio.Queue[tuple[int, Event]], index: int) -> Callable[[Event], None]:
+    return lambda event: events.put_nowait((index, event))
+
+
+def _sse(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+
+
+def _host_name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = "no such route" if status == 404 else f"{request.method} is not allowed here"
+    return JSONResponse(ApiError(status, f"{request.url.path}: {what}", code="not_found").body(), status)
+
+
+async def _failed(_request: Request, _error: Exception) -> Response:
+    return JSONResponse(ApiError(500, "the server failed on this request", code="internal_error").body(), 500)

@@ -1,0 +1,246 @@
+"""One thread drives the engine: requests come in through a queue, their tokens go out through a callback, step by step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from engine.engine import Engine
+from engine.errors import ForetoldError
+from engine.runtime.request import FinishReason, GenerationResult, Request
+from engine.runtime.sampling import SamplingParams
+from engine.server.errors import ApiError, as_api_error
+from engine.server.metrics import ServerMetrics
+
+log = logging.getLogger("foretold.server")
+State = Literal["queued", "running", "done"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step gave one request: text and tokens since the last event; the last event has a result, or an error."""
+
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    finish_reason: FinishReason | None = None
+    result: GenerationResult | None = None
+    error: ApiError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether no event follows."""
+        return self.result is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request between the server and the engine's thread.
+
+    token_ids: of the prompt. namespace: whose stored prefixes it may use. deadline: `time.monotonic()` after which it is ended. sink: gets each
+    event, on whatever thread `EngineLoop.deliver` chooses.
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+    namespace: str
+    sink: Callable[[Event], None]
+    deadline: float | None = None
+    state: State = "queued"
+    submitted_at: float = field(default_factory=time.perf_counter)
+    request: Request | None = None
+    seen: int = 0
+
+
+class EngineLoop:
+    """Runs an engine on a thread of its own. Every method may be called from any thread.
+
+    A request is queued, admitted by the engine's scheduler, and ended by itself, by `cancel`, by its deadline or by a failure of the engine;
+    each of these is followed by one last event, but for `cancel`. What the engine's own thread raises ends the requests it was serving, and
+    the loop goes on.
+
+    Args:
+        engine: nobody else may use it while the loop runs.
+        metrics: told of every request.
+        deliver: called on the engine's thread with all (ticket, event) of a step; it must not block.
+        max_queue: requests waiting at once for a place in the running batch; more are refused.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: ServerMetrics,
+        deliver: Callable[[list[tuple[Ticket, Event]]], None],
+        *,
+        max_queue: int = 256,
+    ) -> None:
+        self.engine, self.core, self.metrics, self.max_queue = engine, engine.core, metrics, max_queue
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: set[Ticket] = set()  # every ticket without its last event
+        self._active: dict[Request, Ticket] = {}  # of the engine's thread: submitted to the scheduler
+        self._draining = threading.Event()
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="foretold-engine", daemon=True)
+
+    # --- for the server -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin serving."""
+        self._thread.start()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken: the loop runs and is not about to stop."""
+        return self._thread.is_alive() and not self._draining.is_set()
+
+    @property
+    def num_open(self) -> int:
+        """Requests queued or running."""
+        return len(self._open)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the running batch."""
+        return len(self.core.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests queued for it."""
+        return max(0, self.num_open - self.num_running)
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Queue the requests of one call, all or none.
+
+        Raises:
+            ApiError: 429 when the queue is full, 503 when the server is stopping.
+        """
+        if not self.accepting:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after_s=5)
+        with self._lock:
+            waiting = self.num_waiting
+            if waiting and waiting + len(tickets) > self.max_queue:
+                self.metrics.refused()
+                raise ApiError(429, f"{waiting} requests are waiting already", code="queue_full", retry_after_s=1 + waiting // 32)
+            self._open.update(tickets)
+        for ticket in tickets:
+            self._inbox.put(("submit", ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request whose client is gone, within a step. It gets no further event; nothing happens to one that has ended."""
+        self._inbox.put(("cancel", ticket))
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more requests, let those there are finish for at most grace_s, end the rest with an error, and end the thread."""
+        self._draining.set()
+        deadline = time.monotonic() + grace_s
+        while self._open and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.02)
+        self._inbox.put(("stop", None))
+        self._thread.join()
+
+    # --- the engine's thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        # a new thread's first product would run with another number of threads, and round otherwise
+        torch.set_num_threads(self._threads)
+        while True:
+            if not self._take_inbox(block=not self._active):
+                self._end_all(ApiError(503, "the server is stopping", code="stopping", retry_after_s=5))
+                return
+            if self._active:
+                self._step()
+
+    def _take_inbox(self, *, block: bool) -> bool:
+        """Handle what came in; False when the loop is to end."""
+        while True:
+            try:
+                what, ticket = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if ticket is None:
+                return False
+            if what == "submit":
+                self._begin(ticket)
+            elif ticket.state != "done":
+                self._drop(ticket)
+                self.metrics.cancelled()
+
+    def _begin(self, ticket: Ticket) -> None:
+        if ticket.state == "done":  # cancelled before it was looked at
+            return
+        try:
+            request = self.core.submit(self.core.open_conversation(), ticket.token_ids, ticket.params, owns_cache=True)
+        except ForetoldError as error:
+            self._end([(ticket, Event(error=as_api_error(error)))])
+            return
+        except Exception:
+            log.exception("a request could not be queued")
+            self._end([(ticket, Event(error=_internal()))])
+            return
+        request.submitted_at = ticket.submitted_at
+        ticket.request, ticket.seen, ticket.state = request, request.prompt_tokens, "running"
+        self._active[request] = ticket
+
+    def _step(self) -> None:
+        try:
+            self.core.scheduler.step()
+        except Exception:
+            log.exception("a step of the engine failed; the requests it served are ended")
+            self._end_all(_internal())
+            return
+        now = time.monotonic()
+        events: list[tuple[Ticket, Event]] = []
+        for request, ticket in self._active.items():
+            if request.error is not None:
+                events.append((ticket, Event(error=as_api_error(request.error))))
+            elif request.finish_reason is not None or len(request.token_ids) > ticket.seen:
+                new, ticket.seen = request.token_ids[ticket.seen :], len(request.token_ids)
+                result = request.result(self.core.memory()) if request.finish_reason is not None else None
+                events.append((ticket, Event(request.stream.take(), new, request.finish_reason, result)))
+                self.metrics.tokens(len(new))
+            if ticket.deadline is not None and now > ticket.deadline and request.error is None and request.finish_reason is None:
+                self.core.abandon(request)
+                events.append((ticket, Event(error=ApiError(504, "the request took longer than it may", code="timeout"))))
+        self._end(events)
+
+    def _end(self, events: list[tuple[Ticket, Event]]) -> None:
+        """Hand events on, and forget the requests whose last one is among them."""
+        for ticket, event in events:
+            if event.last:
+                self._forget(ticket)
+                self.metrics.finished(ticket.submitted_at, event.result)
+        if events:
+            self._deliver(events)
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket.request is not None:
+            self.core.abandon(ticket.request)
+        self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        ticket.state = "done"
+        if ticket.request is not None:
+            self._active.pop(ticket.request, None)
+        with self._lock:
+            self._open.discard(ticket)
+
+    def _end_all(self, error: ApiError) -> None:
+        with self._lock:
+            tickets = list(self._open)
+        for ticket in tickets:
+            if ticket.request is not None:
+                self.core.abandon(ticket.request)
+        self._end([(ticket, Event(error=error)) for ticket in tickets])
+
+
+def _internal() -> ApiError:
+    return ApiError(500, "the engine failed while it served this request", code="internal_error")
