@@ -41,7 +41,7 @@ class KvLayout:
         num_layers: L, all layers of the target.
         num_kv_heads: G.
         head_dim: d.
-        first_layer: layers below it are not coded (a trunk drafter recomputes them exactly).
+        first_layer: layers below it are not coded (an early exit recomputes them exactly).
     """
 
     num_layers: int

@@ -126,8 +126,8 @@ class DraftHeadBlock:
             drafts included.
     """
 
-    def __init__(self, adapter: DraftHead, states: Sequence[DraftHeadState], taps: tuple[int, ...]) -> None:
-        self.adapter, self.states, self.taps = adapter, states, taps
+    def __init__(self, draft_head: DraftHead, states: Sequence[DraftHeadState], taps: tuple[int, ...]) -> None:
+        self.draft_head, self.states, self.taps = draft_head, states, taps
         self.num_run = [0 if state.num_cached == state.sequence.length else None for state in states]
 
     def step(self, rows: Sequence[int], hidden: Tensor, drawing: Sequence[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
@@ -150,7 +150,7 @@ class DraftHeadBlock:
             counts.append(1 + first * state.num_pending_hidden)
             starts.append(state.own.length if first else state.num_cached + done)
             self.num_run[rows[i]] = done + 1
-        out = self.adapter.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
+        out = self.draft_head.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows
         taps = {}
         if self.taps:
@@ -158,4 +158,4 @@ class DraftHeadBlock:
             taps = {tap: torch.zeros_like(hidden).index_copy_(0, to, out.taps[tap][source]) for tap in self.taps}
         if not drawing:
             return None, taps
-        return self.adapter.head(pick(out.hidden, [last[i] for i in drawing])), taps
+        return self.draft_head.head(pick(out.hidden, [last[i] for i in drawing])), taps

@@ -35,17 +35,21 @@ class EarlyExitDrafter:
         decoder: the target.
         num_layers: layers below the exit, 1 <= num_layers < the target's.
         deterministic: passed to every forward.
-        adapter: the draft head that goes on from the states at the exit.
+        draft_head: the draft head that goes on from the states at the exit.
     """
 
     runs_last_draft = True
 
-    def __init__(self, decoder: CausalDecoder, num_layers: int, *, deterministic: bool = False, adapter: DraftHead | None = None) -> None:
+    def __init__(
+        self, decoder: CausalDecoder, num_layers: int, *, deterministic: bool = False, draft_head: DraftHead | None = None
+    ) -> None:
         total = decoder.config.num_layers
         if not 1 <= num_layers < total:
-            raise ExitLayerError(f"a trunk of {num_layers} layers does not fit a target of {total}", f"choose between 1 and {total - 1}")
-        self.decoder, self.num_layers, self.deterministic, self.adapter = decoder, num_layers, deterministic, adapter
-        self.name = "trunk" if adapter is None else "trained trunk"
+            raise ExitLayerError(
+                f"an early exit after {num_layers} layers does not fit a target of {total}", f"choose between 1 and {total - 1}"
+            )
+        self.decoder, self.num_layers, self.deterministic, self.draft_head = decoder, num_layers, deterministic, draft_head
+        self.name = "early exit" if draft_head is None else "draft head"
         self.exit_layer = num_layers
         self.feature_taps: tuple[int, ...] = ()
         self.max_positions: int = decoder.config.max_position_embeddings
@@ -54,7 +58,7 @@ class EarlyExitDrafter:
     @property
     def target_taps(self) -> tuple[int, ...]:
         """A prompt's hidden states come from the target's prefill: features at and below the exit, and what a draft head goes on from."""
-        start = () if self.adapter is None else (self.num_layers,)
+        start = () if self.draft_head is None else (self.num_layers,)
         return tuple(sorted({*start, *(tap for tap in self.feature_taps if tap <= self.num_layers)}))
 
     @property
@@ -70,16 +74,16 @@ class EarlyExitDrafter:
     @property
     def weight_bytes(self) -> int:
         """The draft head's; the first layers are the target's."""
-        return 0 if self.adapter is None else self.adapter.decoder.weight_bytes
+        return 0 if self.draft_head is None else self.draft_head.decoder.weight_bytes
 
     @property
     def pool_bytes(self) -> int:
         """Of the draft head's pool; the first layers' KV lies in the target's."""
-        return 0 if self.adapter is None else self.adapter.pool.bytes
+        return 0 if self.draft_head is None else self.draft_head.pool.bytes
 
     def keep_features(self, taps: tuple[int, ...], new_buffer: Callable[[], FeatureStore]) -> None:
         """States opened from now on keep the hidden states after `taps` layers. Raises FeatureTapError beyond the exit and the draft head."""
-        check_taps(taps, self.num_layers + (self.adapter.decoder.config.num_layers if self.adapter else 0), self.name)
+        check_taps(taps, self.num_layers + (self.draft_head.decoder.config.num_layers if self.draft_head else 0), self.name)
         self.feature_taps, self._new_buffer = taps, new_buffer if taps else None
 
     def open(self, target_sequence: Any) -> DraftState:
@@ -87,7 +91,7 @@ class EarlyExitDrafter:
         features = self._new_buffer() if self._new_buffer else None
         if features is not None:
             features.skip(target_sequence.length)
-        return DraftState(target_sequence, features) if self.adapter is None else self.adapter.open(target_sequence, features)
+        return DraftState(target_sequence, features) if self.draft_head is None else self.draft_head.open(target_sequence, features)
 
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """Write the first layers' KV of tokens that follow what each state covers, and keep their features.
@@ -98,7 +102,7 @@ class EarlyExitDrafter:
         """
         query_lens = [len(t) for t in tokens]
         flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
-        if self.adapter is not None:
+        if self.draft_head is not None:
             starts = [state.num_cached for state in states]
         else:
             starts = [state.sequence.length if state.features is None else state.features.length for state in states]
@@ -123,22 +127,22 @@ class EarlyExitDrafter:
 
     def _keep(self, states: Sequence[DraftState], starts: Sequence[int], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """Take the hidden states of tokens starts[b] onward of each request from a pass that ran `target_taps`."""
-        if self.adapter is None:
+        if self.draft_head is None:
             append_features(states, query_lens, taps, self.feature_taps)
             return
         adapted = cast(Sequence[DraftHeadState], states)
         follows = [state.num_cached == start for state, start in zip(adapted, starts, strict=True)]
         for state, own, rows in zip(adapted, follows, taps[self.num_layers].split(list(query_lens)), strict=True):
             if own:
-                self.adapter.append_hidden(state, rows)
+                self.draft_head.append_hidden(state, rows)
         behind = [state for state, own in zip(adapted, follows, strict=True) if own]
         if not self.own_taps:
-            self.adapter.run_pending(behind, least=MAX_PENDING_HIDDEN)
+            self.draft_head.run_pending(behind, least=MAX_PENDING_HIDDEN)
             self._append(adapted, starts, query_lens, taps)
             return
         # rows that waited from before have had their turn: only those of this pass are features
         counts = [state.num_pending_hidden for state in behind]
-        parts = {tap: iter(states.split(counts)) for tap, states in self.adapter.run_pending(behind, self.own_taps).items()}
+        parts = {tap: iter(states.split(counts)) for tap, states in self.draft_head.run_pending(behind, self.own_taps).items()}
         missing = taps[self.num_layers]
         own_states = {
             self.num_layers + tap: torch.cat(
@@ -178,8 +182,8 @@ class EarlyExitDrafter:
         policies: Policies = None,
     ) -> Proposal:
         """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs the first layers."""
-        assert all(len(tokens) == 1 for tokens in pending), "the trunk shares the target's cache, which lacks exactly the last token"
-        own = None if self.adapter is None else DraftHeadBlock(self.adapter, cast(Sequence[DraftHeadState], states), self.own_taps)
+        assert all(len(tokens) == 1 for tokens in pending), "an early exit shares the target's cache, which lacks exactly the last token"
+        own = None if self.draft_head is None else DraftHeadBlock(self.draft_head, cast(Sequence[DraftHeadState], states), self.own_taps)
         return draft_block(
             self.decoder,
             [s.sequence for s in states],
@@ -191,24 +195,24 @@ class EarlyExitDrafter:
             runs_last_draft=True,
             taps=self.feature_taps,
             deterministic=self.deterministic,
-            own_layers=own,
+            draft_layers=own,
         )
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:
         """Keep the features of the committed tokens, and the draft head's KV; the target's sequence is advanced by the decode step itself."""
         for state, own, count in zip(states, proposal.requests, num_new, strict=True):
             gap = False
-            if isinstance(state, DraftHeadState) and self.adapter is not None:
+            if isinstance(state, DraftHeadState) and self.draft_head is not None:
                 assert own.hidden is not None
-                gap = not self.adapter.commit(state, own.num_draft_cached, own.hidden[:count])
+                gap = not self.draft_head.commit(state, own.num_draft_cached, own.hidden[:count])
             if state.features is None or own.features is None:
                 continue
             if gap and self.own_taps:
                 state.features.skip(count)
             else:
                 state.features.append(own.features[:count])
-        if self.adapter is not None:
-            self.adapter.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
+        if self.draft_head is not None:
+            self.draft_head.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free a draft head's pages; the sequences themselves belong to the target."""
@@ -219,25 +223,27 @@ class EarlyExitDrafter:
     def scratch(self, new_target_sequence: Callable[[], Any]) -> ScratchPasses:
         """The first layers with the target's head, or with the draft head's layers and head; the last draft runs the first layers alone, which only is
         another pass where there is a draft head."""
-        adapter, sequences = self.adapter, [new_target_sequence()]
+        draft_head, sequences = self.draft_head, [new_target_sequence()]
 
-        def trunk(sequence: Any, count: int) -> Any:
+        def first_layers(sequence: Any, count: int) -> Any:
             tokens = torch.zeros(count, dtype=torch.int64, device=self.decoder.device)
             return self.decoder.forward(
                 tokens, [sequence], [count], logits="none", last_layer=self.num_layers, deterministic=self.deterministic
             ).hidden
 
-        if adapter is None:
+        if draft_head is None:
             return ScratchPasses(
-                lambda count: self.decoder.head(trunk(sequences[0], count), deterministic=self.deterministic), None, sequences[0].free
+                lambda count: self.decoder.head(first_layers(sequences[0], count), deterministic=self.deterministic),
+                None,
+                sequences[0].free,
             )
-        sequences += [new_target_sequence(), adapter.pool.new_sequence()]
+        sequences += [new_target_sequence(), draft_head.pool.new_sequence()]
 
         def draft(count: int) -> None:
-            adapter.head(adapter.forward([sequences[2]], trunk(sequences[0], count), [count], [0], ()).hidden)
+            draft_head.head(draft_head.forward([sequences[2]], first_layers(sequences[0], count), [count], [0], ()).hidden)
 
         def close() -> None:
             for sequence in sequences:
                 sequence.free()
 
-        return ScratchPasses(draft, lambda count: trunk(sequences[1], count), close)
+        return ScratchPasses(draft, lambda count: first_layers(sequences[1], count), close)

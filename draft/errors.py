@@ -17,27 +17,27 @@ class FeatureTapError(DraftError, InvalidOption):
     """Features were asked for at a layer the drafter does not run."""
 
 
-class AdapterError(DraftError):
+class DraftHeadError(DraftError):
     """A draft head's folder cannot be used."""
 
 
-class AdapterNotFound(AdapterError):
+class DraftHeadNotFound(DraftHeadError):
     """The folder lacks a file of the draft head."""
 
 
-class CorruptedAdapter(AdapterError):
+class CorruptedDraftHead(DraftHeadError):
     """The files are cut short, altered, or do not belong together."""
 
 
-class ForeignAdapter(AdapterError):
+class ForeignDraftHead(DraftHeadError):
     """The folder holds something else."""
 
 
-class NewerAdapter(AdapterError):
+class NewerDraftHead(DraftHeadError):
     """The files were written by a later version of the program."""
 
 
-class AdapterMismatch(AdapterError):
+class DraftHeadMismatch(DraftHeadError):
     """The draft head was trained for a target of another shape."""
 
 

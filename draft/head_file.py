@@ -1,6 +1,6 @@
 """A draft head on disk: the layers, norm and head that run on a target's hidden states after its first m layers.
 
-A folder with `config.json` (`AdapterConfig`), `adapter.safetensors` (the tensors, and a digest over them and the config), optionally
+A folder with `config.json` (`DraftHeadConfig`), `adapter.safetensors` (the tensors, and a digest over them and the config), optionally
 `pack.safetensors` (a codec pack of the pair) and `README.md` (the model card).
 
 Tensors: "token_ids" int32 [R], the ids of the reduced vocabulary in the target's, ascending; each own layer under its Hugging Face name,
@@ -26,15 +26,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft.errors import AdapterMismatch, AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter
+from draft.errors import CorruptedDraftHead, DraftHeadMismatch, DraftHeadNotFound, ForeignDraftHead, NewerDraftHead
 
 FORMAT, VERSION = "foretold-trunk-adapter", 1
 CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pack.safetensors"
 TOKEN_IDS, NORM, HEAD = "token_ids", "model.norm.weight", "lm_head.weight"
 GROUP = 64  # inputs that share a scale
 _SCALE = ".scale"
+# fields under the names that files and reports made earlier have for them
+_FILE_KEYS = {"exit_layer": "trunk_layers", "draft_layers": "own_layers"}
 _MAX_CONFIG_BYTES = 16 << 20
-_REMEDY = "copy the adapter's folder again, or train one with scripts/train_draft.py"
+_REMEDY = "copy the draft head's folder again, or train one with scripts/train_draft.py"
 # what the layers of a draft head have in common with the target's
 _FACTS = (
     "architecture",
@@ -53,17 +55,17 @@ _FACTS = (
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class DraftHeadConfig:
     """What `config.json` says of a draft head.
 
-    target: name of the model it was trained for. target_fingerprint_config: `target_digest` of that model's config. trunk_layers: m.
+    target: name of the model it was trained for. target_fingerprint_config: `target_digest` of that model's config. exit_layer: m.
     num_layers: n, own layers. vocab_size: R. head: "own" or "tied" (to the target's). bits: 8 or 16, of the stored matrices. training: facts and
     figures of the training, for reports only. digest: SHA-256 of the draft head as stored, "" before it was (not in the file).
     """
 
     target: str
     target_fingerprint_config: str
-    trunk_layers: int
+    exit_layer: int
     num_layers: int
     vocab_size: int
     head: Literal["own", "tied"]
@@ -72,21 +74,26 @@ class AdapterConfig:
     digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        counts = {"trunk_layers": self.trunk_layers, "num_layers": self.num_layers, "vocab_size": self.vocab_size}
+        counts = {"trunk_layers": self.exit_layer, "num_layers": self.num_layers, "vocab_size": self.vocab_size}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-                raise ForeignAdapter(f"an adapter with {name} {value!r}", "give a whole number from 1 on")
+                raise ForeignDraftHead(f"a draft head with {name} {value!r}", "give a whole number from 1 on")
         if not all(isinstance(text, str) for text in (self.target, self.target_fingerprint_config)) or not isinstance(self.training, dict):
-            raise ForeignAdapter("an adapter without the name and digest of its target", "give both, as texts")
+            raise ForeignDraftHead("a draft head without the name and digest of its target", "give both, as texts")
         if self.head not in ("own", "tied") or type(self.bits) is not int or self.bits not in (8, 16):
-            raise ForeignAdapter(f"an adapter with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
+            raise ForeignDraftHead(f"a draft head with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
 
     def check_target(self, config: Any) -> None:
-        """AdapterMismatch unless `config` (a decoder's) has the shape of the target the draft head was trained for."""
+        """DraftHeadMismatch unless `config` (a decoder's) has the shape of the target the draft head was trained for."""
         if self.target_fingerprint_config != target_digest(config):
-            raise AdapterMismatch(
-                f"the trunk adapter was trained for another model, {self.target}", "use it with that one, or --draft trunk"
+            raise DraftHeadMismatch(
+                f"the draft head was trained for another model, {self.target}", "use it with that one, or --draft trunk"
             )
+
+
+def file_fields(facts: Any) -> dict[str, Any]:
+    """A dataclass's fields by the keys that draft heads' configs, checkpoints and reports have for them."""
+    return {_FILE_KEYS.get(name, name): value for name, value in asdict(facts).items()}
 
 
 def target_digest(config: Any) -> str:
@@ -95,13 +102,13 @@ def target_digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def save_adapter(
-    folder: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None
-) -> AdapterConfig:
+def write_draft_head(
+    folder: str | Path, config: DraftHeadConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None
+) -> DraftHeadConfig:
     """Write the folder's config.json and adapter.safetensors, the latter under a temporary name first.
 
     tensors: as in the module's description, matrices and vectors in any float type, not quantised. bits: instead of config.bits.
-    Returns the config with the bits and digest that were written. Raises CorruptedAdapter when tensors and config do not fit each other.
+    Returns the config with the bits and digest that were written. Raises CorruptedDraftHead when tensors and config do not fit each other.
     """
     folder = Path(folder)
     config = replace(config, bits=config.bits if bits is None else bits)
@@ -120,62 +127,62 @@ def save_adapter(
     _check(config, stored, folder)
     config = replace(config, digest=_digest(config, stored))
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {key: value for key, value in asdict(config).items() if key != "digest"}
+    texts = {key: value for key, value in file_fields(config).items() if key != "digest"}
     _replace_file(folder / TENSOR_FILE, lambda path: save_file(stored, path, {"format": FORMAT, "digest": config.digest}))
     text = json.dumps({"format": FORMAT, "version": VERSION} | texts, indent=2) + "\n"
     _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return config
 
 
-def load_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The folder's config, and its tensors as `save_adapter` took them, quantised ones as float32.
+def read_draft_head(folder: str | Path) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
+    """The folder's config, and its tensors as `write_draft_head` took them, quantised ones as float32.
 
     Raises:
-        AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter.
+        DraftHeadNotFound, CorruptedDraftHead, ForeignDraftHead, NewerDraftHead.
     """
     config = read_config(folder)
     path = Path(folder) / TENSOR_FILE
     if not _is_file(path):
-        raise AdapterNotFound(f"there is no {path}", _REMEDY)
+        raise DraftHeadNotFound(f"there is no {path}", _REMEDY)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # the library has errors of many types for headers and for dtypes it cannot turn into tensors
-        raise CorruptedAdapter(f"the trunk adapter {path} cannot be read: {error}", _REMEDY) from error
+        raise CorruptedDraftHead(f"the draft head {path} cannot be read: {error}", _REMEDY) from error
     if metadata.get("format") != FORMAT:
-        raise ForeignAdapter(f"{path} is not a trunk adapter", "check the path")
+        raise ForeignDraftHead(f"{path} is not a draft head", "check the path")
     config = replace(config, digest=_digest(config, stored))
     if metadata.get("digest") != config.digest:
-        raise CorruptedAdapter(f"the trunk adapter {path} is damaged, or its {CONFIG_FILE} is another's", _REMEDY)
+        raise CorruptedDraftHead(f"the draft head {path} is damaged, or its {CONFIG_FILE} is another's", _REMEDY)
     _check(config, stored, Path(folder))
     plain = {name: tensor for name, tensor in stored.items() if not name.endswith(_SCALE)}
     return config, {n: dequantise(t, stored[n + _SCALE]) if n + _SCALE in stored else t for n, t in plain.items()}
 
 
-def read_config(folder: str | Path) -> AdapterConfig:
-    """The folder's config alone, unchecked against the tensors. Raises AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter."""
+def read_config(folder: str | Path) -> DraftHeadConfig:
+    """The folder's config alone, unchecked against the tensors. Raises DraftHeadNotFound, CorruptedDraftHead, ForeignDraftHead, NewerDraftHead."""
     path = Path(folder) / CONFIG_FILE
     if not _is_file(path):
-        raise AdapterNotFound(f"there is no {path}", _REMEDY)
+        raise DraftHeadNotFound(f"there is no {path}", _REMEDY)
     try:
         fields = json.loads(_read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptedAdapter(f"{path} cannot be read: {error}", _REMEDY) from error
+        raise CorruptedDraftHead(f"{path} cannot be read: {error}", _REMEDY) from error
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise ForeignAdapter(f"{path} does not describe a trunk adapter", "check the path")
+        raise ForeignDraftHead(f"{path} does not describe a draft head", "check the path")
     version = fields.pop("version", None)
     if not isinstance(version, int) or isinstance(version, bool):
-        raise CorruptedAdapter(f"{path} names no version", _REMEDY)
+        raise CorruptedDraftHead(f"{path} names no version", _REMEDY)
     if version > VERSION:
-        raise NewerAdapter(f"the trunk adapter has format version {version}, this program reads up to {VERSION}", "update the program")
+        raise NewerDraftHead(f"the draft head has format version {version}, this program reads up to {VERSION}", "update the program")
     try:
-        return AdapterConfig(**fields)
-    except TypeError as error:
-        raise CorruptedAdapter(f"{path} lacks a field, or has one too many: {error}", _REMEDY) from error
+        return DraftHeadConfig(exit_layer=fields.pop(_FILE_KEYS["exit_layer"]), **fields)
+    except (KeyError, TypeError) as error:
+        raise CorruptedDraftHead(f"{path} lacks a field, or has one too many: {error}", _REMEDY) from error
 
 
-def is_adapter(folder: str | Path) -> bool:
+def is_draft_head(folder: str | Path) -> bool:
     """True when the folder's config.json says that it holds a draft head, of any version and in any state."""
     path = Path(folder) / CONFIG_FILE
     try:
@@ -199,31 +206,31 @@ def dequantise(steps: Tensor, scale: Tensor) -> Tensor:
     return steps.float() * scale.float().repeat_interleave(GROUP, 1)[:, : steps.shape[1]]
 
 
-def _check(config: AdapterConfig, stored: Mapping[str, Tensor], folder: Path) -> None:
-    """CorruptedAdapter unless the tensors that do not depend on the target are those the config speaks of."""
+def _check(config: DraftHeadConfig, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """CorruptedDraftHead unless the tensors that do not depend on the target are those the config speaks of."""
     ids = stored.get(TOKEN_IDS)
     right = ids is not None and ids.dtype == torch.int32 and ids.shape == (config.vocab_size,)
     if ids is None or not right or ids[0] < 0 or not bool((ids[1:] > ids[:-1]).all()):
-        raise CorruptedAdapter(f"the trunk adapter {folder} needs {config.vocab_size} ascending token_ids", _REMEDY)
+        raise CorruptedDraftHead(f"the draft head {folder} needs {config.vocab_size} ascending token_ids", _REMEDY)
     layers = {match[1] for name in stored if (match := re.match(r"model\.layers\.(0|[1-9]\d{0,5})\.", name))}
     # counted first: the config's number may be any
     whole = len(layers) == config.num_layers and layers == {str(number) for number in range(config.num_layers)}
     if not whole or NORM not in stored or (HEAD in stored) != (config.head == "own"):
-        raise CorruptedAdapter(f"the trunk adapter {folder} lacks tensors its config speaks of, or holds others", _REMEDY)
+        raise CorruptedDraftHead(f"the draft head {folder} lacks tensors its config speaks of, or holds others", _REMEDY)
     for name, tensor in stored.items():
         if name != TOKEN_IDS and tensor.dtype not in (torch.int8, torch.float16, torch.bfloat16, torch.float32):
-            raise CorruptedAdapter(f"the trunk adapter {folder} stores {name} as {tensor.dtype}", _REMEDY)
+            raise CorruptedDraftHead(f"the draft head {folder} stores {name} as {tensor.dtype}", _REMEDY)
         scaled, scale = tensor.dtype == torch.int8, stored.get(name + _SCALE)
         if scaled and (config.bits != 8 or tensor.ndim != 2 or scale is None):
-            raise CorruptedAdapter(f"the trunk adapter {folder} has no scales that fit {name}", _REMEDY)
+            raise CorruptedDraftHead(f"the draft head {folder} has no scales that fit {name}", _REMEDY)
         if scaled and scale is not None:
             fits = scale.dtype == torch.float16 and scale.shape == (tensor.shape[0], -(-tensor.shape[1] // GROUP))
             if not fits or (scale.numel() and float(scale.min()) < 0):
-                raise CorruptedAdapter(f"the trunk adapter {folder} has no scales that fit {name}", _REMEDY)
+                raise CorruptedDraftHead(f"the draft head {folder} has no scales that fit {name}", _REMEDY)
         if name.endswith(_SCALE) and stored.get(name.removesuffix(_SCALE), ids).dtype != torch.int8:
-            raise CorruptedAdapter(f"the trunk adapter {folder} has scales of nothing, {name}", _REMEDY)
+            raise CorruptedDraftHead(f"the draft head {folder} has scales of nothing, {name}", _REMEDY)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CorruptedAdapter(f"the trunk adapter {folder} holds numbers that are not finite, in {name}", _REMEDY)
+            raise CorruptedDraftHead(f"the draft head {folder} holds numbers that are not finite, in {name}", _REMEDY)
 
 
 def _is_file(path: Path) -> bool:
@@ -243,8 +250,8 @@ def _read_text(path: Path) -> str:
     return content.decode("utf-8")
 
 
-def _digest(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
-    facts = {key: value for key, value in asdict(config).items() if key not in ("training", "digest")}
+def _digest(config: DraftHeadConfig, stored: Mapping[str, Tensor]) -> str:
+    facts = {key: value for key, value in file_fields(config).items() if key not in ("training", "digest")}
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(stored):
         tensor = stored[name].contiguous()

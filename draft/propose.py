@@ -27,12 +27,12 @@ def draft_block(
     runs_last_draft: bool,
     taps: tuple[int, ...],
     deterministic: bool,
-    own_layers: DraftHeadBlock | None = None,
+    draft_layers: DraftHeadBlock | None = None,
 ) -> Proposal:
     """Run pending[b] and then draft lengths[b] tokens for every request, feeding each draft back.
 
-    decoder runs layers [0, last_layer) and its own head, or own_layers run on their states and speak in its place (a draft head: there every
-    request has one pending token; taps above last_layer are own_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft
+    decoder runs layers [0, last_layer) and its own head, or draft_layers run on their states and speak in its place (a draft head: there every
+    request has one pending token; taps above last_layer are draft_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft
     (early exit), where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
     not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here, except in a
     pass where a request has a stopping policy. Its leaves run beside their draft, where the last draft is run at all.
@@ -54,8 +54,8 @@ def draft_block(
     drawn_at: list[list[int]] = [[] for _ in range(batch)]
     probs: list[list[Tensor | None]] = [[] for _ in range(batch)]
     num_run = num_drawn = step = 0
-    token_ids = {} if own_layers is None else {"token_ids": own_layers.adapter.token_ids}
-    decoder_taps = taps if own_layers is None else tuple(tap for tap in taps if tap <= (last_layer or 0))
+    token_ids = {} if draft_layers is None else {"token_ids": draft_layers.draft_head.token_ids}
+    decoder_taps = taps if draft_layers is None else tuple(tap for tap in taps if tap <= (last_layer or 0))
     while rows:
         # Ids beyond the drafter's own embedding (vocabularies may differ in padding) can only cost acceptance, never correctness.
         out = decoder.forward(
@@ -67,7 +67,7 @@ def draft_block(
             logits="none",
             last_layer=last_layer,
             deterministic=deterministic,
-            placements=_placed(rows, starts, beside, leaves),
+            tree_positions=_placed(rows, starts, beside, leaves),
         )
         passes.append((out.hidden, dict(out.taps) if decoder_taps else {}))
         ends = torch.tensor(query_lens).cumsum(0).tolist()
@@ -79,8 +79,8 @@ def draft_block(
 
         drawing = [i for i, b in enumerate(rows) if lengths[b] > step]
         logits = None
-        if own_layers is not None:
-            logits, more = own_layers.step(rows, pick(out.hidden, speaks), drawing)
+        if draft_layers is not None:
+            logits, more = draft_layers.step(rows, pick(out.hidden, speaks), drawing)
             passes[-1][1].update({(last_layer or 0) + i: states for i, states in more.items()})
         elif drawing:
             logits = decoder.head(pick(out.hidden, [speaks[i] for i in drawing]), deterministic=deterministic)
@@ -133,7 +133,7 @@ def draft_block(
             leaves=leaves[b],
             num_pending=len(pending[b]) if rows_of else 0,
             num_run=len(run_at[b]),
-            num_draft_cached=None if own_layers is None else own_layers.num_run[b],
+            num_draft_cached=None if draft_layers is None else draft_layers.num_run[b],
             hidden=None if proposal.hidden is None else proposal.hidden[at : at + len(rows_of)],
             features=None if stacked is None else pick(stacked, rows_of),
         )
@@ -162,11 +162,11 @@ def _placed(rows: list[int], starts: list[int], beside: list[list[int]], leaves:
     """Tree positions of a pass in which some draft has leaves beside it; None where none has."""
     if not any(beside):
         return None
-    placements = []
+    tree_positions = []
     for b, start, others in zip(rows, starts, beside, strict=True):
         slots = []
         if others:
             base = start + 1 - leaves[b][-1].depth
             slots = [leaf_slot(base, number) for number in range(len(leaves[b]) - len(others), len(leaves[b]))]
-        placements.append(TreePosition([start] * (1 + len(others)), [start, *slots]))
-    return placements
+        tree_positions.append(TreePosition([start] * (1 + len(others)), [start, *slots]))
+    return tree_positions

@@ -77,7 +77,7 @@ class CausalDecoder(Protocol):
         first_layer: int = 0,
         last_layer: int | None = None,
         hidden: Tensor | None = None,
-        placements: list[TreePosition] | None = None,
+        tree_positions: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> Any: ...
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draft.draft_head import DraftHead
 from draft.early_exit import EarlyExitDrafter
-from draft.head_file import PACK_FILE, AdapterConfig
+from draft.head_file import PACK_FILE, DraftHeadConfig
 from draft.model import ModelDrafter
 from draft.protocols import Drafter, KvPool
 
@@ -87,14 +87,14 @@ class EarlyExitSource(DraftSource):
         exit_layer: how many.
     """
 
-    name = "trunk"
+    name = "early exit"
 
     def __init__(self, exit_layer: int) -> None:
         self.exit_layer = exit_layer
 
     def fingerprint(self, of_model: ModelFingerprint) -> str:
         """The number of layers: all else is the target's."""
-        return f"trunk-{self.exit_layer}"
+        return f"trunk-{self.exit_layer}"  # in session files and packs: stays
 
     def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
         """See `DraftSource.drafter`."""
@@ -109,11 +109,11 @@ class DraftHeadSource(DraftSource):
         folder: where it came from.
     """
 
-    name = "trained trunk"
+    name = "draft head"
 
-    def __init__(self, config: AdapterConfig, head_layers: Any, token_ids: Tensor, folder: Path) -> None:
+    def __init__(self, config: DraftHeadConfig, head_layers: Any, token_ids: Tensor, folder: Path) -> None:
         self.config, self.head_layers, self.token_ids, self.folder = config, head_layers, token_ids, folder
-        self.exit_layer = config.trunk_layers
+        self.exit_layer = config.exit_layer
 
     @property
     def codec_params_file(self) -> Path | None:
@@ -122,10 +122,10 @@ class DraftHeadSource(DraftSource):
 
     def fingerprint(self, of_model: ModelFingerprint) -> str:
         """The number of layers under the head, and the digest of the head."""
-        return f"trunk-{self.exit_layer}-{self.config.digest}"
+        return f"trunk-{self.exit_layer}-{self.config.digest}"  # likewise
 
     def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
         """See `DraftSource.drafter`."""
         assert pool is not None and self.head_layers is not None, "a draft head has a pool of its own"
         head = DraftHead(cached or self.head_layers, self.token_ids, pool, deterministic=deterministic)
-        return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, adapter=head)
+        return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, draft_head=head)

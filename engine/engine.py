@@ -83,22 +83,22 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        trunk_layers: int | None = None,
+        exit_layer: int | None = None,
         **options: Any,
     ) -> Engine:
         """Load models. target: folder or hub id; draft: the same, the folder of a draft head, "trunk" (the draft head that ships for a target of
         this shape, else an early exit from the target's own first layers, untrained), or "none".
 
-        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". trunk_layers: early exit after so many layers,
+        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
         untrained. options: see the constructor.
 
         Raises:
-            ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadAdapter, InvalidOption.
+            ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadDraftHead, InvalidOption.
         """
         where, kind = device_named(device), dtype_named(dtype)
         target_dir = resolve_model(target)
         # first: the tokenizer of a model we do not run may fail to load in ways of its own
-        choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), trunk_layers)
+        choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
         if choice.model is not None:
             DecoderConfig.from_hf(read_config(choice.model))
         tokenizer = load_tokenizer(target_dir)
@@ -174,7 +174,7 @@ class Engine:
         requests: list[Request] = []
         try:
             for tokens, own in zip(ids, each, strict=True):
-                requests.append(self.core.submit(self.core.open_conversation(), tokens, own, owns_cache=True))
+                requests.append(self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True))
             return [self.core.finish(request) for request in requests]
         except BaseException:
             for request in requests:
@@ -191,7 +191,7 @@ class Engine:
 
         def events() -> Iterator[StreamEvent]:
             yield from self.core.events(
-                self.core.submit(self.core.open_conversation(), tokens, params or SamplingParams(), owns_cache=True)
+                self.core.submit(self.core.open_sequence_state(), tokens, params or SamplingParams(), owns_cache=True)
             )
 
         return events()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from codec.errors import PackMismatch
-from draft.errors import AdapterError as BadAdapter
+from draft.errors import DraftHeadError as BadDraftHead
 from kernels.errors import ForetoldError, InvalidOption
 
 __all__ = [
-    "BadAdapter",
+    "BadDraftHead",
     "BadSessionFile",
     "BadStore",
     "CacheNotWritable",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draft.early_exit import default_exit_layer
-from draft.head_file import is_adapter
-from draft.pretrained import shipped_adapter
+from draft.head_file import is_draft_head
+from draft.pretrained import shipped_draft_head
 from draft.source import DraftSource, EarlyExitSource, ModelSource
 from engine.errors import InvalidOption
 from engine.hub.resolve import resolve_model
@@ -38,16 +38,16 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
     the folder of a draft head; the folder or hub id of a model. exit_layer: early exit after so many of the target's layers, untrained.
 
     Raises:
-        InvalidOption, ModelNotFound, DownloadFailed, BadAdapter.
+        InvalidOption, ModelNotFound, DownloadFailed, BadDraftHead.
     """
     if exit_layer is not None and str(draft) != "trunk":
-        raise InvalidOption(f"trunk_layers={exit_layer} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
+        raise InvalidOption(f"exit_layer={exit_layer} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
     if str(draft) == "none":
         return DraftChoice()
     if str(draft) == "trunk":
-        shipped = shipped_adapter(target) if exit_layer is None else None
+        shipped = shipped_draft_head(target) if exit_layer is None else None
         if shipped is not None:
             return DraftChoice(head=shipped)
         return DraftChoice(exit_layer=default_exit_layer(target.num_layers) if exit_layer is None else exit_layer)
     folder = Path(draft).expanduser()
-    return DraftChoice(head=folder) if is_adapter(folder) else DraftChoice(model=resolve_model(draft))
+    return DraftChoice(head=folder) if is_draft_head(folder) else DraftChoice(model=resolve_model(draft))

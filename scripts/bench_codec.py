@@ -134,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", help="folder or hub id of the target (with --draft for our own methods)")
     parser.add_argument(
-        "--draft", help="folder or hub id of the draft, folder of a trunk adapter, or trunk (default: the pair's own, or trunk)"
+        "--draft", help="folder or hub id of the draft, folder of a draft head, or trunk (default: the pair's own, or trunk)"
     )
     parser.add_argument("--pack", help="codec pack of the pair (needed by the foretold methods)")
     parser.add_argument("--text", nargs="+", required=True, help="test text: files, folders, or one .npz with `train` and `test` token ids")

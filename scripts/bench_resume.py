@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--tokens", default="1024,4096,16384", metavar="N,N")
     p.add_argument("--qualities", default="balanced", metavar="Q,Q")
     p.add_argument("--taps", type=int, metavar="N", help="of --shapes: layers of the draft that the predictor looks at")
-    p.add_argument("--rerun-layers", type=int, metavar="N", help="of --shapes: first layers of the target that are run again")
+    p.add_argument("--recomputed-layers", type=int, metavar="N", help="of --shapes: first layers of the target that are recomputed")
+    p.add_argument("--rerun-layers", type=int, dest="recomputed_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     p.add_argument("--repeats", type=int, default=3, metavar="N")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
@@ -79,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("at least 64 tokens and one repeat", "check --tokens and --repeats")
     if args.shapes and args.shapes not in SHAPES:
         raise InvalidOption(f"unknown shapes {args.shapes!r}", f"choose one of {', '.join(SHAPES)}")
-    if args.pair and (args.taps is not None or args.rerun_layers is not None):
-        raise InvalidOption("--taps and --rerun-layers are a calibrated pack's own", "give them with --shapes")
+    if args.pair and (args.taps is not None or args.recomputed_layers is not None):
+        raise InvalidOption("--taps and --recomputed-layers are a calibrated pack's own", "give them with --shapes")
     for file in (args.json_out, args.plot):
         if file and not file.absolute().parent.is_dir():
             raise InvalidOption(f"{str(file)!r} cannot be written", "name a file in a folder that exists")
@@ -92,7 +93,7 @@ def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
     most = max(args.tokens)
     if args.shapes:
         device, dtype = device_named(args.device), dtype_named(args.dtype)
-        changes = {"taps": args.taps, "rerun_layers": args.rerun_layers}
+        changes = {"taps": args.taps, "recomputed_layers": args.recomputed_layers}
         engine, pack = build(args.shapes, device, dtype, 3 * most + 4096, **{k: v for k, v in changes.items() if v is not None})
         target, _, draft = args.shapes.partition("+")
         ids = torch.randint(engine.core.target.config.vocab_size, (most,), generator=torch.Generator().manual_seed(5)).tolist()

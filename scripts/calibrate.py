@@ -29,12 +29,12 @@ import torch
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
-from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_rerun_layers, quick_pack
+from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_recomputed_layers, quick_pack
 from engine.calibrate.restore_cost import DEFAULT_BUDGET
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.fingerprint import fingerprint, model_fingerprint
-from engine.hub.pairs import PAIRS, TRUNK
+from engine.hub.pairs import PAIRS, SELF_DRAFT
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.loading import choose_draft
 from engine.model.config import read_config
@@ -49,21 +49,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", help="folder or hub id, instead of --pair")
     parser.add_argument(
         "--draft",
-        help="folder or hub id, folder of a trunk adapter, or 'trunk' (the adapter that ships for the target, else the "
+        help="folder or hub id, folder of a draft head, or 'trunk' (the draft head that ships for the target, else the "
         "first layers); default: the pair's own, trunk for --target",
     )
     parser.add_argument(
-        "--trunk-layers",
+        "--recomputed-layers",
         type=int,
-        help="the target's first layers that a resume runs again and that are not coded: a trunk's "
+        help="the target's first layers that a resume recomputes and that are not coded: those up to an early exit "
         "(default: what the engine uses), or beside a separate draft (default: a seventh; 0: none)",
     )
+    parser.add_argument(
+        "--trunk-layers", type=int, dest="recomputed_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )  # earlier name
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
     parser.add_argument("--mix", metavar="equal|N,N,...", help="share of each source of --text in the tokens (default: files as they come)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
-    parser.add_argument("--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of a trunk)")
+    parser.add_argument(
+        "--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of an early exit)"
+    )
     parser.add_argument("--predictor", choices=("auto", "dense", "low_rank"), default="auto", help="all directions in 4 bits, or few in 8")
     parser.add_argument("--weighting", choices=("auto", "blend", "fisher", "attention", "unit"), default="auto")
     parser.add_argument(
@@ -81,7 +86,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         metavar="SHARE",
         help="features and form of the predictor with the fewest bits among those whose passes and product take at most this share of the arithmetic "
-        f"of the target's prefill (default: {DEFAULT_BUDGET}, unless --taps, --rank, --predictor or --trunk-layers say which)",
+        f"of the target's prefill (default: {DEFAULT_BUDGET}, unless --taps, --rank, --predictor or --recomputed-layers say which)",
     )
     parser.add_argument("--show", metavar="PACK", help="make none: print the figures of one, its restore's arithmetic among them")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
@@ -97,7 +102,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def restore_budget_of(args: argparse.Namespace) -> float | None:
     """As given; the default where nothing else says which predictor."""
-    said = args.taps is not None or args.rank is not None or args.predictor != "auto" or args.trunk_layers is not None
+    said = args.taps is not None or args.rank is not None or args.predictor != "auto" or args.recomputed_layers is not None
     return DEFAULT_BUDGET if args.restore_budget is None and not said else args.restore_budget
 
 
@@ -130,10 +135,10 @@ def run(args: argparse.Namespace) -> dict:
         paths = resolve_pair(args.pair)
         target_dir, source = paths.target_dir, args.draft or paths.draft
     else:
-        target_dir, source = resolve_model(args.target), args.draft or TRUNK
+        target_dir, source = resolve_model(args.target), args.draft or SELF_DRAFT
     if source == "none":
-        raise InvalidOption("a pack needs a source of features", f"give a draft, or {TRUNK}")
-    choice = choose_draft(source, DecoderConfig.from_hf(read_config(target_dir)), args.trunk_layers if source == TRUNK else None)
+        raise InvalidOption("a pack needs a source of features", f"give a draft, or {SELF_DRAFT}")
+    choice = choose_draft(source, DecoderConfig.from_hf(read_config(target_dir)), args.recomputed_layers if source == SELF_DRAFT else None)
     draft_dir = choice.model
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[
@@ -146,21 +151,21 @@ def run(args: argparse.Namespace) -> dict:
     target = Decoder.from_pretrained(target_dir, dtype=dtype, device=device)
     num_layers, loaded = target.config.num_layers, choice.load(target)
     assert loaded is not None, "there is a source of features"
-    draft, trunk = loaded.model, loaded.exit_layer
-    if loaded.head_layers is not None and args.trunk_layers not in (None, trunk):
-        raise InvalidOption(f"--trunk-layers {args.trunk_layers} with an adapter for {trunk}", "leave it out")
-    if draft is not None and args.restore_budget is not None and args.trunk_layers is not None:
-        raise InvalidOption("a restore budget chooses how many layers are recomputed", "leave --trunk-layers or --restore-budget out")
+    draft, recomputed = loaded.model, loaded.exit_layer
+    if loaded.head_layers is not None and args.recomputed_layers not in (None, recomputed):
+        raise InvalidOption(f"--recomputed-layers {args.recomputed_layers} with a draft head for {recomputed}", "leave it out")
+    if draft is not None and args.restore_budget is not None and args.recomputed_layers is not None:
+        raise InvalidOption("a restore budget chooses how many layers are recomputed", "leave --recomputed-layers or --restore-budget out")
     if draft is not None:
-        trunk = default_rerun_layers(num_layers) if args.trunk_layers is None else args.trunk_layers
-    if not (0 if draft else 1) <= trunk < num_layers:
-        raise InvalidOption(f"--trunk-layers {trunk} for a target of {num_layers} layers", "choose fewer than it has")
+        recomputed = default_recomputed_layers(num_layers) if args.recomputed_layers is None else args.recomputed_layers
+    if not (0 if draft else 1) <= recomputed < num_layers:
+        raise InvalidOption(f"--recomputed-layers {recomputed} for a target of {num_layers} layers", "choose fewer than it has")
     prints = {
         "target": fingerprint(target_dir),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "draft": loaded.fingerprint(model_fingerprint),
     }
-    parts: dict[str, Any] = {"trunk_layers": trunk, "adapter": loaded.head_layers}
+    parts: dict[str, Any] = {"recomputed_layers": recomputed, "head_layers": loaded.head_layers}
     if args.quick and args.restore_budget is not None:
         raise InvalidOption("a quick pack has features of its own", "leave --quick or --restore-budget out")
     if args.quick:

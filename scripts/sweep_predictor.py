@@ -32,11 +32,11 @@ from engine.calibrate.search import FeatureSet, Whole
 from engine.calibrate.stream import PairStream, QueryStatistics, diagonal_blocks
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
-from engine.hub.pairs import PAIRS, TRUNK
+from engine.hub.pairs import PAIRS, SELF_DRAFT
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
-from eval.sweep_fits import FULL, separate_sets, sweep, trunk_sets
+from eval.sweep_fits import FULL, early_exit_sets, separate_sets, sweep
 
 DEFAULT_RANKS = "64,128,256,512,1024,2048,full"
 _started = time.monotonic()
@@ -51,11 +51,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", choices=sorted(PAIRS))
     which.add_argument("--target", help="folder or hub id of the target")
-    parser.add_argument("--draft", default=TRUNK, help="with --target: folder or hub id of the draft, or trunk")
+    parser.add_argument("--draft", default=SELF_DRAFT, help="with --target: folder or hub id of the draft, or trunk")
     parser.add_argument(
-        "--again", default="2,4,8", help="with a separate draft: first layers of the target that sets with its own states run again"
+        "--recomputed-layers", default="2,4,8", help="with a separate draft: first layers that sets with the target's states recompute"
     )
-    parser.add_argument("--trunk-layers", type=int, help="of a trunk (default: what the engine uses)")
+    parser.add_argument("--again", dest="recomputed_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
+    parser.add_argument("--exit-layer", type=int, help="of an early exit (default: what the engine uses)")
+    parser.add_argument("--trunk-layers", type=int, dest="exit_layer", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="default: the interpreter's library")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--held-out-tokens", type=int, default=6144)
@@ -119,14 +121,14 @@ def gather(
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The sweep: returns the document that it also wrote to --json-out, row by row."""
     ranks = numbers("--ranks", options.ranks, (FULL,))
-    again = [int(m) for m in numbers("--again", options.again)]
+    recomputed = [int(m) for m in numbers("--recomputed-layers", options.recomputed_layers)]
     if options.tokens < 256 or options.context < 32:
         raise InvalidOption(f"{options.tokens} tokens in documents of {options.context}", "use at least 256 tokens, and 32 a document")
     if options.pair:
         paths = resolve_pair(options.pair)
-        target_dir, draft_dir = paths.target_dir, None if paths.draft == TRUNK else Path(paths.draft)
+        target_dir, draft_dir = paths.target_dir, None if paths.draft == SELF_DRAFT else Path(paths.draft)
     else:
-        target_dir, draft_dir = resolve_model(options.target), None if options.draft == TRUNK else resolve_model(options.draft)
+        target_dir, draft_dir = resolve_model(options.target), None if options.draft == SELF_DRAFT else resolve_model(options.draft)
     device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()) else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -134,12 +136,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     draft = None if draft_dir is None else Decoder.from_pretrained(draft_dir, dtype=dtype, device=device)
     layers = target.config.num_layers
     if draft is None:
-        sets = trunk_sets(options.trunk_layers or default_exit_layer(layers))
+        sets = early_exit_sets(options.exit_layer or default_exit_layer(layers))
     else:
-        sets = separate_sets(draft.config.num_layers, again)
+        sets = separate_sets(draft.config.num_layers, recomputed)
     sets = [one for one in sets if not options.sets or any(word.strip() in one.name for word in options.sets.split(","))]
     if not sets or any(one.first_layer >= layers for one in sets):
-        raise InvalidOption(f"--sets {options.sets} --again {options.again}", f"name a set, and fewer than the target's {layers} layers")
+        raise InvalidOption(
+            f"--sets {options.sets} --recomputed-layers {options.recomputed_layers}",
+            f"name a set, and fewer than the target's {layers} layers",
+        )
     texts = read_texts(text_files(options.text)) if options.text else library_texts()
     docs, digest = documents(texts, load_tokenizer(target_dir), options.tokens + options.held_out_tokens, options.context)
     whole, done = gather(target, draft, sets, docs, options.held_out_tokens, 16_384 if device.type == "cuda" else 2048)

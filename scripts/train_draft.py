@@ -1,4 +1,4 @@
-"""Trains a trunk draft for a target: the target's first layers, a few trained ones and a head over the tokens it uses most.
+"""Trains a draft head for a target: the target's first layers, a few trained ones and a head over the tokens it uses most.
 
     python scripts/train_draft.py --pair smollm2 --out draft/pretrained/smollm2-135m --minutes 25 --device cuda
     python scripts/train_draft.py --target DIR --out DIR --search "4,1,16384,tied 6,2,16384,own" --search-seconds 60
@@ -30,7 +30,7 @@ from engine.train.data import TrainingSets, add_text, choose_rows, draw_sets, re
 from engine.train.model_card import model_card
 from engine.train.self_generated import SelfTextOptions
 from engine.train.trainer import TrainOptions
-from engine.train.training import Architecture, TrunkTraining, teacher_of
+from engine.train.training import Architecture, DraftHeadTraining, teacher_of
 
 PAIR_LICENCES = {"smollm2": "Apache-2.0", "qwen2.5-coder": "Apache-2.0"}
 SAMPLE_SHARE = 0.25  # of --minutes, where --sample-minutes is auto
@@ -40,9 +40,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair's target")
     parser.add_argument("--target", help="model folder or hub id, instead of --pair")
-    parser.add_argument("--out", required=True, help="folder of the adapter")
-    parser.add_argument("--trunk-layers", type=int, default=6, help="layers of the target that draft (default 6)")
-    parser.add_argument("--own-layers", type=int, default=2, help="trained layers behind them (default 2)")
+    parser.add_argument("--out", required=True, help="folder of the draft head")
+    parser.add_argument("--exit-layer", type=int, default=6, help="first layers of the target that draft (default 6)")
+    parser.add_argument("--draft-layers", type=int, default=2, help="trained layers behind them (default 2)")
+    parser.add_argument("--trunk-layers", type=int, dest="exit_layer", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
+    parser.add_argument("--own-layers", type=int, dest="draft_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     parser.add_argument("--vocab", type=int, default=16_384, help="tokens of the reduced vocabulary (default 16384)")
     parser.add_argument("--head", choices=("own", "tied"), default="own", help="a trained head, or the target's rows")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="of the stored matrices (default 8)")
@@ -171,8 +173,8 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
 
 def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
     return TrainOptions(
-        args.trunk_layers,
-        args.own_layers,
+        args.exit_layer,
+        args.draft_layers,
         args.head,
         steps=args.steps,
         seconds=None if args.steps else seconds,
@@ -194,7 +196,7 @@ def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, speci
     document: dict[str, Any] = {"target": name, "command": command_of(args), "search": []}
     teacher = teacher_of(decoder)
     for text in args.search.split():
-        training = TrunkTraining(decoder, teacher, sets, special, Architecture.parse(text), train_options(args, args.search_seconds))
+        training = DraftHeadTraining(decoder, teacher, sets, special, Architecture.parse(text), train_options(args, args.search_seconds))
         training.run(lambda line, text=text: log(f"{text}: {line}"), report_every=args.report_every)  # type: ignore[misc]
         row = training.figures() | {"curve": training.curve}
         document["search"].append(row)
@@ -210,11 +212,11 @@ def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, speci
 
 def train(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, special: tuple[int, ...], name: str) -> dict[str, Any] | None:
     """One training; None when it was paused."""
-    architecture = Architecture(args.trunk_layers, args.own_layers, args.vocab, args.head)
+    architecture = Architecture(args.exit_layer, args.draft_layers, args.vocab, args.head)
     seconds = 60 * args.minutes - float(sets.train.facts.get("seconds", 0.0))
     if seconds <= 0 and not args.steps:
         raise InvalidOption(f"sampling took all of the {args.minutes:g} minutes", "give more --minutes")
-    training = TrunkTraining(decoder, teacher_of(decoder), sets, special, architecture, train_options(args, seconds))
+    training = DraftHeadTraining(decoder, teacher_of(decoder), sets, special, architecture, train_options(args, seconds))
     checkpoint = Path(args.checkpoint) if args.checkpoint else None
     pause = None if args.pause_after is None else 60 * args.pause_after - (time.monotonic() - STARTED)
     done = training.run(log, checkpoint=checkpoint, resume=args.resume, pause_after=pause, report_every=args.report_every)

@@ -54,7 +54,7 @@ ENOUGH_GRADIENTS = 50_000
 class CalibrationOptions:
     """Choices of a full calibration.
 
-    taps: draft layers used as features (None: every layer of a separate draft; of a trunk, every second layer up to its last).
+    taps: draft layers used as features (None: every layer of a separate draft; of an early exit, every second layer up to it).
     predictor: "dense" (all directions, 4 bits), "low_rank" (few directions, 8 bits) or "auto" (dense where it fits the budget).
     rank: of a low-rank predictor (None: from the budget).
     weighting: "fisher", "attention", "blend" (of both), "unit" or "auto" (fisher where gradients abound, else blend).
@@ -98,18 +98,18 @@ class CalibrationOptions:
 
 
 def feature_spec(
-    draft: Decoder | None, trunk_layers: int, taps: tuple[int, ...] | None = None, adapter: Decoder | None = None
+    draft: Decoder | None, recomputed_layers: int, taps: tuple[int, ...] | None = None, head_layers: Decoder | None = None
 ) -> FeatureSpec:
     """Default features: all hidden states of a separate draft but its last, and the target's own after half and after all of the layers that are run
-    again; of a trunk, every second layer up to its last, and the last of its adapter."""
+    again; of an early exit, every second layer up to it, and the last of its draft head."""
     if draft is None:
-        own = () if adapter is None else (trunk_layers + adapter.config.num_layers,)
-        return FeatureSpec((*range(trunk_layers, 0, -2),)[::-1] + own if taps is None else taps)
-    again = tuple(sorted({0, trunk_layers // 2, trunk_layers}))
+        own = () if head_layers is None else (recomputed_layers + head_layers.config.num_layers,)
+        return FeatureSpec((*range(recomputed_layers, 0, -2),)[::-1] + own if taps is None else taps)
+    again = tuple(sorted({0, recomputed_layers // 2, recomputed_layers}))
     return FeatureSpec(tuple(range(draft.config.num_layers)) if taps is None else taps, again)
 
 
-def default_rerun_layers(num_layers: int) -> int:
+def default_recomputed_layers(num_layers: int) -> int:
     """First layers of a target that a resume runs again beside a separate draft: a seventh. Their KV takes no bytes and their states predict the
     other layers' better than the draft's alone do, for a seventh of a prefill."""
     return num_layers // 7
@@ -120,8 +120,8 @@ def calibrate(
     draft: Decoder | None,
     docs: Sequence[Sequence[int]],
     *,
-    trunk_layers: int = 0,
-    adapter: Decoder | None = None,
+    recomputed_layers: int = 0,
+    head_layers: Decoder | None = None,
     options: CalibrationOptions | None = None,
     fingerprints: dict[str, str] | None = None,
     log: Log = print,
@@ -130,8 +130,8 @@ def calibrate(
 
     Args:
         target, draft: the pair; draft None means that the target's first layers alone predict the others.
-        trunk_layers: those first layers, or those that are run again beside a separate draft.
-        adapter: the layers of a trained trunk, which add their states to its own.
+        recomputed_layers: those first layers, or those that are run again beside a separate draft.
+        head_layers: the layers of a draft head, which add their states to its own.
         docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
@@ -142,12 +142,14 @@ def calibrate(
     budget_bytes = options.budget * bf16_bytes(target)
     candidates: list[search.Candidate] = []
     if options.restore_budget is None:
-        stream = PairStream(target, draft, feature_spec(draft, trunk_layers, options.taps, adapter), trunk_layers, adapter)
+        stream = PairStream(
+            target, draft, feature_spec(draft, recomputed_layers, options.taps, head_layers), recomputed_layers, head_layers
+        )
     else:
-        shapes = None if draft is None else draft.config, trunk_layers, None if adapter is None else adapter.config
+        shapes = None if draft is None else draft.config, recomputed_layers, None if head_layers is None else head_layers.config
         room = search.predictor_bytes_of(budget_bytes)
         candidates = search.affordable(target.config, *shapes, restore_budget=options.restore_budget, predictor_bytes=room)
-        stream = PairStream(target, draft, *search.wide_spec(candidates), adapter)
+        stream = PairStream(target, draft, *search.wide_spec(candidates), head_layers)
     device = target.device
     held, rest = _hold_out(docs, options.held_out_tokens)
     moments, queries = RidgeMoments(stream.num_features, stream.layout.dim, device), QueryStatistics()
@@ -170,7 +172,7 @@ def calibrate(
         )
         chosen, facts["search"] = search.choose(whole, candidates, QUALITIES["balanced"], layout.full_dim)
         options = replace(options, restore_budget=None, predictor="dense" if chosen.rank is None else "low_rank", rank=chosen.rank)
-        stream = PairStream(target, draft, chosen.features.spec, chosen.features.first_layer, adapter)
+        stream = PairStream(target, draft, chosen.features.spec, chosen.features.first_layer, head_layers)
         m, features, y, _ = whole.part(chosen.features)
         del whole, weighting
         log(
@@ -344,8 +346,8 @@ def quick_pack(
     draft: Decoder | None,
     tokenizer: Any,
     *,
-    trunk_layers: int = 0,
-    adapter: Decoder | None = None,
+    recomputed_layers: int = 0,
+    head_layers: Decoder | None = None,
     fingerprints: dict[str, str] | None = None,
     num_tokens: int = 2048,
     context: int = 256,
@@ -362,13 +364,13 @@ def quick_pack(
     """
     started = time.monotonic()
     # a few layers spread over the draft say nearly as much as all, with far fewer weights to learn
-    depth = draft.config.num_layers if draft is not None else trunk_layers
+    depth = draft.config.num_layers if draft is not None else recomputed_layers
     parts_of_depth = (1 / 6, 1 / 2, 5 / 6) if draft is not None else (1 / 2, 1.0)
     taps = tuple(sorted({max(1, round(depth * part)) for part in parts_of_depth})) if depth else ()
-    if adapter is not None:
-        taps = (*taps, depth + adapter.config.num_layers)
-    again = (0,) if draft is None else tuple(sorted({0, trunk_layers}))
-    stream = PairStream(target, draft, FeatureSpec(taps, again), trunk_layers, adapter)
+    if head_layers is not None:
+        taps = (*taps, depth + head_layers.config.num_layers)
+    again = (0,) if draft is None else tuple(sorted({0, recomputed_layers}))
+    stream = PairStream(target, draft, FeatureSpec(taps, again), recomputed_layers, head_layers)
     layout = stream.layout
     docs, text = documents(library_texts(), tokenizer, num_tokens, context, per_text=1)
     queries, parts, done = QueryStatistics(), [], 0
@@ -409,4 +411,4 @@ def quick_pack(
     return pack
 
 
-__all__ = ["CalibrationOptions", "assemble", "calibrate", "default_rerun_layers", "feature_spec", "quick_pack"]
+__all__ = ["CalibrationOptions", "assemble", "calibrate", "default_recomputed_layers", "feature_spec", "quick_pack"]

@@ -32,18 +32,19 @@ class PairStream:
 
     Args:
         target: the target.
-        draft: the draft model, or None for a trunk.
-        spec: features; for a trunk the taps are the target's own layers up to `trunk_layers`, and beyond it the adapter's.
-        trunk_layers: m, first layers of the target that are run again at a resume and so are not coded: a trunk's, or those of `spec.target_taps`.
-        adapter: the layers of a trained trunk, which go on from its states.
+        draft: the draft model, or None for an early exit.
+        spec: features; for an early exit the taps are the target's own layers up to `recomputed_layers`, and beyond it the draft head's.
+        recomputed_layers: m, first layers of the target, which a resume recomputes and which are not coded: those of an early exit, or of
+            `spec.target_taps`.
+        head_layers: the layers of a draft head, which go on from its states.
     """
 
     def __init__(
-        self, target: Decoder, draft: Decoder | None, spec: FeatureSpec, trunk_layers: int = 0, adapter: Decoder | None = None
+        self, target: Decoder, draft: Decoder | None, spec: FeatureSpec, recomputed_layers: int = 0, head_layers: Decoder | None = None
     ) -> None:
-        self.target, self.draft, self.spec, self.adapter = target, draft, spec, adapter
+        self.target, self.draft, self.spec, self.head_layers = target, draft, spec, head_layers
         c = target.config
-        self.layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim, trunk_layers)
+        self.layout = KvLayout(c.num_layers, c.num_kv_heads, c.head_dim, recomputed_layers)
         self.draft_size = (draft or target).config.hidden_size
         self.num_features = spec.num_features(self.draft_size, c.hidden_size)
 
@@ -54,7 +55,7 @@ class PairStream:
             self.spec,
             self.layout.first_layer,
             draft=None if self.draft is None else self.draft.config,
-            head=None if self.adapter is None else self.adapter.config,
+            head=None if self.head_layers is None else self.head_layers.config,
             predictor_multiplies=predictor_multiplies(self.num_features, self.layout.dim, rank),
             components=components,
         )
@@ -66,10 +67,10 @@ class PairStream:
         ids = torch.tensor([t for d in documents for t in d], device=target.device)
         kept = torch.cat([torch.arange(n) >= NUM_SINKS for n in lens]).to(target.device)
         spec = self.spec
-        trunk = self.layout.first_layer
-        own_taps = tuple(tap - trunk for tap in spec.taps if tap > trunk) if self.adapter is not None else ()
+        recomputed = self.layout.first_layer
+        own_taps = tuple(tap - recomputed for tap in spec.taps if tap > recomputed) if self.head_layers is not None else ()
         taps = tuple(
-            sorted({*spec.target_taps, *(min(tap, trunk) if own_taps else tap for tap in (spec.taps if self.draft is None else ()))})
+            sorted({*spec.target_taps, *(min(tap, recomputed) if own_taps else tap for tap in (spec.taps if self.draft is None else ()))})
         )
         pages = sum(-(-n // 64) for n in lens)
         pool = target.new_pool(pages)
@@ -87,12 +88,12 @@ class PairStream:
                 clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none", last_layer=max(1, *spec.taps)
             )
         states = dict(out.taps)
-        if own_taps and self.adapter is not None:
-            pool = self.adapter.new_pool(pages)
-            more = self.adapter.forward(
-                None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[trunk], taps=own_taps, logits="none"
+        if own_taps and self.head_layers is not None:
+            pool = self.head_layers.new_pool(pages)
+            more = self.head_layers.forward(
+                None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[recomputed], taps=own_taps, logits="none"
             ).taps
-            states |= {trunk + i: rows for i, rows in more.items()}
+            states |= {recomputed + i: rows for i, rows in more.items()}
         rows = torch.stack([states[i][kept] for i in spec.taps], 1) if spec.taps else None
         return CalibrationBatch(join_features(rows, target_rows), y, [n - NUM_SINKS for n in lens])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-TRUNK: Final = "trunk"
+SELF_DRAFT: Final = "trunk"  # the word of the commands, which stays
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,6 @@ _QWEN_CODER_0_5B = ModelSource(
 )
 
 PAIRS: Final[dict[str, Pair]] = {
-    "smollm2": Pair("smollm2", target=_SMOLLM2, draft=TRUNK),
+    "smollm2": Pair("smollm2", target=_SMOLLM2, draft=SELF_DRAFT),
     "qwen2.5-coder": Pair("qwen2.5-coder", target=_QWEN_CODER_1_5B, draft=_QWEN_CODER_0_5B),
 }

@@ -17,7 +17,7 @@ from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
 from engine.hub.fingerprint import CACHE_NAME, remember_digest
-from engine.hub.pairs import PAIRS, TRUNK, ModelSource
+from engine.hub.pairs import PAIRS, SELF_DRAFT, ModelSource
 from engine.hub.progress import Progress, StderrProgress
 from engine.inputs import is_file, shown
 from engine.model.weights import INDEX, weight_files
@@ -59,7 +59,7 @@ def resolve_pair(
     progress = progress or StderrProgress()
     target = resolve_source(pair.target, progress, installer=installer, hub=hub)
     if isinstance(pair.draft, str):
-        return PairPaths(name, target, TRUNK)
+        return PairPaths(name, target, SELF_DRAFT)
     return PairPaths(name, target, resolve_source(pair.draft, progress, installer=installer, hub=hub))
 
 

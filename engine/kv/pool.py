@@ -65,13 +65,13 @@ class KvPool(ABC):
         """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
 
     @property
-    def takes_placements(self) -> bool:
+    def takes_tree_positions(self) -> bool:
         """Whether tokens can be written elsewhere than at their position, and be moved there."""
         return False
 
     def move(self, sequence: KvSequence, source: int, target: int) -> None:
         """Put one token's keys and values, of all layers, where another's were; both in pages the sequence owns."""
-        raise NotImplementedError(f"a {type(self).__name__} takes no placements")
+        raise NotImplementedError(f"a {type(self).__name__} takes no tree_positions")
 
     @abstractmethod
     def _extend(self, num_pages: int) -> None:
@@ -279,7 +279,7 @@ class PagedPool(KvPool):
         self.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.kv.dtype)
 
     @property
-    def takes_placements(self) -> bool:
+    def takes_tree_positions(self) -> bool:
         """Yes: a place holds a token whatever its position is."""
         return True
 

@@ -36,19 +36,19 @@ class AttentionBatch(NamedTuple):
     """New tokens of a ragged batch, one request's after another's, as the host knows them.
 
     sequences: one per request, all of one pool, with pages for the new tokens. query_lens: new tokens of each. starts: position of each request's
-    first one. placements: where they stand, if they do not follow one another from there on.
+    first one. tree_positions: where they stand, if they do not follow one another from there on.
     """
 
     sequences: Sequence[KvSequence]
     query_lens: Sequence[int]
     starts: Sequence[int]
-    placements: Sequence[TreePosition] | None = None
+    tree_positions: Sequence[TreePosition] | None = None
 
     @property
     def contexts(self) -> list[int]:
         """Places of the cache that each request needs, new tokens included."""
-        if self.placements is not None:
-            return [max(placement.slots) + 1 for placement in self.placements]
+        if self.tree_positions is not None:
+            return [max(tree_position.slots) + 1 for tree_position in self.tree_positions]
         return [start + count for start, count in zip(self.starts, self.query_lens, strict=True)]
 
     def reserve(self) -> None:
@@ -61,10 +61,10 @@ class AttentionBatch(NamedTuple):
         """Where in the pool each new token is written: page * S + offset."""
         contexts = self.contexts
         places: list[Sequence[int]]
-        if self.placements is None:
+        if self.tree_positions is None:
             places = [range(start, context) for start, context in zip(self.starts, contexts, strict=True)]
         else:
-            places = [placement.slots for placement in self.placements]
+            places = [tree_position.slots for tree_position in self.tree_positions]
         found = []
         for sequence, own, context in zip(self.sequences, places, contexts, strict=True):
             assert context <= sequence.capacity, "pages are owned before a plan is made"
@@ -75,25 +75,25 @@ class AttentionBatch(NamedTuple):
     @property
     def positions(self) -> list[int]:
         """Position in its text of each new token."""
-        if self.placements is not None:
-            return [position for placement in self.placements for position in placement.positions]
+        if self.tree_positions is not None:
+            return [position for tree_position in self.tree_positions for position in tree_position.positions]
         return [p for start, count in zip(self.starts, self.query_lens, strict=True) for p in range(start, start + count)]
 
     def angles(self, rope: RopeTable) -> tuple[Tensor, Tensor]:
         """cos, sin of the new tokens' positions, each [N, d/2] float32."""
-        if self.placements is not None:
+        if self.tree_positions is not None:
             return rope.at(self.positions)
         return rope.gather(list(zip(self.starts, self.contexts, strict=True)))
 
     def tree(self) -> tuple[list[int], list[int]] | None:
-        """(visible: N bit masks, windows: N first places they speak of), as `kernels.paged_attention` takes them; None without placements.
+        """(visible: N bit masks, windows: N first places they speak of), as `kernels.paged_attention` takes them; None without tree_positions.
 
         Raises:
             InvalidOption: a token lies farther behind its position than a mask has bits.
         """
-        if self.placements is None:
+        if self.tree_positions is None:
             return None
-        slots = [slot for placement in self.placements for slot in placement.slots]
+        slots = [slot for tree_position in self.tree_positions for slot in tree_position.slots]
         windows = self.positions
         behind = [slot - position for slot, position in zip(slots, windows, strict=True)]
         if max(behind) >= TREE_SPAN or min(behind) < 0:
@@ -121,7 +121,7 @@ class AttentionBackend(ABC):
         """Gather what the layers need for a batch. The sequences own their pages already.
 
         Raises:
-            InvalidOption: placements that this backend cannot attend with.
+            InvalidOption: tree_positions that this backend cannot attend with.
         """
 
     @abstractmethod
@@ -149,7 +149,7 @@ class AttentionBackend(ABC):
         """Fill these tensors for a batch, so that what was captured over them may run again.
 
         Raises:
-            InvalidOption: the batch is not of the captured size, or has placements.
+            InvalidOption: the batch is not of the captured size, or has tree_positions.
         """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ class _Capacity:
     max_context: int
 
     def check(self, batch: AttentionBatch) -> None:
-        if batch.placements is not None:
-            raise InvalidOption("a captured step takes no placements", "run draft trees uncaptured")
+        if batch.tree_positions is not None:
+            raise InvalidOption("a captured step takes no tree_positions", "run draft trees uncaptured")
         found = len(batch.sequences), sum(batch.query_lens)
         if found != (self.num_requests, self.num_rows):
             what = f"{found[0]} requests of {found[1]} new tokens do not fit a step captured for {self.num_requests} of {self.num_rows}"
@@ -395,7 +395,7 @@ class QuantizedBackend(AttentionBackend):
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.plan`."""
-        if batch.placements is not None:
+        if batch.tree_positions is not None:
             raise InvalidOption("a quantised KV cache takes tokens that follow one another", "draft without leaves there")
         self.batch = DeviceBatch.of(batch, self.rope, self.device)
         self._exact = ExactRows.of(batch, self.pool)

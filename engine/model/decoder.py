@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         last_layer: int | None = None,
         hidden: torch.Tensor | None = None,
         observe: Observer | None = None,
-        placements: list[TreePosition] | None = None,
+        tree_positions: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
         """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
             logits: of all new tokens, of each request's last, or none. Only computed when the last layer is run.
             first_layer, last_layer: run layers [first_layer, last_layer); last_layer None is L.
             hidden: [N, E] residual stream to start from; needed when first_layer > 0.
-            placements: where the new tokens of each request stand, if they do not follow one another from `starts` on (draft trees).
+            tree_positions: where the new tokens of each request stand, if they do not follow one another from `starts` on (draft trees).
             observe: called after each layer with its number, its queries before rotation and the residual stream after it.
             deterministic: the result of a token is the same bits alone, in any batch and in any block.
 
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
         if starts is None:
             starts = [sequence.length for sequence in sequences]
-        batch = AttentionBatch(sequences, query_lens, starts, placements)
+        batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
         batch.reserve()
         backend = self.attention_backend(sequences[0].pool, deterministic=deterministic)
         backend.plan(batch)

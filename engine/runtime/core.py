@@ -156,12 +156,12 @@ class EngineCore:
             raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
         self.drafter.keep_features(taps, new_buffer)
 
-    def open_conversation(self) -> SequenceState:
-        """An empty conversation. It keeps its pages until `close_conversation`."""
+    def open_sequence_state(self) -> SequenceState:
+        """An empty conversation. It keeps its pages until `close_sequence_state`."""
         sequence = self.pool.new_sequence()
         return SequenceState([], sequence, self.drafter.open(sequence) if self.drafter else None)
 
-    def close_conversation(self, conversation: SequenceState) -> None:
+    def close_sequence_state(self, conversation: SequenceState) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""
         if self.drafter is not None and conversation.draft_state is not None:
             self.drafter.close([conversation.draft_state])
@@ -250,7 +250,7 @@ class EngineCore:
         except BaseException:
             del conversation.token_ids[before:]
             if owns_cache:
-                self.close_conversation(conversation)
+                self.close_sequence_state(conversation)
             raise
         return request
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from draft.head_file import HEAD, TOKEN_IDS, load_adapter
+from draft.head_file import HEAD, TOKEN_IDS, read_draft_head
 from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
-from engine.errors import BadAdapter
+from engine.errors import BadDraftHead
 from engine.model.decoder import Decoder
 from engine.model.weights import expected_shapes
 
@@ -29,13 +29,13 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     """The draft head in `folder`, in the target's dtype and on its device.
 
     Raises:
-        BadAdapter: it is missing, damaged, newer than the program, or made for a target of another shape.
+        BadDraftHead: it is missing, damaged, newer than the program, or made for a target of another shape.
     """
-    config, tensors = load_adapter(folder)
+    config, tensors = read_draft_head(folder)
     config.check_target(target.config)
     token_ids = tensors.pop(TOKEN_IDS).long()
     if int(token_ids[-1]) >= target.config.vocab_size:
-        raise BadAdapter(f"the trunk adapter {folder} holds tokens that its target does not have", "copy the adapter's folder again")
+        raise BadDraftHead(f"the draft head {folder} holds tokens that its target does not have", "copy the draft head's folder again")
     if HEAD not in tensors:
         head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
         tensors[HEAD] = head.detach()[token_ids.to(head.device)]
@@ -44,7 +44,7 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     expected = {name: sizes for name, sizes in expected_shapes(shape).items() if name != _EMBEDDING}  # before memory is taken for them
     held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := {name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)}:
-        raise BadAdapter(f"the trunk adapter {folder} and its target disagree about {min(wrong)}", "train one for this target")
+        raise BadDraftHead(f"the draft head {folder} and its target disagree about {min(wrong)}", "train one for this target")
     decoder = Decoder._materialise(shape, target.dtype, target.device)
     decoder.embed_tokens.weight = nn.Parameter(decoder.embed_tokens.weight[:0].clone(), requires_grad=False)
     places = {name: place for name, place in decoder.hf_tensors().items() if name != _EMBEDDING}

@@ -183,14 +183,14 @@ class GraphedDecoder:
         first_layer: int = 0,
         last_layer: int | None = None,
         hidden: Tensor | None = None,
-        placements: list[TreePosition] | None = None,
+        tree_positions: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
-        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows, in deterministic mode, or with placements are the decoder's own."""
+        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows, in deterministic mode, or with tree_positions are the decoder's own."""
         last = self.config.num_layers if last_layer is None else last_layer
         length = max(query_lens)
         small = len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * length <= MAX_ROWS
-        if deterministic or placements is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
+        if deterministic or tree_positions is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
             return self.decoder.forward(
                 token_ids,
                 sequences,
@@ -201,7 +201,7 @@ class GraphedDecoder:
                 first_layer=first_layer,
                 last_layer=last_layer,
                 hidden=hidden,
-                placements=placements,
+                tree_positions=tree_positions,
                 deterministic=deterministic,
             )
         starts = [sequence.length for sequence in sequences] if starts is None else starts

@@ -92,16 +92,16 @@ def decode_step(
 
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
     first = drafter.exit_layer if drafter else 0
-    placements = None
+    tree_positions = None
     if any(own.leaves for own in proposal.requests):
-        placements = [block_positions(at, own.num_drafts, own.leaves) for at, own in zip(positions, proposal.requests, strict=True)]
+        tree_positions = [block_positions(at, own.num_drafts, own.leaves) for at, own in zip(positions, proposal.requests, strict=True)]
     out = target.forward(
         tokens,
         [r.sequence for r in requests],
         [own.num_rows for own in proposal.requests],
         first_layer=first,
         hidden=proposal.hidden,
-        placements=placements,
+        tree_positions=tree_positions,
         deterministic=deterministic,
     )
     verdicts = verify(out.logits, proposal, sampler, positions)
@@ -166,7 +166,7 @@ def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: 
     candidates = 1
     if request.controller.estimator is not None and request.params.greedy and not deterministic and drafter is not None:
         room = leaf_slot(len(request.token_ids), MAX_LEAVES) <= request.longest(drafts=True)
-        candidates = MAX_CANDIDATES if room and drafter.takes_leaves and request.sequence.pool.takes_placements else 1
+        candidates = MAX_CANDIDATES if room and drafter.takes_leaves and request.sequence.pool.takes_tree_positions else 1
     return request.controller.policy(batch, candidates)
 
 

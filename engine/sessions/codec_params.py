@@ -8,7 +8,7 @@ from pathlib import Path
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
-from engine.calibrate.recipe import default_rerun_layers, quick_pack
+from engine.calibrate.recipe import default_recomputed_layers, quick_pack
 from engine.errors import InvalidOption, PackMismatch
 from engine.hub.cache import cache_home, disk_errors, exclusive
 from engine.hub.fingerprint import model_fingerprint
@@ -52,10 +52,16 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
             if (found := _usable(cached, prints)) is not None:
                 return found
             log("no codec pack for this pair yet: fitting a quick one (scripts/calibrate.py makes a full one)")
-            again = core.exit_layer or (default_rerun_layers(core.target.config.num_layers) if core.draft_model else 0)
-            adapter = None if core.source is None else core.source.head_layers
+            recomputed = core.exit_layer or (default_recomputed_layers(core.target.config.num_layers) if core.draft_model else 0)
+            head_layers = None if core.source is None else core.source.head_layers
             pack = quick_pack(
-                core.target, core.draft_model, core.tokenizer, trunk_layers=again, adapter=adapter, fingerprints=prints, log=log
+                core.target,
+                core.draft_model,
+                core.tokenizer,
+                recomputed_layers=recomputed,
+                head_layers=head_layers,
+                fingerprints=prints,
+                log=log,
             )
             pack.save(cached)
     return pack

@@ -365,8 +365,8 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
 
 
 def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int]) -> None:
-    """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. A trunk's sequence advances with
-    it: the caller then writes the other layers' KV."""
+    """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. An early exit's sequence advances
+    with it: the caller then writes the other layers' KV."""
     drafter = core.drafter
     assert drafter is not None
     size = pass_tokens(core.draft_model or core.target)

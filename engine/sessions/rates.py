@@ -70,19 +70,19 @@ def measure(codec: SessionCodec) -> Rates:
         return Rates(1.0, 0.0, 0.0, 0.0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(core.target.config.vocab_size, (large,), generator=generator).tolist()
-    first = core.open_conversation()
+    first = core.open_sequence_state()
     try:
         first.token_ids[:] = ids
         codec.run_target(first, large)
         spans = codec.encode(first, NUM_SINKS, large, _QUALITY)
     finally:
-        core.close_conversation(first)
+        core.close_sequence_state(first)
     seconds: dict[str, dict[int, float]] = {"restore": {}, "recompute": {}}
     first_s: dict[str, float] = {}
     # the first pass of a length pays for compiling, and for pages touched for the first time
     for length in (small, small, large) if core.device.type == "cpu" else (small, small, large, large):
         for kind, found in seconds.items():
-            conversation = core.open_conversation()
+            conversation = core.open_sequence_state()
             try:
                 conversation.token_ids[:] = ids
                 clock, began = StageClock(core.device), time.process_time()
@@ -95,7 +95,7 @@ def measure(codec: SessionCodec) -> Rates:
                 found[length] = own_s if core.device.type == "cpu" else clock.seconds()[kind]
                 first_s.setdefault(kind, found[length])
             finally:
-                core.close_conversation(conversation)
+                core.close_sequence_state(conversation)
     lines = []
     for kind, found in seconds.items():
         token_s = max(0.0, (found[large] - found[small]) / (large - small))

@@ -137,8 +137,8 @@ class Session:
             self._check(stored, source)
         if self.quality != TOKENS or (stored is not None and stored.spans):
             session_codec(core, pack, log)
-        self.conversation = core.open_conversation()
-        self._give_back = weakref.finalize(self, core.close_conversation, self.conversation)
+        self.conversation = core.open_sequence_state()
+        self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
         self._give_back.atexit = False
         if stored is not None:
             try:

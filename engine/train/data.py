@@ -1,4 +1,4 @@
-"""What a trunk draft is trained and measured on: conversations of the target with itself, and text that the user adds."""
+"""What a draft head is trained and measured on: conversations of the target with itself, and text that the user adds."""
 
 from __future__ import annotations
 

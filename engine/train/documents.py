@@ -1,4 +1,4 @@
-"""Token documents a trunk draft is trained on, the reduced vocabulary counted from them, and batches of them.
+"""Token documents a draft head is trained on, the reduced vocabulary counted from them, and batches of them.
 
 Axes: N tokens of all documents, n documents, R reduced vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What a trunk draft is trained for, over a reduced vocabulary, in chunks so that no full table of logits is ever held.
+"""What a draft head is trained for, over a reduced vocabulary, in chunks so that no full table of logits is ever held.
 
 p is the target's distribution over its whole vocabulary, q the draft's over the R reduced tokens. A proposal drawn from q is accepted with
 probability sum min(p, q) (Leviathan et al., 2023, arXiv 2211.17192); what p puts outside the R tokens is lost acceptance. Two losses:

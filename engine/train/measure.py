@@ -1,4 +1,4 @@
-"""How good a trunk draft is on held-out documents: acceptance, and what whole blocks of proposals would bring.
+"""How good a draft head is on held-out documents: acceptance, and what whole blocks of proposals would bring.
 
 Blocks are replayed on the documents themselves. Text that a target wrote at temperature 1 is distributed as speculative decoding would write it,
 and given its next token x the draft there was x and accepted with probability min(1, q(x) / p(x)); a greedy text's token was drafted if both
@@ -44,7 +44,7 @@ def measure(
     teacher: Teacher,
     student: Student,
     head: TeacherHead,
-    trunk_layers: int,
+    exit_layer: int,
     documents: TokenDocuments,
     *,
     greedy: bool,
@@ -59,12 +59,12 @@ def measure(
     columns: list[list[np.ndarray]] = [[] for _ in range(5)]
     lines: list[np.ndarray] = []  # chance that each token of a document's answer was an accepted proposal
     for batch in batches(documents, batch_tokens, device):
-        trunk, final = teacher.run(batch.token_ids, trunk_layers)
+        at_exit, final = teacher.run(batch.token_ids, exit_layer)
         width = batch.token_ids.shape[1]
         where = batch.positions[batch.answer]
         if not len(where):
             continue
-        states = student(trunk, teacher.angles(width)).flatten(0, 1)[where]
+        states = student(at_exit, teacher.angles(width)).flatten(0, 1)[where]
         scores = score(states, rows, final.flatten(0, 1)[where], head, batch.labels[batch.answer], chunk=chunk)
         host = [part.float().cpu().numpy() for part in scores]
         for column, part in zip(columns, host, strict=True):

@@ -62,7 +62,7 @@ class Teacher:
 
 
 class Student(nn.Module):
-    """Own layers, final norm and head of a trunk draft, float32, initialised from a teacher.
+    """Own layers, final norm and head of a draft head, float32, initialised from a teacher.
 
     Args:
         teacher: its last `num_layers` layers, its norm and its head's rows are copied.
@@ -80,7 +80,7 @@ class Student(nn.Module):
         self.head = nn.Parameter(rows, requires_grad=own_head)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """The target's residual stream after the trunk [B, T, E] -> what the head multiplies [B, T, E], in hidden's dtype."""
+        """The target's residual stream at the exit layer [B, T, E] -> what the head multiplies [B, T, E], in hidden's dtype."""
         stream, update, rope = hidden, None, differentiable_rope(*angles, self.shape.num_heads)
         for layer in self.layers:
             out = layer_forward(layer.weights(hidden.dtype), stream, rope, dense_attention, self.shape, DIFFERENTIABLE, update)  # type: ignore[operator]
@@ -88,7 +88,7 @@ class Student(nn.Module):
         return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shape.eps, update)[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Hugging Face name -> tensor of everything an adapter stores but the token ids."""
+        """Hugging Face name -> tensor of everything a draft head stores but the token ids."""
         named = {"model.norm.weight": self.norm.data}
         for number, layer in enumerate(self.layers):
             named |= {f"model.layers.{number}.{name}": part for name, part in layer.named(self.shape)}  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The model card of a trained trunk adapter, written from the measured figures."""
+"""The model card of a trained draft head, written from the measured figures."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon (AdamW for head and vectors)"}
 
 
 def model_card(target: str, licence: str, command: str, figures: dict[str, Any]) -> str:
-    """README.md of an adapter's folder.
+    """README.md of a draft head's folder.
 
     Args:
         target: name of the model it was trained for.
         licence: the target's.
         command: that printed the figures.
-        figures: as `engine.train.training.TrunkTraining.save` returns them.
+        figures: as `engine.train.training.DraftHeadTraining.save` returns them.
     """
     a, options, data = figures["architecture"], figures["options"], figures["data"]
     head = "a head of its own" if a["head"] == "own" else "the rows of the target's head"
     temperatures = "{:g} to {:g}".format(*data["temperatures"])
     variation = f"from {options['mix_from']:.0%} to {options['mix_to']:.0%} of the training on"
     lines = [
-        f"# Trunk draft for {target}",
+        f"# Draft head for {target}",
         "",
         f"Proposes tokens for {target} in speculative decoding. The target's own first {a['trunk_layers']} layers, then {a['own_layers']} trained "
         f"{_plural(a['own_layers'], 'layer')}, a final norm and {head} over the {a['vocab_size']:,} tokens the target "

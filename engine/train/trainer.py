@@ -1,8 +1,8 @@
-"""Distillation of a trunk draft: the loop, its schedule, its checkpoints.
+"""Distillation of a draft head: the loop, its schedule, its checkpoints.
 
-The target runs a batch of whole documents once; its states after the trunk feed the student, its last states say what the student should have
-said. Those trunk states are exact at inference too, whatever was proposed (verification writes them), and the student's own keys and values come from
-them: so training on the target's text alone is what drafting meets, at every position of a block.
+The target runs a batch of whole documents once; its states at the exit layer feed the student, its last states say what the student should have
+said. Those states at the exit are exact at inference too, whatever was proposed (verification writes them), and the student's own keys and values come
+from them: so training on the target's text alone is what drafting meets, at every position of a block.
 
 Deterministic on a CPU from seed, data and number of steps, through any number of interruptions; a training limited by time is as
 deterministic as the clock. Weights are averaged exponentially (Polyak and Juditsky, 1992); the average is what is measured and kept.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from draft.errors import CheckpointMismatch, ExitLayerError, TrainingError
+from draft.head_file import file_fields
 from engine.files import atomic_file
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
 from engine.train.loss import TeacherHead, distil
@@ -32,14 +33,14 @@ CHECKPOINT_VERSION = 1
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """trunk_layers, own_layers: m and n. head: "own" (trained) or "tied" (the target's rows). steps or seconds: where the training ends, one of
+    """exit_layer, draft_layers: m and n. head: "own" (trained) or "tied" (the target's rows). steps or seconds: where the training ends, one of
     them. batch_tokens: of a step, padding included. optimizer: "adamw", or "muon" for the layers' matrices (Jordan et al., 2024; steps scaled to
     AdamW's, Liu et al., 2025, arXiv 2502.16982) with AdamW for the rest. learning_rate: peak, after `warmup_steps`, falling as a cosine to a
     fiftieth. mix_from, mix_to: part of the training over which the loss goes from divergence to total variation. averaging: highest decay of the
     averaged weights. chunk: positions whose logits are held at a time."""
 
-    trunk_layers: int
-    own_layers: int
+    exit_layer: int
+    draft_layers: int
     head: str = "own"
     steps: int | None = None
     seconds: float | None = None
@@ -76,14 +77,14 @@ class Trainer:
     """Trains the student of `teacher` on `documents`; `student` holds the live weights, `averaged` the kept ones.
 
     Raises:
-        TrunkDepthError, TrainingError: options that do not fit the target or each other.
+        ExitLayerError, TrainingError: options that do not fit the target or each other.
     """
 
     def __init__(self, teacher: Teacher, token_ids: Tensor, documents: TokenDocuments, options: TrainOptions) -> None:
         total = len(teacher.layers)
-        if not 1 <= options.trunk_layers < total or not 1 <= options.own_layers <= total:
-            what = f"a trunk of {options.trunk_layers} and {options.own_layers} own layers do not fit a target of {total}"
-            raise ExitLayerError(what, f"choose a trunk between 1 and {total - 1}, and own layers from 1 on")
+        if not 1 <= options.exit_layer < total or not 1 <= options.draft_layers <= total:
+            what = f"an exit after layer {options.exit_layer} and {options.draft_layers} draft layers do not fit a target of {total}"
+            raise ExitLayerError(what, f"choose an exit layer between 1 and {total - 1}, and draft layers from 1 on")
         if (options.steps is None) == (options.seconds is None) or (options.steps or options.seconds or 0) <= 0:
             raise TrainingError("a training needs an end: steps or seconds", "give exactly one of them, above 0")
         if options.head not in ("own", "tied") or options.optimizer not in ("adamw", "muon"):
@@ -92,8 +93,8 @@ class Trainer:
         self.token_ids, self.dtype, self.device = token_ids, teacher.norm.dtype, teacher.norm.device
         self.teacher_head = TeacherHead.of(teacher.head, token_ids)
         own_head = options.head == "own"
-        self.student = Student(teacher, options.own_layers, token_ids, own_head=own_head)
-        self.averaged = Student(teacher, options.own_layers, token_ids, own_head=own_head).requires_grad_(False)
+        self.student = Student(teacher, options.draft_layers, token_ids, own_head=own_head)
+        self.averaged = Student(teacher, options.draft_layers, token_ids, own_head=own_head).requires_grad_(False)
         self.optimizers = _optimizers(self.student, options, self.device)
         self.step, self.epoch, self.cursor, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
         self._order: list[np.ndarray] = epoch_order(documents, options.batch_tokens, options.seed, 0)
@@ -151,8 +152,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        trunk, final = self.teacher.run(batch.token_ids, o.trunk_layers)
-        states = self.student(trunk, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
+        at_exit, final = self.teacher.run(batch.token_ids, o.exit_layer)
+        states = self.student(at_exit, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
         head = self.student.head.detach().to(self.dtype)
         sums, gradients = distil(
             states.detach(),
@@ -213,7 +214,7 @@ class Trainer:
         """Write everything a later run needs to go on, under a temporary name first. extra: plain values returned by `restore`."""
         state = {
             "version": CHECKPOINT_VERSION,
-            "options": asdict(self.options),
+            "options": file_fields(self.options),
             "data": self._data_digest,
             "token_ids": self.token_ids.cpu(),
             "student": self.student.state_dict(),
@@ -239,7 +240,7 @@ class Trainer:
         except Exception as error:  # torch.load names no closed set of errors for a damaged file
             raise CheckpointMismatch(f"{path} is no checkpoint: {error}", "start again without --resume") from error
         ends = ("steps", "seconds", "chunk")
-        ours, theirs = ({k: v for k, v in options.items() if k not in ends} for options in (asdict(self.options), state["options"]))
+        ours, theirs = ({k: v for k, v in options.items() if k not in ends} for options in (file_fields(self.options), state["options"]))
         different = sorted(key for key in ours if ours[key] != theirs.get(key))
         if (
             version != CHECKPOINT_VERSION

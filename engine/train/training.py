@@ -1,4 +1,4 @@
-"""From a decoder to a trained trunk adapter: teacher, training with checkpoints and a learning curve, measuring, 8 bits, the folder."""
+"""From a decoder to a trained draft head: teacher, training with checkpoints and a learning curve, measuring, 8 bits, the folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from draft.head_file import AdapterConfig, load_adapter, save_adapter, target_digest
+from draft.head_file import DraftHeadConfig, file_fields, read_draft_head, target_digest, write_draft_head
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
@@ -27,10 +27,10 @@ _CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Architecture:
-    """A trunk draft's shape: m, n, R, and whose head."""
+    """A draft head's shape: m, n, R, and whose head."""
 
-    trunk_layers: int
-    own_layers: int
+    exit_layer: int
+    draft_layers: int
     vocab_size: int
     head: Literal["own", "tied"]
 
@@ -41,8 +41,8 @@ class Architecture:
             m, n, size, head = text.split(",")
             found = cls(int(m), int(n), int(size), cast(Literal["own", "tied"], head))
         except ValueError as error:
-            remedy = "write trunk layers, own layers, vocabulary, own or tied: 6,2,16384,own"
-            raise InvalidOption(f"{text!r} does not describe a trunk draft", remedy) from error
+            remedy = "write exit layer, draft layers, vocabulary, own or tied: 6,2,16384,own"
+            raise InvalidOption(f"{text!r} does not describe a draft head", remedy) from error
         if head not in ("own", "tied"):
             raise InvalidOption(f"a head of kind {head!r}", "use own or tied")
         return found
@@ -52,7 +52,7 @@ class Architecture:
         c = config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-        read = (self.trunk_layers + self.own_layers) * layer + self.vocab_size * c.hidden_size
+        read = (self.exit_layer + self.draft_layers) * layer + self.vocab_size * c.hidden_size
         return read / (c.num_layers * layer + c.vocab_size * c.hidden_size)
 
 
@@ -67,7 +67,7 @@ def teacher_of(decoder: Decoder) -> Teacher:
     )
 
 
-class TrunkTraining:
+class DraftHeadTraining:
     """One training: its trainer, its learning curve, and what becomes of the result.
 
     Args:
@@ -86,7 +86,7 @@ class TrunkTraining:
     ) -> None:
         self.decoder, self.teacher, self.sets, self.architecture = decoder, teacher, sets, architecture
         ids = reduced_vocabulary(sets.train, decoder.config.vocab_size, architecture.vocab_size, special)
-        self.options = replace(options, trunk_layers=architecture.trunk_layers, own_layers=architecture.own_layers, head=architecture.head)
+        self.options = replace(options, exit_layer=architecture.exit_layer, draft_layers=architecture.draft_layers, head=architecture.head)
         self.trainer = Trainer(teacher, ids, sets.train, self.options)
         self.curve: list[dict[str, Any]] = []
 
@@ -148,7 +148,7 @@ class TrunkTraining:
             self.teacher,
             t.averaged,
             t.teacher_head,
-            self.architecture.trunk_layers,
+            self.architecture.exit_layer,
             docs,
             greedy=greedy,
             batch_tokens=self.options.batch_tokens,
@@ -161,14 +161,14 @@ class TrunkTraining:
         t, c = self.trainer, self.decoder.config
         device = torch.cuda.get_device_name(self.decoder.device) if self.decoder.device.type == "cuda" else "cpu"
         return {
-            "architecture": asdict(self.architecture),
+            "architecture": file_fields(self.architecture),
             "draft_step_cost": round(self.architecture.cost(c), 4),
             "coverage": round(coverage(self.sets.sampled, t.token_ids), 4),
             "steps": t.step,
             "epochs": round(t.epochs, 2),
             "trained_tokens": t.tokens,
             "training_seconds": round(t.seconds, 1),
-            "options": asdict(self.options),
+            "options": file_fields(self.options),
             "data": self.sets.train.facts,
             "data_documents": len(self.sets.train),
             "data_tokens": len(self.sets.train.tokens),
@@ -179,15 +179,15 @@ class TrunkTraining:
         }
 
     def save(self, folder: Path, target: str, bits: Literal[8, 16], figures: dict[str, Any]) -> dict[str, Any]:
-        """Write the adapter; returns the figures with those of the stored weights added, which the folder's config.json also holds."""
+        """Write the draft head; returns the figures with those of the stored weights added, which the folder's config.json also holds."""
         t, a = self.trainer, self.architecture
         tensors = t.averaged.tensors() | {"token_ids": t.token_ids}
-        config = AdapterConfig(target, target_digest(self.decoder.config), a.trunk_layers, a.own_layers, a.vocab_size, a.head, bits)
-        save_adapter(folder, config, tensors)
-        _, stored = load_adapter(folder)
+        config = DraftHeadConfig(target, target_digest(self.decoder.config), a.exit_layer, a.draft_layers, a.vocab_size, a.head, bits)
+        write_draft_head(folder, config, tensors)
+        _, stored = read_draft_head(folder)
         kept = {name: tensor.clone() for name, tensor in t.averaged.tensors().items()}
         t.averaged.load_tensors(stored)
         figures = figures | {"stored_bits": bits, "stored": self.all_measured()}
         t.averaged.load_tensors(kept)
-        config = save_adapter(folder, replace(config, training=figures), tensors)
+        config = write_draft_head(folder, replace(config, training=figures), tensors)
         return figures | {"adapter_digest": config.digest, "adapter_bytes": sum(f.stat().st_size for f in folder.glob("adapter.*"))}

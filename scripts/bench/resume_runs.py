@@ -49,21 +49,21 @@ class ResumeBench:
         return statistics.median(found[1:])
 
     def _opened(self, ids: Sequence[int]):
-        conversation = self.core.open_conversation()
+        conversation = self.core.open_sequence_state()
         conversation.token_ids[:] = ids
         return conversation
 
     def _recompute(self, ids: Sequence[int]) -> None:
         conversation = self._opened(ids)
         self.codec.run_target(conversation, len(ids))
-        self.core.close_conversation(conversation)
+        self.core.close_sequence_state(conversation)
 
     def _resume(self, path: Path, clock: StageClock | None = None) -> None:
         """From the file to a conversation that can go on; every token restored."""
         stored = SessionFile.load(path, self.core.context)
         conversation = self._opened(stored.token_ids)
         self.codec.restore(conversation, stored.spans, clock)
-        self.core.close_conversation(conversation)
+        self.core.close_sequence_state(conversation)
 
     @torch.inference_mode()
     def check(self, ids: Sequence[int], quality: str) -> float:
@@ -76,17 +76,17 @@ class ResumeBench:
         conversation = self._opened(ids)
         codec.run_target(conversation, end)
         spans = codec.encode(conversation, NUM_SINKS, end, quality)
-        core.close_conversation(conversation)
+        core.close_sequence_state(conversation)
         restored = self._opened(ids)
         codec.restore(restored, spans)
         found = core.target.read_kv(restored.sequence, 0, end, first_layer=codec.first_layer).cpu()[NUM_SINKS:]
-        core.close_conversation(restored)
+        core.close_sequence_state(restored)
         twin = self._opened(ids)
         run_tokens(core, twin, NUM_SINKS)
         if core.drafter is not None and twin.draft_state is not None:
             prefill_draft(core, twin.draft_state, ids)
         predicted = codec.predictor.predict(*codec.features(twin, NUM_SINKS, end)).cpu()
-        core.close_conversation(twin)
+        core.close_sequence_state(twin)
         sizes = [s.end - s.start for s in spans]
         rows = torch.cat(KvCodec(codec.pack).decode_many([s.data for s in spans], predicted.split(sizes)))
         error = float((found - rows).norm() / rows.norm())
@@ -115,7 +115,7 @@ class ResumeBench:
             data = SessionFile(list(ids), end, quality, {}, spans).to_bytes()
             write_file(path, data)
             written = time.perf_counter()
-            core.close_conversation(conversation)
+            core.close_sequence_state(conversation)
             row |= {"suspend_s": written - began, "encode_s": coded - began, "write_s": written - coded, "stored_bytes": len(data)}
             row["encode_stages"] = clock.seconds()
             row["resume_s"] = self._timed(lambda: self._resume(path), repeats)
@@ -144,5 +144,5 @@ class ResumeBench:
         self.codec.run_target(conversation, 8)
         ids = torch.ones(1, dtype=torch.int64, device=self.core.device)
         seconds = self._timed(lambda: self.core.target.forward(ids, [conversation.sequence], [1]).logits.argmax(-1).tolist(), repeats)  # type: ignore[union-attr]
-        self.core.close_conversation(conversation)
+        self.core.close_sequence_state(conversation)
         return seconds

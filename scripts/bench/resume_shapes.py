@@ -32,13 +32,13 @@ _DEVIATION = 0.6  # of a component, in steps at `balanced`: about one bit
 
 
 class Shape(NamedTuple):
-    """A target and a draft; components kept at `balanced`; layers of the draft the predictor looks at, and of the target that are run again."""
+    """A target and a draft; components kept at `balanced`; layers of the draft the predictor looks at, and of the target that are recomputed."""
 
     target: DecoderConfig
     draft: DecoderConfig
     components: int
     taps: int
-    rerun_layers: int
+    recomputed_layers: int
 
 
 def _config(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, context: int, **other: Any):
@@ -76,7 +76,7 @@ SHAPES = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, pool_tokens: int, **changes: int) -> tuple[Engine, CodecPack]:
-    """The engine of a named shape, and codec parameters for it. changes: other `taps`, `rerun_layers` or `components`. Raises InvalidOption."""
+    """The engine of a named shape, and codec parameters for it. changes: other `taps`, `recomputed_layers` or `components`. Raises InvalidOption."""
     if name not in SHAPES:
         raise InvalidOption(f"unknown shapes {name!r}", f"choose one of {', '.join(SHAPES)}")
     shape = SHAPES[name]._replace(**changes)
@@ -90,10 +90,10 @@ def build(name: str, device: torch.device, dtype: torch.dtype, pool_tokens: int,
 def _pack(engine: Engine, shape: Shape) -> CodecPack:
     device, target = engine.device, shape.target
     generator = torch.Generator(device=device).manual_seed(3)
-    layout = KvLayout(target.num_layers, target.num_kv_heads, target.head_dim, shape.rerun_layers)
+    layout = KvLayout(target.num_layers, target.num_kv_heads, target.head_dim, shape.recomputed_layers)
     depth = shape.draft.num_layers
     taps = tuple(sorted({round((n + 1) * depth / shape.taps) - 1 for n in range(shape.taps)}))
-    spec = FeatureSpec(taps, (0, shape.rerun_layers) if shape.rerun_layers else (0,))
+    spec = FeatureSpec(taps, (0, shape.recomputed_layers) if shape.recomputed_layers else (0,))
     inputs = spec.num_features(shape.draft.hidden_size, target.hidden_size)
     codes = torch.randint(-8, 8, (inputs, layout.dim), dtype=torch.int8, device=device, generator=generator)
     scale = torch.full((-(-inputs // _GROUP), layout.dim), 0.02 / inputs**0.5, dtype=torch.float16, device=device)

@@ -96,7 +96,7 @@ class PairCodec:
     def __init__(self, pack: CodecPack, target: Decoder, source: DraftSource | None):
         self.pack, self.target, self.device = pack, target, target.device
         self._draft = None if source is None else source.model
-        self._adapter = None if source is None else source.head_layers
+        self._head_layers = None if source is None else source.head_layers
         self._hidden: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self.warm = target.device.type == "cpu"
 
@@ -118,7 +118,7 @@ class PairCodec:
         if spec.taps and self._draft is not None:
             rows = hidden_states(self._draft, tokens, spec.taps)
         elif spec.taps:
-            rows = hidden_states(self.target, tokens, spec.taps, self.pack.layout.first_layer or None, self._adapter)
+            rows = hidden_states(self.target, tokens, spec.taps, self.pack.layout.first_layer or None, self._head_layers)
         target_rows = hidden_states(self.target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else none
         self._hidden |= {keys[n]: pair for n, *pair in zip(missing, rows, target_rows, strict=True)}  # type: ignore[misc]
         return [self._hidden[key] for key in keys]
@@ -139,7 +139,7 @@ class PairCodec:
 
 class ForetoldMethod:
     """Our codec as a session stores it, every byte of the session file counted: spans of at most 64 tokens, token ids, checksums, fingerprints. The
-    first four tokens and the layers below the pack's first_layer are exact and take no bytes: running the target's (or its trunk's) layers
+    first four tokens and the layers below the pack's first_layer are exact and take no bytes: running the target's (or its early exit's) layers
     over the ids gives them back.
 
     Args:

@@ -139,10 +139,10 @@ def hidden_states(
     token_ids: Sequence[torch.Tensor],
     taps: tuple[int, ...],
     last_layer: int | None = None,
-    adapter: Decoder | None = None,
+    head_layers: Decoder | None = None,
 ) -> list[torch.Tensor]:
     """Residual streams [T, taps, E] of a prefill of each of token_ids, int64 [T], through layers [0, last_layer). Taps beyond last_layer are those of
-    an adapter, whose layers go on from there."""
+    a draft head, whose layers go on from there."""
     batch, found = _GPU_BATCH if decoder.device.type == "cuda" else 1, []
     last = decoder.config.num_layers if last_layer is None else last_layer
     beyond = tuple(i - last for i in taps if i > last)
@@ -152,10 +152,10 @@ def hidden_states(
         ids = torch.cat(list(token_ids[start : start + batch])).to(decoder.device).clamp_max(decoder.config.vocab_size - 1)
         states = decoder(ids, _scratch(decoder, lengths), lengths, taps=own, logits="none", last_layer=last).taps
         if beyond:
-            if adapter is None:
-                what = f"the pack's features lie beyond the {last} layers of an untrained trunk"
-                raise InvalidOption(what, "give the adapter it was made with as --draft")
-            more = adapter(None, _scratch(adapter, lengths), lengths, hidden=states[last], taps=beyond, logits="none").taps
+            if head_layers is None:
+                what = f"the pack's features lie beyond the {last} layers of an early exit"
+                raise InvalidOption(what, "give the draft head it was made with as --draft")
+            more = head_layers(None, _scratch(head_layers, lengths), lengths, hidden=states[last], taps=beyond, logits="none").taps
             states = states | {last + i: rows for i, rows in more.items()}
         found += list(torch.stack([states[i] for i in taps], 1).split(lengths))
     return found

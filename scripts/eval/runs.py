@@ -170,7 +170,7 @@ class Runner:
         other methods' first ones before the last turn; the others are coded and decoded in place."""
         count = len(plans)
         owners = [(method, n) for method in methods for n in range(count)]
-        conversations = [self.engine.core.open_conversation() for _ in owners]
+        conversations = [self.engine.core.open_sequence_state() for _ in owners]
         spans: list[list[Span]] = [[] for _ in owners]
         items: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         sizes = [0] * len(owners)
@@ -227,4 +227,4 @@ class Runner:
 
     def _close(self, conversations: Sequence[SequenceState]) -> None:
         for conversation in conversations:
-            self.engine.core.close_conversation(conversation)
+            self.engine.core.close_sequence_state(conversation)

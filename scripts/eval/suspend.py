@@ -62,7 +62,7 @@ def run_tokens(core: EngineCore, conversations: Sequence[SequenceState], pieces:
 @torch.inference_mode()
 def open_with(core: EngineCore, token_ids: Sequence[Sequence[int]]) -> list[SequenceState]:
     """Conversations whose caches hold all of each of token_ids, and whose draft has run them too."""
-    conversations = [core.open_conversation() for _ in token_ids]
+    conversations = [core.open_sequence_state() for _ in token_ids]
     for conversation, ids in zip(conversations, token_ids, strict=True):
         conversation.token_ids[:] = ids
     for first in range(0, len(conversations), _TOGETHER):
@@ -193,7 +193,7 @@ class Suspender:
     def resume(self, data: bytes) -> tuple[SequenceState, list[Span]]:
         """A new conversation from a file's bytes alone, and its spans."""
         stored = SessionFile.from_bytes(data)
-        conversation = self.core.open_conversation()
+        conversation = self.core.open_sequence_state()
         conversation.token_ids[:] = stored.token_ids
         if stored.spans:
             self.codec.restore(conversation, stored.spans)

@@ -42,8 +42,8 @@ def separate_sets(num_taps: int, again: Sequence[int]) -> list[FeatureSet]:
     return sets
 
 
-def trunk_sets(layers: int) -> list[FeatureSet]:
-    """Sets for a trunk of the target's first layers."""
+def early_exit_sets(layers: int) -> list[FeatureSet]:
+    """Sets for an early exit."""
     every = tuple(range(1, layers + 1))
     return [
         FeatureSet("embedding", (), (0,), layers),

@@ -112,13 +112,13 @@ def measure_positions(
     if NLL in qualities:
         done(NLL, position_bins(length, ((n, 1, nll) for n, nll in enumerate(token_nll(core, token_ids), 1))))
     coded = [quality for quality in qualities if quality != NLL]
-    conversation = open_with(core, [token_ids])[0] if coded else core.open_conversation()
+    conversation = open_with(core, [token_ids])[0] if coded else core.open_sequence_state()
     try:
         for quality in coded:
             spans = suspender.codec.encode(conversation, NUM_SINKS, length, step_name(quality))  # type: ignore[arg-type]
             done(quality, position_bins(length, (((s.start + s.end) // 2, s.end - s.start, len(s.data)) for s in spans)))
     finally:
-        core.close_conversation(conversation)
+        core.close_sequence_state(conversation)
 
 
 @torch.inference_mode()

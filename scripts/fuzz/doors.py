@@ -326,15 +326,15 @@ def _changed_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return changed
 
 
-def adapter_folder(scratch: Path) -> Attempt:
-    folder, generator = scratch / "adapter", torch.Generator().manual_seed(0)
+def draft_head_folder(scratch: Path) -> Attempt:
+    folder, generator = scratch / "head", torch.Generator().manual_seed(0)
     tensors = {
         "token_ids": torch.arange(0, 33, 3),
         "model.norm.weight": torch.ones(16),
         "model.layers.0.mlp.down_proj.weight": torch.randn(16, 24, generator=generator),
         "lm_head.weight": torch.randn(11, 16, generator=generator),
     }
-    head_file.save_adapter(folder, head_file.AdapterConfig("tiny", "0" * 64, 1, 1, 11, "own"), tensors)
+    head_file.write_draft_head(folder, head_file.DraftHeadConfig("tiny", "0" * 64, 1, 1, 11, "own"), tensors)
     fields = json.loads((folder / head_file.CONFIG_FILE).read_text())
     stored = load_file(folder / head_file.TENSOR_FILE)
 
@@ -353,8 +353,8 @@ def adapter_folder(scratch: Path) -> Attempt:
         if rng.random() < 0.2:
             path = folder / rng.choice((head_file.TENSOR_FILE, head_file.CONFIG_FILE))
             path.write_bytes(change_bytes(path.read_bytes(), rng))
-        head_file.is_adapter(folder)
-        read, found = head_file.load_adapter(folder)
+        head_file.is_draft_head(folder)
+        read, found = head_file.read_draft_head(folder)
         assert all(tensor.isfinite().all() for tensor in found.values()) and asdict(read)["digest"]
 
     return attempt
@@ -494,7 +494,7 @@ DOORS = (
     Door("GGUF", gguf_file),
     Door("wheel", wheel),
     Door("pack", pack_file),
-    Door("adapter", adapter_folder),
+    Door("head", draft_head_folder),
     Door("session file", session_file),
     Door("prompts", prompts),
     Door("messages", messages),

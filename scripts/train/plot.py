@@ -1,4 +1,4 @@
-"""One picture of trainings of a trunk draft: acceptance against time, from the JSON that train_draft.py writes.
+"""One picture of trainings of a draft head: acceptance against time, from the JSON that train_draft.py writes.
 
 python scripts/train/plot.py training.json training.png
 """

@@ -133,14 +133,14 @@ def test_gates_end_a_models_blocks(model):
     assert [s.length for s in states] == [1, 2, 3, 1], "the second request ran its draft before it gave up on the next"
 
 
-def test_gates_end_a_trunks_blocks():
-    trunk = EarlyExitDrafter(Recorder(), 2)
-    states = [trunk.open(Counted(n)) for n in (5, 3, 7, 2)]
-    proposal = trunk.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policies())
+def test_gates_end_an_early_exits_blocks():
+    early_exit = EarlyExitDrafter(Recorder(), 2)
+    states = [early_exit.open(Counted(n)) for n in (5, 3, 7, 2)]
+    proposal = early_exit.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policies())
     assert drafts_of(proposal) == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
     wanted = [[1, 5], [2, 6], [3, 3], [4, 4], [5, 7], [6, 8], [7, 9], [8, 10], [7, 2]]
     assert proposal.hidden[:, :2].tolist() == wanted, "every pending token and every kept draft, and no other"
-    assert len(trunk.decoder.runs) == len(wanted) and runs_of(proposal) == [2, 2, 4, 1]
+    assert len(early_exit.decoder.runs) == len(wanted) and runs_of(proposal) == [2, 2, 4, 1]
 
 
 def test_all_drafts_accepted_leaves_the_last_one_to_be_run(model):
@@ -161,56 +161,56 @@ def test_closing_frees_the_drafts_own_sequences_only(model):
     state = model.open(None)
     model.close([state])
     assert state.sequence.freed
-    trunk, sequence = EarlyExitDrafter(Recorder(), 2), Counted()
-    trunk.close([trunk.open(sequence)])
+    early_exit, sequence = EarlyExitDrafter(Recorder(), 2), Counted()
+    early_exit.close([early_exit.open(sequence)])
     assert not sequence.freed
-    assert (model.weight_bytes, model.pool_bytes) == (12, 7) and (trunk.weight_bytes, trunk.pool_bytes) == (0, 0)
+    assert (model.weight_bytes, model.pool_bytes) == (12, 7) and (early_exit.weight_bytes, early_exit.pool_bytes) == (0, 0)
 
 
-def test_a_trunk_runs_each_token_once_and_hands_over_its_states():
-    trunk = EarlyExitDrafter(Recorder(), 2)
-    trunk.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
+def test_an_early_exit_runs_each_token_once_and_hands_over_its_states():
+    early_exit = EarlyExitDrafter(Recorder(), 2)
+    early_exit.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
     sequences = [Counted(), Counted(), Counted()]
-    states = [trunk.open(s) for s in sequences]
+    states = [early_exit.open(s) for s in sequences]
     for sequence, state, length in zip(sequences, states, (5, 3, 7), strict=True):
-        trunk.observe_target([state], [length], {1: torch.zeros(length, 3)})
+        early_exit.observe_target([state], [length], {1: torch.zeros(length, 3)})
         sequence.advance(length)
     sampler = Argmax()
-    proposal = trunk.propose(states, [[4], [6], [8]], [2, 0, 1], sampler)
+    proposal = early_exit.propose(states, [[4], [6], [8]], [2, 0, 1], sampler)
     assert proposal.tokens.tolist() == [5, 6, 9]
-    assert len(trunk.decoder.runs) == len(set(trunk.decoder.runs)) == 3 + 3, "every pending token and every draft, once"
+    assert len(early_exit.decoder.runs) == len(set(early_exit.decoder.runs)) == 3 + 3, "every pending token and every draft, once"
     assert sampler.drawn == [(0, 6), (2, 8), (0, 7)]
     wanted = [[4, 5, 200], [5, 6, 200], [6, 7, 200], [6, 3, 200], [8, 7, 200], [9, 8, 200]]
     assert proposal.hidden.tolist() == wanted, "request by request, as the target's verification block is laid out"
     assert [own.hidden.tolist() for own in proposal.requests] == [wanted[:3], wanted[3:4], wanted[4:]]
     proposal.requests[2].hidden[0] = 1
     assert proposal.hidden[4].tolist() == [1, 1, 1], "each request's rows are the batch's"
-    trunk.commit(states, proposal, [2, 1, 1])
+    early_exit.commit(states, proposal, [2, 1, 1])
     assert [s.features.length for s in states] == [7, 4, 8]
     assert torch.equal(states[0].features.take(5, 7), feature_rows([4, 5], 5, (1,)))
     assert [s.length for s in sequences] == [5, 3, 7], "the target's sequence is moved by the decode step"
 
 
-def test_a_trunk_opened_over_a_filled_sequence_has_no_features_of_its_tokens():
-    trunk = EarlyExitDrafter(Recorder(), 2)
-    trunk.keep_features((1,), FeatureBuffer)
-    state = trunk.open(Counted(4))
-    trunk.observe_target([state], [1], {1: torch.ones(1, 3)})
+def test_an_early_exit_opened_over_a_filled_sequence_has_no_features_of_its_tokens():
+    early_exit = EarlyExitDrafter(Recorder(), 2)
+    early_exit.keep_features((1,), FeatureBuffer)
+    state = early_exit.open(Counted(4))
+    early_exit.observe_target([state], [1], {1: torch.ones(1, 3)})
     assert state.features.take(0, 4) is None and state.features.take(4, 5) is not None
 
 
-def test_a_trunk_prefill_does_not_move_the_target():
-    trunk = EarlyExitDrafter(Recorder(), 2)
-    trunk.keep_features((0,), FeatureBuffer)
-    state = trunk.open(Counted())
-    trunk.prefill([state], [[1, 2]])
-    trunk.prefill([state], [[3]])
-    assert [position for _, position, _ in trunk.decoder.runs] == [0, 1, 2]
+def test_an_early_exit_prefill_does_not_move_the_target():
+    early_exit = EarlyExitDrafter(Recorder(), 2)
+    early_exit.keep_features((0,), FeatureBuffer)
+    state = early_exit.open(Counted())
+    early_exit.prefill([state], [[1, 2]])
+    early_exit.prefill([state], [[3]])
+    assert [position for _, position, _ in early_exit.decoder.runs] == [0, 1, 2]
     assert state.length == 0 and state.features.length == 3
 
 
 @pytest.mark.parametrize("layers", [0, 4, 5])
-def test_a_trunk_must_leave_layers_to_verify_with(layers):
+def test_an_early_exit_must_leave_layers_to_verify_with(layers):
     with pytest.raises(ExitLayerError, match="between 1 and 3"):
         EarlyExitDrafter(Recorder(), layers)
 

@@ -1,4 +1,4 @@
-"""The adapter's folder: what is stored comes back, and nothing else is taken for it."""
+"""The draft head's folder: what is stored comes back, and nothing else is taken for it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft.errors import AdapterMismatch, AdapterNotFound, CorruptedAdapter, ForeignAdapter, NewerAdapter
+from draft.errors import CorruptedDraftHead, DraftHeadMismatch, DraftHeadNotFound, ForeignDraftHead, NewerDraftHead
 from draft.head_file import (
     CONFIG_FILE,
     TENSOR_FILE,
-    AdapterConfig,
+    DraftHeadConfig,
     dequantise,
-    is_adapter,
-    load_adapter,
+    is_draft_head,
     quantise,
     read_config,
-    save_adapter,
+    read_draft_head,
     target_digest,
+    write_draft_head,
 )
 
 TARGET = SimpleNamespace(
@@ -44,7 +44,7 @@ TARGET = SimpleNamespace(
 
 def example(head="own", bits=8):
     torch.manual_seed(0)
-    config = AdapterConfig("tiny", target_digest(TARGET), 2, 1, 11, head, bits, {"seed": 3})
+    config = DraftHeadConfig("tiny", target_digest(TARGET), 2, 1, 11, head, bits, {"seed": 3})
     tensors = {
         "token_ids": torch.arange(0, 33, 3),
         "model.norm.weight": torch.rand(48),
@@ -59,17 +59,17 @@ def example(head="own", bits=8):
 @pytest.mark.parametrize("head", ["own", "tied"])
 def test_what_is_saved_comes_back(tmp_path, head, bits):
     config, tensors = example(head, bits)
-    saved = save_adapter(tmp_path, replace(config, bits=16), tensors, bits)
-    loaded, got = load_adapter(tmp_path)
+    saved = write_draft_head(tmp_path, replace(config, bits=16), tensors, bits)
+    loaded, got = read_draft_head(tmp_path)
     assert loaded == config == saved and len(loaded.digest) == 64 and loaded.digest == saved.digest
     assert got.keys() == tensors.keys() and got["token_ids"].tolist() == tensors["token_ids"].tolist()
     assert torch.equal(got["model.norm.weight"], tensors["model.norm.weight"])
     for name in tensors.keys() - {"token_ids", "model.norm.weight"}:
         error, largest = (got[name].float() - tensors[name]).abs().max(), tensors[name].abs().max()
         assert 0 < error <= largest * (0.51 / 127 if bits == 8 else 2.0**-8)
-    again = save_adapter(tmp_path / "again", loaded, got)
+    again = write_draft_head(tmp_path / "again", loaded, got)
     assert again.digest == saved.digest, "coded numbers are coded as themselves"
-    assert is_adapter(tmp_path) and not is_adapter(tmp_path / "nowhere")
+    assert is_draft_head(tmp_path) and not is_draft_head(tmp_path / "nowhere")
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,10 +91,10 @@ def test_zeros_stay_zeros():
 
 def test_the_digest_leaves_the_training_out(tmp_path):
     config, tensors = example()
-    digest = save_adapter(tmp_path, config, tensors).digest
+    digest = write_draft_head(tmp_path, config, tensors).digest
     fields = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"training": {"acceptance": 0.6}}))
-    loaded, _ = load_adapter(tmp_path)
+    loaded, _ = read_draft_head(tmp_path)
     assert loaded.digest == digest and loaded.training == {"acceptance": 0.6}
 
 
@@ -110,18 +110,18 @@ def test_the_digest_leaves_the_training_out(tmp_path):
         {"more": 1},
     ],
 )
-def test_a_config_of_another_adapter_is_refused(tmp_path, change):
-    save_adapter(tmp_path, *example())
+def test_a_config_of_another_draft_head_is_refused(tmp_path, change):
+    write_draft_head(tmp_path, *example())
     fields = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | change))
-    with pytest.raises(CorruptedAdapter):
-        load_adapter(tmp_path)
+    with pytest.raises(CorruptedDraftHead):
+        read_draft_head(tmp_path)
 
 
 @pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_damaged_tensors_are_refused(tmp_path, place, damage):
-    save_adapter(tmp_path, *example())
+    write_draft_head(tmp_path, *example())
     data = bytearray((tmp_path / TENSOR_FILE).read_bytes())
     at = int(place * len(data))
     if damage == "cut":
@@ -129,32 +129,32 @@ def test_damaged_tensors_are_refused(tmp_path, place, damage):
     else:
         data[at] ^= 16
     (tmp_path / TENSOR_FILE).write_bytes(data)
-    with pytest.raises((CorruptedAdapter, ForeignAdapter)):
-        load_adapter(tmp_path)
+    with pytest.raises((CorruptedDraftHead, ForeignDraftHead)):
+        read_draft_head(tmp_path)
 
 
 def test_missing_foreign_and_newer_files_have_names(tmp_path):
-    with pytest.raises(AdapterNotFound):
-        load_adapter(tmp_path)
+    with pytest.raises(DraftHeadNotFound):
+        read_draft_head(tmp_path)
     config, tensors = example()
-    save_adapter(tmp_path, config, tensors)
+    write_draft_head(tmp_path, config, tensors)
     fields = json.loads((tmp_path / CONFIG_FILE).read_text())
     for text, error in (
-        ("{", CorruptedAdapter),
-        ("[]", ForeignAdapter),
-        ('{"model_type": "llama"}', ForeignAdapter),
-        (json.dumps(fields | {"version": 2}), NewerAdapter),
-        (json.dumps(fields | {"version": None}), CorruptedAdapter),
-        (json.dumps(fields | {"vocab_size": 0}), ForeignAdapter),
-        (json.dumps({k: v for k, v in fields.items() if k != "head"}), CorruptedAdapter),
+        ("{", CorruptedDraftHead),
+        ("[]", ForeignDraftHead),
+        ('{"model_type": "llama"}', ForeignDraftHead),
+        (json.dumps(fields | {"version": 2}), NewerDraftHead),
+        (json.dumps(fields | {"version": None}), CorruptedDraftHead),
+        (json.dumps(fields | {"vocab_size": 0}), ForeignDraftHead),
+        (json.dumps({k: v for k, v in fields.items() if k != "head"}), CorruptedDraftHead),
     ):
         (tmp_path / CONFIG_FILE).write_text(text)
         with pytest.raises(error):
             read_config(tmp_path)
-    save_adapter(tmp_path, config, tensors)
+    write_draft_head(tmp_path, config, tensors)
     (tmp_path / TENSOR_FILE).unlink()
-    with pytest.raises(AdapterNotFound):
-        load_adapter(tmp_path)
+    with pytest.raises(DraftHeadNotFound):
+        read_draft_head(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_missing_foreign_and_newer_files_have_names(tmp_path):
 )
 def test_tensors_that_do_not_fit_the_config_are_not_saved(tmp_path, change):
     config, tensors = example()
-    with pytest.raises(CorruptedAdapter):
-        save_adapter(tmp_path, config, {k: v for k, v in (tensors | change).items() if v is not None})
+    with pytest.raises(CorruptedDraftHead):
+        write_draft_head(tmp_path, config, {k: v for k, v in (tensors | change).items() if v is not None})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_target_of_another_shape_is_refused():
     config, _ = example()
     config.check_target(TARGET)
-    with pytest.raises(AdapterMismatch, match="tiny"):
+    with pytest.raises(DraftHeadMismatch, match="tiny"):
         config.check_target(SimpleNamespace(**(vars(TARGET) | {"num_layers": 4})))

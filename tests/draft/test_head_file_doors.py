@@ -1,4 +1,4 @@
-"""Adapter folders that others wrote, with digests that are right: loading ends as an adapter or one named error."""
+"""Draft heads' folders that others wrote, with digests that are right: loading ends as a draft head or one named error."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from draft.errors import AdapterError
+from draft.errors import DraftHeadError
 from draft.head_file import (
     CONFIG_FILE,
     FORMAT,
     TENSOR_FILE,
     VERSION,
-    AdapterConfig,
+    DraftHeadConfig,
     _digest,
-    is_adapter,
-    load_adapter,
+    is_draft_head,
     read_config,
-    save_adapter,
+    read_draft_head,
+    write_draft_head,
 )
 
 BOUNDED = settings(max_examples=120, deadline=10_000, derandomize=True, database=None)
@@ -58,7 +58,7 @@ def folder(tmp_path):
         "model.layers.0.mlp.down_proj.weight": torch.randn(48, 80, generator=generator),
         "lm_head.weight": torch.randn(11, 48, generator=generator),
     }
-    save_adapter(tmp_path, AdapterConfig("tiny", "0" * 64, 2, 1, 11, "own", 8, {"seed": 3}), tensors)
+    write_draft_head(tmp_path, DraftHeadConfig("tiny", "0" * 64, 2, 1, 11, "own", 8, {"seed": 3}), tensors)
     return tmp_path
 
 
@@ -106,10 +106,10 @@ EDITS = [
 
 @pytest.mark.parametrize("number", range(len(EDITS)))
 def test_tensors_that_do_not_fit(folder, number):
-    load_adapter(folder)
+    read_draft_head(folder)
     forge(folder, EDITS[number])
-    with pytest.raises(AdapterError):
-        load_adapter(folder)
+    with pytest.raises(DraftHeadError):
+        read_draft_head(folder)
 
 
 @pytest.mark.parametrize(
@@ -137,54 +137,54 @@ def test_configs_of_another_shape(folder, changes):
     (folder / CONFIG_FILE).write_text(json.dumps(config | changes))
     began = time.process_time()
     if changes != {"digest": 5}:
-        with pytest.raises(AdapterError):
+        with pytest.raises(DraftHeadError):
             forge(folder, lambda tensors: None)
-            load_adapter(folder)
+            read_draft_head(folder)
     else:  # a field that is no part of the file is taken from the tensors
-        assert load_adapter(folder)[0].digest != 5
+        assert read_draft_head(folder)[0].digest != 5
     assert time.process_time() - began < 1
 
 
 @BOUNDED
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
 def test_any_json_in_a_config(tmp_path_factory, changes):
-    folder = tmp_path_factory.mktemp("adapter")
-    fields = asdict(AdapterConfig("tiny", "0" * 64, 2, 1, 11, "own")) | {"format": FORMAT, "version": VERSION}
+    folder = tmp_path_factory.mktemp("head")
+    fields = asdict(DraftHeadConfig("tiny", "0" * 64, 2, 1, 11, "own")) | {"format": FORMAT, "version": VERSION}
     fields.pop("digest")
     (folder / CONFIG_FILE).write_text(json.dumps(fields | changes))
-    with contextlib.suppress(AdapterError):
+    with contextlib.suppress(DraftHeadError):
         read_config(folder)
-    is_adapter(folder)
+    is_draft_head(folder)
 
 
 @BOUNDED
 @given(st.binary(max_size=200), st.sampled_from([CONFIG_FILE, TENSOR_FILE]))
-def test_any_bytes_in_an_adapter(tmp_path_factory, content, name):
-    folder = tmp_path_factory.mktemp("adapter")
+def test_any_bytes_in_a_draft_head(tmp_path_factory, content, name):
+    folder = tmp_path_factory.mktemp("head")
     tensors = {
         "token_ids": torch.arange(2),
         "model.norm.weight": torch.ones(3),
         "model.layers.0.x": torch.ones(3),
         "lm_head.weight": torch.ones(2, 3),
     }
-    save_adapter(folder, AdapterConfig("tiny", "0" * 64, 2, 1, 2, "own"), tensors)
+    write_draft_head(folder, DraftHeadConfig("tiny", "0" * 64, 2, 1, 2, "own"), tensors)
     (folder / name).write_bytes(content)
-    with pytest.raises(AdapterError):
-        load_adapter(folder)
+    with pytest.raises(DraftHeadError):
+        read_draft_head(folder)
 
 
 def test_pipes_nesting_and_names_that_are_none(folder):
     (folder / CONFIG_FILE).write_text('{"format":' + "[" * 100_000)
-    assert not is_adapter(folder)
-    with pytest.raises(AdapterError):
-        load_adapter(folder)
+    assert not is_draft_head(folder)
+    with pytest.raises(DraftHeadError):
+        read_draft_head(folder)
     for name in ("x" * 300, "a\0b"):
-        assert not is_adapter(folder / name)
-        with pytest.raises(AdapterError):
-            load_adapter(folder / name)
+        assert not is_draft_head(folder / name)
+        with pytest.raises(DraftHeadError):
+            read_draft_head(folder / name)
     if hasattr(os, "mkfifo"):
         (folder / CONFIG_FILE).unlink()
         os.mkfifo(folder / CONFIG_FILE)
-        assert not is_adapter(folder)
-        with pytest.raises(AdapterError):
-            load_adapter(folder)
+        assert not is_draft_head(folder)
+        with pytest.raises(DraftHeadError):
+            read_draft_head(folder)

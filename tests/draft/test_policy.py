@@ -35,9 +35,9 @@ def test_costs_are_interpolated_and_extrapolated():
     assert costs.step_seconds(0, 1) == pytest.approx(1.0)
     assert costs.step_seconds(1, 1) == pytest.approx(0.1 + 1.5)
     assert costs.step_seconds(3, 4) == pytest.approx(0.3 + 3.0 + 8 * 0.125)
-    trunk = CostModel(draft=((1, 0.1),), verify=((1, 1.0), (4, 2.5)), runs_last_draft=True)
-    assert trunk.step_seconds(0, 1) == pytest.approx(1.1)
-    assert trunk.step_seconds(1, 1) == pytest.approx(0.2 + 1.5)
+    early_exit = CostModel(draft=((1, 0.1),), verify=((1, 1.0), (4, 2.5)), runs_last_draft=True)
+    assert early_exit.step_seconds(0, 1) == pytest.approx(1.1)
+    assert early_exit.step_seconds(1, 1) == pytest.approx(0.2 + 1.5)
 
 
 def test_a_useless_draft_is_switched_off_and_probed_now_and_then():

@@ -95,7 +95,7 @@ def test_prices_follow_from_the_costs():
     )
     slope = (COSTS.step_seconds(7, 1) - COSTS.step_seconds(0, 1) - 7 * 0.3) / 7
     assert policy.leaf_cost == pytest.approx(slope * per_second) and policy.candidates == 1, (
-        "its row in the trunk's pass costs nothing here"
+        "its row in the early exit's pass costs nothing here"
     )
     shared = CostModel(draft=((1, 0.3), (4, 0.6)), verify=((1, 1.0), (4, 1.0), (8, 1.4))).policy(Exact(), 0.0, 4)
     assert shared.draft_cost == pytest.approx(0.6) and shared.verify_costs[0] == pytest.approx(0.4), "four requests gain a token each"

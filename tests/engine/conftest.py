@@ -16,7 +16,7 @@ import transformers
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from draft.head_file import AdapterConfig, save_adapter, target_digest
+from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
 from engine.model.decoder import Decoder, DecoderConfig
 from engine.sessions.rates import Rates
@@ -106,10 +106,18 @@ def random_decoder() -> Callable[..., Decoder]:
     return make
 
 
-def _make_adapter(
-    folder: Path, target: Decoder, *, trunk: int = 2, layers: int = 1, size: int = 60, head: str = "own", bits: int = 8, noise: float = 0.1
+def _make_draft_head(
+    folder: Path,
+    target: Decoder,
+    *,
+    exit_layer: int = 2,
+    layers: int = 1,
+    size: int = 60,
+    head: str = "own",
+    bits: int = 8,
+    noise: float = 0.1,
 ) -> Path:
-    """An adapter of the target's last layers and head, a little altered, so that some of its drafts are accepted."""
+    """A draft head of the target's last layers and head, a little altered, so that some of its drafts are accepted."""
     generator = torch.Generator().manual_seed(size + layers)
     named, depth = target.hf_tensors(), target.config.num_layers
     ids = torch.randperm(target.config.vocab_size, generator=generator)[:size].sort().values
@@ -122,15 +130,15 @@ def _make_adapter(
                 tensors[f"model.layers.{i}.{name.removeprefix(prefix)}"] = altered
     if head == "own":
         tensors["lm_head.weight"] = named.get("lm_head.weight", named["model.embed_tokens.weight"])[ids]
-    config = AdapterConfig("tiny", target_digest(target.config), trunk, layers, size, head, bits)  # type: ignore[arg-type]
-    save_adapter(folder, config, tensors)
+    config = DraftHeadConfig("tiny", target_digest(target.config), exit_layer, layers, size, head, bits)  # type: ignore[arg-type]
+    write_draft_head(folder, config, tensors)
     return folder
 
 
 @pytest.fixture(scope="session")
-def make_adapter() -> Callable[..., Path]:
-    """`make_adapter(folder, target, trunk=2, layers=1, size=60, head="own", bits=8, noise=0.1)` -> the folder of a trunk adapter for the target."""
-    return _make_adapter
+def make_draft_head() -> Callable[..., Path]:
+    """`make_draft_head(folder, target, exit_layer=2, layers=1, size=60, head="own", bits=8, noise=0.1)` -> a draft head's folder for the target."""
+    return _make_draft_head
 
 
 def _naive_probabilities(logits: list[float], params: Any) -> list[float]:
@@ -219,7 +227,7 @@ class ChatFolders:
 
     target: Path
     draft: Path
-    adapter: Path  # of a trunk of one layer
+    head: Path  # on an exit after one layer
     stranger: Path  # of the target's shape, other weights
 
 
@@ -264,8 +272,8 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
         model.save_pretrained(root / name)
         _byte_tokenizer().save_pretrained(root / name)
     decoder = Decoder.from_pretrained(root / "target", dtype=torch.float32)
-    adapter = _make_adapter(root / "adapter", decoder, trunk=1, size=200)
-    return ChatFolders(root / "target", root / "draft", adapter, root / "stranger")
+    head = _make_draft_head(root / "head", decoder, exit_layer=1, size=200)
+    return ChatFolders(root / "target", root / "draft", head, root / "stranger")
 
 
 @pytest.fixture(scope="session")
@@ -283,7 +291,7 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any]:
-    """`chat_engine(draft="draft"|"adapter"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
+    """`chat_engine(draft="draft"|"head"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
     from engine.engine import Engine
 
     def make(draft: str = "draft", target: str = "target", **options: Any) -> Engine:

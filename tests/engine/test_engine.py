@@ -124,7 +124,7 @@ def test_stop_strings_cut_text_and_caches(engine, length):
     place = next(i for i in range(9, 60) if all(b < 128 for b in whole.token_ids[i : i + 2]))
     word = bytes(whole.token_ids[place : place + 2]).decode()
     params = SamplingParams(max_new_tokens=60, ignore_eos=True, stop=(word, "never this"), draft_length=length)
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     pieces = []
     result = engine.core.run(conversation, list(b"stop me"), params, pieces.append)
     assert result.finish_reason == "stop" and word not in result.text and "".join(pieces) == result.text
@@ -132,7 +132,7 @@ def test_stop_strings_cut_text_and_caches(engine, length):
     cut = bytes(t for t in result.token_ids if t < 256).decode("utf-8", errors="replace")
     assert cut == result.text + word
     assert conversation.sequence.length == len(conversation.token_ids) - 1
-    engine.core.close_conversation(conversation)
+    engine.core.close_sequence_state(conversation)
 
 
 def test_end_tokens_and_special_stop_strings(target, random_decoder):
@@ -156,14 +156,14 @@ def test_end_tokens_and_special_stop_strings(target, random_decoder):
 
 
 def test_a_conversation_reuses_its_caches(engine):
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     first = engine.core.run(conversation, list(b"hello"), GREEDY)
     second = engine.core.run(conversation, list(b"more"), GREEDY)
     assert second.reused_tokens == 5 + first.new_tokens - 1 and second.prompt_tokens == 5 + first.new_tokens + 4
     [fresh] = engine.generate([[*b"hello", *first.token_ids, *b"more"]], GREEDY)
     assert fresh.token_ids == second.token_ids
     assert engine.core.pool.num_free_pages < engine.core.pool.max_pages
-    engine.core.close_conversation(conversation)
+    engine.core.close_sequence_state(conversation)
     assert (
         engine.core.pool.num_free_pages == engine.core.pool.max_pages
         and engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
@@ -175,7 +175,7 @@ def test_a_conversation_filled_from_outside_goes_on(target, draft):
     engine = Engine(target, ByteTokenizer(), draft=target if draft == "model" else 1, page_size=16)
     prompt = list(b"filled from outside")
     [wanted] = engine.generate([prompt], GREEDY)
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     conversation.token_ids += prompt
     target.forward(torch.tensor(prompt), [conversation.sequence], [len(prompt)], logits="none")
     conversation.sequence.advance(len(prompt))
@@ -184,7 +184,7 @@ def test_a_conversation_filled_from_outside_goes_on(target, draft):
 
 
 def test_a_failing_callback_ends_the_request_and_leaves_the_conversation_usable(engine):
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
 
     def fail(text):
         raise RuntimeError("screen gone")
@@ -194,7 +194,7 @@ def test_a_failing_callback_ends_the_request_and_leaves_the_conversation_usable(
     assert engine.core.scheduler.idle and conversation.sequence.length == len(conversation.token_ids) - 1
     [wanted] = engine.generate([conversation.token_ids[:]], GREEDY)
     assert engine.core.run(conversation, [], GREEDY).token_ids == wanted.token_ids
-    engine.core.close_conversation(conversation)
+    engine.core.close_sequence_state(conversation)
 
 
 def test_requests_wait_for_room_and_all_finish(target):
@@ -259,7 +259,7 @@ def test_refused_requests_leave_nothing_behind(target):
     with pytest.raises(PoolExhausted, match="pool_tokens"):
         engine.generate(["a", "b"], [SamplingParams(max_new_tokens=8), SamplingParams(max_new_tokens=100)])
     assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == 4
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, [1] * 20, SamplingParams(max_new_tokens=8))
     with pytest.raises(PoolExhausted, match="close conversations"):
         engine.generate([[2] * 30], SamplingParams(max_new_tokens=8))
@@ -267,7 +267,7 @@ def test_refused_requests_leave_nothing_behind(target):
     with pytest.raises(PoolExhausted):
         engine.core.run(conversation, [1] * 20, SamplingParams(max_new_tokens=90))
     assert conversation.token_ids == before
-    engine.core.close_conversation(conversation)
+    engine.core.close_sequence_state(conversation)
     assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == 4
     with pytest.raises(InvalidOption, match="token id 257"):
         engine.generate([[1, 257]])
@@ -298,7 +298,7 @@ def test_bad_options_name_a_remedy(target, engine, tmp_path):
         Engine(target, tokenizer).generate([{"role": "user", "content": "hi"}])
 
 
-def test_from_pretrained_loads_target_draft_and_trunk(tiny_model, tmp_path):
+def test_from_pretrained_loads_target_draft_and_early_exit(tiny_model, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -310,12 +310,12 @@ def test_from_pretrained_loads_target_draft_and_trunk(tiny_model, tmp_path):
     [wanted] = plain.generate([[4, 8, 15]], params)
     assert plain.drafter_name == "none" and plain.memory()["draft_bytes"] == 0 and plain.dtype == torch.float32
     assert plain.core.eos_token_ids == {5}
-    for draft, name, options in ((folder, folder.name, {}), ("trunk", "trunk", {"trunk_layers": 2}), ("trunk", "trunk", {})):
+    for draft, name, options in ((folder, folder.name, {}), ("trunk", "early exit", {"exit_layer": 2}), ("trunk", "early exit", {})):
         engine = Engine.from_pretrained(folder, draft, device="cpu", dtype="float32", page_size=16, **options)
         [result] = engine.generate([[4, 8, 15]], params)
         assert result.token_ids == wanted.token_ids and result.speculation.drafter == name
-    with pytest.raises(InvalidOption, match="trunk_layers"):
-        Engine.from_pretrained(folder, "none", device="cpu", trunk_layers=2)
+    with pytest.raises(InvalidOption, match="exit_layer"):
+        Engine.from_pretrained(folder, "none", device="cpu", exit_layer=2)
 
 
 def test_costs_are_measured_once_and_frozen(target):

@@ -116,13 +116,13 @@ def test_rows_resume_and_picture(bench: ModuleType, tiny: list[str], capsys: pyt
 
 
 def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> None:
-    """A pack calibrated on other tokens, with the first layer as trunk: its KV is neither coded nor changed."""
+    """A pack calibrated on other tokens, with the first layer recomputed: its KV is neither coded nor changed."""
     from engine.calibrate.recipe import CalibrationOptions, calibrate
 
     target = bench.Decoder.from_pretrained("tiny")
     docs = torch.randint(0, 96, (24, 128), generator=torch.Generator().manual_seed(3)).tolist()
     options = CalibrationOptions(context=128, rank=24, held_out_tokens=512, budget=10.0)
-    pack = calibrate(target, None, docs, trunk_layers=1, options=options, fingerprints={}, log=lambda _: None)
+    pack = calibrate(target, None, docs, recomputed_layers=1, options=options, fingerprints={}, log=lambda _: None)
     pack.save(tmp_path / "tiny.pack")
     methods = "foretold-near-lossless,foretold-tiny,foretold-step0.1,foretold-nopred-near-lossless"
     assert bench.main([*tiny, "--methods", methods, "--pack", str(tmp_path / "tiny.pack"), "--breakdown"]) == 0

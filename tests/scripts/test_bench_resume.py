@@ -89,7 +89,7 @@ def test_synthetic_codes_take_about_a_bit_a_component():
     bench = ResumeBench(core, pack)
     ids = torch.randint(512, (260,), generator=torch.Generator().manual_seed(2)).tolist()
     with torch.inference_mode():
-        state = core.open_conversation()
+        state = core.open_sequence_state()
         state.token_ids[:] = ids
         bench.codec.run_target(state, len(ids))
         spans = bench.codec.encode(state, NUM_SINKS, len(ids), "balanced")

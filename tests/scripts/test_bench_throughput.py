@@ -59,8 +59,8 @@ def test_step_time_and_floor_are_what_the_row_says(model_options, tmp_path, shor
     assert row["over_foretold_plain"] == 1 and row["over_transformers_plain"] is None
 
 
-@pytest.mark.parametrize("draft", ["adapter", "trunk"])
-def test_a_trunk_has_no_assisted_way_and_deterministic_text_is_exact(chat_folders, tmp_path, short, draft):
+@pytest.mark.parametrize("draft", ["head", "trunk"])
+def test_an_early_exit_has_no_assisted_way_and_deterministic_text_is_exact(chat_folders, tmp_path, short, draft):
     file = tmp_path / "out.json"
     source = str(getattr(chat_folders, draft, draft))
     given = ["--target", str(chat_folders.target), "--draft", source, "--device", "cpu", "--deterministic", "--draft-length", "2"]

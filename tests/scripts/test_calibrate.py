@@ -46,7 +46,7 @@ def test_mistakes_are_named(command, tmp_path, capsys):
         "the cheapest takes": [*command, *out, "--restore-budget", "0.0001"],
         "a restore budget chooses taps": [*command, *out, "--restore-budget", "0.5", "--rank", "8"],
         "features of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
-        "how many layers are recomputed": [*command, *out, "--restore-budget", "0.5", "--trunk-layers", "1"],
+        "how many layers are recomputed": [*command, *out, "--restore-budget", "0.5", "--recomputed-layers", "1"],
     }
     for said, arguments in cases.items():
         assert main(arguments) == 2, said

@@ -384,7 +384,7 @@ def test_bad_options_are_named(tmp_path, capsys):
 
 
 def test_run_tokens_moves_the_cache(engine):
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     conversation.token_ids[:] = engine.encode("abc")
     logits = run_tokens(engine.core, [conversation], [conversation.token_ids], "last")
     assert logits is not None and logits.shape[0] == 1 and conversation.sequence.length == 3

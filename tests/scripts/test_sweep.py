@@ -12,7 +12,7 @@ import sweep_predictor
 from codec.quantize import quantise
 from codec.rate import laplace_probabilities
 from engine.calibrate.search import laplace_bits
-from eval.sweep_fits import FULL, separate_sets, sweep, trunk_sets
+from eval.sweep_fits import FULL, early_exit_sets, separate_sets, sweep
 from sweep_predictor import gather, main
 
 STEP = 1.0
@@ -94,7 +94,7 @@ def test_command(chat_folders, tmp_path, capsys) -> None:
         str(chat_folders.target),
         "--draft",
         "trunk",
-        "--trunk-layers",
+        "--exit-layer",
         "1",
         "--text",
         str(tmp_path),
@@ -115,7 +115,7 @@ def test_command(chat_folders, tmp_path, capsys) -> None:
     ]
     assert main(command) == 0
     document = json.loads(out.read_text())
-    assert {row["features"] for row in document["rows"]} == {one.name for one in trunk_sets(1)}
+    assert {row["features"] for row in document["rows"]} == {one.name for one in early_exit_sets(1)}
     assert all(row["predictor_share"] == row["predictor_bytes"] / document["target_bytes"] for row in document["rows"])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     for change, said in ((["--ranks", "8,lots"], "--ranks"), (["--sets", "none such"], "--sets"), (["--tokens", "5"], "at least 256")):

@@ -95,21 +95,21 @@ FULL_PACKS = [
 ]
 
 
-@pytest.mark.parametrize("trunk,options", FULL_PACKS)
-def test_full_pack(target, draft, docs, tmp_path: Path, trunk: int, options: dict) -> None:
+@pytest.mark.parametrize("recomputed,options", FULL_PACKS)
+def test_full_pack(target, draft, docs, tmp_path: Path, recomputed: int, options: dict) -> None:
     lines: list[str] = []
-    draft = None if trunk == 1 else draft  # -1: a draft, and a layer of the target run again beside it
-    trunk = abs(trunk)
+    draft = None if recomputed == 1 else draft  # -1: a draft, and a layer of the target run again beside it
+    recomputed = abs(recomputed)
     chosen = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, **options)
-    pack = calibrate(target, draft, docs, trunk_layers=trunk, options=chosen, fingerprints={"target": "t"}, log=lines.append)
-    assert pack.predictor_settings["target_taps"] == ([0, 1] if draft and trunk else [0])
-    assert pack.layout.first_layer == trunk and pack.info["tokens"] > 1000 and len(lines) > 3
+    pack = calibrate(target, draft, docs, recomputed_layers=recomputed, options=chosen, fingerprints={"target": "t"}, log=lines.append)
+    assert pack.predictor_settings["target_taps"] == ([0, 1] if draft and recomputed else [0])
+    assert pack.layout.first_layer == recomputed and pack.info["tokens"] > 1000 and len(lines) > 3
     bits = [pack.info["ideal_bits_per_element"][q] for q in QUALITIES]
     assert bits == sorted(bits, reverse=True) and bits[-1] > 0
     pack.save(tmp_path / "p")
     pack = CodecPack.load(tmp_path / "p")
     predictor = load_predictor(pack.predictor, pack.predictor_settings)
-    stream = PairStream(target, draft, predictor.spec, trunk)
+    stream = PairStream(target, draft, predictor.spec, recomputed)
     batch = stream.run(docs[:2])
     prediction = predictor.predict_features(batch.features)
     assert (batch.y - prediction).pow(2).sum() < 0.8 * (batch.y - predictor.mu).pow(2).sum()
@@ -121,11 +121,18 @@ def test_full_pack(target, draft, docs, tmp_path: Path, trunk: int, options: dic
     assert error < 0.6**2 / 6 and error < (0.4 if isinstance(predictor, DensePredictor) else 0.3) * residual
 
 
-@pytest.mark.parametrize("trunk", [0, 1])
-def test_quick_pack(target, draft, byte_tokenizer, trunk: int) -> None:
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_quick_pack(target, draft, byte_tokenizer, recomputed: int) -> None:
     lines: list[str] = []
     pack = quick_pack(
-        target, None if trunk else draft, byte_tokenizer(), trunk_layers=trunk, num_tokens=500, context=64, rank=16, log=lines.append
+        target,
+        None if recomputed else draft,
+        byte_tokenizer(),
+        recomputed_layers=recomputed,
+        num_tokens=500,
+        context=64,
+        rank=16,
+        log=lines.append,
     )
     assert "held-out R2 of keys" in lines[-1] and pack.kind == "per_layer"
     assert set(pack.fingerprints) == {"text"}
@@ -153,4 +160,4 @@ def test_texts(tmp_path: Path, byte_tokenizer) -> None:
 
 def test_options_are_checked(target, docs) -> None:
     with pytest.raises(InvalidOption):
-        calibrate(target, None, docs, trunk_layers=1, options=CalibrationOptions(weighting="none"))
+        calibrate(target, None, docs, recomputed_layers=1, options=CalibrationOptions(weighting="none"))

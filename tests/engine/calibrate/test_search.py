@@ -89,7 +89,7 @@ def test_more_of_the_budget_buys_fewer_bits(target, draft, docs):
 
 def test_a_wide_matrix_chooses_as_a_set_fitted_alone_would_cost(target, docs):
     """An early exit's sets: bits of the rows are those of the residuals, and what is chosen has the fewest."""
-    pack = calibrate(target, None, docs, trunk_layers=4, options=replace(QUICK, restore_budget=0.9), log=lambda _: None)
+    pack = calibrate(target, None, docs, recomputed_layers=4, options=replace(QUICK, restore_budget=0.9), log=lambda _: None)
     assert pack.layout.first_layer == 4 and len(pack.info["search"]) >= 2
     assert {row["features"] for row in pack.info["search"]} == {f"states {taps} + target 0, 4 layers recomputed" for taps in ("2,4", "4")}
 

@@ -39,7 +39,7 @@ def reference(gguf_file):
     return AutoModelForCausalLM.from_pretrained(gguf_file.parent, **options).eval()
 
 
-def test_the_pair_is_a_folder_and_a_trunk(pair):
+def test_the_pair_is_a_folder_and_its_own_draft(pair):
     assert pair.draft == "trunk"
     assert resolve_model(pair.target_dir) == pair.target_dir
     assert len(fingerprint(pair.target_dir)) == 64

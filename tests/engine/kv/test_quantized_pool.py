@@ -139,7 +139,7 @@ def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(quantized_pool):
 
 
 @torch.inference_mode()
-def test_trunk_layers_run_apart_write_the_same_cache(quantized_pool, ids):
+def test_first_layers_run_apart_write_the_same_cache(quantized_pool, ids):
     decoder, pool, _ = quantized_pool("q3", num_pages=16)
     whole, parts = pool.new_sequence(), pool.new_sequence()
     want = decoder(ids, [whole], [40], deterministic=True).logits

@@ -92,7 +92,7 @@ def test_replays_of_other_sizes_are_refused(decoder, kind):
             backend.prepare_for_replay(AttentionBatch(sequences, lens, starts))
     with pytest.raises(InvalidOption, match="1 requests of 3"):
         backend.prepare_for_replay(AttentionBatch(sequences[:1], [3], [3]))
-    with pytest.raises(InvalidOption, match="takes no placements"):
+    with pytest.raises(InvalidOption, match="takes no tree_positions"):
         backend.prepare_for_replay(AttentionBatch(sequences, [1, 2], [3, 5], [TreePosition([3], [3]), TreePosition([5, 5], [5, 6])]))
 
 
@@ -111,9 +111,9 @@ def test_every_backend_sees_the_same_tree(decoder):
     """A block with leaves beside its drafts, in a batch with one that has none."""
     _, sequences = prompted(decoder, ReferenceBackend, [6, 9])
     leaves = [Leaf(1, 40), Leaf(2, 41), Leaf(2, 42)]
-    placements = [block_positions(7, 2, leaves), block_positions(10, 3, [])]
+    tree_positions = [block_positions(7, 2, leaves), block_positions(10, 3, [])]
     counts, ids = [6, 4], random_ids(10, seed=3)
-    batch = AttentionBatch(sequences, counts, [6, 9], placements)
+    batch = AttentionBatch(sequences, counts, [6, 9], tree_positions)
     batch.reserve()
     found = []
     for kind in (ReferenceBackend, TritonBackend):
@@ -131,10 +131,10 @@ def test_trees_wider_than_their_masks_are_refused(decoder):
     sequence = decoder.new_pool(12, 8).new_sequence()
     wide = TreePosition([0, 0], [0, TREE_SPAN])
     with pytest.raises(InvalidOption, match=f"0 to {TREE_SPAN} behind"):
-        decoder.forward(torch.tensor([1, 2]), [sequence], [2], placements=[wide])
+        decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[wide])
     with pytest.raises(InvalidOption, match="-1 to 0 behind"):
-        decoder.forward(torch.tensor([1, 2]), [sequence], [2], placements=[TreePosition([0, 1], [0, 0])])
-    edge = decoder.forward(torch.tensor([1, 2]), [sequence], [2], placements=[TreePosition([0, 0], [0, TREE_SPAN - 1])])
+        decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 1], [0, 0])])
+    edge = decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 0], [0, TREE_SPAN - 1])])
     alone = decoder.forward(torch.tensor([2]), [sequence], [1])
     assert torch.allclose(edge.logits[1], alone.logits[0], atol=1e-5)
 

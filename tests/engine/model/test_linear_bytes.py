@@ -74,7 +74,7 @@ def test_zeros_stay_zeros():
 
 @needs_bytes
 @torch.inference_mode()
-def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder, make_adapter, tmp_path):
+def test_a_stored_draft_head_runs_in_bytes_and_takes_half_the_memory(random_decoder, make_draft_head, tmp_path):
     shape = {
         "hidden_size": 64,
         "head_dim": 16,
@@ -85,7 +85,7 @@ def test_a_stored_adapter_runs_in_bytes_and_takes_half_the_memory(random_decoder
     }
     target = random_decoder(0, num_hidden_layers=4, **shape).to(torch.bfloat16).pack()
     trained = {
-        bits: load_draft_head(make_adapter(tmp_path / str(bits), target, size=64, bits=bits), target).head_layers for bits in (8, 16)
+        bits: load_draft_head(make_draft_head(tmp_path / str(bits), target, size=64, bits=bits), target).head_layers for bits in (8, 16)
     }
     in_bytes = [isinstance(m.matrix, Int8Weight) for m in trained[8].modules() if isinstance(m, Projection)]
     assert (

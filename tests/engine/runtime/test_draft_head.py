@@ -1,4 +1,4 @@
-"""A trained trunk in the engine: the target's text and distribution, caches and features that agree with a plain pass, ragged batches."""
+"""A draft head in the engine: the target's text and distribution, caches and features that agree with a plain pass, ragged batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from draft.source import DraftHeadSource
 from engine.calibrate.recipe import feature_spec
 from engine.calibrate.stream import PairStream
 from engine.engine import Engine
-from engine.errors import BadAdapter, InvalidOption
+from engine.errors import BadDraftHead, InvalidOption
 from engine.loading import choose_draft
 from engine.model.decoder import Decoder
 from engine.runtime.drafters import load_draft_head
@@ -21,7 +21,7 @@ from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
-TRUNK = 2
+EXIT_LAYER = 2
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def target(random_decoder):
 
 
 @pytest.fixture(scope="module", params=[(1, 60, "own"), (2, 30, "tied")], ids=["one own layer", "two own layers, tied head"])
-def trained(request, target, tmp_path_factory, make_adapter) -> DraftHeadSource:
+def trained(request, target, tmp_path_factory, make_draft_head) -> DraftHeadSource:
     layers, size, head = request.param
-    return load_draft_head(make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=head), target)
+    return load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, layers=layers, size=size, head=head), target)
 
 
 def engine_of(target, draft, **options):
@@ -88,10 +88,10 @@ def test_equal_seeds_give_equal_text_in_any_batch(target, trained):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"top_k": 3, "temperature": 0.8}])
-def test_sampled_text_has_the_targets_distribution(random_decoder, make_adapter, tmp_path, filters, check_sampled_text):
+def test_sampled_text_has_the_targets_distribution(random_decoder, make_draft_head, tmp_path, filters, check_sampled_text):
     shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
     target = random_decoder(3, **shape)
-    check_sampled_text(target, load_draft_head(make_adapter(tmp_path, target, size=3), target), 900, **filters)
+    check_sampled_text(target, load_draft_head(make_draft_head(tmp_path, target, size=3), target), 900, **filters)
 
 
 def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained):
@@ -106,12 +106,14 @@ def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained)
 
 
 def full_pass(target, trained, token_ids):
-    """The trunk's and the adapter's states [T, taps, E] after 0 to TRUNK + n layers, and the adapter's KV, of one plain pass."""
+    """The early exit's and the draft head's states [T, taps, E] after 0 to EXIT_LAYER + n layers, and the draft head's KV, of one plain pass."""
     sequence, own = target.new_pool(9, 16).new_sequence(), trained.head_layers.new_pool(9, 16).new_sequence()
     count, depth = len(token_ids), trained.config.num_layers
-    taps = target.forward(torch.tensor(token_ids), [sequence], [count], taps=tuple(range(TRUNK + 1)), last_layer=TRUNK, logits="none").taps
-    more = trained.head_layers.forward(None, [own], [count], hidden=taps[TRUNK], taps=tuple(range(1, depth + 1)), logits="none").taps
-    states = [taps[i] for i in range(TRUNK + 1)] + [more[i] for i in range(1, depth + 1)]
+    taps = target.forward(
+        torch.tensor(token_ids), [sequence], [count], taps=tuple(range(EXIT_LAYER + 1)), last_layer=EXIT_LAYER, logits="none"
+    ).taps
+    more = trained.head_layers.forward(None, [own], [count], hidden=taps[EXIT_LAYER], taps=tuple(range(1, depth + 1)), logits="none").taps
+    states = [taps[i] for i in range(EXIT_LAYER + 1)] + [more[i] for i in range(1, depth + 1)]
     return torch.stack(states, 1), trained.head_layers.read_kv(own, 0, count)
 
 
@@ -120,9 +122,9 @@ def full_pass(target, trained, token_ids):
 @pytest.mark.parametrize("length", [0, 3])
 def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, temperature, length):
     engine = engine_of(target, trained)
-    taps = tuple(range(TRUNK + trained.config.num_layers * eager + 1))
+    taps = tuple(range(EXIT_LAYER + trained.config.num_layers * eager + 1))
     engine.core.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     for n, new in enumerate(([5, 6, 7] * 14, [], [1, 2])):
         params = SamplingParams(max_new_tokens=23, temperature=temperature, seed=n, draft_length=length)
         engine.core.run(conversation, new, params)
@@ -132,14 +134,14 @@ def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, te
     assert torch.allclose(state.features.take(0, length), states[:, list(taps)], atol=1e-3)
     if eager:
         assert state.own.length == length
-    engine.core.drafter.adapter.run_pending([state])
+    engine.core.drafter.draft_head.run_pending([state])
     assert state.own.length == length and state.pending_hidden is None
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, length), kv, atol=1e-3)
 
 
 def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass(target, trained):
     engine = engine_of(target, trained)
-    conversations = [engine.core.open_conversation() for _ in PROMPTS]
+    conversations = [engine.core.open_sequence_state() for _ in PROMPTS]
     for turn in range(2):
         for c, prompt in zip(conversations, PROMPTS, strict=True):
             c.token_ids += [] if turn else prompt
@@ -150,7 +152,7 @@ def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass
     for c in conversations:
         state = c.draft_state
         assert state.num_cached == c.sequence.length == len(c.token_ids) - 1
-        engine.core.drafter.adapter.run_pending([state])
+        engine.core.drafter.draft_head.run_pending([state])
         assert torch.allclose(
             trained.head_layers.read_kv(state.own, 0, state.num_cached), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
         )
@@ -160,14 +162,14 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     engine, runs = engine_of(target, trained, prefill_chunk=200), []
     forward = trained.head_layers.forward
     monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, [4] * 150, SamplingParams(max_new_tokens=20, draft_length=0))
     assert not runs and conversation.draft_state.num_pending_hidden == 169
     engine.core.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
     assert runs[0] == [271], "with the first pending token, once"
     assert sum(n for [n] in runs[1:]) <= 10
     monkeypatch.setattr("draft.early_exit.MAX_PENDING_HIDDEN", 64)
-    long = engine.core.open_conversation()
+    long = engine.core.open_sequence_state()
     runs.clear()
     engine.core.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
     assert not runs
@@ -178,7 +180,7 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, plain, eager):
     engine = engine_of(target, trained, prefill_chunk=8)
-    engine.core.keep_features((TRUNK + 1,) if eager else (), FeatureBuffer)
+    engine.core.keep_features((EXIT_LAYER + 1,) if eager else (), FeatureBuffer)
     sequence = engine.core.pool.new_sequence()
     target.forward(torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
     sequence.advance(30)
@@ -188,7 +190,7 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
     assert 0 < result.speculation.proposed < 3 * result.speculation.steps, "no drafts while it learns, eight tokens a step"
     state = conversation.draft_state
     assert state.num_cached == sequence.length
-    engine.core.drafter.adapter.run_pending([state])
+    engine.core.drafter.draft_head.run_pending([state])
     kv = full_pass(target, trained, conversation.token_ids[: sequence.length])[1]
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
     if eager:
@@ -198,24 +200,24 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
 
 def test_what_lies_beyond_a_cut_cache_is_forgotten(target, trained):
     engine = engine_of(target, trained)
-    conversation, fresh = engine.core.open_conversation(), engine.core.open_conversation()
+    conversation, fresh = engine.core.open_sequence_state(), engine.core.open_sequence_state()
     engine.core.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, draft_length=3))
     del conversation.token_ids[60:]
     conversation.sequence.truncate(60)
     again = engine.core.run(conversation, [9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
     wanted = engine.core.run(fresh, [*PROMPTS[3][:60], 9, 9], SamplingParams(max_new_tokens=20, draft_length=3))
     assert again.token_ids == wanted.token_ids and again.speculation.accepted_at == wanted.speculation.accepted_at
-    engine.core.close_conversation(conversation)
-    engine.core.close_conversation(fresh)
+    engine.core.close_sequence_state(conversation)
+    engine.core.close_sequence_state(fresh)
     assert engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
 
 
 def test_calibration_sees_the_features_that_decoding_keeps(target, trained):
-    last = TRUNK + trained.config.num_layers
-    assert feature_spec(None, TRUNK, adapter=trained.head_layers).taps == (2, last) and feature_spec(None, TRUNK).taps == (2,)
+    last = EXIT_LAYER + trained.config.num_layers
+    assert feature_spec(None, EXIT_LAYER, head_layers=trained.head_layers).taps == (2, last) and feature_spec(None, EXIT_LAYER).taps == (2,)
     documents = [[5, 6, 7] * 14, [9, 1] * 9]
-    for taps in ((0, TRUNK, last), (last,), (1,)):
-        batch = PairStream(target, None, FeatureSpec(taps), TRUNK, trained.head_layers).run(documents)
+    for taps in ((0, EXIT_LAYER, last), (last,), (1,)):
+        batch = PairStream(target, None, FeatureSpec(taps), EXIT_LAYER, trained.head_layers).run(documents)
         rows = torch.cat([full_pass(target, trained, d)[0][NUM_SINKS:, list(taps)] for d in documents])
         embedded = torch.cat([target.embed(torch.tensor(d))[NUM_SINKS:] for d in documents])[:, None]
         assert torch.allclose(batch.features, join_features(rows, embedded), atol=1e-3)
@@ -227,36 +229,36 @@ def test_its_bytes_and_costs_are_counted(target, trained):
     matrices = c.hidden_size * (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim + 3 * c.hidden_size * c.intermediate_size
     layer = matrices + 2 * c.hidden_size
     assert memory["draft_bytes"] == 4 * (trained.config.num_layers * layer + c.hidden_size * (trained.config.vocab_size + 1))
-    assert memory["pool_bytes"] == engine.core.pool.bytes + engine.core.draft_pool.bytes and engine.drafter_name == "trained trunk"
+    assert memory["pool_bytes"] == engine.core.pool.bytes + engine.core.draft_pool.bytes and engine.drafter_name == "draft head"
     engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=2))
     costs = engine.core.cost_model
     assert costs.runs_last_draft and costs.last[0][1] < costs.draft[0][1]
     assert costs.step_seconds(0, 1) == costs.last[0][1] + costs.verify[0][1]
 
 
-def test_adapters_that_do_not_fit_are_refused(target, random_decoder, make_adapter, tmp_path):
-    folder = make_adapter(tmp_path / "a", target)
-    with pytest.raises(BadAdapter, match="another model"):
+def test_draft_heads_that_do_not_fit_are_refused(target, random_decoder, make_draft_head, tmp_path):
+    folder = make_draft_head(tmp_path / "a", target)
+    with pytest.raises(BadDraftHead, match="another model"):
         load_draft_head(folder, random_decoder(0))
     (folder / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:-7])
-    with pytest.raises(BadAdapter, match="cannot be read"):
+    with pytest.raises(BadDraftHead, match="cannot be read"):
         load_draft_head(folder, target)
-    make_adapter(folder, target)
+    make_draft_head(folder, target)
     config = replace(target.config, vocab_size=20)
-    with pytest.raises(BadAdapter):
+    with pytest.raises(BadDraftHead):
         load_draft_head(folder, Decoder.from_config(config, dtype=torch.float32))
-    with pytest.raises(BadAdapter, match="there is no"):
+    with pytest.raises(BadDraftHead, match="there is no"):
         load_draft_head(tmp_path / "none", target)
-    with pytest.raises(InvalidOption, match="trunk_layers"):
+    with pytest.raises(InvalidOption, match="exit_layer"):
         choose_draft(folder, target.config, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("features", [(), (1, 3)], ids=["lazy", "eager"])
-def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapter, tmp_path, features):
+def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_draft_head, tmp_path, features):
     target = random_decoder(0, num_hidden_layers=4, head_dim=32, num_attention_heads=4)
-    folder = make_adapter(tmp_path, target)
+    folder = make_draft_head(tmp_path, target)
     there = Decoder.from_config(target.config, dtype=torch.float32, device="cuda")
     for name, place in there.hf_tensors().items():
         place.copy_(target.hf_tensors()[name])
@@ -270,10 +272,10 @@ def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_adapt
         texts.append([r.token_ids for r in results])
     assert texts[0] == texts[1] and 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
     sampled = SamplingParams(max_new_tokens=30, draft_length=3, temperature=1.0, seed=5)
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, PROMPTS[1], sampled)
     state, count = conversation.draft_state, conversation.sequence.length
-    engine.core.drafter.adapter.run_pending([state])
+    engine.core.drafter.draft_head.run_pending([state])
     here = load_draft_head(folder, target)
     states, kv = full_pass(target, here, conversation.token_ids[:count])
     assert (trained.head_layers.read_kv(state.own, 0, count).cpu() - kv).norm() < 0.02 * kv.norm()

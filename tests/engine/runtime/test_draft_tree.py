@@ -18,7 +18,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.runtime.verify import verify
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
-TRUNK = 2
+EXIT_LAYER = 2
 GENEROUS = CostModel(draft=((1, 0.02),), verify=((1, 1.0), (256, 1.02)), runs_last_draft=True, last=((1, 0.01),))
 
 
@@ -27,10 +27,10 @@ def target(random_decoder):
     return random_decoder(0, num_hidden_layers=4)
 
 
-@pytest.fixture(scope="module", params=["own head", "tied head", "trunk", "model"])
-def draft(request, target, tmp_path_factory, make_adapter):
-    if request.param == "trunk":
-        return TRUNK
+@pytest.fixture(scope="module", params=["own head", "tied head", "exit", "model"])
+def draft(request, target, tmp_path_factory, make_draft_head):
+    if request.param == "exit":
+        return EXIT_LAYER
     if request.param == "model":
         noisy = Decoder.from_config(target.config, dtype=torch.float32, seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -38,7 +38,7 @@ def draft(request, target, tmp_path_factory, make_adapter):
             ours.copy_(theirs * (1 + 0.15 * torch.randn(ours.shape, generator=generator)))
         return noisy
     layers, size = (1, 60) if request.param == "own head" else (2, 90)
-    folder = make_adapter(tmp_path_factory.mktemp("adapter"), target, layers=layers, size=size, head=request.param.split()[0])
+    folder = make_draft_head(tmp_path_factory.mktemp("head"), target, layers=layers, size=size, head=request.param.split()[0])
     return load_draft_head(folder, target)
 
 
@@ -107,11 +107,11 @@ def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
     assert steps[0] < 0.95 * steps[1]
 
 
-@pytest.mark.parametrize("taps", [(), (0, TRUNK)])
+@pytest.mark.parametrize("taps", [(), (0, EXIT_LAYER)])
 def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, taps):
     engine = engine_of(target, draft)
     engine.core.keep_features(taps, lambda: FeatureBuffer(dtype=torch.float32))
-    conversations = [engine.core.open_conversation() for _ in PROMPTS]
+    conversations = [engine.core.open_sequence_state() for _ in PROMPTS]
     for new in ([], [1, 2], [9]):
         for conversation, prompt in zip(conversations, PROMPTS, strict=True):
             engine.core.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
@@ -122,17 +122,17 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
         length = conversation.sequence.length
         assert length == len(tokens) - 1
         sequence = target.new_pool(20, 16).new_sequence()
-        out = target.forward(torch.tensor(tokens[:length]), [sequence], [length], taps=(0, TRUNK))
+        out = target.forward(torch.tensor(tokens[:length]), [sequence], [length], taps=(0, EXIT_LAYER))
         assert torch.allclose(target.read_kv(conversation.sequence, 0, length), target.read_kv(sequence, 0, length), atol=1e-3)
         if model is not None:
             own, length = model.new_pool(20, 16).new_sequence(), state.length
-            out = model.forward(torch.tensor(tokens[:length]), [own], [length], taps=(0, TRUNK))
+            out = model.forward(torch.tensor(tokens[:length]), [own], [length], taps=(0, EXIT_LAYER))
             assert torch.allclose(model.read_kv(state.sequence, 0, length), model.read_kv(own, 0, length), atol=1e-3)
         decoder = engine.core.source.head_layers
         if decoder is not None:
             own = decoder.new_pool(20, 16).new_sequence()
-            decoder.forward(None, [own], [length], hidden=out.taps[TRUNK], logits="none")
-            engine.core.drafter.adapter.run_pending([state])
+            decoder.forward(None, [own], [length], hidden=out.taps[EXIT_LAYER], logits="none")
+            engine.core.drafter.draft_head.run_pending([state])
             assert state.own.length == length
             assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
         if taps:
@@ -145,12 +145,12 @@ def test_a_stop_inside_a_block_ends_it(target, draft, plain, adopted):
     for prompt, text in zip(PROMPTS, plain, strict=True):
         for end in sorted({text.index(text[place]) + 1 for place in (20, 37, 52)}):
             stop = text[end - 1]
-            conversation = engine.core.open_conversation()
+            conversation = engine.core.open_sequence_state()
             params = SamplingParams(max_new_tokens=60, stop_token_ids=(stop,))
             assert engine.core.run(conversation, prompt, params).token_ids == text[:end]
             if end < 60:
                 assert engine.core.run(conversation, [], SamplingParams(max_new_tokens=60 - end)).token_ids == text[end:]
-            engine.core.close_conversation(conversation)
+            engine.core.close_sequence_state(conversation)
     assert adopted
 
 
@@ -190,7 +190,7 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
     sequence.advance(20)
     leaves = [Leaf(1, 40), Leaf(2, 41), Leaf(2, 42)]
     block = [30, 31, 32, *(s.token for s in leaves)]
-    out = target.forward(torch.tensor(block), [sequence], [6], placements=[block_positions(21, 2, leaves)])
+    out = target.forward(torch.tensor(block), [sequence], [6], tree_positions=[block_positions(21, 2, leaves)])
     assert sequence.length == 20 and sequence.capacity >= leaf_slot(21, 2) + 1
 
     def alone(tokens):
@@ -204,14 +204,14 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
     assert torch.allclose(target.read_kv(sequence, 0, 23), target.read_kv(alone([30, 31, 42])[1], 0, 23), atol=1e-3)
 
 
-def test_pools_without_placements_refuse_them(random_decoder):
+def test_pools_without_tree_positions_refuse_them(random_decoder):
     target = random_decoder(1, head_dim=32)
     means = torch.zeros(target.config.num_layers, 2, target.config.num_kv_heads, target.config.head_dim)
     pool = QuantizedPool(4, means, 4, dtype=torch.float32)
     sequence = pool.new_sequence()
-    assert not pool.takes_placements and target.new_pool(1).takes_placements
+    assert not pool.takes_tree_positions and target.new_pool(1).takes_tree_positions
     with pytest.raises(InvalidOption, match="without leaves"):
-        target.forward(torch.tensor([1]), [sequence], [1], placements=[TreePosition([0], [0])])
+        target.forward(torch.tensor([1]), [sequence], [1], tree_positions=[TreePosition([0], [0])])
     with pytest.raises(NotImplementedError, match="QuantizedPool"):
         pool.move(sequence, 1, 0)
 
@@ -231,5 +231,5 @@ def test_the_kernels_see_a_tree_as_the_plain_attention_does(target, monkeypatch)
         target.forward(torch.arange(3, 23), [sequence], [20])
         sequence.advance(20)
         block = torch.tensor([30, 31, 32, *(leaf.token for leaf in leaves)])
-        found.append(target.forward(block, [sequence], [6], placements=[block_positions(21, 2, leaves)]).logits)
+        found.append(target.forward(block, [sequence], [6], tree_positions=[block_positions(21, 2, leaves)]).logits)
     assert torch.allclose(*found, atol=1e-4) and found[0].abs().max() > 0.1

@@ -15,11 +15,11 @@ POISON = 7
 MODES = [{}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 3}]
 
 
-@pytest.fixture(params=["none", "model", "trunk"])
+@pytest.fixture(params=["none", "model", "exit"])
 def poisoned(request, random_decoder):
     """An engine whose target has no numbers for one token."""
     target = random_decoder(1)
-    draft = {"none": None, "model": random_decoder(2), "trunk": 1}[request.param]
+    draft = {"none": None, "model": random_decoder(2), "exit": 1}[request.param]
     target.embed_tokens.weight[POISON] = math.nan
     return Engine(target, draft=draft, page_size=16)
 
@@ -45,7 +45,7 @@ def test_the_others_of_its_batch_go_on(poisoned, mode):
     good = SamplingParams(max_new_tokens=12, draft_length=length, logit_bias={POISON: -100.0}, **mode)
     bad = SamplingParams(max_new_tokens=12, draft_length=length, logit_bias={POISON: 100.0}, **mode)
     requests = [
-        poisoned.core.submit(poisoned.core.open_conversation(), prompt, params, owns_cache=True)
+        poisoned.core.submit(poisoned.core.open_sequence_state(), prompt, params, owns_cache=True)
         for prompt, params in (([1, 2], good), ([1, 2], bad), ([POISON, 2], good), ([3], good))
     ]
     while not poisoned.core.scheduler.idle:

@@ -69,7 +69,7 @@ def test_logits_are_what_transformers_processors_make(penalty, bias):
 def pair(random_decoder):
     target = random_decoder(1, vocab_size=40, num_hidden_layers=2)
     other = random_decoder(2, vocab_size=40, num_hidden_layers=1)
-    return target, {"none": None, "other": other, "itself": target, "trunk": 1}
+    return target, {"none": None, "other": other, "itself": target, "exit": 1}
 
 
 def reference_text(target, params, count):
@@ -108,7 +108,7 @@ def test_a_stop_of_the_draft_length_by_itself_meets_siblings_and_penalties(pair)
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (64, 1.02)), runs_last_draft=True)
     for options in PENALTIES:
         wanted = reference_text(target, SamplingParams(**options), 24)
-        for draft in (drafts["other"], drafts["trunk"]):
+        for draft in (drafts["other"], drafts["exit"]):
             engine = Engine(target, draft=draft, page_size=16, costs=costs)
             assert engine.generate([PROMPT], SamplingParams(max_new_tokens=24, **options))[0].token_ids == wanted
 

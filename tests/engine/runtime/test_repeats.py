@@ -38,11 +38,11 @@ def texts(engine, given, batch, **options):
     return found
 
 
-@pytest.mark.parametrize("kind", ["none", "model", "trunk"])
+@pytest.mark.parametrize("kind", ["none", "model", "exit"])
 @pytest.mark.parametrize("options", [{}, SAMPLED, SAMPLED | {"repetition_penalty": 1.2}], ids=["greedy", "sampled", "penalised"])
 def test_a_seed_names_the_same_text_in_every_batch_and_with_every_draft_length(decoder, kind, options):
     target = decoder(1, 3)
-    draft = {"none": None, "model": decoder(2, 1), "trunk": 1}[kind]
+    draft = {"none": None, "model": decoder(2, 1), "exit": 1}[kind]
     given = prompts(16)
     alone = texts(Engine(target, page_size=16), given, 1, draft_length=0, **options)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS)
@@ -59,10 +59,10 @@ def test_a_seeded_request_repeats_beside_others_without_a_seed(decoder):
     assert together[0].token_ids == alone.token_ids
 
 
-@pytest.mark.parametrize("kind", ["none", "model", "trunk"])
+@pytest.mark.parametrize("kind", ["none", "model", "exit"])
 def test_greedy_text_in_deterministic_mode_depends_on_no_batch_and_no_draft(decoder, kind):
     target = decoder(1, 3)
-    draft = {"none": None, "model": decoder(2, 1), "trunk": 1}[kind]
+    draft = {"none": None, "model": decoder(2, 1), "exit": 1}[kind]
     given = prompts(16)
     alone = texts(Engine(target, page_size=16, deterministic=True), given, 1, draft_length=0, seeded=False)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS, deterministic=True)

@@ -10,13 +10,13 @@ from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
-KINDS = ["other", "itself", "trunk-1", "trunk-2"]
+KINDS = ["other", "itself", "exit-1", "exit-2"]
 
 
 @pytest.fixture(scope="module")
 def make_engine(random_decoder):
     target, other = random_decoder(0), random_decoder(1, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    drafts = {"none": None, "other": other, "itself": target, "trunk-1": 1, "trunk-2": 2}
+    drafts = {"none": None, "other": other, "itself": target, "exit-1": 1, "exit-2": 2}
 
     def make(kind, **options):
         return Engine(target, draft=drafts[kind], page_size=16, prefill_chunk=32, **options)
@@ -72,7 +72,7 @@ def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
     assert [r.token_ids for r in together] != [r.token_ids for r in others]
 
 
-@pytest.mark.parametrize("kind", ["other", "trunk-1"])
+@pytest.mark.parametrize("kind", ["other", "exit-1"])
 def test_sampled_text_of_the_real_decoder_has_the_targets_distribution(random_decoder, kind, check_sampled_text):
     shape = {"vocab_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     target = random_decoder(3, **shape)
@@ -84,7 +84,7 @@ def test_sampled_text_of_the_real_decoder_has_the_targets_distribution(random_de
 def test_features_of_committed_tokens_are_those_of_a_prefill(make_engine, kind, temperature):
     engine = make_engine(kind)
     engine.core.keep_features((0, 1), lambda: FeatureBuffer(dtype=torch.float32))
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, PROMPTS[3], SamplingParams(max_new_tokens=20, temperature=temperature, seed=4, draft_length=3))
     state = conversation.draft_state
     length = state.length
@@ -98,10 +98,10 @@ def test_features_of_committed_tokens_are_those_of_a_prefill(make_engine, kind, 
     assert torch.allclose(kept, decoder.read_kv(sequence, 0, length), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["other", "trunk-1"])
+@pytest.mark.parametrize("kind", ["other", "exit-1"])
 def test_without_taps_nothing_is_kept(make_engine, kind):
     engine = make_engine(kind)
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, [1, 2], SamplingParams(max_new_tokens=5, draft_length=2))
     assert conversation.draft_state.features is None
 
@@ -116,7 +116,7 @@ def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kin
     # the first token new to the text from a given place on, so that steps of 5 are cut at different places of a run
     place = next(i for i in range(6 + cut, 40) if whole[i] not in whole[:i])
     stop = SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],), draft_length=4)
-    used, reference = engine.core.open_conversation(), plain_engine.core.open_conversation()
+    used, reference = engine.core.open_sequence_state(), plain_engine.core.open_sequence_state()
     result = engine.core.run(used, PROMPTS[0], stop)
     expected = plain_engine.core.run(reference, PROMPTS[0], SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],)))
     assert result.token_ids == expected.token_ids == whole[: place + 1] and result.finish_reason == "stop"
@@ -134,7 +134,7 @@ def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kin
         following = engine.core.run(used, new, SamplingParams(max_new_tokens=15, draft_length=4))
         assert following.token_ids == plain_engine.core.run(reference, new, SamplingParams(max_new_tokens=15)).token_ids
         assert following.reused_tokens == following.prompt_tokens - len(new) - 1
-    engine.core.close_conversation(used)
+    engine.core.close_sequence_state(used)
     engine.core.pool.check_integrity()
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
@@ -146,14 +146,14 @@ def test_random_numbers_are_cut_with_the_text(make_engine, kind):
     whole = engine.generate([PROMPTS[0]], params)[0].token_ids
     for length in (7, 8, 9, 10):
         shorter = SamplingParams(max_new_tokens=length, temperature=1.0, seed=6, draft_length=4)
-        conversation = engine.core.open_conversation()
+        conversation = engine.core.open_sequence_state()
         assert engine.core.run(conversation, PROMPTS[0], shorter).token_ids == whole[:length]
         # from here on the text is that of a conversation which got these tokens as its prompt
-        fresh = engine.core.open_conversation()
+        fresh = engine.core.open_sequence_state()
         wanted = engine.core.run(fresh, conversation.token_ids, params).token_ids
         assert engine.core.run(conversation, [], params).token_ids == wanted
-        engine.core.close_conversation(conversation)
-        engine.core.close_conversation(fresh)
+        engine.core.close_sequence_state(conversation)
+        engine.core.close_sequence_state(fresh)
 
 
 def test_a_draft_with_a_shorter_context_and_a_smaller_vocabulary_only_stops_drafting(make_engine, random_decoder, plain):
@@ -168,7 +168,7 @@ def test_deterministic_greedy_text_is_the_same_with_and_without_drafts(make_engi
     params = [SamplingParams(max_new_tokens=20, draft_length=k) for k in (0, 3)]
     texts = [
         [r.token_ids for r in make_engine(kind, deterministic=True).generate(PROMPTS, p)]
-        for kind in ("none", "other", "trunk-1")
+        for kind in ("none", "other", "exit-1")
         for p in params
     ]
     assert all(t == texts[0] for t in texts)

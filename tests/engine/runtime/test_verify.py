@@ -1,4 +1,4 @@
-"""Speculative sampling has the target's distribution: chi-square of several tokens jointly, with a draft that is very different and with a trunk.
+"""Speculative sampling has the target's distribution: chi-square of several tokens jointly, with a draft that is very different and with an early exit.
 
 The models are first-order Markov chains in the shape of a decoder (layers without attention), so the joint distribution is known exactly and thousands
 of requests run as one batch.
@@ -33,7 +33,7 @@ VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 4000
 class Counted:
     """A sequence that only counts."""
 
-    pool = SimpleNamespace(takes_placements=False)
+    pool = SimpleNamespace(takes_tree_positions=False)
 
     def __init__(self, length=0):
         self.length = length
@@ -75,7 +75,7 @@ class MarkovDecoder:
 
 
 def drafter_of(kind, target):
-    if kind == "trunk":
+    if kind == "exit":
         return EarlyExitDrafter(target, 1)
     if kind == "model":
         return ModelDrafter(MarkovDecoder(7), SimpleNamespace(new_sequence=Counted, bytes=0))
@@ -130,7 +130,7 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize("processors", PROCESSORS, ids=str)
-@pytest.mark.parametrize("kind", ["model", "trunk"])
+@pytest.mark.parametrize("kind", ["model", "exit"])
 @pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
 def test_speculative_text_has_the_targets_distribution(kind, processors, seed, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
@@ -145,7 +145,7 @@ def test_speculative_text_has_the_targets_distribution(kind, processors, seed, n
 
 
 @pytest.mark.parametrize("processors", PROCESSORS[:3], ids=str)
-@pytest.mark.parametrize("kind", ["model", "trunk"])
+@pytest.mark.parametrize("kind", ["model", "exit"])
 @pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
 def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
@@ -177,7 +177,7 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
     drafters = [
         None,
         drafter_of("model", target),
-        drafter_of("trunk", target),
+        drafter_of("exit", target),
         *(ModelDrafter(model, SimpleNamespace(new_sequence=Counted, bytes=0)) for model in (other, target)),
     ]
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (13, 1.1)), runs_last_draft=True)
@@ -208,7 +208,7 @@ def test_plain_sampling_has_it_too_and_the_test_can_fail(naive_probabilities, ch
     assert chi_square_p_value(dict(counts), joint(target, sharper, naive_probabilities)) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["model", "trunk"])
+@pytest.mark.parametrize("kind", ["model", "exit"])
 def test_ragged_requests_keep_their_own_parameters(kind, naive_probabilities, chi_square_p_value):
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
@@ -224,7 +224,7 @@ def test_ragged_requests_keep_their_own_parameters(kind, naive_probabilities, ch
         assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["model", "trunk"])
+@pytest.mark.parametrize("kind", ["model", "exit"])
 def test_a_request_draws_the_same_alone_and_in_a_batch(kind):
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)

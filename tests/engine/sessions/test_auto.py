@@ -115,7 +115,7 @@ def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_pa
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter", "none"])
+@pytest.mark.parametrize("draft", ["draft", "head", "none"])
 def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
     from engine.sessions.kv_codec import session_codec
 
@@ -131,7 +131,7 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
 MEASURE = rates.measure
 
 
-@pytest.mark.parametrize("draft, dtype", [("draft", "float32"), ("adapter", "bfloat16"), ("none", "float32")])
+@pytest.mark.parametrize("draft, dtype", [("draft", "float32"), ("head", "bfloat16"), ("none", "float32")])
 def test_warming_up_touches_nothing_of_the_engine(chat_engine, draft, dtype):
     engine = chat_engine(draft, dtype=dtype)
     session = spoken(engine, quality="balanced")

@@ -19,7 +19,7 @@ LAYERS = 2
 def engines(chat_engine, monkeypatch, tmp_path):
     """Makes engines of one pair, all deterministic, that share a pack which runs two of the target's four layers again."""
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("engine.sessions.codec_params.default_rerun_layers", lambda num_layers: LAYERS)
+    monkeypatch.setattr("engine.sessions.codec_params.default_recomputed_layers", lambda num_layers: LAYERS)
     return lambda: chat_engine("draft", deterministic=True)
 
 

@@ -91,7 +91,7 @@ def draft_tokens(monkeypatch):
 # --- what comes back ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter", "trunk", "none"])
+@pytest.mark.parametrize("draft", ["draft", "head", "trunk", "none"])
 def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, capsys):
     engine, again = chat_engine(draft), chat_engine(draft)
     found, sizes = {}, {}
@@ -119,7 +119,7 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
     assert sizes["tokens"] < sizes["tiny"] < report.raw_bytes / 8
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter", "trunk", "none"])
+@pytest.mark.parametrize("draft", ["draft", "head", "trunk", "none"])
 def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, tmp_path):
     engine = chat_engine(draft, deterministic=True)
     kept = spoken(engine, quality="near-lossless")
@@ -128,8 +128,8 @@ def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, t
     before, after = kv_of(kept), kv_of(resumed)
     assert torch.equal(before[:NUM_SINKS], after[:NUM_SINKS])
     assert 0 < loss(before, after) < 0.2
-    trunk = kept.core.drafter.exit_layer * 2 * 2 * 8 if kept.core.drafter else 0
-    assert torch.equal(before[:, :trunk], after[:, :trunk]), "a trunk's own layers are run again, not coded"
+    recomputed = kept.core.drafter.exit_layer * 2 * 2 * 8 if kept.core.drafter else 0
+    assert torch.equal(before[:, :recomputed], after[:, :recomputed]), "an early exit's own layers are run again, not coded"
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
@@ -143,7 +143,7 @@ def test_greedy_text_goes_on_as_if_never_suspended(chat_engine, draft, tmp_path)
     assert (theirs.prompt_tokens, theirs.reused_tokens) == (len(resumed.token_ids) - 40, 0)
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter", "trunk"])
+@pytest.mark.parametrize("draft", ["draft", "head", "trunk"])
 def test_speculation_over_restored_caches_gives_the_plain_greedy_text(chat_engine, draft, tmp_path):
     engine = chat_engine(draft, deterministic=True)
     kept = spoken(engine, quality="balanced")
@@ -157,7 +157,7 @@ def test_speculation_over_restored_caches_gives_the_plain_greedy_text(chat_engin
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter", "trunk"])
+@pytest.mark.parametrize("draft", ["draft", "head", "trunk"])
 def test_acceptance_after_a_resume_is_what_it_was(chat_engine, draft, tmp_path):
     """The never-suspended session is given the restored target KV, so only the draft's restored cache could make a difference."""
     engine, again = chat_engine(draft, deterministic=True), chat_engine(draft, deterministic=True)

@@ -77,7 +77,7 @@ def test_the_first_layers_alone_give_the_features_of_a_whole_pass(chat_engine, m
     engine = chat_engine("draft", deterministic=True)
     codec = SessionCodec(engine.core, make_pack(0, 1))
     ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(3)).tolist()
-    shallow, whole = engine.core.open_conversation(), engine.core.open_conversation()
+    shallow, whole = engine.core.open_sequence_state(), engine.core.open_sequence_state()
     for conversation in (shallow, whole):
         conversation.token_ids[:] = ids
     with torch.inference_mode():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draft.head_file import AdapterConfig, save_adapter, target_digest
+from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.runtime.drafters import load_draft_head
 from engine.train.model import Student
 from engine.train.training import teacher_of
 
-TRUNK, LENGTH = 1, 19
+EXIT_LAYER, LENGTH = 1, 19
 
 
 @pytest.mark.parametrize("head", ["own", "tied"])
@@ -24,16 +24,16 @@ def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    config = AdapterConfig(family, target_digest(target.config), TRUNK, 2, len(ids), head)  # type: ignore[arg-type]
-    save_adapter(tmp_path, config, {"token_ids": ids, **student.tensors()})
+    config = DraftHeadConfig(family, target_digest(target.config), EXIT_LAYER, 2, len(ids), head)  # type: ignore[arg-type]
+    write_draft_head(tmp_path, config, {"token_ids": ids, **student.tensors()})
     trained = load_draft_head(tmp_path, target)
     stored = {name: tensor for name, tensor in trained.head_layers.hf_tensors().items() if name in student.tensors()}
     student.load_tensors(stored)
 
-    states, _ = teacher.run(tokens[None], TRUNK)
+    states, _ = teacher.run(tokens[None], EXIT_LAYER)
     wanted = student(states, teacher.angles(LENGTH))[0] @ student.head.T
     sequence = target.new_pool(1).new_sequence()
-    tap = target.forward(tokens, [sequence], [LENGTH], taps=(TRUNK,), logits="none").taps[TRUNK]
+    tap = target.forward(tokens, [sequence], [LENGTH], taps=(EXIT_LAYER,), logits="none").taps[EXIT_LAYER]
     assert torch.allclose(tap, states[0], atol=1e-4)
     own = trained.head_layers.new_pool(1).new_sequence()
     parts = []

@@ -1,4 +1,4 @@
-"""Distilling a trunk draft: losses and gradients against plain formulas, learning, resuming, and the block replay."""
+"""Distilling a draft head: losses and gradients against plain formulas, learning, resuming, and the block replay."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ OPTIONS = TrainOptions(2, 1, steps=40, batch_tokens=512, learning_rate=3e-3, war
 
 def test_student_starts_as_the_teachers_last_layers(teacher: Teacher):
     ids = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(2))
-    trunk, final = teacher.run(ids, 2)
+    at_exit, final = teacher.run(ids, 2)
     student = Student(teacher, 2, torch.arange(V), own_head=True)
-    # the trunk's layers and the student's are all of the teacher: two implementations, one result
-    assert torch.allclose(student(trunk, angles(9)), final, atol=1e-4)
+    # the early exit's layers and the student's are all of the teacher: two implementations, one result
+    assert torch.allclose(student(at_exit, angles(9)), final, atol=1e-4)
     first, _ = teacher.run(ids[:, :5], 2)
-    assert torch.allclose(first, trunk[:, :5], atol=1e-5)  # causal
+    assert torch.allclose(first, at_exit[:, :5], atol=1e-5)  # causal
 
 
 def test_tensors_round_trip_under_hugging_face_names(teacher: Teacher):
@@ -162,7 +162,7 @@ def test_a_training_by_the_clock_ends_in_time(teacher: Teacher, documents: Token
 def test_options_are_checked(teacher: Teacher, documents: TokenDocuments):
     ids = torch.arange(V)
     with pytest.raises(ExitLayerError):
-        Trainer(teacher, ids, documents, replace(OPTIONS, trunk_layers=4))
+        Trainer(teacher, ids, documents, replace(OPTIONS, exit_layer=4))
     with pytest.raises(TrainingError, match="end"):
         Trainer(teacher, ids, documents, replace(OPTIONS, seconds=3.0))
     with pytest.raises(TrainingError, match="head"):
@@ -225,8 +225,8 @@ def test_replayed_blocks_are_what_speculative_decoding_does(teacher: Teacher, do
         while len(ids) < 20:
             drafts: list[int] = []
             for _ in range(3):
-                trunk, _ = teacher.run(torch.tensor([ids + drafts]), 2)
-                q = (student(trunk, angles(len(ids) + len(drafts)))[0] @ student.head.T).softmax(-1)
+                at_exit, _ = teacher.run(torch.tensor([ids + drafts]), 2)
+                q = (student(at_exit, angles(len(ids) + len(drafts)))[0] @ student.head.T).softmax(-1)
                 drafts.append(int(torch.multinomial(q[-1], 1, generator=generator)))
             _, final = teacher.run(torch.tensor([ids + drafts]), 2)
             p = (final[0] @ teacher.head.T).softmax(-1)[len(ids) - 1 :]

@@ -1,4 +1,4 @@
-"""From a decoder to a trained adapter's folder, and the script that does it, on a tiny target."""
+"""From a decoder to a trained draft head's folder, and the script that does it, on a tiny target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_draft
-from draft.head_file import load_adapter
+from draft.head_file import read_draft_head
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.runtime.drafters import load_draft_head
@@ -20,7 +20,7 @@ from engine.train.data import TrainingSets, add_text, draw_sets, read_messages, 
 from engine.train.model_card import model_card
 from engine.train.self_generated import SelfTextOptions
 from engine.train.trainer import TrainOptions
-from engine.train.training import Architecture, TrunkTraining, teacher_of
+from engine.train.training import Architecture, DraftHeadTraining, teacher_of
 from train import plot as train_plot
 
 CHAT = ChatOpening((3, 4, 6), (2, 7), (2,))
@@ -44,30 +44,30 @@ def test_the_teacher_says_what_the_decoder_says(target):
     pool = target.new_pool(4)
     out = target.forward(ids.flatten(), [pool.new_sequence(), pool.new_sequence()], [20, 20], taps=(2,))
     teacher = teacher_of(target)
-    trunk, final = teacher.run(ids, 2)
-    assert torch.allclose(trunk.flatten(0, 1), out.taps[2], atol=1e-4)
+    at_exit, final = teacher.run(ids, 2)
+    assert torch.allclose(at_exit.flatten(0, 1), out.taps[2], atol=1e-4)
     assert torch.allclose(final.flatten(0, 1) @ teacher.head.T, out.logits, atol=1e-3)
 
 
 def test_training_measuring_and_storing(target, sets, tmp_path):
     architecture = Architecture.parse("2,1,32,own")
-    training = TrunkTraining(target, teacher_of(target), sets, CHAT.special, architecture, OPTIONS)
+    training = DraftHeadTraining(target, teacher_of(target), sets, CHAT.special, architecture, OPTIONS)
     before = training.figures()
     lines: list[str] = []
     assert training.run(lines.append, checkpoint=tmp_path / "c.pt", report_every=10)
-    figures = training.save(tmp_path / "adapter", "tiny", 8, training.figures())
+    figures = training.save(tmp_path / "head", "tiny", 8, training.figures())
     for group, key in (("temperature_1", "acceptance"), ("greedy", "agreement"), ("greedy", "tokens_per_step")):
         assert figures[group][key] > before[group][key] + 0.05
         assert figures["stored"][group][key] == pytest.approx(figures[group][key], abs=0.15)
     held = [entry["held_out"]["acceptance"] for entry in training.curve if "held_out" in entry]
     assert len(lines) == 15 and len(held) >= 10 and held[-1] == figures["temperature_1"]["acceptance"]
     assert set(CHAT.special) <= set(training.trainer.token_ids.tolist())
-    config, tensors = load_adapter(tmp_path / "adapter")
+    config, tensors = read_draft_head(tmp_path / "head")
     assert config.training["stored"] == figures["stored"] and config.digest == figures["adapter_digest"]
     error = tensors["lm_head.weight"] - training.trainer.averaged.head
     assert 0 < float(error.abs().max()) < 0.02 * float(tensors["lm_head.weight"].abs().max())
-    # the engine, drafting freely with the stored adapter, gets what was measured on held-out text
-    engine = Engine(target, draft=load_draft_head(tmp_path / "adapter", target), page_size=16)
+    # the engine, drafting freely with the stored draft head, gets what was measured on held-out text
+    engine = Engine(target, draft=load_draft_head(tmp_path / "head", target), page_size=16)
     for docs, group, temperature in ((sets.greedy, "greedy", 0.0), (sets.sampled, "temperature_1", 1.0)):
         prompts = [docs.document(i)[: docs.answers[i]].tolist() for i in range(len(docs)) if docs.answers[i] < docs.lengths[i]]
         params = [
@@ -84,9 +84,9 @@ def test_training_measuring_and_storing(target, sets, tmp_path):
 
 
 def test_a_paused_training_goes_on_as_if_it_had_not_been(target, sets, tmp_path):
-    def make() -> TrunkTraining:
+    def make() -> DraftHeadTraining:
         options = replace(OPTIONS, steps=40, batch_tokens=512)
-        return TrunkTraining(target, teacher_of(target), sets, CHAT.special, Architecture(2, 1, 32, "tied"), options)
+        return DraftHeadTraining(target, teacher_of(target), sets, CHAT.special, Architecture(2, 1, 32, "tied"), options)
 
     straight, parts = make(), make()
     straight.run(lambda line: None, report_every=10)
@@ -154,9 +154,9 @@ def test_given_messages_are_answered_and_some_held_out(target, tmp_path):
     assert all(messages(docs) == set(map(tuple, held)) for docs in sets.given) and sets.train.facts["given_messages"] == 27
     sets.save(tmp_path / "sets")
     assert [d.digest for d in TrainingSets.load(tmp_path / "sets").given] == [d.digest for d in sets.given]
-    training = TrunkTraining(target, teacher_of(target), sets, CHAT.special, Architecture(2, 1, 32, "own"), replace(OPTIONS, steps=3))
+    training = DraftHeadTraining(target, teacher_of(target), sets, CHAT.special, Architecture(2, 1, 32, "own"), replace(OPTIONS, steps=3))
     training.run(lambda line: None)
-    figures = training.save(tmp_path / "adapter", "tiny", 8, training.figures())
+    figures = training.save(tmp_path / "head", "tiny", 8, training.figures())
     card = model_card("tiny", "Apache-2.0", "the command", figures)
     assert f"{figures['stored']['given_greedy']['tokens_per_step']:.3f}" in card and "60% of the conversations" in card
     replace(sets, given=None).save(tmp_path / "sets")
@@ -194,9 +194,9 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
         4,
         "--vocab",
         64,
-        "--trunk-layers",
+        "--exit-layer",
         1,
-        "--own-layers",
+        "--draft-layers",
         1,
         "--batch-tokens",
         512,
@@ -227,7 +227,7 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     card = (tmp_path / "out" / "README.md").read_text()
     assert figures["data"]["temperatures"] == [0.2, 0.9] and "at temperatures 0.2 to 0.9" in card
     assert figures["done"] and figures["steps"] == 20 and f"{figures['stored']['greedy']['agreement']:.3f}" in card
-    assert str(tmp_path) not in card and "--trunk-layers 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+    assert str(tmp_path) not in card and "--exit-layer 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     # a larger number of steps goes on from the end of the smaller
     status, said = run(
         "--out", tmp_path / "more", "--steps", 30, "--checkpoint", tmp_path / "c.pt", "--resume", "--json-out", tmp_path / "m.json"
@@ -239,7 +239,7 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     shapes = "1,1,64,tied 2,1,64,own 9,1,64,own"
     status, said = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
     # the last one does not fit: refused by name, after the results of the others were written
-    assert status == 2 and said.strip().splitlines()[-1].startswith("error: a trunk of 9")
+    assert status == 2 and said.strip().splitlines()[-1].startswith("error: an exit after layer 9")
     rows = json.loads((tmp_path / "s.json").read_text())["search"]
     assert [r["architecture"]["trunk_layers"] for r in rows] == [1, 2] and rows[0]["draft_step_cost"] < rows[1]["draft_step_cost"]
     for name in ("t", "s"):
