@@ -178,7 +178,7 @@ class EngineLoop:
         if ticket.state == "done":  # cancelled before it was looked at
             return
         try:
-            request = self.core.submit(self.core.open_conversation(), ticket.token_ids, ticket.params, owns_cache=True)
+            request = self.core.submit(self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True)
         except ForetoldError as error:
             self._end([(ticket, Event(error=as_api_error(error)))])
             return
