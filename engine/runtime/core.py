@@ -225,6 +225,7 @@ class EngineCore:
         try:
             params.check_vocabulary(self.target.config.vocab_size)
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *self.text.stop_token_ids(params.stop)))
+            constraint = self.text.constraint(params.response_format, self.eos_token_ids) if params.response_format else None
             costs = self.measure_costs() if params.draft_length == "auto" else self.cost_model
             if self.drafter is not None and conversation.draft_state is None:
                 conversation.draft_state = self.drafter.open(conversation.sequence)
@@ -245,6 +246,7 @@ class EngineCore:
                 controller=new_controller(params.draft_length, costs, greedy=params.greedy, draft_by_draft=self.device.type == "cpu"),
                 metrics=SpeculationMetrics(self.drafter_name),
                 owns_cache=owns_cache,
+                constraint=constraint,
             )
             self.scheduler.submit(request)
         except BaseException:

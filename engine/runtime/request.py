@@ -13,8 +13,9 @@ from draft.policy import MAX_AUTO_LENGTH, LengthController
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
+from engine.runtime.logprobs import TokenLogprobs
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.sampling import SamplingParams, TokenHistory
+from engine.runtime.sampling import Constraint, SamplingParams, TokenHistory
 
 FinishReason = Literal["stop", "length", "eos"]
 
@@ -37,6 +38,8 @@ class TextSource(Protocol):
 
     @property
     def tokenizer(self) -> Any | None: ...
+
+    def constraint(self, schema: str, eos_token_ids: frozenset[int]) -> Constraint: ...  # of one text; `engine.text.constraint`
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]: ...  # of the stop strings that are special tokens
 
@@ -65,6 +68,7 @@ class GenerationResult:
     that completed the stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length".
     prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
     to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
+    logprobs: one a new token, where they were asked for.
     seed: the request's own, which names this text, or the key of the random numbers it drew without one. memory: target_bytes, draft_bytes, pool_bytes.
     """
 
@@ -80,10 +84,13 @@ class GenerationResult:
     seed: int
     speculation: SpeculationMetrics
     memory: dict[str, int]
+    logprobs: list[TokenLogprobs] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The result's part of the command line's JSON."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("token_ids", "speculation")}
+        plain = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("token_ids", "speculation", "logprobs")
+        }
         return plain | {"speculation": self.speculation.as_dict()}
 
 
@@ -102,7 +109,7 @@ class Request:
     """One generation. token_ids (prompt, then generated) is the conversation's own list, so both always agree.
 
     context: tokens the model can hold. eos_token_ids: what ends the text unless ignored. owns_cache: free the caches at the end (no
-    conversation goes on).
+    conversation goes on). constraint: of the new text's format. logprobs: of the new tokens, where the parameters ask for them.
     """
 
     conversation: SequenceState
@@ -121,6 +128,8 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    constraint: Constraint | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
@@ -154,7 +163,7 @@ class Request:
         if not self.params.penalised:
             return None
         if self._history is None:
-            self._history = TokenHistory(self.params, vocab_size, self.prompt_tokens, device)
+            self._history = TokenHistory(self.params, vocab_size, self.prompt_tokens, device, self.constraint)
         return self._history.follow(self.token_ids)
 
     def longest(self, *, drafts: bool) -> int:
@@ -202,4 +211,5 @@ class Request:
             seed=self.seed,
             speculation=self.metrics,
             memory=memory,
+            logprobs=None if self.params.logprobs is None else self.logprobs,
         )

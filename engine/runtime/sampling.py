@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from kernels.race import race
 NUCLEUS_CANDIDATES = 1024  # largest logits tried first for top-p; a full sort of the vocabulary only when they do not hold the mass
 MAX_DRAFT_LENGTH = 64
 MAX_PENALTY = 2.0  # of frequency and presence, as OpenAI bounds them
+MAX_LOGPROBS = 128  # alternatives a token
 MAX_BIAS = 100.0  # of a logit, likewise
 
 
@@ -41,6 +42,10 @@ class SamplingParams:
     temperature: logits are divided by it; 0 is greedy: the largest logit is taken, whatever follows.
     top_k: keep the k most probable tokens, 0 keeps all (ties with the k-th stay). top_p: keep the smallest set of most probable tokens holding
     this mass, 1 keeps all. min_p: drop tokens less probable than min_p times the most probable one.
+
+    response_format: JSON text of a schema that the new text must fit, e.g. '{"type": "object"}'; "" is none. Tokens that do not fit get no
+    probability, in the draft's proposals and the target's alike.
+    logprobs: keep each new token's log probability and those of so many alternatives (0: its own alone); None keeps none.
 
     seed: None draws by rejection sampling (few drafts are lost) with fresh random numbers. A given seed names the same text every time: it is a
     function of model, prompt, parameters and seed, whatever drafts, draft length, batch or load (docs/guarantees.md says where arithmetic limits
@@ -63,6 +68,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    response_format: str = ""
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._make_plain()
@@ -119,6 +126,15 @@ class SamplingParams:
             f"give token ids with numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}",
         )
 
+        _require(isinstance(self.response_format, str), "response_format", self.response_format, "give the JSON text of a schema")
+        kept = self.logprobs
+        _require(
+            kept is None or (is_whole(kept) and 0 <= kept <= MAX_LOGPROBS),
+            "logprobs",
+            kept,
+            f"give a whole number from 0 to {MAX_LOGPROBS}, or None",
+        )
+
     def _make_plain(self) -> None:
         """Numbers of numpy and torch become Python's, lists tuples, and None nothing to stop at; what is neither stays, to be refused."""
         for name in _NUMBERS:
@@ -144,8 +160,9 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """True when logits are changed by the tokens before them, or by a bias."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0 or bool(self.logit_bias)
+        """True when logits are changed by the tokens before them, by a bias or by a format."""
+        changed = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return changed or bool(self.logit_bias) or bool(self.response_format)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidOption where logit_bias names a token that a vocabulary of this size does not have."""
@@ -156,7 +173,7 @@ class SamplingParams:
 
 _NUMBERS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "draft_length"),
-    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs"),
 )
 
 
@@ -165,18 +182,35 @@ def _require(valid: bool, name: str, value: object, remedy: str) -> None:
         raise InvalidOption(f"{name} cannot be {shown(value)}", remedy)
 
 
+class Constraint(Protocol):
+    """Which tokens may follow in one text; `engine.text.constraint.JsonConstraint`."""
+
+    def append(self, token_ids: Sequence[int]) -> None: ...  # tokens that joined the text for good
+
+    def allowed(self, drafts: Sequence[int], vocab_size: int) -> Any | None: ...  # [vocab_size] bool after these drafts; None: any
+
+
 class TokenHistory:
-    """What penalties need of one request's tokens, counted once each.
+    """What penalties and a format need of one request's tokens, counted once each.
 
     Args:
         params: the request's.
         vocab_size: V of the target.
         prompt_tokens: how many of the tokens are the prompt's.
         device: of the logits.
+        constraint: which tokens may follow, where the new text has a format.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_tokens: int,
+        device: torch.device,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.params, self.prompt_tokens, self.length = params, prompt_tokens, 0
+        self.constraint = constraint
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or new text
         self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # in the new text
         self._bias: Tensor | None = None
@@ -193,6 +227,8 @@ class TokenHistory:
                 self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
             else:
                 self._seen[new] = True
+        if self.constraint is not None:
+            self.constraint.append(token_ids[max(self.length, self.prompt_tokens) :])
         self.length = len(token_ids)
         return self
 
@@ -214,6 +250,12 @@ class TokenHistory:
         if p.frequency_penalty != 0 or p.presence_penalty != 0:
             counts = columns(self._counts.index_add(0, drafts, torch.ones_like(drafts, dtype=torch.float32)))
             logits = logits - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
+        if self.constraint is not None:
+            allowed = self.constraint.allowed(drafts.tolist(), len(self._seen))
+            if allowed is not None:
+                mask = columns(torch.from_numpy(allowed).to(logits.device))
+                # a draft's vocabulary may hold none of them: what it then proposes is rejected
+                logits = torch.where(mask | ~mask.any(), logits, -math.inf)
         return logits
 
 

@@ -11,6 +11,7 @@ from draft.policy import StoppingPolicy
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
+from engine.runtime.logprobs import token_logprobs
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
 from engine.runtime.sampling import BatchSampler, finite_rows
@@ -50,6 +51,7 @@ def prefill_step(
                 requests[b].error = _not_finite(requests[b])
             else:
                 requests[b].append_tokens([token])
+        _keep_logprobs([requests[b] for b in done], logits, [[i] for i in range(len(done))])
 
 
 @torch.inference_mode()
@@ -75,7 +77,12 @@ def decode_step(
     positions = [len(r.token_ids) for r in requests]
     lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
     undrafted = not any(lengths) and not (drafter and drafter.exit_layer)
-    if plain is not None and undrafted and not deterministic and not any(r.params.penalised for r in requests):
+    if (
+        plain is not None
+        and undrafted
+        and not deterministic
+        and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
+    ):
         return _plain_step(requests, plain, began)
     policies = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
@@ -116,6 +123,12 @@ def decode_step(
         request.sequence.advance(count)
     if drafter and any(own.num_run for own in proposal.requests):
         drafter.commit([_state(r) for r in requests], proposal, kept)
+    rows, row = [], 0
+    for own, (gained, leaf), count in zip(proposal.requests, verdicts, kept, strict=True):
+        after_leaf = [] if leaf is None else [row + own.num_drafts + 1 + leaf]
+        rows.append([*range(row, row + len(gained) - len(after_leaf)), *after_leaf][:count])
+        row += own.num_rows
+    _keep_logprobs(requests, out.logits, rows)
     ended = time.perf_counter()
     for request, own, (gained, leaf), count, policy in zip(requests, proposal.requests, verdicts, kept, policies, strict=True):
         if not gained:
@@ -127,6 +140,14 @@ def decode_step(
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
         request.controller.observe(proposed, accepted if leaf is None else min(accepted, len(gained) - 2), policy)
+
+
+def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:
+    """Note the log probabilities of the tokens that requests have just gained, which followed these rows of logits [n, V], where they want them."""
+    for request, own in zip(requests, rows, strict=True):
+        if request.params.logprobs is not None and own and request.error is None:
+            picked = logits[torch.tensor(list(own), device=logits.device)]
+            request.logprobs += token_logprobs(picked, request.token_ids[-len(own) :], request.params.logprobs)
 
 
 def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,20 +14,20 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from engine.engine import Engine
 from engine.errors import ForetoldError
 from engine.inputs import is_whole
-from engine.runtime.request import GenerationResult
+from engine.server.completion import Call
 from engine.server.errors import ApiError, as_api_error
 from engine.server.keys import Keys
 from engine.server.loop import EngineLoop, Event, Ticket
 from engine.server.metrics import ServerMetrics
 from engine.server.page import PAGE
 from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
-from engine.server.responses import Answer, finish_reason
+from engine.server.responses import Answer, LogprobsForm
 from engine.text.decoder import TextDecoder
 
 log = logging.getLogger("foretold.server")
@@ -175,112 +174,23 @@ class Server:
         return await self._answer(request, read_completion(body), model, namespace)
 
     async def _answer(self, http: Request, asked: CompletionRequest, model: str, namespace: str) -> Response:
-        gone = asyncio.ensure_future(_disconnected(http))
-        try:
-            return await self._answer_unless(gone, asked, model, namespace)
-        finally:
-            gone.cancel()
-
-    async def _answer_unless(self, gone: asyncio.Future[None], asked: CompletionRequest, model: str, namespace: str) -> Response:
-        """The answer; ClientDisconnect when `gone` comes first."""
         prompts = [await self._encode(prompt, "messages" if asked.chat else "prompt") for prompt in asked.prompts]
-        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        deadline = time.monotonic() + self.config.timeout_s
-        tickets: list[Ticket] = []
-        for tokens in prompts:
-            for choice in range(asked.n):
-                sink = _numbered(events, len(tickets))
-                params = asked.sampling(len(tokens), self.engine.context, choice)
-                tickets.append(Ticket(tokens, params, namespace, sink, deadline))
-        self.loop.submit(tickets)
-        answer = Answer(model, asked.chat, asked.n)
-        echoed = [
-            asked.prompts[i // asked.n] if asked.echo and isinstance(asked.prompts[i // asked.n], str) else "" for i in range(len(tickets))
-        ]
-        if not asked.stream:
-            return await self._whole(gone, answer, tickets, events, echoed)
-        # the first event says whether there is an answer at all: an error before it still has its HTTP status
-        try:
-            first = await self._next(gone, events)
-        except BaseException:
-            self._cancel(tickets)
-            raise
-        if first[1].error is not None:
-            self._cancel(tickets)
-            raise first[1].error
-        pieces = self._pieces(answer, tickets, events, first, asked.include_usage, echoed)
-        return _EventStream(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        call = Call(
+            asked,
+            prompts,
+            answer=Answer(model, asked.chat, asked.n),
+            loop=self.loop,
+            logprobs=LogprobsForm(self._token_text, asked.chat),
+            namespace=namespace,
+            deadline=time.monotonic() + self.config.timeout_s,
+        )
+        return await call.stream(http) if asked.stream else JSONResponse(await call.whole(http))
 
-    async def _whole(
-        self, gone: asyncio.Future[None], answer: Answer, tickets: list[Ticket], events: asyncio.Queue[tuple[int, Event]], echoed: list[str]
-    ) -> Response:
-        results: list[GenerationResult | None] = [None] * len(tickets)
-        try:
-            while any(result is None for result in results):
-                index, event = await self._next(gone, events)
-                if event.error is not None:
-                    raise event.error
-                results[index] = event.result or results[index]
-        except BaseException:
-            self._cancel(tickets)
-            raise
-        found = [result for result in results if result is not None]
-        texts = [before + result.text for before, result in zip(echoed, found, strict=True)]
-        return JSONResponse(answer.whole(texts, found, [None] * len(found)))
-
-    async def _pieces(
-        self,
-        answer: Answer,
-        tickets: list[Ticket],
-        events: asyncio.Queue[tuple[int, Event]],
-        first: tuple[int, Event],
-        include_usage: bool,
-        echoed: list[str],
-    ) -> AsyncIterator[bytes]:
-        """Chunks of an answer in SSE's form. Whoever stops asking for them, as Starlette does when the client is gone, ends the requests."""
-        results: dict[int, GenerationResult] = {}
-        try:
-            for index, text in enumerate(echoed):
-                if answer.chat:
-                    yield _sse(answer.opening(index))
-                elif text:
-                    yield _sse(answer.piece(index, text))
-            index, event = first
-            while True:
-                if event.error is not None:
-                    yield _sse(event.error.body())
-                    break
-                if event.text:
-                    yield _sse(answer.piece(index, event.text))
-                if event.result is not None:
-                    results[index] = event.result
-                    yield _sse(answer.closing(index, finish_reason(event.result)))
-                    if len(results) == len(tickets):
-                        break
-                index, event = await events.get()
-            if include_usage and len(results) == len(tickets):
-                yield _sse(answer.usage_chunk([results[i] for i in range(len(tickets))]))
-            yield b"data: [DONE]\n\n"
-        finally:
-            self._cancel(tickets)
-
-    async def _next(self, gone: asyncio.Future[None], events: asyncio.Queue[tuple[int, Event]]) -> tuple[int, Event]:
-        """The next event; ClientDisconnect when the client is gone before it."""
-        if not events.empty():
-            return events.get_nowait()
-        event = asyncio.ensure_future(events.get())
-        try:
-            await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
-            if event.done():
-                return event.result()
-            raise ClientDisconnect
-        finally:
-            event.cancel()
-
-    def _cancel(self, tickets: list[Ticket]) -> None:
-        for ticket in tickets:
-            if ticket.state != "done":
-                self.loop.cancel(ticket)
+    def _token_text(self, token_ids: list[int]) -> str:
+        """Text of tokens by themselves, special ones included."""
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None
+        return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     async def _encode(self, prompt: Any, param: str) -> list[int]:
         """Token ids of a prompt, checked. Raises ApiError."""
@@ -351,30 +261,6 @@ class Server:
     async def _page(self, _request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
-
-
-class _EventStream(StreamingResponse):
-    """A stream whose source is closed with it, also when the client goes away in the middle of a piece."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]  # an async generator
-
-
-async def _disconnected(http: Request) -> None:
-    """Returns when the client has closed its connection."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _numbered(events: asyncio.Queue[tuple[int, Event]], index: int) -> Callable[[Event], None]:
-    return lambda event: events.put_nowait((index, event))
-
-
-def _sse(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
 
 
 def _host_name(url: str) -> str | None:

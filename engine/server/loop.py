@@ -14,6 +14,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import ForetoldError
+from engine.runtime.logprobs import TokenLogprobs
 from engine.runtime.request import FinishReason, GenerationResult, Request
 from engine.runtime.sampling import SamplingParams
 from engine.server.errors import ApiError, as_api_error
@@ -32,6 +33,7 @@ class Event:
     finish_reason: FinishReason | None = None
     result: GenerationResult | None = None
     error: ApiError | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
 
     @property
     def last(self) -> bool:
@@ -205,7 +207,8 @@ class EngineLoop:
             elif request.finish_reason is not None or len(request.token_ids) > ticket.seen:
                 new, ticket.seen = request.token_ids[ticket.seen :], len(request.token_ids)
                 result = request.result(self.core.memory()) if request.finish_reason is not None else None
-                events.append((ticket, Event(request.stream.take(), new, request.finish_reason, result)))
+                logprobs = request.logprobs[-len(new) :] if request.logprobs else ()
+                events.append((ticket, Event(request.stream.take(), new, request.finish_reason, result, logprobs=logprobs)))
                 self.metrics.tokens(len(new))
             if ticket.deadline is not None and now > ticket.deadline and request.error is None and request.finish_reason is None:
                 self.core.abandon(request)

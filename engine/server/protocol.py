@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import is_finite, is_whole, parse_json, shown
 from engine.runtime.sampling import SamplingParams
 from engine.server.errors import ApiError, as_api_error
+from engine.server.tools import Tools, plain_messages, read_tools
+from engine.text.constraint import any_object
 
 MAX_CHOICES = 128
 MAX_STOPS = 64
@@ -25,8 +28,7 @@ class CompletionRequest:
     """One call of /v1/chat/completions or /v1/completions.
 
     prompts: chat messages (one prompt), or texts and lists of token ids. params: without max_new_tokens, which `max_tokens` bounds (None: as many as
-    the context holds). n: choices a prompt. stream, include_usage: of SSE. top_logprobs: alternatives a token (None: no log probabilities).
-    echo: begin the text with the prompt.
+    the context holds). n: choices a prompt. stream, include_usage: of SSE. echo: begin the text with the prompt. tools: that may be called.
     """
 
     prompts: list[Any]
@@ -37,6 +39,7 @@ class CompletionRequest:
     include_usage: bool
     chat: bool
     echo: bool = False
+    tools: Tools | None = None
 
     def sampling(self, prompt_tokens: int, context: int, choice: int) -> SamplingParams:
         """Parameters of one choice of a prompt of so many tokens; with a seed, each choice has its own."""
@@ -62,15 +65,21 @@ def read_chat(body: Mapping[str, Any]) -> CompletionRequest:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ApiError(400, "messages must be a list of at least one message", param="messages")
-    _refuse_tools(body)
+    tools = read_tools(body)
     _refuse(body, "modalities", lambda value: value in (["text"], []), "only text is made")
     _refuse(body, "audio", lambda value: False, "only text is made")
-    _refuse(body, "response_format", lambda value: isinstance(value, dict) and value.get("type") == "text", "only plain text is made")
+    schema = _response_schema(body.get("response_format"))
+    if tools is not None and tools.forced:
+        if schema:
+            raise ApiError(400, "response_format does not go with a forced tool call", param="response_format")
+        schema = tools.schema()
     wanted = _boolean(body, "logprobs")
     top = _whole(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    return _completion(body, [messages], chat=True, max_name="max_completion_tokens", logprobs=(top or 0) if wanted else None)
+    prompt = plain_messages(messages) if tools is None else tools.messages(messages)
+    made = _completion(body, [prompt], chat=True, max_name="max_completion_tokens", logprobs=(top or 0) if wanted else None, schema=schema)
+    return dataclasses.replace(made, tools=tools)
 
 
 def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
@@ -98,16 +107,16 @@ def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
     return dataclasses.replace(made, echo=bool(_boolean(body, "echo")), max_tokens=16 if made.max_tokens is None else made.max_tokens)
 
 
-def _completion(body: Mapping[str, Any], prompts: list[Any], *, chat: bool, max_name: str, logprobs: int | None) -> CompletionRequest:
-    if logprobs is not None:
-        raise ApiError(400, "logprobs are not supported", param="logprobs")
+def _completion(
+    body: Mapping[str, Any], prompts: list[Any], *, chat: bool, max_name: str, logprobs: int | None, schema: str = ""
+) -> CompletionRequest:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     limits = [_whole(body, name, 1, 2**31) for name in dict.fromkeys((max_name, "max_tokens"))]
     return CompletionRequest(
         prompts=prompts,
-        params=read_params(body),
+        params=dataclasses.replace(read_params(body), logprobs=logprobs, response_format=schema),
         max_tokens=next((limit for limit in limits if limit is not None), None),
         n=_whole(body, "n", 1, MAX_CHOICES) or 1,
         stream=bool(_boolean(body, "stream")),
@@ -166,10 +175,21 @@ def _biases(given: Any) -> dict[int, float]:
     return found
 
 
-def _refuse_tools(body: Mapping[str, Any]) -> None:
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if body.get(tools) and body.get(choice) != "none":
-            raise ApiError(400, f'{tools} are not supported: leave them out, or send {choice}: "none"', param=tools)
+def _response_schema(given: Any) -> str:
+    """JSON text of the schema that `response_format` asks for; "" for plain text. Raises ApiError(400)."""
+    if given is None:
+        return ""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return any_object()
+    schema = given["json_schema"].get("schema") if kind == "json_schema" and isinstance(given.get("json_schema"), dict) else None
+    if not isinstance(schema, dict):
+        raise ApiError(
+            400, f"response_format {shown(given)} is none of text, json_object, and json_schema with a schema", param="response_format"
+        )
+    return json.dumps(schema)
 
 
 def _refuse(body: Mapping[str, Any], name: str, harmless: Any, why: str) -> None:

@@ -4,13 +4,68 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from engine.runtime.logprobs import TokenLogprobs
 from engine.runtime.request import GenerationResult
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One finished choice. text: None where it is calls alone. calls: of functions, in OpenAI's form. logprobs: in the route's form, or None."""
+
+    result: GenerationResult
+    text: str | None
+    calls: Sequence[dict[str, Any]] = ()
+    logprobs: Any = None
+
+    @property
+    def reason(self) -> str:
+        """OpenAI's word for its end."""
+        return "tool_calls" if self.calls else finish_reason(self.result)
+
+
+class LogprobsForm:
+    """Log probabilities in OpenAI's two forms.
+
+    Args:
+        decode: token ids to text, special tokens included.
+        chat: form of /v1/chat/completions, else of /v1/completions.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], chat: bool) -> None:
+        self._decode, self._chat = decode, chat
+
+    def __call__(self, given: Sequence[TokenLogprobs], offset: int = 0) -> dict[str, Any] | None:
+        """Of some tokens in a row; None for none. offset: characters before the first."""
+        if not given:
+            return None
+        if self._chat:
+            content = [
+                self._entry(one.token_id, one.logprob) | {"top_logprobs": [self._entry(token, value) for token, value in one.top]}
+                for one in given
+            ]
+            return {"content": content, "refusal": None}
+        texts = [self._decode([one.token_id]) for one in given]
+        starts = [offset, *accumulate((len(text) for text in texts), initial=offset)][1:-1]
+        tops = [{self._decode([token]): value for token, value in one.top} for one in given]
+        values = [_finite(one.logprob) for one in given]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": starts}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._decode([token_id])
+        # part of a character: its bytes are not in the text
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """A number that JSON has; OpenAI's own stands for what is less probable."""
+    return max(logprob, -9999.0)
 
 
 def finish_reason(result: GenerationResult) -> str:
@@ -35,17 +90,27 @@ class Answer:
         if not self.id:
             object.__setattr__(self, "id", f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}")
 
-    def whole(self, texts: Sequence[str], results: Sequence[GenerationResult], logprobs: Sequence[Any]) -> dict[str, Any]:
-        """The answer of a call that does not stream; results: of the call's prompts in turn, each with its choices."""
-        choices = []
-        for index, (text, result, own) in enumerate(zip(texts, results, logprobs, strict=True)):
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            choices.append({"index": index, **content, "logprobs": own, "finish_reason": finish_reason(result)})
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer of a call that does not stream; choices: of the call's prompts in turn."""
+        results = [choice.result for choice in choices]
         return self._head("chat.completion" if self.chat else "text_completion") | {
-            "choices": choices,
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
             "usage": usage(results, self.n),
             "foretold": figures(results),
         }
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        if not self.chat:
+            return {"index": index, "text": choice.text, "logprobs": choice.logprobs, "finish_reason": choice.reason}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+        return {"index": index, "message": message, "logprobs": choice.logprobs, "finish_reason": choice.reason}
+
+    def called(self, index: int, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A chunk with calls of functions."""
+        numbered = [{"index": number, **call} for number, call in enumerate(calls)]
+        return self._chunk(index, {"delta": {"tool_calls": numbered}, "logprobs": None, "finish_reason": None})
 
     def opening(self, index: int) -> dict[str, Any]:
         """The chunk that says who speaks."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import InvalidOption
+from engine.text.constraint import JsonConstraint, JsonConstraints
 from engine.text.detokenizer import TextStream
 from engine.text.prompts import special_tokens
 
@@ -19,7 +20,14 @@ class TextDecoder:
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokenizer = tokenizer
+        self._constraints: JsonConstraints | None = None
         self._special = special_tokens(tokenizer)
+
+    def constraint(self, schema: str, eos_token_ids: frozenset[int]) -> JsonConstraint:
+        """A constraint for one text that must fit a JSON schema. Raises InvalidOption as `engine.text.constraint.JsonConstraints.constraint`."""
+        if self._constraints is None:
+            self._constraints = JsonConstraints(self.tokenizer, sorted(eos_token_ids))
+        return self._constraints.constraint(schema)
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
         """Ids of those stop strings that are special tokens, which decoding leaves out. Raises InvalidOption for stop strings without a tokenizer."""

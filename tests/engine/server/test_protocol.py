@@ -241,3 +241,104 @@ def test_unknown_routes_and_methods_have_errors_of_the_protocol(running):
     assert running.client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     answer = running.client.get("/v1/chat/completions")
     assert answer.status_code == 405 and answer.json()["error"]["message"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["boat", "buoy"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "look_up", "description": "Looks a boat up.", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}},
+]
+
+
+def test_answers_of_a_schema_are_json_of_it(client):
+    form = {"type": "json_schema", "json_schema": {"name": "boat", "schema": SCHEMA, "strict": True}}
+    for stream in (False, True):
+        made = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, temperature=1, seed=2, max_tokens=80, response_format=form, stream=stream
+        )
+        text = "".join(piece.choices[0].delta.content or "" for piece in made) if stream else made.choices[0].message.content
+        assert set(json.loads(text)) == {"kind", "size"}
+    made = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=0, max_tokens=60, response_format={"type": "json_object"}
+    )
+    assert made.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize("form", [{"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}, "json", {}])
+def test_a_format_that_is_not_understood_names_the_field(running, form):
+    answer = running.post("/v1/chat/completions", {"messages": MESSAGES, "response_format": form, "max_tokens": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+
+
+def test_log_probabilities_have_both_forms(client, running):
+    made = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=12, logprobs=True, top_logprobs=2)
+    content = made.choices[0].logprobs.content
+    assert len(content) == made.usage.completion_tokens and all(len(entry.top_logprobs) == 2 for entry in content)
+    assert all(entry.logprob == entry.top_logprobs[0].logprob <= 0 for entry in content)
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=12, logprobs=True, stream=True)
+    pieces = [entry for chunk in stream if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [piece.token for piece in pieces] == [entry.token for entry in content]
+    made = client.completions.create(
+        model="tiny", prompt="The sea", temperature=0, max_tokens=12, logprobs=3, extra_body={"ignore_eos": True}
+    )
+    logprobs = made.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 12
+    assert all(len(top) <= 3 for top in logprobs.top_logprobs) and logprobs.text_offset[:2] == [0, len(logprobs.tokens[0])]
+    assert client.completions.create(model="tiny", prompt="The sea", temperature=0, max_tokens=2).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_fits_its_function(client, stream):
+    for choice in ("required", {"type": "function", "function": {"name": "look_up"}}):
+        made = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, temperature=1, seed=5, max_tokens=120, tools=TOOLS, tool_choice=choice, stream=stream
+        )
+        if stream:
+            chunks = list(made)
+            call = next(chunk.choices[0].delta.tool_calls[0] for chunk in chunks if chunk.choices[0].delta.tool_calls)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            assert made.choices[0].message.content is None
+            call, reason = made.choices[0].message.tool_calls[0], made.choices[0].finish_reason
+        assert reason == "tool_calls" and call.id and call.type == "function"
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name in ("look_up", "wait")
+        assert set(arguments) == ({"kind", "size"} if call.function.name == "look_up" else set())
+        assert choice == "required" or call.function.name == "look_up"
+
+
+def test_a_model_may_answer_in_text_though_it_knows_functions(client):
+    made = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=8, tools=TOOLS)
+    assert made.choices[0].message.content and not made.choices[0].message.tool_calls
+    earlier = [
+        *MESSAGES,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "wait", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "waited"},
+    ]
+    assert client.chat.completions.create(model="tiny", messages=earlier, temperature=0, max_tokens=8, tools=TOOLS).choices
+    assert client.chat.completions.create(model="tiny", messages=earlier, temperature=0, max_tokens=8).choices
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"tools": [{"type": "search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "never"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "a"}]}, "functions"),
+    ],
+)
+def test_wrong_tools_are_named(running, extra, param):
+    answer = running.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, **extra})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
