@@ -23,7 +23,7 @@ SCHEMA = json.dumps(
         "additionalProperties": False,
     }
 )
-DRAFTS = ["draft", "draft_head", "early-exit"]
+DRAFTS = ["draft", "head", "trunk"]
 
 
 def generate(engine, count=4, **params):
@@ -97,7 +97,7 @@ def test_log_probabilities_are_the_targets_own(chat_engine, draft):
 
 def test_log_probabilities_follow_a_greedy_text_with_leaves_and_a_stop(chat_engine):
     """Greedy blocks may bring leaves of a draft tree; a stop cuts a block."""
-    engine = chat_engine("draft_head")
+    engine = chat_engine("head")
     whole = engine.generate("prompt", SamplingParams(max_new_tokens=40, logprobs=1, ignore_eos=True))[0]
     assert whole.logprobs is not None and all(one.top[0][0] == one.token_id for one in whole.logprobs)
     cut = engine.generate("prompt", SamplingParams(max_new_tokens=40, logprobs=1, ignore_eos=True, stop_token_ids=(whole.token_ids[9],)))[0]
