@@ -6,12 +6,16 @@ import sys
 
 from engine.generate import main as generate
 
-_USAGE = "usage: foretold generate [PROMPT] [options]; foretold generate --help lists them"
+_USAGE = "usage: foretold generate [PROMPT] [options], or foretold serve [options]; each has --help"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit status, 2 when there is none of that name."""
     given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["serve"]:
+        from engine.serve import main as serve
+
+        return serve(given[1:])
     if given[:1] == ["generate"]:
         return generate(given[1:])
     if given in (["--help"], ["-h"]):

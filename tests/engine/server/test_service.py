@@ -288,6 +288,7 @@ def test_many_streams_get_their_own_texts(running, chat_engine):
 
 
 def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
+    from engine.cli.main import main as foretold
     from engine.serve import main
 
     taken = socket.create_server(("127.0.0.1", 0))
@@ -308,3 +309,4 @@ def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
         said = capsys.readouterr().err
         assert said.startswith("error: ") and word in said and said.count("\n") == 1
     taken.close()
+    assert foretold(["serve", "--port", "70000"]) == 2 and "--port" in capsys.readouterr().err
