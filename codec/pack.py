@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, PackMismatch
 from codec.rate import EntropyModel
 from codec.rows import GROUP, ROW_BITS, dequantise_rows, quantise_rows
@@ -94,6 +95,16 @@ class CodecPack:
             dict(fingerprints),
             info or {},
         )
+
+    def with_info(self, more: dict) -> CodecPack:
+        """The same pack with more figures."""
+        info = self.info | more
+        return CodecPack(self.layout, self.kind, self.stored, self.predictor, self.predictor_settings, self.fingerprints, info)
+
+    @cached_property
+    def curve(self) -> DivergenceCurve | None:
+        """Of divergence over distortion, as measured at calibration; None where that was not done."""
+        return DivergenceCurve.from_info(self.info)
 
     def with_model(self, model: EntropyModel, variance: torch.Tensor | None = None) -> CodecPack:
         """The same pack with other entropy tables (and component variances)."""
@@ -305,6 +316,7 @@ def _checked_meta(meta: dict) -> KvLayout:
         raise CorruptedCode("the pack's description lacks its settings, fingerprints or figures", _REMEDY)
     if not all(isinstance(value, str) for value in meta["fingerprints"].values()):
         raise CorruptedCode("the pack's fingerprints are no texts", _REMEDY)
+    DivergenceCurve.from_info(meta["info"])
     try:
         return KvLayout(**layout)
     except BadInput as error:

@@ -13,6 +13,10 @@ from codec.errors import BadInput, UnknownQuality
 QUALITIES: dict[str, float] = {"near-lossless": 0.6, "balanced": 1.0, "compact": 1.4, "tiny": 2.0}
 """Quantiser step of each quality, in units of the weighted KV's root mean variance (steps of different pairs are comparable)."""
 
+QUALITY_DIVERGENCE: dict[str, float] = {"near-lossless": 0.005, "balanced": 0.01, "compact": 0.015, "tiny": 0.025}
+"""What each quality promises where a pack states its divergence curve: mean KL of the target's output, nats a position. The steps above are then only
+where the search for each span's own begins."""
+
 NUM_SINKS = 4
 """The first tokens of a sequence are attention sinks: left out of the fit, never coded with loss."""
 

@@ -93,6 +93,12 @@ class DensePredictor:
             return None
         return -0.5 * self.level_strength * (self.inputs(latents, target_rows) @ self.attention)
 
+    def octaves_of_features(self, features: Tensor) -> Tensor | None:
+        """`step_octaves` from raw features [n, F] (`join_features`)."""
+        if self.attention is None or self.level_strength <= 0:
+            return None
+        return -0.5 * self.level_strength * (((features - self.mean) / self.std) @ self.attention)
+
     def to(self, device: torch.device | str) -> DensePredictor:
         """The same predictor with its tensors on `device`."""
         weight, mean, std, mu = (t.to(device) for t in (self.weight, self.mean, self.std, self.mu))

@@ -78,6 +78,10 @@ class Predictor:
         """None: a low-rank predictor knows nothing of how much a token's errors matter."""
         return None
 
+    def octaves_of_features(self, features: Tensor) -> Tensor | None:
+        """As `step_octaves`."""
+        return None
+
     def __call__(self, rows: Tensor, target_rows: Tensor | None) -> Tensor:
         """`predict(reduce(rows), target_rows)`: float32 [n, D] from hidden states [n, taps, E] and [n, target taps, E_t]."""
         return self.predict(self.reduce(rows), target_rows)

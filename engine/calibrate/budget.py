@@ -17,6 +17,9 @@ PACK_BUDGET = 0.08
 DENSE_SHARE = 0.65
 """A full-rank predictor is chosen when it leaves at least the rest of the budget to the transform."""
 
+FALLBACK_SHARE = 0.5
+"""A pack has a fallback basis when that takes at most this part of the transform's room."""
+
 FIXED_BYTES = 500_000
 """Entropy tables, scales and header of a pack."""
 
@@ -52,6 +55,11 @@ def transform_bytes(layout: KvLayout, predictor: Mapping[str, Tensor], budget_by
     rows, bits = (layout.dim // 16, 3) if transform == "global" else (layout.dim // 2, 8)
     least = rows * row_bytes(_row_width(layout, transform), bits)
     return max(least, budget_bytes - stored_bytes(predictor) - 2 * layout.dim * layout.head_dim - FIXED_BYTES)
+
+
+def fallback_bytes(layout: KvLayout) -> int:
+    """Of a fallback basis: all components of every layer, in 8 bits."""
+    return layout.dim * (row_bytes(layout.layer_dim, 8) + 2)
 
 
 def max_components(layout: KvLayout, transform: str, room_bytes: float) -> int:

@@ -17,28 +17,33 @@ from torch import Tensor
 
 from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
+from codec.fidelity import plan_spans
 from codec.pack import CodecPack
 from codec.predictor.dense import AnyPredictor, DensePredictor, load_predictor
 from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import Moments, RidgeMoments, explained, fit_dual
 from codec.predictor.gptq import round_weights
 from codec.predictor.low_rank import Predictor
+from codec.quantize import levels_of
 from codec.rate import EntropyModel
 from codec.rows import ROW_BITS, allocate_bits
 from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
-from codec.transform import Transform, fit_global, fit_per_layer
+from codec.transform import Transform, fit_fallback, fit_global, fit_per_layer
 from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
 from engine.calibrate import search
 from engine.calibrate.budget import (
     DENSE_SHARE,
+    FALLBACK_SHARE,
     PACK_BUDGET,
     bf16_bytes,
     default_rank,
     dense_bytes,
+    fallback_bytes,
     max_components,
     transform_bytes,
 )
 from engine.calibrate.corpus import documents, library_texts
+from engine.calibrate.divergence import measure_divergence, token_importance
 from engine.calibrate.fisher import FisherSample, fit_token_sensitivity, measure
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
 from engine.errors import InvalidOption
@@ -46,6 +51,8 @@ from engine.model.decoder import Decoder
 
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
+_PROMISE_TOKENS = 1024  # whose bits are stated
+_QUICK_CURVE_TOKENS = 1024
 ENOUGH_GRADIENTS = 50_000
 """Cached tokens whose gradients make better weights than any blend with attention statistics does."""
 
@@ -221,6 +228,8 @@ def calibrate(
         fingerprints=fingerprints or {},
         budget_bytes=budget_bytes,
     )
+    log(f"calibration: packed, {time.monotonic() - started:.0f} s")
+    pack = with_curve(stream, pack, held, features, y - predict_raw(predictor, features), options.held_out_tokens)
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 
@@ -305,6 +314,9 @@ def assemble(
     layer = None if transform.layer is None else transform.layer[order]
     transform = Transform(transform.kind, transform.basis[order].contiguous(), layer, variance)
     room_bytes = transform_bytes(layout, tensors, budget_bytes, transform.kind)
+    completed = fallback_bytes(layout) <= FALLBACK_SHARE * room_bytes
+    if completed:
+        room_bytes -= fallback_bytes(layout)
     row_bits = allocate_bits(variance.tolist(), transform.basis.shape[1], room_bytes, FINEST_STEP)
     transform = transform.first(len(row_bits))
     pack = CodecPack.build(
@@ -317,10 +329,17 @@ def assemble(
         fingerprints=fingerprints,
         row_bits=row_bits,
     )
-    zero = torch.zeros_like(residual)
-    c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)
-    cut = 3 * len(c) // 4
-    pack = pack.with_model(fit_entropy_model(c[:cut], c[:cut].pow(2).mean(0)))
+    zero, cut = torch.zeros_like(residual), 3 * len(residual) // 4
+    if completed:
+        z = apply_blocks(residual, weighting.root)[:cut]
+        rows = pack.transform.to(z.device)
+        fallback, rest = fit_fallback(z - rows.expand(rows.project(z, rows.num_rows), layout.dim), layout.layer_dim)
+        pack = pack.with_fallback(fallback, torch.cat([rows.variance, rest]), EntropyModel.laplace())
+    c = KvCodec(pack, y.device).components(residual, zero, pack.transform.num_components)[:cut]
+    variance = torch.cat([c[:, : pack.transform.num_rows].pow(2).mean(0), pack.transform.variance[pack.transform.num_rows :].to(c.device)])
+    order = torch.argsort(variance, descending=True)
+    pack = pack.with_model(fit_entropy_model(c[:, order], variance[order]))
+    del c
     r2 = explained(y, y - residual, tensors["mu"].to(y.device)).reshape(layout.coded_layers, 2, -1)
     codec = KvCodec(pack, y.device)
     spans = [(r, torch.zeros_like(r)) for r in residual[cut:].split(SPAN_TOKENS)]
@@ -328,7 +347,8 @@ def assemble(
         "cpu_seconds": round(time.process_time(), 1),
         "held_out_tokens": len(y),
         "predictor": settings["kind"],
-        "components": pack.transform.num_components,
+        "components": pack.transform.num_rows,
+        "fallback_components": pack.transform.num_components - pack.transform.num_rows,
         "rows_by_bits": {b: row_bits.count(b) for b in ROW_BITS},
         "r2_k": float(r2[:, 0].mean()),
         "r2_v": float(r2[:, 1].mean()),
@@ -338,7 +358,32 @@ def assemble(
         "components_by_quality": {q: codec.num_components(s) for q, s in QUALITIES.items()},
     }
     info["restore"] = stream.restore_cost(_rank_of(tensors, settings), codec.num_components(QUALITIES["balanced"])).as_info()
-    return CodecPack(pack.layout, pack.kind, pack.stored, pack.predictor, pack.predictor_settings, pack.fingerprints, info)
+    return pack.with_info(info)
+
+
+def with_curve(
+    stream: PairStream, pack: CodecPack, documents: Sequence[Sequence[int]], features: Tensor, residual: Tensor, num_tokens: int
+) -> CodecPack:
+    """The pack with its divergence curve, and the bits that each quality's promise costs.
+
+    Args:
+        documents: about num_tokens of their tokens are measured. features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
+    """
+    curve = measure_divergence(stream, pack, documents, num_tokens)
+    if curve is None:
+        return pack
+    codec, predictor = KvCodec(pack, residual.device), load_predictor(pack.predictor, pack.predictor_settings, residual.device)
+    features, residual = features[-_PROMISE_TOKENS:], residual[-_PROMISE_TOKENS:]
+    octaves = predictor.octaves_of_features(features)
+    pairs = [(r, torch.zeros_like(r)) for r in residual.split(SPAN_TOKENS)]
+    importance, none = token_importance(octaves), [None] * len(pairs)
+    factors = none if importance is None else importance.split(SPAN_TOKENS)
+    levels = none if octaves is None else levels_of(octaves).split(SPAN_TOKENS)
+    bits = {}
+    for quality in QUALITIES:
+        plan = plan_spans(codec, curve, quality, pairs, levels, factors)
+        bits[quality] = codec.ideal_bits(pairs, plan.settings, plan.levels) / len(residual) / pack.layout.full_dim
+    return pack.with_info({"divergence": curve.as_info(), "promised_bits_per_element": bits})
 
 
 def quick_pack(
@@ -403,6 +448,7 @@ def quick_pack(
         fingerprints=(fingerprints or {}) | {"text": text},
         budget_bytes=PACK_BUDGET * bf16_bytes(target),
     )
+    pack = with_curve(stream, pack, docs, features, residual, _QUICK_CURVE_TOKENS)
     info = pack.info
     log(
         f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "

@@ -8,6 +8,7 @@ The first tokens' KV (attention sinks) is not stored: it depends on those tokens
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +38,19 @@ _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, end) coded once; `data` never changes afterwards (a view of the file's bytes where it was read from one)."""
+    """Tokens [start, end) coded once; `data` never changes afterwards (a view of the file's bytes where it was read from one). divergence: what its
+    error is expected to cause, nats a position; of a span from a file the mean of the file's; None where it is not known."""
 
     start: int
     end: int
     data: bytes | memoryview
+    divergence: float | None = field(default=None, compare=False)
+
+
+def mean_divergence(spans: Sequence[Span]) -> float | None:
+    """Over the tokens of all spans; None where one's is not known, or there are none."""
+    known = [(s.divergence, s.end - s.start) for s in spans if s.divergence is not None]
+    return sum(d * n for d, n in known) / sum(n for _, n in known) if known and len(known) == len(spans) else None
 
 
 @dataclass
@@ -68,6 +77,8 @@ class SessionFile:
             "num_tokens": len(self.token_ids),
             "fingerprints": self.fingerprints,
         } | ({"auto": True} if self.auto else {})
+        if (divergence := mean_divergence(self.spans)) is not None:
+            meta["divergence"] = float(f"{divergence:.4g}")
         sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
         body = b"".join(s.data for s in self.spans)
         packed = zstandard.ZstdCompressor(level=19).compress
@@ -126,6 +137,7 @@ class SessionFile:
             fields = Fields(meta, "its description", Corrupted, _REMEDY)
             num_cached, num_tokens = fields.integer("num_cached", 0, MAX_TOKENS), fields.integer("num_tokens", 0, MAX_TOKENS)
             quality, auto, fingerprints = fields.text("quality"), fields.boolean("auto", False), fields.mapping("fingerprints")
+            divergence = fields.number("divergence", 0.0, 1e9) if "divergence" in meta else None
             if not all(isinstance(digest, str) for digest in fingerprints.values()):
                 raise fields.refuse("fingerprints", "texts are needed")
         except Corrupted as error:
@@ -146,7 +158,7 @@ class SessionFile:
             expected = spans[-1].end if spans else NUM_SINKS
             if start != expected or not start < end <= num_cached or at + size > len(body):
                 raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
-            spans.append(Span(start, end, body[at : at + size]))
+            spans.append(Span(start, end, body[at : at + size], divergence))
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)

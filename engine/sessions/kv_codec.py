@@ -12,13 +12,15 @@ from torch import Tensor
 
 from codec.codec import KvCodec
 from codec.errors import CodecError
+from codec.fidelity import plan_spans
 from codec.pack import CodecPack
 from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.dense import load_predictor
 from codec.predictor.features import FeatureBuffer
 from codec.quantize import levels_of
-from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
+from codec.spec import NUM_SINKS, QUALITIES, QUALITY_DIVERGENCE, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
+from engine.calibrate.divergence import token_importance
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool
@@ -113,8 +115,12 @@ class SessionCodec:
         """What `Predictor.predict` takes, of tokens [start, end): from what was kept while decoding, else from passes of the models."""
         return self._latents(conversation, start, end), self._target_rows(conversation, start, end)
 
-    def encode(self, conversation: SequenceState, start: int, end: int, quality: str, clock: StageClock | None = None) -> list[Span]:
+    def encode(
+        self, conversation: SequenceState, start: int, end: int, quality: str | float, clock: StageClock | None = None
+    ) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
+
+        quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
 
         Raises InvalidOption when the KV cannot be coded (it overflowed).
         """
@@ -134,14 +140,22 @@ class SessionCodec:
             rows = self.core.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
             clock.mark("read")
             octaves = self.predictor.step_octaves(*features)
-            levels = None if octaves is None else levels_of(octaves).split(sizes)
+            levels = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
             pairs = list(zip(rows.split(sizes), self.predictor.predict(*features).split(sizes), strict=True))
             clock.mark("predict")
+            expected: Sequence[float | None] = [None] * len(some)
             try:
-                coded = self.codec.encode_many(pairs, quality, levels)
+                if self.pack.curve is not None and quality in QUALITY_DIVERGENCE:
+                    importance = token_importance(octaves)
+                    factors = [None] * len(some) if importance is None else list(importance.split(sizes))
+                    plan = plan_spans(self.codec, self.pack.curve, quality, pairs, levels, factors)
+                    clock.mark("plan")
+                    coded, expected = self.codec.encode_many(pairs, plan.settings, plan.levels), plan.divergence
+                else:
+                    coded = self.codec.encode_many(pairs, quality, levels)
             except CodecError as error:
                 raise InvalidOption(error.what, error.remedy) from error
-            spans += [Span(a, b, data) for (a, b), data in zip(some, coded, strict=True)]
+            spans += [Span(a, b, data, own) for (a, b), data, own in zip(some, coded, expected, strict=True)]
             clock.mark("code")
         return spans
 

@@ -16,7 +16,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints
-from engine.sessions.file import SessionFile, Span, session_errors, write_file
+from engine.sessions.file import SessionFile, Span, mean_divergence, session_errors, write_file
 from engine.sessions.kv_codec import session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.stages import StageClock
@@ -38,7 +38,9 @@ RESTORES = (AUTO, DECODE, RECOMPUTE)
 @dataclass(frozen=True)
 class SuspendReport:
     """What a suspended session takes: tokens whose KV it stands for, the file's bytes, the bf16 bytes of that KV, the file's bits over that KV's
-    elements, seconds spent. restore: "decode" or "recompute", what a resume of it will do; reason: why, where that was chosen by what pays."""
+    elements, seconds spent. restore: "decode" or "recompute", what a resume of it will do; reason: why, where that was chosen by what pays.
+    estimated_kl: what the coded tokens' error is expected to do to the target's output, nats a position: 0 where nothing was coded, None where the
+    codec parameters state no divergence curve."""
 
     tokens: int
     stored_bytes: int
@@ -48,6 +50,7 @@ class SuspendReport:
     seconds: float
     restore: str
     reason: str | None
+    estimated_kl: float | None
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,8 @@ class Session:
         bits = 8 * len(data) / elements if elements else 0.0
         restore = DECODE if file.spans else RECOMPUTE
         seconds = time.perf_counter() - began
-        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason)
+        estimated_kl = mean_divergence(file.spans) if file.spans else 0.0
+        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, estimated_kl)
         return self.suspended
 
     def to_bytes(self) -> bytes:
@@ -290,6 +294,7 @@ class Session:
             "stored_bytes": report.stored_bytes if report else None,
             "bits_per_element": report.bits_per_element if report else None,
             "quality": report.quality if report else None,
+            "estimated_kl": report.estimated_kl if report else None,
             "restore": report.restore if report else self.resumed.restore if self.resumed else None,
         }
 

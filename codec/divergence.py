@@ -1,0 +1,83 @@
+"""What a coded cache does to the target's output: divergence as a function of weighted distortion, measured once for a pair.
+
+The distortion of a span is its mean squared weighted error an element, each token's share multiplied by how much errors in it matter. The divergence of
+the target's output grows with it by a power a little above one, alike for texts of very different kinds; the curve is measured at calibration.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from codec.errors import BadInput, CorruptedCode
+
+_FIELDS = ("distortion", "divergence")
+_STEEPEST = 2.0  # beyond the measured range: of the logarithms
+
+
+@dataclass(frozen=True)
+class DivergenceCurve:
+    """Mean KL(untouched || restored), nats a position, over the weighted distortion of the cache before it; straight between the logarithms.
+
+    distortion, divergence: at least two points, both positive and rising.
+    """
+
+    distortion: tuple[float, ...]
+    divergence: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for values in (self.distortion, self.divergence) for a, b in pairwise(values))
+        finite = all(0 < x < math.inf for x in (*self.distortion, *self.divergence))
+        if len(self.distortion) != len(self.divergence) or len(self.distortion) < 2 or not rising or not finite:
+            raise BadInput(
+                "a divergence curve that does not rise", "give at least two points of positive, rising distortion and divergence"
+            )
+
+    @classmethod
+    def fitted(cls, points: Sequence[tuple[float, float]]) -> DivergenceCurve:
+        """Through measured (distortion, divergence): points that do not rise above those before are left out. Raises BadInput for fewer than two."""
+        kept: list[tuple[float, float]] = []
+        for point in sorted(points):
+            if min(point) > 0 and (not kept or (point[0] > 1.01 * kept[-1][0] and point[1] > kept[-1][1])):
+                kept.append(point)
+        return cls(tuple(x for x, _ in kept), tuple(y for _, y in kept))
+
+    def divergence_of(self, distortion: float) -> float:
+        """Expected divergence, nats a position."""
+        return _along(self.distortion, self.divergence, distortion)
+
+    def distortion_of(self, divergence: float) -> float:
+        """The distortion that causes a divergence."""
+        return _along(self.divergence, self.distortion, divergence)
+
+    def as_info(self) -> dict[str, list[float]]:
+        """For a pack's figures; inverse of `from_info`."""
+        return {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _FIELDS}
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> DivergenceCurve | None:
+        """Of a pack; None when it states none. Raises CorruptedCode when what it states is no curve."""
+        stated = info.get("divergence")
+        if stated is None:
+            return None
+        try:
+            values = [tuple(float(x) for x in stated[name] if not isinstance(x, (bool, str))) for name in _FIELDS]
+            return cls(*values)
+        except (BadInput, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptedCode("the pack's divergence curve is none", "calibrate it again with scripts/calibrate.py") from error
+
+
+def _along(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Straight in the logarithms; beyond the ends as the last piece goes on, between the identity and `_STEEPEST` (or its inverse)."""
+    if x <= 0:
+        return 0.0
+    right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    slope = math.log(ys[right] / ys[right - 1]) / math.log(xs[right] / xs[right - 1])
+    start = right - 1
+    if x < xs[0] or x > xs[-1]:
+        slope, start = min(max(slope, 1 / _STEEPEST), _STEEPEST), 0 if x < xs[0] else len(xs) - 1
+    return ys[start] * math.exp(min(slope * math.log(x / xs[start]), 300.0))

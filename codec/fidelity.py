@@ -1,0 +1,162 @@
+"""Choosing how each span is coded so that a quality keeps its word: the encoder has the truth, so it measures each span's weighted distortion at a
+setting, and takes the coarsest one whose expected divergence (`codec.divergence`) is the quality's.
+
+Text like that of the calibration meets the usual step. Other text needs a finer one, or the fallback basis for what the transform's rows do not carry:
+it costs bits, and not quality.
+
+Axes: S spans, T tokens of all spans, K components.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from codec.codec import KvCodec, SpanSetting, batches
+from codec.divergence import DivergenceCurve
+from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, quantise
+from codec.spec import QUALITY_DIVERGENCE, step_of
+from codec.weighting import apply_blocks
+
+FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
+"""Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
+
+_MEASURED_TOKENS = {"cpu": 1024, "cuda": 4096}
+
+
+class SpanPlan(NamedTuple):
+    """Of every span: its setting, its tokens' step levels int32 [T], and its expected divergence in nats a position."""
+
+    settings: list[SpanSetting]
+    levels: list[torch.Tensor]
+    divergence: list[float]
+
+
+class Distortion:
+    """The weighted distortion of some spans at any setting.
+
+    Args:
+        pairs: (truth [T, D], prediction [T, D]) of each span.
+        levels: each span's step levels, integers [T], or None.
+        importance: each span's factors of its tokens' errors, float32 [T], or None for ones.
+    """
+
+    def __init__(
+        self,
+        codec: KvCodec,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        levels: Sequence[torch.Tensor | None],
+        importance: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.codec, device = codec, codec.device
+        self.sizes = torch.tensor([len(truth) for truth, _ in pairs], device=device)
+        self._span = torch.repeat_interleave(torch.arange(len(pairs), device=device), self.sizes)
+        zeros = torch.zeros(len(self._span), device=device)
+        parts = list(zip(zeros.split(self.sizes.tolist()), levels, importance, strict=True))
+        self.levels = torch.cat([(z if own is None else own.to(device)).to(torch.int32) for z, own, _ in parts])
+        self._importance = torch.cat([(z + 1) if own is None else own.to(device, torch.float32) for z, _, own in parts])
+        self._pairs = pairs
+        self._components: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _of(self, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Components [T, K], and the energy [T] outside of all of them."""
+        if fallback not in self._components:
+            transform = self.codec.transform
+            count = transform.num_components if fallback else transform.num_rows
+            c = torch.cat([self.codec.components(truth, prediction, count) for truth, prediction in self._pairs])
+            device, root = self.codec.device, self.codec.weighting.root
+            energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
+            self._components[fallback] = c, (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
+        return self._components[fallback]
+
+    def measure(
+        self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distortion, float32 [S], and a measure of the bits [S] (for comparing settings only).
+
+        Args:
+            steps: float32 [S]. offsets: int32 [S], added to the tokens' levels. counts: int64 [S], components that are kept.
+        """
+        c, outside = self._of(fallback)
+        levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
+        own = (steps[self._span] * torch.exp2(levels / LEVELS_PER_OCTAVE))[:, None]
+        x = c / own
+        kept = torch.arange(c.shape[1], device=c.device)[None] < counts[self._span, None]
+        q = torch.where(kept, quantise(x), 0).float()
+        error = ((x - q) * own).pow_(2).sum(1).add_(outside).mul_(self._importance)
+        size = q.abs()
+        bits = torch.where(size > 0, 4 + 2 * torch.log2(size.clamp_min(1)), 0).sum(1)
+        zeros = torch.zeros(len(self.sizes), device=c.device)
+        total, cost = (zeros.index_add(0, self._span, values) for values in (error, bits))
+        return total / (self.sizes * self.codec.layout.dim), cost
+
+
+class _Ladder:
+    """Settings in quarter octaves: the step in whole octaves, the rest in the tokens' levels, so that few settings differ."""
+
+    def __init__(self, codec: KvCodec) -> None:
+        self.codec = codec
+
+    def step(self, rung: int) -> tuple[float, int]:
+        """The step, and the offset of the tokens' levels."""
+        octave = (rung + LEVELS_PER_OCTAVE // 2) // LEVELS_PER_OCTAVE
+        return 2.0**octave, rung - LEVELS_PER_OCTAVE * octave
+
+    def measure(self, distortion: Distortion, rungs: torch.Tensor, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Distortion.measure` with each span on its own rung, int64 [S]."""
+        device = self.codec.device
+        chosen = [self.step(rung) for rung in rungs.tolist()]
+        counts = [self.codec.num_components(step, fallback=fallback) for step, _ in chosen]
+        steps, offsets = (
+            torch.tensor([s for s, _ in chosen], device=device),
+            torch.tensor([o for _, o in chosen], dtype=torch.int32, device=device),
+        )
+        return distortion.measure(steps, offsets, torch.tensor(counts, device=device), fallback)
+
+    def coarsest(self, distortion: Distortion, most: float, fallback: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each span's coarsest rung with a distortion of at most `most` (the finest where there is none), its distortion and its bits."""
+        low = torch.full_like(distortion.sizes, FINEST)
+        high = torch.full_like(low, COARSEST + 1)  # too coarse, as far as is known
+        found = self.measure(distortion, low, fallback)
+        while bool((high - low > 1).any()):
+            middle = torch.where(high - low > 1, (low + high) // 2, low)
+            tried = self.measure(distortion, middle, fallback)
+            fine = tried[0] <= most
+            better = fine & (middle > low)
+            found = torch.where(better, tried[0], found[0]), torch.where(better, tried[1], found[1])
+            low, high = torch.where(fine, torch.maximum(low, middle), low), torch.where(fine | (middle == low), high, middle)
+        return low, *found
+
+
+def plan_spans(
+    codec: KvCodec,
+    curve: DivergenceCurve,
+    quality: str,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    levels: Sequence[torch.Tensor | None],
+    importance: Sequence[torch.Tensor | None],
+) -> SpanPlan:
+    """How to code spans at a quality; arguments as for `Distortion`. Raises UnknownQuality."""
+    usual = LEVELS_PER_OCTAVE * math.log2(step_of(quality))
+    ladder, most = _Ladder(codec), curve.distortion_of(QUALITY_DIVERGENCE[quality])
+    plan = SpanPlan([], [], [])
+    for some in batches([len(truth) for truth, _ in pairs], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
+        distortion = Distortion(codec, [pairs[n] for n in some], [levels[n] for n in some], [importance[n] for n in some])
+        rungs, found, bits = ladder.coarsest(distortion, most, fallback=False)
+        fallback = torch.zeros_like(rungs, dtype=torch.bool)
+        if codec.transform.fallback is not None and bool(((rungs < usual) | (found > most)).any()):
+            other, finer, cost = ladder.coarsest(distortion, most, fallback=True)
+            # a span that no step of the rows alone brings down needs the basis; where both do, the shorter code is taken
+            fallback = ((found > most) & (finer < found)) | ((finer <= most) & (cost < bits) & (rungs < usual))
+            rungs, found = torch.where(fallback, other, rungs), torch.where(fallback, finer, found)
+        for rung, use, own, measured in zip(
+            rungs.tolist(), fallback.tolist(), distortion.levels.split(distortion.sizes.tolist()), found.tolist(), strict=True
+        ):
+            step, offset = ladder.step(rung)
+            plan.settings.append(SpanSetting(step, use))
+            plan.levels.append((own + offset).clamp_(MIN_LEVEL, MAX_LEVEL))
+            plan.divergence.append(curve.divergence_of(measured))
+    return plan

@@ -1,0 +1,82 @@
+"""Measuring what distortion of a cache does to the target: the first three quarters of each document's cache are replaced by coded ones, and the
+continuations' output is compared with that over the untouched cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from codec.codec import KvCodec, SpanSetting
+from codec.divergence import DivergenceCurve
+from codec.errors import BadInput
+from codec.fidelity import Distortion
+from codec.pack import CodecPack
+from codec.predictor.dense import load_predictor
+from codec.quantize import levels_of
+from codec.spec import NUM_SINKS, SPAN_TOKENS
+from engine.calibrate.stream import PairStream
+
+STEPS = (0.125, 0.25, 0.5, 1.0, 2.0)
+_SHORTEST = 8 * NUM_SINKS
+
+
+def token_importance(octaves: torch.Tensor | None) -> torch.Tensor | None:
+    """Factors of the tokens' squared errors, float32 [T], from how many octaves their steps lie above the usual one: equal marginal returns put a step
+    at importance ** -1/2."""
+    return None if octaves is None else torch.exp2(-2 * octaves)
+
+
+@torch.inference_mode()
+def measure_divergence(stream: PairStream, pack: CodecPack, documents: Sequence[Sequence[int]], num_tokens: int) -> DivergenceCurve | None:
+    """The curve of a pack over about `num_tokens` tokens of documents that it was not fitted to; None where they are too short or show no effect."""
+    target, codec = stream.target, KvCodec(pack, stream.target.device)
+    predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device)
+    sums = torch.zeros(len(STEPS), 2, dtype=torch.float64)
+    scored = coded = 0
+    for document in documents:
+        if len(document) < _SHORTEST:
+            continue
+        split = 3 * len(document) // 4
+        batch = stream.run([document[:split]])
+        octaves = predictor.octaves_of_features(batch.features)
+        sizes = [min(SPAN_TOKENS, len(batch.y) - at) for at in range(0, len(batch.y), SPAN_TOKENS)]
+        none: list[torch.Tensor | None] = [None] * len(sizes)
+        levels = none if octaves is None else list(levels_of(octaves).split(sizes))
+        importance = token_importance(octaves)
+        factors = none if importance is None else list(importance.split(sizes))
+        prediction = torch.cat([predictor.predict_features(part) for part in batch.features.split(2048)])
+        pairs = list(zip(batch.y.split(sizes), prediction.split(sizes), strict=True))
+        distortion = Distortion(codec, pairs, levels, factors)
+        ids = torch.tensor(document, device=target.device)
+        sequence = target.new_pool(-(-len(document) // 64)).new_sequence()
+        target.forward(ids[:split], [sequence], [split], logits="none")
+        sequence.advance(split)
+        following = [len(document) - split]
+
+        def log_p(ids: torch.Tensor = ids[split:], sequence=sequence, following: list[int] = following) -> torch.Tensor:
+            logits = target.forward(ids, [sequence], following).logits
+            assert logits is not None
+            return logits.log_softmax(-1)
+
+        untouched = log_p()
+        complete = codec.transform.fallback is not None
+        for n, step in enumerate(STEPS):
+            ones = torch.ones_like(distortion.sizes)
+            kept = codec.num_components(step, fallback=complete)
+            found, _ = distortion.measure(ones * step, (0 * ones).to(torch.int32), ones * kept, complete)
+            rows = torch.cat(codec.requantised(pairs, [SpanSetting(step, complete)] * len(pairs), levels))
+            target.write_kv(sequence, NUM_SINKS, rows, first_layer=stream.layout.first_layer)
+            divergence = (untouched.exp() * (untouched - log_p())).sum(dtype=torch.float64)
+            sums[n, 0] += float((found * distortion.sizes).sum())
+            sums[n, 1] += float(divergence)
+        coded, scored = coded + len(batch.y), scored + following[0]
+        sequence.free()
+        if coded + scored >= num_tokens:
+            break
+    if not coded:
+        return None
+    try:
+        return DivergenceCurve.fitted([(d / coded, kl / scored) for d, kl in sums.tolist()])
+    except BadInput:
+        return None
