@@ -52,7 +52,7 @@ from engine.model.decoder import Decoder
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
 _PROMISE_TOKENS = 1024  # whose bits are stated
-_QUICK_CURVE_TOKENS = 1024
+_QUICK_CURVE_TOKENS = 768
 ENOUGH_GRADIENTS = 50_000
 """Cached tokens whose gradients make better weights than any blend with attention statistics does."""
 

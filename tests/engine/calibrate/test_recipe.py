@@ -14,6 +14,7 @@ from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, QUALITIES
 from codec.weighting import apply_blocks
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
+from engine.calibrate.divergence import measure_divergence
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, rotate_heads
 from engine.errors import InvalidOption
@@ -161,3 +162,20 @@ def test_texts(tmp_path: Path, byte_tokenizer) -> None:
 def test_options_are_checked(target, docs) -> None:
     with pytest.raises(InvalidOption):
         calibrate(target, None, docs, recomputed_layers=1, options=CalibrationOptions(weighting="none"))
+
+
+def test_a_pack_states_what_distortion_does_to_its_target(target, draft, docs) -> None:
+    """The curve rises, and what a setting is said to cause is what it causes on other documents."""
+    options = CalibrationOptions(
+        held_out_tokens=400, tokens_per_batch=200, budget=8.0, predictor="dense", weighting="attention", level_strength=0.0
+    )
+    pack = calibrate(target, draft, docs[:30], options=options, log=lambda _: None)
+    assert pack.curve is not None and pack.info["fallback_components"] == pack.layout.dim
+    bits = [pack.info["promised_bits_per_element"][q] for q in QUALITIES]
+    assert bits == sorted(bits, reverse=True) and bits[-1] > 0
+    stream = PairStream(target, draft, load_predictor(pack.predictor, pack.predictor_settings).spec)
+    other = measure_divergence(stream, pack, docs[30:], 10_000)
+    assert other is not None
+    for distortion in (0.02, 0.05, 0.1):
+        assert other.divergence_of(distortion) == pytest.approx(pack.curve.divergence_of(distortion), rel=0.5)
+    assert measure_divergence(stream, pack, [docs[0][:20]], 100) is None, "too short to be cut"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from codec.spec import NUM_SINKS, SPAN_TOKENS
+from codec.spec import NUM_SINKS, QUALITY_DIVERGENCE, SPAN_TOKENS
 from engine.errors import EmptyPrompt, InvalidOption, PackMismatch
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.file import SessionFile
@@ -28,8 +30,8 @@ class Counter:
 """
 )
 PROBE = torch.tensor(list(b" and then these are the next words, for a while "))
-# about three times the divergence seen with any kind of draft, in nats; the mean over the positions of the probe
-BOUNDS = {"near-lossless": 0.02, "balanced": 0.035, "compact": 0.05, "tiny": 0.06}
+# twice what is promised: the mean over few positions of one text, with parameters fitted to a thousand tokens
+BOUNDS = {quality: 2 * promised for quality, promised in QUALITY_DIVERGENCE.items()}
 GREEDY = SamplingParams(max_new_tokens=40, draft_length=3, ignore_eos=True)
 
 
@@ -106,6 +108,13 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
         assert report.stored_bytes == (tmp_path / "a.kv").stat().st_size
         assert report.tokens == len(TEXT) and report.raw_bytes == 2 * len(TEXT) * 4 * 2 * 2 * 8
         assert report.bits_per_element == pytest.approx(16 * report.stored_bytes / report.raw_bytes)
+        assert report.estimated_kl == stored.kv_figures["estimated_kl"]
+        if quality == "tokens":
+            assert report.estimated_kl == 0.0
+        else:
+            assert 0 < report.estimated_kl <= QUALITY_DIVERGENCE[quality]
+            again_kl = resumed.suspend(tmp_path / "b.kv").estimated_kl
+            assert again_kl == pytest.approx(report.estimated_kl, rel=1e-3), "a file knows what its spans were expected to lose"
         for session in (stored, resumed):
             session.close()
     again.core.pool.check_integrity()
@@ -115,7 +124,9 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
     values = [found[q] for q in QUALITIES]
     assert values == sorted(values) and found["near-lossless"] > 1e-6, "coarser steps lose more"
     assert all(found[q] < BOUNDS[q] for q in QUALITIES)
-    assert [sizes[q] for q in QUALITIES] == sorted((sizes[q] for q in QUALITIES), reverse=True)
+    assert all(sizes[a] > sizes[b] - 8 for a, b in pairwise(QUALITIES)), (
+        "but for a few bytes, where the coarsest step already keeps the promise"
+    )
     assert sizes["tokens"] < sizes["tiny"] < report.raw_bytes / 8
 
 
@@ -127,7 +138,7 @@ def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, t
     resumed = session_of(chat_engine(draft, deterministic=True), tmp_path / "a.kv")
     before, after = kv_of(kept), kv_of(resumed)
     assert torch.equal(before[:NUM_SINKS], after[:NUM_SINKS])
-    assert 0 < loss(before, after) < 0.2
+    assert 0 < loss(before, after) < 0.3  # what a tiny model bears before its output diverges by the promised .005
     recomputed = kept.core.drafter.exit_layer * 2 * 2 * 8 if kept.core.drafter else 0
     assert torch.equal(before[:, :recomputed], after[:, :recomputed]), "an early exit's own layers are run again, not coded"
 
