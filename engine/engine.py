@@ -29,7 +29,7 @@ from engine.text.tokenizer import check_vocabularies, load_tokenizer
 
 
 class Engine:
-    """Generates text with a target and a source of drafts. Not thread-safe: one thread drives an engine; `core` is what runs.
+    """Generates text with a target and a source of drafts; `core` is what runs. Threads may share an engine: they take turns (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured once
     (`core.cost_model`), at the first request that needs them.
@@ -148,7 +148,8 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption, PromptTooLong."""
-        return encode_prompt(self.tokenizer, prompt, self.context)
+        with self.core.lock:  # tokenizers refuse a second thread
+            return encode_prompt(self.tokenizer, prompt, self.context)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -172,14 +173,15 @@ class Engine:
         for tokens in ids:
             self.core.check_tokens(tokens)
         requests: list[Request] = []
-        try:
-            for tokens, own in zip(ids, each, strict=True):
-                requests.append(self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True))
-            return [self.core.finish(request) for request in requests]
-        except BaseException:
-            for request in requests:
-                self.core.abandon(request)
-            raise
+        with self.core.lock:  # for the whole batch, so that it is served as if nobody else were there
+            try:
+                for tokens, own in zip(ids, each, strict=True):
+                    requests.append(self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True))
+                return [self.core.finish(request) for request in requests]
+            except BaseException:
+                for request in requests:
+                    self.core.abandon(request)
+                raise
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result.
@@ -190,9 +192,9 @@ class Engine:
         self.core.check_tokens(tokens)
 
         def events() -> Iterator[StreamEvent]:
-            yield from self.core.events(
-                self.core.submit(self.core.open_sequence_state(), tokens, params or SamplingParams(), owns_cache=True)
-            )
+            with self.core.lock:
+                request = self.core.submit(self.core.open_sequence_state(), tokens, params or SamplingParams(), owns_cache=True)
+            yield from self.core.events(request)
 
         return events()
 

@@ -26,6 +26,9 @@ __all__ = [
     "PackMismatch",
     "PoolExhausted",
     "PromptTooLong",
+    "SessionBusy",
+    "SessionClosed",
+    "SessionInUse",
     "Truncated",
     "UnknownPair",
     "UnsupportedArchitecture",
@@ -99,6 +102,10 @@ class BadSessionFile(ForetoldError):
 
 class SessionInUse(ForetoldError):
     """Another process holds the session file."""
+
+
+class SessionBusy(ForetoldError):
+    """The session is answering; it gives one answer at a time."""
 
 
 class SessionClosed(ForetoldError):

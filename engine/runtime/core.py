@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
@@ -28,7 +29,9 @@ _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are t
 
 
 class EngineCore:
-    """Runs conversations with a target, a draft source and their KV pools. Not thread-safe: one thread drives it.
+    """Runs conversations with a target, a draft source and their KV pools.
+
+    Whatever changes its state holds `lock`, so threads take turns, step by step (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured
     once (`cost_model`).
@@ -56,6 +59,7 @@ class EngineCore:
         kv_means: torch.Tensor | None = None,
     ) -> None:
         self.target, self.source, self.config = target, source, config
+        self.lock = threading.RLock()
         self.text, self.eos_token_ids = text, eos_token_ids
         cached = None if source is None else source.cached_decoder
         tokens = config.pool_tokens
@@ -158,14 +162,16 @@ class EngineCore:
 
     def open_sequence_state(self) -> SequenceState:
         """An empty conversation. It keeps its pages until `close_sequence_state`."""
-        sequence = self.pool.new_sequence()
-        return SequenceState([], sequence, self.drafter.open(sequence) if self.drafter else None)
+        with self.lock:
+            sequence = self.pool.new_sequence()
+            return SequenceState([], sequence, self.drafter.open(sequence) if self.drafter else None)
 
     def close_sequence_state(self, conversation: SequenceState) -> None:
         """Give a conversation's pages back; it must not be used afterwards."""
-        if self.drafter is not None and conversation.draft_state is not None:
-            self.drafter.close([conversation.draft_state])
-        conversation.sequence.free()
+        with self.lock:
+            if self.drafter is not None and conversation.draft_state is not None:
+                self.drafter.close([conversation.draft_state])
+            conversation.sequence.free()
 
     def run(
         self,
@@ -183,7 +189,8 @@ class EngineCore:
         """
         self.check_tokens([*conversation.token_ids, *new_token_ids])
         result, before = None, len(conversation.token_ids)
-        events = self.events(self.submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
+        with self.lock:
+            events = self.events(self.submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
         try:
             with closing(events):  # a failing on_text must end the request at once
                 for event in events:
@@ -214,7 +221,7 @@ class EngineCore:
             )
 
     def submit(self, conversation: SequenceState, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
-        """Queue a request that appends `tokens` (checked) to a conversation and generates.
+        """Queue a request that appends `tokens` (checked) to a conversation and generates. The caller holds `lock`.
 
         owns_cache: the conversation is closed with the request, and at once when it is refused.
 
@@ -260,26 +267,33 @@ class EngineCore:
         """Run a submitted request to its end, with whatever else is submitted; an event a step. Closing the generator cancels the request."""
         seen = request.prompt_tokens
         try:
-            while request.finish_reason is None:
-                self._step(request)
-                if request.finish_reason is None and len(request.token_ids) > seen:
+            finished = False
+            while not finished:
+                with self.lock:  # another thread's step serves this request too
+                    if request.finish_reason is None:
+                        self._step(request)
                     new, seen = request.token_ids[seen:], len(request.token_ids)
-                    yield StreamEvent(request.stream.take(), new)
-            result = request.result(self.memory())
-            yield StreamEvent(request.stream.take(), request.token_ids[seen:], request.finish_reason, result)
+                    finished = request.finish_reason is not None
+                    event = StreamEvent(
+                        request.stream.take(), new, request.finish_reason, request.result(self.memory()) if finished else None
+                    )
+                if finished or new:
+                    yield event
         finally:
             self.abandon(request)
 
     def finish(self, request: Request) -> GenerationResult:
         """Run a submitted request to its end, with whatever else is submitted."""
-        while request.finish_reason is None:
-            self._step(request)
-        return request.result(self.memory())
+        with self.lock:
+            while request.finish_reason is None:
+                self._step(request)
+            return request.result(self.memory())
 
     def abandon(self, request: Request) -> None:
         """Cancel a request, whatever state an interrupt left it in; nothing happens to one that has finished."""
-        if request in self.scheduler.running or request in self.scheduler.waiting:
-            self.scheduler.cancel(request)
+        with self.lock:
+            if request in self.scheduler.running or request in self.scheduler.waiting:
+                self.scheduler.cancel(request)
 
     def _step(self, request: Request) -> None:
         self.scheduler.step()

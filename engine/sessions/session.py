@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES, KvLayout
-from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionClosed
+from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionBusy, SessionClosed
 from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
@@ -73,7 +75,7 @@ def _largest_file(core: EngineCore) -> int:
 
 
 class Session:
-    """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`.
+    """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`. Two answers at once are refused (SessionBusy).
 
     quality: "near-lossless", "balanced", "compact", "tiny": coded spans. "tokens": ids only; the target runs over them again when the session goes
     on, and its KV is then exact. "auto": spans at "balanced" where restoring them is faster on this machine than recomputing (`sessions.rates`), else
@@ -133,22 +135,24 @@ class Session:
         self.core, self._log = core, log
         self.quality = quality or (DEFAULT_QUALITY if stored is None else AUTO if stored.auto else stored.quality)
         self._pack_path, self._closed = pack, False
+        self._turn = threading.Lock()  # held while an answer is made
         self.spans: list[Span] = []
         self.suspended: SuspendReport | None = None
         self.resumed: ResumeReport | None = None
-        if stored is not None:
-            self._check(stored, source)
-        if self.quality != TOKENS or (stored is not None and stored.spans):
-            session_codec(core, pack, log)
-        self.conversation = core.open_sequence_state()
-        self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
-        self._give_back.atexit = False
-        if stored is not None:
-            try:
-                self._restore(stored, source, restore, began)
-            except BaseException:
-                self.close()
-                raise
+        with core.lock:
+            if stored is not None:
+                self._check(stored, source)
+            if self.quality != TOKENS or (stored is not None and stored.spans):
+                session_codec(core, pack, log)
+            self.conversation = core.open_sequence_state()
+            self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
+            self._give_back.atexit = False
+            if stored is not None:
+                try:
+                    self._restore(stored, source, restore, began)
+                except BaseException:
+                    self.close()
+                    raise
 
     # --- talking --------------------------------------------------------------------------------------------------------
 
@@ -161,15 +165,17 @@ class Session:
         self, text: str | Sequence[int] = "", params: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
     ) -> GenerationResult:
         """Append raw text (or token ids) and continue it. Without text the conversation just goes on. Raises as `EngineCore.run`."""
-        tokenizer = self.core.tokenizer
-        if isinstance(text, str):
-            if text and tokenizer is None:
-                raise InvalidOption("a text prompt needs a tokenizer", "give token ids, or an engine with a tokenizer")
-            first = not self.token_ids
-            ids = encode_text(tokenizer, text, add_special_tokens=first, most=self.core.context) if text else []
-        else:
-            ids = prompt_ids(text)
-        return self._run(ids, params, on_text)
+        with self._turns():
+            tokenizer = self.core.tokenizer
+            if isinstance(text, str):
+                if text and tokenizer is None:
+                    raise InvalidOption("a text prompt needs a tokenizer", "give token ids, or an engine with a tokenizer")
+                first = not self.token_ids
+                with self.core.lock:  # tokenizers refuse a second thread
+                    ids = encode_text(tokenizer, text, add_special_tokens=first, most=self.core.context) if text else []
+            else:
+                ids = prompt_ids(text)
+            return self._run(ids, params, on_text)
 
     def chat(
         self,
@@ -190,20 +196,35 @@ class Session:
             raise InvalidOption(f"a message is of type {type(message).__name__}", "give a text")
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
+        with self._turns():
+            with self.core.lock:  # tokenizers refuse a second thread
+                ids = self._turn_ids(message, system, prefill)
+            return self._run(ids, params, on_text)
+
+    def _turn_ids(self, message: str, system: str | None, prefill: str | None) -> list[int]:
+        tokenizer, context = self.core.tokenizer, self.core.context
         if self.token_ids:
             if system is not None:
                 raise InvalidOption("the conversation has begun: its system message cannot be set", "start a new session")
-            ids = next_turn(self.core.tokenizer, message, self.token_ids)
+            ids = next_turn(tokenizer, message, self.token_ids)
         else:
             opening = [] if system is None else [{"role": "system", "content": system}]
-            ids = encode_prompt(self.core.tokenizer, [*opening, {"role": "user", "content": message}], self.core.context)
-        if prefill:
-            ids = [*ids, *encode_text(self.core.tokenizer, prefill, add_special_tokens=False, most=self.core.context)]
-        return self._run(ids, params, on_text)
+            ids = encode_prompt(tokenizer, [*opening, {"role": "user", "content": message}], context)
+        return [*ids, *encode_text(tokenizer, prefill, add_special_tokens=False, most=context)] if prefill else ids
+
+    @contextmanager
+    def _turns(self) -> Iterator[None]:
+        """One answer at a time. Raises SessionBusy, SessionClosed."""
+        if not self._turn.acquire(blocking=False):
+            raise SessionBusy("the session is answering already", "wait for the answer's end, or use a session of its own")
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._turn.release()
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
         """`EngineCore.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
-        self._check_open()
         try:
             return self.core.run(self.conversation, ids, params, on_text)
         except BaseException:
@@ -224,7 +245,8 @@ class Session:
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
         began = time.perf_counter()
-        file, reason = self._coded()
+        with self.core.lock:
+            file, reason = self._coded()
         data = file.to_bytes()
         write_file(path, data)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
@@ -239,7 +261,8 @@ class Session:
 
     def to_bytes(self) -> bytes:
         """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
-        return self._coded()[0].to_bytes()
+        with self.core.lock:
+            return self._coded()[0].to_bytes()
 
     def _coded(self) -> tuple[SessionFile, str | None]:
         """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen."""
@@ -269,7 +292,12 @@ class Session:
         return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason
 
     def close(self) -> None:
-        """Give the session's pages back; afterwards it refuses to go on or to be suspended. A session that is dropped is closed."""
+        """Give the session's pages back; afterwards it refuses to go on or to be suspended. A session that is dropped is closed.
+
+        Raises SessionBusy while an answer is made.
+        """
+        if self._turn.locked():
+            raise SessionBusy("the session is answering", "close it when the answer has ended")
         self._closed = True
         self._give_back()
 
