@@ -14,6 +14,7 @@ from engine.hub.environment import kernels_package_clash
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (docs/command.md lists them)."""
+    _occupy_streams()
     before = None
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before = signal.signal(signal.SIGINT, _leave)
@@ -28,6 +29,16 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+def _occupy_streams() -> None:
+    """Give the standard descriptors that are closed to the null device: the next file opened, a session's say, would take their numbers, and whatever
+    a library prints would be written into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,36 +90,51 @@ def open_session(engine: Engine, args: argparse.Namespace) -> Session:
     return session
 
 
-def answer(session: Session, prompt: str, args: argparse.Namespace, on_text: Callable[[str], None] | None) -> GenerationResult:
-    """One answer, in the session's file before anything else happens, be it broken off by whatever breaks it off; one that never began is not."""
-    begun, before = len(session.token_ids), session.token_ids[:]
-    started = False
+def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: bool) -> GenerationResult:
+    """One answer, in the session's file before anything else happens, be it broken off by whatever breaks it off; one that never began is not.
+
+    stream: show its text as it comes, and a line break after it, before what is said of the file.
+    """
+    before = session.token_ids[:]
+    started = saving = False
+    saved: str | None = None
 
     def piece(text: str) -> None:
         nonlocal started
         started = True
-        if on_text is not None:
-            on_text(text)
+        if stream:
+            show(text)
 
     try:
         if args.raw:
             result = session.generate(prompt, args.params, piece)
         else:
-            system = args.system if begun == 0 else None
+            system = None if before else args.system
             result = session.chat(prompt, args.params, piece, system=system, prefill=args.prefill)
-    except BaseException:
-        if started and session.token_ids != before:
-            save(session, args)
+        saving = True
+        saved = save(session, args)
+    except BaseException as error:
+        refused = saving and isinstance(error, ForetoldError)  # by the disk: asking again does not help
+        if not refused and started and session.token_ids != before:
+            saved = save(session, args)
+        if stream and (started or (args.chat and isinstance(error, KeyboardInterrupt))):
+            with suppress(OutputLost):
+                show("\n")
+        if saved is not None:
+            say(saved)
         raise
-    save(session, args)
+    try:
+        if stream:
+            show("\n")
+    finally:
+        if saved is not None:
+            say(saved)
     return result
 
 
 def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
-    result = answer(session, prompt, args, None if args.json else show)
-    if not args.json:
-        show("\n")
+    result = answer(session, prompt, args, stream=not args.json)
     say(summary(result))
     if args.json_out:
         write_json(args.json_out, as_json(session, result))
@@ -150,13 +164,10 @@ def repl(session: Session, first: str | None, args: argparse.Namespace) -> None:
         while (message := first or next_message(terminal)) is not None:
             first = None
             try:
-                result = answer(session, message, args, show)
-                show("\n")
-                say(summary(result))
+                say(summary(answer(session, message, args, stream=True)))
             except KeyboardInterrupt:
                 if not terminal:
                     raise
-                show("\n")
                 say("[interrupted]")
     except KeyboardInterrupt:
         if not terminal:
@@ -182,14 +193,14 @@ def next_message(terminal: bool) -> str | None:
             return None
 
 
-def save(session: Session, args: argparse.Namespace) -> None:
-    """Suspend into the session's file, if there is one; signals wait meanwhile."""
+def save(session: Session, args: argparse.Namespace) -> str | None:
+    """Suspend into the session's file, if there is one; signals wait meanwhile. Returns what is to be said of it."""
     if args.session is None or not session.token_ids:
-        return
+        return None
     with undisturbed():
         r = session.suspend(args.session)
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0
-    say(
+    return (
         f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
         f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s){because(r.reason)}"
     )

@@ -98,7 +98,7 @@ def test_a_session_gives_one_answer_at_a_time(engine, wanted):
     def on_text(_text):
         def again():
             for call in (lambda: session.generate("more"), lambda: session.chat("more"), session.close):
-                with pytest.raises(SessionBusy, match="is answering.* \\("):
+                with pytest.raises(SessionBusy, match=r"is answering.* \("):
                     call()
             return True
 

@@ -1,0 +1,254 @@
+"""The command's outside: closed, full and narrow streams, readers that leave, signals. Whatever comes, an answer that was made is in its file.
+
+The runs are forks of one process that has imported the command already; what happens in an interpreter's first second has runs of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+
+import pytest
+
+from engine.sessions.file import SessionFile
+
+ROOT = Path(__file__).resolve().parents[3]
+NULL = os.open(os.devnull, os.O_RDWR)
+LONG = ("--max-new-tokens", "900")
+
+
+def _child(argv, streams, encoding, home, ignored):
+    """The command with these descriptors (None: closed), in a process of its own, as a fresh interpreter would run it."""
+    import io
+
+    os.environ["FORETOLD_HOME"] = home
+    taken = [None if stream is None else stream.detach() for stream in streams]
+    for number, source in enumerate(taken):
+        if source is None:
+            with suppress(OSError):
+                os.close(number)
+        else:
+            os.dup2(source, number)
+            os.close(source)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        opened = None
+        if taken[number] is not None:
+            opened = io.TextIOWrapper(open(number, mode + "b", closefd=False), encoding or "utf-8", line_buffering=mode == "w")  # noqa: SIM115
+        setattr(sys, name, opened)
+        setattr(sys, f"__{name}__", opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if ignored is not None:
+        signal.signal(getattr(signal, ignored), signal.SIG_IGN)
+    from engine.generate import main
+
+    status = 99
+    try:
+        status = main(argv)
+        with suppress(AttributeError):
+            sys.stdout.flush()
+    finally:
+        os._exit(status)
+
+
+class Run:
+    """The command running: `out` and `err` are the reading ends of pipes, `pid` takes signals."""
+
+    def __init__(self, argv, *, stdin=NULL, stdout=None, stderr=None, closed=(), encoding=None, ignored=None):
+        out, err = os.pipe(), os.pipe()
+        self.out, self.err = out[0], err[0]
+        streams = [stdin, out[1] if stdout is None else stdout, err[1] if stderr is None else stderr]
+        handed = [None if number in closed else DupFd(stream) for number, stream in enumerate(streams)]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["warm_command"])
+        self.process = context.Process(target=_child, args=([str(a) for a in argv], handed, encoding, os.environ["FORETOLD_HOME"], ignored))
+        self.process.start()
+        self.pid = self.process.pid
+        os.close(out[1])
+        os.close(err[1])
+
+    def begun(self, timeout=60.0):
+        """Wait for the answer's first bytes."""
+        assert select.select([self.out], [], [], timeout)[0], "no answer"
+        return os.read(self.out, 1 << 16)
+
+    def end(self, timeout=60.0):
+        """(exit status, rest of standard output, standard error)."""
+        shown = {self.out: b"", self.err: b""}
+        left, ends = [fd for fd in shown if fd >= 0], time.monotonic() + timeout
+        while left:
+            ready = select.select(left, [], [], max(0.0, ends - time.monotonic()))[0]
+            assert ready, f"no end; {shown}"
+            for fd in ready:
+                piece = os.read(fd, 1 << 16)
+                shown[fd] += piece
+                if not piece:
+                    os.close(fd)
+                    left.remove(fd)
+        self.process.join(timeout)
+        said = shown[self.err].decode()
+        assert "Traceback" not in said and "Exception ignored" not in said, said
+        return self.process.exitcode, shown[self.out], said
+
+
+@pytest.fixture
+def options(chat_folders, pack_home, monkeypatch):
+    """The target alone, and no template: what is tried here is neither drafts nor chats."""
+    found = ["--target", str(chat_folders.target), "--dtype", "float32", "--device", "cpu", "--raw", "--draft-length", "0"]
+    monkeypatch.setenv("WARM_COMMAND", json.dumps(found))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")  # the preloading process looks nowhere else
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    return found
+
+
+@pytest.fixture
+def kept(options, tmp_path):
+    """Options of a session, and its file."""
+    file = tmp_path / "chat.kv"
+    return [*options, "--quality", "tokens", "--session", file], file
+
+
+def answered(file):
+    """Tokens of the answer to "Hello", which is five tokens."""
+    return SessionFile.load(file).token_ids[5:]
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_in_the_middle_of_an_answer(kept, name, status):
+    options, file = kept
+    run = Run([*options, *LONG, "Hello"])
+    first = run.begun()
+    os.kill(run.pid, getattr(signal, name))
+    found, rest, said = run.end()
+    assert found == status and "suspended" in said
+    assert 0 < len(answered(file)) < 900 and len(first + rest) > 0
+    assert file.stat().st_mode & 0o777 == 0o600 and [p.name for p in file.parent.iterdir()] == ["chat.kv"], "neither lock nor part is left"
+
+
+def test_a_terminal_that_closes_between_two_turns_of_a_pipe(kept):
+    """The writer of the pipe still lives, so the command waits for a line when the signal comes."""
+    options, file = kept
+    lines = os.pipe()
+    options.remove("--raw")
+    run = Run([*options, "--chat", "--max-new-tokens", 8], stdin=lines[0])
+    os.write(lines[1], b"Hello\n")
+    run.begun()
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGHUP)
+    assert run.end()[0] == 129 and len(answered(file)) > 0
+    os.close(lines[0])
+    os.close(lines[1])
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_ignored_signals_stay_ignored(kept, name):
+    """`nohup` means it."""
+    options, file = kept
+    run = Run([*options, "--max-new-tokens", 200, "Hello"], ignored=name)
+    run.begun()
+    os.kill(run.pid, getattr(signal, name))
+    found, _, said = run.end()
+    assert found == 0 and "tokens/s" in said and len(answered(file)) > 0
+
+
+def test_a_reader_that_leaves_in_the_middle(kept):
+    """`... | head -1`."""
+    options, file = kept
+    run = Run([*options, *LONG, "Hello"])
+    run.begun()
+    os.close(run.out)
+    run.out = -1
+    found, _, said = run.end()
+    assert found == 141 and "suspended" in said and 0 < len(answered(file)) < 900
+
+
+def test_a_full_device(kept):
+    options, file = kept
+    full = os.open("/dev/full", os.O_WRONLY)
+    found, _, said = Run([*options, "--max-new-tokens", 40, "Hello"], stdout=full).end()
+    os.close(full)
+    lines = said.splitlines()
+    assert found == 2 and lines[-1].startswith("error: standard output cannot be written: No space left on device (")
+    assert len(answered(file)) > 0
+
+
+def test_a_full_device_for_what_is_said(kept):
+    options, file = kept
+    full = os.open("/dev/full", os.O_WRONLY)
+    found, text, _ = Run([*options, "--max-new-tokens", 12, "Hello"], stderr=full).end()
+    os.close(full)
+    assert found == 0 and text.endswith(b"\n") and len(answered(file)) > 0
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_closed_streams(kept, closed):
+    options, file = kept
+    found, text, said = Run([*options, "--max-new-tokens", 12, "Hello"], closed=closed).end()
+    assert found == (2 if 1 in closed else 0) and len(answered(file)) > 0
+    if 1 in closed and 2 not in closed:
+        assert said.splitlines()[-1].startswith("error: standard output cannot be written: it is closed (")
+    assert (text == b"") is (1 in closed)
+
+
+def test_a_closed_standard_input_holds_no_prompt(options):
+    found, text, said = Run(options, closed=(0,)).end()
+    assert (found, text) == (2, b"") and said.startswith("error: there is no prompt (")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_an_encoding_lacks(kept, encoding):
+    """The model's own text may need any character; what was asked for is escaped, and the answer is kept as it is."""
+    options, file = kept
+    found, text, _ = Run([*options, "--max-new-tokens", 60, "--temperature", 2, "--seed", 3, "früh 🙂"], encoding=encoding).end()
+    assert found == 0 and b"\\u" in text and len(answered(file)) > 0
+    text.decode(encoding)
+
+
+def test_a_line_break_stands_between_an_answer_and_what_is_said_of_its_file(kept):
+    """Both streams on one terminal."""
+    options, _ = kept
+    master, slave = pty.openpty()
+    run = Run([*options, "--max-new-tokens", 12, "Hello"], stdout=slave, stderr=slave)
+    os.close(slave)
+    shown, deadline = b"", time.monotonic() + 60
+    while b"tokens/s" not in shown:
+        assert select.select([master], [], [], max(0.0, deadline - time.monotonic()))[0], shown
+        shown += os.read(master, 1 << 16)
+    assert b"\nsuspended " in shown and b"\n[" in shown
+    assert run.end()[0] == 0
+    os.close(master)
+
+
+@pytest.mark.parametrize("cpu_s", [0.25, 0.8])
+def test_an_interrupt_before_the_model_is_loaded(options, cpu_s, tmp_path):
+    """A real interpreter, interrupted among its imports."""
+    command = [sys.executable, "-m", "engine.generate", *options, *LONG, "--session", str(tmp_path / "a.kv"), "Hello"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    used, tick = 0.0, os.sysconf("SC_CLK_TCK")
+    while used < cpu_s:
+        time.sleep(0.01)
+        used = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / tick
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b"\ninterrupted\n" and out == b"" and not (tmp_path / "a.kv").exists()
