@@ -20,7 +20,6 @@ from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, to
 from codec.rans import DAMAGED, SpanStream
 from codec.rate import RATE_WEIGHT, class_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
-from codec.weighting import apply_blocks
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens coded in one pass: bounds the memory of a long session, and fills a GPU, which codes a span's lanes one symbol after the other."""
@@ -111,7 +110,7 @@ class KvCodec:
                 f"pass two [T, {self.layout.dim}] tensors",
             )
         residual = truth.to(self.device, torch.float32) - prediction.to(self.device, torch.float32)
-        c = self.transform.project(apply_blocks(residual, self.weighting.root), count)
+        c = self.transform.project(self.weighting.whiten(residual), count)
         if not bool(torch.isfinite(c).all()):
             raise BadInput("the KV to be coded holds NaN or infinity", "the model overflowed; try float32")
         return c
@@ -279,7 +278,7 @@ class KvCodec:
 
     def _residual(self, c: torch.Tensor) -> torch.Tensor:
         """Unweighted residual, float32 [T, D], of components [T, K]."""
-        return apply_blocks(self.transform.expand(c, self.layout.dim), self.weighting.inverse)
+        return self.weighting.unwhiten(self.transform.expand(c, self.layout.dim))
 
     def _residuals(self, c: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
         """The spans' residuals, float32 [T, D] each, from the components of all of them."""

@@ -67,7 +67,7 @@ class Distortion:
             transform = self.codec.transform
             count = transform.num_components if fallback else transform.num_rows
             c = torch.cat([self.codec.components(truth, prediction, count) for truth, prediction in self._pairs])
-            device, root = self.codec.device, self.codec.weighting.root
+            device, root = self.codec.device, self.codec.weighting.sensitivity_sqrt
             energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
             self._components[fallback] = c, (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
         return self._components[fallback]

@@ -77,7 +77,7 @@ class CodecPack:
         row_bits = [8] * transform.num_components if row_bits is None else list(row_bits)
         if row_bits != sorted(row_bits, reverse=True) or len(row_bits) != transform.num_components:
             raise BadInput("bits of the transform's rows do not fit", f"pass {transform.num_components} falling numbers")
-        stored = {"weight": weighting.root.half().cpu(), "variance": transform.variance.float().cpu()}
+        stored = {"weight": weighting.sensitivity_sqrt.half().cpu(), "variance": transform.variance.float().cpu()}
         at = 0
         for bits in ROW_BITS:
             parts = quantise_rows(transform.basis[at : at + row_bits.count(bits)], bits)
@@ -128,7 +128,7 @@ class CodecPack:
 
     @cached_property
     def weighting(self) -> Weighting:
-        return Weighting.from_root(self.stored["weight"])
+        return Weighting.from_sensitivity_sqrt(self.stored["weight"])
 
     @cached_property
     def transform(self) -> Transform:

@@ -17,7 +17,6 @@ from codec.container import SpanCode
 from codec.errors import BadInput
 from codec.predictor.dense import AnyPredictor
 from codec.transform import Fallback
-from codec.weighting import apply_blocks
 from kernels.residual_decode import residual_decode_pages
 from kernels.rope import apply_rope
 
@@ -228,7 +227,7 @@ class PageDecoder:
             eye = torch.eye(count, device=codec.device)
             for at in range(0, count, _FOLDED_ROWS):
                 some = eye[at : at + _FOLDED_ROWS]
-                folded = apply_blocks(codec.transform.expand(some, dim), codec.weighting.inverse)
+                folded = codec.weighting.unwhiten(codec.transform.expand(some, dim))
                 matrix[self.num_inputs + at : self.num_inputs + at + len(some)] = folded
             self._matrix = matrix
         return self._matrix

@@ -24,17 +24,17 @@ class Weighting:
     """Blocks of S and of its inverse.
 
     Args:
-        root: float32 [blocks, d, d], symmetric.
+        sensitivity_sqrt: S, float32 [blocks, d, d], symmetric.
         inverse: float32 [blocks, d, d].
     """
 
-    root: torch.Tensor
+    sensitivity_sqrt: torch.Tensor
     inverse: torch.Tensor
 
     @classmethod
-    def from_root(cls, root: torch.Tensor) -> Weighting:
+    def from_sensitivity_sqrt(cls, sensitivity_sqrt: torch.Tensor) -> Weighting:
         """Weights from stored blocks; the inverse is recomputed in float64."""
-        return cls(root.float(), torch.linalg.inv(root.double()).float())
+        return cls(sensitivity_sqrt.float(), torch.linalg.inv(sensitivity_sqrt.double()).float())
 
     @classmethod
     def from_metric(cls, metric: torch.Tensor) -> Weighting:
@@ -47,21 +47,28 @@ class Weighting:
         return cls(root.float(), inverse.float())
 
     def scaled(self, factor: float) -> Weighting:
-        return Weighting(self.root * factor, self.inverse / factor)
+        return Weighting(self.sensitivity_sqrt * factor, self.inverse / factor)
 
     def to(self, device: torch.device | str) -> Weighting:
-        return Weighting(self.root.to(device), self.inverse.to(device))
+        return Weighting(self.sensitivity_sqrt.to(device), self.inverse.to(device))
+
+    def whiten(self, y: torch.Tensor) -> torch.Tensor:
+        """S y of rows y [T, D], float32 [T, D]."""
+        return apply_blocks(y, self.sensitivity_sqrt)
+
+    def unwhiten(self, z: torch.Tensor) -> torch.Tensor:
+        """S^-1 z of rows z [T, D], float32 [T, D]."""
+        return apply_blocks(z, self.inverse)
+
+    def whiten_covariance(self, cov: torch.Tensor) -> torch.Tensor:
+        """S cov S, float32 [D, D], of a symmetric cov."""
+        return self.whiten(self.whiten(cov).T.contiguous())
 
 
 def apply_blocks(y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """y [T, D] times the block-diagonal matrix with blocks [blocks, d, d], float32 [T, D]."""
     d = blocks.shape[-1]
     return torch.bmm(y.reshape(len(y), -1, d).transpose(0, 1), blocks).transpose(0, 1).reshape(len(y), -1)
-
-
-def both_sides(cov: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """S cov S, float32 [D, D], for symmetric cov and blocks."""
-    return apply_blocks(apply_blocks(cov, blocks).T.contiguous(), blocks)
 
 
 def unit_weighting(layout: KvLayout, variance: torch.Tensor) -> Weighting:
@@ -102,7 +109,10 @@ def normalised(weighting: Weighting, block_covariance: torch.Tensor) -> Weightin
 
     block_covariance: float32 [blocks, d, d], the diagonal blocks of Cov(y).
     """
-    variance = torch.einsum("bij,bjk,bki->b", weighting.root, block_covariance, weighting.root).mean() / weighting.root.shape[-1]
+    variance = (
+        torch.einsum("bij,bjk,bki->b", weighting.sensitivity_sqrt, block_covariance, weighting.sensitivity_sqrt).mean()
+        / weighting.sensitivity_sqrt.shape[-1]
+    )
     return weighting.scaled(float(variance.clamp_min(1e-20).rsqrt()))
 
 
@@ -112,5 +122,8 @@ def blended(first: Weighting, second: Weighting, block_covariance: torch.Tensor)
 
     block_covariance: float32 [blocks, d, d], as for `normalised`.
     """
-    metric = first.root.double() @ first.root.double() + second.root.double() @ second.root.double()
+    metric = (
+        first.sensitivity_sqrt.double() @ first.sensitivity_sqrt.double()
+        + second.sensitivity_sqrt.double() @ second.sensitivity_sqrt.double()
+    )
     return normalised(Weighting.from_metric(metric), block_covariance)

@@ -40,7 +40,7 @@ class Engine:
         draft: a small model with the target's vocabulary, a number of the target's first layers (early exit), a loaded draft source, or None for
             no speculation.
         pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair: see `EngineConfig`.
-        hot: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
+        kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
 
     Raises:
@@ -58,21 +58,21 @@ class Engine:
         max_batch: int = 64,
         prefill_chunk: int = 512,
         deterministic: bool = False,
-        hot: str = PLAIN,
+        kv_cache_dtype: str = PLAIN,
         costs: CostModel | None = None,
         target_dir: Path | None = None,
         draft_dir: Path | None = None,
         pair: str | None = None,
     ) -> None:
-        config = EngineConfig(pool_tokens, page_size, max_batch, prefill_chunk, deterministic, hot, costs, target_dir, pair)
-        check_format(hot, target.config.head_dim)
+        config = EngineConfig(pool_tokens, page_size, max_batch, prefill_chunk, deterministic, kv_cache_dtype, costs, target_dir, pair)
+        check_format(kv_cache_dtype, target.config.head_dim)
         self.core = EngineCore(
             target,
             as_source(draft, draft_dir),
             config,
             text=TextDecoder(tokenizer),
             eos_token_ids=end_tokens(target.config.eos_token_ids, tokenizer, target_dir),
-            kv_means=None if hot == PLAIN else channel_means(target, tokenizer, target_dir),
+            kv_means=None if kv_cache_dtype == PLAIN else channel_means(target, tokenizer, target_dir),
         )
 
     @classmethod

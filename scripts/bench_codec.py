@@ -1,4 +1,4 @@
-"""Bits per KV element against loss, for our codec and its peers, on the same tokens, in real bytes.
+"""Bits per KV element against loss, for our codec and its baselines, on the same tokens, in real bytes.
 
 Protocol: the first three quarters of every sequence's cache are encoded, decoded from the bytes alone and put back; the last quarter is
 scored against the untouched target (codec_quality.py). Test and calibration text: text_tokens.py. Every finished row is written at once;
@@ -33,7 +33,7 @@ from engine.loading import choose_draft
 from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
 from eval.codec_breakdown import merged
-from eval.codec_methods import ForetoldMethod, Method, PairCodec, PeerMethod, select_methods
+from eval.codec_methods import BaselineMethod, ForetoldMethod, Method, PairCodec, select_methods
 from eval.codec_plot import plot
 from eval.codec_quality import Quality, Scores
 from eval.text_tokens import TokenSplit, digest, split_tokens
@@ -48,7 +48,7 @@ def log(message: str) -> None:
 
 
 class LazyCalibration:
-    """Runs the calibration text through the target when the first peer needs it."""
+    """Runs the calibration text through the target when the first baseline needs it."""
 
     def __init__(self, quality: Quality, layout: KvLayout, sequences: list[list[int]], sample_tokens: int, covariances: bool):
         self.digest = digest(sequences) if sequences else ""
@@ -59,7 +59,7 @@ class LazyCalibration:
     def get(self) -> Calibration:
         if self._calibration is None:
             if not self._sequences:
-                raise InvalidOption("there is no calibration text for the peers", "give more --text, or --calibration-text")
+                raise InvalidOption("there is no calibration text for the baselines", "give more --text, or --calibration-text")
             start, shown = time.perf_counter(), 0.0
             stream = CalibrationAccumulator(
                 self._layout,
@@ -139,7 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pack", help="codec pack of the pair (needed by the foretold methods)")
     parser.add_argument("--text", nargs="+", required=True, help="test text: files, folders, or one .npz with `train` and `test` token ids")
     parser.add_argument(
-        "--calibration-text", nargs="+", default=[], help="text for the peers' calibration; default: the other part of --text"
+        "--calibration-text", nargs="+", default=[], help="text for the baselines' calibration; default: the other part of --text"
     )
     parser.add_argument("--tokens", type=int, default=12_288, help="test tokens (whole sequences)")
     parser.add_argument("--calibration-tokens", type=int, default=49_152)
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     wanted = select_methods([word for word in options.methods.split(",") if word])
     if options.context < 32:
         raise InvalidOption(f"a context of {options.context} tokens", "use 32 or more")
-    ours = [point for point in wanted if point[0] != "peer"]
+    ours = [point for point in wanted if point[0] != "baseline"]
     if ours and not options.pack:
         raise InvalidOption("the foretold methods need a codec pack", "give --pack, or leave them out of --methods")
     device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()) else "cpu")
@@ -221,13 +221,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     log(f"{pair} on {document['device']}: {len(split.test)} test and {len(split.calibration)} calibration sequences of {options.context}")
     cases = None
     for family, point in wanted:
-        if family == "peer":
-            method: Method = PeerMethod(point, layout, calibration, device)
+        if family == "baseline":
+            method: Method = BaselineMethod(point, layout, calibration, device)
         else:
             assert ours_with is not None
             method = ForetoldMethod(point, ours_with, family == "foretold", options.breakdown)
         same = [r for r in rows if (r["method"], r["quality"]) == (method.method, method.quality)]
-        if same and same[0]["inputs"] == method.inputs and (family == "peer" or not options.breakdown or "breakdown" in same[0]):
+        if same and same[0]["inputs"] == method.inputs and (family == "baseline" or not options.breakdown or "breakdown" in same[0]):
             log(f"{method.method} {method.quality}: kept from {options.json_out}")
             continue
         if cases is None:

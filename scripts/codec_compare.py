@@ -1,4 +1,4 @@
-"""How many times smaller our codec is than each peer at equal divergence, read off the curves of bench_codec; joins the files of several runs.
+"""How many times smaller our codec is than each baseline at equal divergence, read off the curves of bench_codec; joins the files of several runs.
 
     python scripts/codec_compare.py ours.json peers.json --json-out codec.json --plot codec.png
 
@@ -39,9 +39,9 @@ def bits_at(points: Sequence[tuple[float, float]], kl: float) -> float | None:
 
 
 def comparisons(rows: Sequence[dict[str, Any]], levels: Sequence[float] = LEVELS) -> list[dict[str, Any]]:
-    """For each KL and peer: our bits per element, the peer's, and their ratio; None where a curve does not reach that KL (nothing is extrapolated).
+    """For each KL and baseline: our bits per element, the baseline's, and their ratio; None where a curve does not reach that KL.
 
-    bits_without_sinks leave the exact first tokens out, which peers store in 16 bits and we run again.
+    bits_without_sinks leave the exact first tokens out, which baselines store in 16 bits and we run again.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -75,12 +75,12 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 
 def print_comparisons(found: Sequence[dict[str, Any]]) -> None:
-    """One line a peer, one column a KL."""
+    """One line a baseline, one column a KL."""
     if not found:
         return
     levels, methods = (list(dict.fromkeys(one[key] for one in found)) for key in ("kl", "method"))
     at = {(one["kl"], one["method"]): one for one in found}
-    print("times smaller than the peer at equal KL, everything stored (in brackets without the exact first tokens)")
+    print("times smaller than the baseline at equal KL, everything stored (in brackets without the exact first tokens)")
     print(f"{'KL':20s}" + "".join(f"{kl:>18g}" for kl in levels))
     print(f"{'our bits':20s}" + "".join(f"{_number(at[kl, methods[0]]['our_bits'], 4):>18s}" for kl in levels))
     for method in methods:

@@ -1,4 +1,4 @@
-"""What the hot formats cost: loss by the quality protocol, drafts accepted, tokens per second.
+"""What the quantised formats cost: loss by the quality protocol, drafts accepted, tokens per second.
 
 Each format by the protocol of codec_quality.py: an exact prefill, the first three quarters of the cache put into the format, the last quarter scored
 against the untouched target. `kl`, `nll`, `top1_agreement`: the decoded cache is read in plain pages, as for every other codec. `running`: the same,
@@ -43,7 +43,7 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class HotQuality(Quality):
+class QuantisedQuality(Quality):
     """The protocol with a pool of any format; sums what the engine's draft model would have accepted of the scored positions."""
 
     def __init__(self, engine: Engine, context: int, pool: KvPool | None = None):
@@ -75,12 +75,12 @@ class HotQuality(Quality):
         return self.accepted / self.positions if self.positions else None
 
 
-def pool_of(engine: Engine, hot: str, tokens: int) -> KvPool:
+def pool_of(engine: Engine, kv_format: str, tokens: int) -> KvPool:
     """A pool in a format for so many tokens."""
     pages = -(-tokens // _PAGE)
     target = engine.core.target
-    means = None if hot == PLAIN else channel_means(target, engine.tokenizer, engine.core.config.target_dir)
-    return open_pool(target, hot, pages, _PAGE, pages, means=means)
+    means = None if kv_format == PLAIN else channel_means(target, engine.tokenizer, engine.core.config.target_dir)
+    return open_pool(target, kv_format, pages, _PAGE, pages, means=means)
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def decoded(engine: Engine, case: Case, pool: KvPool) -> torch.Tensor:
         sequence.free()
 
 
-def figures(scores: Scores, quality: HotQuality) -> dict[str, Any]:
+def figures(scores: Scores, quality: QuantisedQuality) -> dict[str, Any]:
     return {
         "kl": scores.kl,
         "kl_standard_error": scores.kl_standard_error,
@@ -105,24 +105,26 @@ def figures(scores: Scores, quality: HotQuality) -> dict[str, Any]:
     }
 
 
-def loss(engine: Engine, hot: str, windows: list[list[int]], context: int) -> dict[str, Any]:
+def loss(engine: Engine, kv_format: str, windows: list[list[int]], context: int) -> dict[str, Any]:
     """One format's loss over the test windows, a batch of them at a time."""
-    plain, scores, running_scores = HotQuality(engine, context), Scores(), Scores()
-    running = HotQuality(engine, context, pool_of(engine, hot, plain.batch * (context + _PAGE)))
+    plain, scores, running_scores = QuantisedQuality(engine, context), Scores(), Scores()
+    running = QuantisedQuality(engine, context, pool_of(engine, kv_format, plain.batch * (context + _PAGE)))
     untouched = Quality(engine.core.target, context, engine.device)
     for start in range(0, len(windows), plain.batch):
         cases = untouched.untouched(windows[start : start + plain.batch])
         plain.score(cases, [decoded(engine, case, running.pool) for case in cases], scores)
         running.score(cases, [case.kv for case in cases], running_scores)
-        log(f"  {hot}: {start + len(cases)} of {len(windows)} sequences, KL {scores.kl:.5f}, running {running_scores.kl:.5f}")
+        log(f"  {kv_format}: {start + len(cases)} of {len(windows)} sequences, KL {scores.kl:.5f}, running {running_scores.kl:.5f}")
     return figures(scores, plain) | {"running": figures(running_scores, running)}
 
 
-def speculation(engine: Engine, hot: str, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def speculation(engine: Engine, kv_format: str, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Real speculation over the prompts as one batch, at each temperature."""
     room = sum(-(-(len(p) + args.new_tokens + args.draft_length) // _PAGE) + 1 for p in prompts) * _PAGE
     core = engine.core
-    own = Engine(core.target, engine.tokenizer, draft=core.source, hot=hot, pool_tokens=room, target_dir=core.config.target_dir)
+    own = Engine(
+        core.target, engine.tokenizer, draft=core.source, kv_cache_dtype=kv_format, pool_tokens=room, target_dir=core.config.target_dir
+    )
     rows = []
     for temperature in TEMPERATURES:
 
@@ -155,7 +157,7 @@ def speculation(engine: Engine, hot: str, prompts: list[list[int]], args: argpar
             }
         )
         log(
-            f"  {hot}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s"
+            f"  {kv_format}: temperature {temperature:g}, {rows[-1]['acceptance_rate']:.4f} of {proposed} drafts accepted, {new / seconds:.1f} tokens/s"
         )
     return rows
 
@@ -181,7 +183,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.formats = args.formats.split(",")
     unknown = [name for name in args.formats if name not in KV_CACHE_DTYPES]
     if unknown:
-        raise InvalidOption(f"unknown hot format {unknown[0]!r}", f"choose from {', '.join(KV_CACHE_DTYPES)}")
+        raise InvalidOption(f"unknown KV cache dtype {unknown[0]!r}", f"choose from {', '.join(KV_CACHE_DTYPES)}")
     if args.prompt_tokens < 1 or args.prompts < 0 or args.new_tokens < 1 or args.draft_length < 1:
         raise InvalidOption("prompts have at least one token, new tokens and drafts are at least 1", "check the options")
     if args.context < 8:
@@ -211,10 +213,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "rows": [],
     }
-    for hot in args.formats:
-        row: dict[str, Any] = {"hot": hot, "bits_per_element": element_bits(hot, config.head_dim, engine.dtype)}
-        row |= loss(engine, hot, windows, args.context)
-        row["speculation"] = speculation(engine, hot, prompts, args) if prompts else []
+    for kv_format in args.formats:
+        row: dict[str, Any] = {"hot": kv_format, "bits_per_element": element_bits(kv_format, config.head_dim, engine.dtype)}
+        row |= loss(engine, kv_format, windows, args.context)
+        row["speculation"] = speculation(engine, kv_format, prompts, args) if prompts else []
         document["rows"].append(row)
         if args.json_out:
             write_json(args.json_out, document)

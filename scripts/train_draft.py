@@ -28,7 +28,7 @@ from engine.text.chat_opening import chat_opening
 from engine.text.tokenizer import load_tokenizer
 from engine.train.data import TrainingSets, add_text, choose_rows, draw_sets, read_messages, release
 from engine.train.model_card import model_card
-from engine.train.self_generated import SelfTextOptions
+from engine.train.self_generated import SelfGenerationOptions
 from engine.train.trainer import TrainOptions
 from engine.train.training import Architecture, DraftHeadTraining, teacher_of
 
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
     data.add_argument("--prompts", metavar="FILE", help="users' messages, one a line, for the target to answer; some are held out")
     data.add_argument(
-        "--prompt-share", type=float, default=SelfTextOptions.given_share, help="conversations that begin with one (default 0.5)"
+        "--prompt-share", type=float, default=SelfGenerationOptions.given_share, help="conversations that begin with one (default 0.5)"
     )
     data.add_argument(
         "--temperatures", default="0.6,1", metavar="LOW,HIGH", help="of the conversations, drawn evenly from these (default 0.6,1)"
@@ -157,7 +157,9 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
             seconds = 60 * (args.minutes * SAMPLE_SHARE if args.sample_minutes == "auto" else float(args.sample_minutes))
         held_out = args.held_out or (384 if on_gpu else 8)
         rows = args.rows or choose_rows(decoder, args.context)
-        options = SelfTextOptions(rows, args.context, temperatures_of(args.temperatures), given_share=args.prompt_share, seed=args.seed)
+        options = SelfGenerationOptions(
+            rows, args.context, temperatures_of(args.temperatures), given_share=args.prompt_share, seed=args.seed
+        )
         given = read_messages(args.prompts, tokenizer) if args.prompts else ()
         with torch.no_grad():
             sets = draw_sets(decoder, chat, options, given=given, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)

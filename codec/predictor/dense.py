@@ -84,7 +84,7 @@ class DensePredictor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
         return self.mu + (((features - self.mean) / self.std).to(self.weight.dtype) @ self.weight).float()
 
-    def step_octaves(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
+    def log2_step(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
         """How many octaves each token's quantiser step should lie above the usual one, float32 [n]; None when all are to be treated alike.
 
         Equal marginal returns put the step at sensitivity ** -1/2; sensitivities that are themselves estimates are followed less far.
@@ -94,7 +94,7 @@ class DensePredictor:
         return -0.5 * self.level_strength * (self.inputs(latents, target_rows) @ self.attention)
 
     def octaves_of_features(self, features: Tensor) -> Tensor | None:
-        """`step_octaves` from raw features [n, F] (`join_features`)."""
+        """`log2_step` from raw features [n, F] (`join_features`)."""
         if self.attention is None or self.level_strength <= 0:
             return None
         return -0.5 * self.level_strength * (((features - self.mean) / self.std) @ self.attention)

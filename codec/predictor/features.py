@@ -35,7 +35,7 @@ class FeatureSpec:
         return {"taps": list(self.taps), "target_taps": list(self.target_taps)}
 
     @property
-    def target_layers(self) -> int:
+    def recomputed_layers(self) -> int:
         """First layers of the target that have to run for these features."""
         return max(self.target_taps, default=0)
 

@@ -74,12 +74,12 @@ class Predictor:
         """KV vectors float32 [n, D] from raw features [n, F] (`join_features`)."""
         return torch.addmm(self.mu, features @ self.down + self.offset, self.up)
 
-    def step_octaves(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
+    def log2_step(self, latents: Tensor, target_rows: Tensor | None) -> Tensor | None:
         """None: a low-rank predictor knows nothing of how much a token's errors matter."""
         return None
 
     def octaves_of_features(self, features: Tensor) -> Tensor | None:
-        """As `step_octaves`."""
+        """As `log2_step`."""
         return None
 
     def __call__(self, rows: Tensor, target_rows: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def channel_means(target: Decoder, tokenizer: Any | None, target_dir: Path | Non
         return found
     if tokenizer is None:
         raise InvalidOption(
-            "the hot formats take off channel means measured on text, and the engine has no tokenizer", f"use hot={PLAIN!r}"
+            "quantised KV caches take off channel means measured on text, and the engine has no tokenizer", f"use kv_cache_dtype={PLAIN!r}"
         )
     with disk_errors(cache_home()):
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def measure_means(target: Decoder, tokenizer: Any, num_tokens: int = NUM_TOKENS)
         sequence.free()
     mean = (total / count).float()
     if not bool(mean.isfinite().all()):
-        raise InvalidOption("the model's keys or values are not finite", f"use --hot {PLAIN}, or --dtype float32")
+        raise InvalidOption("the model's keys or values are not finite", f"use --kv-cache-dtype {PLAIN}, or --dtype float32")
     return mean.view(config.num_layers, 2, config.num_kv_heads, config.head_dim)
 
 

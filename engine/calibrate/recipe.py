@@ -29,7 +29,7 @@ from codec.rate import EntropyModel
 from codec.rows import ROW_BITS, allocate_bits
 from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_fallback, fit_global, fit_per_layer
-from codec.weighting import Weighting, apply_blocks, blended, both_sides, normalised
+from codec.weighting import Weighting, blended, normalised
 from engine.calibrate import search
 from engine.calibrate.budget import (
     DENSE_SHARE,
@@ -198,7 +198,7 @@ def calibrate(
     log(f"calibration: {settings['kind']} predictor fitted, ridge {ridge:g}, {time.monotonic() - started:.0f} s")
     limit = max_components(layout, options.transform, transform_bytes(layout, tensors, budget_bytes, options.transform))
     threshold = KEEP_FACTOR * FINEST_STEP
-    weighted = both_sides(residual, weighting.root)
+    weighted = weighting.whiten_covariance(residual)
     if options.transform == "global":
         transform = fit_global(weighted, threshold, limit)
     else:
@@ -208,7 +208,7 @@ def calibrate(
     if sample is not None and settings["kind"] == "dense" and options.level_strength > 0:
         kept = transform.kept(KEEP_FACTOR * QUALITIES["balanced"])
         attention, facts["sensitivity_correlation"] = fit_token_sensitivity(
-            sample, m, lambda g: transform.project(apply_blocks(g, weighting.inverse), kept).pow(2).sum(1)
+            sample, m, lambda g: transform.project(weighting.unwhiten(g), kept).pow(2).sum(1)
         )
         tensors["attention"], settings["level_strength"] = attention.float(), options.level_strength
         log(
@@ -272,7 +272,7 @@ def fit_predictor(
         tensors, settings = DensePredictor.pack(spec, stream.draft_size, weights, m.f_mean, m.f_scale, m.mu)
         return tensors, settings | {"kind": "dense"}, m.residual_of(weights.dense())
     rank = options.rank or default_rank(num_features, layout, budget_bytes)
-    fit = m.fit(ridge, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
+    fit = m.fit(ridge, rank, weighting.whiten, weighting.unwhiten)
     tensors, settings = Predictor.pack(spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
     return tensors, settings | {"kind": "low_rank"}, m.residual_covariance(fit)
 
@@ -308,7 +308,7 @@ def assemble(
         facts: of the calibration, for the pack's info.
     """
     layout = stream.layout
-    c = transform.project(apply_blocks(residual, weighting.root), transform.num_components)
+    c = transform.project(weighting.whiten(residual), transform.num_components)
     order = torch.argsort(c.pow(2).mean(0), descending=True)
     variance = c.pow(2).mean(0)[order]
     layer = None if transform.layer is None else transform.layer[order]
@@ -331,7 +331,7 @@ def assemble(
     )
     zero, cut = torch.zeros_like(residual), 3 * len(residual) // 4
     if completed:
-        z = apply_blocks(residual, weighting.root)[:cut]
+        z = weighting.whiten(residual)[:cut]
         rows = pack.transform.to(z.device)
         fallback, rest = fit_fallback(z - rows.expand(rows.project(z, rows.num_rows), layout.dim), layout.layer_dim)
         pack = pack.with_fallback(fallback, torch.cat([rows.variance, rest]), EntropyModel.laplace())
@@ -428,9 +428,9 @@ def quick_pack(
     features, y = torch.cat([p.features for p in parts]), torch.cat([p.y for p in parts])
     lengths = [n for p in parts for n in p.lengths]
     weighting = queries.weighting(target, layout, block_covariances(y, layout.head_dim))
-    fitted = fit_dual(features, y, lengths, rank, lambda x: apply_blocks(x, weighting.root), lambda x: apply_blocks(x, weighting.inverse))
+    fitted = fit_dual(features, y, lengths, rank, weighting.whiten, weighting.unwhiten)
     residual = y - fitted.cross_validated
-    weighted = apply_blocks(residual, weighting.root)
+    weighted = weighting.whiten(residual)
     covariances = list(block_covariances(weighted, layout.layer_dim))
     limit = layout.dim
     transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))

@@ -79,7 +79,7 @@ def restore_cost(
     coded = (target.num_layers - exit_layer) * target.kv_width
     return RestoreCost(
         draft_flops,
-        max(exit_layer, spec.target_layers) * layer_flops(target),
+        max(exit_layer, spec.recomputed_layers) * layer_flops(target),
         2 * predictor_multiplies,
         2 * components * coded,
         target.num_layers * layer_flops(target),

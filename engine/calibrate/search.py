@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import Moments
 from codec.quantize import ROUNDING, quantise
-from codec.weighting import Weighting, apply_blocks
+from codec.weighting import Weighting
 from engine.calibrate.budget import DENSE_SHARE, dense_bytes
 from engine.calibrate.restore_cost import RestoreCost, predictor_multiplies, restore_cost
 from engine.errors import InvalidOption
@@ -86,7 +85,7 @@ class Whole:
     def part(self, one: FeatureSet) -> tuple[Moments, Tensor, Tensor, Weighting]:
         """Moments, held-out features and KV, and weights of a set."""
         index, skip = self.columns(one), (one.first_layer - self.first_layer) * self.layer_dim
-        m, root = self.moments, self.weighting.root
+        m, root = self.moments, self.weighting.sensitivity_sqrt
         blocks = skip // root.shape[-1]
         whole = len(index) == len(m.ff)
         ff = m.ff if whole else m.ff[index][:, index]
@@ -201,11 +200,9 @@ def choose(whole: Whole, found: Sequence[Candidate], step: float, num_elements: 
         if candidate.rank is None:
             predicted = m.mu + (features - m.f_mean) / m.f_scale @ m.ridge(_RIDGE)
         else:
-            fit = m.fit(
-                _RIDGE, candidate.rank, partial(apply_blocks, blocks=weighting.root), partial(apply_blocks, blocks=weighting.inverse)
-            )
+            fit = m.fit(_RIDGE, candidate.rank, weighting.whiten, weighting.unwhiten)
             predicted = fit(features)
-        bits = layer_bits(apply_blocks(y - predicted, weighting.root), whole.layer_dim, step) / num_elements
+        bits = layer_bits(weighting.whiten(y - predicted), whole.layer_dim, step) / num_elements
         rows.append(
             {
                 "features": candidate.features.name,

@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
     quiet_libraries()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    engine = load(args, hot=args.hot, deterministic=args.deterministic)
+    engine = load(args, kv_cache_dtype=args.kv_cache_dtype, deterministic=args.deterministic)
     say(memory_line(engine))
     if (ignored := ignored_settings(engine, args)) is not None:
         say(ignored)
@@ -267,10 +267,10 @@ def memory_line(engine: Engine) -> str:
     """What the models and pools take, said before the first token."""
     m = {name: size / 2**20 for name, size in engine.memory().items()}
     config = engine.core.config
-    hot = "" if config.kv_cache_dtype == PLAIN else f", {config.kv_cache_dtype}"
+    kv_format = "" if config.kv_cache_dtype == PLAIN else f", {config.kv_cache_dtype}"
     return (
         f"[{config.pair or config.target_dir}, {engine.device}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
-        f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB{hot}]"
+        f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB{kv_format}]"
     )
 
 

@@ -91,12 +91,12 @@ def model_options(p: argparse.ArgumentParser) -> None:
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     models.add_argument(
         "--kv-cache-dtype",
-        dest="hot",
+        dest="kv_cache_dtype",
         default=PLAIN,
         choices=KV_CACHE_DTYPES,
         help="format of the target's KV being attended; a draft model's stays bf16",
     )
-    models.add_argument("--hot", dest="hot", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
+    models.add_argument("--hot", dest="kv_cache_dtype", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
     models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
 
 

@@ -105,7 +105,12 @@ def _engine(args: argparse.Namespace) -> Engine:
     quiet_libraries()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    options = {"hot": args.hot, "deterministic": args.deterministic, "max_batch": args.max_batch, "pool_tokens": args.pool_tokens}
+    options = {
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "deterministic": args.deterministic,
+        "max_batch": args.max_batch,
+        "pool_tokens": args.pool_tokens,
+    }
     engine = load(args, **options)
     if engine.tokenizer is None:
         raise ModelNotFound("the target has no tokenizer", "a server needs one: use a folder that holds it")

@@ -15,7 +15,7 @@ KV_CACHE_DTYPES = (PLAIN, *FORMATS)
 def check_name(kv_format: str) -> None:
     """Raises InvalidOption for a format that does not exist."""
     if kv_format not in KV_CACHE_DTYPES:
-        raise InvalidOption(f"unknown hot format {kv_format!r}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
+        raise InvalidOption(f"unknown KV cache dtype {kv_format!r}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
 
 
 def check_format(kv_format: str, head_dim: int) -> None:
@@ -25,7 +25,9 @@ def check_format(kv_format: str, head_dim: int) -> None:
         try:
             check_head_dim(head_dim)
         except ValueError as error:
-            raise InvalidOption(f"--hot {kv_format} does not go with this model: {error}", f"use --hot {PLAIN}") from error
+            raise InvalidOption(
+                f"--kv-cache-dtype {kv_format} does not go with this model: {error}", f"use --kv-cache-dtype {PLAIN}"
+            ) from error
 
 
 def element_bits(kv_format: str, head_dim: int, dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""The pool of the hot formats q4, q3 and q2: keys and values in few bits while they are attended, and attention over them.
+"""The pool of the quantised formats q4, q3 and q2: keys and values in few bits while they are attended, and attention over them.
 
 A request's first tokens and its last ones are kept exact beside the codes (`kernels.quantized_kv`).
 """
@@ -28,7 +28,7 @@ FIRST_SLOTS = 2  # sequences with room for exact tokens at first; doubles on dem
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One layer of a hot pool, views."""
+    """One layer of a quantised pool, views."""
 
     pages: QuantizedPages
     means: ChannelMeans
@@ -149,9 +149,9 @@ class QuantizedPool(KvPool):
         kv = torch.empty(end - start, len(self._pages) - first_layer, 2, self._heads, self._head_dim, device=self.device)
         for number in range(first_layer, len(self._pages)):
             layer = self.layer(number)
-            hot, out = layer.pages, kv[:, number - first_layer]
-            keys = dequantise(hot.k_codes[pages, :, offsets], hot.k_scale[pages, :, offsets], self.bits, self._head_dim)
-            values = dequantise(hot.v_codes[pages, :, offsets], hot.v_scale[pages, :, offsets], self.bits, self._head_dim)
+            codes, out = layer.pages, kv[:, number - first_layer]
+            keys = dequantise(codes.k_codes[pages, :, offsets], codes.k_scale[pages, :, offsets], self.bits, self._head_dim)
+            values = dequantise(codes.v_codes[pages, :, offsets], codes.v_scale[pages, :, offsets], self.bits, self._head_dim)
             out[:, 0] = apply_rope(keys, *inverse)
             if layer.means.k_mean is not None:
                 out[:, 0] += layer.means.k_mean

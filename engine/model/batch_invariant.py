@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.model.linear import Product, onednn_linear
+from engine.model.linear import LinearFn, onednn_linear
 from kernels.silu_mul import silu_mul
 
 ROWS = 16  # of every product: a verification block fits one, and so does a tile of a CPU's matrix unit (AMX)
@@ -20,18 +20,18 @@ _ALIGNMENT = 64  # bytes, what the allocator gives
 _GRAIN = 32768  # elements below which PyTorch never splits an elementwise operation over threads
 
 
-def batch_invariant(product: Product) -> Product:
+def batch_invariant(linear_fn: LinearFn) -> LinearFn:
     """x W^T + b, [N, in] by [out, in] -> [N, out], by products of one number of rows."""
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        rows = ROWS if product is onednn_linear or x.is_cuda else 1
+        rows = ROWS if linear_fn is onednn_linear or x.is_cuda else 1
         count = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -count % rows)).contiguous()
         if padded.shape[0] == rows:
-            return product(_aligned(padded), weight, bias)[:count]
+            return linear_fn(_aligned(padded), weight, bias)[:count]
         out = torch.empty(padded.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
         for start in range(0, padded.shape[0], rows):
-            out[start : start + rows] = product(_aligned(padded[start : start + rows]), weight, bias)
+            out[start : start + rows] = linear_fn(_aligned(padded[start : start + rows]), weight, bias)
         return out[:count]
 
     return linear

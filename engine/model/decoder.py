@@ -22,7 +22,7 @@ from engine.model.attention import AttentionBackend, AttentionBatch, open_backen
 from engine.model.batch_invariant import batch_invariant, batch_invariant_silu_mul
 from engine.model.config import DecoderConfig
 from engine.model.layers import DecoderLayer, LayerOps, LayerShape, LayerWeights, layer_forward
-from engine.model.linear import Projection, choose_product, packed_copy
+from engine.model.linear import Projection, packed_copy, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint
 from kernels.rms_norm import rms_norm
@@ -56,8 +56,8 @@ class Decoder(nn.Module):
         self.weight_sum: int | None = None  # over the bytes it was loaded from (`load_tensors`)
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
-        self._product = choose_product(self.dtype, self.device)
-        self._batch_invariant_product = batch_invariant(self._product)
+        self._linear_fn = select_gemm(self.dtype, self.device)
+        self._batch_invariant_linear_fn = batch_invariant(self._linear_fn)
 
     # --- making one -----------------------------------------------------------------------------------------------------
 
@@ -106,13 +106,13 @@ class Decoder(nn.Module):
             named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
         return named
 
-    def pack(self, *, in_bytes: bool = False) -> Decoder:
+    def pack(self, *, int8: bool = False) -> Decoder:
         """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made. in_bytes: keep 8 bits of the
         projections' weights instead, for a draft, which need not be exact."""
         self._weights = []  # it would keep every plain matrix alive
         for module in self.modules():
             if isinstance(module, Projection):
-                module.pack(in_bytes=in_bytes)
+                module.pack(int8=int8)
         if self.lm_head is None:
             self._tied_head = packed_copy(self.embed_tokens.weight.data)
         return self
@@ -125,8 +125,8 @@ class Decoder(nn.Module):
             projection.unpack()
         self._weights, self._rope, self._tied_head = [], None, None
         result = super()._apply(*args, **kwargs)
-        self._product = choose_product(self.dtype, self.device)
-        self._batch_invariant_product = batch_invariant(self._product)
+        self._linear_fn = select_gemm(self.dtype, self.device)
+        self._batch_invariant_linear_fn = batch_invariant(self._linear_fn)
         return self.pack() if packed else result
 
     def layer_weights(self) -> list[LayerWeights]:
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
             matrix = self.lm_head.matrix
         else:
             matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
-        return (self._batch_invariant_product if deterministic else self._product)(normed, matrix, None).float()
+        return (self._batch_invariant_linear_fn if deterministic else self._linear_fn)(normed, matrix, None).float()
 
     def forward(
         self,
@@ -278,9 +278,9 @@ class Decoder(nn.Module):
         weights = self.layer_weights()
         shape = LayerShape.of(self.config)
         if backend.deterministic:
-            ops = LayerOps(self._batch_invariant_product, rms_norm, batch_invariant_silu_mul)
+            ops = LayerOps(self._batch_invariant_linear_fn, rms_norm, batch_invariant_silu_mul)
         else:
-            ops = LayerOps(self._product, rms_norm, silu_mul)
+            ops = LayerOps(self._linear_fn, rms_norm, silu_mul)
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
         for number in layers:

@@ -49,7 +49,7 @@ class Int8Weight:
         return aligned and _packs(weight.dtype, weight.device) and hasattr(torch, "_weight_int8pack_mm")
 
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
+LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
 
 
 def _has_onednn() -> bool:
@@ -74,7 +74,7 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def choose_product(dtype: torch.dtype, device: torch.device) -> Product:
+def select_gemm(dtype: torch.dtype, device: torch.device) -> LinearFn:
     """The fastest product for a decoder of this dtype and device."""
     if _packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
         return onednn_linear
@@ -99,7 +99,7 @@ class Projection(nn.Module):
 
     @property
     def matrix(self) -> torch.Tensor:
-        """The weight as a `Product` takes it, plain, packed or in bytes."""
+        """The weight as a `LinearFn` takes it, plain, packed or in bytes."""
         if self.packed is not None:
             return self.packed
         assert self.plain is not None
@@ -110,11 +110,11 @@ class Projection(nn.Module):
         """The plain weight [out, in]; of a packed one a copy is made for the caller."""
         return self.matrix.to_dense() if self.packed is not None else self.matrix
 
-    def pack(self, *, in_bytes: bool = False) -> None:
+    def pack(self, *, int8: bool = False) -> None:
         """Lay the weight out for oneDNN, or put it into bytes, where that pays; the plain one is given up."""
         if self.plain is None:
             return
-        if in_bytes and Int8Weight.fits(self.plain):
+        if int8 and Int8Weight.fits(self.plain):
             self.packed, self.plain = cast(torch.Tensor, Int8Weight(self.plain.data)), None
         elif _packs(self.plain.dtype, self.plain.device):
             self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain.data, 1), None

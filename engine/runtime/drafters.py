@@ -50,4 +50,4 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     places = {name: place for name, place in decoder.hf_tensors().items() if name != _EMBEDDING}
     for name, place in places.items():
         place.copy_(tensors[name])
-    return DraftHeadSource(config, decoder.pack(in_bytes=config.bits == 8), token_ids.to(target.device), Path(folder))
+    return DraftHeadSource(config, decoder.pack(int8=config.bits == 8), token_ids.to(target.device), Path(folder))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import InvalidOption
 from engine.inputs import is_finite, is_whole, plain_number, shown
-from kernels.accept import LANE_DRAFT, sample_rows
+from kernels.accept import COUNTER_DRAFT, sample_rows
 from kernels.philox import philox_uniform
 from kernels.race import race
 
@@ -357,7 +357,13 @@ class BatchSampler:
         self._drafts: list[dict[int, Tensor]] = [{} for _ in self.params]  # of penalised requests: position -> draft [1]
 
     def draw(
-        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int = LANE_DRAFT, *, token_ids: Tensor | None = None
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        counter: int = COUNTER_DRAFT,
+        *,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Draw one token per row of logits [n, V'] float32; rows: the request of each row; positions: the sequence index of each drawn
         token, which follows the request's tokens and what was drawn here after them. token_ids [V'] int64, ascending: the ids the columns
@@ -369,7 +375,7 @@ class BatchSampler:
         for r, position in zip(rows, positions, strict=True):
             history = self._histories[r]
             before.append([] if history is None else [self._drafts[r][at] for at in range(history.length, position)])  # type: ignore[misc]
-        tokens, distributions = self.draw_after(logits, rows, positions, before, lane, token_ids=token_ids)
+        tokens, distributions = self.draw_after(logits, rows, positions, before, counter, token_ids=token_ids)
         for i, (r, position) in enumerate(zip(rows, positions, strict=True)):
             if self._histories[r] is not None:
                 self._drafts[r][position] = tokens[i : i + 1]
@@ -381,7 +387,7 @@ class BatchSampler:
         rows: Sequence[int],
         positions: Sequence[int],
         before: Sequence[Any],
-        lane: int,
+        counter: int,
         *,
         token_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -401,20 +407,20 @@ class BatchSampler:
         # temperature and filters see the same finite logits in the same order as in a row of V with -inf elsewhere, for a part of the work
         probs = probabilities(logits if whole else logits[_index(sampled, logits)], [self.params[rows[i]] for i in sampled])
         full = probs if token_ids is None else probs.new_zeros(len(sampled), self.vocab_size).index_copy_(1, token_ids, probs)
-        drawn = self._draw(probs, full, [rows[i] for i in sampled], [positions[i] for i in sampled], lane, token_ids)
+        drawn = self._draw(probs, full, [rows[i] for i in sampled], [positions[i] for i in sampled], counter, token_ids)
         for i, row in zip(sampled, full, strict=True):
             distributions[i] = row
         return (drawn if whole else tokens.index_copy(0, _index(sampled, logits), drawn)), distributions
 
     def _draw(
-        self, probs: Tensor, full: Tensor, rows: Sequence[int], positions: Sequence[int], lane: int, token_ids: Tensor | None
+        self, probs: Tensor, full: Tensor, rows: Sequence[int], positions: Sequence[int], counter: int, token_ids: Tensor | None
     ) -> Tensor:
         """One token [n] int64 per row of probs [n, V'] and full [n, V], the same distributions."""
         seeds, places = self.counters(rows, positions, probs.device)
         raced = [i for i, r in enumerate(rows) if self.params[r].coupled]
         if len(raced) == len(rows):
             return race(full, seeds, places)
-        drawn = sample_rows(probs, philox_uniform(seeds, places, lane))
+        drawn = sample_rows(probs, philox_uniform(seeds, places, counter))
         drawn = drawn if token_ids is None else token_ids[drawn]
         if raced:
             own = _index(raced, probs)

@@ -16,7 +16,7 @@ from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
 from engine.runtime.sampling import BatchSampler, finite_rows
 from engine.runtime.verify import verify
-from kernels.accept import LANE_SAMPLE
+from kernels.accept import COUNTER_SAMPLE
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def prefill_step(
     if done:
         sampler = _sampler(requests, target)
         logits = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
-        tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], LANE_SAMPLE)
+        tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], COUNTER_SAMPLE)
         for b, token in zip(done, torch.where(finite_rows(logits), tokens, -1).tolist(), strict=True):
             if token < 0:
                 requests[b].error = _not_finite(requests[b])
@@ -157,7 +157,7 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float)
         sampler = _sampler(requests, plain.target)
 
         def draw(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
-            return sampler.draw(logits, range(len(requests)), positions, LANE_SAMPLE)[0]
+            return sampler.draw(logits, range(len(requests)), positions, COUNTER_SAMPLE)[0]
 
     tokens = plain.step([r.sequence for r in requests], [r.token_ids[-1] for r in requests], [r.remaining for r in requests], draw)
     ended = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from draft.protocols import Proposal, RequestProposal
 from engine.runtime.sampling import BatchSampler, finite_rows, probabilities
-from kernels.accept import LANE_SAMPLE, accept
+from kernels.accept import COUNTER_SAMPLE, accept
 
 
 class Verdict(NamedTuple):
@@ -79,7 +79,7 @@ def _match(logits: Tensor, blocks: Sequence[_Block], sampler: BatchSampler, verd
         places += [(block.request, block.position + leaf.depth, [*block.drafts[: leaf.depth - 1], leaf.token]) for leaf in block.own.leaves]
     rows = [block.row + i for block in blocks for i in range(block.own.num_rows)]
     owners, at, before = zip(*places, strict=True)
-    named = iter(sampler.draw_after(_rows(logits, rows), owners, at, before, LANE_SAMPLE)[0].tolist())
+    named = iter(sampler.draw_after(_rows(logits, rows), owners, at, before, COUNTER_SAMPLE)[0].tolist())
     for block in blocks:
         target = [next(named) for _ in range(block.own.num_drafts + 1)]
         kept = 0

@@ -61,7 +61,7 @@ class SessionCodec:
         self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer
         config = core.target.config
-        first_layer = max(core.exit_layer, self.predictor.spec.target_layers)
+        first_layer = max(core.exit_layer, self.predictor.spec.recomputed_layers)
         expected = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, first_layer)
         if pack.layout != expected:
             raise InvalidOption(
@@ -139,7 +139,7 @@ class SessionCodec:
             sizes = [b - a for a, b in some]
             rows = self.core.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
             clock.mark("read")
-            octaves = self.predictor.step_octaves(*features)
+            octaves = self.predictor.log2_step(*features)
             levels = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
             pairs = list(zip(rows.split(sizes), self.predictor.predict(*features).split(sizes), strict=True))
             clock.mark("predict")
@@ -253,7 +253,7 @@ class SessionCodec:
         if not spec.target_taps:
             return None
         ids = torch.tensor(conversation.token_ids[start:end], device=self.core.device)
-        if spec.target_layers == 0:
+        if spec.recomputed_layers == 0:
             return target.embed(ids)[:, None]
         rows, size = [], pass_tokens(target)
         for at in range(start, end, size):
@@ -265,7 +265,7 @@ class SessionCodec:
                 starts=[at],
                 taps=spec.target_taps,
                 logits="none",
-                last_layer=spec.target_layers,
+                last_layer=spec.recomputed_layers,
                 deterministic=self.core.deterministic,
             )
             rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))

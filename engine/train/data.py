@@ -15,7 +15,7 @@ from engine.errors import InvalidOption
 from engine.model.decoder import Decoder
 from engine.text.chat_opening import ChatOpening
 from engine.train.documents import TokenDocuments
-from engine.train.self_generated import SelfTextOptions, draw
+from engine.train.self_generated import SelfGenerationOptions, draw
 
 _FILES = ("train.npz", "temperature-1.npz", "greedy.npz")
 _GIVEN_FILES = ("given-temperature-1.npz", "given-greedy.npz")
@@ -57,7 +57,7 @@ class TrainingSets:
 def draw_sets(
     decoder: Decoder,
     chat: ChatOpening,
-    options: SelfTextOptions,
+    options: SelfGenerationOptions,
     *,
     given: Sequence[Sequence[int]] = (),
     held_out: int,

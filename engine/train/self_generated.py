@@ -31,7 +31,7 @@ _ANSWER, _FINISHED = 1, 2  # bits of a recorded token's flags
 
 
 @dataclass(frozen=True)
-class SelfTextOptions:
+class SelfGenerationOptions:
     """rows: conversations at a time. context: tokens of the longest conversation. temperatures: drawn uniformly between these for each
     conversation. answer_temperature: for answers, instead of the conversation's (0: greedy). given_share: conversations that begin with one of the
     given messages, where there are any."""
@@ -44,7 +44,7 @@ class SelfTextOptions:
     seed: int = 0
 
 
-class SelfTextSampler:
+class SelfGenerationSampler:
     """Rows of conversations that go on from round to round; draws from the device's global generator.
 
     Sampling is Gumbel's: the largest of logits - T log(E), E exponential, follows softmax(logits / T), and is the largest logit for T = 0.
@@ -57,7 +57,7 @@ class SelfTextSampler:
         InvalidOption: an option out of range, a template that leaves no room in the context, or given messages without a template.
     """
 
-    def __init__(self, decoder: Decoder, chat: ChatOpening, options: SelfTextOptions, given: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, decoder: Decoder, chat: ChatOpening, options: SelfGenerationOptions, given: Sequence[Sequence[int]] = ()) -> None:
         low, high = options.temperatures
         if options.rows < 1 or not 0 <= low <= high or not 0 <= options.given_share <= 1:
             what = f"{options.rows} conversations at temperatures {low} to {high}, {options.given_share} of them given"
@@ -204,7 +204,7 @@ class SelfTextSampler:
 def draw(
     decoder: Decoder,
     chat: ChatOpening,
-    options: SelfTextOptions,
+    options: SelfGenerationOptions,
     *,
     given: Sequence[Sequence[int]] = (),
     tokens: int | None = None,
@@ -217,7 +217,7 @@ def draw(
     as far as they got.
 
     Raises:
-        InvalidOption: neither limit is given; see also `SelfTextSampler`.
+        InvalidOption: neither limit is given; see also `SelfGenerationSampler`.
     """
     if tokens is None and seconds is None:
         raise InvalidOption("sampling without end", "give a number of tokens or of seconds")
@@ -226,7 +226,7 @@ def draw(
     rounds: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(options.seed)  # the device's own generator: the one whose state a CUDA graph carries on
-        sampler = SelfTextSampler(decoder, chat, options, given)
+        sampler = SelfGenerationSampler(decoder, chat, options, given)
         ready, drawn, shown = time.monotonic(), 0, started
         while (tokens is None or drawn < tokens) and (seconds is None or not rounds or time.monotonic() - started < seconds):
             rounds.append(tuple(part.copy() for part in sampler.round()))  # type: ignore[arg-type]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.accept import reference
-from kernels.accept.reference import LANE_ACCEPT, LANE_DRAFT, LANE_SAMPLE, Accepted
+from kernels.accept.reference import COUNTER_ACCEPT, COUNTER_DRAFT, COUNTER_SAMPLE, Accepted
 from kernels.dispatch import use_triton
 
-__all__ = ["LANE_ACCEPT", "LANE_DRAFT", "LANE_SAMPLE", "Accepted", "accept", "sample_rows"]
+__all__ = ["COUNTER_ACCEPT", "COUNTER_DRAFT", "COUNTER_SAMPLE", "Accepted", "accept", "sample_rows"]
 
 
 def sample_rows(weights: Tensor, uniform: Tensor) -> Tensor:

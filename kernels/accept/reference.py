@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.philox.reference import philox_uniform
 
-LANE_DRAFT, LANE_ACCEPT, LANE_SAMPLE = 0, 1, 2
+COUNTER_DRAFT, COUNTER_ACCEPT, COUNTER_SAMPLE = 0, 1, 2
 SAMPLE_BLOCK = 1024
 
 
@@ -60,8 +60,8 @@ def accept(
     draft_probs [K, V] float32 and draft_tokens [K] int64: what each draft was drawn from, and the draft; requests in order.
     num_drafts [B] int64 (0 allowed), seeds [B] int64, positions [B] int64: the sequence index of each request's first draft.
     max_drafts: the largest of num_drafts, known to the host (so that nothing is read back).
-    Draft i is kept when u * q(x) < p(x), u from (seed, position + i, LANE_ACCEPT); the next token is drawn from max(p - q, 0), or from p
-    when all were kept, with (seed, its position, LANE_SAMPLE).
+    Draft i is kept when u * q(x) < p(x), u from (seed, position + i, COUNTER_ACCEPT); the next token is drawn from max(p - q, 0), or from p
+    when all were kept, with (seed, its position, COUNTER_SAMPLE).
     """
     batch, device = num_drafts.shape[0], num_drafts.device
     draft_starts = num_drafts.cumsum(0) - num_drafts
@@ -74,7 +74,7 @@ def accept(
         target_rows = (target_starts[:, None] + steps).clamp_max(target_probs.shape[0] - 1)
         tokens = draft_tokens[draft_rows]
         p, q = target_probs[target_rows, tokens], draft_probs[draft_rows, tokens]
-        uniform = philox_uniform(seeds[:, None], positions[:, None] + steps, LANE_ACCEPT)
+        uniform = philox_uniform(seeds[:, None], positions[:, None] + steps, COUNTER_ACCEPT)
         kept = present & (uniform * q < p)
         num_accepted = kept.long().cumprod(-1).sum(-1)
     weights = target_probs[target_starts + num_accepted]
@@ -85,5 +85,5 @@ def accept(
         # p and q equal up to rounding leave no residual mass: then p itself is the residual's limit.
         use_residual = rejected & (residual.sum(-1) > 0)
         weights = torch.where(use_residual[:, None], residual, weights)
-    uniform = philox_uniform(seeds, positions + num_accepted, LANE_SAMPLE)
+    uniform = philox_uniform(seeds, positions + num_accepted, COUNTER_SAMPLE)
     return Accepted(num_accepted, sample_rows(weights, uniform))

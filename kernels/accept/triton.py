@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.accept.reference import LANE_ACCEPT, LANE_SAMPLE, SAMPLE_BLOCK, Accepted
+from kernels.accept.reference import COUNTER_ACCEPT, COUNTER_SAMPLE, SAMPLE_BLOCK, Accepted
 from kernels.philox.triton import uniform
 
 
@@ -24,8 +24,8 @@ def _accept_kernel(
     num_requests,
     vocab,
     num_tiles,
-    LANE_A: tl.constexpr,
-    LANE_S: tl.constexpr,
+    COUNTER_A: tl.constexpr,
+    COUNTER_S: tl.constexpr,
     REQUESTS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -46,7 +46,7 @@ def _accept_kernel(
         token = tl.load(token_ptr + draft_start + step)
         p = tl.load(target_ptr + (target_start + step) * vocab + token)
         q = tl.load(draft_ptr + (draft_start + step) * vocab + token)
-        going = going & (uniform(seed, position + step, LANE_A) * q < p)
+        going = going & (uniform(seed, position + step, COUNTER_A) * q < p)
         accepted += going.to(tl.int64)
 
     p_row = target_ptr + (target_start + accepted) * vocab
@@ -74,7 +74,7 @@ def _accept_kernel(
     ends = tl.cumsum(mass, 0)
     # Ends past the vocabulary repeat the total; the total itself is the largest end (sums of non-negative terms never fall).
     total = tl.max(ends, 0)
-    draw = uniform(seed, position + accepted, LANE_S).to(tl.float64)
+    draw = uniform(seed, position + accepted, COUNTER_S).to(tl.float64)
     wanted = draw * total
     # A parallel scan may round two equal ends apart, so a block must hold mass of its own to be chosen.
     first = tl.min(tl.where((ends > wanted) & (mass > 0), blocks, BLOCKS), 0)
@@ -131,8 +131,8 @@ def accept(
         batch,
         vocab,
         num_tiles,
-        LANE_A=LANE_ACCEPT,
-        LANE_S=LANE_SAMPLE,
+        COUNTER_A=COUNTER_ACCEPT,
+        COUNTER_S=COUNTER_SAMPLE,
         REQUESTS=triton.next_power_of_2(batch),
         TILE=tile,
         BLOCK=SAMPLE_BLOCK,

@@ -1,7 +1,7 @@
 """Counter-based uniform random numbers: the meaning, in plain PyTorch integers.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A number is a pure function of
-(seed, position, lane): no state is carried, so a request draws the same numbers alone, in any batch, and after a rollback.
+(seed, position, counter): no state is carried, so a request draws the same numbers alone, in any batch, and after a rollback.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def philox_words(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word])
     return c0, c1, c2, c3
 
 
-def philox_uniform(seed: Tensor, position: Tensor, lane: int) -> Tensor:
+def philox_uniform(seed: Tensor, position: Tensor, counter: int) -> Tensor:
     """Uniform numbers in [0, 1) on a grid of 2^-24, float32, shape of the broadcast inputs.
 
-    seed, position: int64, broadcastable. lane: 0 <= lane < 2^32. Key = the seed's two halves; counter = (position low, position high,
-    lane, 0); the number is the first output word's upper 24 bits.
+    seed, position: int64, broadcastable. counter: 0 <= counter < 2^32. Key = the seed's two halves; counter = (position low, position high,
+    counter, 0); the number is the first output word's upper 24 bits.
     """
     seed, position = torch.broadcast_tensors(seed, position)
     if position.device.type == "cpu" and position.numel() <= FEW:
         pairs = zip(seed.flatten().tolist(), position.flatten().tolist(), strict=True)
-        numbers = [(philox_words((p, p >> 32, lane, 0), (s, s >> 32))[0] >> 8) * 2.0**-24 for s, p in pairs]
+        numbers = [(philox_words((p, p >> 32, counter, 0), (s, s >> 32))[0] >> 8) * 2.0**-24 for s, p in pairs]
         return torch.tensor(numbers, dtype=torch.float32).view(position.shape)
-    lanes = torch.full_like(position, lane)
-    words = philox_words((position, position >> 32, lanes, torch.zeros_like(position)), (seed, seed >> 32))
+    counters = torch.full_like(position, counter)
+    words = philox_words((position, position >> 32, counters, torch.zeros_like(position)), (seed, seed >> 32))
     return (words[0] >> 8).to(torch.float32) * 2.0**-24

@@ -1,4 +1,4 @@
-"""Meaning of the hot formats q4, q3 and q2 in plain PyTorch: rotated Lloyd-Max codes of keys and values being attended.
+"""Meaning of the quantised formats q4, q3 and q2 in plain PyTorch: rotated Lloyd-Max codes of keys and values being attended.
 
 A row x of d channels (a key or value minus its channel mean, the key rotated to its position) is kept as d codes of 2, 3 or 4 bits and one
 16-bit scale: its norm is taken off, random signs and a Hadamard transform make its channels Gaussian, each becomes the nearest of the
@@ -74,7 +74,7 @@ class ExactRecent(NamedTuple):
 def check_head_dim(head_dim: int) -> None:
     """ValueError for a head size that is not a power of two of at least 32."""
     if head_dim < 32 or head_dim & (head_dim - 1):
-        raise ValueError(f"hot formats need a head size that is a power of two of at least 32, not {head_dim}")
+        raise ValueError(f"quantised formats need a head size that is a power of two of at least 32, not {head_dim}")
 
 
 def new_pages(
@@ -82,7 +82,7 @@ def new_pages(
 ) -> QuantizedPages:
     """Empty pages of one layer. ValueError for other bits than 2, 3, 4, or as `check_head_dim`."""
     if bits not in LEVEL_COEFFICIENTS:
-        raise ValueError(f"no hot format of {bits} bits (choose one of {', '.join(FORMATS)})")
+        raise ValueError(f"no quantised format of {bits} bits (choose one of {', '.join(FORMATS)})")
     check_head_dim(head_dim)
     codes = [torch.zeros((num_pages, num_kv_heads, page_size, head_dim * bits // 8), dtype=torch.uint8, device=device) for _ in range(2)]
     scales = [torch.zeros((num_pages, num_kv_heads, page_size), dtype=torch.float16, device=device) for _ in range(2)]

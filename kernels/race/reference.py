@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.philox.reference import philox_words
 
-LANE_RACE_BLOCK, LANE_RACE = 3, 4  # after those of kernels.accept
+COUNTER_RACE_BLOCK, COUNTER_RACE = 3, 4  # after those of kernels.accept
 RACE_BLOCK = 64
 FIRST_BLOCKS = 8  # blocks whose indices get their noise at once; more only where one of the others could still win
 
@@ -39,7 +39,7 @@ def race(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draw one index per row: the smallest E_i / p_i, the first of equal ones.
 
     probs [n, V] float32, >= 0 and finite, at least one positive a row; seeds, positions [n] int64. Returns [n] int64 on their device. Philox
-    counters are (position low, position high, lane, number), number a block's or an index's; the least of a block is
+    counters are (position low, position high, counter, number), number a block's or an index's; the least of a block is
     -log(1 - v) / 64 with v = (first word + 1/2) 2^-32, its place the second word's low six bits; an index's excess is -log(1 - v).
     """
     rows = probs.detach().cpu()
@@ -75,7 +75,7 @@ def race(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
 
 def _block_noise(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], blocks: int) -> tuple[Floats, NDArray[np.int64]]:
     """Least exponential of every block [n, K], and the index within the block that has it [n, K]."""
-    words = _words(seeds[:, None], positions[:, None], LANE_RACE_BLOCK, np.arange(blocks, dtype=np.uint64)[None])
+    words = _words(seeds[:, None], positions[:, None], COUNTER_RACE_BLOCK, np.arange(blocks, dtype=np.uint64)[None])
     return _exponential(words[0]) / RACE_BLOCK, (words[1] & (RACE_BLOCK - 1)).astype(np.int64)
 
 
@@ -85,13 +85,13 @@ def _index_noise(
     """Exponentials [n, k, 64] of the indices of blocks [n, k], whose least ones and their places are given [n, k]."""
     inner = np.arange(RACE_BLOCK)
     index = (blocks[..., None] * RACE_BLOCK + inner).astype(np.uint64)
-    excess = _exponential(_words(seeds[:, None, None], positions[:, None, None], LANE_RACE, index)[0])
+    excess = _exponential(_words(seeds[:, None, None], positions[:, None, None], COUNTER_RACE, index)[0])
     return least[..., None] + np.where(inner == first[..., None], 0.0, excess)
 
 
-def _words(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], lane: int, numbers: NDArray[np.uint64]) -> tuple[Any, ...]:
+def _words(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], counter: int, numbers: NDArray[np.uint64]) -> tuple[Any, ...]:
     zero = np.zeros(np.broadcast_shapes(positions.shape, numbers.shape), np.uint64)  # of the full shape, so that every word is an array
-    return philox_words((positions + zero, (positions >> 32) + zero, zero + lane, numbers + zero), (seeds, seeds >> 32))
+    return philox_words((positions + zero, (positions >> 32) + zero, zero + counter, numbers + zero), (seeds, seeds >> 32))
 
 
 def _exponential(words: NDArray[np.uint64]) -> Floats:

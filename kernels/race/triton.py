@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.race.reference import LANE_RACE, LANE_RACE_BLOCK, RACE_BLOCK
+from kernels.race.reference import COUNTER_RACE, COUNTER_RACE_BLOCK, RACE_BLOCK
 
 MAX_PARTS = 16  # programs a row
 
@@ -28,8 +28,8 @@ def _race_kernel(
     vocab,
     tiles_per_part,
     PARTS: tl.constexpr,
-    LANE_B: tl.constexpr,
-    LANE_I: tl.constexpr,
+    COUNTER_B: tl.constexpr,
+    COUNTER_I: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -49,14 +49,14 @@ def _race_kernel(
         index = block[:, None] * BLOCK + inner[None, :]
         p = tl.load(p_row + index, mask=index < vocab, other=0.0)
         zero = (block * 0).to(tl.uint32)
-        word, place, _third, _fourth = tl.philox(seed, zero + low, zero + high, zero + LANE_B, block.to(tl.uint32))
+        word, place, _third, _fourth = tl.philox(seed, zero + low, zero + high, zero + COUNTER_B, block.to(tl.uint32))
         least = _exponential(word) / BLOCK
         first = (place & (BLOCK - 1)).to(tl.int32)
         peak = tl.max(p, 1)
         bound = tl.where(peak > 0, least / peak, endless)
         if tl.min(bound, 0) < best:
             zeros = (index * 0).to(tl.uint32)
-            words, _seconds, _thirds, _fourths = tl.philox(seed, zeros + low, zeros + high, zeros + LANE_I, index.to(tl.uint32))
+            words, _seconds, _thirds, _fourths = tl.philox(seed, zeros + low, zeros + high, zeros + COUNTER_I, index.to(tl.uint32))
             noise = least[:, None] + tl.where(inner[None, :] == first[:, None], 0.0, _exponential(words))
             time = tl.where(p > 0, noise / p, endless)
             soonest = tl.min(tl.min(time, 1), 0)
@@ -90,8 +90,8 @@ def race(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, t
         vocab,
         triton.cdiv(num_tiles, parts),
         PARTS=parts,
-        LANE_B=LANE_RACE_BLOCK,
-        LANE_I=LANE_RACE,
+        COUNTER_B=COUNTER_RACE_BLOCK,
+        COUNTER_I=COUNTER_RACE,
         TILE=tile,
         BLOCK=RACE_BLOCK,
         num_warps=num_warps,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.calibration import Calibration
 from baselines.gaussian_grids import lloyd_max, nearest_pair, nearest_scalar, plane_grid
 from baselines.packing import from_bytes, pack_codes, to_bytes, unpack_codes
@@ -32,7 +32,7 @@ def hadamard(size: int) -> torch.Tensor:
     return matrix / size**0.5
 
 
-class Aqua(Peer):
+class Aqua(Baseline):
     """bits per element of the residual: 2 (the paper's), 3, or 1 to continue its curve."""
 
     method = "aqua-kv"

@@ -1,7 +1,7 @@
-"""What every peer has in common: the interface, the exact sinks, the frame, the checks on input.
+"""What every baseline has in common: the interface, the exact sinks, the frame, the checks on input.
 
 Axes: T tokens, L coded layers, G KV heads, d head size, D = L * 2 * G * d, M = G * d (one layer's keys, or values). KV comes as pre-
-RoPE float32 [T, D] in (layer, K|V, head, channel) order. The first four tokens are stored exactly as bf16 by every peer and counted.
+RoPE float32 [T, D] in (layer, K|V, head, channel) order. The first four tokens are stored exactly as bf16 by every baseline and counted.
 Recent-token windows of the papers (128 exact tokens in KVTC and AQUA-KV) are left out, as the cache is at rest; KIVI keeps its own as
 it defines its bits.
 """
@@ -24,7 +24,7 @@ from codec.errors import BadInput
 from codec.spec import NUM_SINKS, KvLayout
 
 
-class Peer(ABC):
+class Baseline(ABC):
     """A codec to be beaten. encode() gives real bytes; decode() uses those bytes and the fitted state only.
 
     Attributes:
@@ -51,7 +51,7 @@ class Peer(ABC):
         if isinstance(calibration, torch.Tensor):
             calibration = Calibration.from_sample(self.layout, calibration)
         if calibration.layout != self.layout:
-            raise BadInput(f"the calibration is of {calibration.layout}, the peer of {self.layout}", "use one layout for both")
+            raise BadInput(f"the calibration is of {calibration.layout}, the baseline of {self.layout}", "use one layout for both")
         self._fit(calibration)
         checksum = 0
         for key in sorted(self.fitted):
@@ -59,7 +59,7 @@ class Peer(ABC):
             checksum = zlib.crc32(content, zlib.crc32(key.encode(), checksum))
         self._fingerprint = checksum
 
-    def to(self, device: torch.device | str) -> Peer:
+    def to(self, device: torch.device | str) -> Baseline:
         """Moves the fitted state; encode() accepts KV from any device and decode() returns it on this one."""
         self.device = torch.device(device)
         self.fitted = {key: value.to(self.device) for key, value in self.fitted.items()}
@@ -95,7 +95,7 @@ class Peer(ABC):
         return kv
 
     def decode(self, data: bytes) -> torch.Tensor:
-        """Bytes of encode() to float32 [T, D]; a named CodecError when they are not intact or not this peer's."""
+        """Bytes of encode() to float32 [T, D]; a named CodecError when they are not intact or not this baseline's."""
         return self.decode_many([data])[0]
 
     def decode_many(self, codes: Sequence[bytes], workers: int = 1) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ class Peer(ABC):
         return kv.reshape(len(kv), self.layout.coded_layers, 2, -1)
 
     def _fit(self, calibration: Calibration) -> None:
-        """Fills self.fitted on self.device; nothing to do for a peer that needs no calibration."""
+        """Fills self.fitted on self.device; nothing to do for a baseline that needs no calibration."""
         return None
 
     def _encode_many(self, kvs: Sequence[torch.Tensor], workers: int) -> list[list[bytes]]:

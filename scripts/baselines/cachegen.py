@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.calibration import Calibration
 from baselines.histogram_coder import decode, encode, frequencies
 from baselines.packing import deflate, from_bytes, inflate, to_bytes
@@ -27,7 +27,7 @@ ANCHOR_GROUP = 10
 _ANCHOR_LEVELS = 127
 
 
-class CacheGen(Peer):
+class CacheGen(Baseline):
     """quality: finest, fine, medium or coarse."""
 
     method = "cachegen"

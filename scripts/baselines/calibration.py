@@ -1,6 +1,6 @@
-"""What the peers learn from calibration text: mean, covariances of K and of V, their principal components, a sample of tokens.
+"""What the baselines learn from calibration text: mean, covariances of K and of V, their principal components, a sample of tokens.
 
-One accumulator can feed all peers (and, on a GPU, runs beside our own calibration): its memory does not grow with the text.
+One accumulator can feed all baselines (and, on a GPU, runs beside our own calibration): its memory does not grow with the text.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Named errors of the peers, beside those of codec/errors.py (truncated, corrupted and foreign codes, bad input, pack mismatch)."""
+"""Named errors of the baselines, beside those of codec/errors.py (truncated, corrupted and foreign codes, bad input, pack mismatch)."""
 
 from codec.errors import CodecError
 
 
-class UnknownPeer(CodecError):
+class UnknownBaseline(CodecError):
     """The name is not in the registry; the message lists the names that are."""
 
 
 class NotFitted(CodecError):
-    """The peer needs calibration (a mean, a basis, histograms, predictors) and fit() was not called."""
+    """The baseline needs calibration (a mean, a basis, histograms, predictors) and fit() was not called."""
 
 
 class TooLittleCalibration(CodecError):
-    """The calibration holds fewer tokens than the fit can use, or lacks the sample a peer asks for."""
+    """The calibration holds fewer tokens than the fit can use, or lacks the sample a baseline asks for."""

@@ -1,7 +1,7 @@
 """fp8 e4m3 with one float32 scale per (layer, K|V), round to nearest: what serving engines call an fp8 cache.
 
 Source: Finn, "Speculative KV coding" (fp8 target: one scale per (layer, K|V)); vLLM's default compressed cache. The scale comes from
-the sequence itself (largest magnitude to 448), not from calibration, which favours the peer.
+the sequence itself (largest magnitude to 448), not from calibration, which favours the baseline.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.packing import unpack_codes
 from codec.errors import CorruptedCode
 
 FP8_MAX = 448.0
 
 
-class Fp8(Peer):
+class Fp8(Baseline):
     method = "fp8"
 
     def _encode(self, kv: torch.Tensor) -> list[bytes]:

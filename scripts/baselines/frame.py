@@ -1,4 +1,4 @@
-"""Bytes of one coded sequence, the same for every peer: header, exact sinks, sections, checksum.
+"""Bytes of one coded sequence, the same for every baseline: header, exact sinks, sections, checksum.
 
     magic 4s | version u8 | name length u8 | sections u16 | tokens u32 | elements per token u32 | fit u32 | crc32 u32
     name | section lengths u32 [sections] | sinks bf16 [min(tokens, 4), D] | sections
@@ -45,12 +45,12 @@ def read_frame(data: bytes, name: str, dim: int, fit: int) -> Frame:
 
     Raises:
         ForeignCode, NewerCode, TruncatedCode, CorruptedCode: the bytes are not an intact frame.
-        PackMismatch: an intact frame of another peer, layout or fit.
+        PackMismatch: an intact frame of another baseline, layout or fit.
     """
     data = bytes(data)
     start = _HEADER.size + _CRC.size
     if data[:4] != MAGIC[: len(data[:4])]:
-        raise ForeignCode("these bytes are not a peer's code", "decode them with what wrote them")
+        raise ForeignCode("these bytes are not a baseline's code", "decode them with what wrote them")
     if len(data) < start:
         raise TruncatedCode("the code ends inside its header", _RESTORE)
     _, version, label_length, count, num_tokens, its_dim, its_fit = _HEADER.unpack_from(data)
@@ -72,7 +72,7 @@ def read_frame(data: bytes, name: str, dim: int, fit: int) -> Frame:
     if (label, its_dim, its_fit) != (name, dim, fit):
         raise PackMismatch(
             f"the code was written by {label} for {its_dim} elements a token (fit {its_fit:08x}), this is {name} for {dim} (fit {fit:08x})",
-            "decode with the same peer, layout and calibration",
+            "decode with the same baseline, layout and calibration",
         )
     position, sections = sinks_at + sink_bytes, []
     for length in lengths:

@@ -1,7 +1,7 @@
 """KIVI-style asymmetric integers: keys per channel in groups of 32 tokens, values per token in groups of 32 channels.
 
 Source: KIVI (arXiv 2402.02750): group 32, 16-bit scale and zero per group, the most recent 128 tokens in 16 bits (counted here as
-bytes). Simplified: keys are quantised before RoPE (KVQuant, 2401.18079, found that better; it favours the peer). `window=0` drops the
+bytes). Simplified: keys are quantised before RoPE (KVQuant, 2401.18079, found that better; it favours the baseline). `window=0` drops the
 recent window and lets the last key group be shorter, so that a cache at rest is not judged by 16-bit tokens.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.packing import from_bytes, pack_codes, to_bytes, unpack_codes
 from codec.spec import KvLayout
 
@@ -17,7 +17,7 @@ GROUP = 32
 WINDOW = 128
 
 
-class Kivi(Peer):
+class Kivi(Baseline):
     """bits 2 or 4; window: recent tokens kept in bf16 (the quantised part of the keys is then a multiple of the group)."""
 
     method = "kivi"

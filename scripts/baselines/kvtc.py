@@ -4,7 +4,7 @@ Source: "KV Cache Transform Coding" (arXiv 2511.01815, ICLR 2026), steps 1 to 6 
 Each layer's keys and values are scaled to unit variance first (`normalise`), so that no layer is drowned by another. Simplified:
 exact eigenvectors of the streamed covariance (or of the sample's Gram matrix) in place of a randomised SVD; no recent window; zlib in
 place of nvCOMP's DEFLATE; shift and scale per token (sharing them among 16 tokens saved 5% of the bits on SmolLM2, scaling or not
-changed nothing); the first four tokens in bf16 (paper: fp8), as for every peer.
+changed nothing); the first four tokens in bf16 (paper: fp8), as for every baseline.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.calibration import Calibration, join_parts, part_of
 from baselines.kvtc_allocation import BLOCK_SIZES, TYPE_BITS, Block, allocate, dequantise, options, quantise
 from baselines.packing import deflate, from_bytes, inflate, pack_codes, to_bytes, unpack_codes
@@ -22,7 +22,7 @@ from codec.spec import KvLayout
 _ALLOCATION_TOKENS = 256
 
 
-class Kvtc(Peer):
+class Kvtc(Baseline):
     """budget_bits: bits per element before DEFLATE (keys and values alike); group: tokens that share a shift and scale (paper: 1)."""
 
     method = "kvtc"

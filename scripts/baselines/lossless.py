@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import zstandard
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.packing import from_bytes, to_bytes
 from codec.errors import CorruptedCode
 
 _LEVEL = 9
 
 
-class Bf16Zstd(Peer):
+class Bf16Zstd(Baseline):
     method = "bf16+zstd"
 
     def _encode(self, kv: torch.Tensor) -> list[bytes]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from baselines.base import Peer
+from baselines.base import Baseline
 from baselines.calibration import Calibration
 from baselines.gaussian_grids import lloyd_max, nearest_scalar
 from baselines.packing import from_bytes, pack_codes, to_bytes, unpack_codes
@@ -27,7 +27,7 @@ def random_rotations(count: int, size: int, seed: int) -> torch.Tensor:
     return q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[:, None]  # signs fixed: Haar, and independent of the QR's convention
 
 
-class TurboQuant(Peer):
+class TurboQuant(Baseline):
     """bits 1..8 per coordinate."""
 
     method = "turboquant"

@@ -88,7 +88,7 @@ def ropes(device: torch.device, tiny: bool) -> Cases:
 
 
 def kv_writes(device: torch.device, tiny: bool) -> Cases:
-    """Plain pages, and the hot formats on the same rows."""
+    """Plain pages, and the quantised formats on the same rows."""
     for name, model in models(tiny).items():
         heads, d = model["G"], model["d"]
         for n in row_counts(tiny):

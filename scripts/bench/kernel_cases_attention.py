@@ -1,4 +1,4 @@
-"""Cases of bench_kernels: attention over bfloat16 pages and over the hot formats, against torch on contiguous copies of the same data."""
+"""Cases of bench_kernels: attention over bfloat16 pages and over the quantised formats, against torch on contiguous copies of the same data."""
 
 from __future__ import annotations
 
@@ -139,13 +139,13 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
 
                 fixed = (q, pages, means, cos, sin, table)
 
-                def hot(config: Any, fixed: Any = fixed, rest: Any = (lens, contexts, scale), n: int = n) -> torch.Tensor:
+                def kv_format(config: Any, fixed: Any = fixed, rest: Any = (lens, contexts, scale), n: int = n) -> torch.Tensor:
                     return quantized_attention.quantized_paged_attention(*fixed, *rest, max_query_len=n, config=config)
 
                 def error(
-                    config: Any = None, hot: Any = hot, fixed: Any = fixed, rest: Any = ([n] * batch, [context] * batch, scale)
+                    config: Any = None, kv_format: Any = kv_format, fixed: Any = fixed, rest: Any = ([n] * batch, [context] * batch, scale)
                 ) -> float:
-                    return relative_error(hot(config).float(), _hot_dense(*fixed, *rest).float())
+                    return relative_error(kv_format(config).float(), _quantised_dense(*fixed, *rest).float())
 
                 bounds = paged.paged_attention_bounds(
                     [n] * batch, [context] * batch, heads, groups, d, quantized_attention.quantized_row_bytes(d, bits), 2
@@ -157,16 +157,16 @@ def attentions(device: torch.device, tiny: bool) -> Cases:
                     bounds,
                     error,
                     1.5e-2,
-                    lambda c, f=hot: [lambda: f(c)],
+                    lambda c, f=kv_format: [lambda: f(c)],
                     QUANTIZED_CANDIDATES if index < 2 and bits == 4 else {},
                     error,
                     {"paged_attention bf16, ours": [lambda f=attend: f(None)]},
                     matrix=True,
                 )
-                del pages, fixed, hot, error
+                del pages, fixed, kv_format, error
 
 
-def _hot_dense(
+def _quantised_dense(
     q: Any, pages: Any, means: Any, cos: Any, sin: Any, table: Any, lens: list[int], contexts: list[int], scale: float
 ) -> torch.Tensor:
     """Attention over decoded rows in float32, without pages."""

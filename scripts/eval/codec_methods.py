@@ -1,4 +1,4 @@
-"""What bench_codec runs: the peers of codec/baselines, and our own codec with and without its prediction, behind one small interface."""
+"""What bench_codec runs: the baselines of scripts/baselines, and our own codec with and without its prediction, behind one small interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from baselines import Calibration, make_peer, select_peers
+from baselines import Calibration, make_baseline, select_baselines
 from codec.codec import KvCodec
 from codec.errors import UnknownQuality
 from codec.pack import CodecPack
@@ -59,30 +59,30 @@ class Method(Protocol):
     def run(self, cases: Sequence[Case]) -> Result: ...
 
 
-class PeerMethod:
-    """A peer, fitted when first run. On a GPU machine the byte coders of different sequences run in threads."""
+class BaselineMethod:
+    """A baseline, fitted when first run. On a GPU machine the byte coders of different sequences run in threads."""
 
     def __init__(self, name: str, layout: KvLayout, calibration: CalibrationSource, device: torch.device):
-        self.peer = make_peer(name, layout).to(device)
-        self.method, self.quality, self.sink_dim = self.peer.method, self.peer.quality, layout.dim
-        self._calibration, self._device, self._ready = calibration, device, not self.peer.needs_calibration
+        self.baseline = make_baseline(name, layout).to(device)
+        self.method, self.quality, self.sink_dim = self.baseline.method, self.baseline.quality, layout.dim
+        self._calibration, self._device, self._ready = calibration, device, not self.baseline.needs_calibration
         self._workers = min(16, os.cpu_count() or 1) if device.type == "cuda" else 1
-        self.inputs = calibration.digest if self.peer.needs_calibration else ""
+        self.inputs = calibration.digest if self.baseline.needs_calibration else ""
 
     def run(self, cases: Sequence[Case]) -> Result:
         if not self._ready:
-            self.peer.fit(self._calibration.get())
+            self.baseline.fit(self._calibration.get())
             self._ready = True
         kvs = [case.kv.to(self._device) for case in cases]
         start = _now(self._device)
-        codes = self.peer.encode_many(kvs, self._workers)
+        codes = self.baseline.encode_many(kvs, self._workers)
         middle = _now(self._device)
-        decoded = self.peer.decode_many(codes, self._workers)
+        decoded = self.baseline.decode_many(codes, self._workers)
         return Result(sum(map(len, codes)), decoded, middle - start, _now(self._device) - middle, None)
 
 
 class CalibrationSource(Protocol):
-    """Calibration shared by all peers, made on first use; `digest` of its tokens."""
+    """Calibration shared by all baselines, made on first use; `digest` of its tokens."""
 
     digest: str
 
@@ -119,7 +119,7 @@ class PairCodec:
             rows = hidden_states(self._draft, tokens, spec.taps)
         elif spec.taps:
             rows = hidden_states(self.target, tokens, spec.taps, self.pack.layout.first_layer or None, self._head_layers)
-        target_rows = hidden_states(self.target, tokens, spec.target_taps, spec.target_layers) if spec.target_taps else none
+        target_rows = hidden_states(self.target, tokens, spec.target_taps, spec.recomputed_layers) if spec.target_taps else none
         self._hidden |= {keys[n]: pair for n, *pair in zip(missing, rows, target_rows, strict=True)}  # type: ignore[misc]
         return [self._hidden[key] for key in keys]
 
@@ -134,7 +134,7 @@ class PairCodec:
         if rows is None:
             rows = torch.zeros(num_tokens, 0, self.predictor.draft_size, device=self.device)
         features = self.predictor.reduce(rows), target_rows
-        return self.predictor.predict(*features), self.predictor.step_octaves(*features)
+        return self.predictor.predict(*features), self.predictor.log2_step(*features)
 
 
 class ForetoldMethod:
@@ -204,12 +204,12 @@ class ForetoldMethod:
 
 
 def select_methods(words: list[str]) -> list[tuple[str, str]]:
-    """(family, point) of every method asked for: peers, and foretold[-nopred][-QUALITY|-stepX]; a family stands for all its points."""
+    """(family, point) of every method asked for: baselines, and foretold[-nopred][-QUALITY|-stepX]; a family stands for all its points."""
     chosen: list[tuple[str, str]] = []
     for word in words:
         family = next((name for name in sorted(OURS, key=len, reverse=True) if word == name or word.startswith(name + "-")), None)
         if family is None:
-            chosen += [("peer", name) for name in select_peers([word])]
+            chosen += [("baseline", name) for name in select_baselines([word])]
         elif word == family:
             chosen += [(family, quality) for quality in QUALITIES]
         else:

@@ -16,7 +16,7 @@ from codec.predictor.fit import LinearFit, explained
 from codec.predictor.gptq import round_weights
 from codec.predictor.low_rank import Predictor
 from codec.spec import KEEP_FACTOR
-from codec.weighting import Weighting, apply_blocks, both_sides
+from codec.weighting import Weighting
 from engine.calibrate.budget import stored_bytes
 from engine.calibrate.search import FeatureSet, Whole, laplace_bits
 from kernels.eigen import leading_eigenvectors
@@ -65,9 +65,9 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
     spec = FeatureSpec(one.taps, one.target_taps)
     ridge = m.choose_ridge(features, y)
     solution = m.ridge(ridge)
-    weighted = apply_blocks(solution, weighting.root)
-    yy = both_sides(m.yy, weighting.root)
-    cross = weighted.T @ apply_blocks(m.fy, weighting.root)
+    weighted = weighting.whiten(solution)
+    yy = weighting.whiten_covariance(m.yy)
+    cross = weighted.T @ weighting.whiten(m.fy)
     predicted = weighted.T @ (m.ff @ weighted)
     low = sorted({int(r) for r in ranks if r != FULL and int(r) < min(solution.shape)})
     directions = leading_eigenvectors(predicted, low[-1])[1] if low else predicted[:, :0]
@@ -82,7 +82,7 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
     for rank in low:
         u = directions[:, :rank]
         down = (weighted @ u) / m.f_scale[:, None]
-        fit = LinearFit(down, -(m.f_mean @ down), apply_blocks(u.T.contiguous(), weighting.inverse), m.mu, ridge)
+        fit = LinearFit(down, -(m.f_mean @ down), weighting.unwhiten(u.T.contiguous()), m.mu, ridge)
         tensors, settings = Predictor.pack(spec, whole.sizes[0], fit.down, fit.offset, fit.up, fit.mu)
         predictor = Predictor.from_pack(tensors, settings, y.device)
         prediction = torch.cat([predictor.predict_features(rows) for rows in features.split(2048)])
@@ -99,7 +99,7 @@ def sweep(whole: Whole, one: FeatureSet, ranks: Sequence[int | str], step: float
         dense = stored.dense()
         size = stored.codes.numel() * bits // 8 + 2 * stored.scale.numel() + 12 * len(m.ff) + 4 * len(m.mu)
         prediction = m.mu + torch.cat([rows @ dense for rows in standard.split(2048)])
-        covariance = both_sides(m.residual_of(dense), weighting.root)
+        covariance = weighting.whiten_covariance(m.residual_of(dense))
         yield (
             fixed
             | {"rank": FULL, "storage_bits": bits, "predictor_bytes": size}
@@ -114,7 +114,7 @@ def _cost(
     r2 = explained(y, prediction, mu).reshape(-1, 2, layer_dim // 2).mean((0, 2))
     variance, basis = leading_eigenvectors(covariance, len(covariance) // COMPONENTS_SHARE)
     kept = max(1, int((variance > (KEEP_FACTOR * step) ** 2).sum()))
-    c = apply_blocks(y - prediction, weighting.root) @ basis[:, :kept]
+    c = weighting.whiten(y - prediction) @ basis[:, :kept]
     bits = laplace_bits(c / step, variance[:kept].sqrt() / step)
     return {
         "r2_k": float(r2[0]),

@@ -275,7 +275,7 @@ def pack_file(scratch: Path) -> Attempt:
     layout = KvLayout(2, 1, 4)
     basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
     transform = Transform("global", basis, None, torch.linspace(2, 0.5, 16))
-    weighting = Weighting.from_root(torch.eye(4).expand(4, 4, 4).contiguous())
+    weighting = Weighting.from_sensitivity_sqrt(torch.eye(4).expand(4, 4, 4).contiguous())
     whole = CodecPack.build(
         layout,
         weighting,

@@ -14,7 +14,7 @@ from codec.rate import EntropyModel
 from codec.rows import allocate_bits, row_bytes
 from codec.spec import QUALITIES, KvLayout
 from codec.transform import Transform, fit_fallback, fit_global, fit_per_layer
-from codec.weighting import Weighting, apply_blocks, both_sides, normalised, unit_weighting
+from codec.weighting import Weighting, normalised, unit_weighting
 
 LAYOUT = KvLayout(num_layers=5, num_kv_heads=2, head_dim=16, first_layer=1)
 
@@ -43,7 +43,7 @@ def _make_pack(source: Source, kind: str = "global", room: float | None = None) 
     """room: bytes of the transform's rows as a share of what all of them take in 8 bits."""
     rows = source.draw(3000)
     weighting: Weighting = normalised(unit_weighting(LAYOUT, rows.var(0)), block_covariances(rows))
-    cov = both_sides(rows.T @ rows / len(rows), weighting.root)
+    cov = weighting.whiten_covariance(rows.T @ rows / len(rows))
     transform: Transform
     if kind == "global":
         transform = fit_global(cov, 0.15, LAYOUT.dim)
@@ -73,7 +73,7 @@ def _make_pack(source: Source, kind: str = "global", room: float | None = None) 
 
 def _with_fallback(pack: CodecPack, held: torch.Tensor) -> CodecPack:
     """The pack with a fallback basis fitted on rows held float32 [n, D]."""
-    z = apply_blocks(held, pack.weighting.root)
+    z = pack.weighting.whiten(held)
     rest = z - pack.transform.expand(pack.transform.project(z, pack.transform.num_rows), z.shape[1])
     fallback, variance = fit_fallback(rest, LAYOUT.layer_dim)
     return pack.with_fallback(fallback, torch.cat([pack.transform.variance, variance]), pack.model)

@@ -13,7 +13,6 @@ from codec.errors import BadInput, CodecError, PackMismatch, UnknownQuality
 from codec.pack import CodecPack
 from codec.spec import QUALITIES
 from codec.transform import Transform
-from codec.weighting import apply_blocks
 
 
 @pytest.mark.parametrize("kind,room", [("global", None), ("global", 0.8), ("per_layer", None)])
@@ -27,7 +26,7 @@ def test_error_and_length(make_source, make_pack, kind: str, room: float | None)
     for quality, step in QUALITIES.items():
         spans = codec.encode_many(pairs, quality)
         decoded = torch.cat(codec.decode_many(spans, [p for _, p in pairs]))
-        error = float(apply_blocks(decoded - rows, codec.weighting.root).pow(2).mean())
+        error = float(codec.weighting.whiten(decoded - rows).pow(2).mean())
         size, ideal = 8 * sum(map(len, spans)), codec.ideal_bits(pairs, quality)
         assert size < last_bytes and error > last_error
         assert error < step**2 / 8
@@ -92,7 +91,7 @@ def test_a_fallback_basis_codes_what_the_rows_leave_over(completed_pack, source)
         decoded = torch.cat(codec.decode_many(spans, [z for _, z in pairs]))
         torch.testing.assert_close(torch.cat(codec.requantised(pairs, setting)), decoded, atol=1e-4, rtol=1e-4)
         assert codec.ideal_bits(pairs, setting) < 8 * sum(map(len, spans))
-        error[step, fallback] = float(apply_blocks(decoded - rows, codec.weighting.root).pow(2).mean())
+        error[step, fallback] = float(codec.weighting.whiten(decoded - rows).pow(2).mean())
     assert error[0.5, True] < 0.5**2 / 6 and 2 * error[0.5, True] < error[0.5, False], "the rows alone leave a floor"
     assert error[0.125, True] < 0.15 * error[0.5, True]
     mixed = codec.encode_many(pairs, [SpanSetting(0.5), SpanSetting(0.25, True), SpanSetting(0.5)])
@@ -118,7 +117,7 @@ def test_token_levels_change_the_step(codec: KvCodec, source) -> None:
     levels = torch.zeros(64, dtype=torch.int64)
     levels[::2] = -8
     plain, mixed = codec.encode(rows, zero, "tiny"), codec.encode(rows, zero, "tiny", levels)
-    error = apply_blocks(codec.decode(mixed, zero) - rows, codec.weighting.root).pow(2).mean(1)
+    error = codec.weighting.whiten(codec.decode(mixed, zero) - rows).pow(2).mean(1)
     assert len(mixed) > len(plain) and error[::2].mean() < 0.5 * error[1::2].mean()
 
 
@@ -127,10 +126,10 @@ def test_extreme_values_are_codable(codec: KvCodec) -> None:
     rows[1] = 1e5
     rows[2, ::7] = -3e4
     decoded = codec.decode(codec.encode(rows, torch.zeros_like(rows), "near-lossless"), torch.zeros_like(rows))
-    weighted = apply_blocks(rows, codec.weighting.root)
+    weighted = codec.weighting.whiten(rows)
     kept = codec.transform.expand(codec.transform.project(weighted, codec.num_components(0.6)), codec.layout.dim)
     assert torch.isfinite(decoded).all()
-    assert (apply_blocks(decoded, codec.weighting.root) - kept).abs().max() < 1e-2 * kept.abs().max()
+    assert (codec.weighting.whiten(decoded) - kept).abs().max() < 1e-2 * kept.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["global", "per_layer"])

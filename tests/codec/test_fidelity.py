@@ -12,7 +12,6 @@ from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, UnknownQuality
 from codec.fidelity import Distortion, plan_spans
 from codec.spec import QUALITIES, QUALITY_DIVERGENCE
-from codec.weighting import apply_blocks
 
 # a distortion of 0.02 at `balanced`
 CURVE = DivergenceCurve((0.01, 0.04), (0.005, 0.02))
@@ -63,7 +62,7 @@ def test_distortion_is_that_of_what_is_decoded(completed_pack, source, fallback:
     levels = [torch.randint(-3, 4, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 20)]
     factors = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in (40, 20)]
     decoded = codec.requantised(pairs, [SpanSetting(0.5, fallback)] * 2, levels)
-    errors = [apply_blocks(d - t, codec.weighting.root).pow(2).mean(1) for d, (t, _) in zip(decoded, pairs, strict=True)]
+    errors = [codec.weighting.whiten(d - t).pow(2).mean(1) for d, (t, _) in zip(decoded, pairs, strict=True)]
     expected = torch.stack([(e * f).mean() for e, f in zip(errors, factors, strict=True)])
     torch.testing.assert_close(measured(codec, pairs, levels, factors, 0.5, fallback), expected, rtol=0.02, atol=1e-4)
 
@@ -81,7 +80,7 @@ def test_each_span_gets_the_coarsest_setting_that_keeps_the_promise(completed_pa
         assert not plan.settings[2].fallback and plan.settings[1].fallback
         spans = codec.encode_many(pairs, plan.settings, plan.levels)
         decoded = codec.decode_many(spans, [z for _, z in pairs])
-        error = [float(apply_blocks(d - t, codec.weighting.root).pow(2).mean()) for d, (t, _) in zip(decoded, pairs, strict=True)]
+        error = [float(codec.weighting.whiten(d - t).pow(2).mean()) for d, (t, _) in zip(decoded, pairs, strict=True)]
         assert max(map(CURVE.divergence_of, error)) < 1.4 * want, "the choice by rate adds to what was measured"
         sizes[quality], promised[quality] = [len(span) for span in spans], plan.divergence
     for finer, coarser in zip(list(QUALITIES)[:-1], list(QUALITIES)[1:], strict=True):

@@ -11,7 +11,6 @@ from codec.pack import CodecPack
 from codec.pages import PageDecoder
 from codec.predictor.dense import DensePredictor
 from codec.predictor.features import FeatureSpec
-from codec.weighting import apply_blocks
 from kernels.rope.reference import apply_rope
 
 SIZES, PAGE, FEATURES = (40, 7, 20), 8, 21
@@ -116,7 +115,7 @@ def test_rounding_adds_little_to_the_codes_own_error(codec: KvCodec, source) -> 
     pages = PageDecoder(codec, predictor_of(layout.dim, "cpu", scale=0.0), torch.bfloat16)
     pages.write_pages(pages.start([span]), torch.zeros(64, FEATURES), None, kv, slots, cos, torch.zeros_like(cos), layout.first_layer)
     back = kv[layout.first_layer :].flatten(2, 3).permute(2, 0, 1, 3, 4).reshape(64, -1).float()
-    errors = [float(apply_blocks(x - rows, codec.weighting.root).pow(2).mean()) for x in (own, back)]
+    errors = [float(codec.weighting.whiten(x - rows).pow(2).mean()) for x in (own, back)]
     assert errors[1] < 1.01 * errors[0]
 
 

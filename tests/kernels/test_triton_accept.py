@@ -15,14 +15,16 @@ from kernels.philox import triton as philox_triton
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.mark.parametrize("lane", [0, 1, 2, 2**31 + 5])
-def test_philox_is_the_same_number(lane, device):
-    generator = torch.Generator().manual_seed(lane % 1000)
+@pytest.mark.parametrize("counter", [0, 1, 2, 2**31 + 5])
+def test_philox_is_the_same_number(counter, device):
+    generator = torch.Generator().manual_seed(counter % 1000)
     seed = torch.randint(-(2**62), 2**62, (301,), generator=generator).to(device)
     position = torch.randint(0, 2**40, (301,), generator=generator).to(device)
-    got = philox_triton.philox_uniform(seed, position, lane)
-    assert torch.equal(got, philox_reference.philox_uniform(seed, position, lane))
-    assert torch.equal(philox_triton.philox_uniform(seed[:1], position, lane), philox_reference.philox_uniform(seed[:1], position, lane))
+    got = philox_triton.philox_uniform(seed, position, counter)
+    assert torch.equal(got, philox_reference.philox_uniform(seed, position, counter))
+    assert torch.equal(
+        philox_triton.philox_uniform(seed[:1], position, counter), philox_reference.philox_uniform(seed[:1], position, counter)
+    )
 
 
 def _distributions(rows, vocab, generator, sharpness):

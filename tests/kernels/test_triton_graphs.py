@@ -22,7 +22,7 @@ def test_a_step_is_captured_and_replayed():
     batch, n, heads, groups, d, size, vocab = 3, 2, 6, 2, 64, 16, 5000
     generator = torch.Generator(device).manual_seed(1)
     pool = torch.randn(2, 40, size, groups, d, device=device, dtype=dtype, generator=generator)
-    hot = new_pages(4, 40, size, groups, d, device)
+    quantised = new_pages(4, 40, size, groups, d, device)
     means = ChannelMeans(
         torch.randn(groups, d, device=device, generator=generator), torch.randn(groups, d, device=device, generator=generator)
     )
@@ -41,11 +41,11 @@ def test_a_step_is_captured_and_replayed():
     def step():
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + groups], qkv[:, heads + groups :]
         kv_write.kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, pool[0], pool[1])
-        quantized_write.quantized_kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, means, hot)
+        quantized_write.quantized_kv_write(k, v, cos[: batch * n], sin[: batch * n], rows, means, quantised)
         return (
             paged.paged_attention(q, pool[0], pool[1], table, lens, contexts, 0.1, max_query_len=n),
             paged.paged_attention(q, pool[0], pool[1], table, lens, contexts, 0.1, max_query_len=n, deterministic=True),
-            quantized_attention.quantized_paged_attention(q, hot, means, cos, sin, table, lens, contexts, 0.1, max_query_len=n),
+            quantized_attention.quantized_paged_attention(q, quantised, means, cos, sin, table, lens, contexts, 0.1, max_query_len=n),
             *accept.accept(probs, drafts, tokens, counts, seeds, seeds, n),
         )
 

@@ -1,4 +1,4 @@
-"""The hot formats: what a row loses, writing in Triton against the twin, attention in Triton against dense attention over decoded rows."""
+"""The quantised formats: what a row loses, writing in Triton against the twin, attention in Triton against dense attention over decoded rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First and last tokens kept exact beside hot pages: attention reads them and not their codes, in the twin and in Triton."""
+"""First and last tokens kept exact beside quantised pages: attention reads them and not their codes, in the twin and in Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of the peers against outside truth: published distortions, brute force, another coder's sizes."""
+"""Parts of the baselines against outside truth: published distortions, brute force, another coder's sizes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_turboquant_reaches_the_published_distortion(bits: int, published: float
     """TurboQuant (2504.19874): D_mse of unit vectors at 1..4 bits, within 3%."""
     layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=128)
     kv = torch.randn(3000, layout.dim, generator=torch.Generator().manual_seed(0))
-    peer = TurboQuant(layout, bits)
-    decoded = peer.decode(peer.encode(kv))
+    baseline = TurboQuant(layout, bits)
+    decoded = baseline.decode(baseline.encode(kv))
     a, b = kv[NUM_SINKS:].reshape(-1, 128), decoded[NUM_SINKS:].reshape(-1, 128)
     distortion = ((a - b).pow(2).sum(1) / a.pow(2).sum(1)).mean().item()
     assert abs(distortion / published - 1) < 0.03
@@ -84,13 +84,13 @@ def test_kvtc_spends_its_budget_and_no_more(group: int) -> None:
     layout = KvLayout(num_layers=2, num_kv_heads=2, head_dim=64)
     generator = torch.Generator().manual_seed(3)
     mixing = torch.randn(layout.dim, layout.dim, generator=generator) * torch.logspace(0, -2, layout.dim)[:, None]
-    peer = Kvtc(layout, 1.0, group=group)
-    peer.fit(torch.randn(1500, layout.dim, generator=generator) @ mixing)
+    baseline = Kvtc(layout, 1.0, group=group)
+    baseline.fit(torch.randn(1500, layout.dim, generator=generator) @ mixing)
     kv = torch.randn(260, layout.dim, generator=generator) @ mixing
-    bits = 8 * (len(peer.encode(kv)) - NUM_SINKS * layout.dim * 2) / ((260 - NUM_SINKS) * layout.dim)
+    bits = 8 * (len(baseline.encode(kv)) - NUM_SINKS * layout.dim * 2) / ((260 - NUM_SINKS) * layout.dim)
     assert 0.5 < bits < 1.02
-    assert len({b.kind for blocks in peer.blocks for b in blocks}) >= 2
-    decoded = peer.decode(peer.encode(kv))
+    assert len({b.kind for blocks in baseline.blocks for b in blocks}) >= 2
+    decoded = baseline.decode(baseline.encode(kv))
     assert (decoded - kv)[NUM_SINKS:].pow(2).sum() < 0.3 * kv[NUM_SINKS:].pow(2).sum()  # one bit without a transform: 0.36
 
 

@@ -21,8 +21,8 @@ def test_rms_normalise_ignores_scale() -> None:
 def test_join_features_order_and_sizes() -> None:
     rows, target_rows = torch.randn(4, 2, 6), torch.randn(4, 3, 5)
     joined, spec = join_features(rows, target_rows), FeatureSpec((3, 7), (0, 1, 2))
-    assert joined.shape == (4, spec.num_features(6, 5)) and spec.target_layers == 2
-    assert FeatureSpec.from_settings(spec.as_settings()) == spec and FeatureSpec((1,), ()).target_layers == 0
+    assert joined.shape == (4, spec.num_features(6, 5)) and spec.recomputed_layers == 2
+    assert FeatureSpec.from_settings(spec.as_settings()) == spec and FeatureSpec((1,), ()).recomputed_layers == 0
     torch.testing.assert_close(joined[:, 6:12], rms_normalise(rows[:, 1]))
     torch.testing.assert_close(joined[:, 17:22], rms_normalise(target_rows[:, 1]))
     with pytest.raises(PredictorError):

@@ -70,8 +70,8 @@ def test_dense_predictor_is_the_ridge_solution_up_to_rounding() -> None:
     predictor = DensePredictor.from_pack(tensors, settings)
     predicted = predictor.predict(predictor.reduce(rows), target_rows)
     assert float((predicted - y).pow(2).mean() / y.var()) < 0.01
-    assert predictor.step_octaves(predictor.reduce(rows), target_rows) is None
-    octaves = DensePredictor.from_pack(tensors, settings | {"level_strength": 0.5}).step_octaves(predictor.reduce(rows), target_rows)
+    assert predictor.log2_step(predictor.reduce(rows), target_rows) is None
+    octaves = DensePredictor.from_pack(tensors, settings | {"level_strength": 0.5}).log2_step(predictor.reduce(rows), target_rows)
     assert octaves is not None and torch.allclose(octaves, -0.25 * (standard @ truth_map[:, 0]), atol=1e-3)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) < 0.2 * truth_map.numel() * 4 + 4000
     with pytest.raises(PredictorError, match="target's hidden states"):

@@ -50,5 +50,5 @@ def test_weighting_inverts_and_leaves_out_uncoded_layers(tiny_model) -> None:
         assert grad.shape == (2, 30 - NUM_SINKS, layout.dim) and bool(grad.abs().sum(-1).gt(0).all())
         sums.add(grad)
     weighting = sums.weighting()
-    eye = torch.eye(c.head_dim).expand_as(weighting.root)
-    assert torch.allclose(weighting.root @ weighting.inverse, eye, atol=1e-3)
+    eye = torch.eye(c.head_dim).expand_as(weighting.sensitivity_sqrt)
+    assert torch.allclose(weighting.sensitivity_sqrt @ weighting.inverse, eye, atol=1e-3)

@@ -12,7 +12,6 @@ from codec.pack import CodecPack
 from codec.predictor.dense import DensePredictor, load_predictor
 from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, QUALITIES
-from codec.weighting import apply_blocks
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.divergence import measure_divergence
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
@@ -58,9 +57,9 @@ def test_query_statistics_and_weights(target, docs) -> None:
     batch = stream.run(docs[:6], queries)
     layout = stream.layout
     weighting = queries.weighting(target, layout, block_covariances(batch.y, layout.head_dim))
-    product = weighting.root @ weighting.inverse
+    product = weighting.sensitivity_sqrt @ weighting.inverse
     torch.testing.assert_close(product, torch.eye(layout.head_dim).expand_as(product), atol=1e-2, rtol=1e-2)
-    spread = apply_blocks(batch.y - batch.y.mean(0), weighting.root).pow(2).mean()
+    spread = weighting.whiten(batch.y - batch.y.mean(0)).pow(2).mean()
     torch.testing.assert_close(spread, torch.tensor(1.0), atol=1e-3, rtol=1e-3)
     # turning a query keeps its length: the moments' traces are the queries' mean squares, wherever the queries were turned to
     lengths: list[torch.Tensor] = []
@@ -117,7 +116,7 @@ def test_full_pack(target, draft, docs, tmp_path: Path, recomputed: int, options
     assert isinstance(predictor, DensePredictor) == (options.get("predictor") == "dense")
     codec = KvCodec(pack)
     decoded = codec.decode(codec.encode(batch.y, prediction, "near-lossless"), prediction)
-    error, residual = (apply_blocks(x - batch.y, codec.weighting.root).pow(2).mean() for x in (decoded, prediction))
+    error, residual = (codec.weighting.whiten(x - batch.y).pow(2).mean() for x in (decoded, prediction))
     # a better prediction leaves residuals nearer to the step, of which less can be coded away
     assert error < 0.6**2 / 6 and error < (0.4 if isinstance(predictor, DensePredictor) else 0.3) * residual
 

@@ -81,7 +81,7 @@ def test_more_of_the_budget_buys_fewer_bits(target, draft, docs):
         best = min(rows, key=lambda row: row["bits_per_element"])
         predictor = load_predictor(pack.predictor, pack.predictor_settings)
         assert isinstance(predictor, DensePredictor) == (best["rank"] is None)
-        assert pack.layout.first_layer == predictor.spec.target_layers
+        assert pack.layout.first_layer == predictor.spec.recomputed_layers
         chosen.append(best["features"])
         bits.append(pack.info["ideal_bits_per_element"]["balanced"])
     assert chosen[0] != chosen[1] and bits[1] < bits[0]

@@ -35,7 +35,7 @@ def shipped(tmp_path, chat_folders, monkeypatch):
     return folder / "b"
 
 
-def test_trunk_is_the_shipped_draft_head_of_a_target_of_its_shape(shipped, chat_engine, chat_folders, random_decoder):
+def test_the_default_is_the_shipped_draft_head_of_a_target_of_its_shape(shipped, chat_engine, chat_folders, random_decoder):
     engine = chat_engine("trunk")
     assert engine.core.source.folder == shipped and engine.drafter_name == "draft head"
     assert (

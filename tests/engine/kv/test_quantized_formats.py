@@ -1,4 +1,4 @@
-"""Engines whose target's KV is hot: text, speculation, sessions, channel means, refusals, and what acceptance loses."""
+"""Engines whose target's KV is quantised: text, speculation, sessions, channel means, refusals, and what acceptance loses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-import engine.calibrate.channel_means as hot_means
+import engine.calibrate.channel_means as channel_means_module
 import eval_hot
 from engine.calibrate.channel_means import channel_means, measure_means
 from engine.calibrate.corpus import documents, library_texts
@@ -25,8 +25,8 @@ IDS = [list(range(40, 52)), [200, 3, 77], list(range(90, 160))]
 
 
 @pytest.fixture(scope="module")
-def hot_folders(tmp_path_factory, byte_tokenizer):
-    """Folders of a tiny target with a head size that hot formats take, and of a draft like it: its first two of four layers, a little altered."""
+def quantised_folders(tmp_path_factory, byte_tokenizer):
+    """Folders of a tiny target with a head size that quantised formats take, and of a draft like it: its first two of four layers, a little altered."""
     root = tmp_path_factory.mktemp("hot")
     weights = {}
     for name, layers in (("target", 4), ("draft", 2)):
@@ -62,22 +62,22 @@ def hot_folders(tmp_path_factory, byte_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def hot_engine(hot_folders, pack_home):
-    """`hot_engine(hot, draft="draft"|"trunk"|"none", **options)` -> a new float32 engine; its packs and means lie in the tests' own cache."""
+def quantised_engine(quantised_folders, pack_home):
+    """`quantised_engine(kv_format, draft="draft"|"trunk"|"none", **options)` -> a new float32 engine; packs and means lie in the tests' own cache."""
 
-    def make(hot, draft="draft", **options):
-        source = hot_folders / "draft" if draft == "draft" else draft
+    def make(kv_format, draft="draft", **options):
+        source = quantised_folders / "draft" if draft == "draft" else draft
         options = {"device": "cpu", "dtype": "float32", "page_size": 16, "pool_tokens": 1 << 13} | options
-        return Engine.from_pretrained(hot_folders / "target", source, hot=hot, **options)
+        return Engine.from_pretrained(quantised_folders / "target", source, kv_cache_dtype=kv_format, **options)
 
     return make
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk"])
-@pytest.mark.parametrize("hot", FORMATS)
-def test_greedy_text_with_and_without_speculation(hot_engine, hot, draft):
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_greedy_text_with_and_without_speculation(quantised_engine, kv_format, draft):
     params = [SamplingParams(24, draft_length=length, ignore_eos=True) for length in (0, 3)]
-    engine = hot_engine(hot, draft, deterministic=True)
+    engine = quantised_engine(kv_format, draft, deterministic=True)
     plain = [engine.generate([ids], params[0])[0].token_ids for ids in IDS]
     together = engine.generate(IDS, params[1])
     assert [r.token_ids for r in together] == plain
@@ -85,14 +85,14 @@ def test_greedy_text_with_and_without_speculation(hot_engine, hot, draft):
     assert 0 < accepted < proposed
     engine.core.pool.check_integrity()
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
-    assert plain != [r.token_ids for r in hot_engine("bf16", draft, deterministic=True).generate(IDS, params[0])] or hot == "q4"
+    assert plain != [r.token_ids for r in quantised_engine("bf16", draft, deterministic=True).generate(IDS, params[0])] or kv_format == "q4"
 
 
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
-def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
+def test_a_suspended_session_goes_on_in_quantised_pages(quantised_engine, draft, tmp_path):
     text = "def area(r):\n    return 3.14 * r * r\n\nclass Circle:\n    def __init__(self, radius):\n        self.radius = radius\n"
     params = SamplingParams(12, ignore_eos=True, draft_length=2)
-    with hot_engine("q4", draft).session(quality="near-lossless", log=lambda _: None) as session:
+    with quantised_engine("q4", draft).session(quality="near-lossless", log=lambda _: None) as session:
         session.generate(text, params)
         kept, length = session.token_ids, session.conversation.sequence.length
         figures = session.kv_figures
@@ -104,12 +104,12 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
         and figures["raw_bytes"] == length * 4 * 2 * 32 * 2
     )
     back = {}
-    for hot in ("bf16", "q4", "q2"):
-        engine = hot_engine(hot, draft)
+    for kv_format in ("bf16", "q4", "q2"):
+        engine = quantised_engine(kv_format, draft)
         with engine.session(tmp_path / "a.kv", log=lambda _: None) as resumed:
             assert resumed.token_ids == kept
-            back[hot] = engine.core.target.read_kv(resumed.conversation.sequence, 0, length)
-            torch.testing.assert_close(back[hot][:4], rows[:4], rtol=1e-3, atol=1e-3)
+            back[kv_format] = engine.core.target.read_kv(resumed.conversation.sequence, 0, length)
+            torch.testing.assert_close(back[kv_format][:4], rows[:4], rtol=1e-3, atol=1e-3)
             resumed.generate(" return", params)
             resumed.suspend(tmp_path / "b.kv")
         engine.core.pool.check_integrity()
@@ -120,18 +120,18 @@ def test_a_suspended_session_goes_on_in_hot_pages(hot_engine, draft, tmp_path):
     assert lost(back["bf16"], rows) < 0.2 and lost(back["q4"], rows) < 0.2
     if draft != "trunk":  # whose features are of the format they were computed in
         assert 1e-3 < lost(back["q4"], back["bf16"]) < 0.011 and 0.04 < lost(back["q2"], back["bf16"]) < 0.13, (
-            "what was decoded, in hot pages"
+            "what was decoded, in quantised pages"
         )
 
 
-def test_memory_is_what_the_pool_holds(hot_engine):
-    sizes = {hot: hot_engine(hot, "none").memory()["pool_bytes"] for hot in KV_CACHE_DTYPES}
-    bits = {hot: element_bits(hot, 32, torch.float32) for hot in KV_CACHE_DTYPES}
+def test_memory_is_what_the_pool_holds(quantised_engine):
+    sizes = {kv_format: quantised_engine(kv_format, "none").memory()["pool_bytes"] for kv_format in KV_CACHE_DTYPES}
+    bits = {kv_format: element_bits(kv_format, 32, torch.float32) for kv_format in KV_CACHE_DTYPES}
     assert bits == {"bf16": 32, "q4": 4.5, "q3": 3.5, "q2": 2.5}
     elements = sizes["bf16"] // 4
-    for hot in FORMATS:
+    for kv_format in FORMATS:
         exact = FIRST_SLOTS * 4 * 2 * (4 + RING) * 32 * 4  # slots, layers, key and value, tokens, channels, float32
-        assert sizes[hot] == elements * bits[hot] / 8 + exact
+        assert sizes[kv_format] == elements * bits[kv_format] / 8 + exact
 
 
 # --- means --------------------------------------------------------------------------------------------------------------
@@ -140,12 +140,12 @@ def test_memory_is_what_the_pool_holds(hot_engine):
 @pytest.fixture
 def fresh_home(monkeypatch, tmp_path):
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
-    monkeypatch.setattr(hot_means, "NUM_TOKENS", 300)
+    monkeypatch.setattr(channel_means_module, "NUM_TOKENS", 300)
     return tmp_path
 
 
-def test_means_are_measured_once_and_mend_when_damaged(hot_engine, fresh_home, capsys):
-    engine = hot_engine("bf16", "none")
+def test_means_are_measured_once_and_mend_when_damaged(quantised_engine, fresh_home, capsys):
+    engine = quantised_engine("bf16", "none")
     given = engine.core.target, engine.tokenizer, engine.core.config.target_dir
     first = channel_means(*given)
     assert "measuring" in capsys.readouterr().err
@@ -160,8 +160,8 @@ def test_means_are_measured_once_and_mend_when_damaged(hot_engine, fresh_home, c
     assert list((fresh_home / "hot").glob("*.part")) == []
 
 
-def test_means_are_those_of_the_text(hot_engine):
-    engine = hot_engine("bf16", "none")
+def test_means_are_those_of_the_text(quantised_engine):
+    engine = quantised_engine("bf16", "none")
     mean = measure_means(engine.core.target, engine.tokenizer, 2000)
     assert mean.shape == (4, 2, 1, 32) and mean.dtype == torch.float32
     texts, _ = documents(library_texts(seed=1), engine.tokenizer, 2000, 200)
@@ -175,28 +175,37 @@ def test_means_are_those_of_the_text(hot_engine):
     assert float((other - mean.flatten()).norm() / other.norm()) < 0.35
 
 
-def test_a_model_without_tokenizer_needs_kept_means(hot_engine, fresh_home):
-    target = hot_engine("bf16", "none").core.target
+def test_a_model_without_tokenizer_needs_kept_means(quantised_engine, fresh_home):
+    target = quantised_engine("bf16", "none").core.target
     with pytest.raises(InvalidOption, match="no tokenizer"):
-        Engine(target, None, hot="q4")
+        Engine(target, None, kv_cache_dtype="q4")
 
 
-def test_what_does_not_go_is_refused_by_name(hot_engine, chat_engine, capsys, chat_folders):
-    with pytest.raises(InvalidOption, match="unknown hot format 'q5'"):
-        hot_engine("q5", "none")
+def test_what_does_not_go_is_refused_by_name(quantised_engine, chat_engine, capsys, chat_folders):
+    with pytest.raises(InvalidOption, match="unknown KV cache dtype 'q5'"):
+        quantised_engine("q5", "none")
     target = chat_engine("none").core.target
     with pytest.raises(InvalidOption, match="head size"):
         open_pool(target, "q4", 4, 16, 4)
     with pytest.raises(InvalidOption, match="channel means"):
-        open_pool(hot_engine("bf16", "none").core.target, "q4", 4, 16, 4)
+        open_pool(quantised_engine("bf16", "none").core.target, "q4", 4, 16, 4)
     with pytest.raises(InvalidOption, match="head size"):
         default_pool_tokens(target, None, "q2")
     assert main(["--target", str(chat_folders.target), "--device", "cpu", "--hot", "q4", "hi"]) == 2
-    assert "use --hot bf16" in capsys.readouterr().err
+    assert "use --kv-cache-dtype bf16" in capsys.readouterr().err
 
 
-def test_command_line(hot_folders, pack_home, capsys):
-    options = ["--target", str(hot_folders / "target"), "--draft", str(hot_folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+def test_command_line(quantised_folders, pack_home, capsys):
+    options = [
+        "--target",
+        str(quantised_folders / "target"),
+        "--draft",
+        str(quantised_folders / "draft"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     assert main([*options, "--hot", "q3", "--json", "--max-new-tokens", "8", "colours"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out.splitlines()[-1])
@@ -207,26 +216,35 @@ def test_command_line(hot_folders, pack_home, capsys):
 # --- what it costs ------------------------------------------------------------------------------------------------------
 
 
-def test_acceptance_stays_within_a_point(hot_engine):
-    engine = hot_engine("bf16")
+def test_acceptance_stays_within_a_point(quantised_engine):
+    engine = quantised_engine("bf16")
     text = engine.encode("".join(f"def f{n}(x, y):\n    return x * {n} + y\n\n\n" for n in range(60)))
     windows = [text[start : start + 128] for start in range(0, 128 * 8, 128)]
-    rows = {hot: eval_hot.loss(engine, hot, windows, 128) for hot in KV_CACHE_DTYPES}
+    rows = {kv_format: eval_hot.loss(engine, kv_format, windows, 128) for kv_format in KV_CACHE_DTYPES}
     plain = rows["bf16"]
     assert abs(plain["kl"]) < 1e-6 and 0.3 < plain["expected_acceptance"] < 0.99
-    kl = [rows[hot]["kl"] for hot in FORMATS]
+    kl = [rows[kv_format]["kl"] for kv_format in FORMATS]
     assert kl == sorted(kl) and kl[0] > 1e-4 and kl[2] < 0.3
-    for hot in ("q4", "q3"):
-        for found in (rows[hot], rows[hot]["running"]):
+    for kv_format in ("q4", "q3"):
+        for found in (rows[kv_format], rows[kv_format]["running"]):
             assert abs(found["expected_acceptance"] - plain["expected_acceptance"]) < 0.01
     pool = eval_hot.pool_of(engine, "q4", 128)
     assert isinstance(pool, QuantizedPool) and pool.bits == 4
 
 
-def test_eval_script(hot_folders, pack_home, tmp_path, capsys):
+def test_eval_script(quantised_folders, pack_home, tmp_path, capsys):
     for number in range(3):
         (tmp_path / f"{number}.py").write_text("".join(f"def f{n}(x):\n    return x * {n + number}\n\n\n" for n in range(20)))
-    models = ["--target", str(hot_folders / "target"), "--draft", str(hot_folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+    models = [
+        "--target",
+        str(quantised_folders / "target"),
+        "--draft",
+        str(quantised_folders / "draft"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     sizes = ["--tokens", "128", "--context", "64", "--prompts", "2", "--prompt-tokens", "20", "--new-tokens", "12", "--draft-length", "2"]
     out = tmp_path / "hot.json"
     assert eval_hot.main([*models, "--text", str(tmp_path), *sizes, "--formats", "bf16,q2", "--json-out", str(out)]) == 0
@@ -234,14 +252,14 @@ def test_eval_script(hot_folders, pack_home, tmp_path, capsys):
     assert [line.split()[0] for line in printed] == ["bf16", "q2"]
     found = json.loads(out.read_text())
     assert found["test_sequences"] == 2 and found["command"].startswith("scripts/eval_hot.py --target")
-    plain, hot = found["rows"]
-    assert plain["kl"] < 1e-6 < hot["kl"] and hot["bits_per_element"] == 2.5
+    plain, kv_format = found["rows"]
+    assert plain["kl"] < 1e-6 < kv_format["kl"] and kv_format["bits_per_element"] == 2.5
     for row in found["rows"]:
         assert [s["temperature"] for s in row["speculation"]] == [0.0, 1.0]
         for s in row["speculation"]:
             assert s["new_tokens"] == 24 and 0 <= s["accepted"] <= s["proposed"] and s["proposed"] > 0
     refused = {
-        "unknown hot format 'q7'": ["--formats", "q4,q7"],
+        "unknown KV cache dtype 'q7'": ["--formats", "q4,q7"],
         "nothing to score": ["--context", "4"],
         "at least": ["--draft-length", "0"],
     }

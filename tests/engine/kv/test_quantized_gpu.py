@@ -20,9 +20,9 @@ PAIR = "qwen2.5-coder"
 KL = {"q4": 0.0025, "q3": 0.008, "q2": 0.035}  # half as much again as on 24 windows of other text
 
 
-@pytest.mark.parametrize("hot", FORMATS)
+@pytest.mark.parametrize("kv_format", FORMATS)
 @torch.inference_mode()
-def test_cuda_agrees_with_the_cpu(tiny_model, hot):
+def test_cuda_agrees_with_the_cpu(tiny_model, kv_format):
     model = tiny_model("qwen2", hidden_size=48, head_dim=32, num_attention_heads=4, num_key_value_heads=2)
     cuda = Decoder.from_pretrained(model.folder, dtype=torch.float32, device="cuda")
     ids = torch.randint(0, 97, (200,), generator=torch.Generator().manual_seed(1))
@@ -30,7 +30,7 @@ def test_cuda_agrees_with_the_cpu(tiny_model, hot):
     means = torch.randn(c.num_layers, 2, c.num_kv_heads, c.head_dim, generator=torch.Generator().manual_seed(2)) * 0.3
 
     def feed(decoder, sizes, deterministic):
-        pool = QuantizedPool(FORMATS[hot], means.to(decoder.device), 2, 64, dtype=torch.float32, max_pages=8)
+        pool = QuantizedPool(FORMATS[kv_format], means.to(decoder.device), 2, 64, dtype=torch.float32, max_pages=8)
         sequence = pool.new_sequence()
         rows = []
         for block in ids.to(decoder.device).split(sizes):
@@ -59,23 +59,23 @@ def qwen():
 def test_loss_and_acceptance_of_the_qwen_pair(qwen):
     texts, _ = documents(library_texts(seed=1), qwen.tokenizer, 30_000, 1024, per_text=1)
     windows = [ids for ids in texts if len(ids) == 1024][:8]
-    rows = {hot: eval_hot.loss(qwen, hot, windows, 1024) for hot in KV_CACHE_DTYPES}
-    for hot, row in rows.items():
-        print(f"{hot}: KL {row['kl']:.5f}, running {row['running']['kl']:.5f}, accepted {row['running']['expected_acceptance']:.4f}")
+    rows = {kv_format: eval_hot.loss(qwen, kv_format, windows, 1024) for kv_format in KV_CACHE_DTYPES}
+    for kv_format, row in rows.items():
+        print(f"{kv_format}: KL {row['kl']:.5f}, running {row['running']['kl']:.5f}, accepted {row['running']['expected_acceptance']:.4f}")
     plain = rows["bf16"]["running"]["expected_acceptance"]
     assert 0.6 < plain < 0.95
-    for hot, bound in KL.items():
-        assert rows[hot]["kl"] < bound, hot
-        assert abs(rows[hot]["running"]["expected_acceptance"] - plain) < 0.01, hot
+    for kv_format, bound in KL.items():
+        assert rows[kv_format]["kl"] < bound, kv_format
+        assert abs(rows[kv_format]["running"]["expected_acceptance"] - plain) < 0.01, kv_format
 
 
-@pytest.mark.parametrize("hot", ["q4", "q2"])
-def test_deterministic_text_of_the_qwen_pair(qwen, hot):
+@pytest.mark.parametrize("kv_format", ["q4", "q2"])
+def test_deterministic_text_of_the_qwen_pair(qwen, kv_format):
     engine = Engine(
         qwen.core.target,
         qwen.tokenizer,
         draft=qwen.core.source,
-        hot=hot,
+        kv_cache_dtype=kv_format,
         deterministic=True,
         pool_tokens=1 << 14,
         target_dir=qwen.core.config.target_dir,

@@ -1,4 +1,4 @@
-"""The decoder over hot pages: what is read is near what was written, the first tokens exactly; the same bits whatever the company and the blocks."""
+"""The decoder over quantised pages: what is read is near what was written, the first tokens exactly; the same bits in any batch and blocks."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def ids():
 
 @pytest.fixture
 def quantized_pool(random_decoder):
-    """`quantized_pool(hot, **options)` -> (decoder, a hot pool of its shape with means that are not zero)."""
+    """`quantized_pool(kv_format, **options)` -> (decoder, a quantised pool of its shape with means that are not zero)."""
 
-    def make(hot, dtype=torch.float32, **options):
+    def make(kv_format, dtype=torch.float32, **options):
         decoder = random_decoder(1, **SHAPE)
         c = decoder.config
         means = torch.randn(c.num_layers, 2, c.num_kv_heads, c.head_dim, generator=torch.Generator().manual_seed(2))
-        pool = QuantizedPool(FORMATS[hot], means, dtype=dtype, **({"num_pages": 8, "page_size": 8} | options))
+        pool = QuantizedPool(FORMATS[kv_format], means, dtype=dtype, **({"num_pages": 8, "page_size": 8} | options))
         return decoder, pool, means
 
     return make
@@ -49,17 +49,17 @@ def fed(decoder, sequence, ids, sizes, deterministic=True):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("hot", FORMATS)
+@pytest.mark.parametrize("kv_format", FORMATS)
 @torch.inference_mode()
-def test_written_rows_come_back_near_and_the_first_exactly(quantized_pool, hot):
-    decoder, pool, means = quantized_pool(hot)
+def test_written_rows_come_back_near_and_the_first_exactly(quantized_pool, kv_format):
+    decoder, pool, means = quantized_pool(kv_format)
     sequence = pool.new_sequence()
     rows = torch.randn(40, 2, 2, 1, 32, generator=torch.Generator().manual_seed(5)) * 3 + means
     decoder.write_kv(sequence, 0, rows.flatten(1))
     back = decoder.read_kv(sequence, 0, 40).view_as(rows)
     torch.testing.assert_close(back[:NUM_SINKS], rows[:NUM_SINKS], rtol=1e-4, atol=1e-4)
     lost = ((back - rows) ** 2)[NUM_SINKS:].sum((0, 4)) / ((rows - means) ** 2)[NUM_SINKS:].sum((0, 4))  # of each layer's keys and values
-    assert bool((lost > ERROR[hot] / 4).all()) and bool((lost < ERROR[hot]).all())
+    assert bool((lost > ERROR[kv_format] / 4).all()) and bool((lost < ERROR[kv_format]).all())
     assert torch.equal(decoder.read_kv(sequence, 2, 9, first_layer=1), back[2:9, 1:].flatten(1))
     decoder.write_kv(sequence, 3, rows[20:25, 1:].flatten(1), first_layer=1)
     again = decoder.read_kv(sequence, 0, 40).view_as(rows)
@@ -77,26 +77,26 @@ def test_logits_follow_those_of_plain_pages(random_decoder, ids):
     rows = decoder.read_kv(plain, 0, 40)
     means = rows[NUM_SINKS:].mean(0).view(2, 2, 1, 32)
 
-    def divergence(hot, change=lambda pool, sequence: None):
-        pool = QuantizedPool(FORMATS[hot], means, 16, 8, dtype=torch.float32)
+    def divergence(kv_format, change=lambda pool, sequence: None):
+        pool = QuantizedPool(FORMATS[kv_format], means, 16, 8, dtype=torch.float32)
         sequence = pool.new_sequence()
         got = fed(decoder, sequence, ids[:30], [25, 5])
         change(pool, sequence)
         got = torch.cat([got, fed(decoder, sequence, ids[30:], [5, 5])]).log_softmax(-1)
         return (want.exp() * (want - got)).sum(-1)
 
-    kl = {hot: divergence(hot) for hot in FORMATS}
-    mean = [float(kl[hot].mean()) for hot in FORMATS]
+    kl = {kv_format: divergence(kv_format) for kv_format in FORMATS}
+    mean = [float(kl[kv_format].mean()) for kv_format in FORMATS]
     assert mean == sorted(mean) and 1e-5 < mean[0] < 0.02 and mean[2] < 0.3
-    assert all(float(kl[hot][0]) < 1e-6 for hot in FORMATS), "the first token attends to itself, which is exact"
+    assert all(float(kl[kv_format][0]) < 1e-6 for kv_format in FORMATS), "the first token attends to itself, which is exact"
     nothing = divergence("q4", lambda pool, sequence: decoder.write_kv(sequence, 0, rows[:30].flip(0)))
     assert float(nothing[30:].mean()) > 10 * mean[0], "the cache matters to this model"
 
 
-@pytest.mark.parametrize("hot", ["q4", "q2"])
+@pytest.mark.parametrize("kv_format", ["q4", "q2"])
 @torch.inference_mode()
-def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(quantized_pool, hot):
-    decoder, pool, _ = quantized_pool(hot, num_pages=4, max_pages=200)
+def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_rejected_drafts(quantized_pool, kv_format):
+    decoder, pool, _ = quantized_pool(kv_format, num_pages=4, max_pages=200)
     ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(4))
     whole = fed(decoder, pool.new_sequence(), ids, [150])
     assert torch.equal(fed(decoder, pool.new_sequence(), ids, [1] * 150), whole)

@@ -7,7 +7,7 @@ import torch
 
 from engine.model.batch_invariant import ROWS, batch_invariant, batch_invariant_silu_mul
 from engine.model.decoder import Decoder
-from engine.model.linear import Projection, choose_product
+from engine.model.linear import Projection, select_gemm
 from kernels.silu_mul import silu_mul
 
 CASES = [("llama", {}), ("qwen2", {}), ("qwen3", {"hidden_size": 96, "intermediate_size": 250, "num_hidden_layers": 2})]
@@ -77,7 +77,7 @@ def chosen(product, dtype, weight):
     projection = Projection(weight.shape[1], weight.shape[0], False)
     projection.plain.data = weight
     projection.pack()
-    return choose_product(dtype, weight.device), projection.matrix
+    return select_gemm(dtype, weight.device), projection.matrix
 
 
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (1000, 100), (7, 33), (2048, 896), (896, 4864)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.model.batch_invariant import ROWS, batch_invariant
-from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, choose_product
+from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, select_gemm
 from engine.runtime.drafters import load_draft_head
 
 needs_bytes = pytest.mark.skipif(
@@ -26,9 +26,9 @@ def test_products_are_close_to_the_weights_own(outputs, inputs):
     weight, bias = random_weight(outputs, inputs), torch.randn(outputs, generator=torch.Generator().manual_seed(0)).bfloat16()
     projection = Projection(inputs, outputs, False)
     projection.plain.data = weight.clone()
-    projection.pack(in_bytes=True)
+    projection.pack(int8=True)
     assert projection.plain is None and projection.matrix.nbytes == outputs * inputs + 2 * outputs
-    product = choose_product(weight.dtype, weight.device)
+    product = select_gemm(weight.dtype, weight.device)
     x = torch.randn(BYTE_ROWS + 5, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = x.double() @ weight.double().T
     for count in (1, 2, 5, BYTE_ROWS, BYTE_ROWS + 5):
@@ -50,8 +50,8 @@ def test_products_are_close_to_the_weights_own(outputs, inputs):
 def test_stable_products_do_not_depend_on_other_rows():
     projection = Projection(576, 960, False)
     projection.plain.data = random_weight(960, 576)
-    projection.pack(in_bytes=True)
-    linear = batch_invariant(choose_product(torch.bfloat16, torch.device("cpu")))
+    projection.pack(int8=True)
+    linear = batch_invariant(select_gemm(torch.bfloat16, torch.device("cpu")))
     x = torch.randn(7 * ROWS + 5, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     whole = linear(x, projection.matrix)
     for start, count in ((0, 1), (3, 5), (250, 30), (len(x) - 1, 1)):
@@ -63,7 +63,7 @@ def test_only_what_can_be_multiplied_is_put_into_bytes():
         assert not Int8Weight.fits(weight)
         projection = Projection(weight.shape[1], weight.shape[0], False)
         projection.plain.data = weight
-        projection.pack(in_bytes=True)
+        projection.pack(int8=True)
         assert not isinstance(projection.matrix, Int8Weight)
 
 
@@ -74,7 +74,7 @@ def test_zeros_stay_zeros():
 
 @needs_bytes
 @torch.inference_mode()
-def test_a_stored_draft_head_runs_in_bytes_and_takes_half_the_memory(random_decoder, make_draft_head, tmp_path):
+def test_a_stored_draft_head_runs_in_int8_and_takes_half_the_memory(random_decoder, make_draft_head, tmp_path):
     shape = {
         "hidden_size": 64,
         "head_dim": 16,
@@ -87,10 +87,8 @@ def test_a_stored_draft_head_runs_in_bytes_and_takes_half_the_memory(random_deco
     trained = {
         bits: load_draft_head(make_draft_head(tmp_path / str(bits), target, size=64, bits=bits), target).head_layers for bits in (8, 16)
     }
-    in_bytes = [isinstance(m.matrix, Int8Weight) for m in trained[8].modules() if isinstance(m, Projection)]
-    assert (
-        in_bytes and all(in_bytes) and not any(isinstance(m.matrix, Int8Weight) for m in trained[16].modules() if isinstance(m, Projection))
-    )
+    packed = [isinstance(m.matrix, Int8Weight) for m in trained[8].modules() if isinstance(m, Projection)]
+    assert packed and all(packed) and not any(isinstance(m.matrix, Int8Weight) for m in trained[16].modules() if isinstance(m, Projection))
     assert trained[8].weight_bytes < 0.6 * trained[16].weight_bytes
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     out = {}

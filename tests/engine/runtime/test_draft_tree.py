@@ -98,7 +98,7 @@ def test_greedy_text_equals_plain_decoding(target, draft, plain, adopted):
             assert pool.num_free_pages == pool.max_pages
 
 
-def test_an_accepted_sibling_saves_a_step(target, draft, monkeypatch):
+def test_an_accepted_leaf_saves_a_step(target, draft, monkeypatch):
     steps = []
     for allowed in (True, False):
         engine = engine_of(target, draft)

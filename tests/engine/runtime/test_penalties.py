@@ -101,7 +101,7 @@ def test_greedy_text_is_the_same_with_every_draft(pair, options):
             assert alone.speculation.acceptance_rate == 1, "draft and target see the same penalties"
 
 
-def test_a_stop_of_the_draft_length_by_itself_meets_siblings_and_penalties(pair):
+def test_a_stop_of_the_draft_length_by_itself_meets_leaves_and_penalties(pair):
     target, drafts = pair
     from draft.policy import CostModel
 

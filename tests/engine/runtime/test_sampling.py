@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import InvalidOption
 from engine.runtime.sampling import BatchSampler, SamplingParams, _mass_cuts, finite_rows, probabilities
-from kernels.accept import LANE_SAMPLE, sample_rows
+from kernels.accept import COUNTER_SAMPLE, sample_rows
 from kernels.philox import philox_uniform
 from kernels.philox.reference import philox_words
 
@@ -116,13 +116,13 @@ def test_draft_and_target_draw_the_same_token_from_the_same_distribution_under_a
     rows, places = [0] * 200, list(range(200))
     for seed, same in ((7, True), (None, False)):
         sampler = BatchSampler([SamplingParams(temperature=1.0, seed=seed)], [7], 50)
-        draft, target = sampler.draw(logits, rows, places)[0], sampler.draw(logits, rows, places, LANE_SAMPLE)[0]
+        draft, target = sampler.draw(logits, rows, places)[0], sampler.draw(logits, rows, places, COUNTER_SAMPLE)[0]
         assert torch.equal(draft, target) == same
     ids = torch.arange(0, 100, 2)
     wide = BatchSampler([SamplingParams(temperature=1.0, seed=7)], [7], 100)
     reduced, found = wide.draw(logits, rows, places, token_ids=ids)
     full = torch.full((200, 100), -math.inf).index_copy_(1, ids, logits)
-    assert torch.equal(reduced, wide.draw(full, rows, places, LANE_SAMPLE)[0]), "a reduced vocabulary has the noise of the target's ids"
+    assert torch.equal(reduced, wide.draw(full, rows, places, COUNTER_SAMPLE)[0]), "a reduced vocabulary has the noise of the target's ids"
     assert torch.allclose(torch.stack(found), probabilities(full, [wide.params[0]] * 200))
 
 
@@ -167,8 +167,8 @@ def test_uniform_numbers_are_spread_evenly_and_differ_by_every_argument(chi_squa
     assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
     counts = Counter((numbers * 20).long().tolist())
     assert chi_square_p_value(dict(counts), {i: 0.05 for i in range(20)}) > 1e-3
-    for seed, position, lane in ((1, 5, 1), (0, 6, 1), (0, 5, 2)):
-        other = philox_uniform(seeds + seed, torch.tensor(position), lane)
+    for seed, position, counter in ((1, 5, 1), (0, 6, 1), (0, 5, 2)):
+        other = philox_uniform(seeds + seed, torch.tensor(position), counter)
         assert (other == numbers).float().mean() < 0.01
         covariance = ((numbers - 0.5) * (other - 0.5)).mean()
         assert abs(covariance * 12) < 0.02  # 1/12 is the variance of a uniform number

@@ -9,15 +9,15 @@ from scipy import stats
 
 from engine.errors import InvalidOption
 from engine.text.chat_opening import ChatOpening, chat_opening
-from engine.train import self_generated as self_text
-from engine.train.self_generated import SelfTextOptions, assemble, draw
+from engine.train import self_generated as self_generation
+from engine.train.self_generated import SelfGenerationOptions, assemble, draw
 
 CHAT = ChatOpening(opening=(3, 4, 6), closing=(2, 7, 8), ends=(2, 5))
 
 
 def test_turns_follow_the_template_and_rows_start_anew(random_decoder):
     decoder = random_decoder(1, scale=0.1, vocab_size=12)
-    docs = draw(decoder, CHAT, SelfTextOptions(rows=6, context=64, temperatures=(1.0, 1.0)), tokens=6 * 128)
+    docs = draw(decoder, CHAT, SelfGenerationOptions(rows=6, context=64, temperatures=(1.0, 1.0)), tokens=6 * 128)
     assert len(docs) > 12 and docs.facts["drawn_tokens"] == 6 * 128
     whole = 0
     for i in range(len(docs)):
@@ -35,12 +35,12 @@ def test_turns_follow_the_template_and_rows_start_anew(random_decoder):
 
 @torch.no_grad()
 def test_the_distribution_is_the_engines(random_decoder, monkeypatch):
-    monkeypatch.setattr(self_text, "ROUND_STEPS", 3)
+    monkeypatch.setattr(self_generation, "ROUND_STEPS", 3)
     decoder = random_decoder(2, vocab_size=12)
     chat = ChatOpening((3, 4), (10, 7), (9,))  # this model often says 10 at once, which ends the question here, and hardly ever 9
     torch.manual_seed(0)
-    sampler = self_text.SelfTextSampler(
-        decoder, chat, SelfTextOptions(rows=2000, context=64, temperatures=(0.7, 0.7), answer_temperature=1.3)
+    sampler = self_generation.SelfGenerationSampler(
+        decoder, chat, SelfGenerationOptions(rows=2000, context=64, temperatures=(0.7, 0.7), answer_temperature=1.3)
     )
     said, flags = sampler.round()
     empty = said[0] == 10
@@ -58,7 +58,7 @@ def test_the_distribution_is_the_engines(random_decoder, monkeypatch):
 
 def test_greedy_answers_are_the_engines(random_decoder):
     decoder = random_decoder(3, scale=0.1, vocab_size=12)
-    docs = draw(decoder, CHAT, SelfTextOptions(rows=4, context=64, answer_temperature=0.0), tokens=4 * 128)
+    docs = draw(decoder, CHAT, SelfGenerationOptions(rows=4, context=64, answer_temperature=0.0), tokens=4 * 128)
     checked = 0
     for i in range(len(docs)):
         tokens, answer = docs.document(i).tolist(), int(docs.answers[i])
@@ -71,7 +71,7 @@ def test_greedy_answers_are_the_engines(random_decoder):
 def test_the_same_seed_draws_the_same(random_decoder):
     decoder = random_decoder(1, scale=0.1, vocab_size=12)
     state = torch.get_rng_state()
-    one, two, other = (draw(decoder, CHAT, SelfTextOptions(rows=3, context=64, seed=seed), tokens=300).digest for seed in (5, 5, 6))
+    one, two, other = (draw(decoder, CHAT, SelfGenerationOptions(rows=3, context=64, seed=seed), tokens=300).digest for seed in (5, 5, 6))
     assert one == two != other and torch.equal(state, torch.get_rng_state())
 
 
@@ -80,7 +80,7 @@ def test_conversations_begin_with_given_messages(random_decoder):
     given = [[9, 10], [11], [5, 2, 9]]  # ends within a message do not end it
 
     def begun(share, chat=CHAT):
-        docs = draw(decoder, chat, SelfTextOptions(rows=6, context=64, given_share=share), given=given, tokens=6 * 640)
+        docs = draw(decoder, chat, SelfGenerationOptions(rows=6, context=64, given_share=share), given=given, tokens=6 * 640)
         scripts = [(*message, *chat.closing) for message in given]
         found = []
         for i in range(len(docs)):
@@ -95,13 +95,13 @@ def test_conversations_begin_with_given_messages(random_decoder):
     assert 0.1 < sum(n is not None for n in some) / len(some) < 0.6
     assert 2 not in begun(0.0), "the model itself never writes an end into a message"
     assert {0, 1, 2} <= set(begun(1.0, ChatOpening((3, 4, 6), (7,), (2, 5)))), "a closing of one token"
-    long = draw(decoder, CHAT, SelfTextOptions(rows=2, context=64, given_share=1.0), given=[[9] * 99, [10]], tokens=2 * 256)
+    long = draw(decoder, CHAT, SelfGenerationOptions(rows=2, context=64, given_share=1.0), given=[[9] * 99, [10]], tokens=2 * 256)
     assert {int(a) for a in long.answers} <= {7, 32, *long.lengths.tolist()}, "half of the context is the answer's"
 
 
 def test_a_model_without_a_template_writes_text(random_decoder):
     decoder = random_decoder(4, scale=0.1, vocab_size=12)
-    docs = draw(decoder, ChatOpening((1,), (), (5,)), SelfTextOptions(rows=3, context=64), tokens=200)
+    docs = draw(decoder, ChatOpening((1,), (), (5,)), SelfGenerationOptions(rows=3, context=64), tokens=200)
     assert (docs.answers == 1).all() and all(docs.document(i)[0] == 1 for i in range(len(docs)))
 
 
@@ -145,26 +145,26 @@ def test_the_opening_comes_from_the_template():
 def test_options_are_checked(random_decoder):
     decoder = random_decoder(1, vocab_size=12)
     with pytest.raises(InvalidOption, match="end"):
-        draw(decoder, CHAT, SelfTextOptions())
+        draw(decoder, CHAT, SelfGenerationOptions())
     with pytest.raises(InvalidOption, match="temperatures"):
-        draw(decoder, CHAT, SelfTextOptions(temperatures=(1.0, 0.5)), tokens=1)
+        draw(decoder, CHAT, SelfGenerationOptions(temperatures=(1.0, 0.5)), tokens=1)
     with pytest.raises(InvalidOption, match="share"):
-        draw(decoder, CHAT, SelfTextOptions(given_share=1.5), tokens=1)
+        draw(decoder, CHAT, SelfGenerationOptions(given_share=1.5), tokens=1)
     with pytest.raises(InvalidOption, match="template"):
-        draw(decoder, ChatOpening((1,), (), (5,)), SelfTextOptions(context=64), given=[[1]], tokens=1)
+        draw(decoder, ChatOpening((1,), (), (5,)), SelfGenerationOptions(context=64), given=[[1]], tokens=1)
     with pytest.raises(InvalidOption, match="room"):
-        draw(decoder, CHAT, SelfTextOptions(context=63), tokens=1)
+        draw(decoder, CHAT, SelfGenerationOptions(context=63), tokens=1)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_draws_what_the_model_says(random_decoder):
     decoder = random_decoder(2, vocab_size=64, hidden_size=128, head_dim=32, num_attention_heads=4).to("cuda", torch.bfloat16)
-    options = SelfTextOptions(rows=512, context=64, answer_temperature=0.0)
+    options = SelfGenerationOptions(rows=512, context=64, answer_temperature=0.0)
     docs = draw(decoder, CHAT, options, tokens=512 * 256)
     assert docs.facts["cuda_graph"] and docs.digest == draw(decoder, CHAT, options, tokens=512 * 256).digest
     torch.manual_seed(0)
-    sampler = self_text.SelfTextSampler(decoder, CHAT, SelfTextOptions(rows=4000, context=64, temperatures=(0.7, 0.7)))
+    sampler = self_generation.SelfGenerationSampler(decoder, CHAT, SelfGenerationOptions(rows=4000, context=64, temperatures=(0.7, 0.7)))
     with torch.no_grad():
         said, _ = sampler.round()  # its first step is run, the others are replayed
     for drawn, before in ((said[0], [3, 4, 6]), (said[1][said[0] == said[0][0]], [3, 4, 6, int(said[0][0])])):

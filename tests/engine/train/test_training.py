@@ -18,7 +18,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.text.chat_opening import ChatOpening
 from engine.train.data import TrainingSets, add_text, draw_sets, read_messages, split_given
 from engine.train.model_card import model_card
-from engine.train.self_generated import SelfTextOptions
+from engine.train.self_generated import SelfGenerationOptions
 from engine.train.trainer import TrainOptions
 from engine.train.training import Architecture, DraftHeadTraining, teacher_of
 from train import plot as train_plot
@@ -35,7 +35,7 @@ def target(random_decoder):
 
 @pytest.fixture(scope="module")
 def sets(target) -> TrainingSets:
-    options = SelfTextOptions(rows=24, context=64, temperatures=(0.8, 1.0))
+    options = SelfGenerationOptions(rows=24, context=64, temperatures=(0.8, 1.0))
     return draw_sets(target, CHAT, options, held_out=8, tokens=24 * 192, seconds=None, log=lambda line: None)
 
 
@@ -143,7 +143,7 @@ def test_given_messages_are_answered_and_some_held_out(target, tmp_path):
     assert len(given) == 29 and given[0] == [10, 9]
     trained_on, held = split_given(given, 0)
     assert len(held) == 2 and sorted(trained_on + held) == given and split_given(given, 1)[1] != held
-    options = SelfTextOptions(rows=24, context=64, temperatures=(0.8, 1.0), given_share=0.6)
+    options = SelfGenerationOptions(rows=24, context=64, temperatures=(0.8, 1.0), given_share=0.6)
     sets = draw_sets(target, CHAT, options, given=given, held_out=8, tokens=24 * 192, seconds=None, log=lambda line: None)
 
     def messages(docs):
