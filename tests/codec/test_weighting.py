@@ -15,7 +15,7 @@ def _weights(energy: list[float]) -> torch.Tensor:
     eye = torch.eye(D)
     layout = KvLayout(num_layers=2, num_kv_heads=1, head_dim=D)
     found = attention_weighting(layout, [eye, eye], eye.expand(2, 1, D, D), eye.expand(2, 1, D, D), torch.tensor(energy))
-    return found.root.diagonal(dim1=1, dim2=2).mean(1).reshape(2, 2)
+    return found.sensitivity_sqrt.diagonal(dim1=1, dim2=2).mean(1).reshape(2, 2)
 
 
 def test_a_logit_is_divided_by_the_root_of_the_head_size():

@@ -57,7 +57,10 @@ def test_parts_of_the_whole_are_what_each_set_gives_alone(target, draft, docs) -
         torch.testing.assert_close(part[1], mine[1], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(part[2], mine[2])
         coded = target.config.num_layers - one.first_layer
-        assert part[2].shape[1] == coded * target.config.kv_width and len(part[3].root) * target.config.head_dim == part[2].shape[1]
+        assert (
+            part[2].shape[1] == coded * target.config.kv_width
+            and len(part[3].sensitivity_sqrt) * target.config.head_dim == part[2].shape[1]
+        )
 
 
 def test_rows(target, draft, docs) -> None:
