@@ -1,4 +1,4 @@
-"""From the residual's integers to KV rows or pool pages in one product. `reference.py` says what it means."""
+"""From the residual's integers to pool pages in one product. `reference.py` says what it means."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ import torch
 from kernels.dispatch import use_triton
 from kernels.residual_decode import reference
 
-__all__ = ["residual_decode", "residual_decode_pages"]
-
-
-def residual_decode(
-    q: torch.Tensor, step: torch.Tensor, latents: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor
-) -> torch.Tensor:
-    """`reference.residual_decode` (arguments and result there), through Triton where it applies."""
-    if use_triton(q, weight):
-        from kernels.residual_decode import triton
-
-        return triton.residual_decode(q, step, latents, weight, mean)
-    return reference.residual_decode(q, step, latents, weight, mean)
+__all__ = ["residual_decode_pages"]
 
 
 def residual_decode_pages(

@@ -1,4 +1,4 @@
-"""Meaning of `residual_decode` in plain PyTorch: integers and prediction back to KV rows, or straight into the pool.
+"""Meaning of `residual_decode_pages` in plain PyTorch: integers and prediction back to KV, straight into the pool.
 
 Axes: T tokens, K components, r rank of the prediction, D = coded layers * 2 * G * d.
 """
@@ -8,27 +8,6 @@ from __future__ import annotations
 import torch
 
 from kernels.rope.reference import apply_rope
-
-
-def residual_decode(
-    q: torch.Tensor, step: torch.Tensor, latents: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor
-) -> torch.Tensor:
-    """KV rows y = [q * step, latents] @ weight + mean.
-
-    Args:
-        q: [T, K] int16 or int8 integers, or their reconstruction points in weight's dtype.
-        step: [T] float32, each token's quantiser step.
-        latents: [T, r] in weight's dtype, or None when nothing predicts.
-        weight: [K + r, D]: [[U^T S^-1], [A]].
-        mean: what is added, float32: [D] the mean row, or [T, D] where a prediction was made elsewhere.
-
-    Returns:
-        [T, D] in weight's dtype; keys are not rotated. q * step is rounded to weight's dtype before the product.
-    """
-    x = (q.float() * step[:, None]).to(weight.dtype)
-    if latents is not None:
-        x = torch.cat([x, latents], 1)
-    return (x.float() @ weight.float() + mean).to(weight.dtype)
 
 
 def residual_decode_pages(
@@ -43,9 +22,16 @@ def residual_decode_pages(
     sin: torch.Tensor,
     first_layer: int = 0,
 ) -> None:
-    """`residual_decode`, then keys rotated to their positions and everything scattered into the pool, in place.
+    """KV rows y = [q * step, latents] @ weight + mean, keys rotated to their positions, all scattered into the pool, in place.
+
+    q * step is rounded to weight's dtype before the product.
 
     Args:
+        q: [T, K] int16 or int8 integers, or their reconstruction points in weight's dtype.
+        step: [T] float32, each token's quantiser step.
+        latents: [T, r] in weight's dtype, or None when nothing predicts.
+        weight: [K + r, D]: [[U^T S^-1], [A]].
+        mean: [D] float32, added to every row.
         kv: [L, 2, P, S, G, d] contiguous pool, of which layers first_layer .. L - 1 are written.
         slots: [T] int64, slot = page * S + offset, no slot twice.
         cos, sin: [T, d/2] float32 of the tokens' angles.

@@ -1,4 +1,4 @@
-"""Triton kernels of `residual_decode` and `residual_decode_pages`; `reference.py` says what they mean.
+"""Triton kernels of `residual_decode_pages`; `reference.py` says what it means.
 
 A first pass writes the product's left factor, [q step, latents] in rows: inside the product every tile of columns would turn the same integers
 into numbers again and would read them two bytes at a time, which took more instructions than the product itself.
@@ -7,13 +7,42 @@ One program then holds the first and the second halves of the same heads' channe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.residual_encode.triton import ProductConfig, default_product, grouped_tile
-
 DEPTH_MULTIPLE = 128  # the left factor's rows are filled up with zeros to a multiple of this, so that no tile of them needs a mask
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of a matrix product (rows, columns, depth of a step), row tiles a band holds, warps, pipeline stages."""
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def default_product(x: torch.Tensor) -> ProductConfig:
+    """A tile that fits the shared memory: float32 rows take twice the room and do without the matrix units."""
+    if x.dtype == torch.float32:
+        return ProductConfig(64, 64, 32, 8, 4, 2)
+    room = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0) if x.is_cuda else 0
+    return ProductConfig() if room >= 3 * (128 + 256) * 64 * 2 else ProductConfig(block_n=128, num_stages=2)
+
+
+@triton.jit
+def grouped_tile(index, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Tile (row, column) of a program, in bands of GROUP row tiles so that the programs running at once share rows and columns in L2."""
+    band = index // (GROUP * column_tiles)
+    height = tl.minimum(row_tiles - band * GROUP, GROUP)
+    inside = index % (GROUP * column_tiles)
+    return band * GROUP + inside % height, inside // height
 
 
 @triton.jit
@@ -68,8 +97,6 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
@@ -99,28 +126,20 @@ def _decode_kernel(
         a_ptr += BLOCK_K
         b_ptr += BLOCK_K * columns
     mask = (row < rows)[:, None] & pair_mask
-    if ROWS:
-        own = mean_ptr + safe_row[:, None] * columns + column[None, :]
-        first += tl.load(own, mask=mask, other=0.0).to(tl.float32)
-        second += tl.load(own + HALF, mask=mask, other=0.0).to(tl.float32)
-    else:
-        first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
-        second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
-    if PAGES:
-        plane, head = block // heads, block % heads
-        is_key = (plane % 2) == 0
-        angle = safe_row[:, None] * HALF + channel[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask & is_key[None, :], other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=mask & is_key[None, :], other=0.0)
-        turned = first * cos - second * sin
-        second = second * cos + first * sin
-        first = turned
-        slot = tl.load(slot_ptr + safe_row)
-        # The planes (layer, K|V) of a contiguous pool lie stride_kind apart.
-        where = plane.to(tl.int64) * stride_kind + head * 2 * HALF + channel
-        to = out_ptr + slot[:, None] * (heads * 2 * HALF) + where[None, :]
-    else:
-        to = out_ptr + safe_row[:, None] * columns + column[None, :]
+    first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
+    second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
+    plane, head = block // heads, block % heads
+    is_key = (plane % 2) == 0
+    angle = safe_row[:, None] * HALF + channel[None, :]
+    cos = tl.load(cos_ptr + angle, mask=mask & is_key[None, :], other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=mask & is_key[None, :], other=0.0)
+    turned = first * cos - second * sin
+    second = second * cos + first * sin
+    first = turned
+    slot = tl.load(slot_ptr + safe_row)
+    # The planes (layer, K|V) of a contiguous pool lie stride_kind apart.
+    where = plane.to(tl.int64) * stride_kind + head * 2 * HALF + channel
+    to = out_ptr + slot[:, None] * (heads * 2 * HALF) + where[None, :]
     tl.store(to, first.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(to + HALF, second.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -130,15 +149,15 @@ def residual_decode_bounds(num_tokens: int, depth: int, dim: int, element_bytes:
     return depth * dim * element_bytes + num_tokens * (depth * symbol_bytes + dim * element_bytes), 2 * num_tokens * depth * dim
 
 
-def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
+def _launch(q, step, latents, weight, mean, kv, slots, cos, sin, config):
     rows, components = q.shape
     columns = weight.shape[1]
     latent_depth = latents.shape[1] if latents is not None else 0
     depth = components + latent_depth
     if weight.shape[0] != depth:
         raise ValueError(f"weight has {weight.shape[0]} rows for {components} + {latent_depth} inputs (stack [U^T S^-1] over [A])")
-    if mean.shape not in ((columns,), (rows, columns)):
-        raise ValueError(f"mean of shape {tuple(mean.shape)} for {rows} rows of {columns} (pass one row, or one for each token)")
+    if mean.shape != (columns,):
+        raise ValueError(f"mean of shape {tuple(mean.shape)} for rows of {columns} (pass one row)")
     config = config or default_product(weight)
     width = triton.cdiv(depth, DEPTH_MULTIPLE) * DEPTH_MULTIPLE
     x = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
@@ -158,14 +177,14 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
         LATENTS=latents is not None,
         num_warps=4,
     )
-    target, slots, cos, sin, stride_kind = pages or (out, step, step, step, 0)
+    heads, head_dim = kv.shape[-2:]
     block_h = config.block_n // 2
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
     _decode_kernel[grid](
         x,
         weight.contiguous(),
         mean.contiguous(),
-        target,
+        kv,
         slots,
         cos,
         sin,
@@ -174,36 +193,17 @@ def _launch(q, step, latents, weight, mean, out, half, heads, pages, config):
         width,
         columns,
         heads,
-        stride_kind,
+        kv.stride(1),
         BLOCK_M=config.block_m,
         BLOCK_H=block_h,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        HALF=half,
+        HALF=head_dim // 2,
         EVEN=depth % config.block_k == 0,
-        ROWS=mean.dim() == 2,
-        PAGES=pages is not None,
         PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def residual_decode(
-    q: torch.Tensor,
-    step: torch.Tensor,
-    latents: torch.Tensor | None,
-    weight: torch.Tensor,
-    mean: torch.Tensor,
-    *,
-    config: ProductConfig | None = None,
-) -> torch.Tensor:
-    """See `reference.residual_decode`; q may be laid out either way."""
-    out = torch.empty((q.shape[0], weight.shape[1]), dtype=weight.dtype, device=weight.device)
-    if out.numel():
-        # Without pages nothing is rotated, so the pairs may as well be the two halves of any even block.
-        _launch(q, step, latents, weight, mean, out, weight.shape[1] // 2 if weight.shape[1] % 128 else 64, 1, None, config)
-    return out
 
 
 def residual_decode_pages(
@@ -227,5 +227,4 @@ def residual_decode_pages(
     if weight.shape[1] != (kv.shape[0] - first_layer) * 2 * heads * head_dim:
         raise ValueError(f"weight has {weight.shape[1]} columns, the pool's coded layers another number (check first_layer)")
     if q.shape[0]:
-        pages = (kv[first_layer:], slots, cos.contiguous(), sin.contiguous(), kv.stride(1))
-        _launch(q, step, latents, weight, mean, kv, head_dim // 2, heads, pages, config)
+        _launch(q, step, latents, weight, mean, kv[first_layer:], slots, cos.contiguous(), sin.contiguous(), config)

@@ -12,14 +12,12 @@ from kernels.rans import reference as rans_reference
 from kernels.rans import triton as rans
 from kernels.residual_decode import reference as decode_reference
 from kernels.residual_decode import triton as decode
-from kernels.residual_encode import reference as encode_reference
-from kernels.residual_encode import triton as encode
 from kernels.rope import reference as rope_reference
 
 
-def _product_candidates() -> dict[str, encode.ProductConfig]:
+def _product_candidates() -> dict[str, decode.ProductConfig]:
     tiles = ((128, 256, 64, 8, 8, 4), (128, 256, 64, 16, 8, 3), (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 8, 4), (256, 128, 64, 8, 8, 3))
-    return {repr(config): config for config in (encode.ProductConfig(*tile) for tile in tiles)}
+    return {repr(config): config for config in (decode.ProductConfig(*tile) for tile in tiles)}
 
 
 def _coded_shapes(tiny: bool) -> list[tuple[str, int, int, int]]:
@@ -32,59 +30,13 @@ def residuals(device: torch.device, tiny: bool) -> Cases:
         model = models(tiny)[name]
         layers, heads, d = model["L"], model["G"], model["d"]
         dim, pages = layers * 2 * heads * d, tokens // 64 + 1
-        small = encode.ProductConfig(32, 32, 16, 8, 4, 2) if tiny else None
+        small = decode.ProductConfig(32, 32, 16, 8, 4, 2) if tiny else None
         kv = torch.randn(layers, 2, pages, 64, heads, d, device=device, dtype=BF16)
         slots = torch.randperm(pages * 64, device=device)[:tokens]
         cos, sin = angles(tokens, d, device)
         mean = torch.randn(dim, device=device)
-        y = encode_reference.gather_kv(kv, slots, cos, sin, mean)
         shape = f"{name} T={tokens} D={dim} K={components} r={rank}"
-        yield Case(
-            "gather_kv",
-            shape,
-            "bf16",
-            encode.gather_kv_bounds(tokens, dim, 2),
-            lambda a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a), y),
-            4e-3,
-            lambda r, a=(kv, slots, cos, sin, mean): [lambda: encode.gather_kv(*a, rows=r or 8)],
-            {"16 rows": 16, "4 rows": 4},
-            lambda r, a=(kv, slots, cos, sin, mean), y=y: relative_error(encode.gather_kv(*a, rows=r), y),
-            {"torch": [lambda a=(kv, slots, cos, sin, mean): encode_reference.gather_kv(*a)]},
-            {"tokens/s": tokens},
-        )
-
         latents = torch.randn(tokens, rank, device=device, dtype=BF16)
-        weight = encode.padded_columns(torch.randn(dim + rank, components, device=device, dtype=BF16) / dim**0.5)
-        bias, inverse = torch.randn(components, device=device), torch.rand(tokens, device=device) + 0.5
-
-        def encoded(config: Any, a: tuple[Any, ...] = (y, latents, weight, bias, inverse), small: Any = small) -> torch.Tensor:
-            return encode.residual_encode(*a, component_major=True, config=config or small)
-
-        def torch_encoded(a: tuple[Any, ...] = (y, latents, weight, bias, inverse)) -> torch.Tensor:
-            c = (torch.cat(a[:2], 1) @ a[2] + a[3]) * a[4][:, None]
-            return (torch.sign(c) * torch.floor(c.abs() + 0.42)).to(torch.int16)
-
-        def encode_error(config: Any = None, f: Any = encoded, a: tuple[Any, ...] = (y, latents, weight, bias, inverse)) -> float:
-            part = slice(0, min(512, len(a[0])))
-            want = encode_reference.residual_encode(a[0][part], a[1][part], a[2], a[3], a[4][part])
-            difference = (f(config)[part].int() - want.int()).abs()
-            return float("inf") if int(difference.max()) > 1 else float((difference > 0).float().mean())
-
-        yield Case(
-            "residual_encode",
-            shape,
-            "bf16",
-            encode.residual_encode_bounds(tokens, dim + rank, components, 2),
-            encode_error,
-            5e-3,
-            lambda c, f=encoded: [lambda: f(c)],
-            {} if tiny else _product_candidates(),
-            encode_error,
-            {"torch": [torch_encoded]},
-            {"tokens/s": tokens},
-            True,
-        )
-        del y, weight
         back = torch.randn(components + rank, dim, device=device, dtype=BF16) / components**0.5
         q = torch.randint(-20, 20, (components, tokens), device=device, dtype=torch.int16).t()
         step = torch.rand(tokens, device=device) + 0.5
@@ -196,7 +148,7 @@ def entropy_coders(device: torch.device, tiny: bool) -> Cases:
                 torch.randn(components + rank, dim, device=device, dtype=BF16) / 50,
                 torch.zeros(dim, device=device),
             )
-            small = encode.ProductConfig(32, 32, 16, 8, 4, 2) if tiny else None
+            small = decode.ProductConfig(32, 32, 16, 8, 4, 2) if tiny else None
 
             def whole(f: Any = decoded, rest: Any = rest, a: Any = pages_of, small: Any = small) -> None:
                 decode.residual_decode_pages(f().q, *rest, *a, config=small)
