@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, PackMismatch
@@ -27,6 +25,7 @@ from codec.rows import GROUP, ROW_BITS, dequantise_rows, quantise_rows
 from codec.spec import KvLayout
 from codec.transform import Fallback, Transform, assembled_fallback
 from codec.weighting import Weighting
+from kernels.files import write_bytes
 
 PACK_VERSION = 3
 """Of packs with a fallback basis; others are written as the version before, which knows none."""
@@ -191,19 +190,11 @@ class CodecPack:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes the file under a temporary name and renames it, so a half-written pack is never found."""
+        """Writes the whole file or none of it (`kernels.files.atomic_file`). Raises OSError."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have laid a link at
-        try:
-            save_file(
-                {k: v.contiguous() for k, v in self._tensors().items()},
-                temporary,
-                {"foretold": json.dumps(self._meta()), "digest": self.digest},
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {k: v.contiguous() for k, v in self._tensors().items()}
+        write_bytes(path, serialised(tensors, {"foretold": json.dumps(self._meta()), "digest": self.digest}))
 
     @classmethod
     def load(cls, path: str | Path) -> CodecPack:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from draft.errors import CorruptedDraftHead, DraftHeadMismatch, DraftHeadNotFound, ForeignDraftHead, NewerDraftHead
+from kernels.files import write_atomically, write_bytes
 
 FORMAT, VERSION = "foretold-trunk-adapter", 1
 CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pack.safetensors"
@@ -105,7 +104,7 @@ def target_digest(config: Any) -> str:
 def write_draft_head(
     folder: str | Path, config: DraftHeadConfig, tensors: Mapping[str, Tensor], bits: Literal[8, 16] | None = None
 ) -> DraftHeadConfig:
-    """Write the folder's config.json and adapter.safetensors, the latter under a temporary name first.
+    """Write the folder's config.json and adapter.safetensors, each whole or not at all.
 
     tensors: as in the module's description, matrices and vectors in any float type, not quantised. bits: instead of config.bits.
     Returns the config with the bits and digest that were written. Raises CorruptedDraftHead when tensors and config do not fit each other.
@@ -128,9 +127,9 @@ def write_draft_head(
     config = replace(config, digest=_digest(config, stored))
     folder.mkdir(parents=True, exist_ok=True)
     texts = {key: value for key, value in file_fields(config).items() if key != "digest"}
-    _replace_file(folder / TENSOR_FILE, lambda path: save_file(stored, path, {"format": FORMAT, "digest": config.digest}))
+    write_bytes(folder / TENSOR_FILE, serialised(stored, {"format": FORMAT, "digest": config.digest}))
     text = json.dumps({"format": FORMAT, "version": VERSION} | texts, indent=2) + "\n"
-    _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG_FILE, text)
     return config
 
 
@@ -258,12 +257,3 @@ def _digest(config: DraftHeadConfig, stored: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def _replace_file(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # a name that nobody can have laid a link at
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -44,11 +44,18 @@ def test_kernels_need_only_torch_triton_and_numpy() -> None:
         "collections",
         "contextlib",
         "dataclasses",
+        "errno",
+        "fcntl",
         "functools",
         "importlib",
         "itertools",
         "math",
         "os",
+        "pathlib",
+        "re",
+        "secrets",
+        "stat",
+        "time",
         "typing",
         "weakref",
     }
@@ -74,7 +81,7 @@ ROOMS = {
     "draft": {"kernels"},
     "engine.errors": LIBRARIES,  # one base for all; the libraries' errors under the engine's names
     "engine.inputs": {"engine.errors"},
-    "engine.files": {"engine.errors", "engine.inputs"},
+    "engine.files": {"kernels", "engine.errors", "engine.inputs"},
     "engine.kv": {"kernels", "draft", *LEAVES},
     "engine.model": {"kernels", "draft", "engine.kv", *LEAVES},
     "engine.config": {"draft", "engine.kv", *LEAVES},
@@ -150,3 +157,12 @@ def test_no_machine_paths_or_registry_hosts() -> None:
     texts = [p for name in (*ALLOWED, "scripts", "tests") for p in (ROOT / name).rglob("*") if p.suffix in (".py", ".json", ".md")]
     texts += [ROOT / "README.md", ROOT / "pyproject.toml"]
     assert not [str(p.relative_to(ROOT)) for p in texts if pattern.search(p.read_text(encoding="utf-8"))]
+
+
+def test_one_file_alone_renames_into_place() -> None:
+    """Every other writer goes through `kernels.files`; folders are moved as a whole by the hub, stored runs by the store."""
+    pattern = re.compile(r"\bos\.re(place|name)\(|NamedTemporaryFile|\.part\"")
+    found = {
+        path.relative_to(ROOT).as_posix() for files in FILES.values() for path in files if pattern.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"kernels/files.py", "engine/hub/fetch.py", "engine/hub/resolve.py", "engine/store/store.py"}
