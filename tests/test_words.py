@@ -14,7 +14,7 @@ PACKAGES = ("engine", "draft", "codec", "kernels", "scripts", "tests")
 # name -> what to say instead; a name is found as a whole word of an identifier's parts between underscores, singular and plural
 GONE = {
     "trunk": "early_exit, draft_head, exit_layer",
-    "head": "draft_head",
+    "adapter": "draft_head",
     "sibling": "leaf of a draft tree",
     "placement": "tree_position",
     "hot pool": "quantised pool",
@@ -104,5 +104,5 @@ class TrunkDrafter:
 def add(p): p.add_argument("--trunk-layers", help="shown"); p.add_argument("--own-layers", help=argparse.SUPPRESS)
 """
     names = {each.split()[1] for each in findings(source)}
-    assert names == {"TrunkDrafter", "draft heads", "verify_from", "siblings", "hot_pool", "own_layers", "--trunk-layers"}
+    assert names == {"TrunkDrafter", "adapters", "verify_from", "siblings", "hot_pool", "own_layers", "--trunk-layers"}
     assert findings("def replacements(truncated, runs): return again") == []
