@@ -80,7 +80,7 @@ def test_conversations_begin_with_given_messages(random_decoder):
     given = [[9, 10], [11], [5, 2, 9]]  # ends within a message do not end it
 
     def begun(share, chat=CHAT):
-        docs = draw(decoder, chat, SelfGenerationOptions(rows=6, context=64, given_share=share), given=given, tokens=6 * 640)
+        docs = draw(decoder, chat, SelfGenerationOptions(rows=24, context=64, given_share=share), given=given, tokens=24 * 160)
         scripts = [(*message, *chat.closing) for message in given]
         found = []
         for i in range(len(docs)):
