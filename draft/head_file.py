@@ -31,9 +31,10 @@ FORMAT, VERSION = "foretold-trunk-adapter", 1
 CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pack.safetensors"
 TOKEN_IDS, NORM, HEAD = "token_ids", "model.norm.weight", "lm_head.weight"
 GROUP = 64  # inputs that share a scale
-_SCALE = ".scale"
+SCALE = ".scale"
 # fields under the names that files and reports made earlier have for them
 _FILE_KEYS = {"exit_layer": "trunk_layers", "draft_layers": "own_layers"}
+_BLOCK_ELEMENTS = 1 << 17
 _MAX_CONFIG_BYTES = 16 << 20
 _REMEDY = "copy the draft head's folder again, or train one with scripts/train_draft.py"
 # what the layers of a draft head have in common with the target's
@@ -121,7 +122,7 @@ def write_draft_head(
         elif config.bits == 16:
             stored[name] = tensor.bfloat16()
         else:
-            stored[name], stored[name + _SCALE] = quantise(tensor)
+            stored[name], stored[name + SCALE] = quantise(tensor)
     stored = {name: tensor.contiguous() for name, tensor in stored.items()}
     _check(config, stored, folder)
     config = replace(config, digest=_digest(config, stored))
@@ -135,6 +136,28 @@ def write_draft_head(
 
 def read_draft_head(folder: str | Path) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
     """The folder's config, and its tensors as `write_draft_head` took them, quantised ones as float32.
+
+    Raises:
+        DraftHeadNotFound, CorruptedDraftHead, ForeignDraftHead, NewerDraftHead.
+    """
+    config, stored = open_draft_head(folder)
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
+    return config, {n: dequantise(t, stored[n + SCALE]) if n + SCALE in stored else t for n, t in plain.items()}
+
+
+def read_draft_head_tensor(stored: Mapping[str, Tensor], name: str, place: Tensor) -> None:
+    """Put a tensor of `open_draft_head` into `place`, of its shape and any float dtype, in blocks of rows that stay in a core's cache."""
+    tensor, scale = stored[name], stored.get(name + SCALE)
+    if scale is None:
+        place.copy_(tensor)
+        return
+    rows = max(1, _BLOCK_ELEMENTS // max(1, tensor.shape[1]))
+    for start in range(0, tensor.shape[0], rows):
+        place[start : start + rows] = dequantise(tensor[start : start + rows], scale[start : start + rows])
+
+
+def open_draft_head(folder: str | Path) -> tuple[DraftHeadConfig, dict[str, Tensor]]:
+    """The folder's config and its tensors as they are stored, checked against each other and the digest.
 
     Raises:
         DraftHeadNotFound, CorruptedDraftHead, ForeignDraftHead, NewerDraftHead.
@@ -155,8 +178,7 @@ def read_draft_head(folder: str | Path) -> tuple[DraftHeadConfig, dict[str, Tens
     if metadata.get("digest") != config.digest:
         raise CorruptedDraftHead(f"the draft head {path} is damaged, or its {CONFIG_FILE} is another's", _REMEDY)
     _check(config, stored, Path(folder))
-    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(_SCALE)}
-    return config, {n: dequantise(t, stored[n + _SCALE]) if n + _SCALE in stored else t for n, t in plain.items()}
+    return config, stored
 
 
 def read_config(folder: str | Path) -> DraftHeadConfig:
@@ -219,14 +241,14 @@ def _check(config: DraftHeadConfig, stored: Mapping[str, Tensor], folder: Path) 
     for name, tensor in stored.items():
         if name != TOKEN_IDS and tensor.dtype not in (torch.int8, torch.float16, torch.bfloat16, torch.float32):
             raise CorruptedDraftHead(f"the draft head {folder} stores {name} as {tensor.dtype}", _REMEDY)
-        scaled, scale = tensor.dtype == torch.int8, stored.get(name + _SCALE)
+        scaled, scale = tensor.dtype == torch.int8, stored.get(name + SCALE)
         if scaled and (config.bits != 8 or tensor.ndim != 2 or scale is None):
             raise CorruptedDraftHead(f"the draft head {folder} has no scales that fit {name}", _REMEDY)
         if scaled and scale is not None:
             fits = scale.dtype == torch.float16 and scale.shape == (tensor.shape[0], -(-tensor.shape[1] // GROUP))
             if not fits or (scale.numel() and float(scale.min()) < 0):
                 raise CorruptedDraftHead(f"the draft head {folder} has no scales that fit {name}", _REMEDY)
-        if name.endswith(_SCALE) and stored.get(name.removesuffix(_SCALE), ids).dtype != torch.int8:
+        if name.endswith(SCALE) and stored.get(name.removesuffix(SCALE), ids).dtype != torch.int8:
             raise CorruptedDraftHead(f"the draft head {folder} has scales of nothing, {name}", _REMEDY)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CorruptedDraftHead(f"the draft head {folder} holds numbers that are not finite, in {name}", _REMEDY)
@@ -255,5 +277,5 @@ def _digest(config: DraftHeadConfig, stored: Mapping[str, Tensor]) -> str:
     for name in sorted(stored):
         tensor = stored[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

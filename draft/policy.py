@@ -11,7 +11,7 @@ was looked at is kept, and a leaf added beside it (see `draft.tree`), by the sam
 verification alone. The chance of a draft comes from its confidence, the largest probability in the distribution it is drawn from: that is known
 before the draw and says nothing about which token it is, so verification stays exact.
 
-What a step costs is measured once, in a warm-up, and then frozen; how often drafts are accepted is counted per request from a fixed prior.
+What a step costs is measured once, between two steps, and then frozen; how often drafts are accepted is counted per request from a fixed prior.
 No clock is read while text is generated, and no request's counts touch another's. Text under a seed does not depend on the lengths.
 """
 

@@ -12,9 +12,10 @@ from draft.policy import CostModel
 from engine.calibrate.channel_means import channel_means
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption
+from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_draft
+from engine.loading import choose_draft, remember_costs
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device import device_named, dtype_named
@@ -32,7 +33,7 @@ class Engine:
     """Generates text with a target and a source of drafts; `core` is what runs. Threads may share an engine: they take turns (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured once
-    (`core.cost_model`), at the first request that needs them.
+    (`core.cost_model`), after the first token of the first request that needs them, and remembered for a model that came from a folder.
 
     Args:
         target: the model whose distribution is sampled.
@@ -74,6 +75,8 @@ class Engine:
             eos_token_ids=end_tokens(target.config.eos_token_ids, tokenizer, target_dir),
             kv_means=None if kv_cache_dtype == PLAIN else channel_means(target, tokenizer, target_dir),
         )
+        if target_dir is not None:
+            remember_costs(self.core)
 
     @classmethod
     def from_pretrained(
@@ -101,9 +104,10 @@ class Engine:
         choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
         if choice.model is not None:
             DecoderConfig.from_hf(read_config(choice.model))
-        tokenizer = load_tokenizer(target_dir)
+        remembered = CacheFolder("tokenizers")
+        tokenizer = load_tokenizer(target_dir, remembered)
         if choice.model is not None:
-            check_vocabularies(tokenizer, load_tokenizer(choice.model))
+            check_vocabularies(tokenizer, load_tokenizer(choice.model, remembered))
         decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
         return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
 

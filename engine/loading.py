@@ -1,19 +1,37 @@
-"""From a user's draft option to a loaded draft source."""
+"""From a user's draft option to a loaded draft source; and what drafting costs, remembered from one start to the next."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from draft.early_exit import default_exit_layer
 from draft.head_file import is_draft_head
+from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
 from draft.source import DraftSource, EarlyExitSource, ModelSource
 from engine.errors import InvalidOption
+from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
+from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
+
+COSTS_KEPT_S = 86_400.0
+"""Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first token."""
+_COSTS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -51,3 +69,79 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
         return DraftChoice(exit_layer=default_exit_layer(target.num_layers) if exit_layer is None else exit_layer)
     folder = Path(draft).expanduser()
     return DraftChoice(head=folder) if is_draft_head(folder) else DraftChoice(model=resolve_model(draft))
+
+
+# --- remembered costs ---------------------------------------------------------------------------------------------------
+
+
+def remember_costs(core: EngineCore) -> None:
+    """Give a core the costs of drafting that an earlier process measured on this machine, and keep those it measures itself.
+
+    They are known by what they depend on: processor, threads, PyTorch, dtype, KV format and mode, and the shapes of target and draft. A file that is
+    damaged counts as none.
+    """
+    if core.drafter is None or core.cost_model is not None:
+        return
+    cache, name = CacheFolder("costs"), f"{_costs_key(core)}.json"
+    content = cache.read(name, most_bytes=1 << 20)
+    found = None if content is None else _read_costs(content)
+    if found is not None:
+        core.cost_model, measured = found
+        core.costs_stale = not 0 <= time.time() - measured <= COSTS_KEPT_S
+
+    def keep(costs: CostModel, free: bool) -> None:
+        # measured beside other programs, they serve until the next process measures them again
+        cache.write(name, json.dumps({"costs": asdict(costs), "measured_unix_s": time.time() if free else 0.0}).encode())
+
+    core.on_costs = keep
+
+
+def _costs_key(core: EngineCore) -> str:
+    assert core.source is not None and core.drafter is not None
+    config, cached = core.config, core.source.cached_decoder
+    facts = [
+        _COSTS_VERSION,
+        _processor() if core.device.type == "cpu" else torch.cuda.get_device_name(core.device),
+        torch.__version__,
+        torch.get_num_threads(),
+        str(core.dtype),
+        (config.kv_cache_dtype, config.page_size, config.deterministic),
+        repr(core.target.config),
+        (type(core.source).__name__, core.exit_layer, core.drafter.runs_last_draft, core.drafter.weight_bytes),
+        None if cached is None else repr(cached.config),
+    ]
+    return sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """Name of the machine, its processor and the number of cores this process may use; nothing is started to find out."""
+    model = ""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.node()} {platform.machine()} {model} {cores}"
+
+
+def _read_costs(content: bytes) -> tuple[CostModel, float] | None:
+    """Costs and the time they were measured at, from a file's content; None where it holds none."""
+    try:
+        found = json.loads(content)
+        costs, measured = found["costs"], float(found["measured_unix_s"])
+        last = None if costs["last"] is None else _curve(costs["last"])
+        return CostModel(_curve(costs["draft"]), _curve(costs["verify"]), bool(costs["runs_last_draft"]), last), measured
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def _curve(points: Sequence[Any]) -> Curve:
+    """Raises ValueError or TypeError for points that no measurement gives."""
+    curve = tuple((int(tokens), float(seconds)) for tokens, seconds in points)
+    tokens = [0, *(n for n, _ in curve)]
+    if not curve or any(a >= b for a, b in pairwise(tokens)):
+        raise ValueError("no ascending numbers of tokens")
+    if not all(0 < seconds < math.inf for _, seconds in curve):
+        raise ValueError("no seconds")
+    return curve

@@ -275,9 +275,12 @@ def memory_line(engine: Engine) -> str:
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of libraries would run into the streamed text."""
+    """Progress bars and advice of libraries would run into the streamed text. The libraries read these when they are imported, if they are."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

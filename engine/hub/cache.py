@@ -7,12 +7,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from engine.errors import CacheNotWritable, DiskFull
+from engine.files import write_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -32,6 +33,51 @@ def cache_home() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "foretold"
     except (RuntimeError, OSError) as error:
         raise CacheNotWritable(f"the cache folder cannot be found: {error}", "set FORETOLD_HOME to a folder you may write to") from error
+
+
+class CacheFolder:
+    """Small files that are made again where they are missing: what a start measured or derived, a folder of the cache for each kind.
+
+    Reading and writing never fail. Where nothing can be written, a warning on standard error says so, once in a process.
+
+    Args:
+        kind: the folder's name.
+    """
+
+    _warned = False
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def read(self, name: str, most_bytes: int = 1 << 28) -> bytes | None:
+        """Content of the file of this name; None where there is none, it cannot be read, or it is larger than `most_bytes`."""
+        with suppress(OSError, ValueError, CacheNotWritable):
+            with (cache_home() / self._kind / name).open("rb") as file:
+                content = file.read(most_bytes + 1)
+            return content if len(content) <= most_bytes else None
+        return None
+
+    def write(self, name: str, content: bytes) -> bool:
+        """Keep this content under the name, readable for the user alone; whether that could be done."""
+        try:
+            folder = cache_home() / self._kind
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_bytes(folder / name, content, private=True)
+        except (CacheNotWritable, DiskFull) as error:
+            self._warn(f"{error.what} ({error.remedy})")
+            return False
+        except (OSError, ValueError) as error:
+            self._warn(str(error))
+            return False
+        return True
+
+    @classmethod
+    def _warn(cls, why: str) -> None:
+        if not CacheFolder._warned and sys.stderr is not None:
+            CacheFolder._warned = True
+            with suppress(OSError, ValueError):
+                print(f"warning: nothing is remembered for the next start: {why}", file=sys.stderr, flush=True)
 
 
 def is_disk_full(error: BaseException) -> bool:

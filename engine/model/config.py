@@ -1,9 +1,14 @@
-"""Shape and options of a decoder, read from a transformers config; anything our decoder does not run is refused by name."""
+"""Shape and options of a decoder, read from a model's config.json; anything our decoder does not run is refused by name.
+
+What config.json leaves out takes the default of transformers' class for the architecture. The defaults are written out here, as importing that
+library takes longer than loading a small model; a test compares them with transformers' own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
@@ -15,7 +20,7 @@ _REMEDY = f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}, with full attention
 _BAD_FIELD = "correct config.json, or download the model again"
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 1 << 14, 4096
 MAX_WIDTH, MAX_VOCAB, MAX_CONTEXT = 1 << 20, 1 << 24, 1 << 31
-# all that is read of a config; no other key reaches transformers, some of whose keys make lists of any length
+# all that is read of a config
 _KEYS = (
     "model_type",
     "num_hidden_layers",
@@ -42,6 +47,52 @@ _KEYS = (
     "partial_rotary_factor",
     "quantization_config",
 )
+_COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_QWEN = _COMMON | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": 2,
+    },
+    "mistral": _COMMON
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128, "attention_bias": False},
+}
+# of those with a default, what config.json may give as null: no value, or one derived from others
+_NULLABLE = {
+    "llama": ("eos_token_id",),
+    "mistral": ("eos_token_id", "sliding_window"),
+    "qwen2": ("num_key_value_heads", "sliding_window"),
+    "qwen3": ("num_key_value_heads", "sliding_window"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +169,8 @@ class DecoderConfig:
         )
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder: the values of config.json, checked, over the architecture's defaults.
+def read_config(folder: Path) -> SimpleNamespace:
+    """The config of a model folder as `DecoderConfig.from_hf` takes it: the values of config.json, checked, over the architecture's defaults.
 
     Raises:
         ModelNotFound: no folder, no readable config.json in it, or a value of another type or out of all bounds.
@@ -134,12 +185,29 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedArchitecture(f"architecture {shown(kind)} is not supported", f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
     kept = {name: raw[name] for name in _KEYS if name in raw}
     _check_types(kept)
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    fields, defaults = _fields(kept), _DEFAULTS[kind]
+    for name in defaults:
+        if name in kept and kept[name] is None and name not in _NULLABLE[kind]:
+            raise fields.refuse(name, "it needs a value")
+    config = SimpleNamespace(**(defaults | kept))
+    if config.__dict__.get("num_key_value_heads") is None:
+        config.num_key_value_heads = config.num_attention_heads
+    if kind == "llama" and config.hidden_size % config.num_attention_heads:
+        raise fields.refuse("hidden_size", f"it must be a multiple of the {config.num_attention_heads} attention heads")
+    if kind in ("qwen2", "qwen3"):
+        config.sliding_window = config.sliding_window if config.use_sliding_window else None
+        config.use_sliding_window = config.sliding_window is not None
+    _take_rope(config)
+    return config
 
-    try:
-        return CONFIG_MAPPING[kind].from_dict(kept)
-    except Exception as error:  # transformers checks values in ways of its own, with errors of many types
-        raise ModelNotFound(f"{path} is no config that transformers reads: {shown(str(error), 160)[1:-1]}", _BAD_FIELD) from error
+
+def _take_rope(config: SimpleNamespace) -> None:
+    """Put the RoPE options where transformers 5 has them, in `rope_parameters`: older files have `rope_theta` and `rope_scaling` of their own."""
+    options = dict(config.__dict__.pop("rope_scaling", None) or config.__dict__.get("rope_parameters") or {})
+    theta = config.__dict__.pop("rope_theta", None)
+    if options.get("rope_theta") is None and theta is not None:
+        options["rope_theta"] = theta
+    config.rope_parameters = options
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:
@@ -160,7 +228,7 @@ def _fields(values: dict[str, Any]) -> Fields:
 
 
 def _check_types(kept: dict[str, Any]) -> None:
-    """Bounds of every value before transformers sees it: what is absent takes the architecture's default, so it is not asked for."""
+    """Types and bounds of every value that is given; what is absent takes the architecture's default."""
     fields = _fields(kept)
     whole = {
         "num_hidden_layers": MAX_LAYERS,

@@ -22,9 +22,9 @@ from engine.model.attention import AttentionBackend, AttentionBatch, open_backen
 from engine.model.batch_invariant import batch_invariant, batch_invariant_silu_mul
 from engine.model.config import DecoderConfig
 from engine.model.layers import DecoderLayer, LayerOps, LayerShape, LayerWeights, layer_forward
-from engine.model.linear import Projection, packed_copy, select_gemm
+from engine.model.linear import Projection, packed_copy, packs, select_gemm
 from engine.model.rope import RopeTable
-from engine.model.weights import load_tensors, open_checkpoint
+from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 
@@ -44,16 +44,18 @@ class DecoderOutput(NamedTuple):
 class Decoder(nn.Module):
     """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
+        # given a weight, the module does not fill one with random numbers
+        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_layers))
+        self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
         # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
-        self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False)
+        self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False, dtype, device)
         self._tied_head: torch.Tensor | None = None
-        self.weight_sum: int | None = None  # over the bytes it was loaded from (`load_tensors`)
+        self.weight_sum: int | None = None  # over the bytes it was loaded from (`sum_of_all`)
         self._weights: list[LayerWeights] = []
         self._rope: RopeTable | None = None
         self._linear_fn = select_gemm(self.dtype, self.device)
@@ -63,10 +65,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def _materialise(cls, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-        """A decoder whose parameters have memory but no values yet."""
-        with torch.device("meta"):
-            decoder = cls(config).to(dtype)
-        decoder.to_empty(device=device)
+        """A decoder whose parameters have an address but no values yet; a CPU's take up memory as they are filled."""
+        decoder = cls(config, dtype, device)
         decoder.requires_grad_(False)
         return decoder.eval()
 
@@ -79,9 +79,45 @@ class Decoder(nn.Module):
             UnsupportedArchitecture: the model is one our decoder does not run.
         """
         config, stored = open_checkpoint(Path(path))
+        sums: dict[str, int] = {}
+        decoder = cls.filled(config, lambda places: sums.update(load_tensors(stored, places)), dtype=dtype, device=device)
+        decoder.weight_sum = sum_of_all(stored, sums)
+        return decoder
+
+    @classmethod
+    def filled(
+        cls,
+        config: DecoderConfig,
+        fill: Callable[[dict[str, torch.Tensor]], None],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        int8: bool = False,
+    ) -> Decoder:
+        """A packed decoder with the values that `fill` puts into the tensors it is given, by their Hugging Face names, some at a time.
+
+        Where weights are packed, a layer's matrices are filled in memory that the next layer's use again: memory that is touched for the first time
+        costs several times what reading a file in the system's cache does. int8: see `pack`.
+        """
         decoder = cls._materialise(config, dtype, device)
-        decoder.weight_sum = load_tensors(stored, decoder.hf_tensors())
-        return decoder.pack()
+        fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
+        if decoder.lm_head is not None:
+            fill({"lm_head.weight": decoder.lm_head.weight})
+            decoder.lm_head.pack(int8=int8)
+        memory: torch.Tensor | None = None
+        for number, module in enumerate(decoder.layers):
+            layer = cast(DecoderLayer, module)
+            projections = [part for part in layer.modules() if isinstance(part, Projection)]
+            if packs(decoder.dtype, decoder.device):
+                if memory is None:
+                    memory = torch.empty(sum(projection.matrix.numel() for projection in projections), dtype=dtype, device=device)
+                used = 0
+                for projection in projections:
+                    used += projection.borrow(memory[used:])
+            fill({f"model.layers.{number}.{name}": part for name, part in layer.weights().hf_parts(config)})
+            for projection in projections:
+                projection.pack(int8=int8)
+        return decoder.pack(int8=int8)
 
     @classmethod
     def from_config(cls, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Decoder:
@@ -107,7 +143,7 @@ class Decoder(nn.Module):
         return named
 
     def pack(self, *, int8: bool = False) -> Decoder:
-        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made. in_bytes: keep 8 bits of the
+        """Lay the weights out for the CPU where that pays (bf16); each plain matrix is given up as its packed one is made. int8: keep 8 bits of the
         projections' weights instead, for a draft, which need not be exact."""
         self._weights = []  # it would keep every plain matrix alive
         for module in self.modules():

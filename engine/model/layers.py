@@ -6,6 +6,7 @@ Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,16 +29,18 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q
 class DecoderLayer(nn.Module):
     """Parameters of one layer; q, k, v are one product, gate and up another."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
         heads, kv_heads, d, width = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
-        self.input_norm = nn.Parameter(torch.empty(width))
-        self.qkv_proj = Projection(width, (heads + 2 * kv_heads) * d, config.qkv_bias)
-        self.qk_norm = nn.Parameter(torch.empty(2, d)) if config.qk_norm else None  # row 0 for queries, row 1 for keys
-        self.o_proj = Projection(heads * d, width, config.o_bias)
-        self.post_norm = nn.Parameter(torch.empty(width))
-        self.gate_up_proj = Projection(width, 2 * config.intermediate_size, False)
-        self.down_proj = Projection(config.intermediate_size, width, False)
+        new = partial(torch.empty, dtype=dtype, device=device)
+        projection = partial(Projection, dtype=dtype, device=device)
+        self.input_norm = nn.Parameter(new(width))
+        self.qkv_proj = projection(width, (heads + 2 * kv_heads) * d, config.qkv_bias)
+        self.qk_norm = nn.Parameter(new(2, d)) if config.qk_norm else None  # row 0 for queries, row 1 for keys
+        self.o_proj = projection(heads * d, width, config.o_bias)
+        self.post_norm = nn.Parameter(new(width))
+        self.gate_up_proj = projection(width, 2 * config.intermediate_size, False)
+        self.down_proj = projection(config.intermediate_size, width, False)
 
     def weights(self) -> LayerWeights:
         """The tensors, looked up once: attribute access of modules costs as much as a small operation."""

@@ -17,6 +17,7 @@ from torch import nn
 LARGEST_COPY_BYTES = 128 << 20
 BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; for more they are spread out first
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
+_BLOCK_ELEMENTS = 1 << 17
 
 
 class Int8Weight:
@@ -28,10 +29,15 @@ class Int8Weight:
     is_mkldnn = True  # laid out for products: `to_dense` gives the plain tensor
 
     def __init__(self, weight: torch.Tensor) -> None:
-        largest = weight.abs().amax(1).float()
-        self.scales = (largest / 127).clamp_min(1e-30).to(weight.dtype)
-        self.steps = (weight.float() / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.scales = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        self.steps = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], rows):  # in blocks that stay in a core's cache
+            block = weight[start : start + rows].float()
+            scales = (block.abs().amax(1) / 127).clamp_min(1e-30).to(weight.dtype)
+            self.scales[start : start + rows] = scales
+            self.steps[start : start + rows] = block.div_(scales.float()[:, None]).round_().clamp_(-127, 127)
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +52,7 @@ class Int8Weight:
     def fits(weight: torch.Tensor) -> bool:
         """Whether a weight of this kind can be multiplied in bytes here."""
         aligned = all(size % _BYTE_ALIGNMENT == 0 for size in weight.shape)
-        return aligned and _packs(weight.dtype, weight.device) and hasattr(torch, "_weight_int8pack_mm")
+        return aligned and packs(weight.dtype, weight.device) and hasattr(torch, "_weight_int8pack_mm")
 
 
 LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
@@ -59,7 +65,7 @@ def _has_onednn() -> bool:
     )
 
 
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """True where weights of this dtype are worth laying out for oneDNN."""
     return device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -76,25 +82,30 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def select_gemm(dtype: torch.dtype, device: torch.device) -> LinearFn:
     """The fastest product for a decoder of this dtype and device."""
-    if _packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
+    if packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
         return onednn_linear
     return F.linear
 
 
 def packed_copy(weight: torch.Tensor) -> torch.Tensor | None:
     """A copy of weight [out, in] laid out for oneDNN, beside a plain one that must stay; None where that does not pay or takes much memory."""
-    if not _packs(weight.dtype, weight.device) or weight.numel() * weight.element_size() > LARGEST_COPY_BYTES:
+    if not packs(weight.dtype, weight.device) or weight.numel() * weight.element_size() > LARGEST_COPY_BYTES:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
 
 class Projection(nn.Module):
-    """Weight [out, in] and optional bias [out]; the weight can be packed for oneDNN or put into bytes, either of which replaces the plain one."""
+    """Weight [out, in] and optional bias [out]; the weight can be packed for oneDNN or put into bytes, either of which replaces the plain one.
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    dtype, device: of both, which have no values yet; PyTorch's defaults where they are None.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        self.plain: nn.Parameter | None = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.plain: nn.Parameter | None = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
         self.packed: torch.Tensor | None = None
 
     @property
@@ -110,13 +121,20 @@ class Projection(nn.Module):
         """The plain weight [out, in]; of a packed one a copy is made for the caller."""
         return self.matrix.to_dense() if self.packed is not None else self.matrix
 
+    def borrow(self, memory: torch.Tensor) -> int:
+        """Take the plain weight's values from the first elements of `memory` [n], until `pack` gives it up; returns how many they are."""
+        assert self.plain is not None
+        shape, count = self.plain.shape, self.plain.numel()
+        self.plain = nn.Parameter(memory[:count].view(shape), requires_grad=False)
+        return count
+
     def pack(self, *, int8: bool = False) -> None:
         """Lay the weight out for oneDNN, or put it into bytes, where that pays; the plain one is given up."""
         if self.plain is None:
             return
         if int8 and Int8Weight.fits(self.plain):
             self.packed, self.plain = cast(torch.Tensor, Int8Weight(self.plain.data)), None
-        elif _packs(self.plain.dtype, self.plain.device):
+        elif packs(self.plain.dtype, self.plain.device):
             self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain.data, 1), None
 
     def unpack(self) -> None:

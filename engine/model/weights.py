@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -270,7 +270,7 @@ def _read_exactly(file: BinaryIO, buffer: memoryview, path: Path) -> None:
         done += count
 
 
-def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> int:
+def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Fill every target from the stored tensor of its name.
 
     Args:
@@ -278,18 +278,29 @@ def load_tensors(stored: Mapping[str, StoredTensor], targets: Mapping[str, torch
         targets: Hugging Face tensor name -> destination (a view of a fused parameter counts, as long as it is contiguous).
 
     Returns:
-        A sum over all bytes read, 64 bits, the same for every dtype and device of the targets. Any one changed byte changes it; it is no
-        digest (`engine.hub.fingerprint` says what it serves for).
+        A sum over each tensor's bytes, 64 bits, by name; `sum_of_all` joins them.
 
     Raises:
         ModelNotFound: a file ends early, or a weight is not finite.
     """
-    total = 0
+    sums = {}
     for path, names in _by_file(targets, stored):
         with path.open("rb", buffering=0) as file:
             for name in names:
-                # odd factors, so that no exchange of two tensors goes unseen
-                total = (total * 0x9E3779B97F4A7C15 + read_into(stored[name], targets[name], file, name)) % 2**64
+                sums[name] = read_into(stored[name], targets[name], file, name)
+    return sums
+
+
+def sum_of_all(stored: Mapping[str, StoredTensor], sums: Mapping[str, int]) -> int:
+    """One sum of 64 bits over all tensors of a model, the same for every dtype and device they were read into, and every order of reading.
+
+    Any one changed byte changes it; it is no digest (`engine.hub.fingerprint` says what it serves for).
+    """
+    total = 0
+    for _, names in _by_file(sums, stored):
+        for name in names:
+            # odd factors, so that no exchange of two tensors goes unseen
+            total = (total * 0x9E3779B97F4A7C15 + sums[name]) % 2**64
     return total
 
 
@@ -299,7 +310,7 @@ def _sum(content: np.ndarray) -> int:
     return (int(words.sum()) + int.from_bytes(content[words.nbytes :].tobytes(), "little")) % 2**64
 
 
-def _by_file(targets: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
+def _by_file(targets: Iterable[str], stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
     """Names of each file in the order of their bytes, so that a disk reads forward."""
     for path in sorted({stored[name].path for name in targets}):
         yield path, sorted((name for name in targets if stored[name].path == path), key=lambda name: stored[name].offset)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
+_FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
 
 
@@ -33,8 +35,8 @@ class EngineCore:
 
     Whatever changes its state holds `lock`, so threads take turns, step by step (docs/guarantees.md).
 
-    A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured
-    once (`cost_model`).
+    A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs (`cost_model`)
+    that are given, or measured once: on a CPU after the first token of the first request that needs them, which is not drafted for.
 
     Args:
         target: the model whose distribution is sampled.
@@ -86,6 +88,10 @@ class EngineCore:
             plain=plain_decoding(runner),
         )
         self.cost_model = config.costs
+        self.costs_stale = False  # they are used, and measured again when there is time
+        # told of what is measured, and whether the machine was free for it
+        self.on_costs: Callable[[CostModel, bool], None] | None = None
+        self._without_costs: list[Request] = []
         # the one that the drafter keeps features for; made by `engine.sessions` at first use, and not looked at here
         self.session_codec: Any = None
 
@@ -138,15 +144,34 @@ class EngineCore:
 
     def measure_costs(self) -> CostModel | None:
         """The frozen costs of the automatic draft length, measured at the first call by a few timed forwards on scratch sequences; None without
-        a drafter."""
-        if self.drafter is not None and self.cost_model is None:
+        a drafter, or without a free page to measure in."""
+        if self.drafter is not None and (self.cost_model is None or self.costs_stale):
             room = min(self.context, self.drafter.max_positions, self.pool.num_free_pages * self.pool.page_size)
             counts = [n for n in _MEASURED_COUNTS if n <= room]
+            if not counts:
+                return self.cost_model
             scratch = self.drafter.scratch(self.pool.new_sequence)
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             self.cost_model = measure_costs(
                 self.scheduler.target, self.drafter, self.pool.new_sequence, scratch, token_counts=counts, deterministic=self.deterministic
             )
+            self.costs_stale = False
+            share = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
+            if self.on_costs is not None:
+                self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * torch.get_num_threads())
         return self.cost_model
+
+    def _measure_late(self) -> None:
+        """Give requests that began without costs theirs, once one of them has its first token and goes on."""
+        scheduled = self.scheduler.running + list(self.scheduler.waiting)
+        self._without_costs = [request for request in self._without_costs if request in scheduled]
+        if any(len(request.token_ids) > request.prompt_tokens for request in self._without_costs):
+            costs = None
+            with suppress(PoolExhausted):  # measured by a later request, then
+                costs = self.measure_costs()
+            for request in self._without_costs:
+                request.controller.costs = costs
+            self._without_costs.clear()
 
     # --- conversations --------------------------------------------------------------------------------------------------
 
@@ -233,7 +258,10 @@ class EngineCore:
             params.check_vocabulary(self.target.config.vocab_size)
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *self.text.stop_token_ids(params.stop)))
             constraint = self.text.constraint(params.response_format, self.eos_token_ids) if params.response_format else None
-            costs = self.measure_costs() if params.draft_length == "auto" else self.cost_model
+            automatic = self.drafter is not None and params.draft_length == "auto"
+            late = automatic and self.device.type == "cpu" and (self.cost_model is None or self.costs_stale)
+            # a GPU's next step runs already when this one's tokens are read, and must not be disturbed
+            costs = self.measure_costs() if automatic and not late else self.cost_model
             if self.drafter is not None and conversation.draft_state is None:
                 conversation.draft_state = self.drafter.open(conversation.sequence)
             conversation.token_ids.extend(tokens)
@@ -256,6 +284,8 @@ class EngineCore:
                 constraint=constraint,
             )
             self.scheduler.submit(request)
+            if late:
+                self._without_costs.append(request)
         except BaseException:
             del conversation.token_ids[before:]
             if owns_cache:
@@ -292,10 +322,19 @@ class EngineCore:
     def abandon(self, request: Request) -> None:
         """Cancel a request, whatever state an interrupt left it in; nothing happens to one that has finished."""
         with self.lock:
+            if request in self._without_costs:
+                self._without_costs.remove(request)
             if request in self.scheduler.running or request in self.scheduler.waiting:
                 self.scheduler.cancel(request)
 
+    def step(self) -> None:
+        """One step of all running requests. Whoever has a first token has been told of it when costs are measured, as that is done first."""
+        with self.lock:
+            if self._without_costs:
+                self._measure_late()
+            self.scheduler.step()
+
     def _step(self, request: Request) -> None:
-        self.scheduler.step()
+        self.step()
         if request.error is not None:
             raise request.error

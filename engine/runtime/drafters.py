@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from draft.head_file import HEAD, TOKEN_IDS, read_draft_head
+from draft.head_file import HEAD, SCALE, TOKEN_IDS, open_draft_head, read_draft_head_tensor
 from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
 from engine.errors import BadDraftHead
 from engine.model.decoder import Decoder
@@ -31,23 +32,28 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     Raises:
         BadDraftHead: it is missing, damaged, newer than the program, or made for a target of another shape.
     """
-    config, tensors = read_draft_head(folder)
+    config, stored = open_draft_head(folder)
     config.check_target(target.config)
-    token_ids = tensors.pop(TOKEN_IDS).long()
+    token_ids = stored[TOKEN_IDS].long()
     if int(token_ids[-1]) >= target.config.vocab_size:
         raise BadDraftHead(f"the draft head {folder} holds tokens that its target does not have", "copy the draft head's folder again")
-    if HEAD not in tensors:
-        head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
-        tensors[HEAD] = head.detach()[token_ids.to(head.device)]
+    held = {name: tuple(tensor.shape) for name, tensor in stored.items() if name != TOKEN_IDS and not name.endswith(SCALE)}
+    if HEAD not in held:
+        held[HEAD] = (len(token_ids), target.config.hidden_size)
     # a head of its own matrix, which a CPU can lay out for its products, and no embeddings: tokens never reach these layers
     shape = replace(target.config, num_layers=config.num_layers, vocab_size=config.vocab_size, tie_word_embeddings=False)
     expected = {name: sizes for name, sizes in expected_shapes(shape).items() if name != _EMBEDDING}  # before memory is taken for them
-    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := {name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)}:
         raise BadDraftHead(f"the draft head {folder} and its target disagree about {min(wrong)}", "train one for this target")
-    decoder = Decoder._materialise(shape, target.dtype, target.device)
+
+    def fill(places: dict[str, torch.Tensor]) -> None:
+        for name, place in places.items():
+            if name == HEAD and HEAD not in stored:
+                head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
+                place.copy_(head.detach()[token_ids.to(head.device)])
+            elif name != _EMBEDDING:
+                read_draft_head_tensor(stored, name, place)
+
+    decoder = Decoder.filled(shape, fill, dtype=target.dtype, device=target.device, int8=config.bits == 8)
     decoder.embed_tokens.weight = nn.Parameter(decoder.embed_tokens.weight[:0].clone(), requires_grad=False)
-    places = {name: place for name, place in decoder.hf_tensors().items() if name != _EMBEDDING}
-    for name, place in places.items():
-        place.copy_(tensors[name])
-    return DraftHeadSource(config, decoder.pack(int8=config.bits == 8), token_ids.to(target.device), Path(folder))
+    return DraftHeadSource(config, decoder, token_ids.to(target.device), Path(folder))

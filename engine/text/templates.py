@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.errors import InvalidOption
 from engine.inputs import named_errors
+from engine.text.remembered import RememberedTokenizer
 
 CPU_S = 1  # of the worker, for one rendering
 WALL_S = 60.0  # however busy the machine is
@@ -46,9 +47,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str =
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise InvalidOption("the model's tokenizer has no chat template", "use --raw, or an instruction-tuned model")
-    from transformers import PreTrainedTokenizerBase
-
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not _of_transformers(tokenizer):
         with named_errors(InvalidOption, f"the tokenizer's chat template {failing}", _REMEDY):
             return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     if isinstance(template, dict):
@@ -69,6 +68,18 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str =
     if "text" not in answer:
         raise InvalidOption(f"the model's chat template {failing}: {answer['error']}", _REMEDY)
     return answer["text"]
+
+
+def start_worker() -> None:
+    """Start the worker now, to be ready when the first template is rendered: its imports take as long as a small model's loading."""
+    with suppress(InvalidOption):  # a template that is rendered later says what is wrong
+        _WORKER.start()
+
+
+def _of_transformers(tokenizer: Any) -> bool:
+    """Whether it is one of transformers' tokenizers, or remembered of one. That library is not imported to know: who has one has imported it."""
+    library = sys.modules.get("transformers")
+    return isinstance(tokenizer, RememberedTokenizer) or (library is not None and isinstance(tokenizer, library.PreTrainedTokenizerBase))
 
 
 class _Worker:
@@ -99,6 +110,11 @@ class _Worker:
             finally:
                 if self._process is not None and self._process.poll() is not None:
                     self.stop()
+
+    def start(self) -> None:
+        """Have the process running. Raises InvalidOption where none can be started."""
+        with self._lock:
+            self._running()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:

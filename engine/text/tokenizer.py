@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.errors import ModelNotFound, VocabularyMismatch
 from engine.inputs import is_lfs_pointer, lfs_pointer, named_errors, open_regular
+from engine.text.remembered import from_bytes, remembered_name, to_bytes
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _FILES = (
@@ -31,8 +33,18 @@ _PADDING = re.compile(
 )
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer in a model folder.
+class TokenizerCache(Protocol):
+    """Where tokenizers are remembered: files by name."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def write(self, name: str, content: bytes) -> bool: ...
+
+
+def load_tokenizer(path: Path, cache: TokenizerCache | None = None) -> Any:
+    """The tokenizer in a model folder: transformers' own, or the one remembered of it (`engine.text.remembered`), which gives the same ids and texts.
+
+    cache: where tokenizers are remembered; None asks transformers every time.
 
     Raises:
         ModelNotFound: the folder holds no tokenizer that transformers can read, or one whose ids are no ids.
@@ -43,6 +55,21 @@ def load_tokenizer(path: Path) -> Any:
                 pass
             if is_lfs_pointer(path / name):
                 raise lfs_pointer(path / name, ModelNotFound)
+    known_as = None if cache is None else remembered_name(path, _FILES)
+    if cache is not None and known_as is not None:
+        content = cache.read(known_as)
+        found = None if content is None else from_bytes(content, partial(_by_transformers, path))
+        if found is not None:
+            return found
+    tokenizer = _by_transformers(path)
+    if cache is not None and known_as is not None:
+        content = to_bytes(tokenizer)
+        if content is not None:
+            cache.write(known_as, content)
+    return tokenizer
+
+
+def _by_transformers(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     with named_errors(ModelNotFound, f"{path} holds no readable tokenizer", _FOLDER_NEEDS):

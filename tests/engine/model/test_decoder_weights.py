@@ -201,3 +201,17 @@ def test_loading_never_holds_two_copies(tiny_model, hf_config, tmp_path, dtype):
     weights, peak = (int(word) for word in result.stdout.split())
     assert weights > 190e6 * (2 if dtype == "float32" else 1)
     assert peak < 1.15 * weights + 32e6  # the read buffer is 16 MB
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama-bias"])
+def test_bf16_weights_are_packed_layer_by_layer_without_being_mixed_up(tiny_model, family):
+    """Every layer's matrices pass through the same memory; what is packed from it must be its own."""
+    model = tiny_model(family)
+    loaded = Decoder.from_pretrained(model.folder, dtype=torch.bfloat16)
+    plain = {name: tensor.bfloat16() for name, tensor in model.decoder.hf_tensors().items()}
+    found = loaded.hf_tensors()
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(found[name], tensor), name
+    assert loaded.weight_sum == model.decoder.weight_sum is not None
+    assert all(not parameter.requires_grad for parameter in loaded.parameters())
