@@ -23,7 +23,9 @@ from engine.runtime.core import EngineCore
 from engine.runtime.drafters import Draft, as_source
 from engine.runtime.request import GenerationResult, Request, StreamEvent
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.session import Session
+from engine.sessions.session import AUTO, Session
+from engine.store.prefix_cache import DEFAULT_NAMESPACE, PrefixCache
+from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore
 from engine.text.decoder import TextDecoder
 from engine.text.prompts import Prompt, as_prompts, encode_prompt, end_tokens
 from engine.text.tokenizer import check_vocabularies, load_tokenizer
@@ -43,9 +45,13 @@ class Engine:
         pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair: see `EngineConfig`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
+        store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
+            is new is kept behind the answer. store_bytes: what it may take on disk. namespace: whose prefixes are seen. quality, pack: how they are
+            coded, as in `session`. log: told what the store has to say.
 
     Raises:
         InvalidOption: an early exit after more layers than the target has, or another bad option.
+        BadStore, CacheNotWritable, DiskFull, PackMismatch: the store cannot be used.
     """
 
     def __init__(
@@ -64,6 +70,12 @@ class Engine:
         target_dir: Path | None = None,
         draft_dir: Path | None = None,
         pair: str | None = None,
+        store: str | Path | None = None,
+        store_bytes: int = DEFAULT_LIMIT_BYTES,
+        namespace: str = DEFAULT_NAMESPACE,
+        quality: str = AUTO,
+        pack: str | Path | None = None,
+        log: Callable[[str], None] = print,
     ) -> None:
         config = EngineConfig(pool_tokens, page_size, max_batch, prefill_chunk, deterministic, kv_cache_dtype, costs, target_dir, pair)
         check_format(kv_cache_dtype, target.config.head_dim)
@@ -77,6 +89,15 @@ class Engine:
         )
         if target_dir is not None:
             remember_costs(self.core)
+        self.prefix_cache: PrefixCache | None = None
+        if store is not None:
+            opened = RunStore(store, store_bytes)
+            try:
+                cache = PrefixCache(self.core, opened, namespace=namespace, quality=quality, pack=pack, log=log)
+            except BaseException:
+                opened.close()
+                raise
+            self.prefix_cache = cache.attach()
 
     @classmethod
     def from_pretrained(
@@ -145,6 +166,16 @@ class Engine:
     def drafter_name(self) -> str:
         """The source of drafts, for reports."""
         return self.core.drafter_name
+
+    def flush(self) -> None:
+        """Wait until the store has kept what was generated so far; nothing without a store. At the process's end this happens by itself."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.flush()
+
+    def close(self) -> None:
+        """`flush`, and give the store back; the engine goes on without it."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.close()
 
     def memory(self) -> dict[str, int]:
         """Bytes held: target_bytes and draft_bytes of weights, pool_bytes of both KV pools as they are now."""

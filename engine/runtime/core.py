@@ -21,6 +21,7 @@ from engine.model.decoder import Decoder
 from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import graphed, plain_decoding
+from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.scheduler import Scheduler
@@ -191,8 +192,23 @@ class EngineCore:
             sequence = self.pool.new_sequence()
             return SequenceState([], sequence, self.drafter.open(sequence) if self.drafter else None)
 
+    @property
+    def prefix_store(self) -> PrefixStore | None:
+        """Where prefixes are kept that outlive the pools; None: nowhere."""
+        return self.scheduler.prefix_store
+
+    @prefix_store.setter
+    def prefix_store(self, store: PrefixStore | None) -> None:
+        self.scheduler.prefix_store = store
+
     def close_sequence_state(self, conversation: SequenceState) -> None:
-        """Give a conversation's pages back; it must not be used afterwards."""
+        """Give a conversation's pages back, once a store has kept them; it must not be used afterwards."""
+        with self.lock:
+            if self.prefix_store is None or not self.prefix_store.take_over(conversation):
+                self.discard(conversation)
+
+    def discard(self, conversation: SequenceState) -> None:
+        """Give a conversation's pages back now."""
         with self.lock:
             if self.drafter is not None and conversation.draft_state is not None:
                 self.drafter.close([conversation.draft_state])

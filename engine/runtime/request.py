@@ -58,6 +58,9 @@ class SequenceState:
     token_ids: list[int]
     sequence: KvSequence
     draft_state: DraftState | None = None
+    restored_spans: list[Any] = field(
+        default_factory=list
+    )  # the codes that the caches' beginning was restored from: they are not coded again
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class GenerationResult:
     prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
     to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
     logprobs: one a new token, where they were asked for.
+    restored_tokens, restore_s: those of the reused ones that came from a store before the prompt ran, and the seconds of ttft_s that took.
     seed: the request's own, which names this text, or the key of the random numbers it drew without one. memory: target_bytes, draft_bytes, pool_bytes.
     """
 
@@ -85,6 +89,8 @@ class GenerationResult:
     speculation: SpeculationMetrics
     memory: dict[str, int]
     logprobs: list[TokenLogprobs] | None = None
+    restored_tokens: int = 0
+    restore_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The result's part of the command line's JSON."""
@@ -123,6 +129,9 @@ class Request:
     owns_cache: bool = True
     prompt_tokens: int = field(init=False)
     reused_tokens: int = field(init=False)
+    namespace: str | None = None  # whose stored prefixes it may use; None: the engine's own
+    restored_tokens: int = 0
+    restore_s: float = 0.0
     finish_reason: FinishReason | None = None
     error: ForetoldError | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -212,4 +221,6 @@ class Request:
             speculation=self.metrics,
             memory=memory,
             logprobs=None if self.params.logprobs is None else self.logprobs,
+            restored_tokens=self.restored_tokens,
+            restore_s=self.restore_s,
         )

@@ -9,6 +9,7 @@ from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool, KvSequence
 from engine.runtime.model_runner import PlainDecoding
+from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import Request
 from engine.runtime.step import decode_step, prefill_step
 
@@ -32,6 +33,7 @@ class Scheduler:
     prefill_tokens: int = 2048
     deterministic: bool = False
     plain: PlainDecoding | None = None
+    prefix_store: PrefixStore | None = None
 
     def __post_init__(self) -> None:
         self.waiting: deque[Request] = deque()
@@ -113,6 +115,10 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_batch:
             if self._promise(self.waiting[0], room):
                 self.running.append(self.waiting.popleft())
+                if self.prefix_store is not None:
+                    self.prefix_store.restore(self.running[-1])
+            elif self.prefix_store is not None and self.prefix_store.yield_pages():
+                return [*refused, *self._admit()]
             elif self.running:
                 break
             else:
@@ -151,7 +157,11 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         conversation = request.conversation
+        if self.prefix_store is not None:
+            self.prefix_store.finished(request)
         if request.owns_cache:
+            if self.prefix_store is not None and self.prefix_store.take_over(conversation):
+                return
             if self.drafter is not None and conversation.draft_state is not None:
                 self.drafter.close([conversation.draft_state])
             conversation.sequence.free()

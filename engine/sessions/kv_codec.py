@@ -172,7 +172,8 @@ class SessionCodec:
             state.features.forget(before)  # type: ignore[attr-defined]
 
     def restore(self, conversation: SequenceState, spans: Sequence[Span], clock: StageClock | None = None) -> None:
-        """Fill an empty conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances.
+        """Fill a conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances. The caches are empty,
+        or hold what comes before the spans.
 
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
         product a chunk. A predictor that looks at the first layers of a separate draft needs only these (`draft_layers_run`): the draft's cache stays
@@ -187,7 +188,7 @@ class SessionCodec:
         else:
             parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
             clock.mark("entropy")
-            run_tokens(self.core, conversation, start)
+            run_tokens(self.core, conversation, start - conversation.sequence.length)
             clock.mark("sinks")
             latents = self._draft_pass(state, conversation, start, end)
             clock.mark("draft")
@@ -211,7 +212,7 @@ class SessionCodec:
         clock.mark("draft")
         with torch.cuda.stream(side):
             parts = self.pages.start([s.data for s in spans], beside=False)
-            run_tokens(self.core, conversation, start)
+            run_tokens(self.core, conversation, start - conversation.sequence.length)
             target_rows = self._target_rows(conversation, start, end)
         current.wait_stream(side)
         if target_rows is not None:
@@ -369,6 +370,8 @@ def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = p
 
 def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> None:
     """Run the target over the next `count` tokens of a conversation, the KV of which was not stored; advances."""
+    if not count:
+        return
     start = conversation.sequence.length
     ids = torch.tensor(conversation.token_ids[start : start + count], device=core.device)
     taps = core.drafter.target_taps if core.drafter else ()

@@ -273,6 +273,8 @@ class Session:
         prints = pair_fingerprints(self.core)
         quality, reason = self.quality, None
         self.spans = [s for s in self.spans if s.end <= len(self.token_ids)]
+        if not self.spans and quality != TOKENS:  # what a store gave back keeps its code too
+            self.spans = [s for s in self.conversation.restored_spans if s.end <= held]
         if quality == AUTO:
             codec = session_codec(self.core, self._pack_path, self._log)
             rates = rates_of(codec, held, self._log)

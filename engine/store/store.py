@@ -250,6 +250,10 @@ class RunStore:
         self.metrics.lookup_s += time.perf_counter() - began
         return StoredPrefix(start_page, end, spans, used)
 
+    def keys_of(self, root: bytes, token_ids: Sequence[int]) -> list[bytes]:
+        """The names of the runs that a text of whole runs lies in."""
+        return page_keys(root, token_ids)[RUN_PAGES - 1 :: RUN_PAGES]
+
     def known_pages(self, root: bytes, token_ids: Sequence[int], *, coded: bool = True) -> int:
         """How many whole runs' pages of a text are stored already (with or without KV), from its beginning; no file is read."""
         keys, pages = page_keys(root, token_ids), 0

@@ -1,0 +1,27 @@
+"""What the scheduler asks of a store of prefixes that outlive the pools; `engine.store.prefix_cache` is one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.runtime.request import Request, SequenceState
+
+
+class PrefixStore(Protocol):
+    """Called by whoever holds the engine's lock; nothing it meets may fail a request."""
+
+    def restore(self, request: Request) -> None:
+        """The request was admitted and runs next: bring back what is known of its prompt into its caches, and note it in the request."""
+        ...
+
+    def finished(self, request: Request) -> None:
+        """The request has ended, and its caches hold what it committed: keep what is new, later."""
+        ...
+
+    def take_over(self, conversation: SequenceState) -> bool:
+        """The conversation is about to be closed: True if it still has to be kept, and will be closed afterwards (`EngineCore.discard`)."""
+        ...
+
+    def yield_pages(self) -> bool:
+        """Pages are needed: close conversations that were taken over, kept or not; False when there are none."""
+        ...

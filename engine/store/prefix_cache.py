@@ -1,0 +1,414 @@
+"""An engine's prefixes in a store: what is known of a prompt comes back before it runs, what is new is coded and kept behind the answer."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codec.errors import CodecError
+from codec.spec import NUM_SINKS
+from engine.errors import ForetoldError, InvalidOption
+from engine.runtime.core import EngineCore
+from engine.runtime.request import Request, SequenceState
+from engine.sessions.codec_params import pair_fingerprints
+from engine.sessions.file import Span
+from engine.sessions.kv_codec import SessionCodec, session_codec
+from engine.sessions.rates import rates_of
+from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKENS
+from engine.sessions.stages import Rates
+from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_bounds
+from engine.store.store import RunStore
+
+DEFAULT_NAMESPACE = "default"
+CHUNK_PAGES = {"cpu": RUN_PAGES, "cuda": 16 * RUN_PAGES}
+"""Pages coded at a time, by device, between which requests are served: about a tenth of a second's work."""
+
+_PATIENCE_S = 2.0  # how long a busy engine is waited for before a chunk is coded between two of its steps
+_POLL_S = 0.01
+_EXIT_S = 60.0  # for what is left to be coded when the process ends
+
+
+@dataclass
+class PrefixMetrics:
+    """What the store did for this engine's requests.
+
+    lookups, hits: requests that asked, and that got something. hit_tokens: restored. lookup_s, restore_s: seconds before first tokens. saved_s: what
+    computing them was measured to take, less restore_s. kept_*: stored behind answers, and the seconds that took. evicted_runs: to make room for them.
+    skipped: requests whose known prefix was not worth restoring, or must be exact.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    hit_tokens: int = 0
+    lookup_s: float = 0.0
+    restore_s: float = 0.0
+    saved_s: float = 0.0
+    skipped: int = 0
+    kept_runs: int = 0
+    kept_tokens: int = 0
+    kept_bytes: int = 0
+    evicted_runs: int = 0
+    keep_s: float = 0.0
+
+
+@dataclass(eq=False)
+class _Job:
+    """A conversation to be kept. page: those before it are stored. tail: spans of pages [page, page + len(tail)), stored in a shorter run."""
+
+    conversation: SequenceState
+    namespace: str
+    since: float
+    page: int | None = None
+    tail: list[bytes] = field(default_factory=list)
+    owned: bool = False  # it is closed here once it is kept
+
+
+class PrefixCache:
+    """Keeps an engine's conversations in a store, and restores prefixes from there. `attach` it to the engine.
+
+    A prefix that was coded comes back with the codec's loss, so requests whose text is promised to the bit, seeded ones and all of a deterministic
+    engine, are not restored; they are kept like all others.
+
+    Args:
+        core: the engine. store: opened; `close` closes it.
+        namespace: whose prefixes a request sees, unless it names another.
+        quality: as of sessions: "auto" codes at "balanced" where restoring is faster on this machine than computing, and keeps ids alone elsewhere.
+        pack: the codec parameters' file; default: the pair's own, fitted now where there are none.
+        log: told once of each kind of trouble, which costs no request its answer.
+
+    Raises:
+        InvalidOption: an unknown quality, an empty namespace. PackMismatch: the pack is another pair's.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        store: RunStore,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        quality: str = AUTO,
+        pack: str | Path | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        if quality not in SESSION_QUALITIES:
+            raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
+        if not namespace or len(namespace) > 256:
+            raise InvalidOption(f"a namespace of {len(namespace)} characters", "give 1 to 256")
+        self.core, self.store, self.namespace, self.quality = core, store, namespace, quality
+        self.metrics = PrefixMetrics()
+        self._log = log
+        self._jobs: deque[_Job] = deque()
+        self._said: set[str] = set()
+        self._wake, self._keeping, self._closing = threading.Event(), threading.Lock(), False
+        self._num_threads = torch.get_num_threads()
+        self._worker: threading.Thread | None = None
+        # now, so that features are kept for it from the first request on
+        self.codec = None if quality == TOKENS else session_codec(core, pack, log)
+        self._prints = pair_fingerprints(core)
+
+    def attach(self) -> PrefixCache:
+        """Serve the engine from now on, until `close`."""
+        self.core.prefix_store = self
+        reference = weakref.ref(self)
+
+        def leave() -> None:
+            cache = reference()
+            if cache is not None:
+                cache.close(_EXIT_S)
+
+        self._at_exit = leave
+        atexit.register(leave)
+        return self
+
+    # --- before a request -----------------------------------------------------------------------------------------------
+
+    def restore(self, request: Request) -> None:
+        """See `PrefixStore.restore`."""
+        try:
+            with torch.inference_mode():
+                self._restore(request)
+        except (ForetoldError, CodecError, OSError, MemoryError) as error:
+            self._once("restore", f"a stored prefix could not be restored: {error}")
+
+    def _restore(self, request: Request) -> None:
+        began = time.perf_counter()
+        have = request.sequence.length
+        codec = self.codec
+        if codec is None or have % PAGE_TOKENS or len(request.token_ids) - 1 - have < PAGE_TOKENS:
+            return
+        self.metrics.lookups += 1
+        # at least one token is left to run, for its logits
+        found = self.store.lookup(root_key(self._identity(request.namespace)), request.token_ids[:-1], have // PAGE_TOKENS)
+        self.metrics.lookup_s += time.perf_counter() - began
+        tokens = found.num_tokens - have
+        if tokens <= 0:
+            return
+        rates = rates_of(codec, 0, self._log)
+        if self.core.deterministic or request.params.seed is not None or (rates is not None and not rates.pays(tokens)):
+            self.metrics.skipped += 1
+            return
+        conversation = request.conversation
+        spans = [Span(*span_bounds(page), data) for page, data in zip(range(found.start_page, found.end_page), found.spans, strict=True)]
+        began_restore = time.perf_counter()
+        try:
+            codec.restore(conversation, spans)
+        except BaseException:
+            self._empty(conversation)
+            raise
+        if self.core.device.type == "cuda":
+            torch.cuda.synchronize(self.core.device)
+        took = time.perf_counter() - began_restore
+        if have == 0:
+            conversation.restored_spans = spans
+        request.restored_tokens, request.restore_s = tokens, time.perf_counter() - began
+        request.reused_tokens = request.sequence.length
+        self.metrics.hits += 1
+        self.metrics.hit_tokens += tokens
+        self.metrics.restore_s += took
+        if rates is not None:
+            self.metrics.saved_s += rates.recomputing(tokens) - took
+
+    def _empty(self, conversation: SequenceState) -> None:
+        """Give a conversation caches that hold nothing: a restore that failed may have left anything in the old ones."""
+        if self.core.drafter is not None and conversation.draft_state is not None:
+            self.core.drafter.close([conversation.draft_state])
+        conversation.sequence.free()
+        conversation.sequence = self.core.pool.new_sequence()
+        if self.core.drafter is not None:
+            conversation.draft_state = self.core.drafter.open(conversation.sequence)
+
+    # --- behind an answer -----------------------------------------------------------------------------------------------
+
+    def finished(self, request: Request) -> None:
+        """See `PrefixStore.finished`."""
+        if self._closing or request.error is not None or request.sequence.length < PAGE_TOKENS:
+            return
+        if self._job_of(request.conversation) is None:
+            self._jobs.append(_Job(request.conversation, request.namespace or self.namespace, time.monotonic()))
+        if self._worker is None:
+            self._worker = threading.Thread(
+                target=_work, args=(weakref.ref(self), self._wake, self._num_threads), name="foretold-store", daemon=True
+            )
+            self._worker.start()
+        self._wake.set()
+
+    def take_over(self, conversation: SequenceState) -> bool:
+        """See `PrefixStore.take_over`."""
+        job = self._job_of(conversation)
+        if job is None:
+            return False
+        job.owned = True
+        return True
+
+    def yield_pages(self) -> bool:
+        """See `PrefixStore.yield_pages`."""
+        owned = [job for job in self._jobs if job.owned]
+        for job in owned:
+            self._end(job)
+        return bool(owned)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Keep now what waits to be kept; False when the time was too short. Any thread may call it; interrupted, it leaves the rest unkept."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while self._jobs:
+                if until is not None and time.monotonic() > until:
+                    return False
+                self._keep_some()
+        except KeyboardInterrupt:
+            with self.core.lock:
+                for job in list(self._jobs):
+                    self._end(job)
+            raise
+        return True
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """`flush`, detach from the engine and close the store. Requests go on without it."""
+        if self._closing:
+            return True
+        done = self.flush(timeout_s)
+        self._closing = True
+        self._wake.set()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join(timeout=5.0)
+        with self.core.lock:
+            for job in list(self._jobs):
+                self._end(job)
+            if self.core.prefix_store is self:
+                self.core.prefix_store = None
+        atexit.unregister(self._at_exit)
+        self.store.close()
+        return done
+
+    def report(self) -> dict[str, Any]:
+        """Metrics of this engine's requests, and the store's totals, for JSON."""
+        runs, num_bytes = self.store.totals
+        return asdict(self.metrics) | {
+            "folder": str(self.store.folder),
+            "namespace": self.namespace,
+            "runs": runs,
+            "bytes": num_bytes,
+            "limit_bytes": self.store.limit_bytes,
+            "damaged": self.store.metrics.damaged,
+        }
+
+    def _job_of(self, conversation: SequenceState) -> _Job | None:
+        return next((job for job in self._jobs if job.conversation is conversation), None)
+
+    def _end(self, job: _Job) -> None:
+        """Forget a job, and close its conversation if that was left to it; under the engine's lock."""
+        if job in self._jobs:
+            self._jobs.remove(job)
+            if job.owned:
+                self.core.discard(job.conversation)
+
+    def work_once(self) -> bool:
+        """Keep a chunk if the engine is idle, or has been busy for long; False when there is nothing to do or not yet."""
+        if not self._jobs or self._closing:
+            return False
+        try:
+            job = self._jobs[0]
+        except IndexError:
+            return False
+        if not self.core.scheduler.idle and time.monotonic() - job.since < _PATIENCE_S:
+            return False
+        self._keep_some()
+        return True
+
+    def _keep_some(self) -> None:
+        """Code and store one chunk of the oldest job."""
+        with self._keeping:  # one chunk after the other, as each continues the one before
+            self._keep_chunk()
+
+    def _keep_chunk(self) -> None:
+        began = time.perf_counter()
+        with self.core.lock, torch.inference_mode():
+            if not self._jobs:
+                return
+            job = self._jobs[0]
+            chunk = None
+            try:
+                chunk = self._coded(job)
+            except (ForetoldError, CodecError, MemoryError) as error:
+                self._once("code", f"a conversation could not be coded for the store: {error}")
+            except BaseException:
+                self._end(job)
+                raise
+            if chunk is None:
+                self._end(job)
+                return
+            job.since = time.monotonic()
+        # written without the lock: syncs take milliseconds
+        identity, ids, spans, first, saved_token_s, more = chunk
+        kept = False
+        try:
+            report = self.store.insert(identity, ids, spans, first, saved_token_s)
+            kept = report.whole
+            self.metrics.kept_runs += report.runs
+            self.metrics.kept_tokens += report.tokens
+            self.metrics.kept_bytes += report.bytes
+            self.metrics.evicted_runs += report.evicted
+        except (ForetoldError, OSError) as error:
+            self._once("write", f"nothing can be kept in the store: {error}")
+        self.metrics.keep_s += time.perf_counter() - began
+        if not (kept and more):
+            with self.core.lock:
+                self._end(job)
+
+    def _coded(self, job: _Job) -> tuple[dict[str, str], list[int], list[bytes | None], int, float, bool] | None:
+        """The next chunk of a job: what `RunStore.insert` takes, and whether more follows. None when everything is stored."""
+        conversation = job.conversation
+        pages = min(conversation.sequence.length, len(conversation.token_ids)) // PAGE_TOKENS
+        ids = conversation.token_ids[: pages * PAGE_TOKENS]
+        quality, rates = self._coding(len(ids))
+        identity = self._identity(job.namespace)
+        root, codec, coded = root_key(identity), self.codec, quality != TOKENS
+        if job.page is None:
+            job.page = self.store.known_pages(root, ids, coded=coded)
+            found = self.store.lookup(root, ids, job.page)
+            job.tail = found.spans
+            self.store.touch(self.store.keys_of(root, ids[: job.page * PAGE_TOKENS]) + found.keys)
+        start = job.page + len(job.tail)
+        if start >= pages:
+            return None
+        end = min(pages, job.page + CHUNK_PAGES[self.core.device.type])
+        if not coded or codec is None:
+            end = pages
+            spans: list[bytes | None] = [None] * (end - job.page)
+        else:
+            if not _has_features(conversation, codec, start * PAGE_TOKENS, end * PAGE_TOKENS):
+                end = pages  # one pass over all of the text gives them back
+            made = codec.encode(conversation, max(NUM_SINKS, start * PAGE_TOKENS), end * PAGE_TOKENS, quality)
+            assert [(s.start, s.end) for s in made] == [span_bounds(page) for page in range(start, end)]
+            spans = [*job.tail, *(bytes(s.data) for s in made)]
+        first, job.page, job.tail = job.page, end, []
+        saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
+        return identity, ids[: end * PAGE_TOKENS], spans, first, saved_token_s, end < pages
+
+    # --- models ---------------------------------------------------------------------------------------------------------
+
+    def _coding(self, tokens: int) -> tuple[str, Rates | None]:
+        """At which quality a conversation of so many tokens is coded; "tokens" where restoring it would not pay."""
+        if self.codec is None:
+            return TOKENS, None
+        rates = rates_of(self.codec, tokens, self._log)
+        if self.quality != AUTO:
+            return self.quality, rates
+        return (AUTO_QUALITY if rates is not None and rates.pays(tokens) else TOKENS), rates
+
+    def _identity(self, namespace: str | None) -> dict[str, str]:
+        """What the root of a namespace's texts stands for, with this engine's models."""
+        config = self.core.config
+        return {
+            **self._prints,
+            "pack": "none" if self.codec is None else self.codec.pack.digest,
+            "quality": AUTO_QUALITY if self.quality == AUTO else self.quality,
+            "namespace": namespace or self.namespace,
+            LABEL: config.pair or (config.target_dir.name if config.target_dir is not None else ""),
+        }
+
+    def _once(self, kind: str, message: str) -> None:
+        """Say something, if nothing of its kind was said before."""
+        if kind not in self._said:
+            self._said.add(kind)
+            self._log(message)
+
+
+def _work(reference: weakref.ref[PrefixCache], wake: threading.Event, num_threads: int) -> None:
+    """The worker's loop: it ends with its cache."""
+    torch.set_num_threads(num_threads)  # a new thread begins with another number, and rounds otherwise
+    while True:
+        wake.wait(1.0)
+        wake.clear()
+        cache = reference()
+        if cache is None or cache._closing:
+            return
+        while cache._jobs and not cache._closing:  # held meanwhile: an engine that is dropped is kept first
+            try:
+                worked = cache.work_once()
+            except Exception as error:  # whatever it is, the engine goes on
+                cache._once("worker", f"the store's worker failed: {type(error).__name__}: {error}")
+                worked = False
+            if not worked:
+                time.sleep(_POLL_S)
+        del cache
+
+
+def _has_features(conversation: SequenceState, codec: SessionCodec, start: int, end: int) -> bool:
+    """Whether coding tokens [start, end) takes no pass over what comes before: features were kept, or the draft has yet to run these tokens."""
+    state = conversation.draft_state
+    if not codec.predictor.spec.taps:
+        return True
+    if state is None or state.features is None:
+        return False
+    held = min(end, state.features.length)
+    return held <= start or state.features.take(start, held) is not None  # type: ignore[attr-defined]

@@ -1,0 +1,354 @@
+"""An engine with a store: what one engine generated, another restores, for every kind of draft, and no fault costs an answer."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+
+import pytest
+import torch
+
+from engine.errors import BadStore, InvalidOption
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.rates import Rates
+from engine.store.runs import PAGE_TOKENS
+from engine.store.store import RunStore
+
+TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(14))
+LONG = TEXT[:800]  # tokens are bytes
+GREEDY = SamplingParams(max_new_tokens=8, draft_length=2, ignore_eos=True)
+DRAFTS = ("draft", "adapter", "trunk", "none")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store_engine(chat_engine, folder):
+    """`store_engine(draft, **options)` -> an engine with the test's store; all are closed at the end. `said`: what they logged."""
+    made = []
+
+    def make(draft: str = "draft", **options):
+        engine = chat_engine(draft, **({"store": folder, "quality": "near-lossless", "log": store_engine_said.append} | options))
+        made.append(engine)
+        return engine
+
+    store_engine_said: list[str] = []
+    make.said = store_engine_said
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def restored(engine, text=LONG, params=GREEDY):
+    result = engine.generate(text, params)[0]
+    assert result.restored_tokens <= result.reused_tokens <= result.prompt_tokens - 1
+    return result
+
+
+def kv_loss(engine, other, text):
+    """Share of the KV's variance over the text's tokens by which a restored prefix differs from a computed one."""
+    rows = []
+    for each in (engine, other):
+        session = each.session(quality="tokens", log=lambda _: None)
+        session.generate(text, SamplingParams(max_new_tokens=1, draft_length=0))
+        sequence = session.conversation.sequence
+        rows.append(each.core.target.read_kv(sequence, 0, len(text)).flatten(1))
+        session.close()
+    return float((rows[0] - rows[1]).pow(2).sum() / (rows[0] - rows[0].mean(0)).pow(2).sum())
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_engine, draft) -> None:
+    first = store_engine(draft)
+    plain = restored(first)
+    assert plain.restored_tokens == 0
+    first.flush()
+    kept = first.prefix_cache.metrics
+    pages = (len(LONG) + 7) // PAGE_TOKENS
+    assert kept.kept_tokens == pages * PAGE_TOKENS and kept.kept_bytes > 0 and kept.hits == 0
+    second = store_engine(draft)
+    result = restored(second)
+    assert result.restored_tokens == result.reused_tokens == (len(LONG) - 1) // PAGE_TOKENS * PAGE_TOKENS
+    assert result.restore_s > 0 and result.ttft_s > result.restore_s
+    assert len(result.token_ids) == 8 and second.prefix_cache.metrics.hits == 1
+    # what came back is the coded KV: near what is computed, and not the same
+    assert 0 < kv_loss(second, chat_engine(draft), LONG) < 0.2
+
+
+@pytest.mark.parametrize("draft", ["draft", "adapter"])
+def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft) -> None:
+    """The same spans by the same codec: the text that follows is the one that a resumed session gives."""
+    prompt = LONG[:768]
+    session = chat_engine(draft).session(quality="near-lossless", log=lambda _: None)
+    session.generate(prompt, SamplingParams(max_new_tokens=1, draft_length=0))
+    session.suspend(tmp_path / "file")
+    resumed = chat_engine(draft).session(tmp_path / "file", restore="decode", log=lambda _: None)
+    resumed.conversation.token_ids.pop()
+    follow = resumed.generate(chat_engine("none").encode(LONG)[768:], GREEDY)
+    first = store_engine(draft)
+    restored(first, prompt, SamplingParams(max_new_tokens=1, draft_length=0))
+    first.flush()
+    second = store_engine(draft)
+    result = restored(second)
+    assert result.restored_tokens == 768 and result.token_ids == follow.token_ids
+    session = second.session(quality="tokens", log=lambda _: None)
+    assert session.generate(LONG, GREEDY).restored_tokens == 768
+    kv = [each.core.target.read_kv(each.conversation.sequence, 0, 768) for each in (session, resumed)]
+    assert torch.equal(*kv)
+
+
+def test_drafts_are_as_good_after_a_restore(store_engine, chat_engine) -> None:
+    first = store_engine("adapter")
+    restored(first)
+    first.flush()
+    params = SamplingParams(max_new_tokens=48, draft_length=3, ignore_eos=True)
+    result, plain = restored(store_engine("adapter"), LONG, params), chat_engine("adapter").generate(LONG, params)[0]
+    assert result.restored_tokens > 700 and result.speculation.proposed > 20
+    assert abs(result.speculation.acceptance_rate - plain.speculation.acceptance_rate) < 0.25
+
+
+def test_a_batch_a_stream_and_a_session_are_served(store_engine) -> None:
+    first = store_engine()
+    first.generate([LONG, TEXT[100:700]], GREEDY)
+    first.flush()
+    second = store_engine()
+    results = second.generate([LONG, TEXT[100:700], "something else entirely"], GREEDY)
+    assert [r.restored_tokens for r in results] == [768, 576, 0]
+    last = list(second.stream(LONG, GREEDY))[-1].result
+    assert last is not None and last.restored_tokens == 768
+    session = second.session(quality="tokens", log=lambda _: None)
+    assert session.generate(LONG, GREEDY).restored_tokens == 768
+    again = session.generate(" and on it goes", GREEDY)
+    assert again.restored_tokens == 0 and again.reused_tokens >= len(LONG)  # its own cache knows more
+    session.close()
+
+
+def test_a_conversation_grows_across_processes(store_engine) -> None:
+    """Each engine continues what the one before left; nothing is stored twice."""
+    text = TEXT[:150]
+    for turn in range(4):
+        engine = store_engine()
+        result = restored(engine, text)
+        assert result.restored_tokens == (0 if turn == 0 else (len(text) - 1 - 200 + 8) // PAGE_TOKENS * PAGE_TOKENS if turn else 0)
+        engine.flush()
+        text = TEXT[: len(text)] + TEXT[len(text) : len(text) + 200]
+        runs = engine.prefix_cache.report()["runs"]
+        engine.close()
+    assert runs == 3  # 750 bytes: two runs of 256 and a shorter one
+
+
+@pytest.mark.parametrize("promise", ["seed", "deterministic"])
+def test_what_is_promised_to_the_bit_is_not_restored(store_engine, chat_engine, promise) -> None:
+    first = store_engine()
+    restored(first)
+    first.flush()
+    params = SamplingParams(
+        max_new_tokens=12, draft_length=2, ignore_eos=True, **({"seed": 3, "temperature": 1.0} if promise == "seed" else {})
+    )
+    options = {"deterministic": True} if promise == "deterministic" else {}
+    second = store_engine("draft", **options)
+    result = restored(second, LONG, params)
+    assert result.restored_tokens == 0 and second.prefix_cache.metrics.skipped == 1
+    assert result.token_ids == chat_engine("draft", **options).generate(LONG, params)[0].token_ids
+
+
+def test_namespaces_qualities_and_models_do_not_mix(store_engine, folder) -> None:
+    first = store_engine()
+    restored(first)
+    first.flush()
+    for options in ({"namespace": "other"}, {"quality": "compact"}, {"draft": "adapter"}, {"draft": "none"}):
+        assert restored(store_engine(**options)).restored_tokens == 0
+    assert restored(store_engine()).restored_tokens > 0
+    found = RunStore(folder)
+    assert found.delete("other") > 0
+    found.close()
+    assert restored(store_engine()).restored_tokens > 0
+
+
+def test_auto_keeps_ids_alone_where_restoring_does_not_pay(store_engine, folder, monkeypatch) -> None:
+    slow = Rates(0.0, 1.0, 0.0, 1e-6)
+    for rates, tokens in ((slow, 0), (Rates(0.0, 1e-6, 0.0, 1.0), 768)):
+        first = store_engine(quality="auto")
+        first.prefix_cache.codec.rates = rates
+        restored(first)
+        first.flush()
+        assert bool(list(folder.rglob("*.run"))) == bool(tokens) and bool(list(folder.rglob("*.ids"))) == (not tokens)
+        second = store_engine(quality="auto")
+        second.prefix_cache.codec.rates = rates
+        assert restored(second).restored_tokens == tokens
+    # where it has become slower than computing, what is coded is left where it is
+    third = store_engine(quality="auto")
+    third.prefix_cache.codec.rates = slow
+    assert restored(third).restored_tokens == 0 and third.prefix_cache.metrics.skipped == 1
+
+
+def test_quality_tokens_needs_no_codec_and_keeps_ids(store_engine, folder) -> None:
+    engine = store_engine(quality="tokens")
+    assert engine.core.session_codec is None
+    restored(engine)
+    engine.flush()
+    assert list(folder.rglob("*.ids")) and not list(folder.rglob("*.run")) and restored(engine).restored_tokens == 0
+
+
+def test_a_session_keeps_the_code_that_a_store_gave_back(store_engine, tmp_path) -> None:
+    first = store_engine()
+    restored(first, LONG[:700])
+    first.flush()
+    second = store_engine()
+    session = second.session(quality="near-lossless", log=lambda _: None)
+    assert session.generate(LONG, GREEDY).restored_tokens == 640
+    session.suspend(tmp_path / "file")
+    known = second.prefix_cache.store.lookup(*_root_and_ids(second, session))
+    assert [bytes(span.data) for span in session.spans[:10]] == known.spans[:10]
+    session.close()
+
+
+def _root_and_ids(engine, session):
+    from engine.store.runs import root_key
+
+    return root_key(engine.prefix_cache._identity(None)), session.token_ids
+
+
+# --- behind the answer --------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_keeps_without_being_asked(store_engine, folder) -> None:
+    engine = store_engine()
+    restored(engine)
+    deadline = time.monotonic() + 20
+    while engine.prefix_cache._jobs and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not engine.prefix_cache._jobs and list(folder.rglob("*.run"))
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages  # and gave the pages back
+
+
+def test_nothing_is_coded_before_the_answer_is_there(store_engine, monkeypatch) -> None:
+    engine = store_engine()
+    cache, order = engine.prefix_cache, []
+    coded, started = cache._coded, threading.Event()
+
+    def watched(job):
+        order.append("coded")
+        started.set()
+        return coded(job)
+
+    monkeypatch.setattr(cache, "_coded", watched)
+    for event in engine.stream(LONG, GREEDY):
+        order.append("event" if event.result is None else "answer")
+    assert started.wait(20) and "coded" not in order[: order.index("answer") + 1]
+
+
+def test_pages_that_wait_are_given_up_when_they_are_needed(store_engine, monkeypatch) -> None:
+    engine = store_engine(pool_tokens=1024)
+    cache = engine.prefix_cache
+    with engine.core.lock:  # the worker waits
+        engine.generate(LONG, GREEDY)
+        assert len(cache._jobs) == 1 and engine.core.pool.num_free_pages < 16
+        assert len(engine.generate(TEXT[200:1000], GREEDY)[0].token_ids) == 8
+        assert len(cache._jobs) == 1  # the second has taken the place of the first
+
+
+def test_an_engine_that_is_closed_goes_on_without_its_store(store_engine) -> None:
+    engine = store_engine()
+    restored(engine)
+    engine.close()
+    assert engine.core.prefix_store is None and not engine.prefix_cache._jobs
+    assert len(restored(engine).token_ids) == 8
+    engine.close()
+    assert restored(store_engine()).restored_tokens > 0
+
+
+def test_threads_share_an_engine_and_its_store(store_engine) -> None:
+    engine = store_engine()
+    plain = {n: restored(engine, TEXT[n * 50 : n * 50 + 500]).token_ids for n in range(3)}
+    failures = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(2):
+                assert len(restored(engine, TEXT[number * 50 : number * 50 + 500]).token_ids) == len(plain[number])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.flush()
+    assert not failures and engine.prefix_cache.store.verify().sound and not store_engine.said
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["full disk", "lock held", "read only"])
+def test_a_store_that_cannot_be_written_costs_no_answer_and_is_said_once(store_engine, monkeypatch, fault) -> None:
+    engine = store_engine()
+
+    def refuse(*args):
+        raise OSError(errno.ENOSPC if fault == "full disk" else errno.EROFS, "refused")
+
+    if fault == "lock held":
+        monkeypatch.setattr("engine.store.store._LOCK_WAIT_S", 0.0)
+        monkeypatch.setattr("engine.store.store.try_lock", lambda descriptor: False)
+    else:
+        monkeypatch.setattr("engine.store.store.stage_bytes", refuse)
+    for _ in range(2):
+        assert len(restored(engine).token_ids) == 8
+        engine.flush()
+    assert len(store_engine.said) == 1 and "nothing can be kept" in store_engine.said[0]
+    monkeypatch.undo()
+    restored(engine)
+    engine.flush()
+    assert engine.prefix_cache.metrics.kept_tokens > 0
+
+
+def test_damaged_runs_are_computed_again(store_engine, folder) -> None:
+    first = store_engine()
+    restored(first)
+    first.close()
+    for path in folder.rglob("*.run"):
+        path.write_bytes(path.read_bytes()[:-9])
+    second = store_engine()
+    assert restored(second).restored_tokens == 0 and second.prefix_cache.report()["damaged"] >= 1
+    second.flush()
+    assert restored(store_engine()).restored_tokens > 0 and not store_engine.said
+
+
+@pytest.mark.parametrize("draft", ["draft", "adapter"])
+def test_codes_that_do_not_decode_leave_the_request_whole(store_engine, chat_engine, monkeypatch, draft) -> None:
+    """A run that is whole, with spans that are none: the caches are emptied, the prompt is computed."""
+    engine = store_engine(draft)
+    cache = engine.prefix_cache
+    ids = engine.encode(LONG)
+    cache.store.insert(cache._identity(None), ids, [b"no span"] * (len(ids) // PAGE_TOKENS))
+    for _ in range(2):
+        result = restored(engine)  # the runs are known, so nothing is kept in between
+        assert result.restored_tokens == 0 and result.token_ids == chat_engine(draft).generate(LONG, GREEDY)[0].token_ids
+    assert len(store_engine.said) == 1 and "could not be restored" in store_engine.said[0]
+    engine.flush()
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+
+
+def test_options_are_checked(store_engine, chat_engine, tmp_path) -> None:
+    for options in ({"quality": "best"}, {"namespace": ""}, {"namespace": "n" * 300}):
+        with pytest.raises(InvalidOption):
+            store_engine(**options)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(BadStore):
+        chat_engine("draft", store=tmp_path / "other")
+
+
+def test_what_overflowed_is_not_kept(store_engine, folder) -> None:
+    engine = store_engine()
+    with engine.core.lock:
+        engine.generate(LONG, GREEDY)
+        engine.core.pool.kv[:, 1, :, :, :, 0] = torch.inf
+        engine.flush()
+    assert not list(folder.rglob("*.run")) and len(store_engine.said) == 1 and "could not be coded" in store_engine.said[0]
