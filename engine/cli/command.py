@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
     with ending_signals(), open_session(engine, args) as session:
         if args.chat:
             repl(session, prompt, args)
+            keep(session)
         else:
             assert prompt is not None
             one_turn(session, prompt, args)
@@ -70,6 +71,9 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
 def load(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine that --pair, or --target and --draft, name, on the --device and in the --dtype. Raises the errors of `Engine.from_pretrained`."""
     options |= {"device": args.device, "dtype": args.dtype}
+    if args.store is not None:
+        options |= {"store": args.store, "store_bytes": args.store_bytes, "log": say}
+        options |= {name: value for name in ("namespace", "quality", "pack") if (value := getattr(args, name, None)) is not None}
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
     return Engine.from_pair(args.pair or DEFAULT_PAIR, draft=args.draft, **options)
@@ -136,10 +140,25 @@ def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
     result = answer(session, prompt, args, stream=not args.json)
     say(summary(result))
+    keep(session)
     if args.json_out:
         write_json(args.json_out, as_json(session, result))
     if args.json:
         show(json.dumps(as_json(session, result)) + "\n")
+
+
+def keep(session: Session) -> None:
+    """Wait until the store, if there is one, has kept what was new, and say what it did."""
+    store = session.core.prefix_store
+    if store is None:
+        return
+    store.flush()
+    r = store.report()
+    restored = f"{r['hit_tokens']:,} tokens restored in {r['restore_s']:.2f} s" if r["hits"] else "nothing restored"
+    say(
+        f"[store {r['folder']}: {restored}; {r['kept_tokens']:,} kept, {r['kept_bytes']:,} bytes, in {r['keep_s']:.2f} s; "
+        f"{r['bytes']:,} of {r['limit_bytes']:,} bytes in use]"
+    )
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -227,15 +246,19 @@ def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
     """The object of CONTRACTS: the result with the session's KV figures and what the run ran on."""
     core = session.core
     codec = core.session_codec
-    return result.as_dict() | {
-        "kv": session.kv_figures,
-        "memory": {**core.memory(), "pack_bytes": codec.pack.nbytes if codec else 0},
-        "pair": core.config.pair or str(core.config.target_dir),
-        "device": str(core.device),
-        "dtype": str(core.dtype).removeprefix("torch."),
-        "hot": core.config.kv_cache_dtype,
-        "versions": versions(),
-    }
+    return (
+        result.as_dict()
+        | {
+            "kv": {**session.kv_figures, "reused_from": "coded" if result.restored_tokens else "hot" if result.reused_tokens else None},
+            "memory": {**core.memory(), "pack_bytes": codec.pack.nbytes if codec else 0},
+            "pair": core.config.pair or str(core.config.target_dir),
+            "device": str(core.device),
+            "dtype": str(core.dtype).removeprefix("torch."),
+            "hot": core.config.kv_cache_dtype,
+            "versions": versions(),
+        }
+        | ({} if core.prefix_store is None else {"store": core.prefix_store.report()})
+    )
 
 
 def versions() -> dict[str, str]:

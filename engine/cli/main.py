@@ -6,7 +6,7 @@ import sys
 
 from engine.generate import main as generate
 
-_USAGE = "usage: foretold generate [PROMPT] [options], or foretold serve [options]; each has --help"
+_USAGE = "usage: foretold generate [PROMPT] [options], foretold serve [options], or foretold store DIR [options]; each has --help"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +18,10 @@ def main(argv: list[str] | None = None) -> int:
         return serve(given[1:])
     if given[:1] == ["generate"]:
         return generate(given[1:])
+    if given[:1] == ["store"]:
+        from engine.store.__main__ import main as store
+
+        return store(given[1:])
     if given in (["--help"], ["-h"]):
         print(_USAGE)
         return 0

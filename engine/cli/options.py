@@ -19,6 +19,8 @@ from engine.inputs import open_regular, shown
 from engine.kv.formats import KV_CACHE_DTYPES, PLAIN
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
+from engine.store.prefix_cache import DEFAULT_NAMESPACE
+from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore, byte_count
 from engine.text.prompts import prompt_text
 
 DEFAULT_PAIR = "smollm2"
@@ -69,11 +71,29 @@ def parser() -> argparse.ArgumentParser:
     )
     kept = p.add_argument_group("session")
     kept.add_argument("--session", type=Path, metavar="FILE", help="resume from it if it exists, suspend into it at the end")
+    store_options(kept, "text seen before, by whatever process, is not computed again: its KV is kept here, coded, behind the answer")
+    kept.add_argument("--namespace", metavar="NAME", help=f"whose prefixes of the store are seen; default {DEFAULT_NAMESPACE}")
     kept.add_argument("--quality", help=f"{', '.join(SESSION_QUALITIES)}; default: the file's own, {DEFAULT_QUALITY} for a new one")
     kept.add_argument("--pack", type=Path, metavar="FILE", help="codec pack; default: the pair's own, fitted at first use")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line instead of streaming the text")
     p.add_argument("--json-out", type=Path, metavar="FILE", help="write that object to a file")
     return p
+
+
+def store_options(p: argparse._ActionsContainer, what: str) -> None:
+    """Options that name a store; `engine.cli.command.load` reads them."""
+    p.add_argument("--store", type=Path, metavar="DIR", help=what)
+    p.add_argument("--store-bytes", metavar="N", help="what the store may take on disk; K, M, G and T are powers of 1,024; default 8G")
+
+
+def check_store(args: argparse.Namespace) -> None:
+    """Refuse a folder that is no store, or cannot be one, before models are loaded. Raises InvalidOption, BadStore, CacheNotWritable, DiskFull."""
+    for option in ("store_bytes", "namespace"):
+        if args.store is None and getattr(args, option, None) is not None:
+            raise InvalidOption(f"--{option.replace('_', '-')} only matters to a store", "add --store DIR")
+    args.store_bytes = DEFAULT_LIMIT_BYTES if args.store_bytes is None else byte_count(args.store_bytes)
+    if args.store is not None:
+        RunStore(args.store, args.store_bytes).close()
 
 
 def model_options(p: argparse.ArgumentParser) -> None:
@@ -118,8 +138,10 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption(f"--chat does not go with {next(name for name, value in unfit.items() if value)}", "leave one of them out")
     if args.quality is not None and args.quality not in SESSION_QUALITIES:
         raise InvalidOption(f"unknown quality {args.quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
-    if args.session is None and (args.pack is not None or args.quality is not None):
-        raise InvalidOption(f"{'--pack' if args.pack else '--quality'} only matters to a session", "add --session FILE")
+    if args.session is None and args.store is None and (args.pack is not None or args.quality is not None):
+        raise InvalidOption(
+            f"{'--pack' if args.pack else '--quality'} only matters to a session or a store", "add --session FILE or --store DIR"
+        )
     for name, file in (("--session", args.session), ("--json-out", args.json_out)):
         if file is None:
             continue
@@ -130,6 +152,7 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.session is not None and args.session.exists():
         _check_head(args.session)
     args.params = sampling_params(args)
+    check_store(args)
     return args
 
 

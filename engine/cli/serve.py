@@ -13,10 +13,10 @@ import torch
 import uvicorn
 
 from engine.cli.command import load, memory_line, quiet_libraries
-from engine.cli.options import DEFAULT_PAIR, Parser, model_options, report
+from engine.cli.options import DEFAULT_PAIR, Parser, check_store, model_options, report, store_options
 from engine.cli.terminal import prepare_streams, say
 from engine.engine import Engine
-from engine.errors import ForetoldError, InvalidOption, ModelNotFound
+from engine.errors import BadStore, CacheNotWritable, DiskFull, ForetoldError, InvalidOption, ModelNotFound
 from engine.server.app import Server, ServerConfig
 from engine.server.keys import read_keys
 
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """All options of the server."""
     p = Parser(prog="python -m engine.serve", description="Serve OpenAI's protocol: chat completions, completions, models, metrics.")
     model_options(p)
+    store_options(p, "prefixes seen before are not computed again: their KV is kept here, coded; every API key has a namespace of its own")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; other than this machine's own needs --api-key-file")
     p.add_argument("--port", type=int, default=8000, help="port; 0: any free one, which is printed")
     p.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, or a name and a key; each is a namespace")
@@ -62,6 +63,11 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
             f"without API keys the server listens on this machine alone, not on {args.host}",
             "give --api-key-file FILE, or --host 127.0.0.1",
         )
+    try:
+        check_store(args)
+    except (BadStore, CacheNotWritable, DiskFull) as error:  # a server serves without it
+        say(f"warning: {error}; serving without a store")
+        args.store = None
     return args
 
 

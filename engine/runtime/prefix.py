@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.runtime.request import Request, SequenceState
 
@@ -24,4 +24,12 @@ class PrefixStore(Protocol):
 
     def yield_pages(self) -> bool:
         """Pages are needed: close conversations that were taken over, kept or not; False when there are none."""
+        ...
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Keep now what waits to be kept; False when the time was too short. The caller does not hold the lock."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What it did for this engine, and what it holds, for JSON (docs/json.md)."""
         ...

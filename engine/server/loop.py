@@ -180,7 +180,8 @@ class EngineLoop:
         if ticket.state == "done":  # cancelled before it was looked at
             return
         try:
-            request = self.core.submit(self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True)
+            with self.core.lock:  # a store's worker codes between steps
+                request = self.core.submit(self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True)
         except ForetoldError as error:
             self._end([(ticket, Event(error=as_api_error(error)))])
             return
@@ -188,13 +189,14 @@ class EngineLoop:
             log.exception("a request could not be queued")
             self._end([(ticket, Event(error=_internal()))])
             return
-        request.submitted_at = ticket.submitted_at
+        request.submitted_at, request.namespace = ticket.submitted_at, ticket.namespace
         ticket.request, ticket.seen, ticket.state = request, request.prompt_tokens, "running"
         self._active[request] = ticket
 
     def _step(self) -> None:
         try:
-            self.core.step()
+            with self.core.lock:
+                self.core.step()
         except Exception:
             log.exception("a step of the engine failed; the requests it served are ended")
             self._end_all(_internal())

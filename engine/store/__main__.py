@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import ForetoldError, InvalidOption
-from engine.store.store import RunStore
+from engine.store.store import RunStore, byte_count
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,15 +33,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--repair", action="store_true", help="for verify: remove damaged and unreachable files, make the index anew")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
-
-
-def byte_count(text: str) -> int:
-    """Bytes of "500M", "8G" or a plain number. Raises InvalidOption."""
-    unit = text[-1:].upper()
-    digits, factor = (text[:-1], 1 << 10 * ("KMGT".index(unit) + 1)) if unit and unit in "KMGT" else (text, 1)
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
-        raise InvalidOption(f"{text!r} is no number of bytes", "give a whole number, or one with K, M, G or T")
-    return int(digits) * factor
 
 
 def main(argv: list[str] | None = None) -> int:

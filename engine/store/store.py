@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from codec.errors import CodecError, NewerCode
-from engine.errors import BadStore, CacheNotWritable, DiskFull
+from engine.errors import BadStore, CacheNotWritable, DiskFull, InvalidOption
 from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, read_json_object, shown
@@ -609,6 +609,15 @@ class RunStore:
             if "null" in str(error) or "embedded" in str(error):
                 raise BadStore(f"{shown(str(self.folder), 200)} is no folder's name", _REMEDY) from error
             raise
+
+
+def byte_count(text: str) -> int:
+    """Bytes of "500M", "8G" or a plain number. Raises InvalidOption."""
+    unit = text[-1:].upper()
+    digits, factor = (text[:-1], 1 << 10 * ("KMGT".index(unit) + 1)) if unit and unit in "KMGT" else (text, 1)
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 15:
+        raise InvalidOption(f"{text!r} is no number of bytes", "give a whole number, or one with K, M, G or T")
+    return int(digits) * factor
 
 
 def _on_disk(num_bytes: int) -> int:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from engine.store.__main__ import byte_count, main
+from engine.store.__main__ import main
 from engine.store.runs import PAGE_TOKENS, root_key
-from engine.store.store import RunStore
+from engine.store.store import RunStore, byte_count
 
 IDENTITY = {"target": "t", "quality": "balanced", "namespace": "home", "label": "tiny"}
 
