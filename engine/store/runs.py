@@ -4,8 +4,8 @@ A page is PAGE_TOKENS tokens; a run fills RUN_PAGES pages, and only the last run
 key before it and of its token ids, beginning with the root's, which names models, codec parameters, quality and namespace. A run is named by the key of
 its last page, so a name says everything before it too, and equal runs of any process are one file.
 
-File: sections of `codec.container`: HEAD (root, parent, first page, pages, whether coded), TOKS (a frame of `codec.token_ids`), SIZE (bytes of each
-span, uint32), SPAN (the spans' bytes, end to end), HASH (BLAKE2b-128 of all before).
+File: sections of `codec.container`: HEAD (root, parent, first page, pages, whether coded), TOKS (ids, uint32), SIZE (bytes of each span, uint32), SPAN
+(the spans' bytes, end to end), HASH (16 bytes of the SHA-256 of all before).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 
 from codec.container import read_sections, write_sections
 from codec.errors import CorruptedCode
 from codec.spec import NUM_SINKS, SPAN_TOKENS
-from codec.token_ids import decode_ids, encode_ids
 
 PAGE_TOKENS = SPAN_TOKENS
 RUN_PAGES = 4
@@ -49,13 +49,31 @@ def root_key(identity: Mapping[str, str]) -> bytes:
 
 def page_keys(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
     """The keys of all whole pages of a text."""
-    whole = len(token_ids) - len(token_ids) % PAGE_TOKENS
-    data = np.asarray(token_ids[:whole], "<u4").tobytes()
-    keys, key, size = [], root, 4 * PAGE_TOKENS
-    for at in range(0, len(data), size):
-        key = sha256(key + data[at : at + size]).digest()[:KEY_BYTES]
-        keys.append(key)
-    return keys
+    return list(PageKeys(root, token_ids))
+
+
+class PageKeys(Sequence[bytes]):
+    """`page_keys`, each made when it is first asked for: a lookup that misses needs those of a run only."""
+
+    def __init__(self, root: bytes, token_ids: Sequence[int]) -> None:
+        self._root, self._ids, self._keys = root, token_ids, [root]
+
+    def __len__(self) -> int:
+        return len(self._ids) // PAGE_TOKENS
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[bytes]: ...
+    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
+        if isinstance(at, slice):
+            return [self[page] for page in range(*at.indices(len(self)))]
+        page = range(len(self))[at]
+        while len(self._keys) <= page + 1:
+            start = (len(self._keys) - 1) * PAGE_TOKENS
+            data = np.asarray(self._ids[start : start + PAGE_TOKENS], "<u4").tobytes()
+            self._keys.append(sha256(self._keys[-1] + data).digest()[:KEY_BYTES])
+        return self._keys[page + 1]
 
 
 def span_bounds(page: int) -> tuple[int, int]:
@@ -94,7 +112,7 @@ class Run:
         """The file."""
         head = _HEAD.pack(self.root, self.parent, self.start_page, self.num_pages, self.coded)
         spans = self.spans or ()
-        parts = [head, encode_ids(self.token_ids), np.array([len(s) for s in spans], "<u4").tobytes(), b"".join(spans)]
+        parts = [head, np.array(self.token_ids, "<u4").tobytes(), np.array([len(s) for s in spans], "<u4").tobytes(), b"".join(spans)]
         return write_sections(list(zip(_NAMES, [*parts, _digest(parts)], strict=True)), MAGIC, FORMAT)
 
     @classmethod
@@ -117,22 +135,20 @@ class Run:
             or start_page % RUN_PAGES
             or (start_page == 0) != (parent == root)
             or coded > 1
+            or len(ids) != 4 * pages * PAGE_TOKENS
             or len(counts) != pages * coded
             or len(sizes) != 4 * len(counts)
             or sum(counts) != len(body)
         ):
             raise CorruptedCode("the run's description contradicts itself", _REMEDY)
-        tokens = decode_ids(ids, pages * PAGE_TOKENS)
-        if len(tokens) != pages * PAGE_TOKENS:
-            raise CorruptedCode("the run holds another number of tokens than it says", _REMEDY)
         ends = np.cumsum([0, *counts]).tolist()
         spans = tuple(bytes(body[a:b]) for a, b in pairwise(ends)) if coded else None
-        return cls(bytes(root), bytes(parent), start_page, tuple(tokens), spans)
+        return cls(bytes(root), bytes(parent), start_page, tuple(np.frombuffer(ids, "<u4").tolist()), spans)
 
 
 def _digest(parts: Sequence[bytes | memoryview]) -> bytes:
-    hasher = blake2b(digest_size=16)
+    hasher = sha256()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
         hasher.update(part)
-    return hasher.digest()
+    return hasher.digest()[:16]

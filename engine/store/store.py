@@ -30,7 +30,7 @@ from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, read_json_object, shown
 from engine.store.index import Entry, RunIndex
-from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, Run, page_keys, root_key
+from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, Run, root_key
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 CODED, IDS = ".run", ".ids"
@@ -228,7 +228,7 @@ class RunStore:
         A run is taken only after its tokens were compared, to the page. A miss opens one file that is not there and asks the index once.
         """
         began = time.perf_counter()
-        keys = page_keys(root, token_ids)
+        keys = PageKeys(root, token_ids)
         at = start_page - start_page % RUN_PAGES
         spans: list[bytes] = []
         used: list[bytes] = []
@@ -252,11 +252,11 @@ class RunStore:
 
     def keys_of(self, root: bytes, token_ids: Sequence[int]) -> list[bytes]:
         """The names of the runs that a text of whole runs lies in."""
-        return page_keys(root, token_ids)[RUN_PAGES - 1 :: RUN_PAGES]
+        return PageKeys(root, token_ids)[RUN_PAGES - 1 :: RUN_PAGES]
 
     def known_pages(self, root: bytes, token_ids: Sequence[int], *, coded: bool = True) -> int:
         """How many whole runs' pages of a text are stored already (with or without KV), from its beginning; no file is read."""
-        keys, pages = page_keys(root, token_ids), 0
+        keys, pages = PageKeys(root, token_ids), 0
         for at in range(RUN_PAGES, len(keys) + 1, RUN_PAGES):
             suffixes = (CODED,) if coded else (CODED, IDS)
             if not any(self._has(root, keys[at - 1], suffix) for suffix in suffixes):
@@ -270,8 +270,10 @@ class RunStore:
         parent = keys[at - 1] if at else root
         if at + RUN_PAGES <= len(keys):
             run = self._read(root, keys[at + RUN_PAGES - 1])
-            if run is not None and run.parent == parent and run.token_ids == wanted:
-                return run, RUN_PAGES
+            if run is not None:
+                if run.parent == parent and run.token_ids == wanted:
+                    return run, RUN_PAGES
+                self._doubt(run, keys[at + RUN_PAGES - 1])
         some = keys[at : at + RUN_PAGES - 1]
         if not some:
             return None, 0
@@ -280,8 +282,10 @@ class RunStore:
             pages = number + 1
             run = self._read(root, key) if coded else None
             same = PAGE_TOKENS * pages
-            if run is not None and run.parent == parent and run.start_page == at and run.token_ids[:same] == wanted[:same]:
-                return run, pages
+            if run is not None:
+                if run.parent == parent and run.start_page == at and run.token_ids[:same] == wanted[:same]:
+                    return run, pages
+                self._doubt(run, key)
         return None, 0
 
     def _path(self, root: bytes, key: bytes, suffix: str) -> Path:
@@ -305,7 +309,7 @@ class RunStore:
             return None
         try:
             run = _parsed(descriptor)
-            if run.root == root and run.keys[-1] == key and run.coded == (suffix == CODED):
+            if run.root == root and run.coded == (suffix == CODED):
                 return run
         except NewerCode:
             return None
@@ -317,6 +321,13 @@ class RunStore:
         with suppress(OSError):
             path.unlink()
         return None
+
+    def _doubt(self, run: Run, key: bytes) -> None:
+        """A coded run was read under this name and is not what was looked for: remove the file if it has no right to the name."""
+        if run.keys[-1] != key:
+            self.metrics.damaged += 1
+            with suppress(OSError):
+                self._path(run.root, key, CODED).unlink()
 
     def _ask(self, question: Callable[[RunIndex], _Answer]) -> _Answer | None:
         """What the index answers; None where it cannot."""
@@ -354,7 +365,7 @@ class RunStore:
         """
         if first_page % RUN_PAGES or (first_page + len(spans)) * PAGE_TOKENS > len(token_ids):
             raise ValueError(f"{len(spans)} spans from page {first_page} on do not fit {len(token_ids)} tokens")
-        root, keys = root_key(identity), page_keys(root_key(identity), token_ids)
+        root, keys = root_key(identity), PageKeys(root_key(identity), token_ids)
         runs = []
         for at in range(first_page, first_page + len(spans), RUN_PAGES):
             some = spans[at - first_page : at - first_page + RUN_PAGES]

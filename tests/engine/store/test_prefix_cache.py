@@ -18,7 +18,7 @@ from engine.store.store import RunStore
 TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(14))
 LONG = TEXT[:800]  # tokens are bytes
 GREEDY = SamplingParams(max_new_tokens=8, draft_length=2, ignore_eos=True)
-DRAFTS = ("draft", "adapter", "trunk", "none")
+DRAFTS = ("draft", "head", "early-exit", "none")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_eng
     assert 0 < kv_loss(second, chat_engine(draft), LONG) < 0.2
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter"])
+@pytest.mark.parametrize("draft", ["draft", "head"])
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft) -> None:
     """The same spans by the same codec: the text that follows is the one that a resumed session gives."""
     prompt = LONG[:768]
@@ -102,11 +102,11 @@ def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, 
 
 
 def test_drafts_are_as_good_after_a_restore(store_engine, chat_engine) -> None:
-    first = store_engine("adapter")
+    first = store_engine("head")
     restored(first)
     first.flush()
     params = SamplingParams(max_new_tokens=48, draft_length=3, ignore_eos=True)
-    result, plain = restored(store_engine("adapter"), LONG, params), chat_engine("adapter").generate(LONG, params)[0]
+    result, plain = restored(store_engine("head"), LONG, params), chat_engine("head").generate(LONG, params)[0]
     assert result.restored_tokens > 700 and result.speculation.proposed > 20
     assert abs(result.speculation.acceptance_rate - plain.speculation.acceptance_rate) < 0.25
 
@@ -160,7 +160,7 @@ def test_namespaces_qualities_and_models_do_not_mix(store_engine, folder) -> Non
     first = store_engine()
     restored(first)
     first.flush()
-    for options in ({"namespace": "other"}, {"quality": "compact"}, {"draft": "adapter"}, {"draft": "none"}):
+    for options in ({"namespace": "other"}, {"quality": "compact"}, {"draft": "head"}, {"draft": "none"}):
         assert restored(store_engine(**options)).restored_tokens == 0
     assert restored(store_engine()).restored_tokens > 0
     found = RunStore(folder)
@@ -320,7 +320,7 @@ def test_damaged_runs_are_computed_again(store_engine, folder) -> None:
     assert restored(store_engine()).restored_tokens > 0 and not store_engine.said
 
 
-@pytest.mark.parametrize("draft", ["draft", "adapter"])
+@pytest.mark.parametrize("draft", ["draft", "head"])
 def test_codes_that_do_not_decode_leave_the_request_whole(store_engine, chat_engine, monkeypatch, draft) -> None:
     """A run that is whole, with spans that are none: the caches are emptied, the prompt is computed."""
     engine = store_engine(draft)

@@ -144,10 +144,16 @@ def test_keys_are_hashes_of_everything_before(store) -> None:
 
 
 def test_equal_hashes_are_told_apart_by_tokens(store, monkeypatch) -> None:
-    monkeypatch.setattr("engine.store.runs.sha256", lambda data: type("Constant", (), {"digest": lambda self: b"x" * 32})())
+    class Constant:
+        def __init__(self, data: bytes = b"") -> None: ...
+        def update(self, data: bytes) -> None: ...
+        def digest(self) -> bytes:
+            return b"x" * 32
+
+    monkeypatch.setattr("engine.store.runs.sha256", Constant)
     tokens, other = text(4), text(4, 1)
-    store.insert(IDENTITY, tokens, [b"span"] * 4)
-    assert store.lookup(b"x" * 20, other).end_page == 0
+    assert store.insert(IDENTITY, tokens, [b"span"] * 4).runs == 1
+    assert store.lookup(b"x" * 20, other).end_page == 0 and store.lookup(b"x" * 20, tokens).end_page == 4
 
 
 # --- files and folders --------------------------------------------------------------------------------------------------

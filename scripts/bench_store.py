@@ -1,0 +1,134 @@
+"""Cost of a store's structure: opening it, lookups that miss and that hit, insertions and evictions, at so many runs.
+
+    python scripts/bench_store.py --runs 1000,10000,100000 [--folder DIR] [--span-bytes 12000] [--json-out FILE]
+
+The runs are those of texts of 4,096 tokens of which the first 1,024 are shared by eight, with random bytes as spans. Files are made without syncs, as
+nothing but the time of what follows matters; what is timed runs as it does in service. Prints one JSON object:
+`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from engine.store.runs import PAGE_TOKENS, RUN_TOKENS, page_keys, root_key
+from engine.store.store import RunStore
+
+IDENTITY = {"target": "benchmark", "namespace": "default"}
+TEXT_RUNS, SHARED_RUNS, SHARERS = 16, 4, 8
+
+
+def text(number: int) -> list[int]:
+    """Token ids of a text; eight share their beginning."""
+    generator = random.Random(number // SHARERS)
+    ids = [generator.randrange(49_152) for _ in range(SHARED_RUNS * RUN_TOKENS)]
+    generator = random.Random(-1 - number)
+    return ids + [generator.randrange(49_152) for _ in range((TEXT_RUNS - SHARED_RUNS) * RUN_TOKENS)]
+
+
+def fill(folder: Path, num_runs: int, span_bytes: int) -> tuple[RunStore, int]:
+    """A store of about so many runs, and how many texts it holds."""
+    store, texts = RunStore(folder, 1 << 50), 0
+    with mock.patch("os.fsync"):
+        while store.totals[0] < num_runs:
+            ids = text(texts)
+            store.insert(IDENTITY, ids, [os.urandom(span_bytes)] * (len(ids) // PAGE_TOKENS), saved_token_s=1e-3)
+            texts += 1
+    return store, texts
+
+
+def timed(calls: int, call: Callable[[int], Any]) -> tuple[float, float]:
+    """Median and 95th percentile of so many calls, ms."""
+    seconds = []
+    for number in range(calls):
+        began = time.perf_counter()
+        call(number)
+        seconds.append(time.perf_counter() - began)
+    seconds.sort()
+    return 1e3 * statistics.median(seconds), 1e3 * seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
+
+
+def measure(folder: Path, num_runs: int, span_bytes: int, calls: int) -> list[dict[str, Any]]:
+    """The rows of one size."""
+    store, texts = fill(folder, num_runs, span_bytes)
+    runs, root, generator = store.totals[0], root_key(IDENTITY), random.Random(1)
+    known = [text(generator.randrange(texts)) for _ in range(calls)]
+    fresh = [text(texts + SHARERS * (1 + number)) for number in range(calls)]
+    branch = [ids[: 10 * RUN_TOKENS + 100] + other[-RUN_TOKENS:] for ids, other in zip(known, fresh, strict=True)]
+    rows: list[dict[str, Any]] = []
+
+    def row(op: str, call: Callable[[int], Any], calls: int = calls) -> None:
+        median, p95 = timed(calls, call)
+        rows.append({"runs": runs, "op": op, "ms": round(median, 4), "p95_ms": round(p95, 4)})
+
+    opened: list[RunStore] = []
+    row("open", lambda n: opened.append(RunStore(folder, 1 << 50, create=False)), min(calls, 20))
+    for other in opened:
+        other.close()
+    row("page keys of 4,096 tokens", lambda n: page_keys(root, known[n]))
+    row("lookup, miss of 4,096 tokens", lambda n: _check(store.lookup(root, fresh[n]).end_page == 0))
+    row("lookup, hit of 256 tokens", lambda n: _check(store.lookup(root, known[n][:RUN_TOKENS]).end_page == 4))
+    row("lookup, hit of 1,024 tokens", lambda n: _check(store.lookup(root, known[n][: 4 * RUN_TOKENS]).end_page == 16))
+    row("lookup, hit of 4,096 tokens", lambda n: _check(store.lookup(root, known[n]).end_page == 64))
+    row("lookup, hit inside a run (2,624 tokens)", lambda n: _check(store.lookup(root, branch[n]).end_page == 41))
+    row("touch 16 runs", lambda n: store.touch(store.keys_of(root, known[n])))
+    spans: list[bytes | None] = [os.urandom(span_bytes)] * (TEXT_RUNS * RUN_TOKENS // PAGE_TOKENS)
+    row("insert 256 tokens", lambda n: _check(store.insert(IDENTITY, fresh[n][:RUN_TOKENS], spans[:4]).runs == 1), min(calls, 30))
+    row("insert 3,840 tokens more", lambda n: _check(store.insert(IDENTITY, fresh[n], spans[4:], 4).runs == 15), min(calls, 10))
+    store.limit_bytes = store.totals[1]
+    other = [text(texts + SHARERS * (calls + 2 + number)) for number in range(10)]
+    row("insert 4,096 tokens, evicting as many", lambda n: _check(store.insert(IDENTITY, other[n], spans).evicted >= 16), 10)
+    store.close()
+    return rows
+
+
+def _check(right: bool) -> None:
+    if not right:
+        raise SystemExit("a lookup or an insertion did something else than what was to be timed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time a store's opening, lookups and insertions.")
+    parser.add_argument("--runs", default="1000,10000,100000", help="sizes, separated by commas")
+    parser.add_argument("--folder", type=Path, help="where stores are made, and removed again; default: the system's temporary folder")
+    parser.add_argument("--span-bytes", type=int, default=12_000, help="bytes of a page's code; smollm2 at balanced: about 12,000")
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--json-out", type=Path)
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    for size in (int(part) for part in args.runs.split(",")):
+        folder = Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            rows += measure(folder / "store", size, args.span_bytes, args.calls)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    found = {
+        "device": f"cpu {platform.machine()}",
+        "versions": {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
+        "command": f"python scripts/bench_store.py --runs {args.runs} --span-bytes {args.span_bytes} --calls {args.calls}",
+        "rows": rows,
+    }
+    for line in rows:
+        print(f"{line['runs']:>8,} runs  {line['op']:<42} {line['ms']:>10.3f} ms  (95%: {line['p95_ms']:.3f})", file=sys.stderr)
+    print(json.dumps(found))
+    if args.json_out:
+        args.json_out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
