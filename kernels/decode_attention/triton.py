@@ -12,10 +12,10 @@ import triton.language as tl
 
 from kernels.decode_attention.config import DecodeAttentionConfig
 from kernels.paged_attention.triton import LOG2_E, load_page, page_rows
-from kernels.skinny_linear.product import admit_next, arrive, await_previous, errand
-from kernels.skinny_linear.tiles import errand_chunk, next_power_of_2
+from kernels.skinny_linear.product import admit_next, arrive, await_previous
+from kernels.skinny_linear.tiles import next_power_of_2
 
-MOST_ROWS = 64  # (new token, head) pairs a program takes: more would not fit its registers
+MOST_ROWS = 32  # (new token, head) pairs a program takes: twice as many bring warp-group products, which Triton 3.6 fails to compile here
 
 
 @triton.jit
@@ -62,27 +62,29 @@ def _merge(
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results, AHEAD of them at a time; empty ones at the end change no bit."""
-    near = tl.arange(0, AHEAD)[:, None]
+    """Softmax-weighted mean [BLOCK_M, BLOCK_D] of the splits' results; empty ones at the end change no bit.
+
+    AHEAD of them are unrolled, so that their loads overlap. One at a time, because a sum over an axis of splits would cross the warps.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    bound = tl.where(row_mask, splits, 0)
     for base in range(0, splits, AHEAD):
-        mask = row_mask[None, :] & (base + near < splits)
-        part = (base + near) * row_heads + row_head[None, :]
-        theirs = tl.load(
-            part_ptr + part[:, :, None] * HEAD_DIM + channel[None, None, :], mask=mask[:, :, None] & channel_mask[None, None, :], other=0.0
-        )
-        their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
-        their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, tl.max(their_highest, 0))
-        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = tl.exp2(their_highest - safe[None, :])
-        shrink = tl.exp2(highest - safe)
-        acc = acc * shrink[:, None] + tl.sum(theirs * weight[:, :, None], 0)
-        total = total * shrink + tl.sum(their_total * weight, 0)
-        highest = new_highest
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        for near in tl.static_range(AHEAD):
+            mask = bound > base + near
+            part = (base + near) * row_heads + row_head
+            theirs = tl.load(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], mask=mask[:, None] & channel_mask[None, :], other=0.0)
+            their_highest = tl.load(stat_ptr + 2 * part, mask=mask, other=float("-inf"))
+            their_total = tl.load(stat_ptr + 2 * part + 1, mask=mask, other=0.0)
+            new_highest = tl.maximum(highest, their_highest)
+            safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weight = tl.exp2(their_highest - safe)
+            shrink = tl.exp2(highest - safe)
+            acc = acc * shrink[:, None] + theirs * weight[:, None]
+            total = total * shrink + their_total * weight
+            highest = new_highest
+    return acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
 @triton.jit
@@ -97,7 +99,6 @@ def _decode_attention_kernel(
     part_ptr,
     stat_ptr,
     ticket_ptr,
-    ahead_ptr,
     scale_log2,
     num_rows,
     stride_table,
@@ -116,8 +117,6 @@ def _decode_attention_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    THREADS: tl.constexpr,
     ONCE: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,7 +145,6 @@ def _decode_attention_kernel(
     old = ((start + near < settled)[:, None]) & channel_mask[None, :]
     old_k = tl.load(k_ptr + first, mask=old, other=0.0)
     old_v = tl.load(v_ptr + first, mask=old, other=0.0)
-    errand(ahead_ptr, unit * tl.num_programs(1) + tl.program_id(1), CHUNK, THREADS)
     packed = tl.arange(0, BLOCK_M)
     row = (request * LENGTH + tile * TOKENS + packed // GROUP).to(tl.int64)
     row_mask = packed < TOKENS * GROUP
@@ -180,7 +178,7 @@ def _decode_attention_kernel(
                 v = tl.load(v_ptr + at, mask=mask, other=0.0)
                 acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
-            out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
         else:
             part = row_head + num_rows * HEADS * split
@@ -208,11 +206,10 @@ def decode_attention(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """See `reference.decode_attention`; the grid does not depend on the lengths.
 
-    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. early, ahead: see `skinny_linear`.
+    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. early: see `skinny_linear`.
     """
     rows, heads, head_dim = q.shape
     batch, max_pages = page_table.shape
@@ -238,7 +235,6 @@ def decode_attention(
         part,
         stat,
         tickets,
-        q if ahead is None else ahead,
         scale * LOG2_E,
         rows,
         page_table.stride(0),
@@ -254,9 +250,7 @@ def decode_attention(
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         STAGES=config.stages,
-        AHEAD=min(config.ahead, max(1, MOST_ROWS // block_m)),
-        CHUNK=errand_chunk(ahead, units * programs, config.warps, early),
-        THREADS=32 * config.warps,
+        AHEAD=min(config.ahead, max(1, 2 * MOST_ROWS // block_m)),
         ONCE=programs == splits,
         EARLY=early,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",

@@ -12,7 +12,10 @@ from kernels.skinny_linear.reference import linear_residual
 
 
 def decode_embed(weights: DecodeWeights, buffers: DecodeBuffers, *, first_layer: int = 0, embed: bool = True) -> None:
-    """Start a step: the embeddings of buffers.token_ids, or (embed=False) what buffers.stream holds, ready for layer `first_layer`."""
+    """Start a step, once its inputs are written, ready for layer `first_layer`.
+
+    The residual stream becomes the embeddings of buffers.token_ids, or (embed=False) stays what buffers.stream holds.
+    """
     norm = weights.layers[first_layer].input_norm
     ids = buffers.token_ids if embed else None
     buffers.parts = embed_rows(ids, weights.embedding, norm, buffers.stream, buffers.scaled, buffers.squares)
@@ -21,7 +24,8 @@ def decode_embed(weights: DecodeWeights, buffers: DecodeBuffers, *, first_layer:
 def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeShape, layers: range | None = None) -> None:
     """Run layers (default all; consecutive ranges may follow one another): buffers.stream becomes the residual stream behind them.
 
-    Reads positions, slots, page_table and context_lens of the buffers; writes the new tokens' keys and values to weights.pages.
+    Reads positions, slots, page_table and context_lens of the buffers; writes the new tokens' keys and values to weights.pages. Comes after
+    `decode_embed`, and what it reads must not be written between the two: kernels read it before their predecessors have ended.
     """
     b = buffers
     depth = len(weights.layers)

@@ -6,10 +6,6 @@ kernel of the step writes is read after that wait alone, and written after it to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-
 from kernels.decode_attention.triton import decode_attention
 from kernels.decode_layer.tensors import DecodeBuffers, DecodeShape, DecodeWeights
 from kernels.embed_rows.triton import embed_rows
@@ -17,15 +13,6 @@ from kernels.greedy_head.triton import greedy_head
 from kernels.norm_gate_up.triton import norm_gate_up
 from kernels.norm_qkv.triton import norm_qkv
 from kernels.skinny_linear.triton import linear_residual
-
-
-def _stretches(weight: torch.Tensor, *megabytes: float) -> Iterator[torch.Tensor | None]:
-    """Consecutive stretches of a weight matrix of those sizes, as far as it goes; None for an empty one."""
-    flat, start = weight.view(-1), 0
-    for size in megabytes:
-        end = min(start + int(size * 1e6 / 128) * 128 // weight.element_size(), flat.numel())
-        yield flat[start:end] if end > start else None
-        start = end
 
 
 def decode_embed(weights: DecodeWeights, buffers: DecodeBuffers, *, first_layer: int = 0, embed: bool = True) -> None:
@@ -43,9 +30,6 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
     for number in range(depth) if layers is None else layers:
         w = weights.layers[number]
         k_pages, v_pages = weights.pages[number]
-        after = weights.layers[number + 1].qkv if number + 1 < depth else weights.head
-        in_qkv, in_attention, in_o = _stretches(w.gate_up, *plan.ahead_mb[:3])
-        (in_gate_up,), (in_down,) = _stretches(w.down, plan.ahead_mb[3]), _stretches(after, plan.ahead_mb[4])
         norm_qkv(
             b.scaled,
             b.squares,
@@ -62,7 +46,6 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
             v_pages,
             b.queries,
             tile=plan.qkv,
-            ahead=in_qkv,
             **scratch,
         )
         decode_attention(
@@ -75,15 +58,12 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
             shape.head_dim**-0.5,
             b.attended,
             config=plan.attention,
-            ahead=in_attention,
             **scratch,
         )
-        b.parts = linear_residual(
-            b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares, tile=plan.o, ahead=in_o, **scratch
-        )
-        norm_gate_up(b.scaled, b.squares, b.parts, shape.eps, w.gate_up, b.gated, tile=plan.gate_up, early=plan.early, ahead=in_gate_up)
+        b.parts = linear_residual(b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares, tile=plan.o, **scratch)
+        norm_gate_up(b.scaled, b.squares, b.parts, shape.eps, w.gate_up, b.gated, tile=plan.gate_up, early=plan.early)
         following = weights.layers[number + 1].input_norm if number + 1 < depth else weights.final_norm
-        b.parts = linear_residual(b.gated, w.down, None, b.stream, following, b.scaled, b.squares, tile=plan.down, ahead=in_down, **scratch)
+        b.parts = linear_residual(b.gated, w.down, None, b.stream, following, b.scaled, b.squares, tile=plan.down, **scratch)
 
 
 def decode_head(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeShape) -> None:

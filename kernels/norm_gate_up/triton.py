@@ -11,14 +11,13 @@ import triton.language as tl
 from kernels.skinny_linear.product import (
     admit_next,
     await_previous,
-    errand,
     first_steps,
     halves,
     prefetch_rows,
     skinny_product,
     sum_squares,
 )
-from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_power_of_2, token_block
+from kernels.skinny_linear.tiles import Tile, held_steps, next_power_of_2, token_block
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
@@ -27,7 +26,6 @@ def _norm_gate_up_kernel(
     squares_ptr,
     w_ptr,
     out_ptr,
-    ahead_ptr,
     tokens,
     parts,
     eps,
@@ -41,8 +39,6 @@ def _norm_gate_up_kernel(
     STAGES: tl.constexpr,
     LINES: tl.constexpr,
     HELD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    THREADS: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -56,7 +52,6 @@ def _norm_gate_up_kernel(
         prefetch_rows(w_ptr, tl.minimum(row, 2 * INNER - 1), 0, WIDTH, WIDTH, LINES)
     EVEN_ROWS: tl.constexpr = INNER % HALF == 0
     held = first_steps(w_ptr, row, channel < INNER, 0, WIDTH, WIDTH, 1, BLOCK_M, BLOCK_K, SLICES, EVEN_ROWS, HELD)
-    errand(ahead_ptr, tile, CHUNK, THREADS)
     await_previous(EARLY)
     squares = sum_squares(squares_ptr, tokens, parts, BLOCK_M, PARTS)
     acc = skinny_product(
@@ -104,9 +99,8 @@ def norm_gate_up(
     *,
     tile: Tile,
     early: bool = False,
-    ahead: torch.Tensor | None = None,
 ) -> None:
-    """See `reference.norm_gate_up`. tile.block_n counts rows of both matrices; splits are not used. early, ahead: see `skinny_linear.triton`."""
+    """See `reference.norm_gate_up`. tile.block_n counts rows of both matrices; splits are not used. early: see `skinny_linear.triton`."""
     tokens, width = scaled.shape
     inner = weight.shape[0] // 2
     tiles = triton.cdiv(inner, tile.block_n // 2)
@@ -115,7 +109,6 @@ def norm_gate_up(
         squares,
         weight,
         out,
-        weight if ahead is None else ahead,
         tokens,
         parts,
         eps,
@@ -129,8 +122,6 @@ def norm_gate_up(
         STAGES=tile.stages,
         LINES=tile.lines if early else 0,
         HELD=held_steps(width, dataclasses.replace(tile, splits=1)),
-        CHUNK=errand_chunk(ahead, tiles, tile.warps, early),
-        THREADS=32 * tile.warps,
         EARLY=early,
         PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,

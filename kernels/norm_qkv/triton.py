@@ -14,7 +14,6 @@ from kernels.skinny_linear.product import (
     admit_next,
     arrive,
     await_previous,
-    errand,
     first_steps,
     halves,
     prefetch_rows,
@@ -22,7 +21,7 @@ from kernels.skinny_linear.product import (
     split_columns,
     sum_squares,
 )
-from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, next_power_of_2, token_block
+from kernels.skinny_linear.tiles import Tile, held_steps, next_power_of_2, token_block
 
 
 @triton.jit
@@ -129,7 +128,6 @@ def _norm_qkv_kernel(
     q_ptr,
     part_ptr,
     ticket_ptr,
-    ahead_ptr,
     tokens,
     parts,
     eps,
@@ -147,8 +145,6 @@ def _norm_qkv_kernel(
     STAGES: tl.constexpr,
     LINES: tl.constexpr,
     HELD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    THREADS: tl.constexpr,
     BIAS: tl.constexpr,
     QK_NORM: tl.constexpr,
     EARLY: tl.constexpr,
@@ -166,7 +162,6 @@ def _norm_qkv_kernel(
     if LINES:
         prefetch_rows(w_ptr, row, first, last, WIDTH, LINES)
     held = first_steps(w_ptr, row, near >= 0, first, last, WIDTH, SPLITS, BLOCK_M, BLOCK_K, SLICES, True, HELD)
-    errand(ahead_ptr, tl.program_id(0) * SPLITS + split, CHUNK, THREADS)
     WHOLE: tl.constexpr = SPLITS > 1 or QK_NORM
     if WHOLE:
         channel = tl.arange(0, BLOCK_H)
@@ -257,9 +252,8 @@ def norm_qkv(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
-    ahead: torch.Tensor | None = None,
 ) -> None:
-    """See `reference.norm_qkv`; workspace, `early` and `ahead` as in `skinny_linear.triton.linear_residual` (one ticket a head).
+    """See `reference.norm_qkv`; workspace and `early` as in `skinny_linear.triton.linear_residual` (one ticket a head).
 
     Raises:
         ValueError: the tile's rows do not divide a head, or the pages are not contiguous.
@@ -289,7 +283,6 @@ def norm_qkv(
         q,
         part,
         tickets,
-        weight if ahead is None else ahead,
         tokens,
         parts,
         eps,
@@ -307,8 +300,6 @@ def norm_qkv(
         STAGES=tile.stages,
         LINES=tile.lines if early else 0,
         HELD=held_steps(width, tile),
-        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early),
-        THREADS=32 * tile.warps,
         BIAS=bias is not None,
         QK_NORM=qk_norm is not None,
         EARLY=early,

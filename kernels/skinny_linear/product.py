@@ -188,9 +188,10 @@ def skinny_product(
         acc = add_step(acc, held[1], x_ptr, first + STEP, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
     if HELD > 2:
         acc = add_step(acc, held[2], x_ptr, first + 2 * STEP, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
-    for k in tl.range(first + HELD * STEP, last, STEP, num_stages=STAGES):
-        w = weight_step(w_ptr, row, row_mask, k, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
-        acc = add_step(acc, w, x_ptr, k, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
+    if HELD * STEP * SPLITS < WIDTH:
+        for k in tl.range(first + HELD * STEP, last, STEP, num_stages=STAGES):
+            w = weight_step(w_ptr, row, row_mask, k, last, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN)
+            acc = add_step(acc, w, x_ptr, k, last, tokens, WIDTH, BLOCK_M, BLOCK_K, SLICES, EVEN, PRECISION)
     if BLOCK_M == 1:
         return tl.sum(acc, 1)[:, None]
     elif SLICES == 1:
@@ -206,22 +207,6 @@ def sum_squares(squares_ptr, tokens, parts, BLOCK_M: tl.constexpr, PARTS: tl.con
     part = tl.arange(0, PARTS)
     mask = (part < parts)[:, None] & (token < tokens)[None, :]
     return tl.load(squares_ptr + part[:, None] * tokens + token[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def errand(ahead_ptr, program, CHUNK: tl.constexpr, THREADS: tl.constexpr):
-    """Have the copy engine bring a later kernel's weights into the second-level cache: CHUNK bytes for each thread of the grid (0: nothing)."""
-    if CHUNK > 0:
-        near = program * THREADS + tl.arange(0, THREADS)
-        address = ahead_ptr.to(tl.int64) + near.to(tl.int64) * CHUNK
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [address, near * 0 + CHUNK],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,11 +28,6 @@ class Tile:
 def held_steps(width: int, tile: Tile) -> int:
     """Steps to hold: no more than a split has."""
     return min(tile.held, 3, -(-width // (tile.block_k * tile.slices * tile.splits)))
-
-
-def errand_chunk(ahead: torch.Tensor | None, programs: int, warps: int, early: bool) -> int:
-    """Bytes of `ahead` that each thread of a grid asks for: all of it together, in pieces of 16 bytes."""
-    return ahead.nbytes // (programs * warps * 32 * 16) * 16 if ahead is not None and early else 0
 
 
 def next_power_of_2(number: int) -> int:

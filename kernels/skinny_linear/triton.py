@@ -10,13 +10,12 @@ from kernels.skinny_linear.product import (
     admit_next,
     arrive,
     await_previous,
-    errand,
     first_steps,
     prefetch_rows,
     skinny_product,
     split_columns,
 )
-from kernels.skinny_linear.tiles import Tile, errand_chunk, held_steps, token_block
+from kernels.skinny_linear.tiles import Tile, held_steps, token_block
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for any number of rows up to the block
@@ -30,7 +29,6 @@ def _linear_residual_kernel(
     squares_ptr,
     part_ptr,
     ticket_ptr,
-    ahead_ptr,
     tokens,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -42,8 +40,6 @@ def _linear_residual_kernel(
     STAGES: tl.constexpr,
     LINES: tl.constexpr,
     HELD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    THREADS: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,7 +54,6 @@ def _linear_residual_kernel(
         prefetch_rows(w_ptr, tl.minimum(row, ROWS - 1), first, last, WIDTH, LINES)
     EVEN_ROWS: tl.constexpr = ROWS % BLOCK_N == 0
     held = first_steps(w_ptr, row, row_mask, first, last, WIDTH, SPLITS, BLOCK_M, BLOCK_K, SLICES, EVEN_ROWS, HELD)
-    errand(ahead_ptr, tile * SPLITS + split, CHUNK, THREADS)
     norm = tl.load(norm_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
@@ -131,13 +126,11 @@ def linear_residual(
     part: torch.Tensor,
     tickets: torch.Tensor,
     early: bool = False,
-    ahead: torch.Tensor | None = None,
 ) -> int:
     """See `reference.linear_residual`; returns how many rows of `squares` were written.
 
     part: float32, room for splits * rounded-up rows * token block. tickets: int32, zero, one a tile; left zero.
-    early: launched while the kernel before it still runs (programmatic dependent launch). ahead: weights a later kernel will read, brought
-    into the cache meanwhile (only when early).
+    early: launched while the kernel before it still runs (programmatic dependent launch).
     """
     tokens, width = x.shape
     rows = weight.shape[0]
@@ -152,7 +145,6 @@ def linear_residual(
         squares,
         part,
         tickets,
-        weight if ahead is None else ahead,
         tokens,
         ROWS=rows,
         WIDTH=width,
@@ -164,8 +156,6 @@ def linear_residual(
         STAGES=tile.stages,
         LINES=tile.lines if early else 0,
         HELD=held_steps(width, tile),
-        CHUNK=errand_chunk(ahead, tiles * tile.splits, tile.warps, early),
-        THREADS=32 * tile.warps,
         BIAS=bias is not None,
         EARLY=early,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",

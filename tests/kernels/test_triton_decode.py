@@ -15,7 +15,7 @@ from kernels.decode_attention import triton as attention_triton
 from kernels.decode_attention.config import DecodeAttentionConfig, decode_attention_parts
 from kernels.decode_layer import reference as step_reference
 from kernels.decode_layer import triton as step_triton
-from kernels.decode_layer.plans import DecodePlan
+from kernels.decode_layer.plans import DecodePlan, choose_plan
 from kernels.decode_layer.tensors import DecodeBuffers, DecodeShape, DecodeWeights
 from kernels.embed_rows import reference as embed_reference
 from kernels.embed_rows import triton as embed_triton
@@ -259,7 +259,6 @@ PLANS = {
         TILES["slices"],
         DecodeAttentionConfig(split=16, block_n=16, whole_block=False),
         early=EARLY,
-        ahead_mb=(0.004, 0.004, 0.1, 0.005, 0.01),
     ),
     "scalar": DecodePlan(
         TILES["scalar"],
@@ -387,6 +386,16 @@ def test_a_token_has_the_same_bits_alone_and_in_a_block(dtype, device, draw):
         alone.token_ids.copy_(block.token_ids[row : row + 1])
         step(step_triton, weights, alone)
         assert torch.equal(alone.logits[0], block.logits[row])
+
+
+def test_plans_suit_heads_of_all_sizes():
+    for head_dim in (16, 48, 64, 80, 128):
+        shape = DecodeShape(64, 4, 2, head_dim, 100, 300)
+        for rows in (1, 5, 32):
+            assert head_dim % choose_plan(shape, rows).qkv.block_n == 0
+    assert choose_plan(shape, 1, deterministic=True) == choose_plan(shape, 8, deterministic=True)
+    with pytest.raises(ValueError, match="up to 8 rows"):
+        choose_plan(shape, 9, deterministic=True)
 
 
 @pytest.mark.gpu
