@@ -24,8 +24,8 @@ from engine.runtime.sampling import finite_rows
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.dispatch import use_triton
 
-MAX_ROWS = 64  # more rows than that are bound by arithmetic: the library's products are faster there
-_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MAX_ROWS = 128  # more rows than that are bound by arithmetic: the library's products are faster there
+_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_PAGES = 64
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns

@@ -84,12 +84,13 @@ def choose_plan(shape: DecodeShape, rows: int, *, deterministic: bool = False) -
             attention=DecodeAttentionConfig(whole_block=not deterministic),
         )
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
+    warps = 4 if rows <= 64 else 8  # results of 128 rows would not fit the registers of four warps
     return DecodePlan(
-        qkv=Tile(block_n=many, block_k=128, slices=1, splits=2, lines=16),
-        o=Tile(block_n=64, block_k=64, slices=1, splits=6, stages=5, lines=8),
-        gate_up=Tile(block_n=128, block_k=64, slices=1, stages=4, lines=8),
-        down=Tile(block_n=64, block_k=128, slices=1, splits=5, stages=4),
-        head=Tile(block_n=128, block_k=64, slices=1, stages=4),
+        qkv=Tile(block_n=many, block_k=128 if rows <= 64 else 64, slices=1, splits=2, warps=warps, lines=16),
+        o=Tile(block_n=64, block_k=64, slices=1, splits=6, warps=warps, stages=5, lines=8),
+        gate_up=Tile(block_n=128, block_k=64, slices=1, warps=warps, stages=4, lines=8),
+        down=Tile(block_n=64, block_k=128 if rows <= 64 else 64, slices=1, splits=5, warps=warps, stages=4),
+        head=Tile(block_n=128, block_k=64, slices=1, warps=warps, stages=4),
         attention=DecodeAttentionConfig(),
     )
 

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     target = random_decoder(args.shape, device, dtype)
     draft = None if args.draft == "none" else random_decoder(args.draft, device, dtype, seed=1)
-    engine = Engine(target, draft=draft)
+    engine = Engine(target, draft=draft, max_batch=max(64, *map(int, args.batches.split(","))))
     bandwidth = read_gb_per_s(device)
     bound_ms = read_bytes(target) / bandwidth / 1e6
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
