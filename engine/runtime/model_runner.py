@@ -20,7 +20,6 @@ from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
-from engine.runtime.sampling import finite_rows
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.dispatch import use_triton
 
@@ -343,6 +342,11 @@ class PlainDecoding:
         self.target = target
         self._ahead: _Ahead | None = None
 
+    @staticmethod
+    def takes(batch: int) -> bool:
+        """Whether a step of so many requests can be captured."""
+        return batch <= _BATCHES[-1]
+
     def step(self, sequences: list[KvSequence], last_tokens: Sequence[int], room: Sequence[int], draw: Any | None) -> list[int]:
         """One token for each request, -1 where its logits are not finite.
 
@@ -367,12 +371,12 @@ class PlainDecoding:
             sequence.ensure(start + 1)
         step = target.step(batch, 1, max(len(s.pages) for s in sequences), 0, target.config.num_layers, (), True)
         step.fill(starts, [1] * batch, sequences, target.tables)
-        step.buffers.token_ids[:batch] = tokens.clamp_min(0)
+        step.buffers.token_ids[:batch] = tokens
         target.replay(step)
         assert step.buffers.logits is not None
         logits = step.buffers.logits[:batch]
-        found = step.buffers.next_tokens[:batch] if draw is None else draw(logits, [start + 1 for start in starts])
-        found = torch.where(finite_rows(logits), found, -1)
+        best = step.buffers.next_tokens[:batch]  # -1 where logits are not finite; a later pass may write it before it is read
+        found = best.clone() if draw is None else torch.where(best < 0, -1, draw(logits, [start + 1 for start in starts]))
         return _Ahead(list(sequences), starts, found, _copy_out(found))
 
 

@@ -79,6 +79,7 @@ def decode_step(
     undrafted = not any(lengths) and not (drafter and drafter.exit_layer)
     if (
         plain is not None
+        and plain.takes(len(requests))
         and undrafted
         and not deterministic
         and not any(r.params.penalised or r.params.logprobs is not None for r in requests)

@@ -70,7 +70,7 @@ class DecodeBuffers:
     attended: torch.Tensor  # [N, H, d]
     gated: torch.Tensor  # [N, I]
     logits: torch.Tensor | None  # [N, V] float32
-    next_tokens: torch.Tensor  # [N] int64, most likely token after each
+    next_tokens: torch.Tensor  # [N] int64, most likely token after each, -1 where its logits are not finite
     part: torch.Tensor  # float32 workspace
     tickets: torch.Tensor  # int32, zero between launches
     plan: DecodePlan

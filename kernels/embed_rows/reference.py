@@ -18,7 +18,7 @@ def embed_rows(
     """stream = rows `token_ids` of the embedding (or the stream as it is, without ids), then `prepare_rows`.
 
     Args:
-        token_ids: [N] integers, or None to start from what `stream` holds.
+        token_ids: [N] integers, or None to start from what `stream` holds; a negative one is read as 0.
         embedding: [V, E]; norm: [E], the first norm's weight.
         stream: [N, E], written unless token_ids is None; scaled: [N, E], squares: [P, N] float32, written (see `skinny_linear`).
 
@@ -26,5 +26,5 @@ def embed_rows(
         1, the rows of `squares` written.
     """
     if token_ids is not None:
-        stream.copy_(embedding[token_ids.long()])
+        stream.copy_(embedding[token_ids.long().clamp_min(0)])
     return prepare_rows(stream, norm, scaled, squares)

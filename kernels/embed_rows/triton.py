@@ -24,7 +24,8 @@ def _embed_rows_kernel(
     mask = channel < WIDTH
     at = token * WIDTH + channel
     if EMBED:
-        row = tl.load(embedding_ptr + tl.load(id_ptr + token).to(tl.int64) * WIDTH + channel, mask=mask, other=0.0)
+        number = tl.maximum(tl.load(id_ptr + token).to(tl.int64), 0)
+        row = tl.load(embedding_ptr + number * WIDTH + channel, mask=mask, other=0.0)
         tl.store(stream_ptr + at, row, mask=mask)
     else:
         row = tl.load(stream_ptr + at, mask=mask, other=0.0)

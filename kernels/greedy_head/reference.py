@@ -17,7 +17,7 @@ def greedy_head(
     logits: torch.Tensor | None,
     tokens: torch.Tensor,
 ) -> None:
-    """tokens = argmax of the logits, the smallest index among equals.
+    """tokens = argmax of the logits, the smallest index among equals; -1 where a logit is NaN or infinite.
 
     Args:
         scaled: [N, E] residual stream times the final norm's weight; squares: [P, N] float32, of which `parts` rows count.
@@ -30,4 +30,5 @@ def greedy_head(
     result = (F.linear(scaled.float(), weight.float()) * factor[:, None]).to(scaled.dtype).float()
     if logits is not None:
         logits.copy_(result)
-    tokens.copy_((result == result.amax(1, keepdim=True)).int().argmax(1))
+    best = (result == result.amax(1, keepdim=True)).int().argmax(1)
+    tokens.copy_(torch.where(result.isfinite().all(1), best, -1))

@@ -84,7 +84,9 @@ def _greedy_head_kernel(
     if LOGITS:
         at = logits_ptr + token.to(tl.int64)[None, :] * VOCAB + row[:, None]
         tl.store(at, acc, mask=row_mask[:, None] & inside[None, :])
-    best, where = _first_best(tl.where(row_mask[:, None], acc, float("-inf")), row[:, None], VOCAB)
+    # What is no finite number takes the place of the best, which no finite logit can then have.
+    ranked = tl.where(tl.abs(acc) < float("inf"), acc, float("inf"))
+    best, where = _first_best(tl.where(row_mask[:, None], ranked, float("-inf")), row[:, None], VOCAB)
     tl.store(best_ptr + tile * tokens + token, best, mask=inside)
     tl.store(where_ptr + tile * tokens + token, where, mask=inside)
     TILES: tl.constexpr = (VOCAB + BLOCK_N - 1) // BLOCK_N
@@ -99,7 +101,7 @@ def _greedy_head_kernel(
             value, index = _first_best(found, tl.load(where_ptr + entry, mask=mask, other=VOCAB), VOCAB)
             where = tl.where(value > best, index, where)
             best = tl.maximum(best, value)
-        tl.store(token_ptr + token, where.to(tl.int64), mask=inside)
+        tl.store(token_ptr + token, tl.where(best == float("inf"), -1, where).to(tl.int64), mask=inside)
 
 
 def greedy_head_floors(tokens: int, vocab: int, width: int, element_bytes: int, logits: bool) -> tuple[int, int]:

@@ -174,9 +174,21 @@ def test_greedy_head(tokens, vocab, width, tile, dtype, with_logits, device, dra
     assert at_rest(space)
 
 
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_a_logit_that_is_not_finite_leaves_no_choice(spoiled, device, draw):
+    scaled, squares = prepared(draw, 3, 64, torch.float32)
+    weight = draw(333, 64) / 8
+    scaled[1], weight[:] = 0.0, weight.abs()
+    scaled[1, 5] = spoiled
+    for module, options in ((head_reference, {}), (head_triton, {"tile": TILES["slices"], "early": EARLY, **scratch(device)})):
+        got = torch.empty(3, dtype=torch.int64, device=device)
+        module.greedy_head(scaled, squares, 3, 1e-5, weight, None, got, **options)
+        assert got[1] == -1 and got[0] >= 0 and got[2] >= 0
+
+
 @pytest.mark.parametrize("embed", [False, True])
 def test_embed_rows(embed, device, draw):
-    table, norm, ids = draw(9, 70, dtype=torch.bfloat16), draw(70, dtype=torch.bfloat16), torch.tensor([8, 0, 3], device=device)
+    table, norm, ids = draw(9, 70, dtype=torch.bfloat16), draw(70, dtype=torch.bfloat16), torch.tensor([8, -1, 3], device=device)
     before = draw(3, 70, dtype=torch.bfloat16)
     outputs = []
     for run in (embed_triton.embed_rows, embed_reference.embed_rows):

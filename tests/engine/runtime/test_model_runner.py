@@ -99,5 +99,6 @@ def test_tables_of_more_sequences_than_rows(decoder):
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 3, 8, 9, 64)] == [1, 4, 8, 16, 64]
+    assert [bucket(n) for n in (1, 3, 8, 9, 64, 65)] == [1, 4, 8, 16, 64, 96]
+    assert PlainDecoding.takes(128) and not PlainDecoding.takes(129)
     assert [page_bucket(n, 512) for n in (1, 64, 65, 300, 512)] == [64, 64, 128, 512, 512] and page_bucket(3, 10) == 10
