@@ -51,11 +51,12 @@ class Workspace(NamedTuple):
 MOST_SKINNY = 8  # rows that fill the narrow side of one matrix instruction
 
 
-def choose_plan(shape: DecodeShape, rows: int, *, deterministic: bool = False) -> DecodePlan:
-    """The plan that measured best on an H200 for the 1.5B shape (28 layers, hidden 1,536) at that many rows.
+def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, deterministic: bool = False) -> DecodePlan:
+    """The plan that measured best on an H200 for the 1.5B shape (28 layers, hidden 1,536) at that many rows (`scripts/bench/decode_tune.py`).
 
-    deterministic: one plan for every number of rows up to 8, and attention a token at a time, so that a token's result is the same bits alone,
-    in a batch, and in a block. Costs a few per cent at a single row, whose own plan uses no matrix instructions.
+    batch: requests the rows belong to (default: one each). deterministic: one plan for every number of rows up to 8, and attention a token at a
+    time, so that a token's result is the same bits alone, in a batch, and in a block. A single row's own plan is faster: it uses no matrix
+    instructions, and most of its kernels have all their weights in registers before the kernel before them ends.
 
     Raises:
         ValueError: deterministic, and more than 8 rows.
@@ -64,35 +65,56 @@ def choose_plan(shape: DecodeShape, rows: int, *, deterministic: bool = False) -
         raise ValueError(f"a deterministic decode step takes up to {MOST_SKINNY} rows, not {rows} (split the batch)")
     widest = max((n for n in (16, 8, 4) if shape.head_dim % n == 0), default=2)
     if rows == 1 and not deterministic:
-        few = Tile(block_n=min(8, widest), block_k=512, slices=1, scalar=True, lines=16)
+        few = Tile(block_n=min(4, widest), block_k=512, slices=1, stages=3, scalar=True, held=3)
         return DecodePlan(
             qkv=few,
-            o=replace(few, block_n=4),
-            gate_up=replace(few, block_n=8, lines=0),
-            down=replace(few, block_n=8, lines=0),
+            o=few,
+            gate_up=replace(few, block_n=8, stages=4, held=0),
+            down=replace(few, block_k=1024, splits=2, held=2),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
             attention=DecodeAttentionConfig(),
         )
     if rows <= MOST_SKINNY:
         skinny = Tile(block_n=16, block_k=128, slices=4, stages=3, lines=8)
+        short = Tile(block_n=16, block_k=64, slices=4, lines=8)
         return DecodePlan(
-            qkv=replace(skinny, block_n=widest),
+            qkv=replace(short, block_n=widest, stages=5),
             o=skinny,
-            gate_up=Tile(block_n=16, block_k=64, slices=4, stages=4, lines=8),
-            down=Tile(block_n=16, block_k=128, slices=4, splits=4, stages=3, held=1),
+            gate_up=short,
+            down=replace(skinny, splits=2, stages=5, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
             attention=DecodeAttentionConfig(whole_block=not deterministic),
         )
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
-    warps = 4 if rows <= 64 else 8  # results of 128 rows would not fit the registers of four warps
+    attention = many_attention((rows if batch is None else batch) * shape.kv_heads)
+    if rows <= 64:
+        return DecodePlan(
+            qkv=Tile(block_n=min(32, many), block_k=64, slices=1, splits=4, warps=4 if rows <= 32 else 8, lines=8),
+            o=Tile(block_n=64, block_k=128, slices=1, splits=4, lines=8),
+            gate_up=Tile(block_n=128, block_k=64, slices=1, lines=8),
+            down=Tile(block_n=64, block_k=128, slices=1, splits=5),
+            head=Tile(block_n=128, block_k=64, slices=1),
+            attention=attention,
+        )
+    # Results of 128 rows fill the registers of four warps; three stages let two programs share a multiprocessor.
+    full = Tile(block_n=128, block_k=64, slices=1, warps=8, stages=3, lines=8)
     return DecodePlan(
-        qkv=Tile(block_n=many, block_k=128 if rows <= 64 else 64, slices=1, splits=2, warps=warps, lines=16),
-        o=Tile(block_n=64, block_k=64, slices=1, splits=6, warps=warps, stages=5, lines=8),
-        gate_up=Tile(block_n=128, block_k=64, slices=1, warps=warps, stages=4, lines=8),
-        down=Tile(block_n=64, block_k=128 if rows <= 64 else 64, slices=1, splits=5, warps=warps, stages=4),
-        head=Tile(block_n=128, block_k=64, slices=1, warps=warps, stages=4),
-        attention=DecodeAttentionConfig(),
+        qkv=replace(full, block_n=many, stages=4),
+        o=replace(full, block_n=64, splits=6),
+        gate_up=full,
+        down=Tile(block_n=64, block_k=64, slices=1, splits=7, lines=8),
+        head=full,
+        attention=attention,
     )
+
+
+def many_attention(units: int) -> DecodeAttentionConfig:
+    """For so many (request, KV head) pairs: enough programs to fill the device, and no more, as each costs its start even if it has no keys."""
+    if units >= 192:
+        return DecodeAttentionConfig(split=4096, stages=3)
+    if units > 64:
+        return DecodeAttentionConfig(split=1024, programs=4, stages=3)
+    return DecodeAttentionConfig(programs=max(4, 256 // units))
 
 
 def _tiles(rows: int, tile: Tile) -> int:

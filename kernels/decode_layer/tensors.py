@@ -91,7 +91,7 @@ class DecodeBuffers:
     ) -> DecodeBuffers:
         """Buffers for `batch` requests of `length` new tokens each, whose contexts lie in at most `max_pages` pages."""
         rows = batch * length
-        plan = choose_plan(shape, rows) if plan is None else plan
+        plan = choose_plan(shape, rows, batch=batch) if plan is None else plan
         needs = workspace(shape, plan, rows, batch, max_pages * page_size)
 
         def floats(*sizes: int) -> torch.Tensor:

@@ -139,7 +139,7 @@ def tune(options: argparse.Namespace, batch: int, length: int, workers: int, dea
     sizes = (options.shape, batch, length, options.context, options.max_keys)
     shape = SHAPES[options.shape][1]
     rows = batch * length
-    start = choose_plan(shape, rows)
+    start = choose_plan(shape, rows, batch=batch)
     fields = [f for f in FIELDS if f in options.fields.split(",")]
     tried = [(f, c) for f in fields for c in candidates(f, rows, shape)]
     began = time.time()
