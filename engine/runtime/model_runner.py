@@ -9,8 +9,9 @@ Axes: B requests, padded to a bucket; n new tokens each, shorter ones padded; N 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
+from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
 
 MAX_ROWS = 128  # more rows than that are bound by arithmetic: the library's products are faster there
@@ -28,6 +30,7 @@ _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_PAGES = 64
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
+_BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 Logits = Literal["all", "last", "none"]
 
@@ -40,6 +43,28 @@ def bucket(count: int, sizes: Sequence[int] = _BATCHES) -> int:
 def page_bucket(pages: int, most: int) -> int:
     """Pages that a graph's tables hold: a power of two from _LEAST_PAGES on, at most `most`."""
     return min(most, max(_LEAST_PAGES, 1 << (pages - 1).bit_length()))
+
+
+def row_groups(query_lens: Sequence[int], most: int = MOST_SKINNY) -> list[list[tuple[int, int, int]]]:
+    """Requests' new tokens in passes of at most `most` padded rows: lists of (request, its tokens before these, how many).
+
+    A request's tokens stand in consecutive passes, in order, as later ones attend to earlier ones.
+    """
+    passes: list[list[tuple[int, int, int]]] = []
+    for at in range(0, max(query_lens), most):
+        group: list[tuple[int, int, int]] = []
+        longest = 0
+        for b, count in enumerate(query_lens):
+            size = min(most, count - at)
+            if size <= 0:
+                continue
+            if group and bucket(len(group) + 1) * max(longest, size) > most:
+                passes.append(group)
+                group, longest = [], 0
+            group.append((b, at, size))
+            longest = max(longest, size)
+        passes.append(group)
+    return passes
 
 
 class PageTables:
@@ -75,7 +100,7 @@ class PageTables:
 @dataclass(frozen=True)
 class StepKey:
     """What a captured step does: B requests of n tokens over P pages through layers [first, last), with residual streams at `taps`; embed: from
-    token ids, else from given hidden states."""
+    token ids, else from given hidden states; deterministic: by kernels whose rows have the same bits in any company."""
 
     batch: int
     length: int
@@ -85,6 +110,7 @@ class StepKey:
     taps: tuple[int, ...]
     logits: bool
     embed: bool = True
+    deterministic: bool = False
 
 
 @dataclass
@@ -185,11 +211,18 @@ class GraphedDecoder:
         tree_positions: list[TreePosition] | None = None,
         deterministic: bool = False,
     ) -> DecoderOutput:
-        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows, in deterministic mode, or with tree_positions are the decoder's own."""
+        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows or with tree positions are the decoder's own.
+
+        In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
+        block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
+        """
         last = self.config.num_layers if last_layer is None else last_layer
         length = max(query_lens)
-        small = len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * length <= MAX_ROWS
-        if deterministic or tree_positions is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
+        if deterministic:
+            small = logits != "last" and length <= _BLOCK
+        else:
+            small = len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * length <= MAX_ROWS
+        if tree_positions is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
             return self.decoder.forward(
                 token_ids,
                 sequences,
@@ -206,14 +239,57 @@ class GraphedDecoder:
         starts = [sequence.length for sequence in sequences] if starts is None else starts
         for sequence, start, count in zip(sequences, starts, query_lens, strict=True):
             sequence.ensure(start + count)
-        with_logits = logits != "none" and last == self.config.num_layers
+        source = token_ids if hidden is None else hidden
+        assert source is not None
+        run = partial(self._pass, taps=taps, logits=logits, layers=range(first_layer, last), embed=hidden is None)
+        if not deterministic:
+            return run(source, sequences, query_lens, starts)
+        return self._in_groups(run, source, sequences, query_lens, starts)
+
+    def _in_groups(
+        self, run: Callable[..., DecoderOutput], source: Tensor, sequences: list[Any], query_lens: Sequence[int], starts: Sequence[int]
+    ) -> DecoderOutput:
+        """A deterministic pass as several of at most MOST_SKINNY rows."""
+        firsts = [sum(query_lens[:b]) for b in range(len(query_lens))]
+        outs, order = [], []
+        for group in row_groups(query_lens):
+            rows = [firsts[b] + at + j for b, at, count in group for j in range(count)]
+            own = source[torch.tensor(rows, device=self.device)]
+            members = [sequences[b] for b, _, _ in group]
+            outs.append(run(own, members, [count for _, _, count in group], [starts[b] + at for b, at, _ in group], deterministic=True))
+            order += rows
+        if len(outs) == 1:
+            return outs[0]
+        back = torch.empty(len(order), dtype=torch.int64)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        back = back.to(self.device)
+        spoken = [out.logits for out in outs if out.logits is not None]
+        found = torch.cat(spoken)[back] if spoken else None
+        taps = {tap: torch.cat([out.taps[tap] for out in outs])[back] for tap in outs[0].taps}
+        return DecoderOutput(found, torch.cat([out.hidden for out in outs])[back], taps)
+
+    def _pass(
+        self,
+        source: Tensor,
+        sequences: list[Any],
+        query_lens: Sequence[int],
+        starts: Sequence[int],
+        *,
+        taps: tuple[int, ...],
+        logits: Logits,
+        layers: range,
+        embed: bool,
+        deterministic: bool = False,
+    ) -> DecoderOutput:
+        """One captured pass over token ids (embed) or hidden states `source`, one row a new token; pages are there."""
+        with_logits = logits != "none" and layers.stop == self.config.num_layers
+        pages = max(len(s.pages) for s in sequences)
         step = self.step(
-            len(sequences), length, max(len(s.pages) for s in sequences), first_layer, last, taps, with_logits, embed=hidden is None
+            len(sequences), max(query_lens), pages, layers.start, layers.stop, taps, with_logits, embed=embed, deterministic=deterministic
         )
         step.fill(starts, query_lens, sequences, self.tables)
         rows = self._rows(step, query_lens)
-        source, into = (token_ids, step.buffers.token_ids) if hidden is None else (hidden, step.buffers.stream)
-        assert source is not None
+        into = step.buffers.token_ids if embed else step.buffers.stream
         if isinstance(rows, slice):
             into[rows] = source
         else:
@@ -239,10 +315,20 @@ class GraphedDecoder:
     # --- steps ----------------------------------------------------------------------------------------------------------
 
     def step(
-        self, batch: int, length: int, pages: int, first: int, last: int, taps: tuple[int, ...], logits: bool, *, embed: bool = True
+        self,
+        batch: int,
+        length: int,
+        pages: int,
+        first: int,
+        last: int,
+        taps: tuple[int, ...],
+        logits: bool,
+        *,
+        embed: bool = True,
+        deterministic: bool = False,
     ) -> Step:
         """The captured step for so many requests, captured now if it was not yet."""
-        key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed)
+        key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed, deterministic)
         weights = self._current_weights()
         if key not in self._steps:
             self._steps[key] = self._build(key, weights)
@@ -280,10 +366,18 @@ class GraphedDecoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self, key: StepKey, weights: DecodeWeights) -> Step:
-        buffers = DecodeBuffers.allocate(
-            self.shape, key.batch, key.length, key.pages, self.pool.page_size, dtype=self.dtype, device=self.device, logits=key.logits
-        )
         rows = key.batch * key.length
+        buffers = DecodeBuffers.allocate(
+            self.shape,
+            key.batch,
+            key.length,
+            key.pages,
+            self.pool.page_size,
+            dtype=self.dtype,
+            device=self.device,
+            logits=key.logits,
+            plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
+        )
         inputs = torch.zeros(2 * rows + 2 * key.batch, dtype=torch.int64, device=self.device)
         inputs[: 2 * rows] = -1
         buffers.positions, buffers.slots = inputs[:rows], inputs[rows : 2 * rows]
@@ -343,11 +437,19 @@ class PlainDecoding:
         self._ahead: _Ahead | None = None
 
     @staticmethod
-    def takes(batch: int) -> bool:
-        """Whether a step of so many requests can be captured."""
-        return batch <= _BATCHES[-1]
+    def takes(batch: int, *, deterministic: bool = False) -> bool:
+        """Whether a step of so many requests can be captured whole."""
+        return batch <= (MOST_SKINNY if deterministic else _BATCHES[-1])
 
-    def step(self, sequences: list[KvSequence], last_tokens: Sequence[int], room: Sequence[int], draw: Any | None) -> list[int]:
+    def step(
+        self,
+        sequences: list[KvSequence],
+        last_tokens: Sequence[int],
+        room: Sequence[int],
+        draw: Any | None,
+        *,
+        deterministic: bool = False,
+    ) -> list[int]:
         """One token for each request, -1 where its logits are not finite.
 
         Args:
@@ -355,21 +457,23 @@ class PlainDecoding:
             last_tokens: each request's last token, which no model has run.
             room: tokens each may still get, this one included.
             draw: see the class.
+            deterministic: whether the steps' rows have the same bits in any company.
         """
         starts = [sequence.length for sequence in sequences]
         current = self._ahead
         self._ahead = None
         if current is None or current.starts != starts or not _same(current.sequences, sequences):
-            current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw)
+            current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw, deterministic)
         if min(room) > 1:
-            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw)
+            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw, deterministic)
         return _read(current)
 
-    def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None) -> _Ahead:
+    def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None, deterministic: bool) -> _Ahead:
         target, batch = self.target, len(sequences)
         for sequence, start in zip(sequences, starts, strict=True):
             sequence.ensure(start + 1)
-        step = target.step(batch, 1, max(len(s.pages) for s in sequences), 0, target.config.num_layers, (), True)
+        pages = max(len(s.pages) for s in sequences)
+        step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic)
         step.fill(starts, [1] * batch, sequences, target.tables)
         step.buffers.token_ids[:batch] = tokens
         target.replay(step)

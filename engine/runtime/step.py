@@ -79,12 +79,11 @@ def decode_step(
     undrafted = not any(lengths) and not (drafter and drafter.exit_layer)
     if (
         plain is not None
-        and plain.takes(len(requests))
+        and plain.takes(len(requests), deterministic=deterministic)
         and undrafted
-        and not deterministic
         and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
     ):
-        return _plain_step(requests, plain, began)
+        return _plain_step(requests, plain, began, deterministic=deterministic)
     policies = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
@@ -151,7 +150,7 @@ def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequ
             request.logprobs += token_logprobs(picked, request.token_ids[-len(own) :], request.params.logprobs)
 
 
-def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float) -> None:
+def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float, *, deterministic: bool) -> None:
     """One token for every request, and no draft."""
     draw = None
     if not all(request.params.greedy for request in requests):
@@ -160,7 +159,8 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float)
         def draw(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
             return sampler.draw(logits, range(len(requests)), positions, COUNTER_SAMPLE)[0]
 
-    tokens = plain.step([r.sequence for r in requests], [r.token_ids[-1] for r in requests], [r.remaining for r in requests], draw)
+    sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
+    tokens = plain.step(sequences, last, [r.remaining for r in requests], draw, deterministic=deterministic)
     ended = time.perf_counter()
     for request, token in zip(requests, tokens, strict=True):
         if token < 0:

@@ -29,7 +29,11 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Launch shapes of a step's kernels. early: each is launched while the one before it runs (programmatic dependent launch)."""
+    """Launch shapes of a step's kernels.
+
+    early: each is launched while the one before it runs (programmatic dependent launch). in_pieces: every layer's first norm is taken from the
+    residual stream anew, so that layers run in pieces (an early exit, and what goes on from it) give the same bits as in one.
+    """
 
     qkv: Tile
     o: Tile
@@ -38,6 +42,7 @@ class DecodePlan:
     head: Tile
     attention: DecodeAttentionConfig
     early: bool = True
+    in_pieces: bool = False
 
 
 class Workspace(NamedTuple):
@@ -55,8 +60,8 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     """The plan that measured best on an H200 for the 1.5B shape (28 layers, hidden 1,536) at that many rows (`scripts/bench/decode_tune.py`).
 
     batch: requests the rows belong to (default: one each). deterministic: one plan for every number of rows up to 8, and attention a token at a
-    time, so that a token's result is the same bits alone, in a batch, and in a block. A single row's own plan is faster: it uses no matrix
-    instructions, and most of its kernels have all their weights in registers before the kernel before them ends.
+    time, so that a token's result is the same bits alone, in a batch, in a block, and through layers in pieces. A single row's own plan is faster:
+    it uses no matrix instructions, and most of its kernels have all their weights in registers before the kernel before them ends.
 
     Raises:
         ValueError: deterministic, and more than 8 rows.
@@ -84,6 +89,7 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
             down=replace(skinny, splits=2, stages=5, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
             attention=DecodeAttentionConfig(whole_block=not deterministic),
+            in_pieces=deterministic,
         )
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
     attention = many_attention((rows if batch is None else batch) * shape.kv_heads)

@@ -32,6 +32,8 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
     for number in range(depth) if layers is None else layers:
         w = weights.layers[number]
         k_pages, v_pages = weights.pages[number]
+        if b.plan.in_pieces:
+            b.parts = embed_rows(None, weights.embedding, w.input_norm, b.stream, b.scaled, b.squares)
         norm_qkv(
             b.scaled,
             b.squares,

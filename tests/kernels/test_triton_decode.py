@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -398,6 +399,23 @@ def test_a_token_has_the_same_bits_alone_and_in_a_block(dtype, device, draw):
         alone.token_ids.copy_(block.token_ids[row : row + 1])
         step(step_triton, weights, alone)
         assert torch.equal(alone.logits[0], block.logits[row])
+
+
+def test_layers_in_pieces_give_the_same_bits(device, draw):
+    """An early exit runs the first layers, and verification goes on from their states."""
+    weights = small_model(draw, device, torch.bfloat16, False)
+    plan = dataclasses.replace(PLANS["matrix"], in_pieces=True)
+    whole, first, rest = (DecodeBuffers.allocate(SHAPE, 1, n, 6, 8, dtype=torch.bfloat16, device=device, plan=plan) for n in (1, 1, 1))
+    for buffers in (whole, first, rest):
+        fill(buffers, [20], 1)
+    step(step_triton, weights, whole)
+    step_triton.decode_embed(weights, first)
+    step_triton.decode_layers(weights, first, SHAPE, range(1))
+    rest.stream.copy_(first.stream)
+    step_triton.decode_embed(weights, rest, first_layer=1, embed=False)
+    step_triton.decode_layers(weights, rest, SHAPE, range(1, len(weights.layers)))
+    step_triton.decode_head(weights, rest, SHAPE)
+    assert torch.equal(rest.stream, whole.stream) and torch.equal(rest.logits, whole.logits)
 
 
 def test_plans_suit_heads_of_all_sizes():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from engine.engine import Engine
-from engine.runtime.model_runner import GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket
+from engine.runtime.model_runner import GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
 from engine.runtime.sampling import SamplingParams
 
 GPU = torch.cuda.is_available()
@@ -47,6 +49,52 @@ def test_a_step_says_what_the_decoder_says(decoder, counts):
     for want, got in zip(*outputs, strict=True):
         assert want.shape == got.shape
         assert ((want - got).norm() / want.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 2], [1] * 11, [20, 5, 1]], ids=str)
+@torch.inference_mode()
+def test_a_deterministic_pass_in_groups_says_what_the_decoder_says(decoder, counts):
+    prompts = [list(range(3, 5 + b)) for b in range(len(counts))]
+    tokens = torch.arange(sum(counts), device=DEVICE) % 90
+    outputs = []
+    for runner, sequences in _pair(decoder, prompts):
+        own = runner.forward(tokens, sequences, counts, taps=(2,), logits="none", last_layer=2, deterministic=True)
+        rest = runner.forward(None, sequences, counts, first_layer=2, hidden=own.hidden, deterministic=True)
+        kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
+        assert own.logits is None
+        outputs.append([own.hidden, own.taps[2], rest.hidden, rest.logits, *kv])
+    assert all(key.deterministic and key.batch * key.length <= 8 for key in runner._steps)
+    for want, got in zip(*outputs, strict=True):
+        assert want.shape == got.shape
+        assert ((want - got).norm() / want.norm()).item() < 1e-4
+
+
+def test_groups_hold_every_token_once_in_order():
+    for counts in ([1], [8] * 3, [1] * 20, [20, 1, 9, 3], [5, 5], [4, 4, 1]):
+        seen = [[] for _ in counts]
+        for group in row_groups(counts):
+            assert len({b for b, _, _ in group}) == len(group)
+            assert bucket(len(group)) * max(size for _, _, size in group) <= 8
+            for b, at, size in group:
+                seen[b] += range(at, at + size)
+        assert seen == [list(range(n)) for n in counts]
+    assert len(row_groups([1] * 20)) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+def test_deterministic_text_depends_on_no_batch_and_no_draft(decoder, params):
+    """In bfloat16, where another order of sums turns near ties."""
+    target = copy.deepcopy(decoder).to(torch.bfloat16)
+    prompts = [[5 + b, *range(3, 10 + 3 * b)] for b in range(10)]
+    texts = []
+    for draft, together in ((None, True), (None, False), (2, True), (target, True)):
+        engine = Engine(target, draft=draft, page_size=16, pool_tokens=4096, deterministic=True)
+        each = SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=0 if draft is None else 3, **params)
+        groups = [prompts] if together else [[prompt] for prompt in prompts]
+        texts.append([r.token_ids for group in groups for r in engine.generate(group, each)])
+    assert all(text == texts[0] for text in texts[1:])
 
 
 @torch.inference_mode()
@@ -101,4 +149,5 @@ def test_tables_of_more_sequences_than_rows(decoder):
 def test_buckets():
     assert [bucket(n) for n in (1, 3, 8, 9, 64, 65)] == [1, 4, 8, 16, 64, 96]
     assert PlainDecoding.takes(128) and not PlainDecoding.takes(129)
+    assert PlainDecoding.takes(8, deterministic=True) and not PlainDecoding.takes(9, deterministic=True)
     assert [page_bucket(n, 512) for n in (1, 64, 65, 300, 512)] == [64, 64, 128, 512, 512] and page_bucket(3, 10) == 10
