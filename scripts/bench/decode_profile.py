@@ -70,8 +70,8 @@ def read_bytes(decoder: Decoder) -> int:
 
 
 def prompts_of(batch: int, length: int, vocab: int) -> list[list[int]]:
-    """Random token ids, another prompt for each request."""
-    generator = torch.Generator().manual_seed(batch)
+    """Random token ids, another prompt for each request; a larger batch begins with a smaller one's."""
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(10, min(vocab, 100_000), (batch, length), generator=generator).tolist()
 
 
@@ -137,6 +137,39 @@ def step_ms(engine: Engine, batch: int, length: int) -> float:
     return 1e3 * took
 
 
+def same_texts(target: Decoder, other: Decoder | None, count: int, new: int) -> dict[str, Any]:
+    """Greedy texts in deterministic mode of `count` prompts: alone, in one batch, and in a batch with drafts of several kinds.
+
+    The drafts come from the target itself (nearly all accepted), from an early exit and, if it is given, from another model (nearly none).
+    Returns each way's seconds, tokens a step, and texts that equal those of the prompts alone.
+    """
+    prompts = prompts_of(count, 64, target.config.vocab_size)
+    ways: dict[str, tuple[Any, bool, int]] = {
+        "alone": (None, False, 0), "batch": (None, True, 0), "draft itself": (target, True, 3), "early exit": (max(1, target.config.num_layers // 4), True, 2),
+        "early exit alone": (max(1, target.config.num_layers // 4), False, 2),
+    }  # fmt: skip
+    if other is not None:
+        ways["other draft"] = (other, True, 2)
+    found: dict[str, Any] = {"prompts": count, "new_tokens": new}
+    wanted: list[list[int]] = []
+    for name, (draft, together, length) in ways.items():
+        engine = Engine(target, draft=draft, deterministic=True, pool_tokens=1 << 16)
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True, draft_length=length)
+        groups = [prompts] if together else [[prompt] for prompt in (prompts if draft is None else prompts[:4])]
+        began = moment(engine.device)
+        results = [r for group in groups for r in engine.generate(group, params)]
+        seconds = moment(engine.device) - began
+        texts = [r.token_ids for r in results]
+        wanted = wanted or texts
+        found[name] = {
+            "equal": sum(a == b for a, b in zip(texts, wanted, strict=False)), "of": len(texts), "seconds": seconds,
+            "tokens_per_step": results[0].speculation.tokens_per_step,
+        }  # fmt: skip
+        print(name, json.dumps(found[name]), flush=True)
+        del engine
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; 1 when captured steps disagree with the decoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draft-lengths", default="0", help="fixed draft lengths to time, 0 for plain decoding")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--same-texts", type=int, default=0, metavar="PROMPTS", help="only compare texts of deterministic mode")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each kind, of which the median counts (default 3)")
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
@@ -153,6 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     target = random_decoder(args.shape, device, dtype)
     draft = None if args.draft == "none" else random_decoder(args.draft, device, dtype, seed=1)
+    if args.same_texts:
+        found = same_texts(target, draft, args.same_texts, args.new_tokens)
+        if args.json_out:
+            args.json_out.write_text(json.dumps(found, indent=1) + "\n")
+        return 0 if all(way["equal"] == way["of"] for way in found.values() if isinstance(way, dict)) else 1
     engine = Engine(target, draft=draft, max_batch=max(64, *map(int, args.batches.split(","))))
     bandwidth = read_gb_per_s(device)
     bound_ms = read_bytes(target) / bandwidth / 1e6
@@ -176,6 +215,10 @@ def main(argv: list[str] | None = None) -> int:
                 "graph_ms": step_ms(engine, batch, length + 1), "bound_share": bound_ms * tokens_per_s / batch / 1e3,
                 "ttft_s": first.ttft_s, "tokens_per_step": first.speculation.tokens_per_step,
             }  # fmt: skip
+            if device.type == "cuda":  # what the engine says it holds, and the most that torch had allocated or reserved so far
+                row["announced_bytes"] = sum(engine.core.memory().values())
+                row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+                row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
             report["rows"].append(row)
             print(json.dumps(row), flush=True)
             if args.json_out:

@@ -44,7 +44,7 @@ def candidates(field: str, rows: int, shape: DecodeShape) -> list[Any]:
     """Launch shapes worth a try for a kernel at that many rows."""
     if field == "attention":
         if rows <= 8:
-            options = grid(split=[32, 64, 128], block_n=[32, 64], warps=[2, 4], stages=[2])
+            options = grid(split=[32, 64, 128], block_n=[32, 64], warps=[2, 4], stages=[2], whole_block=[True, False])
         else:
             options = grid(split=[64, 256, 1024, 4096], block_n=[64], warps=[4], programs=[4, 64], stages=[2, 3])
         return [DecodeAttentionConfig(**o) for o in options if o["block_n"] <= o["split"]]
