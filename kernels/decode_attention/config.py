@@ -19,7 +19,7 @@ class DecodeAttentionConfig:
     warps: int = 4
     stages: int = 2
     whole_block: bool = True
-    ahead: int = 4
+    ahead: int = 8
 
 
 def decode_attention_parts(rows: int, heads: int, head_dim: int, keys: int, config: DecodeAttentionConfig) -> int:

@@ -113,6 +113,7 @@ def _decode_attention_kernel(
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,10 +187,15 @@ def _decode_attention_kernel(
             tl.store(stat_ptr + 2 * part + 1, total, mask=row_mask)
             tl.store(part_ptr + part[:, None] * HEAD_DIM + channel[None, :], acc, mask=out_mask)
     if splits > 1 and arrive(ticket_ptr + unit, programs):
+        # No matrix instruction here: no more rows than there are, so that more splits fit the registers at once.
+        near_row = tl.arange(0, BLOCK_R)
+        merged_row = (request * LENGTH + tile * TOKENS + near_row // GROUP).to(tl.int64) * HEADS + kv_head * GROUP + near_row % GROUP
+        merged_mask = near_row < TOKENS * GROUP
         merged = _merge(
-            part_ptr, stat_ptr, row_head, row_mask, channel, channel_mask, splits, num_rows * HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, AHEAD
+            part_ptr, stat_ptr, merged_row, merged_mask, channel, channel_mask, splits, num_rows * HEADS, HEAD_DIM, BLOCK_R, BLOCK_D, AHEAD
         )
-        tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], merged.to(out_ptr.dtype.element_ty), mask=out_mask)
+        out_at = merged_row[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(out_ptr + out_at, merged.to(out_ptr.dtype.element_ty), mask=merged_mask[:, None] & channel_mask[None, :])
 
 
 def decode_attention(
@@ -218,7 +224,8 @@ def decode_attention(
     group = heads // groups
     fitting = [t for t in range(1, length + 1) if length % t == 0 and t * group <= MOST_ROWS]
     tokens = max(fitting, default=1) if config.whole_block else 1
-    block_m = max(16, next_power_of_2(tokens * group))
+    block_r = next_power_of_2(tokens * group)
+    block_m = max(16, block_r)
     keys = max_pages * size
     splits = triton.cdiv(keys, config.split)
     stat = part[splits * rows * heads * head_dim :]
@@ -247,10 +254,11 @@ def decode_attention(
         PAGE=size,
         SPLIT=config.split,
         BLOCK_M=block_m,
+        BLOCK_R=block_r,
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         STAGES=config.stages,
-        AHEAD=min(config.ahead, max(1, 2 * MOST_ROWS // block_m)),
+        AHEAD=min(config.ahead, max(1, 2 * MOST_ROWS // block_r)),
         ONCE=programs == splits,
         EARLY=early,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",

@@ -144,10 +144,14 @@ def same_texts(target: Decoder, other: Decoder | None, count: int, new: int) -> 
     Returns each way's seconds, tokens a step, and texts that equal those of the prompts alone.
     """
     prompts = prompts_of(count, 64, target.config.vocab_size)
+    exit_layer = max(1, target.config.num_layers // 4)
     ways: dict[str, tuple[Any, bool, int]] = {
-        "alone": (None, False, 0), "batch": (None, True, 0), "draft itself": (target, True, 3), "early exit": (max(1, target.config.num_layers // 4), True, 2),
-        "early exit alone": (max(1, target.config.num_layers // 4), False, 2),
-    }  # fmt: skip
+        "alone": (None, False, 0),
+        "batch": (None, True, 0),
+        "draft itself": (target, True, 3),
+        "early exit": (exit_layer, True, 2),
+        "early exit alone": (exit_layer, False, 2),
+    }
     if other is not None:
         ways["other draft"] = (other, True, 2)
     found: dict[str, Any] = {"prompts": count, "new_tokens": new}
