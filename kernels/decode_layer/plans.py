@@ -102,12 +102,12 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
             head=Tile(block_n=128, block_k=64, slices=1),
             attention=attention,
         )
-    # Results of 128 rows fill the registers of four warps; three stages let two programs share a multiprocessor.
+    # Results of 128 rows by 128 channels need eight warps; three stages let several programs share a multiprocessor.
     full = Tile(block_n=128, block_k=64, slices=1, warps=8, stages=3, lines=8)
     return DecodePlan(
         qkv=replace(full, block_n=many, stages=4),
-        o=replace(full, block_n=64, splits=6),
-        gate_up=full,
+        o=replace(full, block_n=64, splits=4, stages=4),
+        gate_up=replace(full, block_n=64, warps=4),
         down=Tile(block_n=64, block_k=64, slices=1, splits=7, lines=8),
         head=full,
         attention=attention,
