@@ -29,6 +29,7 @@ from kernels.norm_qkv import triton as qkv_triton
 from kernels.skinny_linear import reference as linear_reference
 from kernels.skinny_linear import triton as linear_triton
 from kernels.skinny_linear.tiles import Tile
+from tests.kernels.cases import in_turn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = {torch.float32: 3e-5, torch.bfloat16: 8e-3}
@@ -332,10 +333,9 @@ def step(module, weights, buffers):
     module.decode_head(weights, buffers, SHAPE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
-@pytest.mark.parametrize("plan,contexts,length", [("matrix", [33, 5], 3), ("scalar", [20], 1), ("matrix", [40], 1)], ids=str)
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qknorm"])
-def test_a_step_matches_its_twin(plan, contexts, length, qk_norm, dtype, device, draw, assert_close):
+@pytest.mark.parametrize("dtype,shape,qk_norm", in_turn(DTYPES, [("matrix", [33, 5], 3), ("scalar", [20], 1), ("matrix", [40], 1)]))
+def test_a_step_matches_its_twin(shape, qk_norm, dtype, device, draw, assert_close):
+    plan, contexts, length = shape
     weights = small_model(draw, device, dtype, qk_norm)
     results = []
     for module in (step_triton, step_reference):

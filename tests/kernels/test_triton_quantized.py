@@ -11,6 +11,7 @@ from kernels.paged_attention import triton as paged
 from kernels.quantized_kv import attention, reference
 from kernels.quantized_kv import triton as writer
 from kernels.quantized_kv.reference import ChannelMeans, QuantizedPages, new_pages
+from tests.kernels.cases import in_turn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()
@@ -104,10 +105,7 @@ def _filled(bits, context_lens, query_lens, heads, kv_heads, head_dim, page_size
     return q, pages, means, cos, sin, table.to(device)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("with_mean", [True, False], ids=["mean", "no-mean"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits,dtype,shape,with_mean", in_turn(BITS, [torch.float32, torch.bfloat16], SHAPES))
 def test_attention(shape, bits, dtype, with_mean, device, assert_close):
     query_lens, context_lens, heads, kv_heads, head_dim, page_size = shape
     q, pages, means, cos, sin, table = _filled(

@@ -12,6 +12,7 @@ from kernels.paged_attention import reference as dense
 from kernels.paged_attention import triton as paged
 from kernels.quantized_kv import attention, quantized_kv_write, reference
 from kernels.quantized_kv.reference import NUM_RECENT, NUM_SINKS, RING, ChannelMeans, ExactRecent, ExactSinks, QuantizedPages, new_pages
+from tests.kernels.cases import in_turn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 GPU = torch.cuda.is_available()
@@ -55,10 +56,9 @@ def _filled(shape, bits, dtype, device, sink_scale=6.0):
     return q, pages, means, (cos, sin), table.to(device), ExactSinks(kept[0], kept[1], rows), true
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_against_the_twin(shape, bits, dtype, device, assert_close):
+@pytest.mark.parametrize("dtype,shape,two_bits", in_turn([torch.float32, torch.bfloat16], SHAPES))
+def test_triton_against_the_twin(shape, two_bits, dtype, device, assert_close):
+    bits = 2 if two_bits else 4
     q, pages, means, angles, table, sinks, _ = _filled(shape, bits, dtype, device)
     fixed = (pages, means, *angles, table, shape[0], shape[1], 0.1)
     want = reference.quantized_paged_attention(q.float(), *fixed, sinks=sinks)
@@ -146,10 +146,7 @@ def _with_recent(shape, bits, dtype, device):
     return q, (pages, means, *angles, table, query_lens, context_lens, 0.1), sinks, recent, true
 
 
-@pytest.mark.parametrize("bits", [3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", RECENT_SHAPES, ids=str)
-@pytest.mark.parametrize("with_sinks", [True, False], ids=["sinks", "no-sinks"])
+@pytest.mark.parametrize("bits,dtype,shape,with_sinks", in_turn([3], [torch.float32, torch.bfloat16], RECENT_SHAPES))
 def test_recent_triton_against_the_twin(shape, bits, dtype, with_sinks, device, assert_close):
     q, fixed, sinks, recent, _ = _with_recent(shape, bits, dtype, device)
     if not with_sinks:  # their codes are spoiled, and would outshout everything
