@@ -114,7 +114,7 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
     conversations = [engine.core.open_sequence_state() for _ in PROMPTS]
     for new in ([], [1, 2], [9]):
         for conversation, prompt in zip(conversations, PROMPTS, strict=True):
-            engine.core.run(conversation, new or prompt, SamplingParams(max_new_tokens=37))
+            engine.core.run(conversation, new or prompt, SamplingParams(max_new_tokens=21))
     assert len(adopted) > 10
     model = engine.core.draft_model if engine.core.drafter.exit_layer == 0 else None
     for conversation in conversations:
