@@ -1,4 +1,4 @@
-"""Which node gives up its last pages first: LRU, LFU, GDSF, S3-FIFO and value per byte behind one interface.
+"""Which node gives up its last pages first: LRU, LFU, ARC, GDSF, S3-FIFO, a cost rule and value per byte behind one interface.
 
 A policy sees only nodes whose end may leave the tier, so prefixes always outlive what follows them. Requests are counted once a node, not
 once a page. No call walks the tree: each costs O(log n) in the queued nodes, amortised.
@@ -135,6 +135,140 @@ class Gdsf(HeapPolicy):
         if node is not None:
             self._age = max(self._age, self.key(node))
         return node
+
+
+class Decay(HeapPolicy):
+    """What `engine.store.index` does in SQL: log2 of (decayed requests x seconds saved a byte), an order that stays as time passes.
+
+    The count halves after `half_life_s`; a short one makes it LRU, a long one LFU.
+    """
+
+    name = "decay"
+
+    def key(self, node: Node) -> float:
+        return math.log2(max(node.count, 1e-9)) + node.count_s / self.half_life_s + math.log2(max(self.density(node), 1e-30))
+
+
+class FlopAware(HeapPolicy):
+    """Recency plus weighted seconds saved a byte, after Marconi (Pan et al., MLSys 2025), whose utility is recency + alpha x FLOPs saved a byte.
+
+    Both terms are measured against what was seen: recency in the mean age at which nodes were evicted, efficiency in the mean density of nodes that
+    were used. alpha is fixed; Marconi searches it by replaying a window of requests.
+    """
+
+    name = "marconi"
+    alpha = 1.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._now_s, self._mean_age_s, self._mean_density = 0.0, 0.0, 0.0
+
+    def key(self, node: Node) -> float:
+        return node.last_s + (node.state[self.tier] or 0.0)
+
+    def touch(self, node: Node, root: Node) -> None:
+        self._now_s = max(self._now_s, node.last_s)
+        density = self.density(node)
+        self._mean_density += 0.01 * (density - self._mean_density) if self._mean_density else density
+        share = density / self._mean_density if self._mean_density else 1.0
+        # a key never falls: what a node gained once stays
+        node.state[self.tier] = max(node.state[self.tier] or 0.0, self.alpha * self._mean_age_s * min(share, 8.0))
+
+    def victim(self) -> Node | None:
+        node = super().victim()
+        if node is not None:
+            self._mean_age_s += 0.05 * (self._now_s - node.last_s - self._mean_age_s)
+        return node
+
+
+class Arc(EvictionPolicy):
+    """ARC (Megiddo and Modha, FAST 2003): nodes requested once and nodes requested again, each in order of use; the share of the first adapts to
+    which of the two what comes back had been evicted from.
+
+    The memory of what left is the TOKENS tier, as for S3-FIFO. Sizes are in pages.
+    """
+
+    name = "arc"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # state of a node: (requested again, when it was used, pages it kept when others left or None)
+        self._queues: tuple[list[tuple[int, int, Node]], list[tuple[int, int, Node]]] = ([], [])
+        self._queued: set[Node] = set()
+        self._sizes = [0, 0]  # pages held, by queue
+        self._ghosts = [0, 0]  # pages that left, by the queue they were in
+        self._target_once = 0.0  # pages that nodes requested once should have
+        self._serial = self._entry = 0
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def add(self, node: Node) -> None:
+        state = node.state[self.tier]
+        size = node.size(self.tier)
+        if state is None:
+            state = (False, self._next(), None)
+            self._sizes[0] += size
+        again, used, kept = state
+        if kept is not None and size > kept:
+            back = size - kept
+            step = max(1.0, self._ghosts[not again] / max(1, self._ghosts[again])) * back
+            self._target_once += -step if again else step
+            self._target_once = min(max(0.0, self._target_once), float(self.capacity_pages))
+            self._ghosts[again] = max(0, self._ghosts[again] - back)
+            self._sizes[again] -= kept
+            self._sizes[1] += size
+            again, used, kept = True, self._next(), None
+        node.state[self.tier] = (again, used, kept)
+        if node not in self._queued:
+            self._queued.add(node)
+            self._push(node)
+
+    def _push(self, node: Node) -> None:
+        self._entry += 1
+        again, used, _ = node.state[self.tier]
+        heapq.heappush(self._queues[again], (used, self._entry, node))
+
+    def touch(self, node: Node, root: Node) -> None:
+        state = node.state[self.tier]
+        if state is None:
+            return
+        again, _, kept = state
+        if not again and node.requests > 1:
+            size = node.size(self.tier)
+            self._sizes[0] -= size
+            self._sizes[1] += size
+            again = True
+        node.state[self.tier] = (again, self._next(), kept)
+
+    def evicted(self, node: Node, num_pages: int) -> None:
+        again, used, _ = node.state[self.tier]
+        self._sizes[again] -= num_pages
+        self._ghosts[again] += num_pages
+        node.state[self.tier] = (again, used, node.size(self.tier))
+
+    def victim(self) -> Node | None:
+        locked: list[Node] = []
+        found = None
+        once, twice = self._queues
+        while found is None and (once or twice):
+            from_twice = not once or (bool(twice) and self._sizes[0] <= self._target_once)
+            used, _, node = heapq.heappop(self._queues[from_twice])
+            if not self._may_leave(node):
+                self._queued.discard(node)
+                continue
+            again, now_used, _ = node.state[self.tier]
+            if (again, now_used) != (from_twice, used):
+                self._push(node)  # it was used since
+            elif not node.num_unlocked(self.tier):
+                locked.append(node)
+            else:
+                self._queued.discard(node)
+                found = node
+        for node in locked:
+            self._push(node)
+        return found
 
 
 class Value(EvictionPolicy):
@@ -368,4 +502,4 @@ class S3Fifo(EvictionPolicy):
         return found
 
 
-POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Lru, Lfu, Gdsf, S3Fifo, Value)}
+POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Lru, Lfu, Arc, Gdsf, FlopAware, Decay, S3Fifo, Value)}

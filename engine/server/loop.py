@@ -195,8 +195,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         try:
-            with self.core.lock:
-                self.core.step()
+            self.core.step()
         except Exception:
             log.exception("a step of the engine failed; the requests it served are ended")
             self._end_all(_internal())

@@ -42,13 +42,13 @@ def replay(
 
     A block id stands for a page: the trie runs with one symbol a page, `block_tokens` tokens each in bytes. Prompts alone are stored, as
     the traces name no blocks for answers until they come back in a prompt. Policies rank by the prefill seconds that a hit saves; restore
-    seconds are reported apart, so that a table in which restoring does not pay leaves something to study. s3-fifo and value remember
+    seconds are reported apart, so that a table in which restoring does not pay leaves something to study. s3-fifo, arc and value remember
     the token ids of as many tokens as fit, and pay for them from the capacity.
     """
     page_bytes = max(1, round(bytes_per_token / ratio * trace.block_tokens))
     token_bytes = trace.block_tokens * TOKEN_BYTES
     tokens_budget = 0
-    if policy == "s3-fifo":
+    if policy in ("s3-fifo", "arc"):
         tokens_budget = capacity_bytes * token_bytes // (page_bytes + token_bytes)
     elif policy == "value":
         tokens_budget = int(capacity_bytes * HISTORY_SHARE)
