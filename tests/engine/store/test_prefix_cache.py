@@ -350,5 +350,5 @@ def test_what_overflowed_is_not_kept(store_engine, folder) -> None:
     with engine.core.lock:
         engine.generate(LONG, GREEDY)
         engine.core.pool.kv[:, 1, :, :, :, 0] = torch.inf
-        engine.flush()
+    engine.flush()
     assert not list(folder.rglob("*.run")) and len(store_engine.said) == 1 and "could not be coded" in store_engine.said[0]
