@@ -29,6 +29,7 @@ from engine.server.page import PAGE
 from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
 from engine.server.responses import Answer, LogprobsForm
 from engine.text.decoder import TextDecoder
+from engine.text.prompts import encode_prompt
 
 log = logging.getLogger("foretold.server")
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -71,8 +72,10 @@ class Server:
                 "vllm:num_requests_waiting": lambda: self.loop.num_waiting,
                 "vllm:kv_cache_usage_perc": lambda: 1 - pool.num_free_pages / pool.max_pages,
             },
+            None if engine.prefix_cache is None else engine.prefix_cache.report,
         )
         self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue)
+        self._stored_tokens, self._stored_until = 0, 0.0
         self._asyncio: asyncio.AbstractEventLoop | None = None
         # one thread: a tokenizer is not made for two at once, and a long prompt must not hold up the answers of others
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="foretold-encode")
@@ -102,6 +105,7 @@ class Server:
             yield
         finally:
             await asyncio.to_thread(self.loop.stop, self.config.grace_s)
+            await asyncio.to_thread(self.engine.close)  # what was answered last is stored before the process ends
             self._encoder.shutdown(wait=False)
 
     def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
@@ -196,7 +200,8 @@ class Server:
         """Token ids of a prompt, checked. Raises ApiError."""
 
         def encode() -> list[int]:
-            tokens = self.engine.encode(prompt)
+            # not through the engine, whose lock a running step holds: this thread alone encodes
+            tokens = encode_prompt(self.engine.tokenizer, prompt, self.engine.context)
             self.engine.core.check_tokens(tokens)
             return tokens
 
@@ -253,7 +258,18 @@ class Server:
         config = core.target.config
         raw = 2 * config.num_layers * config.num_kv_heads * config.head_dim * core.dtype.itemsize
         held = round(core.pool.bytes * tokens / max(1, core.pool.num_pages * core.pool.page_size))
-        return [{"name": "pool", "bytes": held, "tokens": tokens, "raw_bytes": tokens * raw, "hits": None}]
+        tiers = [{"name": "pool", "bytes": held, "tokens": tokens, "raw_bytes": tokens * raw, "hits": None}]
+        cache = self.engine.prefix_cache
+        if cache is not None:
+            if time.monotonic() > self._stored_until:  # counting reads the whole index
+                self._stored_until, self._stored_tokens = (
+                    time.monotonic() + 10,
+                    sum(root["tokens"] for root in cache.store.describe()["roots"]),
+                )
+            report = cache.report()
+            tokens, hits = self._stored_tokens, report["hits"]
+            tiers.append({"name": "store", "bytes": report["bytes"], "tokens": tokens, "raw_bytes": tokens * raw, "hits": hits})
+        return tiers
 
     async def _health(self, _request: Request) -> Response:
         return Response(status_code=200 if self.loop.accepting else 503)

@@ -25,12 +25,13 @@ class ServerMetrics:
     Args:
         model: its name, a label of every figure.
         gauges: name -> a function of now, read when the metrics are: running and waiting requests, share of the KV pool in use.
+        store: figures of the store of prefixes, where there is one; its numbers are `foretold:store_...`.
     """
 
-    def __init__(self, model: str, gauges: dict[str, Callable[[], float]]) -> None:
+    def __init__(self, model: str, gauges: dict[str, Callable[[], float]], store: Callable[[], dict[str, Any]] | None = None) -> None:
         self.registry = CollectorRegistry()
         self._model = model
-        self._gauges = gauges
+        self._gauges, self._store = gauges, store
         self.registry.register(self)  # type: ignore[arg-type]  # a collector is whatever has collect()
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
@@ -123,10 +124,13 @@ class ServerMetrics:
 
     def collect(self) -> list[GaugeMetricFamily]:
         """The gauges, for the registry."""
+        values = {name: read() for name, read in self._gauges.items()}
+        if self._store is not None:
+            values |= {f"foretold:store_{name}": value for name, value in self._store().items() if isinstance(value, (int, float))}
         found = []
-        for name, read in self._gauges.items():
+        for name, value in values.items():
             family = GaugeMetricFamily(name, name.split(":")[-1].replace("_", " "), labels=("model_name",))
-            family.add_metric((self._model,), read())
+            family.add_metric((self._model,), value)
             found.append(family)
         return found
 

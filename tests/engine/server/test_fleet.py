@@ -78,3 +78,20 @@ def test_a_router_sends_a_prefix_where_it_was_and_elsewhere_when_that_server_is_
                     assert time.monotonic() < deadline
                     time.sleep(0.5)
             assert found == expected
+
+
+def test_a_stopped_servers_conversations_come_back_from_the_store(chat_engine, serve, tmp_path):
+    options = {"store": tmp_path / "store", "quality": "near-lossless", "log": lambda _: None}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "tide and buoy " * 50}], "temperature": 0, "max_tokens": 4}
+    with serve(chat_engine(**options)) as first, serve(chat_engine(**options)) as second:
+        servers = [first, second]
+        with router([server.url for server in servers]) as url:
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+            home = next(server for server in servers if server.server.metrics.summary()["totals"]["requests"])
+            home.server.engine.flush()
+            home.server.loop.stop(5)
+            deadline = time.monotonic() + 30
+            while (answer := httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 640
