@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
+from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
 from engine.loading import choose_draft, remember_costs
 from engine.model.config import DecoderConfig, read_config
@@ -84,7 +85,7 @@ class Engine:
             as_source(draft, draft_dir),
             config,
             text=TextDecoder(tokenizer),
-            eos_token_ids=end_tokens(target.config.eos_token_ids, tokenizer, target_dir),
+            eos_token_ids=end_tokens(target.config.eos_token_ids, tokenizer),
             kv_means=None if kv_cache_dtype == PLAIN else channel_means(target, tokenizer, target_dir),
         )
         if target_dir is not None:
@@ -181,17 +182,25 @@ class Engine:
         """Bytes held: target_bytes and draft_bytes of weights, pool_bytes of both KV pools as they are now."""
         return self.core.memory()
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption, PromptTooLong."""
+    def encode(self, prompt: Prompt, *, continue_final_message: bool | None = None) -> list[int]:
+        """Token ids of a prompt: text as it is, chat messages through the model's template. Raises EmptyPrompt, InvalidOption, PromptTooLong.
+
+        continue_final_message: the last message goes on instead of being closed; None: if it is the assistant's.
+        """
         with self.core.lock:  # tokenizers refuse a second thread
-            return encode_prompt(self.tokenizer, prompt, self.context)
+            return encode_prompt(self.tokenizer, prompt, self.context, continue_final_message=continue_final_message)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        continue_final_message: bool | None = None,
     ) -> list[GenerationResult]:
         """Continue prompts (texts, lists of token ids, or lists of chat messages) as one batch of ragged requests; results in order.
 
-        params: one for all (also the same seed for all), or one per prompt.
+        params: one for all (also the same seed for all), or one per prompt. continue_final_message: see `encode`; the result's text is what comes after
+        the message.
 
         Raises:
             EmptyPrompt, PromptTooLong, InvalidOption, PoolExhausted: before or while generating; nothing stays behind.
@@ -199,12 +208,17 @@ class Engine:
         given = as_prompts(prompts)
         if not given:
             raise EmptyPrompt("there is no prompt", "give at least one")
-        each = [params or SamplingParams()] * len(given) if params is None or isinstance(params, SamplingParams) else list(params)
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(given)
+        elif isinstance(params, (list, tuple)) and all(isinstance(own, SamplingParams) for own in params):
+            each = list(params)
+        else:
+            raise InvalidOption(f"sampling parameters are {shown(params)}", "give SamplingParams(...), or a list of them")
         if len(each) != len(given):
             raise InvalidOption(
                 f"{len(each)} sampling parameters were given for {len(given)} prompts", "give one for all, or one per prompt"
             )
-        ids = [self.encode(prompt) for prompt in given]
+        ids = [self.encode(prompt, continue_final_message=continue_final_message) for prompt in given]
         for tokens in ids:
             self.core.check_tokens(tokens)
         requests: list[Request] = []
@@ -218,12 +232,16 @@ class Engine:
                     self.core.abandon(request)
                 raise
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
-        """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result.
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, continue_final_message: bool | None = None
+    ) -> Iterator[StreamEvent]:
+        """Continue one prompt, yielding text as it is accepted; the last event has finish_reason and result. continue_final_message: see `encode`.
 
         Closing the iterator ends the request. Raises as `generate`; a bad prompt is refused here, before the first event is asked for.
         """
-        tokens = self.encode(prompt)
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidOption(f"sampling parameters are {shown(params)}", "give SamplingParams(...)")
+        tokens = self.encode(prompt, continue_final_message=continue_final_message)
         self.core.check_tokens(tokens)
 
         def events() -> Iterator[StreamEvent]:

@@ -211,7 +211,7 @@ def _take_rope(config: SimpleNamespace) -> None:
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """End-of-text ids of generation_config.json, where chat models name those that config.json leaves out; () without the file.
+    """End-of-text ids of generation_config.json, which count instead of config.json's as they do for transformers; () where it names none.
 
     Raises:
         ModelNotFound: the file cannot be read, or names something else than ids.

@@ -156,7 +156,7 @@ def open_checkpoint(folder: Path) -> tuple[DecoderConfig, dict[str, StoredTensor
         UnsupportedArchitecture: the model is one our decoder does not run, or holds tensors it has no use for.
     """
     config = DecoderConfig.from_hf(read_config(folder))
-    config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + read_end_tokens(folder))))
+    config = replace(config, eos_token_ids=read_end_tokens(folder) or config.eos_token_ids)
     stored = index_folder(folder)
     depth = 1 + max((int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))), default=-1)
     if config.num_layers > depth:  # looked at first, as the names to expect grow with it

@@ -2,6 +2,9 @@
 
 Sections (see `codec.container`): META JSON; TOKS token ids (a frame of `codec.token_ids`); SIZE the spans' starts, ends and byte counts;
 SPAN the spans' bytes, end to end.
+Spans are bound to their place, to the ids up to their end, to each other and to the models by a chain of digests (BLAKE2b), whose last link META names
+as "bound": a span that was moved, exchanged, or taken from another file is refused, and so are other ids. The chain has no key: it tells mistakes and
+patched files, not somebody who writes the whole file anew. Files of earlier versions have none, and open.
 The first tokens' KV (attention sinks) is not stored: it depends on those tokens alone, so running them again restores it, for the price of a step.
 """
 
@@ -9,7 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, open_regular, parse_json, shown
 
 MAX_META_BYTES = 1 << 20
+_LINK_BYTES = 16
 _SPAN_ENTRY_BYTES = 12  # start, end and size of a span, uint32 each
 _REMEDY = "restore it from a copy, or start a new session"
 _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
@@ -39,18 +44,38 @@ _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
 @dataclass(frozen=True)
 class Span:
     """Tokens [start, end) coded once; `data` never changes afterwards (a view of the file's bytes where it was read from one). divergence: what its
-    error is expected to cause, nats a position; of a span from a file the mean of the file's; None where it is not known."""
+    error is expected to cause, nats a position; of a span from a file the mean of the file's; None where it is not known. link: its digest in the
+    chain that binds it (`bound`), of a span that came from a file; None before."""
 
     start: int
     end: int
     data: bytes | memoryview
     divergence: float | None = field(default=None, compare=False)
+    link: bytes | None = field(default=None, compare=False)
 
 
 def mean_divergence(spans: Sequence[Span]) -> float | None:
     """Over the tokens of all spans; None where one's is not known, or there are none."""
     known = [(s.divergence, s.end - s.start) for s in spans if s.divergence is not None]
     return sum(d * n for d, n in known) / sum(n for _, n in known) if known and len(known) == len(spans) else None
+
+
+def bound(spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[str, str], *, anew: bool = False) -> list[Span]:
+    """The spans with their links. A link stands for the models, the ids up to the span's end, its place, its bytes, and all before it.
+
+    anew: also of spans that have a link: what a reader compares with. Otherwise those keep theirs, which then no longer fit if anything was exchanged.
+    """
+    link = blake2b(json.dumps(fingerprints, sort_keys=True).encode(), digest_size=_LINK_BYTES).digest()
+    linked, known = [], 0
+    for span in spans:
+        digest = blake2b(link, digest_size=_LINK_BYTES)
+        digest.update(np.array([span.start, span.end], "<u8").tobytes())
+        digest.update(np.array(token_ids[known : span.end], "<u8").tobytes())
+        digest.update(span.data)
+        link = digest.digest() if anew or span.link is None else span.link
+        linked.append(replace(span, link=link))
+        known = span.end
+    return linked
 
 
 @dataclass
@@ -79,6 +104,10 @@ class SessionFile:
         } | ({"auto": True} if self.auto else {})
         if (divergence := mean_divergence(self.spans)) is not None:
             meta["divergence"] = float(f"{divergence:.4g}")
+        if self.spans:
+            last = bound(self.spans, self.token_ids, self.fingerprints)[-1].link
+            assert last is not None
+            meta["bound"] = last.hex()
         sizes = np.array([(s.start, s.end, len(s.data)) for s in self.spans], "<u4").reshape(-1, 3)
         body = b"".join(s.data for s in self.spans)
         packed = zstandard.ZstdCompressor(level=19).compress
@@ -138,6 +167,7 @@ class SessionFile:
             num_cached, num_tokens = fields.integer("num_cached", 0, MAX_TOKENS), fields.integer("num_tokens", 0, MAX_TOKENS)
             quality, auto, fingerprints = fields.text("quality"), fields.boolean("auto", False), fields.mapping("fingerprints")
             divergence = fields.number("divergence", 0.0, 1e9) if "divergence" in meta else None
+            link = fields.text("bound", "")
             if not all(isinstance(digest, str) for digest in fingerprints.values()):
                 raise fields.refuse("fingerprints", "texts are needed")
         except Corrupted as error:
@@ -162,7 +192,18 @@ class SessionFile:
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+        spans = bound(spans, tokens, fingerprints, anew=True)
+        if link and (not spans or spans[-1].link != _unhex(link)):
+            raise CorruptedCode("the session's spans do not belong to its tokens, to each other or to its models", _REMEDY)
         return cls(tokens, num_cached, quality, fingerprints, spans, auto)
+
+
+def _unhex(text: str) -> bytes:
+    """The bytes of a hexadecimal text; empty for what is none."""
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
 
 
 def write_file(path: str | Path, data: bytes) -> None:

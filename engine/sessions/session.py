@@ -7,13 +7,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from codec.spec import NUM_SINKS, QUALITIES, KvLayout
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionBusy, SessionClosed
+from engine.inputs import shown
 from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
@@ -354,11 +355,19 @@ class Session:
         num_cached, reason = 0, None
         if stored.spans:
             codec = session_codec(core, self._pack_path, self._log)
-            if stored.fingerprints.get("pack") != codec.pack.digest:
+            foreign = stored.fingerprints.get("pack") != codec.pack.digest
+            if foreign and (how == DECODE or self._pack_path is not None):
                 raise ForeignModel(
                     f"session file {source} was written with another pack", "resume it with the models and pack it was made with"
                 )
-            self.spans = stored.spans
+            if foreign:  # one fitted on the spot is kept in the cache alone: where that is gone, the ids still tell everything
+                how, reason = RECOMPUTE, "the codec parameters it was written with are gone"
+                self._log(
+                    f"{reason}: the {len(stored.token_ids)} tokens of {shown(str(source), 200)} are recomputed from their ids, exactly"
+                )
+            else:
+                # links are of the file's chain; what is here was checked, and is bound anew when it is written
+                self.spans = [replace(span, link=None) for span in stored.spans]
             if how == AUTO:
                 rates = rates_of(codec, stored.num_cached, self._log)
                 how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE

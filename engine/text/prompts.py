@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from engine.errors import EmptyPrompt, InvalidOption, ModelNotFound
-from engine.inputs import Fields, is_file, is_whole, read_json_object, shown
+from engine.errors import EmptyPrompt, InvalidOption
+from engine.inputs import is_whole, shown
 from engine.text.messages import checked_messages, disguised, encode_text, special_tokens, valid_text
 from engine.text.templates import has_template, render
 
@@ -65,8 +64,13 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if len(prompts) > 0 and all(_is_id(item) for item in prompts) else list(prompts)
 
 
-def encode_prompt(tokenizer: Any | None, prompt: Prompt, most: int | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: Any | None, prompt: Prompt, most: int | None = None, *, continue_final_message: bool | None = None
+) -> list[int]:
     """Token ids of a prompt. Text is taken raw, messages go through the tokenizer's chat template with the assistant's turn opened.
+
+    continue_final_message: the last message is left open and goes on, instead of a new turn (transformers' `apply_chat_template`); None: if it is
+    what the assistant says, as transformers' pipelines do.
 
     What looks like a special token in raw text is one, as whoever writes raw text writes the turns; in a message it is ordinary text. most: tokens
     of the model's context, to refuse at once what is far longer.
@@ -84,8 +88,12 @@ def encode_prompt(tokenizer: Any | None, prompt: Prompt, most: int | None = None
             raise InvalidOption(
                 "the model's tokenizer has no chat template", "give the prompt as text (--raw), or use an instruction-tuned model"
             )
-        messages, disguise = disguised(tokenizer, checked_messages(prompt))
-        ids = disguise.encode(render(tokenizer, messages), most)
+        given = checked_messages(prompt)
+        last = given[-1]
+        said = last["role"] == "assistant" and not last.get("tool_calls")
+        open_end = said if continue_final_message is None else continue_final_message
+        messages, disguise = disguised(tokenizer, given)
+        ids = disguise.encode(render(tokenizer, messages, continue_final_message=open_end), most)
     else:
         ids = token_ids(prompt)
     if not ids:
@@ -165,17 +173,9 @@ def _needed(tokenizer: Any | None) -> Any:
     return tokenizer
 
 
-def end_tokens(config_ids: Sequence[int], tokenizer: Any | None, folder: Path | None) -> frozenset[int]:
-    """End-of-sequence ids named by the model's config, its tokenizer and its generation_config.json.
-
-    Raises:
-        ModelNotFound: generation_config.json cannot be read, or names something else than ids.
-    """
-    found = set(config_ids)
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    file = folder / "generation_config.json" if folder else None
-    if file is not None and is_file(file):
-        remedy = "correct it, or download the model again"
-        found.update(Fields(read_json_object(file, ModelNotFound, remedy), str(file), ModelNotFound, remedy).ids("eos_token_id"))
-    return frozenset(found)
+def end_tokens(model_ids: Sequence[int], tokenizer: Any | None) -> frozenset[int]:
+    """End-of-sequence ids: the model's own, which are generation_config.json's if that names any and else config.json's, as transformers takes them;
+    of a model that names none, the tokenizer's, so that a chat ends."""
+    if model_ids or tokenizer is None or tokenizer.eos_token_id is None:
+        return frozenset(model_ids)
+    return frozenset({tokenizer.eos_token_id})

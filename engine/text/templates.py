@@ -23,6 +23,7 @@ CPU_S = 1  # of the worker, for one rendering
 WALL_S = 60.0  # however busy the machine is
 SPARE_CHARS, GROWTH = 1 << 20, 4  # a rendering may have so many characters, and so many times those of template and messages
 MAX_TEMPLATE_CHARS = 1 << 20
+_MARK = "end-of-message-placeholder"
 _REMEDY = "use --raw and write the turns out, or use a model with another template"
 
 
@@ -31,8 +32,10 @@ def has_template(tokenizer: Any | None) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str = "cannot be used") -> str:
-    """The messages as text, with the assistant's turn opened.
+def render(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str = "cannot be used", continue_final_message: bool = False
+) -> str:
+    """The messages as text, with the assistant's turn opened; or, where the last message is to be continued, up to its end.
 
     A tokenizer of transformers has its template rendered by the worker; any other object's own `apply_chat_template` is called.
 
@@ -42,14 +45,37 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str =
         failing: what the template does when it fails, for the error.
 
     Raises:
-        InvalidOption: no template, or one that refuses these messages, is no valid template, writes too much or takes too long.
+        InvalidOption: no template, or one that refuses these messages, is no valid template, writes too much or takes too long; or a last message
+            that the template leaves out or writes other than as it is, and so cannot be continued.
     """
+    if continue_final_message:
+        return _unclosed(tokenizer, messages, failing)
+    return _rendered(tokenizer, messages, failing, opened=True)
+
+
+def _unclosed(tokenizer: Any, messages: Sequence[dict[str, Any]], failing: str) -> str:
+    """The rendering up to the end of the last message, as transformers' `continue_final_message` cuts it: a mark is put behind the message; where the
+    template trims messages the mark's own space is gone, and so is what was blank before it."""
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise InvalidOption("the last message has no text to continue", "give it some, or leave the message out")
+    text = _rendered(tokenizer, [*before, last | {"content": f"{content}{_MARK} "}], failing, opened=False)
+    at = text.rfind(_MARK)
+    if at < 0 or content.strip() not in text[:at]:
+        raise InvalidOption("the model's chat template leaves out or changes the last message, so it cannot be continued", _REMEDY)
+    spaced = text[at + len(_MARK) :].startswith(" ")
+    return text[:at] if spaced else text[:at].rstrip()
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], failing: str, *, opened: bool) -> str:
+    """opened: with the opening of the assistant's turn at the end."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise InvalidOption("the model's tokenizer has no chat template", "use --raw, or an instruction-tuned model")
     if not _of_transformers(tokenizer):
         with named_errors(InvalidOption, f"the tokenizer's chat template {failing}", _REMEDY):
-            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened))
     if isinstance(template, dict):
         if "default" not in template:
             names = ", ".join(sorted(str(name) for name in template))
@@ -59,7 +85,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, failing: str =
         raise InvalidOption("the model's chat template is not a text of reasonable length", _REMEDY)
     with named_errors(InvalidOption, "the messages hold values that are no JSON", "give strings, numbers, lists and mappings"):
         special = {str(name): token if isinstance(token, list) else str(token) for name, token in tokenizer.special_tokens_map.items()}
-        values = special | {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+        values = special | {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": opened}
         request = {"template": template, "values": values, "cpu_s": CPU_S}
         size = len(json.dumps(values, ensure_ascii=False))
         request["max_chars"] = SPARE_CHARS + GROWTH * (len(template) + size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import json
 import os
 import struct
 from dataclasses import replace
@@ -322,6 +323,111 @@ def test_tokens_the_model_cannot_have(suspended, tmp_path, ids):
     replace(stored, token_ids=ids, num_cached=0, spans=[]).save(tmp_path / "bad.kv")
     with pytest.raises(Corrupted, match="tokens the model cannot have"):
         engine.session(tmp_path / "bad.kv", quality="tokens")
+
+
+# --- spans stay where they belong -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def another(suspended, tmp_path_factory):
+    """The file of another session of the same engine, with spans of the same bounds."""
+    file = tmp_path_factory.mktemp("another") / "chat.kv"
+    with suspended[1].session(log=lambda _: None) as session:
+        session.generate("something else was said here, and at some length as well, on and on: " * 2, PARAMS)
+        session.suspend(file)
+    return SessionFile.load(file)
+
+
+def exchanged(stored, at, span):
+    return [*stored.spans[:at], span, *stored.spans[at + 1 :]]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_span_moved_or_taken_from_another_file_is_refused(suspended, another, tmp_path, fresh):
+    """fresh: put in as a new object, without the digest it came with."""
+    file, engine = suspended
+    stored = SessionFile.load(file)
+    first, second, *_ = stored.spans
+    assert len(stored.spans) > 2 and [(s.start, s.end) for s in another.spans[:2]] == [(s.start, s.end) for s in stored.spans[:2]]
+    short, full = first.end - first.start, second.end - second.start
+    assert short < full, "the first span has no sinks: moving whole ones needs two of equal length"
+    cases = {
+        "the first of another file": (0, another.spans[0]),
+        "the second of another file": (1, another.spans[1]),
+        "the second at the first's place": (0, replace(first, data=second.data)),
+    }
+    for name, (at, span) in cases.items():
+        put = Span(span.start, span.end, span.data) if fresh else span
+        replace(stored, spans=exchanged(stored, at, put)).save(tmp_path / "bad.kv")
+        with pytest.raises(Corrupted, match=r"bad\.kv: the session's spans do not belong to"):
+            engine.session(tmp_path / "bad.kv")
+        assert name
+
+
+def test_other_ids_models_or_places_do_not_fit_the_spans(tmp_path):
+    raised = replace(SessionFile.from_bytes(DATA), token_ids=[i + 1 for i in FILE.token_ids])
+    moved = [
+        replace(span, data=data) for span, data in zip(SessionFile.from_bytes(DATA).spans, (b"other" * 20, SPANS[1].data), strict=True)
+    ]
+    for changed in (
+        raised,
+        replace(SessionFile.from_bytes(DATA), fingerprints=FILE.fingerprints | {"pack": "c"}),
+        replace(SessionFile.from_bytes(DATA), spans=moved),
+    ):
+        with pytest.raises(Corrupted, match="do not belong"):
+            load(tmp_path / "bad.kv", changed.to_bytes())
+    sections = dict(read_sections(DATA))
+    swapped = bytes(sections["SPAN"])
+    assert swapped == b"first" * 20 + b"second" * 7
+    with pytest.raises(Corrupted, match="do not belong"):
+        load(tmp_path / "bad.kv", altered(SPAN=b"tsrif" * 20 + b"second" * 7))
+    with pytest.raises(Corrupted, match="do not belong"):
+        load(tmp_path / "bad.kv", altered(SIZE=packed(struct.pack("<6I", 4, 70, 100, 70, 90, 42))))
+
+
+def test_ids_behind_the_spans_may_grow_and_spans_be_left_out(tmp_path):
+    """A conversation that went on, or was cut back, with the spans it had."""
+    stored = SessionFile.from_bytes(DATA)
+    longer = replace(stored, token_ids=[*stored.token_ids, 7, 8])
+    assert load(tmp_path / "a.kv", longer.to_bytes()) == longer
+    shorter = replace(stored, num_cached=68, spans=stored.spans[:1])
+    assert load(tmp_path / "a.kv", shorter.to_bytes()) == shorter
+
+
+def test_files_without_a_chain_open_and_get_one(suspended, tmp_path):
+    """As versions before the chain wrote them."""
+    file, engine = suspended
+    sections = read_sections(file.read_bytes())
+    meta = json.loads(zstandard.decompress(sections[0][1]))
+    assert len(bytes.fromhex(meta.pop("bound"))) == 16
+    older = tmp_path / "older.kv"
+    older.write_bytes(write_sections([("META", packed(json.dumps(meta).encode())), *sections[1:]]))
+    with engine.session(older, log=lambda _: None) as session, engine.session(file, log=lambda _: None) as wanted:
+        assert session.resumed.restore == "decode"
+        assert session.generate(" and", PARAMS).token_ids == wanted.generate(" and", PARAMS).token_ids
+        session.suspend(older)
+    assert "bound" in json.loads(zstandard.decompress(read_sections(older.read_bytes())[0][1]))
+    engine.session(older, log=lambda _: None).close()
+
+
+def test_a_pack_that_is_gone_leaves_the_ids(chat_engine, suspended, tmp_path, monkeypatch):
+    """One fitted on the spot lies in the cache alone, and fitted again it is another."""
+    file, fitted = suspended
+    pack = fitted.core.session_codec.pack
+    monkeypatch.setattr("engine.sessions.kv_codec.find_pack", lambda *_: replace(pack, info=pack.info | {"made": "later"}))
+    engine, said = chat_engine(), []
+    stored = SessionFile.load(file)
+    with pytest.raises(ForeignModel, match="another pack"):
+        engine.session(file, restore="decode", log=said.append)
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages and said == []
+    with engine.session(file, log=said.append) as session:
+        assert session.token_ids == stored.token_ids and session.resumed.restore == "recompute"
+        assert len(said) == 1 and said[0].startswith("the codec parameters it was written with are gone: the ")
+        [wanted] = engine.generate([stored.token_ids], PARAMS)
+        assert session.generate("", PARAMS).token_ids == wanted.token_ids
+        session.suspend(tmp_path / "again.kv")
+    with engine.session(tmp_path / "again.kv", log=said.append) as session:
+        assert session.resumed.restore == "decode" and len(said) == 1
 
 
 def test_an_unknown_quality_in_a_file_is_refused(suspended, tmp_path):

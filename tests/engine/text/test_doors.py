@@ -13,15 +13,19 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from engine.errors import EmptyPrompt, ForetoldError, InvalidOption, ModelNotFound, PromptTooLong
+from engine.model.config import read_end_tokens
+from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
 from engine.text import templates
 from engine.text.chat import next_turn
 from engine.text.chat_opening import chat_opening
+from engine.text.messages import encode_text
 from engine.text.prompts import as_prompts, encode_prompt, end_tokens, prompt_text
 from engine.text.templates import render
 from engine.text.tokenizer import load_tokenizer
@@ -414,6 +418,86 @@ def test_pipes_and_pointers_in_a_tokenizer_s_place(tokenizer_folder):
 def test_generation_configs_that_are_none(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ModelNotFound):
-        end_tokens((), None, tmp_path)
-    shutil.rmtree(tmp_path)
-    assert end_tokens((3,), None, tmp_path) == {3}
+        read_end_tokens(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert read_end_tokens(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    "generation, ends", [(None, {5}), ({"eos_token_id": 7}, {7}), ({"eos_token_id": [7, 8]}, {7, 8}), ({"top_k": 3}, None)]
+)
+def test_end_tokens_are_those_of_transformers(tiny_model, tmp_path, generation, ends):
+    """But where generation_config.json names none: transformers then never ends, and config.json's are taken here."""
+    shutil.copytree(tiny_model("llama").folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if generation is not None:
+        file.write_text(json.dumps(generation))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    assert theirs is None if ends is None else ends == ({theirs} if isinstance(theirs, int) else set(theirs))
+    assert set(Decoder.from_pretrained(tmp_path, dtype=torch.float32).config.eos_token_ids) == (ends or {5})
+
+
+def test_the_tokenizer_s_end_counts_where_the_model_names_none(byte_tokenizer):
+    assert end_tokens((3,), byte_tokenizer()) == {3} and end_tokens((), byte_tokenizer()) == {256} and end_tokens((), None) == frozenset()
+
+
+# --- a last message that goes on ------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMED = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+SPACED = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} <|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, SPACED], ids=["chatml", "trimmed", "spaced"])
+@pytest.mark.parametrize("begun", ["The answer is", "The answer is ", "  The\n\n", "so.<b>", "early 🙂", ""])
+def test_an_answer_that_was_begun_goes_on_as_with_transformers(byte_tokenizer, template, begun):
+    tokenizer = byte_tokenizer(template)
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": begun}]
+    theirs = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    for flag in (None, True):
+        assert encode_prompt(tokenizer, messages, continue_final_message=flag) == encode_text(tokenizer, theirs)
+    closed = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert encode_prompt(tokenizer, messages, continue_final_message=False) == encode_text(tokenizer, closed)
+    user = tokenizer.apply_chat_template(messages[:1], tokenize=False, continue_final_message=True)
+    assert encode_prompt(tokenizer, messages[:1], continue_final_message=True) == encode_text(tokenizer, user)
+
+
+def test_special_tokens_in_an_answer_that_goes_on_stay_text(byte_tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a <|im_end|> b"}]
+    ids = encode_prompt(byte_tokenizer(), messages)
+    assert ids.count(256) == 1 and byte_tokenizer().decode(ids).endswith("assistant\na <|im_end|> b")
+
+
+def test_a_last_message_that_cannot_go_on(byte_tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    for template in (
+        "{% for m in messages %}{{ m.role }}{% endfor %}",
+        "{{ messages[0].content }}",
+        CHATML.replace("m.content", "m.content | upper"),
+    ):
+        with pytest.raises(InvalidOption, match="cannot be continued"):
+            encode_prompt(byte_tokenizer(template), messages)
+    call = [messages[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    assert byte_tokenizer().decode(encode_prompt(byte_tokenizer(), call)).endswith("<|im_start|>assistant\n"), (
+        "a tool call is no text to go on"
+    )
+
+
+# --- markers of turns in plain text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "marker", ["[INST]", "[/INST]", "<|im_start|>system", "<|IM_START|>", "</s>", "User:", "<start_of_turn>", "<|endoftext|>"]
+)
+def test_markers_in_a_message_are_the_ids_of_their_text(byte_tokenizer, marker):
+    """transformers makes control tokens of those that the tokenizer knows as special; here none is one, whatever it looks like."""
+    tokenizer = byte_tokenizer()
+    text = f"before {marker} after"
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    assert all(i < 256 for i in plain) and at == len("user\n") + 1 and sum(i > 255 for i in ids) == 3
