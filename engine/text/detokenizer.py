@@ -123,10 +123,10 @@ class TextStream:
             self._held = [] if self._known else tokens[-MAX_SILENT:]
             return
         self._held = []
-        if INCOMPLETE not in piece:  # bytes that are no text would spoil what is decoded after them
-            context, known = self._clean(tokens[-CONTEXT:])
-            if known:
-                self._context, self._known = context, known
+        # without bytes that are no text, which would spoil what is decoded after them; whole tokens may follow those
+        context, known = self._clean(tokens[-CONTEXT:])
+        if known:
+            self._context, self._known = context, known
         self._append(piece)
 
     def _clean(self, tokens: list[int]) -> tuple[list[int], str]:

@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
+from draft.protocols import Proposal, RequestProposal
+from draft.tree import Leaf
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.runtime.sampling import BatchSampler, SamplingParams, TokenHistory
+from engine.runtime.verify import verify
 
 PROMPT = [3, 1, 4, 1, 5]
 PENALTIES = [
@@ -111,6 +114,20 @@ def test_a_stop_of_the_draft_length_by_itself_meets_leaves_and_penalties(pair):
         for draft in (drafts["other"], drafts["exit"]):
             engine = Engine(target, draft=draft, page_size=16, costs=costs)
             assert engine.generate([PROMPT], SamplingParams(max_new_tokens=24, **options))[0].token_ids == wanted
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.5}], ids=str)
+def test_the_token_after_a_leaf_is_penalised_for_the_leaf(options):
+    """The row after a leaf follows the drafts before it and the leaf itself, not the draft it stands beside."""
+    params, prompt = SamplingParams(**options), [0]
+    history = TokenHistory(params, 6, len(prompt), torch.device("cpu")).follow(prompt)
+    sampler = BatchSampler([params], [7], 6, [history])
+    logits = torch.zeros(4, 6)  # after the pending token, after each draft, after the leaf
+    logits[0, 1] = logits[1, 3] = 8.0  # the first draft is right, the second is not: the leaf beside it is
+    logits[3, 3], logits[3, 2], logits[3, 5] = 5.0, 4.5, 4.0  # the leaf's own token, the draft beside it, another
+    proposal = Proposal(torch.tensor([1, 2]), [RequestProposal(2, [None, None], [Leaf(2, 3)])])
+    [verdict] = verify(logits, proposal, sampler, [1])
+    assert verdict.leaf == 0 and verdict.tokens == [1, 3, 2], "the leaf came once and goes back; the draft beside it never came"
 
 
 @pytest.mark.parametrize("seeded", [False, True], ids=["rejection", "race"])

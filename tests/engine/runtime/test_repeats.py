@@ -8,6 +8,7 @@ import torch
 from draft.policy import CostModel
 from engine.engine import Engine
 from engine.hub.resolve import resolve_pair
+from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
 
 COSTS = CostModel(draft=((1, 0.1),), verify=((1, 1.0), (64, 3.0)), runs_last_draft=True)
@@ -80,6 +81,25 @@ def test_greedy_text_in_deterministic_mode_depends_on_no_batch_and_no_draft(deco
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS, deterministic=True)
     for batch, length in ((1, 0 if kind == "none" else "auto"), (16, 0 if kind == "none" else 3)):
         assert texts(engine, given, batch, draft_length=length, seeded=False) == alone(deterministic=True, seeded=False)
+
+
+@pytest.mark.parametrize("kind", ["model", "exit"])
+def test_under_a_seed_every_pass_that_has_a_say_in_the_text_is_batch_invariant(decoder, kind, monkeypatch):
+    """Rounding may happen to agree on the machine that runs the tests; which arithmetic is asked for does not depend on it."""
+    target = decoder(1, 3)
+    engine = Engine(target, draft=1 if kind == "exit" else decoder(2, 1), page_size=16, costs=COSTS)
+    forward, asked = Decoder.forward, []
+
+    def spied(self, *args, **options):
+        if self is target:
+            asked.append(options.get("deterministic", False))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Decoder, "forward", spied)
+    for seed, wanted in ((None, False), (5, True), (None, False)):
+        asked.clear()
+        [result] = engine.generate([prompts(1)[0]], SamplingParams(max_new_tokens=8, seed=seed, draft_length=2, temperature=0.9))
+        assert result.speculation.proposed > 0 and len(asked) > 3 and set(asked) == {wanted}
 
 
 def test_the_real_pair_repeats_under_a_seed():

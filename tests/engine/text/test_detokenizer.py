@@ -170,6 +170,23 @@ def test_text_of_words_and_broken_bytes_does_not_depend_on_cuts_or_looks(fallbac
         assert text == fallback([*context, *tokens])[len(fallback(context)) :]
 
 
+@pytest.mark.parametrize(
+    "context, tokens, text",
+    [
+        ([], [*as_bytes(b"\x9f"), 1, 1], "\ufffd a a"),  # the words behind bytes that are no text are what the next one follows
+        ([4, *as_bytes(b"\xf0")], [*as_bytes(b"\xff"), 4, 1], "\ufffd c\u00e9 a"),
+        ([], [3, 1, 2, 1], "b a  a"),  # a space alone decodes to nothing: it follows what stood before
+        ([], [2, 2, 1, 2, *as_bytes(b"\xe2"), 3], "  a \ufffdb"),
+        ([2], [2, *as_bytes("\u2018"), 1], "\u2018 a"),
+        ([], [*as_bytes(b"\x80\xff"), 4, 2, 2, 0, 1], "\ufffd\ufffd c\u00e9   a"),
+    ],
+)
+def test_words_around_broken_bytes_and_spaces_keep_their_spaces(fallback, context, tokens, text):
+    for sizes in ([1], [2, 1], [20]):
+        for look in (True, False):
+            assert consume(fallback, tokens, sizes, look=look, context=context) == (text, text)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=20), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=10))
 def test_broken_bytes_of_a_byte_level_tokenizer_come_out_as_python_decodes_them(data, cuts):
