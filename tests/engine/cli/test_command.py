@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from transformers import FalconConfig, MistralConfig
 
+from engine.engine import Engine
 from engine.generate import main
 from engine.hub.resolve import PairPaths
+from engine.runtime.core import EngineCore
 from engine.sessions.codec_params import find_pack
 from engine.sessions.file import SessionFile
 
@@ -162,6 +164,78 @@ def test_sampling_options_reach_the_sampler(generate):
     part = greedy[5:8]
     stopped = text("--stop", "never there", "--stop", part)
     assert part and stopped == greedy[: greedy.index(part)]
+
+
+def prompt_seen(monkeypatch):
+    """The token ids that requests begin with."""
+    seen, submit = [], EngineCore.submit
+
+    def spied(self, conversation, tokens, params, **options):
+        seen.append(([*conversation.token_ids, *tokens], params))
+        return submit(self, conversation, tokens, params, **options)
+
+    monkeypatch.setattr(EngineCore, "submit", spied)
+    return seen
+
+
+def test_a_system_message_and_the_beginning_of_answers(generate, byte_tokenizer, stdin, tmp_path, monkeypatch):
+    seen, file, tokenizer = prompt_seen(monkeypatch), tmp_path / "a.kv", byte_tokenizer()
+    status, out, _ = generate("Hello", "--system", "Be brief.", "--prefill", "Sure: ", "--max-new-tokens", 6, "--session", file)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "Sure: "
+    assert status == 0 and seen[-1][0] == tokenizer(opened)["input_ids"] and not out.startswith("Sure")
+    stdin(b"Again\nAnd again\n")
+    assert generate("--chat", "--system", "Be long.", "--prefill", "Well, ", "--max-new-tokens", 6, "--session", file)[0] == 0
+    for ids, _ in seen[-2:]:
+        text = tokenizer.decode(ids)
+        assert text.endswith("<|im_start|>assistant\nWell, ") and text.count("system\n") == 1, "a conversation has one system message"
+    for option in ("--system", "--prefill"):
+        assert f"--raw does not go with {option} (write it into the prompt)" in mistake(*generate("Hello", "--raw", option, "x"))
+    assert "not valid text" in mistake(*generate("Hello", "--system", "caf\udce9"))
+
+
+def test_penalties_reach_the_sampler(generate, monkeypatch):
+    seen = prompt_seen(monkeypatch)
+
+    def text(*options):
+        status, out, _ = generate("Hello", "--max-new-tokens", 30, *options)
+        assert status == 0
+        return out
+
+    greedy = text()
+    for name, value in (("repetition_penalty", 1.8), ("frequency_penalty", 1.9), ("presence_penalty", -1.7)):
+        assert text("--" + name.replace("_", "-"), value) != greedy
+        own = seen[-1][1]
+        values = {n: getattr(own, n) for n in ("repetition_penalty", "frequency_penalty", "presence_penalty")}
+        assert values == {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0} | {name: value}
+    for option, value in (("--repetition-penalty", "0"), ("--frequency-penalty", "3"), ("--presence-penalty", "nan")):
+        assert option[2:].replace("-", "_") in mistake(*generate("Hello", option, value))
+
+
+def test_formats_of_the_kv_cache(generate, monkeypatch):
+    """Kernels that read the formats have tests of their own; heads as small as the tiny pair's are refused by name."""
+    made, init = [], Engine.__init__
+
+    def spied(self, *args, **options):
+        made.append(options["kv_cache_dtype"])
+        init(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "__init__", spied)
+    for option in ("--kv-cache-dtype", "--hot"):
+        assert "q4" in mistake(*generate("Hello", option, "q4"))
+    assert generate("Hello", "--max-new-tokens", 2)[0] == 0 and made == ["q4", "q4", "bf16"]
+    assert "invalid choice: 'q5'" in mistake(*generate("Hello", "--kv-cache-dtype", "q5"))
+
+
+def test_threads_and_versions(generate, monkeypatch):
+    given = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    assert generate("Hello", "--max-new-tokens", 2, "--threads", 1)[0] == 0 and given == [1]
+    for wrong in ("0", "-2", "1025", "many", "1.5"):
+        assert "--threads" in mistake(*generate("Hello", "--threads", wrong))
+    assert given == [1]
+    status, out, err = generate("--version")
+    assert status == 0 and re.match(r"python 3[.\d]+, .*torch \d", out) and err == ""
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------------
