@@ -427,7 +427,7 @@ def test_a_pack_that_is_gone_leaves_the_ids(chat_engine, suspended, tmp_path, mo
         assert session.generate("", PARAMS).token_ids == wanted.token_ids
         session.suspend(tmp_path / "again.kv")
     with engine.session(tmp_path / "again.kv", log=said.append) as session:
-        assert session.resumed.restore == "decode" and len(said) == 1
+        assert session.resumed.restore == "decode" and sum("are gone" in line for line in said) == 1
 
 
 def test_an_unknown_quality_in_a_file_is_refused(suspended, tmp_path):
