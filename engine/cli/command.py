@@ -226,15 +226,15 @@ def save(session: Session, args: argparse.Namespace) -> str | None:
 
 
 def ignored_settings(engine: Engine, args: argparse.Namespace) -> str | None:
-    """What the model's generation_config.json says of sampling, where the user says nothing of it: it is not taken, and that is said."""
+    """What the model's generation_config.json says of sampling and no option says otherwise of: it is not taken, and that is said."""
     folder = engine.core.config.target_dir
-    if folder is None or args.temperature is not None or not is_file(folder / "generation_config.json"):
+    if folder is None or not is_file(folder / "generation_config.json"):
         return None
     found = read_json_object(folder / "generation_config.json", ModelNotFound, "correct it, or download the model again")
-    named = [
-        f"{name} {shown(found[name])}" for name in ("temperature", "top_k", "top_p", "repetition_penalty") if found.get(name) is not None
-    ]
-    return f"[generation_config.json's {', '.join(named)} not taken: text is greedy unless --temperature is given]" if named else None
+    idle = {"temperature": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # options as they are when not given
+    named = [f"{name} {shown(found[name])}" for name, own in idle.items() if found.get(name) is not None and getattr(args, name) == own]
+    greedy = ": text is greedy unless --temperature is given" if args.temperature is None else ""
+    return f"[generation_config.json's {', '.join(named)} not taken{greedy}]" if named else None
 
 
 def because(reason: str | None) -> str:

@@ -69,7 +69,7 @@ def test_prompts_chats_and_fingerprints_are_the_same(folder):
     ids = encode_prompt(theirs, messages)
     assert encode_prompt(ours, messages) == ids
     assert next_turn(ours, "and?", ids) == next_turn(theirs, "and?", ids)
-    assert special_tokens(ours) == special_tokens(theirs) and end_tokens((), ours, folder) == end_tokens((), theirs, folder)
+    assert special_tokens(ours) == special_tokens(theirs) and end_tokens((), ours) == end_tokens((), theirs)
     assert tokenizer_fingerprint(ours) == tokenizer_fingerprint(theirs) and len(ours) == len(theirs)
     assert ours._whole is None, "all of this without transformers"
 
