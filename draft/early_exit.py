@@ -12,7 +12,7 @@ from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, Draf
 from draft.errors import ExitLayerError
 from draft.model import append_features, check_taps
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, Policies, Proposal, ScratchPasses
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, FeatureStore, Proposal, ScratchPasses
 
 
 def default_exit_layer(num_layers: int) -> int:
@@ -69,6 +69,11 @@ class EarlyExitDrafter:
     @property
     def takes_leaves(self) -> bool:
         """Not where the draft head's states are kept, which a leaf has none of."""
+        return not self.own_taps
+
+    @property
+    def takes_given(self) -> bool:
+        """Not where the draft head's states are kept, which tokens that it does not run have none of."""
         return not self.own_taps
 
     @property
@@ -179,7 +184,8 @@ class EarlyExitDrafter:
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        policies: Policies = None,
+        policy: BlockPolicy | None = None,
+        given: Sequence[Sequence[int]] | None = None,
     ) -> Proposal:
         """Draft lengths[b] tokens after the one pending token; a request with length 0 just runs the first layers."""
         assert all(len(tokens) == 1 for tokens in pending), "an early exit shares the target's cache, which lacks exactly the last token"
@@ -190,7 +196,8 @@ class EarlyExitDrafter:
             pending,
             lengths,
             sampler,
-            policies,
+            policy,
+            given,
             last_layer=self.num_layers,
             runs_last_draft=True,
             taps=self.feature_taps,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.errors import FeatureTapError
 from draft.propose import draft_block
-from draft.protocols import CausalDecoder, DraftSampler, DraftState, FeatureStore, KvPool, Policies, Proposal, ScratchPasses
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, FeatureStore, KvPool, Proposal, ScratchPasses
 
 
 class ModelDrafter:
@@ -27,6 +27,7 @@ class ModelDrafter:
     exit_layer = 0
     runs_last_draft = False
     takes_leaves = True
+    takes_given = True
 
     def __init__(self, decoder: CausalDecoder, pool: KvPool, *, name: str = "model", deterministic: bool = False) -> None:
         self.decoder, self.pool, self.name, self.deterministic = decoder, pool, name, deterministic
@@ -81,7 +82,8 @@ class ModelDrafter:
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        policies: Policies = None,
+        policy: BlockPolicy | None = None,
+        given: Sequence[Sequence[int]] | None = None,
     ) -> Proposal:
         """Draft lengths[b] tokens after pending[b]; requests with length 0 cost nothing and stay behind until they are asked again."""
         return draft_block(
@@ -90,7 +92,8 @@ class ModelDrafter:
             pending,
             lengths,
             sampler,
-            policies,
+            policy,
+            given,
             last_layer=None,
             runs_last_draft=False,
             taps=self.feature_taps,

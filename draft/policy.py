@@ -1,25 +1,30 @@
-"""When to draft, and how far: the drafting policy of a request.
+"""When to draft, from which source, and how far: one policy for all requests of a step, since they share its passes.
 
-The best known rate is R = max over k of E(k) / t(k), in tokens a second, where E(k) = 1 + a + ... + a^k are the tokens expected of a step with k
-drafts, a the acceptance rate, and t(k) = k t_draft + t_verify(k + 1) its seconds (goodput; k = 0 is no speculation). A step's length is that k, or
-is found draft by draft: where c is the chance that all drafts so far are accepted, another is drafted while
+A step in which request b is expected to gain E_b tokens takes t seconds for all of them, so plans are compared by their rate, sum of E_b over t. With k
+drafts each accepted given those before with probability a_1, a_2, ..., E = 1 + a_1 + a_1 a_2 + ...; t counts the drafting passes, over as many
+requests as take part in each, and the verification of all rows (goodput: Liu et al., "Optimizing Speculative Decoding for Serving Large Language
+Models Using Goodput", 2024; no drafts at all is one of the plans). At the best rate R known, anything more is worth its time while
 
-    c a / (t_draft + t_verify(k + 2) - t_verify(k + 1)) >= R
+    expected tokens gained >= R (seconds added)
 
-that is, while the expected tokens gained per second exceed the best rate known (the marginal rule for a ratio of sums, Dinkelbach 1967). A draft that
-was looked at is kept, and a leaf added beside it (see `draft.tree`), by the same rule with its own chance, and with the seconds of its row in the
-verification alone. The chance of a draft comes from its confidence, the largest probability in the distribution it is drawn from: that is known
-before the draw and says nothing about which token it is, so verification stays exact.
+(the marginal rule for a ratio of sums, Dinkelbach 1967). By it drafts from the text itself (`draft.ngram`) are cut where they become unlikely; each
+request takes the source that promises more; and where a draft can be looked at before the next one is made (on a CPU), a block is ended draft by
+draft: a pass is run for those requests only whose expected gains together pay for it, a draft that was looked at is kept, and a leaf added beside it
+(`draft.tree`), while it pays for its row in the verification. The chance of a draft comes from its confidence, the largest probability in the
+distribution it is drawn from: that is known before the draw and says nothing about which token it is, so verification stays exact.
 
-What a step costs is measured once, between two steps, and then frozen; how often drafts are accepted is counted per request from a fixed prior.
-No clock is read while text is generated, and no request's counts touch another's. Text under a seed does not depend on the lengths.
+What passes cost is measured once, between two steps (`measure_costs`). While text is generated each step's seconds are compared with what was expected
+of them, per kind of step and number of requests, unless the costs were given. Text under a seed, and greedy text up to rounding, does not depend on
+any of it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,115 +32,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from draft.acceptance import GREEDY_PRIOR, SAMPLED_PRIOR, AcceptanceEstimator, AcceptanceRate, MatchAcceptance, SharedRate
+from draft.ngram import Match, NgramIndex, continuation
 from draft.protocols import CausalDecoder, Drafter, ScratchPasses
 from draft.tree import MAX_CHAIN, MAX_LEAVES
 
 MAX_AUTO_LENGTH = MAX_CHAIN
-PRIOR_RATE, PRIOR_TRIALS = 0.7, 4.0  # a fresh request believes 70% of drafts are accepted, with the weight of 4 trials
-RATE_MEMORY = 0.9  # weight of older trials after each speculating step
-STEADY_MEMORY = 0.96  # the same where the rate is a mean of expectations, which scatter less than outcomes
-HOPEFUL_RATE = 0.95  # a probe is only worth its price if speculation would pay at this acceptance rate
-FIRST_PROBE, LAST_PROBE = 16, 256  # plain steps before a probe: doubled after each probe that changes nothing
+LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
+FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
+PROBE_SHARE = 0.005  # of all tokens that trials may cost
+HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
+ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
+FIRST_PLAIN, LAST_PLAIN = 2, 128  # steps of drafting before one without it, which tells what drafts save: doubled each time
+RATIO_MEMORY, RATIO_STEPS = 0.9, 4.0  # of measured over expected rates; what is expected weighs as much as so many steps
+COST_MEMORY, COST_STEPS = 0.95, 1.0  # of measured seconds; what was measured in the warm-up weighs as much as so many steps
+CORRECT_EVERY = 8  # steps, once there are some
+SLOWEST, RECENT = 2.0, 9  # a step counts as this many times the median of so many at most: compilation and other hiccups
 
 TURNS = 3  # of timing every count
 
 Curve = tuple[tuple[int, float], ...]
-GREEDY_PRIOR = (0.08, 0.87)  # a greedy draft is right about as often as it is sure
-SAMPLED_PRIOR = (0.35, 0.5)  # sum of min(p, q): the two share much of their mass even where neither is sure
-PRIOR_WEIGHT = 24.0  # trials
-ESTIMATOR_MEMORY = 0.97  # weight of older trials after each
-
-
-# --- how likely is a draft accepted, and does another one pay -----------------------------------------------------------
-
-
-class AcceptanceEstimator:
-    """Chance that a draft is accepted, from its confidence: a line with a fixed slope whose height is learned from the request's own outcomes.
-
-    Args:
-        prior: (height, slope) of the line before anything is known.
-    """
-
-    def __init__(self, prior: tuple[float, float] = GREEDY_PRIOR) -> None:
-        self.prior = prior
-        self._surplus, self._trials = 0.0, PRIOR_WEIGHT
-
-    def chance(self, confidence: float) -> float:
-        """Estimated probability of acceptance, given that all drafts before were accepted."""
-        return min(1.0, max(0.0, self._line(confidence) + self._surplus / self._trials))
-
-    def observe(self, confidence: float, accepted: bool) -> None:
-        """Count one draft that was verified after an accepted prefix."""
-        self._surplus = self._surplus * ESTIMATOR_MEMORY + accepted - self._line(confidence)
-        self._trials = max(PRIOR_WEIGHT, self._trials * ESTIMATOR_MEMORY + 1)
-
-    def leaf_chance(self, probability: float) -> float:
-        """Estimated probability that a token that is not the likeliest is the target's."""
-        return self.prior[1] * probability
-
-    def _line(self, confidence: float) -> float:
-        return self.prior[0] + self.prior[1] * confidence
-
-
-@dataclass
-class StoppingPolicy:
-    """Decides for one request in one step, draft by draft.
-
-    estimator: from confidence to chance. rate: the chance of a draft whose confidence is not known yet. draft_cost, verify_costs: what looking for
-    another draft costs, and keeping the i-th (the last price holds for all further ones), in tokens that the best known rate yields in that time.
-    leaf_cost: the same for a leaf beside a draft that is kept. candidates: most tokens at one depth; 1 is none but the draft.
-    confidences: of all drafts looked at, kept or not.
-    """
-
-    estimator: AcceptanceEstimator
-    rate: float
-    draft_cost: float
-    verify_costs: Sequence[float]
-    leaf_cost: float = 1.0
-    candidates: int = 1
-    chance: float = field(default=1.0, init=False)
-    confidences: list[float] = field(default_factory=list, init=False)
-    _num_leaves: int = field(default=0, init=False)
-
-    def select(self, probabilities: Sequence[float]) -> int:
-        """How many tokens are proposed at the depth just looked at, likeliest first: 0 ends the block here, 1 is the draft alone.
-
-        probabilities: of the likeliest tokens, descending; only the first is needed where `candidates` is 1.
-        """
-        self.confidences.append(probabilities[0])
-        before = self.chance
-        self.chance *= self.estimator.chance(probabilities[0])
-        worth, price, count = self.chance, self._verify_cost(len(self.confidences) - 1), 1
-        for probability in probabilities[1 : min(self.candidates, 1 + MAX_LEAVES - self._num_leaves)]:
-            gain = before * self.estimator.leaf_chance(probability)
-            if gain < self.leaf_cost:
-                break
-            worth, price, count = worth + gain, price + self.leaf_cost, count + 1
-        if worth < price:
-            return 0
-        self._num_leaves += count - 1
-        return count
-
-    def should_continue(self) -> bool:
-        """Whether another draft is looked for after those kept."""
-        return self.chance * self.rate >= self.draft_cost + self._verify_cost(len(self.confidences))
-
-    def _verify_cost(self, position: int) -> float:
-        return self.verify_costs[min(position, len(self.verify_costs) - 1)]
-
-
-def likeliest(logits: Tensor, distributions: Sequence[Tensor | None], count: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The largest probabilities of each row of logits [n, V], descending, and their columns: `count` of softmax(logits) for a greedy row, which has no
-    distribution (None), else the largest of the distribution it was drawn from, without its column."""
-    if any(q is None for q in distributions):
-        top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
-        probabilities, columns = top.values.tolist(), top.indices.tolist()
-    else:
-        probabilities, columns = [[] for _ in distributions], [[] for _ in distributions]
-    for i, q in enumerate(distributions):
-        if q is not None:
-            probabilities[i], columns[i] = [float(q.amax())], []
-    return probabilities, columns
+StepKind = Literal["plain", "ngram", "model"]
 
 
 # --- what steps cost ----------------------------------------------------------------------------------------------------
@@ -155,31 +72,41 @@ class CostModel:
     runs_last_draft: bool = False
     last: Curve | None = None
 
-    def step_seconds(self, length: int, batch: int) -> float:
-        """Expected seconds of a step in which each of `batch` requests drafts `length` tokens."""
-        last = _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
-        return length * _at(self.draft, batch) + last + _at(self.verify, batch * (length + 1))
+    def draft_seconds(self, requests: int) -> float:
+        """A drafting pass over so many requests; 0 for none."""
+        return _at(self.draft, requests) if requests else 0.0
 
-    def policy(self, estimator: AcceptanceEstimator, rate: float, batch: int, candidates: int = 1) -> StoppingPolicy:
-        """A stopping policy over drafts each of which is accepted with probability `rate`, in a batch of so many decoding requests."""
-        k = self.best_length(rate, batch)
-        tokens_per_s = expected_tokens(k, rate) / self.step_seconds(k, batch)  # of each request; passes are shared by all of them
-        draft, last = _at(self.draft, batch), _at(self.last or self.draft, batch) if self.runs_last_draft else 0.0
-        more = [_at(self.verify, batch * (i + 2)) - _at(self.verify, batch * (i + 1)) for i in range(MAX_AUTO_LENGTH)]
-        # a leaf's row in the verification and in the pass of the first layers; over many rows, as the difference between a few drowns in the noise
-        curves = [self.verify, self.last or self.draft] if self.runs_last_draft else [self.verify]
-        row = sum(_at(curve, 8 * batch) - _at(curve, batch) for curve in curves) / 7
-        prices = [(last + seconds) * tokens_per_s for seconds in more]
-        return StoppingPolicy(estimator, rate, (draft - last) * tokens_per_s, prices, row * tokens_per_s, candidates)
+    def verify_seconds(self, rows: int) -> float:
+        """The target's forward over so many rows."""
+        return _at(self.verify, rows)
 
-    def best_length(self, rate: float, batch: int, longest: int = MAX_AUTO_LENGTH) -> int:
-        """The length from 0 to `longest` with the most expected tokens per second when each draft is accepted with probability `rate`."""
-        return max(range(longest + 1), key=lambda k: (expected_tokens(k, rate) / self.step_seconds(k, batch), -k))
+    def last_seconds(self, rows: int) -> float:
+        """The pass of the first layers over so many rows; 0 where the target runs all its layers itself."""
+        return _at(self.last or self.draft, rows) if self.runs_last_draft and rows else 0.0
 
+    def step_seconds(self, length: int, batch: int, drafting: int | None = None, given: int = 0) -> float:
+        """A step of `batch` requests of which `drafting` (default: all) draft `length` tokens each, and others have `given` drafts in all that no pass
+        makes."""
+        drafting = (batch if drafting is None else drafting) if length else 0
+        # requests that draft nothing stand in the first pass, which runs their last tokens through the first layers
+        passes = length * self.draft_seconds(drafting) + self.last_seconds(batch + given)
+        return passes + self.verify_seconds(batch + given + length * drafting)
 
-def expected_tokens(length: int, rate: float) -> float:
-    """Tokens a step yields: accepted drafts up to the first rejection and the target's own, the sum of rate^i for i from 0 to length."""
-    return sum(rate**i for i in range(length + 1))
+    def corrected(self, batch: int, base: float, more: float, draft: float) -> CostModel:
+        """With its seconds scaled: of a step of `batch` requests without drafts, of all rows beyond these, and of drafting passes."""
+
+        def scaled(curve: Curve) -> Curve:
+            at = _at(curve, batch)
+            return tuple((n, max(base * at / 10, base * at + more * (seconds - at))) for n, seconds in curve)
+
+        last = self.last or (self.draft if self.runs_last_draft else None)
+        drafts = tuple((n, draft * seconds) for n, seconds in self.draft)
+        return CostModel(drafts, scaled(self.verify), self.runs_last_draft, None if last is None else scaled(last))
+
+    def row_seconds(self, rows: int, more: int) -> float:
+        """What one of `more` rows adds to a verification of `rows`, and to the first layers' pass."""
+        added = self.verify_seconds(rows + more) - self.verify_seconds(rows) + self.last_seconds(rows + more) - self.last_seconds(rows)
+        return added / more
 
 
 def _at(curve: Curve, tokens: int) -> float:
@@ -191,71 +118,489 @@ def _at(curve: Curve, tokens: int) -> float:
     return max(s0 + (s1 - s0) * (tokens - n0) / (n1 - n0), min(s0, s1) if tokens < n0 else s0)
 
 
-class LengthController:
-    """Chooses one request's draft length step by step.
+def expected_tokens(length: int, rate: float) -> float:
+    """Tokens a step yields: accepted drafts up to the first rejection and the target's own, the sum of rate^i for i from 0 to length."""
+    return sum(rate**i for i in range(length + 1))
+
+
+# --- one request --------------------------------------------------------------------------------------------------------
+
+
+class RequestDrafting:
+    """What a request wants of speculation, and what is known of its drafts.
 
     Args:
-        wanted: a fixed length, or "auto".
-        costs: the frozen cost model; only needed for "auto", None then means no speculation.
-        estimator: with one, "auto" decides draft by draft: `choose` gives the longest length allowed, `policy` ends the block earlier.
+        wanted: a fixed number of drafts a step, or "auto".
+        estimator: from the confidence of a draft to its chance, where drafts are looked at one by one; None where a block is drafted unseen.
+        shared: acceptance over all requests.
+        ngrams: whether drafts may come from the request's own tokens.
     """
 
-    def __init__(self, wanted: int | Literal["auto"], costs: CostModel | None = None, estimator: AcceptanceEstimator | None = None) -> None:
-        self.wanted, self.costs, self.estimator = wanted, costs, estimator
-        self._hits, self._trials = PRIOR_RATE * PRIOR_TRIALS, PRIOR_TRIALS
-        self._plain_steps, self._probe_after = 0, FIRST_PROBE
+    def __init__(
+        self,
+        wanted: int | Literal["auto"],
+        estimator: AcceptanceEstimator | None = None,
+        *,
+        shared: SharedRate | None = None,
+        ngrams: bool = False,
+    ) -> None:
+        self.wanted, self.estimator = wanted, estimator
+        self.acceptance = AcceptanceRate(shared, MAX_AUTO_LENGTH)
+        self.matches = MatchAcceptance()
+        self.index = NgramIndex() if ngrams else None
+        self._match: Match | None = None
+        self._follows: list[int] = []
 
-    @property
-    def rate(self) -> float:
-        """Estimated probability that a draft is accepted, given that all before it in its block were."""
-        return self._hits / self._trials
+    def look_up(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Up to `count` drafts that followed the last of `tokens` before, and for each the chance that it and all before it are accepted."""
+        self._match, self._follows = None if self.index is None else self.index.match(tokens), []
+        if self._match is None:
+            return [], []
+        self._follows = continuation(tokens, self._match, MAX_AUTO_LENGTH if self.wanted == "auto" else self.wanted)
+        chances = (self.matches.chance(self._match.length + i) for i in range(len(self._follows)))
+        return self._follows[:count], list(itertools.accumulate(chances, float.__mul__))[:count]
 
-    def choose(self, batch: int = 1) -> int:
-        """Draft length of the next step, in a batch of so many decoding requests."""
-        if self.wanted != "auto":
-            return self.wanted
-        if self.costs is None:
-            return 0
-        best = self.costs.best_length(self.rate, batch)
-        if best > 0:
-            self._plain_steps, self._probe_after = 0, FIRST_PROBE
-            return best if self.estimator is None else MAX_AUTO_LENGTH
-        self._plain_steps += 1
-        if self._plain_steps >= self._probe_after and self.costs.best_length(HOPEFUL_RATE, batch) > 0:
-            self._plain_steps, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
-            return 1
-        return 0
+    def observe(self, tokens: Sequence[int], proposed: int, accepted: int, confidences: Sequence[float] | None, *, given: bool) -> None:
+        """Count a step's outcome.
 
-    def policy(self, batch: int = 1, candidates: int = 1) -> StoppingPolicy | None:
-        """What may end the next step's block early, and add leaves where `candidates` is above 1; None where the chosen length stands."""
-        if self.wanted != "auto" or self.costs is None or self.estimator is None:
-            return None
-        return self.costs.policy(self.estimator, self.rate, batch, candidates)
+        tokens: what it gained. proposed, accepted: drafts; a leaf is none. confidences: of all drafts looked at, kept or not (None: drafted unseen).
+        given: the drafts came from the text itself.
 
-    def observe(self, proposed: int, accepted: int, policy: StoppingPolicy | None = None) -> None:
-        """Count a step's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing. A leaf is no hit.
-
-        Under a stopping policy only likely drafts are proposed, so the rate is that of all drafts looked at, as their confidence lets expect. Those
+        Where drafts are looked at only likely ones are proposed, so the rate is that of all drafts looked at, as their confidence lets expect. Those
         that followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.
         """
-        if policy is not None:
-            chances = [policy.estimator.chance(confidence) for confidence in policy.confidences[: accepted + 1]]
-            if chances:
-                self._hits = self._hits * STEADY_MEMORY + sum(chances)
-                self._trials = self._trials * STEADY_MEMORY + len(chances)
-            for i, confidence in enumerate(policy.confidences[: min(accepted + 1, proposed)]):
-                policy.estimator.observe(confidence, i < accepted)
+        if self._match is not None:
+            self.matches.observe(self._match.length, self._follows, tokens)
+            self._match = None
+        if given:
+            return
+        if confidences is not None and self.estimator is not None:
+            self.acceptance.expect([self.estimator.chance(confidence) for confidence in confidences[: accepted + 1]])
+            for i, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
+                self.estimator.observe(confidence, i < accepted)
         elif proposed:
-            self._hits = self._hits * RATE_MEMORY + accepted
-            self._trials = self._trials * RATE_MEMORY + accepted + (accepted < proposed)
+            self.acceptance.observe(proposed, accepted)
 
 
-def new_controller(wanted: int | Literal["auto"], costs: CostModel | None, *, greedy: bool, draft_by_draft: bool) -> LengthController:
-    """What chooses a request's draft lengths.
+# --- ending a block draft by draft --------------------------------------------------------------------------------------
 
-    draft_by_draft: "auto" looks at each draft (on a CPU), else it chooses per block, where nothing is read back while a block is drafted (on a GPU).
+
+@dataclass
+class BlockPolicy:
+    """Decides in one step which drafts are kept and which requests draft on. Requests without an estimator draft their whole length.
+
+    costs: of passes. rate: tokens a second, over all requests, that one second must bring. rows: of the verification so far. requests: by their
+    number in the batch. most_tokens: per request the most tokens proposed at one depth, the draft included (1: no leaves). confidences: of the drafts
+    looked at. passes: requests in each drafting pass so far.
     """
-    return LengthController(wanted, costs, AcceptanceEstimator(GREEDY_PRIOR if greedy else SAMPLED_PRIOR) if draft_by_draft else None)
+
+    costs: CostModel
+    rate: float
+    rows: int
+    requests: Sequence[RequestDrafting]
+    most_tokens: Sequence[int]
+    confidences: dict[int, list[float]] = field(default_factory=dict, init=False)
+    passes: list[int] = field(default_factory=list, init=False)
+    _chances: dict[int, float] = field(default_factory=dict, init=False)
+    _leaves: dict[int, int] = field(default_factory=dict, init=False)
+
+    @property
+    def candidates(self) -> int:
+        """Most tokens at one depth of any request."""
+        return max(self.most_tokens)
+
+    def looks_at(self, b: int) -> bool:
+        """Whether it has a say in request b's block."""
+        return self.requests[b].estimator is not None and self.requests[b].wanted == "auto"
+
+    def select(self, batch: Sequence[int], probabilities: Sequence[Sequence[float]]) -> list[int]:
+        """How many tokens each request of `batch` proposes at the depth just looked at, likeliest first: 0 ends its block here, 1 is the draft alone.
+
+        probabilities: per request those of the likeliest tokens, descending; of one without leaves only the first is needed.
+        """
+        self.passes.append(len(batch))
+        counts, before = [1] * len(batch), [self._chances.get(b, 1.0) for b in batch]
+        looked_at = [i for i, b in enumerate(batch) if self.looks_at(b)]
+        for i in looked_at:
+            estimator = self.requests[batch[i]].estimator
+            assert estimator is not None
+            self.confidences.setdefault(batch[i], []).append(probabilities[i][0])
+            self._chances[batch[i]] = before[i] * estimator.chance(probabilities[i][0])
+        self.rows += len(batch) - len(looked_at)
+        # the likeliest first: a row more never costs less for there being others
+        for i in sorted(looked_at, key=lambda i: -self._chances[batch[i]]):
+            counts[i] = self._count(batch[i], before[i], probabilities[i])
+            self.rows += counts[i]
+        return counts
+
+    def _count(self, b: int, before: float, probabilities: Sequence[float]) -> int:
+        estimator = self.requests[b].estimator
+        assert estimator is not None
+        row = self.rate * self.costs.row_seconds(self.rows, 1)
+        # over many rows, as the difference between a few drowns in the noise
+        leaf = self.rate * self.costs.row_seconds(self.rows, 8)
+        worth, price, count = self._chances[b], row, 1
+        for probability in probabilities[1 : min(self.most_tokens[b], 1 + MAX_LEAVES - self._leaves.get(b, 0))]:
+            gain = before * estimator.leaf_chance(probability)
+            if gain < leaf:
+                break
+            worth, price, count = worth + gain, price + leaf, count + 1
+        if worth < price:
+            return 0
+        self._leaves[b] = self._leaves.get(b, 0) + count - 1
+        return count
+
+    def onward(self, batch: Sequence[int]) -> set[int]:
+        """Those of `batch` for which another draft is looked for: the ones that together gain most beyond what the pass and their rows cost."""
+        fixed = [b for b in batch if not self.looks_at(b)]
+        asking = [b for b in batch if self.looks_at(b)]
+        gains = {b: self._chances.get(b, 1.0) * self.requests[b].acceptance.rate for b in asking}
+        asking.sort(key=lambda b: -gains[b])
+        base = self.costs.draft_seconds(len(fixed)) + self.costs.verify_seconds(self.rows + len(fixed))
+        best, chosen, worth = 0.0, 0, 0.0
+        for count, b in enumerate(asking, 1):
+            worth += gains[b]
+            requests = len(fixed) + count
+            seconds = self.costs.draft_seconds(requests) + self.costs.verify_seconds(self.rows + requests) - base
+            if worth - self.rate * seconds > best:
+                best, chosen = worth - self.rate * seconds, count
+        return {*fixed, *asking[:chosen]}
+
+
+def likeliest(logits: Tensor, distributions: Sequence[Tensor | None], count: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The largest probabilities of each row of logits [n, V], descending, and their columns: `count` of softmax(logits) for a greedy row, which has no
+    distribution (None), else the largest of the distribution it was drawn from, without its column."""
+    if any(q is None for q in distributions):
+        top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
+        probabilities, columns = top.values.tolist(), top.indices.tolist()
+    else:
+        probabilities, columns = [[] for _ in distributions], [[] for _ in distributions]
+    for i, q in enumerate(distributions):
+        if q is not None:
+            probabilities[i], columns[i] = [float(q.amax())], []
+    return probabilities, columns
+
+
+# --- a step -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepPlan:
+    """What a step does. lengths: drafts that each request's drafter may make. given: drafts of each request from its own text, instead. block: ends
+    blocks early; None where lengths stand. kind: its dearest part. seconds, tokens: expected of it; 0 s: it tells nothing of others."""
+
+    lengths: list[int]
+    given: list[list[int]]
+    block: BlockPolicy | None = None
+    kind: StepKind = "plain"
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+
+class _Ratio:
+    """Measured over expected rate of one kind of step, in decayed sums."""
+
+    def __init__(self) -> None:
+        self.tokens = self.expected = 0.0
+
+    def observe(self, tokens: float, expected: float) -> None:
+        self.tokens = self.tokens * RATIO_MEMORY + tokens
+        self.expected = self.expected * RATIO_MEMORY + expected
+
+    def value(self, believed: float) -> float:
+        """believed: before anything is measured, in tokens of so many."""
+        return (self.tokens + believed) / (self.expected + believed) if self.expected + believed else 1.0
+
+
+class _Scales:
+    """What a step's base, rows beyond it and drafting passes take, over what the warm-up says.
+
+    The base is told by steps without drafts alone, as these are rare while drafts pay; the others by least squares over what is beyond it. Weights
+    decay, and the estimates are drawn to 1.
+    """
+
+    def __init__(self) -> None:
+        self._base, self._plain = COST_STEPS, COST_STEPS  # sums of ratios, and of weights
+        self._squares = [COST_STEPS, 0.0, COST_STEPS]  # of rows; of rows and passes; of passes
+        self._products = [COST_STEPS, COST_STEPS]
+        self.steps = 0
+
+    @property
+    def base(self) -> float:
+        """Of a step without drafts."""
+        return self._base / self._plain
+
+    def observe(self, base: float, more: float, draft: float, seconds: float) -> None:
+        """seconds: what was measured; the others: by the warm-up."""
+        self.steps += 1
+        believed = COST_STEPS * (1 - COST_MEMORY)  # what is believed is not forgotten
+        if not more and not draft:
+            self._base = self._base * COST_MEMORY + believed + seconds / base
+            self._plain = self._plain * COST_MEMORY + believed + 1
+            return
+        total = more + draft
+        rows, passes, beyond = more / total, draft / total, max(0.0, seconds - self.base * base) / total
+        for i, value in enumerate((rows * rows, rows * passes, passes * passes)):
+            self._squares[i] = self._squares[i] * COST_MEMORY + believed * (i != 1) + value
+        for i, value in enumerate((rows * beyond, passes * beyond)):
+            self._products[i] = self._products[i] * COST_MEMORY + believed + value
+
+    def solve(self) -> tuple[float, float, float]:
+        """Scales of base, rows and passes, none below a tenth or above ten."""
+        a, b, c = self._squares
+        x, y = self._products
+        found = self.base, (c * x - b * y) / (a * c - b * b), (a * y - b * x) / (a * c - b * b)
+        first, second, third = (min(10.0, max(0.1, scale)) for scale in found)
+        return first, second, third
+
+
+@dataclass
+class _Load:
+    """What is known of steps with about so many requests. costs: as corrected last."""
+
+    costs: CostModel
+    scales: _Scales = field(default_factory=_Scales)
+    ratios: dict[StepKind, _Ratio] = field(default_factory=lambda: {"ngram": _Ratio(), "model": _Ratio()})
+    on: dict[StepKind, bool] = field(default_factory=lambda: {"ngram": False, "model": False})
+    waited: dict[StepKind, int] = field(default_factory=lambda: {"plain": 0, "ngram": 0, "model": 0})
+    patience: dict[StepKind, int] = field(default_factory=lambda: {"plain": FIRST_PLAIN, "ngram": FIRST_PROBE, "model": FIRST_PROBE})
+    recent: dict[StepKind, deque[float]] = field(
+        default_factory=lambda: {"plain": deque(maxlen=RECENT), "ngram": deque(maxlen=RECENT), "model": deque(maxlen=RECENT)}
+    )
+    corrected_at: int = 0
+
+
+class DraftingPolicy:
+    """Plans the steps of an engine. See the module.
+
+    Args:
+        costs: of passes; None is no speculation for requests that leave it to the policy.
+        measured: whether steps are timed and `costs` corrected by it.
+        draft_by_draft: look at each draft before the next one (on a CPU); else lengths are chosen per block, so that nothing is read back while a
+            block is drafted (on a GPU).
+        ngrams: whether drafts may come from requests' own tokens.
+        lengths: of blocks that are compared. most_rows: of a verification; None is any number.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel | None = None,
+        *,
+        measured: bool = False,
+        draft_by_draft: bool = True,
+        ngrams: bool = False,
+        lengths: Sequence[int] = LENGTHS,
+        most_rows: int | None = None,
+    ) -> None:
+        self.costs, self.measured, self.draft_by_draft, self.ngrams = costs, measured, draft_by_draft, ngrams
+        self.lengths, self.most_rows = tuple(lengths), most_rows
+        self.shared = SharedRate()
+        self._loads: dict[int, _Load] = {}
+
+    def request(self, wanted: int | Literal["auto"], *, greedy: bool) -> RequestDrafting:
+        """The state of a new request."""
+        estimator = AcceptanceEstimator(GREEDY_PRIOR if greedy else SAMPLED_PRIOR) if self.draft_by_draft else None
+        return RequestDrafting(wanted, estimator, shared=self.shared, ngrams=self.ngrams)
+
+    # --- planning -------------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        requests: Sequence[RequestDrafting],
+        tokens: Sequence[Sequence[int]],
+        room: Sequence[int],
+        *,
+        drafter_room: Sequence[int] | None = None,
+        most_tokens: Sequence[int] | None = None,
+        ngrams: bool = True,
+    ) -> StepPlan:
+        """The step with the best expected rate.
+
+        tokens: each request's own, the last one pending. room: drafts each may have at most. drafter_room: those of the drafter; None without one.
+        most_tokens: see `BlockPolicy`. ngrams: whether drafts may come from the text in this step.
+        """
+        batch, drafter = len(requests), drafter_room is not None
+        model_room = [0] * batch if drafter_room is None else list(map(min, room, drafter_room))
+        fixed = [0 if r.wanted == "auto" else r.wanted for r in requests]
+        plan = StepPlan([min(*pair) for pair in zip(fixed, model_room, strict=True)], [[] for _ in requests])
+        if ngrams and not drafter:
+            for b, (request, wanted) in enumerate(zip(requests, fixed, strict=True)):
+                if wanted and room[b]:
+                    plan.given[b] = request.look_up(tokens[b], min(wanted, room[b]))[0]
+        auto = [b for b, r in enumerate(requests) if r.wanted == "auto" and room[b] > 0]
+        if not auto or self.costs is None:
+            return plan
+        load = self._load(batch)
+        plain_s = load.costs.step_seconds(0, batch)
+        plan.seconds, plan.tokens = plain_s, float(batch)
+        if self.measured and any(load.on.values()) and load.waited["plain"] >= load.patience["plain"]:
+            load.waited["plain"], load.patience["plain"] = 0, min(LAST_PLAIN, 2 * load.patience["plain"])
+            return plan
+        rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load)
+        if ngrams and self.ngrams:
+            self._choose_ngrams(plan, requests, tokens, auto, room, load, rate)
+        drafting = [b for b in auto if plan.lengths[b]]
+        plan.kind = "model" if drafting else "ngram" if any(plan.given) else "plain"
+        if drafting and self.draft_by_draft:
+            given = sum(map(len, plan.given))
+            plan.block = BlockPolicy(load.costs, rate, batch + given, requests, most_tokens or [1] * batch)
+        if any(fixed):
+            plan.seconds = 0.0  # drafts that nobody weighed: such steps tell nothing of the others
+        return plan
+
+    def _choose_model(
+        self, plan: StepPlan, requests: Sequence[RequestDrafting], able: list[int], room: Sequence[int], load: _Load
+    ) -> float:
+        """Set `plan.lengths` to what the drafter should make. Returns the best rate known, in tokens a second as `costs` count them."""
+        costs, batch = load.costs, len(requests)
+        assert self.costs is not None
+        plain_rate = batch / plan.seconds
+        if not able:
+            return plain_rate
+        chains = {b: requests[b].acceptance.chain() for b in able}
+        able = sorted(able, key=lambda b: -chains[b][0])
+        best, length, count, expected = self._best(costs, chains, able, batch)
+        relative = best / plain_rate * self._ratio("model", load, batch)
+        probing = False
+        if not self._switch("model", load, relative):
+            hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
+            probing, length, count = True, self.lengths[0], len(able)
+            expected = batch + sum(chains[b][0] for b in able)
+            lost = costs.step_seconds(length, batch) / plan.seconds - expected / batch
+            able_to_pay = any(
+                self._best(c, hopeful, able, batch)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
+            )
+            if not self._probe("model", load, lost, able_to_pay):
+                return plain_rate
+        chosen = able[:count]
+        unbounded = self.draft_by_draft and not probing
+        for b in chosen:
+            plan.lengths[b] = min(room[b], MAX_AUTO_LENGTH if unbounded else length)
+        plan.seconds, plan.tokens = costs.step_seconds(length, batch, count), expected
+        return plain_rate if probing else plain_rate * max(1.0, relative)
+
+    def _best(self, costs: CostModel, chains: dict[int, list[float]], able: Sequence[int], batch: int) -> tuple[float, int, int, float]:
+        """(rate, length, requests, tokens of a step) of the best plan in which the first so many of `able` draft equally long blocks."""
+        number = len(able)
+        counts = range(1, number + 1) if number <= 4 else sorted({-(-number * i // 4) for i in range(1, 5)})
+        best = (0.0, self.lengths[0], number, 0.0)
+        sums = {length: list(itertools.accumulate(sum(chains[b][:length]) for b in able)) for length in self.lengths}
+        for length, gained in sums.items():
+            for count in counts:
+                if self.most_rows is not None and batch * (1 + length) > self.most_rows:
+                    continue  # shorter blocks are padded to the longest
+                tokens = batch + gained[count - 1]
+                rate = tokens / costs.step_seconds(length, batch, count)
+                if rate > best[0]:
+                    best = (rate, length, count, tokens)
+        return best
+
+    def _choose_ngrams(
+        self,
+        plan: StepPlan,
+        requests: Sequence[RequestDrafting],
+        tokens: Sequence[Sequence[int]],
+        auto: Sequence[int],
+        room: Sequence[int],
+        load: _Load,
+        rate: float,
+    ) -> None:
+        """Set `plan.given` where the request's own text promises more than the drafter, and take those requests' lengths back."""
+        costs, batch = load.costs, len(requests)
+        drafting = [b for b in auto if plan.lengths[b]]
+        row = rate * costs.row_seconds(batch, 4 * batch)  # over many rows, as the difference between a few drowns in the noise
+        if row >= HOPEFUL_RATE:
+            return
+        share = rate * costs.draft_seconds(len(drafting)) / max(1, len(drafting))
+        found: dict[int, tuple[list[int], float]] = {}
+        for b in auto:
+            drafts, chances = requests[b].look_up(tokens[b], room[b])
+            count = sum(chance >= row for chance in chances)
+            if self.most_rows is not None:
+                count = min(count, self.most_rows // batch - 1)  # shorter blocks are padded to the longest
+            if not self.draft_by_draft:
+                count = max((n for n in self.lengths if n <= count), default=0)  # lengths that captured steps have
+            value = sum(chances[:count]) - count * row
+            chain = requests[b].acceptance.chain() if plan.lengths[b] else []
+            by_model = max((sum(chain[:k]) - k * (row + share) for k in range(1, len(chain) + 1)), default=0.0)
+            if count > 0 and value > max(0.0, by_model):
+                found[b] = drafts[:count], sum(chances[:count])
+        if not found:
+            return
+        rows, gained = sum(len(drafts) for drafts, _ in found.values()), sum(gain for _, gain in found.values())
+        before = costs.step_seconds(0, batch)
+        relative = (batch + gained) * before / (batch * costs.step_seconds(0, batch, given=rows)) * self._ratio("ngram", load, batch)
+        if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
+            return
+        for b, (drafts, _) in found.items():
+            plan.given[b], plan.lengths[b] = drafts, 0
+        left = [b for b in drafting if plan.lengths[b]]
+        gains = sum(requests[b].acceptance.rate for b in left)
+        if left and gains < rate * (costs.draft_seconds(len(left)) + len(left) * costs.row_seconds(batch + rows, len(left))):
+            left = []  # the pass is not worth while for those that still want it
+            for b in drafting:
+                plan.lengths[b] = 0
+        length = max((plan.lengths[b] for b in left), default=0) if not self.draft_by_draft else int(bool(left))
+        plan.seconds = costs.step_seconds(length, batch, len(left), rows)
+        plan.tokens = batch + gained + sum(sum(requests[b].acceptance.chain()[:length]) for b in left)
+
+    # --- measured against expected --------------------------------------------------------------------------------------
+
+    def _load(self, batch: int) -> _Load:
+        """Of so many requests, its costs up to date with what was measured."""
+        assert self.costs is not None
+        load = self._loads.get(batch.bit_length())
+        if load is None:
+            load = self._loads[batch.bit_length()] = _Load(self.costs)
+        steps = load.scales.steps
+        if steps != load.corrected_at and (steps < RECENT or steps >= load.corrected_at + CORRECT_EVERY):
+            load.costs, load.corrected_at = self.costs.corrected(batch, *load.scales.solve()), steps
+        return load
+
+    def _ratio(self, kind: StepKind, load: _Load, batch: int) -> float:
+        """The rate of such steps beside what was expected: drafts chosen one by one are better than the average that plans count with."""
+        return load.ratios[kind].value(RATIO_STEPS * batch) if self.measured else 1.0
+
+    def _switch(self, kind: StepKind, load: _Load, relative: float) -> bool:
+        """Whether a source is used whose steps have `relative` times the rate of plain ones: with hysteresis."""
+        was = load.on[kind]
+        load.on[kind] = relative > (LEAVE if was else ENTER)
+        if load.on[kind] and not was:
+            load.waited[kind], load.patience[kind] = 0, FIRST_PROBE
+        return load.on[kind]
+
+    def _probe(self, kind: StepKind, load: _Load, lost: float, hopeful: bool) -> bool:
+        """Whether a source that is not used is tried once more. lost: plain steps that it would cost. hopeful: whether it could pay at all."""
+        load.waited[kind] += 1
+        load.patience[kind] = min(LAST_PROBE, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
+        if load.waited[kind] < load.patience[kind]:
+            return False
+        load.waited[kind] = 0
+        return True
+
+    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
+        """A step that was carried out: what it gained over all requests, and its seconds on the clock."""
+        costs = self.costs
+        if not self.measured or costs is None or not plan.seconds:
+            return
+        load = self._load(batch)
+        if plan.kind != "plain":
+            load.waited["plain"] += 1
+        if plan.block is not None:
+            rows, passes = plan.block.rows, plan.block.passes
+        else:
+            rows = batch + sum(map(len, plan.given)) + sum(plan.lengths)
+            passes = [sum(length > i for length in plan.lengths) for i in range(max(plan.lengths))]
+        base = costs.step_seconds(0, batch)
+        more = costs.verify_seconds(rows) + costs.last_seconds(rows) - costs.verify_seconds(batch) - costs.last_seconds(batch)
+        parts = (base, max(0.0, more), sum(map(costs.draft_seconds, passes)))
+        recent = load.recent[plan.kind]
+        recent.append(seconds / sum(parts))
+        typical = statistics.median([load.scales.base, load.scales.base, *recent])
+        seconds = min(recent[-1], SLOWEST * typical) * sum(parts)
+        load.scales.observe(*parts, seconds)
+        if plan.kind != "plain":
+            load.ratios[plan.kind].observe(tokens, plan.tokens / plan.seconds * seconds)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------
@@ -264,9 +609,9 @@ def new_controller(wanted: int | Literal["auto"], costs: CostModel | None, *, gr
 @torch.inference_mode()
 def measure_costs(
     target: CausalDecoder,
-    drafter: Drafter,
+    drafter: Drafter | None,
     new_sequence: Callable[[], Any],
-    scratch: ScratchPasses,
+    scratch: ScratchPasses | None,
     *,
     token_counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     budget_s: float = 2.0,
@@ -274,10 +619,10 @@ def measure_costs(
 ) -> CostModel:
     """Time a few forwards of target and draft (the warm-up).
 
-    new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here.
+    new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here; None without a drafter.
     Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
     """
-    first, device = drafter.exit_layer, target.device
+    first, device = drafter.exit_layer if drafter else 0, target.device
     sequence = new_sequence()
 
     def verify(count: int) -> None:
@@ -285,7 +630,8 @@ def measure_costs(
         hidden = torch.zeros(count, target.config.hidden_size, dtype=target.dtype, device=device) if first else None
         target.forward(tokens, [sequence], [count], first_layer=first, hidden=hidden, deterministic=deterministic)
 
-    timed = [verify, scratch.draft] if scratch.last is None else [verify, scratch.draft, scratch.last]
+    last = None if scratch is None else scratch.last
+    timed = [verify, *([] if scratch is None else [scratch.draft]), *([] if last is None else [last])]
     best: list[dict[int, float]] = [{} for _ in timed]
     began = time.perf_counter()
     try:
@@ -297,7 +643,7 @@ def measure_costs(
                 if len(best[0]) >= 3 and time.perf_counter() - began > budget_s:
                     break
                 for run, found in zip(timed, best, strict=True):
-                    if run is scratch.last:
+                    if run is last:
                         verify(1)  # as in a step, the first layers' weights must come from memory, not from a cache
                     _synchronize(device)
                     start = time.perf_counter()
@@ -306,9 +652,12 @@ def measure_costs(
                     found[count] = min(found.get(count, math.inf), time.perf_counter() - start)
     finally:
         sequence.free()
-        scratch.close()
+        if scratch is not None:
+            scratch.close()
     curves = [_rising(found) for found in best]
-    return CostModel(curves[1], curves[0], drafter.runs_last_draft, None if scratch.last is None else curves[2])
+    if drafter is None or scratch is None:
+        return CostModel(((1, 0.0),), curves[0])
+    return CostModel(curves[1], curves[0], drafter.runs_last_draft, None if last is None else curves[2])
 
 
 def _rising(seconds: dict[int, float]) -> Curve:

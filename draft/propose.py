@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draft.draft_head import DraftHeadBlock
 from draft.policy import likeliest
-from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Policies, Proposal, RequestProposal
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Proposal, RequestProposal
 from draft.rows import pick
 from draft.tree import Leaf, TreePosition, leaf_slot
 
@@ -21,7 +21,8 @@ def draft_block(
     pending: Sequence[Sequence[int]],
     lengths: Sequence[int],
     sampler: DraftSampler,
-    policies: Policies = None,
+    policy: BlockPolicy | None = None,
+    given: Sequence[Sequence[int]] | None = None,
     *,
     last_layer: int | None,
     runs_last_draft: bool,
@@ -35,15 +36,17 @@ def draft_block(
     request has one pending token; taps above last_layer are draft_layers'). Requests with lengths[b] == 0 are skipped unless runs_last_draft
     (early exit), where every request's last draft, or its pending token, is run too because verification goes on from its hidden state. Sequences do
     not move. Drafts are drawn at sequence positions length + len(pending) + i by `sampler`. They are never read back to the host here, except in a
-    pass where a request has a stopping policy. Its leaves run beside their draft, where the last draft is run at all.
+    pass where the policy looks at a request. Its leaves run beside their draft, where the last draft is run at all. Given drafts are proposed as they
+    are, and run only where the last draft is: all in the first pass.
     """
     batch, device, lengths = len(sequences), decoder.device, list(lengths)
+    given = given or [()] * batch
     vocab_size = decoder.config.vocab_size
     bases = [sequence.length + len(tokens) for sequence, tokens in zip(sequences, pending, strict=True)]
     rows = [b for b in range(batch) if lengths[b] > 0 or runs_last_draft]
-    query_lens = [len(pending[b]) for b in rows]
+    query_lens = [len(pending[b]) + len(given[b]) for b in rows]
     starts = [sequences[b].length for b in rows]
-    tokens = torch.tensor([t for b in rows for t in pending[b]], dtype=torch.int64, device=device)
+    tokens = torch.tensor([t for b in rows for t in (*pending[b], *given[b])], dtype=torch.int64, device=device)
 
     beside: list[list[int]] = [[] for _ in rows]  # leaves in the pass at hand, target's ids
     leaves: list[list[Leaf]] = [[] for _ in range(batch)]
@@ -91,14 +94,13 @@ def draft_block(
         draws.append(drawn)
         kept = list(range(len(drafted)))
         others: list[list[int]] = [[] for _ in drafted]
-        if policies is not None and any(policies[b] for b in drafted):
-            kept, others = _stopped_drafts(logits, drawn, distributions, [policies[b] for b in drafted], token_ids.get("token_ids"))
+        if policy is not None and any(map(policy.looks_at, drafted)):
+            kept, others = _stopped_drafts(logits, drawn, distributions, drafted, policy, token_ids.get("token_ids"))
+            onward_rows = policy.onward([drafted[i] for i in kept if lengths[drafted[i]] > step + 1])
             for i, b in enumerate(drafted):
                 leaves[b] += [Leaf(step + 1, token) for token in others[i]]
-                if i not in kept:
-                    lengths[b] = step
-                elif (policy := policies[b]) is not None and not policy.should_continue():
-                    lengths[b] = step + 1
+                if b not in onward_rows:
+                    lengths[b] = step + (i in kept)
         for i in kept:
             drawn_at[drafted[i]].append(num_drawn + i)
             probs[drafted[i]].append(distributions[i])
@@ -120,6 +122,13 @@ def draft_block(
     if taps and passes:
         stacked = torch.cat([torch.stack([values[i] for i in taps], dim=1) for _, values in passes])  # [N, taps, E]
     proposal = Proposal.empty(batch, device)
+    if any(given):
+        known = [(b, token) for b in range(batch) for token in given[b]]
+        for b, _ in known:
+            drawn_at[b].append(num_drawn)
+            probs[b].append(None)
+            num_drawn += 1
+        draws.append(torch.tensor([token for _, token in known], dtype=torch.int64, device=device))
     if draws:
         proposal.tokens = pick(torch.cat(draws), [i for own in drawn_at for i in own])
     if hidden is not None:
@@ -128,7 +137,7 @@ def draft_block(
     for b in range(batch):
         rows_of = run_at[b] + side_at[b]
         proposal.requests[b] = RequestProposal(
-            num_drafts=lengths[b],
+            num_drafts=len(probs[b]),
             probs=probs[b],
             leaves=leaves[b],
             num_pending=len(pending[b]) if rows_of else 0,
@@ -141,15 +150,24 @@ def draft_block(
     return proposal
 
 
+def given_proposal(given: Sequence[Sequence[int]], device: torch.device) -> Proposal:
+    """Tokens from elsewhere as a proposal, where there is no drafter that runs anything."""
+    tokens = torch.tensor([token for own in given for token in own], dtype=torch.int64, device=device)
+    return Proposal(tokens, [RequestProposal(len(own), [None] * len(own)) for own in given])
+
+
 def _stopped_drafts(
-    logits: Tensor, drawn: Tensor, distributions: Sequence[Tensor | None], policies: Sequence[BlockPolicy | None], token_ids: Tensor | None
+    logits: Tensor,
+    drawn: Tensor,
+    distributions: Sequence[Tensor | None],
+    requests: Sequence[int],
+    policy: BlockPolicy,
+    token_ids: Tensor | None,
 ) -> tuple[list[int], list[list[int]]]:
     """(rows whose draft is kept, per row the target's ids of its leaves) of drafts `drawn` from logits [n, V]."""
-    most = max(policy.candidates for policy in policies if policy is not None)
-    probabilities, columns = likeliest(logits, distributions, most)
+    probabilities, columns = likeliest(logits, distributions, policy.candidates)
     kept, leaves = [], []
-    for i, policy in enumerate(policies):
-        count = 1 if policy is None else policy.select(probabilities[i])
+    for i, count in enumerate(policy.select(requests, probabilities)):
         if count:
             kept.append(i)
         own = int(drawn[i]) if count > 1 else None

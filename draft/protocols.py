@@ -112,17 +112,17 @@ class DraftSampler(Protocol):
 
 
 class BlockPolicy(Protocol):
-    """Ends a request's block early; `draft.policy.Gate`."""
+    """Ends blocks early; `draft.policy.BlockPolicy`. Requests are named by their number in the batch."""
 
     @property
     def candidates(self) -> int: ...  # most tokens at one depth
 
-    def select(self, probabilities: Sequence[float]) -> int: ...  # how many of the likeliest tokens are proposed; 0 ends the block
+    def looks_at(self, b: int) -> bool: ...  # whether request b's block may end early
 
-    def should_continue(self) -> bool: ...  # whether another is looked for after it
+    # how many of the likeliest tokens each request of `batch` proposes; 0 ends its block
+    def select(self, batch: Sequence[int], probabilities: Sequence[Sequence[float]]) -> list[int]: ...
 
-
-Policies = Sequence[BlockPolicy | None] | None  # one per request; None drafts the whole length
+    def onward(self, batch: Sequence[int]) -> set[int]: ...  # the requests that another draft is looked for
 
 
 @dataclass
@@ -252,6 +252,11 @@ class Drafter(Protocol):
         ...
 
     @property
+    def takes_given(self) -> bool:
+        """Whether it can propose tokens from elsewhere."""
+        ...
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights beyond the target's."""
         ...
@@ -283,10 +288,11 @@ class Drafter(Protocol):
         pending: Sequence[Sequence[int]],
         lengths: Sequence[int],
         sampler: DraftSampler,
-        policies: Policies = None,
+        policy: BlockPolicy | None = None,
+        given: Sequence[Sequence[int]] | None = None,
     ) -> Proposal:
-        """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one), or fewer where
-        policies[b] ends the block."""
+        """Draft lengths[b] tokens (0 allowed) after pending[b], the committed tokens the drafter has not run (at least one), or fewer where the policy
+        ends the block; or propose given[b], tokens from elsewhere, where there are any (lengths[b] is 0 then)."""
         ...
 
     def commit(self, states: Sequence[DraftState], proposal: Proposal, num_new: Sequence[int]) -> None:

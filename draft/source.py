@@ -1,4 +1,5 @@
-"""Sources of drafts, loaded and ready: a model of its own, the target's first layers (early exit), or a trained draft head over these.
+"""Sources of drafts, loaded and ready: a model of its own, the target's first layers (early exit), a trained draft head over these, or the request's
+own text.
 
 Whatever an engine, a session or a calibration must know of a source is asked here; a new kind of source is a new subclass.
 """
@@ -50,8 +51,8 @@ class DraftSource(ABC):
         """What codec parameters and sessions made with this source are marked with."""
 
     @abstractmethod
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
-        """The source at work for a target. pool: of `cached_decoder`. cached: what runs that decoder (default: itself).
+    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter | None:
+        """The source at work for a target; None where nothing is run. pool: of `cached_decoder`. cached: what runs that decoder (default: itself).
 
         Raises:
             DraftError: the source does not fit the target.
@@ -129,3 +130,18 @@ class DraftHeadSource(DraftSource):
         assert pool is not None and self.head_layers is not None, "a draft head has a pool of its own"
         head = DraftHead(cached or self.head_layers, self.token_ids, pool, deterministic=deterministic)
         return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, draft_head=head)
+
+
+class NgramSource(DraftSource):
+    """Each request's own tokens: what followed an earlier occurrence of its last ones (`draft.ngram`). It runs no model and keeps no cache, so codec
+    parameters and sessions are those of a target without a draft."""
+
+    name = "ngram"
+
+    def fingerprint(self, of_model: ModelFingerprint) -> str:
+        """That of no draft."""
+        return "none"
+
+    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> None:
+        """Nothing is run: the drafting policy looks into the text itself."""
+        return None

@@ -36,14 +36,15 @@ class Engine:
     """Generates text with a target and a source of drafts; `core` is what runs. Threads may share an engine: they take turns (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured once
-    (`core.cost_model`), after the first token of the first request that needs them, and remembered for a model that came from a folder.
+    (`core.cost_model`), after the first token of the first request that needs them, and remembered for a model that came from a folder;
+    they are corrected while text is generated.
 
     Args:
         target: the model whose distribution is sampled.
         tokenizer: None allows token ids only.
         draft: a small model with the target's vocabulary, a number of the target's first layers (early exit), a loaded draft source, or None for
             no speculation.
-        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair: see `EngineConfig`.
+        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams: see `EngineConfig`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
         store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
@@ -77,8 +78,11 @@ class Engine:
         quality: str = AUTO,
         pack: str | Path | None = None,
         log: Callable[[str], None] = print,
+        ngrams: bool = True,
     ) -> None:
-        config = EngineConfig(pool_tokens, page_size, max_batch, prefill_chunk, deterministic, kv_cache_dtype, costs, target_dir, pair)
+        config = EngineConfig(
+            pool_tokens, page_size, max_batch, prefill_chunk, deterministic, kv_cache_dtype, costs, target_dir, pair, ngrams
+        )
         check_format(kv_cache_dtype, target.config.head_dim)
         self.core = EngineCore(
             target,
@@ -112,7 +116,7 @@ class Engine:
         **options: Any,
     ) -> Engine:
         """Load models. target: folder or hub id; draft: the same, the folder of a draft head, "trunk" (the draft head that ships for a target of
-        this shape, else an early exit from the target's own first layers, untrained), or "none".
+        this shape, else an early exit from the target's own first layers, untrained), "ngram" (each request's own text alone), or "none".
 
         device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
         untrained. options: see the constructor.

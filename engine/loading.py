@@ -20,7 +20,7 @@ from draft.early_exit import default_exit_layer
 from draft.head_file import is_draft_head
 from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
-from draft.source import DraftSource, EarlyExitSource, ModelSource
+from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
 from engine.errors import InvalidOption
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
@@ -36,11 +36,13 @@ _COSTS_VERSION = 1
 
 @dataclass(frozen=True)
 class DraftChoice:
-    """What a user's draft option stands for: the folder of a model or of a draft head, an early exit after so many layers, or none of these."""
+    """What a user's draft option stands for: the folder of a model or of a draft head, an early exit after so many layers, the
+    requests' own text, or none of these."""
 
     model: Path | None = None
     head: Path | None = None
     exit_layer: int | None = None
+    ngram: bool = False
 
     def load(self, target: Decoder) -> DraftSource | None:
         """In the target's dtype, on its device. Raises what `Decoder.from_pretrained` and `load_draft_head` raise."""
@@ -48,11 +50,14 @@ class DraftChoice:
             return ModelSource(Decoder.from_pretrained(self.model, dtype=target.dtype, device=target.device), self.model)
         if self.head is not None:
             return load_draft_head(self.head, target)
+        if self.ngram:
+            return NgramSource()
         return None if self.exit_layer is None else EarlyExitSource(self.exit_layer)
 
 
 def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | None = None) -> DraftChoice:
-    """Resolve a draft option: "none"; "trunk", which is the draft head that ships for a target of this shape, if one does, and else an early exit;
+    """Resolve a draft option: "none"; "ngram", the requests' own text alone;
+    "trunk", which is the draft head that ships for a target of this shape, if one does, and else an early exit;
     the folder of a draft head; the folder or hub id of a model. exit_layer: early exit after so many of the target's layers, untrained.
 
     Raises:
@@ -62,6 +67,8 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
         raise InvalidOption(f"exit_layer={exit_layer} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
     if str(draft) == "none":
         return DraftChoice()
+    if str(draft) == "ngram":
+        return DraftChoice(ngram=True)
     if str(draft) == "trunk":
         shipped = shipped_draft_head(target) if exit_layer is None else None
         if shipped is not None:

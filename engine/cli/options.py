@@ -103,9 +103,9 @@ def model_options(p: argparse.ArgumentParser) -> None:
     models.add_argument("--target", metavar="DIR|HUB_ID", help="another model than a pair's: a folder, or its name on the hub")
     models.add_argument(
         "--draft",
-        metavar="DIR|HUB_ID|trunk|none",
+        metavar="DIR|HUB_ID|trunk|ngram|none",
         help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
-        "draft that ships for the target, else the target's first layers); default: the pair's own; none with --target",
+        "draft that ships for the target, else the target's first layers), ngram (the text itself); default: the pair's own; none with --target",
     )
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")

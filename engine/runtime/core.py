@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from draft.policy import CostModel, measure_costs, new_controller
-from draft.protocols import FeatureStore
-from draft.source import DraftSource
+from draft.policy import LENGTHS, CostModel, DraftingPolicy, measure_costs
+from draft.protocols import Drafter, FeatureStore
+from draft.source import DraftSource, NgramSource
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.model.decoder import Decoder
 from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.model_runner import graphed, plain_decoding
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
@@ -37,7 +37,8 @@ class EngineCore:
     Whatever changes its state holds `lock`, so threads take turns, step by step (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs (`cost_model`)
-    that are given, or measured once: on a CPU after the first token of the first request that needs them, which is not drafted for.
+    that are given, or measured once: on a CPU after the first token of the first request that needs them, which is not drafted for. Measured costs are
+    corrected while text is generated.
 
     Args:
         target: the model whose distribution is sampled.
@@ -74,7 +75,7 @@ class EngineCore:
         self.pool = open_pool(target, config.kv_cache_dtype, start, config.page_size, pages, means=kv_means)
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
-        self.drafter = None
+        self.drafter: Drafter | None = None
         if source is not None:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
             self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
@@ -87,8 +88,15 @@ class EngineCore:
             prefill_chunk=config.prefill_chunk,
             deterministic=config.deterministic,
             plain=plain_decoding(runner),
+            drafting=DraftingPolicy(
+                config.costs,
+                measured=config.costs is None,
+                draft_by_draft=target.device.type == "cpu",
+                ngrams=isinstance(source, NgramSource) or (config.ngrams and source is not None),
+                lengths=LENGTHS if target.device.type == "cpu" else CAPTURED_LENGTHS,
+                most_rows=MAX_ROWS if isinstance(runner, GraphedDecoder) else None,
+            ),
         )
-        self.cost_model = config.costs
         self.costs_stale = False  # they are used, and measured again when there is time
         # told of what is measured, and whether the machine was free for it
         self.on_costs: Callable[[CostModel, bool], None] | None = None
@@ -107,6 +115,15 @@ class EngineCore:
     def draft_model(self) -> Any | None:
         """The draft where it is a model of its own."""
         return None if self.source is None else self.source.model
+
+    @property
+    def cost_model(self) -> CostModel | None:
+        """What the drafting policy starts from; None before it is measured."""
+        return self.scheduler.drafting.costs
+
+    @cost_model.setter
+    def cost_model(self, costs: CostModel | None) -> None:
+        self.scheduler.drafting.costs = costs
 
     @property
     def exit_layer(self) -> int:
@@ -136,7 +153,7 @@ class EngineCore:
     @property
     def drafter_name(self) -> str:
         """The source of drafts, for reports."""
-        return self.drafter.name if self.drafter else "none"
+        return "none" if self.source is None else self.source.name if self.drafter is None else self.drafter.name
 
     def memory(self) -> dict[str, int]:
         """Bytes held: target_bytes and draft_bytes of weights, pool_bytes of both KV pools as they are now."""
@@ -144,14 +161,15 @@ class EngineCore:
         return {"target_bytes": self.target.weight_bytes, "draft_bytes": draft_bytes, "pool_bytes": self.pool.bytes + draft_pool}
 
     def measure_costs(self) -> CostModel | None:
-        """The frozen costs of the automatic draft length, measured at the first call by a few timed forwards on scratch sequences; None without
-        a drafter, or without a free page to measure in."""
-        if self.drafter is not None and (self.cost_model is None or self.costs_stale):
-            room = min(self.context, self.drafter.max_positions, self.pool.num_free_pages * self.pool.page_size)
+        """The costs that the drafting policy starts from, measured at the first call by a few timed forwards on scratch sequences; None without a
+        source of drafts, or without a free page to measure in."""
+        if self.source is not None and (self.cost_model is None or self.costs_stale):
+            longest = self.context if self.drafter is None else min(self.context, self.drafter.max_positions)
+            room = min(longest, self.pool.num_free_pages * self.pool.page_size)
             counts = [n for n in _MEASURED_COUNTS if n <= room]
             if not counts:
                 return self.cost_model
-            scratch = self.drafter.scratch(self.pool.new_sequence)
+            scratch = None if self.drafter is None else self.drafter.scratch(self.pool.new_sequence)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
             self.cost_model = measure_costs(
                 self.scheduler.target, self.drafter, self.pool.new_sequence, scratch, token_counts=counts, deterministic=self.deterministic
@@ -167,11 +185,8 @@ class EngineCore:
         scheduled = self.scheduler.running + list(self.scheduler.waiting)
         self._without_costs = [request for request in self._without_costs if request in scheduled]
         if any(len(request.token_ids) > request.prompt_tokens for request in self._without_costs):
-            costs = None
             with suppress(PoolExhausted):  # measured by a later request, then
-                costs = self.measure_costs()
-            for request in self._without_costs:
-                request.controller.costs = costs
+                self.measure_costs()
             self._without_costs.clear()
 
     # --- conversations --------------------------------------------------------------------------------------------------
@@ -274,10 +289,10 @@ class EngineCore:
             params.check_vocabulary(self.target.config.vocab_size)
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *self.text.stop_token_ids(params.stop)))
             constraint = self.text.constraint(params.response_format, self.eos_token_ids) if params.response_format else None
-            automatic = self.drafter is not None and params.draft_length == "auto"
+            automatic = self.source is not None and params.draft_length == "auto"
             late = automatic and self.device.type == "cpu" and (self.cost_model is None or self.costs_stale)
-            # a GPU's next step runs already when this one's tokens are read, and must not be disturbed
-            costs = self.measure_costs() if automatic and not late else self.cost_model
+            if automatic and not late:  # a GPU's next step runs already when this one's tokens are read, and must not be disturbed
+                self.measure_costs()
             if self.drafter is not None and conversation.draft_state is None:
                 conversation.draft_state = self.drafter.open(conversation.sequence)
             conversation.token_ids.extend(tokens)
@@ -294,7 +309,7 @@ class EngineCore:
                 context=self.context,
                 eos_token_ids=self.eos_token_ids,
                 stream=self.text.stream(conversation.token_ids[-TEXT_CONTEXT:], params.stop),
-                controller=new_controller(params.draft_length, costs, greedy=params.greedy, draft_by_draft=self.device.type == "cpu"),
+                drafting=self.scheduler.drafting.request(params.draft_length, greedy=params.greedy),
                 metrics=SpeculationMetrics(self.drafter_name),
                 owns_cache=owns_cache,
                 constraint=constraint,

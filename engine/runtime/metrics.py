@@ -13,6 +13,7 @@ class SpeculationMetrics:
     steps: target forwards after the prompt. new_tokens: tokens those gave. proposed, accepted: drafts. proposed_at[i], accepted_at[i]:
     steps that proposed an (i+1)-th draft, and that kept it. draft_s, verify_s: host seconds of the request's steps spent proposing and
     verifying (a batch's time counts for each of its requests; on a GPU launches return early, so the two shift, their sum does not).
+    from_text, from_text_accepted: those of the drafts that the request's own text gave.
     """
 
     drafter: str = "none"
@@ -24,13 +25,17 @@ class SpeculationMetrics:
     accepted_at: list[int] = field(default_factory=list)
     draft_s: float = 0.0
     verify_s: float = 0.0
+    from_text: int = 0
+    from_text_accepted: int = 0
 
-    def observe(self, proposed: int, accepted: int, new_tokens: int) -> None:
-        """Count one step of a request."""
+    def observe(self, proposed: int, accepted: int, new_tokens: int, *, from_text: bool = False) -> None:
+        """Count one step of a request. from_text: its drafts were what followed an earlier occurrence of its last tokens."""
         self.steps += 1
         self.new_tokens += new_tokens
         self.proposed += proposed
         self.accepted += accepted
+        self.from_text += proposed * from_text
+        self.from_text_accepted += accepted * from_text
         missing = proposed - len(self.proposed_at)
         self.proposed_at += [0] * missing
         self.accepted_at += [0] * missing
@@ -65,4 +70,6 @@ class SpeculationMetrics:
             "accepted_by_position": self.accepted_by_position,
             "draft_s": self.draft_s,
             "verify_s": self.verify_s,
+            "proposed_from_text": self.from_text,
+            "accepted_from_text": self.from_text_accepted,
         }

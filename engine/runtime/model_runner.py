@@ -26,6 +26,7 @@ from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
 
 MAX_ROWS = 128  # more rows than that are bound by arithmetic: the library's products are faster there
+CAPTURED_LENGTHS = (1, 2, 4, 7)  # drafts of a block that are compared where each length is a captured step of its own
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_PAGES = 64
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most

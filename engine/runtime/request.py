@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from draft.policy import MAX_AUTO_LENGTH, LengthController
+from draft.policy import MAX_AUTO_LENGTH, RequestDrafting
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
@@ -124,7 +124,7 @@ class Request:
     context: int
     eos_token_ids: frozenset[int]
     stream: TextSink
-    controller: LengthController
+    drafting: RequestDrafting
     metrics: SpeculationMetrics
     owns_cache: bool = True
     prompt_tokens: int = field(init=False)

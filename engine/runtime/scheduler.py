@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool, KvSequence
@@ -22,6 +23,7 @@ class Scheduler:
     running request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
     prefill_tokens: most prompt tokens per step. plain: runs decode steps without drafts, where the target has such a runner.
+    drafting: the policy that plans them.
     """
 
     target: CausalDecoder
@@ -34,6 +36,7 @@ class Scheduler:
     deterministic: bool = False
     plain: PlainDecoding | None = None
     prefix_store: PrefixStore | None = None
+    drafting: DraftingPolicy = field(default_factory=DraftingPolicy)
 
     def __post_init__(self) -> None:
         self.waiting: deque[Request] = deque()
@@ -89,6 +92,7 @@ class Scheduler:
                 decoding,
                 self.target,
                 self.drafter,
+                drafting=self.drafting,
                 catch_up=self.prefill_chunk,
                 deterministic=self._deterministic(decoding),
                 plain=self.plain,
@@ -153,7 +157,7 @@ class Scheduler:
         return -(-self._longest(request) // pool.page_size)
 
     def _longest(self, request: Request) -> int:
-        return request.longest(drafts=self.drafter is not None)
+        return request.longest(drafts=self.drafter is not None or self.drafting.ngrams)
 
     def _release(self, request: Request) -> None:
         conversation = request.conversation

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from draft.policy import StoppingPolicy
+from draft.policy import DraftingPolicy, StepPlan
+from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
@@ -60,6 +61,7 @@ def decode_step(
     target: CausalDecoder,
     drafter: Drafter | None,
     *,
+    drafting: DraftingPolicy,
     catch_up: int,
     deterministic: bool = False,
     plain: PlainDecoding | None = None,
@@ -67,7 +69,8 @@ def decode_step(
     """Give every request at least one token: propose, verify in one target forward, commit.
 
     Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
-    numbers need no cutting, they are a function of seed and position. catch_up: most tokens a draft that lies behind may run in one
+    numbers need no cutting, they are a function of seed and position. drafting: says how much each request drafts, and from which source.
+    catch_up: most tokens a draft that lies behind may run in one
     step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner.
     Failure leaves every request as it was: lengths only move at the end.
     """
@@ -75,24 +78,26 @@ def decode_step(
     if drafter and drafter.exit_layer:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     positions = [len(r.token_ids) for r in requests]
-    lengths = [_draft_length(r, drafter, len(requests)) for r in requests]
-    undrafted = not any(lengths) and not (drafter and drafter.exit_layer)
+    plan = _plan(requests, drafter, drafting, deterministic)
+    lengths, given = plan.lengths, plan.given
+    undrafted = not any(lengths) and not any(given) and not (drafter and drafter.exit_layer)
     if (
         plain is not None
         and plain.takes(len(requests), deterministic=deterministic)
         and undrafted
         and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
     ):
-        return _plain_step(requests, plain, began, deterministic=deterministic)
-    policies = [_gate(r, drafter, len(requests), deterministic) if length else None for r, length in zip(requests, lengths, strict=True)]
+        _plain_step(requests, plain, began, deterministic=deterministic)
+        return drafting.observe(plan, len(requests), len(requests), time.perf_counter() - began)
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = _sampler(requests, target)
     if drafter and (any(lengths) or drafter.exit_layer):
         states = [_state(r) for r in requests]
-        proposal = drafter.propose(
-            states, [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)], lengths, sampler, policies
-        )
+        pending = [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)]
+        proposal = drafter.propose(states, pending, lengths, sampler, plan.block, given)
+    elif any(given):
+        proposal = given_proposal(given, target.device)
     else:
         proposal = Proposal.empty(len(requests), target.device)
     proposed_at = time.perf_counter()
@@ -130,16 +135,19 @@ def decode_step(
         row += own.num_rows
     _keep_logprobs(requests, out.logits, rows)
     ended = time.perf_counter()
-    for request, own, (gained, leaf), count, policy in zip(requests, proposal.requests, verdicts, kept, policies, strict=True):
+    for b, (request, own, (gained, leaf), count) in enumerate(zip(requests, proposal.requests, verdicts, kept, strict=True)):
         if not gained:
             request.error = _not_finite(request)
             continue
         cut = count < len(gained)
         proposed, accepted = (count, count) if cut else (own.num_drafts, len(gained) - 1)
-        request.metrics.observe(proposed, accepted, count)
+        request.metrics.observe(proposed, accepted, count, from_text=bool(given[b]))
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
-        request.controller.observe(proposed, accepted if leaf is None else min(accepted, len(gained) - 2), policy)
+        confidences = None if plan.block is None else plan.block.confidences.get(b, [])
+        hits = accepted if leaf is None else min(accepted, len(gained) - 2)
+        request.drafting.observe(gained[:count], proposed, hits, confidences, given=bool(given[b]))
+    drafting.observe(plan, len(requests), sum(kept), ended - began)
 
 
 def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:
@@ -170,26 +178,31 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.sequence.advance(1)
         request.metrics.observe(0, 0, 1)
         request.metrics.verify_s += ended - began
-        request.controller.observe(0, 0, None)
+        request.drafting.observe([token], 0, 0, None, given=False)
 
 
-def _draft_length(request: Request, drafter: Drafter | None, batch: int) -> int:
-    """Drafts for this step: what the controller wants, as far as target and draft have positions for them."""
-    if drafter is None:
-        return 0
-    length = request.controller.choose(batch)
-    room = min(request.context, drafter.max_positions) - len(request.token_ids)
-    return max(0, min(length, room, request.remaining - 1))
+def _plan(requests: Sequence[Request], drafter: Drafter | None, drafting: DraftingPolicy, deterministic: bool) -> StepPlan:
+    """This step's drafts: what the policy wants, as far as target, drafter and text have room for them.
 
-
-def _gate(request: Request, drafter: Drafter | None, batch: int, deterministic: bool) -> StoppingPolicy | None:
-    """What may end its block early. Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised
-    for their slots."""
-    candidates = 1
-    if request.controller.estimator is not None and request.params.greedy and not deterministic and drafter is not None:
-        room = leaf_slot(len(request.token_ids), MAX_LEAVES) <= request.longest(drafts=True)
-        candidates = MAX_CANDIDATES if room and drafter.takes_leaves and request.sequence.pool.takes_tree_positions else 1
-    return request.controller.policy(batch, candidates)
+    Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised for their slots. Drafts from the
+    text beside a drafter only where the drafter can take them.
+    """
+    room, drafter_room, most_tokens = [], [], []
+    for request in requests:
+        length = len(request.token_ids)
+        room.append(max(0, min(request.context - length, request.remaining - 1)))
+        drafter_room.append(0 if drafter is None else max(0, drafter.max_positions - length))
+        leaves = drafter is not None and drafter.takes_leaves and request.params.greedy and not deterministic
+        memory = leaf_slot(length, MAX_LEAVES) <= request.longest(drafts=True)
+        most_tokens.append(MAX_CANDIDATES if leaves and memory and request.sequence.pool.takes_tree_positions else 1)
+    return drafting.plan(
+        [r.drafting for r in requests],
+        [r.token_ids for r in requests],
+        room,
+        drafter_room=None if drafter is None else drafter_room,
+        most_tokens=most_tokens,
+        ngrams=drafter is None or drafter.takes_given,
+    )
 
 
 def _sampler(requests: Sequence[Request], target: CausalDecoder) -> BatchSampler:

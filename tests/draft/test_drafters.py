@@ -99,36 +99,42 @@ def test_a_ragged_batch_is_drafted_and_committed(model):
 
 
 class Script:
-    """Keeps and goes on as told."""
+    """Keeps and goes on as told: the first ends after a kept draft, the second throws its second draft away, the third's block stays whole, the
+    fourth's first is thrown away."""
 
-    def __init__(self, counts, should_continue, candidates=1):
-        self.answers, self.more, self.seen, self.candidates = list(counts), list(should_continue), [], candidates
+    candidates = 1
 
-    def select(self, probabilities):
-        assert len(probabilities) == self.candidates
-        self.seen.append(probabilities[0])
-        return self.answers.pop(0)
+    def __init__(self):
+        self.answers, self.more, self.seen = [[1], [1, 0], [1, 1], [0]], [[False], [True], [True, True], []], [[], [], [], []]
 
-    def should_continue(self):
-        return self.more.pop(0)
+    def looks_at(self, b):
+        return b != 2
 
+    def select(self, batch, probabilities):
+        for b, own in zip(batch, probabilities, strict=True):
+            assert len(own) == 1
+            self.seen[b].append(own[0])
+        return [self.answers[b].pop(0) for b in batch]
 
-def policies():
-    """The first ends after a kept draft, the second throws its second draft away, the third's block stays whole, the fourth's first is thrown away."""
-    return [Script([1], [False]), Script([1, 0], [True]), None, Script([0], [])]
+    def onward(self, batch):
+        return {b for b in batch if self.more[b].pop(0)}
+
+    @property
+    def told_all(self):
+        return not any(self.answers) and not any(self.more)
 
 
 def test_gates_end_a_models_blocks(model):
     states = [model.open(None) for _ in range(4)]
-    proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), given := policies())
+    proposal = model.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policy := Script())
     assert (
         drafts_of(proposal) == [1, 1, 3, 0]
         and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
         and sum(len(own.probs) for own in proposal.requests) == 5
     )
-    assert runs_of(proposal) == [1, 2, 3, 1] and not any(policy.answers or policy.more for policy in given if policy)
+    assert runs_of(proposal) == [1, 2, 3, 1] and policy.told_all
     sure = float(torch.nn.functional.one_hot(torch.tensor(0), VOCAB).float().softmax(-1).max())
-    assert given[1].seen == pytest.approx([sure, sure])
+    assert policy.seen[1] == pytest.approx([sure, sure])
     model.commit(states, proposal, [2, 2, 4, 1])
     assert [s.length for s in states] == [1, 2, 3, 1], "the second request ran its draft before it gave up on the next"
 
@@ -136,11 +142,31 @@ def test_gates_end_a_models_blocks(model):
 def test_gates_end_an_early_exits_blocks():
     early_exit = EarlyExitDrafter(Recorder(), 2)
     states = [early_exit.open(Counted(n)) for n in (5, 3, 7, 2)]
-    proposal = early_exit.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), policies())
+    proposal = early_exit.propose(states, [[1], [3], [5], [7]], [3, 3, 3, 3], Argmax(), Script())
     assert drafts_of(proposal) == [1, 1, 3, 0] and proposal.tokens.tolist() == [2, 4, 6, 7, 8]
     wanted = [[1, 5], [2, 6], [3, 3], [4, 4], [5, 7], [6, 8], [7, 9], [8, 10], [7, 2]]
     assert proposal.hidden[:, :2].tolist() == wanted, "every pending token and every kept draft, and no other"
     assert len(early_exit.decoder.runs) == len(wanted) and runs_of(proposal) == [2, 2, 4, 1]
+
+
+def test_given_drafts_are_proposed_beside_drawn_ones(model):
+    states = [model.open(None) for _ in range(3)]
+    proposal = model.propose(states, [[1], [2, 3], [5]], [2, 0, 0], Argmax(), None, [[], [8, 8, 9], []])
+    assert proposal.tokens.tolist() == [2, 3, 8, 8, 9] and drafts_of(proposal) == [2, 3, 0] and runs_of(proposal) == [2, 0, 0]
+    assert [own.point_mass for own in proposal.requests] == [True] * 3
+    model.commit(states, proposal, [2, 3, 1])
+    assert [s.length for s in states] == [2, 0, 0], "the model has not run what it did not draft"
+
+
+def test_a_trunk_runs_given_drafts_in_one_pass():
+    trunk = EarlyExitDrafter(Recorder(), 2)
+    trunk.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
+    states = [trunk.open(Counted()) for _ in range(2)]
+    proposal = trunk.propose(states, [[1], [2]], [1, 0], Argmax(), None, [[], [8, 9]])
+    assert proposal.tokens.tolist() == [2, 8, 9] and runs_of(proposal) == [2, 3]
+    assert proposal.hidden[:, :2].tolist() == [[1, 0], [2, 1], [2, 0], [8, 1], [9, 2]]
+    trunk.commit(states, proposal, [1, 2])
+    assert torch.equal(states[1].features.take(0, 2), feature_rows([2, 8], 0, (1,)))
 
 
 def test_all_drafts_accepted_leaves_the_last_one_to_be_run(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,15 +188,16 @@ def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
 
 @pytest.fixture(scope="session")
 def check_sampled_text(naive_probabilities) -> Callable[..., None]:
-    """`check_sampled_text(target, draft, draws, **filters)`: three sampled tokens have the target's distribution, and some drafts are refused."""
+    """`check_sampled_text(target, draft, draws, prompt=(1, 2), **filters)`: three sampled tokens have the target's distribution, some drafts are
+    refused."""
     from engine.engine import Engine
     from engine.runtime.sampling import SamplingParams
 
-    def check(target: Any, draft: Any, draws: int, **filters: Any) -> None:
+    def check(target: Any, draft: Any, draws: int, *, prompt: Sequence[int] = (1, 2), **filters: Any) -> None:
         # without a seed, so that drafts are accepted and rejected; what would be fresh random keys are the same in every run
         params = [SamplingParams(**({"temperature": 1.0} | filters), max_new_tokens=3, draft_length=2)] * draws
         with mock.patch("secrets.randbits", side_effect=range(draws)):
-            results = Engine(target, draft=draft, page_size=8, max_batch=draws).generate([[1, 2]] * draws, params)
+            results = Engine(target, draft=draft, page_size=8, max_batch=draws).generate([list(prompt)] * draws, params)
         counts: dict[Any, int] = {}
         for r in results:
             counts[tuple(r.token_ids)] = counts.get(tuple(r.token_ids), 0) + 1
@@ -208,7 +209,7 @@ def check_sampled_text(naive_probabilities) -> Callable[..., None]:
 
         expected: dict[Any, float] = {(): 1.0}
         for _ in range(3):
-            expected = {(*cell, t): p * q for cell, p in expected.items() if p > 0 for t, q in enumerate(following([1, 2, *cell]))}
+            expected = {(*cell, t): p * q for cell, p in expected.items() if p > 0 for t, q in enumerate(following([*prompt, *cell]))}
         assert _chi_square_p_value(counts, expected) > 1e-3
         assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
 

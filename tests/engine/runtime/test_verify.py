@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from draft.acceptance import SAMPLED_PRIOR, AcceptanceEstimator
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
-from draft.policy import SAMPLED_PRIOR, AcceptanceEstimator, CostModel, LengthController
+from draft.policy import CostModel, DraftingPolicy, RequestDrafting
 from draft.protocols import Proposal, RequestProposal
 from draft.tree import Leaf
 from engine.model.decoder import DecoderOutput
@@ -82,7 +83,7 @@ def drafter_of(kind, target):
     return None
 
 
-def request_of(params, seed, drafter, controller=None):
+def request_of(params, seed, drafter, drafting=None):
     params = params if params.seed is None else replace(params, seed=seed)
     sequence = Counted(2)
     conversation = SequenceState([3, 1, 2], sequence, drafter.open(sequence) if drafter else None)
@@ -93,14 +94,15 @@ def request_of(params, seed, drafter, controller=None):
         context=1000,
         eos_token_ids=frozenset(),
         stream=TextStream(lambda ids: ""),
-        controller=controller or LengthController(params.draft_length),
+        drafting=drafting or RequestDrafting(params.draft_length),
         metrics=SpeculationMetrics(),
     )
 
 
-def run(target, drafter, requests):
+def run(target, drafter, requests, policy=None):
+    policy = policy or DraftingPolicy()
     while active := [r for r in requests if r.finish_reason is None]:
-        decode_step(active, target, drafter, catch_up=64)
+        decode_step(active, target, drafter, drafting=policy, catch_up=64)
         assert all(r.sequence.length == len(r.token_ids) - 1 for r in active)
     return requests
 
@@ -161,8 +163,9 @@ def test_drafts_chosen_by_their_confidence_leave_the_distribution_alone(kind, pr
     costs = CostModel(
         draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 2.5)), runs_last_draft=drafter.runs_last_draft, last=((1, 0.1),)
     )
-    made = [LengthController("auto", costs, AcceptanceEstimator(SAMPLED_PRIOR)) for _ in range(DRAWS)]
-    requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)])
+    policy = DraftingPolicy(costs)
+    made = [policy.request("auto", greedy=False) for _ in range(DRAWS)]
+    requests = run(target, drafter, [request_of(params, seed, drafter, c) for seed, c in enumerate(made)], policy)
     counts = Counter(tuple(r.token_ids[3:]) for r in requests)
     assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
     ends = Counter(length for r in requests for length in _lengths(r.metrics))
@@ -193,9 +196,10 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
         for length in (0, 1, 4, "auto") if drafter else (0,):
             own = SamplingParams(**params, seed=0, max_new_tokens=25, draft_length=length)
             requests = [
-                request_of(own, seed, drafter, LengthController(length, costs, AcceptanceEstimator(SAMPLED_PRIOR))) for seed in range(40)
+                request_of(own, seed, drafter, RequestDrafting(length, AcceptanceEstimator(SAMPLED_PRIOR), ngrams=True))
+                for seed in range(40)
             ]
-            texts.append([r.token_ids for r in run(target, drafter, requests)])
+            texts.append([r.token_ids for r in run(target, drafter, requests, DraftingPolicy(costs, ngrams=True))])
             proposed += sum(r.metrics.proposed for r in requests)
             accepted += sum(r.metrics.accepted for r in requests)
             [alone] = run(target, drafter, [request_of(own, 17, drafter)])
@@ -203,6 +207,31 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
     assert 0 < accepted < proposed
     assert all(text == texts[0] for text in texts)
     assert params == {} or len({tuple(text) for text in texts[0]}) > 30, "another seed is another text"
+
+
+@pytest.mark.parametrize("processors", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)
+@pytest.mark.parametrize("kind", [None, "model", "trunk"])
+@pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
+def test_drafts_from_the_text_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value):
+    target = MarkovDecoder(1)
+    drafter = drafter_of(kind, target)
+    params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=seed)
+    costs = CostModel(draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 1.5)), runs_last_draft=kind == "trunk", last=((1, 0.1),))
+    policy = DraftingPolicy(costs, ngrams=True)
+    requests = [request_of(params, seed, drafter, policy.request("auto", greedy=False)) for seed in range(DRAWS)]
+    for request in requests:  # the last pair has been there before, each time followed by another token
+        request.conversation.token_ids[:0] = [4, 1, 2, 0, 1, 2, 3, 2]
+        request.prompt_tokens += 8
+        request.sequence.length += 8
+        if kind == "model":
+            request.draft_state.sequence.length = 0
+    requests = run(target, drafter, requests, policy)
+    counts = Counter(tuple(r.token_ids[11:]) for r in requests)
+    assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
+    proposed, accepted = (sum(getattr(r.metrics, name) for r in requests) for name in ("from_text", "from_text_accepted"))
+    assert proposed > DRAWS / 2 and 0.02 < accepted / proposed < 0.98
+    if kind:
+        assert sum(r.metrics.proposed for r in requests) > proposed, "both sources were used"
 
 
 def test_plain_sampling_has_it_too_and_the_test_can_fail(naive_probabilities, chi_square_p_value):
@@ -268,7 +297,7 @@ def test_no_more_is_drafted_than_the_text_may_still_take(temperature):
     request, left = request_of(params, 3, drafter), []
     while request.finish_reason is None:
         left.append(request.remaining)
-        decode_step([request], target, drafter, catch_up=64)
+        decode_step([request], target, drafter, drafting=DraftingPolicy(), catch_up=64)
     assert asked == [min(4, n - 1) for n in left if n > 1]
     assert len(request.token_ids) == 9
 
