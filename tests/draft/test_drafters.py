@@ -158,14 +158,14 @@ def test_given_drafts_are_proposed_beside_drawn_ones(model):
     assert [s.length for s in states] == [2, 0, 0], "the model has not run what it did not draft"
 
 
-def test_a_trunk_runs_given_drafts_in_one_pass():
-    trunk = EarlyExitDrafter(Recorder(), 2)
-    trunk.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
-    states = [trunk.open(Counted()) for _ in range(2)]
-    proposal = trunk.propose(states, [[1], [2]], [1, 0], Argmax(), None, [[], [8, 9]])
+def test_an_early_exit_runs_given_drafts_in_one_pass():
+    early_exit = EarlyExitDrafter(Recorder(), 2)
+    early_exit.keep_features((1,), lambda: FeatureBuffer(dtype=torch.float32))
+    states = [early_exit.open(Counted()) for _ in range(2)]
+    proposal = early_exit.propose(states, [[1], [2]], [1, 0], Argmax(), None, [[], [8, 9]])
     assert proposal.tokens.tolist() == [2, 8, 9] and runs_of(proposal) == [2, 3]
     assert proposal.hidden[:, :2].tolist() == [[1, 0], [2, 1], [2, 0], [8, 1], [9, 2]]
-    trunk.commit(states, proposal, [1, 2])
+    early_exit.commit(states, proposal, [1, 2])
     assert torch.equal(states[1].features.take(0, 2), feature_rows([2, 8], 0, (1,)))
 
 

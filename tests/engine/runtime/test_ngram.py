@@ -24,9 +24,9 @@ def target(random_decoder):
 
 
 @pytest.fixture(scope="module")
-def sources(target, random_decoder, tmp_path_factory, make_adapter):
-    head = load_draft_head(make_adapter(tmp_path_factory.mktemp("head"), target, layers=1, size=60), target)
-    return {"ngram": NgramSource(), "model": random_decoder(1, num_hidden_layers=1), "trunk": 1, "head": head}
+def sources(target, random_decoder, tmp_path_factory, make_draft_head):
+    head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, layers=1, size=60), target)
+    return {"ngram": NgramSource(), "model": random_decoder(1, num_hidden_layers=1), "exit": 1, "head": head}
 
 
 def engine_of(target, source, **options):
@@ -38,7 +38,7 @@ def plain(target):
     return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=50))]
 
 
-@pytest.mark.parametrize("kind", ["ngram", "model", "trunk", "head"])
+@pytest.mark.parametrize("kind", ["ngram", "model", "exit", "head"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_greedy_text_equals_plain_decoding(target, sources, plain, kind, deterministic):
     engine = engine_of(target, sources[kind], deterministic=deterministic)
@@ -60,7 +60,7 @@ def test_greedy_text_equals_plain_decoding(target, sources, plain, kind, determi
             assert pool.num_free_pages == pool.max_pages
 
 
-@pytest.mark.parametrize("kind", ["ngram", "model", "trunk"])
+@pytest.mark.parametrize("kind", ["ngram", "model", "exit"])
 def test_a_batch_of_all_kinds_of_requests(target, sources, kind):
     params = [
         SamplingParams(max_new_tokens=30),
@@ -103,11 +103,11 @@ def test_a_draft_heads_features_keep_it_to_its_own_drafts(target, sources):
     assert result.speculation.from_text == 0 < result.speculation.proposed
 
 
-@pytest.mark.parametrize("kind", ["model", "trunk", "head"])
+@pytest.mark.parametrize("kind", ["model", "exit", "head"])
 def test_caches_and_features_are_those_of_a_plain_pass(target, sources, kind):
     engine = engine_of(target, sources[kind])
     engine.core.keep_features((0, 1), lambda: FeatureBuffer(dtype=torch.float32))
-    conversation = engine.core.open_conversation()
+    conversation = engine.core.open_sequence_state()
     found = 0
     for new in (PROMPTS[3], [2, 3, 5], [7, 7, 7, 7]):
         found += engine.core.run(conversation, new, SamplingParams(max_new_tokens=25)).speculation.from_text

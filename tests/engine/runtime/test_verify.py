@@ -212,7 +212,8 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
 @pytest.mark.parametrize("processors", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)
 @pytest.mark.parametrize("kind", [None, "model", "trunk"])
 @pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
-def test_drafts_from_the_text_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value):
+def test_drafts_from_the_text_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value, monkeypatch):
+    monkeypatch.setattr("draft.acceptance.MATCH_RATES", (0.9,) * 6)  # so that the text is believed at first, beside any drafter
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
     params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=seed)
@@ -230,7 +231,7 @@ def test_drafts_from_the_text_leave_the_distribution_alone(kind, processors, see
     assert chi_square_p_value(dict(counts), joint(target, params, naive_probabilities)) > 1e-3
     proposed, accepted = (sum(getattr(r.metrics, name) for r in requests) for name in ("from_text", "from_text_accepted"))
     assert proposed > DRAWS / 2 and 0.02 < accepted / proposed < 0.98
-    if kind:
+    if kind == "model":
         assert sum(r.metrics.proposed for r in requests) > proposed, "both sources were used"
 
 
