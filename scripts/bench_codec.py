@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -79,7 +80,7 @@ class LazyCalibration:
 def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, group: int = 1) -> dict[str, Any]:
     """One row of the contract: everything summed over the test sequences, which are coded `group` at a time."""
     scores, num_bytes, encode_s, decode_s, ideal = Scores(), 0, 0.0, 0.0, 0.0
-    has_ideal, shown, parts = True, time.perf_counter(), []
+    has_ideal, shown, parts, expected = True, time.perf_counter(), [], 0.0
     for start in range(0, len(cases), group):
         some = cases[start : start + group]
         result = method.run(some)
@@ -88,6 +89,7 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, g
         has_ideal = has_ideal and result.ideal_bits is not None
         ideal += result.ideal_bits or 0.0
         parts += [] if result.breakdown is None else [result.breakdown]
+        expected += float("nan") if result.expected_kl is None else result.expected_kl * sum(case.prefix for case in some)
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
             log(f"  {method.method} {method.quality}: {start + len(some)} of {len(cases)} sequences")
@@ -99,6 +101,7 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, g
         "ideal_bits_per_element": ideal / (tokens * full_dim) if has_ideal else None,
         "sink_bits_per_element": 16 * NUM_SINKS * len(cases) * method.sink_dim / (tokens * full_dim),
         "kl": scores.kl,
+        "expected_kl": None if math.isnan(expected) else expected / tokens,
         "kl_standard_error": scores.kl_standard_error,
         "nll": scores.nll / scores.predictions,
         "nll_untouched": scores.nll_untouched / scores.predictions,

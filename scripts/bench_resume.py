@@ -2,7 +2,9 @@
 
 First a restored KV is compared with that of the plain twin (numpy's entropy decoder, float32 products on the CPU); if it differs nothing is timed and
 the exit status is 1. recompute_s: the target's pass over the tokens in passes as long as its memory allows. resume_s: from the file on disk to caches
-that can go on, the draft's included. The stages are timed one by one, the device waited for between them, so they overlap less than in resume_s:
+that can go on; the draft's too, unless the predictor looks at its first layers alone: draft_catch_up_s is then what its cache takes when it is first
+asked. host_copy_s: a raw cache from the host's memory (pinned, on a GPU). The stages are timed one by one, the device waited for between them, so they
+overlap less than in resume_s:
 read_s the file, check_s the spans' checksums, ids_s the token ids, rans_s copy and entropy decoder, draft_prefill_s the draft (and the target over the
 first four tokens), target_layers_s the target's first layers, predict_s the product into pages. suspend_s: coding and writing all tokens at once.
 
@@ -62,6 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--qualities", default="balanced", metavar="Q,Q")
     p.add_argument("--taps", type=int, metavar="N", help="of --shapes: layers of the draft that the predictor looks at")
     p.add_argument("--recomputed-layers", type=int, metavar="N", help="of --shapes: first layers of the target that are recomputed")
+    p.add_argument(
+        "--draft-layers", type=int, metavar="N", help="of --shapes: first layers of the draft that these are taken from (default: all)"
+    )
     p.add_argument("--rerun-layers", type=int, dest="recomputed_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     p.add_argument("--repeats", type=int, default=3, metavar="N")
     p.add_argument("--device", default="auto")
@@ -139,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "setup_s": bench.setup_s,
+        "restore": bench.codec.pack.info.get("restore"),
         "step_s": step_s,
         "rows": rows,
         "links": links,

@@ -77,6 +77,11 @@ class SessionCodec:
             self._warming = threading.Thread(target=self.warm_up, name="codec warm-up", daemon=True)
             self._warming.start()
 
+    @property
+    def draft_catches_up(self) -> bool:
+        """Whether a restore leaves a separate draft's cache for later."""
+        return self._shallow_layers is not None
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Code and decode a few random tokens: makes tables, and on a GPU compiles kernels, which takes seconds that no suspend should wait for."""

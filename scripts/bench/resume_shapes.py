@@ -21,6 +21,7 @@ from codec.rate import EntropyModel
 from codec.spec import KvLayout
 from codec.transform import Transform
 from codec.weighting import Weighting
+from engine.calibrate.restore_cost import predictor_multiplies, restore_cost
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
@@ -91,12 +92,27 @@ def _pack(engine: Engine, shape: Shape) -> CodecPack:
     device, target = engine.device, shape.target
     generator = torch.Generator(device=device).manual_seed(3)
     layout = KvLayout(target.num_layers, target.num_kv_heads, target.head_dim, shape.recomputed_layers)
-    depth = shape.draft.num_layers
-    taps = tuple(sorted({round((n + 1) * depth / shape.taps) - 1 for n in range(shape.taps)}))
+    depth = shape.draft.num_layers if shape.draft_layers is None else shape.draft_layers
+    if not 0 <= depth <= shape.draft.num_layers or not 0 <= shape.rerun_layers < target.num_layers:
+        raise InvalidOption(f"{depth} draft layers, {shape.rerun_layers} recomputed ones", "choose no more than the models have")
+    spread = sorted({round((n + 1) * depth / shape.taps) for n in range(shape.taps)}) if shape.draft_layers is not None else []
+    taps = (
+        tuple(spread)
+        if shape.draft_layers is not None
+        else tuple(sorted({round((n + 1) * depth / shape.taps) - 1 for n in range(shape.taps)}))
+    )
     spec = FeatureSpec(taps, (0, shape.recomputed_layers) if shape.recomputed_layers else (0,))
     inputs = spec.num_features(shape.draft.hidden_size, target.hidden_size)
     codes = torch.randint(-8, 8, (inputs, layout.dim), dtype=torch.int8, device=device, generator=generator)
     scale = torch.full((-(-inputs // _GROUP), layout.dim), 0.02 / inputs**0.5, dtype=torch.float16, device=device)
+    cost = restore_cost(
+        target,
+        spec,
+        shape.rerun_layers,
+        draft=shape.draft,
+        predictor_multiplies=predictor_multiplies(inputs, layout.dim, None),
+        components=shape.components,
+    )
     tensors, settings = DensePredictor.pack(
         spec,
         shape.draft.hidden_size,
@@ -117,7 +133,8 @@ def _pack(engine: Engine, shape: Shape) -> CodecPack:
     parts = {"predictor": tensors, "predictor_settings": settings | {"kind": "dense"}, "fingerprints": {}}
 
     def pack(variance: torch.Tensor, model: EntropyModel) -> CodecPack:
-        return CodecPack.build(layout, weighting, Transform("global", basis, None, variance), model, **parts)
+        made = CodecPack.build(layout, weighting, Transform("global", basis, None, variance), model, **parts)
+        return made.with_info({"restore": cost.as_info()})
 
     first = pack(torch.full((shape.components,), _DEVIATION**2), EntropyModel.laplace())
     components = KvCodec(first, device).components(rows, torch.zeros_like(rows), shape.components)

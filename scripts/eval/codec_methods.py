@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from baselines import Calibration, make_baseline, select_baselines
-from codec.codec import KvCodec
+from codec.codec import KvCodec, SpanSetting
 from codec.errors import UnknownQuality
+from codec.fidelity import plan_spans
 from codec.pack import CodecPack
 from codec.predictor.dense import AnyPredictor, load_predictor
 from codec.predictor.low_rank import zero_prediction
@@ -21,6 +22,8 @@ from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.token_ids import encode_ids
 from draft.source import DraftSource
+from engine.calibrate.divergence import token_importance
+from engine.errors import InvalidOption
 from engine.model.decoder import Decoder
 from engine.sessions.file import SessionFile, Span
 from eval.codec_breakdown import breakdown
@@ -32,7 +35,7 @@ OURS = ("foretold", "foretold-nopred")
 @dataclass(frozen=True)
 class Result:
     """Coded prefixes of some sequences: bytes (all that a decoder needs beyond model and pack), decoded KV float32 [P, D] of each, seconds, ideal
-    bits or None, and where the bytes went or None."""
+    bits or None, where the bytes went or None, and the KL that the encoder expects or None."""
 
     num_bytes: int
     decoded: list[torch.Tensor]
@@ -40,6 +43,7 @@ class Result:
     decode_s: float
     ideal_bits: float | None
     breakdown: dict[str, Any] | None = None
+    expected_kl: float | None = None
 
 
 class Method(Protocol):
@@ -143,7 +147,8 @@ class ForetoldMethod:
     over the ids gives them back.
 
     Args:
-        quality: a name of codec.spec.QUALITIES, or "stepX" for a quantiser step X.
+        quality: a name of codec.spec.QUALITIES, coded as a session does (by its promised divergence where the pack states a curve), or "stepX" for a
+            quantiser step X.
         pair: codec, predictor and models.
         predict: False codes against the mean KV vector instead of the prediction, with the same pack. That shows what the prediction carries;
             a pack calibrated without one would do better, as this one's transform leaves out what its predictor explains.
@@ -155,6 +160,11 @@ class ForetoldMethod:
         self.quality, self.inputs, self.sink_dim = quality, pair.pack.digest[:16], 0
         self._step = float(quality[4:]) if quality.startswith("step") else QUALITIES[quality]
         self._pair, self._predict, self._parts = pair, predict, parts
+        self._curve = pair.pack.curve if quality in QUALITIES else None
+        if parts and self._curve is not None:
+            raise InvalidOption(
+                "spans of a promised quality have settings of their own", "break down the bytes of a fixed step, such as step1.0"
+            )
 
     @torch.inference_mode()
     def run(self, cases: Sequence[Case]) -> Result:
@@ -168,13 +178,21 @@ class ForetoldMethod:
         hidden = pair.hidden(cases) if self._predict else [(None, None)] * len(cases)
         edges = [list(range(NUM_SINKS, case.prefix, SPAN_TOKENS)) for case in cases]
         start = _now(device)
-        pairs, levels = [], []
+        pairs, levels, factors = [], [], []
         for case, kv, rows, own in zip(cases, kvs, hidden, edges, strict=True):
             prediction, octaves = self._prediction(case, rows)
             coded = kv[:, kv.shape[1] - width :]
             pairs += [(coded[a : a + SPAN_TOKENS], prediction[a : a + SPAN_TOKENS]) for a in own]
             levels += [None if octaves is None else levels_of(octaves[a : a + SPAN_TOKENS]) for a in own]
-        spans = codec.encode_many(pairs, self._step, levels)
+            factors += [None if octaves is None else token_importance(octaves[a : a + SPAN_TOKENS]) for a in own]
+        settings: float | Sequence[SpanSetting] = self._step
+        expected = None
+        if self._curve is not None:
+            plan = plan_spans(codec, self._curve, self.quality, pairs, levels, factors)
+            settings, levels = plan.settings, plan.levels
+            tokens = [len(truth) for truth, _ in pairs]
+            expected = sum(d * n for d, n in zip(plan.divergence, tokens, strict=True)) / sum(tokens)
+        spans = codec.encode_many(pairs, settings, levels)
         middle = _now(device)
         predictions = [
             part
@@ -195,7 +213,7 @@ class ForetoldMethod:
         num_bytes = sum(len(file.to_bytes()) for file in files)
         id_bytes = sum(len(encode_ids(file.token_ids)) for file in files)
         parts = breakdown(codec, spans, num_bytes, id_bytes) if self._parts else None
-        return Result(num_bytes, decoded, middle - start, end - middle, codec.ideal_bits(pairs, self._step, levels), parts)
+        return Result(num_bytes, decoded, middle - start, end - middle, codec.ideal_bits(pairs, settings, levels), parts, expected)
 
     def _prediction(self, case: Case, hidden: tuple[torch.Tensor | None, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._predict:
