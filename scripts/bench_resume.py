@@ -85,8 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("at least 64 tokens and one repeat", "check --tokens and --repeats")
     if args.shapes and args.shapes not in SHAPES:
         raise InvalidOption(f"unknown shapes {args.shapes!r}", f"choose one of {', '.join(SHAPES)}")
-    if args.pair and (args.taps is not None or args.recomputed_layers is not None):
-        raise InvalidOption("--taps and --recomputed-layers are a calibrated pack's own", "give them with --shapes")
+    if args.pair and any(value is not None for value in (args.taps, args.recomputed_layers, args.draft_layers)):
+        raise InvalidOption("--taps, --draft-layers and --recomputed-layers are a calibrated pack's own", "give them with --shapes")
+    if args.taps is not None and args.taps < 1:
+        raise InvalidOption(f"--taps {args.taps}", "give at least 1")
     for file in (args.json_out, args.plot):
         if file and not file.absolute().parent.is_dir():
             raise InvalidOption(f"{str(file)!r} cannot be written", "name a file in a folder that exists")
@@ -98,7 +100,7 @@ def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
     most = max(args.tokens)
     if args.shapes:
         device, dtype = device_named(args.device), dtype_named(args.dtype)
-        changes = {"taps": args.taps, "recomputed_layers": args.recomputed_layers}
+        changes = {"taps": args.taps, "recomputed_layers": args.recomputed_layers, "draft_layers": args.draft_layers}
         engine, pack = build(args.shapes, device, dtype, 3 * most + 4096, **{k: v for k, v in changes.items() if v is not None})
         target, _, draft = args.shapes.partition("+")
         ids = torch.randint(engine.core.target.config.vocab_size, (most,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -40,6 +40,7 @@ class Shape(NamedTuple):
     components: int
     taps: int
     recomputed_layers: int
+    draft_layers: int | None = None  # the first ones that the predictor looks at; None: all
 
 
 def _config(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, context: int, **other: Any):
@@ -77,7 +78,8 @@ SHAPES = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, pool_tokens: int, **changes: int) -> tuple[Engine, CodecPack]:
-    """The engine of a named shape, and codec parameters for it. changes: other `taps`, `recomputed_layers` or `components`. Raises InvalidOption."""
+    """The engine of a named shape, and codec parameters for it. changes: other `taps`, `draft_layers`,
+    `recomputed_layers` or `components`. Raises InvalidOption."""
     if name not in SHAPES:
         raise InvalidOption(f"unknown shapes {name!r}", f"choose one of {', '.join(SHAPES)}")
     shape = SHAPES[name]._replace(**changes)
@@ -93,14 +95,10 @@ def _pack(engine: Engine, shape: Shape) -> CodecPack:
     generator = torch.Generator(device=device).manual_seed(3)
     layout = KvLayout(target.num_layers, target.num_kv_heads, target.head_dim, shape.recomputed_layers)
     depth = shape.draft.num_layers if shape.draft_layers is None else shape.draft_layers
-    if not 0 <= depth <= shape.draft.num_layers or not 0 <= shape.rerun_layers < target.num_layers:
-        raise InvalidOption(f"{depth} draft layers, {shape.rerun_layers} recomputed ones", "choose no more than the models have")
-    spread = sorted({round((n + 1) * depth / shape.taps) for n in range(shape.taps)}) if shape.draft_layers is not None else []
-    taps = (
-        tuple(spread)
-        if shape.draft_layers is not None
-        else tuple(sorted({round((n + 1) * depth / shape.taps) - 1 for n in range(shape.taps)}))
-    )
+    if not 0 <= depth <= shape.draft.num_layers or not 0 <= shape.recomputed_layers < target.num_layers:
+        raise InvalidOption(f"{depth} draft layers, {shape.recomputed_layers} recomputed ones", "choose no more than the models have")
+    last = 1 if shape.draft_layers is None else 0  # of all layers the last state is not looked at
+    taps = tuple(sorted({round((n + 1) * depth / shape.taps) - last for n in range(shape.taps)}))
     spec = FeatureSpec(taps, (0, shape.recomputed_layers) if shape.recomputed_layers else (0,))
     inputs = spec.num_features(shape.draft.hidden_size, target.hidden_size)
     codes = torch.randint(-8, 8, (inputs, layout.dim), dtype=torch.int8, device=device, generator=generator)
@@ -108,7 +106,7 @@ def _pack(engine: Engine, shape: Shape) -> CodecPack:
     cost = restore_cost(
         target,
         spec,
-        shape.rerun_layers,
+        shape.recomputed_layers,
         draft=shape.draft,
         predictor_multiplies=predictor_multiplies(inputs, layout.dim, None),
         components=shape.components,
