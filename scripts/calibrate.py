@@ -63,6 +63,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # earlier name
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE|DIR", help="calibration text (default: the interpreter's library)")
     parser.add_argument("--mix", metavar="equal|N,N,...", help="share of each source of --text in the tokens (default: files as they come)")
+    parser.add_argument(
+        "--curve-text",
+        nargs="+",
+        metavar="FILE|DIR",
+        help="texts of other kinds, on which the divergence curve is measured (default: held-out documents of --text)",
+    )
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
@@ -166,8 +172,8 @@ def run(args: argparse.Namespace) -> dict:
         "draft": loaded.fingerprint(model_fingerprint),
     }
     parts: dict[str, Any] = {"recomputed_layers": recomputed, "head_layers": loaded.head_layers}
-    if args.quick and args.restore_budget is not None:
-        raise InvalidOption("a quick pack has features of its own", "leave --quick or --restore-budget out")
+    if args.quick and (args.restore_budget is not None or args.curve_text):
+        raise InvalidOption("a quick pack has features and a curve of its own", "leave --quick, or --restore-budget and --curve-text out")
     if args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
@@ -190,7 +196,12 @@ def run(args: argparse.Namespace) -> dict:
         else:
             texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
             docs, digest = documents(texts, tokenizer, num_tokens, args.context)
-        pack = calibrate(target, draft, docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log)
+        curve_docs = None
+        if args.curve_text:
+            curve_docs, _ = documents(read_texts(text_files(args.curve_text), args.seed), tokenizer, 32_768, args.context, per_text=1)
+        pack = calibrate(
+            target, draft, docs, curve_docs=curve_docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log
+        )
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)
     return {

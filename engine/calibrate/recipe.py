@@ -52,6 +52,7 @@ from engine.model.decoder import Decoder
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
 _PROMISE_TOKENS = 1024  # whose bits are stated
+_CURVE_TOKENS = 16_384
 _QUICK_CURVE_TOKENS = 768
 ENOUGH_GRADIENTS = 50_000
 """Cached tokens whose gradients make better weights than any blend with attention statistics does."""
@@ -130,6 +131,7 @@ def calibrate(
     recomputed_layers: int = 0,
     head_layers: Decoder | None = None,
     options: CalibrationOptions | None = None,
+    curve_docs: Sequence[Sequence[int]] | None = None,
     fingerprints: dict[str, str] | None = None,
     log: Log = print,
 ) -> CodecPack:
@@ -140,6 +142,8 @@ def calibrate(
         recomputed_layers: those first layers, or those that are run again beside a separate draft.
         head_layers: the layers of a draft head, which add their states to its own.
         docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
+        curve_docs: documents that the divergence curve is measured on (None: held-out ones of docs). What is not of the calibration's kinds has tokens
+            whose importance is predicted less well: a promise for such text needs a curve from such text.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
     """
@@ -229,7 +233,8 @@ def calibrate(
         budget_bytes=budget_bytes,
     )
     log(f"calibration: packed, {time.monotonic() - started:.0f} s")
-    pack = with_curve(stream, pack, held, features, y - predict_raw(predictor, features), options.held_out_tokens)
+    documents = held if curve_docs is None else curve_docs
+    pack = with_curve(stream, pack, documents, features, y - predict_raw(predictor, features), max(options.held_out_tokens, _CURVE_TOKENS))
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 

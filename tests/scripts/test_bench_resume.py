@@ -60,6 +60,18 @@ def test_rows_and_files(tmp_path, capsys):
     assert "seconds to the first token" in capsys.readouterr().out
 
 
+def test_the_first_layers_of_a_draft_alone(tmp_path):
+    """A draft that is looked at no deeper than half catches up later, and the host's memory is a link as fast as it was measured."""
+    out = tmp_path / "resume.json"
+    few = ["--draft-layers", "1", "--taps", "1", "--recomputed-layers", "1"]
+    assert bench_resume.main(["--shapes", "tiny", "--tokens", "64", "--device", "cpu", "--repeats", "1", "--json-out", str(out), *few]) == 0
+    document = json.loads(out.read_text())
+    found = document["rows"][0]
+    assert found["draft_catch_up_s"] > 0 and document["restore"]["draft_flops"] * 4 < document["restore"]["prefill_flops"]
+    host = next(r for r in document["links"] if r["link"] == "host memory")
+    assert host["raw bf16"] == pytest.approx(found["host_copy_s"] + document["step_s"])
+
+
 def test_a_restored_kv_that_differs_is_not_timed(monkeypatch, capsys, tmp_path):
     def wrong(self, ids, quality):
         raise AssertionError("the restored KV differs")

@@ -36,6 +36,16 @@ def test_the_best_predictor_within_a_budget_is_made_and_shown(command, tmp_path,
     assert f"{restore['share_of_prefill']:.0%} of the target's prefill" in text and "near-lossless" in text
 
 
+def test_the_curve_of_other_texts(command, tmp_path, capsys):
+    for name, letters in (("a", "etaoin shrdlu "), ("b", "zqxjkv 0123456789 ")):
+        (tmp_path / f"{name}.txt").write_text("".join(letters[n * n * 7919 % len(letters)] for n in range(1500)))
+    curves = []
+    for more in ([], ["--curve-text", str(tmp_path)]):
+        assert main([*command, *more, "--rank", "8", "--out", str(tmp_path / "p")]) == 0
+        curves.append(json.loads(capsys.readouterr().out.splitlines()[-1])["divergence"])
+    assert curves[0] != curves[1] and all(len(curve["divergence"]) >= 2 for curve in curves)
+
+
 def test_mistakes_are_named(command, tmp_path, capsys):
     (tmp_path / "no.pack").write_bytes(b"nothing")
     out = ["--out", str(tmp_path / "p")]
@@ -45,7 +55,7 @@ def test_mistakes_are_named(command, tmp_path, capsys):
         "is no codec pack that can be read": ["--show", str(tmp_path / "missing")],
         "the cheapest takes": [*command, *out, "--restore-budget", "0.0001"],
         "a restore budget chooses taps": [*command, *out, "--restore-budget", "0.5", "--rank", "8"],
-        "features of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
+        "features and a curve of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
         "how many layers are recomputed": [*command, *out, "--restore-budget", "0.5", "--recomputed-layers", "1"],
     }
     for said, arguments in cases.items():
