@@ -149,6 +149,8 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InvalidOption(
                 f"{name} cannot be written to {shown(str(file), 200)}", "name a file in a folder that exists and may be written to"
             )
+    if args.session is not None and args.json_out is not None and os.path.realpath(args.session) == os.path.realpath(args.json_out):
+        raise InvalidOption("--session and --json-out name one file", "give each its own")
     if args.session is not None and args.session.exists():
         _check_head(args.session)
     args.params = sampling_params(args)
@@ -160,7 +162,13 @@ def _writable(file: Path) -> bool:
     """Whether a file may be written there: no folder, no name that the system refuses, in a folder that takes files."""
     try:
         target = Path(os.path.realpath(file))
-        return not target.is_dir() and (target.exists() or target.parent.is_dir()) and os.access(target.parent, os.W_OK)
+        # what is still a link leads in a circle
+        return (
+            not target.is_dir()
+            and not target.is_symlink()
+            and (target.exists() or target.parent.is_dir())
+            and os.access(target.parent, os.W_OK)
+        )
     except (OSError, ValueError):
         return False
 

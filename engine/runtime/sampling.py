@@ -103,6 +103,7 @@ class SamplingParams:
             self.stop_token_ids,
             "give a tuple of token ids",
         )
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "give True or False")
         automatic = isinstance(self.draft_length, str) and self.draft_length == "auto"
         fixed = is_whole(self.draft_length) and 0 <= int(self.draft_length if not automatic else 0) <= MAX_DRAFT_LENGTH
         _require(automatic or fixed, "draft_length", self.draft_length, f'give a whole number from 0 to {MAX_DRAFT_LENGTH}, or "auto"')
@@ -144,6 +145,8 @@ class SamplingParams:
             given = given.tolist() if hasattr(given, "tolist") else given
             if given is None or isinstance(given, list):
                 object.__setattr__(self, name, tuple(plain_number(item) for item in given or ()))
+        if type(self.ignore_eos).__name__ in ("bool", "bool_"):  # numpy's too
+            object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
         if self.logit_bias is None or isinstance(self.logit_bias, Mapping):
             biases = {plain_number(i): plain_number(bias) for i, bias in (self.logit_bias or {}).items()}
             object.__setattr__(self, "logit_bias", biases)

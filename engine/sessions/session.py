@@ -197,6 +197,8 @@ class Session:
             raise InvalidOption(f"a message is of type {type(message).__name__}", "give a text")
         if not message.strip():
             raise EmptyPrompt("the message is empty", "say something")
+        if prefill is not None and not isinstance(prefill, str):
+            raise InvalidOption(f"prefill is of type {type(prefill).__name__}", "give a text")
         with self._turns():
             with self.core.lock:  # tokenizers refuse a second thread
                 ids = self._turn_ids(message, system, prefill)

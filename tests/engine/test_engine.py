@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -252,6 +253,43 @@ def test_an_empty_prompt_is_refused(engine, prompt):
         engine.generate([prompt])
     with pytest.raises(EmptyPrompt):
         engine.stream(prompt)
+
+
+@pytest.mark.parametrize(
+    "ids, what",
+    [
+        ([True, False], "True"),
+        (np.array([True]), "holds True"),
+        (torch.tensor([1.0]), r"holds 1\.0"),
+        ([1.0], r"1\.0"),
+        ([-1, 2], "token id -1 is outside"),
+        ([257], "token id 257 is outside"),
+        ([1 << 70], "token id 1180591620717411303424 is outside"),
+        (np.array([1, None], dtype=object), "holds None"),
+        (np.zeros((1, 1, 2), int), r"holds \[0, 0\]"),
+        ({1, 2}, "of type set"),
+        (5, "of type int"),
+        (np.int64(5), "input_ids are 5"),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none_are_named(engine, ids, what):
+    for call in (lambda: engine.generate(ids, GREEDY), lambda: engine.stream(ids, GREEDY)):
+        with pytest.raises(InvalidOption, match=what):
+            call()
+    assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == engine.core.pool.max_pages
+
+
+@pytest.mark.parametrize("params", [{"max_new_tokens": 2}, 5, [5], "greedy"])
+def test_parameters_that_are_none_are_named(engine, params):
+    for call in (lambda: engine.generate("a", params), lambda: engine.stream("a", params)):
+        with pytest.raises(InvalidOption, match="sampling parameters are"):
+            call()
+
+
+def test_most_tokens_may_be_any_number(engine):
+    [result] = engine.generate([[1] * 250], SamplingParams(max_new_tokens=2**62, ignore_eos=True))
+    assert result.new_tokens == 6, "the context ends it"
 
 
 def test_refused_requests_leave_nothing_behind(target):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine.errors import EmptyPrompt, SessionBusy, SessionClosed
+from engine.errors import EmptyPrompt, InvalidOption, SessionBusy, SessionClosed
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = ["one", "another text", "x", "the third of the prompts, a longer one"]
@@ -109,6 +109,19 @@ def test_a_session_gives_one_answer_at_a_time(engine, wanted):
     assert session.generate(PROMPTS[0], PARAMS, on_text).text == wanted[0] and len(refused) > 2
     session.generate("on it goes", PARAMS)
     session.close()
+
+
+def test_messages_and_beginnings_that_are_no_text_are_named(engine):
+    with quiet(engine) as session:
+        for call in (
+            lambda: session.chat(b"x"),
+            lambda: session.chat("x", system=5),
+            lambda: session.chat("x", prefill=5),
+            lambda: session.generate(5),
+        ):
+            with pytest.raises(InvalidOption):
+                call()
+        assert session.token_ids == []
 
 
 def test_a_closed_session_is_named(engine, tmp_path):

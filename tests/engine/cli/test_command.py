@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -304,6 +305,14 @@ def test_a_session_whose_turn_fails_keeps_its_file(generate, tmp_path):
         (["hi", "--session", "/no/such/folder/a.kv"], "--session cannot be written to"),
         (["hi", "--session", "/tmp"], "--session cannot be written to"),
         (["hi", "--json-out", "/no/such/folder/a.json"], "--json-out cannot be written to"),
+        (["hi", "--session", "/dev/null"], "'/dev/null' cannot be read: it is not a regular file"),
+        (["hi", "--session", "/dev/zero"], "'/dev/zero' cannot be read: it is not a regular file"),
+        (["hi", "--session", ""], "--session cannot be written to"),
+        (["hi", "--session", "n" * 300], "--session cannot be written to"),
+        (["hi", "--session", "a\0b"], "--session cannot be written to"),
+        (["hi", "--session", "a.kv", "--json-out", "./a.kv"], "--session and --json-out name one file (give each its own)"),
+        (["hi", "--max-new-tokens", "9" * 30], "max_new_tokens cannot be 999999999"),
+        (["hi", "--target", "/no/\x1b]0;x\x07"], r"there is no folder '/no/\x1b]0;x\x07'"),
         (["hi", "--hot", "q5"], "--hot"),
         (["hi", "there"], "unrecognized arguments: there"),
         (["hi", "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -337,6 +346,22 @@ def test_prompt_files_that_are_no_text(generate, tmp_path):
     assert "cannot be read" in mistake(*generate("--prompt-file", tmp_path))
     (tmp_path / "p").write_bytes(b"  \n")
     assert "there is no prompt" in mistake(*generate("--prompt-file", tmp_path / "p"))
+
+
+def test_links_pipes_and_names_of_session_files(generate, tmp_path):
+    loop, fifo, dangling, link = (tmp_path / name for name in ("loop", "fifo", "dangling", "link"))
+    loop.symlink_to(loop)
+    dangling.symlink_to(tmp_path / "none" / "x")
+    link.symlink_to(tmp_path / "target.kv")
+    os.mkfifo(fifo)
+    for option in ("--session", "--json-out"):
+        for path in (loop, dangling):
+            assert f"{option} cannot be written to" in mistake(*generate("hi", option, path)), "before the work, not after it"
+    assert "it is not a regular file" in mistake(*generate("hi", "--session", fifo))
+    assert generate("hi", "--session", link, "--quality", "tokens", "--max-new-tokens", 2)[0] == 0
+    assert link.is_symlink() and SessionFile.load(tmp_path / "target.kv").token_ids
+    status, _, err = generate("hi", "--session", tmp_path / "a\x1b[31mb.kv", "--quality", "tokens", "--max-new-tokens", 2)
+    assert status == 0 and "\x1b" not in err and r"a\x1b[31mb.kv" in err
 
 
 def test_models_that_do_not_serve(generate, chat_folders, byte_tokenizer, tmp_path):
