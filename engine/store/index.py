@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INDEX_VERSION = 1
-HALF_LIFE_S = 6 * 3600.0
-"""After so long a use counts half."""
+HALF_LIFE_S = 60.0
+"""After so long a use counts half: nearly LRU. Longer ones lost replays of agents (docs/trie.md: an hour keeps what was busy once)."""
 
 _BUSY_S = 5.0
 _SCHEMA = """
