@@ -162,6 +162,14 @@ def test_contents_that_contradict_themselves_are_refused_though_their_checksums_
         load(file, altered(**sections))
 
 
+def test_more_cached_tokens_than_there_are(file):
+    """Without spans nothing else would tell."""
+    whole = SessionFile([1, 2, 3], 3, "tokens", {})
+    assert load(file, whole.to_bytes()) == whole
+    with pytest.raises(Corrupted, match="contradict"):
+        load(file, replace(whole, num_cached=4).to_bytes())
+
+
 def test_missing_and_surplus_sections(file):
     found = read_sections(DATA)
     for sections in (found[:-1], [*found, ("MORE", b"")], found[::-1], []):
