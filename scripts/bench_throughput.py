@@ -7,7 +7,9 @@ transformers' own logits (throughput_check.py). On failure nothing is timed, no 
 Then --repeats rounds, in which all ways take turns batch by batch. tokens_per_s: the tokens after the first over the seconds after the first, of all
 prompts of a batch together, median over the rounds (`tokens_per_s_best`: the best). End tokens are ignored, so that counts are equal. ttft_s: until
 all prompts of a batch have their first token (transformers: a call for one token). floor_fraction, plain rows: the time to read the weights once at
-the bandwidth of a large copy in the same run, over the time of a step. A copy's bandwidth is not the best a read can have: above 1 is possible.
+the bandwidth of reading a large buffer in the same run (`read_gb_per_s`), over the time of a step. draft_share, verify_share: of the seconds after the
+first token, what our steps spent proposing and verifying; the rest is scheduling and text. peak_bytes beside announced_bytes: what the process held
+at most (with transformers' models, where these ran), and what our engines say they hold.
 
     python scripts/bench_throughput.py --pair smollm2 --batches 1 --temperature 0,1 --json-out scripts/results/throughput-cpu-smollm2.json
 """
@@ -23,9 +25,12 @@ from typing import Any, Literal
 
 import torch
 
+from bench.decode_profile import SHAPES, prompts_of, random_decoder, read_gb_per_s
 from bench.throughput_check import compare
+from bench.throughput_plot import plot
 from bench.throughput_rows import add_ratios, row, table
 from bench.throughput_runs import (
+    KINDS,
     Contestant,
     Foretold,
     Sample,
@@ -33,20 +38,22 @@ from bench.throughput_runs import (
     copy_gb_per_s,
     in_batches,
     load_transformers,
+    peak_bytes,
     prompt_ids,
 )
 from check_greedy import device_name
 from codec_compare import write_json
 from draft.policy import MAX_AUTO_LENGTH
-from draft.source import DraftSource
+from draft.source import DraftSource, NgramSource
 from engine.cli.command import load, quiet_libraries, say, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
+from engine.model.device import device_named, dtype_named
 from engine.runtime.sampling import SamplingParams
 
-ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "assisted")
+ENGINES, MODES = ("foretold", "transformers"), ("plain", "speculative", "ngram", "assisted")
 _PAGE, _WARM_TOKENS = 64, 16
 
 
@@ -55,18 +62,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--pair", help=f"one of {', '.join(PAIRS)}")
     which.add_argument("--target", metavar="DIR", help="folder or hub id of the target")
+    which.add_argument("--shape", metavar="NAME[+NAME]", help=f"random weights, foretold alone: target and draft of {', '.join(SHAPES)}")
     p.add_argument("--draft", metavar="DIR|trunk|none", help="another draft than the pair's own; with --target none unless given")
     p.add_argument("--engines", default=",".join(ENGINES))
     p.add_argument(
         "--modes",
         default=",".join(MODES),
-        help="plain: both engines; speculative: ours; assisted: transformers' own speculation, which "
+        help="plain: both engines; speculative, ngram (drafts from the text itself): ours; assisted: transformers' own speculation, which "
         "needs a draft that is a model and runs one prompt at a time",
     )
     p.add_argument("--batches", default="1", metavar="B,B")
     p.add_argument(
         "--prompts", type=int, metavar="N", help="so many of the prompts (default: all), in batches; the last is filled up from the first"
     )
+    p.add_argument("--prompt-kind", default="chat", choices=list(KINDS), help="which of the built-in prompts")
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line instead of the built-in ones")
     p.add_argument("--prompt-tokens", type=int, metavar="L", help="raw prompts cut or repeated to L tokens, without the chat template")
     p.add_argument("--new-tokens", type=int, default=128, metavar="N")
@@ -77,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     p.add_argument("--deterministic", action="store_true", help="our shape-stable arithmetic")
     p.add_argument("--json-out", type=Path, metavar="FILE")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of tokens a second by batch")
     args = p.parse_args(argv)
     args.command = command_of(sys.argv[1:] if argv is None else argv)
     for name, allowed in (("engines", ENGINES), ("modes", MODES)):
@@ -95,8 +105,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("batches, repeats, prompts and prompt tokens are at least 1, new tokens 2", "check the options")
     if args.draft_length == 0:
         raise InvalidOption("--draft-length 0 is plain decoding", "give 1 or more, auto, or --modes plain")
-    if args.json_out and not args.json_out.absolute().parent.is_dir():
-        raise InvalidOption(f"--json-out cannot be written to {str(args.json_out)!r}", "name a file in a folder that exists")
+    for name, file in (("--json-out", args.json_out), ("--plot", args.plot)):
+        if file and not file.absolute().parent.is_dir():
+            raise InvalidOption(f"{name} cannot be written to {str(file)!r}", "name a file in a folder that exists")
+    if args.shape and (unknown := [name for name in args.shape.split("+") if name not in SHAPES] or args.shape.split("+")[2:]):
+        raise InvalidOption(f"--shape cannot be {args.shape!r}: {unknown[0]}", f"give one or two of {', '.join(SHAPES)}, joined by +")
     for temperature in args.temperatures:
         SamplingParams(temperature=temperature, draft_length=args.draft_length)
     return args
@@ -140,7 +153,9 @@ def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) 
             found.append(ours("plain", None, 0))
         if "speculative" in args.modes and core.source is not None:
             found.append(ours("speculative", core.source, args.draft_length))
-    if "transformers" in args.engines and {"plain", "assisted"} & set(args.modes):
+        if "ngram" in args.modes:
+            found.append(ours("ngram", NgramSource(), args.draft_length))
+    if "transformers" in args.engines and not args.shape and {"plain", "assisted"} & set(args.modes):
         assert target_dir is not None
         model = load_transformers(target_dir, loaded.dtype, loaded.device)
         if "plain" in args.modes:
@@ -165,6 +180,7 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
     exact = args.deterministic or dtype == torch.float32
     pairs = [
         (("foretold", "speculative"), ("foretold", "plain"), exact),
+        (("foretold", "ngram"), ("foretold", "plain"), exact),
         (("foretold", "plain"), ("transformers", "plain"), False),
         (("transformers", "assisted"), ("transformers", "plain"), False),
     ]
@@ -199,15 +215,34 @@ def measure(
     return samples
 
 
+def random_engine(args: argparse.Namespace) -> Engine:
+    """An engine over random weights of the named shapes, without a tokenizer."""
+    device = device_named(args.device)
+    dtype = (
+        torch.bfloat16 if args.dtype == "auto" and device.type == "cuda" else dtype_named("float32" if args.dtype == "auto" else args.dtype)
+    )
+    target, *draft = (random_decoder(name, device, dtype, seed) for seed, name in enumerate(args.shape.split("+")))
+    return Engine(target, draft=draft[0] if draft else None, pool_tokens=64)
+
+
+def announced(everyone: Sequence[Contestant]) -> int:
+    """Bytes that our engines say they hold: weights once, every engine's pools."""
+    memories = [c.engine.memory() for c in everyone if isinstance(c, Foretold)]
+    weights = max((m["target_bytes"] + m["draft_bytes"] for m in memories), default=0)
+    return weights + sum(m["pool_bytes"] for m in memories)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
-    loaded = load(args)
-    ids, device, dtype = prompt_ids(loaded, args), loaded.device, loaded.dtype
+    loaded = random_engine(args) if args.shape else load(args)
+    ids = prompts_of(args.prompts or max(args.batches), args.prompt_tokens or 128, 1 << 15) if args.shape else prompt_ids(loaded, args)
+    device, dtype = loaded.device, loaded.dtype
     config, weights = loaded.core.target.config, loaded.core.target.weight_bytes
     embedding = loaded.core.target.embed_tokens.weight
     read = weights - (0 if config.tie_word_embeddings else embedding.nbytes)  # of embeddings of its own a step reads single rows
     document: dict[str, Any] = {
-        "pair": args.pair or Path(args.target).name,
+        "pair": args.pair or args.shape or Path(args.target).name,
+        "prompt_kind": "random" if args.shape else "file" if args.prompt_file else args.prompt_kind,
         "device": device_name(loaded),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -223,8 +258,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     everyone = contestants(loaded, ids, args)
     del loaded  # its pools; the models live on
     document["copy_gb_per_s"] = copy_gb_per_s(device, 1 << (30 if device.type == "cuda" else 28))
+    document["read_gb_per_s"] = read_gb_per_s(device)
     document |= {"checks": [], "passed": True, "rows": []}
-    floor_s = read / (document["copy_gb_per_s"] * 1e9)
+    floor_s = read / (document["read_gb_per_s"] * 1e9)
+    document["announced_bytes"] = announced(everyone)
 
     def keep() -> None:
         if args.json_out:
@@ -244,6 +281,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rounds = measure(here, batches, temperature, args)
             document["rows"] += [row(who, own, batches, temperature, floor_s) for who, own in zip(here, rounds, strict=True)]
             add_ratios(document["rows"])
+            document["peak_bytes"] = peak_bytes(device)
             keep()
     costs = next((c.engine.core.cost_model for c in everyone if isinstance(c, Foretold) and c.engine.core.cost_model), None)
     document["cost_model"] = dataclasses.asdict(costs) if costs else None
@@ -267,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the texts differ, nothing was timed (see the check above)", file=sys.stderr)
         return 1
     print(table(document["rows"]))
+    if args.plot:
+        plot(document, args.plot)
     return 0
 
 

@@ -17,7 +17,8 @@ def row(who: Contestant, rounds: list[list[Sample]], batches: list[list[list[int
     prompts = [prompt for batch in batches for prompt in batch]
     count, proposed, steps = len(everything[0].texts[0]), sum(s.proposed for s in everything), sum(s.steps for s in everything)
     step_s = statistics.median(after_first) / (len(batches) * (count - 1))
-    speculates = isinstance(who, Foretold) and who.mode == "speculative"
+    speculates = isinstance(who, Foretold) and who.mode in ("speculative", "ngram")
+    own = isinstance(who, Foretold)
     return {
         "engine": who.name,
         "mode": who.mode,
@@ -32,7 +33,10 @@ def row(who: Contestant, rounds: list[list[Sample]], batches: list[list[list[int
         "acceptance_rate": sum(s.accepted for s in everything) / max(1, proposed) if speculates else None,
         "tokens_per_step": sum(s.step_tokens for s in everything) / max(1, steps) if speculates else None,
         "drafts_per_step": proposed / max(1, steps) if speculates else None,
+        "from_text_share": sum(s.from_text for s in everything) / max(1, proposed) if speculates else None,
         "draft_length": who.draft_length if isinstance(who, Foretold) and speculates else None,
+        "draft_share": sum(s.draft_s for s in everything) / sum(s.seconds - s.ttft_s for s in everything) if own else None,
+        "verify_share": sum(s.verify_s for s in everything) / sum(s.seconds - s.ttft_s for s in everything) if own else None,
         "floor_fraction": floor_s / step_s if who.mode == "plain" else None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,26 @@ PROMPTS = (
 )
 
 
+CODE_PROMPTS = (
+    "Write a Python class for a bank account with deposit, withdraw and transfer, with type hints and a test for each method.",
+    "Rewrite this function with a dictionary, keeping its name: def roman(n):\n    s = ''\n    while n >= 10:\n        s += 'X'; n -= 10\n    return s",
+    "Write a SQL schema for a library: books, members, loans, each with a primary key and timestamps.",
+    "Add a docstring and type hints to: def f(a, b=2):\n    total = 0\n    for x in a:\n        total += x ** b\n    return total",
+    "Write a JavaScript function that groups an array of objects by a key, and show it on five objects.",
+    "Write unit tests for a Python function is_prime(n) for the numbers from 0 to 20.",
+    'Convert this JSON to YAML: {"servers": [{"host": "a", "port": 80}, {"host": "b", "port": 81}, {"host": "c", "port": 82}]}',
+    "Write a C program that reads numbers from standard input and prints their sum, mean and maximum.",
+)
+KINDS = {"chat": PROMPTS, "code": CODE_PROMPTS}
+
+
 @dataclass(frozen=True)
 class Sample:
     """One batch, continued once.
 
     texts: new token ids of each prompt. seconds: from the call to the last token. ttft_s: to the first token of all prompts. proposed, accepted,
-    steps, step_tokens: speculation summed over the prompts (all 0 without).
+    steps, step_tokens: speculation summed over the prompts (all 0 without). from_text: proposals that the prompts' own text gave. draft_s, verify_s:
+    host seconds of the batch's decode steps, proposing and verifying.
     """
 
     texts: list[list[int]]
@@ -46,6 +61,9 @@ class Sample:
     accepted: int = 0
     steps: int = 0
     step_tokens: int = 0
+    from_text: int = 0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
 
 
 class Foretold:
@@ -73,6 +91,9 @@ class Foretold:
             sum(x.accepted for x in s),
             sum(x.steps for x in s),
             sum(x.new_tokens for x in s),
+            sum(x.from_text for x in s),
+            max(x.draft_s for x in s),
+            max(x.verify_s for x in s),
         )
 
     @torch.inference_mode()
@@ -134,7 +155,7 @@ Contestant = Foretold | Transformers
 
 def prompt_ids(engine: Engine, args: argparse.Namespace) -> list[list[int]]:
     """Token ids of the prompts: through the chat template, or raw at a fixed length."""
-    texts: Sequence[str] = PROMPTS
+    texts: Sequence[str] = KINDS[args.prompt_kind]
     if args.prompt_file is not None:
         try:
             texts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -168,6 +189,13 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: torch.device) ->
     kept = {name: getattr(model.generation_config, name) for name in ("num_assistant_tokens", "assistant_confidence_threshold")}
     model.generation_config = GenerationConfig(pad_token_id=0, **{name: value for name, value in kept.items() if value is not None})
     return model
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: of a GPU's allocator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def copy_gb_per_s(device: torch.device, num_bytes: int) -> float:

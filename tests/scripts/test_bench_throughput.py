@@ -19,6 +19,7 @@ from engine.errors import InvalidOption
 def short(monkeypatch):
     """Small copies: the ceiling is not what is tested."""
     monkeypatch.setattr(bench_throughput, "copy_gb_per_s", lambda device, size: copy_gb_per_s(device, 1 << 16))
+    monkeypatch.setattr(bench_throughput, "read_gb_per_s", lambda device: 3.0)
 
 
 def options(model_options, *more):
@@ -29,22 +30,32 @@ def test_rows_of_every_way(model_options, tmp_path, capsys, short):
     file = tmp_path / "out.json"
     assert main(options(model_options, "--batches", "1,2", "--temperature", "0,1", "--json-out", str(file))) == 0
     document = json.loads(file.read_text())
-    ways = [("foretold", "plain"), ("foretold", "speculative"), ("transformers", "plain"), ("transformers", "assisted")]
+    ways = [
+        ("foretold", "plain"),
+        ("foretold", "speculative"),
+        ("foretold", "ngram"),
+        ("transformers", "plain"),
+        ("transformers", "assisted"),
+    ]
     found = [(r["batch"], r["temperature"], r["engine"], r["mode"]) for r in document["rows"]]
-    assert found == [(b, t, *way) for b in (1, 2) for t in (0, 1) for way in (ways if b == 1 else ways[:3])]
+    assert found == [(b, t, *way) for b in (1, 2) for t in (0, 1) for way in (ways if b == 1 else ways[:4])]
     for row in document["rows"]:
         assert row["new_tokens"] == 6 and row["tokens_per_s"] > 0 and row["ttft_s"] > 0 and len(row["tokens_per_s_rounds"]) == 2
         assert row["tokens_per_s_best"] == max(row["tokens_per_s_rounds"])
         assert (row["floor_fraction"] is None) == (row["mode"] != "plain")
-        assert (row["acceptance_rate"] is None) == (row["mode"] != "speculative")
+        assert (row["acceptance_rate"] is None) == (row["mode"] not in ("speculative", "ngram"))
+        assert (row["draft_share"] is None) == (row["engine"] == "transformers")
+        if row["engine"] == "foretold":
+            assert 0 <= row["draft_share"] + row["verify_share"] <= 1
         plain = next(
             r
             for r in document["rows"]
             if (r["batch"], r["temperature"], r["engine"], r["mode"]) == (row["batch"], row["temperature"], "transformers", "plain")
         )
         assert row["over_transformers_plain"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
-    assert len(document["checks"]) == 5 and all(c["passed"] and c["equal_share"] == 1 for c in document["checks"])
-    assert [c["exact"] for c in document["checks"]] == [True, False, False, True, False]
+    assert len(document["checks"]) == 7 and all(c["passed"] and c["equal_share"] == 1 for c in document["checks"])
+    assert [c["exact"] for c in document["checks"]] == [True, True, False, False, True, True, False]
+    assert document["peak_bytes"] > document["announced_bytes"] > 0 and document["prompt_kind"] == "chat"
     assert {"device", "threads", "versions", "copy_gb_per_s", "command"} <= set(document) and str(tmp_path) not in file.read_text()
     assert "over transformers" in capsys.readouterr().out
 
@@ -54,7 +65,7 @@ def test_step_time_and_floor_are_what_the_row_says(model_options, tmp_path, shor
     assert main(options(model_options, "--engines", "foretold", "--modes", "plain", "--repeats", "1", "--json-out", str(file))) == 0
     document = json.loads(file.read_text())
     (row,) = document["rows"]
-    floor_s = document["read_bytes"] / (document["copy_gb_per_s"] * 1e9)
+    floor_s = document["read_bytes"] / (document["read_gb_per_s"] * 1e9)
     assert row["floor_fraction"] == pytest.approx(floor_s * row["tokens_per_s"])  # alone, a step gives one token
     assert row["over_foretold_plain"] == 1 and row["over_transformers_plain"] is None
 
@@ -70,6 +81,7 @@ def test_an_early_exit_has_no_assisted_way_and_deterministic_text_is_exact(chat_
     assert [(r["engine"], r["mode"], r["prompt_tokens"]) for r in document["rows"]] == [
         ("foretold", "plain", 20),
         ("foretold", "speculative", 20),
+        ("foretold", "ngram", 20),
         ("transformers", "plain", 20),
     ]
     assert 0 < document["rows"][1]["drafts_per_step"] <= 2
@@ -109,6 +121,17 @@ def test_both_judges_agree(chat_engine, chat_folders):
         sample = who.run([prompt, [*prompt, end]], 40, 0.0, 0)
         assert [len(t) for t in sample.texts] == [40, 40] and 0 < sample.ttft_s < sample.seconds
     assert ours.run([prompt], 30, 0.0, 0).texts == theirs.run([prompt], 30, 0.0, 0).texts
+
+
+def test_random_shapes_are_measured_and_plotted(tmp_path, short):
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    given = ["--shape", "tiny+tiny", "--device", "cpu", "--batches", "1,2", "--new-tokens", "6", "--prompt-tokens", "16", "--repeats", "1"]
+    assert main([*given, "--draft-length", "2", "--json-out", str(file), "--plot", str(picture)]) == 0
+    document = json.loads(file.read_text())
+    assert document["pair"] == "tiny+tiny" and document["prompt_kind"] == "random"
+    found = [(r["batch"], r["mode"]) for r in document["rows"]]
+    assert found == [(b, mode) for b in (1, 2) for mode in ("plain", "speculative", "ngram")]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 class Fixed:
@@ -174,11 +197,19 @@ def test_the_command_keeps_no_machine_paths():
         ["--new-tokens", "1"],
         ["--draft-length", "65"],
         ["--json-out", "no/such/folder/a.json"],
+        ["--plot", "no/such/folder/a.png"],
+        ["--prompt-kind", "poems"],
     ],
 )
 def test_bad_options_are_refused_before_loading(wrong):
     with pytest.raises(InvalidOption):
         parse(["--pair", "smollm2", *wrong])
+
+
+@pytest.mark.parametrize("shape", ["huge", "tiny+huge", "tiny+tiny+tiny"])
+def test_unknown_shapes_are_refused(shape):
+    with pytest.raises(InvalidOption, match="--shape"):
+        parse(["--shape", shape])
 
 
 def test_mistakes_found_after_loading_end_with_status_2(model_options, tmp_path, capsys):
