@@ -235,7 +235,11 @@ def announced(everyone: Sequence[Contestant]) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
     loaded = random_engine(args) if args.shape else load(args)
-    ids = prompts_of(args.prompts or max(args.batches), args.prompt_tokens or 128, 1 << 15) if args.shape else prompt_ids(loaded, args)
+    ids = (
+        prompts_of(args.prompts or max(args.batches), args.prompt_tokens or 128, loaded.core.target.config.vocab_size)
+        if args.shape
+        else prompt_ids(loaded, args)
+    )
     device, dtype = loaded.device, loaded.dtype
     config, weights = loaded.core.target.config, loaded.core.target.weight_bytes
     embedding = loaded.core.target.embed_tokens.weight

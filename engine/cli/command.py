@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
 def load(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine that --pair, or --target and --draft, name, on the --device and in the --dtype. Raises the errors of `Engine.from_pretrained`."""
     options |= {"device": args.device, "dtype": args.dtype}
-    if args.store is not None:
+    if getattr(args, "store", None) is not None:  # benchmarks have no such option
         options |= {"store": args.store, "store_bytes": args.store_bytes, "log": say}
         options |= {name: value for name in ("namespace", "quality", "pack") if (value := getattr(args, name, None)) is not None}
     if args.target:
