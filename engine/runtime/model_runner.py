@@ -77,14 +77,17 @@ class PageTables:
         self._known: dict[int, list[int]] = {}
         self._free = list(range(num_rows - 1, 0, -1))
 
-    def row(self, sequence: KvSequence) -> int:
-        """The sequence's row, up to date."""
+    def rows(self, sequences: Sequence[KvSequence]) -> list[int]:
+        """The rows of sequences that are run together, fewer than there are rows: each another's, up to date."""
+        if sum(sequence not in self._rows for sequence in sequences) > len(self._free):
+            # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
+            self._rows, self._free = weakref.WeakKeyDictionary(), list(range(len(self.tables) - 1, 0, -1))
+            self._known.clear()
+        return [self._row(sequence) for sequence in sequences]
+
+    def _row(self, sequence: KvSequence) -> int:
         row = self._rows.get(sequence)
         if row is None:
-            if not self._free:
-                # every row may be of a sequence that no longer decodes: all are given out anew
-                self._rows, self._free = weakref.WeakKeyDictionary(), list(range(len(self.tables) - 1, 0, -1))
-                self._known.clear()
             row = self._rows[sequence] = self._free.pop()
             self._known.pop(row, None)
             weakref.finalize(sequence, self._release, self._rows, row)
@@ -136,10 +139,11 @@ class Step:
         """Write the inputs of requests whose counts[b] new tokens begin at position starts[b]."""
         n, batch = self.key.length, self.key.batch
         positions, slots = [-1] * self.rows, [-1] * self.rows
-        contexts, rows = [0] * batch, [0] * batch
+        contexts = [0] * batch
+        rows = [*tables.rows(sequences), *[0] * (batch - len(sequences))]
         for b, (start, count, sequence) in enumerate(zip(starts, counts, sequences, strict=True)):
             size, pages = sequence.pool.page_size, sequence.pages
-            contexts[b], rows[b] = start + count, tables.row(sequence)
+            contexts[b] = start + count
             for j in range(count):
                 at = start + j
                 positions[b * n + j], slots[b * n + j] = at, pages[at // size] * size + at % size

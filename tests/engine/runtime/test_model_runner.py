@@ -139,11 +139,15 @@ def test_tables_of_more_sequences_than_rows(decoder):
     sequences = [pool.new_sequence() for _ in range(6)]
     for n, sequence in enumerate(sequences):
         sequence.ensure(16 * (n % 3 + 1))
-    for sequence in [*sequences, *reversed(sequences)]:
-        row = tables.row(sequence)
-        assert row > 0 and tables.tables[row, : len(sequence.pages)].tolist() == sequence.pages
+    # three rows; the fourth batch holds a sequence that has one, another that gets the last, and a third: none may share
+    for numbers in ((0,), (1, 2), (3, 4), (3, 0, 1), (5, 3, 1)):
+        batch = [sequences[number] for number in numbers]
+        rows = tables.rows(batch)
+        assert len(set(rows)) == len(batch) and 0 not in rows
+        for row, sequence in zip(rows, batch, strict=True):
+            assert tables.tables[row, : len(sequence.pages)].tolist() == sequence.pages
     sequence.ensure(64)
-    assert tables.tables[tables.row(sequence), :4].tolist() == sequence.pages
+    assert tables.tables[tables.rows([sequence])[0], :4].tolist() == sequence.pages
 
 
 def test_buckets():
