@@ -28,6 +28,7 @@ import torch
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
+from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_recomputed_layers, quick_pack
 from engine.calibrate.restore_cost import DEFAULT_BUDGET
@@ -93,6 +94,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="features and form of the predictor with the fewest bits among those whose passes and product take at most this share of the arithmetic "
         f"of the target's prefill (default: {DEFAULT_BUDGET}, unless --taps, --rank, --predictor or --recomputed-layers say which)",
+    )
+    parser.add_argument(
+        "--complete",
+        metavar="PACK",
+        help="fit nothing anew: give this pack of the pair a fallback basis (from --tokens of --text) and a divergence curve (from --curve-text)",
     )
     parser.add_argument("--show", metavar="PACK", help="make none: print the figures of one, its restore's arithmetic among them")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
@@ -174,7 +180,23 @@ def run(args: argparse.Namespace) -> dict:
     parts: dict[str, Any] = {"recomputed_layers": recomputed, "head_layers": loaded.head_layers}
     if args.quick and (args.restore_budget is not None or args.curve_text):
         raise InvalidOption("a quick pack has features and a curve of its own", "leave --quick, or --restore-budget and --curve-text out")
-    if args.quick:
+    if args.complete is not None:
+        if args.quick or args.mix or args.restore_budget is not None or args.taps or args.rank or args.predictor != "auto":
+            raise InvalidOption("--complete fits no predictor", "give it --text, --curve-text, --tokens and --context alone")
+        try:
+            given = CodecPack.load(args.complete)
+            given.check(prints)
+        except (CodecError, FileNotFoundError) as error:
+            raise InvalidOption(f"{args.complete} cannot be completed: {error}", "give a pack of this pair") from error
+        texts, other = (
+            read_texts(text_files(some), args.seed) if some else library_texts(args.seed) for some in (args.text, args.curve_text)
+        )
+        docs, _ = documents(texts, tokenizer, args.tokens, args.context, per_text=1)
+        curve_docs = documents(other, tokenizer, args.tokens, args.context, per_text=1)[0] if args.curve_text else None
+        pack = complete(
+            target, draft, given, docs, head_layers=loaded.head_layers, curve_docs=curve_docs, curve_tokens=args.tokens, log=log
+        )
+    elif args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
     else:
         options = CalibrationOptions(

@@ -51,7 +51,7 @@ from engine.model.decoder import Decoder
 
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
-_PROMISE_TOKENS = 1024  # whose bits are stated
+_PROMISE_TOKENS = 512  # whose bits are stated
 _CURVE_TOKENS = 16_384
 _QUICK_CURVE_TOKENS = 768
 ENOUGH_GRADIENTS = 50_000

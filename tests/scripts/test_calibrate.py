@@ -56,6 +56,8 @@ def test_mistakes_are_named(command, tmp_path, capsys):
         "the cheapest takes": [*command, *out, "--restore-budget", "0.0001"],
         "a restore budget chooses taps": [*command, *out, "--restore-budget", "0.5", "--rank", "8"],
         "features and a curve of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
+        "cannot be completed": [*command, *out, "--complete", str(tmp_path / "no.pack")],
+        "fits no predictor": [*command, *out, "--complete", str(tmp_path / "no.pack"), "--rank", "8"],
         "how many layers are recomputed": [*command, *out, "--restore-budget", "0.5", "--recomputed-layers", "1"],
     }
     for said, arguments in cases.items():

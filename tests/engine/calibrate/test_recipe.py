@@ -12,6 +12,7 @@ from codec.pack import CodecPack
 from codec.predictor.dense import DensePredictor, load_predictor
 from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, QUALITIES
+from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.divergence import measure_divergence
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
@@ -178,3 +179,19 @@ def test_a_pack_states_what_distortion_does_to_its_target(target, draft, docs) -
     for distortion in (0.02, 0.05, 0.1):
         assert other.divergence_of(distortion) == pytest.approx(pack.curve.divergence_of(distortion), rel=0.5)
     assert measure_divergence(stream, pack, [docs[0][:20]], 100) is None, "too short to be cut"
+
+
+def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch) -> None:
+    monkeypatch.setattr("engine.calibrate.recipe.FALLBACK_SHARE", 0.0)
+    options = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, rank=16, weighting="attention", level_strength=0.0)
+    pack = calibrate(target, draft, docs[:20], options=options, log=lambda _: None)
+    assert pack.transform.fallback is None and pack.version == 2
+    made = complete(target, draft, pack, docs[20:30], curve_docs=docs[30:], curve_tokens=400, log=lambda _: None)
+    assert made.version == 3 and made.curve is not None and made.digest != pack.digest and pack.transform.fallback is None
+    assert all(torch.equal(made.predictor[name], tensor) for name, tensor in pack.predictor.items())
+    assert torch.equal(made.transform.basis, pack.transform.basis) and torch.equal(made.stored["table.freqs"], pack.stored["table.freqs"])
+    assert made.info["fallback_components"] == made.transform.num_components - made.transform.num_rows == pack.layout.dim
+    with pytest.raises(InvalidOption, match="already"):
+        complete(target, draft, made, docs[:4], log=lambda _: None)
+    with pytest.raises(InvalidOption, match="no divergence curve"):
+        complete(target, draft, pack, docs[:4], curve_docs=[docs[0][:20]], log=lambda _: None)
