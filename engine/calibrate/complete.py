@@ -50,9 +50,8 @@ def complete(
     z = pack.weighting.to(target.device).whiten(residual)
     fallback, variance = fit_fallback(z - rows.expand(rows.project(z, rows.num_rows), z.shape[1]), pack.layout.layer_dim)
     del z
-    made = pack.with_fallback(fallback, torch.cat([rows.variance, variance]), pack.model).with_info(
-        {"fallback_components": pack.layout.dim}
-    )
+    made = pack.with_fallback(fallback, torch.cat([rows.variance, variance]), pack.model)
+    made = made.with_info({"fallback_components": pack.layout.dim, "divergence": None})  # a curve of before would be of the rows alone
     log("completing: fallback basis fitted")
     made = with_curve(stream, made, docs if curve_docs is None else curve_docs, features, residual, curve_tokens)
     if made.curve is None:
