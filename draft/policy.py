@@ -463,6 +463,9 @@ class DraftingPolicy:
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
+            if (load.waited["model"] + 1) % CORRECT_EVERY:  # whether to try it again is looked at now and then: a GPU's step is short
+                load.waited["model"] += 1
+                return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
             probing, length, count = True, self.lengths[0], len(able)
             expected = batch + sum(chains[b][0] for b in able)
