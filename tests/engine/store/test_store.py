@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -455,6 +456,32 @@ def test_threads_and_stores_at_once_agree(tmp_path) -> None:
     assert not failures
     report = stores[0].verify()
     assert report.sound and report.bytes == stores[1].totals[1] <= 14 * 4096
+
+
+def _race(folder: Path, number: int) -> None:
+    """A process that stores texts which others store too, under a limit that makes them evict each other's."""
+    store, generator, shared = RunStore(folder, limit_bytes=10 * 4096), random.Random(number), text(4)
+    for _ in range(12):
+        tokens = text(generator.randrange(1, 9), generator.randrange(5), shared)
+        found = store.lookup(ROOT, tokens)
+        assert found.spans == spans_of(tokens)[: found.end_page]
+        keep(store, tokens)
+    store.close()
+
+
+def test_processes_race_for_one_store(tmp_path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_race, args=(tmp_path / "store", number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    store = RunStore(tmp_path / "store")
+    report = store.verify()
+    assert report.sound and report.runs > 3 and report.bytes == store.totals[1] <= 10 * 4096
+    assert not list((store.folder / "tmp").iterdir())
+    store.close()
 
 
 def test_a_held_lock_ends_in_an_error_in_bounded_time(store, monkeypatch) -> None:
