@@ -68,7 +68,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("rates are above 0", "check --rates")
     if min(args.requests, args.prompt_tokens, args.max_batch) < 1 or args.new_tokens < 2 or not min(args.slo_ttft, args.slo_token) > 0:
         raise InvalidOption("requests, prompt tokens and batch are at least 1, new tokens 2, limits above 0", "check the options")
-    if (args.shape and not 1 <= len(names := args.shape.split("+")) <= 2) or any(name not in SHAPES for name in names if args.shape):
+    names = args.shape.split("+") if args.shape else []
+    if len(names) > 2 or any(name not in SHAPES for name in names):
         raise InvalidOption(f"--shape cannot be {args.shape!r}", f"give one or two of {', '.join(SHAPES)}, joined by +")
     SamplingParams(max_new_tokens=args.new_tokens, draft_length=args.draft_length)
     return args

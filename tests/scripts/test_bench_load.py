@@ -91,3 +91,7 @@ def test_bad_options_are_refused(wrong):
     options = ["--shape", "tiny"] if "--shape" not in wrong else []
     with pytest.raises(InvalidOption):
         parse([*options, *wrong])
+
+
+def test_a_model_with_a_tokenizer_is_loaded(model_options):
+    assert main([*model_options, "--rates", "200", "--requests", "3", "--new-tokens", "4", "--prompt-tokens", "10", "--exact"]) == 0
