@@ -51,7 +51,8 @@ class DraftHeadState(DraftState):
         """Forget what lies beyond the target's sequence, which was cut or never advanced."""
         length = self.sequence.length
         if self.num_cached > length:
-            self.own.truncate(min(self.own.length, length))
+            if self.own.length > length:
+                self.own.truncate(length)
             self.pending_hidden = (
                 None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
             )

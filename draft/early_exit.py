@@ -234,6 +234,7 @@ class EarlyExitDrafter:
 
         def first_layers(sequence: Any, count: int) -> Any:
             tokens = torch.zeros(count, dtype=torch.int64, device=self.decoder.device)
+            sequence.reserve(count)
             return self.decoder.forward(
                 tokens, [sequence], [count], logits="none", last_layer=self.num_layers, deterministic=self.deterministic
             ).hidden
@@ -247,6 +248,7 @@ class EarlyExitDrafter:
         sequences += [new_target_sequence(), draft_head.pool.new_sequence()]
 
         def draft(count: int) -> None:
+            sequences[2].reserve(count)
             draft_head.head(draft_head.forward([sequences[2]], first_layers(sequences[0], count), [count], [0], ()).hidden)
 
         def close() -> None:

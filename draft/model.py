@@ -121,6 +121,7 @@ class ModelDrafter:
 
         def draft(count: int) -> None:
             tokens = torch.zeros(count, dtype=torch.int64, device=self.decoder.device)
+            sequence.reserve(count)
             out = self.decoder.forward(tokens, [sequence], [count], logits="none", deterministic=self.deterministic)
             self.decoder.head(out.hidden, deterministic=self.deterministic)
 

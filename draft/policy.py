@@ -631,6 +631,7 @@ def measure_costs(
     def verify(count: int) -> None:
         tokens = torch.zeros(count, dtype=torch.int64, device=device)
         hidden = torch.zeros(count, target.config.hidden_size, dtype=target.dtype, device=device) if first else None
+        sequence.reserve(count)
         target.forward(tokens, [sequence], [count], first_layer=first, hidden=hidden, deterministic=deterministic)
 
     last = None if scratch is None else scratch.last

@@ -29,10 +29,13 @@ class DecoderOutput(Protocol):
 
 
 class KvSequence(Protocol):
-    """One request's key and value cache: `length` tokens are committed; a forward writes behind them and does not move it."""
+    """One request's key and value cache: `length` tokens are committed; a forward writes behind them, into pages that its caller has reserved, and does
+    not move it."""
 
     @property
     def length(self) -> int: ...
+
+    def reserve(self, n: int) -> None: ...  # pages for n tokens behind the committed ones
 
     def advance(self, n: int) -> None: ...
 
@@ -152,6 +155,9 @@ class DraftState:
         """The sequence in the draft's own pool."""
         return self.sequence
 
+    def align(self) -> None:
+        """Forget what lies beyond the target's sequence, where the draft's cache rests on it."""
+
 
 @dataclass
 class RequestProposal:
@@ -228,7 +234,7 @@ class ScratchPasses:
 
 
 class Drafter(Protocol):
-    """A source of proposals.
+    """A source of proposals. Pages are reserved by the caller of its methods, for all tokens that are passed and drafted.
 
     name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to
     `observe_target`. exit_layer: first layer the target still has to run on a proposal (0 unless drafts rest on its own first layers).

@@ -44,7 +44,7 @@ class Engine:
         tokenizer: None allows token ids only.
         draft: a small model with the target's vocabulary, a number of the target's first layers (early exit), a loaded draft source, or None for
             no speculation.
-        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams: see `EngineConfig`.
+        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams, prefix_sharing: see `EngineConfig`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
         store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
@@ -79,9 +79,20 @@ class Engine:
         pack: str | Path | None = None,
         log: Callable[[str], None] = print,
         ngrams: bool = True,
+        prefix_sharing: bool = True,
     ) -> None:
         config = EngineConfig(
-            pool_tokens, page_size, max_batch, prefill_chunk, deterministic, kv_cache_dtype, costs, target_dir, pair, ngrams
+            pool_tokens,
+            page_size,
+            max_batch,
+            prefill_chunk,
+            deterministic,
+            kv_cache_dtype,
+            costs,
+            target_dir,
+            pair,
+            ngrams,
+            prefix_sharing,
         )
         check_format(kv_cache_dtype, target.config.head_dim)
         self.core = EngineCore(

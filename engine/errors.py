@@ -24,6 +24,7 @@ __all__ = [
     "NewerVersion",
     "NonFiniteLogits",
     "PackMismatch",
+    "PagesNotReserved",
     "PoolExhausted",
     "PromptTooLong",
     "SessionBusy",
@@ -91,6 +92,10 @@ class NonFiniteLogits(ForetoldError):
 
 class PoolExhausted(ForetoldError):
     """The paged KV pool has no free page left and may not grow."""
+
+
+class PagesNotReserved(ForetoldError):
+    """A forward pass would write into pages that its sequence does not own, or not alone: its caller reserves them first."""
 
 
 # --- sessions and packs -----------------------------------------------------------------------------------------------

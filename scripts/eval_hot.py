@@ -56,7 +56,7 @@ class QuantisedQuality(Quality):
     def _log_probs(self, ids: torch.Tensor, sequences: list[KvSequence]) -> torch.Tensor:
         log_probs = super()._log_probs(ids, sequences)
         if self.draft is not None and self.draft_pool is not None:
-            own = [self.draft_pool.new_sequence() for _ in ids]
+            own = [self.draft_pool.new_sequence(self.context) for _ in ids]
             try:
                 hidden = self.draft(ids.flatten(), own, [self.context] * len(ids), logits="none").hidden
             finally:
@@ -88,6 +88,7 @@ def decoded(engine: Engine, case: Case, pool: KvPool) -> torch.Tensor:
     """The case's prefix KV float32 [P, D] after a stay in `pool`."""
     sequence = pool.new_sequence()
     try:
+        sequence.ensure(len(case.kv))
         engine.core.target.write_kv(sequence, 0, case.kv)
         return engine.core.target.read_kv(sequence, 0, case.prefix)
     finally:

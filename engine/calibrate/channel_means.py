@@ -65,8 +65,8 @@ def measure_means(target: Decoder, tokenizer: Any, num_tokens: int = NUM_TOKENS)
     pool = target.new_pool(-(-context // 64))
     total, count = torch.zeros(config.num_layers * config.kv_width, dtype=torch.float64), 0
     for ids in texts:
-        sequence = pool.new_sequence()
-        target(torch.tensor(ids, device=target.device), [sequence], [len(ids)], logits="none")
+        sequence = pool.new_sequence(len(ids))
+        target.forward(torch.tensor(ids, device=target.device), [sequence], [len(ids)], logits="none")
         rows = target.read_kv(sequence, NUM_SINKS, len(ids))
         total += rows.double().sum(0).cpu()
         count += len(rows)

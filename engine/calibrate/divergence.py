@@ -52,7 +52,7 @@ def measure_divergence(stream: PairStream, pack: CodecPack, documents: Sequence[
         pairs = list(zip(batch.y.split(sizes), prediction.split(sizes), strict=True))
         distortion = Distortion(codec, pairs, levels, factors)
         ids = torch.tensor(document, device=target.device)
-        sequence = target.new_pool(-(-len(document) // 64)).new_sequence()
+        sequence = target.new_pool(-(-len(document) // 64)).new_sequence(len(document))
         target.forward(ids[:split], [sequence], [split], logits="none")
         sequence.advance(split)
         following = [len(document) - split]

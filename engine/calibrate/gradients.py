@@ -45,7 +45,7 @@ def _cached(target: Decoder, token_ids: Tensor) -> Tensor:
     """Pre-RoPE KV of all layers, float32 [B, n, L, 2, G, d]."""
     batch, n = token_ids.shape
     pool = target.new_pool(batch * -(-n // 64))
-    sequences = [pool.new_sequence() for _ in range(batch)]
+    sequences = [pool.new_sequence(n) for _ in range(batch)]
     target.forward(token_ids.flatten(), sequences, [n] * batch, logits="none")
     c = target.config
     return torch.stack([target.read_kv(s, 0, n) for s in sequences]).reshape(batch, n, c.num_layers, 2, c.num_kv_heads, c.head_dim)

@@ -74,7 +74,7 @@ class PairStream:
         )
         pages = sum(-(-n // 64) for n in lens)
         pool = target.new_pool(pages)
-        sequences = [pool.new_sequence() for _ in lens]
+        sequences = [pool.new_sequence(n) for n in lens]
         observe = None if queries is None else queries.observer(target, kept, max(lens))
         out = target.forward(ids, sequences, lens, taps=taps, logits="none", observe=observe)
         first = self.layout.first_layer
@@ -85,13 +85,13 @@ class PairStream:
             pool = self.draft.new_pool(pages)
             clipped = ids.clamp_max(self.draft.config.vocab_size - 1)
             out = self.draft.forward(
-                clipped, [pool.new_sequence() for _ in lens], lens, taps=spec.taps, logits="none", last_layer=max(1, *spec.taps)
+                clipped, [pool.new_sequence(n) for n in lens], lens, taps=spec.taps, logits="none", last_layer=max(1, *spec.taps)
             )
         states = dict(out.taps)
         if own_taps and self.head_layers is not None:
             pool = self.head_layers.new_pool(pages)
             more = self.head_layers.forward(
-                None, [pool.new_sequence() for _ in lens], lens, hidden=out.taps[recomputed], taps=own_taps, logits="none"
+                None, [pool.new_sequence(n) for n in lens], lens, hidden=out.taps[recomputed], taps=own_taps, logits="none"
             ).taps
             states |= {recomputed + i: rows for i, rows in more.items()}
         rows = torch.stack([states[i][kept] for i in spec.taps], 1) if spec.taps else None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from engine.errors import PoolExhausted
+from engine.errors import PagesNotReserved, PoolExhausted
 from kernels.rope import apply_rope
 
 
 class KvPool(ABC):
     """Who owns which pages of S tokens. A subclass holds what is in them.
+
+    A page may have several owners: sequences that share a prefix, and whoever keeps it for later (`retain`). Nobody writes into a page with several:
+    `KvSequence.ensure` gives the writer a copy first (copy-on-write), and a forward over pages that were not ensured is refused. Pages that only a
+    cache owns (`keep`) count as free: it gives them up when they are needed.
 
     A new sequence starts in the middle of the longest run of free pages, so that sequences grow without meeting: pages that follow one
     another let attention on a CPU read a view of the pool instead of a copy.
@@ -32,6 +37,9 @@ class KvPool(ABC):
         self._references = [0] * num_pages
         self._num_free = num_pages
         self._sequences: list[KvSequence] = []
+        self._kept: dict[int, int] = {}  # of a page's owners, those that are caches
+        self._num_reclaimable = 0
+        self.reclaim: Callable[[KvPool, int], None] | None = None  # asks the cache for so many pages
 
     @property
     @abstractmethod
@@ -64,6 +72,10 @@ class KvPool(ABC):
     ) -> None:
         """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
 
+    @abstractmethod
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """Put the contents of each source page, of all layers, into a target page."""
+
     @property
     def takes_tree_positions(self) -> bool:
         """Whether tokens can be written elsewhere than at their position, and be moved there."""
@@ -80,6 +92,25 @@ class KvPool(ABC):
     def settle(self, sequence: KvSequence) -> None:  # noqa: B027 (nothing to do is a right answer)
         """Called when a sequence took more pages; it may be given others, with the same contents."""
 
+    def forked(self, source: KvSequence, copy: KvSequence) -> None:  # noqa: B027
+        """Called when `copy` was given the pages of `source`'s first tokens: what is kept beside pages is each sequence's own."""
+
+    @property
+    def keeps_beside(self) -> bool:
+        """Whether a sequence's attention needs more than its pages."""
+        return False
+
+    def beside(self, sequence: KvSequence, length: int) -> Any:
+        """A copy of what attention over a sequence's first `length` tokens needs beside their pages; None when that is nothing, or no longer there."""
+        return None
+
+    def restore_beside(self, sequence: KvSequence, beside: Any) -> None:
+        """Give a sequence that was begun with `KvSequence.share` what `beside` returned for another of these tokens."""
+        raise NotImplementedError(f"a {type(self).__name__} keeps nothing beside its pages")
+
+    def emptied(self, sequence: KvSequence) -> None:  # noqa: B027
+        """Called when a sequence gave its last page back."""
+
     @property
     def num_pages(self) -> int:
         """Pages now in memory."""
@@ -87,16 +118,22 @@ class KvPool(ABC):
 
     @property
     def num_free_pages(self) -> int:
-        """Pages nobody owns, those the pool may still grow by included."""
+        """Pages that can be had: nobody owns them, the pool may still grow by them, or only a cache keeps them."""
+        return self.num_unowned_pages + self._num_reclaimable
+
+    @property
+    def num_unowned_pages(self) -> int:
+        """Pages that nobody owns, those the pool may still grow by included."""
         return self._num_free + self.max_pages - self.num_pages
 
     def bytes_of(self, sequence: KvSequence) -> int:
-        """What a sequence takes of the pool, in bytes."""
+        """What a sequence takes of the pool, in bytes; shared pages count in full."""
         return len(sequence.pages) * self.page_bytes
 
-    def new_sequence(self) -> KvSequence:
-        """An empty sequence; it takes pages as it needs them."""
+    def new_sequence(self, tokens: int = 0) -> KvSequence:
+        """An empty sequence, with pages for so many tokens. Raises PoolExhausted."""
         sequence = KvSequence(self)
+        sequence.ensure(tokens)
         self._sequences.append(sequence)
         return sequence
 
@@ -111,6 +148,8 @@ class KvPool(ABC):
                 f"the KV pool needs {count} more pages of {self.page_size} tokens, {self.num_free_pages} are free of {self.max_pages}",
                 "use a larger pool, fewer requests at once, or a shorter context",
             )
+        if count > self.num_unowned_pages and self.reclaim is not None:
+            self.reclaim(self, count - self.num_unowned_pages)
         if count > self._num_free:
             self._grow(count - self._num_free)
         pages = self._find(count, after)
@@ -123,6 +162,7 @@ class KvPool(ABC):
         """Add an owner to each page, so that sequences can share it."""
         for page in pages:
             assert self._references[page] > 0, "only an owned page can be shared"
+            self._num_reclaimable -= self._only_kept(page)
             self._references[page] += 1
 
     def release(self, pages: list[int]) -> None:
@@ -131,6 +171,27 @@ class KvPool(ABC):
             assert self._references[page] > 0, "page released twice"
             self._references[page] -= 1
             self._num_free += self._references[page] == 0
+            self._num_reclaimable += self._only_kept(page)
+
+    def keep(self, pages: list[int]) -> None:
+        """Add a cache as owner of each page: it goes on being kept, and gives the page up when pages are needed."""
+        for page in pages:
+            assert self._references[page] > self._kept.get(page, 0), "a cache keeps what a sequence owns"
+            self._references[page] += 1
+            self._kept[page] = self._kept.get(page, 0) + 1
+
+    def drop(self, pages: list[int]) -> None:
+        """Take one cache off the owners of each page."""
+        for page in pages:
+            assert self._kept.get(page, 0) > 0, "no cache keeps the page"
+            self._num_reclaimable -= self._only_kept(page)
+            self._kept[page] -= 1
+            if not self._kept[page]:
+                del self._kept[page]
+            self.release([page])
+
+    def _only_kept(self, page: int) -> bool:
+        return self._references[page] == self._kept.get(page, 0) > 0
 
     def is_free(self, page: int) -> bool:
         """True when nobody owns the page."""
@@ -188,6 +249,9 @@ class KvPool(ABC):
         # retain() may have added owners that are no sequence, never fewer
         assert all(have >= want for have, want in zip(self._references, owners, strict=True)), "a page has fewer owners than sequences"
         assert self._num_free == self._references.count(0), "the free count is wrong"
+        assert self._num_reclaimable == sum(map(self._only_kept, self._kept)), "pages that only caches keep are miscounted"
+        both = zip(self._references, owners, strict=True)
+        assert all(have >= want + self._kept.get(page, 0) for page, (have, want) in enumerate(both)), "a cache keeps a page it does not own"
         assert self.num_pages <= self.max_pages, "the pool grew too far"
 
     def forget(self, sequence: KvSequence) -> None:
@@ -243,16 +307,19 @@ class PagedPool(KvPool):
         return self._views[index]
 
     def settle(self, sequence: KvSequence) -> None:
-        """On a CPU, move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again."""
+        """On a CPU, move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again. The other
+        owners of shared pages keep them."""
         pages = sequence.pages
-        if self.device.type != "cpu" or sequence.is_contiguous:
-            return
-        if self.longest_free_run() < 2 * len(pages) or any(self.is_shared(page) for page in pages):
+        if self.device.type != "cpu" or sequence.is_contiguous or self.longest_free_run() < 2 * len(pages):
             return
         target = self.allocate(len(pages))
-        self.kv[:, :, target[0] : target[-1] + 1] = self.kv[:, :, pages]
+        self.copy_pages(pages, target)
         self.release(pages)
         sequence.pages = target
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """See `KvPool.copy_pages`."""
+        self.kv[:, :, targets] = self.kv[:, :, sources]
 
     def check_integrity(self) -> None:
         """Also the tensor's size. Raises AssertionError."""
@@ -299,7 +366,7 @@ class PagedPool(KvPool):
 
 
 class KvSequence:
-    """The pages of one sequence and how many of its tokens are committed; written by the decoder, moved by its caller."""
+    """The pages of one sequence and how many of its tokens are committed; reserved and moved by the decoder's caller, written by the decoder."""
 
     def __init__(self, pool: KvPool) -> None:
         self.pool = pool
@@ -329,23 +396,73 @@ class KvSequence:
         return pages.to(device), (positions % size).to(device)
 
     def reserve(self, n: int) -> None:
-        """Own pages for n tokens after the committed ones.
+        """Own pages for n tokens after the committed ones, to write them.
 
         Raises:
             PoolExhausted: the pool has too few; the sequence is unchanged.
         """
         self.ensure(self.length + n)
 
-    def ensure(self, tokens: int) -> None:
-        """Own pages for `tokens` tokens in all.
+    def missing_pages(self, tokens: int, start: int | None = None) -> int:
+        """Pages that `ensure` would take."""
+        last = -(-tokens // self.pool.page_size)
+        return len(self._shared(tokens, start)) + max(0, last - len(self.pages))
+
+    def _shared(self, tokens: int, start: int | None) -> list[int]:
+        """Numbers of the pages that tokens from `start` on would be written to and others own too."""
+        start, size = self.length if start is None else start, self.pool.page_size
+        last = min(-(-tokens // size), len(self.pages)) if start < tokens else 0
+        return [i for i in range(start // size, last) if self.pool.is_shared(self.pages[i])]
+
+    def ensure(self, tokens: int, start: int | None = None) -> None:
+        """Own pages for `tokens` tokens in all, those of tokens from `start` on (default: the committed ones' end) alone: a shared page among these is
+        copied first.
 
         Raises:
             PoolExhausted: the pool has too few; the sequence is unchanged.
         """
-        missing = -(-tokens // self.pool.page_size) - len(self.pages)
-        if missing > 0:
-            self.pages += self.pool.allocate(missing, self.pages[-1] if self.pages else None)
-            self.pool.settle(self)
+        taken = self.missing_pages(tokens, start)
+        if not taken:
+            return
+        places, pool = self._shared(tokens, start), self.pool
+        new = pool.allocate(taken, self.pages[-1] if self.pages else None)
+        if places:
+            old = [self.pages[i] for i in places]
+            pool.copy_pages(old, new[: len(places)])
+            for i, page in zip(places, new, strict=False):
+                self.pages[i] = page
+            pool.release(old)
+        self.pages += new[len(places) :]
+        pool.settle(self)
+
+    def check_writable(self, start: int, end: int) -> None:
+        """Raises PagesNotReserved unless pages for tokens [start, end) are owned, by this sequence alone."""
+        size = self.pool.page_size
+        if end > self.capacity:
+            raise PagesNotReserved(
+                f"{end} tokens do not fit the {len(self.pages)} pages of {size} tokens that a sequence owns",
+                "call KvSequence.reserve or ensure before the forward pass",
+            )
+        if self._shared(end, start):
+            raise PagesNotReserved(
+                f"tokens {start} to {end} lie in pages that another sequence owns too",
+                "call KvSequence.reserve, or ensure with the first token to be written, before the forward pass",
+            )
+
+    def fork(self, length: int | None = None) -> KvSequence:
+        """A new sequence of this one's first `length` committed tokens (default: all), in the same pages until either writes into them."""
+        length = self.length if length is None else length
+        assert 0 <= length <= self.length, "only committed tokens can be shared"
+        copy = self.pool.new_sequence()
+        copy.share(self.pages[: -(-length // self.pool.page_size)], length)
+        self.pool.forked(self, copy)
+        return copy
+
+    def share(self, pages: list[int], length: int) -> None:
+        """Begin this empty sequence with pages that others own, which hold `length` tokens."""
+        assert not self.pages and -(-length // self.pool.page_size) == len(pages), "only an empty sequence takes over whole pages"
+        self.pool.retain(pages)
+        self.pages, self.length = list(pages), length
 
     def advance(self, n: int) -> None:
         """Commit n tokens that the decoder has written after the committed ones."""
@@ -359,10 +476,13 @@ class KvSequence:
         keep = -(-length // self.pool.page_size)
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
+        if not self.pages:
+            self.pool.emptied(self)
 
     def free(self) -> None:
         """Give all pages back; the sequence must not be used afterwards."""
         self.pool.release(self.pages)
         self.pages = []
         self.length = 0
+        self.pool.emptied(self)
         self.pool.forget(self)

@@ -13,6 +13,7 @@ import torch
 from engine.kv.pool import KvPool, KvSequence
 from kernels.kv_write import kv_write
 from kernels.quantized_kv import (
+    NUM_RECENT,
     NUM_SINKS,
     RING,
     ChannelMeans,
@@ -38,8 +39,18 @@ class QuantizedLayer:
     v_ring: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ExactTokens:
+    """Copies of a text's exact tokens. length: of the text; sinks [L, 2, NUM_SINKS, G, d]; recent [L, 2, up to NUM_RECENT, G, d], the ones before its
+    end."""
+
+    length: int
+    sinks: torch.Tensor
+    recent: torch.Tensor
+
+
 class QuantizedPool(KvPool):
-    """Pages of codes and scales, one `QuantizedPages` a layer, and for each first page in use a slot of exact first and last tokens.
+    """Pages of codes and scales, one `QuantizedPages` a layer, and for each sequence a slot of exact first and last tokens, never shared.
 
     Args:
         bits: of a code, 4, 3 or 2.
@@ -62,7 +73,7 @@ class QuantizedPool(KvPool):
         shape = len(means), 2, FIRST_SLOTS, NUM_SINKS, self._heads, self._head_dim
         self._sinks = torch.zeros(shape, dtype=dtype, device=means.device)
         self._rings = torch.zeros((*shape[:3], RING, *shape[4:]), dtype=dtype, device=means.device)
-        self._slot_of_page: dict[int, int] = {}
+        self._slot_of: dict[KvSequence, int] = {}
         self._free_slots = list(range(FIRST_SLOTS))
         self._spare: int | None = None
         self._held_from = [0] * FIRST_SLOTS  # first position of which a slot's ring holds the row
@@ -89,7 +100,7 @@ class QuantizedPool(KvPool):
 
     def bytes_of(self, sequence: KvSequence) -> int:
         """Its pages, and its exact tokens."""
-        return super().bytes_of(sequence) + self.slot_bytes * any(page in self._slot_of_page for page in sequence.pages[:1])
+        return super().bytes_of(sequence) + self.slot_bytes * (sequence in self._slot_of)
 
     def layer(self, index: int) -> QuantizedLayer:
         """What a layer's attention reads and writes."""
@@ -97,13 +108,12 @@ class QuantizedPool(KvPool):
         return QuantizedLayer(self._pages[index], self._means[index], *exact)
 
     def exact_row(self, sequence: KvSequence) -> int:
-        """Slot of the exact tokens of a sequence that owns a page; taken at first use, given back with the page. Slots double when they run out,
-        which replaces the tensors that hold them."""
-        first = sequence.pages[0]
-        if first not in self._slot_of_page:
-            slot = self._slot_of_page[first] = self._take_slot()
+        """Slot of the exact tokens of a sequence; taken at first use, given back with its last page. Slots double when they run out, which replaces the
+        tensors that hold them."""
+        if sequence not in self._slot_of:
+            slot = self._slot_of[sequence] = self._take_slot()
             self._held_from[slot] = sys.maxsize
-        return self._slot_of_page[first]
+        return self._slot_of[sequence]
 
     def spare_row(self) -> int:
         """A slot that no sequence owns, for rows that nobody reads; the same one every time."""
@@ -127,10 +137,55 @@ class QuantizedPool(KvPool):
         self._held_from[slot] = max(since, end - RING)
         return since
 
-    def release(self, pages: list[int]) -> None:
-        """Take one owner off each page; those without owner are free, and their exact tokens are forgotten."""
-        super().release(pages)
-        self._free_slots += [self._slot_of_page.pop(page) for page in pages if page in self._slot_of_page and self.is_free(page)]
+    def emptied(self, sequence: KvSequence) -> None:
+        """Its exact tokens are forgotten."""
+        slot = self._slot_of.pop(sequence, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+
+    def forked(self, source: KvSequence, copy: KvSequence) -> None:
+        """The copy gets exact tokens of its own: the first ones, and of the last ones before its end those that are still held."""
+        if source in self._slot_of and copy.length:
+            old, new = self.exact_row(source), self.exact_row(copy)
+            for tensor in (self._sinks, self._rings):
+                tensor[:, :, new] = tensor[:, :, old]
+            self._held_from[new] = self._held_from[old]
+
+    @property
+    def keeps_beside(self) -> bool:
+        """Exact tokens are."""
+        return True
+
+    def beside(self, sequence: KvSequence, length: int) -> ExactTokens | None:
+        """Copies of the first tokens, and of the last ones before `length`; None where some of these are no longer held exactly."""
+        slot = self._slot_of.get(sequence)
+        first = max(0, length - NUM_RECENT)
+        if slot is None or self._held_from[slot] > first:
+            return None
+        places = torch.arange(first, length, device=self.device) % RING
+        return ExactTokens(length, self._sinks[:, :, slot].clone(), self._rings[:, :, slot, places])
+
+    def restore_beside(self, sequence: KvSequence, beside: ExactTokens) -> None:
+        """See `KvPool.restore_beside`."""
+        assert sequence.length == beside.length, "exact tokens belong to a text of one length"
+        slot, first = self.exact_row(sequence), max(0, beside.length - NUM_RECENT)
+        self._sinks[:, :, slot] = beside.sinks
+        self._rings[:, :, slot, torch.arange(first, beside.length, device=self.device) % RING] = beside.recent
+        self._held_from[slot] = first
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """See `KvPool.copy_pages`."""
+        for layer in self._pages:
+            for tensor in layer[1:]:
+                tensor[targets] = tensor[sources]
+
+    def check_integrity(self) -> None:
+        """Also that every slot of exact tokens is one sequence's own or free. Raises AssertionError."""
+        super().check_integrity()
+        spare = [] if self._spare is None else [self._spare]
+        slots = sorted([*self._slot_of.values(), *self._free_slots, *spare])
+        assert slots == list(range(len(self._held_from))), "a slot of exact tokens is lost, or is two sequences'"
+        assert set(self._slot_of) <= set(self._sequences), "a sequence that was freed keeps exact tokens"
 
     @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _extend(self, num_pages: int) -> None:

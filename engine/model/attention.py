@@ -51,10 +51,10 @@ class AttentionBatch(NamedTuple):
             return [max(tree_position.slots) + 1 for tree_position in self.tree_positions]
         return [start + count for start, count in zip(self.starts, self.query_lens, strict=True)]
 
-    def reserve(self) -> None:
-        """Own the pages of the new tokens. Raises PoolExhausted; the sequences before the one that does not fit keep theirs."""
-        for sequence, context in zip(self.sequences, self.contexts, strict=True):
-            sequence.ensure(context)
+    def check_pages(self) -> None:
+        """Raises PagesNotReserved unless every sequence owns the pages of its new tokens alone."""
+        for sequence, start, context in zip(self.sequences, self.starts, self.contexts, strict=True):
+            sequence.check_writable(start, context)
 
     @property
     def slots(self) -> list[int]:

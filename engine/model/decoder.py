@@ -6,7 +6,7 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
@@ -28,7 +29,7 @@ from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer", "forward_reserved"]
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]  # (layer, queries before rotation [N, H, d], residual stream after it [N, E])
 
@@ -39,6 +40,31 @@ class DecoderOutput(NamedTuple):
     logits: torch.Tensor | None  # float32 [N, V] ("all"), [B, V] ("last") or None ("none", or the last layer was not run)
     hidden: torch.Tensor  # [N, E] residual stream after the last layer run, before the final norm
     taps: dict[int, torch.Tensor]  # layer count i -> [N, E] residual stream after i layers
+
+
+def forward_reserved(
+    model: CausalDecoder,
+    token_ids: torch.Tensor | None,
+    sequences: Sequence[KvSequence],
+    query_lens: Sequence[int],
+    *,
+    starts: Sequence[int] | None = None,
+    tree_positions: list[TreePosition] | None = None,
+    **options: Any,
+) -> Any:
+    """Reserve the new tokens' pages, then `Decoder.forward`: for callers outside of the scheduler, which reserves for a whole step.
+
+    Raises:
+        InvalidOption: as `Decoder.forward`. PoolExhausted: the pool has too few pages.
+    """
+    firsts = [sequence.length for sequence in sequences] if starts is None else list(starts)
+    if len(firsts) == len(query_lens) == len(sequences):  # else the forward refuses them
+        batch = AttentionBatch(sequences, query_lens, firsts, tree_positions)
+        for sequence, first, context in zip(sequences, firsts, batch.contexts, strict=True):
+            sequence.ensure(context, first)
+    return model.forward(
+        token_ids, list(sequences), list(query_lens), starts=None if starts is None else firsts, tree_positions=tree_positions, **options
+    )
 
 
 class Decoder(nn.Module):
@@ -235,7 +261,7 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
 
-        Sequence lengths do not move: commit with `sequence.advance(n)`, roll back by not doing so.
+        Pages are the caller's business, and sequence lengths do not move: commit with `sequence.advance(n)`, roll back by not doing so.
 
         Args:
             token_ids: [N] int64, the requests' new tokens one after another; not used, and may be None, when `hidden` is given.
@@ -252,7 +278,7 @@ class Decoder(nn.Module):
 
         Raises:
             InvalidOption: the arguments do not fit each other.
-            PoolExhausted: the pool has too few pages.
+            PagesNotReserved: a sequence does not own its new tokens' pages alone (`KvSequence.ensure`).
         """
         depth = self.config.num_layers
         last = depth if last_layer is None else last_layer
@@ -260,7 +286,7 @@ class Decoder(nn.Module):
         if starts is None:
             starts = [sequence.length for sequence in sequences]
         batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
-        batch.reserve()
+        batch.check_pages()
         backend = self.attention_backend(sequences[0].pool, deterministic=deterministic)
         backend.plan(batch)
         if hidden is None:
@@ -362,7 +388,7 @@ class Decoder(nn.Module):
 
         Raises:
             InvalidOption: y has another width than the layers need.
-            PoolExhausted: the pool has too few pages.
+            PagesNotReserved: the sequence does not own these tokens' pages alone.
         """
         config = self.config
         layers = config.num_layers - first_layer
@@ -370,6 +396,6 @@ class Decoder(nn.Module):
             what = f"KV rows of shape {list(y.shape)} do not fit {layers} layers of {config.kv_width} channels"
             raise InvalidOption(what, "check first_layer")
         end = start + y.shape[0]
-        sequence.ensure(end)
+        sequence.check_writable(start, end)
         kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim)
         sequence.pool.write(sequence, start, kv, first_layer, self.rope.slice(start, end))

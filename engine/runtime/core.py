@@ -17,8 +17,9 @@ from draft.protocols import Drafter, FeatureStore
 from draft.source import DraftSource, NgramSource
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
+from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
-from engine.runtime.memory import default_pool_tokens, open_pool, page_counts
+from engine.runtime.memory import default_pool_tokens, most_cached_pages, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
 from engine.runtime.prefix import PrefixStore
@@ -79,6 +80,9 @@ class EngineCore:
         if source is not None:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
             self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
+        self.shared_prefixes = None
+        if config.prefix_sharing:
+            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most_cached_pages(self.pool))
         self.scheduler = Scheduler(
             runner,
             self.pool,
@@ -96,6 +100,7 @@ class EngineCore:
                 lengths=LENGTHS if target.device.type == "cpu" else CAPTURED_LENGTHS,
                 most_rows=MAX_ROWS if isinstance(runner, GraphedDecoder) else None,
             ),
+            shared_prefixes=self.shared_prefixes,
         )
         self.costs_stale = False  # they are used, and measured again when there is time
         # told of what is measured, and whether the machine was free for it
@@ -201,7 +206,9 @@ class EngineCore:
             raise InvalidOption("features come from a draft, and this engine has none", 'use a draft model, or draft="trunk"')
         self.drafter.keep_features(taps, new_buffer)
 
-    def open_sequence_state(self) -> SequenceState:
+    def open_sequence_state(
+        self,
+    ) -> SequenceState:
         """An empty conversation. It keeps its pages until `close_sequence_state`."""
         with self.lock:
             sequence = self.pool.new_sequence()

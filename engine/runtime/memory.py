@@ -12,6 +12,7 @@ from engine.model.decoder import Decoder
 from kernels.quantized_kv import FORMATS
 
 POOL_TOKENS_CPU = 1 << 17
+CACHED_TOKENS_CPU = 1 << 15  # of prefixes that are kept for later requests
 START_TOKENS = 4096  # what a pool begins with; it doubles on demand
 
 
@@ -28,6 +29,11 @@ def default_pool_tokens(target: Decoder, draft: Decoder | None, kv_format: str =
         m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models
     )
     return max(START_TOKENS, int(torch.cuda.mem_get_info(target.device)[0] / 2 / token_bytes))
+
+
+def most_cached_pages(pool: KvPool) -> int:
+    """Pages that known beginnings may keep: a GPU's pool has its size at once, all of it; on a CPU, where a pool grows with what is kept, a few."""
+    return pool.max_pages if pool.device.type == "cuda" else min(pool.max_pages, CACHED_TOKENS_CPU // pool.page_size)
 
 
 def page_counts(tokens: int, page_size: int) -> tuple[int, int]:

@@ -243,7 +243,7 @@ class GraphedDecoder:
             )
         starts = [sequence.length for sequence in sequences] if starts is None else starts
         for sequence, start, count in zip(sequences, starts, query_lens, strict=True):
-            sequence.ensure(start + count)
+            sequence.check_writable(start, start + count)
         source = token_ids if hidden is None else hidden
         assert source is not None
         run = partial(self._pass, taps=taps, logits=logits, layers=range(first_layer, last), embed=hidden is None)
@@ -458,7 +458,8 @@ class PlainDecoding:
         """One token for each request, -1 where its logits are not finite.
 
         Args:
-            sequences: each with all tokens but the last one committed; pages for one more token are promised where room allows it.
+            sequences: each with all tokens but the last one committed, and pages for it and, where all have room, for one token more, which is run
+                ahead.
             last_tokens: each request's last token, which no model has run.
             room: tokens each may still get, this one included.
             draw: see the class.
@@ -476,7 +477,7 @@ class PlainDecoding:
     def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None, deterministic: bool) -> _Ahead:
         target, batch = self.target, len(sequences)
         for sequence, start in zip(sequences, starts, strict=True):
-            sequence.ensure(start + 1)
+            sequence.check_writable(start, start + 1)
         pages = max(len(s.pages) for s in sequences)
         step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic)
         step.fill(starts, [1] * batch, sequences, target.tables)

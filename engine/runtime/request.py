@@ -53,6 +53,9 @@ class SequenceState:
     Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV
     of a prefix of token_ids. After a generated run `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens
     beyond a cache are run when the conversation goes on.
+
+    num_computed: tokens whose KV this engine's steps computed, or shared; more in the
+    cache were written from outside. invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
     """
 
     token_ids: list[int]
@@ -61,6 +64,9 @@ class SequenceState:
     restored_spans: list[Any] = field(
         default_factory=list
     )  # the codes that the caches' beginning was restored from: they are not coded again
+    num_computed: int = 0
+    invariant: bool = True
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class GenerationResult:
 
     text: up to the stop string or end token, exclusive. token_ids: the new tokens; the last one is the stop or end token, or the one
     that completed the stop string. finish_reason: "stop" (stop string or stop token), "eos" (end-of-sequence token) or "length".
-    prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already. ttft_s: seconds from submission
-    to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for a single token).
+    prompt_tokens: tokens before the new ones; reused_tokens: how many of them were in the cache already, or shared. ttft_s: seconds
+    from submission to the first token. decode_s: from there to the last; tokens_per_s: the tokens after the first, over decode_s (0 for one token).
     logprobs: one a new token, where they were asked for.
     restored_tokens, restore_s: those of the reused ones that came from a store before the prompt ran, and the seconds of ttft_s that took.
     seed: the request's own, which names this text, or the key of the random numbers it drew without one. memory: target_bytes, draft_bytes, pool_bytes.
@@ -129,7 +135,7 @@ class Request:
     owns_cache: bool = True
     prompt_tokens: int = field(init=False)
     reused_tokens: int = field(init=False)
-    namespace: str | None = None  # whose stored prefixes it may use; None: the engine's own
+    namespace: str | None = None  # whose stored and shared prefixes it may use; None: the engine's own
     restored_tokens: int = 0
     restore_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -139,6 +145,7 @@ class Request:
     last_token_at: float = 0.0
     constraint: Constraint | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
     _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
@@ -177,8 +184,12 @@ class Request:
 
     def longest(self, *, drafts: bool) -> int:
         """Most tokens it may have in a cache at once, and memory is promised for; with `drafts`, those of its last step included."""
-        most = MAX_AUTO_LENGTH if self.params.draft_length == "auto" else self.params.draft_length
-        return min(self.context, self.prompt_tokens + self.params.max_new_tokens + (most if drafts else 0))
+        return min(self.context, self.prompt_tokens + self.params.max_new_tokens + (self.most_drafts if drafts else 0))
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts that one of its steps may have."""
+        return MAX_AUTO_LENGTH if self.params.draft_length == "auto" else self.params.draft_length
 
     def append_tokens(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""

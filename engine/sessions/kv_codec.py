@@ -242,8 +242,8 @@ class SessionCodec:
     ) -> None:
         sequence, target = conversation.sequence, self.core.target
         pool = sequence.pool
+        sequence.ensure(end, start)
         if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
-            sequence.ensure(end)
             pages, offsets = sequence.addresses(start, end)
             slots, angles = pages * pool.page_size + offsets, target.rope.slice(start, end)
             self.pages.write_pages(parts, latents, target_rows, pool.kv, slots, *angles, self.first_layer)
@@ -262,6 +262,7 @@ class SessionCodec:
         if spec.recomputed_layers == 0:
             return target.embed(ids)[:, None]
         rows, size = [], pass_tokens(target)
+        conversation.sequence.ensure(end, start)
         for at in range(start, end, size):
             count = min(end - at, size)
             out = target.forward(
@@ -290,6 +291,7 @@ class SessionCodec:
             return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.core.device))
         ids = torch.tensor(conversation.token_ids[:end], device=self.core.device).clamp_max(draft.config.vocab_size - 1)
         size = pass_tokens(draft)
+        state.sequence.ensure(end)
         for at in range(0, end, size):
             count = min(size, end - at)
             if self._shallow_layers == 0:
@@ -379,10 +381,13 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
         return
     start = conversation.sequence.length
     ids = torch.tensor(conversation.token_ids[start : start + count], device=core.device)
-    taps = core.drafter.target_taps if core.drafter else ()
+    taps, state = core.drafter.target_taps if core.drafter else (), conversation.draft_state
+    conversation.sequence.reserve(count)
+    if taps and state is not None and state.cache is not conversation.sequence:
+        state.cache.ensure(start + count)
     out = core.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=core.deterministic)
-    if core.drafter is not None and taps and conversation.draft_state is not None:
-        core.drafter.observe_target([conversation.draft_state], [count], out.taps)
+    if core.drafter is not None and taps and state is not None:
+        core.drafter.observe_target([state], [count], out.taps)
     conversation.sequence.advance(count)
 
 
@@ -392,6 +397,8 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int])
     drafter = core.drafter
     assert drafter is not None
     size = pass_tokens(core.draft_model or core.target)
+    state.sequence.ensure(len(token_ids), state.num_cached)
+    state.cache.ensure(len(token_ids))
     while chunk := token_ids[state.length : state.length + size]:
         drafter.prefill([state], [chunk])
         if drafter.exit_layer:

@@ -20,7 +20,7 @@ import torch
 
 from engine.engine import Engine
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.model_runner import GraphedDecoder
 from engine.runtime.sampling import SamplingParams
 
@@ -107,9 +107,9 @@ def agreement(engine: Engine, decoder: Decoder) -> dict[str, float]:
         logits = []
         for model in (decoder, runner):
             sequence = engine.core.pool.new_sequence()
-            decoder.forward(torch.tensor(prompt, device=engine.device), [sequence], [len(prompt)], logits="none")
+            forward_reserved(decoder, torch.tensor(prompt, device=engine.device), [sequence], [len(prompt)], logits="none")
             sequence.advance(len(prompt))
-            logits.append(model.forward(torch.tensor(prompt[:count], device=engine.device), [sequence], [count]).logits)
+            logits.append(forward_reserved(model, torch.tensor(prompt[:count], device=engine.device), [sequence], [count]).logits)
             sequence.free()
         found[f"logits_relative_rms_{count}"] = ((logits[0] - logits[1]).norm() / logits[0].norm()).item()
     return found

@@ -15,6 +15,7 @@ from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS
 from codec.token_ids import decode_ids, encode_ids
+from engine.model.decoder import forward_reserved
 from engine.runtime.core import EngineCore
 from engine.sessions.file import SessionFile, write_file
 from engine.sessions.kv_codec import SessionCodec, prefill_draft, run_tokens
@@ -159,6 +160,8 @@ class ResumeBench:
         conversation = self._opened([1] * 8)
         self.codec.run_target(conversation, 8)
         ids = torch.ones(1, dtype=torch.int64, device=self.core.device)
-        seconds = self._timed(lambda: self.core.target.forward(ids, [conversation.sequence], [1]).logits.argmax(-1).tolist(), repeats)  # type: ignore[union-attr]
+        seconds = self._timed(
+            lambda: forward_reserved(self.core.target, ids, [conversation.sequence], [1]).logits.argmax(-1).tolist(), repeats
+        )  # type: ignore[union-attr]
         self.core.close_sequence_state(conversation)
         return seconds

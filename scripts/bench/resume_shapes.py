@@ -25,7 +25,7 @@ from engine.calibrate.restore_cost import predictor_multiplies, restore_cost
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.model.rope import RopeConfig
 
 _GROUP = 128
@@ -122,7 +122,7 @@ def _pack(engine: Engine, shape: Shape) -> CodecPack:
     basis = torch.linalg.qr(torch.randn(layout.dim, shape.components, device=device, generator=generator)).Q.T.contiguous()
     ids = torch.randint(target.vocab_size, (512,), device=device, generator=generator)
     sequence = engine.core.pool.new_sequence()
-    engine.core.target.forward(ids, [sequence], [len(ids)], logits="none")
+    forward_reserved(engine.core.target, ids, [sequence], [len(ids)], logits="none")
     sequence.advance(len(ids))
     rows = engine.core.target.read_kv(sequence, 4, len(ids), first_layer=layout.first_layer)
     sequence.free()

@@ -14,6 +14,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = (
@@ -102,7 +103,7 @@ class Foretold:
         target, sequence = self.engine.core.target, self.engine.core.pool.new_sequence()
         tokens = torch.tensor([*prompt, *text[:-1]], device=target.device)
         try:
-            return target.head(target(tokens, [sequence], [len(tokens)], logits="none").hidden[-len(text) :])
+            return target.head(forward_reserved(target, tokens, [sequence], [len(tokens)], logits="none").hidden[-len(text) :])
         finally:
             sequence.free()
 

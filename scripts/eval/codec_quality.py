@@ -72,7 +72,7 @@ class Quality:
         cases = []
         for start in range(0, len(token_ids), self.batch):
             ids = torch.tensor(token_ids[start : start + self.batch], device=self.target.device)
-            sequences = [self.pool.new_sequence() for _ in ids]
+            sequences = [self.pool.new_sequence(self.context) for _ in ids]
             try:
                 self.target(ids[:, : self.prefix].flatten(), sequences, [self.prefix] * len(ids), logits="none")
                 for sequence in sequences:
@@ -89,7 +89,7 @@ class Quality:
         """Adds sequences whose prefix KV is `decoded`, float32 [P, D] each (pre-RoPE), to the sums."""
         for start in range(0, len(cases), self.batch):
             some = cases[start : start + self.batch]
-            sequences = [self.pool.new_sequence() for _ in some]
+            sequences = [self.pool.new_sequence(self.context) for _ in some]
             try:
                 for sequence, kv in zip(sequences, decoded[start : start + self.batch], strict=True):
                     self.target.write_kv(sequence, 0, kv)
@@ -118,7 +118,7 @@ class Quality:
         """KV float32 [context - skip, D] of each calibration sequence, its first `skip` tokens left out."""
         for start in range(0, len(sequences), self.batch):
             some = sequences[start : start + self.batch]
-            own = [self.pool.new_sequence() for _ in some]
+            own = [self.pool.new_sequence(len(token_ids)) for token_ids in some]
             try:
                 ids = torch.tensor([t for s in some for t in s], device=self.target.device)
                 self.target(ids, own, [len(s) for s in some], logits="none")
@@ -163,4 +163,4 @@ def hidden_states(
 
 def _scratch(decoder: Decoder, lengths: Sequence[int]) -> list[KvSequence]:
     pool = decoder.new_pool(sum(-(-n // _PAGE) for n in lengths) + 1, _PAGE)
-    return [pool.new_sequence() for _ in lengths]
+    return [pool.new_sequence(n) for n in lengths]

@@ -10,7 +10,8 @@ import torch
 
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.errors import InvalidOption
-from engine.kv.pool import KvSequence, PagedPool
+from engine.kv.pool import KvSequence
+from engine.model.decoder import forward_reserved
 from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import pair_fingerprints
@@ -44,7 +45,11 @@ def run_tokens(core: EngineCore, conversations: Sequence[SequenceState], pieces:
     taps = core.drafter.target_taps if core.drafter and states else ()
     flat = torch.tensor([t for piece in pieces for t in piece], device=core.device)
     counts = [len(piece) for piece in pieces]
-    out = core.target.forward(
+    for state, conversation, count in zip(states, conversations, counts, strict=False):
+        if taps and state.cache is not conversation.sequence:
+            state.cache.ensure(conversation.sequence.length + count)  # a draft head looks at what the target runs
+    out = forward_reserved(
+        core.target,
         flat,
         [c.sequence for c in conversations],
         counts,
@@ -81,6 +86,8 @@ def run_draft(core: EngineCore, conversations: Sequence[SequenceState]) -> None:
     if drafter is None or core.draft_model is None:
         return
     pairs = [(c, c.draft_state) for c in conversations if c.draft_state is not None]
+    for conversation, state in pairs:
+        state.sequence.ensure(conversation.sequence.length)
     while behind := [(c, state) for c, state in pairs if state.length < c.sequence.length]:
         drafter.prefill(
             [state for _, state in behind],
@@ -132,19 +139,10 @@ def ask_aside(
 
 @torch.inference_mode()
 def copied(sequence: KvSequence, shared: bool) -> KvSequence:
-    """The same KV in a sequence of its own. shared: full pages belong to both, who may only write behind them."""
-    pool = sequence.pool
-    assert isinstance(pool, PagedPool), "only bf16 pages are copied"
-    new = pool.new_sequence()
-    full = sequence.length // pool.page_size if shared else 0
-    pool.retain(sequence.pages[:full])
-    new.pages = sequence.pages[:full]
-    rest = sequence.pages[full : -(-sequence.length // pool.page_size)]
-    if rest:
-        own = pool.allocate(len(rest))
-        pool.kv[:, :, own] = pool.kv[:, :, rest]
-        new.pages = new.pages + own
-    new.length = sequence.length
+    """The same KV in a sequence of its own. shared: in the same pages, until either writes into them."""
+    new = sequence.fork()
+    if not shared:
+        new.ensure(new.length, 0)
     return new
 
 

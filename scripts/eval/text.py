@@ -12,6 +12,7 @@ import torch
 
 from codec.spec import NUM_SINKS
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.core import EngineCore
 from eval.codec_methods import ForetoldMethod, PairCodec
 from eval.codec_quality import Quality
@@ -130,7 +131,7 @@ def token_nll(core: EngineCore, token_ids: list[int]) -> list[float]:
     try:
         for start in range(0, len(ids) - 1, CHUNK_TOKENS):
             piece = ids[start : min(start + CHUNK_TOKENS, len(ids) - 1)]
-            logits = core.target.forward(piece, [sequence], [len(piece)]).logits
+            logits = forward_reserved(core.target, piece, [sequence], [len(piece)]).logits
             sequence.advance(len(piece))
             assert logits is not None
             values += torch.nn.functional.cross_entropy(logits.float(), ids[start + 1 : start + 1 + len(piece)], reduction="none").tolist()

@@ -32,7 +32,7 @@ from engine.hub.pairs import ModelSource, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_model
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.model.rope import RopeConfig
 from engine.model.weights import expected_shapes
 from engine.runtime.sampling import SamplingParams
@@ -120,7 +120,7 @@ def model_folder(folder: Path) -> Path:
 
 def _load(folder: Path) -> None:
     decoder = Decoder.from_pretrained(folder, dtype=torch.float32)
-    decoder(torch.arange(4), [decoder.new_pool(1).new_sequence()], [4])
+    forward_reserved(decoder, torch.arange(4), [decoder.new_pool(1).new_sequence()], [4])
     # numbers that are finite but absurd may overflow on the way: the sampler looks at the logits
     assert all(tensor.isfinite().all() for tensor in decoder.hf_tensors().values()), "weights were loaded that are no numbers"
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
-from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
 from engine.sessions.rates import Rates
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -204,7 +204,7 @@ def check_sampled_text(naive_probabilities) -> Callable[..., None]:
 
         def following(prefix: list[int]) -> Any:
             sequence = target.new_pool(1, 8).new_sequence()
-            logits = target.forward(torch.tensor(prefix), [sequence], [len(prefix)], logits="last").logits
+            logits = forward_reserved(target, torch.tensor(prefix), [sequence], [len(prefix)], logits="last").logits
             return naive_probabilities(logits[0].double().tolist(), params[0])
 
         expected: dict[Any, float] = {(): 1.0}

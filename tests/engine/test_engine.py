@@ -10,6 +10,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import EmptyPrompt, InvalidOption, ModelNotFound, PoolExhausted, PromptTooLong
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 
 
@@ -178,7 +179,7 @@ def test_a_conversation_filled_from_outside_goes_on(target, draft):
     [wanted] = engine.generate([prompt], GREEDY)
     conversation = engine.core.open_sequence_state()
     conversation.token_ids += prompt
-    target.forward(torch.tensor(prompt), [conversation.sequence], [len(prompt)], logits="none")
+    forward_reserved(target, torch.tensor(prompt), [conversation.sequence], [len(prompt)], logits="none")
     conversation.sequence.advance(len(prompt))
     result = engine.core.run(conversation, [], GREEDY)  # the cache holds everything: the last token runs again
     assert result.token_ids == wanted.token_ids and result.reused_tokens == len(prompt) - 1

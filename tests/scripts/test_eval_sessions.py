@@ -10,6 +10,7 @@ import torch
 
 import eval_report
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.file import SessionFile
 from eval.domain_texts import plain, write_folders
@@ -263,7 +264,7 @@ def test_nll_is_the_models_own(engine):
     ids = engine.encode("The same text, scored at once and in pieces.")
     with torch.inference_mode():
         sequence = engine.core.pool.new_sequence()
-        logits = engine.core.target.forward(torch.tensor(ids), [sequence], [len(ids)]).logits
+        logits = forward_reserved(engine.core.target, torch.tensor(ids), [sequence], [len(ids)]).logits
     expected = -logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(token_nll(engine.core, ids)), expected, rtol=1e-4, atol=1e-4)
 

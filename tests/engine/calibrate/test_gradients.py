@@ -7,6 +7,7 @@ import torch
 
 from codec.spec import NUM_SINKS, KvLayout
 from engine.calibrate.gradients import Sensitivity, _cached, _continue, cache_gradients
+from engine.model.decoder import forward_reserved
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2", "qwen3"])
@@ -15,7 +16,7 @@ def test_differentiable_forward_gives_the_decoders_logits(tiny_model, family: st
     c, split = decoder.config, 20
     ids = torch.randint(0, c.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     pool = decoder.new_pool(4)
-    expected = decoder.forward(ids.flatten(), [pool.new_sequence() for _ in ids], [32, 32]).logits.reshape(2, 32, -1)[:, split:]
+    expected = forward_reserved(decoder, ids.flatten(), [pool.new_sequence() for _ in ids], [32, 32]).logits.reshape(2, 32, -1)[:, split:]
     found = _continue(decoder, ids, split, _cached(decoder, ids[:, :split]))
     assert (found - expected).abs().max() < 1e-4
 

@@ -18,6 +18,7 @@ from engine.calibrate.divergence import measure_divergence
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, rotate_heads
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,12 @@ def test_the_stream_returns_what_one_document_gives_alone(target, draft, docs) -
     together = stream.run(docs[:3])
     assert together.lengths == [48 - NUM_SINKS] * 3
     sequence = target.new_pool(2).new_sequence()
-    target.forward(torch.tensor(docs[1]), [sequence], [48])
+    forward_reserved(target, torch.tensor(docs[1]), [sequence], [48])
     truth = target.read_kv(sequence, NUM_SINKS, 48)
     rows = slice(48 - NUM_SINKS, 2 * (48 - NUM_SINKS))
     torch.testing.assert_close(together.y[rows], truth, atol=1e-4, rtol=1e-3)
-    out = draft.forward(torch.tensor(docs[1]), [draft.new_pool(2).new_sequence()], [48], taps=(1, 2))
-    own = target.forward(torch.tensor(docs[1]), [target.new_pool(2).new_sequence()], [48], taps=(0, 1))
+    out = forward_reserved(draft, torch.tensor(docs[1]), [draft.new_pool(2).new_sequence()], [48], taps=(1, 2))
+    own = forward_reserved(target, torch.tensor(docs[1]), [target.new_pool(2).new_sequence()], [48], taps=(0, 1))
     target_rows = torch.stack([own.taps[0], own.taps[1]], 1)[NUM_SINKS:]
     torch.testing.assert_close(target_rows[:, 0], target.embed(torch.tensor(docs[1]))[NUM_SINKS:])
     expected = join_features(torch.stack([out.taps[1], out.taps[2]], 1)[NUM_SINKS:], target_rows)
@@ -71,7 +72,7 @@ def test_query_statistics_and_weights(target, docs) -> None:
             if layer == 1:
                 lengths.append(q[NUM_SINKS:].float().pow(2).sum(-1))
 
-        target.forward(torch.tensor(document), [sequence], [48], observe=observe)
+        forward_reserved(target, torch.tensor(document), [sequence], [48], observe=observe)
     trace = (queries.moments[1] / queries.counts[1]).diagonal(dim1=-2, dim2=-1).sum(-1)
     torch.testing.assert_close(trace, torch.cat(lengths).mean(0), rtol=1e-3, atol=1e-3)
 

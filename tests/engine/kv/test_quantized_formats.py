@@ -17,6 +17,7 @@ from engine.errors import InvalidOption
 from engine.generate import main
 from engine.kv.formats import KV_CACHE_DTYPES, element_bits
 from engine.kv.quantized_pool import FIRST_SLOTS, QuantizedPool
+from engine.model.decoder import forward_reserved
 from engine.runtime.memory import default_pool_tokens, open_pool
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS, RING
@@ -169,7 +170,7 @@ def test_means_are_those_of_the_text(quantised_engine):
     for ids in texts:
         sequence = engine.core.pool.new_sequence()
         with torch.inference_mode():
-            engine.core.target(torch.tensor(ids), [sequence], [len(ids)], logits="none")
+            forward_reserved(engine.core.target, torch.tensor(ids), [sequence], [len(ids)], logits="none")
         rows.append(engine.core.target.read_kv(sequence, 4, len(ids)))
     other = torch.cat(rows).mean(0)
     assert float((other - mean.flatten()).norm() / other.norm()) < 0.35

@@ -11,7 +11,7 @@ from engine.engine import Engine
 from engine.hub.cache import cache_home
 from engine.kv.formats import KV_CACHE_DTYPES
 from engine.kv.quantized_pool import QuantizedPool
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS
 
@@ -34,7 +34,7 @@ def test_cuda_agrees_with_the_cpu(tiny_model, kv_format):
         sequence = pool.new_sequence()
         rows = []
         for block in ids.to(decoder.device).split(sizes):
-            rows.append(decoder(block, [sequence], [len(block)], deterministic=deterministic).logits)
+            rows.append(forward_reserved(decoder, block, [sequence], [len(block)], deterministic=deterministic).logits)
             sequence.advance(len(block))
         return torch.cat(rows).cpu(), decoder.read_kv(sequence, 0, len(ids)).cpu()
 

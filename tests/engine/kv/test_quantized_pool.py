@@ -7,7 +7,7 @@ import torch
 
 from bench.interpreter import compute_like_hardware
 from engine.kv.quantized_pool import QuantizedPool
-from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
 from engine.model.rope import RopeConfig
 from kernels.dispatch import triton_importable
 from kernels.quantized_kv import FORMATS, NUM_SINKS, RING
@@ -42,7 +42,7 @@ def quantized_pool(random_decoder):
 def fed(decoder, sequence, ids, sizes, deterministic=True):
     rows = []
     for block in ids.split(sizes):
-        rows.append(decoder(block, [sequence], [len(block)], deterministic=deterministic).logits)
+        rows.append(forward_reserved(decoder, block, [sequence], [len(block)], deterministic=deterministic).logits)
         sequence.advance(len(block))
     return torch.cat(rows)
 
@@ -51,7 +51,7 @@ def fed(decoder, sequence, ids, sizes, deterministic=True):
 @torch.inference_mode()
 def test_written_rows_come_back_near_and_the_first_exactly(quantized_pool, kv_format):
     decoder, pool, means = quantized_pool(kv_format)
-    sequence = pool.new_sequence()
+    sequence = pool.new_sequence(40)
     rows = torch.randn(40, 2, 2, 1, 32, generator=torch.Generator().manual_seed(5)) * 3 + means
     decoder.write_kv(sequence, 0, rows.flatten(1))
     back = decoder.read_kv(sequence, 0, 40).view_as(rows)
@@ -105,15 +105,17 @@ def test_deterministic_logits_are_the_same_bits_in_any_blocks_batch_and_after_re
     for start in range(0, 150, 10):
         # drafts that are rejected, as many as may be: they overwrite the first tokens' exact rows, and the last ones' as far as these are spared
         drafts = wrong.roll(-start)[:65]
-        decoder(torch.cat([drafts, ids[:3]]), [one, other], [len(drafts), 3], deterministic=True)
+        forward_reserved(decoder, torch.cat([drafts, ids[:3]]), [one, other], [len(drafts), 3], deterministic=True)
         rows.append(
-            decoder(torch.cat([ids[start : start + 10], wrong[start : start + 2]]), [one, other], [10, 2], deterministic=True).logits[:10]
+            forward_reserved(
+                decoder, torch.cat([ids[start : start + 10], wrong[start : start + 2]]), [one, other], [10, 2], deterministic=True
+            ).logits[:10]
         )
         one.advance(10)
         other.advance(1)
     assert torch.equal(torch.cat(rows), whole)
     one.truncate(2)
-    decoder(wrong[2:10], [one], [8], deterministic=True)
+    forward_reserved(decoder, wrong[2:10], [one], [8], deterministic=True)
     assert torch.equal(fed(decoder, one, ids[2:], [3, 145]), whole[2:])
     pool.check_integrity()
 
@@ -127,8 +129,8 @@ def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(quantized_pool):
     fed(decoder, short, ids[:60], [60])
     sequence.truncate(60)
     for start in (60, 61, 62):
-        cut = decoder(ids[start : start + 1], [sequence], [1]).logits.log_softmax(-1)
-        want = decoder(ids[start : start + 1], [short], [1]).logits.log_softmax(-1)
+        cut = forward_reserved(decoder, ids[start : start + 1], [sequence], [1]).logits.log_softmax(-1)
+        want = forward_reserved(decoder, ids[start : start + 1], [short], [1]).logits.log_softmax(-1)
         sequence.advance(1)
         short.advance(1)
         kl = float((want.exp() * (want - cut)).sum())
@@ -140,9 +142,9 @@ def test_a_cut_far_back_reads_codes_where_exact_rows_are_gone(quantized_pool):
 def test_first_layers_run_apart_write_the_same_cache(quantized_pool, ids):
     decoder, pool, _ = quantized_pool("q3", num_pages=16)
     whole, parts = pool.new_sequence(), pool.new_sequence()
-    want = decoder(ids, [whole], [40], deterministic=True).logits
-    lower = decoder(ids, [parts], [40], logits="none", last_layer=1, deterministic=True)
-    got = decoder(None, [parts], [40], hidden=lower.hidden, first_layer=1, deterministic=True).logits
+    want = forward_reserved(decoder, ids, [whole], [40], deterministic=True).logits
+    lower = forward_reserved(decoder, ids, [parts], [40], logits="none", last_layer=1, deterministic=True)
+    got = forward_reserved(decoder, None, [parts], [40], hidden=lower.hidden, first_layer=1, deterministic=True).logits
     assert torch.equal(got, want)
     assert torch.equal(decoder.read_kv(whole, 0, 40), decoder.read_kv(parts, 0, 40))
 
@@ -189,13 +191,13 @@ def test_interpreted_kernels_agree_with_the_reference(monkeypatch):
         monkeypatch.setenv("FORETOLD_KERNELS", kernels)
         pool = QuantizedPool(4, means, 8, 8, dtype=torch.float32)
         a, b = pool.new_sequence(), pool.new_sequence()
-        rows = [decoder(ids[:11], [a, b], [9, 2], deterministic=deterministic).logits]
+        rows = [forward_reserved(decoder, ids[:11], [a, b], [9, 2], deterministic=deterministic).logits]
         a.advance(9)
         b.advance(2)
-        rows.append(decoder(ids[11:], [a, b], [1, 5], deterministic=deterministic).logits)
+        rows.append(forward_reserved(decoder, ids[11:], [a, b], [1, 5], deterministic=deterministic).logits)
         a.advance(1)
         kv = decoder.read_kv(a, 0, 10)
-        c = pool.new_sequence()
+        c = pool.new_sequence(10)
         decoder.write_kv(c, 0, kv)
         return torch.cat(rows), kv, decoder.read_kv(c, 0, 10)
 

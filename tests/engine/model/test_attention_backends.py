@@ -9,6 +9,7 @@ from draft.tree import Leaf, TreePosition, block_positions
 from engine.errors import InvalidOption
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.attention import AttentionBatch, DeviceBatch, QuantizedBackend, ReferenceBackend, TritonBackend, open_backend
+from engine.model.decoder import forward_reserved
 from engine.model.layers import FAST, LayerShape, dense_attention, layer_forward, rope_of
 from kernels.paged_attention.reference import TREE_SPAN
 
@@ -37,7 +38,7 @@ def prompted(decoder, kind, lengths):
     sequences = [pool.new_sequence() for _ in lengths]
     for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         if length:
-            decoder(random_ids(length, seed=number), [sequence], [length])
+            forward_reserved(decoder, random_ids(length, seed=number), [sequence], [length])
             sequence.advance(length)
     return pool, sequences
 
@@ -63,10 +64,10 @@ def test_replayed_steps_equal_planned_ones(decoder, kind):
         ids = random_ids(6, seed=9 + step)
         rest = 6 - sum(counts)
         batch = AttentionBatch([*sequences, scratch], [*counts, rest], [s.length for s in sequences] + [0])
-        batch.reserve()
+        reserve(batch)
         backend.prepare_for_replay(batch)
         got = decoder.decode(ids, backend)[: sum(counts)]
-        want = decoder(ids[: sum(counts)], expected, list(counts)).logits
+        want = forward_reserved(decoder, ids[: sum(counts)], expected, list(counts)).logits
         assert torch.allclose(got, want, atol=1e-5)
         for sequence, other, count in zip(sequences, expected, counts, strict=True):
             sequence.advance(count)
@@ -96,6 +97,11 @@ def test_replays_of_other_sizes_are_refused(decoder, kind):
         backend.prepare_for_replay(AttentionBatch(sequences, [1, 2], [3, 5], [TreePosition([3], [3]), TreePosition([5, 5], [5, 6])]))
 
 
+def reserve(batch):
+    for sequence, start, context in zip(batch.sequences, batch.starts, batch.contexts, strict=True):
+        sequence.ensure(context, start)
+
+
 @torch.inference_mode()
 def test_a_plan_allocates_nothing(decoder):
     pool, (sequence,) = prompted(decoder, ReferenceBackend, [8])
@@ -114,7 +120,7 @@ def test_every_backend_sees_the_same_tree(decoder):
     tree_positions = [block_positions(7, 2, leaves), block_positions(10, 3, [])]
     counts, ids = [6, 4], random_ids(10, seed=3)
     batch = AttentionBatch(sequences, counts, [6, 9], tree_positions)
-    batch.reserve()
+    reserve(batch)
     found = []
     for kind in (ReferenceBackend, TritonBackend):
         backend = kind(sequences[0].pool, decoder.config, decoder.rope)
@@ -131,11 +137,11 @@ def test_trees_wider_than_their_masks_are_refused(decoder):
     sequence = decoder.new_pool(12, 8).new_sequence()
     wide = TreePosition([0, 0], [0, TREE_SPAN])
     with pytest.raises(InvalidOption, match=f"0 to {TREE_SPAN} behind"):
-        decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[wide])
+        forward_reserved(decoder, torch.tensor([1, 2]), [sequence], [2], tree_positions=[wide])
     with pytest.raises(InvalidOption, match="-1 to 0 behind"):
-        decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 1], [0, 0])])
-    edge = decoder.forward(torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 0], [0, TREE_SPAN - 1])])
-    alone = decoder.forward(torch.tensor([2]), [sequence], [1])
+        forward_reserved(decoder, torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 1], [0, 0])])
+    edge = forward_reserved(decoder, torch.tensor([1, 2]), [sequence], [2], tree_positions=[TreePosition([0, 0], [0, TREE_SPAN - 1])])
+    alone = forward_reserved(decoder, torch.tensor([2]), [sequence], [1])
     assert torch.allclose(edge.logits[1], alone.logits[0], atol=1e-5)
 
 
@@ -143,10 +149,10 @@ def test_trees_wider_than_their_masks_are_refused(decoder):
 def test_chains_beside_a_tree_may_be_longer_than_a_mask(decoder):
     ids, count = random_ids(TREE_SPAN + 7), TREE_SPAN + 7
     pool = decoder.new_pool(40, 8)
-    want = decoder(ids, [pool.new_sequence()], [count]).logits
+    want = forward_reserved(decoder, ids, [pool.new_sequence()], [count]).logits
     for kind in (ReferenceBackend, TritonBackend):
         batch = AttentionBatch([pool.new_sequence()], [count], [0], [block_positions(1, count - 1, [])])
-        batch.reserve()
+        reserve(batch)
         backend = kind(pool, decoder.config, decoder.rope)
         backend.plan(batch)
         assert torch.allclose(decoder.decode(ids, backend), want, atol=1e-5)
@@ -176,7 +182,7 @@ def test_the_layer_forward_is_the_decoders_with_any_attention(tiny_model, family
     decoder = tiny_model(family).decoder
     count, shape = 12, LayerShape.of(decoder.config)
     ids = random_ids(count)
-    want = decoder(ids, [decoder.new_pool(2, 8).new_sequence()], [count], taps=(0, 1, decoder.config.num_layers)).taps
+    want = forward_reserved(decoder, ids, [decoder.new_pool(2, 8).new_sequence()], [count], taps=(0, 1, decoder.config.num_layers)).taps
     rope = rope_of(*decoder.rope.slice(0, count), shape.num_heads)
     stream, update = decoder.embed(ids), None
     for number, w in enumerate(decoder.layer_weights()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.model.decoder import forward_reserved
+
 FAMILIES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
 BOUND = 1e-4
 LENGTH = 45
@@ -29,7 +31,7 @@ def feed(decoder, sequence, ids, sizes):
     """Logits [T, V] of ids fed in chunks of the given sizes."""
     rows, start = [], 0
     for size in sizes:
-        rows.append(decoder(ids[start : start + size], [sequence], [size]).logits)
+        rows.append(forward_reserved(decoder, ids[start : start + size], [sequence], [size]).logits)
         sequence.advance(size)
         start += size
     assert start == len(ids)
@@ -85,8 +87,8 @@ def test_ragged_batches_match_each_request_alone(tiny_model, family, page_size):
     for lens in rounds:
         spans = [(s.length, s.length + n) for s, n in zip(sequences, lens, strict=True)]
         flat = torch.cat([text[a:b] for text, (a, b) in zip(texts, spans, strict=True)])
-        everything = model.decoder(flat, sequences, lens).logits
-        last = model.decoder(flat, sequences, lens, logits="last").logits
+        everything = forward_reserved(model.decoder, flat, sequences, lens).logits
+        last = forward_reserved(model.decoder, flat, sequences, lens, logits="last").logits
         want = torch.cat([rows[a:b] for rows, (a, b) in zip(expected, spans, strict=True)])
         want_last = torch.stack([rows[b - 1] for rows, (_, b) in zip(expected, spans, strict=True)])
         assert (everything - want).abs().max() < BOUND
@@ -128,8 +130,8 @@ def test_rollback_is_not_advancing(tiny_model, ids):
     sequence = pool.new_sequence()
     feed(model.decoder, sequence, ids[:20], [20])
     wrong = (ids[20:28] + 1) % 97
-    model.decoder(wrong, [sequence], [8])  # a rejected block: not committed
-    model.decoder(torch.cat([ids[20:22], wrong[2:6]]), [sequence], [6])
+    forward_reserved(model.decoder, wrong, [sequence], [8])  # a rejected block: not committed
+    forward_reserved(model.decoder, torch.cat([ids[20:22], wrong[2:6]]), [sequence], [6])
     sequence.advance(2)  # two of six accepted
     rest = feed(model.decoder, sequence, ids[22:], [1, 22])
     assert (rest - model.logits(ids)[22:]).abs().max() < BOUND
@@ -144,7 +146,7 @@ def test_explicit_starts_rewrite_earlier_tokens(tiny_model, ids):
     model = tiny_model("llama")
     sequence = model.decoder.new_pool(4, 16).new_sequence()
     feed(model.decoder, sequence, (ids + 1) % 97, [LENGTH])
-    got = model.decoder(ids, [sequence], [LENGTH], starts=[0]).logits
+    got = forward_reserved(model.decoder, ids, [sequence], [LENGTH], starts=[0]).logits
     assert (got - model.logits(ids)).abs().max() < BOUND
     assert sequence.length == LENGTH
 
@@ -152,5 +154,5 @@ def test_explicit_starts_rewrite_earlier_tokens(tiny_model, ids):
 def test_gradients_are_never_recorded(tiny_model, ids):
     model = tiny_model("llama")
     assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
-    out = model.decoder(ids, [model.decoder.new_pool(4, 16).new_sequence()], [LENGTH])
+    out = forward_reserved(model.decoder, ids, [model.decoder.new_pool(4, 16).new_sequence()], [LENGTH])
     assert not out.logits.requires_grad

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -24,7 +25,7 @@ def fresh(model):
 def test_taps_are_transformers_hidden_states(tiny_model, ids, family):
     model = tiny_model(family)
     states = model.reference(ids[None], output_hidden_states=True).hidden_states
-    out = model.decoder(ids, [fresh(model)], [21], taps=(0, 1, 2, 3))
+    out = forward_reserved(model.decoder, ids, [fresh(model)], [21], taps=(0, 1, 2, 3))
     assert sorted(out.taps) == [0, 1, 2, 3]
     for i in range(3):
         assert (out.taps[i] - states[i][0]).abs().max() < 1e-4
@@ -43,10 +44,10 @@ def test_two_partial_passes_equal_the_full_one(tiny_model, ids, family, cut):
     whole, split = fresh(model), fresh(model)
     for start, count in ((0, 13), (13, 8)):
         block = ids[start : start + count]
-        full = decoder(block, [whole], [count])
-        lower = decoder(block, [split], [count], last_layer=cut, logits="none" if cut < 3 else "all")
+        full = forward_reserved(decoder, block, [whole], [count])
+        lower = forward_reserved(decoder, block, [split], [count], last_layer=cut, logits="none" if cut < 3 else "all")
         assert cut == 3 or lower.logits is None
-        upper = decoder(None, [split], [count], first_layer=cut, hidden=lower.hidden)
+        upper = forward_reserved(decoder, None, [split], [count], first_layer=cut, hidden=lower.hidden)
         assert torch.equal(upper.logits, full.logits)
         whole.advance(count)
         split.advance(count)
@@ -57,10 +58,10 @@ def test_two_partial_passes_equal_the_full_one(tiny_model, ids, family, cut):
 @torch.inference_mode()
 def test_head_and_embed_are_the_ends_of_a_forward_pass(tiny_model, ids):
     model = tiny_model("qwen2")
-    out = model.decoder(ids, [fresh(model)], [21], taps=(0,))
+    out = forward_reserved(model.decoder, ids, [fresh(model)], [21], taps=(0,))
     assert torch.equal(model.decoder.embed(ids), out.taps[0])
     assert torch.equal(model.decoder.head(out.hidden), out.logits)
-    assert model.decoder(ids, [fresh(model)], [21], logits="none").logits is None
+    assert forward_reserved(model.decoder, ids, [fresh(model)], [21], logits="none").logits is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,7 +77,7 @@ def test_observe_sees_queries_before_rotation_and_the_stream_after(tiny_model, i
     for hook in hooks:
         hook.remove()
     seen = []
-    out = model.decoder(ids, [fresh(model)], [21], taps=(1, 2, 3), observe=lambda *args: seen.append(args))
+    out = forward_reserved(model.decoder, ids, [fresh(model)], [21], taps=(1, 2, 3), observe=lambda *args: seen.append(args))
     assert [layer for layer, _, _ in seen] == [0, 1, 2]
     for layer, queries, stream in seen:
         assert queries.shape == (21, config.num_heads, config.head_dim)

@@ -9,7 +9,7 @@ import torch
 
 from engine.errors import DownloadFailed
 from engine.hub.resolve import resolve_pair
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.text.tokenizer import load_tokenizer
 
 TEXT = (
@@ -52,7 +52,7 @@ def test_real_text_gives_transformers_logits_and_greedy_text(folder, expected):
     sequence = decoder.new_pool(4).new_sequence()
     rows, start = [], 0
     for size in (60, 1, 5, len(ids) - 66):
-        rows.append(decoder(ids[start : start + size], [sequence], [size]).logits)
+        rows.append(forward_reserved(decoder, ids[start : start + size], [sequence], [size]).logits)
         sequence.advance(size)
         start += size
     got = torch.cat(rows)
@@ -63,7 +63,7 @@ def test_real_text_gives_transformers_logits_and_greedy_text(folder, expected):
     token, text = got[-1:].argmax(-1), []
     for _ in range(24):
         text.append(token)
-        token = decoder(token, [sequence], [1]).logits.argmax(-1)
+        token = forward_reserved(decoder, token, [sequence], [1]).logits.argmax(-1)
         sequence.advance(1)
     assert torch.equal(torch.cat(text), greedy)
 
@@ -72,15 +72,15 @@ def test_real_text_gives_transformers_logits_and_greedy_text(folder, expected):
 def test_bf16_is_close_and_deterministic_mode_bit_exact(folder, expected):
     ids, logits, _ = expected
     decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
-    got = decoder(ids, [decoder.new_pool(4).new_sequence()], [len(ids)]).logits
+    got = forward_reserved(decoder, ids, [decoder.new_pool(4).new_sequence()], [len(ids)]).logits
     # relative error of the logits after 30 layers with 8 bits of mantissa
     assert (got - logits).norm() / logits.norm() < 0.05
     assert (got.argmax(-1) == logits.argmax(-1)).float().mean() > 0.9
-    whole = decoder(ids, [decoder.new_pool(4).new_sequence()], [len(ids)], deterministic=True).logits
+    whole = forward_reserved(decoder, ids, [decoder.new_pool(4).new_sequence()], [len(ids)], deterministic=True).logits
     sequence = decoder.new_pool(4).new_sequence()
     start = 0
     for size in (50, 1, 1, 5, 1, 3):
-        block = decoder(ids[start : start + size], [sequence], [size], deterministic=True).logits
+        block = forward_reserved(decoder, ids[start : start + size], [sequence], [size], deterministic=True).logits
         assert torch.equal(block, whole[start : start + size])
         sequence.advance(size)
         start += size

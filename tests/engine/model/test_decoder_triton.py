@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.interpreter import compute_like_hardware
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from kernels.dispatch import triton_importable
 
 
@@ -24,10 +24,10 @@ def test_interpreted_kernels_agree_with_the_reference(tiny_model, family, monkey
         monkeypatch.setenv("FORETOLD_KERNELS", kernels)
         pool = decoder.new_pool(8, 8)
         a, b = pool.new_sequence(), pool.new_sequence()
-        rows = [decoder(ids[:12], [a, b], [7, 5], deterministic=deterministic).logits]
+        rows = [forward_reserved(decoder, ids[:12], [a, b], [7, 5], deterministic=deterministic).logits]
         a.advance(7)
         b.advance(5)
-        rows.append(decoder(ids[12:], [a, b], [1, 5], deterministic=deterministic).logits)
+        rows.append(forward_reserved(decoder, ids[12:], [a, b], [1, 5], deterministic=deterministic).logits)
         a.advance(1)
         return torch.cat([*rows, decoder.read_kv(a, 0, 8)[:, :97]])
 
@@ -54,7 +54,7 @@ def test_cuda_agrees_with_the_cpu(tiny_model, monkeypatch, family, kernels):
         rows, start = [], 0
         for size in sizes:
             block = ids[start : start + size].cuda()
-            rows.append(decoder(block, [sequence], [size], deterministic=deterministic).logits)
+            rows.append(forward_reserved(decoder, block, [sequence], [size], deterministic=deterministic).logits)
             sequence.advance(size)
             start += size
         return torch.cat(rows)

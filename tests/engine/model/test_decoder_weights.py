@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.model.linear import Projection
 
 FAMILIES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
@@ -75,11 +75,12 @@ def test_moving_a_decoder_moves_what_it_computes_with(tiny_model):
     model = tiny_model("llama")
     ids = torch.arange(9)
     moved = Decoder.from_pretrained(model.folder, dtype=torch.float32)
-    moved(ids, [moved.new_pool(1).new_sequence()], [9])
+    forward_reserved(moved, ids, [moved.new_pool(1).new_sequence()], [9])
     moved = moved.to(torch.bfloat16)
     fresh = Decoder.from_pretrained(model.folder, dtype=torch.bfloat16)
     assert torch.equal(
-        moved(ids, [moved.new_pool(1).new_sequence()], [9]).logits, fresh(ids, [fresh.new_pool(1).new_sequence()], [9]).logits
+        forward_reserved(moved, ids, [moved.new_pool(1).new_sequence()], [9]).logits,
+        forward_reserved(fresh, ids, [fresh.new_pool(1).new_sequence()], [9]).logits,
     )
 
 
@@ -89,7 +90,7 @@ def test_packed_weights_compute_what_plain_ones_do(tiny_model):
     decoder = Decoder.from_pretrained(tiny_model("qwen2").folder, dtype=torch.bfloat16)
     ids = torch.arange(20)
     plain = {name: tensor.clone() for name, tensor in decoder.hf_tensors().items()}
-    packed_logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    packed_logits = forward_reserved(decoder, ids, [decoder.new_pool(1).new_sequence()], [20]).logits
     size = decoder.weight_bytes
     for projection in (m for m in decoder.modules() if isinstance(m, Projection)):
         projection.unpack()
@@ -97,7 +98,7 @@ def test_packed_weights_compute_what_plain_ones_do(tiny_model):
     assert decoder.weight_bytes == size
     assert all(torch.equal(tensor, plain[name]) for name, tensor in decoder.hf_tensors().items())
     assert all(not m.matrix.is_mkldnn for m in decoder.modules() if isinstance(m, Projection))
-    plain_logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    plain_logits = forward_reserved(decoder, ids, [decoder.new_pool(1).new_sequence()], [20]).logits
     assert (packed_logits - plain_logits).norm() < 0.02 * plain_logits.norm()
 
 
@@ -106,11 +107,11 @@ def test_a_tied_head_has_a_copy_for_products_where_it_is_small(tiny_model, monke
     decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
     if decoder.layers[0].qkv_proj.packed is None:  # type: ignore[union-attr]
         pytest.skip("this processor has no use for packed weights")
-    logits = decoder(ids, [decoder.new_pool(1).new_sequence()], [20]).logits
+    logits = forward_reserved(decoder, ids, [decoder.new_pool(1).new_sequence()], [20]).logits
     monkeypatch.setattr("engine.model.linear.LARGEST_COPY_BYTES", 1000)
     plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
     assert decoder.weight_bytes - plain.weight_bytes == plain.embed_tokens.weight.numel() * 2
-    assert torch.allclose(logits, plain(ids, [plain.new_pool(1).new_sequence()], [20]).logits, rtol=0.02, atol=0.02)
+    assert torch.allclose(logits, forward_reserved(plain, ids, [plain.new_pool(1).new_sequence()], [20]).logits, rtol=0.02, atol=0.02)
     assert decoder.float().weight_bytes == 2 * plain.weight_bytes, "moving the weights gives the copy up"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.model.batch_invariant import ROWS, batch_invariant, batch_invariant_silu_mul
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.model.linear import Projection, select_gemm
 from kernels.silu_mul import silu_mul
 
@@ -26,7 +26,7 @@ def steps(decoder, ids, sizes, pool=None):
     sequence = (pool or decoder.new_pool(16, 16)).new_sequence()
     rows, start = [], 0
     for size in sizes:
-        rows.append(decoder(ids[start : start + size], [sequence], [size], deterministic=True).logits)
+        rows.append(forward_reserved(decoder, ids[start : start + size], [sequence], [size], deterministic=True).logits)
         sequence.advance(size)
         start += size
     return torch.cat(rows)
@@ -50,7 +50,7 @@ def test_same_bits_however_tokens_are_fed(tiny_model, family, options, dtype, th
     for lens in [[5, 30, 1], [1, 1, 1], [7, 2, 20], [28, 27, 11]]:
         spans = [(s.length, s.length + n) for s, n in zip(sequences, lens, strict=True)]
         flat = torch.cat([text[a:b] for text, (a, b) in zip(texts, spans, strict=True)])
-        got = decoder(flat, sequences, lens, deterministic=True).logits
+        got = forward_reserved(decoder, flat, sequences, lens, deterministic=True).logits
         want = torch.cat([rows[a:b] for rows, (a, b) in zip(alone, spans, strict=True)])
         assert torch.equal(got, want), f"batch with {lens} new tokens"
         for sequence, n in zip(sequences, lens, strict=True):
@@ -65,9 +65,9 @@ def test_layers_run_in_two_passes_give_the_same_bits(tiny_model):
     sequence = decoder.new_pool(4, 16).new_sequence()
     hidden = []
     for i in range(20):
-        hidden.append(decoder(ids[i : i + 1], [sequence], [1], last_layer=1, deterministic=True).hidden)
+        hidden.append(forward_reserved(decoder, ids[i : i + 1], [sequence], [1], last_layer=1, deterministic=True).hidden)
         sequence.advance(1)
-    upper = decoder(None, [sequence], [20], starts=[0], first_layer=1, hidden=torch.cat(hidden), deterministic=True)
+    upper = forward_reserved(decoder, None, [sequence], [20], starts=[0], first_layer=1, hidden=torch.cat(hidden), deterministic=True)
     assert torch.equal(upper.logits, whole)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.model.batch_invariant import ROWS, batch_invariant
+from engine.model.decoder import forward_reserved
 from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, select_gemm
 from engine.runtime.drafters import load_draft_head
 
@@ -93,7 +94,7 @@ def test_a_stored_draft_head_runs_in_int8_and_takes_half_the_memory(random_decod
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     out = {}
     for bits, decoder in trained.items():
-        states = decoder.forward(None, [decoder.new_pool(1).new_sequence()], [9], hidden=hidden, logits="none").hidden
+        states = forward_reserved(decoder, None, [decoder.new_pool(1).new_sequence()], [9], hidden=hidden, logits="none").hidden
         out[bits] = decoder.head(states)
     assert (out[8] - out[16]).norm() < 0.05 * out[16].norm()
     moved = trained[8].to(torch.float32)

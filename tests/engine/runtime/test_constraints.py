@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 
 SCHEMA = json.dumps(
@@ -82,10 +83,9 @@ def test_log_probabilities_are_the_targets_own(chat_engine, draft):
     assert result.logprobs is not None and [one.token_id for one in result.logprobs] == result.token_ids
     target = engine.core.target
     sequence = target.new_pool(4, 16).new_sequence()
-    sequence.reserve(len(prompt) + 24)
     ids = torch.tensor([*prompt, *result.token_ids])
     with torch.inference_mode():
-        logits = target.forward(ids, [sequence], [len(ids)], logits="all").logits[len(prompt) - 1 : -1]
+        logits = forward_reserved(target, ids, [sequence], [len(ids)], logits="all").logits[len(prompt) - 1 : -1]
     table = torch.log_softmax(logits.double(), -1)
     for row, one in zip(table, result.logprobs, strict=True):
         assert one.logprob == pytest.approx(float(row[one.token_id]), abs=1e-3)

@@ -15,7 +15,7 @@ from engine.calibrate.stream import PairStream
 from engine.engine import Engine
 from engine.errors import BadDraftHead, InvalidOption
 from engine.loading import choose_draft
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
@@ -109,10 +109,12 @@ def full_pass(target, trained, token_ids):
     """The early exit's and the draft head's states [T, taps, E] after 0 to EXIT_LAYER + n layers, and the draft head's KV, of one plain pass."""
     sequence, own = target.new_pool(9, 16).new_sequence(), trained.head_layers.new_pool(9, 16).new_sequence()
     count, depth = len(token_ids), trained.config.num_layers
-    taps = target.forward(
-        torch.tensor(token_ids), [sequence], [count], taps=tuple(range(EXIT_LAYER + 1)), last_layer=EXIT_LAYER, logits="none"
+    taps = forward_reserved(
+        target, torch.tensor(token_ids), [sequence], [count], taps=tuple(range(EXIT_LAYER + 1)), last_layer=EXIT_LAYER, logits="none"
     ).taps
-    more = trained.head_layers.forward(None, [own], [count], hidden=taps[EXIT_LAYER], taps=tuple(range(1, depth + 1)), logits="none").taps
+    more = forward_reserved(
+        trained.head_layers, None, [own], [count], hidden=taps[EXIT_LAYER], taps=tuple(range(1, depth + 1)), logits="none"
+    ).taps
     states = [taps[i] for i in range(EXIT_LAYER + 1)] + [more[i] for i in range(1, depth + 1)]
     return torch.stack(states, 1), trained.head_layers.read_kv(own, 0, count)
 
@@ -134,6 +136,7 @@ def test_cache_and_features_are_those_of_a_plain_pass(target, trained, eager, te
     assert torch.allclose(state.features.take(0, length), states[:, list(taps)], atol=1e-3)
     if eager:
         assert state.own.length == length
+    state.own.reserve(state.num_pending_hidden)
     engine.core.drafter.draft_head.run_pending([state])
     assert state.own.length == length and state.pending_hidden is None
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, length), kv, atol=1e-3)
@@ -152,6 +155,7 @@ def test_ragged_batches_with_and_without_drafts_leave_the_caches_of_a_plain_pass
     for c in conversations:
         state = c.draft_state
         assert state.num_cached == c.sequence.length == len(c.token_ids) - 1
+        state.own.reserve(state.num_pending_hidden)
         engine.core.drafter.draft_head.run_pending([state])
         assert torch.allclose(
             trained.head_layers.read_kv(state.own, 0, state.num_cached), full_pass(target, trained, c.token_ids[:-1])[1], atol=1e-3
@@ -182,7 +186,7 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
     engine = engine_of(target, trained, prefill_chunk=8)
     engine.core.keep_features((EXIT_LAYER + 1,) if eager else (), FeatureBuffer)
     sequence = engine.core.pool.new_sequence()
-    target.forward(torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
+    forward_reserved(target, torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
     sequence.advance(30)
     conversation = SequenceState(list(PROMPTS[1]), sequence)
     result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=40, draft_length=3))
@@ -190,6 +194,7 @@ def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, 
     assert 0 < result.speculation.proposed < 3 * result.speculation.steps, "no drafts while it learns, eight tokens a step"
     state = conversation.draft_state
     assert state.num_cached == sequence.length
+    state.own.reserve(state.num_pending_hidden)
     engine.core.drafter.draft_head.run_pending([state])
     kv = full_pass(target, trained, conversation.token_ids[: sequence.length])[1]
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, sequence.length), kv, atol=1e-3)
@@ -275,6 +280,7 @@ def test_on_a_gpu_the_text_and_the_cache_are_the_same(random_decoder, make_draft
     conversation = engine.core.open_sequence_state()
     engine.core.run(conversation, PROMPTS[1], sampled)
     state, count = conversation.draft_state, conversation.sequence.length
+    state.own.reserve(state.num_pending_hidden)
     engine.core.drafter.draft_head.run_pending([state])
     here = load_draft_head(folder, target)
     states, kv = full_pass(target, here, conversation.token_ids[:count])

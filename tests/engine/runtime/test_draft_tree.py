@@ -12,7 +12,7 @@ from draft.tree import MAX_CHAIN, MAX_LEAVES, Leaf, TreePosition, block_position
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.kv.quantized_pool import QuantizedPool
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.verify import verify
@@ -122,16 +122,16 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
         length = conversation.sequence.length
         assert length == len(tokens) - 1
         sequence = target.new_pool(20, 16).new_sequence()
-        out = target.forward(torch.tensor(tokens[:length]), [sequence], [length], taps=(0, EXIT_LAYER))
+        out = forward_reserved(target, torch.tensor(tokens[:length]), [sequence], [length], taps=(0, EXIT_LAYER))
         assert torch.allclose(target.read_kv(conversation.sequence, 0, length), target.read_kv(sequence, 0, length), atol=1e-3)
         if model is not None:
             own, length = model.new_pool(20, 16).new_sequence(), state.length
-            out = model.forward(torch.tensor(tokens[:length]), [own], [length], taps=(0, EXIT_LAYER))
+            out = forward_reserved(model, torch.tensor(tokens[:length]), [own], [length], taps=(0, EXIT_LAYER))
             assert torch.allclose(model.read_kv(state.sequence, 0, length), model.read_kv(own, 0, length), atol=1e-3)
         decoder = engine.core.source.head_layers
         if decoder is not None:
             own = decoder.new_pool(20, 16).new_sequence()
-            decoder.forward(None, [own], [length], hidden=out.taps[EXIT_LAYER], logits="none")
+            forward_reserved(decoder, None, [own], [length], hidden=out.taps[EXIT_LAYER], logits="none")
             engine.core.drafter.draft_head.run_pending([state])
             assert state.own.length == length
             assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
@@ -186,16 +186,18 @@ def test_a_placed_token_sees_its_position_and_itself(target, scattered):
     for _ in range(3):  # taking turns, their pages do not follow one another
         sequence.ensure(sequence.capacity + 16)
         other.ensure(other.capacity + 16 * scattered)
-    target.forward(prompt, [sequence], [20])
+    forward_reserved(target, prompt, [sequence], [20])
     sequence.advance(20)
     leaves = [Leaf(1, 40), Leaf(2, 41), Leaf(2, 42)]
     block = [30, 31, 32, *(s.token for s in leaves)]
-    out = target.forward(torch.tensor(block), [sequence], [6], tree_positions=[block_positions(21, 2, leaves)])
+    out = forward_reserved(target, torch.tensor(block), [sequence], [6], tree_positions=[block_positions(21, 2, leaves)])
     assert sequence.length == 20 and sequence.capacity >= leaf_slot(21, 2) + 1
 
     def alone(tokens):
         fresh = target.new_pool(4, 16).new_sequence()
-        return target.forward(torch.cat([prompt, torch.tensor(tokens)]), [fresh], [20 + len(tokens)], logits="last").logits[0], fresh
+        return forward_reserved(target, torch.cat([prompt, torch.tensor(tokens)]), [fresh], [20 + len(tokens)], logits="last").logits[
+            0
+        ], fresh
 
     for row, tokens in enumerate(([30], [30, 31], [30, 31, 32], [30, 40], [30, 31, 41], [30, 31, 42])):
         assert torch.allclose(out.logits[row], alone(tokens)[0], atol=1e-3)
@@ -211,7 +213,7 @@ def test_pools_without_tree_positions_refuse_them(random_decoder):
     sequence = pool.new_sequence()
     assert not pool.takes_tree_positions and target.new_pool(1).takes_tree_positions
     with pytest.raises(InvalidOption, match="without leaves"):
-        target.forward(torch.tensor([1]), [sequence], [1], tree_positions=[TreePosition([0], [0])])
+        forward_reserved(target, torch.tensor([1]), [sequence], [1], tree_positions=[TreePosition([0], [0])])
     with pytest.raises(NotImplementedError, match="QuantizedPool"):
         pool.move(sequence, 1, 0)
 
@@ -228,8 +230,8 @@ def test_the_kernels_see_a_tree_as_the_plain_attention_does(target, monkeypatch)
     for kernels in ("reference", "triton"):
         monkeypatch.setenv("FORETOLD_KERNELS", kernels)
         sequence = target.new_pool(8, 16).new_sequence()
-        target.forward(torch.arange(3, 23), [sequence], [20])
+        forward_reserved(target, torch.arange(3, 23), [sequence], [20])
         sequence.advance(20)
         block = torch.tensor([30, 31, 32, *(leaf.token for leaf in leaves)])
-        found.append(target.forward(block, [sequence], [6], tree_positions=[block_positions(21, 2, leaves)]).logits)
+        found.append(forward_reserved(target, block, [sequence], [6], tree_positions=[block_positions(21, 2, leaves)]).logits)
     assert torch.allclose(*found, atol=1e-4) and found[0].abs().max() > 0.1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.model.decoder import forward_reserved
 from engine.runtime.model_runner import GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
 from engine.runtime.sampling import SamplingParams
 
@@ -28,7 +29,7 @@ def _pair(decoder, prompts):
         pool = decoder.new_pool(40, 16)
         runner = kind(pool)
         sequences = [pool.new_sequence() for _ in prompts]
-        decoder.forward(torch.tensor([t for p in prompts for t in p], device=DEVICE), sequences, [len(p) for p in prompts])
+        forward_reserved(decoder, torch.tensor([t for p in prompts for t in p], device=DEVICE), sequences, [len(p) for p in prompts])
         for sequence, prompt in zip(sequences, prompts, strict=True):
             sequence.advance(len(prompt))
         sides.append((runner, sequences))
@@ -42,8 +43,8 @@ def test_a_step_says_what_the_decoder_says(decoder, counts):
     tokens = torch.arange(sum(counts), device=DEVICE) % 90
     outputs = []
     for runner, sequences in _pair(decoder, prompts):
-        own = [runner.forward(tokens, sequences, counts, taps=(0, 2), logits=logits) for logits in ("all", "last")]
-        rest = runner.forward(None, sequences, counts, first_layer=2, hidden=own[0].taps[2])
+        own = [forward_reserved(runner, tokens, sequences, counts, taps=(0, 2), logits=logits) for logits in ("all", "last")]
+        rest = forward_reserved(runner, None, sequences, counts, first_layer=2, hidden=own[0].taps[2])
         kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
         outputs.append([own[0].logits, own[1].logits, rest.logits, own[0].hidden, own[0].taps[0], own[0].taps[2], *kv])
     for want, got in zip(*outputs, strict=True):
@@ -58,8 +59,8 @@ def test_a_deterministic_pass_in_groups_says_what_the_decoder_says(decoder, coun
     tokens = torch.arange(sum(counts), device=DEVICE) % 90
     outputs = []
     for runner, sequences in _pair(decoder, prompts):
-        own = runner.forward(tokens, sequences, counts, taps=(2,), logits="none", last_layer=2, deterministic=True)
-        rest = runner.forward(None, sequences, counts, first_layer=2, hidden=own.hidden, deterministic=True)
+        own = forward_reserved(runner, tokens, sequences, counts, taps=(2,), logits="none", last_layer=2, deterministic=True)
+        rest = forward_reserved(runner, None, sequences, counts, first_layer=2, hidden=own.hidden, deterministic=True)
         kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
         assert own.logits is None
         outputs.append([own.hidden, own.taps[2], rest.hidden, rest.logits, *kv])
@@ -102,10 +103,10 @@ def test_a_pool_that_grew_is_found_again(decoder):
     pool = decoder.new_pool(2, 16, max_pages=40)
     runner = GraphedDecoder(decoder, pool, capture=GPU)
     sequence, other = pool.new_sequence(), pool.new_sequence()
-    want = decoder.forward(torch.arange(20, device=DEVICE), [other], [20]).logits
+    want = forward_reserved(decoder, torch.arange(20, device=DEVICE), [other], [20]).logits
     got = []
     for token in range(20):
-        got.append(runner.forward(torch.tensor([token], device=DEVICE), [sequence], [1]).logits)
+        got.append(forward_reserved(runner, torch.tensor([token], device=DEVICE), [sequence], [1]).logits)
         sequence.advance(1)
         if token == 8:
             pool.new_sequence().ensure(200)  # the pool's tensors are replaced

@@ -10,6 +10,7 @@ from draft.policy import CostModel
 from draft.source import NgramSource
 from engine.engine import Engine
 from engine.loading import choose_draft
+from engine.model.decoder import forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import pair_fingerprints
@@ -116,11 +117,11 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, sources, kind):
     decoder = engine.core.draft_model or target
     length = state.length
     sequence = decoder.new_pool(20, 16).new_sequence()
-    taps = decoder.forward(torch.tensor(tokens[:length]), [sequence], [length], taps=(0, 1), logits="none").taps
+    taps = forward_reserved(decoder, torch.tensor(tokens[:length]), [sequence], [length], taps=(0, 1), logits="none").taps
     assert torch.allclose(state.features.take(0, length), torch.stack([taps[0], taps[1]], 1), atol=1e-3)
     whole = target.new_pool(20, 16).new_sequence()
     count = conversation.sequence.length
-    target.forward(torch.tensor(tokens[:count]), [whole], [count])
+    forward_reserved(target, torch.tensor(tokens[:count]), [whole], [count])
     assert torch.allclose(target.read_kv(conversation.sequence, 0, count), target.read_kv(whole, 0, count), atol=1e-3)
 
 

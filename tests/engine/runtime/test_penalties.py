@@ -14,6 +14,7 @@ from draft.protocols import Proposal, RequestProposal
 from draft.tree import Leaf
 from engine.engine import Engine
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import BatchSampler, SamplingParams, TokenHistory
 from engine.runtime.verify import verify
 
@@ -78,12 +79,12 @@ def pair(random_decoder):
 def reference_text(target, params, count):
     """Greedy, one token at a time, the logits changed by `naive`."""
     new, sequence = [], target.new_pool(8, 16).new_sequence()
-    logits = target.forward(torch.tensor(PROMPT), [sequence], [len(PROMPT)], logits="last").logits
+    logits = forward_reserved(target, torch.tensor(PROMPT), [sequence], [len(PROMPT)], logits="last").logits
     sequence.advance(len(PROMPT))
     while len(new) < count:
         row = naive(logits[0].tolist(), params, PROMPT, new)
         new.append(row.index(max(row)))
-        logits = target.forward(torch.tensor(new[-1:]), [sequence], [1], logits="last").logits
+        logits = forward_reserved(target, torch.tensor(new[-1:]), [sequence], [1], logits="last").logits
         sequence.advance(1)
     return new
 
@@ -145,7 +146,7 @@ def test_sampled_text_under_penalties_has_its_distribution(random_decoder, seede
     def following(cell, own):
         sequence = target.new_pool(1, 8).new_sequence()
         ids = [1, 2, *cell]
-        logits = target.forward(torch.tensor(ids), [sequence], [len(ids)], logits="last").logits
+        logits = forward_reserved(target, torch.tensor(ids), [sequence], [len(ids)], logits="last").logits
         return naive_probabilities(naive(logits[0].tolist(), own, [1, 2], list(cell)), own)
 
     def joint(own):

@@ -7,6 +7,7 @@ import torch
 
 from codec.predictor.features import FeatureBuffer
 from engine.engine import Engine
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
@@ -92,7 +93,7 @@ def test_features_of_committed_tokens_are_those_of_a_prefill(make_engine, kind, 
     assert state.features.length == length
     decoder = engine.core.draft_model or engine.core.target
     sequence = decoder.new_pool(8, 16).new_sequence()
-    taps = decoder.forward(torch.tensor(conversation.token_ids[:length]), [sequence], [length], taps=(0, 1), logits="none").taps
+    taps = forward_reserved(decoder, torch.tensor(conversation.token_ids[:length]), [sequence], [length], taps=(0, 1), logits="none").taps
     assert torch.allclose(state.features.take(0, length), torch.stack([taps[0], taps[1]], 1), atol=1e-4)
     kept = decoder.read_kv(state.sequence, 0, length)
     assert torch.allclose(kept, decoder.read_kv(sequence, 0, length), atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 
 from codec.spec import NUM_SINKS, QUALITY_DIVERGENCE, SPAN_TOKENS
 from engine.errors import EmptyPrompt, InvalidOption, PackMismatch
+from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.file import SessionFile
 from engine.sessions.kv_codec import SessionCodec
@@ -64,7 +65,7 @@ def next_log_probabilities(session):
     """[T, V] of the probe after what the session's cache holds; nothing moves. Recomputes the session's last tokens where it holds none."""
     sequence = session.conversation.sequence
     ids = torch.cat([torch.tensor(session.token_ids[sequence.length :], dtype=torch.int64), PROBE])
-    return session.core.target.forward(ids, [sequence], [len(ids)]).logits[-len(PROBE) :].log_softmax(-1)
+    return forward_reserved(session.core.target, ids, [sequence], [len(ids)]).logits[-len(PROBE) :].log_softmax(-1)
 
 
 def divergence(session, other):
@@ -175,6 +176,7 @@ def test_acceptance_after_a_resume_is_what_it_was(chat_engine, draft, tmp_path):
     kept = spoken(engine, quality="compact")
     kept.suspend(tmp_path / "a.kv")
     resumed = session_of(again, tmp_path / "a.kv")
+    kept.conversation.sequence.ensure(kept.conversation.sequence.length, 0)  # the engine shares its pages
     engine.core.target.write_kv(kept.conversation.sequence, 0, kv_of(resumed))
     if draft == "draft":
         length = resumed.conversation.draft_state.length

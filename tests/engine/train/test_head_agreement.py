@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
+from engine.model.decoder import forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.train.model import Student
 from engine.train.training import teacher_of
@@ -33,12 +34,12 @@ def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
     states, _ = teacher.run(tokens[None], EXIT_LAYER)
     wanted = student(states, teacher.angles(LENGTH))[0] @ student.head.T
     sequence = target.new_pool(1).new_sequence()
-    tap = target.forward(tokens, [sequence], [LENGTH], taps=(EXIT_LAYER,), logits="none").taps[EXIT_LAYER]
+    tap = forward_reserved(target, tokens, [sequence], [LENGTH], taps=(EXIT_LAYER,), logits="none").taps[EXIT_LAYER]
     assert torch.allclose(tap, states[0], atol=1e-4)
     own = trained.head_layers.new_pool(1).new_sequence()
     parts = []
     for start, end in ((0, 7), (7, 8), (8, LENGTH)):
-        parts.append(trained.head_layers.forward(None, [own], [end - start], hidden=tap[start:end]).logits)
+        parts.append(forward_reserved(trained.head_layers, None, [own], [end - start], hidden=tap[start:end]).logits)
         own.advance(end - start)
     assert torch.allclose(torch.cat(parts), wanted, atol=2e-3)
     assert wanted.std() > 0.5

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.text.chat_opening import ChatOpening, chat_opening
 from engine.train import self_generated as self_generation
 from engine.train.self_generated import SelfGenerationOptions, assemble, draw
@@ -49,7 +50,9 @@ def test_the_distribution_is_the_engines(random_decoder, monkeypatch):
         (said[1][said[0] == 5], [3, 4, 5], 0.7),
         (said[2][empty], [3, 4, 10, 7], 1.3),
     ):
-        logits = decoder.forward(torch.tensor(before), [decoder.new_pool(1).new_sequence()], [len(before)], logits="last").logits[0]
+        logits = forward_reserved(decoder, torch.tensor(before), [decoder.new_pool(1).new_sequence()], [len(before)], logits="last").logits[
+            0
+        ]
         expected = (logits / temperature).softmax(-1).numpy().astype(float)
         assert len(drawn) > 300
         assert stats.chisquare(np.bincount(drawn, minlength=12), len(drawn) * expected / expected.sum()).pvalue > 1e-3
@@ -62,7 +65,7 @@ def test_greedy_answers_are_the_engines(random_decoder):
     checked = 0
     for i in range(len(docs)):
         tokens, answer = docs.document(i).tolist(), int(docs.answers[i])
-        logits = decoder.forward(torch.tensor(tokens), [decoder.new_pool(8).new_sequence()], [len(tokens)]).logits
+        logits = forward_reserved(decoder, torch.tensor(tokens), [decoder.new_pool(8).new_sequence()], [len(tokens)]).logits
         assert logits.argmax(-1)[answer - 1 : -1].tolist() == tokens[answer:]
         checked += len(tokens) - answer
     assert checked > 20
@@ -169,6 +172,6 @@ def test_a_captured_step_draws_what_the_model_says(random_decoder):
         said, _ = sampler.round()  # its first step is run, the others are replayed
     for drawn, before in ((said[0], [3, 4, 6]), (said[1][said[0] == said[0][0]], [3, 4, 6, int(said[0][0])])):
         token_ids = torch.tensor(before, device="cuda")
-        logits = decoder.forward(token_ids, [decoder.new_pool(1).new_sequence()], [len(before)], logits="last").logits[0]
+        logits = forward_reserved(decoder, token_ids, [decoder.new_pool(1).new_sequence()], [len(before)], logits="last").logits[0]
         expected = (logits / 0.7).softmax(-1).double().cpu().numpy()
         assert np.abs(np.bincount(drawn, minlength=64) / len(drawn) - expected).max() < 3 / len(drawn) ** 0.5

@@ -13,6 +13,7 @@ import train_draft
 from draft.head_file import read_draft_head
 from engine.engine import Engine
 from engine.errors import InvalidOption
+from engine.model.decoder import forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.text.chat_opening import ChatOpening
@@ -42,7 +43,7 @@ def sets(target) -> TrainingSets:
 def test_the_teacher_says_what_the_decoder_says(target):
     ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(0))
     pool = target.new_pool(4)
-    out = target.forward(ids.flatten(), [pool.new_sequence(), pool.new_sequence()], [20, 20], taps=(2,))
+    out = forward_reserved(target, ids.flatten(), [pool.new_sequence(), pool.new_sequence()], [20, 20], taps=(2,))
     teacher = teacher_of(target)
     at_exit, final = teacher.run(ids, 2)
     assert torch.allclose(at_exit.flatten(0, 1), out.taps[2], atol=1e-4)

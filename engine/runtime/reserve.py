@@ -1,0 +1,68 @@
+"""Pages for what a step is about to write: asked for by whoever calls a step, before it, so that no forward pass allocates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from draft.protocols import Drafter
+from draft.tree import MAX_LEAVES
+from engine.kv.pool import KvSequence
+from engine.runtime.request import Request
+
+
+class Demand(NamedTuple):
+    """Pages that a sequence needs: for `tokens` tokens in all, those from `start` on to be written."""
+
+    sequence: KvSequence
+    tokens: int
+    start: int
+
+    @property
+    def missing(self) -> int:
+        """Pages of its pool that are still to be taken."""
+        return self.sequence.missing_pages(self.tokens, self.start)
+
+    def reserve(self) -> None:
+        """Take them. Raises PoolExhausted; nothing is taken then."""
+        self.sequence.ensure(self.tokens, self.start)
+
+
+def _demands(request: Request, drafter: Drafter | None, target_tokens: int, draft_tokens: int) -> list[Demand]:
+    sequence, state = request.sequence, request.draft_state
+    start = sequence.length
+    found = []
+    if drafter is not None and state is not None:
+        state.align()  # first: what it cuts off gives its pages back
+        if drafter.exit_layer:
+            start = min(start, state.num_cached)  # a draft head that lies behind has the first layers run once more
+        if state.cache is not sequence and (request.params.draft_length != 0 or drafter.exit_layer):  # a draft head keeps up regardless
+            found.append(Demand(state.cache, draft_tokens, min(state.cache.length, draft_tokens)))
+    return [Demand(sequence, target_tokens, start), *found]
+
+
+def chunk_demands(request: Request, drafter: Drafter | None, chunk: int) -> list[Demand]:
+    """Of the next `chunk` tokens of its prompt; a separate draft does not run them yet."""
+    sequence = request.sequence
+    end = sequence.length + chunk
+    return [d for d in _demands(request, drafter, end, end) if d.sequence is sequence or (drafter is not None and drafter.exit_layer)]
+
+
+def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
+    """Of one decode step: its pending token, as many drafts as it may have (`drafts`: if it may have any), their leaves, and a token run ahead."""
+    more = 1
+    if drafts:
+        more = max(1, request.most_drafts) + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
+    end = max(len(request.token_ids), min(request.longest(drafts=drafts), len(request.token_ids) + more))
+    return _demands(request, drafter, end, end)
+
+
+def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
+    """Of the request at its longest."""
+    longest = request.longest(drafts=drafts)
+    return _demands(request, drafter, longest, longest)
+
+
+def reserve(demands: list[Demand]) -> None:
+    """Take the pages of all. Raises PoolExhausted; those before the one that does not fit are kept, and no contents change."""
+    for demand in demands:
+        demand.reserve()

@@ -1,0 +1,222 @@
+"""Known beginnings are shared instead of run: the same text, less work, nothing across namespaces, pages given up when they are needed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.errors import NonFiniteLogits
+from engine.model.decoder import forward_reserved
+from engine.runtime.drafters import load_draft_head
+from engine.runtime.sampling import SamplingParams
+from kernels.quantized_kv import FORMATS
+
+SHAPE = {"num_hidden_layers": 3, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+STEM = [int(t) for t in torch.randint(3, 97, (70,), generator=torch.Generator().manual_seed(4))]
+DRAFTS = ["none", "model", "exit", "head"]
+MODES = {"greedy": ({}, {}), "seed": ({}, {"seed": 7, "temperature": 0.8}), "deterministic": ({"deterministic": True}, {})}
+
+
+@pytest.fixture(scope="module")
+def target(random_decoder):
+    return random_decoder(1, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def drafts(target, random_decoder, make_draft_head, tmp_path_factory):
+    """Draft sources by name; the model is the target itself, so that its drafts are accepted."""
+    head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, exit_layer=1), target)
+    return {"none": None, "model": random_decoder(1, **SHAPE), "exit": 1, "head": head}
+
+
+@pytest.fixture
+def engine_of(target, drafts, monkeypatch):
+    """`engine_of(draft, **options)` -> an engine of small pages and chunks whose borders fall elsewhere than a prompt's pages."""
+    means = torch.randn(3, 2, 1, 32, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr("engine.engine.channel_means", lambda *_: means)
+
+    def make(draft="none", **options):
+        return Engine(target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20} | options))
+
+    return make
+
+
+def hit_tokens(engine):
+    return engine.core.shared_prefixes.metrics.hit_tokens
+
+
+def check(engine):
+    """All pages can be had, and all counts agree."""
+    core = engine.core
+    for pool in (core.pool, core.draft_pool):
+        if pool is not None:
+            pool.check_integrity()
+            assert pool.num_free_pages == pool.max_pages
+    core.shared_prefixes.trie.check_integrity()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_text_is_the_same_with_and_without(engine_of, draft, mode):
+    """A prompt again, a longer one, one that parts inside, one that goes on from an answer."""
+    options, params = MODES[mode]
+    params = SamplingParams(max_new_tokens=12, draft_length=0 if draft == "none" else 2, ignore_eos=True, **params)
+    ours, plain = engine_of(draft, **options), engine_of(draft, prefix_sharing=False, **options)
+    assert plain.core.shared_prefixes is None
+    prompts = [STEM, STEM, [*STEM, 5, 6, 7], STEM[:50] + [9] * 12]
+    answer = plain.generate(STEM, params)[0].token_ids
+    prompts.append(STEM + answer + [11, 12])
+    reused = []
+    for prompt in prompts:
+        got, want = ours.generate(prompt, params)[0], plain.generate(prompt, params)[0]
+        assert got.token_ids == want.token_ids and want.reused_tokens == 0
+        reused.append(got.reused_tokens)
+        check(ours)
+    # whole pages, at least one token left; the answer's pages are known too
+    assert reused == [0, 64, 64, 48, 80] and hit_tokens(ours) == sum(reused)
+    batch = ours.generate(prompts, params)
+    assert [r.token_ids for r in batch] == [r.token_ids for r in plain.generate(prompts, params)]
+    assert [r.reused_tokens for r in batch] == [64, 64, 72, 56, 80]
+
+
+@pytest.mark.parametrize("draft", ["model", "head"])
+def test_the_drafts_pages_are_shared_too(engine_of, draft):
+    engine = engine_of(draft)
+    params = SamplingParams(max_new_tokens=12, draft_length=2, ignore_eos=True)
+    engine.generate(STEM, params)
+    seen = []
+    share = engine.core.shared_prefixes.share
+
+    def watched(token_ids, namespace, invariant, sequence, own):
+        found = share(token_ids, namespace, invariant, sequence, own)
+        seen.append((found, own.length))
+        return found
+
+    engine.core.shared_prefixes.share = watched
+    engine.generate([*STEM, 4], params)
+    assert seen == [(64, 64)]
+    check(engine)
+
+
+@pytest.mark.parametrize("params", [{"seed": 3}, {}], ids=["seed", "deterministic"])
+@pytest.mark.parametrize("draft", ["none", "exit", "head"])
+def test_promised_texts_go_on_from_the_same_bits(random_decoder, make_draft_head, tmp_path, draft, params):
+    """In bf16 sums differ with a chunk's length; what a batch-invariant step wrote does not."""
+    model = random_decoder(1, **SHAPE).to(torch.bfloat16).pack()
+    source = load_draft_head(make_draft_head(tmp_path, model, exit_layer=1), model) if draft == "head" else {"none": None, "exit": 1}[draft]
+    found = []
+    for sharing in (True, False):
+        options = {"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20, "prefix_sharing": sharing, "deterministic": not params}
+        core = Engine(model, draft=source, **options).core
+        one = SamplingParams(max_new_tokens=16, draft_length=0 if draft == "none" else 2, ignore_eos=True, **params)
+        first, second = core.open_sequence_state(), core.open_sequence_state()
+        texts = [core.run(first, STEM, one).token_ids]
+        last = core.run(second, STEM[:61] + [8] * 9, one)
+        assert last.reused_tokens == (56 if sharing else 0)
+        texts.append(last.token_ids)
+        found.append((texts, model.read_kv(second.sequence, 0, second.sequence.length)))
+        core.pool.check_integrity()
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("hot", FORMATS)
+def test_quantised_pages_are_shared_where_their_exact_tokens_are_at_hand(engine_of, hot):
+    params = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    ours, plain = (engine_of(kv_cache_dtype=hot, prefill_chunk=24, deterministic=True, prefix_sharing=on) for on in (True, False))
+    reused = []
+    for prompt in (STEM, STEM, [*STEM[:60], 9, 8, 7], STEM[:40] + [2] * 30):
+        got, want = ours.generate(prompt, params)[0], plain.generate(prompt, params)[0]
+        assert got.token_ids == want.token_ids
+        reused.append(got.reused_tokens)
+        check(ours)
+    assert reused == [0, 64, 48, 24], "ends of chunks and of texts"
+
+
+def test_namespaces_and_arithmetic_keep_apart(engine_of):
+    engine = engine_of()
+    core = engine.core
+
+    def run(namespace, **params):
+        one = SamplingParams(max_new_tokens=4, ignore_eos=True, **params)
+        request = core.submit(core.open_sequence_state(), STEM, one, owns_cache=True)
+        request.namespace = namespace
+        return core.finish(request).reused_tokens
+
+    assert [run(None), run("a"), run("a"), run("b"), run(None)] == [0, 0, 64, 0, 64]
+    assert run("a", seed=1) == 0, "a seed's text may not rest on sums of another order"
+    assert [run("a", seed=2), run("a", seed=2, temperature=0.5)] == [64, 64]
+    assert [run("b", seed=1), run("c", seed=1), run("c")] == [0, 0, 64], "what is promised is good for all"
+    assert run("invariant:a") == run("plain:a") == 0
+    check(engine)
+
+
+def test_what_was_written_from_outside_is_kept_from_others(engine_of, target):
+    engine = engine_of()
+    core, params = engine.core, SamplingParams(max_new_tokens=4, ignore_eos=True)
+    state = core.open_sequence_state()
+    state.token_ids[:] = STEM
+    with torch.inference_mode():
+        forward_reserved(target, torch.tensor(STEM), [state.sequence], [len(STEM)], logits="none")
+        state.sequence.advance(64)
+        target.write_kv(state.sequence, 0, 0.9 * target.read_kv(state.sequence, 0, 64))
+    core.run(state, [3, 4], params)
+    core.close_sequence_state(state)
+    assert engine.generate(STEM, params)[0].reused_tokens == 0 and core.shared_prefixes.num_pages == 9
+    check(engine)
+
+
+def test_a_conversation_keeps_its_pages_and_writes_into_its_own(engine_of):
+    """Cut back into what others share and go on otherwise: they still read what was there."""
+    engine, plain = engine_of("model"), engine_of("model", prefix_sharing=False)
+    core, params = engine.core, SamplingParams(max_new_tokens=10, draft_length=2, ignore_eos=True)
+    state = core.open_sequence_state()
+    first = core.run(state, STEM, params)
+    state.sequence.truncate(30)
+    state.draft_state.sequence.truncate(30)
+    state.token_ids[30:] = []
+    second = core.run(state, [5] * 40, params)
+    for result, prompt in ((first, STEM), (second, STEM[:30] + [5] * 40)):
+        assert result.token_ids == plain.generate(prompt, params)[0].token_ids
+        again = engine.generate(prompt, params)[0]
+        assert again.token_ids == result.token_ids and again.reused_tokens == 64
+    core.close_sequence_state(state)
+    check(engine)
+
+
+def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):
+    broken = random_decoder(1, **SHAPE)
+    engine = Engine(broken, page_size=8, pool_tokens=512)
+    broken.final_norm.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteLogits):
+        engine.generate(STEM, SamplingParams(max_new_tokens=4))
+    assert engine.core.shared_prefixes.num_pages == 0
+    check(engine)
+
+
+@pytest.mark.parametrize(("draft", "seed"), [("model", 0), ("head", 1), ("none", 2)])
+def test_random_requests_over_a_small_pool(engine_of, draft, seed):
+    """Requests that begin alike, in batches, with pages scarce: texts as without sharing, pages evicted, nothing lost."""
+    draw = random.Random(seed)
+    ours = engine_of(draft, pool_tokens=416, max_batch=3)
+    plain = engine_of(draft, prefix_sharing=False)
+    stems = [[draw.randrange(3, 97) for _ in range(60)] for _ in range(4)]
+    for _ in range(9):
+        prompts = [draw.choice(stems)[: draw.randrange(1, 61)] + [draw.randrange(3, 97)] * draw.randrange(1, 9) for _ in range(3)]
+        params = [
+            SamplingParams(
+                max_new_tokens=draw.randrange(1, 24),
+                draft_length=0 if draft == "none" else draw.choice([0, 2]),
+                ignore_eos=True,
+                seed=draw.choice([None, 5]),
+            )
+            for _ in prompts
+        ]
+        assert [r.token_ids for r in ours.generate(prompts, params)] == [r.token_ids for r in plain.generate(prompts, params)]
+        check(ours)
+    metrics = ours.core.shared_prefixes.metrics
+    assert metrics.hits > 3 and metrics.evicted_pages > 20
+    ours.core.shared_prefixes.clear()
+    assert ours.core.pool.num_unowned_pages == ours.core.pool.max_pages
