@@ -275,6 +275,9 @@ def test_costs_are_measured_on_scratch_sequences_within_a_budget(exit_layer):
     drafter = None if exit_layer is None else type("D", (), {"exit_layer": exit_layer, "runs_last_draft": bool(exit_layer)})
 
     class Sequence:
+        def reserve(self, n):
+            self.reserved = n
+
         def free(self):
             freed.append(self)
 
