@@ -19,7 +19,7 @@ class EngineConfig:
     deterministic: batch-invariant kernels, so that greedy text is the same with and without speculation, to the bit.
     kv_cache_dtype: format of the target's KV cache, one of `engine.kv.formats.KV_CACHE_DTYPES`; a draft's stays its own.
     prefix_sharing: pages of finished and running requests stay in the pool while nobody needs them, and a request that begins with the same
-    tokens shares them instead of running them.
+    tokens shares them instead of running them. Off unless asked for: in bf16, greedy text without a seed may part (docs/guarantees.md).
     costs: frozen costs for the automatic draft length; None: measured at the first request that needs them, and corrected as text is generated.
     target_dir: folder the target came from, for fingerprints; it is not read here. pair: name of the known pair, for reports.
     ngrams: whether requests whose draft length is automatic also draft from their own text, where there is a source of drafts.
@@ -38,7 +38,7 @@ class EngineConfig:
     target_dir: Path | None = None
     pair: str | None = None
     ngrams: bool = True
-    prefix_sharing: bool = True
+    prefix_sharing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch", "prefill_chunk"):

@@ -79,7 +79,7 @@ class Engine:
         pack: str | Path | None = None,
         log: Callable[[str], None] = print,
         ngrams: bool = True,
-        prefix_sharing: bool = True,
+        prefix_sharing: bool = False,
     ) -> None:
         config = EngineConfig(
             pool_tokens,

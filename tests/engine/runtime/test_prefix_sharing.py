@@ -39,7 +39,9 @@ def engine_of(target, drafts, monkeypatch):
     monkeypatch.setattr("engine.engine.channel_means", lambda *_: means)
 
     def make(draft="none", **options):
-        return Engine(target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20} | options))
+        return Engine(
+            target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20, "prefix_sharing": True} | options)
+        )
 
     return make
 
@@ -188,7 +190,7 @@ def test_a_conversation_keeps_its_pages_and_writes_into_its_own(engine_of):
 
 def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):
     broken = random_decoder(1, **SHAPE)
-    engine = Engine(broken, page_size=8, pool_tokens=512)
+    engine = Engine(broken, page_size=8, pool_tokens=512, prefix_sharing=True)
     broken.final_norm.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLogits):
         engine.generate(STEM, SamplingParams(max_new_tokens=4))
