@@ -124,12 +124,18 @@ def test_our_own_codec(bench: ModuleType, tiny: list[str], tmp_path: Path) -> No
     options = CalibrationOptions(context=128, rank=24, held_out_tokens=512, budget=10.0)
     pack = calibrate(target, None, docs, recomputed_layers=1, options=options, fingerprints={}, log=lambda _: None)
     pack.save(tmp_path / "tiny.pack")
-    methods = "foretold-near-lossless,foretold-tiny,foretold-step0.1,foretold-nopred-near-lossless"
-    assert bench.main([*tiny, "--methods", methods, "--pack", str(tmp_path / "tiny.pack"), "--breakdown"]) == 0
-    rows = {(r["method"], r["quality"]): r for r in read(tiny)["rows"]}
-    fine, near, tiny_row = (rows["foretold", quality] for quality in ("step0.1", "near-lossless", "tiny"))
-    assert fine["kl"] < near["kl"] < tiny_row["kl"] and fine["bits_per_element"] > near["bits_per_element"] > tiny_row["bits_per_element"]
-    assert near["bits_per_element"] < rows["foretold-nopred", "near-lossless"]["bits_per_element"]
+    pack_option = ["--pack", str(tmp_path / "tiny.pack")]
+    qualities = "foretold-near-lossless,foretold-tiny"
+    assert bench.main([*tiny, "--methods", qualities, *pack_option, "--breakdown"]) == 2  # a span of a quality has settings of its own
+    assert bench.main([*tiny, "--methods", qualities, *pack_option]) == 0
+    named = {r["quality"]: r for r in read(tiny)["rows"] if r["method"] == "foretold"}
+    assert named["near-lossless"]["kl"] < 0.005 and named["tiny"]["kl"] < 0.025
+    assert named["near-lossless"]["bits_per_element"] >= named["tiny"]["bits_per_element"]
+    assert bench.main([*tiny, "--methods", "foretold-step0.1,foretold-step2.0,foretold-nopred-step2.0", *pack_option, "--breakdown"]) == 0
+    rows = {(r["method"], r["quality"]): r for r in read(tiny)["rows"] if r["quality"].startswith("step")}
+    fine, coarse = rows["foretold", "step0.1"], rows["foretold", "step2.0"]
+    assert fine["kl"] < coarse["kl"] and fine["bits_per_element"] > coarse["bits_per_element"]
+    assert coarse["bits_per_element"] < rows["foretold-nopred", "step2.0"]["bits_per_element"]
     for row in rows.values():
         assert row["sink_bits_per_element"] == 0  # run again at a resume, not stored
         assert row["ideal_bits_per_element"] < row["bits_per_element"]

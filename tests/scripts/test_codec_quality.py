@@ -14,7 +14,7 @@ UNTOUCHED, REPLACED = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.5, 0.3
 
 
 class _Sequence:
-    def __init__(self):
+    def __init__(self, _reserved):
         self.replaced = False
 
     def advance(self, count):

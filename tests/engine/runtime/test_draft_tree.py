@@ -132,6 +132,7 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, draft, adopted, t
         if decoder is not None:
             own = decoder.new_pool(20, 16).new_sequence()
             forward_reserved(decoder, None, [own], [length], hidden=out.taps[EXIT_LAYER], logits="none")
+            state.own.ensure(length)
             engine.core.drafter.draft_head.run_pending([state])
             assert state.own.length == length
             assert torch.allclose(decoder.read_kv(state.own, 0, length), decoder.read_kv(own, 0, length), atol=1e-3)
