@@ -18,7 +18,7 @@ from safetensors.torch import save
 from engine.calibrate.corpus import documents, library_texts
 from engine.errors import InvalidOption
 from engine.files import write_bytes
-from engine.hub.cache import cache_home, disk_errors, exclusive
+from engine.hub.cache import CacheFolder
 from engine.hub.fingerprint import model_fingerprint
 from engine.kv.formats import PLAIN
 from engine.model.decoder import Decoder
@@ -32,27 +32,26 @@ _VERSION = 1
 def channel_means(target: Decoder, tokenizer: Any | None, target_dir: Path | None) -> torch.Tensor:
     """Means of a model's keys before rotation and of its values, float32 [L, 2, G, d] on the CPU: from the cache, measured if not there.
 
+    Where the cache cannot be written they are measured again at the next start.
+
     Raises:
         InvalidOption: they are to be measured and the engine has no tokenizer, or the model's KV overflows.
-        DiskFull, CacheNotWritable: they could not be kept.
     """
     print_ = model_fingerprint(target, target_dir)
-    cached = cache_home() / "hot" / f"{print_[:16]}.safetensors"
+    cache, name = CacheFolder("hot"), f"{print_[:16]}.safetensors"
     config = target.config
     shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
-    if (found := _load(cached, print_, shape)) is not None:
+    if (found := _load(cache.path(name), print_, shape)) is not None:
         return found
     if tokenizer is None:
         raise InvalidOption(
             "quantised KV caches take off channel means measured on text, and the engine has no tokenizer", f"use kv_cache_dtype={PLAIN!r}"
         )
-    with disk_errors(cache_home()):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(cached.with_suffix(".lock"), "measuring channel means"):
-            if (found := _load(cached, print_, shape)) is None:
-                print("measuring the channel means of this model's KV (once)", file=sys.stderr, flush=True)
-                found = measure_means(target, tokenizer)
-                _save(cached, print_, found)
+    with cache.exclusive(name, "measuring channel means"):
+        if (found := _load(cache.path(name), print_, shape)) is None:
+            print("measuring the channel means of this model's KV (once)", file=sys.stderr, flush=True)
+            found = means = measure_means(target, tokenizer)
+            cache.save(name, lambda path: _save(path, print_, means))
     return found
 
 
@@ -87,8 +86,10 @@ def _save(path: Path, fingerprint: str, means: torch.Tensor) -> None:
     write_bytes(path, save({"means": means.contiguous()}, {"foretold": json.dumps(facts)}))
 
 
-def _load(path: Path, fingerprint: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+def _load(path: Path | None, fingerprint: str, shape: tuple[int, ...]) -> torch.Tensor | None:
     """Kept means, or None when there are none, or they are damaged or another model's: a cache heals by being made again."""
+    if path is None:
+        return None
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["foretold"])

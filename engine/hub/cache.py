@@ -6,8 +6,8 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -49,6 +49,12 @@ class CacheFolder:
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
+    def path(self, name: str) -> Path | None:
+        """Where the file of this name lies; None where there is no cache folder at all."""
+        with suppress(CacheNotWritable):
+            return cache_home() / self._kind / name
+        return None
+
     def read(self, name: str, most_bytes: int = 1 << 28) -> bytes | None:
         """Content of the file of this name; None where there is none, it cannot be read, or it is larger than `most_bytes`."""
         with suppress(OSError, ValueError, CacheNotWritable):
@@ -59,11 +65,15 @@ class CacheFolder:
 
     def write(self, name: str, content: bytes) -> bool:
         """Keep this content under the name, readable for the user alone; whether that could be done."""
+        return self.save(name, lambda path: write_bytes(path, content, private=True))
+
+    def save(self, name: str, write: Callable[[Path], object]) -> bool:
+        """Have `write` make the file of this name, in a folder that exists; whether that could be done."""
         try:
             folder = cache_home() / self._kind
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                write_bytes(folder / name, content, private=True)
+                write(folder / name)
         except (CacheNotWritable, DiskFull) as error:
             self._warn(f"{error.what} ({error.remedy})")
             return False
@@ -71,6 +81,22 @@ class CacheFolder:
             self._warn(str(error))
             return False
         return True
+
+    @contextmanager
+    def exclusive(self, name: str, doing: str) -> Iterator[None]:
+        """Holds this name's lock against other processes, so that one makes the file; nothing is held where no lock file can be made.
+
+        Args:
+            name: the file to make.
+            doing: shown on standard error while another process holds the lock.
+        """
+        with ExitStack() as held:
+            # saving will tell why; a lock that cannot be had costs other processes the same work
+            with suppress(OSError, ValueError, CacheNotWritable):
+                folder = cache_home() / self._kind
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive((folder / name).with_suffix(".lock"), doing))
+            yield
 
     @classmethod
     def _warn(cls, why: str) -> None:

@@ -10,7 +10,7 @@ from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.calibrate.recipe import default_recomputed_layers, quick_pack
 from engine.errors import InvalidOption, PackMismatch
-from engine.hub.cache import cache_home, disk_errors, exclusive
+from engine.hub.cache import CacheFolder
 from engine.hub.fingerprint import model_fingerprint
 from engine.runtime.core import EngineCore
 from engine.text.tokenizer import tokenizer_fingerprint
@@ -29,7 +29,7 @@ def pair_fingerprints(core: EngineCore) -> dict[str, str]:
 
 def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print) -> CodecPack:
     """The pack to code an engine's sessions with. Without a path: the one that comes with the draft source, if it was made for this pair; else the
-    cached one of the pair, fitted now (and cached) if there is none.
+    cached one of the pair, fitted now (and cached, where the cache can be written) if there is none.
 
     Raises:
         PackMismatch: the pack at `path` is damaged, or of another pair or version.
@@ -41,29 +41,27 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
     beside = None if core.source is None else core.source.codec_params_file
     if beside is not None and (found := _usable(beside, prints)) is not None:
         return found
-    cached = cache_home() / "packs" / f"{sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]}.safetensors"
-    if (found := _usable(cached, prints)) is not None:
+    cache, name = CacheFolder("packs"), f"{sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]}.safetensors"
+    if (found := _usable(cache.path(name), prints)) is not None:
         return found
     if core.tokenizer is None:
         raise InvalidOption("a codec pack is fitted on text, and the engine has no tokenizer", "give a pack made by scripts/calibrate.py")
-    with disk_errors(cache_home()):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(cached.with_suffix(".lock"), "fitting a codec pack"):
-            if (found := _usable(cached, prints)) is not None:
-                return found
-            log("no codec pack for this pair yet: fitting a quick one (scripts/calibrate.py makes a full one)")
-            recomputed = core.exit_layer or (default_recomputed_layers(core.target.config.num_layers) if core.draft_model else 0)
-            head_layers = None if core.source is None else core.source.head_layers
-            pack = quick_pack(
-                core.target,
-                core.draft_model,
-                core.tokenizer,
-                recomputed_layers=recomputed,
-                head_layers=head_layers,
-                fingerprints=prints,
-                log=log,
-            )
-            pack.save(cached)
+    with cache.exclusive(name, "fitting a codec pack"):
+        if (found := _usable(cache.path(name), prints)) is not None:
+            return found
+        log("no codec pack for this pair yet: fitting a quick one (scripts/calibrate.py makes a full one)")
+        recomputed = core.exit_layer or (default_recomputed_layers(core.target.config.num_layers) if core.draft_model else 0)
+        head_layers = None if core.source is None else core.source.head_layers
+        pack = quick_pack(
+            core.target,
+            core.draft_model,
+            core.tokenizer,
+            recomputed_layers=recomputed,
+            head_layers=head_layers,
+            fingerprints=prints,
+            log=log,
+        )
+        cache.save(name, pack.save)
     return pack
 
 
@@ -79,8 +77,10 @@ def load_pack(path: str | Path, fingerprints: dict[str, str]) -> CodecPack:
     return pack
 
 
-def _usable(path: Path, fingerprints: dict[str, str]) -> CodecPack | None:
+def _usable(path: Path | None, fingerprints: dict[str, str]) -> CodecPack | None:
     """A cached pack, or None when there is none, or it is damaged or old: a cache heals by being made again."""
+    if path is None:
+        return None
     try:
         pack = CodecPack.load(path)
         pack.check(fingerprints)

@@ -17,15 +17,14 @@ from hashlib import sha256
 import torch
 
 from codec.spec import NUM_SINKS
-from engine.errors import CacheNotWritable, DiskFull
-from engine.files import write_atomically
-from engine.hub.cache import cache_home, disk_errors
+from engine.hub.cache import CacheFolder
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.stages import Rates, StageClock
 
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
+_MOST_BYTES = 1 << 16
 _VERSION = 3  # of what is measured and how
 SHORTEST = 512
 """Tokens from which on measuring pays: fewer are recomputed before it would end."""
@@ -33,19 +32,18 @@ SHORTEST = 512
 
 def rates_of(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Rates | None:
     """The rates of a codec's engine: those known in this process, those remembered in the cache, or new ones, measured now. None where none are known
-    and so few tokens are at stake that it is not worth a measurement."""
+    and so few tokens are at stake that it is not worth a measurement. Where the cache cannot be written, this process alone remembers them."""
     if codec.rates is None:
-        file = cache_home() / "rates" / f"{_key(codec)}.json"
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            codec.rates = Rates(**{name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()})
+        cache, name = CacheFolder("rates"), f"{_key(codec)}.json"
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
+            kept = json.loads(cache.read(name, _MOST_BYTES) or b"")
+            codec.rates = Rates(**{field: float(value) for field, value in kept.items()})
         if codec.rates is None and tokens < SHORTEST:
             return None
         if codec.rates is None:
             codec.rates = measure(codec)
             log(f"measured once for this machine and pair: {codec.rates.reason(4096)}")
-            with suppress(CacheNotWritable, DiskFull), disk_errors(cache_home()):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(asdict(codec.rates)) + "\n")
+            cache.write(name, (json.dumps(asdict(codec.rates)) + "\n").encode())
     return codec.rates
 
 

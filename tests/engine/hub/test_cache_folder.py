@@ -29,3 +29,15 @@ def test_a_cache_that_cannot_be_written_is_warned_of_once(home, capsys):
         assert not CacheFolder(kind).write("a", b"content") and CacheFolder(kind).read("a") is None
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("warning: ") and "FORETOLD_HOME" in lines[0]
+
+
+def test_without_a_place_for_a_lock_the_work_goes_on(home):
+    cache = CacheFolder("things")
+    with cache.exclusive("a.x", "making it"):
+        assert (home / "things" / "a.lock").exists() and cache.path("a.x") == home / "things" / "a.x"
+    home.rename(home.with_name("other"))
+    home.write_text("no folder")
+    with cache.exclusive("a.x", "making it"):
+        pass
+    with pytest.raises(OSError, match="of the block"), cache.exclusive("a.x", "making it"):
+        raise OSError("of the block")

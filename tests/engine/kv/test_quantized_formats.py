@@ -15,6 +15,7 @@ from engine.calibrate.corpus import documents, library_texts
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.generate import main
+from engine.hub.cache import CacheFolder
 from engine.kv.formats import KV_CACHE_DTYPES, element_bits
 from engine.kv.quantized_pool import FIRST_SLOTS, QuantizedPool
 from engine.model.decoder import forward_reserved
@@ -159,6 +160,20 @@ def test_means_are_measured_once_and_mend_when_damaged(quantised_engine, fresh_h
         assert torch.equal(channel_means(*given), first)
         assert "measuring" in capsys.readouterr().err and file.read_bytes() == whole
     assert list((fresh_home / "hot").glob("*.part")) == []
+
+
+def test_means_that_cannot_be_kept_are_used_with_a_warning(quantised_engine, fresh_home, monkeypatch, capsys):
+    engine = quantised_engine("bf16", "none")
+    given = engine.core.target, engine.tokenizer, engine.core.config.target_dir
+    first = channel_means(*given)
+    (fresh_home / "file").write_text("")
+    monkeypatch.setenv("FORETOLD_HOME", str(fresh_home / "file" / "home"))
+    monkeypatch.setattr(CacheFolder, "_warned", False)
+    capsys.readouterr()
+    for _ in range(2):
+        assert torch.equal(channel_means(*given), first)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1 and "FORETOLD_HOME" in lines[0]
 
 
 def test_means_are_those_of_the_text(quantised_engine):

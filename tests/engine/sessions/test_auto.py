@@ -80,7 +80,7 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
 
 
 def test_short_sessions_are_not_worth_a_measurement(chat_engine, monkeypatch, tmp_path):
-    monkeypatch.setattr(rates, "cache_home", lambda: tmp_path / "cache")
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(rates, "SHORTEST", 1000)
     monkeypatch.setattr(rates, "measure", None)
     session = spoken(chat_engine())
@@ -95,7 +95,7 @@ def test_short_sessions_are_not_worth_a_measurement(chat_engine, monkeypatch, tm
 def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_path):
     session = spoken(chat_engine())
     codec, measured = session.core.session_codec, []
-    monkeypatch.setattr(rates, "cache_home", lambda: tmp_path)
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
     monkeypatch.setattr(rates, "measure", lambda codec: measured.append(codec) or CHEAP)
     for _ in range(3):
         codec.rates = None
