@@ -182,9 +182,10 @@ def _write_weights(source: GgufFile, config: dict[str, Any], out: BinaryIO, prog
         for first in range(0, tensor.num_rows, step):
             raw = source.rows(tensor, first, min(first + step, tensor.num_rows))
             values = dequantize_rows(raw if order is None else raw[order], tensor.kind)
-            if not np.isfinite(values).all():
-                raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite", "fetch the file again")
-            rounded = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+            brain = torch.from_numpy(values).to(torch.bfloat16)
+            if not brain.isfinite().all():  # the largest float32 numbers round to infinity as well
+                raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite in bfloat16", "fetch the file again")
+            rounded = brain.view(torch.int16).numpy()
             write(rounded.reshape(-1).view(np.uint8).data)
             done += rounded.nbytes
             progress(label, done, end)

@@ -28,10 +28,12 @@ from engine.hub.progress import Progress
 from engine.inputs import named_errors
 
 Installer = Callable[[str, Path], Path]
-HubDownload = Callable[[str, str, Path], Path | None]
+HubDownload = Callable[[str, str, Path, int], Path | None]
 
 _BLOCK_BYTES = 1 << 22
 _HUB_ANSWER_S = 4.0
+_MOST_WHEEL_BYTES = 1 << 30  # the largest part of a pair is a tenth of it
+_WATCH_S = 0.2
 _OFFLINE_REMEDY = "connect to the network once, or point the package installer at a folder holding the wheel with PIP_FIND_LINKS"
 
 
@@ -46,13 +48,18 @@ def pip_download(requirement: str, folder: Path) -> Path:
         Path of the wheel in `folder`.
 
     Raises:
-        DownloadFailed: no network, unknown package or version, or no pip in this environment.
+        DownloadFailed: no network, unknown package or version, a wheel of more than 1 GiB, or no pip in this environment.
         DiskFull: pip ran out of room.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet"]
     command += ["--retries", "2", "--no-input", "--disable-pip-version-check", "--dest", str(folder), requirement]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="pip-") as scratch:
-        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": scratch}, check=False)
+        ran = _run_watched(command, {**os.environ, "TMPDIR": scratch}, (Path(scratch), folder))
+    if ran is None:
+        raise DownloadFailed(
+            f"the wheel of {requirement} is larger than the {_MOST_WHEEL_BYTES / 1e9:.1f} GB that are fetched",
+            "the package index serves another package under this name",
+        )
     wheels = sorted(folder.glob("*.whl"))
     if ran.returncode == 0 and len(wheels) == 1:
         return wheels[0]
@@ -76,12 +83,43 @@ def pip_download(requirement: str, folder: Path) -> Path:
     raise DownloadFailed(f"cannot download {requirement}: {reason.removeprefix('ERROR:').strip()}", _OFFLINE_REMEDY)
 
 
-def hub_download(repository: str, filename: str, folder: Path) -> Path | None:
-    """The file from the Hugging Face hub, or None when the hub is switched off, does not answer within a few seconds, or fails.
+def _run_watched(command: list[str], environment: dict[str, str], folders: tuple[Path, ...]) -> subprocess.CompletedProcess[str] | None:
+    """The command's end; None when it was stopped because the folders held more than twice `_MOST_WHEEL_BYTES`, or ended with a larger wheel."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            while True:
+                try:
+                    out, err = process.communicate(timeout=_WATCH_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    # twice: pip copies the wheel from one folder to the other
+                    if sum(_held_bytes(folder) for folder in folders) > 2 * _MOST_WHEEL_BYTES:
+                        return None
+        finally:
+            if process.poll() is None:
+                process.kill()
+    if _held_bytes(folders[-1]) > _MOST_WHEEL_BYTES:
+        return None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _held_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; those that vanish meanwhile count nothing."""
+    held = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                held += os.lstat(os.path.join(path, name)).st_size
+    return held
+
+
+def hub_download(repository: str, filename: str, folder: Path, num_bytes: int) -> Path | None:
+    """The file from the Hugging Face hub, or None when the hub is switched off, does not answer within a few seconds, says another size, or fails.
 
     Args:
         repository, filename: on the hub.
         folder: where the file and its partial download go.
+        num_bytes: size that the hub must say the file has, before it is fetched.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -91,10 +129,11 @@ def hub_download(repository: str, filename: str, folder: Path) -> Path | None:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(repository, filename), timeout=_HUB_ANSWER_S)
+            said = get_hf_file_metadata(hf_hub_url(repository, filename), timeout=_HUB_ANSWER_S)
         except Exception:
             return
-        answered.set()
+        if said.size == num_bytes:
+            answered.set()
 
     # a thread, because name resolution has no timeout of its own
     asking = threading.Thread(target=ask, daemon=True)
@@ -173,7 +212,7 @@ def _fetch_from_hub(source: ModelSource, folder: Path, joined: Path, hub: HubDow
     assert source.hub is not None
     scratch = folder / f"{source.name}.hub"
     scratch.mkdir(exist_ok=True)
-    found = hub(*source.hub, scratch)
+    found = hub(*source.hub, scratch, source.num_bytes)
     right = found is not None and found.stat().st_size == source.num_bytes and file_sha256(found) == source.sha256
     if right and found is not None:
         os.replace(found, joined)

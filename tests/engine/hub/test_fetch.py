@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_a_wheel_without_the_member_is_named(tmp_path):
 
 
 def _hub(content):
-    def hub(repository, filename, folder):
+    def hub(repository, filename, folder, num_bytes):
         if content is None:
             return None
         (folder / filename).write_bytes(content)
@@ -164,13 +165,14 @@ def test_an_unreachable_or_silent_hub_is_given_up(tmp_path, monkeypatch):
 
         while not release:
             time.sleep(0.01)
+        raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", never)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("downloaded from a hub that never answered"))
-    assert hub_download("owner/name", "model.gguf", tmp_path) is None
+    assert hub_download("owner/name", "model.gguf", tmp_path, 7) is None
     release.append(True)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
-    assert hub_download("owner/name", "model.gguf", tmp_path) is None
+    assert hub_download("owner/name", "model.gguf", tmp_path, 7) is None
 
 
 @pytest.mark.parametrize(
@@ -186,18 +188,18 @@ def test_an_unreachable_or_silent_hub_is_given_up(tmp_path, monkeypatch):
 def test_what_the_package_installer_says_becomes_one_clear_error(tmp_path, monkeypatch, stderr, error, said):
     commands = []
 
-    def run(command, **options):
-        commands.append((command, options))
+    def run(command, environment, folders):
+        commands.append((command, environment))
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(fetch, "_run_watched", run)
     folder = tmp_path / "wheel"
     folder.mkdir()
     with pytest.raises(error, match=said):
         pip_download("x==1", folder)
-    command, options = commands[0]
+    command, environment = commands[0]
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command and command[-1] == "x==1"
-    assert Path(options["env"]["TMPDIR"]).parent == tmp_path
+    assert Path(environment["TMPDIR"]).parent == tmp_path
 
 
 def test_the_real_installer_fetches_one_wheel_without_its_dependencies(tmp_path, monkeypatch):
@@ -219,8 +221,30 @@ def test_the_real_installer_fetches_one_wheel_without_its_dependencies(tmp_path,
     assert pip_download("tiny-thing==1.0", folder).read_bytes() == wheel.read_bytes()
     other = tmp_path / "other"
     other.mkdir()
+    monkeypatch.setattr(fetch, "_MOST_WHEEL_BYTES", 100)
+    with pytest.raises(DownloadFailed, match="larger than"):
+        pip_download("tiny-thing==1.0", other)
+    (other / wheel.name).unlink()
     with pytest.raises(DownloadFailed, match=r"tiny-thing==2\.0"):
         pip_download("tiny-thing==2.0", other)
+
+
+def test_a_download_that_grows_too_large_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_MOST_WHEEL_BYTES", 100)
+    monkeypatch.setattr(fetch, "_WATCH_S", 0.05)
+    script = f"import time; open({str(tmp_path / 'x')!r}, 'wb').write(bytes(1000)); time.sleep(60)"
+    assert fetch._run_watched([sys.executable, "-c", script], {}, (tmp_path,)) is None
+
+
+def test_a_hub_that_says_another_size_is_not_fetched_from(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *given, **named: SimpleNamespace(size=7))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, filename, local_dir: str(local_dir / filename))
+    assert hub_download("owner/name", "model.gguf", tmp_path, 7) == tmp_path / "model.gguf"
+    assert hub_download("owner/name", "model.gguf", tmp_path, 8) is None
 
 
 def test_disk_errors_are_named(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,10 @@ def test_a_hub_id_comes_from_the_hub_and_its_failures_are_named(folder, monkeypa
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    def no_answer(*given, **named):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_answer)
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(folder))
     assert resolve_model("owner/some-model") == folder
@@ -102,6 +107,28 @@ def test_a_hub_id_comes_from_the_hub_and_its_failures_are_named(folder, monkeypa
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
         with pytest.raises(named, match=said):
             resolve_model("owner/some-model")
+
+
+@pytest.mark.parametrize(("num_bytes", "error", "said"), [(1 << 50, DownloadFailed, "smaller model"), (1 << 39, DiskFull, "HF_HOME")])
+def test_hub_models_that_are_too_large_are_refused_before_they_are_fetched(folder, tmp_path, monkeypatch, num_bytes, error, said):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    files = [
+        SimpleNamespace(rfilename=name, size=size)
+        for name, size in (("a.safetensors", num_bytes), ("b.bin", 1 << 60), ("config.json", None))
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr("engine.hub.resolve.shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 30))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *given, **named: SimpleNamespace(**{"siblings": files, "sha": "0" * 40})
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
+    with pytest.raises(error, match=said):
+        resolve_model("owner/some-model")
+    files[0].size = 1 << 20
+    assert resolve_model("owner/some-model") == folder
 
 
 def test_an_unknown_pair_lists_the_known_ones():
