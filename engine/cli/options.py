@@ -120,17 +120,22 @@ def model_options(p: argparse.ArgumentParser) -> None:
     models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
 
 
+def check_models(args: argparse.Namespace) -> None:
+    """Refuse what `model_options` cannot mean together, before anything is loaded. Raises InvalidOption."""
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 on")
+    if args.pair and args.target:
+        raise InvalidOption("--pair and --target exclude each other", "give one of them")
+
+
 def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check options before anything is loaded. Raises InvalidOption."""
     args = parser().parse_args(argv)
     if args.version:
         return args
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 on")
+    check_models(args)
     if args.raw and (args.system is not None or args.prefill is not None):
         raise InvalidOption(f"--raw does not go with {'--prefill' if args.system is None else '--system'}", "write it into the prompt")
-    if args.pair and args.target:
-        raise InvalidOption("--pair and --target exclude each other", "give one of them")
     if args.prompt is not None and args.prompt_file is not None:
         raise InvalidOption("there are two prompts", "give either the prompt or --prompt-file")
     unfit = {"--raw": args.raw, "--json": args.json, "--json-out": args.json_out}

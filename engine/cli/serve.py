@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 from engine.cli.command import load, memory_line, quiet_libraries
-from engine.cli.options import DEFAULT_PAIR, Parser, check_store, model_options, report, store_options
+from engine.cli.options import DEFAULT_PAIR, Parser, check_models, check_store, model_options, report, store_options
 from engine.cli.terminal import prepare_streams, say
 from engine.engine import Engine
 from engine.errors import BadStore, CacheNotWritable, DiskFull, ForetoldError, InvalidOption, ModelNotFound
@@ -47,9 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check options before anything is loaded. Raises InvalidOption."""
     args = parser().parse_args(argv)
-    if args.pair and args.target:
-        raise InvalidOption("--pair and --target exclude each other", "give one of them")
-    bounds = {"threads": (1, 1024), "port": (0, 65535), "max_batch": (1, 4096), "max_queue": (1, 1 << 20)}
+    check_models(args)
+    bounds = {"port": (0, 65535), "max_batch": (1, 4096), "max_queue": (1, 1 << 20)}
     bounds |= {"max_body_bytes": (1024, 1 << 31), "pool_tokens": (1, 1 << 40)}
     for name, (low, high) in bounds.items():
         value = getattr(args, name)

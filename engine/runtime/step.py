@@ -128,12 +128,13 @@ def decode_step(
         request.sequence.advance(count)
     if drafter and any(own.num_run for own in proposal.requests):
         drafter.commit([_state(r) for r in requests], proposal, kept)
-    rows, row = [], 0
-    for own, (gained, leaf), count in zip(proposal.requests, verdicts, kept, strict=True):
-        after_leaf = [] if leaf is None else [row + own.num_drafts + 1 + leaf]
-        rows.append([*range(row, row + len(gained) - len(after_leaf)), *after_leaf][:count])
-        row += own.num_rows
-    _keep_logprobs(requests, out.logits, rows)
+    if any(request.params.logprobs is not None for request in requests):
+        rows, row = [], 0
+        for own, (gained, leaf), count in zip(proposal.requests, verdicts, kept, strict=True):
+            after_leaf = [] if leaf is None else [row + own.num_drafts + 1 + leaf]
+            rows.append([*range(row, row + len(gained) - len(after_leaf)), *after_leaf][:count])
+            row += own.num_rows
+        _keep_logprobs(requests, out.logits, rows)
     ended = time.perf_counter()
     for b, (request, own, (gained, leaf), count) in enumerate(zip(requests, proposal.requests, verdicts, kept, strict=True)):
         if not gained:

@@ -211,17 +211,13 @@ def test_what_does_not_go_is_refused_by_name(quantised_engine, chat_engine, caps
     assert "use --kv-cache-dtype bf16" in capsys.readouterr().err
 
 
+def options_of(folders):
+    """Options that name the tiny pair."""
+    return ["--target", str(folders / "target"), "--draft", str(folders / "draft"), "--device", "cpu", "--dtype", "float32"]
+
+
 def test_command_line(quantised_folders, pack_home, capsys):
-    options = [
-        "--target",
-        str(quantised_folders / "target"),
-        "--draft",
-        str(quantised_folders / "draft"),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+    options = options_of(quantised_folders)
     assert main([*options, "--hot", "q3", "--json", "--max-new-tokens", "8", "colours"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out.splitlines()[-1])
@@ -251,16 +247,7 @@ def test_acceptance_stays_within_a_point(quantised_engine):
 def test_eval_script(quantised_folders, pack_home, tmp_path, capsys):
     for number in range(3):
         (tmp_path / f"{number}.py").write_text("".join(f"def f{n}(x):\n    return x * {n + number}\n\n\n" for n in range(20)))
-    models = [
-        "--target",
-        str(quantised_folders / "target"),
-        "--draft",
-        str(quantised_folders / "draft"),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+    models = options_of(quantised_folders)
     sizes = ["--tokens", "128", "--context", "64", "--prompts", "2", "--prompt-tokens", "20", "--new-tokens", "12", "--draft-length", "2"]
     out = tmp_path / "hot.json"
     assert eval_hot.main([*models, "--text", str(tmp_path), *sizes, "--formats", "bf16,q2", "--json-out", str(out)]) == 0
