@@ -202,8 +202,7 @@ class Engine:
 
         continue_final_message: the last message goes on instead of being closed; None: if it is the assistant's.
         """
-        with self.core.lock:  # tokenizers refuse a second thread
-            return encode_prompt(self.tokenizer, prompt, self.context, continue_final_message=continue_final_message)
+        return encode_prompt(self.tokenizer, prompt, self.context, continue_final_message=continue_final_message)
 
     def generate(
         self,

@@ -333,19 +333,14 @@ class EngineCore:
 
     def events(self, request: Request) -> Generator[StreamEvent, None, None]:
         """Run a submitted request to its end, with whatever else is submitted; an event a step. Closing the generator cancels the request."""
-        seen = request.prompt_tokens
         try:
-            finished = False
-            while not finished:
+            event: StreamEvent | None = None
+            while event is None or event.result is None:
                 with self.lock:  # another thread's step serves this request too
                     if request.finish_reason is None:
                         self._step(request)
-                    new, seen = request.token_ids[seen:], len(request.token_ids)
-                    finished = request.finish_reason is not None
-                    event = StreamEvent(
-                        request.stream.take(), new, request.finish_reason, request.result(self.memory()) if finished else None
-                    )
-                if finished or new:
+                    event = request.news(self.memory)
+                if event is not None:
                     yield event
         finally:
             self.abandon(request)

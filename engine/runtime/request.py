@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -108,12 +108,16 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """A piece of a stream: the text released and the tokens accepted since the last event; the final event has finish_reason and result."""
+    """A piece of a stream: the text released and the tokens accepted since the last event; the final event has finish_reason and result.
+
+    logprobs: one a token, where they were asked for.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     result: GenerationResult | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(eq=False)
@@ -146,10 +150,11 @@ class Request:
     constraint: Constraint | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
+    num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.token_ids)
+        self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
 
     @property
@@ -213,6 +218,15 @@ class Request:
         if self.finish_reason is not None:
             self.stream.finish()
         return kept
+
+    def news(self, memory: Callable[[], dict[str, int]]) -> StreamEvent | None:
+        """What came since the last call; None when that is neither a token nor the end. memory: see `result`, asked at the end alone."""
+        new, finished = self.token_ids[self.num_told :], self.finish_reason is not None
+        if not new and not finished:
+            return None
+        told, self.num_told = self.num_told - self.prompt_tokens, len(self.token_ids)
+        result = self.result(memory()) if finished else None
+        return StreamEvent(self.stream.take(), new, self.finish_reason, result, self.logprobs[told:])
 
     def result(self, memory: dict[str, int]) -> GenerationResult:
         """The finished request's result."""

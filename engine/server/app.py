@@ -29,7 +29,6 @@ from engine.server.page import PAGE
 from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
 from engine.server.responses import Answer, LogprobsForm
 from engine.text.decoder import TextDecoder
-from engine.text.prompts import encode_prompt
 
 log = logging.getLogger("foretold.server")
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -77,7 +76,7 @@ class Server:
         self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue)
         self._stored_tokens, self._stored_until = 0, 0.0
         self._asyncio: asyncio.AbstractEventLoop | None = None
-        # one thread: a tokenizer is not made for two at once, and a long prompt must not hold up the answers of others
+        # a thread of its own: a long prompt must not hold up the answers of others; one, as texts are encoded one at a time
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="foretold-encode")
         routes = [
             ("/v1/chat/completions", "POST", self._keyed(self._chat)),
@@ -200,8 +199,7 @@ class Server:
         """Token ids of a prompt, checked. Raises ApiError."""
 
         def encode() -> list[int]:
-            # not through the engine, whose lock a running step holds: this thread alone encodes
-            tokens = encode_prompt(self.engine.tokenizer, prompt, self.engine.context)
+            tokens = self.engine.encode(prompt)
             self.engine.core.check_tokens(tokens)
             return tokens
 

@@ -10,7 +10,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
-from engine.runtime.request import GenerationResult
+from engine.runtime.request import GenerationResult, StreamEvent
+from engine.server.errors import ApiError
 from engine.server.loop import EngineLoop, Event, Ticket
 from engine.server.protocol import CompletionRequest
 from engine.server.responses import Answer, Choice, LogprobsForm, finish_reason
@@ -59,8 +60,8 @@ class Call:
         try:
             while not self._done:
                 index, event = await self._next(gone)
-                if event.error is not None:
-                    raise event.error
+                if isinstance(event, ApiError):
+                    raise event
                 self._note(index, event)
         finally:
             gone.cancel()
@@ -73,8 +74,8 @@ class Call:
         gone = asyncio.ensure_future(disconnected(http))
         try:
             first = await self._next(gone)
-            if first[1].error is not None:
-                raise first[1].error
+            if isinstance(first[1], ApiError):
+                raise first[1]
         except BaseException:
             self.cancel()
             raise
@@ -93,7 +94,7 @@ class Call:
     def _done(self) -> bool:
         return len(self._results) == len(self._tickets)
 
-    def _note(self, index: int, event: Event) -> None:
+    def _note(self, index: int, event: StreamEvent) -> None:
         if event.result is not None:
             self._results[index] = event.result
 
@@ -115,8 +116,8 @@ class Call:
                     yield _sse(self.answer.piece(index, text))
             index, event = first
             while True:
-                if event.error is not None:
-                    yield _sse(event.error.body())
+                if isinstance(event, ApiError):
+                    yield _sse(event.body())
                     break
                 if not buffered and (event.text or event.logprobs):
                     yield _sse(self.answer.piece(index, event.text, self._logprobs(event.logprobs, lengths[index])))

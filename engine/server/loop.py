@@ -14,8 +14,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import ForetoldError
-from engine.runtime.logprobs import TokenLogprobs
-from engine.runtime.request import FinishReason, GenerationResult, Request
+from engine.runtime.request import Request, StreamEvent
 from engine.runtime.sampling import SamplingParams
 from engine.server.errors import ApiError, as_api_error
 from engine.server.metrics import ServerMetrics
@@ -24,21 +23,13 @@ log = logging.getLogger("foretold.server")
 State = Literal["queued", "running", "done"]
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a step gave one request: text and tokens since the last event; the last event has a result, or an error."""
+Event = StreamEvent | ApiError
+"""What a step gave one request; one with a result, or an error, is its last."""
 
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    finish_reason: FinishReason | None = None
-    result: GenerationResult | None = None
-    error: ApiError | None = None
-    logprobs: Sequence[TokenLogprobs] = ()
 
-    @property
-    def last(self) -> bool:
-        """Whether no event follows."""
-        return self.result is not None or self.error is not None
+def is_last(event: Event) -> bool:
+    """Whether no event follows."""
+    return isinstance(event, ApiError) or event.result is not None
 
 
 @dataclass(eq=False)
@@ -57,7 +48,6 @@ class Ticket:
     state: State = "queued"
     submitted_at: float = field(default_factory=time.perf_counter)
     request: Request | None = None
-    seen: int = 0
 
 
 class EngineLoop:
@@ -183,14 +173,14 @@ class EngineLoop:
             with self.core.lock:  # a store's worker codes between steps
                 request = self.core.submit(self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True)
         except ForetoldError as error:
-            self._end([(ticket, Event(error=as_api_error(error)))])
+            self._end([(ticket, as_api_error(error))])
             return
         except Exception:
             log.exception("a request could not be queued")
-            self._end([(ticket, Event(error=_internal()))])
+            self._end([(ticket, _internal())])
             return
         request.submitted_at, request.namespace = ticket.submitted_at, ticket.namespace
-        ticket.request, ticket.seen, ticket.state = request, request.prompt_tokens, "running"
+        ticket.request, ticket.state = request, "running"
         self._active[request] = ticket
 
     def _step(self) -> None:
@@ -204,24 +194,23 @@ class EngineLoop:
         events: list[tuple[Ticket, Event]] = []
         for request, ticket in self._active.items():
             if request.error is not None:
-                events.append((ticket, Event(error=as_api_error(request.error))))
-            elif request.finish_reason is not None or len(request.token_ids) > ticket.seen:
-                new, ticket.seen = request.token_ids[ticket.seen :], len(request.token_ids)
-                result = request.result(self.core.memory()) if request.finish_reason is not None else None
-                logprobs = request.logprobs[-len(new) :] if request.logprobs else ()
-                events.append((ticket, Event(request.stream.take(), new, request.finish_reason, result, logprobs=logprobs)))
-                self.metrics.tokens(len(new))
-            if ticket.deadline is not None and now > ticket.deadline and request.error is None and request.finish_reason is None:
+                events.append((ticket, as_api_error(request.error)))
+                continue
+            news = request.news(self.core.memory)
+            if news is not None:
+                events.append((ticket, news))
+                self.metrics.tokens(len(news.token_ids))
+            if ticket.deadline is not None and now > ticket.deadline and request.finish_reason is None:
                 self.core.abandon(request)
-                events.append((ticket, Event(error=ApiError(504, "the request took longer than it may", code="timeout"))))
+                events.append((ticket, ApiError(504, "the request took longer than it may", code="timeout")))
         self._end(events)
 
     def _end(self, events: list[tuple[Ticket, Event]]) -> None:
         """Hand events on, and forget the requests whose last one is among them."""
         for ticket, event in events:
-            if event.last:
+            if is_last(event):
                 self._forget(ticket)
-                self.metrics.finished(ticket.submitted_at, event.result)
+                self.metrics.finished(ticket.submitted_at, None if isinstance(event, ApiError) else event.result)
         if events:
             self._deliver(events)
 
@@ -243,7 +232,7 @@ class EngineLoop:
         for ticket in tickets:
             if ticket.request is not None:
                 self.core.abandon(ticket.request)
-        self._end([(ticket, Event(error=error)) for ticket in tickets])
+        self._end([(ticket, error) for ticket in tickets])
 
 
 def _internal() -> ApiError:

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import InvalidOption
 from engine.inputs import shown
-from engine.server.errors import ApiError
+from engine.server.errors import ApiError, as_api_error
+from engine.text.messages import joined_parts
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -83,13 +85,17 @@ class Tools:
 def plain_messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose calls and results of functions are text, as templates that know neither take them."""
     messages: list[dict[str, Any]] = []
-    for message in given:
+    for number, message in enumerate(given, 1):
         if message.get("role") == "assistant" and message.get("tool_calls"):
             texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
             texts += [f"<tool_call>\n{_earlier(call)}\n</tool_call>" for call in message["tool_calls"]]
             messages.append({"role": "assistant", "content": "\n".join(texts)})
         elif message.get("role") == "tool":
-            messages.append({"role": "user", "content": f"<tool_response>\n{_text(message.get('content'))}\n</tool_response>"})
+            try:
+                text = joined_parts(message.get("content"), f"message {number}")
+            except InvalidOption as error:
+                raise as_api_error(error, "messages") from error
+            messages.append({"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"})
         else:
             messages.append(dict(message))
     return messages
@@ -105,14 +111,6 @@ def _earlier(call: Any) -> str:
     except (ValueError, RecursionError):
         arguments = function["arguments"]  # whatever the model wrote then
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict) and isinstance(part.get("text", ""), str))
-    if not isinstance(content, str):
-        raise ApiError(400, "messages hold a tool's result without text", param="messages")
-    return content
 
 
 def read_tools(body: Mapping[str, Any]) -> Tools | None:

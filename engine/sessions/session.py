@@ -24,7 +24,7 @@ from engine.sessions.kv_codec import session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
-from engine.text.messages import encode_text
+from engine.text.encoding import encode_text
 from engine.text.prompts import encode_prompt
 from engine.text.prompts import token_ids as prompt_ids
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidOption
-from engine.text.messages import encode_text
+from engine.text.encoding import encode_text
 from engine.text.templates import has_template, render
 
 _MESSAGE = "user-message-placeholder"

@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import EmptyPrompt, InvalidOption, PromptTooLong
-from engine.inputs import named_errors, shown
+from engine.errors import EmptyPrompt, InvalidOption
+from engine.inputs import shown
+from engine.text.encoding import encode_text
 
 _FORM = 'give {"role": "user", "content": "..."}'
 _PRIVATE = range(0xF0000, 0xFFFFE)  # a plane that no standard gives a meaning to
@@ -45,24 +46,26 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         if not kept.get("tool_calls"):
             raise InvalidOption(f"message {number} has no content", _FORM)
         kept["content"] = ""
-    elif not isinstance(content, str):
-        kept["content"] = _joined(content, number)
+    else:
+        kept["content"] = joined_parts(content, f"message {number}")
     for text in _texts(kept):
         valid_text(text, f"message {number}")
     return kept
 
 
-def _joined(content: Any, number: int) -> str:
-    """Text of a list of parts, or of one part."""
+def joined_parts(content: Any, where: str) -> str:
+    """Text of a message's content: a text, a list of parts, or one part. Raises InvalidOption, which `where` begins, for what is no text."""
+    if isinstance(content, str):
+        return content
     parts = [content] if isinstance(content, Mapping) else content
     if not isinstance(parts, (list, tuple)):
-        raise InvalidOption(f"message {number} has content of type {type(content).__name__}", _FORM)
+        raise InvalidOption(f"{where} has content of type {type(content).__name__}", _FORM)
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-            raise InvalidOption(f"message {number} has a part of type {shown(kind)}", 'only text is read: {"type": "text", "text": "..."}')
+            raise InvalidOption(f"{where} has a part of type {shown(kind)}", 'only text is read: {"type": "text", "text": "..."}')
         texts.append(text)
     return "".join(texts)
 
@@ -165,32 +168,6 @@ class Disguise:
                 raise InvalidOption("the messages use every character of the private use area", "leave some of them out")
             self._marks[text] = mark
         return self._marks[text]
-
-
-def encode_text(
-    tokenizer: Any, text: str, *, ordinary: bool = False, add_special_tokens: bool = False, most: int | None = None
-) -> list[int]:
-    """Token ids of a text; `ordinary`: what looks like a special token in it is none.
-
-    most: more tokens than this are no use. A text that is far too long is found to be so by its beginning, not after minutes.
-
-    Raises:
-        InvalidOption: the tokenizer refuses the text, or cannot take special tokens as ordinary text.
-        PromptTooLong: there are more than `most`.
-    """
-    options = {"split_special_tokens": True} if ordinary else {}
-
-    def encode(piece: str) -> list[int]:
-        with named_errors(InvalidOption, "the tokenizer cannot encode the prompt", "check the text, or the model's tokenizer files"):
-            return [int(i) for i in tokenizer(piece, add_special_tokens=add_special_tokens, **options)["input_ids"]]
-
-    chars = 16 * most if most is not None else len(text)
-    while most is not None and chars < len(text):
-        found = len(encode(text[:chars]))
-        if found > most + 16:  # the cut may have made a few more of the last word
-            raise PromptTooLong(f"the prompt has more than {most} tokens, the model's context", "shorten it")
-        chars *= 4
-    return encode(text)
 
 
 def disguised(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Disguise]:

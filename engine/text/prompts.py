@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.errors import EmptyPrompt, InvalidOption
 from engine.inputs import is_whole, shown
-from engine.text.messages import checked_messages, disguised, encode_text, special_tokens, valid_text
+from engine.text.encoding import encode_text
+from engine.text.messages import checked_messages, disguised, special_tokens, valid_text
 from engine.text.templates import has_template, render
 
 __all__ = ["Messages", "Prompt", "as_prompts", "encode_prompt", "end_tokens", "is_messages", "prompt_text", "special_tokens", "token_ids"]

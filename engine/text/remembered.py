@@ -80,7 +80,8 @@ class RememberedTokenizer:
         """{"input_ids": [...]} of a text; everything but a single text is transformers' to answer."""
         if self._whole is not None or args or options or not isinstance(text, str):
             return self.original(text, *args, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens, **options)
-        self._backend.encode_special_tokens = split_special_tokens
+        if self._backend.encode_special_tokens != split_special_tokens:  # not without need: another thread may be decoding
+            self._backend.encode_special_tokens = split_special_tokens
         return {"input_ids": self._backend.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def decode(

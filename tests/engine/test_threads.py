@@ -139,3 +139,23 @@ def test_a_closed_session_is_named(engine, tmp_path):
         with pytest.raises(SessionClosed, match=r"the session is closed \(open it again"):
             call()
     assert not list(tmp_path.iterdir()) and engine.core.pool.num_free_pages == free == engine.core.pool.max_pages
+
+
+def test_one_thread_encodes_while_another_decodes(chat_engine):
+    """Also messages that hold special tokens, for which the tokenizer needs another setting; not even a step's lock is waited for."""
+    engine = chat_engine()
+    messages = [{"role": "user", "content": "tide <|im_end|> buoy <|im_start|>system " * 20}]
+    wanted_ids = engine.encode(messages)
+    text = engine.core.text.decode(wanted_ids)
+
+    def encoded():
+        return [engine.encode(messages) for _ in range(60)]
+
+    def decoded():
+        with engine.core.lock:
+            return [engine.core.text.decode(wanted_ids) for _ in range(300)]
+
+    found = side_by_side([encoded, decoded, encoded])
+    assert all(ids == wanted_ids for ids in found[0] + found[2]) and set(found[1]) == {text}
+    with engine.core.lock:
+        assert side_by_side([lambda: engine.encode(messages)]) == [wanted_ids]

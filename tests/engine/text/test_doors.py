@@ -25,7 +25,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.text import templates
 from engine.text.chat import next_turn
 from engine.text.chat_opening import chat_opening
-from engine.text.messages import encode_text
+from engine.text.encoding import encode_text
 from engine.text.prompts import as_prompts, encode_prompt, end_tokens, prompt_text
 from engine.text.templates import render
 from engine.text.tokenizer import load_tokenizer
