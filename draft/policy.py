@@ -44,8 +44,8 @@ PROBE_SHARE = 0.005  # of all tokens that trials may cost
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
 FIRST_PLAIN, LAST_PLAIN = 2, 128  # steps of drafting before one without it, which tells what drafts save: doubled each time
-RATIO_MEMORY, RATIO_STEPS = 0.9, 4.0  # of measured over expected rates; what is expected weighs as much as so many steps
-COST_MEMORY, COST_STEPS = 0.95, 1.0  # of measured seconds; what was measured in the warm-up weighs as much as so many steps
+RATIO_MEMORY, RATIO_STEPS = 0.9, 16.0  # of measured over expected rates; what is expected weighs as much as so many steps
+COST_MEMORY, COST_STEPS = 0.95, 8.0  # of measured seconds; what was measured in the warm-up weighs as much as so many steps
 CORRECT_EVERY = 8  # steps, once there are some
 SLOWEST, RECENT = 2.0, 9  # a step counts as this many times the median of so many at most: compilation and other hiccups
 
@@ -121,6 +121,14 @@ def _at(curve: Curve, tokens: int) -> float:
 def expected_tokens(length: int, rate: float) -> float:
     """Tokens a step yields: accepted drafts up to the first rejection and the target's own, the sum of rate^i for i from 0 to length."""
     return sum(rate**i for i in range(length + 1))
+
+
+def step_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds by which steps are compared. On a CPU those of the calling thread, which takes part in every forward: what other processes take meanwhile
+    is no cost of the step. Elsewhere, and where threads have no fine clock, those of the wall."""
+    if device.type == "cpu" and time.get_clock_info("thread_time").resolution < 1e-4:
+        return time.thread_time
+    return time.perf_counter
 
 
 # --- one request --------------------------------------------------------------------------------------------------------
@@ -356,7 +364,8 @@ class _Scales:
 
 @dataclass
 class _Load:
-    """What is known of steps with about so many requests. costs: as corrected last."""
+    """What is known of steps with about so many requests. costs: as corrected last. seen: rows that were verified before; requests in drafting passes,
+    negative."""
 
     costs: CostModel
     scales: _Scales = field(default_factory=_Scales)
@@ -368,6 +377,7 @@ class _Load:
         default_factory=lambda: {"plain": deque(maxlen=RECENT), "ngram": deque(maxlen=RECENT), "model": deque(maxlen=RECENT)}
     )
     corrected_at: int = 0
+    seen: set[int] = field(default_factory=set)
 
 
 class DraftingPolicy:
@@ -582,7 +592,7 @@ class DraftingPolicy:
         return True
 
     def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
-        """A step that was carried out: what it gained over all requests, and its seconds on the clock."""
+        """A step that was carried out: what it gained over all requests, and its seconds on `step_clock`."""
         costs = self.costs
         if not self.measured or costs is None or not plan.seconds:
             return
@@ -594,6 +604,10 @@ class DraftingPolicy:
         else:
             rows = batch + sum(map(len, plan.given)) + sum(plan.lengths)
             passes = [sum(length > i for length in plan.lengths) for i in range(max(plan.lengths))]
+        shapes = {rows, *(-size for size in passes)}
+        if not shapes <= load.seen:  # a shape's first pass compiles, allocates and reads weights that later ones find in the cache
+            load.seen |= shapes
+            return
         base = costs.step_seconds(0, batch)
         more = costs.verify_seconds(rows) + costs.last_seconds(rows) - costs.verify_seconds(batch) - costs.last_seconds(batch)
         parts = (base, max(0.0, more), sum(map(costs.draft_seconds, passes)))
@@ -637,7 +651,7 @@ def measure_costs(
     last = None if scratch is None else scratch.last
     timed = [verify, *([] if scratch is None else [scratch.draft]), *([] if last is None else [last])]
     best: list[dict[int, float]] = [{} for _ in timed]
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), step_clock(device)
     try:
         for run in timed:
             run(token_counts[0])  # caches, lazily built tables, kernel compilation
@@ -650,10 +664,10 @@ def measure_costs(
                     if run is last:
                         verify(1)  # as in a step, the first layers' weights must come from memory, not from a cache
                     _synchronize(device)
-                    start = time.perf_counter()
+                    start = clock()
                     run(count)
                     _synchronize(device)
-                    found[count] = min(found.get(count, math.inf), time.perf_counter() - start)
+                    found[count] = min(found.get(count, math.inf), clock() - start)
     finally:
         sequence.free()
         if scratch is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from draft.policy import DraftingPolicy, StepPlan
+from draft.policy import DraftingPolicy, StepPlan, step_clock
 from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
@@ -74,7 +74,8 @@ def decode_step(
     step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner.
     Failure leaves every request as it was: lengths only move at the end.
     """
-    began = time.perf_counter()
+    clock = step_clock(target.device)
+    began, began_at = time.perf_counter(), clock()
     if drafter and drafter.exit_layer:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     positions = [len(r.token_ids) for r in requests]
@@ -88,7 +89,7 @@ def decode_step(
         and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
     ):
         _plain_step(requests, plain, began, deterministic=deterministic)
-        return drafting.observe(plan, len(requests), len(requests), time.perf_counter() - began)
+        return drafting.observe(plan, len(requests), len(requests), clock() - began_at)
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = _sampler(requests, target)
@@ -148,7 +149,7 @@ def decode_step(
         confidences = None if plan.block is None else plan.block.confidences.get(b, [])
         hits = accepted if leaf is None else min(accepted, len(gained) - 2)
         request.drafting.observe(gained[:count], proposed, hits, confidences, given=bool(given[b]))
-    drafting.observe(plan, len(requests), sum(kept), ended - began)
+    drafting.observe(plan, len(requests), sum(kept), clock() - began_at)
 
 
 def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:

@@ -20,6 +20,7 @@ from draft.policy import (
     RequestDrafting,
     expected_tokens,
     measure_costs,
+    step_clock,
 )
 from draft.protocols import ScratchPasses
 
@@ -185,8 +186,15 @@ def test_the_text_is_drafted_from_where_it_promises_more_than_the_model():
 class Machine:
     """Steps of a simulated machine: what they really cost, and how often drafts are really accepted."""
 
-    def __init__(self, real, acceptance, seed=0, hiccups=0.0):
-        self.real, self.acceptance, self.rng, self.hiccups = real, acceptance, random.Random(seed), hiccups
+    def __init__(self, real, acceptance, seed=0, hiccups=0.0, first=1.0):
+        self.real, self.acceptance, self.rng, self.hiccups, self.first, self.seen = (
+            real,
+            acceptance,
+            random.Random(seed),
+            hiccups,
+            first,
+            set(),
+        )
 
     def run(self, policy, batch, count):
         """(tokens a second of `count` steps, share of steps with drafts)."""
@@ -201,7 +209,10 @@ class Machine:
                 request.observe([], length, kept, None, given=False)
                 tokens.append(1 + kept)
             spent = self.real.step_seconds(max(plan.lengths), batch, sum(map(bool, plan.lengths))) * self.rng.uniform(0.9, 1.1)
-            policy.observe(plan, batch, sum(tokens), spent * (20 if self.rng.random() < self.hiccups else 1))
+            rows = batch + sum(plan.lengths)
+            slower = self.first if rows not in self.seen else 20 if self.rng.random() < self.hiccups else 1
+            self.seen.add(rows)
+            policy.observe(plan, batch, sum(tokens), spent * slower)
             gained, seconds = gained + sum(tokens), seconds + spent
         return gained / seconds, drafting / count
 
@@ -224,7 +235,7 @@ DEAR = CostModel(draft=((1, 0.35), (8, 0.5)), verify=((1, 1.0), (8, 1.1), (16, 1
 )
 def test_no_load_is_slower_than_plain_decoding(believed, real, acceptance, batch):
     ratio, _ = over_plain(believed, real, acceptance, batch)
-    assert ratio > 0.98
+    assert ratio > (0.98 if believed is real else 0.97), "700 steps in which costs wrong threefold are corrected"
     best = max(expected_tokens(k, acceptance) / real.step_seconds(k, batch) for k in range(13)) * real.step_seconds(0, batch)
     if believed is real:
         assert ratio > 0.9 * best, "and near the best there is"
@@ -234,6 +245,18 @@ def test_hiccups_of_the_machine_do_not_decide():
     assert over_plain(DEAR, DEAR, 0.5, 8, hiccups=0.03)[0] > 0.98
     ratio, share = over_plain(CHEAP, CHEAP, 0.8, 1, hiccups=0.03)
     assert ratio > 1.8 and share > 0.75
+
+
+def test_first_steps_of_a_shape_do_not_decide():
+    policy = DraftingPolicy(CHEAP, measured=True, draft_by_draft=False)
+    assert Machine(CHEAP, 0.7, first=3.0).run(policy, 1, 40)[1] > 0.6, "a new process drafts from the beginning"
+
+
+def test_a_busy_machine_is_no_cost_of_a_step():
+    clock = step_clock(torch.device("cpu"))
+    began, began_at = time.perf_counter(), clock()
+    time.sleep(0.02)
+    assert time.perf_counter() - began >= 0.02 and clock() - began_at < 0.01
 
 
 def test_a_source_is_not_taken_up_and_left_by_turns():
@@ -262,7 +285,9 @@ class SlowDecoder:
 
     def forward(self, tokens, sequences, query_lens, **options):
         self.calls.append((query_lens, options))
-        time.sleep(0.002 + 0.0002 * query_lens[0])
+        ends = step_clock(self.device)() + 0.002 + 0.0002 * query_lens[0]
+        while step_clock(self.device)() < ends:
+            pass
         return type("Out", (), {"hidden": torch.zeros(len(tokens), 4)})
 
     def head(self, hidden, *, deterministic=False):
