@@ -395,7 +395,8 @@ class GraphedDecoder:
             torch.cuda.current_stream(self.device).wait_stream(stream)
             self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_memory):
+            # other threads (a store's codec, a conversation being put away) may use the device meanwhile
+            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
                 self._run(step, weights)
             step.graph = graph
         return step

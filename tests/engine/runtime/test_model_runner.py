@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -156,3 +157,27 @@ def test_buckets():
     assert PlainDecoding.takes(128) and not PlainDecoding.takes(129)
     assert PlainDecoding.takes(8, deterministic=True) and not PlainDecoding.takes(9, deterministic=True)
     assert [page_bucket(n, 512) for n in (1, 64, 65, 300, 512)] == [64, 64, 128, 512, 512] and page_bucket(3, 10) == 10
+
+
+@pytest.mark.skipif(not GPU, reason="graphs are captured on a GPU")
+@torch.inference_mode()
+def test_other_threads_use_the_device_while_graphs_are_captured(decoder):
+    (_, _), (runner, sequences) = _pair(decoder, [[1, 2, 3], [4, 5]])
+    done, failures = threading.Event(), []
+
+    def work():
+        try:
+            while not done.is_set():
+                torch.bincount(torch.randint(0, 9, (4096,), device=DEVICE)).tolist()  # waits for the device, as a codec's table does
+        except RuntimeError as error:
+            failures.append(error)
+
+    other = threading.Thread(target=work)
+    other.start()
+    try:
+        for count in (1, 2, 3, 4):
+            forward_reserved(runner, torch.ones(2 * count, dtype=torch.int64, device=DEVICE), sequences, [count] * 2)
+    finally:
+        done.set()
+        other.join()
+    assert not failures and any(step.graph is not None for step in runner._steps.values())
