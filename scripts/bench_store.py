@@ -10,7 +10,6 @@ nothing but the time of what follows matters; what is timed runs as it does in s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench.document import print_document
 from engine.store.runs import PAGE_TOKENS, RUN_TOKENS, page_keys, root_key
 from engine.store.store import RunStore
 
@@ -124,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for line in rows:
         print(f"{line['runs']:>8,} runs  {line['op']:<42} {line['ms']:>10.3f} ms  (95%: {line['p95_ms']:.3f})", file=sys.stderr)
-    print(json.dumps(found))
-    if args.json_out:
-        args.json_out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print_document(found, args.json_out)
     return 0
 
 

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.document import print_document
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -86,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             del row[name]
     command = f"python scripts/bench_store_reuse.py --pair {args.pair} --characters {args.characters} --repeats {args.repeats} --quality {args.quality}"
     found = {**about, "command": command, "speedup": median("none") / median("filled"), "rows": rows}
-    print(json.dumps(found))
-    if args.json_out:
-        args.json_out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print_document(found, args.json_out)
     return 0
 
 

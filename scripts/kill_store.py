@@ -108,7 +108,7 @@ def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             figures["pages_found"] += found.end_page
             if found.spans != spans(root, ids)[: found.end_page]:
                 figures["wrong"].append(f"text {which} after kill {number}")
-        figures["damaged"] += store.metrics.damaged
+        figures["damaged"] += store.damaged
         if number % 100 == 99 or number == kills - 1:
             report = store.verify()
             figures["unindexed"] += report.unindexed

@@ -181,7 +181,60 @@ class FlopAware(HeapPolicy):
         return node
 
 
-class Arc(EvictionPolicy):
+class TwoQueuePolicy(EvictionPolicy):
+    """Nodes in two queues, each in the order of a number that a node's state holds; the queue that gives one up is chosen anew each time."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._queues: tuple[list[tuple[int, int, Node]], list[tuple[int, int, Node]]] = ([], [])
+        self._queued: set[Node] = set()
+        self._serial = self._entry = 0
+
+    @abstractmethod
+    def place(self, node: Node) -> tuple[int, int]:
+        """(queue, order in it) of a node."""
+
+    @abstractmethod
+    def from_second(self) -> bool:
+        """Whether the second queue gives a node up, where neither is empty."""
+
+    def stays(self, node: Node) -> bool:
+        """Whether the next node of a queue is given another turn, at the place that its state now says."""
+        return False
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _push(self, node: Node) -> None:
+        self._entry += 1
+        queue, order = self.place(node)
+        heapq.heappush(self._queues[queue], (order, self._entry, node))
+
+    def victim(self) -> Node | None:
+        locked: list[Node] = []
+        found = None
+        first, second = self._queues
+        while found is None and (first or second):
+            queue = int(not first or (bool(second) and self.from_second()))
+            order, _, node = heapq.heappop(self._queues[queue])
+            if not self._may_leave(node):
+                self._queued.discard(node)
+            elif (queue, order) != self.place(node):
+                self._push(node)  # it was used since
+            elif not node.num_unlocked(self.tier):
+                locked.append(node)
+            elif self.stays(node):
+                self._push(node)
+            else:
+                self._queued.discard(node)
+                found = node
+        for node in locked:
+            self._push(node)
+        return found
+
+
+class Arc(TwoQueuePolicy):
     """ARC (Megiddo and Modha, FAST 2003): nodes requested once and nodes requested again, each in order of use; the share of the first adapts to
     which of the two what comes back had been evicted from.
 
@@ -193,16 +246,16 @@ class Arc(EvictionPolicy):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # state of a node: (requested again, when it was used, pages it kept when others left or None)
-        self._queues: tuple[list[tuple[int, int, Node]], list[tuple[int, int, Node]]] = ([], [])
-        self._queued: set[Node] = set()
         self._sizes = [0, 0]  # pages held, by queue
         self._ghosts = [0, 0]  # pages that left, by the queue they were in
         self._target_once = 0.0  # pages that nodes requested once should have
-        self._serial = self._entry = 0
 
-    def _next(self) -> int:
-        self._serial += 1
-        return self._serial
+    def place(self, node: Node) -> tuple[int, int]:
+        again, used, _ = node.state[self.tier]
+        return int(again), used
+
+    def from_second(self) -> bool:
+        return self._sizes[0] <= self._target_once
 
     def add(self, node: Node) -> None:
         state = node.state[self.tier]
@@ -225,11 +278,6 @@ class Arc(EvictionPolicy):
             self._queued.add(node)
             self._push(node)
 
-    def _push(self, node: Node) -> None:
-        self._entry += 1
-        again, used, _ = node.state[self.tier]
-        heapq.heappush(self._queues[again], (used, self._entry, node))
-
     def touch(self, node: Node, root: Node) -> None:
         state = node.state[self.tier]
         if state is None:
@@ -247,28 +295,6 @@ class Arc(EvictionPolicy):
         self._sizes[again] -= num_pages
         self._ghosts[again] += num_pages
         node.state[self.tier] = (again, used, node.size(self.tier))
-
-    def victim(self) -> Node | None:
-        locked: list[Node] = []
-        found = None
-        once, twice = self._queues
-        while found is None and (once or twice):
-            from_twice = not once or (bool(twice) and self._sizes[0] <= self._target_once)
-            used, _, node = heapq.heappop(self._queues[from_twice])
-            if not self._may_leave(node):
-                self._queued.discard(node)
-                continue
-            again, now_used, _ = node.state[self.tier]
-            if (again, now_used) != (from_twice, used):
-                self._push(node)  # it was used since
-            elif not node.num_unlocked(self.tier):
-                locked.append(node)
-            else:
-                self._queued.discard(node)
-                found = node
-        for node in locked:
-            self._push(node)
-        return found
 
 
 class Value(EvictionPolicy):
@@ -421,7 +447,7 @@ class Value(EvictionPolicy):
                 self._queued.discard(node)
 
 
-class S3Fifo(EvictionPolicy):
+class S3Fifo(TwoQueuePolicy):
     """S3-FIFO (Yang et al., SOSP 2023): a small queue for what is new, a main queue for what was used again, a memory of what left.
 
     The memory is the TOKENS tier: a node that comes back from there goes to the main queue at once.
@@ -434,11 +460,14 @@ class S3Fifo(EvictionPolicy):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # state of a node: (frequency, is in the main queue, serial, pages it kept when others left or None)
-        self._queues: tuple[list[tuple[int, int, Node]], list[tuple[int, int, Node]]] = ([], [])
-        self._queued: set[Node] = set()
         self._small_pages = 0
-        self._serial = 0
-        self._entry = 0
+
+    def place(self, node: Node) -> tuple[int, int]:
+        _, main, serial, _ = node.state[self.tier]
+        return int(main), serial
+
+    def from_second(self) -> bool:
+        return self._small_pages <= self.small_share * self.capacity_pages
 
     def add(self, node: Node) -> None:
         if node in self._queued:
@@ -465,41 +494,14 @@ class S3Fifo(EvictionPolicy):
         self._small_pages -= 0 if main else num_pages
         node.state[self.tier] = (frequency, main, serial, node.size(self.tier))
 
-    def _next(self) -> int:
-        self._serial += 1
-        return self._serial
-
-    def _push(self, node: Node) -> None:
-        self._entry += 1
-        _, main, serial, _ = node.state[self.tier]
-        heapq.heappush(self._queues[main], (serial, self._entry, node))
-
-    def victim(self) -> Node | None:
-        locked: list[Node] = []
-        found = None
-        small, main = self._queues
-        while found is None and (small or main):
-            from_main = not small or (bool(main) and self._small_pages <= self.small_share * self.capacity_pages)
-            _, _, node = heapq.heappop(self._queues[from_main])
-            if not self._may_leave(node):
-                self._queued.discard(node)
-                continue
-            frequency, _, _, kept = node.state[self.tier]
-            if not node.num_unlocked(self.tier):
-                locked.append(node)
-            elif frequency and from_main:
-                node.state[self.tier] = (frequency - 1, True, self._next(), kept)
-                self._push(node)
-            elif frequency > 1:
-                self._small_pages -= node.size(self.tier)
-                node.state[self.tier] = (0, True, self._next(), kept)
-                self._push(node)
-            else:
-                self._queued.discard(node)
-                found = node
-        for node in locked:
-            self._push(node)
-        return found
+    def stays(self, node: Node) -> bool:
+        frequency, main, _, kept = node.state[self.tier]
+        if not frequency or (frequency == 1 and not main):
+            return False
+        if not main:
+            self._small_pages -= node.size(self.tier)
+        node.state[self.tier] = (frequency - 1 if main else 0, True, self._next(), kept)
+        return True
 
 
 POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Lru, Lfu, Arc, Gdsf, FlopAware, Decay, S3Fifo, Value)}

@@ -263,6 +263,7 @@ class SessionCodec:
             return target.embed(ids)[:, None]
         rows, size = [], pass_tokens(target)
         conversation.sequence.ensure(end, start)
+        conversation.invariant = conversation.invariant and self.core.deterministic  # its pages are written anew
         for at in range(start, end, size):
             count = min(end - at, size)
             out = target.forward(

@@ -29,11 +29,12 @@ from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_boun
 from engine.store.store import RunStore
 
 DEFAULT_NAMESPACE = "default"
-CHUNK_PAGES = {"cpu": RUN_PAGES, "cuda": 16 * RUN_PAGES}
-"""Pages coded at a time, by device, between which requests are served: about a tenth of a second's work."""
+PIECE_PAGES = {"cpu": 1, "cuda": 16 * RUN_PAGES}
+"""Pages coded at a time, by device, between which requests are served: less than a tenth of a second's work."""
 
-_PATIENCE_S = 2.0  # how long a busy engine is waited for before a chunk is coded between two of its steps
+_PATIENCE_S = 0.5  # how long a busy engine is waited for before a piece is coded between two of its steps
 _POLL_S = 0.01
+_TURN_S = 0.001  # in which whoever waits for the engine's lock gets it: without a pause its last holder takes it again
 _EXIT_S = 60.0  # for what is left to be coded when the process ends
 
 
@@ -62,13 +63,15 @@ class PrefixMetrics:
 
 @dataclass(eq=False)
 class _Job:
-    """A conversation to be kept. page: those before it are stored. tail: spans of pages [page, page + len(tail)), stored in a shorter run."""
+    """A conversation to be kept. page: those before it are stored. tail: spans of pages [page, page + len(tail)), coded, or stored in a shorter run."""
 
     conversation: SequenceState
     namespace: str
     since: float
     page: int | None = None
-    tail: list[bytes] = field(default_factory=list)
+    tail: list[bytes | None] = field(default_factory=list)
+    quality: str = TOKENS
+    saved_token_s: float = 0.0
     owned: bool = False  # it is closed here once it is kept
 
 
@@ -258,7 +261,7 @@ class PrefixCache:
             "runs": runs,
             "bytes": num_bytes,
             "limit_bytes": self.store.limit_bytes,
-            "damaged": self.store.metrics.damaged,
+            "damaged": self.store.damaged,
         }
 
     def _job_of(self, conversation: SequenceState) -> _Job | None:
@@ -272,7 +275,7 @@ class PrefixCache:
                 self.core.discard(job.conversation)
 
     def work_once(self) -> bool:
-        """Keep a chunk if the engine is idle, or has been busy for long; False when there is nothing to do or not yet."""
+        """Code a piece if the engine is idle, or has been busy for long; False when there is nothing to do or not yet."""
         if not self._jobs or self._closing:
             return False
         try:
@@ -285,30 +288,35 @@ class PrefixCache:
         return True
 
     def _keep_some(self) -> None:
-        """Code and store one chunk of the oldest job."""
-        with self._keeping:  # one chunk after the other, as each continues the one before
-            self._keep_chunk()
+        """Code a piece of the oldest job, and store it where it completes a run or the text."""
+        with self._keeping:  # one piece after the other, as each continues the one before
+            self._keep_piece()
 
-    def _keep_chunk(self) -> None:
+    def _keep_piece(self) -> None:
         began = time.perf_counter()
         with self.core.lock, torch.inference_mode():
             if not self._jobs:
                 return
             job = self._jobs[0]
-            chunk = None
+            done = True
             try:
-                chunk = self._coded(job)
+                done = self._code_piece(job)
             except (ForetoldError, CodecError, MemoryError) as error:
                 self._once("code", f"a conversation could not be coded for the store: {error}")
             except BaseException:
                 self._end(job)
                 raise
-            if chunk is None:
-                self._end(job)
+            if job not in self._jobs:
                 return
+            chunk = self._complete(job, done)
+            if done and chunk is None:
+                self._end(job)
             job.since = time.monotonic()
+        if chunk is None:
+            self.metrics.keep_s += time.perf_counter() - began
+            return
         # written without the lock: syncs take milliseconds
-        identity, ids, spans, first, saved_token_s, more = chunk
+        identity, ids, spans, first, saved_token_s = chunk
         kept = False
         try:
             report = self.store.insert(identity, ids, spans, first, saved_token_s)
@@ -320,39 +328,52 @@ class PrefixCache:
         except (ForetoldError, OSError) as error:
             self._once("write", f"nothing can be kept in the store: {error}")
         self.metrics.keep_s += time.perf_counter() - began
-        if not (kept and more):
+        if done or not kept:
             with self.core.lock:
                 self._end(job)
 
-    def _coded(self, job: _Job) -> tuple[dict[str, str], list[int], list[bytes | None], int, float, bool] | None:
-        """The next chunk of a job: what `RunStore.insert` takes, and whether more follows. None when everything is stored."""
+    def _code_piece(self, job: _Job) -> bool:
+        """Code the next pages of a job into its tail; True when none is left."""
         conversation = job.conversation
         pages = min(conversation.sequence.length, len(conversation.token_ids)) // PAGE_TOKENS
         ids = conversation.token_ids[: pages * PAGE_TOKENS]
-        quality, rates = self._coding(len(ids))
-        identity = self._identity(job.namespace)
-        root, codec, coded = root_key(identity), self.codec, quality != TOKENS
         if job.page is None:
-            job.page = self.store.known_pages(root, ids, coded=coded)
-            found = self.store.lookup(root, ids, job.page)
-            job.tail = found.spans
-            self.store.touch(self.store.keys_of(root, ids[: job.page * PAGE_TOKENS]) + found.keys)
-        start = job.page + len(job.tail)
+            self._begin(job, ids)
+        assert job.page is not None
+        start, codec = job.page + len(job.tail), self.codec
         if start >= pages:
+            job.tail = []  # all of it is stored
+            return True
+        if job.quality == TOKENS or codec is None:
+            job.tail += [None] * (pages - start)
+            return True
+        end = min(pages, start + PIECE_PAGES[self.core.device.type])
+        if not _has_features(conversation, codec, start * PAGE_TOKENS, end * PAGE_TOKENS):
+            end = pages  # one pass over all of the text gives them back
+        made = codec.encode(conversation, max(NUM_SINKS, start * PAGE_TOKENS), end * PAGE_TOKENS, job.quality)
+        assert [(s.start, s.end) for s in made] == [span_bounds(page) for page in range(start, end)]
+        job.tail += [bytes(s.data) for s in made]
+        return end == pages
+
+    def _begin(self, job: _Job, ids: list[int]) -> None:
+        """Find out what of a text is stored already, and count its use."""
+        job.quality, rates = self._coding(len(ids))
+        job.saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
+        root = root_key(self._identity(job.namespace))
+        job.page = self.store.known_pages(root, ids, coded=job.quality != TOKENS)
+        found = self.store.lookup(root, ids, job.page)
+        job.tail = list(found.spans)
+        self.store.touch(self.store.keys_of(root, ids[: job.page * PAGE_TOKENS]) + found.keys)
+
+    def _complete(self, job: _Job, done: bool) -> tuple[dict[str, str], list[int], list[bytes | None], int, float] | None:
+        """Take whole runs off a job's tail, and with `done` all of it: what `RunStore.insert` takes. None where that is nothing."""
+        count = len(job.tail) if done else len(job.tail) - len(job.tail) % RUN_PAGES
+        if not count or job.page is None:
             return None
-        end = min(pages, job.page + CHUNK_PAGES[self.core.device.type])
-        if not coded or codec is None:
-            end = pages
-            spans: list[bytes | None] = [None] * (end - job.page)
-        else:
-            if not _has_features(conversation, codec, start * PAGE_TOKENS, end * PAGE_TOKENS):
-                end = pages  # one pass over all of the text gives them back
-            made = codec.encode(conversation, max(NUM_SINKS, start * PAGE_TOKENS), end * PAGE_TOKENS, quality)
-            assert [(s.start, s.end) for s in made] == [span_bounds(page) for page in range(start, end)]
-            spans = [*job.tail, *(bytes(s.data) for s in made)]
-        first, job.page, job.tail = job.page, end, []
-        saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
-        return identity, ids[: end * PAGE_TOKENS], spans, first, saved_token_s, end < pages
+        spans, first = job.tail[:count], job.page
+        job.tail, job.page = job.tail[count:], job.page + count
+        ids = job.conversation.token_ids[: job.page * PAGE_TOKENS]
+        return self._identity(job.namespace), ids, spans, first, job.saved_token_s
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -398,8 +419,7 @@ def _work(reference: weakref.ref[PrefixCache], wake: threading.Event, num_thread
             except Exception as error:  # whatever it is, the engine goes on
                 cache._once("worker", f"the store's worker failed: {type(error).__name__}: {error}")
                 worked = False
-            if not worked:
-                time.sleep(_POLL_S)
+            time.sleep(_TURN_S if worked else _POLL_S)
         del cache
 
 

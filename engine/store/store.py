@@ -30,7 +30,7 @@ from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, read_json_object, shown
 from engine.store.index import Entry, RunIndex
-from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, Run, root_key
+from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, PageKeys, Run, root_key
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 CODED, IDS = ".run", ".ids"
@@ -96,21 +96,6 @@ class VerifyReport:
         return asdict(self) | {"sound": self.sound}
 
 
-@dataclass
-class StoreMetrics:
-    """What one process asked of a store and got. damaged: files that were met unreadable, and removed."""
-
-    lookups: int = 0
-    hits: int = 0
-    hit_tokens: int = 0
-    lookup_s: float = 0.0
-    kept_runs: int = 0
-    kept_tokens: int = 0
-    kept_bytes: int = 0
-    evicted_runs: int = 0
-    damaged: int = 0
-
-
 class RunStore:
     """A store folder, opened. Thread-safe.
 
@@ -125,7 +110,8 @@ class RunStore:
 
     def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, create: bool = True) -> None:
         self.folder, self.limit_bytes = Path(folder).absolute(), limit_bytes
-        self.metrics = StoreMetrics()
+        self._runs = str(self.folder / _RUNS)
+        self.damaged = 0  # files that were met unreadable, and removed
         # two connections, so that a lookup never waits for this process's own writer
         self._mutex, self._write_mutex = threading.RLock(), threading.RLock()
         self._index: RunIndex | None = None
@@ -227,28 +213,21 @@ class RunStore:
 
         A run is taken only after its tokens were compared, to the page. A miss opens one file that is not there and asks the index once.
         """
-        began = time.perf_counter()
         keys = PageKeys(root, token_ids)
         at = start_page - start_page % RUN_PAGES
         spans: list[bytes] = []
         used: list[bytes] = []
         while at < len(keys):
-            run, pages = self._continuation(root, keys, token_ids, at)
+            run, key, pages = self._continuation(root, keys, at)
             if run is None or run.spans is None:
                 break
             spans += run.spans[:pages]
-            used.append(run.keys[-1])
+            used.append(key)
             at += pages
             if pages < RUN_PAGES:
                 break
         end = max(at, start_page)
-        spans = spans[start_page % RUN_PAGES :]
-        self.metrics.lookups += 1
-        if end > start_page:
-            self.metrics.hits += 1
-            self.metrics.hit_tokens += (end - start_page) * PAGE_TOKENS
-        self.metrics.lookup_s += time.perf_counter() - began
-        return StoredPrefix(start_page, end, spans, used)
+        return StoredPrefix(start_page, end, spans[start_page % RUN_PAGES :], used)
 
     def keys_of(self, root: bytes, token_ids: Sequence[int]) -> list[bytes]:
         """The names of the runs that a text of whole runs lies in."""
@@ -264,29 +243,29 @@ class RunStore:
             pages = at
         return pages
 
-    def _continuation(self, root: bytes, keys: Sequence[bytes], token_ids: Sequence[int], at: int) -> tuple[Run | None, int]:
-        """The coded run that holds most pages of the text from page `at`, and how many."""
-        wanted = tuple(token_ids[at * PAGE_TOKENS : at * PAGE_TOKENS + RUN_TOKENS])
+    def _continuation(self, root: bytes, keys: PageKeys, at: int) -> tuple[Run | None, bytes, int]:
+        """The coded run that holds most pages of the text from page `at`, its name, and how many."""
         parent = keys[at - 1] if at else root
         if at + RUN_PAGES <= len(keys):
-            run = self._read(root, keys[at + RUN_PAGES - 1])
+            key = keys[at + RUN_PAGES - 1]
+            run = self._read(root, key)
             if run is not None:
-                if run.parent == parent and run.token_ids == wanted:
-                    return run, RUN_PAGES
-                self._doubt(run, keys[at + RUN_PAGES - 1])
+                if run.parent == parent and run.ids == keys.ids(at, at + RUN_PAGES):
+                    return run, key, RUN_PAGES
+                self._doubt(run, key)
         some = keys[at : at + RUN_PAGES - 1]
         if not some:
-            return None, 0
+            return None, b"", 0
         found = self._ask(lambda index: index.holding(some)) or []
         for number, key, coded in found[:_MAX_TRIES]:
             pages = number + 1
             run = self._read(root, key) if coded else None
-            same = PAGE_TOKENS * pages
             if run is not None:
-                if run.parent == parent and run.start_page == at and run.token_ids[:same] == wanted[:same]:
-                    return run, pages
+                wanted = keys.ids(at, at + pages)
+                if run.parent == parent and run.start_page == at and run.ids[: len(wanted)] == wanted:
+                    return run, key, pages
                 self._doubt(run, key)
-        return None, 0
+        return None, b"", 0
 
     def _path(self, root: bytes, key: bytes, suffix: str) -> Path:
         return self.folder / _RUNS / root.hex() / (key.hex() + suffix)
@@ -300,7 +279,7 @@ class RunStore:
 
     def _read(self, root: bytes, key: bytes, suffix: str = CODED) -> Run | None:
         """The run of a name; None where there is none, or only a damaged one, which is removed."""
-        path = self._path(root, key, suffix)
+        path = f"{self._runs}/{root.hex()}/{key.hex()}{suffix}"  # a Path would take as long as reading the file
         try:
             descriptor = os.open(
                 path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -308,7 +287,7 @@ class RunStore:
         except OSError:
             return None
         try:
-            run = _parsed(descriptor)
+            run = _parsed(descriptor, digest=False)
             if run.root == root and run.coded == (suffix == CODED):
                 return run
         except NewerCode:
@@ -317,15 +296,15 @@ class RunStore:
             pass
         finally:
             os.close(descriptor)
-        self.metrics.damaged += 1
+        self.damaged += 1
         with suppress(OSError):
-            path.unlink()
+            os.unlink(path)
         return None
 
     def _doubt(self, run: Run, key: bytes) -> None:
         """A coded run was read under this name and is not what was looked for: remove the file if it has no right to the name."""
         if run.keys[-1] != key:
-            self.metrics.damaged += 1
+            self.damaged += 1
             with suppress(OSError):
                 self._path(run.root, key, CODED).unlink()
 
@@ -369,7 +348,7 @@ class RunStore:
         runs = []
         for at in range(first_page, first_page + len(spans), RUN_PAGES):
             some = spans[at - first_page : at - first_page + RUN_PAGES]
-            ids = tuple(token_ids[at * PAGE_TOKENS : (at + len(some)) * PAGE_TOKENS])
+            ids = keys.ids(at, at + len(some))
             coded = tuple(span for span in some if span is not None)
             run = Run(root, keys[at - 1] if at else root, at, ids, coded if len(coded) == len(some) else None)
             kept_as = (CODED,) if run.coded else (CODED, IDS)
@@ -382,7 +361,7 @@ class RunStore:
                 for run in runs:
                     data = run.to_bytes()
                     path = stage_bytes(self.folder / _TMP, data)
-                    saved_s = saved_token_s * len(run.token_ids) if run.coded else 0.0
+                    saved_s = saved_token_s * run.num_tokens if run.coded else 0.0
                     entry = Entry(root, run.keys[-1], run.parent, run.start_page, run.num_pages, _on_disk(len(data)), run.coded, saved_s)
                     staged.append((run, path, entry))
                 if staged:
@@ -393,10 +372,6 @@ class RunStore:
                 for _, path, _ in staged:
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
-        self.metrics.kept_runs += report.runs
-        self.metrics.kept_tokens += report.tokens
-        self.metrics.kept_bytes += report.bytes
-        self.metrics.evicted_runs += report.evicted
         return report
 
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -577,7 +552,7 @@ class RunStore:
                         path.unlink(missing_ok=True)
                     continue
                 identity, saved_token_s = described
-                saved_s = saved_token_s * len(run.token_ids) if run.coded else 0.0
+                saved_s = saved_token_s * run.num_tokens if run.coded else 0.0
                 entry = Entry(run.root, keys[-1], run.parent, run.start_page, run.num_pages, _on_disk(num_bytes), run.coded, saved_s)
                 good.append((entry, keys, written, identity))
             known: set[bytes] = {bytes.fromhex(folder.name)} if described is not None else set()
@@ -636,15 +611,22 @@ def _on_disk(num_bytes: int) -> int:
     return -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
-def _parsed(descriptor: int) -> Run:
-    """The run in an open file. Raises the codec's errors, OSError, and ValueError when it is no regular file or too large."""
+def _parsed(descriptor: int, *, digest: bool = True) -> Run:
+    """The run in an open file; digest: see `Run.from_bytes`.
+
+    Raises the codec's errors, OSError, and ValueError when it is no regular file or too large."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_RUN_BYTES:
         raise ValueError("no run")
-    parts = []
-    while part := os.read(descriptor, status.st_size + 1):
-        parts.append(part)
-    return Run.from_bytes(b"".join(parts))
+    data = os.read(descriptor, status.st_size + 1)
+    if len(data) != status.st_size:  # it grew, or the system gave less than all
+        parts = [data]
+        while part := os.read(descriptor, MAX_RUN_BYTES):
+            parts.append(part)
+            if sum(map(len, parts)) > MAX_RUN_BYTES:
+                raise ValueError("no run")
+        data = b"".join(parts)
+    return Run.from_bytes(data, digest=digest)
 
 
 def _described(folder: Path) -> tuple[dict[str, str], float] | None:

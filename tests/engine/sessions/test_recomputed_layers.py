@@ -68,3 +68,14 @@ def test_suspending_does_not_disturb_a_session_in_use(engines, tmp_path):
     ours.suspend(tmp_path / "a.kv")
     assert torch.equal(kv_of(ours), before)
     assert ours.generate(" then", GREEDY).token_ids == theirs.generate(" then", GREEDY).token_ids
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_rows_written_again_by_other_products_are_no_longer_invariant(engines, chat_engine, deterministic):
+    engine = engines() if deterministic else chat_engine("draft")
+    session = engine.session(quality="near-lossless", log=lambda _: None)
+    session.generate(PROMPT, SamplingParams(max_new_tokens=4, seed=1, draft_length=0))
+    assert session.conversation.invariant  # a seeded request's steps are batch-invariant in every engine
+    session.to_bytes()
+    assert session.conversation.invariant == deterministic
+    session.close()

@@ -229,17 +229,38 @@ def test_the_worker_keeps_without_being_asked(store_engine, folder) -> None:
 def test_nothing_is_coded_before_the_answer_is_there(store_engine, monkeypatch) -> None:
     engine = store_engine()
     cache, order = engine.prefix_cache, []
-    coded, started = cache._coded, threading.Event()
+    coded, started = cache._code_piece, threading.Event()
 
     def watched(job):
         order.append("coded")
         started.set()
         return coded(job)
 
-    monkeypatch.setattr(cache, "_coded", watched)
+    monkeypatch.setattr(cache, "_code_piece", watched)
     for event in engine.stream(LONG, GREEDY):
         order.append("event" if event.result is None else "answer")
     assert started.wait(20) and "coded" not in order[: order.index("answer") + 1]
+
+
+def test_a_page_is_coded_at_a_time_and_the_lock_is_free_between(store_engine, folder, monkeypatch) -> None:
+    engine = store_engine()
+    cache, pieces, waited = engine.prefix_cache, [], []
+    encode = cache.codec.encode
+
+    def watched(conversation, start, end, quality):
+        pieces.append(end - start)
+        return encode(conversation, start, end, quality)
+
+    monkeypatch.setattr(cache.codec, "encode", watched)
+    with engine.core.lock:
+        restored(engine)
+        thread = threading.Thread(target=lambda: waited.append(restored(engine, "something else")), daemon=True)
+    thread.start()
+    thread.join(20)
+    engine.flush()
+    assert waited and len(pieces) == len(LONG) // PAGE_TOKENS and max(pieces) == PAGE_TOKENS
+    assert cache.metrics.kept_runs == 3 and cache.metrics.kept_tokens == len(LONG) // PAGE_TOKENS * PAGE_TOKENS
+    assert restored(store_engine()).restored_tokens == 768
 
 
 def test_pages_that_wait_are_given_up_when_they_are_needed(store_engine, monkeypatch) -> None:
