@@ -7,7 +7,8 @@ Models Using Goodput", 2024; no drafts at all is one of the plans). At the best 
 
     expected tokens gained >= R (seconds added)
 
-(the marginal rule for a ratio of sums, Dinkelbach 1967). By it drafts from the text itself (`draft.ngram`) are cut where they become unlikely; each
+(the marginal rule for a ratio of sums, Dinkelbach 1967). By it drafts from the text itself (`draft.ngram`), or from others of its namespace
+(`draft.seen`), are cut where they become unlikely; each
 request takes the source that promises more; and where a draft can be looked at before the next one is made (on a CPU), a block is ended draft by
 draft: a pass is run for those requests only whose expected gains together pay for it, a draft that was looked at is kept, and a leaf added beside it
 (`draft.tree`), while it pays for its row in the verification. The chance of a draft comes from its confidence, the largest probability in the
@@ -35,11 +36,13 @@ from torch import Tensor
 from draft.acceptance import GREEDY_PRIOR, SAMPLED_PRIOR, AcceptanceEstimator, AcceptanceRate, MatchAcceptance, SharedRate
 from draft.ngram import Match, NgramIndex, continuation
 from draft.protocols import CausalDecoder, Drafter, ScratchPasses
+from draft.seen import Seen, SeenByNamespace, SeenTexts
 from draft.tree import MAX_CHAIN, MAX_LEAVES
 
 MAX_AUTO_LENGTH = MAX_CHAIN
 LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
+SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
@@ -142,6 +145,8 @@ class RequestDrafting:
         estimator: from the confidence of a draft to its chance, where drafts are looked at one by one; None where a block is drafted unseen.
         shared: acceptance over all requests.
         ngrams: whether drafts may come from the request's own tokens.
+
+    seen: texts that others of its namespace left, from which drafts may come as well.
     """
 
     def __init__(
@@ -156,23 +161,36 @@ class RequestDrafting:
         self.acceptance = AcceptanceRate(shared, MAX_AUTO_LENGTH)
         self.matches = MatchAcceptance()
         self.index = NgramIndex() if ngrams else None
+        self.seen: SeenTexts | None = None
+        self.from_seen = False  # whether the last drafts that were looked up came from there
         self._match: Match | None = None
         self._follows: list[int] = []
+        self._seen: Seen | None = None
 
     def look_up(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
-        """Up to `count` drafts that followed the last of `tokens` before, and for each the chance that it and all before it are accepted."""
+        """Up to `count` drafts that followed the last of `tokens` before, in this text or in another one, whichever promises more; and for each the
+        chance that it and all before it are accepted."""
+        longest = MAX_AUTO_LENGTH if self.wanted == "auto" else self.wanted
         self._match, self._follows = None if self.index is None else self.index.match(tokens), []
-        if self._match is None:
-            return [], []
-        self._follows = continuation(tokens, self._match, MAX_AUTO_LENGTH if self.wanted == "auto" else self.wanted)
-        chances = (self.matches.chance(self._match.length + i) for i in range(len(self._follows)))
-        return self._follows[:count], list(itertools.accumulate(chances, float.__mul__))[:count]
+        self._seen = None if self.seen is None else self.seen.match(tokens, longest)
+        own: list[float] = []
+        if self._match is not None:
+            self._follows = continuation(tokens, self._match, longest)
+            own = [self.matches.chance(self._match.length + i) for i in range(len(self._follows))]
+        others: list[float] = []
+        if self._seen is not None and self.seen is not None:
+            others = [self.seen.acceptance.chance(self._seen.length + i) for i in range(len(self._seen.tokens))]
+            others[0] *= self._seen.share
+        found = [list(itertools.accumulate(chances, float.__mul__))[:count] for chances in (own, others)]
+        self.from_seen = self._seen is not None and sum(found[1]) > sum(found[0])
+        drafts = self._seen.tokens if self._seen is not None and self.from_seen else self._follows
+        return drafts[:count], found[self.from_seen]
 
     def observe(self, tokens: Sequence[int], proposed: int, accepted: int, confidences: Sequence[float] | None, *, given: bool) -> None:
         """Count a step's outcome.
 
         tokens: what it gained. proposed, accepted: drafts; a leaf is none. confidences: of all drafts looked at, kept or not (None: drafted unseen).
-        given: the drafts came from the text itself.
+        given: the drafts came from the text itself, or from other texts.
 
         Where drafts are looked at only likely ones are proposed, so the rate is that of all drafts looked at, as their confidence lets expect. Those
         that followed a rejected one are left out: they tell of random numbers that will be used again, and a choice of drafts must not know these.
@@ -180,6 +198,10 @@ class RequestDrafting:
         if self._match is not None:
             self.matches.observe(self._match.length, self._follows, tokens)
             self._match = None
+        if self._seen is not None and self.seen is not None:
+            if self._seen.share >= SEEN_SURE:
+                self.seen.acceptance.observe(self._seen.length, self._seen.tokens, tokens)
+            self._seen = None
         if given:
             return
         if confidences is not None and self.estimator is not None:
@@ -388,7 +410,7 @@ class DraftingPolicy:
         measured: whether steps are timed and `costs` corrected by it.
         draft_by_draft: look at each draft before the next one (on a CPU); else lengths are chosen per block, so that nothing is read back while a
             block is drafted (on a GPU).
-        ngrams: whether drafts may come from requests' own tokens.
+        ngrams: whether drafts may come from requests' own tokens, and from those of earlier ones.
         lengths: of blocks that are compared. most_rows: of a verification; None is any number.
     """
 
@@ -405,12 +427,23 @@ class DraftingPolicy:
         self.costs, self.measured, self.draft_by_draft, self.ngrams = costs, measured, draft_by_draft, ngrams
         self.lengths, self.most_rows = tuple(lengths), most_rows
         self.shared = SharedRate()
+        self.seen = SeenByNamespace()
         self._loads: dict[int, _Load] = {}
 
     def request(self, wanted: int | Literal["auto"], *, greedy: bool) -> RequestDrafting:
         """The state of a new request."""
         estimator = AcceptanceEstimator(GREEDY_PRIOR if greedy else SAMPLED_PRIOR) if self.draft_by_draft else None
         return RequestDrafting(wanted, estimator, shared=self.shared, ngrams=self.ngrams)
+
+    def begin(self, request: RequestDrafting, namespace: str) -> None:
+        """A request of a namespace runs from now on: its drafts may come from what others of that namespace left."""
+        if self.ngrams:
+            request.seen = self.seen[namespace]
+
+    def end(self, tokens: Sequence[int], prompt_tokens: int, namespace: str) -> None:
+        """A request has ended: leave its new tokens to others of its namespace."""
+        if self.ngrams and len(tokens) > prompt_tokens:
+            self.seen[namespace].add(tokens, prompt_tokens)
 
     # --- planning -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ class SpeculationMetrics:
     steps: target forwards after the prompt. new_tokens: tokens those gave. proposed, accepted: drafts. proposed_at[i], accepted_at[i]:
     steps that proposed an (i+1)-th draft, and that kept it. draft_s, verify_s: host seconds of the request's steps spent proposing and
     verifying (a batch's time counts for each of its requests; on a GPU launches return early, so the two shift, their sum does not).
-    from_text, from_text_accepted: those of the drafts that the request's own text gave.
+    from_text, from_text_accepted: those of the drafts that the request's own text gave. from_seen, from_seen_accepted: that other texts of
+    its namespace gave.
     """
 
     drafter: str = "none"
@@ -27,15 +28,19 @@ class SpeculationMetrics:
     verify_s: float = 0.0
     from_text: int = 0
     from_text_accepted: int = 0
+    from_seen: int = 0
+    from_seen_accepted: int = 0
 
-    def observe(self, proposed: int, accepted: int, new_tokens: int, *, from_text: bool = False) -> None:
-        """Count one step of a request. from_text: its drafts were what followed an earlier occurrence of its last tokens."""
+    def observe(self, proposed: int, accepted: int, new_tokens: int, *, given: bool = False, seen: bool = False) -> None:
+        """Count one step of a request. given: its drafts were what followed an earlier occurrence of its last tokens; seen: in another text."""
         self.steps += 1
         self.new_tokens += new_tokens
         self.proposed += proposed
         self.accepted += accepted
-        self.from_text += proposed * from_text
-        self.from_text_accepted += accepted * from_text
+        self.from_text += proposed * (given and not seen)
+        self.from_text_accepted += accepted * (given and not seen)
+        self.from_seen += proposed * (given and seen)
+        self.from_seen_accepted += accepted * (given and seen)
         missing = proposed - len(self.proposed_at)
         self.proposed_at += [0] * missing
         self.accepted_at += [0] * missing
@@ -72,4 +77,6 @@ class SpeculationMetrics:
             "verify_s": self.verify_s,
             "proposed_from_text": self.from_text,
             "accepted_from_text": self.from_text_accepted,
+            "proposed_from_seen": self.from_seen,
+            "accepted_from_seen": self.from_seen_accepted,
         }

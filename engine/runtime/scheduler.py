@@ -171,6 +171,7 @@ class Scheduler:
             if self._promise(self.waiting[0], room):
                 request = self.waiting.popleft()
                 self.running.append(request)
+                self.drafting.begin(request.drafting, request.namespace or "")
                 if self.prefix_store is not None:
                     self._share(request)  # first: what is in the pool costs nothing
                     self.prefix_store.restore(request)
@@ -210,6 +211,8 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         conversation = request.conversation
         self._keep(request)
+        if request.error is None:
+            self.drafting.end(request.token_ids, request.prompt_tokens, request.namespace or "")
         if self.prefix_store is not None:
             self.prefix_store.finished(request)
         if request.owns_cache:

@@ -143,7 +143,7 @@ def decode_step(
             continue
         cut = count < len(gained)
         proposed, accepted = (count, count) if cut else (own.num_drafts, len(gained) - 1)
-        request.metrics.observe(proposed, accepted, count, from_text=bool(given[b]))
+        request.metrics.observe(proposed, accepted, count, given=bool(given[b]), seen=request.drafting.from_seen)
         request.metrics.draft_s += proposed_at - began
         request.metrics.verify_s += ended - proposed_at
         confidences = None if plan.block is None else plan.block.confidences.get(b, [])

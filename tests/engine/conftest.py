@@ -188,16 +188,21 @@ def chi_square_p_value() -> Callable[[dict[Any, int], dict[Any, float]], float]:
 
 @pytest.fixture(scope="session")
 def check_sampled_text(naive_probabilities) -> Callable[..., None]:
-    """`check_sampled_text(target, draft, draws, prompt=(1, 2), **filters)`: three sampled tokens have the target's distribution, some drafts are
-    refused."""
+    """`check_sampled_text(target, draft, draws, prompt=(1, 2), seen=(), **filters)`: three sampled tokens have the target's distribution, some drafts
+    are refused. seen: texts of earlier requests that began with the prompt."""
     from engine.engine import Engine
     from engine.runtime.sampling import SamplingParams
 
-    def check(target: Any, draft: Any, draws: int, *, prompt: Sequence[int] = (1, 2), **filters: Any) -> None:
+    def check(
+        target: Any, draft: Any, draws: int, *, prompt: Sequence[int] = (1, 2), seen: Sequence[Sequence[int]] = (), **filters: Any
+    ) -> None:
         # without a seed, so that drafts are accepted and rejected; what would be fresh random keys are the same in every run
         params = [SamplingParams(**({"temperature": 1.0} | filters), max_new_tokens=3, draft_length=2)] * draws
         with mock.patch("secrets.randbits", side_effect=range(draws)):
-            results = Engine(target, draft=draft, page_size=8, max_batch=draws).generate([list(prompt)] * draws, params)
+            engine = Engine(target, draft=draft, page_size=8, max_batch=draws)
+            for text in seen:
+                engine.core.scheduler.drafting.end(text, len(prompt), "")
+            results = engine.generate([list(prompt)] * draws, params)
         counts: dict[Any, int] = {}
         for r in results:
             counts[tuple(r.token_ids)] = counts.get(tuple(r.token_ids), 0) + 1
