@@ -27,6 +27,12 @@ FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 _MEASURED_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
+def token_importance(octaves: torch.Tensor | None) -> torch.Tensor | None:
+    """Factors of the tokens' squared errors, float32 [T], from how many octaves their steps lie above the usual one: equal marginal returns put a step
+    at importance ** -1/2."""
+    return None if octaves is None else torch.exp2(-2 * octaves)
+
+
 class SpanPlan(NamedTuple):
     """Of every span: its setting, its tokens' step levels int32 [T], and its expected divergence in nats a position."""
 

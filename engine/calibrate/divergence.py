@@ -10,7 +10,7 @@ import torch
 from codec.codec import KvCodec, SpanSetting
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput
-from codec.fidelity import Distortion
+from codec.fidelity import Distortion, token_importance
 from codec.pack import CodecPack
 from codec.predictor.dense import load_predictor
 from codec.quantize import levels_of
@@ -21,12 +21,6 @@ STEPS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _SHORTEST = 8 * NUM_SINKS
 _QUANTILE = 0.7
 """Texts differ in what the same distortion does to them (by half, SmolLM2): a curve through the mean would promise too much for too many."""
-
-
-def token_importance(octaves: torch.Tensor | None) -> torch.Tensor | None:
-    """Factors of the tokens' squared errors, float32 [T], from how many octaves their steps lie above the usual one: equal marginal returns put a step
-    at importance ** -1/2."""
-    return None if octaves is None else torch.exp2(-2 * octaves)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
-from codec.fidelity import plan_spans
+from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
 from codec.predictor.dense import AnyPredictor, DensePredictor, load_predictor
 from codec.predictor.features import FeatureSpec
@@ -43,7 +43,7 @@ from engine.calibrate.budget import (
     transform_bytes,
 )
 from engine.calibrate.corpus import documents, library_texts
-from engine.calibrate.divergence import measure_divergence, token_importance
+from engine.calibrate.divergence import measure_divergence
 from engine.calibrate.fisher import FisherSample, fit_token_sensitivity, measure
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, diagonal_blocks, unit_weights
 from engine.errors import InvalidOption

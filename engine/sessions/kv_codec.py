@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codec.codec import KvCodec
 from codec.errors import CodecError
-from codec.fidelity import plan_spans
+from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
 from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.dense import load_predictor
@@ -20,7 +20,6 @@ from codec.predictor.features import FeatureBuffer
 from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, QUALITY_DIVERGENCE, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
-from engine.calibrate.divergence import token_importance
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
 from engine.kv.pool import PagedPool

@@ -14,7 +14,7 @@ import torch
 from baselines import Calibration, make_baseline, select_baselines
 from codec.codec import KvCodec, SpanSetting
 from codec.errors import UnknownQuality
-from codec.fidelity import plan_spans
+from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
 from codec.predictor.dense import AnyPredictor, load_predictor
 from codec.predictor.low_rank import zero_prediction
@@ -22,7 +22,6 @@ from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.token_ids import encode_ids
 from draft.source import DraftSource
-from engine.calibrate.divergence import token_importance
 from engine.errors import InvalidOption
 from engine.model.decoder import Decoder
 from engine.sessions.file import SessionFile, Span

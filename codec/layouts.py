@@ -1,0 +1,127 @@
+"""Where other engines keep keys and values, and how they rotate them: views of their pages that are read and written token by token.
+
+Axes: T tokens, L layers, P pages, S tokens a page, G KV heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from codec.errors import BadInput
+from kernels.rope import apply_rope
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """Rotary position embedding of keys (Su et al., 2021; halves convention): channel i turns with channel i + d/2.
+
+    Args:
+        frequencies: float32 [d/2], angle per position.
+        factor: of cosines and sines (YaRN's attention factor).
+    """
+
+    frequencies: torch.Tensor
+    factor: float = 1.0
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin float32 [T, d/2] of positions [T]."""
+        angles = positions.to(self.frequencies.device, torch.float32)[:, None] * self.frequencies
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+    def rotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keys [T, *, d] of these positions as attention wants them."""
+        return apply_rope(keys, *self.angles(positions))
+
+    def unrotate(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Inverse of `rotate`."""
+        cos, sin = self.angles(positions)
+        square = self.factor**2
+        return apply_rope(keys, cos / square, -sin / square)
+
+
+class PagedKv:
+    """Keys and values of all layers in pages, whatever order their axes have in memory.
+
+    Every layer's keys, and its values, are a view [P, S, G, d] of the owner's memory. Token t of a sequence with pages `page_ids` lies in page
+    page_ids[t // S], place t % S.
+
+    Raises:
+        BadInput: the views do not agree.
+    """
+
+    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        shapes = {tuple(t.shape) for t in (*keys, *values)}
+        if not keys or len(keys) != len(values) or len(shapes) != 1 or len(shape := shapes.pop()) != 4 or min(shape) < 1:
+            raise BadInput(
+                "pages of keys and values that do not agree", "pass one view [pages, page size, heads, channels] of each a layer"
+            )
+        self.keys, self.values = list(keys), list(values)
+        self.num_pages, self.page_size, self.num_kv_heads, self.head_dim = shape
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.keys)
+
+    @classmethod
+    def of_pool(cls, kv: torch.Tensor) -> PagedKv:
+        """Of our own pool: kv [L, 2, P, S, G, d] (`engine.kv.pool.PagedPool.kv`)."""
+        if kv.ndim != 6 or kv.shape[1] != 2:
+            raise BadInput(f"a pool of shape {list(kv.shape)}", "pass [layers, 2, pages, page size, heads, channels]")
+        return cls(list(kv[:, 0].unbind(0)), list(kv[:, 1].unbind(0)))
+
+    @classmethod
+    def joined(cls, layers: Sequence[torch.Tensor], *, pair: int, heads_first: bool) -> PagedKv:
+        """Of layers that keep keys and values in one tensor, as vLLM's backends do.
+
+        Args:
+            layers: each [2, P, S, G, d] (pair 0) or [P, 2, S, G, d] (pair 1); with heads_first (vLLM's HND pages) G before S.
+            pair: the axis that tells keys from values.
+        """
+        for layer in layers:
+            if layer.ndim != 5 or pair not in (0, 1) or layer.shape[pair] != 2:
+                raise BadInput(f"pages of shape {list(layer.shape)}, keys and values along axis {pair}", "name the axis of length 2")
+        halves = [[layer.select(pair, half) for layer in layers] for half in (0, 1)]
+        if heads_first:
+            halves = [[part.transpose(1, 2) for part in own] for own in halves]
+        return cls(*halves)
+
+    def _at(self, page_ids: Sequence[int], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages and places in them, int64 [end - start] each. Raises BadInput when the tokens lie in none."""
+        if not 0 <= start <= end <= len(page_ids) * self.page_size:
+            raise BadInput(f"tokens {start} to {end} of {len(page_ids)} pages of {self.page_size}", "pass the pages that hold them")
+        pages = torch.tensor(list(page_ids), dtype=torch.int64)
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self.num_pages:
+            raise BadInput(f"pages outside of 0 to {self.num_pages - 1}", "pass pages of this pool")
+        at = torch.arange(start, end)
+        device = self.keys[0].device
+        return pages[at // self.page_size].to(device), (at % self.page_size).to(device)
+
+    def read(self, page_ids: Sequence[int], start: int, end: int, first_layer: int = 0) -> torch.Tensor:
+        """Tokens [start, end) of a sequence, float32 [T, L - first_layer, 2, G, d], keys as they lie there (rotated)."""
+        pages, places = self._at(page_ids, start, end)
+        layers = range(first_layer, self.num_layers)
+        out = torch.empty(len(pages), len(layers), 2, self.num_kv_heads, self.head_dim, device=pages.device)
+        for n, layer in enumerate(layers):
+            out[:, n, 0], out[:, n, 1] = self.keys[layer][pages, places], self.values[layer][pages, places]
+        return out
+
+    def write(self, page_ids: Sequence[int], start: int, kv: torch.Tensor, first_layer: int = 0) -> None:
+        """Inverse of `read`: kv [T, layers, 2, G, d] into layers from `first_layer` on.
+
+        Raises:
+            BadInput: another shape.
+        """
+        expected = (self.num_kv_heads, self.head_dim)
+        if kv.ndim != 5 or tuple(kv.shape[2:]) != (2, *expected) or not 0 <= first_layer <= self.num_layers - kv.shape[1]:
+            raise BadInput(
+                f"KV of shape {list(kv.shape)} for {self.num_layers} layers of {expected} from {first_layer} on", "pass its layers"
+            )
+        pages, places = self._at(page_ids, start, start + len(kv))
+        for n in range(kv.shape[1]):
+            keys, values = self.keys[first_layer + n], self.values[first_layer + n]
+            keys[pages, places] = kv[:, n, 0].to(keys.dtype)
+            values[pages, places] = kv[:, n, 1].to(values.dtype)
