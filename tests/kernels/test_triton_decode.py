@@ -394,7 +394,7 @@ def test_a_token_has_the_same_bits_alone_and_in_a_block(dtype, device, draw):
     block = DecodeBuffers.allocate(SHAPE, 2, 4, 6, 8, dtype=dtype, device=device, plan=PLANS["matrix"])
     fill(block, [30, 21], 4)
     step(step_triton, weights, block)
-    for row in range(4):
+    for row in (0, 3):
         fill(alone, [27 + row], 1)
         alone.token_ids.copy_(block.token_ids[row : row + 1])
         step(step_triton, weights, alone)

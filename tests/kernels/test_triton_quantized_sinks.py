@@ -156,7 +156,8 @@ def test_recent_triton_against_the_twin(shape, bits, dtype, with_sinks, device, 
     wide = recent._replace(**{name: getattr(recent, name).float() for name in ("k_new", "v_new", "k_ring", "v_ring")})
     want = reference.quantized_paged_attention(q.float(), *fixed, **(given | {"recent": wide}))
     bound = 3e-3 if dtype == torch.float32 else 1e-2
-    for options in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}):
+    ways = ({}, {"deterministic": True}) if dtype == torch.float32 else ({"config": paged.AttentionConfig(num_splits=2, block_n=32)},)
+    for options in ways:
         assert_close(attention.quantized_paged_attention(q, *fixed, **given, **options).float(), want, bound)
     assert_close(reference.quantized_paged_attention(q.float(), *fixed, **(given | {"recent": wide}), deterministic=True), want, 1e-5)
 
@@ -188,7 +189,7 @@ def test_recent_deterministic_bits_do_not_depend_on_the_block(twin, device, monk
     whole = call(q, pages, means, cos, sin, table, [20, 1], [90, 40], 0.1, sinks=sinks, recent=recent, deterministic=True)
     slot = int(sinks.rows[0])
     row = ExactSinks(sinks.k, sinks.v, sinks.rows[:1])
-    for j in range(20):
+    for j in (0, 1, RING // 2, 15, 16, 19):  # of 20
         # the tokens before it have moved into the ring
         ring = [r.clone() for r in (recent.k_ring, recent.v_ring)]
         for r, new in zip(ring, (recent.k_new, recent.v_new), strict=True):

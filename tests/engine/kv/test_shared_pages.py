@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.interpreter import compute_like_hardware
 from engine.errors import PagesNotReserved, PoolExhausted
 from engine.kv.pool import PagedPool
 from engine.kv.quantized_pool import QuantizedPool
-from engine.model.decoder import forward_reserved
+from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
+from engine.model.rope import RopeConfig
 from engine.runtime.model_runner import GraphedDecoder
 from kernels.dispatch import triton_importable
 from kernels.quantized_kv import FORMATS, NUM_SINKS
@@ -55,7 +53,7 @@ def readings(kind):
     return BANK, contents(sequence)[NUM_SINKS:]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_use_agrees_with_lists_of_rows(kind, seed):
     """Write, refuse drafts, cut, fork anywhere, free in any order, and run out of pages; a list of row numbers says what each sequence holds."""
@@ -205,50 +203,35 @@ def test_a_full_pool_copies_nothing_and_changes_nothing():
     pool.check_integrity()
 
 
-_COMPARE = """
-import os, sys, torch
-from bench.interpreter import compute_like_hardware
-compute_like_hardware()
-from engine.kv.pool import PagedPool
-from engine.kv.quantized_pool import QuantizedPool
-from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
-from engine.model.rope import RopeConfig
-torch.set_num_threads(1)
-config = DecoderConfig("llama", 1, 48, 2, 1, 32, 64, 97, 1e-5, RopeConfig("default", 1e4), False, False, True, 512, (5,))
-decoder = Decoder.from_config(config, dtype=torch.float32, seed=1)
-for p in decoder.parameters():
-    p.mul_(15.0 if p.dim() > 1 else 1.0)
-decoder.pack()
-ids = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))
-means = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(2))
-
+@pytest.mark.skipif(
+    not triton_importable() or torch.cuda.is_available(), reason="needs Triton's interpreter, which a GPU's process has not"
+)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def run(kernels, kind):
-    os.environ["FORETOLD_KERNELS"] = kernels
-    pool = QuantizedPool(kind, means, 5, 8, dtype=torch.float32) if kind else decoder.new_pool(5, 8)
-    a = pool.new_sequence()
-    forward_reserved(decoder, ids[:11], [a], [11])
-    a.advance(11)
-    b, c = a.fork(), a.fork(8)
-    rows = [forward_reserved(decoder, ids[11:17], [a, b, c], [1, 2, 3]).logits]
-    for sequence, count in ((a, 1), (b, 2), (c, 3)):
-        sequence.advance(count)
-    rows.append(forward_reserved(decoder, ids[17:21], [c, a, b], [1, 1, 2]).logits)
-    assert a.pages[0] == b.pages[0] == c.pages[0] and len({a.pages[1], b.pages[1], c.pages[1]}) == 3
-    pool.check_integrity()
-    return torch.cat(rows)
+def test_interpreted_kernels_agree_over_shared_pages(kind, monkeypatch):
+    compute_like_hardware()
+    config = DecoderConfig("llama", 1, 48, 2, 1, 32, 64, 97, 1e-5, RopeConfig("default", 1e4), False, False, True, 512, (5,))
+    decoder = Decoder.from_config(config, dtype=torch.float32, seed=1)
+    for p in decoder.parameters():
+        p.mul_(15.0 if p.dim() > 1 else 1.0)
+    decoder.pack()
+    ids = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))
+    means = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(2))
 
-for kind in (0, 4, 3, 2):
-    want, got = run("reference", kind), run("triton", kind)
-    error = ((want - got).norm() / want.norm()).item()
-    assert error < 2e-2, (kind, error)  # a code half way between two levels may fall to either side
-print("agreed")
-"""
+    def run(kernels):
+        monkeypatch.setenv("FORETOLD_KERNELS", kernels)
+        pool = decoder.new_pool(5, 8) if kind == "bf16" else QuantizedPool(FORMATS[kind], means, 5, 8, dtype=torch.float32)
+        a = pool.new_sequence()
+        forward_reserved(decoder, ids[:11], [a], [11])
+        a.advance(11)
+        b, c = a.fork(), a.fork(8)
+        rows = [forward_reserved(decoder, ids[11:17], [a, b, c], [1, 2, 3]).logits]
+        for sequence, count in ((a, 1), (b, 2), (c, 3)):
+            sequence.advance(count)
+        rows.append(forward_reserved(decoder, ids[17:21], [c, a, b], [1, 1, 2]).logits)
+        assert a.pages[0] == b.pages[0] == c.pages[0] and len({a.pages[1], b.pages[1], c.pages[1]}) == 3
+        pool.check_integrity()
+        return torch.cat(rows)
 
-
-@pytest.mark.skipif(not triton_importable(), reason="triton is not installed")
-def test_interpreted_kernels_agree_over_shared_pages():
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'scripts'}"}
-    result = subprocess.run([sys.executable, "-c", _COMPARE], capture_output=True, text=True, cwd=root, env=environment, timeout=240)
-    assert result.stdout.strip() == "agreed", result.stderr[-2000:]
+    want, got = run("reference"), run("triton")
+    assert (want - got).norm() < 2e-2 * want.norm()  # a code half way between two levels may fall to either side

@@ -13,8 +13,9 @@ from kernels.silu_mul import silu_mul
 CASES = [("llama", {}), ("qwen2", {}), ("qwen3", {"hidden_size": 96, "intermediate_size": 250, "num_hidden_layers": 2})]
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+@pytest.fixture
 def threads(request):
+    """So many threads, parametrised indirectly. Two threads wait for each other by spinning, so they meet each kind of case, not each case."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -32,8 +33,11 @@ def steps(decoder, ids, sizes, pool=None):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize(("family", "options"), CASES, ids=["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "options", "dtype", "threads"),
+    [(*case, dtype, 1) for case in CASES for dtype in (torch.float32, torch.bfloat16)] + [("qwen2", {}, torch.bfloat16, 2)],
+    indirect=["threads"],
+)
 @torch.inference_mode()
 def test_same_bits_however_tokens_are_fed(tiny_model, family, options, dtype, threads):
     decoder = Decoder.from_pretrained(tiny_model(family, **options).folder, dtype=dtype)
@@ -84,7 +88,12 @@ def chosen(product, dtype, weight):
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (1000, 100), (7, 33), (2048, 896), (896, 4864)]
 
 
-@pytest.mark.parametrize("product", [torch.nn.functional.linear, None], ids=["F.linear", "chosen"])
+@pytest.mark.parametrize(
+    ("product", "threads"),
+    [(torch.nn.functional.linear, 1), (None, 1), (None, 2)],
+    ids=["F.linear-1-thread", "chosen-1-thread", "chosen-2-threads"],
+    indirect=["threads"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @torch.inference_mode()
@@ -103,6 +112,7 @@ def test_products_do_not_depend_on_other_rows(dtype, outputs, inputs, product, t
     assert linear(x[:0], weight, bias).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @torch.inference_mode()
@@ -126,7 +136,7 @@ def test_every_place_in_a_tile_sums_in_the_same_order(dtype, outputs, inputs, th
         assert torch.equal(linear(x, packed, None)[place], alone[0]), f"place {place}"
 
 
-@pytest.mark.parametrize("width", [64, 250, 1536, 40000])
+@pytest.mark.parametrize(("width", "threads"), [(64, 1), (250, 1), (1536, 1), (40000, 1), (1536, 2)], indirect=["threads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @torch.inference_mode()
 def test_activation_does_not_depend_on_other_rows(width, dtype, threads):

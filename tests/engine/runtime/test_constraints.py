@@ -31,8 +31,14 @@ def generate(engine, count=4, **params):
     return engine.generate([f"prompt {i}" for i in range(count)], SamplingParams(max_new_tokens=80, **params))
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "draft,options",
+    [
+        *((draft, {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}) for draft in DRAFTS),
+        ("draft", {}),
+        ("head", {"temperature": 1.0, "seed": 3}),
+    ],
+)
 def test_a_schemas_text_does_not_depend_on_drafts(chat_engine, draft, options):
     plain = generate(chat_engine("none", deterministic=True), response_format=SCHEMA, **options)
     drafted = generate(chat_engine(draft, deterministic=True), response_format=SCHEMA, **options, draft_length=3)

@@ -135,7 +135,7 @@ def test_the_token_after_a_leaf_is_penalised_for_the_leaf(options):
 def test_sampled_text_under_penalties_has_its_distribution(random_decoder, seeded, naive_probabilities, chi_square_p_value):
     shape = {"vocab_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     target, draft = random_decoder(3, **shape), random_decoder(4, **shape)
-    draws, options = 3000, {"repetition_penalty": 1.5, "frequency_penalty": 0.8, "presence_penalty": -0.5, "logit_bias": {2: 0.7}}
+    draws, options = 1500, {"repetition_penalty": 1.5, "frequency_penalty": 0.8, "presence_penalty": -0.5, "logit_bias": {2: 0.7}}
     params = [
         SamplingParams(temperature=1.0, max_new_tokens=3, draft_length=2, seed=s if seeded else None, **options) for s in range(draws)
     ]

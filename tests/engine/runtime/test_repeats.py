@@ -60,8 +60,10 @@ def test_a_seed_names_the_same_text_in_every_batch_and_with_every_draft_length(d
     draft = {"none": None, "model": decoder(2, 1), "exit": 1}[kind]
     given = prompts(16)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS)
-    for batch, length in ((1, 0), (16, 0)) if kind == "none" else ((1, "auto"), (3, 4), (16, "auto"), (16, 2)):
-        assert texts(engine, given, batch, draft_length=length, **options) == alone(**options), f"batches of {batch}, draft length {length}"
+    for batch, length in ((16, 0),) if kind == "none" else ((1, "auto"), (3, 4), (16, "auto"), (16, 2)):
+        some = given[: 5 * batch]  # a prompt alone costs a pass a token: a few of them say it
+        found = texts(engine, some, batch, draft_length=length, **options)
+        assert found == alone(**options)[: len(some)], f"batches of {batch}, draft length {length}"
 
 
 def test_a_seeded_request_repeats_beside_others_without_a_seed(decoder):
@@ -103,14 +105,12 @@ def test_under_a_seed_every_pass_that_has_a_say_in_the_text_is_batch_invariant(d
 
 
 def test_the_real_pair_repeats_under_a_seed():
-    """smollm2 with its trained draft: batches of 1 and 5, with and without drafts, greedy and sampled."""
+    """smollm2 with its trained draft: batches of 1 and 3, with and without drafts, greedy and sampled."""
     paths = resolve_pair("smollm2")
     engine = Engine.from_pretrained(paths.target_dir, paths.draft, device="cpu", dtype="bfloat16", costs=COSTS)
     assert engine.dtype == torch.bfloat16
-    given = [
-        engine.encode(text) for text in ("The old harbour of", "def parse(line):", "My grandmother's recipe for", "In 1969 the", "Dear")
-    ]
+    given = [engine.encode(text) for text in ("The old harbour of", "def parse(line):", "In 1969 the")]
     for options in ({}, {"temperature": 0.8}):
         alone = texts(engine, given, 1, draft_length=0, **options)
-        assert texts(engine, given, 5, draft_length=3, **options) == alone
-        assert texts(engine, given, 5, draft_length="auto", **options) == alone
+        assert texts(engine, given, 3, draft_length=3, **options) == alone
+        assert texts(engine, given, 3, draft_length="auto", **options) == alone

@@ -53,8 +53,7 @@ def test_greedy_text_equals_plain_decoding(make_engine, plain, kind, length):
         assert engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
 
 
-@pytest.mark.parametrize("length", [0, 3, "auto"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind,length", [("other", 0), *((kind, 3) for kind in KINDS), ("itself", "auto"), ("exit-2", "auto")])
 def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
     engine = make_engine(kind)
     params = [
@@ -62,8 +61,6 @@ def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
         for t, k, p, m, s in ((1.0, 0, 1.0, 0.0, 1), (0.7, 12, 1.0, 0.0, 2), (1.4, 0, 0.8, 0.0, 3), (1.0, 20, 0.9, 0.05, 2**63 - 1))
     ]
     together = engine.generate(PROMPTS, params)
-    again = engine.generate(PROMPTS, params)
-    assert [r.token_ids for r in together] == [r.token_ids for r in again]
     for prompt, own, result in zip(PROMPTS, params, together, strict=True):
         [alone] = engine.generate([prompt], own)
         assert alone.token_ids == result.token_ids
@@ -107,8 +104,7 @@ def test_without_taps_nothing_is_kept(make_engine, kind):
     assert conversation.draft_state.features is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", range(5))
+@pytest.mark.parametrize("kind,cut", [(KINDS[(cut + i) % 4], cut) for cut in range(5) for i in (0, 2)])  # each cut after two kinds
 def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kind, cut):
     plain_engine, engine = make_engine("none"), make_engine(kind)
     engine.core.keep_features((1,), FeatureBuffer)
@@ -145,7 +141,7 @@ def test_random_numbers_are_cut_with_the_text(make_engine, kind):
     engine = make_engine(kind)
     params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=6, draft_length=4)
     whole = engine.generate([PROMPTS[0]], params)[0].token_ids
-    for length in (7, 8, 9, 10):
+    for length in (7, 9):
         shorter = SamplingParams(max_new_tokens=length, temperature=1.0, seed=6, draft_length=4)
         conversation = engine.core.open_sequence_state()
         assert engine.core.run(conversation, PROMPTS[0], shorter).token_ids == whole[:length]

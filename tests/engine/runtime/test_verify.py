@@ -28,7 +28,7 @@ from engine.runtime.step import decode_step
 from engine.runtime.verify import verify
 from engine.text.detokenizer import TextStream
 
-VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 4000
+VOCAB, LAYERS, WIDTH, TOKENS, DRAWS = 5, 2, 8, 4, 2000
 
 
 class Counted:
@@ -209,15 +209,24 @@ def test_under_a_seed_the_text_depends_on_no_draft_length_or_batch(params):
     assert params == {} or len({tuple(text) for text in texts[0]}) > 30, "another seed is another text"
 
 
-@pytest.mark.parametrize("processors", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)
-@pytest.mark.parametrize("kind", [None, "model", "trunk"])
-@pytest.mark.parametrize("seed", [None, 0], ids=["rejection", "race"])
+@pytest.mark.parametrize(
+    "kind,processors,seed",
+    [
+        (None, {}, None),
+        (None, {"temperature": 0.7, "top_k": 3}, 0),
+        ("model", {"temperature": 0.7, "top_k": 3}, None),
+        ("model", {}, 0),
+        ("exit", {}, None),
+        ("exit", {"temperature": 0.7, "top_k": 3}, 0),
+    ],
+    ids=str,
+)
 def test_drafts_from_the_text_leave_the_distribution_alone(kind, processors, seed, naive_probabilities, chi_square_p_value, monkeypatch):
     monkeypatch.setattr("draft.acceptance.MATCH_RATES", (0.9,) * 6)  # so that the text is believed at first, beside any drafter
     target = MarkovDecoder(1)
     drafter = drafter_of(kind, target)
     params = SamplingParams(**({"temperature": 1.0} | processors), max_new_tokens=TOKENS, seed=seed)
-    costs = CostModel(draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 1.5)), runs_last_draft=kind == "trunk", last=((1, 0.1),))
+    costs = CostModel(draft=((1, 0.12),), verify=((DRAWS, 1.0), (13 * DRAWS, 1.5)), runs_last_draft=kind == "exit", last=((1, 0.1),))
     policy = DraftingPolicy(costs, ngrams=True)
     requests = [request_of(params, seed, drafter, policy.request("auto", greedy=False)) for seed in range(DRAWS)]
     for request in requests:  # the last pair has been there before, each time followed by another token

@@ -49,9 +49,14 @@ class Break:
         return result
 
 
-@pytest.mark.parametrize("draft", ["draft", "head", "trunk", "none"])
-@pytest.mark.parametrize("place", ["target.forward", "drafter.commit", "drafter.observe_target", "append_tokens", "on_text"])
-@pytest.mark.parametrize("after", [False, True])
+DRAFTS, PLACES = (
+    ["draft", "head", "trunk", "none"],
+    ["target.forward", "drafter.commit", "drafter.observe_target", "append_tokens", "on_text"],
+)
+
+
+# every place with every draft, before and after in turn
+@pytest.mark.parametrize("draft,place,after", [(d, p, (n + m) % 2 == 1) for n, d in enumerate(DRAFTS) for m, p in enumerate(PLACES)])
 def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine, draft, place, after, monkeypatch, tmp_path):
     if draft == "none" and place.startswith("drafter"):
         pytest.skip("no drafter")

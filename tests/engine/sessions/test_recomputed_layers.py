@@ -15,10 +15,16 @@ GREEDY = SamplingParams(max_new_tokens=40, draft_length=3, ignore_eos=True)
 LAYERS = 2
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache folder in which the pack is fitted once."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def engines(chat_engine, monkeypatch, tmp_path):
+def engines(chat_engine, monkeypatch, home):
     """Makes engines of one pair, all deterministic, that share a pack which runs two of the target's four layers again."""
-    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FORETOLD_HOME", str(home))
     monkeypatch.setattr("engine.sessions.codec_params.default_recomputed_layers", lambda num_layers: LAYERS)
     return lambda: chat_engine("draft", deterministic=True)
 

@@ -183,7 +183,7 @@ def test_acceptance_after_a_resume_is_what_it_was(chat_engine, draft, tmp_path):
         assert length == len(kept.token_ids) - 1 and kept.conversation.draft_state.length == length
         ours, theirs = (s.core.draft_model.read_kv(s.conversation.draft_state.sequence, 0, length) for s in (kept, resumed))
         assert torch.equal(ours, theirs)
-    ours, theirs = (s.generate("", SamplingParams(max_new_tokens=120, draft_length=3, ignore_eos=True)) for s in (kept, resumed))
+    ours, theirs = (s.generate("", SamplingParams(max_new_tokens=60, draft_length=3, ignore_eos=True)) for s in (kept, resumed))
     assert ours.token_ids == theirs.token_ids
     assert (ours.speculation.proposed, ours.speculation.accepted) == (theirs.speculation.proposed, theirs.speculation.accepted)
     assert ours.speculation.accepted > 0
