@@ -60,7 +60,7 @@ class Distortion:
         self.codec, device = codec, codec.device
         self.sizes = torch.tensor([len(truth) for truth, _ in pairs], device=device)
         self._span = torch.repeat_interleave(torch.arange(len(pairs), device=device), self.sizes)
-        zeros = torch.zeros(len(self._span), device=device)
+        zeros = torch.zeros(len(self._span), dtype=torch.float32, device=device)
         parts = list(zip(zeros.split(self.sizes.tolist()), levels, importance, strict=True))
         self.levels = torch.cat([(z if own is None else own.to(device)).to(torch.int32) for z, own, _ in parts])
         self._importance = torch.cat([(z + 1) if own is None else own.to(device, torch.float32) for z, _, own in parts])
@@ -88,14 +88,14 @@ class Distortion:
         """
         c, outside = self._of(fallback)
         levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
-        own = (steps[self._span] * torch.exp2(levels / LEVELS_PER_OCTAVE))[:, None]
+        own = (steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE))[:, None]
         x = c / own
         kept = torch.arange(c.shape[1], device=c.device)[None] < counts[self._span, None]
         q = torch.where(kept, quantise(x), 0).float()
         error = ((x - q) * own).pow_(2).sum(1).add_(outside).mul_(self._importance)
         size = q.abs()
         bits = torch.where(size > 0, 4 + 2 * torch.log2(size.clamp_min(1)), 0).sum(1)
-        zeros = torch.zeros(len(self.sizes), device=c.device)
+        zeros = torch.zeros(len(self.sizes), dtype=torch.float32, device=c.device)
         total, cost = (zeros.index_add(0, self._span, values) for values in (error, bits))
         return total / (self.sizes * self.codec.layout.dim), cost
 
@@ -117,7 +117,7 @@ class _Ladder:
         chosen = [self.step(rung) for rung in rungs.tolist()]
         counts = [self.codec.num_components(step, fallback=fallback) for step, _ in chosen]
         steps, offsets = (
-            torch.tensor([s for s, _ in chosen], device=device),
+            torch.tensor([s for s, _ in chosen], dtype=torch.float32, device=device),
             torch.tensor([o for _, o in chosen], dtype=torch.int32, device=device),
         )
         return distortion.measure(steps, offsets, torch.tensor(counts, device=device), fallback)

@@ -155,7 +155,7 @@ class PageDecoder:
         layout = self.codec.layout
         if kv.shape[0] - first_layer != layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, layout.num_kv_heads, layout.head_dim):
             raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {layout}", "pass the pool that was coded")
-        ones = torch.ones(tokens, device=self.codec.device)
+        ones = torch.ones(tokens, dtype=torch.float32, device=self.codec.device)
         for at, _, c, rest in self._chunks(parts):
             weight = self.matrix[: self.num_inputs + c.shape[1]]
             x, angles = self._inputs(latents, target_rows, at), (cos[at], sin[at])
@@ -184,7 +184,7 @@ class PageDecoder:
             if self.codec.device.type != "cpu":
                 out = (x @ self.matrix[: x.shape[1]]).float().add_(self.predictor.mu)
             else:
-                out = torch.empty(len(x), self.codec.layout.dim)
+                out = torch.empty(len(x), self.codec.layout.dim, dtype=torch.float32)
                 for first in range(0, len(x), _BLOCK_ROWS):
                     block = x[first : first + _BLOCK_ROWS]
                     full = torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block)))
@@ -224,7 +224,7 @@ class PageDecoder:
             depth = self.num_inputs + -(-count // _TILE) * _TILE
             matrix = torch.zeros(depth, dim, dtype=self.dtype, device=codec.device)
             matrix[: len(own)] = own
-            eye = torch.eye(count, device=codec.device)
+            eye = torch.eye(count, dtype=torch.float32, device=codec.device)
             for at in range(0, count, _FOLDED_ROWS):
                 some = eye[at : at + _FOLDED_ROWS]
                 folded = codec.weighting.unwhiten(codec.transform.expand(some, dim))

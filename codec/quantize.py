@@ -22,7 +22,7 @@ def quantise(x: torch.Tensor, rounding: float = ROUNDING) -> torch.Tensor:
 def token_steps(step: float, levels: torch.Tensor | None, num_tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Step of each token, float32 [T, 1]."""
     if levels is None:
-        return torch.full((num_tokens, 1), step, device=device)
+        return torch.full((num_tokens, 1), step, dtype=torch.float32, device=device)
     return step * torch.exp2(levels.to(device=device, dtype=torch.float32) / LEVELS_PER_OCTAVE)[:, None]
 
 

@@ -38,10 +38,15 @@ class Weighting:
 
     @classmethod
     def from_metric(cls, metric: torch.Tensor) -> Weighting:
-        """S with S^2 the given symmetric blocks [blocks, d, d], up to a factor; small eigenvalues are lifted to RELATIVE_FLOOR of a block's largest."""
+        """S with S^2 the given symmetric blocks [blocks, d, d], up to a factor; small eigenvalues are lifted to RELATIVE_FLOOR of a block's largest.
+
+        A block that says nothing (a head nothing looks at) weighs RELATIVE_FLOOR of the mean; a metric that says nothing at all is the identity.
+        """
         metric = metric.double()
-        values, vectors = torch.linalg.eigh(metric / metric.diagonal(dim1=-2, dim2=-1).mean())
-        values = values.clamp_min(values.amax(-1, keepdim=True) * RELATIVE_FLOOR).clamp_min(1e-20)
+        mean = metric.diagonal(dim1=-2, dim2=-1).mean()
+        metric = metric / mean if mean > 0 else torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device).expand_as(metric)
+        values, vectors = torch.linalg.eigh(metric)
+        values = values.clamp_min(values.amax(-1, keepdim=True).clamp_min(RELATIVE_FLOOR) * RELATIVE_FLOOR)
         root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
         inverse = vectors * values.rsqrt()[..., None, :] @ vectors.transpose(-1, -2)
         return cls(root.float(), inverse.float())
@@ -76,7 +81,7 @@ def unit_weighting(layout: KvLayout, variance: torch.Tensor) -> Weighting:
     d, per_kind = layout.head_dim, layout.num_kv_heads * layout.head_dim
     mean = variance.reshape(-1, per_kind).mean(1).clamp_min(1e-12)  # [layers * 2]
     scale = mean.rsqrt().repeat_interleave(layout.num_kv_heads)  # [blocks]
-    eye = torch.eye(d, device=variance.device)
+    eye = torch.eye(d, dtype=torch.float32, device=variance.device)
     return Weighting(scale[:, None, None] * eye, eye / scale[:, None, None])
 
 

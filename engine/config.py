@@ -7,6 +7,7 @@ from pathlib import Path
 
 from draft.policy import CostModel
 from engine.errors import InvalidOption
+from engine.inputs import is_whole, shown
 from engine.kv.formats import PLAIN, check_name
 
 
@@ -25,7 +26,7 @@ class EngineConfig:
     ngrams: whether requests whose draft length is automatic also draft from their own text, where there is a source of drafts.
 
     Raises:
-        InvalidOption: a number below what makes sense, or an unknown format.
+        InvalidOption: a number below what makes sense, a value of another type, or an unknown format.
     """
 
     pool_tokens: int | None = None
@@ -42,8 +43,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise InvalidOption(f"{name} cannot be {getattr(self, name)}", "give a whole number from 1 on")
-        if self.pool_tokens is not None and self.pool_tokens < self.page_size:
-            raise InvalidOption(f"pool_tokens cannot be {self.pool_tokens}", f"give at least one page of {self.page_size} tokens")
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise InvalidOption(f"{name} cannot be {shown(value)}", "give a whole number from 1 on")
+        if self.pool_tokens is not None and (not is_whole(self.pool_tokens) or self.pool_tokens < self.page_size):
+            raise InvalidOption(f"pool_tokens cannot be {shown(self.pool_tokens)}", f"give at least one page of {self.page_size} tokens")
+        for name in ("deterministic", "ngrams", "prefix_sharing"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOption(f"{name} cannot be {shown(getattr(self, name))}", "give True or False")
+        if self.costs is not None and not isinstance(self.costs, CostModel):
+            raise InvalidOption(f"costs cannot be {shown(self.costs)}", "give a CostModel, or leave it out")
         check_name(self.kv_cache_dtype)

@@ -19,7 +19,7 @@ from engine.kv.formats import PLAIN, check_format
 from engine.loading import choose_draft, remember_costs
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
-from engine.model.device import device_named, dtype_named
+from engine.model.device import device_named, dtype_named, own_torch_modes
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import Draft, as_source
 from engine.runtime.request import GenerationResult, Request, StreamEvent
@@ -119,15 +119,15 @@ class Engine:
     def from_pretrained(
         cls,
         target: str | Path,
-        draft: str | Path = "none",
+        draft: str | Path | None = "none",
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         exit_layer: int | None = None,
         **options: Any,
     ) -> Engine:
         """Load models. target: folder or hub id; draft: the same, the folder of a draft head, "trunk" (the draft head that ships for a target of
-        this shape, else an early exit from the target's own first layers, untrained), "ngram" (each request's own text alone), or "none".
+        this shape, else an early exit from the target's own first layers, untrained), "ngram" (each request's own text alone), or "none" (None too).
 
         device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
         untrained. options: see the constructor.
@@ -135,7 +135,7 @@ class Engine:
         Raises:
             ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadDraftHead, InvalidOption.
         """
-        where, kind = device_named(device), dtype_named(dtype)
+        where, kind, draft = device_named(device), dtype_named(dtype), "none" if draft is None else draft
         target_dir = resolve_model(target)
         # first: the tokenizer of a model we do not run may fail to load in ways of its own
         choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
@@ -145,8 +145,9 @@ class Engine:
         tokenizer = load_tokenizer(target_dir, remembered)
         if choice.model is not None:
             check_vocabularies(tokenizer, load_tokenizer(choice.model, remembered))
-        decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
-        return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
+        with own_torch_modes():
+            decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
+            return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
 
     @classmethod
     def from_pair(cls, name: str, *, progress: Any | None = None, draft: str | Path | None = None, **options: Any) -> Engine:

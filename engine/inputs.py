@@ -15,7 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from engine.errors import ForetoldError
+from engine.errors import ForetoldError, InvalidOption
 
 MAX_JSON_BYTES = 64 << 20
 MAX_NESTING = 64
@@ -32,10 +32,25 @@ def shown(value: object, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def named_path(value: object, what: str) -> Path:
+    """The path of an option that names a file or a folder. Raises InvalidOption for what is no path."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise InvalidOption(f"{what} cannot be {shown(value)}", "give a path")
+    return Path(os.fspath(value))
+
+
 def is_file(path: Path) -> bool:
     """Whether a regular file is there; False for names that no system takes (too long, a zero byte), where `Path.is_file` raises."""
     try:
         return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False for names that no system takes, as `is_file`."""
+    try:
+        return path.is_dir()
     except (OSError, ValueError):
         return False
 

@@ -24,6 +24,7 @@ from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
 from engine.errors import InvalidOption
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
+from engine.inputs import named_path
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
@@ -63,6 +64,7 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
     Raises:
         InvalidOption, ModelNotFound, DownloadFailed, BadDraftHead.
     """
+    named_path(draft, "draft")
     if exit_layer is not None and str(draft) != "trunk":
         raise InvalidOption(f"exit_layer={exit_layer} means nothing with draft {str(draft)!r}", 'use draft="trunk", or leave it out')
     if str(draft) == "none":

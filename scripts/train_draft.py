@@ -23,6 +23,7 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
 from engine.hub.resolve import resolve_model, resolve_pair
+from engine.inputs import shown
 from engine.model.decoder import Decoder
 from engine.text.chat_opening import chat_opening
 from engine.text.tokenizer import load_tokenizer
@@ -151,6 +152,11 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
     on_gpu = decoder.device.type == "cuda"
     chat = chat_opening(tokenizer, decoder.config.eos_token_ids)
     sets = TrainingSets.load(Path(args.data)) if args.data else None
+    if args.data and sets is None:  # not after minutes of drawing
+        try:
+            Path(args.data).mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise InvalidOption(f"--data cannot be a folder at {shown(args.data, 200)}: {error}", "name a folder, or a new one") from error
     if sets is None:
         seconds = None
         if args.sample_tokens is None:

@@ -51,7 +51,7 @@ class RidgeMoments:
     def __init__(self, num_features: int, dim: int, device: torch.device | str = "cpu", blocks: int = 6) -> None:
         self.n = 0
         self._blocks = blocks
-        zeros = lambda *shape: torch.zeros(*shape, device=device)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float32, device=device)  # noqa: E731
         self._ff, self._fy, self._yy = zeros(num_features, num_features), zeros(num_features, dim), zeros(dim, dim)
         self._f, self._y = zeros(num_features).double(), zeros(dim).double()
         self._f_shift: Tensor | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidOption
+from engine.inputs import is_file, is_folder, shown
 
 MAX_FILE_BYTES = 4_000_000
 MIN_DOCUMENT_TOKENS = 64
@@ -25,14 +26,14 @@ def text_files(sources: Iterable[str | Path]) -> list[Path]:
     """
     files: list[Path] = []
     for source in map(Path, sources):
-        if source.is_file():
+        if is_file(source):
             files.append(source)
-        elif source.is_dir():
+        elif is_folder(source):
             files += sorted(
                 p for p in source.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(source).parts)
             )
         else:
-            raise InvalidOption(f"there is no file or folder {str(source)!r}", "check --text")
+            raise InvalidOption(f"there is no file or folder {shown(str(source), 200)}", "check --text")
     readable = [f for f in files if 0 < f.stat().st_size <= MAX_FILE_BYTES and is_text(f)]
     if not readable:
         raise InvalidOption("the sources hold no text files", f"give text files of at most {MAX_FILE_BYTES // 1_000_000} MB")

@@ -76,7 +76,7 @@ def fit_token_sensitivity(sample: FisherSample, m: Moments, energy: Callable[[Te
     target = torch.cat([energy(part.float()) for part in sample.gradients.split(2048)]).clamp_min(1e-20).log2()
     target = target - target.mean()
     cut = 7 * len(target) // 8
-    cross = torch.zeros(sample.features.shape[1], device=target.device)
+    cross = torch.zeros(sample.features.shape[1], dtype=torch.float32, device=target.device)
     for part, value in zip(sample.features[:cut].split(2048), target[:cut].split(2048), strict=True):
         cross += ((part.float() - m.f_mean) / m.f_scale).T @ value
     best: tuple[float, Tensor] | None = None

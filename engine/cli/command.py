@@ -169,7 +169,11 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(document) + "\n"
     try:
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            # a pipe that nobody reads is an error, and not waited for
+            with open(
+                path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+            ) as device:
+                device.write(text)
         else:
             write_atomically(path, text)
     except OSError as error:

@@ -124,6 +124,9 @@ def check_models(args: argparse.Namespace) -> None:
     """Refuse what `model_options` cannot mean together, before anything is loaded. Raises InvalidOption."""
     if args.threads is not None and not 1 <= args.threads <= 1024:
         raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 on")
+    for name in ("pair", "target", "draft"):
+        if getattr(args, name) == "":
+            raise InvalidOption(f"--{name} is empty", "name a model, or leave it out")
     if args.pair and args.target:
         raise InvalidOption("--pair and --target exclude each other", "give one of them")
 
@@ -214,13 +217,26 @@ def given_prompt(args: argparse.Namespace) -> str | None:
     if args.prompt_file is None:
         return None if args.prompt is None else prompt_text(args.prompt, "the prompt")
     try:
-        with args.prompt_file.open("rb") as file:  # a pipe as well, as shells pass what a command writes
+        with open(args.prompt_file, "rb", opener=_open_written) as file:  # a pipe as well, as shells pass what a command writes
             content = file.read(MAX_PROMPT_BYTES + 1)
     except (OSError, ValueError) as error:
         raise InvalidOption(f"the prompt file {args.prompt_file} cannot be read: {error}", "give a UTF-8 text file") from error
     if len(content) > MAX_PROMPT_BYTES:
         raise InvalidOption(f"the prompt file {args.prompt_file} has more than {MAX_PROMPT_BYTES:,} bytes", "give a shorter text")
     return prompt_text(content, f"the prompt file {args.prompt_file} cannot be read: it")
+
+
+def _open_written(path: str, flags: int) -> int:
+    """`os.open` of a file, or of a pipe that somebody writes to within PIPE_WAIT_S: opening one that nobody does would last for ever."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        if not waiting.poll(1000 * PIPE_WAIT_S):  # a writer that is there, or was, is an event
+            os.close(descriptor)
+            raise OSError(f"it is a pipe that nobody has written to for {PIPE_WAIT_S:.0f} s")
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_prompt(args: argparse.Namespace) -> str:

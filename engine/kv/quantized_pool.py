@@ -201,7 +201,9 @@ class QuantizedPool(KvPool):
         """See `PagedPool.read`: the codes' values, the exact ones of first tokens."""
         pages, offsets = sequence.addresses(start, end)
         sinks = max(0, min(end, NUM_SINKS) - start)
-        kv = torch.empty(end - start, len(self._pages) - first_layer, 2, self._heads, self._head_dim, device=self.device)
+        kv = torch.empty(
+            end - start, len(self._pages) - first_layer, 2, self._heads, self._head_dim, dtype=torch.float32, device=self.device
+        )
         for number in range(first_layer, len(self._pages)):
             layer = self.layer(number)
             codes, out = layer.pages, kv[:, number - first_layer]

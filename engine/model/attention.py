@@ -284,7 +284,7 @@ class DeviceBatch:
     def static(cls, capacity: _Capacity, page_size: int, head_dim: int, device: torch.device) -> DeviceBatch:
         """Tensors to be filled by `fill`."""
         rows, requests = capacity.num_rows, capacity.num_requests
-        cos, sin = torch.zeros(2, rows, head_dim // 2, device=device)
+        cos, sin = torch.zeros(2, rows, head_dim // 2, dtype=torch.float32, device=device)
         query_lens, context_lens = torch.zeros(2, requests, dtype=torch.int32, device=device)
         table = torch.zeros(requests, -(-capacity.max_context // page_size), dtype=torch.int32, device=device)
         slots = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from engine.errors import InvalidOption
+from engine.inputs import shown
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def device_named(name: str) -> torch.device:
-    """The device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+@contextmanager
+def own_torch_modes() -> Iterator[None]:
+    """Context: autocast and a default device of the caller's do not reach into the arithmetic of the block. Both belong to the thread alone."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """The device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1", or a device as it is.
 
     Raises:
         InvalidOption: another name, or no GPU where one was asked for.
@@ -19,8 +35,8 @@ def device_named(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidOption(f"unknown device {name!r}", "use auto, cpu or cuda") from error
+    except (RuntimeError, TypeError) as error:
+        raise InvalidOption(f"unknown device {shown(name)}", "use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise InvalidOption(f"device {name!r} is not supported", "use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -28,12 +44,14 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """The number format for "auto" (bfloat16, as the weights are stored), "bfloat16" or "float32".
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """The number format for "auto" (bfloat16, as the weights are stored), "bfloat16" or "float32", or one of these as torch names it.
 
     Raises:
         InvalidOption: another name.
     """
-    if name != "auto" and name not in DTYPES:
-        raise InvalidOption(f"unknown dtype {name!r}", f"use auto, {' or '.join(DTYPES)}")
-    return DTYPES.get(name, torch.bfloat16)
+    known: dict[object, torch.dtype] = {"auto": torch.bfloat16} | DTYPES | {kind: kind for kind in DTYPES.values()}
+    found = known.get(name) if isinstance(name, (str, torch.dtype)) else None
+    if found is None:
+        raise InvalidOption(f"unknown dtype {shown(name)}", f"use auto, {' or '.join(DTYPES)}")
+    return found

@@ -155,7 +155,7 @@ class RopeTable:
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
         self.attention_factor = rope.attention_factor
         self._frequencies = inverse_frequencies(rope, head_dim).to(device)
-        self._cos = torch.empty(0, head_dim // 2, device=device)
+        self._cos = torch.empty(0, head_dim // 2, dtype=torch.float32, device=device)
         self._sin = self._cos
 
     @torch.inference_mode(False)  # the table outlives the step that asked for it, and training differentiates through it

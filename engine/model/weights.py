@@ -198,10 +198,10 @@ def _drop_rotary(stored: dict[str, StoredTensor], config: DecoderConfig) -> None
         source = stored.pop(name)
         right = source.shape == tuple(plain.shape)
         if right:
-            found = torch.empty(source.shape)
+            found = torch.empty(source.shape, dtype=torch.float32)
             read_into(source, found)
             # half precision keeps slow frequencies to a few percent
-            right = any(torch.allclose(found, own, rtol=0.04, atol=1e-6) for own in (plain, scaled))
+            right = any(torch.allclose(found, own.float(), rtol=0.04, atol=1e-6) for own in (plain, scaled))
         if not right:
             raise UnsupportedArchitecture(
                 f"{source.path.name} stores rotary frequencies {shown(name)} that config.json does not give",

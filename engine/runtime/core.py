@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
+from engine.model.device import own_torch_modes
 from engine.runtime.memory import default_pool_tokens, most_cached_pages, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
@@ -30,6 +31,32 @@ from engine.runtime.scheduler import Scheduler
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
+
+
+class _Turns:
+    """A lock that the thread which holds it may take again. While it is held, the caller's torch modes are set aside (`own_torch_modes`)."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._modes = threading.RLock(), 0, own_torch_modes()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                self._modes = own_torch_modes()
+                self._modes.__enter__()
+            self._depth += 1
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        try:
+            if self._depth == 0:
+                self._modes.__exit__(None, None, None)
+        finally:
+            self._lock.release()
 
 
 class EngineCore:
@@ -64,7 +91,7 @@ class EngineCore:
         kv_means: torch.Tensor | None = None,
     ) -> None:
         self.target, self.source, self.config = target, source, config
-        self.lock = threading.RLock()
+        self.lock = _Turns()
         self.text, self.eos_token_ids = text, eos_token_ids
         cached = None if source is None else source.cached_decoder
         tokens = config.pool_tokens

@@ -12,6 +12,7 @@ from engine.calibrate.recipe import default_recomputed_layers, quick_pack
 from engine.errors import InvalidOption, PackMismatch
 from engine.hub.cache import CacheFolder
 from engine.hub.fingerprint import model_fingerprint
+from engine.inputs import named_path
 from engine.runtime.core import EngineCore
 from engine.text.tokenizer import tokenizer_fingerprint
 
@@ -67,6 +68,7 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
 
 def load_pack(path: str | Path, fingerprints: dict[str, str]) -> CodecPack:
     """The pack at `path`, checked. Raises PackMismatch or InvalidOption."""
+    path = named_path(path, "pack")
     try:
         pack = CodecPack.load(path)
         pack.check(fingerprints)

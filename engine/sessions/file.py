@@ -215,6 +215,8 @@ def write_file(path: str | Path, data: bytes) -> None:
     where = Path(path).absolute()
     try:
         write_bytes(where, data, private=True)
+    except ValueError as error:  # a zero byte
+        raise CacheNotWritable(f"{shown(str(path), 200)} cannot be written: it is no file name", "choose another path") from error
     except OSError as error:
         if is_disk_full(error):
             raise DiskFull(f"no room left for the session file {where}", "free space, or choose another folder") from error

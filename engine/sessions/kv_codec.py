@@ -90,12 +90,19 @@ class SessionCodec:
         into_pages = isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv)
         for sizes in _WARM_SIZES:  # Triton compiles a kernel once more for numbers that 16 divides
             tokens = sum(sizes)
-            latents = self.predictor.reduce(torch.randn(tokens, len(spec.taps), self.predictor.draft_size, generator=generator).to(device))
-            hidden = torch.randn(tokens, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator).to(device)
+            latents = self.predictor.reduce(
+                torch.randn(tokens, len(spec.taps), self.predictor.draft_size, generator=generator, dtype=torch.float32).to(device)
+            )
+            hidden = torch.randn(
+                tokens, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator, dtype=torch.float32
+            ).to(device)
             features = latents, hidden if spec.target_taps else None
             truth = self.predictor.predict(*features)
             pairs = [(part + 1e-3 * part.abs().mean(), part) for part in truth.split(sizes)]
-            slots, angles = torch.arange(tokens, device=device), torch.zeros(tokens, layout.head_dim // 2, device=device)
+            slots, angles = (
+                torch.arange(tokens, device=device),
+                torch.zeros(tokens, layout.head_dim // 2, dtype=torch.float32, device=device),
+            )
             kv = torch.zeros(
                 layout.num_layers, 2, 2, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=self.pages.dtype, device=device
             )
@@ -288,7 +295,9 @@ class SessionCodec:
         assert draft is not None
         rows = FeatureBuffer(self.predictor.reduce)
         if not taps:
-            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.core.device))
+            return self.predictor.reduce(
+                torch.zeros(end - start, 0, self.predictor.draft_size, dtype=torch.float32, device=self.core.device)
+            )
         ids = torch.tensor(conversation.token_ids[:end], device=self.core.device).clamp_max(draft.config.vocab_size - 1)
         size = pass_tokens(draft)
         state.sequence.ensure(end)
@@ -317,7 +326,9 @@ class SessionCodec:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages
         supplies features that were never kept."""
         if not self.predictor.spec.taps:
-            return self.predictor.reduce(torch.zeros(end - start, 0, self.predictor.draft_size, device=self.core.device))
+            return self.predictor.reduce(
+                torch.zeros(end - start, 0, self.predictor.draft_size, dtype=torch.float32, device=self.core.device)
+            )
         state = conversation.draft_state
         if state is None:  # opened by hand, without a request so far
             return self._recomputed(conversation.token_ids[:end], start)

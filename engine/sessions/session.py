@@ -14,7 +14,7 @@ import torch
 
 from codec.spec import NUM_SINKS, QUALITIES, KvLayout
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionBusy, SessionClosed
-from engine.inputs import shown
+from engine.inputs import named_path, shown
 from engine.runtime.core import EngineCore
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
@@ -101,6 +101,8 @@ class Session:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
         if restore not in RESTORES:
             raise InvalidOption(f"unknown way to restore {restore!r}", f"choose one of {', '.join(RESTORES)}")
+        if not callable(log):
+            raise InvalidOption(f"log cannot be {shown(log)}", "give a function that takes a text")
         stored = None if file is None else SessionFile.load(file, core.context, _largest_file(core))
         self._begin(core, stored, file, quality, pack, restore, log, began)
 
@@ -117,6 +119,8 @@ class Session:
     ) -> Session:
         """A session resumed from what `to_bytes` returned; arguments and errors as in `Engine.session`."""
         began, session = time.perf_counter(), cls.__new__(cls)
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise InvalidOption(f"a session cannot be read from {shown(data)}", "give the bytes that to_bytes returned")
         with session_errors("in memory"):
             stored = SessionFile.from_bytes(data, core.context)
         session._begin(core, stored, "in memory", quality, pack, restore, log, began)
@@ -228,6 +232,10 @@ class Session:
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
         """`EngineCore.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidOption(f"sampling parameters are {shown(params)}", "give SamplingParams(...)")
+        if on_text is not None and not callable(on_text):
+            raise InvalidOption(f"on_text cannot be {shown(on_text)}", "give a function that takes a text")
         try:
             return self.core.run(self.conversation, ids, params, on_text)
         except BaseException:
@@ -244,10 +252,10 @@ class Session:
         """Write the session to `path`; the session itself stays usable. Spans coded before keep their bytes, only new tokens are coded.
 
         Raises:
-            EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded.
+            EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded, or `path` is none.
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
-        began = time.perf_counter()
+        began, path = time.perf_counter(), named_path(path, "a session file")
         with self.core.lock:
             file, reason = self._coded()
         data = file.to_bytes()
@@ -343,7 +351,7 @@ class Session:
                 f"session file {path} names an unknown quality {stored.quality!r}", "update the program, or restore the file from a copy"
             )
         for role, digest in pair_fingerprints(self.core).items():
-            if stored.fingerprints.get(role) != digest:
+            if stored.fingerprints.get(role) != digest and role != "draft":  # what drafts decides nothing but how spans come back
                 raise ForeignModel(
                     f"session file {path} was written with another {role}", "resume it with the models and pack it was made with"
                 )
@@ -357,13 +365,15 @@ class Session:
         num_cached, reason = 0, None
         if stored.spans:
             codec = session_codec(core, self._pack_path, self._log)
-            foreign = stored.fingerprints.get("pack") != codec.pack.digest
+            prints = pair_fingerprints(core) | {"pack": codec.pack.digest}
+            foreign = next((role for role in ("draft", "pack") if stored.fingerprints.get(role) != prints[role]), None)
             if foreign and (how == DECODE or self._pack_path is not None):
                 raise ForeignModel(
-                    f"session file {source} was written with another pack", "resume it with the models and pack it was made with"
+                    f"session file {source} was written with another {foreign}", "resume it with the models and pack it was made with"
                 )
-            if foreign:  # one fitted on the spot is kept in the cache alone: where that is gone, the ids still tell everything
-                how, reason = RECOMPUTE, "the codec parameters it was written with are gone"
+            if foreign:  # a pack fitted on the spot is kept in the cache alone: where that is gone, the ids still tell everything
+                how = RECOMPUTE
+                reason = "the codec parameters it was written with are gone" if foreign == "pack" else "it was written with another draft"
                 self._log(
                     f"{reason}: the {len(stored.token_ids)} tokens of {shown(str(source), 200)} are recomputed from their ids, exactly"
                 )

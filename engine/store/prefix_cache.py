@@ -17,6 +17,7 @@ import torch
 from codec.errors import CodecError
 from codec.spec import NUM_SINKS
 from engine.errors import ForetoldError, InvalidOption
+from engine.inputs import shown
 from engine.runtime.core import EngineCore
 from engine.runtime.request import Request, SequenceState
 from engine.sessions.codec_params import pair_fingerprints
@@ -104,6 +105,8 @@ class PrefixCache:
     ) -> None:
         if quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
+        if not isinstance(namespace, str):
+            raise InvalidOption(f"a namespace cannot be {shown(namespace)}", "give a text of 1 to 256 characters")
         if not namespace or len(namespace) > 256:
             raise InvalidOption(f"a namespace of {len(namespace)} characters", "give 1 to 256")
         self.core, self.store, self.namespace, self.quality = core, store, namespace, quality

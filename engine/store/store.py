@@ -28,7 +28,7 @@ from codec.errors import CodecError, NewerCode
 from engine.errors import BadStore, CacheNotWritable, DiskFull, InvalidOption
 from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
-from engine.inputs import Fields, read_json_object, shown
+from engine.inputs import Fields, is_whole, named_path, read_json_object, shown
 from engine.store.index import Entry, RunIndex
 from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, PageKeys, Run, root_key
 
@@ -109,7 +109,9 @@ class RunStore:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, create: bool = True) -> None:
-        self.folder, self.limit_bytes = Path(folder).absolute(), limit_bytes
+        if not is_whole(limit_bytes) or limit_bytes < 0:
+            raise InvalidOption(f"a store cannot be limited to {shown(limit_bytes)} bytes", "give a whole number")
+        self.folder, self.limit_bytes = named_path(folder, "store").absolute(), limit_bytes
         self._runs = str(self.folder / _RUNS)
         self.damaged = 0  # files that were met unreadable, and removed
         # two connections, so that a lookup never waits for this process's own writer

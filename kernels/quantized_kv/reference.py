@@ -92,7 +92,7 @@ def new_pages(
 @functools.cache
 def rotation(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """R float32 [d, d], orthonormal: random signs, then Sylvester's Hadamard matrix. A row x becomes x @ R."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < head_dim:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     signs = torch.randint(0, 2, (head_dim, 1), generator=torch.Generator().manual_seed(head_dim)) * 2.0 - 1

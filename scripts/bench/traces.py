@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import InvalidOption
+from engine.inputs import open_regular
+
+_MAX_LINE_BYTES = 64 << 20
 
 
 class Request(NamedTuple):
@@ -59,8 +62,8 @@ def read_trace(path: str, limit: int | None = None, hours: float = 8.0, seed: in
         InvalidOption: the file cannot be read, is damaged, or holds something else.
     """
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line, _ in zip(file, range(limit or 10**9), strict=False) if line.strip()]
+        with open_regular(Path(path), InvalidOption, "name a file") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
+            lines = [json.loads(line) for line, _ in zip(_lines(file), range(limit or 10**9), strict=False) if line.strip()]
         if not lines:
             raise ValueError("it is empty")
         if "hash_ids" in lines[0]:
@@ -69,6 +72,14 @@ def read_trace(path: str, limit: int | None = None, hours: float = 8.0, seed: in
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
         remedy = "give a JSON-lines file with hash_ids a request, or with requests and runs a session"
         raise InvalidOption(f"the trace {Path(path).name} cannot be used: {type(error).__name__}: {error}", remedy) from error
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Lines of an open file. Raises ValueError for one of more than _MAX_LINE_BYTES."""
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(f"a line has more than {_MAX_LINE_BYTES:,} bytes")
+        yield line
 
 
 def _single_requests(lines: list[dict[str, Any]]) -> Trace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from codec.spec import KvLayout
-from codec.weighting import attention_weighting
+from codec.weighting import Weighting, attention_weighting
 
 D = 4
 
@@ -27,3 +27,13 @@ def test_a_logit_is_divided_by_the_root_of_the_head_size():
 def test_errors_count_relative_to_the_residual_stream():
     own = _weights([1.0, 16.0])
     torch.testing.assert_close(own[0], 4 * own[1])
+
+
+def test_blocks_that_say_nothing_stay_invertible():
+    metric = torch.stack([torch.eye(D), torch.zeros(D, D)])
+    for given in (metric, metric * 0):
+        found = Weighting.from_metric(given)
+        assert found.inverse.isfinite().all()
+        torch.testing.assert_close(found.sensitivity_sqrt @ found.inverse, torch.eye(D).expand(2, D, D))
+    silent = Weighting.from_metric(metric).sensitivity_sqrt.diagonal(dim1=1, dim2=2)
+    assert (silent[1] < 0.1 * silent[0]).all(), "a head nobody looks at weighs little"

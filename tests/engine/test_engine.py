@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.errors import EmptyPrompt, InvalidOption, ModelNotFound, PoolExhausted, PromptTooLong
 from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
+from engine.sessions.session import Session
 
 
 class ByteTokenizer:
@@ -318,12 +319,36 @@ def test_bad_options_name_a_remedy(target, engine, tmp_path):
         lambda: Engine(target, draft=3),
         lambda: Engine(target, pool_tokens=10),
         lambda: Engine(target, max_batch=0),
+        *(
+            lambda name=name, value=value: Engine(target, **{name: value})
+            for name, value in (
+                ("pool_tokens", "x"),
+                ("page_size", 1.5),
+                ("page_size", True),
+                ("max_batch", "64"),
+                ("prefill_chunk", None),
+                ("deterministic", "yes"),
+                ("ngrams", 1),
+                ("prefix_sharing", None),
+                ("costs", 5),
+                ("store", 5),
+            )
+        ),
+        lambda: Engine(target, store=tmp_path / "s", store_bytes="1G"),
+        lambda: Engine(target, store=tmp_path / "s", namespace=5),
+        lambda: engine.session(quality="tokens", log=None),
+        lambda: engine.session(quality="tokens").suspend(None),
+        lambda: engine.session(quality="tokens").generate("a", 5),
+        lambda: engine.session(quality="tokens").generate("a", GREEDY, "on_text"),
+        lambda: Session.from_bytes(engine.core, "text"),
         lambda: tokenizerless.generate(["text"]),
         lambda: tokenizerless.generate([[1]], SamplingParams(stop=("x",))),
         lambda: tokenizerless.core.keep_features((0,), lambda: None),
         lambda: engine.core.keep_features((9,), lambda: None),
         lambda: Engine.from_pretrained(tmp_path, device="abacus"),
+        lambda: Engine.from_pretrained(tmp_path, device=None),
         lambda: Engine.from_pretrained(tmp_path, dtype="int7"),
+        lambda: Engine.from_pretrained(tmp_path, dtype=torch.float64),
     ):
         with pytest.raises(InvalidOption) as caught:
             call()

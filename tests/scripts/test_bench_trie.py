@@ -144,7 +144,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--bytes-per-token", "-1"], "--bytes-per-token"),
         (["--half-life-s", "0"], "--half-life-s"),
         (["--times", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--trace", "nowhere.jsonl"], "nowhere.jsonl cannot be used"),
+        (["--trace", "nowhere.jsonl"], "'nowhere.jsonl' cannot be read"),
     ],
 )
 def test_mistakes_end_with_one_line(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

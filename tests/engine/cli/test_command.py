@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,6 +286,8 @@ def test_a_session_whose_turn_fails_keeps_its_file(generate, tmp_path):
         (["--pair", "gpt-9", "hi"], "unknown pair 'gpt-9' (known pairs: "),
         (["--target", "/no/such/folder", "hi"], "there is no folder '/no/such/folder'"),
         (["--target", "/no/such", "--draft", "trunk", "hi"], "there is no folder '/no/such'"),
+        (["--target", "", "hi"], "--target is empty (name a model, or leave it out)"),
+        (["hi", "--draft", ""], "--draft is empty"),
         (["--pair", "smollm2", "--target", "x", "hi"], "--pair and --target exclude each other"),
         (["hi", "--temperature", "-1"], "temperature"),
         (["hi", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
@@ -346,6 +349,21 @@ def test_prompt_files_that_are_no_text(generate, tmp_path):
     assert "cannot be read" in mistake(*generate("--prompt-file", tmp_path))
     (tmp_path / "p").write_bytes(b"  \n")
     assert "there is no prompt" in mistake(*generate("--prompt-file", tmp_path / "p"))
+
+
+def test_pipes_that_nobody_holds_are_named(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.cli.options.PIPE_WAIT_S", 0.05)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "it is a pipe that nobody has written to" in mistake(*generate("--prompt-file", pipe))
+    status, out, err = generate("hi", "--max-new-tokens", "2", "--json-out", pipe)
+    assert status == 2 and out and err.splitlines()[-1].startswith(f"error: {pipe} cannot be written: No such device or address")
+    writer = threading.Thread(target=pipe.write_text, args=("hello",))
+    writer.start()
+    monkeypatch.setattr("engine.cli.options.PIPE_WAIT_S", 20.0)
+    status, out, _ = generate("--prompt-file", pipe, "--max-new-tokens", "2")
+    writer.join()
+    assert status == 0 and out
 
 
 def test_links_pipes_and_names_of_session_files(generate, tmp_path):

@@ -235,7 +235,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_earlier_file(file, step, tmp
     assert SessionFile.load(file).quality == "tiny"
 
 
-@pytest.mark.parametrize("path", ["no/such/folder/a.kv", "file/a.kv", "folder", "n" * 300])
+@pytest.mark.parametrize("path", ["no/such/folder/a.kv", "file/a.kv", "folder", "n" * 300, "a\0b"])
 def test_places_that_cannot_be_written(tmp_path, path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
@@ -259,15 +259,27 @@ def suspended(chat_engine, tmp_path_factory):
     return file, engine
 
 
-@pytest.mark.parametrize(
-    "role, models", [("target", {"target": "stranger"}), ("draft", {"draft": "stranger"}), ("draft", {"draft": "trunk"})]
-)
-def test_foreign_models_are_refused_before_a_pack_is_looked_for(chat_engine, suspended, monkeypatch, role, models):
-    engine = chat_engine(**models)
+def test_a_foreign_target_is_refused_before_a_pack_is_looked_for(chat_engine, suspended, monkeypatch):
+    engine = chat_engine(target="stranger")
     monkeypatch.setattr("engine.sessions.kv_codec.find_pack", None)
-    with pytest.raises(ForeignModel, match=f"another {role}"):
+    with pytest.raises(ForeignModel, match="another target"):
         engine.session(suspended[0])
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+
+
+@pytest.mark.parametrize("draft", ["stranger", "trunk", "none"])
+def test_another_draft_leaves_the_ids(chat_engine, suspended, draft):
+    """What drafts does not decide the text: the target's KV comes back by recomputing."""
+    engine, said = chat_engine(draft), []
+    stored = SessionFile.load(suspended[0])
+    with pytest.raises(ForeignModel, match="another draft"):
+        engine.session(suspended[0], restore="decode", log=said.append)
+    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+    with engine.session(suspended[0], log=said.append) as session:
+        assert session.token_ids == stored.token_ids and session.resumed.restore == "recompute" and session.spans == []
+        assert sum(line.startswith("it was written with another draft: the ") for line in said) == 1
+        [wanted] = engine.generate([stored.token_ids], PARAMS)
+        assert session.generate("", PARAMS).token_ids == wanted.token_ids
 
 
 def test_a_foreign_tokenizer_is_refused(chat_engine, byte_tokenizer, suspended):
