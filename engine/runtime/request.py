@@ -175,6 +175,11 @@ class Request:
         return len(self.token_ids) - self.prompt_tokens
 
     @property
+    def num_uncomputed(self) -> int:
+        """Tokens to be run before it can decode: of its prompt, whose last one gives the first new token, or of all its text after an interruption."""
+        return len(self.token_ids) - (self.num_new > 0) - self.sequence.length
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return min(self.params.max_new_tokens - self.num_new, self.context - len(self.token_ids))

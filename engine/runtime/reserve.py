@@ -56,9 +56,11 @@ def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) ->
     return _demands(request, drafter, end, end)
 
 
-def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
-    """Of the request at its longest."""
+def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool, most: int | None = None) -> list[Demand]:
+    """Of the request at its longest, or at `most` tokens and the drafts of a step, where that is less."""
     longest = request.longest(drafts=drafts)
+    if most is not None:
+        longest = min(longest, most + (request.most_drafts if drafts else 0))
     return _demands(request, drafter, longest, longest)
 
 

@@ -16,13 +16,18 @@ from engine.runtime.request import Request
 from engine.runtime.reserve import Demand, block_demands, chunk_demands, reserve, whole_demands
 from engine.runtime.step import decode_step, prefill_step
 
+HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
+
 
 @dataclass
 class Scheduler:
     """Runs requests in order of arrival; one `step` serves every running request.
 
-    A request is admitted when its longest possible length fits beside those of the running ones, in the target's pool and the draft's: a
-    running request is then never evicted. max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
+    A request is admitted when what it has and the next `headroom` tokens fit beside those of the running ones, in the target's pool and the draft's.
+    The oldest running request, and those whose caches a conversation goes on with, are promised their longest possible length and never interrupted.
+    When a step's pages do not fit, the request that came last gives its own back and waits; it runs its text again, but for what a pool or a store
+    kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+    2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
     prefill_tokens: most prompt tokens per step. plain: runs decode steps without drafts, where the target has such a runner. shared_prefixes: known
     beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy that plans them.
@@ -40,6 +45,8 @@ class Scheduler:
     prefix_store: PrefixStore | None = None
     drafting: DraftingPolicy = field(default_factory=DraftingPolicy)
     shared_prefixes: SharedPrefixes | None = None
+    headroom: int = HEADROOM_TOKENS
+    preemptions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.waiting: deque[Request] = deque()
@@ -52,7 +59,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PoolExhausted when it could not even run alone in an otherwise empty pool."""
-        for demand in self._demands(request):
+        for demand in whole_demands(request, self.drafter, drafts=self._drafts):
             pool = demand.sequence.pool
             wanted = -(-demand.tokens // pool.page_size)
             if wanted > pool.max_pages:
@@ -77,23 +84,28 @@ class Scheduler:
         `error` set, and so is one whose logits are not finite.
         """
         refused = self._admit()
-        prefilling = [r for r in self.running if r.num_new == 0]
-        decoding = [r for r in self.running if r.num_new > 0]
+        prefilling = [r for r in self.running if r.num_uncomputed > 0]
+        decoding = [r for r in self.running if r.num_uncomputed == 0]
         chosen: list[Request] = []
         chunks: list[int] = []
         budget = self.prefill_tokens
         for request in prefilling:
             self._share(request)
-            chunk = min(self.prefill_chunk, len(request.token_ids) - request.sequence.length)
+            chunk = min(self.prefill_chunk, request.num_uncomputed)
             budget -= chunk
             if chosen and budget < 0:
                 break
             chosen.append(request)
             chunks.append(chunk)
-        for request, chunk in zip(chosen, chunks, strict=True):
-            reserve(chunk_demands(request, self.drafter, chunk))
-        for request in decoding:
-            reserve(block_demands(request, self.drafter, drafts=self._drafts))
+        demands = {r: chunk_demands(r, self.drafter, chunk) for r, chunk in zip(chosen, chunks, strict=True)}
+        demands |= {r: block_demands(r, self.drafter, drafts=self._drafts) for r in decoding}
+        able = set()
+        for request in sorted(demands, key=lambda r: r.submitted_at):
+            if request in self.running and self._make_room(request, demands[request]):
+                reserve(demands[request])
+                able.add(request)
+        chunks = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in able]
+        chosen, decoding = [r for r in chosen if r in able], [r for r in decoding if r in able]
         if chosen:
             prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self._deterministic(chosen))
             for request in chosen:
@@ -117,6 +129,42 @@ class Scheduler:
         for request in finished:
             self._release(request)
         return refused + finished
+
+    def _make_room(self, request: Request, demands: list[Demand]) -> bool:
+        """Make these fit, by interrupting what came later; False when the request itself had to go."""
+        while any(need > pool.num_free_pages for pool, need in _needs(demands)):
+            if self.prefix_store is not None and self.prefix_store.yield_pages():
+                continue
+            victims = [r for r in self.running if r.owns_cache and r.submitted_at >= request.submitted_at]
+            if not victims:  # pages that were promised are held by conversations opened since
+                request.error = self._no_room(request)
+                return False
+            victim = max(victims, key=lambda r: r.submitted_at)
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Give a request's pages back; it waits before all others, with the text it has."""
+        self.preemptions += 1
+        self._keep(request)
+        self.running.remove(request)
+        conversation = request.conversation
+        if self.drafter is not None and conversation.draft_state is not None:
+            self.drafter.close([conversation.draft_state])
+        conversation.sequence.truncate(0)
+        conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
+        conversation.restored_spans = []
+        conversation.num_computed, conversation.invariant, conversation.foreign = 0, True, False
+        request.looked_up = False
+        self.waiting.appendleft(request)
+
+    def _no_room(self, request: Request) -> PoolExhausted:
+        return PoolExhausted(
+            f"a request for up to {request.longest(drafts=self._drafts)} tokens does not fit beside the open conversations' caches",
+            "close conversations, lower max_new_tokens, or give the engine a larger pool_tokens",
+        )
 
     def _promised(self, request: Request) -> bool:
         """Whether its text may not depend on how sums are ordered."""
@@ -165,10 +213,15 @@ class Scheduler:
         room = {id(self.pool): self.pool.num_free_pages}
         if self.draft_pool is not None:
             room[id(self.draft_pool)] = self.draft_pool.num_free_pages
+        oldest = min(self.running, key=lambda r: r.submitted_at, default=self.waiting[0])
         for request in self.running:
-            self._promise(request, room)
+            for pool, need in self._promise(request, oldest):
+                room[id(pool)] -= need
         while self.waiting and len(self.running) < self.max_batch:
-            if self._promise(self.waiting[0], room):
+            promise = self._promise(self.waiting[0], oldest if self.running else self.waiting[0])
+            if all(need <= room[id(pool)] for pool, need in promise):
+                for pool, need in promise:
+                    room[id(pool)] -= need
                 request = self.waiting.popleft()
                 self.running.append(request)
                 self.drafting.begin(request.drafting, request.namespace or "")
@@ -183,30 +236,21 @@ class Scheduler:
                 break
             else:
                 request = self.waiting.popleft()
-                request.error = PoolExhausted(
-                    f"a request for up to {request.longest(drafts=self._drafts)} tokens does not fit beside the open conversations' caches",
-                    "close conversations, lower max_new_tokens, or give the engine a larger pool_tokens",
-                )
+                request.error = self._no_room(request)
                 self._release(request)
                 refused.append(request)
         return refused
 
-    def _promise(self, request: Request, room: dict[int, int]) -> bool:
-        """Take the pages a request may still need off the pools' free ones; False, and nothing taken, when there are too few."""
-        missing = [(id(demand.sequence.pool), demand.missing) for demand in self._demands(request)]
-        if any(count > room[pool] for pool, count in missing):
-            return False
-        for pool, count in missing:
-            room[pool] -= count
-        return True
+    def _promise(self, request: Request, oldest: Request) -> list[tuple[KvPool, int]]:
+        """Pages that a request may still take of each pool before it can be interrupted."""
+        whole = request is oldest or not request.owns_cache
+        most = None if whole else len(request.token_ids) + self.headroom
+        return _needs(whole_demands(request, self.drafter, drafts=self._drafts, most=most))
 
     @property
     def _drafts(self) -> bool:
         """Whether requests may have drafts, be they of a drafter or of their own text."""
         return self.drafter is not None or self.drafting.ngrams
-
-    def _demands(self, request: Request) -> list[Demand]:
-        return whole_demands(request, self.drafter, drafts=self._drafts)
 
     def _release(self, request: Request) -> None:
         conversation = request.conversation
@@ -227,3 +271,8 @@ class Scheduler:
             if self.draft_pool is not None and conversation.draft_state is not None:
                 cache = conversation.draft_state.cache
                 cache.truncate(cache.length)
+
+
+def _needs(demands: list[Demand]) -> list[tuple[KvPool, int]]:
+    """Pages that are to be taken of each pool."""
+    return [(demand.sequence.pool, demand.missing) for demand in demands]
