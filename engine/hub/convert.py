@@ -1,53 +1,46 @@
-"""Converting a GGUF file to a plain Hugging Face folder in bfloat16, a few rows of one tensor in memory at a time."""
+"""Converting a GGUF file to a plain Hugging Face folder, a few rows of one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
 from engine.hub.gguf import GgufFile, GgufTensor, dequantize_rows
-from engine.hub.gguf_tokenizer import end_token_ids, write_tokenizer
+from engine.hub.gguf_families import GgufFamily, family_of, hf_config
+from engine.hub.gguf_tokenizer import write_tokenizer
 from engine.hub.progress import Progress, silent
-from engine.inputs import Fields, shown
-from engine.model.config import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, DecoderConfig
+from engine.model.config import DecoderConfig
 from engine.model.weights import expected_shapes
 
-_CHUNK_ELEMENTS = 1 << 22
-_FAMILIES = {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_CHUNK_ELEMENTS = 1 << 21
+_WORKERS = 2  # chunks turned into numbers beside the writing
+_TOO_LARGE = 3.3961775292304601e38  # the least float32 that rounds to infinity in bfloat16
+_FLOATS = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+_STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
-    """Writes config.json, generation_config.json, the tokenizer files and model.safetensors (bf16, Hugging Face tensor names).
+    """Writes config.json, generation_config.json, the tokenizer files and model.safetensors (Hugging Face tensor names).
 
-    Weights are dequantised to float32 and rounded to bfloat16, nothing else; a head tied to the embeddings is not written twice.
+    Weights are dequantised to float32 and rounded to bfloat16. A file that quantises nothing keeps its own dtype for tensors that bfloat16 does not
+    hold exactly. A head tied to the embeddings is not written twice.
 
     Args:
-        path: GGUF file of the Llama or Qwen2 family.
+        path: GGUF file of an architecture of `gguf_families.FAMILIES`.
         folder: existing empty folder.
         progress: called with bytes of the safetensors file.
 
@@ -59,68 +52,26 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
         ModelNotFound: the file is broken, or its metadata and tensors do not fit each other or are not finite.
     """
     with GgufFile(path) as source:
-        config = _hf_config(source)
+        family, config = family_of(source), hf_config(source)
+        names = _check_tensors(source, family, config)
         _write_json(folder / "config.json", config)
         generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
         _write_json(folder / "generation_config.json", generation)
         write_tokenizer(source.metadata, folder)
         with open(folder / "model.safetensors", "wb") as out:
-            return _write_weights(source, config, out, progress, f"converting {folder.name.removesuffix('.tmp')}")
+            writer = _WeightWriter(source, family, config, names)
+            return writer.write(out, progress, f"converting {folder.name.removesuffix('.tmp')}")
 
 
-def _hf_config(source: GgufFile) -> dict[str, Any]:
-    metadata = source.metadata
-    family = metadata.get("general.architecture")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise UnsupportedArchitecture(f"GGUF files of the {shown(family)} family", f"readable: {', '.join(sorted(_FAMILIES))}")
-    scaling = [key for key in metadata if key.startswith(f"{family}.rope.scaling")]
-    if scaling or f"{family}.attention.sliding_window" in metadata:
-        raise UnsupportedArchitecture("GGUF files with RoPE scaling or sliding windows", "use the model's Hugging Face folder")
-    architecture, model_type = _FAMILIES[family]
-    remedy = "fetch the file again, or use the model's Hugging Face folder"
-    named = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
-    fields = Fields(named, "the GGUF file", ModelNotFound, remedy)
-    tokens = Fields(metadata, "the GGUF file", ModelNotFound, remedy)
-    if "token_embd.weight" not in source.tensors:
-        raise ModelNotFound("the GGUF file lacks the tensor 'token_embd.weight'", remedy)
-    heads, hidden = fields.integer("attention.head_count", 1, MAX_HEADS), fields.integer("embedding_length", 1, MAX_WIDTH)
-    config: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "dtype": "bfloat16",
-        "hidden_size": hidden,
-        "intermediate_size": fields.integer("feed_forward_length", 1, 4 * MAX_WIDTH),
-        "num_hidden_layers": fields.integer("block_count", 1, MAX_LAYERS),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.integer("attention.head_count_kv", 1, MAX_HEADS, heads),
-        "head_dim": fields.integer("attention.key_length", 2, MAX_HEAD_DIM, hidden // heads),
-        "hidden_act": "silu",
-        "max_position_embeddings": fields.integer("context_length", 1, MAX_CONTEXT),
-        "rms_norm_eps": _shortest(fields.number("attention.layer_norm_rms_epsilon", 0.0, 1.0)),
-        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(fields.number("rope.freq_base", 1.0, 1e15, 10_000.0))},
-        "vocab_size": source.tensors["token_embd.weight"].num_rows,
-        "tie_word_embeddings": "output.weight" not in source.tensors,
-        "bos_token_id": tokens.integer("tokenizer.ggml.bos_token_id", 0, MAX_VOCAB, -1),
-        "eos_token_id": end_token_ids(metadata),
-        "pad_token_id": tokens.integer("tokenizer.ggml.padding_token_id", 0, MAX_VOCAB, -1),
-        "attention_dropout": 0.0,
-        "use_cache": True,
-    }
-    if family == "qwen2":
-        config["use_sliding_window"] = False
-    else:
-        config |= {"attention_bias": False, "mlp_bias": False}
-    # the oldest release that reads this form; without it 5.17 takes every folder for an early Mistral and warns of its tokenizer
-    config["transformers_version"] = "5.17.0"
-    config = {key: item for key, item in config.items() if item != -1}
-    _check_tensors(source, config)
-    return config
+def _check_tensors(source: GgufFile, family: GgufFamily, config: dict[str, Any]) -> dict[str, str]:
+    """GGUF name -> Hugging Face name, of all tensors to convert, in file order.
 
-
-def _check_tensors(source: GgufFile, config: dict[str, Any]) -> None:
-    """ModelNotFound or UnsupportedArchitecture unless the file holds the tensors that a decoder of this config has, and no other."""
+    Raises:
+        ModelNotFound, UnsupportedArchitecture: unless the file holds the tensors that a decoder of this config has, and no other.
+    """
     shape = DecoderConfig.from_hf(SimpleNamespace(**config))
-    held = {_hf_name(tensor.name): tensor.shape for tensor in source.tensors.values()}
+    names = {name: own for name in source.tensors if (own := family.hf_name(name)) is not None}
+    held = {own: source.tensors[name].shape for name, own in names.items()}
     depth = 1 + max((int(match[1]) for name in held if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))), default=-1)
     if shape.num_layers > depth:  # looked at first, as the names to expect grow with it
         raise ModelNotFound(f"the GGUF file holds {depth} layers, its metadata speaks of {shape.num_layers}", "fetch the file again")
@@ -132,66 +83,101 @@ def _check_tensors(source: GgufFile, config: dict[str, Any]) -> None:
     extra = next((name for name in held if name not in expected), None)
     if extra is not None:
         raise UnsupportedArchitecture(f"the GGUF file holds {extra}, which such a model does not have", "use the Hugging Face folder")
+    return names
 
 
-def _shortest(number: float) -> float:
-    """GGUF stores 1e-6 as a float32; the shortest decimal of that float32 is the number the model's authors wrote."""
-    return float(str(np.float32(number)))
+class _WeightWriter:
+    """Writes model.safetensors of a GGUF file, as it is made: a few chunks of rows are in memory at a time.
 
+    Args:
+        source, family, config: of the file.
+        names: GGUF name -> Hugging Face name of the tensors to write, in order.
+    """
 
-def _hf_name(name: str) -> str:
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _LAYER_NAMES:
-        raise UnsupportedArchitecture(f"the GGUF tensor {shown(name)}", "only plain Llama and Qwen2 layers are read")
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    def __init__(self, source: GgufFile, family: GgufFamily, config: dict[str, Any], names: dict[str, str]) -> None:
+        self._source, self._family, self._config, self._names = source, family, config, names
+        self._exact = all(tensor.kind in _FLOATS for tensor in source.tensors.values())
+        self._dtypes = {name: self._dtype(source.tensors[name]) for name in names}
 
+    def write(self, out: BinaryIO, progress: Progress, label: str) -> str:
+        """SHA-256 (hex) of what was written: the safetensors layout (8 bytes header length, JSON header, tensors back to back)."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, own in self._names.items():
+            tensor, dtype = self._source.tensors[name], self._dtypes[name]
+            start, end = end, end + dtype.itemsize * math.prod(tensor.shape)
+            header[own] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        digest = hashlib.sha256()
 
-def _row_order(tensor: GgufTensor, config: dict[str, Any]) -> np.ndarray | None:
-    """Order of the stored rows that gives Hugging Face's: GGUF keeps Llama's rotated pairs (i, i + d/2) side by side, Qwen2's apart."""
-    part = tensor.name.split(".")[-2]
-    if config["model_type"] != "llama" or part not in ("attn_q", "attn_k"):
-        return None
-    heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-    rows = int(tensor.shape[0])
-    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+        def write(piece: bytes | memoryview) -> None:
+            out.write(piece)
+            digest.update(piece)
 
-
-def _write_weights(source: GgufFile, config: dict[str, Any], out: BinaryIO, progress: Progress, label: str) -> str:
-    """The safetensors layout (8 bytes header length, JSON header, tensors back to back), written as it is made."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in source.tensors.values():
-        start, end = end, end + 2 * int(np.prod(tensor.shape, dtype=np.int64))
-        header[_hf_name(tensor.name)] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
-
-    def write(piece: bytes | memoryview) -> None:
-        out.write(piece)
-        digest.update(piece)
-
-    write(len(encoded).to_bytes(8, "little"))
-    write(encoded)
-    done = 0
-    for tensor in source.tensors.values():
-        order = _row_order(tensor, config)
-        step = tensor.num_rows if order is not None else max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
-        for first in range(0, tensor.num_rows, step):
-            raw = source.rows(tensor, first, min(first + step, tensor.num_rows))
-            values = dequantize_rows(raw if order is None else raw[order], tensor.kind)
-            brain = torch.from_numpy(values).to(torch.bfloat16)
-            if not brain.isfinite().all():  # the largest float32 numbers round to infinity as well
-                raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite in bfloat16", "fetch the file again")
-            rounded = brain.view(torch.int16).numpy()
-            write(rounded.reshape(-1).view(np.uint8).data)
-            done += rounded.nbytes
+        write(len(encoded).to_bytes(8, "little"))
+        write(encoded)
+        done = 0
+        for content in self._contents():
+            write(content)
+            done += len(content)
             progress(label, done, end)
-    out.flush()
-    os.fsync(out.fileno())
-    return digest.hexdigest()
+        out.flush()
+        os.fsync(out.fileno())
+        return digest.hexdigest()
+
+    def _contents(self) -> Iterator[memoryview]:
+        """The tensors' bytes in order; chunks are read here, and turned into numbers by threads."""
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            waiting: deque[Future[memoryview]] = deque()
+            for name in self._names:
+                tensor = self._source.tensors[name]
+                for raw in self._chunks(tensor):
+                    waiting.append(pool.submit(self._content, raw, tensor, self._dtypes[name]))
+                    if len(waiting) > _WORKERS:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _chunks(self, tensor: GgufTensor) -> Iterator[np.ndarray]:
+        """The tensor's rows in Hugging Face's order, uint8 [rows, row_bytes], some at a time."""
+        order = self._family.row_order(tensor, self._config) if len(tensor.shape) > 1 else None
+        if order is not None:  # heads of a few hundred rows: whole
+            yield self._source.rows(tensor, 0, tensor.num_rows)[order]
+            return
+        for first, last in _row_ranges(tensor):
+            yield self._source.rows(tensor, first, last)
+
+    def _content(self, raw: np.ndarray, tensor: GgufTensor, dtype: torch.dtype) -> memoryview:
+        values = dequantize_rows(raw, tensor.kind)
+        if len(tensor.shape) == 1 and (order := self._family.row_order(tensor, self._config)) is not None:
+            values = values[:, order]
+        numbers = torch.from_numpy(values).sub_(offset) if (offset := self._family.offset(tensor)) else torch.from_numpy(values)
+        low, high = (float(value) for value in numbers.aminmax())  # NaN if any value is
+        limit = _TOO_LARGE if dtype == torch.bfloat16 else math.inf
+        if not -limit < low <= high < limit:
+            raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite in {dtype}", "fetch the file again")
+        return numbers.to(dtype).view(-1).view(torch.uint8).numpy().data
+
+    def _dtype(self, tensor: GgufTensor) -> torch.dtype:
+        """What the tensor is stored in."""
+        own = _FLOATS[tensor.kind] if self._exact else torch.bfloat16
+        if own == torch.bfloat16 or self._family.offset(tensor):
+            return torch.bfloat16
+        for first, last in _row_ranges(tensor):
+            numbers = torch.from_numpy(self._source.rows(tensor, first, last)).view(own)
+            # what is not finite is refused by name when it is written
+            if not torch.equal(numbers, numbers.to(torch.bfloat16).to(own)):
+                return own
+        return torch.bfloat16
+
+
+def _row_ranges(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
+    """First row and end of each chunk; whole groups of 64 rows, whose blocks are turned into numbers the fastest."""
+    step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
+    step = max(step // 64 * 64, min(step, 64))
+    for first in range(0, tensor.num_rows, step):
+        yield first, min(first + step, tensor.num_rows)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -196,6 +196,19 @@ def _dequantisable(kind: GGMLQuantizationType) -> bool:
     return True
 
 
+_GROUP_ELEMENTS = 1 << 12  # of a row, as the package works on 16 rows at a time and these should stay in a core's cache
+
+
 def dequantize_rows(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Stored rows uint8 [rows, row_bytes] to float32 [rows, columns]."""
-    return np.ascontiguousarray(dequantize(raw, kind), dtype=np.float32)
+    if kind == GGMLQuantizationType.F32:
+        return raw.view(np.float32)
+    if kind == GGMLQuantizationType.F16:
+        return raw.view(np.float16).astype(np.float32)
+    if kind == GGMLQuantizationType.BF16:
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = raw.size // block_bytes
+    grouped = math.gcd(blocks, _GROUP_ELEMENTS // block_elements)
+    values = dequantize(raw.reshape(-1, grouped * block_bytes), kind)
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(len(raw), -1)
