@@ -126,8 +126,9 @@ class Engine:
         exit_layer: int | None = None,
         **options: Any,
     ) -> Engine:
-        """Load models. target: folder or hub id; draft: the same, the folder of a draft head, "trunk" (the draft head that ships for a target of
-        this shape, else an early exit from the target's own first layers, untrained), "ngram" (each request's own text alone), or "none" (None too).
+        """Load models. target: folder, GGUF file or hub id (`resolve_model`); draft: the same, the folder of a draft head, "trunk" (the draft head that
+        ships for a target of this shape, else an early exit from its own first layers, untrained), "ngram" (each request's own text), or "none" (None
+        too).
 
         device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
         untrained. options: see the constructor.

@@ -59,7 +59,7 @@ class DraftChoice:
 def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | None = None) -> DraftChoice:
     """Resolve a draft option: "none"; "ngram", the requests' own text alone;
     "trunk", which is the draft head that ships for a target of this shape, if one does, and else an early exit;
-    the folder of a draft head; the folder or hub id of a model. exit_layer: early exit after so many of the target's layers, untrained.
+    the folder of a draft head; a model as `resolve_model` takes it. exit_layer: early exit after so many of the target's layers, untrained.
 
     Raises:
         InvalidOption, ModelNotFound, DownloadFailed, BadDraftHead.

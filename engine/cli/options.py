@@ -100,11 +100,15 @@ def model_options(p: argparse.ArgumentParser) -> None:
     """Options that name models, and how they are held; `engine.cli.command.load` reads them."""
     models = p.add_argument_group("models")
     models.add_argument("--pair", help=f"{' or '.join(PAIRS)}; default {DEFAULT_PAIR}; fetched at first use")
-    models.add_argument("--target", metavar="DIR|HUB_ID", help="another model than a pair's: a folder, or its name on the hub")
+    models.add_argument(
+        "--target",
+        metavar="DIR|FILE.gguf|HUB_ID",
+        help="another model than a pair's: a folder, a GGUF file, or a name on the hub: owner/name, owner/name:file.gguf",
+    )
     models.add_argument(
         "--draft",
-        metavar="DIR|HUB_ID|trunk|ngram|none",
-        help="a small model, a folder made by scripts/train_draft.py, trunk (the trained "
+        metavar="DIR|FILE.gguf|HUB_ID|trunk|ngram|none",
+        help="a small model, named as a target, a folder made by scripts/train_draft.py, trunk (the trained "
         "draft that ships for the target, else the target's first layers), ngram (the text itself); default: the pair's own; none with --target",
     )
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")

