@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import string
 import zipfile
 from pathlib import Path
@@ -15,16 +16,25 @@ from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import engine.hub.resolve as models
 from engine import Engine, SamplingParams
 from engine.errors import DiskFull, HashMismatch, ModelNotFound, NonFiniteLogits, UnsupportedArchitecture
 from engine.hub.convert import convert_gguf
-from engine.hub.fingerprint import fingerprint
-from engine.hub.gguf import GgufFile
-from engine.hub.pairs import ModelSource, WheelPart
+from engine.hub.fingerprint import CACHE_NAME, fingerprint
+from engine.hub.gguf import GgufFile, _dequantisable, dequantize_rows
+from engine.hub.gguf_families import GgufFamily
+from engine.hub.pairs import ModelSource, Pair, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_source
 from engine.model.decoder import Decoder
@@ -44,14 +54,20 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
+CLASSES = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
 
 
-def tiny_model(family: str, tied: bool):
+def tiny_model(family: str, tied: bool, **options):
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"vocab_size": len(TOKENS), "max_position_embeddings": 128, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6}
+    if family == "qwen3":
+        shape["head_dim"] = 32  # not the width over the heads
     torch.manual_seed(0)
-    model = (LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))).eval()
+    kind, config = CLASSES[family]
+    model = kind(config(**shape | options)).eval()
     for parameter in model.parameters():
         # norms of one and biases of zero would hide a swapped tensor
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -66,8 +82,14 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES['.'.join(middle)]}.{last}"
 
 
-def write_gguf(path: Path, model, family: str, rule: str, kind=gguf.GGMLQuantizationType.F32, extra=None) -> dict[str, torch.Tensor]:
-    """Writes the model as a GGUF file; returns the tensors it holds after quantisation, under Hugging Face names, float32."""
+def write_gguf(
+    path: Path, model, family: str, rule: str, kind=gguf.GGMLQuantizationType.F32, extra=None, tensors=None
+) -> dict[str, torch.Tensor]:
+    """Writes the model as a GGUF file; returns the tensors it holds after quantisation, under Hugging Face names, float32.
+
+    extra: further keys, or a tokenizer instead of the tiny one. tensors: further ones, GGUF name -> float32.
+    """
+    extra = extra or {}
     config = model.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_hidden_layers)
@@ -76,20 +98,28 @@ def write_gguf(path: Path, model, family: str, rule: str, kind=gguf.GGMLQuantiza
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types(KINDS)
-    writer.add_token_merges(MERGES)
+    if "tokenizer.ggml.tokens" not in extra:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(TOKENS)
+        writer.add_token_types(KINDS)
+        writer.add_token_merges(MERGES)
     writer.add_eos_token_id(261)
     writer.add_bos_token_id(260)
     writer.add_pad_token_id(260)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
-    for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+    for key, value in extra.items():
+        {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[
+            type(value)
+        ](key, value)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     held = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -101,6 +131,7 @@ def write_gguf(path: Path, model, family: str, rule: str, kind=gguf.GGMLQuantiza
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             # quantisation blocks lie along a row, so rows may be moved after it
+            blocks = np.asarray(blocks)
             blocks = blocks.reshape(heads, 2, blocks.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(blocks.shape)
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(blocks), raw_dtype=stored)
     writer.write_header_to_file()
@@ -123,7 +154,7 @@ def transformers_gguf(path: Path):
 
 
 Q = gguf.GGMLQuantizationType
-CASES = [("llama", True, Q.F32), ("llama", False, Q.Q8_0), ("qwen2", True, Q.F16), ("qwen2", False, Q.Q4_1)]
+CASES = [("llama", True, Q.Q4_0), ("llama", False, Q.Q8_0), ("qwen2", True, Q.Q5_1), ("qwen2", False, Q.Q4_1), ("qwen3", True, Q.Q8_0)]
 
 
 @pytest.mark.parametrize(("family", "tied", "kind"), CASES, ids=lambda value: getattr(value, "name", str(value)))
@@ -146,7 +177,11 @@ def test_tensors_are_those_of_the_file_rounded_to_bfloat16_and_logits_those_of_t
     assert digest == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert seen[-1][1] == seen[-1][2] == sum(2 * tensor.numel() for tensor in held.values())
 
-    reference = transformers_gguf(source)
+    if family == "qwen3":  # transformers does not read the size of its heads from a GGUF file
+        reference = tiny_model(family, tied)
+        reference.load_state_dict(held, strict=False)
+    else:
+        reference = transformers_gguf(source)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).float())
@@ -158,8 +193,114 @@ def test_tensors_are_those_of_the_file_rounded_to_bfloat16_and_logits_those_of_t
     assert ours.config.rms_norm_eps == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", Q.F32), ("qwen3", Q.F16), ("qwen2", Q.BF16)], ids=lambda value: str(getattr(value, "name", value))
+)
+def test_files_that_quantise_nothing_keep_every_number(tmp_path, family, kind):
+    model = tiny_model(family, False, **({"attention_bias": True} if family != "qwen2" else {}))
+    held = write_gguf(tmp_path / "model.gguf", model, family, "qwen2", kind)
+    convert_gguf(tmp_path / "model.gguf", tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name].float(), tensor) for name, tensor in held.items()) and written.keys() == held.keys()
+    assert (
+        written["model.layers.0.self_attn.q_proj.weight"].dtype
+        == {Q.F32: torch.float32, Q.F16: torch.float16, Q.BF16: torch.bfloat16}[kind]
+    )
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.arange(40).view(2, 20) * 6 % len(TOKENS)
+    model.load_state_dict(held, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)
+        if family == "qwen2":  # transformers drops the biases of the others, and Qwen3's size of heads
+            reference = transformers_gguf(tmp_path / "model.gguf")
+            torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-4)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def llama3_factors(head_dim: int, theta: float) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3.1: the number each frequency is divided by."""
+    plain = 1 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((8192 * plain / (2 * np.pi) - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("extra", "tensors", "expected"),
+    [
+        ({}, {"rope_freqs.weight": llama3_factors(16, 1e4)}, LLAMA3),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 32},
+            {},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0},
+        ),
+        ({"llama.rope.scaling.type": "none", "llama.rope.dimension_count": 16}, {}, {"rope_type": "default"}),
+    ],
+    ids=["llama3", "linear", "yarn", "none"],
+)
+def test_rope_scaling_is_read(tmp_path, extra, tensors, expected):
+    model = tiny_model("llama", True, rope_parameters={"rope_theta": 10000.0, **expected})
+    write_gguf(tmp_path / "model.gguf", model, "llama", "smollm", extra=extra, tensors=tensors)
+    convert_gguf(tmp_path / "model.gguf", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"] == {"rope_theta": 10000.0, **expected}
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.arange(40)[None] * 6 % len(TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)
+
+
+REFUSED = {
+    "experts": ({"llama.expert_count": 8}, {}, "expert_count"),
+    "a scale of attention": ({"llama.attention.scale": 0.5}, {}, "attention.scale"),
+    "attention to what follows": ({"llama.attention.causal": False}, {}, "not causal"),
+    "half of the channels rotated": ({"llama.rope.dimension_count": 8}, {}, "dimension_count"),
+    "windows": ({"llama.attention.sliding_window": 64}, {}, "sliding windows"),
+    "an unknown scaling": ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, {}, "longrope"),
+    "factors of frequencies": ({}, {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}, "frequency factors"),
+    "a tensor too many": ({}, {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}, "attn_sinks"),
+    "layers of different heads": ({}, {}, "different numbers of heads"),
+    "an end after every prompt": ({"tokenizer.ggml.add_eos_token": True}, {}, "end token"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_change_a_model_are_refused_by_name(tmp_path, name):
+    extra, tensors, said = REFUSED[name]
+    model = tiny_model("llama", True)
+    if name == "layers of different heads":
+        kept = gguf.GGUFWriter.add_head_count_kv
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda self, count: kept(self, [2, 1]))
+            write_gguf(tmp_path / "model.gguf", model, "llama", "smollm")
+    else:
+        write_gguf(tmp_path / "model.gguf", model, "llama", "smollm", extra=extra, tensors=tensors)
+    with pytest.raises(UnsupportedArchitecture, match=said):
+        convert_gguf(tmp_path / "model.gguf", tmp_path)
+
+
+def test_a_part_of_a_model_is_named(tmp_path):
+    write_gguf(tmp_path / "model-00001-of-00002.gguf", tiny_model("llama", True), "llama", "smollm", extra={"split.count": 2})
+    with pytest.raises(ModelNotFound, match="one of 2 parts"):
+        convert_gguf(tmp_path / "model-00001-of-00002.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Q if kind in gguf.GGML_QUANT_SIZES], ids=lambda kind: kind.name)
+def test_every_block_format_is_dequantised_as_the_gguf_package_does_or_refused(kind):
+    columns = 512 if gguf.GGML_QUANT_SIZES[kind][0] <= 512 else gguf.GGML_QUANT_SIZES[kind][0]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 100, (70, columns // elements * size), dtype=np.uint8)
+    try:
+        expected = gguf.quants.dequantize(raw, kind)
+    except NotImplementedError:
+        assert not _dequantisable(kind)
+        return
+    assert dequantize_rows(raw, kind).tobytes() == np.ascontiguousarray(expected, dtype=np.float32).tobytes()
+
+
 def test_a_wrong_row_order_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.hub.convert._row_order", lambda tensor, config: None)
+    monkeypatch.setattr(GgufFamily, "row_order", lambda self, tensor, config: None)
     source = tmp_path / "model.gguf"
     held = write_gguf(source, tiny_model("llama", True), "llama", "qwen2")
     folder = tmp_path / "out"
@@ -228,6 +369,7 @@ def _loaded(folder):
         ("gemma", "qwen2", {}, "gemma"),
         ("qwen2", "tekken", {}, "tekken"),
         ("qwen2", "qwen2", {"qwen2.rope.scaling.type": "yarn"}, "RoPE scaling"),
+        ("qwen2", "default", {}, "default"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, family, rule, extra, said):
@@ -278,6 +420,7 @@ def test_a_source_becomes_one_folder_once_and_nothing_else_stays_on_disk(tmp_pat
     assert [p.name for p in (tmp_path / "home" / "models").iterdir()] == [folder.name]
     assert models.resolve_model(folder) == folder
     assert fingerprint(folder) == fingerprint(folder)
+    assert json.loads((folder / "foretold.json").read_text())["of_file"] is False
     loaded = Decoder.from_pretrained(folder, dtype=torch.float32)
     assert fingerprint(folder, loaded.weight_sum) == fingerprint(folder)
     assert resolve_source(source, silent, installer=installer) == folder and asked == ["tiny==1.0"], "a noted sum is no damage"
@@ -362,8 +505,8 @@ def test_two_at_once_fetch_once(tmp_path, offline_source, capsys):
     assert "another process is preparing tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("value", "error"), [(3.4e38, ModelNotFound), (1e30, NonFiniteLogits)])
-def test_absurd_weights_are_a_named_error_and_never_text(tmp_path, value, error):
+@pytest.mark.parametrize(("value", "dtype", "error"), [(3.4e38, "bfloat16", ModelNotFound), (1e30, "float32", NonFiniteLogits)])
+def test_absurd_weights_are_a_named_error_and_never_text(tmp_path, value, dtype, error):
     model = tiny_model("llama", True)
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
@@ -373,4 +516,111 @@ def test_absurd_weights_are_a_named_error_and_never_text(tmp_path, value, error)
     folder.mkdir()
     with pytest.raises(error):
         convert_gguf(tmp_path / "absurd.gguf", folder, silent)
-        Engine.from_pretrained(folder, "none", device="cpu", dtype="float32").generate(["hello"], SamplingParams(max_new_tokens=4))
+        Engine.from_pretrained(folder, "none", device="cpu", dtype=dtype).generate(["hello"], SamplingParams(max_new_tokens=4))
+
+
+# --- a user's own file ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    write_gguf(tmp_path / "My model.gguf", tiny_model("qwen3", True), "qwen3", "qwen2", Q.Q8_0)
+    return tmp_path / "My model.gguf"
+
+
+def test_a_file_is_converted_once_for_its_content_and_names_a_target_and_a_draft(tmp_path, own_file, monkeypatch):
+    seen = []
+    folder = models.resolve_model(str(own_file), lambda *call: seen.append(call))
+    assert folder.parent == tmp_path / "home" / "models" and folder.name.startswith("My-model-") and seen[-1][1] == seen[-1][2] > 0
+    monkeypatch.setattr("engine.hub.convert.convert_gguf", lambda *given: pytest.fail("converted again"))
+    assert models.resolve_model(own_file) == folder
+    engine = Engine.from_pretrained(own_file, own_file, device="cpu", dtype="float32")
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=3)
+    drafted = engine.generate(["hello"], params)[0]
+    plain = Engine.from_pretrained(folder, device="cpu", dtype="float32").generate(["hello"], params)[0]
+    assert drafted.text == plain.text and drafted.speculation.accepted > 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut weights", "touched and flipped weights", "another tokenizer", "no marker", "a stale temporary folder"]
+)
+def test_a_damaged_folder_of_a_file_heals(own_file, damage):
+    folder = models.resolve_model(own_file, silent)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in ("foretold.json", CACHE_NAME)}
+    weights = folder / "model.safetensors"
+    if damage == "cut weights":
+        weights.write_bytes(whole[weights.name][:-1])
+    elif damage == "touched and flipped weights":
+        weights.write_bytes(whole[weights.name][:-1] + bytes([whole[weights.name][-1] ^ 1]))
+    elif damage == "another tokenizer":
+        text = whole["tokenizer.json"]
+        (folder / "tokenizer.json").write_bytes(text.replace(b'"hell"', b'"hall"'))
+    elif damage == "no marker":
+        (folder / "foretold.json").unlink()
+    else:
+        folder.rename(folder.with_name(folder.name + ".tmp"))
+    assert models.resolve_model(own_file, silent) == folder
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_least_recently_used_folders_make_room(tmp_path, own_file, monkeypatch):
+    first = models.resolve_model(own_file, silent)
+    write_gguf(tmp_path / "second.gguf", tiny_model("qwen2", True), "qwen2", "qwen2", Q.Q8_0)
+    write_gguf(tmp_path / "third.gguf", tiny_model("llama", True), "llama", "qwen2", Q.Q8_0)
+    size = sum(file.stat().st_size for file in first.iterdir())
+    monkeypatch.setattr("engine.hub.converted.MOST_CONVERTED_BYTES", 2 * size)
+    second = models.resolve_model(tmp_path / "second.gguf", silent)
+    os.utime(first / "foretold.json", (1, 1))
+    os.utime(second / "foretold.json", (2, 2))
+    assert models.resolve_model(own_file, silent) == first, "used again: now it is the younger"
+    third = models.resolve_model(tmp_path / "third.gguf", silent)
+    assert first.exists() and third.exists() and not second.exists()
+    models.resolve_model(tmp_path / "second.gguf", silent)
+    assert first.exists() and third.exists(), "both were used within the hour"
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(own_file, monkeypatch):
+    def slow(path, folder, progress):
+        digest = convert_gguf(path, folder, progress)
+        os.utime(path, (1, 1))
+        return digest
+
+    monkeypatch.setattr("engine.hub.convert.convert_gguf", slow)
+    with pytest.raises(ModelNotFound, match="changed while it was read"):
+        models.resolve_model(own_file, silent)
+    monkeypatch.undo()
+
+
+def test_a_pairs_own_file_shares_the_pairs_folder(tmp_path, offline_source, monkeypatch):
+    source, installer, _ = offline_source
+    folder = resolve_source(source, silent, installer=installer)
+    monkeypatch.setattr("engine.hub.converted.PAIRS", {"tiny": Pair("tiny", target=source, draft="trunk")})
+    assert models.resolve_model(tmp_path / "model.gguf", silent) == folder
+
+
+def test_a_file_on_the_hub_is_fetched_by_its_name(own_file, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+    monkeypatch.setattr("engine.hub.resolve._check_hub_size", lambda repository, filename: asked.append(filename))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *given, **options: asked.append(given) or str(own_file))
+    folder = models.resolve_model("owner/some-model-GGUF:sub/Model.Q8_0.gguf", silent)
+    assert asked == ["sub/Model.Q8_0.gguf", ("owner/some-model-GGUF", "sub/Model.Q8_0.gguf")] and folder.name.startswith("My-model-")
+
+    def none_there(*given, **options):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", none_there)
+    with pytest.raises(ModelNotFound, match=r"holds no file 'x\.gguf'"):
+        models.resolve_model("owner/some-model-GGUF:x.gguf")
+    for spec in ("owner/model:../x.gguf", "owner/model:x.bin", "owner/model:", "owner:x.gguf"):
+        with pytest.raises(ModelNotFound, match="there is no folder"):
+            models.resolve_model(spec)
+
+
+def test_a_folder_of_gguf_files_says_which_to_name(own_file):
+    with pytest.raises(ModelNotFound, match=r"name a file in it: .*My model\.gguf"):
+        models.resolve_model(own_file.parent)
