@@ -165,4 +165,4 @@ def test_one_file_alone_renames_into_place() -> None:
     found = {
         path.relative_to(ROOT).as_posix() for files in FILES.values() for path in files if pattern.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {"kernels/files.py", "engine/hub/fetch.py", "engine/hub/resolve.py", "engine/store/store.py"}
+    assert found == {"kernels/files.py", "engine/hub/converted.py", "engine/hub/fetch.py", "engine/store/store.py"}
