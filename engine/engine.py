@@ -127,7 +127,6 @@ class Engine:
         **options: Any,
     ) -> Engine:
         """Load models. target: folder, GGUF file or hub id (`resolve_model`); draft: the same, the folder of a draft head, "trunk" (the draft head that
-        """Load models. target: folder, GGUF file or hub id (`resolve_model`); draft: the same, the folder of a draft head, "trunk" (the draft head that
         ships for a target of this shape, else an early exit from its own first layers, untrained), "ngram" (each request's own text), or "none" (None
         too).
 
