@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -69,6 +70,28 @@ def test_four_threads_get_the_texts_of_one(engine, wanted):
     assert side_by_side(ways) == [[text] * 2 for text in wanted]
     assert engine.core.scheduler.idle and engine.core.pool.num_free_pages == engine.core.pool.max_pages
     engine.core.pool.check_integrity()
+
+
+def test_a_batch_is_served_as_if_nobody_else_were_there(engine, wanted, monkeypatch):
+    scheduler, began, together = engine.core.scheduler, threading.Event(), set()
+    step = scheduler.step
+
+    def watched():
+        if not began.is_set():
+            began.set()
+            time.sleep(0.1)  # for the other thread to push in
+        together.add(frozenset(request.prompt_tokens for request in [*scheduler.running, *scheduler.waiting]))
+        step()
+
+    monkeypatch.setattr(scheduler, "step", watched)
+
+    def other():
+        began.wait()
+        return engine.generate([[1, 2, 3]], PARAMS)[0].new_tokens
+
+    batch = [[5] * 7, [6] * 8]
+    one, two = side_by_side([lambda: [r.new_tokens for r in engine.generate(batch, PARAMS)], other])
+    assert one and two and frozenset({3}) in together and not any(3 in sizes and len(sizes) > 1 for sizes in together)
 
 
 def test_a_refused_request_of_one_thread_does_not_reach_another(engine, wanted):

@@ -478,6 +478,7 @@ def test_a_last_message_that_cannot_go_on(byte_tokenizer):
         "{% for m in messages %}{{ m.role }}{% endfor %}",
         "{{ messages[0].content }}",
         CHATML.replace("m.content", "m.content | upper"),
+        CHATML.replace("m.content", "m.content | replace('so', 'SO')"),  # and leaves the mark as it is
     ):
         with pytest.raises(InvalidOption, match="cannot be continued"):
             encode_prompt(byte_tokenizer(template), messages)
@@ -485,6 +486,8 @@ def test_a_last_message_that_cannot_go_on(byte_tokenizer):
     assert byte_tokenizer().decode(encode_prompt(byte_tokenizer(), call)).endswith("<|im_start|>assistant\n"), (
         "a tool call is no text to go on"
     )
+    call[-1]["content"] = "let me see"
+    assert byte_tokenizer().decode(encode_prompt(byte_tokenizer(), call)).endswith("let me see<|im_end|>\n<|im_start|>assistant\n")
 
 
 # --- markers of turns in plain text ---------------------------------------------------------------------------------------
