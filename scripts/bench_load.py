@@ -28,7 +28,7 @@ from bench.decode_profile import SHAPES, prompts_of, random_decoder
 from bench.throughput_runs import PROMPTS
 from check_greedy import device_name
 from codec_compare import write_json
-from engine.cli.command import load, quiet_libraries, say, versions
+from engine.cli.command import load, print_status, quiet_libraries, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rate in args.rates:
             requests, arrivals, returned, seconds = stream(engine, ids, rate, args)
             if wrong := faults(engine, requests, returned, alone, args):
-                say(f"error: at {rate:g} requests a second: {'; '.join(wrong[:3])}")
+                print_status(f"error: at {rate:g} requests a second: {'; '.join(wrong[:3])}")
                 return 1
             r = row(requests, arrivals, rate, seconds, alone, args)
             document["rows"].append(r)

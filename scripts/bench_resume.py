@@ -31,7 +31,7 @@ from bench.resume_shapes import SHAPES, build
 from codec.spec import QUALITIES
 from codec_compare import write_json
 from engine.calibrate.corpus import library_texts
-from engine.cli.command import quiet_libraries, say, versions
+from engine.cli.command import print_status, quiet_libraries, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
@@ -113,7 +113,7 @@ def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
         ids += engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) >= most:
             break
-    return ResumeBench(engine.core, find_pack(engine.core, args.pack, say)), ids[:most], args.pair, engine.drafter_name
+    return ResumeBench(engine.core, find_pack(engine.core, args.pack, print_status)), ids[:most], args.pair, engine.drafter_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,17 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
         bench, ids, target, draft = opened(args)
         device = torch.cuda.get_device_name(bench.core.device) if bench.core.device.type == "cuda" else "cpu"
-        say(f"{target}, {draft} on {device}: the codec was ready after {bench.setup_s:.2f} s")
+        print_status(f"{target}, {draft} on {device}: the codec was ready after {bench.setup_s:.2f} s")
         try:
             errors = {quality: bench.check(ids, quality) for quality in args.qualities}
         except AssertionError as error:
-            say(f"error: {error}")
+            print_status(f"error: {error}")
             return 1
         rows: list[dict[str, Any]] = []
         for tokens, quality in itertools.product(args.tokens, args.qualities):
             row = {"target": target, "draft": draft} | bench.run(ids[:tokens], quality, args.repeats)
             rows.append(row | {"twin_error": errors[quality]})
-            say(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
+            print_status(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
         step_s = bench.step_s(args.repeats)
     except ForetoldError as error:
         return report(error)  # type: ignore[arg-type]

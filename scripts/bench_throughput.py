@@ -45,7 +45,7 @@ from check_greedy import device_name
 from codec_compare import write_json
 from draft.policy import MAX_AUTO_LENGTH
 from draft.source import DraftSource, NgramSource
-from engine.cli.command import load, quiet_libraries, say, versions
+from engine.cli.command import load, print_status, quiet_libraries, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
@@ -190,7 +190,7 @@ def check(everyone: list[Contestant], batches: list[list[list[int]]], args: argp
             prompts, ours, theirs = ([t for batch in part for t in batch] for part in (batches, texts[one], texts[other]))
             result = compare(prompts, ours, theirs, judge, dtype, exact=strictly)
             found.append({"batch": len(batches[0]), "text": " ".join(one), "against": " ".join(other), "exact": strictly} | result)
-            say(
+            print_status(
                 f"batch {len(batches[0])}: {' '.join(one)} is {' '.join(other)} for {result['equal_share']:.2%} of {result['tokens']} tokens, "
                 f"{result['ties']} near ties (worst {result['worst']:.2f} of what rounding excuses), "
                 f"{result['strays']} of {result['judged']} tokens after not the judge's best, "
@@ -211,7 +211,7 @@ def measure(
             for i in range(len(everyone)):
                 at = (i + turn) % len(everyone)
                 samples[at][turn].append(everyone[at].run(batch, args.new_tokens, temperature, turn * len(batches) + number))
-        say(f"batch {len(batches[0])}, temperature {temperature:g}: round {turn + 1} of {args.repeats}")
+        print_status(f"batch {len(batches[0])}, temperature {temperature:g}: round {turn + 1} of {args.repeats}")
     return samples
 
 
@@ -274,7 +274,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for size in args.batches:
         batches, here = in_batches(ids, size), taking_part(everyone, size)
         if not here:
-            say(f"batch {size}: transformers assists one prompt at a time, left out")
+            print_status(f"batch {size}: transformers assists one prompt at a time, left out")
             continue
         document["checks"] += check(here, batches, args, dtype)
         if not all(c["passed"] for c in document["checks"]):

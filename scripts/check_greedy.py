@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.cli.command import quiet_libraries, say, versions
+from engine.cli.command import print_status, quiet_libraries, versions
 from engine.cli.options import report
 from engine.engine import Engine
 from engine.errors import ForetoldError
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             tie = found is None or found["gap"] < TIE
             failed += not tie
             verdict = "identical" if found is None else f"{'tie' if tie else 'DIFFERENT'} at new token {found['position']}: {found}"
-            say(f"{prompt[:40]!r} against {name}: {row['new_tokens']} tokens, {verdict}")
+            print_status(f"{prompt[:40]!r} against {name}: {row['new_tokens']} tokens, {verdict}")
     command = " ".join(["scripts/check_greedy.py", *(argv or sys.argv[1:])])
     total = about | {"command": command, "new_tokens": sum(r["new_tokens"] for r in rows), "failed": failed, "rows": rows}
     if args.json_out:

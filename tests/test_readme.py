@@ -24,3 +24,15 @@ def test_the_library_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "ada.kv").stat().st_size > 100
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    """Paths in backticks, and what they are said to hold: "`engine/runtime/step.py: decode_step`"."""
+    root, found = Path(__file__).parent.parent, 0
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for name, inside in re.findall(r"`((?:engine|draft|codec|kernels|scripts|tests|docs)/[\w./-]*\w/?)(?:: ([\w.]+))?`", text):
+            assert (root / name).exists(), f"{page.name} names {name}"
+            assert not inside or inside.split(".")[-1] in (root / name).read_text(encoding="utf-8"), f"{page.name}: {name} has no {inside}"
+            found += 1
+    assert found > 60

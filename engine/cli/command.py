@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
-from engine.cli.terminal import Ended, OutputLost, ReaderGone, ending_signals, prepare_streams, say, show, undisturbed
+from engine.cli.terminal import Ended, OutputLost, ReaderGone, ending_signals, prepare_streams, print_status, stream_text, undisturbed
 from engine.engine import Engine
 from engine.errors import CacheNotWritable, ForetoldError, ModelNotFound
 from engine.files import session_lock, write_atomically
@@ -35,7 +35,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         args = checked(argv)
         if args.version:
-            show(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")
+            stream_text(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")
             return 0
         prompt = given_prompt(args) if args.chat else read_prompt(args)
         with nullcontext() if args.session is None else session_lock(args.session):
@@ -45,7 +45,7 @@ def run(argv: list[str] | None = None) -> int:
     except ForetoldError as error:
         return report(error)
     except KeyboardInterrupt:
-        say("\ninterrupted")
+        print_status("\ninterrupted")
         return 130
     except Ended as ended:
         return ended.status
@@ -58,13 +58,13 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
     if not args.raw:
         start_worker()  # beside the loading of the models
     engine = load(args, kv_cache_dtype=args.kv_cache_dtype, deterministic=args.deterministic)
-    say(memory_line(engine))
+    print_status(memory_line(engine))
     if (ignored := ignored_settings(engine, args)) is not None:
-        say(ignored)
+        print_status(ignored)
     with ending_signals(), open_session(engine, args) as session:
         if args.chat:
             repl(session, prompt, args)
-            keep(session)
+            flush_store(session)
         else:
             assert prompt is not None
             one_turn(session, prompt, args)
@@ -75,7 +75,7 @@ def load(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine that --pair, or --target and --draft, name, on the --device and in the --dtype. Raises the errors of `Engine.from_pretrained`."""
     options |= {"device": args.device, "dtype": args.dtype}
     if getattr(args, "store", None) is not None:  # benchmarks have no such option
-        options |= {"store": args.store, "store_bytes": args.store_bytes, "log": say}
+        options |= {"store": args.store, "store_bytes": args.store_bytes, "log": print_status}
         options |= {name: value for name in ("namespace", "quality", "pack") if (value := getattr(args, name, None)) is not None}
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
@@ -85,15 +85,15 @@ def load(args: argparse.Namespace, **options: Any) -> Engine:
 def open_session(engine: Engine, args: argparse.Namespace) -> Session:
     """The session of the options: resumed when its file exists, new otherwise; one that is never suspended when there is no file."""
     if args.session is None:
-        return engine.session(quality="tokens", log=say)
+        return engine.session(quality="tokens", log=print_status)
     exists = args.session.exists()
-    session = engine.session(args.session if exists else None, quality=args.quality, pack=args.pack, log=say)
+    session = engine.session(args.session if exists else None, quality=args.quality, pack=args.pack, log=print_status)
     if session.resumed is not None:
         r = session.resumed
         how = (
             f"draft {r.draft_s:.2f} s, decoding {r.decode_s:.2f} s" if r.restore == "decode" else "to be recomputed from their ids, exactly"
         )
-        say(f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s ({how}){because(r.reason)}")
+        print_status(f"resumed {len(session.token_ids)} tokens from {args.session} in {r.total_s:.2f} s ({how}){because(r.reason)}")
     return session
 
 
@@ -110,7 +110,7 @@ def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: b
         nonlocal started
         started = True
         if stream:
-            show(text)
+            stream_text(text)
 
     try:
         if args.raw:
@@ -126,31 +126,31 @@ def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: b
             saved = save(session, args)
         if stream and (started or (args.chat and isinstance(error, KeyboardInterrupt))):
             with suppress(OutputLost):
-                show("\n")
+                stream_text("\n")
         if saved is not None:
-            say(saved)
+            print_status(saved)
         raise
     try:
         if stream:
-            show("\n")
+            stream_text("\n")
     finally:
         if saved is not None:
-            say(saved)
+            print_status(saved)
     return result
 
 
 def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
     result = answer(session, prompt, args, stream=not args.json)
-    say(summary(result))
-    keep(session)
+    print_status(summary(result))
+    flush_store(session)
     if args.json_out:
         write_json(args.json_out, as_json(session, result))
     if args.json:
-        show(json.dumps(as_json(session, result)) + "\n")
+        stream_text(json.dumps(as_json(session, result)) + "\n")
 
 
-def keep(session: Session) -> None:
+def flush_store(session: Session) -> None:
     """Wait until the store, if there is one, has kept what was new, and say what it did."""
     store = session.core.prefix_store
     if store is None:
@@ -158,7 +158,7 @@ def keep(session: Session) -> None:
     store.flush()
     r = store.report()
     restored = f"{r['hit_tokens']:,} tokens restored in {r['restore_s']:.2f} s" if r["hits"] else "nothing restored"
-    say(
+    print_status(
         f"[store {r['folder']}: {restored}; {r['kept_tokens']:,} kept, {r['kept_bytes']:,} bytes, in {r['keep_s']:.2f} s; "
         f"{r['bytes']:,} of {r['limit_bytes']:,} bytes in use]"
     )
@@ -185,20 +185,20 @@ def repl(session: Session, first: str | None, args: argparse.Namespace) -> None:
     went; at the prompt it leaves. Every answer is saved before the next message is read."""
     terminal = sys.stdin.isatty()
     if terminal:
-        say("type a message; Ctrl-C ends an answer; an empty line, end of input or Ctrl-C leaves")
+        print_status("type a message; Ctrl-C ends an answer; an empty line, end of input or Ctrl-C leaves")
     try:
         while (message := first or next_message(terminal)) is not None:
             first = None
             try:
-                say(summary(answer(session, message, args, stream=True)))
+                print_status(summary(answer(session, message, args, stream=True)))
             except KeyboardInterrupt:
                 if not terminal:
                     raise
-                say("[interrupted]")
+                print_status("[interrupted]")
     except KeyboardInterrupt:
         if not terminal:
             raise
-        say("")
+        print_status("")
 
 
 def next_message(terminal: bool) -> str | None:
@@ -211,7 +211,7 @@ def next_message(terminal: bool) -> str | None:
             line = read_input(input).strip()
         except EOFError:
             if terminal:
-                say("")
+                print_status("")
             return None
         if line:
             return line

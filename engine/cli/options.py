@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from codec.container import FILE_MAGIC
-from engine.cli.terminal import say
+from engine.cli.terminal import print_status
 from engine.errors import BadSessionFile, Corrupted, EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.inputs import open_regular, shown
@@ -264,7 +264,7 @@ def read_beside() -> str:
         if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
             return ""
         if not select.select([number], [], [], PIPE_WAIT_S)[0]:
-            say(f"[standard input is a pipe that has said nothing for {PIPE_WAIT_S:.0f} s: it is not read]")
+            print_status(f"[standard input is a pipe that has said nothing for {PIPE_WAIT_S:.0f} s: it is not read]")
             return ""
     except (OSError, ValueError):  # no file behind it
         return ""
@@ -281,5 +281,5 @@ def read_input(read: Callable[[], str]) -> str:
 
 def report(error: ForetoldError) -> int:
     """One line on standard error; the exit status of a user's mistake."""
-    say(f"error: {error}")
+    print_status(f"error: {error}")
     return 2

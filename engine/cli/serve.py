@@ -14,7 +14,7 @@ import uvicorn
 
 from engine.cli.command import load, memory_line, quiet_libraries
 from engine.cli.options import DEFAULT_PAIR, Parser, check_models, check_store, model_options, report, store_options
-from engine.cli.terminal import prepare_streams, say
+from engine.cli.terminal import prepare_streams, print_status
 from engine.engine import Engine
 from engine.errors import BadStore, CacheNotWritable, DiskFull, ForetoldError, InvalidOption, ModelNotFound
 from engine.server.app import Server, ServerConfig
@@ -65,7 +65,7 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         check_store(args)
     except (BadStore, CacheNotWritable, DiskFull) as error:  # a server serves without it
-        say(f"warning: {error}; serving without a store")
+        print_status(f"warning: {error}; serving without a store")
         args.store = None
     return args
 
@@ -119,7 +119,7 @@ def _engine(args: argparse.Namespace) -> Engine:
     engine = load(args, **options)
     if engine.tokenizer is None:
         raise ModelNotFound("the target has no tokenizer", "a server needs one: use a folder that holds it")
-    say(memory_line(engine))
+    print_status(memory_line(engine))
     engine.core.measure_costs()  # not at the first request's expense
     return engine
 
@@ -147,7 +147,7 @@ def serve(server: Server, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     alone = "; without API keys it answers this machine alone" if server.config.local_only else ""
-    say(f"serving {server.config.model} at http://{shown}:{port}{alone}")
+    print_status(f"serving {server.config.model} at http://{shown}:{port}{alone}")
     grace = server.config.grace_s
     config = uvicorn.Config(
         server.app,

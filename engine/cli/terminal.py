@@ -72,7 +72,7 @@ def harmless(text: str) -> str:
     return "".join(f"\\x{ord(c):02x}" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
 
 
-def show(text: str) -> None:
+def stream_text(text: str) -> None:
     """A piece of the answer on standard output, at once. Raises OutputLost, ReaderGone."""
     out: TextIO | Any = sys.stdout
     try:
@@ -87,7 +87,7 @@ def show(text: str) -> None:
         raise OutputLost(f"standard output cannot be written: {why}", "free space, or send it elsewhere") from error
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Anything but the answer, on standard error; lost without a word where that cannot be written."""
     with suppress(OSError, ValueError):
         print(harmless(text), file=sys.stderr, flush=True)

@@ -72,23 +72,25 @@ def test_four_threads_get_the_texts_of_one(engine, wanted):
     engine.core.pool.check_integrity()
 
 
-def test_a_batch_is_served_as_if_nobody_else_were_there(engine, wanted, monkeypatch):
+def test_a_batch_is_served_as_if_nobody_else_were_there(engine, monkeypatch):
     scheduler, began, together = engine.core.scheduler, threading.Event(), set()
-    step = scheduler.step
+    step, finish = scheduler.step, engine.core.finish
 
     def watched():
-        if not began.is_set():
-            began.set()
-            time.sleep(0.1)  # for the other thread to push in
         together.add(frozenset(request.prompt_tokens for request in [*scheduler.running, *scheduler.waiting]))
         step()
 
-    monkeypatch.setattr(scheduler, "step", watched)
+    def slow(request):
+        began.set()
+        time.sleep(0.05)  # for the other thread to push in
+        return finish(request)
 
     def other():
         began.wait()
         return engine.generate([[1, 2, 3]], PARAMS)[0].new_tokens
 
+    monkeypatch.setattr(scheduler, "step", watched)
+    monkeypatch.setattr(engine.core, "finish", slow)
     batch = [[5] * 7, [6] * 8]
     one, two = side_by_side([lambda: [r.new_tokens for r in engine.generate(batch, PARAMS)], other])
     assert one and two and frozenset({3}) in together and not any(3 in sizes and len(sizes) > 1 for sizes in together)

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from engine.cli.terminal import harmless
-from engine.generate import _occupy_streams
+from engine.generate import main
 
 
 def test_control_characters_are_escapes_and_nothing_else_is():
@@ -23,7 +23,7 @@ def test_no_file_takes_a_closed_stream_s_number(closed):
         try:
             for number in closed:
                 os.close(number)
-            _occupy_streams()
+            main(["--nope"])
             devices = {os.fstat(number).st_rdev for number in closed} == {os.stat(os.devnull).st_rdev}
             os._exit(0 if devices and os.open(os.devnull, os.O_RDONLY) > 2 else 1)
         finally:
