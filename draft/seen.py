@@ -1,9 +1,9 @@
 """Drafts from texts seen before: what followed the last tokens in earlier answers of one namespace, weighted by how often it did.
 
 A context is the last CONTEXT tokens, found by a hash chain over its last KEY tokens; the longest context that was seen speaks, as in prediction by
-partial matching (Cleary and Witten, 1984). Of the tokens that followed it the one seen most often is proposed, and then what came after it there. A text's
-beginning counts as tokens of its own, so the same short prompt is a context too. Nothing is run for such drafts, and they depend on no random numbers:
-the distribution they are drawn from is a point mass.
+partial matching (Cleary and Witten, 1984). Of the tokens that followed it the one seen most often is proposed, and then what came after it there. A
+text's beginning counts as tokens of its own, so the same short prompt is a context too. Nothing is run for such drafts, and they depend on no random
+numbers: the distribution they are drawn from is a point mass.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A page of the target's pool and the draft's page of the same tokens are one entr
 as free, and are given up when somebody needs pages, those used longest ago and latest in their text first.
 
 Keys and values depend on how sums were ordered when they were computed. What batch-invariant steps wrote lies in a namespace of its own: only that is
-shared with requests whose text is promised not to depend on anything but model, prompt, parameters and seed; all others may use both.
+shared with requests whose text is promised not to depend on anything but model, prompt, parameters and seed; all others may use both. What was restored
+from a store has its code's loss; it lies in a third namespace, which those others may use as well, and keeps its code.
 """
 
 from __future__ import annotations
@@ -12,33 +13,56 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.kv.eviction import Lru
 from engine.kv.pool import KvPool, KvSequence
 from engine.kv.trie import Payload, Tier, Trie
 
-_INVARIANT, _PLAIN = "invariant:", "plain:"  # what the trie's names of a namespace begin with
+_INVARIANT, _PLAIN, _RESTORED = "invariant:", "plain:", "restored:"  # what the trie's names of a namespace begin with
+
+
+class Code(Protocol):
+    """A coded span of tokens [start, end) of a text; `engine.sessions.file.Span`."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
 
 @dataclass
 class CachedPage:
     """Pages of the same S tokens: the target's, the draft's (None: it never ran them), and what the target's pool keeps beside pages (`KvPool.beside`)
-    where a text that ends with this page goes on."""
+    where a text that ends with this page goes on. code: the coded span that the page was restored from, of some pages; None: it was computed."""
 
     target: int
     draft: int | None
     beside: object | None
+    code: Code | None = None
+
+
+@dataclass(frozen=True)
+class SharedPages:
+    """What a request shares. codes: those that its pages were restored from, in order; empty where they were computed."""
+
+    tokens: int = 0
+    codes: Sequence[Code] = ()
 
 
 @dataclass
 class SharingMetrics:
-    """requests that were looked up; hits: those that shared pages; hit_tokens: of these, out of lookup_tokens in all prompts; evicted_pages."""
+    """requests that were looked up; hits: those that shared pages; hit_tokens: of these, out of lookup_tokens in all prompts; evicted_pages.
+    restored_*: those of the hits that shared what a store had given back."""
 
     requests: int = 0
     hits: int = 0
     lookup_tokens: int = 0
     hit_tokens: int = 0
     evicted_pages: int = 0
+    restored_hits: int = 0
+    restored_tokens: int = 0
 
 
 class SharedPrefixes:
@@ -47,10 +71,11 @@ class SharedPrefixes:
     Args:
         pool, draft_pool: of one page size.
         max_pages: most pages of the target's pool that are kept.
+        computed: whether pages that requests computed are kept, and not only what was restored.
     """
 
-    def __init__(self, pool: KvPool, draft_pool: KvPool | None = None, *, max_pages: int | None = None) -> None:
-        self.pool, self.draft_pool = pool, draft_pool
+    def __init__(self, pool: KvPool, draft_pool: KvPool | None = None, *, max_pages: int | None = None, computed: bool = True) -> None:
+        self.pool, self.draft_pool, self.computed = pool, draft_pool, computed
         self.max_pages = pool.max_pages if max_pages is None else max_pages
         self.metrics = SharingMetrics()
         self.trie = Trie(pool.page_size)
@@ -66,8 +91,10 @@ class SharedPrefixes:
         """Pages of the target's pool that are kept, those that requests use as well included."""
         return self.trie.pages_in[Tier.HOT]
 
-    def share(self, token_ids: Sequence[int], namespace: str, invariant: bool, sequence: KvSequence, draft: KvSequence | None) -> int:
-        """Begin an empty sequence, and that of a draft, with what is known of token_ids, in whole pages; returns the tokens shared.
+    def share(
+        self, token_ids: Sequence[int], namespace: str, invariant: bool, sequence: KvSequence, draft: KvSequence | None
+    ) -> SharedPages:
+        """Begin an empty sequence, and that of a draft, with what is known of token_ids, in whole pages and whole codes; returns what is shared.
 
         At least one token is left to run. The draft's sequence may end up shorter. invariant: use only what batch-invariant steps wrote.
         """
@@ -76,12 +103,20 @@ class SharedPrefixes:
         name = (_INVARIANT if invariant else _PLAIN) + namespace
         if not invariant:
             self.trie.share_namespace(name, _INVARIANT + namespace)
+            self.trie.share_namespace(name, _RESTORED + namespace)
         with self.trie.match(token_ids[: len(token_ids) - 1], name) as match:
             found = [payload.data for payload in match.payloads() if payload is not None]
             while found and self.pool.keeps_beside and found[-1].beside is None:
                 found.pop()
+            codes: list[Code] = []
+            for page in found:
+                if page.code is not None and (not codes or codes[-1] is not page.code):
+                    codes.append(page.code)
+            while codes and codes[-1].end > len(found) * self.pool.page_size:  # a code is used whole
+                codes.pop()
+                found = found[: codes[-1].end // self.pool.page_size] if codes and not self.pool.keeps_beside else []
             if not found:
-                return 0
+                return SharedPages()
             self.trie.record_request(match, time.monotonic())
             tokens = len(found) * self.pool.page_size
             sequence.share([page.target for page in found], tokens)
@@ -96,22 +131,43 @@ class SharedPrefixes:
                 draft.share(pages, len(pages) * self.pool.page_size)
         self.metrics.hits += 1
         self.metrics.hit_tokens += tokens
-        return tokens
+        self.metrics.restored_hits += bool(codes)
+        self.metrics.restored_tokens += tokens * bool(codes)
+        return SharedPages(tokens, codes)
+
+    def insert_restored(
+        self, token_ids: Sequence[int], namespace: str, sequence: KvSequence, draft: KvSequence | None, codes: Sequence[Code]
+    ) -> None:
+        """Keep what a store gave back: all tokens up to the last code's end. Codes must end where pages end; else nothing is kept."""
+        size = self.pool.page_size
+        if any(code.end % size for code in codes):
+            return
+        by_page = [code for code in codes for _ in range(code.start // size, code.end // size)]
+        self._insert(token_ids, _RESTORED + namespace, sequence, draft, by_page)
 
     def insert(self, token_ids: Sequence[int], namespace: str, invariant: bool, sequence: KvSequence, draft: KvSequence | None) -> None:
         """Keep the whole pages of a sequence's committed tokens, and the draft's pages of the same tokens as far as it has run them.
 
         invariant: only batch-invariant steps wrote them.
         """
-        name, size = (_INVARIANT if invariant else _PLAIN) + namespace, self.pool.page_size
-        count = sequence.length // size
+        if self.computed:
+            self._insert(token_ids, (_INVARIANT if invariant else _PLAIN) + namespace, sequence, draft)
+
+    def _insert(
+        self, token_ids: Sequence[int], name: str, sequence: KvSequence, draft: KvSequence | None, codes: Sequence[Code] | None = None
+    ) -> None:
+        """codes: one a page, as many as pages are kept; None keeps all whole ones."""
+        size = self.pool.page_size
+        count = sequence.length // size if codes is None else len(codes)
         if not count:
             return
         own = [] if draft is None or self.draft_pool is None else draft.pages[: draft.length // size]
         beside = self.pool.beside(sequence, count * size)
         payloads = []
         for i, page in enumerate(sequence.pages[:count]):
-            entry = CachedPage(page, own[i] if i < len(own) else None, beside if i == count - 1 else None)
+            entry = CachedPage(
+                page, own[i] if i < len(own) else None, beside if i == count - 1 else None, None if codes is None else codes[i]
+            )
             payloads.append(Payload(entry, Tier.HOT, self.pool.page_bytes, self._drop))
             self._keep(entry)
         with self.trie.insert(token_ids[: count * size], payloads, namespace=name, tier=Tier.HOT) as match:

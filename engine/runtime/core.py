@@ -250,6 +250,14 @@ class EngineCore:
     def prefix_store(self, store: PrefixStore | None) -> None:
         self.scheduler.prefix_store = store
 
+    def share_restored(self) -> SharedPrefixes:
+        """Keep in the pools what a store gives back, for the next request that begins with it, beside whatever is shared already."""
+        if self.shared_prefixes is None:
+            pages = most_cached_pages(self.pool)
+            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=pages, computed=False)
+            self.scheduler.shared_prefixes = self.shared_prefixes
+        return self.shared_prefixes
+
     def close_sequence_state(self, conversation: SequenceState) -> None:
         """Give a conversation's pages back, once a store has kept them; it must not be used afterwards."""
         with self.lock:

@@ -181,8 +181,12 @@ class Scheduler:
         draft = None if state is None or self.draft_pool is None else state.cache
         invariant = self._promised(request)
         shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", invariant, conversation.sequence, draft)
-        if shared:
-            request.reused_tokens = conversation.num_computed = shared
+        if shared.tokens:
+            request.reused_tokens = shared.tokens
+            if shared.codes:
+                conversation.restored_spans, conversation.foreign = list(shared.codes), True
+            else:
+                conversation.num_computed = shared.tokens
             conversation.invariant = conversation.invariant and invariant
             if state is not None and state.features is not None:
                 state.features.skip(state.length)

@@ -18,6 +18,7 @@ from codec.errors import CodecError
 from codec.spec import NUM_SINKS
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import shown
+from engine.kv.shared_prefixes import SharedPrefixes
 from engine.runtime.core import EngineCore
 from engine.runtime.request import Request, SequenceState
 from engine.sessions.codec_params import pair_fingerprints
@@ -120,10 +121,11 @@ class PrefixCache:
         # now, so that features are kept for it from the first request on
         self.codec = None if quality == TOKENS else session_codec(core, pack, log)
         self._prints = pair_fingerprints(core)
+        self._shared: SharedPrefixes | None = None
 
     def attach(self) -> PrefixCache:
         """Serve the engine from now on, until `close`."""
-        self.core.prefix_store = self
+        self.core.prefix_store, self._shared = self, self.core.share_restored()
         reference = weakref.ref(self)
 
         def leave() -> None:
@@ -173,8 +175,18 @@ class PrefixCache:
         if self.core.device.type == "cuda":
             torch.cuda.synchronize(self.core.device)
         took = time.perf_counter() - began_restore
-        if have == 0:
-            conversation.restored_spans = spans
+        if have == (conversation.restored_spans[-1].end if conversation.restored_spans else 0):
+            conversation.restored_spans = [*conversation.restored_spans, *spans]
+            state = conversation.draft_state
+            if self._shared is not None:  # the next request that begins so needs no decoding
+                draft = None if state is None or self.core.draft_pool is None else state.cache
+                self._shared.insert_restored(
+                    request.token_ids[: found.num_tokens],
+                    request.namespace or "",
+                    conversation.sequence,
+                    draft,
+                    conversation.restored_spans,
+                )
         request.restored_tokens, request.restore_s = tokens, time.perf_counter() - began
         request.reused_tokens = request.sequence.length
         self.metrics.hits += 1
@@ -265,6 +277,8 @@ class PrefixCache:
             "bytes": num_bytes,
             "limit_bytes": self.store.limit_bytes,
             "damaged": self.store.damaged,
+            "shared_hits": 0 if self._shared is None else self._shared.metrics.restored_hits,
+            "shared_tokens": 0 if self._shared is None else self._shared.metrics.restored_tokens,
         }
 
     def _job_of(self, conversation: SequenceState) -> _Job | None:

@@ -95,7 +95,7 @@ def test_the_drafts_pages_are_shared_too(engine_of, draft):
 
     def watched(token_ids, namespace, invariant, sequence, own):
         found = share(token_ids, namespace, invariant, sequence, own)
-        seen.append((found, own.length))
+        seen.append((found.tokens, own.length))
         return found
 
     engine.core.shared_prefixes.share = watched

@@ -11,6 +11,7 @@ import torch
 
 from engine.errors import BadStore, InvalidOption
 from engine.runtime.sampling import SamplingParams
+from engine.sessions.file import SessionFile
 from engine.sessions.rates import Rates
 from engine.store.runs import PAGE_TOKENS
 from engine.store.store import RunStore
@@ -96,7 +97,7 @@ def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, 
     result = restored(second)
     assert result.restored_tokens == 768 and result.token_ids == follow.token_ids
     session = second.session(quality="tokens", log=lambda _: None)
-    assert session.generate(LONG, GREEDY).restored_tokens == 768
+    assert session.generate(LONG, GREEDY).reused_tokens == 768
     kv = [each.core.target.read_kv(each.conversation.sequence, 0, 768) for each in (session, resumed)]
     assert torch.equal(*kv)
 
@@ -119,9 +120,9 @@ def test_a_batch_a_stream_and_a_session_are_served(store_engine) -> None:
     results = second.generate([LONG, TEXT[100:700], "something else entirely"], GREEDY)
     assert [r.restored_tokens for r in results] == [768, 576, 0]
     last = list(second.stream(LONG, GREEDY))[-1].result
-    assert last is not None and last.restored_tokens == 768
+    assert last is not None and last.reused_tokens == 768
     session = second.session(quality="tokens", log=lambda _: None)
-    assert session.generate(LONG, GREEDY).restored_tokens == 768
+    assert session.generate(LONG, GREEDY).reused_tokens == 768
     again = session.generate(" and on it goes", GREEDY)
     assert again.restored_tokens == 0 and again.reused_tokens >= len(LONG)  # its own cache knows more
     session.close()
@@ -139,6 +140,40 @@ def test_a_conversation_grows_across_processes(store_engine) -> None:
         runs = engine.prefix_cache.report()["runs"]
         engine.close()
     assert runs == 3  # 750 bytes: two runs of 256 and a shorter one
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_what_was_restored_stays_in_the_pool_for_the_next_request(store_engine, draft, monkeypatch, tmp_path) -> None:
+    first = store_engine(draft)
+    restored(first)
+    first.flush()
+    engine = store_engine(draft)
+    result = restored(engine)
+    decoded = engine.prefix_cache.codec.restore
+    monkeypatch.setattr(engine.prefix_cache.codec, "restore", lambda *_: pytest.fail("a second hit is decoded"))
+    again = restored(engine)
+    assert again.token_ids == result.token_ids and again.restored_tokens == 0 and again.reused_tokens == result.reused_tokens == 768
+    report = engine.prefix_cache.report()
+    assert (report["hits"], report["shared_hits"], report["shared_tokens"]) == (1, 1, 768)
+    # only as many whole codes as the prompts have in common
+    other = restored(engine, LONG[:500] + "something else")
+    assert other.reused_tokens == 448
+    # promised to the bit: computed
+    seeded = SamplingParams(max_new_tokens=8, seed=1, temperature=1.0, draft_length=2, ignore_eos=True)
+    assert restored(engine, LONG, seeded).reused_tokens == 0
+    # a session that shares them does not code them again
+    session = engine.session(quality="near-lossless", log=lambda _: None)
+    assert session.generate(LONG, GREEDY).reused_tokens == 768
+    session.suspend(tmp_path / "file")
+    spans = SessionFile.load(tmp_path / "file").spans
+    kept = [s.data for s in session.conversation.restored_spans]
+    assert [bytes(s.data) for s in spans[: len(kept)]] == kept and len(kept) == 12
+    session.close()
+    monkeypatch.setattr(engine.prefix_cache.codec, "restore", decoded)
+    # more of the text is stored by now: what is missing is restored behind the shared pages
+    longer = restored(engine, TEXT[:1100])
+    assert longer.reused_tokens >= 768
+    engine.core.pool.check_integrity()
 
 
 @pytest.mark.parametrize("promise", ["seed", "deterministic"])
