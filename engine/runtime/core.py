@@ -20,6 +20,7 @@ from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLo
 from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
+from engine.runtime.block_runner import block_decoding
 from engine.runtime.memory import default_pool_tokens, most_cached_pages, open_pool, page_counts
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
@@ -119,6 +120,7 @@ class EngineCore:
             prefill_chunk=config.prefill_chunk,
             deterministic=config.deterministic,
             plain=plain_decoding(runner),
+            blocks=None if source is None else block_decoding(runner, self.drafter),
             drafting=DraftingPolicy(
                 config.costs,
                 measured=config.costs is None,

@@ -21,6 +21,7 @@ from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
+from kernels.block_inputs import block_inputs
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
@@ -161,7 +162,7 @@ class GraphedDecoder:
 
     def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
         c = decoder.config
-        self.decoder, self.pool, self._capture = decoder, pool, capture
+        self.decoder, self.pool, self.captures = decoder, pool, capture
         self.max_pages = min(pool.max_pages, -(-c.max_position_embeddings // pool.page_size))
         self.shape = DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
@@ -371,6 +372,13 @@ class GraphedDecoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self, key: StepKey, weights: DecodeWeights) -> Step:
+        step = self._allocate(key, logits=key.logits)
+        if self.captures:
+            step.graph = self.capture(lambda: self._run(step, weights))
+        return step
+
+    def _allocate(self, key: StepKey, *, logits: bool, token_ids: Tensor | None = None) -> Step:
+        """A step's buffers, nothing captured. token_ids: buffer of its input; None is one of its own."""
         rows = key.batch * key.length
         buffers = DecodeBuffers.allocate(
             self.shape,
@@ -380,31 +388,39 @@ class GraphedDecoder:
             self.pool.page_size,
             dtype=self.dtype,
             device=self.device,
-            logits=key.logits,
+            logits=logits,
             plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
         )
         inputs = torch.zeros(2 * rows + 2 * key.batch, dtype=torch.int64, device=self.device)
         inputs[: 2 * rows] = -1
         buffers.positions, buffers.slots = inputs[:rows], inputs[rows : 2 * rows]
-        step = Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps})
-        if self._capture:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):  # compiles what is not compiled yet; the rows are padding and write no page
-                self._run(step, weights)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # other threads (a store's codec, a conversation being put away) may use the device meanwhile
-            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                self._run(step, weights)
-            step.graph = graph
-        return step
+        if token_ids is not None:
+            buffers.token_ids = token_ids
+        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps})
+
+    def capture(self, run: Callable[[], None]) -> Any:
+        """What `run` launches, as a CUDA graph; it runs once before, and must then write no page (its rows are padding)."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # compiles what is not compiled yet
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # other threads (a store's codec, a conversation being put away) may use the device meanwhile
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+            run()
+        return graph
 
     def _run(self, step: Step, weights: DecodeWeights) -> None:
         key, buffers, rows = step.key, step.buffers, step.rows
         buffers.context_lens.copy_(step.inputs[2 * rows : 2 * rows + key.batch])
         torch.index_select(self.tables.tables[:, : key.pages], 0, step.inputs[2 * rows + key.batch :], out=buffers.page_table)
+        self._run_layers(step, weights, head=key.logits)
+
+    def _run_layers(self, step: Step, weights: DecodeWeights, *, head: bool) -> None:
+        """A step over positions, slots, context lengths and page tables that are in its buffers."""
+        key, buffers = step.key, step.buffers
         decode_embed(weights, buffers, first_layer=key.first, embed=key.embed)
         at = key.first
         for tap in (*sorted(key.taps), key.last):
@@ -413,8 +429,45 @@ class GraphedDecoder:
                 at = tap
             if tap in step.taps:
                 step.taps[tap].copy_(buffers.stream)
-        if key.logits:
+        if head:
             decode_head(weights, buffers, self.shape)
+
+    # --- parts of a larger graph ----------------------------------------------------------------------------------------
+
+    @property
+    def memory_version(self) -> int:
+        """Where the pool lies: what was captured before it moved is void."""
+        return self.pool.layer(0)[0].data_ptr()
+
+    def part(
+        self,
+        batch: int,
+        length: int,
+        pages: int,
+        layers: range,
+        *,
+        page_table: Tensor,
+        token_ids: Tensor | None = None,
+        embed: bool = True,
+        taps: tuple[int, ...] = (),
+        logits: bool = False,
+        deterministic: bool = False,
+    ) -> Step:
+        """Buffers of a pass of exactly `batch` requests that `run_part` runs, within what somebody else captures.
+
+        page_table [batch, pages] int32, shared with other parts; token_ids [batch length] int64: the input (embed). logits: of every row, beside the
+        most likely tokens.
+        """
+        key = StepKey(batch, length, pages, layers.start, layers.stop, taps, logits, embed, deterministic)
+        step = self._allocate(key, logits=logits, token_ids=token_ids)
+        step.buffers.page_table = page_table
+        return step
+
+    def run_part(self, step: Step, lengths: Tensor, firsts: Tensor, limits: Tensor, offset: int, *, head: bool) -> None:
+        """Run a part for tokens at lengths[b] + offset and after (`kernels.block_inputs`). head: also the most likely token after each row."""
+        b = step.buffers
+        block_inputs(lengths, firsts, limits, b.page_table, offset, self.pool.page_size, b.positions, b.slots, b.context_lens)
+        self._run_layers(step, self._current_weights(), head=head)
 
 
 @dataclass
@@ -473,7 +526,7 @@ class PlainDecoding:
             current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw, deterministic)
         if min(room) > 1:
             self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw, deterministic)
-        return _read(current)
+        return read_out(current.ready)
 
     def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None, deterministic: bool) -> _Ahead:
         target, batch = self.target, len(sequences)
@@ -488,14 +541,14 @@ class PlainDecoding:
         logits = step.buffers.logits[:batch]
         best = step.buffers.next_tokens[:batch]  # -1 where logits are not finite; a later pass may write it before it is read
         found = best.clone() if draw is None else torch.where(best < 0, -1, draw(logits, [start + 1 for start in starts]))
-        return _Ahead(list(sequences), starts, found, _copy_out(found))
+        return _Ahead(list(sequences), starts, found, copy_out(found))
 
 
 def _same(first: Sequence[KvSequence], second: Sequence[KvSequence]) -> bool:
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
-def _copy_out(tokens: Tensor) -> Any:
+def copy_out(tokens: Tensor) -> Any:
     """Begin to copy tokens to the host: (host tensor, event), or the tensor itself on a CPU."""
     if tokens.device.type != "cuda":
         return tokens
@@ -506,10 +559,11 @@ def _copy_out(tokens: Tensor) -> Any:
     return host, event
 
 
-def _read(ahead: _Ahead) -> list[int]:
-    if isinstance(ahead.ready, Tensor):
-        return ahead.ready.tolist()
-    host, event = ahead.ready
+def read_out(ready: Any) -> list[Any]:
+    """What `copy_out` began to copy, as a list."""
+    if isinstance(ready, Tensor):
+        return ready.tolist()
+    host, event = ready
     event.synchronize()
     return host.tolist()
 

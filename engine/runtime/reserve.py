@@ -48,10 +48,11 @@ def chunk_demands(request: Request, drafter: Drafter | None, chunk: int) -> list
 
 
 def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
-    """Of one decode step: its pending token, as many drafts as it may have (`drafts`: if it may have any), their leaves, and a token run ahead."""
+    """Of one decode step and the one that may be launched ahead of its result: pending tokens, as many drafts as there may be (`drafts`: if there may be
+    any), and their leaves."""
     more = 1
     if drafts:
-        more = max(1, request.most_drafts) + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
+        more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
     end = max(len(request.token_ids), min(request.longest(drafts=drafts), len(request.token_ids) + more))
     return _demands(request, drafter, end, end)
 

@@ -162,6 +162,11 @@ class SamplingParams:
         return self.greedy or self.seed is not None
 
     @property
+    def filtered(self) -> bool:
+        """True when less than the whole vocabulary is sampled from."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
     def penalised(self) -> bool:
         """True when logits are changed by the tokens before them, by a bias or by a format."""
         changed = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
@@ -271,8 +276,7 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """
     device = logits.device
     temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float32, device=device)
-    scaled = logits.float()
-    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]  # <= 0, so that no temperature can overflow
+    scaled = tempered(logits, temperature)
     cut = _cuts(scaled, params)
     if cut is not None:
         scaled.masked_fill_(scaled < cut[:, None], -math.inf)
@@ -282,6 +286,15 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         rows = torch.tensor(greedy, device=device)
         result[rows] = torch.zeros_like(result[rows]).scatter_(1, logits[rows].argmax(-1, keepdim=True), 1.0)
     return result
+
+
+def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Logits [n, V] over temperatures [n] float32 above 0, the largest of each row 0, float32: no temperature can make them overflow.
+
+    Their softmax is the distribution of a request that has a temperature alone.
+    """
+    scaled = logits.float()
+    return (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]
 
 
 def _cuts(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:

@@ -10,6 +10,7 @@ from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
 from engine.kv.shared_prefixes import SharedPrefixes
+from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import Request
@@ -29,7 +30,7 @@ class Scheduler:
     kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
     2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
-    prefill_tokens: most prompt tokens per step. plain: runs decode steps without drafts, where the target has such a runner. shared_prefixes: known
+    prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners. shared_prefixes: known
     beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy that plans them.
     """
 
@@ -42,6 +43,7 @@ class Scheduler:
     prefill_tokens: int = 2048
     deterministic: bool = False
     plain: PlainDecoding | None = None
+    blocks: BlockDecoding | None = None
     prefix_store: PrefixStore | None = None
     drafting: DraftingPolicy = field(default_factory=DraftingPolicy)
     shared_prefixes: SharedPrefixes | None = None
@@ -121,6 +123,7 @@ class Scheduler:
                 catch_up=self.prefill_chunk,
                 deterministic=self._deterministic(decoding),
                 plain=self.plain,
+                blocks=self.blocks,
             )
             for request in decoding:
                 self._computed(request)

@@ -12,6 +12,7 @@ from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
+from engine.runtime.block_runner import BlockDecoding, Gain
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
@@ -65,13 +66,15 @@ def decode_step(
     catch_up: int,
     deterministic: bool = False,
     plain: PlainDecoding | None = None,
+    blocks: BlockDecoding | None = None,
 ) -> None:
     """Give every request at least one token: propose, verify in one target forward, commit.
 
     Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
     numbers need no cutting, they are a function of seed and position. drafting: says how much each request drafts, and from which source.
     catch_up: most tokens a draft that lies behind may run in one
-    step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner.
+    step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner; blocks:
+    those with drafts.
     Failure leaves every request as it was: lengths only move at the end.
     """
     clock = step_clock(target.device)
@@ -79,7 +82,12 @@ def decode_step(
     if drafter and drafter.exit_layer:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     positions = [len(r.token_ids) for r in requests]
-    plan = _plan(requests, drafter, drafting, deterministic)
+    if blocks is None:
+        plan = _plan(requests, drafter, drafting, deterministic)
+    else:
+        plan, gains = blocks.step(list(requests), lambda: _plan(requests, drafter, drafting, deterministic), deterministic=deterministic)
+        if gains is not None:
+            return _keep_gains(requests, plan, gains, blocks, drafting, began)
     lengths, given = plan.lengths, plan.given
     undrafted = not any(lengths) and not any(given) and not (drafter and drafter.exit_layer)
     if (
@@ -181,6 +189,26 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.metrics.observe(0, 0, 1)
         request.metrics.verify_s += ended - began
         request.drafting.observe([token], 0, 0, None, given=False)
+
+
+def _keep_gains(
+    requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gain], blocks: BlockDecoding, drafting: DraftingPolicy, began: float
+) -> None:
+    """Append what a captured step has found."""
+    kept = [request.append_tokens(gain.tokens) if gain.tokens else 0 for request, gain in zip(requests, gains, strict=True)]
+    for request, count in zip(requests, kept, strict=True):
+        request.sequence.advance(count)
+    blocks.commit(kept)
+    seconds = time.perf_counter() - began
+    for request, gain, given, count in zip(requests, gains, plan.given, kept, strict=True):
+        if not gain.tokens:
+            request.error = _not_finite(request)
+            continue
+        proposed, accepted = (count, count) if count < len(gain.tokens) else (gain.proposed, len(gain.tokens) - 1)
+        request.metrics.observe(proposed, accepted, count, from_text=bool(given))
+        request.metrics.verify_s += seconds
+        request.drafting.observe(gain.tokens[:count], proposed, accepted, None, given=bool(given))
+    drafting.observe(plan, len(requests), sum(kept), seconds)
 
 
 def _plan(requests: Sequence[Request], drafter: Drafter | None, drafting: DraftingPolicy, deterministic: bool) -> StepPlan:

@@ -24,10 +24,12 @@ def accept(
     seeds: Tensor,
     positions: Tensor,
     max_drafts: int,
+    *,
+    even: bool = False,
 ) -> Accepted:
     """Keep drafts up to the first rejection and draw the next token: shapes and meaning in `reference.accept`."""
     if use_triton(target_probs):
         from kernels.accept.triton import accept as launch
 
-        return launch(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts)
-    return reference.accept(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts)
+        return launch(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts, even=even)
+    return reference.accept(target_probs, draft_probs, draft_tokens, num_drafts, seeds, positions, max_drafts, even=even)

@@ -53,19 +53,23 @@ def accept(
     seeds: Tensor,
     positions: Tensor,
     max_drafts: int,
+    *,
+    even: bool = False,
 ) -> Accepted:
     """Keep each request's drafts up to the first rejection and draw the token that follows.
 
     target_probs [K + B, V] float32: request b's rows are its num_drafts[b] drafts' distributions, then the one after the last draft.
     draft_probs [K, V] float32 and draft_tokens [K] int64: what each draft was drawn from, and the draft; requests in order.
     num_drafts [B] int64 (0 allowed), seeds [B] int64, positions [B] int64: the sequence index of each request's first draft.
-    max_drafts: the largest of num_drafts, known to the host (so that nothing is read back).
+    max_drafts: the largest of num_drafts, known to the host (so that nothing is read back). even: every request has max_drafts rows of draft_probs
+    and max_drafts + 1 of target_probs; of one with fewer drafts the later ones are padding.
     Draft i is kept when u * q(x) < p(x), u from (seed, position + i, COUNTER_ACCEPT); the next token is drawn from max(p - q, 0), or from p
     when all were kept, with (seed, its position, COUNTER_SAMPLE).
     """
     batch, device = num_drafts.shape[0], num_drafts.device
-    draft_starts = num_drafts.cumsum(0) - num_drafts
-    target_starts = draft_starts + torch.arange(batch, device=device)
+    numbers = torch.arange(batch, device=device)
+    draft_starts = numbers * max_drafts if even else num_drafts.cumsum(0) - num_drafts
+    target_starts = draft_starts + numbers
     num_accepted = torch.zeros_like(num_drafts)
     if max_drafts > 0:
         steps = torch.arange(max_drafts, device=device)

@@ -24,17 +24,22 @@ def _accept_kernel(
     num_requests,
     vocab,
     num_tiles,
+    even_drafts,
     COUNTER_A: tl.constexpr,
     COUNTER_S: tl.constexpr,
     REQUESTS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     request = tl.program_id(0)
-    everyone = tl.arange(0, REQUESTS)
-    before = tl.load(num_drafts_ptr + everyone, mask=(everyone < num_requests) & (everyone < request), other=0)
-    draft_start = tl.sum(before, 0)
+    if EVEN:
+        draft_start = request.to(tl.int64) * even_drafts
+    else:
+        everyone = tl.arange(0, REQUESTS)
+        before = tl.load(num_drafts_ptr + everyone, mask=(everyone < num_requests) & (everyone < request), other=0)
+        draft_start = tl.sum(before, 0)
     target_start = draft_start + request
     drafts = tl.load(num_drafts_ptr + request)
     seed = tl.load(seed_ptr + request)
@@ -106,6 +111,7 @@ def accept(
     positions: torch.Tensor,
     max_drafts: int,
     *,
+    even: bool = False,
     tile: int = 8,
     num_warps: int = 8,
 ) -> Accepted:
@@ -131,12 +137,14 @@ def accept(
         batch,
         vocab,
         num_tiles,
+        max_drafts,
         COUNTER_A=COUNTER_ACCEPT,
         COUNTER_S=COUNTER_SAMPLE,
         REQUESTS=triton.next_power_of_2(batch),
         TILE=tile,
         BLOCK=SAMPLE_BLOCK,
         BLOCKS=triton.next_power_of_2(num_tiles * tile),
+        EVEN=even,
         num_warps=num_warps,
     )
     return Accepted(num_accepted, next_token)

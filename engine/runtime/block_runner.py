@@ -1,0 +1,531 @@
+"""Speculative decode steps on a GPU, each one CUDA graph: all passes of the draft with its draws, the verification, and what is accepted.
+
+Lengths, last tokens and what else a step leaves for the next one stay on the device, so that the next step is launched before this one's tokens are
+read: one read-back a step, hidden behind the next one. What is drawn and kept is what `engine.runtime.verify` draws and keeps: greedy requests and those
+with a seed match drafts with the target's own tokens, the others go through `kernels.accept`.
+
+Axes: B requests, padded to a bucket; k drafts each; E hidden size of the target; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHeadState
+from draft.early_exit import EarlyExitDrafter
+from draft.model import ModelDrafter
+from draft.policy import StepPlan
+from draft.protocols import CausalDecoder, Drafter, DraftState
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, Step, bucket, copy_out, page_bucket, read_out
+from engine.runtime.request import Request
+from engine.runtime.sampling import tempered
+from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
+from kernels.decode_layer.plans import MOST_SKINNY
+from kernels.philox import philox_uniform
+from kernels.race import race
+
+Source = Literal["model", "given"]
+Drawing = Literal["greedy", "race", "reject"]
+
+_MOST = 128  # requests of a step
+
+
+@dataclass(frozen=True)
+class BlockKey:
+    """What a captured step does. batch: requests, a bucket. length: k. pages: of a page table. source: of the drafts: the drafter, or given tokens.
+    drawing: greedy: most likely tokens alone; race: some draw under a seed; reject: some draw without one. deterministic: batch-invariant."""
+
+    batch: int
+    length: int
+    pages: int
+    source: Source
+    drawing: Drawing
+    deterministic: bool
+
+
+class BlockState:
+    """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [10, 128].
+
+    length: committed tokens, the position of the last one, which no model has run. first: where the draft's first pass begins: at the position before
+    it, or at it. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at length and
+    length - 1. row, draft_row: of the page tables. seed: of sampling, as temperature [128] float32 (1 for greedy requests) and greedy [128] are.
+    hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones.
+    """
+
+    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row", "seed")
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.integers = torch.zeros(len(self.NAMES), _MOST, dtype=torch.int64, device=device)
+        self.temperature = torch.ones(_MOST, device=device)
+        self.greedy = torch.ones(_MOST, dtype=torch.bool, device=device)
+        self.hidden = torch.zeros(_MOST, hidden_size, dtype=dtype, device=device)
+        self.drafts = torch.zeros(_MOST, MAX_ROWS, dtype=torch.int64, device=device)
+
+    def of(self, name: str, batch: int) -> Tensor:
+        """One of the integers, of the first so many requests: a view."""
+        return self.integers[self.NAMES.index(name), :batch]
+
+    def write(self, name: str, values: Sequence[int], batch: int) -> None:
+        """Set one of the integers; requests after the given ones, up to `batch`, are padding and get 0."""
+        self.of(name, batch).copy_(torch.tensor([*values, *[0] * (batch - len(values))], dtype=torch.int64))
+
+
+@dataclass
+class Block:
+    """A captured step and its buffers.
+
+    drafts [k, B] int64, tokens [B, k + 1] int64: the last token and the drafts. out [B, k + 2] int64: tokens gained, and then these (0 gained: logits
+    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). probs [B, k, V]: what drafts were drawn from ("reject").
+    first: passes of the target's first layers, one a draft and the last draft's own. passes: of the draft.
+    """
+
+    key: BlockKey
+    drafts: Tensor
+    tokens: Tensor
+    out: Tensor
+    target_table: Tensor
+    verify: Step
+    draft_table: Tensor | None = None
+    first: list[Step] = field(default_factory=list)
+    passes: list[Step] = field(default_factory=list)
+    exits: Tensor | None = None
+    probs: Tensor | None = None
+    graph: Any | None = None
+
+
+@dataclass
+class Flight:
+    """A step that was launched. num_drafts: of each request. exits: copy of the block's, for the draft head."""
+
+    requests: list[Request]
+    source: Source
+    length: int
+    plan: StepPlan
+    num_drafts: list[int]
+    ready: Any
+    exits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a request gains in a step: its accepted drafts, then one of the target's own (none: logits that are not finite). proposed: its drafts."""
+
+    tokens: list[int]
+    proposed: int
+
+
+class BlockDecoding:
+    """Speculative steps, captured whole.
+
+    Args:
+        target: the model.
+        drafter: a draft model or a draft head whose decoder is graphed; None where drafts come from requests' own text alone.
+    """
+
+    def __init__(self, target: GraphedDecoder, drafter: Drafter | None) -> None:
+        self.target, self.drafter = target, drafter
+        self.head = drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
+        decoder = self.head.decoder if self.head is not None else drafter.decoder if isinstance(drafter, ModelDrafter) else None
+        self.draft = cast(GraphedDecoder | None, decoder)
+        self.exit_layer = 0 if drafter is None else drafter.exit_layer
+        self.state = BlockState(target.config.hidden_size, target.dtype, target.device)
+        self._blocks: dict[BlockKey, Block] = {}
+        self._memory: tuple[int, ...] = ()
+        self._flight: Flight | None = None  # launched ahead
+        self._current: Flight | None = None  # read, not committed
+        self._owed: tuple[list[Request], StepPlan] | None = None
+        self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
+        self._sent: dict[str, list[int]] = {}
+
+    @staticmethod
+    def supports(target: CausalDecoder, drafter: Drafter | None) -> bool:
+        """Whether the source's steps can be captured whole: graphed models, and an early exit only under a draft head."""
+        if not isinstance(target, GraphedDecoder):
+            return False
+        if isinstance(drafter, ModelDrafter):
+            small = drafter.decoder.config.vocab_size <= target.config.vocab_size
+            return small and isinstance(drafter.decoder, GraphedDecoder)
+        head = drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
+        return drafter is None or (head is not None and isinstance(head.decoder, GraphedDecoder))
+
+    # --- one step -------------------------------------------------------------------------------------------------------
+
+    def step(
+        self, requests: list[Request], planned: Callable[[], StepPlan], *, deterministic: bool = False
+    ) -> tuple[StepPlan, list[Gain] | None]:
+        """One step of all requests: its plan, and what each gains; None where the plan is not for captured steps, and nothing was run.
+
+        Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned: the
+        policy's plan of the next step; asked before this step's tokens are known, too.
+        """
+        flight = self._flight
+        self._flight = None
+        if flight is None or not _same(flight.requests, requests) or not self._is_settled(requests):
+            owed = self._owed
+            self._owed = None
+            plan = owed[1] if owed is not None and _same(owed[0], requests) else planned()
+            if not self._takes(requests, plan, deterministic):
+                return plan, None
+            flight = self._launch(requests, plan, deterministic)
+        self._current = flight
+        if all(r.remaining > 1 for r in requests) and (flight.source == "model" or not flight.length):
+            following = planned()
+            source = "model" if any(following.lengths) else "given"
+            if self._takes(requests, following, deterministic) and source == flight.source and not any(following.given):
+                self._flight = self._launch(requests, following, deterministic, ahead=True)
+            elif not any(following.lengths) and not any(following.given):
+                self._owed = (requests, following)
+        out = read_out(flight.ready)
+        gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
+        self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
+        return flight.plan, gains
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved."""
+        flight = self._current
+        assert flight is not None, "a step is committed once it was run"
+        for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
+            state = request.draft_state
+            if state is None or not count:
+                continue
+            if self.head is not None:
+                assert flight.exits is not None
+                self.head.commit(cast(DraftHeadState, state), flight.length if flight.source == "model" else 0, flight.exits[b, :count])
+            elif flight.source == "model":
+                end = request.sequence.length - count + min(count, flight.length)
+                state.sequence.advance(max(0, end - state.sequence.length))
+        if self.head is not None:
+            self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
+
+    def _is_settled(self, requests: Sequence[Request]) -> bool:
+        return _same(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
+
+    def _takes(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> bool:
+        """Whether the step that is planned can be captured; one without drafts only where the draft must see the target's states."""
+        drafting, given = any(plan.lengths), any(plan.given)
+        if plan.block is not None or (drafting and given) or not (drafting or given or self.exit_layer):
+            return False
+        if self.drafter is not None and self.drafter.feature_taps:
+            return False
+        params = [r.params for r in requests]
+        if any(p.penalised or p.filtered or p.logprobs is not None for p in params) or len(requests) > _MOST:
+            return False
+        if len({p.coupled for p in params if not p.greedy}) > 1:
+            return False
+        rows = 1 + max(self._length(requests, plan), int(drafting))
+        if bucket(len(requests)) * rows > (MOST_SKINNY if deterministic else MAX_ROWS):
+            return False
+        if not drafting:
+            return True
+        if self.head is not None:
+            return all(_state(r).num_cached == r.sequence.length for r in requests)
+        return all(r.sequence.length - _state(r).length <= MAX_PENDING_HIDDEN for r in requests)
+
+    def _catch_up(self, requests: Sequence[Request]) -> None:
+        """Have the draft of every request know all tokens but the last two."""
+        assert self.drafter is not None
+        states = [_state(r) for r in requests]
+        if self.head is not None:
+            return self._run_waiting(states, 2)
+        behind = [b for b, (r, s) in enumerate(zip(requests, states, strict=True)) if r.sequence.length - s.length > 1]
+        if behind:
+            pieces = [requests[b].token_ids[states[b].length : requests[b].sequence.length] for b in behind]
+            self.drafter.prefill([states[b] for b in behind], pieces)
+
+    def _run_waiting(self, states: Sequence[DraftState], least: int) -> None:
+        assert self.head is not None
+        self.head.run_pending(cast(Sequence[DraftHeadState], states), least=least)
+
+    def _length(self, requests: Sequence[Request], plan: StepPlan) -> int:
+        """k: of captured lengths and those that requests ask for, the least that holds the plan's."""
+        wanted = max([*plan.lengths, *map(len, plan.given)])
+        fixed = [int(r.params.draft_length) for r in requests if r.params.draft_length != "auto"]
+        return min((n for n in (0, *CAPTURED_LENGTHS, *fixed) if n >= wanted), default=wanted)
+
+    def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
+        """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
+        source: Source = "model" if any(plan.lengths) else "given"
+        length, batch = self._length(requests, plan), bucket(len(requests))
+        drawn = [r.params for r in requests if not r.params.greedy]
+        drawing: Drawing = "greedy" if not drawn else "race" if drawn[0].coupled else "reject"
+        if not ahead:
+            self._upload(requests, batch, source)
+        num_drafts = list(plan.lengths) if source == "model" else [len(own) for own in plan.given]
+        pages = self._place(requests, batch, source, length, num_drafts)
+        block = self._block(BlockKey(batch, length, page_bucket(pages, self.target.max_pages), source, drawing, deterministic))
+        if any(plan.given):
+            padded = [[*own, *[0] * (length - len(own))] for own in plan.given]
+            self.state.drafts[: len(requests), :length] = torch.tensor(padded, dtype=torch.int64)
+        if block.graph is None:
+            self._run(block)
+        else:
+            block.graph.replay()
+        count = len(requests)
+        exits = None if block.exits is None else block.exits[:count].clone()
+        return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count].clone()), exits)
+
+    def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
+        """Bring the device's state up to the host's, where something else has run, and say where the draft's first pass begins."""
+        state, count = self.state, len(requests)
+        if source == "model":
+            self._catch_up(requests)
+        if not self._is_settled(requests):
+            state.write("length", [r.sequence.length for r in requests], batch)
+            state.write("last", [r.token_ids[-1] for r in requests], batch)
+            state.write("previous", [r.token_ids[-2] for r in requests], batch)
+            state.write("seed", [r.seed for r in requests], batch)
+            state.temperature[:count] = torch.tensor([r.params.temperature or 1.0 for r in requests], dtype=torch.float32)
+            state.greedy[:count] = torch.tensor([r.params.greedy for r in requests])
+            self._sent.clear()
+        if source == "model":
+            ends = []
+            for b, request in enumerate(requests):
+                own = _state(request)
+                if isinstance(own, DraftHeadState):
+                    ends.append(own.own.length)
+                    if own.pending_hidden is not None and own.num_pending_hidden:
+                        state.hidden[b] = own.pending_hidden[-1]
+                else:
+                    ends.append(own.length)
+            state.write("first", ends, batch)
+
+    def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> int:
+        """Tell the device where there are pages, and how many drafts may be kept. Returns the most pages of a request."""
+        sequences = [r.sequence for r in requests]
+        for sequence in sequences:
+            sequence.check_writable(sequence.length, min(sequence.capacity, sequence.length + 2 * (length + 1)))
+        values = {"limit": [s.capacity for s in sequences], "row": self.target.tables.rows(sequences), "num_drafts": num_drafts}
+        pages = [len(s.pages) for s in sequences]
+        if source == "model":
+            assert self.draft is not None and self.drafter is not None
+            caches = [_state(r).cache for r in requests]
+            values["draft_limit"] = [min(cache.capacity, self.drafter.max_positions) for cache in caches]
+            values["draft_row"] = self.draft.tables.rows(caches)
+            pages += [len(cache.pages) for cache in caches]
+        for name, own in values.items():
+            padded = [*own, *[0] * (batch - len(own))]
+            if self._sent.get(name) != padded:
+                self._sent[name] = padded
+                self.state.write(name, padded, batch)
+        return max(pages)
+
+    # --- what is captured -----------------------------------------------------------------------------------------------
+
+    def _block(self, key: BlockKey) -> Block:
+        memory = (self.target.memory_version, *(() if self.draft is None else (self.draft.memory_version,)))
+        if memory != self._memory:
+            self._blocks.clear()
+            self._memory = memory
+        if key not in self._blocks:
+            self._blocks[key] = self._build(key)
+        return self._blocks[key]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build(self, key: BlockKey) -> Block:
+        target, draft, device = self.target, self.draft, self.target.device
+        batch, length, most = key.batch, key.length, target.config.num_layers
+        rows = length + 1
+
+        def table(pages: int) -> Tensor:
+            return torch.zeros(batch, pages, dtype=torch.int32, device=device)
+
+        drafts = torch.zeros(length, batch, dtype=torch.int64, device=device)
+        tokens = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+        out = torch.zeros(batch, length + 2, dtype=torch.int64, device=device)
+        target_table = table(min(key.pages, target.max_pages))
+        exits = None
+        if self.head is not None:
+            exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
+        goes_on = self.head is not None and key.source == "model"
+        verify = target.part(
+            batch,
+            rows,
+            target_table.shape[1],
+            range(self.exit_layer if goes_on else 0, most),
+            page_table=target_table,
+            token_ids=tokens.view(-1),
+            embed=not goes_on,
+            taps=(self.exit_layer,) if self.head is not None and not goes_on else (),
+            logits=key.drawing != "greedy",
+            deterministic=key.deterministic,
+        )
+        block = Block(key, drafts, tokens, out, target_table, verify, exits=exits)
+        if key.source == "model":
+            assert draft is not None
+            block.draft_table = table(min(key.pages, draft.max_pages))
+            for i in range(length):
+                block.passes.append(
+                    draft.part(
+                        batch,
+                        1 if i else 2,
+                        block.draft_table.shape[1],
+                        range(draft.config.num_layers),
+                        page_table=block.draft_table,
+                        token_ids=drafts[i - 1] if i else None,
+                        embed=self.head is None,
+                        logits=key.drawing != "greedy",
+                        deterministic=key.deterministic,
+                    )
+                )
+            for i in range(rows if goes_on else 0):
+                block.first.append(
+                    target.part(
+                        batch,
+                        1,
+                        target_table.shape[1],
+                        range(self.exit_layer),
+                        page_table=target_table,
+                        token_ids=drafts[i - 1] if i else None,
+                        deterministic=key.deterministic,
+                    )
+                )
+            if key.drawing == "reject":
+                block.probs = torch.zeros(batch, length, target.config.vocab_size, device=device)
+        if self.target.captures:
+            kept = self.state.integers.clone(), self.state.hidden.clone()
+            self.state.integers.zero_()  # every request is padding while it is captured: no page is written
+            block.graph = target.capture(lambda: self._run(block))
+            self.state.integers.copy_(kept[0])
+            self.state.hidden.copy_(kept[1])
+        return block
+
+    def _run(self, block: Block) -> None:
+        key, state, target, draft = block.key, self.state, self.target, self.draft
+        batch, length = key.batch, key.length
+        of = {name: state.of(name, batch) for name in BlockState.NAMES}
+        torch.index_select(target.tables.tables[:, : block.target_table.shape[1]], 0, of["row"], out=block.target_table)
+        if key.source == "model":
+            assert draft is not None and block.draft_table is not None
+            torch.index_select(draft.tables.tables[:, : block.draft_table.shape[1]], 0, of["draft_row"], out=block.draft_table)
+            self._draft(block, of)
+        elif length:
+            block.drafts.copy_(state.drafts[:batch, :length].T)
+        block.tokens[:, 0] = of["last"]
+        block.tokens[:, 1:] = block.drafts.T
+        verify = block.verify
+        if block.exits is not None and key.source == "model":
+            verify.buffers.stream.copy_(block.exits.view(-1, block.exits.shape[-1]))
+        target.run_part(verify, of["length"], of["length"], of["limit"], 0, head=True)
+        if block.exits is not None and key.source == "given":
+            block.exits.copy_(verify.taps[self.exit_layer].view_as(block.exits))
+        self._accept(block, of)
+
+    def _draft(self, block: Block, of: dict[str, Tensor]) -> None:
+        """The drafting passes, each on the one before it."""
+        assert self.draft is not None
+        batch, hidden = block.key.batch, block.exits
+        for i, step in enumerate(block.passes):
+            if hidden is not None:
+                self._first_layers(block, of, i)
+                stream = step.buffers.stream
+                if i:
+                    stream.copy_(hidden[:, i])
+                else:
+                    stream.view(batch, 2, -1)[:, 0] = self.state.hidden[:batch]
+                    stream.view(batch, 2, -1)[:, 1] = hidden[:, 0]
+            elif i == 0:
+                ids = step.buffers.token_ids.view(batch, 2)
+                ids[:, 0] = of["previous"]
+                ids[:, 1] = of["last"]
+                ids.clamp_max_(self.draft.config.vocab_size - 1)
+            self.draft.run_part(step, of["length"], of["first"], of["draft_limit"], i if i else -1, head=True)
+            self._draw(block, of, i, step)
+        if hidden is not None:
+            self._first_layers(block, of, len(block.passes))
+
+    def _first_layers(self, block: Block, of: dict[str, Tensor], number: int) -> None:
+        """The target's first layers on the last token (0) or on a draft."""
+        assert block.exits is not None
+        step = block.first[number]
+        if number == 0:
+            step.buffers.token_ids.copy_(of["last"])
+        self.target.run_part(step, of["length"], of["length"], of["limit"], number, head=False)
+        block.exits[:, number] = step.buffers.stream
+
+    def _draw(self, block: Block, of: dict[str, Tensor], number: int, step: Step) -> None:
+        """Draw a draft from the logits of the last row of each request."""
+        key, state, batch = block.key, self.state, block.key.batch
+        into, ids = block.drafts[number], None if self.head is None else self.head.token_ids
+        best = step.buffers.next_tokens.view(batch, -1)[:, -1].clamp_min(0)
+        best = best if ids is None else ids[best]
+        if key.drawing == "greedy":
+            into.copy_(best)
+            return
+        logits = step.buffers.logits
+        assert logits is not None
+        probs = torch.softmax(tempered(logits.view(batch, -1, logits.shape[-1])[:, -1], state.temperature[:batch]), -1)
+        if key.drawing == "race":
+            drawn = race(self._whole(probs, ids), of["seed"], of["length"] + (1 + number))
+        else:
+            assert block.probs is not None
+            block.probs[:, number] = self._whole(probs, ids)
+            drawn = sample_rows(probs, philox_uniform(of["seed"], of["length"] + (1 + number), COUNTER_DRAFT))
+            drawn = drawn if ids is None else ids[drawn]
+        into.copy_(torch.where(state.greedy[:batch], best, drawn))
+
+    def _whole(self, probs: Tensor, ids: Tensor | None) -> Tensor:
+        """Distributions [B, V'] of the draft's vocabulary over the target's, [B, V]."""
+        size = self.target.config.vocab_size
+        if ids is not None:
+            return probs.new_zeros(len(probs), size).index_copy_(1, ids, probs)
+        return probs if probs.shape[1] == size else torch.nn.functional.pad(probs, (0, size - probs.shape[1]))
+
+    def _accept(self, block: Block, of: dict[str, Tensor]) -> None:
+        """Keep drafts, draw the token after them, and move the state behind it."""
+        key, state = block.key, self.state
+        batch, length = key.batch, key.length
+        steps = torch.arange(length + 1, device=self.target.device)
+        drafts, best = block.tokens[:, 1:], block.verify.buffers.next_tokens.view(batch, length + 1)
+        own, greedy, probs = best, state.greedy[:batch, None], None
+        if key.drawing != "greedy":
+            logits = block.verify.buffers.logits
+            assert logits is not None
+            probs = torch.softmax(tempered(logits, state.temperature[:batch].repeat_interleave(length + 1)), -1)
+            seeds, places = of["seed"][:, None].expand(batch, length + 1), of["length"][:, None] + 1 + steps
+            if key.drawing == "race":
+                own = race(probs, seeds.flatten(), places.flatten()).view(batch, length + 1)
+            elif key.source == "given":
+                own = sample_rows(probs, philox_uniform(seeds, places, COUNTER_SAMPLE).flatten()).view(batch, length + 1)
+            own = torch.where(greedy, best, own)
+        kept = ((drafts == own[:, :-1]) & (steps[:-1] < of["num_drafts"][:, None])).long().cumprod(1).sum(1)
+        following = own.gather(1, kept[:, None])[:, 0]
+        if key.drawing == "reject" and key.source == "model":
+            assert probs is not None and block.probs is not None
+            accepted = accept(
+                probs, block.probs.flatten(0, 1), drafts.flatten(), of["num_drafts"], of["seed"], of["length"] + 1, length, even=True
+            )
+            kept = torch.where(greedy[:, 0], kept, accepted.num_accepted)
+            following = torch.where(greedy[:, 0], following, accepted.next_token)
+        finite = ((best >= 0) | (steps > of["num_drafts"][:, None])).all(1)
+        out = block.out
+        out[:, 0] = torch.where(finite, kept + 1, 0)
+        out[:, 1:-1] = drafts
+        out[:, 1:].scatter_(1, kept[:, None], following[:, None])
+        of["previous"].copy_(block.tokens.gather(1, kept[:, None])[:, 0])
+        of["last"].copy_(following.clamp_min(0))
+        of["first"].copy_(of["length"] + kept)  # the token before the last is run once more: after a whole block the draft has not run it
+        of["length"].add_(kept + 1)
+        if block.exits is not None:
+            state.hidden[:batch] = block.exits[torch.arange(batch, device=kept.device), kept]
+
+
+def _same(first: Sequence[Request], second: Sequence[Request]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _state(request: Request) -> DraftState:
+    assert request.draft_state is not None, "a request under a drafter has a draft state"
+    return request.draft_state
+
+
+def block_decoding(target: CausalDecoder, drafter: Drafter | None) -> BlockDecoding | None:
+    """Steps captured whole, where target and drafter have them."""
+    if not isinstance(target, GraphedDecoder) or not BlockDecoding.supports(target, drafter):
+        return None
+    return BlockDecoding(target, drafter)

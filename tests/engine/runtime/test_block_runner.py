@@ -1,0 +1,124 @@
+"""Steps captured whole give the text of plain decoding, sample the target's distribution, and leave every cache as step by step decoding does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from draft.source import NgramSource
+from engine.engine import Engine
+from engine.runtime import block_runner
+from engine.runtime.block_runner import BlockDecoding
+from engine.runtime.drafters import load_draft_head
+from engine.runtime.model_runner import GraphedDecoder, PlainDecoding
+from engine.runtime.sampling import SamplingParams
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 12, [8, 8]]
+KINDS = ["itself", "model", "head", "ngram"]
+
+
+def with_blocks(engine):
+    """The engine with the runners that it has on a GPU, here without graphs."""
+    core = engine.core
+    runner = GraphedDecoder(core.target, core.pool, capture=GPU)
+    source, cached = core.source, None
+    if source.cached_decoder is not None:
+        cached = GraphedDecoder(source.cached_decoder, core.draft_pool, capture=GPU)
+    core.drafter = source.drafter(runner, core.draft_pool, cached=cached, deterministic=core.deterministic)
+    scheduler = core.scheduler
+    scheduler.target, scheduler.drafter, scheduler.plain = runner, core.drafter, PlainDecoding(runner)
+    scheduler.blocks = block_runner.block_decoding(runner, core.drafter)
+    scheduler.drafting.draft_by_draft = False
+    assert scheduler.blocks is not None
+    return engine
+
+
+@pytest.fixture(scope="module")
+def sources(random_decoder, make_draft_head, tmp_path_factory):
+    sizes = {"head_dim": 64} if GPU else {}
+    target = random_decoder(0, num_hidden_layers=4, **sizes).to(DEVICE)
+    folder = make_draft_head(tmp_path_factory.mktemp("head"), target)
+    return target, {
+        "itself": target,
+        "model": random_decoder(7, num_hidden_layers=2, vocab_size=90, **sizes).to(DEVICE),  # of a smaller vocabulary
+        "head": load_draft_head(folder, target),
+        "ngram": NgramSource(),
+    }
+
+
+def texts_of(sources, kind, params, prompts=PROMPTS, **options):
+    target, drafts = sources
+    engine = Engine(target, draft=None if kind == "plain" else drafts[kind], page_size=16, pool_tokens=2048, **options)
+    if kind != "plain":
+        with_blocks(engine)
+    results = engine.generate(prompts, params)
+    for pool in filter(None, (engine.core.pool, engine.core.draft_pool)):
+        pool.check_integrity()
+        assert pool.num_free_pages == pool.max_pages
+    return engine, results
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Keys of the steps that were launched."""
+    seen, launch = [], BlockDecoding._launch
+
+    def recorded(self, requests, plan, deterministic, *, ahead=False):
+        flight = launch(self, requests, plan, deterministic, ahead=ahead)
+        seen.append((flight.source, flight.length, len(requests), ahead))
+        return flight
+
+    monkeypatch.setattr(BlockDecoding, "_launch", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_that_of_plain_decoding(sources, kind, params, launched):
+    if kind == "ngram" and params:
+        params = params | {"temperature": 1e-4}  # a text that repeats itself
+    # requests end at different steps and others take their place; batches of deterministic steps have 8 rows at most
+    each = [SamplingParams(max_new_tokens=n, stop_token_ids=(11,), draft_length=3, **params) for n in (40, 1, 17, 23, 30)]
+    size = 2 if "seed" in params else 4
+    _, plain = texts_of(sources, "plain", [SamplingParams(**{**vars(p), "draft_length": 0}) for p in each], max_batch=size)
+    _, drafted = texts_of(sources, kind, each, max_batch=size)
+    assert [(r.token_ids, r.finish_reason) for r in drafted] == [(r.token_ids, r.finish_reason) for r in plain]
+    accepted, proposed = (sum(getattr(r.speculation, name) for r in drafted) for name in ("accepted", "proposed"))
+    assert 0 < accepted <= proposed and (accepted < proposed or kind == "itself")
+    assert {source for source, *_ in launched} <= ({"given"} if kind == "ngram" else {"model", "given"})
+    assert any(ahead for *_, ahead in launched) == (kind != "ngram")
+    if kind == "itself" and not params:
+        assert accepted > 0.9 * proposed
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_requests_of_several_kinds_share_a_step(sources, kind, launched):
+    each = [
+        SamplingParams(max_new_tokens=20, draft_length=3, temperature=t, seed=s)
+        for t, s in ((0.0, None), (0.8, 4), (1.3, 5), (0.0, 1), (0.7, 6))
+    ]
+    plain = [texts_of(sources, "plain", p, [prompt])[1][0].token_ids for p, prompt in zip(each, PROMPTS, strict=True)]
+    _, drafted = texts_of(sources, kind, each, max_batch=2)
+    assert [r.token_ids for r in drafted] == plain
+    assert any(batch == 2 and length == 3 for _, length, batch, _ in launched)
+
+
+@pytest.mark.parametrize("kind", ["model", "head", "ngram"])
+def test_sampled_text_has_the_targets_distribution(kind, random_decoder, make_draft_head, tmp_path, check_sampled_text, monkeypatch):
+    shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    target = random_decoder(3, **shape)
+    source = {"ngram": NgramSource(), "model": random_decoder(5, **shape)}.get(kind)
+    if kind == "head":
+        source = load_draft_head(make_draft_head(tmp_path, target, size=3), target)
+    init, seen = Engine.__init__, []
+
+    def rewired(self, *args, **options):
+        init(self, *args, **options)
+        seen.append(with_blocks(self).core.scheduler.blocks)
+        self.core.scheduler.max_batch = 32
+
+    monkeypatch.setattr(Engine, "__init__", rewired)
+    check_sampled_text(target, source, 600, prompt=(1, 2, 3, 1, 2) if kind == "ngram" else (1, 2))
+    assert seen and all(any(key.drawing == "reject" for key in blocks._blocks) for blocks in seen)
