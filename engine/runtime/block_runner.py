@@ -1,8 +1,8 @@
 """Speculative decode steps on a GPU, each one CUDA graph: all passes of the draft with its draws, the verification, and what is accepted.
 
 Lengths, last tokens and what else a step leaves for the next one stay on the device, so that the next step is launched before this one's tokens are
-read: one read-back a step, hidden behind the next one. What is drawn and kept is what `engine.runtime.verify` draws and keeps: greedy requests and those
-with a seed match drafts with the target's own tokens, the others go through `kernels.accept`.
+read: one read-back a step, hidden behind the next one. What is drawn and kept is what `engine.runtime.verify` draws and keeps: greedy requests and
+those with a seed match drafts with the target's own tokens, the others go through `kernels.accept`.
 
 Axes: B requests, padded to a bucket; k drafts each; E hidden size of the target; V vocabulary.
 """
@@ -52,8 +52,8 @@ class BlockState:
     """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [10, 128].
 
     length: committed tokens, the position of the last one, which no model has run. first: where the draft's first pass begins: at the position before
-    it, or at it. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at length and
-    length - 1. row, draft_row: of the page tables. seed: of sampling, as temperature [128] float32 (1 for greedy requests) and greedy [128] are.
+    it, or at it. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at length
+    and length - 1. row, draft_row: of the page tables. seed: of sampling, as temperature [128] float32 (1 for greedy requests) and greedy [128] are.
     hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones.
     """
 
@@ -160,8 +160,8 @@ class BlockDecoding:
     ) -> tuple[StepPlan, list[Gain] | None]:
         """One step of all requests: its plan, and what each gains; None where the plan is not for captured steps, and nothing was run.
 
-        Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned: the
-        policy's plan of the next step; asked before this step's tokens are known, too.
+        Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned:
+        the policy's plan of the next step; asked before this step's tokens are known, too.
         """
         flight = self._flight
         self._flight = None

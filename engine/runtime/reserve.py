@@ -48,8 +48,8 @@ def chunk_demands(request: Request, drafter: Drafter | None, chunk: int) -> list
 
 
 def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
-    """Of one decode step and the one that may be launched ahead of its result: pending tokens, as many drafts as there may be (`drafts`: if there may be
-    any), and their leaves."""
+    """Of one decode step and the one that may be launched ahead of its result: pending tokens, as many drafts as there may be (`drafts`: if there may
+    be any), and their leaves."""
     more = 1
     if drafts:
         more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
