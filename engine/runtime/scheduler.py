@@ -30,8 +30,9 @@ class Scheduler:
     kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
     2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
-    prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners. shared_prefixes: known
-    beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy that plans them.
+    prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
+    shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy
+    that plans them.
     """
 
     target: CausalDecoder

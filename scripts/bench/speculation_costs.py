@@ -2,18 +2,19 @@
 
     python scripts/bench/speculation_costs.py --shape qwen2.5-1.5b --draft qwen2.5-0.5b --batches 1,8,32 --lengths 1,2,4 --json-out costs.json
 
-For every batch and draft length k, in milliseconds: the captured step alone (`graph_ms`), of it the verification of k + 1 rows (`verify_ms`, its own
-captured step) and the rest (`draft_ms`: k passes with their draws, acceptance); the step through `Engine.generate` (`step_ms`); the difference is the
-host's gap. `needed_acceptance`: the chance of each draft, given those before, at which tokens a second are 1, 1.35 and 1.8 times those of plain decoding
-(measured in the same run); None where no acceptance is enough. `itself`: the target drafts for itself, so that nearly all is accepted: a check of the
-whole path at an imposed acceptance. `repeat`: a prompt that repeats itself under n-gram drafts, a real case. `ttft`: a prompt of --prefill tokens through
-the engine and through the target's own forward pass.
+For every batch and draft length k, in milliseconds: the captured step alone (`graph_ms`), of it the verification of k + 1 rows (`verify_ms`, a captured
+step of its own) and the rest (`draft_ms`: k passes with their draws, acceptance); the step through `Engine.generate` (`step_ms`); the difference is the
+host's gap. `needed_acceptance`: the chance of each draft, given those before, at which tokens a second are 1, 1.35 and 1.8 times those of plain
+decoding (measured in the same run); None where no acceptance is enough. `itself`: the target drafts for itself, so that nearly all is accepted: a check
+of the whole path at an imposed acceptance. `repeat`: a prompt that repeats itself under n-gram drafts (random weights do not repeat it: what trying
+costs). `ttft`: a prompt of --prefill tokens through the engine and through the target's own forward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def ttft(target: Decoder, tokens: int, chunks: list[int]) -> dict[str, float]:
     for chunk in chunks:
         engine = Engine(target, draft=None, pool_tokens=2 * tokens, **({"prefill_chunk": chunk} if chunk else {}))
         params = SamplingParams(max_new_tokens=1, ignore_eos=True, draft_length=0)
-        found["engine_ms" if not chunk else f"engine_chunk_{chunk}_ms"] = median_ms(lambda engine=engine: engine.generate([prompt], params))
+        found["engine_ms" if not chunk else f"engine_chunk_{chunk}_ms"] = median_ms(partial(engine.generate, [prompt], params))
         del engine
     return found
 

@@ -16,6 +16,7 @@ from engine.runtime.sampling import SamplingParams
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 12, [8, 8]]
+pytestmark = [pytest.mark.gpu] if GPU else []
 KINDS = ["itself", "model", "head", "ngram"]
 
 
@@ -38,8 +39,9 @@ def with_blocks(engine):
 @pytest.fixture(scope="module")
 def sources(random_decoder, make_draft_head, tmp_path_factory):
     sizes = {"head_dim": 64} if GPU else {}
-    target = random_decoder(0, num_hidden_layers=4, **sizes).to(DEVICE)
+    target = random_decoder(0, num_hidden_layers=4, **sizes)
     folder = make_draft_head(tmp_path_factory.mktemp("head"), target)
+    target.to(DEVICE)
     return target, {
         "itself": target,
         "model": random_decoder(7, num_hidden_layers=2, vocab_size=90, **sizes).to(DEVICE),  # of a smaller vocabulary
@@ -105,6 +107,7 @@ def test_requests_of_several_kinds_share_a_step(sources, kind, launched):
     assert any(batch == 2 and length == 3 for _, length, batch, _ in launched)
 
 
+@pytest.mark.skipif(GPU, reason="heads of 64 channels on a GPU, few enough cells here")
 @pytest.mark.parametrize("kind", ["model", "head", "ngram"])
 def test_sampled_text_has_the_targets_distribution(kind, random_decoder, make_draft_head, tmp_path, check_sampled_text, monkeypatch):
     shape = {"vocab_size": 5, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
