@@ -16,7 +16,8 @@ class EngineConfig:
     """Options of an engine.
 
     pool_tokens: most tokens of KV each pool may hold; None: 131,072 on a CPU, half the free memory of a GPU. page_size: tokens a page.
-    max_batch: most requests at once. prefill_chunk: tokens of one request's prompt a step.
+    max_batch: most requests at once. prefill_chunk: tokens of one request's prompt a step; None: what suits the
+    device, see `engine.runtime.memory.prefill_chunk`.
     deterministic: batch-invariant kernels, so that greedy text is the same with and without speculation, to the bit.
     kv_cache_dtype: format of the target's KV cache, one of `engine.kv.formats.KV_CACHE_DTYPES`; a draft's stays its own.
     prefix_sharing: pages of finished and running requests stay in the pool while nobody needs them, and a request that begins with the same
@@ -32,7 +33,7 @@ class EngineConfig:
     pool_tokens: int | None = None
     page_size: int = 64
     max_batch: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     deterministic: bool = False
     kv_cache_dtype: str = PLAIN
     costs: CostModel | None = None
@@ -44,6 +45,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
+            if name == "prefill_chunk" and value is None:
+                continue
             if not is_whole(value) or value < 1:
                 raise InvalidOption(f"{name} cannot be {shown(value)}", "give a whole number from 1 on")
         if self.pool_tokens is not None and (not is_whole(self.pool_tokens) or self.pool_tokens < self.page_size):

@@ -65,7 +65,7 @@ class Engine:
         pool_tokens: int | None = None,
         page_size: int = 64,
         max_batch: int = 64,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         deterministic: bool = False,
         kv_cache_dtype: str = PLAIN,
         costs: CostModel | None = None,

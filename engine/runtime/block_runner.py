@@ -342,16 +342,16 @@ class BlockDecoding:
         exits = None
         if self.head is not None:
             exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
-        goes_on = self.head is not None and key.source == "model"
+        from_exit = self.head is not None and key.source == "model"
         verify = target.part(
             batch,
             rows,
             target_table.shape[1],
-            range(self.exit_layer if goes_on else 0, most),
+            range(self.exit_layer if from_exit else 0, most),
             page_table=target_table,
             token_ids=tokens.view(-1),
-            embed=not goes_on,
-            taps=(self.exit_layer,) if self.head is not None and not goes_on else (),
+            embed=not from_exit,
+            taps=(self.exit_layer,) if self.head is not None and not from_exit else (),
             logits=key.drawing != "greedy",
             deterministic=key.deterministic,
         )
@@ -373,7 +373,7 @@ class BlockDecoding:
                         deterministic=key.deterministic,
                     )
                 )
-            for i in range(rows if goes_on else 0):
+            for i in range(rows if from_exit else 0):
                 block.first.append(
                     target.part(
                         batch,

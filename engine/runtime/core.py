@@ -21,7 +21,7 @@ from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
-from engine.runtime.memory import default_pool_tokens, most_cached_pages, open_pool, page_counts
+from engine.runtime.memory import PREFILL_TOKENS, default_pool_tokens, most_cached_pages, open_pool, page_counts, prefill_chunk
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
 from engine.runtime.prefix import PrefixStore
@@ -111,13 +111,15 @@ class EngineCore:
         self.shared_prefixes = None
         if config.prefix_sharing:
             self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most_cached_pages(self.pool))
+        chunk = config.prefill_chunk or prefill_chunk(target.device)
         self.scheduler = Scheduler(
             runner,
             self.pool,
             self.drafter,
             self.draft_pool,
             max_batch=config.max_batch,
-            prefill_chunk=config.prefill_chunk,
+            prefill_chunk=chunk,
+            prefill_tokens=max(PREFILL_TOKENS, chunk),
             deterministic=config.deterministic,
             plain=plain_decoding(runner),
             blocks=None if source is None else block_decoding(runner, self.drafter),

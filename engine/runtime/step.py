@@ -23,7 +23,12 @@ from kernels.accept import COUNTER_SAMPLE
 
 @torch.inference_mode()
 def prefill_step(
-    requests: Sequence[Request], chunks: Sequence[int], target: CausalDecoder, drafter: Drafter | None, *, deterministic: bool = False
+    requests: Sequence[Request],
+    chunks: Sequence[int],
+    target: CausalDecoder,
+    drafter: Drafter | None,
+    *,
+    deterministic: bool = False,
 ) -> None:
     """Run the next chunks[b] tokens of each request's prompt; a request whose prompt ends here gains its first token.
 
@@ -46,14 +51,14 @@ def prefill_step(
     done = [b for b, r in enumerate(requests) if r.sequence.length == len(r.token_ids)]
     if done:
         sampler = _sampler(requests, target)
-        logits = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
-        tokens, _ = sampler.draw(logits, done, [len(requests[b].token_ids) for b in done], COUNTER_SAMPLE)
-        for b, token in zip(done, torch.where(finite_rows(logits), tokens, -1).tolist(), strict=True):
+        rows = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
+        tokens, _ = sampler.draw(rows, done, [len(requests[b].token_ids) for b in done], COUNTER_SAMPLE)
+        for b, token in zip(done, torch.where(finite_rows(rows), tokens, -1).tolist(), strict=True):
             if token < 0:
                 requests[b].error = _not_finite(requests[b])
             else:
                 requests[b].append_tokens([token])
-        _keep_logprobs([requests[b] for b in done], logits, [[i] for i in range(len(done))])
+        _keep_logprobs([requests[b] for b in done], rows, [[i] for i in range(len(done))])
 
 
 @torch.inference_mode()
@@ -87,7 +92,8 @@ def decode_step(
     else:
         plan, gains = blocks.step(list(requests), lambda: _plan(requests, drafter, drafting, deterministic), deterministic=deterministic)
         if gains is not None:
-            return _keep_gains(requests, plan, gains, blocks, drafting, began)
+            count = _keep_gains(requests, plan, gains, blocks, began)
+            return drafting.observe(plan, len(requests), count, clock() - began_at)
     lengths, given = plan.lengths, plan.given
     undrafted = not any(lengths) and not any(given) and not (drafter and drafter.exit_layer)
     if (
@@ -191,10 +197,8 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.drafting.observe([token], 0, 0, None, given=False)
 
 
-def _keep_gains(
-    requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gain], blocks: BlockDecoding, drafting: DraftingPolicy, began: float
-) -> None:
-    """Append what a captured step has found."""
+def _keep_gains(requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gain], blocks: BlockDecoding, began: float) -> int:
+    """Append what a captured step has found. Returns how many tokens were kept."""
     kept = [request.append_tokens(gain.tokens) if gain.tokens else 0 for request, gain in zip(requests, gains, strict=True)]
     for request, count in zip(requests, kept, strict=True):
         request.sequence.advance(count)
@@ -205,10 +209,10 @@ def _keep_gains(
             request.error = _not_finite(request)
             continue
         proposed, accepted = (count, count) if count < len(gain.tokens) else (gain.proposed, len(gain.tokens) - 1)
-        request.metrics.observe(proposed, accepted, count, from_text=bool(given))
+        request.metrics.observe(proposed, accepted, count, given=bool(given), seen=request.drafting.from_seen)
         request.metrics.verify_s += seconds
         request.drafting.observe(gain.tokens[:count], proposed, accepted, None, given=bool(given))
-    drafting.observe(plan, len(requests), sum(kept), seconds)
+    return sum(kept)
 
 
 def _plan(requests: Sequence[Request], drafter: Drafter | None, drafting: DraftingPolicy, deterministic: bool) -> StepPlan:

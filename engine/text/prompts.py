@@ -118,6 +118,8 @@ def token_ids(prompt: Any) -> list[int]:
         raise _no_prompt(prompt)
     else:
         ids = list(prompt)
+    if all(type(item) is int for item in ids):  # nearly always; what follows takes 10 times as long
+        return list(ids)
     wrong = next((item for item in ids if not _is_id(item)), None)
     if wrong is not None or None in ids:
         raise InvalidOption(f"a prompt of token ids holds {shown(wrong)}", _FORMS)

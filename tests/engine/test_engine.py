@@ -326,7 +326,7 @@ def test_bad_options_name_a_remedy(target, engine, tmp_path):
                 ("page_size", 1.5),
                 ("page_size", True),
                 ("max_batch", "64"),
-                ("prefill_chunk", None),
+                ("prefill_chunk", 0.5),
                 ("deterministic", "yes"),
                 ("ngrams", 1),
                 ("prefix_sharing", None),

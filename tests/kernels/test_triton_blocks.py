@@ -1,0 +1,60 @@
+"""Kernels of speculative steps that are captured whole, against their twins: integers, so they must be the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from kernels.accept import reference as accept_reference
+from kernels.accept import triton as accept_triton
+from kernels.block_inputs import reference as inputs_reference
+from kernels.block_inputs import triton as inputs_triton
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("count, offset", [(1, 0), (2, -1), (5, 0), (1, 3)], ids=str)
+def test_positions_slots_and_lengths(count, offset, device):
+    size, pages = 4, 6
+    lengths = torch.tensor([1, 7, 9, 22, 0], device=device)
+    firsts = torch.tensor([0, 7, 8, 21, 0], device=device)
+    limits = torch.tensor([24, 8, 24, 24, 0], device=device)  # room for all, one more token, ..., a padding request
+    table = torch.randperm(5 * pages, generator=torch.Generator().manual_seed(0)).view(5, pages).int().to(device)
+    found = []
+    for module in (inputs_triton, inputs_reference):
+        out = [torch.full((5 * count,), -7, device=device) for _ in range(2)] + [torch.full((5,), -7, dtype=torch.int32, device=device)]
+        module.block_inputs(lengths, firsts, limits, table, offset, size, *out)
+        found.append(out)
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    positions, slots, contexts = (x.cpu() for x in found[0])
+    for b in range(5):
+        for j in range(count):
+            at = int(lengths[b]) + offset + j
+            inside = int(firsts[b]) <= at < int(limits[b])
+            assert int(positions[b * count + j]) == (at if inside else -1)
+            assert int(slots[b * count + j]) == (int(table[b, at // size]) * size + at % size if inside else -1)
+        assert int(contexts[b]) == max(0, min(int(lengths[b]) + offset + count, int(limits[b])))
+
+
+@pytest.mark.parametrize("num_drafts", [[3], [0, 3, 1], [2, 2]], ids=str)
+def test_accept_of_evenly_spaced_rows(num_drafts, device):
+    """As of the ragged rows of the same drafts."""
+    vocab, most, batch = 300, 3, len(num_drafts)
+    generator = torch.Generator().manual_seed(sum(num_drafts))
+    p = torch.softmax(torch.randn(batch, most + 1, vocab, generator=generator) * 2, -1)
+    q = torch.softmax(torch.randn(batch, most, vocab, generator=generator) * 2, -1)
+    tokens = torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(batch, most)
+    rest = [x.to(device) for x in (torch.tensor(num_drafts), torch.arange(batch) * 977, torch.arange(batch) + 5)]
+    even = [x.to(device) for x in (p.flatten(0, 1), q.flatten(0, 1), tokens.flatten())]
+    rows = [
+        torch.cat([p[b, : n + 1] for b, n in enumerate(num_drafts)]),
+        torch.cat([q[b, :n] for b, n in enumerate(num_drafts)]),
+        torch.cat([tokens[b, :n] for b, n in enumerate(num_drafts)]),
+    ]
+    want = accept_reference.accept(*(x.to(device) for x in rows), *rest, max(num_drafts))
+    for module in (accept_triton, accept_reference):
+        got = module.accept(*even, *rest, most, even=True)
+        assert torch.equal(got.num_accepted, want.num_accepted) and torch.equal(got.next_token, want.next_token)
