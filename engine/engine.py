@@ -16,7 +16,7 @@ from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_draft, remember_costs
+from engine.loading import choose_draft, read_sampling_defaults, remember_costs
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device import device_named, dtype_named, own_torch_modes
@@ -101,6 +101,7 @@ class Engine:
             config,
             text=TextDecoder(tokenizer),
             eos_token_ids=end_tokens(target.config.eos_token_ids, tokenizer),
+            sampling_defaults=read_sampling_defaults(target_dir),
             kv_means=None if kv_cache_dtype == PLAIN else channel_means(target, tokenizer, target_dir),
         )
         if target_dir is not None:
@@ -215,7 +216,8 @@ class Engine:
     ) -> list[GenerationResult]:
         """Continue prompts (texts, lists of token ids, or lists of chat messages) as one batch of ragged requests; results in order.
 
-        params: one for all (also the same seed for all), or one per prompt. continue_final_message: see `encode`; the result's text is what comes after
+        params: one for all (also the same seed for all), or one per prompt; None: as the model's generation_config.json says, else greedy.
+        continue_final_message: see `encode`; the result's text is what comes after
         the message.
 
         Raises:
@@ -225,7 +227,7 @@ class Engine:
         if not given:
             raise EmptyPrompt("there is no prompt", "give at least one")
         if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(given)
+            each = [params or self.core.sampling_defaults.params()] * len(given)
         elif isinstance(params, (list, tuple)) and all(isinstance(own, SamplingParams) for own in params):
             each = list(params)
         else:
@@ -262,7 +264,9 @@ class Engine:
 
         def events() -> Iterator[StreamEvent]:
             with self.core.lock:
-                request = self.core.submit(self.core.open_sequence_state(), tokens, params or SamplingParams(), owns_cache=True)
+                request = self.core.submit(
+                    self.core.open_sequence_state(), tokens, params or self.core.sampling_defaults.params(), owns_cache=True
+                )
             yield from self.core.events(request)
 
         return events()

@@ -21,14 +21,15 @@ from draft.head_file import is_draft_head
 from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
 from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, ModelNotFound
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
-from engine.inputs import named_path
+from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
+from engine.runtime.sampling_defaults import SamplingDefaults
 
 COSTS_KEPT_S = 86_400.0
 """Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first token."""
@@ -78,6 +79,14 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
         return DraftChoice(exit_layer=default_exit_layer(target.num_layers) if exit_layer is None else exit_layer)
     folder = Path(draft).expanduser()
     return DraftChoice(head=folder) if is_draft_head(folder) else DraftChoice(model=resolve_model(draft))
+
+
+def read_sampling_defaults(folder: Path | None) -> SamplingDefaults:
+    """What generation_config.json of a model's folder says of sampling; nothing where there is none. Raises ModelNotFound."""
+    path = None if folder is None else folder / "generation_config.json"
+    if path is None or not is_file(path):
+        return SamplingDefaults()
+    return SamplingDefaults.of(read_json_object(path, ModelNotFound, "correct it, or download the model again"), str(path))
 
 
 # --- remembered costs ---------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, read_input, read_prompt, report
+from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, given_sampling, read_input, read_prompt, report, sampling_params
 from engine.cli.terminal import Ended, OutputLost, ReaderGone, ending_signals, prepare_streams, print_status, stream_text, undisturbed
 from engine.engine import Engine
-from engine.errors import CacheNotWritable, ForetoldError, ModelNotFound
+from engine.errors import CacheNotWritable, ForetoldError
 from engine.files import session_lock, write_atomically
-from engine.inputs import is_file, read_json_object, shown
 from engine.kv.formats import PLAIN
 from engine.runtime.request import GenerationResult
 from engine.sessions.session import Session
@@ -59,8 +58,9 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
         start_worker()  # beside the loading of the models
     engine = load(args, kv_cache_dtype=args.kv_cache_dtype, deterministic=args.deterministic)
     print_status(memory_line(engine))
-    if (ignored := ignored_settings(engine, args)) is not None:
-        print_status(ignored)
+    args.params = sampling_params(args, engine.core.sampling_defaults)
+    if (taken := taken_settings(engine, args)) is not None:
+        print_status(taken)
     with ending_signals(), open_session(engine, args) as session:
         if args.chat:
             repl(session, prompt, args)
@@ -232,16 +232,11 @@ def save(session: Session, args: argparse.Namespace) -> str | None:
     )
 
 
-def ignored_settings(engine: Engine, args: argparse.Namespace) -> str | None:
-    """What the model's generation_config.json says of sampling and no option says otherwise of: it is not taken, and that is said."""
-    folder = engine.core.config.target_dir
-    if folder is None or not is_file(folder / "generation_config.json"):
-        return None
-    found = read_json_object(folder / "generation_config.json", ModelNotFound, "correct it, or download the model again")
-    idle = {"temperature": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # options as they are when not given
-    named = [f"{name} {shown(found[name])}" for name, own in idle.items() if found.get(name) is not None and getattr(args, name) == own]
-    greedy = ": text is greedy unless --temperature is given" if args.temperature is None else ""
-    return f"[generation_config.json's {', '.join(named)} not taken{greedy}]" if named else None
+def taken_settings(engine: Engine, args: argparse.Namespace) -> str | None:
+    """What is taken of the model's generation_config.json, as no option says otherwise; None where nothing is."""
+    taken = engine.core.sampling_defaults.values(given_sampling(args))
+    greedy = "; --temperature 0 is greedy" if "temperature" in taken else ""
+    return f"[generation_config.json: {', '.join(f'{name} {value:g}' for name, value in taken.items())}{greedy}]" if taken else None
 
 
 def because(reason: str | None) -> str:

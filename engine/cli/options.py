@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from codec.container import FILE_MAGIC
 from engine.cli.terminal import print_status
@@ -18,6 +18,7 @@ from engine.hub.pairs import PAIRS
 from engine.inputs import open_regular, shown
 from engine.kv.formats import KV_CACHE_DTYPES, PLAIN
 from engine.runtime.sampling import SamplingParams
+from engine.runtime.sampling_defaults import SamplingDefaults
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
 from engine.store.prefix_cache import DEFAULT_NAMESPACE
 from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore, byte_count
@@ -50,15 +51,13 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many; default 256")
     text.add_argument("--system", metavar="TEXT", help="the system message of a new conversation")
     text.add_argument("--prefill", metavar="TEXT", help="what every answer begins with: given to the model, not printed again")
-    text.add_argument("--temperature", type=float, help="0 is greedy, the default")
-    text.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens; 0, the default: from all")
     text.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the fewest tokens that hold this probability; default 1"
+        "--temperature", type=float, help="0 is greedy; this and what follows default to the model's generation_config.json, else greedy"
     )
-    text.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less probable than P times the best; default 0")
-    text.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="divides the logits of tokens seen; default 1: none"
-    )
+    text.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens; 0: from all")
+    text.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest tokens that hold this probability; 1: from all")
+    text.add_argument("--min-p", type=float, metavar="P", help="drop tokens less probable than P times the best; 0: none")
+    text.add_argument("--repetition-penalty", type=float, metavar="R", help="divides the logits of tokens seen; 1: none")
     text.add_argument(
         "--frequency-penalty", type=float, default=0.0, metavar="F", help="off a logit for each time its token came; default 0"
     )
@@ -193,27 +192,28 @@ def _check_head(file: Path) -> None:
         raise Corrupted(f"session file {shown(str(file), 200)}: this is not a Foretold file", "check the path")
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The options as sampling parameters. Raises InvalidOption."""
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a model's generation_config.json has defaults of; None where not given."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingDefaults | None = None) -> SamplingParams:
+    """The options as sampling parameters, over a model's defaults. Raises InvalidOption."""
     length: int | Literal["auto"] = "auto"
     if args.draft_length != "auto":
         try:
             length = int(args.draft_length)
         except ValueError:
             raise InvalidOption(f"--draft-length cannot be {args.draft_length!r}", "give a whole number or auto") from None
-    return SamplingParams(
+    options = dict(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature or 0.0,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
         frequency_penalty=args.frequency_penalty,
         presence_penalty=args.presence_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
         draft_length=length,
     )
+    return (defaults or SamplingDefaults()).params(given_sampling(args) | options)
 
 
 def given_prompt(args: argparse.Namespace) -> str | None:

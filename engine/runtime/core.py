@@ -27,6 +27,7 @@ from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecod
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
+from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
@@ -75,6 +76,7 @@ class EngineCore:
         config: options.
         text: from token ids to text and stop tokens.
         eos_token_ids: what ends a text.
+        sampling_defaults: taken by requests without parameters.
         kv_means: [L, 2, G, d] float32, channel means of the target's keys and values; needed by quantised KV formats only.
 
     Raises:
@@ -89,11 +91,13 @@ class EngineCore:
         *,
         text: TextSource,
         eos_token_ids: frozenset[int],
+        sampling_defaults: SamplingDefaults = NO_DEFAULTS,
         kv_means: torch.Tensor | None = None,
     ) -> None:
         self.target, self.source, self.config = target, source, config
         self.lock = _Turns()
         self.text, self.eos_token_ids = text, eos_token_ids
+        self.sampling_defaults = sampling_defaults
         cached = None if source is None else source.cached_decoder
         tokens = config.pool_tokens
         if tokens is None:
@@ -292,7 +296,7 @@ class EngineCore:
         self.check_tokens([*conversation.token_ids, *new_token_ids])
         result, before = None, len(conversation.token_ids)
         with self.lock:
-            events = self.events(self.submit(conversation, new_token_ids, params or SamplingParams(), owns_cache=False))
+            events = self.events(self.submit(conversation, new_token_ids, params or self.sampling_defaults.params(), owns_cache=False))
         try:
             with closing(events):  # a failing on_text must end the request at once
                 for event in events:

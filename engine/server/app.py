@@ -169,12 +169,12 @@ class Server:
     async def _chat(self, request: Request, namespace: str) -> Response:
         body = await self._body(request)
         model = read_model(body, [self.config.model])
-        return await self._answer(request, read_chat(body), model, namespace)
+        return await self._answer(request, read_chat(body, self.engine.core.sampling_defaults), model, namespace)
 
     async def _complete(self, request: Request, namespace: str) -> Response:
         body = await self._body(request)
         model = read_model(body, [self.config.model])
-        return await self._answer(request, read_completion(body), model, namespace)
+        return await self._answer(request, read_completion(body, self.engine.core.sampling_defaults), model, namespace)
 
     async def _answer(self, http: Request, asked: CompletionRequest, model: str, namespace: str) -> Response:
         prompts = [await self._encode(prompt, "messages" if asked.chat else "prompt") for prompt in asked.prompts]

@@ -11,6 +11,7 @@ from typing import Any
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import is_finite, is_whole, parse_json, shown
 from engine.runtime.sampling import SamplingParams
+from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.server.errors import ApiError, as_api_error
 from engine.server.tools import Tools, plain_messages, read_tools
 from engine.text.constraint import any_object
@@ -60,8 +61,8 @@ def read_body(content: bytes) -> dict[str, Any]:
     return value
 
 
-def read_chat(body: Mapping[str, Any]) -> CompletionRequest:
-    """A call of /v1/chat/completions. Raises ApiError(400) naming the field."""
+def read_chat(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
+    """A call of /v1/chat/completions, over the model's defaults. Raises ApiError(400) naming the field."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ApiError(400, "messages must be a list of at least one message", param="messages")
@@ -78,12 +79,20 @@ def read_chat(body: Mapping[str, Any]) -> CompletionRequest:
     if top is not None and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     prompt = plain_messages(messages) if tools is None else tools.messages(messages)
-    made = _completion(body, [prompt], chat=True, max_name="max_completion_tokens", logprobs=(top or 0) if wanted else None, schema=schema)
+    made = _completion(
+        body,
+        [prompt],
+        chat=True,
+        max_name="max_completion_tokens",
+        logprobs=(top or 0) if wanted else None,
+        schema=schema,
+        defaults=defaults,
+    )
     return dataclasses.replace(made, tools=tools)
 
 
-def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    """A call of /v1/completions. Raises ApiError(400) naming the field."""
+def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
+    """A call of /v1/completions, over the model's defaults. Raises ApiError(400) naming the field."""
     given = body.get("prompt")
     if isinstance(given, str) or (isinstance(given, list) and given and all(is_whole(item) for item in given)):
         prompts = [given]
@@ -102,13 +111,20 @@ def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
     if best_of is not None and best_of != (_whole(body, "n", 1, MAX_CHOICES) or 1):
         raise ApiError(400, "best_of must equal n: choices are not ranked", param="best_of")
     logprobs = _whole(body, "logprobs", 0, MAX_TOP_LOGPROBS)
-    made = _completion(body, prompts, chat=False, max_name="max_tokens", logprobs=logprobs)
+    made = _completion(body, prompts, chat=False, max_name="max_tokens", logprobs=logprobs, defaults=defaults)
     # the completions route's own default, as OpenAI documents it
     return dataclasses.replace(made, echo=bool(_boolean(body, "echo")), max_tokens=16 if made.max_tokens is None else made.max_tokens)
 
 
 def _completion(
-    body: Mapping[str, Any], prompts: list[Any], *, chat: bool, max_name: str, logprobs: int | None, schema: str = ""
+    body: Mapping[str, Any],
+    prompts: list[Any],
+    *,
+    chat: bool,
+    max_name: str,
+    logprobs: int | None,
+    defaults: SamplingDefaults,
+    schema: str = "",
 ) -> CompletionRequest:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
@@ -116,7 +132,7 @@ def _completion(
     limits = [_whole(body, name, 1, 2**31) for name in dict.fromkeys((max_name, "max_tokens"))]
     return CompletionRequest(
         prompts=prompts,
-        params=dataclasses.replace(read_params(body), logprobs=logprobs, response_format=schema),
+        params=dataclasses.replace(read_params(body, defaults), logprobs=logprobs, response_format=schema),
         max_tokens=next((limit for limit in limits if limit is not None), None),
         n=_whole(body, "n", 1, MAX_CHOICES) or 1,
         stream=bool(_boolean(body, "stream")),
@@ -125,9 +141,9 @@ def _completion(
     )
 
 
-def read_params(body: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters of a request; OpenAI's defaults (temperature 1). Raises ApiError(400) naming the field."""
-    values: dict[str, Any] = {"temperature": 1.0}
+def read_params(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
+    """Sampling parameters of a request; defaults are the model's, else OpenAI's (temperature 1). Raises ApiError(400) naming the field."""
+    values: dict[str, Any] = {"temperature": 1.0} | defaults.values(body, sampled=True)
     for name in _NUMBERS:
         value = body.get(name)
         if value is not None:

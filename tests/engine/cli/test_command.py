@@ -488,14 +488,17 @@ def test_an_interrupt_without_a_terminal_ends_the_program(generate, stdin, tmp_p
     assert generate("Hello")[0] == 130
 
 
-def test_settings_of_the_model_that_are_not_taken_are_named(generate, chat_folders, tmp_path):
+def test_settings_of_the_model_are_taken_and_named(generate, chat_folders, tmp_path):
     for file in chat_folders.target.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": 256}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     own = ["--target", tmp_path, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 2, "Hello"]
-    line = "[generation_config.json's temperature 0.7, top_k 20, repetition_penalty 1.1 not taken: text is greedy unless --temperature is given]"
+    line = "[generation_config.json: repetition_penalty 1.1, temperature 0.7, top_k 20; --temperature 0 is greedy]"
     assert line in generate(*own)[2].splitlines()
     _, _, said = generate(*own, "--temperature", 0.5, "--top-k", 20)
-    assert "[generation_config.json's repetition_penalty 1.1 not taken]" in said.splitlines()
+    assert "[generation_config.json: repetition_penalty 1.1]" in said.splitlines()
+    _, greedy, said = generate(*own, "--temperature", 0)
+    assert "[generation_config.json: repetition_penalty 1.1]" in said.splitlines()
+    assert greedy == generate(*own, "--temperature", 0, "--repetition-penalty", 1.1)[1]
     assert "generation_config" not in generate(*own, "--temperature", 0.5, "--top-k", 20, "--repetition-penalty", 1.2)[2]
