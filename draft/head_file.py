@@ -98,7 +98,7 @@ def file_fields(facts: Any) -> dict[str, Any]:
 
 def target_digest(config: Any) -> str:
     """SHA-256 (hex) over the sizes and options in a decoder's config that a draft head depends on; fine-tuned models of one shape agree."""
-    facts = {name: getattr(config, name) for name in _FACTS} | {"rope_theta": config.rope.theta}
+    facts = {name: getattr(config, name) for name in _FACTS} | {"rope_theta": config.rope.theta} | getattr(config, "traits", {})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -221,6 +221,15 @@ class Fields:
             raise self.refuse(name, f"a list of at most {most:,} strings is needed")
         return list(value)
 
+    def integers(self, name: str, low: int, high: int, most: int) -> list[int]:
+        """A list of at most `most` whole numbers from low to high; empty when absent."""
+        value = self._values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, (list, tuple)) or len(value) > most or not all(is_whole(item) and low <= item <= high for item in value):
+            raise self.refuse(name, f"a list of at most {most:,} whole numbers from {low:,} to {high:,} is needed")
+        return [int(item) for item in value]
+
     def ids(self, name: str) -> tuple[int, ...]:
         """One token id or a list of them; -1, by which some configs say "none", is left out."""
         value = self._values.get(name)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from codec.spec import NUM_SINKS, KvLayout
 from codec.weighting import Weighting
+from engine.model.config import LayerShape
 from engine.model.decoder import Decoder
-from engine.model.layers import DIFFERENTIABLE, LayerShape, LayerWeights, dense_attention, differentiable_rope, layer_forward, rotation
+from engine.model.layers import DIFFERENTIABLE, LayerWeights, dense_attention, differentiable_rope, layer_forward, rotation
 
 
 @torch.enable_grad()
@@ -54,26 +55,29 @@ def _cached(target: Decoder, token_ids: Tensor) -> Tensor:
 def _continue(target: Decoder, token_ids: Tensor, split: int, cache: Tensor) -> Tensor:
     """Logits [B, T, V] of the tokens from `split` on, differentiable in the cache: the decoder's layers in plain operations."""
     c = target.config
-    shape = LayerShape.of(c)
     length = token_ids.shape[1]
     x = target.embed(token_ids[:, split:].flatten()).unflatten(0, (-1, length - split))
-    cos, sin = (_outside_inference(part) for part in target.rope.slice(0, length))
-    turn_cached, rope = rotation(cos[:split], sin[:split]), differentiable_rope(cos[split:], sin[split:], c.num_heads)
-    mask = torch.ones(length - split, length, dtype=torch.bool, device=x.device).tril(split)
+    turns = []
+    for local in [False] if c.local_rope is None else [False, True]:
+        cos, sin = (_outside_inference(part) for part in target.rope_table(local=local).slice(0, length))
+        turns.append((rotation(cos[:split], sin[:split]), differentiable_rope(cos[split:], sin[split:], c.num_heads)))
     update = None
     for number, layer in enumerate(target.layers):
         plain: LayerWeights = layer.weights().plain()  # type: ignore[operator]
         w = LayerWeights(*(None if t is None else _outside_inference(t) for t in plain))  # type: ignore[arg-type]
+        shape = target.layer_shapes[number]
+        turn_cached, rope = turns[shape.local_rope]
         keys, values = turn_cached(cache[:, :, number, 0].to(x.dtype)), cache[:, :, number, 1].to(x.dtype)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
-            return dense_attention(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), mask)
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values, shape: LayerShape = shape) -> Tensor:
+            return dense_attention(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), shape)
 
         out = layer_forward(w, x, rope, attend, shape, DIFFERENTIABLE, update)
         x, update = out.stream, out.update
     head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
-    normed, _ = DIFFERENTIABLE.rms_norm(x, _outside_inference(target.final_norm), c.rms_norm_eps, update)
-    return F.linear(normed, _outside_inference(head))
+    normed, _ = DIFFERENTIABLE.rms_norm(x, _outside_inference(target.output_norm), c.rms_norm_eps, update)
+    logits = F.linear(normed, _outside_inference(head))
+    return logits if c.logit_softcap is None else torch.tanh(logits / c.logit_softcap) * c.logit_softcap
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:

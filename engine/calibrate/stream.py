@@ -134,14 +134,20 @@ class QueryStatistics:
         """An `observe` callback for one forward whose rows `kept` bool [N] count."""
         chosen = kept.nonzero()[:, 0][:: self.stride]
         generator = torch.Generator().manual_seed(self.tokens)
-        distance = torch.exp(torch.rand(len(chosen), generator=generator) * math.log(max(context, 2))).long().to(target.device)
-        cos, sin = target.rope.slice(0, context + 1)
-        factor = target.rope.attention_factor
-        cos, sin = cos[distance] * factor, sin[distance] * factor
+        drawn = torch.rand(len(chosen), generator=generator)
+        angles: dict[tuple[bool, int | None], tuple[Tensor, Tensor]] = {}
+        for shape in target.layer_shapes:
+            if (shape.local_rope, shape.window) not in angles:
+                farthest = context if shape.window is None else min(context, shape.window)
+                distance = torch.exp(drawn * math.log(max(farthest, 2))).long().to(target.device)
+                table = target.rope_table(local=shape.local_rope)
+                cos, sin = table.slice(0, context + 1)
+                angles[shape.local_rope, shape.window] = cos[distance] * table.attention_factor, sin[distance] * table.attention_factor
         self.tokens += int(kept.sum())
 
         def observe(layer: int, q: Tensor, stream: Tensor) -> None:
-            turned = rotate_heads(q[chosen].float(), cos, sin).transpose(0, 1)  # [H, n, d]
+            shape = target.layer_shapes[layer]
+            turned = rotate_heads(q[chosen].float(), *angles[shape.local_rope, shape.window]).transpose(0, 1)  # [H, n, d]
             moment = turned.transpose(1, 2) @ turned
             energy = stream[chosen].float().pow(2).sum()
             self.moments[layer] = self.moments[layer] + moment if layer in self.moments else moment

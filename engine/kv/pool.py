@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.errors import PagesNotReserved, PoolExhausted
 from kernels.rope import apply_rope
+
+
+class LayerAngles(NamedTuple):
+    """Rotary angles of some tokens, by layer.
+
+    tables: cos and sin [T, d/2] float32, one pair for each RoPE of the model. which: of every layer, the number of its table.
+    """
+
+    tables: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    which: tuple[int, ...]
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of a layer."""
+        return self.tables[self.which[layer]]
+
+    def turn(self, keys: torch.Tensor, first_layer: int) -> torch.Tensor:
+        """keys [T, L - first_layer, G, d] turned by their layers' angles."""
+        if len(self.tables) == 1:
+            return apply_rope(keys, *self.tables[0])
+        out = torch.empty_like(keys)
+        for number, angles in enumerate(self.tables):
+            layers = [at for at, table in enumerate(self.which[first_layer:]) if table == number]
+            out[:, layers] = apply_rope(keys[:, layers], *angles)
+        return out
 
 
 class KvPool(ABC):
@@ -61,16 +85,12 @@ class KvPool(ABC):
         """What a layer's attention reads and writes, views."""
 
     @abstractmethod
-    def read(
-        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: cos, sin that turn back."""
+    def read(self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: LayerAngles) -> torch.Tensor:
+        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: angles that turn back."""
 
     @abstractmethod
-    def write(
-        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
+    def write(self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: LayerAngles) -> None:
+        """Inverse of `read`, into pages the sequence owns; `angles`: of the tokens' positions."""
 
     @abstractmethod
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
@@ -326,22 +346,18 @@ class PagedPool(KvPool):
         super().check_integrity()
         assert self.num_pages == self.kv.shape[2], "the page count is wrong"
 
-    def read(
-        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: cos, sin that turn back."""
+    def read(self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: LayerAngles) -> torch.Tensor:
+        """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: angles that turn back."""
         pages, offsets = sequence.addresses(start, end)
         kv = self.kv[first_layer:, :, pages, offsets].permute(2, 0, 1, 3, 4).contiguous().float()
-        kv[:, :, 0] = apply_rope(kv[:, :, 0], *inverse)
+        kv[:, :, 0] = inverse.turn(kv[:, :, 0], first_layer)
         return kv
 
-    def write(
-        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        """Inverse of `read`, into pages the sequence owns; `angles`: cos and sin of the tokens' positions."""
+    def write(self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: LayerAngles) -> None:
+        """Inverse of `read`, into pages the sequence owns; `angles`: of the tokens' positions."""
         pages, offsets = sequence.addresses(start, start + len(kv))
         kv = kv.clone()
-        kv[:, :, 0] = apply_rope(kv[:, :, 0], *angles)
+        kv[:, :, 0] = angles.turn(kv[:, :, 0], first_layer)
         # two index tensors with a slice of layers before them: the token axis comes first after the permutation
         self.kv[first_layer:, :, pages, offsets] = kv.permute(1, 2, 0, 3, 4).to(self.kv.dtype)
 

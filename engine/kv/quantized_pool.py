@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kv.pool import KvPool, KvSequence
+from engine.kv.pool import KvPool, KvSequence, LayerAngles
 from kernels.kv_write import kv_write
 from kernels.quantized_kv import (
     NUM_RECENT,
@@ -195,9 +195,7 @@ class QuantizedPool(KvPool):
                 ours[: len(theirs)] = theirs
             self._pages[number] = new
 
-    def read(
-        self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def read(self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: LayerAngles) -> torch.Tensor:
         """See `PagedPool.read`: the codes' values, the exact ones of first tokens."""
         pages, offsets = sequence.addresses(start, end)
         sinks = max(0, min(end, NUM_SINKS) - start)
@@ -209,20 +207,19 @@ class QuantizedPool(KvPool):
             codes, out = layer.pages, kv[:, number - first_layer]
             keys = dequantise(codes.k_codes[pages, :, offsets], codes.k_scale[pages, :, offsets], self.bits, self._head_dim)
             values = dequantise(codes.v_codes[pages, :, offsets], codes.v_scale[pages, :, offsets], self.bits, self._head_dim)
-            out[:, 0] = apply_rope(keys, *inverse)
+            cos, sin = inverse.of(number)
+            out[:, 0] = apply_rope(keys, cos, sin)
             if layer.means.k_mean is not None:
                 out[:, 0] += layer.means.k_mean
             out[:, 1] = values + layer.means.v_mean
             if sinks:
                 slot = self.exact_row(sequence)
                 keys = layer.k_sinks[slot, start : start + sinks].float()
-                out[:sinks, 0] = apply_rope(keys, inverse[0][:sinks], inverse[1][:sinks])
+                out[:sinks, 0] = apply_rope(keys, cos[:sinks], sin[:sinks])
                 out[:sinks, 1] = layer.v_sinks[slot, start : start + sinks].float()
         return kv
 
-    def write(
-        self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
+    def write(self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: LayerAngles) -> None:
         """See `PagedPool.write`."""
         pages, offsets = sequence.addresses(start, start + len(kv))
         if not len(kv):
@@ -233,10 +230,10 @@ class QuantizedPool(KvPool):
         sink_slots = row * NUM_SINKS + torch.arange(start, start + sinks, device=self.device)
         ring_slots = row * RING + torch.arange(start + recent, end, device=self.device) % RING
         for number in range(first_layer, len(self._pages)):
-            layer, rows = self.layer(number), kv[:, number - first_layer]
-            quantized_kv_write(rows[:, 0], rows[:, 1], *angles, slots, layer.means, layer.pages)
+            layer, rows, own = self.layer(number), kv[:, number - first_layer], angles.of(number)
+            quantized_kv_write(rows[:, 0], rows[:, 1], *own, slots, layer.means, layer.pages)
             if sinks:
-                few = [t[:sinks] for t in (rows[:, 0], rows[:, 1], *angles)]
+                few = [t[:sinks] for t in (rows[:, 0], rows[:, 1], *own)]
                 kv_write(few[0], few[1], few[2], few[3], sink_slots, layer.k_sinks, layer.v_sinks)
-            last = [t[recent:] for t in (rows[:, 0], rows[:, 1], *angles)]
+            last = [t[recent:] for t in (rows[:, 0], rows[:, 1], *own)]
             kv_write(last[0], last[1], last[2], last[3], ring_slots, layer.k_ring, layer.v_ring)

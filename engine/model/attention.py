@@ -107,13 +107,16 @@ class AttentionBackend(ABC):
 
     Args:
         pool: holds the model's keys and values.
-        config, rope: of the model.
+        config, rope: of the model. local_rope: table of its layers with a RoPE of their own, if there are any.
         deterministic: a token's result is the same bits alone, in any batch and in any block.
     """
 
-    def __init__(self, pool: KvPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool) -> None:
-        self.config, self.rope, self.deterministic = config, rope, deterministic
-        self.scale = config.head_dim**-0.5
+    def __init__(
+        self, pool: KvPool, config: DecoderConfig, rope: RopeTable, local_rope: RopeTable | None = None, *, deterministic: bool = False
+    ) -> None:
+        self.config, self.deterministic = config, deterministic
+        self.ropes = (rope,) if local_rope is None else (rope, local_rope)  # a layer's is the one of number shape.local_rope
+        self.shapes = [config.layer_shape(number) for number in range(config.num_layers)]
         self.device, self.page_size = pool.device, pool.page_size
 
     @abstractmethod
@@ -125,9 +128,9 @@ class AttentionBackend(ABC):
         """
 
     @abstractmethod
-    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys side by side [N, H + G, d] -> the queries [N, H, d] that `run` takes, the keys [N, G, d] that `write` takes: rotated
-        here, or there."""
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's queries and keys side by side [N, H + G, d] -> the queries [N, H, d] that `run` takes, the keys [N, G, d] that `write` takes:
+        rotated here, or there."""
 
     @abstractmethod
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -158,13 +161,15 @@ class AttentionBackend(ABC):
         return self.run(layer, q)
 
 
-def open_backend(pool: KvPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> AttentionBackend:
+def open_backend(
+    pool: KvPool, config: DecoderConfig, rope: RopeTable, local_rope: RopeTable | None = None, *, deterministic: bool = False
+) -> AttentionBackend:
     """The backend for a pool, on its device. Making one is cheap; one that is captured must be kept."""
     if isinstance(pool, QuantizedPool):
-        return QuantizedBackend(pool, config, rope, deterministic=deterministic)
+        return QuantizedBackend(pool, config, rope, local_rope, deterministic=deterministic)
     assert isinstance(pool, PagedPool)
     kind = TritonBackend if use_triton(pool.kv) else ReferenceBackend
-    return kind(pool, config, rope, deterministic=deterministic)
+    return kind(pool, config, rope, local_rope, deterministic=deterministic)
 
 
 @dataclass(frozen=True)
@@ -191,14 +196,16 @@ class _Capacity:
 class ReferenceBackend(AttentionBackend):
     """Plain PyTorch over plain pages, laid out so that a layer needs few small operations."""
 
-    def __init__(self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
-        super().__init__(pool, config, rope, deterministic=deterministic)
+    def __init__(
+        self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, local_rope: RopeTable | None = None, *, deterministic: bool = False
+    ) -> None:
+        super().__init__(pool, config, rope, local_rope, deterministic=deterministic)
         self.pool = pool
         self._heads = config.num_heads
         self._capacity: _Capacity | None = None
-        self._wide: tuple[Tensor, Tensor]
+        self._wide: list[tuple[Tensor, Tensor]]  # one a RoPE
         self._slots: Tensor | slice
-        self._plan: Plan
+        self._plans: dict[int | None, Plan]  # by window
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.plan`."""
@@ -207,23 +214,27 @@ class ReferenceBackend(AttentionBackend):
         self._slots = slice(first, last + 1)
         if slots != list(range(first, last + 1)):
             self._slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        self._wide = widen(*batch.angles(self.rope))
+        self._wide = [widen(*batch.angles(rope)) for rope in self.ropes]
         tree = batch.tree()
-        self._plan = plan(
-            [sequence.pages for sequence in batch.sequences],
-            batch.query_lens,
-            batch.contexts,
-            self.page_size,
-            self.config.num_heads // self.config.num_kv_heads,
-            self.pool.kv.dtype,
-            self.device,
-            deterministic=self.deterministic,
-            tree=None if tree is None else (torch.tensor(tree[0], device=self.device), torch.tensor(tree[1], device=self.device)),
-        )
+        self._plans = {
+            window: plan(
+                [sequence.pages for sequence in batch.sequences],
+                batch.query_lens,
+                batch.contexts,
+                self.page_size,
+                self.config.num_heads // self.config.num_kv_heads,
+                self.pool.kv.dtype,
+                self.device,
+                deterministic=self.deterministic,
+                tree=None if tree is None else (torch.tensor(tree[0], device=self.device), torch.tensor(tree[1], device=self.device)),
+                sliding_window=window,
+            )
+            for window in {shape.window for shape in self.shapes}
+        }
 
-    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys turn in one go."""
-        turned = rotate(qk, *self._wide)
+        turned = rotate(qk, *self._wide[self.shapes[layer].local_rope])
         return turned[:, : self._heads], turned[:, self._heads :]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -234,7 +245,8 @@ class ReferenceBackend(AttentionBackend):
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """Queries come rotated."""
-        return attend(q, *self.pool.layer(layer), self._plan, self.scale)
+        shape = self.shapes[layer]
+        return attend(q, *self.pool.layer(layer), self._plans[shape.window], shape.scale, shape.softcap)
 
     def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
         """Only the sizes are kept: plain operations are never captured, and `prepare_for_replay` plans anew."""
@@ -251,8 +263,7 @@ class ReferenceBackend(AttentionBackend):
 class DeviceBatch:
     """A batch on the device, for the Triton kernels."""
 
-    cos: Tensor  # [N, d/2] float32
-    sin: Tensor  # [N, d/2] float32
+    angles: tuple[tuple[Tensor, Tensor], ...]  # cos and sin [N, d/2] float32, one pair a RoPE
     slots: Tensor  # [N] int64
     page_table: Tensor  # [B, max_pages] int32
     query_lens: Tensor  # [B] int32
@@ -262,15 +273,13 @@ class DeviceBatch:
     windows: Tensor | None = None  # [N] int32, of a draft tree
 
     @classmethod
-    def of(cls, batch: AttentionBatch, rope: RopeTable, device: torch.device) -> DeviceBatch:
+    def of(cls, batch: AttentionBatch, ropes: Sequence[RopeTable], device: torch.device) -> DeviceBatch:
         """From the host's lists."""
         pages = [sequence.pages for sequence in batch.sequences]
         width = max(len(own) for own in pages)
         tree = batch.tree()
-        cos, sin = batch.angles(rope)
         return cls(
-            cos,
-            sin,
+            tuple(batch.angles(rope) for rope in ropes),
             torch.tensor(batch.slots, dtype=torch.int64, device=device),
             torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32, device=device),
             torch.tensor(batch.query_lens, dtype=torch.int32, device=device),
@@ -281,19 +290,22 @@ class DeviceBatch:
         )
 
     @classmethod
-    def static(cls, capacity: _Capacity, page_size: int, head_dim: int, device: torch.device) -> DeviceBatch:
+    def static(cls, capacity: _Capacity, page_size: int, head_dim: int, num_ropes: int, device: torch.device) -> DeviceBatch:
         """Tensors to be filled by `fill`."""
         rows, requests = capacity.num_rows, capacity.num_requests
-        cos, sin = torch.zeros(2, rows, head_dim // 2, dtype=torch.float32, device=device)
+        angles = tuple((cos, sin) for cos, sin in torch.zeros(num_ropes, 2, rows, head_dim // 2, dtype=torch.float32, device=device))
         query_lens, context_lens = torch.zeros(2, requests, dtype=torch.int32, device=device)
         table = torch.zeros(requests, -(-capacity.max_context // page_size), dtype=torch.int32, device=device)
         slots = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(cos, sin, slots, table, query_lens, context_lens, capacity.max_query_len)
+        return cls(angles, slots, table, query_lens, context_lens, capacity.max_query_len)
 
     def fill(self, other: DeviceBatch) -> None:
         """Take over another batch's values; pages past the longest context are not needed."""
         width = min(self.page_table.shape[1], other.page_table.shape[1])
         self.page_table[:, :width] = other.page_table[:, :width]
+        for pair, found in zip(self.angles, other.angles, strict=True):
+            for mine, theirs in zip(pair, found, strict=True):
+                mine.copy_(theirs)
         for own in fields(self):
             mine, theirs = getattr(self, own.name), getattr(other, own.name)
             if isinstance(mine, Tensor) and mine is not self.page_table:
@@ -308,50 +320,57 @@ class TritonBackend(AttentionBackend):
 
     batch: DeviceBatch
 
-    def __init__(self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
-        super().__init__(pool, config, rope, deterministic=deterministic)
+    def __init__(
+        self, pool: PagedPool, config: DecoderConfig, rope: RopeTable, local_rope: RopeTable | None = None, *, deterministic: bool = False
+    ) -> None:
+        super().__init__(pool, config, rope, local_rope, deterministic=deterministic)
         self.pool = pool
         self._capacity: _Capacity | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.plan`."""
-        self.batch = DeviceBatch.of(batch, self.rope, self.device)
+        self.batch = DeviceBatch.of(batch, self.ropes, self.device)
 
-    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.batch.angles[self.shapes[layer].local_rope]
+
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Only the queries turn here."""
         heads = self.config.num_heads
-        return apply_rope(qk[:, :heads], self.batch.cos, self.batch.sin), qk[:, heads:]
+        return apply_rope(qk[:, :heads], *self._angles(layer)), qk[:, heads:]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keys turn as they are written."""
-        kv_write(k, v, self.batch.cos, self.batch.sin, self.batch.slots, *self.pool.layer(layer))
+        kv_write(k, v, *self._angles(layer), self.batch.slots, *self.pool.layer(layer))
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """Queries come rotated."""
-        batch = self.batch
+        batch, shape = self.batch, self.shapes[layer]
         return paged_attention(
             q,
             *self.pool.layer(layer),
             batch.page_table,
             batch.query_lens,
             batch.context_lens,
-            self.scale,
+            shape.scale,
             deterministic=self.deterministic,
             visible=batch.visible,
             windows=batch.windows,
+            sliding_window=shape.window,
+            softcap=shape.softcap,
             max_query_len=batch.max_query_len,
         )
 
     def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
         """See `AttentionBackend.prepare_for_capture`."""
         self._capacity = _Capacity(num_requests, num_rows, max_query_len, max_context)
-        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, self.device)
+        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, len(self.ropes), self.device)
 
     def prepare_for_replay(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.prepare_for_replay`."""
         assert self._capacity is not None, "prepare_for_capture comes first"
         self._capacity.check(batch)
-        self.batch.fill(DeviceBatch.of(batch, self.rope, self.device))
+        self.batch.fill(DeviceBatch.of(batch, self.ropes, self.device))
 
 
 @dataclass
@@ -385,23 +404,33 @@ class QuantizedBackend(AttentionBackend):
 
     batch: DeviceBatch
 
-    def __init__(self, pool: QuantizedPool, config: DecoderConfig, rope: RopeTable, *, deterministic: bool = False) -> None:
-        super().__init__(pool, config, rope, deterministic=deterministic)
+    def __init__(
+        self,
+        pool: QuantizedPool,
+        config: DecoderConfig,
+        rope: RopeTable,
+        local_rope: RopeTable | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__(pool, config, rope, local_rope, deterministic=deterministic)
         self.pool = pool
         self._capacity: _Capacity | None = None
         self._exact: ExactRows
-        self._tables: tuple[Tensor, Tensor]  # cos and sin [positions, d/2] float32 of all positions up to the longest context
+        self._tables: list[
+            tuple[Tensor, Tensor]
+        ]  # one a RoPE: cos and sin [positions, d/2] float32 of all positions up to the longest context
         self._new: tuple[Tensor, Tensor]  # keys and values of the layer at hand
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.plan`."""
         if batch.tree_positions is not None:
             raise InvalidOption("a quantised KV cache takes tokens that follow one another", "draft without leaves there")
-        self.batch = DeviceBatch.of(batch, self.rope, self.device)
+        self.batch = DeviceBatch.of(batch, self.ropes, self.device)
         self._exact = ExactRows.of(batch, self.pool)
-        self._tables = self.rope.table(max(batch.contexts))
+        self._tables = [rope.table(max(batch.contexts)) for rope in self.ropes]
 
-    def rotate(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing turns here: codes are of keys before rotation."""
         heads = self.config.num_heads
         return qk[:, :heads], qk[:, heads:]
@@ -409,29 +438,32 @@ class QuantizedBackend(AttentionBackend):
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Codes, and first tokens; the last ones only after attention, which still reads what they overwrite."""
         own, batch, sinks = self.pool.layer(layer), self.batch, self._exact.sinks
-        quantized_kv_write(k, v, batch.cos, batch.sin, batch.slots, own.means, own.pages)
+        cos, sin = batch.angles[self.shapes[layer].local_rope]
+        quantized_kv_write(k, v, cos, sin, batch.slots, own.means, own.pages)
         if sinks is not None:
             rows, slots = sinks
-            kv_write(k[rows], v[rows], batch.cos[rows], batch.sin[rows], slots, own.k_sinks, own.v_sinks)
+            kv_write(k[rows], v[rows], cos[rows], sin[rows], slots, own.k_sinks, own.v_sinks)
         self._new = k, v
 
     def run(self, layer: int, q: Tensor) -> Tensor:
         """Queries come before rotation."""
-        own, batch, exact = self.pool.layer(layer), self.batch, self._exact
-        (k, v), cos, sin = self._new, batch.cos, batch.sin
+        own, batch, exact, shape = self.pool.layer(layer), self.batch, self._exact, self.shapes[layer]
+        (k, v), (cos, sin) = self._new, batch.angles[shape.local_rope]
         out = quantized_paged_attention(
             apply_rope(q, cos, sin),
             own.pages,
             own.means,
-            *self._tables,
+            *self._tables[shape.local_rope],
             batch.page_table,
             batch.query_lens,
             batch.context_lens,
-            self.scale,
+            shape.scale,
             sinks=ExactSinks(own.k_sinks, own.v_sinks, exact.rows),
             recent=ExactRecent(apply_rope(k, cos, sin), v, own.k_ring, own.v_ring, exact.rows, exact.since),
             deterministic=self.deterministic,
             max_query_len=batch.max_query_len,
+            sliding_window=shape.window,
+            softcap=shape.softcap,
         )
         last, slots = exact.recent
         kv_write(k[last], v[last], cos[last], sin[last], slots, own.k_ring, own.v_ring)
@@ -440,8 +472,8 @@ class QuantizedBackend(AttentionBackend):
     def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
         """See `AttentionBackend.prepare_for_capture`. Capture again when the pool's exact rows have grown (`QuantizedPool.exact_row`)."""
         self._capacity = _Capacity(num_requests, num_rows, max_query_len, max_context)
-        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, self.device)
-        self._tables = self.rope.table(max_context)
+        self.batch = DeviceBatch.static(self._capacity, self.page_size, self.config.head_dim, len(self.ropes), self.device)
+        self._tables = [rope.table(max_context) for rope in self.ropes]
         rows, since = torch.zeros(2, num_requests, dtype=torch.int32, device=self.device)
         everyone = torch.arange(num_rows, device=self.device)
         self._exact = ExactRows(rows, since, (everyone, torch.zeros_like(everyone)), (slice(None), torch.zeros_like(everyone)))
@@ -450,7 +482,7 @@ class QuantizedBackend(AttentionBackend):
         """See `AttentionBackend.prepare_for_replay`."""
         assert self._capacity is not None, "prepare_for_capture comes first"
         self._capacity.check(batch)
-        self.batch.fill(DeviceBatch.of(batch, self.rope, self.device))
+        self.batch.fill(DeviceBatch.of(batch, self.ropes, self.device))
         found, spare = ExactRows.of(batch, self.pool), self.pool.spare_row()
         mine = self._exact
         mine.rows.copy_(found.rows)

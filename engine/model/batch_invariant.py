@@ -9,11 +9,15 @@ thread splits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from engine.model.linear import LinearFn, onednn_linear
-from kernels.silu_mul import silu_mul
+from kernels.dispatch import use_triton
+from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear.reference import grouped_linear as reference_grouped_linear
 
 ROWS = 16  # of every product: a verification block fits one, and so does a tile of a CPU's matrix unit (AMX)
 _ALIGNMENT = 64  # bytes, what the allocator gives
@@ -42,10 +46,28 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
 
 
-def batch_invariant_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu_mul` of [N, 2I] -> [N, I] in pieces of whole rows that one thread does alone."""
-    width = gate_up.shape[1] // 2
-    rows = max(1, _GRAIN // width)
-    if gate_up.is_cuda or gate_up.shape[0] <= rows:
-        return silu_mul(gate_up)
-    return torch.cat([silu_mul(piece) for piece in gate_up.split(rows)])
+def batch_invariant_gate(gate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A gated activation of [N, 2I] -> [N, I] in pieces of whole rows that one thread does alone."""
+
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        rows = max(1, _GRAIN // (gate_up.shape[1] // 2))
+        if gate_up.is_cuda or gate_up.shape[0] <= rows:
+            return gate(gate_up)
+        return torch.cat([gate(piece) for piece in gate_up.split(rows)])
+
+    return gated
+
+
+def batch_invariant_grouped(linear_fn: LinearFn) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`grouped_linear` whose products are all of one number of rows; its kernel's tiles are so as they are."""
+    invariant = batch_invariant(linear_fn)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return invariant(x, weight, None)
+
+    def grouped(x: torch.Tensor, weights: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        if use_triton(x, weights):
+            return grouped_linear(x, weights, sizes)
+        return reference_grouped_linear(x, weights, sizes, linear)
+
+    return grouped

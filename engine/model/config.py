@@ -1,25 +1,28 @@
 """Shape and options of a decoder, read from a model's config.json; anything our decoder does not run is refused by name.
 
-What config.json leaves out takes the default of transformers' class for the architecture. The defaults are written out here, as importing that
-library takes longer than loading a small model; a test compares them with transformers' own.
+What config.json leaves out takes the default of transformers' class for the architecture. The defaults are written out in `engine.model.families`,
+as importing that library takes longer than loading a small model; a test compares them with transformers' own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
 from engine.inputs import Fields, is_file, read_json_object, shown
+from engine.model.families import FAMILIES, Family, LayerKind
+from engine.model.families.family import ACTIVATIONS, FULL, MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, SLIDING, Activation, ExpertNames
 from engine.model.rope import RopeConfig
 
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-_REMEDY = f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}, with full attention"
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
+_REMEDY = f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
 _BAD_FIELD = "correct config.json, or download the model again"
-MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 1 << 14, 4096
-MAX_WIDTH, MAX_VOCAB, MAX_CONTEXT = 1 << 20, 1 << 24, 1 << 31
+MAX_HEADS, MAX_HEAD_DIM = 1 << 14, 4096
+MAX_WIDTH, MAX_VOCAB = 1 << 20, 1 << 24
 # all that is read of a config
 _KEYS = (
     "model_type",
@@ -37,67 +40,52 @@ _KEYS = (
     "attention_bias",
     "mlp_bias",
     "hidden_act",
+    "hidden_activation",
     "sliding_window",
     "use_sliding_window",
     "max_window_layers",
+    "sliding_window_pattern",
     "layer_types",
     "rope_theta",
+    "rope_local_base_freq",
     "rope_scaling",
     "rope_parameters",
     "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
     "quantization_config",
 )
-_COMMON: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_QWEN = _COMMON | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "eos_token_id": 2,
-    },
-    "mistral": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128, "attention_bias": False},
-}
-# of those with a default, what config.json may give as null: no value, or one derived from others
-_NULLABLE = {
-    "llama": ("eos_token_id",),
-    "mistral": ("eos_token_id", "sliding_window"),
-    "qwen2": ("num_key_value_heads", "sliding_window"),
-    "qwen3": ("num_key_value_heads", "sliding_window"),
-}
+
+
+class LayerShape(NamedTuple):
+    """What the forward pass of a layer needs to know besides its tensors."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float  # of the attention scores
+    window: int | None = None  # keys that a token attends to, its own included
+    softcap: float | None = None  # of the attention scores
+    local_rope: bool = False
+    activation: Activation = "silu"
+    experts_per_token: int = 0
+    normalise_experts: bool = True  # the chosen experts' weights add up to 1
+    expert_names: ExpertNames | None = None  # None: a dense feed-forward part
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything the decoder needs to know of a model."""
+    """Everything the decoder needs to know of a model; fields with a default say in what a family differs from Llama."""
 
     architecture: str  # one of SUPPORTED_ARCHITECTURES
     num_layers: int
@@ -115,6 +103,58 @@ class DecoderConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...] = ()
     o_bias: bool = False
+    layer_kinds: tuple[LayerKind, ...] = ()  # one a layer; () where all attend to everything and none has experts
+    local_rope: RopeConfig | None = None  # of layers whose kind says so
+    activation: Activation = "silu"
+    norm_offset: bool = False  # norms multiply by 1 + weight, in float32
+    sandwich_norms: bool = False  # the results of attention and feed-forward part are normalised too
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0  # feed-forward width of an expert
+    normalise_experts: bool = True
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The kind of one layer."""
+        return self.layer_kinds[layer] if self.layer_kinds else LayerKind()
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """What one layer's forward pass needs to know."""
+        kind = self.layer_kind(layer)
+        return LayerShape(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.rms_norm_eps,
+            self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale,
+            kind.window,
+            self.attention_softcap,
+            kind.local_rope,
+            self.activation,
+            self.experts_per_token,
+            self.normalise_experts,
+            FAMILIES[self.architecture].expert_names if kind.experts else None,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layers are Llama's: those that fused kernels take."""
+        return not self.traits
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        """The fields in which the family differs from Llama, as JSON takes them; without biases, which are fields of old."""
+        differing = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in _TRAITS and getattr(self, f.name) != f.default
+        }
+        return {name: asdict(value) if isinstance(value, RopeConfig) else value for name, value in differing.items()}
+
+    def last_layers(self, count: int, **changes: Any) -> DecoderConfig:
+        """The config of a decoder of this one's last `count` layers. changes: of other fields."""
+        return replace(self, num_layers=count, layer_kinds=self.layer_kinds[len(self.layer_kinds) - count :], **changes)
 
     @property
     def kv_width(self) -> int:
@@ -126,18 +166,21 @@ class DecoderConfig:
         """Read a transformers config (of any version from 5.x, or one with the older `rope_scaling`).
 
         Raises:
-            UnsupportedArchitecture: another architecture, sliding-window attention, an activation other than SiLU, biases in the
-                feed-forward layers, quantised weights, or an unsupported RoPE scaling.
+            UnsupportedArchitecture: another architecture or activation, biases in the feed-forward layers, quantised weights, or an unsupported
+                RoPE scaling.
             ModelNotFound: a value is missing, of another type, or out of all bounds.
         """
         given = {name: getattr(config, name, None) for name in _KEYS}
         architecture = given["model_type"]
         if architecture not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedArchitecture(f"architecture {shown(architecture)} is not supported", _REMEDY)
+        family = FAMILIES[architecture]
+        for name, meant in family.aliases.items():
+            given[meant] = given[name] if given[meant] is None else given[meant]
         fields = _fields(given)
         hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
         layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
-        _refuse_options(fields, architecture, layers)
+        activation = _activation(fields, family)
         heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
         kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, heads)
         if heads % kv_heads:
@@ -147,8 +190,7 @@ class DecoderConfig:
             raise fields.refuse(
                 "num_attention_heads" if given["head_dim"] is None else "head_dim", "heads of an even number of channels are needed"
             )
-        # Llama and Qwen3 put the option's bias on all four projections; Qwen2 always has it on q, k, v and never on o
-        bias = fields.boolean("attention_bias", False) and architecture in ("llama", "qwen3")
+        local = RopeConfig.from_hf(config, SLIDING, family.local_theta) if family.local_rope else None
         return cls(
             architecture=architecture,
             num_layers=layers,
@@ -159,13 +201,13 @@ class DecoderConfig:
             intermediate_size=fields.integer("intermediate_size", 1, 4 * MAX_WIDTH),
             vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB),
             rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0),
-            rope=RopeConfig.from_hf(config),
-            qkv_bias=bias or architecture == "qwen2",
-            qk_norm=architecture == "qwen3",
+            rope=RopeConfig.from_hf(config, FULL if family.local_rope else None, family.global_theta),
+            local_rope=local,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             max_position_embeddings=fields.integer("max_position_embeddings", 1, MAX_CONTEXT),
             eos_token_ids=fields.ids("eos_token_id"),
-            o_bias=bias,
+            activation=activation,
+            **({"qkv_bias": False, "qk_norm": False} | family.describe(fields, layers)),
         )
 
 
@@ -185,24 +227,47 @@ def read_config(folder: Path) -> SimpleNamespace:
         raise UnsupportedArchitecture(f"architecture {shown(kind)} is not supported", f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
     kept = {name: raw[name] for name in _KEYS if name in raw}
     _check_types(kept)
-    fields, defaults = _fields(kept), _DEFAULTS[kind]
-    for name in defaults:
-        if name in kept and kept[name] is None and name not in _NULLABLE[kind]:
+    family = FAMILIES[kind]
+    for name, meant in family.aliases.items():
+        if name in kept:
+            kept[meant] = kept.pop(name)
+    fields, defaults = _fields(kept), family.defaults
+    needed = [name for name in defaults if name not in family.nullable] + ["sliding_window_pattern"] * family.local_rope
+    for name in needed:
+        if name in kept and kept[name] is None:
             raise fields.refuse(name, "it needs a value")
     config = SimpleNamespace(**(defaults | kept))
     if config.__dict__.get("num_key_value_heads") is None:
         config.num_key_value_heads = config.num_attention_heads
-    if kind == "llama" and config.hidden_size % config.num_attention_heads:
+    if kind in ("llama", "gemma2", "gemma3_text") and config.hidden_size % config.num_attention_heads:
         raise fields.refuse("hidden_size", f"it must be a multiple of the {config.num_attention_heads} attention heads")
-    if kind in ("qwen2", "qwen3"):
+    if kind in ("qwen2", "qwen3", "qwen3_moe"):
         config.sliding_window = config.sliding_window if config.use_sliding_window else None
         config.use_sliding_window = config.sliding_window is not None
-    _take_rope(config)
+    _take_rope(config, family)
     return config
 
 
-def _take_rope(config: SimpleNamespace) -> None:
-    """Put the RoPE options where transformers 5 has them, in `rope_parameters`: older files have `rope_theta` and `rope_scaling` of their own."""
+def _take_rope(config: SimpleNamespace, family: Family) -> None:
+    """Put the RoPE options where transformers 5 has them, in `rope_parameters`: older files have `rope_theta` and `rope_scaling` of their own.
+
+    Of a family with two RoPEs, `rope_scaling` and `rope_theta` are those of its layers of full attention, `rope_local_base_freq` of the others.
+    """
+    if family.local_rope:
+        options = dict(config.__dict__.get("rope_parameters") or {})
+        for kind, theta, scaling in (
+            (FULL, "rope_theta", config.__dict__.pop("rope_scaling", None)),
+            (SLIDING, "rope_local_base_freq", None),
+        ):
+            own = _fields(options).mapping(kind) or {"rope_type": "default"}
+            if scaling and options and kind not in options:
+                raise _fields(options).refuse(kind, "rope_scaling needs it")
+            own |= scaling or {}
+            if own.get("rope_theta") is None and config.__dict__.get(theta) is not None:
+                own["rope_theta"] = config.__dict__[theta]
+            options[kind] = own
+        config.rope_parameters = options
+        return
     options = dict(config.__dict__.pop("rope_scaling", None) or config.__dict__.get("rope_parameters") or {})
     theta = config.__dict__.pop("rope_theta", None)
     if options.get("rope_theta") is None and theta is not None:
@@ -242,45 +307,38 @@ def _check_types(kept: dict[str, Any]) -> None:
     }
     for name, high in whole.items():
         fields.integer(name, 1, high, 1)
-    for name in ("sliding_window", "max_window_layers"):
+    for name in ("sliding_window", "max_window_layers", "sliding_window_pattern"):
         fields.integer(name, 0, MAX_CONTEXT, 0)
-    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+    for name in ("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"):
+        fields.integer(name, 0, MAX_EXPERTS, 0)
+    fields.integers("mlp_only_layers", 0, MAX_LAYERS, MAX_LAYERS)
+    fields.integer("moe_intermediate_size", 1, 4 * MAX_WIDTH, 1)
+    booleans = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention", "norm_topk_prob")
+    for name in booleans:
         fields.boolean(name, False)
+    for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        fields.number(name, 1e-6, 1e9, 1.0)
     fields.number("rms_norm_eps", 0.0, 1.0, 0.0)
     fields.number("partial_rotary_factor", 0.0, 1.0, 1.0)
     fields.text("hidden_act", "silu")
+    fields.text("hidden_activation", "silu")
     fields.texts("layer_types", MAX_LAYERS)
     fields.ids("eos_token_id")
     fields.mapping("quantization_config")
     RopeConfig.check_types(fields)
 
 
-def _refuse_options(fields: Fields, architecture: str, layers: int) -> None:
-    _refuse_windows(fields, architecture, layers)
-    if fields.text("hidden_act", "silu") != "silu":
-        what = f"{architecture} with activation {shown(fields.get('hidden_act'))} is not supported"
-        raise UnsupportedArchitecture(what, "supported: silu")
+def _activation(fields: Fields, family: Family) -> Activation:
+    """The gate's activation. UnsupportedArchitecture where it, or another option of the feed-forward layers, is none that our decoder runs."""
+    name = fields.text(family.activation_key, family.defaults[family.activation_key])
+    if name not in ACTIVATIONS:
+        what = f"{family.model_type} with activation {shown(name)} is not supported"
+        raise UnsupportedArchitecture(what, f"supported: {', '.join(ACTIVATIONS)}")
     if fields.boolean("mlp_bias", False):
-        raise UnsupportedArchitecture(f"{architecture} with feed-forward biases is not supported", "use a model with mlp_bias false")
+        raise UnsupportedArchitecture(f"{family.model_type} with feed-forward biases is not supported", "use a model with mlp_bias false")
     if fields.get("quantization_config"):
-        raise UnsupportedArchitecture(f"{architecture} with quantised weights is not supported", "use a float checkpoint")
+        raise UnsupportedArchitecture(f"{family.model_type} with quantised weights is not supported", "use a float checkpoint")
+    return ACTIVATIONS[name]
 
 
-def _refuse_windows(fields: Fields, architecture: str, layers: int) -> None:
-    """UnsupportedArchitecture when some layer looks back over less than the context; settings that no layer uses say nothing."""
-    layer_types = fields.texts("layer_types", MAX_LAYERS)
-    other = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
-    if other:
-        raise UnsupportedArchitecture(f"{architecture} with layers of type {shown(other[0])} is not supported", _REMEDY)
-    if layer_types and len(layer_types) != layers:
-        raise fields.refuse("layer_types", f"there are {layers} layers")
-    window = fields.integer("sliding_window", 0, MAX_CONTEXT, 0)
-    if layer_types:
-        slides = "sliding_attention" in layer_types
-    elif architecture in ("qwen2", "qwen3"):
-        slides = fields.boolean("use_sliding_window", False) and fields.integer("max_window_layers", 0, MAX_CONTEXT, 0) < layers
-    else:
-        slides = architecture == "mistral" and fields.get("sliding_window") is not None
-    # never narrower than the context is the same as full attention
-    if slides and window < fields.integer("max_position_embeddings", 1, MAX_CONTEXT):
-        raise UnsupportedArchitecture(f"{architecture} with sliding-window attention (window {window}) is not supported", _REMEDY)
+_TRAITS = frozenset(f.name for f in dataclasses.fields(DecoderConfig) if f.default is not dataclasses.MISSING) - {"eos_token_ids", "o_bias"}

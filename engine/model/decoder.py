@@ -1,4 +1,4 @@
-"""Our own decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) over a paged KV pool.
+"""Our own decoder over a paged KV pool, for all families of `engine.model.families`.
 
 Axes: B requests, N = sum of new tokens over the batch (flattened, ragged), L layers, H query heads, G KV heads, d head size, E hidden size,
 V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
@@ -18,16 +18,16 @@ from torch import nn
 from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.errors import InvalidOption
-from engine.kv.pool import KvPool, KvSequence, PagedPool
-from engine.model.attention import AttentionBackend, AttentionBatch, open_backend
-from engine.model.batch_invariant import batch_invariant, batch_invariant_silu_mul
+from engine.kv.pool import KvPool, KvSequence, LayerAngles, PagedPool
+from engine.model.attention import AttentionBackend, AttentionBatch, TritonBackend, open_backend
+from engine.model.batch_invariant import batch_invariant, batch_invariant_gate, batch_invariant_grouped
 from engine.model.config import DecoderConfig
-from engine.model.layers import DecoderLayer, LayerOps, LayerShape, LayerWeights, layer_forward
+from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
 from engine.model.linear import Projection, packed_copy, packs, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
+from kernels.grouped_linear import grouped_linear
 from kernels.rms_norm import rms_norm
-from kernels.silu_mul import silu_mul
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer", "forward_reserved"]
 
@@ -76,16 +76,28 @@ class Decoder(nn.Module):
         # given a weight, the module does not fill one with random numbers
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
-        self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, number, dtype, device) for number in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
         # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
         self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False, dtype, device)
         self._tied_head: torch.Tensor | None = None
         self.weight_sum: int | None = None  # over the bytes it was loaded from (`sum_of_all`)
         self._weights: list[LayerWeights] = []
-        self._rope: RopeTable | None = None
-        self._linear_fn = select_gemm(self.dtype, self.device)
-        self._batch_invariant_linear_fn = batch_invariant(self._linear_fn)
+        self._output_norm: torch.Tensor | None = None
+        self._ropes: dict[bool, RopeTable] = {}
+        self.layer_shapes = [config.layer_shape(number) for number in range(config.num_layers)]
+        self._choose_ops()
+
+    def _choose_ops(self) -> None:
+        """What depends on dtype and device: the layers' operations, by whether results are to be batch-invariant, and the embeddings' factor."""
+        # as the dtype holds it: so the models were trained
+        self._embedding_scale = float(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+        linear = select_gemm(self.dtype, self.device)
+        gates = {name: batch_invariant_gate(gate) for name, gate in GATES.items()}
+        self._ops = {
+            False: LayerOps(linear, rms_norm, GATES, grouped_linear),
+            True: LayerOps(batch_invariant(linear), rms_norm, gates, batch_invariant_grouped(linear)),
+        }
 
     # --- making one -----------------------------------------------------------------------------------------------------
 
@@ -140,7 +152,7 @@ class Decoder(nn.Module):
                 used = 0
                 for projection in projections:
                     used += projection.borrow(memory[used:])
-            fill({f"model.layers.{number}.{name}": part for name, part in layer.weights().hf_parts(config)})
+            fill({f"model.layers.{number}.{name}": part for name, part in layer.stored().hf_parts(layer.shape)})
             for projection in projections:
                 projection.pack(int8=int8)
         return decoder.pack(int8=int8)
@@ -152,7 +164,7 @@ class Decoder(nn.Module):
         generator = torch.Generator(device=device).manual_seed(seed)
         for name, parameter in decoder.named_parameters():
             if "norm" in name:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if config.norm_offset else 1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
@@ -164,8 +176,9 @@ class Decoder(nn.Module):
         named = {"model.embed_tokens.weight": self.embed_tokens.weight.data, "model.norm.weight": self.final_norm.data}
         if self.lm_head is not None:
             named["lm_head.weight"] = self.lm_head.weight
-        for number, weights in enumerate(self.layer_weights()):
-            named |= {f"model.layers.{number}.{name}": part for name, part in weights.hf_parts(self.config)}
+        for number, module in enumerate(self.layers):
+            layer = cast(DecoderLayer, module)
+            named |= {f"model.layers.{number}.{name}": part for name, part in layer.stored().hf_parts(layer.shape)}
         return named
 
     def pack(self, *, int8: bool = False) -> Decoder:
@@ -185,17 +198,25 @@ class Decoder(nn.Module):
         packed = any(projection.packed is not None for projection in projections)
         for projection in projections:
             projection.unpack()
-        self._weights, self._rope, self._tied_head = [], None, None
+        self._weights, self._output_norm, self._ropes, self._tied_head = [], None, {}, None
         result = super()._apply(*args, **kwargs)
-        self._linear_fn = select_gemm(self.dtype, self.device)
-        self._batch_invariant_linear_fn = batch_invariant(self._linear_fn)
+        self._choose_ops()
         return self.pack() if packed else result
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Tensors of every layer."""
+        """Tensors of every layer, as the forward pass takes them."""
         if not self._weights:
             self._weights = [cast(DecoderLayer, layer).weights() for layer in self.layers]
         return self._weights
+
+    @property
+    def output_norm(self) -> torch.Tensor:
+        """What the final norm multiplies by, [E]: its weight, with the family's offset."""
+        if not self.config.norm_offset:
+            return self.final_norm.data
+        if self._output_norm is None:
+            self._output_norm = with_offset(self.final_norm.data)
+        return self._output_norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,10 +237,22 @@ class Decoder(nn.Module):
 
     @property
     def rope(self) -> RopeTable:
-        """Table of rotary angles on the decoder's device."""
-        if self._rope is None:
-            self._rope = RopeTable(self.config.rope, self.config.head_dim, self.device)
-        return self._rope
+        """Table of rotary angles on the decoder's device, of all layers but those with a RoPE of their own (`rope_table`)."""
+        return self.rope_table(local=False)
+
+    def rope_table(self, *, local: bool) -> RopeTable:
+        """Table of rotary angles of layers whose kind says `local_rope`, or of the others."""
+        if local not in self._ropes:
+            options = self.config.local_rope if local else self.config.rope
+            assert options is not None, "a family with local_rope layers has options for them"
+            self._ropes[local] = RopeTable(options, self.config.head_dim, self.device)
+        return self._ropes[local]
+
+    def _angles(self, start: int, end: int, *, inverse: bool = False) -> LayerAngles:
+        """Angles of positions [start, end) by layer; inverse: those that turn back."""
+        tables = [self.rope_table(local=local) for local in ([False] if self.config.local_rope is None else [False, True])]
+        angles = tuple(table.inverse(start, end) if inverse else table.slice(start, end) for table in tables)
+        return LayerAngles(angles, tuple(int(shape.local_rope) for shape in self.layer_shapes))
 
     def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None) -> PagedPool:
         """A KV pool of this model's shape, dtype and device (see `PagedPool`)."""
@@ -231,17 +264,20 @@ class Decoder(nn.Module):
     # --- running it -----------------------------------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embedding rows [N, E] of token ids [N] int64."""
-        return F.embedding(token_ids, self.embed_tokens.weight)
+        """Embedding rows [N, E] of token ids [N] int64, scaled as the family does."""
+        rows = F.embedding(token_ids, self.embed_tokens.weight)
+        return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
 
     def head(self, hidden: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
         """Final norm and output projection of the residual stream [N, E] -> float32 logits [N, V]."""
-        normed, _ = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        normed, _ = rms_norm(hidden, self.output_norm, self.config.rms_norm_eps)
         if self.lm_head is not None:
             matrix = self.lm_head.matrix
         else:
             matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
-        return (self._batch_invariant_linear_fn if deterministic else self._linear_fn)(normed, matrix, None).float()
+        logits = self._ops[deterministic].linear(normed, matrix, None).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(
         self,
@@ -337,16 +373,12 @@ class Decoder(nn.Module):
         taps: tuple[int, ...],
         observe: Observer | None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        weights = self.layer_weights()
-        shape = LayerShape.of(self.config)
-        if backend.deterministic:
-            ops = LayerOps(self._batch_invariant_linear_fn, rms_norm, batch_invariant_silu_mul)
-        else:
-            ops = LayerOps(self._linear_fn, rms_norm, silu_mul)
+        weights, shapes, ops = self.layer_weights(), self.layer_shapes, self._ops[backend.deterministic]
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
         for number in layers:
-            out = layer_forward(weights[number], stream, backend.rotate, partial(backend.attend, number), shape, ops, update)
+            rotate, attend = partial(backend.rotate, number), partial(backend.attend, number)
+            out = layer_forward(weights[number], stream, rotate, attend, shapes[number], ops, update)
             if number in taps:
                 taken[number] = out.entered
             if observe is not None and queries is not None:
@@ -360,9 +392,13 @@ class Decoder(nn.Module):
             observe(layers.stop - 1, queries, stream)
         return stream, taken
 
-    def attention_backend(self, pool: KvPool, *, deterministic: bool = False) -> AttentionBackend:
-        """Attention of this model over one of its pools."""
-        return open_backend(pool, self.config, self.rope, deterministic=deterministic)
+    def attention_backend(self, pool: KvPool, *, deterministic: bool = False, kernels: bool = False) -> AttentionBackend:
+        """Attention of this model over one of its pools. kernels: over plain pages in tensors that a caller may set itself, on any device."""
+        local = None if self.config.local_rope is None else self.rope_table(local=True)
+        if kernels:
+            assert isinstance(pool, PagedPool)
+            return TritonBackend(pool, self.config, self.rope, local, deterministic=deterministic)
+        return open_backend(pool, self.config, self.rope, local, deterministic=deterministic)
 
     def decode(self, token_ids: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
         """New tokens [N] int64 of a batch that the backend was planned or prepared for -> float32 logits [N, V].
@@ -381,7 +417,7 @@ class Decoder(nn.Module):
             [T, D] float32 in the order (layer, key | value, head, channel).
         """
         assert 0 <= start <= end <= sequence.capacity, "only reserved tokens can be read"
-        return sequence.pool.read(sequence, start, end, first_layer, self.rope.inverse(start, end)).flatten(1)
+        return sequence.pool.read(sequence, start, end, first_layer, self._angles(start, end, inverse=True)).flatten(1)
 
     def write_kv(self, sequence: KvSequence, start: int, y: torch.Tensor, *, first_layer: int = 0) -> None:
         """Inverse of `read_kv`: rotate the keys of y [T, D] float32 and write tokens start .. start + T - 1; does not advance.
@@ -398,4 +434,4 @@ class Decoder(nn.Module):
         end = start + y.shape[0]
         sequence.check_writable(start, end)
         kv = y.to(self.device, torch.float32).view(-1, layers, 2, config.num_kv_heads, config.head_dim)
-        sequence.pool.write(sequence, start, kv, first_layer, self.rope.slice(start, end))
+        sequence.pool.write(sequence, start, kv, first_layer, self._angles(start, end))

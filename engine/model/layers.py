@@ -1,11 +1,11 @@
-"""A layer of the Llama family: its parameters, with fused projections, and its forward pass.
+"""A decoder layer: its parameters, with fused projections, and the one forward pass of all families (`engine.model.families`).
 
-Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads, d head size, E hidden size, I feed-forward width.
+Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads, d head size, E hidden size, I feed-forward width, X experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, LayerShape
+from engine.model.families.family import Activation
 from engine.model.linear import Projection
+from kernels.gelu_mul import gelu_mul
+from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear.reference import grouped_linear as reference_grouped_linear
+from kernels.paged_attention.reference import capped_attention
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.rope.reference import rotate, widen
@@ -27,11 +32,14 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q
 
 
 class DecoderLayer(nn.Module):
-    """Parameters of one layer; q, k, v are one product, gate and up another."""
+    """Parameters of one layer as a checkpoint has them; q, k, v are one product, gate and up another."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, config: DecoderConfig, number: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         heads, kv_heads, d, width = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+        self.shape, self._norm_offset = config.layer_shape(number), config.norm_offset
         new = partial(torch.empty, dtype=dtype, device=device)
         projection = partial(Projection, dtype=dtype, device=device)
         self.input_norm = nn.Parameter(new(width))
@@ -39,37 +47,55 @@ class DecoderLayer(nn.Module):
         self.qk_norm = nn.Parameter(new(2, d)) if config.qk_norm else None  # row 0 for queries, row 1 for keys
         self.o_proj = projection(heads * d, width, config.o_bias)
         self.post_norm = nn.Parameter(new(width))
-        self.gate_up_proj = projection(width, 2 * config.intermediate_size, False)
-        self.down_proj = projection(config.intermediate_size, width, False)
+        self.out_norms = (
+            nn.Parameter(new(2, width)) if config.sandwich_norms else None
+        )  # row 0 of attention, row 1 of the feed-forward part
+        self.router = self.experts_gate_up = self.experts_down = None
+        if self.shape.expert_names is not None:
+            experts, inner = config.num_experts, config.expert_size
+            self.router = nn.Parameter(new(experts, width))
+            self.experts_gate_up, self.experts_down = nn.Parameter(new(experts, 2 * inner, width)), nn.Parameter(new(experts, width, inner))
+        else:
+            self.gate_up_proj = projection(width, 2 * config.intermediate_size, False)
+            self.down_proj = projection(config.intermediate_size, width, False)
 
-    def weights(self) -> LayerWeights:
-        """The tensors, looked up once: attribute access of modules costs as much as a small operation."""
-        qkv, o = self.qkv_proj, self.o_proj
+    def stored(self) -> LayerWeights:
+        """The tensors as a checkpoint has them, looked up once: attribute access of modules costs as much as a small operation."""
+        qkv, o, mixture = self.qkv_proj, self.o_proj, self.router is not None
         return LayerWeights(
             self.input_norm.data,
             qkv.matrix,
             None if qkv.bias is None else qkv.bias.data,
-            None if self.qk_norm is None else self.qk_norm.data,
+            _data(self.qk_norm),
             o.matrix,
             None if o.bias is None else o.bias.data,
             self.post_norm.data,
-            self.gate_up_proj.matrix,
-            self.down_proj.matrix,
+            self.experts_gate_up.data if self.experts_gate_up is not None else self.gate_up_proj.matrix,
+            self.experts_down.data if self.experts_down is not None else self.down_proj.matrix,
+            _data(self.out_norms),
+            _data(self.router) if mixture else None,
+        )
+
+    def weights(self) -> LayerWeights:
+        """The tensors as the forward pass takes them: norms with their offset, in float32 where they have one."""
+        stored = self.stored()
+        if not self._norm_offset:
+            return stored
+        return stored._replace(
+            input_norm=with_offset(stored.input_norm),
+            post_norm=with_offset(stored.post_norm),
+            qk_norm=None if stored.qk_norm is None else with_offset(stored.qk_norm),
+            out_norms=None if stored.out_norms is None else with_offset(stored.out_norms),
         )
 
 
-class LayerShape(NamedTuple):
-    """What a layer needs to know besides its tensors."""
+def _data(parameter: nn.Parameter | None) -> torch.Tensor | None:
+    return None if parameter is None else parameter.data
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
 
-    @classmethod
-    def of(cls, config: DecoderConfig) -> LayerShape:
-        """Of a decoder's layers."""
-        return cls(config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps)
+def with_offset(norm: torch.Tensor) -> torch.Tensor:
+    """What a norm of weight w multiplies by in families that store it less 1: float32, as half precision has no room for the sum."""
+    return norm.float() + 1.0
 
 
 class LayerWeights(NamedTuple):
@@ -81,21 +107,28 @@ class LayerWeights(NamedTuple):
     qk_norm: torch.Tensor | None  # [2, d]
     o: torch.Tensor  # [E, H d]
     o_bias: torch.Tensor | None  # [E]
-    post_norm: torch.Tensor  # [E]
-    gate_up: torch.Tensor  # [2I, E]
-    down: torch.Tensor  # [E, I]
+    post_norm: torch.Tensor  # [E], before the feed-forward part
+    gate_up: torch.Tensor  # [2I, E], of experts [X, 2I, E]
+    down: torch.Tensor  # [E, I], of experts [X, E, I]
+    out_norms: torch.Tensor | None = None  # [2, E], of the results of attention and feed-forward part
+    router: torch.Tensor | None = None  # [X, E]
 
     def plain(self) -> LayerWeights:
         """The same with packed matrices unpacked into copies, for operations that only take plain tensors (autograd among them)."""
         qkv, o, gate_up, down = (m.to_dense() if m.is_mkldnn else m for m in (self.qkv, self.o, self.gate_up, self.down))
         return self._replace(qkv=qkv, o=o, gate_up=gate_up, down=down)
 
-    def hf_parts(self, config: DecoderConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_parts(self, shape: LayerShape) -> Iterator[tuple[str, torch.Tensor]]:
         """(name within a Hugging Face layer, contiguous part) for each of its tensors: views to fill, or copies once packed."""
         plain = self.plain()
-        q, kv, inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
+        q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         yield "input_layernorm.weight", self.input_norm
-        yield "post_attention_layernorm.weight", self.post_norm
+        if self.out_norms is None:
+            yield "post_attention_layernorm.weight", self.post_norm
+        else:
+            yield "post_attention_layernorm.weight", self.out_norms[0]
+            yield "pre_feedforward_layernorm.weight", self.post_norm
+            yield "post_feedforward_layernorm.weight", self.out_norms[1]
         for name, part in zip("qkv", plain.qkv.split((q, kv, kv)), strict=True):
             yield f"self_attn.{name}_proj.weight", part
         if self.qkv_bias is not None:
@@ -107,7 +140,12 @@ class LayerWeights(NamedTuple):
         yield "self_attn.o_proj.weight", plain.o
         if self.o_bias is not None:
             yield "self_attn.o_proj.bias", self.o_bias
-        gate, up = plain.gate_up.split((inner, inner))
+        if self.router is not None and shape.expert_names is not None:
+            yield shape.expert_names.router, self.router
+            for number, (gate_up, down) in enumerate(zip(plain.gate_up, plain.down, strict=True)):
+                yield from zip(shape.expert_names.matrices(number), (*gate_up.chunk(2), down), strict=True)
+            return
+        gate, up = plain.gate_up.chunk(2)
         yield "mlp.gate_proj.weight", gate
         yield "mlp.up_proj.weight", up
         yield "mlp.down_proj.weight", plain.down
@@ -119,7 +157,9 @@ class LayerOps(NamedTuple):
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]
     # x [N, E], weight, eps, residual or None -> (normalised rows, x + residual)
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-    silu_mul: Callable[[torch.Tensor], torch.Tensor]  # [N, 2I] -> [N, I]
+    gates: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]  # by activation: [N, 2I] -> [N, I]
+    # x [M, in] sorted by expert, weights [X, out, in], rows of each expert int64 [X] -> [M, out]
+    grouped_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _differentiable_norm(
@@ -130,15 +170,23 @@ def _differentiable_norm(
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype), x
 
 
-def _differentiable_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+def _differentiable_gate(activate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return activate(gate) * up
+
+    return gated
 
 
-FAST = LayerOps(F.linear, rms_norm, silu_mul)  # kernels, for plain matrices
-DIFFERENTIABLE = LayerOps(
-    F.linear, _differentiable_norm, _differentiable_silu_mul
-)  # plain operations; norms in float32 whatever their weight's dtype
+GATES: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu_mul, "gelu_tanh": gelu_mul}
+_DIFFERENTIABLE_GATES: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": _differentiable_gate(F.silu),
+    "gelu_tanh": _differentiable_gate(partial(F.gelu, approximate="tanh")),
+}
+
+FAST = LayerOps(F.linear, rms_norm, GATES, grouped_linear)  # kernels, for plain matrices
+# plain operations; norms in float32 whatever their weight's dtype
+DIFFERENTIABLE = LayerOps(F.linear, _differentiable_norm, _DIFFERENTIABLE_GATES, reference_grouped_linear)
 
 
 class LayerOutput(NamedTuple):
@@ -173,9 +221,36 @@ def layer_forward(
         queries = ops.rms_norm(queries, w.qk_norm[0], shape.eps, None)[0]
         keys = ops.rms_norm(split.narrow(-2, heads, kv_heads), w.qk_norm[1], shape.eps, None)[0]
         qk = torch.cat((queries, keys), -2)
-    attended = attend(*rope(qk), v).flatten(-2)
-    normed, stream = ops.rms_norm(entered, w.post_norm, shape.eps, ops.linear(attended, w.o, w.o_bias))
-    return LayerOutput(entered, stream, ops.linear(ops.silu_mul(ops.linear(normed, w.gate_up, None)), w.down, None), queries)
+    attended = ops.linear(attend(*rope(qk), v).flatten(-2), w.o, w.o_bias)
+    if w.out_norms is not None:
+        attended = ops.rms_norm(attended, w.out_norms[0], shape.eps, None)[0]
+    normed, stream = ops.rms_norm(entered, w.post_norm, shape.eps, attended)
+    if w.router is None:
+        out = ops.linear(ops.gates[shape.activation](ops.linear(normed, w.gate_up, None)), w.down, None)
+    else:
+        out = _mixture(w, normed, shape, ops)
+    if w.out_norms is not None:
+        out = ops.rms_norm(out, w.out_norms[1], shape.eps, None)[0]
+    return LayerOutput(entered, stream, out, queries)
+
+
+def _mixture(w: LayerWeights, x: torch.Tensor, shape: LayerShape, ops: LayerOps) -> torch.Tensor:
+    """Mixture of experts over rows x [N, E] (any leading axes): each goes through the experts its router scores highest (Shazeer et al., 2017, arXiv
+    1701.06538), and their results are added up, weighted by the softmax of the scores over all experts.
+
+    A row's terms are added in the order of its experts' scores, whatever rows stand beside it.
+    """
+    assert w.router is not None
+    rows, count = x.flatten(0, -2), shape.experts_per_token
+    share, chosen = ops.linear(rows, w.router, None).float().softmax(-1).topk(count, -1)  # [N, k]
+    if shape.normalise_experts:
+        share = share / share.sum(-1, keepdim=True)
+    order = chosen.flatten().argsort(stable=True)
+    sizes = (chosen.flatten()[:, None] == torch.arange(len(w.router), device=x.device)).sum(0)  # a bincount would wait for the device
+    inner = ops.gates[shape.activation](ops.grouped_linear(rows[order // count], w.gate_up, sizes))
+    result = ops.grouped_linear(inner, w.down, sizes)
+    placed = torch.empty_like(result).index_copy(0, order, result).unflatten(0, (-1, count))  # [N, k, E]
+    return (placed * share.to(result.dtype)[..., None]).sum(-2).view(x.shape)
 
 
 def rope_of(cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Rope:
@@ -205,9 +280,20 @@ def differentiable_rope(cos: torch.Tensor, sin: torch.Tensor, num_heads: int) ->
     return rope
 
 
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """q [B, T, H, d] over k, v [B, T', G, d] -> [B, T, H, d], causal, or under a mask [T, T'] of what is seen."""
-    group = q.shape[2] // k.shape[2]
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: LayerShape) -> torch.Tensor:
+    """q [B, T, H, d] of the last T of T' positions over k, v [B, T', G, d] -> [B, T, H, d], causal, within the layer's window."""
+    group, length, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     k, v = (part.repeat_interleave(group, 2) for part in (k, v))
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    whole = length == keys and (shape.window is None or shape.window >= keys)
+    mask = None
+    if not whole or shape.softcap is not None:
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        if shape.window is not None:
+            mask = mask.triu(keys - length + 1 - shape.window)
+    if shape.softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale)
+    else:
+        assert mask is not None
+        out = capped_attention(q, k, v, ~mask, shape.scale, shape.softcap)
+    return out.transpose(1, 2)

@@ -37,8 +37,10 @@ class RopeConfig:
     attention_factor: float = 1.0  # yarn: factor of cos and sin
 
     @classmethod
-    def from_hf(cls, config: Any) -> RopeConfig:
+    def from_hf(cls, config: Any, layer_type: str | None = None, theta: float = 10_000.0) -> RopeConfig:
         """Read a transformers config: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+
+        layer_type: read the options that `rope_parameters` has for layers of this type. theta: the base where none is given.
 
         Raises:
             UnsupportedArchitecture: a kind outside SUPPORTED_ROPE, partial rotation, or an option of the kind is missing.
@@ -47,6 +49,10 @@ class RopeConfig:
         names = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "max_position_embeddings")
         outer = Fields({name: getattr(config, name, None) for name in names}, "config.json", ModelNotFound, _BAD_OPTION)
         options = outer.mapping("rope_scaling") | outer.mapping("rope_parameters")
+        if layer_type is not None:
+            options = Fields(outer.mapping("rope_parameters"), "config.json's rope_parameters", ModelNotFound, _BAD_OPTION).mapping(
+                layer_type
+            )
         fields = Fields(options, "config.json's RoPE scaling", ModelNotFound, _BAD_OPTION)
         kind = options.get("rope_type") or options.get("type") or "default"
         if kind not in SUPPORTED_ROPE:
@@ -58,7 +64,7 @@ class RopeConfig:
         if partial != 1.0:
             what = f"partial rotation (partial_rotary_factor {partial}) is not supported"
             raise UnsupportedArchitecture(what, "use a model that rotates all channels")
-        theta = fields.number("rope_theta", *_THETA, outer.number("rope_theta", *_THETA, 10_000.0))
+        theta = fields.number("rope_theta", *_THETA, theta if layer_type else outer.number("rope_theta", *_THETA, theta))
         if kind == "default":
             return cls(kind, theta)
         context = outer.integer("max_position_embeddings", 1, _MAX_CONTEXT)
@@ -89,9 +95,12 @@ class RopeConfig:
     @staticmethod
     def check_types(outer: Fields) -> None:
         """ModelNotFound unless the config's RoPE options, where they are given, are numbers and objects within their bounds."""
-        outer.number("rope_theta", *_THETA, 10_000.0)
-        for name in ("rope_scaling", "rope_parameters"):
-            fields = Fields(outer.mapping(name), f"config.json's {name}", ModelNotFound, _BAD_OPTION)
+        for name in ("rope_theta", "rope_local_base_freq"):
+            outer.number(name, *_THETA, 10_000.0)
+        found = {name: outer.mapping(name) for name in ("rope_scaling", "rope_parameters")}
+        found |= {f"rope_parameters {key}": own for key, own in found["rope_parameters"].items() if isinstance(own, dict)}
+        for name, options in found.items():
+            fields = Fields(options, f"config.json's {name}", ModelNotFound, _BAD_OPTION)
             fields.text("rope_type", "")
             fields.text("type", "")
             fields.number("rope_theta", *_THETA, 10_000.0)

@@ -121,12 +121,22 @@ def index_folder(folder: Path) -> dict[str, StoredTensor]:
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name -> shape, of all tensors that a decoder of this shape has; nothing is allocated."""
-    width, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in _layer_shapes(config, number).items()}
+    return shapes
+
+
+def _layer_shapes(config: DecoderConfig, number: int) -> dict[str, tuple[int, ...]]:
+    """The same of one layer, by the names within it."""
+    width, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.sandwich_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (width,) for name in norms}
     for name, rows in (("q", q), ("k", kv), ("v", kv)):
         layer[f"self_attn.{name}_proj.weight"] = (rows, width)
         if config.qkv_bias:
@@ -136,10 +146,19 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     layer["self_attn.o_proj.weight"] = (width, q)
     if config.o_bias:
         layer["self_attn.o_proj.bias"] = (width,)
-    layer |= {"mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width), "mlp.down_proj.weight": (width, inner)}
-    for number in range(config.num_layers):
-        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    experts = config.layer_shape(number).expert_names
+    if experts is None:
+        inner = config.intermediate_size
+        return layer | {
+            "mlp.gate_proj.weight": (inner, width),
+            "mlp.up_proj.weight": (inner, width),
+            "mlp.down_proj.weight": (width, inner),
+        }
+    layer[experts.router] = (config.num_experts, width)
+    for expert in range(config.num_experts):
+        inner = config.expert_size
+        layer |= dict(zip(experts.matrices(expert), ((inner, width), (inner, width), (width, inner)), strict=True))
+    return layer
 
 
 def open_checkpoint(folder: Path) -> tuple[DecoderConfig, dict[str, StoredTensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +40,8 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     if HEAD not in held:
         held[HEAD] = (len(token_ids), target.config.hidden_size)
     # a head of its own matrix, which a CPU can lay out for its products, and no embeddings: tokens never reach these layers
-    shape = replace(target.config, num_layers=config.num_layers, vocab_size=config.vocab_size, tie_word_embeddings=False)
+    # nor an offset of norms: a draft head stores what they multiply by
+    shape = target.config.last_layers(config.num_layers, vocab_size=config.vocab_size, tie_word_embeddings=False, norm_offset=False)
     expected = {name: sizes for name, sizes in expected_shapes(shape).items() if name != _EMBEDDING}  # before memory is taken for them
     if wrong := {name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)}:
         raise BadDraftHead(f"the draft head {folder} and its target disagree about {min(wrong)}", "train one for this target")

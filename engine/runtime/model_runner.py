@@ -172,8 +172,9 @@ class GraphedDecoder:
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
-        """Whether the model's steps can be captured: on a CUDA device, with plain pages and heads that the fused kernels' tiles divide."""
-        fits = decoder.config.head_dim % _HEAD_TILE == 0 and use_triton(decoder.final_norm)
+        """Whether the model's steps can be captured: on a CUDA device, with plain pages, Llama's layers, and heads that the fused kernels' tiles
+        divide."""
+        fits = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and use_triton(decoder.final_norm)
         return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and fits
 
     # --- the decoder's own face -----------------------------------------------------------------------------------------

@@ -249,7 +249,8 @@ class SessionCodec:
         sequence, target = conversation.sequence, self.core.target
         pool = sequence.pool
         sequence.ensure(end, start)
-        if isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
+        one_rope = target.config.local_rope is None  # the kernel turns the keys of all layers alike
+        if one_rope and isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
             pages, offsets = sequence.addresses(start, end)
             slots, angles = pages * pool.page_size + offsets, target.rope.slice(start, end)
             self.pages.write_pages(parts, latents, target_rows, pool.kv, slots, *angles, self.first_layer)

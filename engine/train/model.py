@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.model.config import LayerShape
 from engine.model.layers import (
     DIFFERENTIABLE,
     FAST,
-    LayerShape,
     LayerWeights,
     dense_attention,
     differentiable_rope,
@@ -23,39 +25,42 @@ from engine.model.layers import (
     rope_of,
 )
 
-Angles = Callable[[int], tuple[Tensor, Tensor]]  # T -> cos, sin [T, d/2] float32 of positions 0 .. T - 1
+Pairs = Sequence[tuple[Tensor, Tensor]]  # cos, sin [T, d/2] float32 of positions 0 .. T - 1, one pair a RoPE
+Angles = Callable[[int], Pairs]  # by T
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen target: `embed` [V, E], `layers`, `norm` [E], `head` [V, E], all in one dtype on one device."""
+    """The frozen target: `embed` [V, E], `layers` with their `shapes`, `norm` [E], `head` [V, E], all on one device, matrices in one dtype."""
 
     embed: Tensor
     layers: Sequence[LayerWeights]
     norm: Tensor
     head: Tensor
-    shape: LayerShape
+    shapes: Sequence[LayerShape]
     angles: Angles
+    embedding_scale: float = 1.0
 
     @torch.no_grad()
     def run(self, token_ids: Tensor, tap: int) -> tuple[Tensor, Tensor]:
         """token_ids [B, T] int64 -> the residual stream after `tap` layers, and the last one after the final norm, each [B, T, E]."""
         batch, length = token_ids.shape
-        shape = self.shape
-        cos, sin = (part.repeat(batch, 1) for part in self.angles(length))
-        rope = rope_of(cos, sin, shape.num_heads)
+        ropes = [rope_of(cos.repeat(batch, 1), sin.repeat(batch, 1), self.shapes[0].num_heads) for cos, sin in self.angles(length)]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return dense_attention(*(part.unflatten(0, (batch, length)) for part in (q, k, v))).flatten(0, 1)
+        def attend(shape: LayerShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(0, (batch, length)) for part in (q, k, v))
+            return dense_attention(q, k, v, shape).flatten(0, 1)
 
         stream, update = F.embedding(token_ids.flatten(), self.embed), None
+        if self.embedding_scale != 1.0:
+            stream = stream * torch.tensor(self.embedding_scale, dtype=stream.dtype)
         taken = stream
-        for number, w in enumerate(self.layers):
-            out = layer_forward(w, stream, rope, attend, shape, FAST, update)
+        for number, (w, shape) in enumerate(zip(self.layers, self.shapes, strict=True)):
+            out = layer_forward(w, stream, ropes[shape.local_rope], partial(attend, shape), shape, FAST, update)
             if number == tap:
                 taken = out.entered
             stream, update = out.stream, out.update
-        normed, stream = FAST.rms_norm(stream, self.norm, shape.eps, update)
+        normed, stream = FAST.rms_norm(stream, self.norm, self.shapes[0].eps, update)
         if tap == len(self.layers):
             taken = stream
         return taken.unflatten(0, (batch, length)), normed.unflatten(0, (batch, length))
@@ -73,25 +78,29 @@ class Student(nn.Module):
 
     def __init__(self, teacher: Teacher, num_layers: int, token_ids: Tensor, *, own_head: bool) -> None:
         super().__init__()
-        self.shape, self.own_head = teacher.shape, own_head
-        self.layers = nn.ModuleList(_OwnLayer(layer) for layer in teacher.layers[len(teacher.layers) - num_layers :])
+        first, self.own_head = len(teacher.layers) - num_layers, own_head
+        self.shapes = list(teacher.shapes[first:])
+        self.layers = nn.ModuleList(_OwnLayer(layer) for layer in teacher.layers[first:])
         self.norm = nn.Parameter(_copy(teacher.norm))
         rows = _copy(teacher.head[token_ids.to(teacher.head.device)])
         self.head = nn.Parameter(rows, requires_grad=own_head)
 
-    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, angles: Pairs) -> Tensor:
         """The target's residual stream at the exit layer [B, T, E] -> what the head multiplies [B, T, E], in hidden's dtype."""
-        stream, update, rope = hidden, None, differentiable_rope(*angles, self.shape.num_heads)
-        for layer in self.layers:
-            out = layer_forward(layer.weights(hidden.dtype), stream, rope, dense_attention, self.shape, DIFFERENTIABLE, update)  # type: ignore[operator]
+        ropes = [differentiable_rope(*pair, self.shapes[0].num_heads) for pair in angles]
+        stream, update = hidden, None
+        for layer, shape in zip(self.layers, self.shapes, strict=True):
+            w: LayerWeights = layer.weights(hidden.dtype)  # type: ignore[operator]
+            attend = partial(dense_attention, shape=shape)
+            out = layer_forward(w, stream, ropes[shape.local_rope], attend, shape, DIFFERENTIABLE, update)
             stream, update = out.stream, out.update
-        return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shape.eps, update)[0]
+        return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shapes[0].eps, update)[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> tensor of everything a draft head stores but the token ids."""
         named = {"model.norm.weight": self.norm.data}
-        for number, layer in enumerate(self.layers):
-            named |= {f"model.layers.{number}.{name}": part for name, part in layer.named(self.shape)}  # type: ignore[operator]
+        for number, (layer, shape) in enumerate(zip(self.layers, self.shapes, strict=True)):
+            named |= {f"model.layers.{number}.{name}": part for name, part in layer.named(shape)}  # type: ignore[operator]
         return named | ({"lm_head.weight": self.head.data} if self.own_head else {})
 
     @torch.no_grad()
@@ -113,6 +122,8 @@ class _OwnLayer(nn.Module):
     post_norm: nn.Parameter
     gate_up: nn.Parameter
     down: nn.Parameter
+    out_norms: nn.Parameter | None
+    router: nn.Parameter | None
 
     def __init__(self, source: LayerWeights) -> None:
         super().__init__()
@@ -127,18 +138,9 @@ class _OwnLayer(nn.Module):
 
     def named(self, shape: LayerShape) -> list[tuple[str, Tensor]]:
         """(name within a Hugging Face layer, view of the tensor)."""
-        q, kv, inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, self.down.shape[1]
-        parts = [("input_layernorm.weight", self.input_norm.data), ("post_attention_layernorm.weight", self.post_norm.data)]
-        parts += [(f"self_attn.{n}_proj.weight", part) for n, part in zip("qkv", self.qkv.data.split((q, kv, kv)), strict=True)]
-        if self.qkv_bias is not None:
-            parts += [(f"self_attn.{n}_proj.bias", part) for n, part in zip("qkv", self.qkv_bias.data.split((q, kv, kv)), strict=True)]
-        if self.qk_norm is not None:
-            parts += [("self_attn.q_norm.weight", self.qk_norm.data[0]), ("self_attn.k_norm.weight", self.qk_norm.data[1])]
-        parts += [("self_attn.o_proj.weight", self.o.data)]
-        if self.o_bias is not None:
-            parts += [("self_attn.o_proj.bias", self.o_bias.data)]
-        gate, up = self.gate_up.data.split((inner, inner))
-        return [*parts, ("mlp.gate_proj.weight", gate), ("mlp.up_proj.weight", up), ("mlp.down_proj.weight", self.down.data)]
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in LayerWeights._fields}
+        plain: dict[str, Any] = {name: None if tensor is None else tensor.data for name, tensor in tensors.items()}
+        return list(LayerWeights(**plain).hf_parts(shape))
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -72,11 +72,13 @@ class SelfGenerationSampler:
         self._graph: torch.cuda.CUDAGraph | None = None
         rows, device = options.rows, decoder.device
         pool = decoder.new_pool(rows * context // PAGE_SIZE, PAGE_SIZE)
-        self._backend = TritonBackend(pool, decoder.config, decoder.rope)
+        backend = decoder.attention_backend(pool, kernels=True)
+        assert isinstance(backend, TritonBackend)
+        self._backend = backend
         self._first_slot = torch.arange(rows, device=device) * context
         self._table = torch.arange(rows * context // PAGE_SIZE, dtype=torch.int32, device=device).view(rows, -1)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
-        self._cos, self._sin = decoder.rope.slice(0, context)
+        self._angles = [rope.slice(0, context) for rope in backend.ropes]
         self._ends = torch.zeros(decoder.config.vocab_size, dtype=torch.bool, device=device)
         self._ends[list(chat.ends)] = True
         self._turn_ends = self._ends.clone()  # of a user's message: the template's own marker as well
@@ -129,8 +131,7 @@ class SelfGenerationSampler:
     def _run(self, tokens: Tensor) -> Tensor:
         at = self._lengths
         self._backend.batch = DeviceBatch(
-            cos=self._cos[at],
-            sin=self._sin[at],
+            angles=tuple((cos[at], sin[at]) for cos, sin in self._angles),
             slots=self._first_slot + at,
             page_table=self._table,
             query_lens=self._ones,

@@ -14,7 +14,6 @@ from draft.head_file import DraftHeadConfig, file_fields, read_draft_head, targe
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
-from engine.model.layers import LayerShape
 from engine.train.data import TrainingSets
 from engine.train.documents import TokenDocuments, coverage, reduced_vocabulary
 from engine.train.measure import measure
@@ -57,13 +56,24 @@ class Architecture:
 
 
 def teacher_of(decoder: Decoder) -> Teacher:
-    """The decoder's weights as a teacher; packed ones are unpacked into copies."""
-    c = decoder.config
+    """The decoder's weights as a teacher; packed ones are unpacked into copies.
+
+    Raises:
+        InvalidOption: its logits are capped, which the losses know nothing of.
+    """
+    if decoder.config.logit_softcap is not None:
+        raise InvalidOption("a draft head for a target whose logits are capped", "use its own first layers as the draft")
     head = decoder.embed_tokens.weight.data if decoder.lm_head is None else decoder.lm_head.weight
     layers = [layer.weights().plain() for layer in decoder.layers]  # type: ignore[operator]
-    shape = LayerShape.of(c)
+    ropes = [decoder.rope_table(local=local) for local in ([False] if decoder.config.local_rope is None else [False, True])]
     return Teacher(
-        decoder.embed_tokens.weight.data, layers, decoder.final_norm.data, head, shape, lambda length: decoder.rope.slice(0, length)
+        decoder.embed_tokens.weight.data,
+        layers,
+        decoder.output_norm,
+        head,
+        decoder.layer_shapes,
+        lambda length: [rope.slice(0, length) for rope in ropes],
+        decoder.config.embedding_scale,
     )
 
 

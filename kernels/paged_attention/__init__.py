@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -24,15 +25,18 @@ def paged_attention(
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
     windows: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     max_query_len: int | None = None,
 ) -> torch.Tensor:
     """`reference.paged_attention` (arguments and result there), through Triton where it applies.
 
     max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
     """
+    kind: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
     fixed = (q, k_pages, v_pages, page_table, query_lens, context_lens, scale)
     if use_triton(q, k_pages):
         from kernels.paged_attention.triton import paged_attention as launch
 
-        return launch(*fixed, deterministic=deterministic, visible=visible, windows=windows, max_query_len=max_query_len)
-    return reference.paged_attention(*fixed, deterministic=deterministic, visible=visible, windows=windows)
+        return launch(*fixed, deterministic=deterministic, visible=visible, windows=windows, max_query_len=max_query_len, **kind)
+    return reference.paged_attention(*fixed, deterministic=deterministic, visible=visible, windows=windows, **kind)

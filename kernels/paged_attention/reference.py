@@ -19,13 +19,16 @@ TREE_SPAN = 63  # places that a tree's bit masks speak of
 
 @dataclass(frozen=True)
 class Tile:
-    """Query tokens [start, end) of the flattened batch, which attend to the first `keys` keys of request `request`."""
+    """Query tokens [start, end) of the flattened batch, which attend to keys [first, keys) of request `request`."""
 
     request: int
     start: int
     end: int
+    first: int
     keys: int
-    mask: torch.Tensor | None  # [(end - start) * (H // G), keys] in q's dtype, added to the scores; None when every row sees every key
+    mask: (
+        torch.Tensor | None
+    )  # [(end - start) * (H // G), keys - first] in q's dtype, added to the scores; None when every row sees every key
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,26 @@ def _span(pages: list[int], device: torch.device, as_view: bool) -> slice | torc
     return torch.tensor(pages, dtype=torch.int64, device=device)
 
 
-def _corner_mask(rows: int, heads_per_group: int, keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[rows * heads_per_group, keys]: -inf where key index > keys - rows + row, else 0."""
-    mask = torch.full((rows, keys), float("-inf"), dtype=dtype, device=device).triu_(keys - rows + 1)
+def _corner_mask(
+    rows: int, heads_per_group: int, first: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[rows * heads_per_group, keys - first]: 0 where key <= keys - rows + row and within the row's window, else -inf."""
+    count = keys - first
+    mask = torch.full((rows, count), float("-inf"), dtype=dtype, device=device).triu_(count - rows + 1)
+    if window is not None:
+        mask += torch.full((rows, count), float("-inf"), dtype=dtype, device=device).tril_(count - rows - window)
     return mask.repeat_interleave(heads_per_group, dim=0)
 
 
-def _tree_mask(visible: torch.Tensor, windows: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, keys]: 0 where a key's place lies before the row's window, or where bit (place - window) of its mask is set, else -inf."""
-    new = torch.arange(keys, device=visible.device) - windows[:, None]
+def _tree_mask(
+    visible: torch.Tensor, windows: torch.Tensor, first: int, keys: int, sliding_window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[rows, keys - first]: 0 where a key's place lies before the row's tree, or where bit (place - windows) of its mask is set, else -inf."""
+    new = torch.arange(first, keys, device=visible.device) - windows[:, None]
     inside = (new >= 0) & (new < TREE_SPAN)
     seen = (new < 0) | (inside & ((visible[:, None] >> new.clamp(0, TREE_SPAN - 1)) & 1).bool())
+    if sliding_window is not None:
+        seen &= new > -sliding_window
     return torch.zeros(seen.shape, dtype=dtype, device=visible.device).masked_fill_(~seen, float("-inf"))
 
 
@@ -68,6 +80,7 @@ def plan(
     *,
     deterministic: bool = False,
     tree: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sliding_window: int | None = None,
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
@@ -80,10 +93,11 @@ def plan(
         heads_per_group: H // G.
         dtype, device: of the queries.
         tree: `visible` and `windows`, each [N], as in `paged_attention`.
+        sliding_window: as there.
     """
     spans: list[slice | torch.Tensor] = []
     tiles: list[Tile] = []
-    masks: dict[tuple[int, int], torch.Tensor] = {}
+    masks: dict[tuple[int, int, int], torch.Tensor] = {}
     tile_rows = 1 if deterministic else TILE_ROWS
     start = 0
     for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
@@ -92,28 +106,47 @@ def plan(
         for first in range(0, rows, tile_rows):
             last = min(first + tile_rows, rows)
             keys = context - rows + last
+            low = 0 if sliding_window is None else max(0, context - rows + first + 1 - sliding_window)  # first key that any row sees
             mask = None
             if tree is not None:
                 visible, windows = (part[start + first : start + last] for part in tree)
                 keys = context
-                mask = _tree_mask(visible, windows, keys, dtype).repeat_interleave(heads_per_group, dim=0)
+                if sliding_window is not None:
+                    low = max(0, int(windows.min()) + 1 - sliding_window)
+                mask = _tree_mask(visible, windows, low, keys, sliding_window, dtype).repeat_interleave(heads_per_group, dim=0)
             elif last - first > 1:
-                key = (last - first, keys)
+                key = (last - first, low, keys)
                 if key not in masks:
-                    masks[key] = _corner_mask(last - first, heads_per_group, keys, dtype, device)
+                    masks[key] = _corner_mask(last - first, heads_per_group, low, keys, sliding_window, dtype, device)
                 mask = masks[key]
-            tiles.append(Tile(request, start + first, start + last, keys, mask))
+            tiles.append(Tile(request, start + first, start + last, low, keys, mask))
         start += rows
     return Plan(spans, tiles)
 
 
-def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float) -> torch.Tensor:
+def capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """q [*, T, d] over k and v [*, T', d] -> [*, T, d], scores x becoming softcap * tanh(x / softcap) (Gemma 2, 2024, arXiv 2408.00118).
+
+    hidden: bool [T, T'], keys that a row does not see; None when all see all.
+    """
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * (scale / softcap)) * softcap
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.float().softmax(-1).to(v.dtype) @ v
+
+
+def attend(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float, softcap: float | None = None
+) -> torch.Tensor:
     """Attention of one layer under a plan.
 
     Args:
         q: [N, H, d] rotated queries.
         k_pages, v_pages: [P, S, G, d] contiguous, the same dtype as q.
         scale: factor of the scores.
+        softcap: as in `paged_attention`.
 
     Returns:
         [N, H, d] in q's dtype.
@@ -130,7 +163,11 @@ def attend(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch:
         rows = tile.end - tile.start
         grouped = q[tile.start : tile.end].unflatten(1, (groups, -1))  # [rows, G, H // G, d]
         queries = grouped.transpose(0, 1).reshape(1, groups, -1, head_dim)  # [1, G, rows * H // G, d]
-        result = F.scaled_dot_product_attention(queries, k[:, :, : tile.keys], v[:, :, : tile.keys], attn_mask=tile.mask, scale=scale)
+        keys, values = k[:, :, tile.first : tile.keys], v[:, :, tile.first : tile.keys]
+        if softcap is None:
+            result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=tile.mask, scale=scale)
+        else:
+            result = capped_attention(queries, keys, values, None if tile.mask is None else tile.mask < 0, scale, softcap)
         tokens = result.view(groups, rows, -1, head_dim).transpose(0, 1).reshape(rows, -1, head_dim)
         if len(batch.tiles) == 1:
             return tokens
@@ -150,6 +187,8 @@ def paged_attention(
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
     windows: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention over pages: the j-th of a request's n new tokens sees the first context_len - n + 1 + j keys.
 
@@ -163,6 +202,8 @@ def paged_attention(
         visible: int64 [N] for a tree of drafts: a row sees every key before its window, and of the TREE_SPAN keys from there on those whose bits are
             set, the window's first key in bit 0.
         windows: [N] ints, first places of these windows; without it they begin with the request's first new token.
+        sliding_window: a token sees no more than so many keys, its own included; of a tree's row the places from windows + 1 - sliding_window on.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax.
 
     Returns:
         [N, H, d] in q's dtype.
@@ -176,5 +217,16 @@ def paged_attention(
             first = [context - count for context, count in zip(contexts, lens, strict=True) for _ in range(count)]
             windows = torch.tensor(first, device=q.device)
         tree = visible, windows
-    batch = plan(page_table.tolist(), lens, contexts, size, q.shape[1] // groups, q.dtype, q.device, deterministic=deterministic, tree=tree)
-    return attend(q, k_pages, v_pages, batch, scale)
+    batch = plan(
+        page_table.tolist(),
+        lens,
+        contexts,
+        size,
+        q.shape[1] // groups,
+        q.dtype,
+        q.device,
+        deterministic=deterministic,
+        tree=tree,
+        sliding_window=sliding_window,
+    )
+    return attend(q, k_pages, v_pages, batch, scale, softcap)

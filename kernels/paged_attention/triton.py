@@ -61,6 +61,26 @@ def split_bounds(context, split, num_splits, split_keys, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def sliding_bounds(context, split, num_splits, split_keys, lowest, BLOCK_N: tl.constexpr):
+    """`split_bounds` of the keys from `lowest` on: fixed splits stay where they are and lose the blocks before it, others divide what is left."""
+    low = tl.maximum(lowest, 0) // BLOCK_N * BLOCK_N
+    if split_keys > 0:
+        start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
+        start = tl.maximum(start, low)
+    else:
+        start, end = split_bounds(context - low, split, num_splits, split_keys, BLOCK_N)
+        start += low
+        end += low
+    return start, end
+
+
+@triton.jit
+def cap_scores(scores, cap):
+    """cap * tanh(scores / cap)."""
+    return cap * (1.0 - 2.0 / (tl.exp2(scores * (2.8853900817779268 / cap)) + 1.0))
+
+
+@triton.jit
 def load_page(table_row_ptr, block, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Page numbers of keys block .. block + BLOCK_N - 1: one where a block cannot cross a page, else one a key."""
     if PAGE % BLOCK_N == 0:
@@ -97,6 +117,7 @@ def _split_kernel(
     part_ptr,
     stat_ptr,
     scale_log2,
+    softcap_log2,
     num_requests,
     num_rows,
     num_splits,
@@ -117,6 +138,8 @@ def _split_kernel(
     REQUESTS: tl.constexpr,
     DIRECT: tl.constexpr,
     TREE: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -140,7 +163,13 @@ def _split_kernel(
     if TREE:
         visible = tl.load(visible_ptr + row, mask=row_mask, other=0)
 
-    start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
+    if SLIDING > 0:
+        lowest = context - queries + 1 - SLIDING
+        if not TREE:
+            lowest += tile * BLOCK_M // GROUP
+        start, end = sliding_bounds(context, split, num_splits, split_keys, lowest, BLOCK_N)
+    else:
+        start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
     if TREE:
         window = tl.load(window_ptr + row, mask=row_mask, other=0).to(tl.int32)
     else:
@@ -160,11 +189,17 @@ def _split_kernel(
         page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
         k = tl.load(k_ptr + base + offset[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+        if CAPPED:
+            scores = cap_scores(scores, softcap_log2)
         seen = token[None, :] < limit[:, None]
+        if SLIDING > 0:
+            seen = seen & (token[None, :] >= limit[:, None] - SLIDING)
         if TREE:
             new = token[None, :] - window[:, None]
             bit = (visible[:, None] >> tl.minimum(tl.maximum(new, 0), 62)) & 1
             seen = (token < end)[None, :] & ((new < 0) | ((new < 63) & (bit == 1)))
+            if SLIDING > 0:
+                seen = seen & (new > -SLIDING)
         scores = tl.where(seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -272,6 +307,12 @@ class Lengths:
     max_query_len: int
     max_context_len: int
 
+    def keys_within(self, sliding_window: int | None) -> int:
+        """Keys that a request's new tokens see at most, together."""
+        if sliding_window is None:
+            return self.max_context_len
+        return min(self.max_context_len, sliding_window + self.max_query_len)
+
     @classmethod
     def of(
         cls,
@@ -338,6 +379,8 @@ def paged_attention(
     deterministic: bool = False,
     visible: torch.Tensor | None = None,
     windows: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
@@ -368,7 +411,7 @@ def paged_attention(
     if deterministic:
         split_keys, num_splits = DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, DETERMINISTIC_SPLIT)
     else:
-        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
+        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.keys_within(sliding_window), block_n)
     direct = num_splits == 1 and not deterministic
     part = out if direct else torch.empty((num_splits, num_rows, q_heads, head_dim), dtype=torch.float32, device=q.device)
     stat = out if direct else torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=q.device)
@@ -388,6 +431,7 @@ def paged_attention(
         part,
         stat,
         scale * LOG2_E,
+        1.0 if softcap is None else softcap * LOG2_E,
         batch,
         num_rows,
         num_splits,
@@ -406,6 +450,8 @@ def paged_attention(
         REQUESTS=triton.next_power_of_2(batch),
         DIRECT=direct,
         TREE=visible is not None,
+        SLIDING=sliding_window or 0,
+        CAPPED=softcap is not None,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=4 if deterministic else config.num_warps,
         num_stages=config.num_stages,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -61,6 +62,8 @@ def quantized_paged_attention(
     sinks: ExactSinks | None = None,
     recent: ExactRecent | None = None,
     deterministic: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     max_query_len: int | None = None,
 ) -> torch.Tensor:
     """`reference.quantized_paged_attention` (arguments and result there), through Triton where it applies.
@@ -68,10 +71,9 @@ def quantized_paged_attention(
     max_query_len: bound on query_lens that lie on a device, whose tiles are else laid out for the worst case.
     """
     fixed = (q, pages, means, cos_table, sin_table, page_table, query_lens, context_lens, scale)
+    kind: dict[str, Any] = {"deterministic": deterministic, "sliding_window": sliding_window, "softcap": softcap}
     if use_triton(q, pages.k_codes):
         from kernels.quantized_kv import attention
 
-        return attention.quantized_paged_attention(
-            *fixed, sinks=sinks, recent=recent, deterministic=deterministic, max_query_len=max_query_len
-        )
-    return reference.quantized_paged_attention(*fixed, sinks=sinks, recent=recent, deterministic=deterministic)
+        return attention.quantized_paged_attention(*fixed, sinks=sinks, recent=recent, max_query_len=max_query_len, **kind)
+    return reference.quantized_paged_attention(*fixed, sinks=sinks, recent=recent, **kind)

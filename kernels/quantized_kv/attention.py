@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,11 @@ from kernels.paged_attention.triton import (
     LOG2_E,
     AttentionConfig,
     Lengths,
+    cap_scores,
     choose_splits,
     load_page,
     merge_splits,
+    sliding_bounds,
     split_bounds,
     tile_rows,
 )
@@ -143,11 +146,16 @@ def _turn(
     MEAN: tl.constexpr,
     SINKS: tl.constexpr,
     MASKED: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
+    softcap_log2,
+    position,
     ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The sums with BLOCK_N more keys in them. MASKED: some of these may be hidden from some rows, and `highest` is kept the highest score;
-    else it is minus the `first` block's highest, and who calls looks after sums too large for it."""
+    else it is minus the `first` block's highest, and who calls looks after sums too large for it. SLIDING, CAPPED: only where MASKED; position: of each
+    row, in its text."""
     DTYPE: tl.constexpr = q.dtype
     place = page * kv_heads + kv_head  # of [P, G]
     k_low, k_high = load_codes(k_code_ptr, place, block, D, BITS, PAGE, BLOCK_N, True, ASM != "")
@@ -163,8 +171,12 @@ def _turn(
         scores = scores * k_scale
         if MEAN:
             scores += means
+        if CAPPED:
+            scores = cap_scores(scores, softcap_log2)
         token = block + tl.arange(0, BLOCK_N)
         seen = token[:, None] < limit[None, :]
+        if SLIDING > 0:
+            seen = seen & (token[:, None] > position[None, :] - SLIDING)
         if SINKS > 0:
             seen = seen & (token >= SINKS)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
@@ -210,6 +222,7 @@ def _split_kernel(
     level_ptr,
     part_ptr,
     stat_ptr,
+    softcap_log2,
     num_requests,
     num_rows,
     num_splits,
@@ -228,6 +241,8 @@ def _split_kernel(
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     EDGES: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
     ASM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -243,6 +258,7 @@ def _split_kernel(
         query_lens_ptr, request, kv_head, tile, queries, context, num_requests, GROUP, BLOCK_M, REQUESTS
     )
     row_head = row * q_heads + head
+    position = limit - 1
     shown = context - queries + 1 + tile * BLOCK_M // GROUP  # keys that all rows see
     if RECENT > 0:
         since = tl.load(since_ptr + request).to(tl.int32)
@@ -251,7 +267,11 @@ def _split_kernel(
 
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row_head[:, None] * D + channel[None, :], mask=row_mask[:, None], other=0.0)
-    start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
+    if SLIDING > 0:
+        lowest = context - queries + 1 + tile * BLOCK_M // GROUP - SLIDING
+        start, end = sliding_bounds(context, split, num_splits, split_keys, lowest, BLOCK_N)
+    else:
+        start, end = split_bounds(context, split, num_splits, split_keys, BLOCK_N)
     end = tl.minimum(end, reach)
     # Keys are the rows of every tile, of which Hopper's products want 64: so queries are not padded beyond 16.
     acc = tl.zeros([D, BLOCK_M], tl.float32)
@@ -315,6 +335,10 @@ def _split_kernel(
             MEAN,
             SINKS,
             not EDGES,
+            SLIDING,
+            CAPPED,
+            softcap_log2,
+            position,
             ASM,
             PRECISION,
         )
@@ -361,6 +385,10 @@ def _split_kernel(
                 MEAN,
                 SINKS,
                 True,
+                SLIDING,
+                CAPPED,
+                softcap_log2,
+                position,
                 ASM,
                 PRECISION,
             )
@@ -435,6 +463,8 @@ def quantized_paged_attention(
     sinks: ExactSinks | None = None,
     recent: ExactRecent | None = None,
     deterministic: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     max_query_len: int | None = None,
     config: AttentionConfig | None = None,
     packed_arithmetic: bool | None = None,
@@ -465,7 +495,7 @@ def quantized_paged_attention(
     if deterministic:
         split_keys, num_splits = paged.DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, paged.DETERMINISTIC_SPLIT)
     else:
-        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.max_context_len, block_n)
+        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.keys_within(sliding_window), block_n)
     k_signs, v_signs = (ordered_signs(d, bits, device, fast, rows) for rows in (True, False))
     k_codes, v_codes = (x.view(torch.int16) if bits == 4 else x for x in (pages.k_codes, pages.v_codes))
     rotated = torch.empty((num_rows, q_heads, d), dtype=q.dtype, device=device)
@@ -496,10 +526,14 @@ def quantized_paged_attention(
     part = torch.empty((num_parts, num_rows, q_heads, d), dtype=torch.float32, device=device)
     stat = torch.empty((num_parts, num_rows, q_heads, 2), dtype=torch.float32, device=device)
     if sinks is not None:
-        attend_sinks(q, sinks, means.v_mean, v_signs, lengths, scale * LOG2_E, part[0], stat[0])
+        attend_sinks(
+            q, sinks, means.v_mean, v_signs, lengths, scale * LOG2_E, part[0], stat[0], sliding_window=sliding_window, softcap=softcap
+        )
     if recent is not None:
         at = first_split - 1
-        attend_recent(q, recent, means.v_mean, v_signs, lengths, scale * LOG2_E, part[at], stat[at], 0 if sinks is None else NUM_SINKS)
+        num_sinks = 0 if sinks is None else NUM_SINKS
+        kind: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+        attend_recent(q, recent, means.v_mean, v_signs, lengths, scale * LOG2_E, part[at], stat[at], num_sinks, **kind)
     _split_kernel[(kv_heads, num_splits * tiles, batch)](
         rotated,
         pair,
@@ -516,6 +550,7 @@ def quantized_paged_attention(
         levels(bits, device),
         part[first_split:],
         stat[first_split:],
+        1.0 if softcap is None else softcap * LOG2_E,
         batch,
         num_rows,
         num_splits,
@@ -533,7 +568,9 @@ def quantized_paged_attention(
         MEAN=with_mean,
         SINKS=0 if sinks is None else NUM_SINKS,
         RECENT=0 if recent is None else NUM_RECENT,
-        EDGES=not deterministic,
+        EDGES=not deterministic and sliding_window is None and softcap is None,
+        SLIDING=sliding_window or 0,
+        CAPPED=softcap is not None,
         ASM=level_assembly(bits) if fast else "",
         PRECISION=precision,
         num_warps=4 if deterministic else config.num_warps,

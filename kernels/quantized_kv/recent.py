@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.paged_attention.triton import Lengths, first_rows, tile_rows
+from kernels.paged_attention.triton import LOG2_E, Lengths, cap_scores, first_rows, tile_rows
 from kernels.quantized_kv.reference import NUM_RECENT, RING, ExactRecent
 from kernels.quantized_kv.triton import times_signs
 
@@ -27,6 +27,7 @@ def _recent_kernel(
     part_ptr,
     stat_ptr,
     scale_log2,
+    softcap_log2,
     num_requests,
     q_heads,
     kv_heads,
@@ -41,6 +42,8 @@ def _recent_kernel(
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     RING: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REQUESTS: tl.constexpr,
@@ -58,6 +61,8 @@ def _recent_kernel(
     start = context - queries  # position of the first new token
     since = tl.load(since_ptr + request).to(tl.int32)
     near = tl.maximum(tl.maximum(limit - RECENT, since), SINKS)  # first key a row reads here
+    if SLIDING > 0:
+        near = tl.maximum(near, limit - SLIDING)
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row[:, None] * stride_row + head[:, None] * stride_head + channel[None, :], mask=row_mask[:, None], other=0.0)
     ring = tl.load(slot_ptr + request).to(tl.int64) * RING
@@ -76,6 +81,8 @@ def _recent_kernel(
         v = tl.load(v_new_ptr + new[:, None] * v_stride_row + kv_head * v_stride_head + channel[None, :], mask=is_new[:, None], other=0.0)
         v += tl.load(v_ring_ptr + old[:, None] + channel[None, :], mask=is_held[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if CAPPED:
+            scores = cap_scores(scores, softcap_log2)
         scores = tl.where((key[None, :] >= near[:, None]) & (key[None, :] < limit[:, None]), scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -104,6 +111,9 @@ def attend_recent(
     part: torch.Tensor,
     stat: torch.Tensor,
     num_sinks: int,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Weighted sums of the values of the last tokens before each query, minus `v_mean`, rotated, into `part`, and their weights into `stat`.
 
@@ -113,6 +123,7 @@ def attend_recent(
         q: [N, H, d] queries rotated to their positions, dense along d.
         signs, scale_log2, part, stat: as for `sinks.attend_sinks`.
         num_sinks: first tokens left to that.
+        sliding_window, softcap: as in `reference.quantized_paged_attention`.
     """
     q_heads, d = q.shape[1:]
     kv_heads = recent.k_ring.shape[2]
@@ -134,6 +145,7 @@ def attend_recent(
         part,
         stat,
         scale_log2,
+        1.0 if softcap is None else softcap * LOG2_E,
         batch,
         q_heads,
         kv_heads,
@@ -148,6 +160,8 @@ def attend_recent(
         SINKS=num_sinks,
         RECENT=NUM_RECENT,
         RING=RING,
+        SLIDING=sliding_window or 0,
+        CAPPED=softcap is not None,
         BLOCK_M=block_m,
         BLOCK_N=32,
         REQUESTS=triton.next_power_of_2(batch),

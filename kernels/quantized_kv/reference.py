@@ -224,6 +224,8 @@ def quantized_paged_attention(
     sinks: ExactSinks | None = None,
     recent: ExactRecent | None = None,
     deterministic: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """`paged_attention` over decoded pages; the other arguments and the result are those of `kernels.paged_attention`.
 
@@ -255,9 +257,21 @@ def quantized_paged_attention(
     if recent is not None:
         queries = query_lens.tolist() if isinstance(query_lens, torch.Tensor) else list(query_lens)
         starts = [first * page_size for first in firsts]
-        return _attend_recent(q, k, v, starts, queries, lens, scale, recent, 0 if sinks is None else NUM_SINKS, deterministic)
+        num_sinks = 0 if sinks is None else NUM_SINKS
+        return _attend_recent(q, k, v, starts, queries, lens, scale, recent, num_sinks, deterministic, sliding_window, softcap)
     own = torch.arange(max(counts)) + torch.tensor(firsts)[:, None]
-    out = paged.paged_attention(q.float(), k, v, own.clamp_max(len(used) - 1), query_lens, lens, scale, deterministic=deterministic)
+    out = paged.paged_attention(
+        q.float(),
+        k,
+        v,
+        own.clamp_max(len(used) - 1),
+        query_lens,
+        lens,
+        scale,
+        deterministic=deterministic,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
     return out.to(q.dtype)
 
 
@@ -272,6 +286,8 @@ def _attend_recent(
     recent: ExactRecent,
     num_sinks: int,
     deterministic: bool,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Attention over decoded keys and values, request b's from row firsts[b] of k and v [*, S, G, d] on, and over exact ones near each query but
     for the sinks, which k and v hold exactly."""
@@ -304,11 +320,17 @@ def _attend_recent(
             exact = ((key >= position + 1 - NUM_RECENT) & (key >= max(since, num_sinks)))[:, near:].repeat_interleave(
                 grouped.shape[1] // count, 0
             )
-            hidden = (key > position).repeat_interleave(grouped.shape[1] // count, 0)
+            outside = key > position
+            if sliding_window is not None:
+                outside |= key <= position - sliding_window
+            hidden = outside.repeat_interleave(grouped.shape[1] // count, 0)
             scores = grouped @ keys[:, :end].transpose(1, 2)
             close = grouped @ exact_k[:, near - low : end - low].transpose(1, 2)
             scores[..., near:] = torch.where(exact, close, scores[..., near:])
-            weights = (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+            scores *= scale
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             close = weights[..., near:] * exact
             weights[..., near:] *= ~exact
             result = weights @ values[:, :end] + close @ exact_v[:, near - low : end - low]

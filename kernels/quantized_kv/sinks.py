@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.paged_attention.triton import Lengths, first_rows
+from kernels.paged_attention.triton import LOG2_E, Lengths, cap_scores, first_rows
 from kernels.quantized_kv.reference import NUM_SINKS, ExactSinks
 from kernels.quantized_kv.triton import times_signs
 
@@ -24,6 +24,7 @@ def _sink_kernel(
     part_ptr,
     stat_ptr,
     scale_log2,
+    softcap_log2,
     num_requests,
     q_heads,
     kv_heads,
@@ -32,6 +33,8 @@ def _sink_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     SINKS: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     REQUESTS: tl.constexpr,
 ):
@@ -49,20 +52,26 @@ def _sink_kernel(
     channel = tl.arange(0, D)
     q = tl.load(q_ptr + row[:, None] * stride_row + head[:, None] * stride_head + channel[None, :], mask=row_mask[:, None], other=0.0)
     q = q.to(tl.float32)
-    # the first of them is seen by all
     place = (tl.load(slot_ptr + request).to(tl.int64) * SINKS * kv_heads + kv_head) * D
     mean = tl.load(v_mean_ptr + kv_head * D + channel)
-    highest = tl.sum(q * tl.load(k_ptr + place + channel).to(tl.float32)[None, :], 1) * scale_log2
-    total = tl.full([BLOCK_M], 1.0, tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32) + (tl.load(v_ptr + place + channel).to(tl.float32) - mean)[None, :]
-    for sink in tl.static_range(1, SINKS):
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for sink in tl.static_range(SINKS):
         at = place + sink * kv_heads * D + channel
         # rows of tokens not there yet hold anything: 0 instead, and no weight
         key = tl.load(k_ptr + at, mask=channel * 0 + sink < context, other=0.0).to(tl.float32)
         value = tl.load(v_ptr + at, mask=channel * 0 + sink < context, other=0.0).to(tl.float32) - mean
-        score = tl.where(sink < limit, tl.sum(q * key[None, :], 1) * scale_log2, float("-inf"))
+        score = tl.sum(q * key[None, :], 1) * scale_log2
+        if CAPPED:
+            score = cap_scores(score, softcap_log2)
+        seen = sink < limit
+        if SLIDING > 0:
+            seen = seen & (sink >= limit - SLIDING)
+        score = tl.where(seen, score, float("-inf"))
         new_highest = tl.maximum(highest, score)
-        weight, shrink = tl.exp2(score - new_highest), tl.exp2(highest - new_highest)
+        safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen so far
+        weight, shrink = tl.exp2(score - safe), tl.exp2(highest - safe)
         total = total * shrink + weight
         acc = acc * shrink[:, None] + weight[:, None] * value[None, :]
         highest = new_highest
@@ -83,6 +92,9 @@ def attend_sinks(
     scale_log2: float,
     part: torch.Tensor,
     stat: torch.Tensor,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Weighted sums of the sinks' values minus `v_mean`, rotated, into `part`; what the merge needs to know of them into `stat`.
 
@@ -93,6 +105,7 @@ def attend_sinks(
         signs: bfloat16 [d, d], the rotation's signs, its columns in the order that `part` is to have.
         scale_log2: factor of the scores, for powers of two.
         part: [N, H, d] float32; stat: [N, H, 2] float32, highest score and total weight.
+        sliding_window, softcap: as in `reference.quantized_paged_attention`.
     """
     q_heads, d = q.shape[1:]
     kv_heads = sinks.k.shape[2]
@@ -110,6 +123,7 @@ def attend_sinks(
         part,
         stat,
         scale_log2,
+        1.0 if softcap is None else softcap * LOG2_E,
         batch,
         q_heads,
         kv_heads,
@@ -118,6 +132,8 @@ def attend_sinks(
         GROUP=group,
         D=d,
         SINKS=NUM_SINKS,
+        SLIDING=sliding_window or 0,
+        CAPPED=softcap is not None,
         BLOCK_M=block_m,
         REQUESTS=triton.next_power_of_2(batch),
         num_warps=4,

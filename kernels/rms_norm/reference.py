@@ -11,7 +11,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
 
     Args:
         x: [N, E], any float dtype (leading axes may be more than one).
-        weight: [E], the same dtype.
+        weight: [E], the same dtype, or float32 for norms whose weight half precision does not hold.
         eps: added to the mean square.
         residual: [N, E] added to x first; the sum is rounded to x's dtype before it is normalised.
 
@@ -20,4 +20,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """
     if residual is not None:
         x = x + residual
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype), x
     return F.rms_norm(x, weight.shape, weight, eps), x

@@ -27,8 +27,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    # windows shorter than the tests' texts, on all layers, on the last, on every other and on two of three
+    "mistral-window": {"sliding_window": 7, "head_dim": 16},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 7.0,
+    },
+    "gemma3": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+    },
 }
-_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+NEW_FAMILIES = (
+    "mistral-window",
+    "qwen2-window",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+)  # those that are not Llama's layers throughout
+_CLASSES = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "gemma2": "Gemma2Config",
+    "gemma3": "Gemma3TextConfig",
+    "mixtral": "MixtralConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+}
 _SHAPE = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -78,7 +124,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
         key = f"{family} {sorted(options.items())}"
         if key not in made:
             torch.manual_seed(len(made))
-            reference = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **options), dtype=torch.float32).eval()
+            config = tiny_config(family, **options)
+            # eager: the attention that caps scores in every version of transformers
+            reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
             for parameter in reference.parameters():
                 # large enough that attention is far from uniform; norms and biases away from 1 and 0
                 noise = torch.randn_like(parameter.data)
@@ -120,6 +168,8 @@ def _make_draft_head(
     """A draft head of the target's last layers and head, a little altered, so that some of its drafts are accepted."""
     generator = torch.Generator().manual_seed(size + layers)
     named, depth = target.hf_tensors(), target.config.num_layers
+    if target.config.norm_offset:  # a draft head stores what norms multiply by
+        named = {name: tensor + 1 if "norm" in name else tensor for name, tensor in named.items()}
     ids = torch.randperm(target.config.vocab_size, generator=generator)[:size].sort().values
     tensors = {"token_ids": ids, "model.norm.weight": named["model.norm.weight"]}
     for i in range(layers):

@@ -34,7 +34,7 @@ def make_batch(query_lens, context_lens, heads, kv_heads, head_dim, page_size, d
     return q.to(device), pool.to(device, dtype), table.to(device), keys, values
 
 
-def dense(q, keys, values, query_lens, context_lens, scale, visible=None):
+def dense(q, keys, values, query_lens, context_lens, scale, visible=None, sliding_window=None, softcap=None):
     """Causal attention in float64, one request and head at a time."""
     q = q.double().cpu()
     out = torch.empty_like(q)
@@ -45,9 +45,13 @@ def dense(q, keys, values, query_lens, context_lens, scale, visible=None):
             if visible is not None:
                 new = torch.arange(context) - (context - n)
                 allowed = (new < 0) | ((int(visible[row]) >> new.clamp_min(0)) & 1).bool()
+            if sliding_window is not None:
+                allowed &= torch.arange(context) > context - n + j - sliding_window
             for h in range(q.shape[1]):
                 g = h // (q.shape[1] // k.shape[1])
                 scores = (k[:, g].double() @ q[row, h]) * scale
+                if softcap is not None:
+                    scores = torch.tanh(scores / softcap) * softcap
                 out[row, h] = torch.softmax(scores.masked_fill(~allowed, float("-inf")), 0) @ v[:, g].double()
             row += 1
     return out
@@ -89,6 +93,55 @@ def test_matches_the_twin(device, assert_close):
     pool = pool.nan_to_num(0.0)
     want = reference.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2)
     assert_close(paged.paged_attention(q, pool[0], pool[1], table, query_lens, context_lens, 0.2), want, 2e-5)
+
+
+@pytest.mark.parametrize(("sliding_window", "softcap"), [(1, None), (20, None), (64, 0.7), (1000, None), (None, 0.7)])
+def test_windows_and_soft_caps(sliding_window, softcap, device, assert_close):
+    """Windows of one token, that cut a split, and longer than the context; in the twin and in Triton, however the context is split."""
+    query_lens, context_lens = [3, 1, 40], [3, 170, 133]
+    q, pool, table, keys, values = make_batch(query_lens, context_lens, 4, 2, 16, 16, torch.float32, device)
+    options = {"sliding_window": sliding_window, "softcap": softcap}
+    want = dense(q, keys, values, query_lens, context_lens, 0.25, **options).float().to(device)
+    fixed = (table, query_lens, context_lens, 0.25)
+    for more in (
+        {"config": paged.AttentionConfig(num_splits=1, block_n=32)},
+        {"config": paged.AttentionConfig(num_splits=3, block_n=32)},
+        {"deterministic": True},
+    ):
+        assert_close(paged.paged_attention(q, pool[0], pool[1], *fixed, **options, **more), want, 2e-5)
+    table, pool = table.clamp_max(pool.shape[1] - 1), pool.nan_to_num(0.0)
+    for deterministic in (False, True):
+        twin = reference.paged_attention(q, pool[0], pool[1], table, *fixed[1:], deterministic=deterministic, **options)
+        assert_close(twin, want, 2e-5)
+
+
+def test_a_window_over_a_tree_of_drafts(device, assert_close):
+    """Leaves beside the last draft see their path within the window that ends at their own position."""
+    positions, slots = [20, 21, 22, 22], [20, 21, 22, 23]
+    visible = torch.tensor([1 << (slot - position) for slot, position in zip(slots, positions, strict=True)], device=device)
+    q, pool, table, keys, values = make_batch([4], [24], 4, 2, 16, 8, torch.float32, device)
+    rows = []
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        seen = [*range(position + 1 - 5, position), slot]
+        k, v = (x[0][seen].double().repeat_interleave(2, 1) for x in (keys, values))
+        rows.append(torch.einsum("ht,thd->hd", (torch.einsum("hd,thd->ht", q[row].double().cpu(), k) * 0.25).softmax(-1), v))
+    want = torch.stack(rows).float().to(device)
+    options = {"visible": visible, "windows": torch.tensor(positions, dtype=torch.int32, device=device), "sliding_window": 5}
+    assert_close(paged.paged_attention(q, pool[0], pool[1], table, [4], [24], 0.25, **options), want, 2e-5)
+    table, pool = table.clamp_max(pool.shape[1] - 1), pool.nan_to_num(0.0)
+    assert_close(reference.paged_attention(q, pool[0], pool[1], table, [4], [24], 0.25, **options), want, 2e-5)
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["twin", "triton"])
+def test_deterministic_bits_of_a_window(twin, device, monkeypatch):
+    monkeypatch.setattr(paged, "DETERMINISTIC_SPLIT", 64)
+    q, pool, table, _, _ = make_batch([40, 1], [90, 50], 4, 2, 16, 16, torch.bfloat16, device)
+    table, pool = table.clamp_max(pool.shape[1] - 1), pool.nan_to_num(0.0)
+    call = reference.paged_attention if twin else paged.paged_attention
+    options = {"deterministic": True, "sliding_window": 30, "softcap": 3.0}
+    batch = call(q, pool[0], pool[1], table, [40, 1], [90, 50], 0.25, **options)
+    for j in (0, 1, 17, 39):
+        assert torch.equal(call(q[j : j + 1], pool[0], pool[1], table[:1], [1], [51 + j], 0.25, **options), batch[j : j + 1])
 
 
 def test_lengths_on_the_device_give_the_same_result(device):

@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul, rope and kv_write in Triton against their twins."""
+"""rms_norm, silu_mul, gelu_mul, rope and kv_write in Triton against their twins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from kernels.gelu_mul import reference as gelu_mul_reference
+from kernels.gelu_mul import triton as gelu_mul_triton
 from kernels.kv_write import reference as kv_write_reference
 from kernels.kv_write import triton as kv_write_triton
 from kernels.rms_norm import reference as rms_norm_reference
@@ -35,6 +37,17 @@ def test_rms_norm(rows, width, dtype, with_residual, device, assert_close):
     assert torch.equal(got_sum, want_sum)
 
 
+def test_rms_norm_with_a_float32_weight(device, assert_close):
+    """Of norms stored less 1: half precision does not hold the sum."""
+    x = torch.randn(5, 60, device=device).bfloat16()
+    weight = 1 + torch.randn(60, device=device) * 1e-3
+    want = rms_norm_reference.rms_norm(x.float(), weight, 1e-6)[0].bfloat16()
+    for function in (rms_norm_triton.rms_norm, rms_norm_reference.rms_norm):
+        got, _ = function(x, weight, 1e-6)
+        assert got.dtype == torch.bfloat16
+        assert_close(got, want, BOUND[torch.bfloat16])
+
+
 def test_rms_norm_three_axes_of_a_slice(device, assert_close):
     wide = torch.randn(3, 10, 16, device=device)
     weight = torch.rand(16, device=device)
@@ -47,6 +60,8 @@ def test_rms_norm_three_axes_of_a_slice(device, assert_close):
 def test_silu_mul(rows, width, dtype, device, assert_close):
     x = torch.randn(rows, 2 * width).to(device, dtype) * 3
     assert_close(silu_mul_triton.silu_mul(x), silu_mul_reference.silu_mul(x.clone()), BOUND[dtype])
+    x = torch.cat((x, torch.full_like(x[:, :1], -30.0), torch.full_like(x[:, :1], 30.0)), 1)
+    assert_close(gelu_mul_triton.gelu_mul(x), gelu_mul_reference.gelu_mul(x.clone()), BOUND[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])

@@ -68,6 +68,20 @@ def test_triton_against_the_twin(shape, two_bits, dtype, device, assert_close):
         assert_close(got.float(), want, bound)
 
 
+@pytest.mark.parametrize(("sliding_window", "softcap"), [(1, None), (2, 1.5), (37, None), (None, 1.5)])
+def test_windows_and_soft_caps(sliding_window, softcap, device, assert_close):
+    """First tokens outside of the window are not read; the twin is right by its own dense attention over the decoded pages."""
+    shape = ([3, 1], [5, 40], 4, 2, 32, 16)
+    q, pages, means, angles, table, sinks, true = _filled(shape, 4, torch.float32, device)
+    rows, options = shape[:2], {"sliding_window": sliding_window, "softcap": softcap}
+    want = reference.quantized_paged_attention(q, pages, means, *angles, table, *rows, 0.1, sinks=sinks, **options)
+    exact = dense.paged_attention(q, true[0], true[1], table, *rows, 0.1, **options)
+    assert float((want - exact).norm() / exact.norm()) < 0.2
+    for more in ({}, {"config": paged.AttentionConfig(num_splits=2, block_n=32)}, {"deterministic": True}):
+        got = attention.quantized_paged_attention(q, pages, means, *angles, table, *rows, 0.1, sinks=sinks, **options, **more)
+        assert_close(got, want, 3e-3)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sinks_stand_in_for_their_codes(shape, device):
     q, pages, means, angles, table, sinks, true = _filled(shape, 4, torch.float32, device)

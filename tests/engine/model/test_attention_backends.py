@@ -10,7 +10,7 @@ from engine.errors import InvalidOption
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.attention import AttentionBatch, DeviceBatch, QuantizedBackend, ReferenceBackend, TritonBackend, open_backend
 from engine.model.decoder import forward_reserved
-from engine.model.layers import FAST, LayerShape, dense_attention, layer_forward, rope_of
+from engine.model.layers import FAST, dense_attention, layer_forward, rope_of
 from kernels.paged_attention.reference import TREE_SPAN
 
 KINDS = [ReferenceBackend, TritonBackend, QuantizedBackend]
@@ -44,7 +44,7 @@ def prompted(decoder, kind, lengths):
 
 
 def static_tensors(backend):
-    found = [backend.batch.slots, backend.batch.page_table, backend.batch.context_lens, backend.batch.cos]
+    found = [backend.batch.slots, backend.batch.page_table, backend.batch.context_lens, backend.batch.angles[0][0]]
     if isinstance(backend, QuantizedBackend):
         found += [backend._exact.rows, backend._exact.since, backend._exact.sinks[1], backend._exact.recent[1]]
     return found
@@ -180,13 +180,15 @@ def test_static_tensors_hold_the_longest_context(decoder):
 def test_the_layer_forward_is_the_decoders_with_any_attention(tiny_model, family):
     """Dense attention over a whole text gives what the decoder gets from its pages."""
     decoder = tiny_model(family).decoder
-    count, shape = 12, LayerShape.of(decoder.config)
+    count, shape = 12, decoder.layer_shapes[0]
     ids = random_ids(count)
     want = forward_reserved(decoder, ids, [decoder.new_pool(2, 8).new_sequence()], [count], taps=(0, 1, decoder.config.num_layers)).taps
     rope = rope_of(*decoder.rope.slice(0, count), shape.num_heads)
     stream, update = decoder.embed(ids), None
     for number, w in enumerate(decoder.layer_weights()):
-        out = layer_forward(w.plain(), stream, rope, lambda q, k, v: dense_attention(q[None], k[None], v[None])[0], shape, FAST, update)
+        out = layer_forward(
+            w.plain(), stream, rope, lambda q, k, v: dense_attention(q[None], k[None], v[None], shape)[0], shape, FAST, update
+        )
         if number in want:
             assert torch.allclose(out.entered, want[number], atol=1e-5)
         stream, update = out.stream, out.update

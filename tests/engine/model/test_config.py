@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
 from engine.model.decoder import Decoder, DecoderConfig
+from engine.model.families import LayerKind
 from engine.model.rope import RopeConfig
 
 OLD = {
@@ -62,12 +63,39 @@ def test_families_differ_where_they_should(hf_config):
     assert DecoderConfig.from_hf(hf_config("llama", eos_token_id=[5, 7])).eos_token_ids == (5, 7)
 
 
+def test_layers_differ_where_they_should(hf_config):
+    kinds = {
+        family: DecoderConfig.from_hf(hf_config(family)).layer_kinds for family in ("mistral-window", "qwen2-window", "gemma2", "gemma3")
+    }
+    full = LayerKind()
+    assert kinds == {
+        "mistral-window": (LayerKind(7),) * 3,
+        "qwen2-window": (full, full, LayerKind(12)),
+        "gemma2": (LayerKind(9), full, LayerKind(9)),
+        "gemma3": (LayerKind(6, local_rope=True), full, LayerKind(6, local_rope=True)),
+    }
+    experts = [DecoderConfig.from_hf(hf_config(family)) for family in ("mixtral", "qwen3_moe")]
+    assert [[kind.experts for kind in config.layer_kinds] for config in experts] == [[True] * 3, [True, False, True]]
+    assert [(c.num_experts, c.experts_per_token, c.expert_size) for c in experts] == [(5, 2, 80), (6, 3, 24)]
+    gemma = DecoderConfig.from_hf(hf_config("gemma3"))
+    assert (gemma.rope.kind, gemma.rope.theta, gemma.local_rope.theta) == ("linear", 10000.0, 100.0)
+    assert gemma.layer_shape(0).scale == 256**-0.5 and not gemma.is_plain
+    assert gemma.last_layers(2).layer_kinds == gemma.layer_kinds[1:]
+    assert all(DecoderConfig.from_hf(hf_config(family)).is_plain for family in ("llama", "llama-bias", "mistral", "qwen2", "qwen3"))
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("mistral", {"sliding_window": 128}, r"mistral with sliding-window attention \(window 128\)"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, r"sliding-window attention \(window 64\)"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "sliding-window layers without a sliding_window",
+        ),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}, "llama with sliding-window layers"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "capped attention scores"),
+        ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("gemma2", {"hidden_activation": "gelu"}, "activation 'gelu'"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("llama", {"mlp_bias": True}, "feed-forward biases"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "RoPE scaling 'dynamic'"),

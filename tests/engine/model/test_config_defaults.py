@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engine.errors import ForetoldError
-from engine.model.config import _DEFAULTS, _KEYS, SUPPORTED_ARCHITECTURES, DecoderConfig, read_config
+from engine.model.config import _KEYS, SUPPORTED_ARCHITECTURES, DecoderConfig, read_config
+from engine.model.families import FAMILIES
 
 _ROPE = [
     {"rope_theta": 5e5},
@@ -46,6 +47,18 @@ _VALUES = {
     "tie_word_embeddings": [True, False],
     "eos_token_id": [None, 3, [3, 4]],
     "hidden_act": ["silu", "gelu"],
+    "sliding_window_pattern": [1, 3],
+    "rope_local_base_freq": [500.0],
+    "query_pre_attn_scalar": [64, 144],
+    "final_logit_softcapping": [None, 20.0],
+    "attn_logit_softcapping": [None, 30.0],
+    "hidden_activation": ["gelu_pytorch_tanh", "gelu"],
+    "num_local_experts": [2, 4],
+    "num_experts_per_tok": [1, 2],
+    "moe_intermediate_size": [8],
+    "norm_topk_prob": [True, False],
+    "decoder_sparse_step": [1, 2],
+    "mlp_only_layers": [[], [0], None],
     "layer_types": [None, ["full_attention"], ["full_attention"] * 3, ["sliding_attention"] * 3],
     "partial_rotary_factor": [None, 1.0, 0.5],
     "max_position_embeddings": [256, 4096],
@@ -70,17 +83,17 @@ def compare(folder, raw: dict) -> DecoderConfig | None:
 @pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
 def test_defaults_are_those_of_transformers(architecture, tmp_path):
     theirs = CONFIG_MAPPING[architecture]()
-    for name, value in _DEFAULTS[architecture].items():
-        if name != "sliding_window" or architecture == "mistral":  # the others' classes give it up where it is not used
+    for name, value in FAMILIES[architecture].defaults.items():
+        if name != "sliding_window" or "qwen" not in architecture:  # Qwen's classes give it up where it is not used
             assert getattr(theirs, name) == value, name
-    # mistral's default window is narrower than its context
-    assert (compare(tmp_path, {"model_type": architecture}) is None) == (architecture == "mistral")
+    assert compare(tmp_path, {"model_type": architecture}) is not None
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
 def test_a_value_left_out_or_null(architecture, tmp_path):
-    whole = {"model_type": architecture, "sliding_window": None} | {
-        name: value for name, value in _DEFAULTS[architecture].items() if name != "sliding_window"
+    window = {} if "gemma" in architecture else {"sliding_window": None}  # a Gemma's layers slide whatever else is said
+    whole = {"model_type": architecture, **window} | {
+        name: value for name, value in FAMILIES[architecture].defaults.items() if name != "sliding_window"
     }
     assert compare(tmp_path, whole) is not None
     for name in _KEYS[1:]:
@@ -91,7 +104,8 @@ def test_a_value_left_out_or_null(architecture, tmp_path):
 @pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
 def test_every_spelling_of_rope(architecture, tmp_path):
     for options in _ROPE:
-        assert compare(tmp_path, {"model_type": architecture, "sliding_window": None} | options) is not None, options
+        understood = architecture != "gemma3_text" or len(options.keys() & {"rope_parameters", "rope_scaling"}) < 2
+        assert (compare(tmp_path, {"model_type": architecture} | options) is not None) == understood, options
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

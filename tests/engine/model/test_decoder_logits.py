@@ -7,7 +7,19 @@ import torch
 
 from engine.model.decoder import forward_reserved
 
-FAMILIES = ["llama", "llama-bias", "mistral", "qwen2", "qwen3"]
+FAMILIES = [
+    "llama",
+    "llama-bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mistral-window",
+    "qwen2-window",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+]
 BOUND = 1e-4
 LENGTH = 45
 

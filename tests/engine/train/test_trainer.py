@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from draft.errors import CheckpointMismatch, ExitLayerError, TrainingDataError, TrainingError
-from engine.model.layers import LayerShape, LayerWeights
+from engine.model.config import LayerShape
+from engine.model.layers import LayerWeights
 from engine.train.documents import TokenDocuments, coverage, epoch_order, make_batch, reduced_vocabulary
 from engine.train.loss import TeacherHead, distil, score
 from engine.train.measure import measure, replay
@@ -17,7 +18,7 @@ from engine.train.model import Student, Teacher
 from engine.train.trainer import Trainer, TrainOptions
 
 V, E, D, INNER = 40, 32, 8, 48
-SHAPE = LayerShape(num_heads=4, num_kv_heads=2, head_dim=D, eps=1e-5)
+SHAPE = LayerShape(num_heads=4, num_kv_heads=2, head_dim=D, eps=1e-5, scale=D**-0.5)
 
 
 def random_layer(generator: torch.Generator, scale: float = 0.2) -> LayerWeights:
@@ -32,9 +33,9 @@ def random_layer(generator: torch.Generator, scale: float = 0.2) -> LayerWeights
     return LayerWeights(input_norm, qkv, qkv_bias, qk_norm, o, None, post_norm, normal(2 * INNER, E), normal(E, INNER))
 
 
-def angles(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     angle = torch.arange(length)[:, None] * 0.3 ** torch.arange(D // 2)
-    return angle.cos(), angle.sin()
+    return [(angle.cos(), angle.sin())]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def teacher() -> Teacher:
     generator = torch.Generator().manual_seed(0)
     layers = [random_layer(generator) for _ in range(4)]
     embed = torch.randn(V, E, generator=generator)
-    return Teacher(embed, layers, torch.ones(E), embed * 0.6, SHAPE, angles)
+    return Teacher(embed, layers, torch.ones(E), embed * 0.6, [SHAPE] * 4, angles)
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +252,8 @@ def test_training_on_a_gpu_follows_the_cpu(teacher: Teacher, documents: TokenDoc
     layers = [LayerWeights(*(cuda(part) for part in layer)) for layer in teacher.layers]
     there = Teacher(
         *(cuda(t) if isinstance(t, torch.Tensor) else layers for t in (teacher.embed, None, teacher.norm, teacher.head)),
-        SHAPE,
-        lambda length: tuple(part.cuda() for part in angles(length)),
+        [SHAPE] * 4,
+        lambda length: [tuple(part.cuda() for part in pair) for pair in angles(length)],
     )
     train, held = documents.split(16, seed=0)
     ids, options = reduced_vocabulary(train, V, 32, always=[0]), replace(OPTIONS, steps=100, optimizer=optimizer)
