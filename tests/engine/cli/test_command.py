@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import FalconConfig, MistralConfig
+from transformers import FalconConfig
 
 from engine.engine import Engine
 from engine.generate import main
@@ -393,7 +393,6 @@ def test_models_that_do_not_serve(generate, chat_folders, byte_tokenizer, tmp_pa
     assert "only the draft has the token 'surplus'" in mistake(*generate("hi", "--target", chat_folders.target, "--draft", other))
     for config, what in (
         (FalconConfig(architectures=["FalconForCausalLM"]).to_dict(), "Falcon"),
-        (MistralConfig(architectures=["MistralForCausalLM"], sliding_window=8).to_dict(), "sliding"),
         ({"architectures": ["NewForCausalLM"], "model_type": "new"}, "architecture 'new' is not supported"),
         (FalconConfig().to_dict() | {"head_dim": 8}, "Falcon"),
         ([], "not valid"),

@@ -171,7 +171,7 @@ def test_static_tensors_hold_the_longest_context(decoder):
     backend.prepare_for_capture(1, 1, 1, max_context=64)
     assert backend.batch.page_table.shape == (1, 8)
     backend.prepare_for_replay(AttentionBatch([sequence], [1], [5]))
-    fresh = DeviceBatch.of(AttentionBatch([sequence], [1], [5]), decoder.rope, decoder.device)
+    fresh = DeviceBatch.of(AttentionBatch([sequence], [1], [5]), [decoder.rope], decoder.device)
     assert torch.equal(backend.batch.page_table[:, :1], fresh.page_table) and torch.equal(backend.batch.slots, fresh.slots)
 
 
