@@ -23,10 +23,11 @@ from pathlib import Path
 from codec.errors import CodecError
 from draft.errors import DraftError
 from engine.errors import ForetoldError
+from engine.server.errors import ApiError
 from fuzz.doors import DOORS, Door
 from fuzz.mutate import describe
 
-NAMED = (ForetoldError, CodecError, DraftError)
+NAMED = (ForetoldError, CodecError, DraftError, ApiError)
 SECONDS_AN_INPUT = 1.0
 
 

@@ -135,6 +135,6 @@ def read_tools(body: Mapping[str, Any]) -> Tools | None:
     if choice == "required":
         return Tools(functions, "required")
     named = choice.get("function", {}).get("name") if isinstance(choice, dict) and isinstance(choice.get("function"), dict) else None
-    if named not in functions:
+    if not isinstance(named, str) or named not in functions:
         raise ApiError(400, f"tool_choice {shown(choice)} names none of the tools", param="tool_choice")
     return Tools(functions, named)

@@ -24,6 +24,7 @@ from codec.spec import NUM_SINKS, KvLayout
 from codec.transform import Transform
 from codec.weighting import Weighting
 from draft import head_file
+from engine.engine import Engine
 from engine.errors import HashMismatch
 from engine.hub.convert import convert_gguf
 from engine.hub.fetch import fetch_source
@@ -36,7 +37,10 @@ from engine.model.decoder import Decoder, forward_reserved
 from engine.model.rope import RopeConfig
 from engine.model.weights import expected_shapes
 from engine.runtime.sampling import SamplingParams
+from engine.server.protocol import read_body, read_chat, read_completion
 from engine.sessions.file import SessionFile, Span
+from engine.store.runs import FORMAT, KEY_BYTES, MAGIC, PAGE_TOKENS, Run, id_bytes
+from engine.store.runs import _digest as run_digest
 from engine.text.chat import next_turn
 from engine.text.prompts import as_prompts, encode_prompt
 from engine.text.tokenizer import load_tokenizer
@@ -170,6 +174,7 @@ def weight_index(scratch: Path) -> Attempt:
 def tokenizer_json(scratch: Path) -> Attempt:
     folder = model_folder(scratch / "model")
     whole = {name: json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    load_tokenizer(folder)  # libraries are imported at the first, which is no input's time
 
     def attempt(rng: random.Random) -> None:
         for name, value in whole.items():
@@ -384,6 +389,24 @@ def session_file(scratch: Path) -> Attempt:
     return attempt
 
 
+def store_run(scratch: Path) -> Attempt:
+    content = Run(b"r" * KEY_BYTES, b"r" * KEY_BYTES, 0, id_bytes(range(2 * PAGE_TOKENS)), (b"code" * 20, b"more" * 9)).to_bytes()
+    sections = read_sections(content, MAGIC, FORMAT)
+
+    def attempt(rng: random.Random) -> None:
+        if rng.random() < 0.7:  # other contents under checksums and a digest that are right
+            chosen = rng.randrange(len(sections))
+            parts = [change_bytes(bytes(b), rng) if i == chosen else bytes(b) for i, (_, b) in enumerate(sections)]
+            parts[-1] = run_digest(parts[:-1]) if rng.random() < 0.8 else parts[-1]
+            data = write_sections([(name, part) for (name, _), part in zip(sections, parts, strict=True)], MAGIC, FORMAT)
+        else:
+            data = change_bytes(content, rng)
+        found = Run.from_bytes(data)
+        assert len(found.token_ids) == found.num_tokens and len(found.keys) == found.num_pages
+
+    return attempt
+
+
 # --- what is said ------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +478,65 @@ def sampling(scratch: Path) -> Attempt:
     return attempt
 
 
+def engine_options(scratch: Path) -> Attempt:
+    """Options of an engine; whole numbers stay small, as a pool of so many pages is a wish and no mistake."""
+    target = Decoder.from_pretrained(model_folder(scratch / "model"), dtype=torch.float32)
+    names = [
+        *("pool_tokens", "page_size", "max_batch", "prefill_chunk", "deterministic", "kv_cache_dtype", "costs", "ngrams", "prefix_sharing"),
+        *("store", "store_bytes", "namespace", "quality", "pack"),
+    ]
+
+    def attempt(rng: random.Random) -> None:
+        options = {rng.choice(names): odd_value(rng) for _ in range(rng.choice((1, 1, 2)))}
+        options = {name: value for name, value in options.items() if not (isinstance(value, int) and abs(value) > 1000)}
+        if isinstance(options.get("store"), str) or (options.keys() & {"store_bytes", "namespace", "quality", "pack"}):
+            options["store"] = scratch / "store"
+            options.setdefault("quality", "tokens")
+        Engine(target, **options, log=lambda _: None).close()
+
+    return attempt
+
+
+def server_request(scratch: Path) -> Attempt:
+    forms: list[tuple[Callable[[Any], Any], dict[str, Any]]] = [
+        (
+            read_chat,
+            {
+                "model": "m",
+                "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "n": 2,
+                "stop": ["a", "b"],
+                "seed": 3,
+                "max_tokens": 5,
+                "logit_bias": {"3": 1},
+                "logprobs": True,
+                "top_logprobs": 2,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+            },
+        ),
+        (
+            read_chat,
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+            },
+        ),
+        (read_completion, {"prompt": ["a", [1, 2]], "echo": False, "suffix": None, "best_of": 1, "logprobs": 2, "user": "u"}),
+    ]
+
+    def attempt(rng: random.Random) -> None:
+        read, body = rng.choice(forms)
+        content = json.dumps(change_json(body, rng)).encode()
+        read(read_body(change_bytes(content, rng) if rng.random() < 0.3 else content))
+
+    return attempt
+
+
 def model_paths(scratch: Path) -> Attempt:
     import os
 
@@ -496,9 +578,12 @@ DOORS = (
     Door("pack", pack_file),
     Door("head", draft_head_folder),
     Door("session file", session_file),
+    Door("store run", store_run),
     Door("prompts", prompts),
     Door("messages", messages),
     Door("chat template", templates, slowness=10),
     Door("sampling", sampling),
+    Door("engine options", engine_options),
+    Door("server request", server_request),
     Door("model path", model_paths),
 )
