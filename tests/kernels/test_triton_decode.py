@@ -69,11 +69,9 @@ def at_rest(space):
     return not bool(space["tickets"].any())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("tokens,rows,width", [(1, 40, 64), (5, 33, 200), (1, 7, 90), (9, 16, 72)])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-def test_linear_residual(tokens, rows, width, tile, dtype, with_bias, device, draw, assert_close):
+@pytest.mark.parametrize("dtype,tile,shape,with_bias", in_turn(DTYPES, list(TILES), [(1, 40, 64), (5, 33, 200), (1, 7, 90), (9, 16, 72)]))
+def test_linear_residual(shape, tile, dtype, with_bias, device, draw, assert_close):
+    tokens, rows, width = shape
     x, weight = draw(tokens, width, dtype=dtype), draw(rows, width, dtype=dtype) / width**0.5
     bias = draw(rows, dtype=dtype) if with_bias else None
     before, norm = draw(tokens, rows, dtype=dtype), draw(rows, dtype=dtype)
@@ -89,12 +87,12 @@ def test_linear_residual(tokens, rows, width, tile, dtype, with_bias, device, dr
     assert at_rest(space)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
-@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(
-    "tokens,heads,groups,head_dim,width,with_norm", [(1, 2, 1, 32, 64, False), (5, 3, 1, 48, 90, True), (2, 4, 2, 16, 40, True)]
+    "tile,shape,half", in_turn(list(TILES), [(1, 2, 1, 32, 64, False), (5, 3, 1, 48, 90, True), (2, 4, 2, 16, 40, True)])
 )
-def test_norm_qkv(tokens, heads, groups, head_dim, width, with_norm, tile, dtype, device, draw, assert_close):
+def test_norm_qkv(shape, tile, half, device, draw, assert_close):
+    tokens, heads, groups, head_dim, width, with_norm = shape
+    dtype = DTYPES[half]
     scaled, squares = prepared(draw, tokens, width, dtype)
     rows = (heads + 2 * groups) * head_dim
     weight, bias = draw(rows, width, dtype=dtype) / width**0.5, draw(rows, dtype=dtype)
@@ -154,11 +152,9 @@ def test_norm_gate_up(tokens, inner, width, tile, dtype, device, draw, assert_cl
     assert_close(got, want, 2 * BOUND[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
-@pytest.mark.parametrize("tile", ["slices", "whole", "scalar"])
-@pytest.mark.parametrize("tokens,vocab,width", [(1, 400, 64), (5, 333, 40)])
-@pytest.mark.parametrize("with_logits", [False, True], ids=["choice", "logits"])
-def test_greedy_head(tokens, vocab, width, tile, dtype, with_logits, device, draw, assert_close):
+@pytest.mark.parametrize("dtype,tile,shape,with_logits", in_turn(DTYPES, ["slices", "whole", "scalar"], [(1, 400, 64), (5, 333, 40)]))
+def test_greedy_head(shape, tile, dtype, with_logits, device, draw, assert_close):
+    tokens, vocab, width = shape
     scaled, squares = prepared(draw, tokens, width, dtype)
     weight = draw(vocab, width, dtype=dtype) / width**0.5
     weight[vocab // 2] = weight[7]  # equals must go to the first
