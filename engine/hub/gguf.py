@@ -26,6 +26,7 @@ MAX_KEYS, MAX_TENSORS, MAX_AXES = 1 << 16, 1 << 18, 4
 MAX_STRINGS = 1 << 21  # in all arrays together; vocabularies and merges have some hundred thousand
 MAX_NUMBERS = 1 << 24
 MAX_ALIGNMENT = 1 << 16
+MAX_TRAILING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GgufFile:
 
     Raises:
         ModelNotFound: the file is no GGUF file or ends early, has counts beyond all bounds or nested arrays, or its tensors are unaligned,
-            overlap or leave the file.
+            overlap or leave the file, or end long before it.
         UnsupportedArchitecture: a format version or block format that is not read here.
     """
 
@@ -190,6 +191,8 @@ class GgufFile:
             end = tensor.offset + tensor.num_rows * tensor.row_bytes
             if end > len(self._map):
                 raise ValueError(f"{shown(tensor.name)} runs past the end of the file")
+        if tensors and len(self._map) - end > MAX_TRAILING_BYTES:  # it would be hashed to its end
+            raise ValueError(f"{len(self._map) - end:,} bytes follow its last tensor")
 
 
 def _dequantisable(kind: GGMLQuantizationType) -> bool:

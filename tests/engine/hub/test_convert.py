@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -33,7 +35,7 @@ from engine.errors import DiskFull, HashMismatch, ModelNotFound, NonFiniteLogits
 from engine.hub.convert import convert_gguf
 from engine.hub.fingerprint import CACHE_NAME, fingerprint
 from engine.hub.gguf import GgufFile, _dequantisable, dequantize_rows
-from engine.hub.gguf_families import GgufFamily
+from engine.hub.gguf_families import GgufFamily, family_of, hf_config
 from engine.hub.pairs import ModelSource, Pair, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_source
@@ -57,6 +59,11 @@ GGUF_NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
 }
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 CLASSES = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
 
 
@@ -74,12 +81,13 @@ def tiny_model(family: str, tied: bool, **options):
     return model
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: str) -> str:
     top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
     if name in top:
         return top[name]
     _, _, layer, *middle, last = name.split(".")
-    return f"blk.{layer}.{GGUF_NAMES['.'.join(middle)]}.{last}"
+    names = GGUF_NAMES | (GEMMA_NAMES if family == "gemma3" else {})
+    return f"blk.{layer}.{names['.'.join(middle)]}.{last}"
 
 
 def write_gguf(
@@ -98,7 +106,7 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    if getattr(config, "head_dim", None):
+    if getattr(config, "head_dim", None) and family != "gemma3":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(10000.0)
@@ -124,7 +132,7 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        values = tensor.numpy()
+        values = tensor.numpy() + float(family == "gemma3" and "norm" in name)
         stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         blocks = quantize(values, stored) if stored != gguf.GGMLQuantizationType.F32 else values
         held[name] = torch.from_numpy(np.array(gguf.quants.dequantize(blocks, stored) if blocks is not values else values))
@@ -133,7 +141,7 @@ def write_gguf(
             # quantisation blocks lie along a row, so rows may be moved after it
             blocks = np.asarray(blocks)
             blocks = blocks.reshape(heads, 2, blocks.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(blocks.shape)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(blocks), raw_dtype=stored)
+        writer.add_tensor(gguf_name(name, family), np.ascontiguousarray(blocks), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -214,6 +222,33 @@ def test_files_that_quantise_nothing_keep_every_number(tmp_path, family, kind):
         if family == "qwen2":  # transformers drops the biases of the others, and Qwen3's size of heads
             reference = transformers_gguf(tmp_path / "model.gguf")
             torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_gemma_3_is_named_as_transformers_names_it(tmp_path):
+    """The text model's options, from keys as llama.cpp's converter writes them, and names of all tensors; norms are stored with 1 added."""
+    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 1}
+    options |= {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "vocab_size": len(TOKENS),
+        "max_position_embeddings": 128,
+        "sliding_window": 16,
+    }
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**options))
+    extra = {"gemma3.attention.sliding_window": 16, "gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32}
+    write_gguf(tmp_path / "model.gguf", model, "gemma3", "qwen2", extra=extra)
+    with GgufFile(tmp_path / "model.gguf") as source:
+        config, family = hf_config(source), family_of(source)
+        names = {family.hf_name(name): tensor for name, tensor in source.tensors.items()}
+    assert names.keys() == model.state_dict().keys() - {"lm_head.weight"}
+    for name, tensor in names.items():
+        assert tensor.shape == model.state_dict()[name].shape and family.offset(tensor) == float("norm" in name) and not family.interleaved
+    read = Gemma3TextConfig(**config)
+    for name in (*options, "layer_types", "hidden_activation", "final_logit_softcapping", "attn_logit_softcapping", "tie_word_embeddings"):
+        assert getattr(read, name) == getattr(model.config, name), name
+    assert read.layer_types.index("full_attention") == 5
+    for kind, theta in (("full_attention", 1e4), ("sliding_attention", 1e4)):
+        assert config["rope_parameters"][kind] == {"rope_type": "default", "rope_theta": theta}
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

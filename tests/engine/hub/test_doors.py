@@ -88,6 +88,52 @@ def test_broken_gguf_files_are_named(tmp_path, name):
     assert time.process_time() - began < 1
 
 
+def test_a_terabyte_behind_the_last_tensor_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    with open(tmp_path / "x.gguf", "wb") as file:
+        file.write(gguf(tensor("a", 4), tensors=1, data=64))
+        file.truncate(1 << 40)  # sparse
+    began = time.process_time()
+    with pytest.raises(ModelNotFound, match="bytes follow its last tensor"):
+        resolve_model(tmp_path / "x.gguf", silent)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("kind", ["a circle of links", "a pipe", "a folder", "nothing"])
+def test_what_is_no_gguf_file_by_its_kind_is_named(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    path = tmp_path / "x.gguf"
+    if kind == "a circle of links":
+        path.symlink_to(path)
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    with pytest.raises(ModelNotFound):
+        resolve_model(path, silent)
+
+
+@BOUNDED
+@given(st.data())
+def test_any_change_of_a_gguf_file_named_as_a_model_is_read_or_named(small_gguf, tmp_path_factory, data):
+    """The whole way into the cache: nothing half made stays behind."""
+    content = bytearray(small_gguf)
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    folder = tmp_path_factory.mktemp("cached")
+    (folder / "x.gguf").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FORETOLD_HOME", str(folder / "home"))
+        try:
+            made = resolve_model(folder / "x.gguf", silent)
+        except ForetoldError:
+            assert not list((folder / "home").glob("models/*"))
+        else:
+            assert resolve_model(folder / "x.gguf", silent) == made
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_block_formats_that_cannot_be_turned_into_numbers_are_named(tmp_path):
     (tmp_path / "x.gguf").write_bytes(gguf(tensor("a", 256, kind=15), tensors=1, data=4096))  # Q8_K, a format of products only
     with pytest.raises(UnsupportedArchitecture, match="Q8_K"):

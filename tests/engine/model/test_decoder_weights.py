@@ -50,7 +50,7 @@ def test_every_tensor_of_the_file_is_in_its_place(tiny_model, family):
     assert model.decoder.weight_bytes == sum(t.numel() * 4 for t in model.reference.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_are_converted_on_the_way(tiny_model, tmp_path, dtype):
     model = tiny_model("llama")
     decoder = Decoder.from_pretrained(model.folder, dtype=dtype)
