@@ -5,7 +5,7 @@ Axes: T tokens, L layers, P pages, S tokens a page, G KV heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,14 @@ class PagedKv:
         device = self.keys[0].device
         return pages[at // self.page_size].to(device), (at % self.page_size).to(device)
 
+    def _check(self, kv: torch.Tensor, first_layer: int) -> None:
+        """BadInput unless kv [T, layers, 2, G, d] fits the layers from `first_layer` on."""
+        expected = (self.num_kv_heads, self.head_dim)
+        if kv.ndim != 5 or tuple(kv.shape[2:]) != (2, *expected) or not 0 <= first_layer <= self.num_layers - kv.shape[1]:
+            raise BadInput(
+                f"KV of shape {list(kv.shape)} for {self.num_layers} layers of {expected} from {first_layer} on", "pass its layers"
+            )
+
     def read(self, page_ids: Sequence[int], start: int, end: int, first_layer: int = 0) -> torch.Tensor:
         """Tokens [start, end) of a sequence, float32 [T, L - first_layer, 2, G, d], keys as they lie there (rotated)."""
         pages, places = self._at(page_ids, start, end)
@@ -115,13 +123,62 @@ class PagedKv:
         Raises:
             BadInput: another shape.
         """
-        expected = (self.num_kv_heads, self.head_dim)
-        if kv.ndim != 5 or tuple(kv.shape[2:]) != (2, *expected) or not 0 <= first_layer <= self.num_layers - kv.shape[1]:
-            raise BadInput(
-                f"KV of shape {list(kv.shape)} for {self.num_layers} layers of {expected} from {first_layer} on", "pass its layers"
-            )
+        self._check(kv, first_layer)
         pages, places = self._at(page_ids, start, start + len(kv))
         for n in range(kv.shape[1]):
             keys, values = self.keys[first_layer + n], self.values[first_layer + n]
             keys[pages, places] = kv[:, n, 0].to(keys.dtype)
             values[pages, places] = kv[:, n, 1].to(values.dtype)
+
+
+class PackedKv(PagedKv):
+    """Pages whose places within a page and head are in an order of their own, as vLLM's CPU attention has them for its matrix products.
+
+    Args:
+        keys, values: of every layer a view [P, G, S, d], whose last two axes hold a page's numbers in packed order.
+        key_order, value_order: int64 [S * d]: number s * d + c of a page (token s, channel c) lies at this place.
+
+    Raises:
+        BadInput: the views do not agree, or an order is no permutation.
+    """
+
+    def __init__(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], key_order: torch.Tensor, value_order: torch.Tensor
+    ) -> None:
+        super().__init__([t.transpose(1, 2) for t in keys], [t.transpose(1, 2) for t in values])
+        count = self.page_size * self.head_dim
+        for order in (key_order, value_order):
+            if order.shape != (count,) or not torch.equal(order.sort().values, torch.arange(count, device=order.device)):
+                raise BadInput("an order of a page's places that is no permutation", f"name each of {count} places once")
+        self._packed = list(keys), list(values)
+        self._orders = key_order, value_order
+
+    def _halves(self) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor]]:
+        for half in (0, 1):
+            yield half, self._packed[half], self._orders[half]
+
+    def read(self, page_ids: Sequence[int], start: int, end: int, first_layer: int = 0) -> torch.Tensor:
+        """See `PagedKv.read`."""
+        pages, places = self._at(page_ids, start, end)
+        used, inverse = pages.unique(return_inverse=True)
+        layers = range(first_layer, self.num_layers)
+        out = torch.empty(len(pages), len(layers), 2, self.num_kv_heads, self.head_dim, device=pages.device)
+        for half, packed, order in self._halves():
+            for n, layer in enumerate(layers):
+                plain = packed[layer][used].flatten(2)[:, :, order].unflatten(2, (self.page_size, self.head_dim))
+                out[:, n, half] = plain[inverse, :, places]
+        return out
+
+    def write(self, page_ids: Sequence[int], start: int, kv: torch.Tensor, first_layer: int = 0) -> None:
+        """See `PagedKv.write`."""
+        self._check(kv, first_layer)
+        pages, places = self._at(page_ids, start, start + len(kv))
+        used, inverse = pages.unique(return_inverse=True)
+        for half, packed, order in self._halves():
+            for n in range(kv.shape[1]):
+                layer = packed[first_layer + n]
+                whole = layer[used].flatten(2)
+                plain = whole[:, :, order].unflatten(2, (self.page_size, self.head_dim))
+                plain[inverse, :, places] = kv[:, n, half].to(layer.dtype)
+                whole[:, :, order] = plain.flatten(2)
+                layer[used] = whole.unflatten(2, (self.page_size, self.head_dim))

@@ -7,6 +7,7 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -109,14 +110,26 @@ class Decoder(nn.Module):
         return decoder.eval()
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
+    def from_pretrained(
+        cls, path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu", num_layers: int | None = None
+    ) -> Decoder:
         """Load a Hugging Face folder (config.json and safetensors, sharded or not), one tensor at a time.
+
+        num_layers: the first so many layers alone, without a head: for their states, keys and values.
 
         Raises:
             ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
             UnsupportedArchitecture: the model is one our decoder does not run.
+            InvalidOption: it has fewer layers.
         """
         config, stored = open_checkpoint(Path(path))
+        if num_layers is not None:
+            if not 1 <= num_layers <= config.num_layers:
+                raise InvalidOption(f"the first {num_layers} layers of a model of {config.num_layers}", "ask for some of its layers")
+            part = replace(config, num_layers=num_layers, tie_word_embeddings=True)
+            decoder = cls.filled(part, lambda places: load_tensors(stored, places), dtype=dtype, device=device)
+            decoder._tied_head = None
+            return decoder
         sums: dict[str, int] = {}
         decoder = cls.filled(config, lambda places: sums.update(load_tensors(stored, places)), dtype=dtype, device=device)
         decoder.weight_sum = sum_of_all(stored, sums)
@@ -126,7 +139,7 @@ class Decoder(nn.Module):
     def filled(
         cls,
         config: DecoderConfig,
-        fill: Callable[[dict[str, torch.Tensor]], None],
+        fill: Callable[[dict[str, torch.Tensor]], object],
         *,
         dtype: torch.dtype,
         device: torch.device | str,

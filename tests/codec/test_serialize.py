@@ -10,7 +10,7 @@ import torch
 from codec.codec import KvCodec
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CodecError, ForeignCode, PackMismatch, TruncatedCode, UnknownQuality
-from codec.layouts import KeyRotation, PagedKv
+from codec.layouts import KeyRotation, PackedKv, PagedKv
 from codec.pack import CodecPack
 from codec.predictor.features import FeatureSpec
 from codec.predictor.low_rank import Predictor
@@ -158,3 +158,23 @@ def test_no_flipped_bit_is_decoded(own_pack: CodecPack, run) -> None:
         damaged[at // 8] ^= 1 << at % 8
         with pytest.raises(CodecError):
             serializer.deserialize(bytes(damaged), features.part(0, 20))
+
+
+def test_packed_pages_hold_the_same() -> None:
+    generator = torch.Generator().manual_seed(9)
+    layers, pages, size, heads, width = 2, 5, 4, 2, 8
+    order = torch.randperm(size * width, generator=generator)
+    memory = [torch.zeros(pages, heads, 2 * size, width) for _ in range(layers)]
+    halves = [[layer.chunk(2, 2)[half] for layer in memory] for half in (0, 1)]
+    packed = PackedKv(*halves, order, torch.arange(size * width))
+    kv, page_ids = torch.randn(7, layers, 2, heads, width, generator=generator), [3, 0, 4]
+    packed.write(page_ids, 2, kv)
+    assert torch.equal(packed.read(page_ids, 2, 9), kv) and not packed.read(page_ids, 0, 2).any() and not memory[0][[1, 2]].any()
+    assert torch.equal(packed.read(page_ids, 4, 9, first_layer=1), kv[2:, 1:])
+    # token 0 of page 0 is token 4 of the sequence: its channel c lies where the order says
+    assert torch.equal(memory[1][0, 1, :size].flatten()[order[:width]], kv[2, 1, 0, 1])
+    assert torch.equal(memory[1][0, 1, size], kv[2, 1, 1, 1])  # values as they are
+    with pytest.raises(BadInput):
+        PackedKv(*halves, order.clamp_min(1), order)
+    with pytest.raises(BadInput):
+        packed.write(page_ids, 0, kv[:, :, :1])

@@ -1,0 +1,1 @@
+"""Foretold's storage inside other engines."""

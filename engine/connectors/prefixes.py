@@ -1,0 +1,479 @@
+"""Prefixes of another engine's texts in a store of ours: what is known of a text comes back into its pages, what is new is coded behind its work.
+
+Runs are those of `engine.store.prefix_cache`: pages of 64 tokens under a root that names models, codec parameters, quality and namespace. The attention
+sinks, which are never coded with loss, are kept as the engine computed them, once for all texts that begin with the same tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+
+from codec.errors import CodecError, CorruptedCode
+from codec.serialize import KvSerializer
+from codec.spec import NUM_SINKS, QUALITIES
+from engine.connectors.passes import CodedModel, FeaturePasses, TextState
+from engine.errors import ForetoldError, InvalidOption
+from engine.inputs import Fields
+from engine.sessions.kv_codec import product_dtype
+from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, root_key, span_bounds
+from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore
+
+CHUNK_TOKENS = 4 * RUN_TOKENS
+_PATIENCE_S = 2.0  # how long a busy engine is waited for before a run is coded beside its steps
+_QUIET_S = 0.05  # without a step for so long, an engine counts as idle
+_TAIL_S = 1.0  # less than a run waits so long for more of its text
+_MAX_RESTORED = 200_000  # pages whose keys are remembered
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a user says of the store and its codec.
+
+    store: folder. store_bytes: its limit. draft, pack: as of `CodedModel.open`. quality: of `codec.spec.QUALITIES`. namespace: of requests without a
+    cache salt. min_tokens: fewer are computed, not restored. save: whether new text is kept. queue_bytes: raw keys and values that wait to be coded.
+    feature_tokens: tokens that the first layers' caches are kept of.
+    """
+
+    store: str
+    store_bytes: int = DEFAULT_LIMIT_BYTES
+    draft: str = "trunk"
+    pack: str | None = None
+    quality: str = "balanced"
+    namespace: str = "default"
+    min_tokens: int = 256
+    save: bool = True
+    queue_bytes: int = 1 << 30
+    feature_tokens: int = 65_536
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> StoreOptions:
+        """Raises InvalidOption for a name that is none of these, another type, or a number out of bounds."""
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        remedy = "see docs/vllm.md"
+        if unknown:
+            raise InvalidOption(f"unknown connector option {unknown[0]!r}", f"choose from {', '.join(cls.__dataclass_fields__)}")
+        fields = Fields(dict(given), "the connector's options", InvalidOption, remedy)
+        if not fields.text("store", ""):
+            raise InvalidOption("the connector needs a store", 'give kv_connector_extra_config a "store", a folder')
+        quality = fields.text("quality", cls.quality)
+        if quality not in QUALITIES:
+            raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(QUALITIES)}")
+        return cls(
+            store=fields.text("store"),
+            store_bytes=fields.integer("store_bytes", 0, 1 << 60, cls.store_bytes),
+            draft=fields.text("draft", cls.draft),
+            pack=fields.text("pack") if given.get("pack") is not None else None,
+            quality=quality,
+            namespace=fields.text("namespace", cls.namespace) or cls.namespace,
+            min_tokens=fields.integer("min_tokens", 1, 1 << 30, cls.min_tokens),
+            save=fields.boolean("save", cls.save),
+            queue_bytes=fields.integer("queue_bytes", 0, 1 << 50, cls.queue_bytes),
+            feature_tokens=fields.integer("feature_tokens", RUN_TOKENS, 1 << 30, cls.feature_tokens),
+        )
+
+
+class PrefixIndex:
+    """Which prefixes a store holds of a model's texts: the side that schedules.
+
+    Args:
+        options: the user's. model: opened with them.
+
+    Raises:
+        BadStore, CacheNotWritable, DiskFull: as of `RunStore`.
+    """
+
+    def __init__(self, options: StoreOptions, model: CodedModel) -> None:
+        self.options, self.model = options, model
+        self.store = RunStore(options.store, options.store_bytes)
+
+    def identity(self, namespace: str) -> dict[str, str]:
+        """What the root of a namespace's texts stands for: the same as of an engine of ours with these models and this quality."""
+        return {
+            **self.model.prints,
+            "pack": self.model.pack.digest,
+            "quality": self.options.quality,
+            "namespace": namespace,
+            LABEL: self.model.folder.name,
+        }
+
+    def sink_identity(self, namespace: str) -> dict[str, str]:
+        """What the root of a namespace's attention sinks stands for."""
+        return self.identity(namespace) | {"part": "sinks", "pack": "any", "quality": "exact", "draft": "any"}
+
+    def namespace(self, salt: str | None) -> str:
+        """Of requests with a cache salt: nothing of other salts is found under it."""
+        return self.options.namespace if not salt else f"{self.options.namespace[:64]}/{sha256(salt.encode()).hexdigest()}"
+
+    def matched(self, token_ids: Sequence[int], namespace: str, start: int, block_tokens: int) -> int:
+        """How many tokens after the first `start` can be restored: whole blocks, and never a text's last token, whose logits are wanted."""
+        known = list(token_ids[:-1])
+        if len(known) - start < max(self.options.min_tokens, PAGE_TOKENS):
+            return 0
+        found = self.store.lookup(root_key(self.identity(namespace)), known, start // PAGE_TOKENS)
+        end = found.num_tokens // block_tokens * block_tokens
+        if end - start < self.options.min_tokens or (start < NUM_SINKS and self.sinks(known, namespace) is None):
+            return 0
+        return end - start
+
+    def sinks(self, token_ids: Sequence[int], namespace: str) -> bytes | None:
+        """The stored sinks of a text."""
+        found = self.store.lookup(root_key(self.sink_identity(namespace)), sink_ids(token_ids))
+        return found.spans[0] if found.spans else None
+
+    def close(self) -> None:
+        """Give the store's index back."""
+        self.store.close()
+
+
+def sink_ids(token_ids: Sequence[int]) -> list[int]:
+    """The page of tokens that sinks are stored under: the first ones, filled up."""
+    return [*token_ids[:NUM_SINKS], *[0] * (PAGE_TOKENS - NUM_SINKS)]
+
+
+def sinks_to_bytes(kv: torch.Tensor) -> bytes:
+    """Of kv [NUM_SINKS, L, 2, G, d] in float32, bfloat16 or float16, as it is."""
+    return bytes([_DTYPES.index(kv.dtype)]) + kv.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
+    """Inverse of `sinks_to_bytes`. Raises CorruptedCode for bytes of another shape."""
+    dtype = _DTYPES[data[0]] if data and data[0] < len(_DTYPES) else torch.float32
+    if len(data) != 1 + dtype.itemsize * int(np.prod(shape)):
+        raise CorruptedCode("stored attention sinks have another size than the model's", "let the store be verified")
+    return torch.frombuffer(bytearray(data[1:]), dtype=dtype).view(*shape)
+
+
+@dataclass(eq=False)
+class _Text:
+    """A request's text. run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as
+    [64, L, 2, G, d]. handed: pages that are stored or were handed over, None before the store was asked. done: nothing more will come. lost: nothing
+    more is kept of it."""
+
+    namespace: str
+    token_ids: list[int] = field(default_factory=list)
+    run: int = 0
+    spans: list[bytes] = field(default_factory=list)
+    raw: deque[torch.Tensor] = field(default_factory=deque)
+    since: float = 0.0
+    state: TextState | None = None
+    handed: int | None = None
+    done: bool = False
+    lost: bool = False
+
+    @property
+    def run_is_whole(self) -> bool:
+        """Whether what waits fills a run."""
+        return len(self.spans) + len(self.raw) >= RUN_PAGES
+
+
+@dataclass
+class WorkerMetrics:
+    """restored_tokens, restore_s: into pages. saved_tokens, saved_bytes, save_s: coded and stored. failures: restores that were given up."""
+
+    restored_tokens: int = 0
+    restore_s: float = 0.0
+    saved_tokens: int = 0
+    saved_bytes: int = 0
+    save_s: float = 0.0
+    failures: int = 0
+
+
+class PrefixWorker:
+    """Restores and keeps prefixes: the side that holds pages. Everything but `wait` may be called by one thread; coding has a thread of its own.
+
+    Args:
+        index: opened. dtype: of the engine's model; float16 runs as float32 here. device: of its pages.
+        log: told once of each kind of trouble.
+    """
+
+    def __init__(self, index: PrefixIndex, *, dtype: torch.dtype, device: torch.device | str, log: Callable[[str], None] = print) -> None:
+        self.index, self.model, self.options, self._log = index, index.model, index.options, log
+        own = torch.float32 if dtype == torch.float16 else dtype
+        self.device = torch.device(device)
+        self.passes = FeaturePasses(self.model, dtype=own, device=device, max_tokens=self.options.feature_tokens)
+        rotation = self.model.rotation
+        rotation = type(rotation)(rotation.frequencies.to(self.device), rotation.factor)
+        self.serializer = KvSerializer(self.model.pack, rotation, device=device, dtype=product_dtype(own, self.device))
+        self.rotation, self.first_layer = rotation, self.passes.first_layer
+        self.metrics = WorkerMetrics()
+        config = self.model.config
+        self.token_shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
+        self._texts: OrderedDict[str, _Text] = OrderedDict()
+        self._restored: OrderedDict[bytes, None] = OrderedDict()
+        self._said: set[str] = set()
+        self._models, self._queue = threading.RLock(), threading.Condition()
+        self._waiting_bytes, self._stepped, self._closing, self._working = 0, 0.0, False, False
+        self._thread: threading.Thread | None = None
+
+    # --- texts ----------------------------------------------------------------------------------------------------------
+
+    def extend(self, name: str, namespace: str, token_ids: Sequence[int]) -> None:
+        """A request's next tokens; the first call makes it known."""
+        with self._queue:
+            text = self._texts.setdefault(name, _Text(namespace))
+        text.token_ids += token_ids
+
+    def end(self, name: str) -> None:
+        """A request has ended: what waits is coded, then it is forgotten."""
+        with self._queue:
+            text = self._texts.pop(name, None)
+            if text is not None:
+                text.done = True
+                if text.raw:
+                    self._texts[f"{name}\0{id(text)}"] = text  # out of the way of a new request of this name
+                    self._queue.notify_all()
+        if text is not None and not text.raw:
+            self._drop(text)
+
+    def give_up(self, name: str) -> None:
+        """Keep nothing more of a request."""
+        text = self._texts.get(name)
+        if text is not None:
+            text.lost = True
+
+    def stepped(self) -> None:
+        """The engine is at work: coding waits a little."""
+        self._stepped = time.monotonic()
+
+    # --- before a forward pass ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def restore(self, name: str, start: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Tokens [start, end) of a known text, as (first token, kv [T, L, 2, G, d] with rotated keys), chunk by chunk; fewer where the store has fewer.
+
+        Raises the codec's errors and the engine's; what was yielded before is whole.
+        """
+        text, began = self._texts[name], time.perf_counter()
+        page = start // PAGE_TOKENS
+        root = root_key(self.index.identity(text.namespace))
+        found = self.index.store.lookup(root, text.token_ids[:end], page)
+        end = min(end, found.num_tokens)
+        if end <= start:
+            return
+        sinks = None
+        if start < NUM_SINKS:
+            data = self.index.sinks(text.token_ids, text.namespace)
+            if data is None:
+                return
+            sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape)).to(self.device)
+        with self._models:
+            self._make_room(len(text.token_ids), text)
+            state = text.state = text.state or self.passes.open()
+            if state.length > page * PAGE_TOKENS:
+                self.passes.close(state)
+                state = text.state = self.passes.open()
+            if state.length < page * PAGE_TOKENS:
+                self.passes.run(state, text.token_ids[state.length : page * PAGE_TOKENS])
+            for at in range(page, -(-end // PAGE_TOKENS), CHUNK_TOKENS // PAGE_TOKENS):
+                last = min(at + CHUNK_TOKENS // PAGE_TOKENS, -(-end // PAGE_TOKENS))
+                kv = self._decoded(state, text, at, found.spans[at - page : last - page])
+                low, high = max(start, at * PAGE_TOKENS), min(end, last * PAGE_TOKENS)
+                part = kv[low - at * PAGE_TOKENS : high - at * PAGE_TOKENS]
+                if sinks is not None and low < NUM_SINKS:
+                    part[: NUM_SINKS - low] = sinks[low:].to(part.dtype)
+                yield low, part
+        self._remember(PageKeys(root, text.token_ids[: -(-end // PAGE_TOKENS) * PAGE_TOKENS])[page:])
+        self.index.store.touch(found.keys)
+        self.metrics.restored_tokens += end - start
+        self.metrics.restore_s += time.perf_counter() - began
+
+    def _decoded(self, state: TextState, text: _Text, page: int, spans: Sequence[bytes]) -> torch.Tensor:
+        """Keys (rotated) and values float32 [T, L, 2, G, d] of whole pages; of the sinks, the first layers' only."""
+        start, end = page * PAGE_TOKENS, (page + len(spans)) * PAGE_TOKENS
+        features = self.passes.run(state, text.token_ids[start:end])
+        positions = torch.arange(start, end, device=self.device)
+        skipped = span_bounds(page)[0] - start
+        kv = torch.zeros(end - start, *self.token_shape, device=self.device)
+        first = self.passes.first_rows(state, start, end)
+        first[:, :, 0] = self.rotation.rotate(first[:, :, 0], positions)
+        kv[:, : self.first_layer] = first
+        rows = self.serializer.decode(spans, features.part(skipped, end - start))
+        kv[skipped:, self.first_layer :] = self.serializer.split(rows, positions[skipped:])
+        return kv
+
+    def _remember(self, keys: Sequence[bytes]) -> None:
+        """Pages with these keys hold what was decoded: they are never coded again."""
+        for key in keys:
+            self._restored[key] = None
+        while len(self._restored) > _MAX_RESTORED:
+            self._restored.popitem(last=False)
+
+    # --- behind a forward pass ------------------------------------------------------------------------------------------
+
+    def wanted(self, name: str, end: int) -> range:
+        """Pages of a text, of which the engine has computed `end` tokens, that are worth keeping."""
+        text = self._texts.get(name)
+        none = range(0)
+        if text is None or text.lost or text.done or not self.options.save:
+            return none
+        end = min(end, len(text.token_ids)) // PAGE_TOKENS
+        if not end:
+            return none
+        root, ids = root_key(self.index.identity(text.namespace)), text.token_ids[: end * PAGE_TOKENS]
+        if text.handed is None:
+            text.run = self.index.store.known_pages(root, ids)
+            text.spans = self.index.store.lookup(root, ids, text.run).spans
+            text.handed = text.run + len(text.spans)
+        keys = PageKeys(root, ids) if self._restored else []
+        for page in range(text.handed, end):
+            if keys and keys[page] in self._restored:
+                text.lost = True  # it was evicted from the store after it came from there: coded again it would lose twice
+                return range(text.handed, page)
+        return range(text.handed, end)
+
+    def lacks_sinks(self, name: str) -> bool:
+        """Whether pages of a text are stored, by an engine of ours, whose sinks are not."""
+        text = self._texts[name]
+        return bool(text.handed) and not text.raw and self.index.sinks(text.token_ids, text.namespace) is None
+
+    def keep_sinks(self, name: str, kv: torch.Tensor) -> None:
+        """A text's first tokens, kv [NUM_SINKS, L, 2, G, d] with rotated keys. Raises as `RunStore.insert`."""
+        text = self._texts[name]
+        self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(kv)])
+
+    def keep(self, name: str, kv: torch.Tensor) -> None:
+        """The next page of a text: kv [64, L, 2, G, d] with rotated keys, on the host, not written to afterwards."""
+        text = self._texts[name]
+        with self._queue:
+            if self._waiting_bytes + kv.nbytes > self.options.queue_bytes:
+                text.lost = True
+                self._once("queue", "more text is computed than can be coded behind it: some is not kept")
+                return
+            if not text.raw:
+                text.since = time.monotonic()
+            text.raw.append(kv)
+            text.handed = (text.handed or 0) + 1
+            self._waiting_bytes += kv.nbytes
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="foretold-connector", daemon=True)
+                self._thread.start()
+            self._queue.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until all that was handed over is stored; False when the time was too short."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            with self._queue:
+                if not self._working and not any(text.raw for text in self._texts.values()):
+                    return True
+                self._stepped = 0.0
+                self._queue.notify_all()
+            time.sleep(0.01)
+        return False
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """`wait`, end the thread and close the store."""
+        done = self.wait(timeout_s) if self._thread is not None else True
+        with self._queue:
+            self._closing = True
+            self._queue.notify_all()
+        if self._thread is not None:
+            self._thread.join(5.0)
+        self.index.close()
+        return done
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        while True:
+            with self._queue:
+                if self._closing:
+                    return
+                now = time.monotonic()
+                waiting = (t for t in self._texts.values() if t.raw)
+                text = next((t for t in waiting if t.done or t.run_is_whole or now - min(t.since, self._stepped) > _TAIL_S), None)
+                if text is None or (now - self._stepped < _QUIET_S and now - text.since < _PATIENCE_S):
+                    self._queue.wait(0.2 if text is None else _QUIET_S)
+                    continue
+                self._working = True
+                pages = [text.raw[n] for n in range(min(len(text.raw), RUN_PAGES - len(text.spans) % RUN_PAGES))]
+            try:
+                self._keep_run(text, pages)
+            except (ForetoldError, CodecError, OSError, MemoryError) as error:
+                text.lost = True
+                self._once("save", f"a text could not be kept in the store: {error}")
+            except Exception as error:  # whatever it is, the engine goes on
+                text.lost = True
+                self._once("worker", f"the connector's worker failed: {type(error).__name__}: {error}")
+            finally:
+                with self._queue:
+                    used = len(text.raw) if text.lost else len(pages)
+                    for _ in range(used):
+                        self._waiting_bytes -= text.raw.popleft().nbytes
+                    text.since, self._working = time.monotonic(), False
+                    ended = text.done and not text.raw
+                    if ended:
+                        self._texts = OrderedDict((n, t) for n, t in self._texts.items() if t is not text)
+                if ended:
+                    self._drop(text)
+
+    @torch.inference_mode()
+    def _keep_run(self, text: _Text, pages: Sequence[torch.Tensor]) -> None:
+        """Code and store pages that follow what is stored or coded of a text; a whole run closes, and the next one begins."""
+        began = time.perf_counter()
+        first = text.run + len(text.spans)
+        start, end = first * PAGE_TOKENS, (first + len(pages)) * PAGE_TOKENS
+        store = self.index.store
+        if first == 0 and self.index.sinks(text.token_ids, text.namespace) is None:
+            sinks = sinks_to_bytes(pages[0][:NUM_SINKS])
+            store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks])
+        with self._models:
+            self._make_room(len(text.token_ids), text)
+            state = text.state = text.state or self.passes.open()
+            if state.length > start:
+                self.passes.close(state)
+                state = text.state = self.passes.open()
+            if state.length < start:
+                self.passes.run(state, text.token_ids[state.length : start])
+            features = self.passes.run(state, text.token_ids[start:end])
+            skipped = span_bounds(first)[0] - start
+            positions = torch.arange(start, end, device=self.device)[skipped:]
+            kv = torch.cat(list(pages))[skipped:, self.first_layer :]
+            sizes = [b - a for a, b in map(span_bounds, range(first, first + len(pages)))]
+            rows = self.serializer.join(kv, positions)
+            spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
+        text.spans += spans
+        report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run)
+        if not report.whole:
+            text.lost = True
+        if len(text.spans) == RUN_PAGES:
+            text.run, text.spans = text.run + RUN_PAGES, []
+        self.metrics.saved_tokens += end - start
+        self.metrics.saved_bytes += sum(map(len, spans))
+        self.metrics.save_s += time.perf_counter() - began
+
+    def _make_room(self, tokens: int, text: _Text) -> None:
+        """Free the caches of other texts, the oldest first, until so many tokens fit; under the lock of the models."""
+        with self._queue:
+            texts = list(self._texts.values())
+        held = sum(t.state.length for t in texts if t.state is not None and t is not text)
+        for other in texts:
+            if held + tokens + RUN_TOKENS <= self.options.feature_tokens:
+                return
+            if other is not text and other.state is not None:
+                held -= other.state.length
+                self._drop(other)
+
+    def _drop(self, text: _Text) -> None:
+        with self._models:
+            if text.state is not None:
+                self.passes.close(text.state)
+                text.state = None
+
+    def _once(self, kind: str, message: str) -> None:
+        """Say something, if nothing of its kind was said before."""
+        if kind not in self._said:
+            self._said.add(kind)
+            self._log(message)
+
+
+__all__ = ["PrefixIndex", "PrefixWorker", "StoreOptions", "WorkerMetrics"]

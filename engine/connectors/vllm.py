@@ -1,0 +1,328 @@
+"""Foretold's storage inside vLLM: a connector (`KVConnectorBase_V1`) that restores stored prefixes before they are computed and keeps new ones.
+
+The scheduler's side answers how much of a prompt a store holds, by token ids; the worker's side decodes it into vLLM's pages before the forward pass,
+copies every page of 64 tokens that has been filled, and codes the copies behind vLLM's work. A restore that fails reports its blocks, and vLLM computes
+them. docs/vllm.md says how it is used; written for vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
+from vllm.logger import init_logger
+
+from codec.layouts import PackedKv, PagedKv
+from codec.spec import NUM_SINKS
+from engine.connectors.passes import CodedModel
+from engine.connectors.prefixes import PrefixIndex, PrefixWorker, StoreOptions
+from engine.errors import InvalidOption
+from engine.hub.resolve import resolve_model
+from engine.store.runs import PAGE_TOKENS
+
+logger = init_logger(__name__)
+
+_CLOSE_S = 60.0
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$")
+
+
+@dataclass
+class RequestStep:
+    """A request's part in a step. token_ids: from `first_token` on, what the worker has not been told. block_ids: all of the request's, or those after
+    the ones told before where `appended`. load: tokens [start, end) to be restored, or None. computed: tokens whose KV lies in the blocks after the
+    step."""
+
+    name: str
+    namespace: str
+    first_token: int
+    token_ids: list[int]
+    block_ids: list[int]
+    appended: bool
+    load: tuple[int, int] | None
+    computed: int
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What the worker's side is told of a step. ended: names of requests that are over."""
+
+    steps: list[RequestStep] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Tracked:
+    """A request as the scheduler's side knows it. told: tokens that the worker knows. load: tokens to be restored at its next step."""
+
+    request: Any
+    namespace: str
+    told: int = 0
+    load: int = 0
+
+
+def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raises InvalidOption for what this connector does not serve: parallel ranks, several cache groups, quantised caches."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size != 1 or parallel.pipeline_parallel_size != 1:
+        raise InvalidOption(
+            "ForetoldConnector with tensor or pipeline parallel ranks", "use one rank an engine, and data parallel engines on one store"
+        )
+    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise InvalidOption(f"ForetoldConnector with a KV cache of {vllm_config.cache_config.cache_dtype}", "leave --kv-cache-dtype auto")
+    groups = [] if kv_cache_config is None else kv_cache_config.kv_cache_groups
+    if len(groups) > 1 or any(getattr(group.kv_cache_spec, "sliding_window", None) for group in groups):
+        raise InvalidOption("ForetoldConnector with layers of several kinds of cache", "use a model whose layers attend to all tokens")
+
+
+def open_index(vllm_config: Any) -> PrefixIndex:
+    """The store and the codec parameters that a vLLM configuration names. Raises as `CodedModel.open` and `PrefixIndex`."""
+    options = StoreOptions.from_mapping(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    return PrefixIndex(options, CodedModel.open(resolve_model(vllm_config.model_config.model), options.draft, options.pack))
+
+
+class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. vLLM makes one for its scheduler and one for its worker.
+
+    Raises:
+        InvalidOption: an unknown option, or a set-up that is not served (`check_supported`). PackMismatch, BadStore: as the names say.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config)
+        index = open_index(vllm_config)
+        self.index, self.block_tokens = index, int(vllm_config.cache_config.block_size)
+        self.worker: PrefixWorker | None = None
+        self.pages: PagedKv | None = None
+        self._requests: dict[str, _Tracked] = {}  # of the scheduler's side
+        self._blocks: dict[str, list[int]] = {}  # of the worker's side
+        self._computed: list[tuple[str, int]] = []
+        self._failed_blocks: set[int] = set()
+        if role == KVConnectorRole.WORKER:
+            device = torch.device(vllm_config.device_config.device_type or "cpu")
+            self.worker = PrefixWorker(index, dtype=vllm_config.model_config.dtype, device=device, log=logger.warning)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No: what is not kept is computed another time."""
+        return False
+
+    # --- scheduler ------------------------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Whole blocks that the store holds after those that vLLM has; they are restored within the step that runs the rest."""
+        if not _is_served(request) or not _wants_restore(request):
+            return 0, False
+        try:
+            namespace = self.index.namespace(request.cache_salt)
+            return self.index.matched(list(request.all_token_ids), namespace, num_computed_tokens, self.block_tokens), False
+        except Exception as error:  # a lookup never costs a request its answer
+            logger.warning_once(f"ForetoldConnector: the store cannot be asked: {error}")
+            return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note what the request's next step has to restore."""
+        if _is_served(request):
+            tracked = self._requests.setdefault(request.request_id, _Tracked(request, self.index.namespace(request.cache_salt)))
+            tracked.load = num_external_tokens
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """Tell the worker's side of every request in the step."""
+        meta, counts = StepMetadata(), scheduler_output.num_scheduled_tokens
+        for name in scheduler_output.finished_req_ids:
+            if self._requests.pop(name, None) is not None:
+                meta.ended.append(name)
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.req_id in self._requests:
+                meta.steps.append(self._step(new.req_id, new.num_computed_tokens, counts[new.req_id], new.block_ids[0], appended=False))
+        cached = scheduler_output.scheduled_cached_reqs
+        for name, computed, block_ids in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+            if name in self._requests:
+                own = [] if block_ids is None else block_ids[0]
+                meta.steps.append(self._step(name, computed, counts[name], own, appended=name not in cached.resumed_req_ids))
+        return meta
+
+    def _step(self, name: str, computed: int, scheduled: int, block_ids: Sequence[int], *, appended: bool) -> RequestStep:
+        tracked = self._requests[name]
+        ids, first = tracked.request.all_token_ids, tracked.told
+        fresh = list(ids[first:])
+        tracked.told = first + len(fresh)
+        load = (computed - tracked.load, computed) if tracked.load else None
+        tracked.load = 0
+        known = min(computed + scheduled, tracked.told)
+        return RequestStep(name, tracked.namespace, first, fresh, list(block_ids), appended, load, known)
+
+    def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Its blocks are free at once: filled pages have been copied."""
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`."""
+        return False, None
+
+    # --- worker ---------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Take views of vLLM's pages. Raises InvalidOption for pages in an order that is not known."""
+        assert self.worker is not None
+        config = self.worker.model.config
+        numbered = {int(match[1]): tensor for name, tensor in kv_caches.items() if (match := _LAYER.search(name))}
+        if not set(range(config.num_layers)) <= numbered.keys():
+            raise InvalidOption(
+                f"vLLM has pages of layers {sorted(numbered)}, the model {config.num_layers} layers", "use a plain decoder model"
+            )
+        layers = [numbered[n] for n in range(config.num_layers)]
+        self.pages = pages_of(layers, config.num_kv_heads, config.head_dim, self.block_tokens)
+        logger.info("ForetoldConnector: %.0f MiB of weights for predictions", self.worker.passes.weight_bytes / 2**20)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Restore what this step's requests wait for."""
+        meta = self._connector_metadata
+        worker = self.worker
+        if worker is None or not isinstance(meta, StepMetadata):
+            return
+        worker.stepped()
+        for name in meta.ended:
+            worker.end(name)
+            self._blocks.pop(name, None)
+        self._computed = []
+        for step in meta.steps:
+            if step.appended:
+                self._blocks.setdefault(step.name, []).extend(step.block_ids)
+            else:
+                self._blocks[step.name] = list(step.block_ids)
+            worker.extend(step.name, step.namespace, step.token_ids)
+            if step.load is None or self._restored(worker, step.name, *step.load):
+                self._computed.append((step.name, step.computed))
+            else:
+                worker.give_up(step.name)
+
+    def _restored(self, worker: PrefixWorker, name: str, start: int, end: int) -> bool:
+        """Restore tokens [start, end) of a request; blocks that could not be filled are noted."""
+        done = start
+        try:
+            assert self.pages is not None, "pages are registered before the first step"
+            for first, kv in worker.restore(name, start, end):
+                self.pages.write(self._blocks[name], first, kv)
+                done = first + len(kv)
+        except Exception as error:  # whatever it is: vLLM computes these blocks
+            logger.warning_once(
+                f"ForetoldConnector: a stored prefix could not be restored, and is computed: {type(error).__name__}: {error}"
+            )
+        if done >= end:
+            return True
+        worker.metrics.failures += 1
+        self._failed_blocks |= set(self._blocks[name][done // self.block_tokens : -(-end // self.block_tokens)])
+        return False
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: all layers are there before the pass."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: pages are copied when they are full, after the pass."""
+
+    def wait_for_save(self) -> None:
+        """Copy the pages that this step has filled."""
+        worker = self.worker
+        if worker is None or self.pages is None:
+            return
+        for name, computed in self._computed:
+            try:
+                blocks = self._blocks[name]
+                for page in worker.wanted(name, computed):
+                    kv = self.pages.read(blocks, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+                    worker.keep(name, kv.to("cpu", self.pages.keys[0].dtype))
+                if computed >= PAGE_TOKENS and worker.lacks_sinks(name):
+                    worker.keep_sinks(name, self.pages.read(blocks, 0, NUM_SINKS).to(self.pages.keys[0].dtype))
+            except Exception as error:
+                worker.give_up(name)
+                logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
+        self._computed = []
+        worker.stepped()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that could not be restored since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def shutdown(self) -> None:
+        """Code what waits, for at most a minute, and close the store."""
+        if self.worker is not None:
+            self.worker.close(_CLOSE_S)
+            self.worker = None
+        else:
+            self.index.close()
+
+
+def _is_served(request: Any) -> bool:
+    """Whether a request's text says all there is to its keys and values: no adapter of weights, no pictures, no embeddings."""
+    return (
+        request.lora_request is None
+        and not getattr(request, "mm_features", None)
+        and getattr(request, "prompt_embeds", None) is None
+        and request.prompt_token_ids is not None
+    )
+
+
+def _wants_restore(request: Any) -> bool:
+    """Whether a request may get restored keys and values: `kv_transfer_params={"restore": False}` and wanted prompt log probabilities say no."""
+    params = request.kv_transfer_params
+    return not (getattr(request, "skip_reading_prefix_cache", False) or (isinstance(params, Mapping) and params.get("restore") is False))
+
+
+def pages_of(layers: Sequence[torch.Tensor], num_kv_heads: int, head_dim: int, block_tokens: int) -> PagedKv:
+    """Views of a model's pages by the shape that vLLM's backends give them.
+
+    Args:
+        layers: of every layer [P, G, S, 2 d] (vLLM 0.32), [P, 2, S, G, d] or [2, P, S, G, d] (versions before), with S and G in either order.
+
+    Raises:
+        InvalidOption: another shape.
+    """
+    shape, on_cpu = list(layers[0].shape), layers[0].device.type == "cpu"
+    if shape[1:] == [num_kv_heads, block_tokens, 2 * head_dim]:
+        if not on_cpu:
+            halves = [[part.transpose(1, 2) for part in layer.split(head_dim, -1)] for layer in layers]
+            return PagedKv([keys for keys, _ in halves], [values for _, values in halves])
+        views = [layer.view(shape[0], num_kv_heads, 2 * block_tokens, head_dim).chunk(2, 2) for layer in layers]
+        return _packed([keys for keys, _ in views], [values for _, values in views])
+    inner = ([block_tokens, num_kv_heads, head_dim], [num_kv_heads, block_tokens, head_dim])
+    if len(shape) == 5 and shape[2:] in inner and 2 in shape[:2]:
+        pair = 0 if shape[0] == 2 else 1
+        heads_first = shape[2:] == inner[1] and inner[0] != inner[1]
+        if not on_cpu:
+            return PagedKv.joined(layers, pair=pair, heads_first=heads_first)
+        if heads_first:
+            return _packed(*([layer.select(pair, half) for layer in layers] for half in (0, 1)))
+    raise InvalidOption(f"vLLM's pages have the shape {shape}, which is not known", "use a version that docs/vllm.md names")
+
+
+def _packed(keys: list[torch.Tensor], values: list[torch.Tensor]) -> PackedKv:
+    """Pages [P, G, S, d] of vLLM's CPU attention: the order that its kernel writes a page in is learned by letting it write numbers."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    _, heads, size, width = keys[0].shape
+    dtype = keys[0].dtype
+    isa = _get_attn_isa(dtype, size, width)
+    number, orders = torch.arange(size * width), []
+    found = [torch.zeros(size * width, dtype=torch.int64) for _ in (0, 1)]
+    for unit in (1, 128, 128 * 128):  # digits that every dtype holds exactly
+        digit = (number // unit % 128).view(size, 1, width).expand(size, heads, width).to(dtype).contiguous()
+        page = torch.zeros(1, heads, 2 * size, width, dtype=dtype)
+        halves = page.chunk(2, 2)
+        ops.cpu_attn_reshape_and_cache(digit, digit.clone(), *halves, torch.arange(size), isa)
+        for half in (0, 1):
+            found[half] += halves[half][0, 0].flatten().long() * unit
+    for half in (0, 1):
+        if not torch.equal(found[half].sort().values, number):
+            raise InvalidOption(f"vLLM's CPU pages (instruction set {isa}) are in an order that is not known", "use another block size")
+        orders.append(found[half].argsort())
+    return PackedKv(keys, values, *orders)
+
+
+__all__ = ["ForetoldConnector", "RequestStep", "StepMetadata", "pages_of"]
