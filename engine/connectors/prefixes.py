@@ -205,6 +205,7 @@ class PrefixWorker:
         rotation = type(rotation)(rotation.frequencies.to(self.device), rotation.factor)
         self.serializer = KvSerializer(self.model.pack, rotation, device=device, dtype=product_dtype(own, self.device))
         self.rotation, self.first_layer = rotation, self.passes.first_layer
+        assert self.serializer.pages.matrix.numel()  # made at first use, which no request should wait for
         self.metrics = WorkerMetrics()
         config = self.model.config
         self.token_shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
@@ -256,7 +257,7 @@ class PrefixWorker:
         text, began = self._texts[name], time.perf_counter()
         page = start // PAGE_TOKENS
         root = root_key(self.index.identity(text.namespace))
-        found = self.index.store.lookup(root, text.token_ids[:end], page)
+        found = self.index.store.lookup(root, text.token_ids[: -(-end // PAGE_TOKENS) * PAGE_TOKENS], page)
         end = min(end, found.num_tokens)
         if end <= start:
             return

@@ -1,0 +1,245 @@
+"""Prefixes of another engine in our store, without that engine: its pages are those of a pool here, filled by the target's own forward pass."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from codec.layouts import PagedKv
+from codec.spec import NUM_SINKS
+from engine.connectors.passes import CodedModel
+from engine.connectors.prefixes import PrefixIndex, PrefixWorker, StoreOptions
+from engine.errors import InvalidOption, PackMismatch
+from engine.model.decoder import Decoder
+from engine.runtime.sampling import SamplingParams
+from engine.sessions.kv_codec import session_codec
+from engine.store.runs import PAGE_TOKENS
+
+IDS = [(7 * n * n + 3 * n) % 250 for n in range(420)]
+DRAFTS = ("draft", "head", "trunk", "none")
+
+
+class OtherEngine:
+    """Pages of a whole target: `compute` fills those of a text."""
+
+    def __init__(self, target: Decoder) -> None:
+        self.target, self.pool = target, target.new_pool(256, 16)
+        self.pages = PagedKv.of_pool(self.pool.kv)
+
+    def compute(self, token_ids) -> list[int]:
+        sequence = self.pool.new_sequence(len(token_ids))
+        with torch.inference_mode():
+            self.target.forward(torch.tensor(token_ids), [sequence], [len(token_ids)], logits="none")
+        return sequence.pages
+
+
+@pytest.fixture(scope="module")
+def target(chat_folders) -> Decoder:
+    return Decoder.from_pretrained(chat_folders.target, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def packs(chat_engine, tmp_path_factory):
+    """`packs(draft)` -> the path of the tiny pair's codec parameters."""
+    folder, made = tmp_path_factory.mktemp("packs"), {}
+
+    def pack(draft: str) -> str:
+        if draft not in made:
+            made[draft] = str(folder / f"{draft}.safetensors")
+            session_codec(chat_engine(draft).core, log=lambda _: None).pack.save(made[draft])
+        return made[draft]
+
+    return pack
+
+
+@pytest.fixture
+def open_worker(chat_folders, packs, tmp_path):
+    """`open_worker(draft, **options)` -> a worker on the test's store; `said`: what they logged."""
+    workers, said = [], []
+
+    def make(draft: str = "none", **options) -> PrefixWorker:
+        given = {"store": str(tmp_path / "store"), "draft": str(getattr(chat_folders, draft, draft)), "pack": packs(draft)}
+        chosen = StoreOptions.from_mapping(given | {"quality": "near-lossless", "min_tokens": PAGE_TOKENS} | options)
+        model = CodedModel.open(chat_folders.target, chosen.draft, chosen.pack)
+        workers.append(PrefixWorker(PrefixIndex(chosen, model), dtype=torch.float32, device="cpu", log=said.append))
+        return workers[-1]
+
+    make.said = said
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+def keep(worker: PrefixWorker, engine: OtherEngine, token_ids, name: str = "a", namespace: str = "default") -> None:
+    pages = engine.compute(token_ids)
+    worker.extend(name, namespace, token_ids)
+    for page in worker.wanted(name, len(token_ids)):
+        worker.keep(name, engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
+    if worker.lacks_sinks(name):
+        worker.keep_sinks(name, engine.pages.read(pages, 0, NUM_SINKS))
+    assert worker.wait(30)
+
+
+def restore(worker: PrefixWorker, token_ids, end: int, start: int = 0, name: str = "b", namespace: str = "default") -> torch.Tensor:
+    worker.extend(name, namespace, token_ids)
+    parts = list(worker.restore(name, start, end))
+    assert [first for first, _ in parts] == [start + sum(len(kv) for _, kv in parts[:n]) for n in range(len(parts))]
+    return torch.cat([kv for _, kv in parts]) if parts else torch.empty(0)
+
+
+def loss(kv: torch.Tensor, truth: torch.Tensor) -> float:
+    """Share of the variance that is lost."""
+    return float((kv - truth).pow(2).sum() / (truth - truth.mean(0)).pow(2).sum())
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_what_one_keeps_another_restores(open_worker, target, draft: str) -> None:
+    engine, first = OtherEngine(target), open_worker(draft)
+    assert first.index.matched(IDS, "default", 0, 16) == 0
+    keep(first, engine, IDS)
+    pages = len(IDS) // PAGE_TOKENS
+    assert first.metrics.saved_tokens == pages * PAGE_TOKENS and first.metrics.saved_bytes > 0 and not open_worker.said
+    second = open_worker(draft)
+    assert second.index.matched(IDS, "default", 0, 16) == pages * PAGE_TOKENS
+    assert second.index.matched(IDS, "default", 0, 128) == 384 and second.index.matched(IDS, "default", 80, 16) == 304
+    truth = engine.pages.read(engine.compute(IDS), 0, 384)
+    kv = restore(second, IDS, 384)
+    assert torch.equal(kv[:NUM_SINKS], truth[:NUM_SINKS])
+    m = second.first_layer
+    if m:
+        torch.testing.assert_close(kv[:, :m], truth[:, :m], rtol=1e-3, atol=1e-3)
+    assert 0 < loss(kv[:, m:], truth[:, m:]) < 0.5
+    # from the middle of a page, behind what the engine has already
+    part = restore(second, IDS, 300, start=80, name="c")
+    torch.testing.assert_close(part, kv[80:300], rtol=1e-3, atol=1e-3)
+    assert second.metrics.restored_tokens == 384 + 220
+
+
+@pytest.mark.parametrize("draft", ["draft", "head"])
+def test_an_engine_of_ours_shares_the_store(open_worker, chat_engine, target, tmp_path, draft: str) -> None:
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    ours = chat_engine(draft, store=tmp_path / "store", quality="near-lossless", log=lambda _: None)
+    try:
+        keep(open_worker(draft), OtherEngine(target), IDS)
+        assert ours.generate([IDS], params)[0].restored_tokens == 384
+        other = [*IDS[:50], *IDS[100:]]
+        ours.generate([other], params)
+        ours.flush()
+        worker = open_worker(draft)
+        assert worker.index.matched(other, "default", 0, 16) == 320  # it begins with the same sinks
+        last = IDS[50:]
+        ours.generate([last], params)
+        ours.flush()
+        assert worker.index.matched(last, "default", 0, 16) == 0  # our engine keeps no sinks
+        keep(worker, OtherEngine(target), last)
+        assert worker.metrics.saved_tokens == 0 and worker.index.matched(last, "default", 0, 16) == 320
+    finally:
+        ours.close()
+
+
+def test_a_text_that_grows_keeps_its_codes(open_worker, target) -> None:
+    engine, worker = OtherEngine(target), open_worker("trunk")
+    keep(worker, engine, IDS[:200], name="a")
+    saved = worker.metrics.saved_tokens
+    assert saved == 192
+    keep(worker, engine, IDS[:200], name="again")
+    assert worker.metrics.saved_tokens == saved
+    keep(worker, engine, IDS, name="longer")
+    assert worker.metrics.saved_tokens == 384
+    worker.end("a")
+    worker.end("again")
+    worker.end("longer")
+    assert all(sequence.num_free_pages for sequence in worker.passes._pools)
+
+
+def test_what_was_restored_is_never_coded_again(open_worker, target) -> None:
+    engine = OtherEngine(target)
+    keep(open_worker(), engine, IDS)
+    worker = open_worker()
+    assert len(restore(worker, IDS, 320)) == 320
+    worker.index.store.delete("default")  # evicted meanwhile
+    assert list(worker.wanted("b", len(IDS))) == []
+
+
+def test_namespaces_and_other_texts_find_nothing(open_worker, target) -> None:
+    worker = open_worker()
+    salted = worker.index.namespace("secret")
+    assert salted != worker.index.namespace("other") != worker.index.namespace(None) == "default" and "secret" not in salted
+    keep(worker, OtherEngine(target), IDS, namespace=salted)
+    assert worker.index.matched(IDS, salted, 0, 16) == 384
+    assert worker.index.matched(IDS, "default", 0, 16) == 0
+    assert worker.index.matched([IDS[0] + 1, *IDS[1:]], salted, 0, 16) == 0
+    assert worker.index.matched([*IDS[:100], 251, *IDS[101:]], salted, 0, 16) == 64
+    assert worker.index.matched(IDS[:65], salted, 0, 16) == 64 and worker.index.matched(IDS[:64], salted, 0, 16) == 0
+    assert open_worker(min_tokens=400).index.matched(IDS, salted, 0, 16) == 0
+
+
+def test_random_damage_gives_the_same_or_nothing(open_worker, target, tmp_path) -> None:
+    keep(open_worker(), OtherEngine(target), IDS)
+    reader = open_worker()
+    whole = restore(reader, IDS, 384)
+    files = sorted((tmp_path / "store" / "runs").rglob("*.run"))
+    kept = {path: path.read_bytes() for path in files}
+    assert len(files) == 3  # two runs and the sinks
+    generator, met = random.Random(5), 0
+    for trial in range(60):
+        path = generator.choice(files)
+        data = bytearray(kept[path])
+        if trial % 3 == 0:
+            del data[generator.randrange(len(data)) :]
+        elif trial % 3 == 1:
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        else:
+            at = generator.randrange(len(data))
+            data[at : at + 40] = generator.randbytes(len(data[at : at + 40]))
+        path.write_bytes(bytes(data))
+        found = restore(reader, IDS, 384, name=f"trial {trial}")
+        assert not len(found) or torch.equal(found, whole[: len(found)])
+        met += len(found) < 384
+        reader.end(f"trial {trial}")
+        for file, content in kept.items():
+            file.write_bytes(content)
+    assert met == 60
+
+
+def test_more_than_can_wait_is_not_kept(open_worker, target) -> None:
+    worker = open_worker(queue_bytes=3 * PAGE_TOKENS * 4 * 2 * 2 * 8 * 4)
+    engine = OtherEngine(target)
+    pages = engine.compute(IDS)
+    worker.extend("a", "default", IDS)
+    with worker._models:  # its thread cannot go on
+        for page in worker.wanted("a", len(IDS)):
+            worker.keep("a", engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
+    assert worker.wait(30) and worker.metrics.saved_tokens < 384 and len(open_worker.said) == 1
+    assert list(worker.wanted("a", len(IDS))) == []
+
+
+def test_caches_of_old_texts_make_room(open_worker, target) -> None:
+    worker = open_worker("trunk", feature_tokens=1024)
+    engine = OtherEngine(target)
+    for n in range(4):
+        keep(worker, engine, [n, *IDS], name=str(n))
+    assert worker.metrics.saved_tokens == 4 * 384 and not open_worker.said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"store": ""}, {"store": "x", "qualty": "tiny"}, {"store": "x", "quality": "best"}, {"store": "x", "min_tokens": 0},
+     {"store": "x", "save": "yes"}, {"store": 3}, {"store": "x", "queue_bytes": -1}]
+)  # fmt: skip
+def test_bad_options_are_named(given) -> None:
+    with pytest.raises(InvalidOption):
+        StoreOptions.from_mapping(given)
+
+
+def test_codec_parameters_of_other_models_are_refused(chat_folders, packs) -> None:
+    with pytest.raises(PackMismatch):
+        CodedModel.open(chat_folders.stranger, "none", packs("none"))
+    with pytest.raises(InvalidOption):
+        CodedModel.open(chat_folders.target, "none", None)
+    with pytest.raises(InvalidOption):
+        CodedModel.open(chat_folders.target, "none", "nowhere.safetensors")
+    with pytest.raises(InvalidOption):
+        Decoder.from_pretrained(chat_folders.target, dtype=torch.float32, num_layers=5)

@@ -1,0 +1,220 @@
+"""The connector inside the real vLLM. Skipped where vLLM is not installed, or the default pair is not in the cache: `pip install "foretold[vllm]"` in
+an environment of its own, then `python -m pytest tests/engine/connectors/test_vllm.py`.
+
+One process serves all tests: starting vLLM takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import random
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here")
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.lora.request import LoRARequest
+
+from codec.spec import QUALITY_DIVERGENCE
+from engine.connectors.vllm import _is_served, pages_of
+from engine.errors import InvalidOption
+from engine.hub.cache import cache_home
+
+FOLDERS = sorted((cache_home() / "models").glob("smollm2-135m-instruct-*"))
+pytestmark = pytest.mark.skipif(not FOLDERS, reason="the default pair is not in the cache: python -m engine.generate fetches it")
+NEW_TOKENS = 8
+
+
+def load(store: Path | None, **options) -> LLM:
+    """vLLM with the connector, or without."""
+    extra = {"store": str(store), "min_tokens": 128} | options
+    transfer = KVTransferConfig(
+        kv_connector="ForetoldConnector",
+        kv_connector_module_path="engine.connectors.vllm",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
+    )
+    return LLM(
+        str(FOLDERS[0]),
+        enforce_eager=True,
+        max_model_len=2048,
+        max_num_batched_tokens=512,  # prompts run in chunks
+        max_logprobs=50,
+        enable_prefix_caching=True,
+        kv_transfer_config=None if store is None else transfer,
+        disable_log_stats=True,
+    )
+
+
+def close(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Token ids of pieces of the standard library, each of 700 or fewer."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(FOLDERS[0])(inspect.getsource(inspect.getmodule(ArgumentParser))).input_ids  # type: ignore[arg-type]
+    return [ids[700 * n : 700 * n + size] for n, size in enumerate((700, 600, 520))]
+
+
+def run(llm: LLM, prompts, **options) -> list:
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=50, **options)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def texts(outputs) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def worker():
+    return get_kv_transfer_group().worker
+
+
+@pytest.fixture(scope="module")
+def plain(prompts):
+    """Outputs of vLLM without the connector."""
+    llm = load(None)
+    yield run(llm, prompts)
+    close(llm)
+
+
+@pytest.fixture(scope="module")
+def store(prompts, plain, tmp_path_factory) -> Path:
+    """A store that one engine has filled; its answers were those without us, and a second request came from vLLM's own cache."""
+    folder = tmp_path_factory.mktemp("vllm") / "store"
+    llm = load(folder)
+    assert texts(run(llm, prompts)) == texts(plain)
+    again = run(llm, prompts)
+    assert texts(again) == texts(plain) and all(output.num_cached_tokens >= 512 for output in again[:2])
+    assert worker().wait(300)
+    saved = worker().metrics
+    assert saved.restored_tokens == 0 and saved.saved_tokens == sum((len(ids) + NEW_TOKENS) // 64 * 64 for ids in prompts)
+    assert saved.saved_bytes * 50 < saved.saved_tokens * 30 * 2 * 3 * 64 * 2
+    close(llm)
+    return folder
+
+
+def divergence(found, truth) -> float:
+    """KL(truth || found) over the tokens that both list, nats a position, as far as both went the same way."""
+    total, count = 0.0, 0
+    for own, other in zip(found, truth, strict=True):
+        for p, q, a, b in zip(other.outputs[0].logprobs, own.outputs[0].logprobs, *texts([other, own]), strict=True):
+            both = p.keys() & q.keys()
+            total += sum(math.exp(p[t].logprob) * (p[t].logprob - q[t].logprob) for t in both)
+            count += 1
+            if a != b:
+                break
+    return total / count
+
+
+def test_after_a_restart_prefixes_come_back(store: Path, prompts, plain) -> None:
+    llm = load(store)
+    found = run(llm, prompts)
+    for output, ids in zip(found, prompts, strict=True):
+        assert output.num_cached_tokens == (len(ids) - 1) // 128 * 128
+    metrics = worker().metrics
+    assert metrics.failures == 0 and metrics.restored_tokens == sum(output.num_cached_tokens for output in found)
+    assert divergence(found, plain) < 3 * QUALITY_DIVERGENCE["balanced"]  # few positions; the promise is of the mean
+    # a request may ask to be computed
+    llm.reset_prefix_cache()
+    refused = run(llm, prompts, extra_args={"kv_transfer_params": {"restore": False}})
+    assert texts(refused) == texts(plain) and not any(output.num_cached_tokens for output in refused)
+    # another salt sees nothing
+    llm.reset_prefix_cache()
+    params = SamplingParams(max_tokens=1, temperature=0)
+    salted = llm.generate([{"prompt_token_ids": prompts[0], "cache_salt": "other"}], params, use_tqdm=False)
+    assert salted[0].num_cached_tokens == 0
+    close(llm)
+
+
+def test_two_engines_serve_from_one_store(store: Path, prompts, plain, tmp_path) -> None:
+    """The second one goes on where the first one's text ended, and keeps what is new."""
+    longer = [*prompts[2], *prompts[1][:300]]
+    llm = load(store)
+    first = run(llm, [longer])[0]
+    assert first.num_cached_tokens == 512 and worker().wait(300)
+    assert worker().metrics.saved_tokens >= 256
+    close(llm)
+    llm = load(store)
+    assert run(llm, [longer])[0].num_cached_tokens == (len(longer) - 1) // 128 * 128
+    close(llm)
+
+
+def test_random_damage_costs_no_answer(store: Path, prompts, plain) -> None:
+    """Files are damaged before requests, or between the scheduler's lookup and the worker's: the text is as without us, or as from whole files."""
+    llm = load(store, save=False)
+    whole = texts(run(llm, prompts))
+    files = sorted((store / "runs").rglob("*.run"))
+    kept = {path: path.read_bytes() for path in files}
+    generator, inner = random.Random(3), worker()
+    restore = inner.restore
+    computed = 0
+    for trial in range(int(os.environ.get("FORETOLD_DAMAGE_TRIALS", "12"))):
+        llm.reset_prefix_cache()
+        n = generator.randrange(len(prompts))
+        late = trial % 2 == 1
+
+        def damage() -> None:
+            for path in files:
+                data = bytearray(kept[path])
+                data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+                path.write_bytes(bytes(data))
+
+        def late_restore(*arguments, damage=damage):
+            damage()
+            yield from restore(*arguments)
+
+        if late:
+            inner.restore = late_restore
+        else:
+            damage()
+        found = run(llm, [prompts[n]])[0]
+        inner.restore = restore
+        assert texts([found])[0] in (texts([plain[n]])[0], whole[n])
+        computed += found.num_cached_tokens == 0 or late
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert computed == trial + 1 and inner.metrics.failures >= (trial + 1) // 2
+    close(llm)
+
+
+def test_set_ups_that_are_not_served_are_refused(tmp_path) -> None:
+    with pytest.raises(Exception, match="quality"):
+        load(tmp_path / "store", quality="best")
+
+
+def test_requests_that_are_not_served() -> None:
+    class Request:
+        lora_request, mm_features, prompt_embeds, prompt_token_ids = None, [], None, [1]
+
+    request = Request()
+    assert _is_served(request)
+    request.lora_request = LoRARequest("a", 1, "somewhere")
+    assert not _is_served(request)
+    request.lora_request, request.mm_features = None, ["picture"]
+    assert not _is_served(request)
+
+
+def test_pages_of_every_version() -> None:
+    heads, width, size, count = 3, 64, 32, 2
+    for shape in ([count, heads, size, 2 * width], [2, count, heads, size, width]):
+        layers = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)]
+        pages = pages_of(layers, heads, width, size)
+        kv = torch.randn(40, 2, 2, heads, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        pages.write([1, 0], 0, kv)
+        assert torch.equal(pages.read([1, 0], 0, 40), kv.float())
+    with pytest.raises(InvalidOption):
+        pages_of([torch.zeros(7, heads, size, width)], heads, width, size)
