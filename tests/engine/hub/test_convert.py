@@ -64,7 +64,12 @@ GEMMA_NAMES = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-CLASSES = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
+CLASSES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
+}
 
 
 def tiny_model(family: str, tied: bool, **options):
@@ -72,6 +77,8 @@ def tiny_model(family: str, tied: bool, **options):
     shape |= {"vocab_size": len(TOKENS), "max_position_embeddings": 128, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6}
     if family == "qwen3":
         shape["head_dim"] = 32  # not the width over the heads
+    if family == "gemma3":
+        shape |= {"num_hidden_layers": 7, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
     torch.manual_seed(0)
     kind, config = CLASSES[family]
     model = kind(config(**shape | options)).eval()
@@ -106,10 +113,12 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    if getattr(config, "head_dim", None) and family != "gemma3":
+    if family == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(1e6 if family == "gemma3" else 10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_pre(rule)
@@ -135,7 +144,9 @@ def write_gguf(
         values = tensor.numpy() + float(family == "gemma3" and "norm" in name)
         stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         blocks = quantize(values, stored) if stored != gguf.GGMLQuantizationType.F32 else values
-        held[name] = torch.from_numpy(np.array(gguf.quants.dequantize(blocks, stored) if blocks is not values else values))
+        held[name] = -float(family == "gemma3" and "norm" in name) + torch.from_numpy(
+            np.array(gguf.quants.dequantize(blocks, stored) if blocks is not values else values)
+        )
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             # quantisation blocks lie along a row, so rows may be moved after it
@@ -162,7 +173,14 @@ def transformers_gguf(path: Path):
 
 
 Q = gguf.GGMLQuantizationType
-CASES = [("llama", True, Q.Q4_0), ("llama", False, Q.Q8_0), ("qwen2", True, Q.Q5_1), ("qwen2", False, Q.Q4_1), ("qwen3", True, Q.Q8_0)]
+CASES = [
+    ("llama", True, Q.Q4_0),
+    ("llama", False, Q.Q8_0),
+    ("qwen2", True, Q.Q5_1),
+    ("qwen2", False, Q.Q4_1),
+    ("qwen3", True, Q.Q8_0),
+    ("gemma3", True, Q.Q8_0),
+]
 
 
 @pytest.mark.parametrize(("family", "tied", "kind"), CASES, ids=lambda value: getattr(value, "name", str(value)))
@@ -185,7 +203,7 @@ def test_tensors_are_those_of_the_file_rounded_to_bfloat16_and_logits_those_of_t
     assert digest == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert seen[-1][1] == seen[-1][2] == sum(2 * tensor.numel() for tensor in held.values())
 
-    if family == "qwen3":  # transformers does not read the size of its heads from a GGUF file
+    if family in ("qwen3", "gemma3"):  # transformers' own reader does not take the size of Qwen3's heads
         reference = tiny_model(family, tied)
         reference.load_state_dict(held, strict=False)
     else:
@@ -226,17 +244,8 @@ def test_files_that_quantise_nothing_keep_every_number(tmp_path, family, kind):
 
 def test_gemma_3_is_named_as_transformers_names_it(tmp_path):
     """The text model's options, from keys as llama.cpp's converter writes them, and names of all tensors; norms are stored with 1 added."""
-    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 1}
-    options |= {
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "vocab_size": len(TOKENS),
-        "max_position_embeddings": 128,
-        "sliding_window": 16,
-    }
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**options))
-    extra = {"gemma3.attention.sliding_window": 16, "gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32}
-    write_gguf(tmp_path / "model.gguf", model, "gemma3", "qwen2", extra=extra)
+    model = tiny_model("gemma3", True)
+    write_gguf(tmp_path / "model.gguf", model, "gemma3", "qwen2")
     with GgufFile(tmp_path / "model.gguf") as source:
         config, family = hf_config(source), family_of(source)
         names = {family.hf_name(name): tensor for name, tensor in source.tensors.items()}
@@ -244,10 +253,19 @@ def test_gemma_3_is_named_as_transformers_names_it(tmp_path):
     for name, tensor in names.items():
         assert tensor.shape == model.state_dict()[name].shape and family.offset(tensor) == float("norm" in name) and not family.interleaved
     read = Gemma3TextConfig(**config)
-    for name in (*options, "layer_types", "hidden_activation", "final_logit_softcapping", "attn_logit_softcapping", "tie_word_embeddings"):
+    same = (
+        "hidden_size",
+        "num_hidden_layers",
+        "head_dim",
+        "query_pre_attn_scalar",
+        "num_key_value_heads",
+        "sliding_window",
+        "rms_norm_eps",
+    )
+    for name in (*same, "layer_types", "hidden_activation", "final_logit_softcapping", "attn_logit_softcapping", "tie_word_embeddings"):
         assert getattr(read, name) == getattr(model.config, name), name
     assert read.layer_types.index("full_attention") == 5
-    for kind, theta in (("full_attention", 1e4), ("sliding_attention", 1e4)):
+    for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4)):
         assert config["rope_parameters"][kind] == {"rope_type": "default", "rope_theta": theta}
 
 
