@@ -57,7 +57,7 @@ def read_keys(file: Path | None) -> Keys:
         return Keys({})
     content = read_bytes(file, InvalidOption, _REMEDY, max_bytes=MAX_KEYS_BYTES)
     try:
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InvalidOption(f"the key file {shown(str(file), 200)} is not UTF-8", _REMEDY) from error
     digests: dict[bytes, str] = {}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import ForetoldError, InvalidOption
+from engine.inputs import shown
 from engine.store.store import RunStore, byte_count
 
 
@@ -56,10 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     try:
+        if sys.stdout is None:
+            raise OSError("it is closed")
         print(json.dumps(found) if args.json else _in_words(args, found), flush=True)
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        print(f"error: standard output cannot be written: {error.strerror or error} (free space, or send it elsewhere)", file=sys.stderr)
+        with suppress(OSError, AttributeError):  # the interpreter would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     return 1 if args.action == "verify" and not (found["sound"] or found["repaired"]) else 0
 
 
@@ -79,11 +89,11 @@ def _act(store: RunStore, args: argparse.Namespace, limit_bytes: int | None) -> 
 
 def _in_words(args: argparse.Namespace, found: dict[str, Any]) -> str:
     if args.action == "list":
-        lines = [f"{args.folder}: {found['runs']:,} runs, {found['bytes']:,} bytes (index {found['index_bytes']:,})"]
+        lines = [f"{shown(str(args.folder), 400)[1:-1]}: {found['runs']:,} runs, {found['bytes']:,} bytes (index {found['index_bytes']:,})"]
         for row in found["roots"]:
             used = "never used" if not row["used_at"] else time.strftime("used %Y-%m-%d %H:%M", time.localtime(row["used_at"]))
             lines.append(
-                f"  namespace {row['namespace']!r}, {row['label'] or 'models unnamed'}, {row['quality']}: "
+                f"  namespace {row['namespace']!r}, {shown(row['label'])[1:-1] if row['label'] else 'models unnamed'}, {row['quality']}: "
                 f"{row['runs']:,} runs ({row['coded_runs']:,} coded), {row['tokens']:,} tokens, {row['bytes']:,} bytes, {used}"
             )
         return "\n".join(lines)

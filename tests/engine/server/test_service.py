@@ -139,7 +139,7 @@ def test_a_large_body_is_refused(chat_engine, serve):
 
 def test_keys_are_asked_for_and_name_namespaces(chat_engine, serve, tmp_path):
     file = tmp_path / "keys"
-    file.write_text("# callers\nalice sk-alice-secret\n\nsk-nameless-one\n")
+    file.write_text("\ufeffalice sk-alice-secret  # a byte order mark is no part of it\n\nsk-nameless-one\n")
     keys = read_keys(file)
     assert keys.namespace("Bearer sk-alice-secret") == "alice"
     nameless = keys.namespace("bearer sk-nameless-one")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 
@@ -102,6 +105,18 @@ def test_what_is_no_store_is_not_made_one(tmp_path, capsys) -> None:
 
 def test_numbers_of_bytes() -> None:
     assert [byte_count(text) for text in ("0", "12", "3k", "2M", "8G", "1T")] == [0, 12, 3072, 2 << 20, 8 << 30, 1 << 40]
+
+
+def test_standard_output_that_is_full_or_closed(folder, monkeypatch, capsys) -> None:
+    class Full(io.StringIO):
+        def write(self, _text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for stream, why in ((Full(), "No space left on device"), (None, "it is closed")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert main([str(folder)]) == 2
+        assert f"error: standard output cannot be written: {why} (" in capsys.readouterr().err
 
 
 def test_the_module_runs(folder) -> None:
