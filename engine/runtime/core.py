@@ -108,6 +108,7 @@ class EngineCore:
         self.pool = open_pool(target, config.kv_cache_dtype, start, config.page_size, pages, means=kv_means)
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
+        self.runner = runner  # the target, its small passes captured where that can be
         self.drafter: Drafter | None = None
         if source is not None:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
