@@ -13,7 +13,7 @@ import torch
 
 from codec.choice import RateChoice, final_classes
 from codec.coder import SpanCoder
-from codec.container import SpanCode, read_span, read_varints, write_span, write_varints
+from codec.container import Reference, SpanCode, read_span, read_varints, write_span, write_varints
 from codec.errors import BadInput, CorruptedCode, PackMismatch
 from codec.pack import CodecPack
 from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
@@ -54,11 +54,25 @@ class SpanSetting(NamedTuple):
     fallback: bool = False
 
 
+class Earlier(NamedTuple):
+    """What a span is coded against: its references, and the components float32 [T, K'] they stand for, scaled, zero where a token has none."""
+
+    references: Sequence[Reference]
+    components: torch.Tensor
+
+    def added_to(self, c: torch.Tensor) -> torch.Tensor:
+        """float32 [T, max(K, K')]: components c [T, K] with these, the shorter ones ending in zeros."""
+        wide, narrow = (c, self.components) if c.shape[1] >= self.components.shape[1] else (self.components, c)
+        total = wide.clone()
+        total[:, : narrow.shape[1]] += narrow
+        return total
+
+
 class DecodedSpans(NamedTuple):
     """What the entropy decoder read of spans of one step, lane length and number of components.
 
     sizes: tokens of each span. q int [T, K] (an escape reads limit + 1), base int32 [K], levels int32 [T], gains uint8 [T] as in the encoder. escapes:
-    each span's remainders. faults: bool scalars on the device that nobody has waited for yet; any that is true means damage.
+    each span's remainders. references: each span's. faults: bool scalars on the device that nobody has waited for yet; any that is true means damage.
     """
 
     step: float
@@ -68,6 +82,7 @@ class DecodedSpans(NamedTuple):
     levels: torch.Tensor
     gains: torch.Tensor
     escapes: list[bytes]
+    references: list[Sequence[Reference]]
     faults: list[torch.Tensor]
 
     def check(self) -> None:
@@ -140,11 +155,15 @@ class KvCodec:
         return torch.from_numpy(class_of(self._sigma[:count], step)).to(self.device)
 
     def _quantised(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], setting: SpanSetting, levels: Sequence[torch.Tensor | None]
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        setting: SpanSetting,
+        levels: Sequence[torch.Tensor | None],
+        earlier: Sequence[Earlier | None],
     ) -> _Integers:
         step, count = setting.step, self.num_components(setting.step, fallback=setting.fallback)
         base, level = self._base(step, count), self._levels(levels, [len(t) for t, _ in pairs])
-        scaled = self._all_components(pairs, count)
+        scaled = less_earlier(self._all_components(pairs, count), [len(t) for t, _ in pairs], earlier)
         scaled = scaled / token_steps(step, level, len(level), self.device)
         q = quantise(scaled, self.rounding)
         gains = self.choice.choose_gains(q, base, level)
@@ -157,9 +176,11 @@ class KvCodec:
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
         levels: Sequence[torch.Tensor | None] | None,
         settings: Sequence[SpanSetting],
+        earlier: Sequence[Earlier | None] | None = None,
     ) -> Iterator[tuple[list[int], SpanSetting, _Integers]]:
         """Integers of all spans, batch by batch of one setting, with the numbers of each batch's spans."""
         every = [None] * len(pairs) if levels is None else levels
+        before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
         for truth, _ in pairs:
             if not 0 < len(truth) <= MAX_SPAN_TOKENS:
                 raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
@@ -169,7 +190,8 @@ class KvCodec:
             alike = [n for n, own in enumerate(settings) if own == setting]
             for some in batches([len(pairs[n][0]) for n in alike], self._batch_tokens):
                 members = [alike[i] for i in some]
-                yield members, setting, self._quantised([pairs[n] for n in members], setting, [every[n] for n in members])
+                own_pairs, own_levels = [pairs[n] for n in members], [every[n] for n in members]
+                yield members, setting, self._quantised(own_pairs, setting, own_levels, [before[n] for n in members])
 
     def encode_many(
         self,
@@ -184,12 +206,33 @@ class KvCodec:
             quality: a name of codec.spec.QUALITIES, a step, or each span's own setting.
             levels: for each span None or integers [T]: token t uses step * 2 ** (level / 4).
         """
+        return self.encode_with_components(pairs, quality, levels)[0]
+
+    def encode_with_components(
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        quality: str | float | Sequence[SpanSetting],
+        levels: Sequence[torch.Tensor | None] | None = None,
+        earlier: Sequence[Earlier | None] | None = None,
+        wanted: Sequence[bool] | None = None,
+    ) -> tuple[list[bytes], list[torch.Tensor | None]]:
+        """As encode_many, of spans that may refer to earlier tokens; and the components float32 [T, K'] that a decoder will have of those wanted."""
         spans: list[bytes] = [b""] * len(pairs)
-        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
-            written = self._write(integers, [len(pairs[n][0]) for n in members], setting.step)
-            for n, span in zip(members, written, strict=True):
+        components: list[torch.Tensor | None] = [None] * len(pairs)
+        before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
+        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs)), before):
+            sizes = [len(pairs[n][0]) for n in members]
+            references = [() if (own := before[n]) is None else own.references for n in members]
+            for n, span in zip(members, self._write(integers, sizes, setting.step, references), strict=True):
                 spans[n] = span
-        return spans
+            if wanted is None or not any(wanted[n] for n in members):
+                continue
+            c = self.choice.reconstruct(integers.q, integers.classes())
+            c *= token_steps(setting.step, integers.levels, len(c), self.device)
+            for n, own_c in zip(members, c.split(sizes), strict=True):
+                if wanted[n]:
+                    components[n] = own_c.clone() if (own := before[n]) is None else own.added_to(own_c)
+        return spans, components
 
     def requantised(
         self,
@@ -206,7 +249,7 @@ class KvCodec:
                 decoded[n] = part + pairs[n][1].to(self.device, torch.float32)
         return decoded
 
-    def _write(self, integers: _Integers, sizes: list[int], step: float) -> list[bytes]:
+    def _write(self, integers: _Integers, sizes: list[int], step: float, references: Sequence[Sequence[Reference]]) -> list[bytes]:
         per_lane, q = tokens_per_lane(step), integers.q
         streams = self.coder.encode(q, integers.base, integers.levels, integers.gains, sizes, per_lane)
         over = q.abs() - self.choice.limit[integers.classes()] - 1
@@ -219,7 +262,8 @@ class KvCodec:
             own = levels[ends[n] : ends[n + 1]]
             escapes = write_varints(remainder[bounds[n] : bounds[n + 1]])
             stored = own if own.any() else None
-            code = SpanCode(step, per_lane, sizes[n], q.shape[1], self.pack.tag, stream.states, stream.words, stored, escapes)
+            states, words = stream.states, stream.words
+            code = SpanCode(step, per_lane, sizes[n], q.shape[1], self.pack.tag, states, words, stored, escapes, references[n])
             spans.append(write_span(code))
         return spans
 
@@ -248,10 +292,13 @@ class KvCodec:
         streams = [SpanStream(c.num_tokens, c.states, c.words) for c in codes]
         q, gains, intact = self.coder.decode(streams, base, levels, codes[0].tokens_per_lane)
         faults = [] if intact is None else [~intact.all()]
-        return DecodedSpans(step, [c.num_tokens for c in codes], q, base, levels, gains, [c.escapes for c in codes], faults)
+        return DecodedSpans(
+            step, [c.num_tokens for c in codes], q, base, levels, gains, [c.escapes for c in codes], [c.references for c in codes], faults
+        )
 
     def components_of(self, decoded: DecodedSpans, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Components, float32 [T, K], of spans [first, last) of those decoded. Raises CorruptedCode when their escapes do not fit."""
+        """Components, float32 [T, K], of spans [first, last) of those decoded, without what they refer to. Raises CorruptedCode when their escapes do
+        not fit."""
         ends = np.cumsum([0, *decoded.sizes])
         last = len(decoded.sizes) if last is None else last
         tokens = slice(int(ends[first]), int(ends[last]))
@@ -297,6 +344,8 @@ class KvCodec:
         if len(spans) != len(predictions):
             raise BadInput(f"{len(spans)} spans and {len(predictions)} predictions", "pass one prediction a span")
         codes = self.read(spans)
+        if any(code.references for code in codes):
+            raise BadInput("a span that refers to earlier tokens", "decode it together with them (codec.pages)")
         for code, prediction in zip(codes, predictions, strict=True):
             if prediction.shape != (code.num_tokens, self.layout.dim):
                 what = f"a prediction of shape {tuple(prediction.shape)} for a span of {code.num_tokens} tokens"
@@ -326,6 +375,15 @@ class KvCodec:
         for _, _, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
             total += float(self.choice.code_lengths(integers.q, integers.classes(), integers.gains).sum())
         return total
+
+
+def less_earlier(c: torch.Tensor, sizes: Sequence[int], earlier: Sequence[Earlier | None]) -> torch.Tensor:
+    """Components float32 [T, K] of spans of `sizes` tokens, less those that they are coded against. Written into c."""
+    for own, part in zip(earlier, c.split(list(sizes)), strict=True):
+        if own is not None:
+            width = min(part.shape[1], own.components.shape[1])
+            part[:, :width] -= own.components[:, :width]
+    return c
 
 
 def alike(codes: Sequence[SpanCode]) -> list[list[int]]:

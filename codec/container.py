@@ -1,6 +1,7 @@
 """Byte formats: a coded span, and files made of checked sections (session files).
 
-Everything is little endian. A span is its header, its rANS states, its words and a tail (step levels, escape remainders), one crc32 over all of it.
+Everything is little endian. A span is its header, its rANS states, its words and a tail (step levels, references to earlier tokens,
+escape remainders), one crc32 over all of it.
 A section file is magic, version, section count, then per section a four-letter name, a length, a crc32 and the bytes; a crc32 of the
 table closes the head, so a cut or altered file is named before anything is decoded.
 """
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +20,9 @@ from codec.errors import BadInput, CorruptedCode, ForeignCode, NewerCode, Trunca
 from codec.quantize import MIN_LEVEL
 from codec.spec import MAX_SPAN_TOKENS
 
-SPAN_VERSION = 1
+SPAN_VERSION = 2
+"""Of spans that refer to earlier tokens; others are written as the version before, which knows no references."""
+_FIRST_SPAN_VERSION = 1
 FILE_MAGIC = b"FTLDKV\r\n"
 FILE_VERSION = 1
 _REMEDY = "restore it from a copy, or start again without it"
@@ -25,6 +30,10 @@ _REMEDY = "restore it from a copy, or start again without it"
 # magic, version, flags, tokens per lane, step (float32), tokens, components, words, tail bytes, pack tag, crc32 of all but itself
 _SPAN = struct.Struct("<2sBBBxfHHIII")
 _CRC = struct.Struct("<I")
+_NUM_REFERENCES = struct.Struct("<H")
+_REFERENCE = struct.Struct("<HHIB")  # first token, length, distance, scale in sixteenths
+REFERENCE_BYTES = _REFERENCE.size
+_HAS_LEVELS, _HAS_REFERENCES = 1, 2
 _SPAN_MAGIC = b"fS"
 _FILE_HEAD = struct.Struct("<8sHHI")
 _SECTION = struct.Struct("<4sQI")
@@ -32,6 +41,33 @@ MAX_SECTIONS = 65535
 MIN_STEP, MAX_STEP = 2.0**-12, 2.0**12
 """Quantiser steps that a span may have: others make nothing, or no finite number, of its integers."""
 _VARINT_BYTES = 9  # of seven bits: a non-negative int64
+
+
+SCALES_PER_ONE = 16
+MAX_REFERENCE_SCALE = 16
+MAX_DISTANCE = (1 << 32) - 1
+
+
+class Reference(NamedTuple):
+    """Tokens [first, first + length) of a span are coded against the decoded components of those `distance` tokens earlier, times `scale` sixteenths.
+
+    The earlier tokens all lie before the span.
+    """
+
+    first: int
+    length: int
+    distance: int
+    scale: int
+
+
+def fitting_references(references: Sequence[Reference], num_tokens: int) -> bool:
+    """Whether they are references of a span of so many tokens: in order, without overlap, and to tokens before it."""
+    done = 0
+    for first, length, distance, scale in references:
+        if first < done or length < 1 or not first + length <= distance <= MAX_DISTANCE or not 0 < scale <= MAX_REFERENCE_SCALE:
+            return False
+        done = first + length
+    return done <= num_tokens
 
 
 @dataclass
@@ -46,6 +82,7 @@ class SpanCode:
         states: uint32 [lanes]; words: uint16 [n].
         levels: int8 [T] step levels, or None when all are zero.
         escapes: remainders of escaped integers, in (token, component) order, as variable-length integers.
+        references: to earlier tokens.
     """
 
     step: float
@@ -57,6 +94,7 @@ class SpanCode:
     words: np.ndarray
     levels: np.ndarray | None
     escapes: bytes
+    references: Sequence[Reference] = ()
 
 
 def write_span(code: SpanCode) -> bytes:
@@ -65,12 +103,16 @@ def write_span(code: SpanCode) -> bytes:
         raise BadInput(f"a quantiser step of {code.step}", f"choose one from {MIN_STEP:g} to {MAX_STEP:g}")
     if not 0 < code.num_tokens <= MAX_SPAN_TOKENS:
         raise BadInput(f"a span of {code.num_tokens} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
+    if not fitting_references(code.references, code.num_tokens):
+        raise BadInput("references that do not fit their span", "refer, in order, to tokens before it")
     tail = b"" if code.levels is None else _pack_levels(code.levels)
+    if code.references:
+        tail += _NUM_REFERENCES.pack(len(code.references)) + b"".join(_REFERENCE.pack(*r) for r in code.references)
     tail += code.escapes
     head = _SPAN.pack(
         _SPAN_MAGIC,
-        SPAN_VERSION,
-        int(code.levels is not None),
+        SPAN_VERSION if code.references else _FIRST_SPAN_VERSION,
+        _HAS_LEVELS * (code.levels is not None) | _HAS_REFERENCES * bool(code.references),
         code.tokens_per_lane,
         code.step,
         code.num_tokens,
@@ -99,15 +141,30 @@ def read_span(data: bytes | memoryview) -> SpanCode:
         raise TruncatedCode(f"a coded span has {len(data)} of {size} bytes", _REMEDY)
     if len(data) > size or zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, size - _CRC.size)[0]:
         raise CorruptedCode("a coded span's checksum does not match", _REMEDY)
-    if not 0 < tokens <= MAX_SPAN_TOKENS or not per_lane or flags > 1 or not MIN_STEP <= step <= MAX_STEP or tail < flags * -(-tokens // 2):
+    most_flags = _HAS_LEVELS if version == _FIRST_SPAN_VERSION else _HAS_LEVELS | _HAS_REFERENCES
+    level_bytes = -(-tokens // 2) if flags & _HAS_LEVELS else 0
+    sound = 0 < tokens <= MAX_SPAN_TOKENS and per_lane and version and flags <= most_flags and MIN_STEP <= step <= MAX_STEP
+    if not sound or tail < level_bytes:
         raise CorruptedCode("a coded span's header contradicts itself", _REMEDY)
     at = _SPAN.size
     states = np.frombuffer(data, "<u4", lanes, at)
     stream = np.frombuffer(data, "<u2", words, at + 4 * lanes)
     rest = data[at + 4 * lanes + 2 * words : size - _CRC.size]
-    size = flags * -(-tokens // 2)
-    levels = _unpack_levels(rest[:size], tokens) if flags else None
-    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, bytes(rest[size:]))
+    levels = _unpack_levels(rest[:level_bytes], tokens) if level_bytes else None
+    references, rest = _read_references(rest[level_bytes:], tokens) if flags & _HAS_REFERENCES else ((), rest[level_bytes:])
+    return SpanCode(step, per_lane, tokens, components, tag, states, stream, levels, bytes(rest), references)
+
+
+def _read_references(data: memoryview, tokens: int) -> tuple[list[Reference], memoryview]:
+    """A span's references, and what follows them."""
+    count = _NUM_REFERENCES.unpack_from(data)[0] if len(data) >= _NUM_REFERENCES.size else 0
+    end = _NUM_REFERENCES.size + count * _REFERENCE.size
+    if not count or len(data) < end:
+        raise CorruptedCode("a coded span's references are cut short", _REMEDY)
+    found = [Reference(*fields) for fields in _REFERENCE.iter_unpack(data[_NUM_REFERENCES.size : end])]
+    if not fitting_references(found, tokens):
+        raise CorruptedCode("a coded span's references do not fit it", _REMEDY)
+    return found, data[end:]
 
 
 def _pack_levels(levels: np.ndarray) -> bytes:

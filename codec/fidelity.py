@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from codec.codec import KvCodec, SpanSetting, batches
+from codec.codec import Earlier, KvCodec, SpanSetting, batches, less_earlier
 from codec.divergence import DivergenceCurve
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, quantise
 from codec.spec import QUALITY_DIVERGENCE, step_of
@@ -48,6 +48,7 @@ class Distortion:
         pairs: (truth [T, D], prediction [T, D]) of each span.
         levels: each span's step levels, integers [T], or None.
         importance: each span's factors of its tokens' errors, float32 [T], or None for ones.
+        earlier: what each span is coded against, or None.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Distortion:
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
         levels: Sequence[torch.Tensor | None],
         importance: Sequence[torch.Tensor | None],
+        earlier: Sequence[Earlier | None] | None = None,
     ) -> None:
         self.codec, device = codec, codec.device
         self.sizes = torch.tensor([len(truth) for truth, _ in pairs], device=device)
@@ -64,18 +66,19 @@ class Distortion:
         parts = list(zip(zeros.split(self.sizes.tolist()), levels, importance, strict=True))
         self.levels = torch.cat([(z if own is None else own.to(device)).to(torch.int32) for z, own, _ in parts])
         self._importance = torch.cat([(z + 1) if own is None else own.to(device, torch.float32) for z, _, own in parts])
-        self._pairs = pairs
+        self._pairs, self._earlier = pairs, [None] * len(pairs) if earlier is None else earlier
         self._components: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _of(self, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Components [T, K], and the energy [T] outside of all of them."""
+        """Components [T, K], less those of earlier tokens, and the energy [T] outside of all of them."""
         if fallback not in self._components:
             transform = self.codec.transform
             count = transform.num_components if fallback else transform.num_rows
             c = torch.cat([self.codec.components(truth, prediction, count) for truth, prediction in self._pairs])
             device, root = self.codec.device, self.codec.weighting.sensitivity_sqrt
             energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
-            self._components[fallback] = c, (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
+            outside = (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
+            self._components[fallback] = less_earlier(c, self.sizes.tolist(), self._earlier), outside
         return self._components[fallback]
 
     def measure(
@@ -144,13 +147,16 @@ def plan_spans(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     levels: Sequence[torch.Tensor | None],
     importance: Sequence[torch.Tensor | None],
+    earlier: Sequence[Earlier | None] | None = None,
 ) -> SpanPlan:
     """How to code spans at a quality; arguments as for `Distortion`. Raises UnknownQuality."""
     usual = LEVELS_PER_OCTAVE * math.log2(step_of(quality))
     ladder, most = _Ladder(codec), curve.distortion_of(QUALITY_DIVERGENCE[quality])
     plan = SpanPlan([], [], [])
+    before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
     for some in batches([len(truth) for truth, _ in pairs], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
-        distortion = Distortion(codec, [pairs[n] for n in some], [levels[n] for n in some], [importance[n] for n in some])
+        own_importance, own_before = [importance[n] for n in some], [before[n] for n in some]
+        distortion = Distortion(codec, [pairs[n] for n in some], [levels[n] for n in some], own_importance, own_before)
         rungs, found, bits = ladder.coarsest(distortion, most, fallback=False)
         fallback = torch.zeros_like(rungs, dtype=torch.bool)
         if codec.transform.fallback is not None and bool(((rungs < usual) | (found > most)).any()):

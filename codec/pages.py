@@ -16,6 +16,7 @@ from codec.codec import DecodedSpans, KvCodec, alike, batches
 from codec.container import SpanCode
 from codec.errors import BadInput
 from codec.predictor.dense import AnyPredictor
+from codec.references import added_up, own_components
 from codec.transform import Fallback
 from kernels.residual_decode import residual_decode_pages
 from kernels.rope import apply_rope
@@ -116,9 +117,10 @@ class PageDecoder:
                 for tensor in (part.decoded.q, part.decoded.gains, part.decoded.levels, part.decoded.base):
                     tensor.record_stream(current)
         count = self.codec.transform.num_rows
+        most = CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])
+        every = self._referring(parts)
         for part in parts:
-            for some in batches(part.decoded.sizes, CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])):
-                c = self.codec.components_of(part.decoded, some[0], some[-1] + 1).to(self.dtype)
+            for some in batches(part.decoded.sizes, most):
                 runs: list[tuple[int, int]] = []
                 for n in some:
                     start, end = part.starts[n], part.starts[n] + part.decoded.sizes[n]
@@ -126,8 +128,23 @@ class PageDecoder:
                 tokens: slice | torch.Tensor = slice(*runs[0])
                 if len(runs) > 1:
                     tokens = torch.cat([torch.arange(*run) for run in runs]).to(self.codec.device)
+                c = self.codec.components_of(part.decoded, some[0], some[-1] + 1) if every is None else every[tokens]
+                c = c.to(self.dtype)
                 rows, rest = c[:, :count], c[:, count:] if c.shape[1] > count else None
                 yield _Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
+
+    def _referring(self, parts: Sequence[EntropyDecoded]) -> torch.Tensor | None:
+        """Components float32 [T, K] of all tokens, where any span refers to others; None where none does."""
+        if not any(references for part in parts for references in part.decoded.references):
+            return None
+        spans = sorted(
+            (start, start + size, references)
+            for part in parts
+            for start, size, references in zip(part.starts, part.decoded.sizes, part.decoded.references, strict=True)
+        )
+        most = CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])
+        c = own_components(self.codec, [(part.starts, part.decoded) for part in parts], spans[-1][1], most)
+        return added_up(c, [references for _, _, references in spans], [(start, end) for start, end, _ in spans])
 
     def write_pages(
         self,

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from codec.codec import KvCodec
+from codec.codec import KvCodec, SpanSetting
 from codec.errors import CodecError
 from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
@@ -28,6 +28,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import Log, find_pack
 from engine.sessions.file import Span
+from engine.sessions.repeats import Repeats
 from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
 
@@ -127,11 +128,19 @@ class SessionCodec:
         return self._latents(conversation, start, end), self._target_rows(conversation, start, end)
 
     def encode(
-        self, conversation: SequenceState, start: int, end: int, quality: str | float, clock: StageClock | None = None
+        self,
+        conversation: SequenceState,
+        start: int,
+        end: int,
+        quality: str | float,
+        clock: StageClock | None = None,
+        earlier: Sequence[Span] | None = None,
     ) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
+        earlier: the spans before `start`, without a gap, none where `start` is the first coded token. Where token ids repeat, a span may then refer to
+        what was coded before (`codec.references`), and decodes only together with all of `earlier`. None: every span decodes alone.
 
         Raises InvalidOption when the KV cannot be coded (it overflowed).
         """
@@ -143,6 +152,10 @@ class SessionCodec:
         clock.mark("features")
         grid = range(start - start % SPAN_TOKENS, end, SPAN_TOKENS)
         bounds = [(max(a, start), min(a + SPAN_TOKENS, end)) for a in grid]
+        try:
+            repeats = None if earlier is None else Repeats(self.codec, conversation.token_ids[:end], earlier, bounds)
+        except CodecError as error:
+            raise InvalidOption(error.what, error.remedy) from error
         spans: list[Span] = []
         for some in (bounds[i : i + _CODED_TOKENS // SPAN_TOKENS] for i in range(0, len(bounds), _CODED_TOKENS // SPAN_TOKENS)):
             first, last = some[0][0], some[-1][1]
@@ -151,22 +164,32 @@ class SessionCodec:
             rows = self.core.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
             clock.mark("read")
             octaves = self.predictor.log2_step(*features)
-            levels = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
+            levels: list[Tensor | None] = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
             pairs = list(zip(rows.split(sizes), self.predictor.predict(*features).split(sizes), strict=True))
             clock.mark("predict")
-            expected: Sequence[float | None] = [None] * len(some)
+            importance = token_importance(octaves)
+            factors: list[Tensor | None] = [None] * len(some) if importance is None else list(importance.split(sizes))
+            made: dict[int, Span] = {}
             try:
-                if self.pack.curve is not None and quality in QUALITY_DIVERGENCE:
-                    importance = token_importance(octaves)
-                    factors = [None] * len(some) if importance is None else list(importance.split(sizes))
-                    plan = plan_spans(self.codec, self.pack.curve, quality, pairs, levels, factors)
-                    clock.mark("plan")
-                    coded, expected = self.codec.encode_many(pairs, plan.settings, plan.levels), plan.divergence
-                else:
-                    coded = self.codec.encode_many(pairs, quality, levels)
+                for group in [range(len(some))] if repeats is None else repeats.groups(some):
+                    own_pairs, own_factors = [pairs[n] for n in group], [factors[n] for n in group]
+                    own_levels: list[Tensor | None] = [levels[n] for n in group]
+                    before = None if repeats is None else repeats.before([some[n] for n in group], own_pairs, quality)
+                    settings: str | float | Sequence[SpanSetting] = quality
+                    expected: Sequence[float | None] = [None] * len(group)
+                    if self.pack.curve is not None and quality in QUALITY_DIVERGENCE:
+                        plan = plan_spans(self.codec, self.pack.curve, quality, own_pairs, own_levels, own_factors, before)
+                        settings, expected, own_levels[:] = plan.settings, plan.divergence, plan.levels
+                        clock.mark("plan")
+                    wanted = None if repeats is None else [repeats.wanted(*some[n]) for n in group]
+                    coded, components = self.codec.encode_with_components(own_pairs, settings, own_levels, before, wanted)
+                    if repeats is not None:
+                        repeats.add([some[n] for n in group], components)
+                    for n, data, own in zip(group, coded, expected, strict=True):
+                        made[n] = Span(*some[n], data, own)
             except CodecError as error:
                 raise InvalidOption(error.what, error.remedy) from error
-            spans += [Span(a, b, data, own) for (a, b), data, own in zip(some, coded, expected, strict=True)]
+            spans += [made[n] for n in range(len(some))]
             clock.mark("code")
         return spans
 
@@ -397,7 +420,9 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
     conversation.sequence.reserve(count)
     if taps and state is not None and state.cache is not conversation.sequence:
         state.cache.ensure(start + count)
-    out = core.target.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=core.deterministic)
+    # a few tokens are bound by launches, which a captured pass saves; a batch-invariant session keeps the bits of a prompt's own passes
+    model = core.target if core.deterministic else core.runner
+    out = model.forward(ids, [conversation.sequence], [count], taps=taps, logits="none", deterministic=core.deterministic)
     if core.drafter is not None and taps and state is not None:
         core.drafter.observe_target([state], [count], out.taps)
     conversation.sequence.advance(count)

@@ -297,7 +297,7 @@ class Session:
         start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
         if quality != TOKENS:
             with torch.inference_mode():
-                self.spans += codec.encode(self.conversation, start, held, quality)
+                self.spans += codec.encode(self.conversation, start, held, quality, earlier=self.spans)
             codec.release(self.conversation, held)
             start = max(start, held)
         # what came behind the spans is kept as tokens
