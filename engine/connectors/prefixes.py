@@ -155,9 +155,12 @@ def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
 
 @dataclass(eq=False)
 class _Text:
-    """A request's text. run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as
-    [64, L, 2, G, d]. handed: pages that are stored or were handed over, None before the store was asked. done: nothing more will come. lost: nothing
-    more is kept of it."""
+    """A request's text.
+
+    run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as [64, L, 2, G, d].
+    sinks: attention sinks that wait to be stored; sinks_known: they are stored, or were handed over. handed: pages that are stored or were handed
+    over, None before the store was asked. done: nothing more will come. lost: nothing more is kept of it.
+    """
 
     namespace: str
     token_ids: list[int] = field(default_factory=list)
@@ -167,13 +170,20 @@ class _Text:
     since: float = 0.0
     state: TextState | None = None
     handed: int | None = None
+    sinks: torch.Tensor | None = None
+    sinks_known: bool = False
     done: bool = False
     lost: bool = False
 
     @property
-    def run_is_whole(self) -> bool:
-        """Whether what waits fills a run."""
-        return len(self.spans) + len(self.raw) >= RUN_PAGES
+    def waits(self) -> bool:
+        """Whether anything is to be stored."""
+        return bool(self.raw) or self.sinks is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is no use in waiting for more: a run is full, or nothing more will come."""
+        return self.done or not self.raw or len(self.spans) + len(self.raw) >= RUN_PAGES
 
 
 @dataclass
@@ -230,10 +240,10 @@ class PrefixWorker:
             text = self._texts.pop(name, None)
             if text is not None:
                 text.done = True
-                if text.raw:
+                if text.waits:
                     self._texts[f"{name}\0{id(text)}"] = text  # out of the way of a new request of this name
                     self._queue.notify_all()
-        if text is not None and not text.raw:
+        if text is not None and not text.waits:
             self._drop(text)
 
     def give_up(self, name: str) -> None:
@@ -318,7 +328,7 @@ class PrefixWorker:
         if text is None or text.lost or text.done or not self.options.save:
             return none
         end = min(end, len(text.token_ids)) // PAGE_TOKENS
-        if not end:
+        if end <= (text.handed or 0):
             return none
         root, ids = root_key(self.index.identity(text.namespace)), text.token_ids[: end * PAGE_TOKENS]
         if text.handed is None:
@@ -333,14 +343,18 @@ class PrefixWorker:
         return range(text.handed, end)
 
     def lacks_sinks(self, name: str) -> bool:
-        """Whether pages of a text are stored, by an engine of ours, whose sinks are not."""
+        """Whether a text's sinks have to be kept; asked once a text."""
         text = self._texts[name]
-        return bool(text.handed) and not text.raw and self.index.sinks(text.token_ids, text.namespace) is None
+        if text.sinks_known or text.handed is None or not self.options.save:
+            return False
+        text.sinks_known = True
+        return self.index.sinks(text.token_ids, text.namespace) is None
 
     def keep_sinks(self, name: str, kv: torch.Tensor) -> None:
-        """A text's first tokens, kv [NUM_SINKS, L, 2, G, d] with rotated keys. Raises as `RunStore.insert`."""
-        text = self._texts[name]
-        self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(kv)])
+        """A text's first tokens, kv [NUM_SINKS, L, 2, G, d] with rotated keys, not written to afterwards."""
+        with self._queue:
+            self._texts[name].sinks = kv
+            self._start()
 
     def keep(self, name: str, kv: torch.Tensor) -> None:
         """The next page of a text: kv [64, L, 2, G, d] with rotated keys, on the host, not written to afterwards."""
@@ -355,17 +369,21 @@ class PrefixWorker:
             text.raw.append(kv)
             text.handed = (text.handed or 0) + 1
             self._waiting_bytes += kv.nbytes
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="foretold-connector", daemon=True)
-                self._thread.start()
-            self._queue.notify_all()
+            self._start()
+
+    def _start(self) -> None:
+        """Have the thread look at what waits; under the queue's lock."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="foretold-connector", daemon=True)
+            self._thread.start()
+        self._queue.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
         """Until all that was handed over is stored; False when the time was too short."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             with self._queue:
-                if not self._working and not any(text.raw for text in self._texts.values()):
+                if not self._working and not any(text.waits for text in self._texts.values()):
                     return True
                 self._stepped = 0.0
                 self._queue.notify_all()
@@ -390,15 +408,19 @@ class PrefixWorker:
                 if self._closing:
                     return
                 now = time.monotonic()
-                waiting = (t for t in self._texts.values() if t.raw)
-                text = next((t for t in waiting if t.done or t.run_is_whole or now - min(t.since, self._stepped) > _TAIL_S), None)
+                waiting = (t for t in self._texts.values() if t.waits)
+                text = next((t for t in waiting if t.is_due or now - min(t.since, self._stepped) > _TAIL_S), None)
                 if text is None or (now - self._stepped < _QUIET_S and now - text.since < _PATIENCE_S):
                     self._queue.wait(0.2 if text is None else _QUIET_S)
                     continue
                 self._working = True
+                sinks, text.sinks = text.sinks, None
                 pages = [text.raw[n] for n in range(min(len(text.raw), RUN_PAGES - len(text.spans) % RUN_PAGES))]
             try:
-                self._keep_run(text, pages)
+                if sinks is not None:
+                    self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(sinks)])
+                if pages:
+                    self._keep_run(text, pages)
             except (ForetoldError, CodecError, OSError, MemoryError) as error:
                 text.lost = True
                 self._once("save", f"a text could not be kept in the store: {error}")
@@ -411,7 +433,7 @@ class PrefixWorker:
                     for _ in range(used):
                         self._waiting_bytes -= text.raw.popleft().nbytes
                     text.since, self._working = time.monotonic(), False
-                    ended = text.done and not text.raw
+                    ended = text.done and not text.waits
                     if ended:
                         self._texts = OrderedDict((n, t) for n, t in self._texts.items() if t is not text)
                 if ended:
@@ -424,9 +446,6 @@ class PrefixWorker:
         first = text.run + len(text.spans)
         start, end = first * PAGE_TOKENS, (first + len(pages)) * PAGE_TOKENS
         store = self.index.store
-        if first == 0 and self.index.sinks(text.token_ids, text.namespace) is None:
-            sinks = sinks_to_bytes(pages[0][:NUM_SINKS])
-            store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks])
         with self._models:
             self._make_room(len(text.token_ids), text)
             state = text.state = text.state or self.passes.open()
