@@ -38,13 +38,13 @@ def converted_file(path: Path, progress: Progress) -> Path:
         UnsupportedArchitecture: a family, tokenizer or block format that is not read.
         DiskFull, CacheNotWritable.
     """
-    from engine.hub.gguf import GgufFile  # its libraries take as long as a small model's loading
-
     with open_regular(path, ModelNotFound, "give an existing GGUF file"):
         stamp = _stamp(path)
     notes, note = CacheFolder("gguf"), f"{sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.json"
     digest = _noted(notes.read(note, 1 << 12), stamp)
     if digest is None:
+        from engine.hub.gguf import GgufFile  # its libraries are not needed for a file that is known
+
         with GgufFile(path):  # what is no such file need not be read to its end
             pass
         digest = file_sha256(path)
@@ -59,6 +59,8 @@ def converted_file(path: Path, progress: Progress) -> Path:
         return made
 
     def room(home: Path) -> None:
+        from engine.hub.gguf import GgufFile
+
         with GgufFile(path) as source:
             num_bytes = source.num_float_bytes
         _make_room(home / "models", num_bytes)

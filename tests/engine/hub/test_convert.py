@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import string
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -677,3 +679,11 @@ def test_a_file_on_the_hub_is_fetched_by_its_name(own_file, monkeypatch):
 def test_a_folder_of_gguf_files_says_which_to_name(own_file):
     with pytest.raises(ModelNotFound, match=r"name a file in it: .*My model\.gguf"):
         models.resolve_model(own_file.parent)
+
+
+def test_a_known_file_needs_no_gguf_library(own_file):
+    """A warm start reads no GGUF at all: its libraries take longer than a small model's loading."""
+    folder = models.resolve_model(own_file, silent)
+    code = "import sys; from engine.hub.resolve import resolve_model; print(resolve_model(sys.argv[1])); assert 'gguf' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code, str(own_file)], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0 and ran.stdout.strip() == str(folder), ran.stderr
