@@ -411,7 +411,8 @@ class DraftingPolicy:
         draft_by_draft: look at each draft before the next one (on a CPU); else lengths are chosen per block, so that nothing is read back while a
             block is drafted (on a GPU).
         ngrams: whether drafts may come from requests' own tokens, and from those of earlier ones.
-        lengths: of blocks that are compared. most_rows: of a verification; None is any number.
+        lengths: of blocks that are compared. most_rows: of a verification by captured steps, which pad every request's block to the longest; None: rows
+            are ragged, and as many as they are.
     """
 
     def __init__(
@@ -522,7 +523,7 @@ class DraftingPolicy:
         unbounded = self.draft_by_draft and not probing
         for b in chosen:
             plan.lengths[b] = min(room[b], MAX_AUTO_LENGTH if unbounded else length)
-        plan.seconds, plan.tokens = costs.step_seconds(length, batch, count), expected
+        plan.seconds, plan.tokens = self._seconds(costs, length, batch, count), expected
         return plain_rate if probing else plain_rate * max(1.0, relative)
 
     def _best(self, costs: CostModel, chains: dict[int, list[float]], able: Sequence[int], batch: int) -> tuple[float, int, int, float]:
@@ -536,10 +537,47 @@ class DraftingPolicy:
                 if self.most_rows is not None and batch * (1 + length) > self.most_rows:
                     continue  # shorter blocks are padded to the longest
                 tokens = batch + gained[count - 1]
-                rate = tokens / costs.step_seconds(length, batch, count)
+                rate = tokens / self._seconds(costs, length, batch, count)
                 if rate > best[0]:
                     best = (rate, length, count, tokens)
         return best
+
+    def _seconds(self, costs: CostModel, length: int, batch: int, count: int) -> float:
+        """Of a step in which `count` requests draft."""
+        return costs.step_seconds(length, batch, count if self.most_rows is None else batch)
+
+    def _choose_padded_ngrams(
+        self,
+        plan: StepPlan,
+        requests: Sequence[RequestDrafting],
+        tokens: Sequence[Sequence[int]],
+        auto: Sequence[int],
+        room: Sequence[int],
+        load: _Load,
+        rate: float,
+    ) -> None:
+        """As `_choose_ngrams` for steps that are padded: one length for all, and drafts of one source."""
+        assert self.most_rows is not None
+        costs, batch = load.costs, len(requests)
+        if not load.on["ngram"] and (load.waited["ngram"] + 1) % CORRECT_EVERY:
+            load.waited["ngram"] += 1  # a GPU's step is short, and looking takes the host's time
+            return
+        seconds = {k: costs.step_seconds(0, batch, given=batch * k) for k in self.lengths if batch * (1 + k) <= self.most_rows}
+        if not any(batch * (1 + k) > rate * taken for k, taken in seconds.items()):
+            return
+        found = {b: requests[b].look_up(tokens[b], room[b]) for b in auto}
+        gains = {k: sum(sum(chances[:k]) for _, chances in found.values()) for k in seconds}
+        length = max(seconds, key=lambda k: (batch + gains[k]) / seconds[k])
+        relative = (batch + gains[length]) / batch * costs.step_seconds(0, batch) / seconds[length] * self._ratio("ngram", load, batch)
+        if not gains[length] or (any(plan.lengths) and relative * batch < rate * costs.step_seconds(0, batch)):
+            return
+        if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
+            return
+        for b in range(batch):
+            plan.lengths[b] = 0
+        for b, (drafts, _) in found.items():
+            plan.given[b] = drafts[:length]
+        plan.seconds, plan.tokens = seconds[length], batch + gains[length]
 
     def _choose_ngrams(
         self,
@@ -552,6 +590,8 @@ class DraftingPolicy:
         rate: float,
     ) -> None:
         """Set `plan.given` where the request's own text promises more than the drafter, and take those requests' lengths back."""
+        if self.most_rows is not None:
+            return self._choose_padded_ngrams(plan, requests, tokens, auto, room, load, rate)
         costs, batch = load.costs, len(requests)
         drafting = [b for b in auto if plan.lengths[b]]
         row = rate * costs.row_seconds(batch, 4 * batch)  # over many rows, as the difference between a few drowns in the noise
@@ -562,8 +602,6 @@ class DraftingPolicy:
         for b in auto:
             drafts, chances = requests[b].look_up(tokens[b], room[b])
             count = sum(chance >= row for chance in chances)
-            if self.most_rows is not None:
-                count = min(count, self.most_rows // batch - 1)  # shorter blocks are padded to the longest
             if not self.draft_by_draft:
                 count = max((n for n in self.lengths if n <= count), default=0)  # lengths that captured steps have
             value = sum(chances[:count]) - count * row
@@ -634,6 +672,8 @@ class DraftingPolicy:
             load.waited["plain"] += 1
         if plan.block is not None:
             rows, passes = plan.block.rows, plan.block.passes
+        elif self.most_rows is not None:
+            rows, passes = batch * (1 + max([*plan.lengths, *map(len, plan.given)])), [batch] * max(plan.lengths)
         else:
             rows = batch + sum(map(len, plan.given)) + sum(plan.lengths)
             passes = [sum(length > i for length in plan.lengths) for i in range(max(plan.lengths))]

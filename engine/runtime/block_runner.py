@@ -9,8 +9,10 @@ Axes: B requests, padded to a bucket; k drafts each; E hidden size of the target
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from draft.draft_head import MAX_PENDING_HIDDEN, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
-from draft.policy import StepPlan
+from draft.policy import CostModel, Curve, StepPlan
 from draft.protocols import CausalDecoder, Drafter, DraftState
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, Step, bucket, copy_out, page_bucket, read_out
 from engine.runtime.request import Request
@@ -314,6 +316,40 @@ class BlockDecoding:
                 self.state.write(name, padded, batch)
         return max(pages)
 
+    # --- what steps cost ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def measure_costs(self, token_counts: Sequence[int], *, deterministic: bool = False) -> CostModel:
+        """Seconds of the passes that captured steps are made of, each replayed alone over padding: host time is hidden behind them."""
+        target, draft, exit_layer = self.target, self.draft, self.exit_layer
+        layers, most = target.config.num_layers, MOST_SKINNY if deterministic else MAX_ROWS
+        counts = [n for n in token_counts if n <= most]
+
+        def curve(*makers: Callable[[int], tuple[GraphedDecoder, Step]]) -> Curve:
+            points, least = [], 0.0
+            for n in counts:
+                steps = [make(n) for make in makers]
+                seconds = _replay_seconds([partial(runner.replay, step) for runner, step in steps], target.device)
+                least = max(least, seconds)
+                points.append((n, least))
+            return tuple(points)
+
+        def verify(n: int) -> tuple[GraphedDecoder, Step]:
+            return target, target.step(1, n, 1, exit_layer, layers, (), True, embed=not exit_layer, deterministic=deterministic)
+
+        def first_layers(n: int) -> tuple[GraphedDecoder, Step]:
+            return target, target.step(n, 1, 1, 0, exit_layer, (), False, deterministic=deterministic)
+
+        def drafting(n: int) -> tuple[GraphedDecoder, Step]:
+            assert draft is not None
+            return draft, draft.step(n, 1, 1, 0, draft.config.num_layers, (), True, embed=self.head is None, deterministic=deterministic)
+
+        if draft is None:
+            return CostModel(((1, 0.0),), curve(verify))
+        if self.head is None:
+            return CostModel(curve(drafting), curve(verify))
+        return CostModel(curve(first_layers, drafting), curve(verify), True, curve(first_layers))
+
     # --- what is captured -----------------------------------------------------------------------------------------------
 
     def _block(self, key: BlockKey) -> Block:
@@ -513,6 +549,22 @@ class BlockDecoding:
         of["length"].add_(kept + 1)
         if block.exits is not None:
             state.hidden[:batch] = block.exits[torch.arange(batch, device=kept.device), kept]
+
+
+def _replay_seconds(runs: Sequence[Callable[[], None]], device: torch.device, count: int = 10) -> float:
+    """Seconds that the runs take one after another, the mean of `count`."""
+
+    def turn(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            for run in runs:
+                run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    turn(2)
+    return turn(count) / count
 
 
 def _same(first: Sequence[Request], second: Sequence[Request]) -> bool:

@@ -210,11 +210,19 @@ class EngineCore:
             counts = [n for n in _MEASURED_COUNTS if n <= room]
             if not counts:
                 return self.cost_model
-            scratch = None if self.drafter is None else self.drafter.scratch(self.pool.new_sequence)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
-            self.cost_model = measure_costs(
-                self.scheduler.target, self.drafter, self.pool.new_sequence, scratch, token_counts=counts, deterministic=self.deterministic
-            )
+            if self.scheduler.blocks is not None:
+                self.cost_model = self.scheduler.blocks.measure_costs(counts, deterministic=self.deterministic)
+            else:
+                scratch = None if self.drafter is None else self.drafter.scratch(self.pool.new_sequence)
+                self.cost_model = measure_costs(
+                    self.scheduler.target,
+                    self.drafter,
+                    self.pool.new_sequence,
+                    scratch,
+                    token_counts=counts,
+                    deterministic=self.deterministic,
+                )
             self.costs_stale = False
             share = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
             if self.on_costs is not None:

@@ -95,6 +95,18 @@ def test_text_is_that_of_plain_decoding(sources, kind, params, launched):
         assert accepted > 0.9 * proposed
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launched):
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    _, plain = texts_of(sources, "plain", params)
+    engine, drafted = texts_of(sources, kind, params)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    costs = engine.core.cost_model
+    assert costs.verify_seconds(4) > 0 and costs.runs_last_draft == (kind == "head")
+    assert (costs.draft_seconds(2) > 0) == (kind != "ngram")
+    assert all(length in (0, 1, 2, 4, 7) for _, length, *_ in launched)
+
+
 @pytest.mark.parametrize("kind", ["model", "head"])
 def test_requests_of_several_kinds_share_a_step(sources, kind, launched):
     each = [
