@@ -35,6 +35,7 @@ Source = Literal["model", "given"]
 Drawing = Literal["greedy", "race", "reject"]
 
 _MOST = 128  # requests of a step
+_LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ class BlockDecoding:
         self._owed: tuple[list[Request], StepPlan] | None = None
         self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
         self._sent: dict[str, list[int]] = {}
+        self._idle_steps = 0
+
+    @property
+    def leaves_head_behind(self) -> bool:
+        """Whether steps without drafts are plain ones even where a draft head wants the target's states: there were no drafts in the last few steps, and
+        nobody keeps these states."""
+        return self._idle_steps >= _LAG_AFTER and self.drafter is not None and not self.drafter.feature_taps
 
     @staticmethod
     def supports(target: CausalDecoder, drafter: Drafter | None) -> bool:
@@ -171,6 +179,8 @@ class BlockDecoding:
             owed = self._owed
             self._owed = None
             plan = owed[1] if owed is not None and _same(owed[0], requests) else planned()
+            if any(plan.lengths) or any(plan.given):
+                self._idle_steps = 0
             if not self._takes(requests, plan, deterministic):
                 return plan, None
             flight = self._launch(requests, plan, deterministic)
@@ -197,7 +207,9 @@ class BlockDecoding:
                 continue
             if self.head is not None:
                 assert flight.exits is not None
-                self.head.commit(cast(DraftHeadState, state), flight.length if flight.source == "model" else 0, flight.exits[b, :count])
+                if state.num_cached == request.sequence.length - count:  # else it was left behind before
+                    run = flight.length if flight.source == "model" else 0
+                    self.head.commit(cast(DraftHeadState, state), run, flight.exits[b, :count])
             elif flight.source == "model":
                 end = request.sequence.length - count + min(count, flight.length)
                 state.sequence.advance(max(0, end - state.sequence.length))
@@ -210,7 +222,9 @@ class BlockDecoding:
     def _takes(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> bool:
         """Whether the step that is planned can be captured; one without drafts only where the draft must see the target's states."""
         drafting, given = any(plan.lengths), any(plan.given)
-        if plan.block is not None or (drafting and given) or not (drafting or given or self.exit_layer):
+        if plan.block is not None or (drafting and given):
+            return False
+        if not drafting and not given and (not self.exit_layer or self.leaves_head_behind):
             return False
         if self.drafter is not None and self.drafter.feature_taps:
             return False
@@ -252,6 +266,7 @@ class BlockDecoding:
     def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
         source: Source = "model" if any(plan.lengths) else "given"
+        self._idle_steps = 0 if any(plan.lengths) or any(plan.given) else self._idle_steps + 1
         length, batch = self._length(requests, plan), bucket(len(requests))
         drawn = [r.params for r in requests if not r.params.greedy]
         drawing: Drawing = "greedy" if not drawn else "race" if drawn[0].coupled else "reject"

@@ -95,7 +95,8 @@ def decode_step(
             count = _keep_gains(requests, plan, gains, blocks, began)
             return drafting.observe(plan, len(requests), count, clock() - began_at)
     lengths, given = plan.lengths, plan.given
-    undrafted = not any(lengths) and not any(given) and not (drafter and drafter.exit_layer)
+    follows = drafter is not None and drafter.exit_layer > 0 and not (blocks is not None and blocks.leaves_head_behind)
+    undrafted = not any(lengths) and not any(given) and not follows
     if (
         plain is not None
         and plain.takes(len(requests), deterministic=deterministic)

@@ -10,7 +10,7 @@ from engine.engine import Engine
 from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.drafters import load_draft_head
-from engine.runtime.model_runner import GraphedDecoder, PlainDecoding
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, PlainDecoding
 from engine.runtime.sampling import SamplingParams
 
 GPU = torch.cuda.is_available()
@@ -31,7 +31,8 @@ def with_blocks(engine):
     scheduler = core.scheduler
     scheduler.target, scheduler.drafter, scheduler.plain = runner, core.drafter, PlainDecoding(runner)
     scheduler.blocks = block_runner.block_decoding(runner, core.drafter)
-    scheduler.drafting.draft_by_draft = False
+    drafting = scheduler.drafting
+    drafting.draft_by_draft, drafting.lengths, drafting.most_rows = False, CAPTURED_LENGTHS, MAX_ROWS
     assert scheduler.blocks is not None
     return engine
 
@@ -105,6 +106,26 @@ def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launc
     assert costs.verify_seconds(4) > 0 and costs.runs_last_draft == (kind == "head")
     assert (costs.draft_seconds(2) > 0) == (kind != "ngram")
     assert all(length in (0, 1, 2, 4, 7) for _, length, *_ in launched)
+
+
+def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, launched, monkeypatch):
+    monkeypatch.setattr(block_runner, "_LAG_AFTER", 3)
+    each = [SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=n) for n in (0, 0)]
+    _, plain = texts_of(sources, "plain", each, PROMPTS[:2])
+    target, drafts = sources
+    engine = with_blocks(Engine(target, draft=drafts["head"], page_size=16, pool_tokens=2048))
+    core, states = engine.core, []
+    requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS[:2], each, strict=True)]
+    while not core.scheduler.idle:
+        core.step()
+        states.append([r.sequence.length - r.draft_state.num_cached for r in core.scheduler.running])
+        if len(states) == 12:
+            for request in requests:
+                request.drafting.wanted = 2
+                object.__setattr__(request.params, "draft_length", 2)
+    assert max(map(max, states[:12])) >= 6 and states[-2] == [0] * len(states[-2])
+    assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=False)] == [r.token_ids for r in plain]
+    assert sum(r.metrics.accepted for r in requests) > 0 and any(source == "model" for source, *_ in launched)
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])

@@ -1,0 +1,165 @@
+"""Our decoding on a CPU beside llama.cpp's, of one model: tokens per CPU second of each, on one thread, in turns.
+
+    python scripts/bench/llama_cpp.py --pair smollm2 --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
+
+llama.cpp runs through llama-cpp-python in an environment of its own (--llama-python), greedily, from the same token ids; its bf16 file is made from
+--gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process: two threads beside
+other work say nothing (OpenMP's wait is counted, too). Rows: llama.cpp with bf16 and with the file's own format, ours plain and with drafts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BF16 = 32  # llama.cpp's LLAMA_FTYPE_MOSTLY_BF16
+
+
+def to_bf16(source: Path, target: Path) -> None:
+    """Write a GGUF file's weights as bf16, by llama.cpp's own quantiser. Runs in llama.cpp's environment."""
+    import llama_cpp  # type: ignore[import-not-found]
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = BF16, True, 1
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
+    if status:
+        raise RuntimeError(f"llama.cpp could not convert {source.name}: status {status}")
+
+
+def serve_llama(file: Path, context: int) -> None:
+    """Continue prompts that come as lines of JSON {"ids", "count"}: answers {"cpu_s", "wall_s", "tokens"} of decoding. Runs in its environment."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=1, n_threads_batch=1, logits_all=False, verbose=False)
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        model.reset()
+        stream = model.generate(wanted["ids"], temp=0.0, repeat_penalty=1.0, top_k=1)
+        tokens = [next(stream)]
+        cpu, wall = time.process_time(), time.perf_counter()
+        while len(tokens) < wanted["count"]:
+            tokens.append(next(stream))
+        answer = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall, "tokens": tokens}
+        print(json.dumps(answer), flush=True)
+
+
+class Llama:
+    """llama.cpp in a process of its own."""
+
+    def __init__(self, python: Path, file: Path, context: int) -> None:
+        command = [str(python), __file__, "--serve", str(file), "--context", str(context)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def run(self, ids: list[int], count: int) -> dict[str, Any]:
+        """See `serve_llama`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"ids": ids, "count": count}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("llama.cpp ended without an answer: check --llama-python and --gguf")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+def ours(engine: Any, ids: list[int], count: int, length: int | str) -> dict[str, Any]:
+    """CPU and wall seconds of decoding beyond the first token, and the tokens."""
+    from engine.runtime.sampling import SamplingParams
+
+    params = SamplingParams(max_new_tokens=count, ignore_eos=True, draft_length=length)  # type: ignore[arg-type]
+    core, marks, tokens = engine.core, [], list[int]()
+    request = core.submit(core.open_sequence_state(), ids, params, owns_cache=True)
+    for event in core.events(request):
+        tokens += event.token_ids
+        marks = marks or [time.process_time(), time.perf_counter(), len(tokens)]
+    cpu, wall, first = marks
+    share = (count - 1) / max(1, len(tokens) - first)
+    return {"cpu_s": (time.process_time() - cpu) * share, "wall_s": (time.perf_counter() - wall) * share, "tokens": tokens}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="smollm2")
+    parser.add_argument("--gguf", type=Path, help="the model's GGUF file")
+    parser.add_argument("--llama-python", type=Path, help="interpreter of an environment that has llama-cpp-python")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--json-out", type=Path)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--convert", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=1024, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.convert:
+        to_bf16(*args.convert)
+        return 0
+    if args.serve:
+        serve_llama(args.serve, args.context)
+        return 0
+    if args.gguf is None or args.llama_python is None:
+        parser.error("give --gguf and --llama-python")
+    import torch
+
+    from bench.throughput_runs import CODE_PROMPTS, PROMPTS
+    from engine.engine import Engine
+
+    torch.set_num_threads(1)
+    engine = Engine.from_pair(args.pair, device="cpu", dtype="bfloat16")
+    texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
+    prompts = [engine.encode([{"role": "user", "content": text}]) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        bf16 = Path(folder) / "bf16.gguf"
+        subprocess.run([str(args.llama_python), __file__, "--convert", str(args.gguf), str(bf16)], check=True, capture_output=True)
+        llamas = {
+            "llama.cpp bf16": Llama(args.llama_python, bf16, args.context),
+            "llama.cpp file": Llama(args.llama_python, args.gguf, args.context),
+        }
+        ways: dict[str, Any] = {name: llama.run for name, llama in llamas.items()}
+        ways |= {
+            "ours plain": lambda ids, count: ours(engine, ids, count, 0),
+            "ours drafts": lambda ids, count: ours(engine, ids, count, "auto"),
+        }
+        for run in ways.values():
+            run(prompts[0], 24)
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        for number, ids in enumerate(prompts):
+            for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
+                found[name].append(ways[name](ids, args.new_tokens))
+        for llama in llamas.values():
+            llama.close()
+    rows = []
+    for name, samples in found.items():
+        same = [
+            sum(a == b for a, b in zip(s["tokens"], o["tokens"], strict=False))
+            for s, o in zip(samples, found["llama.cpp bf16"], strict=True)
+        ]
+        rows.append({
+            "way": name, "tokens_per_cpu_s": statistics.median((args.new_tokens - 1) / s["cpu_s"] for s in samples),
+            "tokens_per_s": statistics.median((args.new_tokens - 1) / s["wall_s"] for s in samples),
+            "equal_to_llama_bf16": sum(same) / (len(same) * args.new_tokens),
+        })  # fmt: skip
+    for row in rows:
+        row["over_llama_bf16"] = row["tokens_per_cpu_s"] / rows[0]["tokens_per_cpu_s"]
+        row["over_llama_file"] = row["tokens_per_cpu_s"] / rows[1]["tokens_per_cpu_s"]
+        print(json.dumps(row), flush=True)
+    if args.json_out:
+        args.json_out.write_text(json.dumps({"pair": args.pair, "gguf": args.gguf.name, "threads": 1, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
