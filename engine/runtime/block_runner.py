@@ -148,8 +148,8 @@ class BlockDecoding:
 
     @property
     def leaves_head_behind(self) -> bool:
-        """Whether steps without drafts are plain ones even where a draft head wants the target's states: there were no drafts in the last few steps, and
-        nobody keeps these states."""
+        """Whether steps without drafts are plain ones even where a draft head wants the target's states: there were no drafts in the last few steps,
+        and nobody keeps these states."""
         return self._idle_steps >= _LAG_AFTER and self.drafter is not None and not self.drafter.feature_taps
 
     @staticmethod
