@@ -1,6 +1,6 @@
 """Our decoding on a CPU beside llama.cpp's, of one model: tokens per CPU second of each, on one thread, in turns.
 
-    python scripts/bench/llama_cpp.py --pair smollm2 --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
+    python scripts/bench/llama_rows.py --pair smollm2 --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
 
 llama.cpp runs through llama-cpp-python in an environment of its own (--llama-python), greedily, from the same token ids; its bf16 file is made from
 --gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process: two threads beside
