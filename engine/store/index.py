@@ -148,6 +148,11 @@ class RunIndex:
         )
         return sorted(((numbers[prefix], bytes(key), bool(coded)) for prefix, key, coded in rows), reverse=True)
 
+    def following(self, parent: bytes, limit: int) -> list[tuple[bytes, bool, float]]:
+        """Runs that continue a run or begin a root's texts, those of most value first: (key, whether coded, uses when it was used last)."""
+        rows = self._db.execute("SELECT key, coded, uses FROM runs WHERE parent = ? ORDER BY value DESC LIMIT ?", [parent, limit])
+        return [(bytes(key), bool(coded), float(uses)) for key, coded, uses in rows]
+
     def known(self, keys: Sequence[bytes]) -> dict[bytes, bool]:
         """Which of the keys name runs, and whether these are coded."""
         found: dict[bytes, bool] = {}

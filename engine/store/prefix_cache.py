@@ -37,6 +37,7 @@ PIECE_PAGES = {"cpu": 1, "cuda": 16 * RUN_PAGES}
 _PATIENCE_S = 0.5  # how long a busy engine is waited for before a piece is coded between two of its steps
 _POLL_S = 0.01
 _TURN_S = 0.001  # in which whoever waits for the engine's lock gets it: without a pause its last holder takes it again
+_MAX_TOLD = 1 << 14
 _EXIT_S = 60.0  # for what is left to be coded when the process ends
 
 
@@ -122,6 +123,7 @@ class PrefixCache:
         self.codec = None if quality == TOKENS else session_codec(core, pack, log)
         self._prints = pair_fingerprints(core)
         self._shared: SharedPrefixes | None = None
+        self._told: set[bytes] = set()  # runs whose tokens requests may have as drafts already
 
     def attach(self) -> PrefixCache:
         """Serve the engine from now on, until `close`."""
@@ -142,10 +144,23 @@ class PrefixCache:
     def restore(self, request: Request) -> None:
         """See `PrefixStore.restore`."""
         try:
+            self._foretell(request)
             with torch.inference_mode():
                 self._restore(request)
         except (ForetoldError, CodecError, OSError, MemoryError) as error:
             self._once("restore", f"a stored prefix could not be restored: {error}")
+
+    def _foretell(self, request: Request) -> None:
+        """Let the request's drafts come from what followed its prompt in stored texts of its namespace, other processes' included."""
+        seen, ids = request.drafting.seen, request.token_ids
+        if seen is None:
+            return
+        for known in self.store.continuations(root_key(self._identity(request.namespace)), ids):
+            if known.key not in self._told:
+                self._told.add(known.key)
+                seen.add([*ids, *known.token_ids], len(ids), round(known.uses))
+        if len(self._told) > _MAX_TOLD:
+            self._told.clear()
 
     def _restore(self, request: Request) -> None:
         began = time.perf_counter()

@@ -30,7 +30,7 @@ from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, is_whole, named_path, read_json_object, shown
 from engine.store.index import Entry, RunIndex
-from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, PageKeys, Run, root_key
+from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, Run, id_bytes, root_key
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 CODED, IDS = ".run", ".ids"
@@ -38,6 +38,7 @@ CODED, IDS = ".run", ".ids"
 _MARKER, _INDEX, _LOCK, _TMP, _RUNS, _ROOT = "store.json", "index.sqlite", "writer.lock", "tmp", "runs", "root.json"
 _BLOCK_BYTES = 4096  # what a file takes at least
 _LOCK_WAIT_S = 10.0
+MAX_CONTINUATIONS = 8
 _MAX_TRIES = 4  # runs that begin with the same pages, looked into at a lookup
 _Answer = TypeVar("_Answer")
 _REMEDY = "name an empty folder, a new one, or a store of this version"
@@ -59,6 +60,15 @@ class StoredPrefix:
     def num_tokens(self) -> int:
         """Tokens from the text's beginning to the last page's end."""
         return self.end_page * PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens that followed a text in a stored one. key: of the run in which they begin. uses: how often that run was used, older uses counting less."""
+
+    key: bytes
+    token_ids: list[int]
+    uses: float
 
 
 @dataclass
@@ -230,6 +240,25 @@ class RunStore:
                 break
         end = max(at, start_page)
         return StoredPrefix(start_page, end, spans[start_page % RUN_PAGES :], used)
+
+    def continuations(self, root: bytes, token_ids: Sequence[int], limit: int = MAX_CONTINUATIONS) -> list[Continuation]:
+        """What followed a text in the stored ones, to the end of the run in which it ends and of the one behind; the most valuable first.
+
+        At most `limit` runs that continue the text's last whole run are looked into.
+        """
+        keys, at = PageKeys(root, token_ids), len(token_ids) // RUN_TOKENS * RUN_PAGES
+        parent, tail = keys[at - 1] if at else root, id_bytes(token_ids[at * PAGE_TOKENS :])
+        found = []
+        for key, coded, uses in self._ask(lambda index: index.following(parent, limit)) or []:
+            run = self._read(root, key, CODED if coded else IDS)
+            if run is None or run.parent != parent or run.start_page != at or not run.ids.startswith(tail) or len(run.ids) == len(tail):
+                continue
+            ids = run.token_ids[len(tail) // 4 :]
+            for after, after_coded, _ in self._ask(lambda index, key=key: index.following(key, 1)) or []:  # type: ignore[misc]
+                behind = self._read(root, after, CODED if after_coded else IDS)
+                ids += behind.token_ids if behind is not None and behind.parent == key else []
+            found.append(Continuation(key, ids, uses))
+        return found
 
     def keys_of(self, root: bytes, token_ids: Sequence[int]) -> list[bytes]:
         """The names of the runs that a text of whole runs lies in."""

@@ -176,6 +176,17 @@ def test_what_was_restored_stays_in_the_pool_for_the_next_request(store_engine, 
     engine.core.pool.check_integrity()
 
 
+def test_drafts_come_from_what_another_process_was_answered(store_engine) -> None:
+    prompt, params = LONG[:200], SamplingParams(max_new_tokens=121, ignore_eos=True, draft_length=8, seed=3, temperature=1.0)
+    first = store_engine("ngram")
+    plain = restored(first, prompt, params)
+    first.flush()
+    again, stranger = (restored(store_engine("ngram", namespace=name), prompt, params) for name in ("default", "other"))
+    assert again.token_ids == stranger.token_ids == plain.token_ids and again.restored_tokens == 0
+    assert again.speculation.from_seen_accepted > 80 and again.speculation.steps < plain.speculation.steps / 2
+    assert stranger.speculation.from_seen == 0
+
+
 @pytest.mark.parametrize("promise", ["seed", "deterministic"])
 def test_what_is_promised_to_the_bit_is_not_restored(store_engine, chat_engine, promise) -> None:
     first = store_engine()

@@ -537,3 +537,21 @@ def test_killed_writers_leave_whole_runs_or_none() -> None:
         shutil.rmtree(memory / f"foretold-killed-{os.getpid()}", ignore_errors=True)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["kills"] == 24 and not found["wrong"] and found["pages_found"] > 300
+
+
+def test_what_followed_a_text_is_found_to_the_token(store) -> None:
+    first, other = text(10), [*text(10)[:300], *text(4, 5)]
+    for tokens in (first, other[: 8 * PAGE_TOKENS]):
+        keep(store, tokens)
+    store.insert(IDENTITY, text(3, 9), [None] * 3)  # ids alone are as good
+    found = {known.key: known for known in store.continuations(ROOT, first[:300])}
+    assert len(found) == 2
+    assert sorted(known.token_ids for known in found.values()) == sorted([first[300:], other[300 : 8 * PAGE_TOKENS]])
+    [known] = store.continuations(ROOT, first[:301])
+    assert known.token_ids == first[301:] and known.uses >= 1
+    [known] = store.continuations(ROOT, text(3, 9)[:5])
+    assert known.token_ids == text(3, 9)[5:]
+    assert store.continuations(ROOT, first) == [] and store.continuations(ROOT, [*first[:299], 1]) == []
+    assert store.continuations(root_key(IDENTITY | {"namespace": "other"}), first[:300]) == []
+    store.close()
+    assert store.continuations(ROOT, first[:300]) == []  # without its index nothing is known, and nothing fails
