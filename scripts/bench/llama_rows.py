@@ -78,8 +78,10 @@ class Llama:
 
 def ours(engine: Any, ids: list[int], count: int, length: int | str) -> dict[str, Any]:
     """CPU and wall seconds of decoding beyond the first token, and the tokens."""
+    from draft.seen import SeenByNamespace
     from engine.runtime.sampling import SamplingParams
 
+    engine.core.scheduler.drafting.seen = SeenByNamespace()  # nothing is drafted from another way's answer to the same prompt
     params = SamplingParams(max_new_tokens=count, ignore_eos=True, draft_length=length)  # type: ignore[arg-type]
     core, marks, tokens = engine.core, [], list[int]()
     request = core.submit(core.open_sequence_state(), ids, params, owns_cache=True)

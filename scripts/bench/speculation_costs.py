@@ -23,6 +23,7 @@ import torch
 from bench.decode_profile import SHAPES, moment, prompts_of, random_decoder, read_bytes, read_gb_per_s
 from bench.throughput_runs import KINDS
 from draft.policy import expected_tokens
+from draft.seen import SeenByNamespace
 from draft.source import NgramSource
 from engine.engine import Engine
 from engine.model.decoder import Decoder, forward_reserved
@@ -145,6 +146,7 @@ def pair_rates(args: argparse.Namespace) -> int:
                 params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=length)
                 found = []
                 for turn in range(5):  # lengths are captured in the first two
+                    engine.core.scheduler.drafting.seen = SeenByNamespace()  # nothing is drafted from the answers of the turn before
                     results = engine.generate(prompts, params)
                     rate = sum(r.new_tokens - 1 for r in results) / max(r.decode_s for r in results)
                     found += [(rate, results)] if turn > 1 else []
