@@ -87,8 +87,9 @@ def worker():
 def plain(prompts):
     """Outputs of vLLM without the connector."""
     llm = load(None)
-    yield run(llm, prompts)
+    outputs = run(llm, prompts)
     close(llm)
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,9 @@ def store(prompts, plain, tmp_path_factory) -> Path:
     """A store that one engine has filled; its answers were those without us, and a second request came from vLLM's own cache."""
     folder = tmp_path_factory.mktemp("vllm") / "store"
     llm = load(folder)
-    assert texts(run(llm, prompts)) == texts(plain)
+    assert texts(run(llm, prompts)) == texts(plain) and worker().wait(300)
     again = run(llm, prompts)
     assert texts(again) == texts(plain) and all(output.num_cached_tokens >= 512 for output in again[:2])
-    assert worker().wait(300)
     saved = worker().metrics
     assert saved.restored_tokens == 0 and saved.saved_tokens == sum((len(ids) + NEW_TOKENS) // 64 * 64 for ids in prompts)
     assert saved.saved_bytes * 50 < saved.saved_tokens * 30 * 2 * 3 * 64 * 2
