@@ -1,27 +1,30 @@
-"""The server against the library on the same model: rate and time to first token, many streams at once, clients that vanish, memory over many requests.
+"""The server against the library on the same model, and under load: many streams at once, clients that vanish, memory over many requests.
 
-usage: python scripts/bench_server.py --pair smollm2 --json-out server.json [--rounds 3 --batch 8 --streams 200 --vanish 1000 --requests 10000]
-Library and server run in processes of their own, in turn; a figure is printed only when the texts are the same.
+usage: python scripts/bench_server.py --pair smollm2 --modes overhead,streams [--json-out FILE]
+       python scripts/bench_server.py --tiny --modes streams,vanish,memory
+Library and server run in processes of their own, in turn; a figure is printed only when the texts are the same. `--tiny`: a random model of two
+layers, whose own cost is small. Each mode ends after --limit seconds, with exit status 1 and what was missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-import httpx
+from bench.server_client import Answer, ask_all
+from bench.server_processes import LibraryProcess, ServerProcess
+from bench.tiny_folder import write_tiny_folder
 
-ROOT = Path(__file__).parents[1]
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 QUESTIONS = (
     "Why is the sky blue?",
     "Name three rivers.",
@@ -29,211 +32,200 @@ QUESTIONS = (
     "What is a prime number?",
     "Write a line about rain.",
 )
+MODES = ("overhead", "streams", "vanish", "memory")
 
 
-class LibraryProcess:
-    """An engine in a process of its own that answers JSON lines: the baseline."""
-
-    def __init__(self, options: list[str]) -> None:
-        command = [sys.executable, str(Path(__file__)), "--library", *options]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def generate(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
-        """texts, seconds and ttft_ms of jobs run as one batch."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(jobs) + "\n")
-        self._process.stdin.flush()
-        return dict(json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(30)
+def bodies_of(count: int, max_tokens: int, seed: int, *, chat: bool = True) -> list[dict[str, Any]]:
+    """Requests with seeds of their own, sampled at temperature 1, of exactly max_tokens tokens."""
+    common = {"max_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True, "stream": True}
+    found = []
+    for i in range(count):
+        text = QUESTIONS[i % len(QUESTIONS)]
+        found.append(common | {"seed": seed + i} | ({"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}))
+    return found
 
 
-def library(pair: str) -> None:
-    """The baseline's side: a batch a line of standard input."""
-    from engine.engine import Engine
-    from engine.runtime.sampling import SamplingParams
-
-    engine = Engine.from_pair(pair)
-    engine.core.measure_costs()
-    for line in sys.stdin:
-        jobs = json.loads(line)
-        params = [SamplingParams(temperature=1.0, seed=job["seed"], max_new_tokens=job["max_tokens"], ignore_eos=True) for job in jobs]
-        began = time.perf_counter()
-        results = engine.generate([job["messages"] for job in jobs], params)
-        seconds = time.perf_counter() - began
-        ttft_ms = [1e3 * result.ttft_s for result in results]
-        print(json.dumps({"texts": [result.text for result in results], "seconds": seconds, "ttft_ms": ttft_ms}), flush=True)
+def stats_of(url: str) -> dict[str, Any]:
+    """The server's figures."""
+    with urllib.request.urlopen(f"{url}/stats") as answer:
+        return dict(json.load(answer))
 
 
-class ServerProcess:
-    """`python -m engine.serve` on a free port."""
-
-    def __init__(self, options: list[str]) -> None:
-        command = [sys.executable, "-m", "engine.serve", "--port", "0", "--max-queue", "4096", *options]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        assert self._process.stderr
-        for line in self._process.stderr:
-            if found := re.search(r"http://\S+:\d+", line):
-                self.url = found[0]
-                break
-        else:
-            raise SystemExit("the server did not start")
-
-    def usage(self) -> dict[str, int]:
-        """rss_bytes, threads and open files of the process."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        files = len(os.listdir(f"/proc/{self._process.pid}/fd"))
-        return {"rss_bytes": int(fields["VmRSS"].split()[0]) << 10, "threads": int(fields["Threads"]), "files": files}
-
-    def close(self) -> None:
-        """End it, as an operator would."""
-        self._process.terminate()
-        self._process.wait(60)
-
-
-def jobs_of(count: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
-    """Chat requests with seeds of their own."""
-    content = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
-    return [{"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "seed": seed + i} for i, text in enumerate(content)]
-
-
-async def stream(client: httpx.AsyncClient, job: dict[str, Any]) -> tuple[str, float]:
-    """(text, milliseconds to the first piece) of a streamed answer."""
-    began, first, text = time.perf_counter(), 0.0, ""
-    body = job | {"stream": True, "temperature": 1.0, "ignore_eos": True}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                piece = json.loads(line[6:])["choices"][0]["delta"].get("content")
-                if piece:
-                    first = first or time.perf_counter()
-                    text += piece
-    return text, 1e3 * (first - began)
-
-
-def client_of(url: str, connections: int) -> httpx.AsyncClient:
-    """A client with so many connections."""
-    return httpx.AsyncClient(
-        base_url=url, timeout=900, limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    )
-
-
-async def streamed(url: str, jobs: list[dict[str, Any]], connections: int) -> dict[str, Any]:
-    """texts, seconds and ttft_ms of jobs sent at once."""
-    async with client_of(url, connections) as client:
-        began = time.perf_counter()
-        found = await asyncio.gather(*(stream(client, job) for job in jobs))
-        return {"texts": [text for text, _ in found], "seconds": time.perf_counter() - began, "ttft_ms": [ms for _, ms in found]}
-
-
-async def vanish(url: str, count: int) -> None:
-    """Clients that close their connection in the middle of a long answer, some at a time."""
-    gate = asyncio.Semaphore(32)
-
-    async def one(number: int) -> None:
-        async with gate, client_of(url, 1) as client:
-            body = jobs_of(1, 2000, number)[0] | {"stream": True, "temperature": 1.0, "ignore_eos": True}
-            async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                async for _ in answer.aiter_bytes():
-                    return
-
-    await asyncio.gather(*(one(number) for number in range(count)))
-
-
-def idle(url: str, seconds: float = 60.0) -> dict[str, Any]:
-    """The server's figures once nothing runs. Raises SystemExit when something still does."""
-    deadline = time.monotonic() + seconds
+def idle(url: str, until_s: float) -> dict[str, Any]:
+    """The server's figures once nothing runs. Raises SystemExit when something still does at until_s."""
     while True:
-        stats = dict(httpx.get(f"{url}/stats").json())
+        stats = stats_of(url)
         if not any(stats["gauges"][f"vllm:num_requests_{kind}"] for kind in ("running", "waiting")):
             return stats
-        if time.monotonic() > deadline:
+        if time.monotonic() > until_s:
             raise SystemExit(f"requests were left behind: {stats['gauges']}")
         time.sleep(0.05)
 
 
-def overhead(server: ServerProcess, baseline: LibraryProcess, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rate and time to first token of both, in turn; batch 1 and --batch."""
+def texts_of(answers: list[Answer]) -> list[str]:
+    """Raises SystemExit for an answer that is no whole stream."""
+    try:
+        return [answer.text() for answer in answers]
+    except ValueError as error:
+        raise SystemExit(f"not every stream came to its end: {error}") from error
+
+
+def overhead(server: ServerProcess, baseline: LibraryProcess, args: argparse.Namespace, until_s: float) -> list[dict[str, Any]]:
+    """Rate, CPU time and time to first token of both, in turn; batch 1 and --batch. Rounds end when half the time is left to a batch's size."""
     rows = []
-    for batch in (1, args.batch):
-        rates: dict[str, list[float]] = {"library": [], "server": []}
-        firsts: dict[str, list[float]] = {"library": [], "server": []}
-        for round_number in range(args.rounds + 1):
-            jobs = jobs_of(batch, args.new_tokens, 1000 * round_number)
-            made = {"library": baseline.generate(jobs), "server": asyncio.run(streamed(server.url, jobs, batch))}
-            if made["library"]["texts"] != made["server"]["texts"]:
+    for batch in dict.fromkeys((1, args.batch)):
+        share_s = time.monotonic() + (until_s - time.monotonic()) / (2 if batch == 1 else 1)
+        rounds: list[dict[str, float]] = []
+        for number in range(args.rounds + 1):
+            bodies = bodies_of(batch, args.new_tokens, 1000 * number)
+            own = baseline.generate(bodies)
+            before, began = server.usage(), time.perf_counter()
+            answers = ask_all(server.url, CHAT, bodies, at_once=batch, until_s=until_s)
+            seconds, after = time.perf_counter() - began, server.usage()
+            if texts_of(answers) != own["texts"]:
                 raise SystemExit("server and library gave different texts: no figure is printed")
-            for name, result in made.items():
-                if round_number:  # the first warms up
-                    rates[name].append(batch * args.new_tokens / result["seconds"])
-                    firsts[name].append(statistics.median(result["ttft_ms"]))
-        rows.append(
-            {
-                "what": "overhead",
-                "batch": batch,
-                "library_tokens_per_s": statistics.median(rates["library"]),
-                "server_tokens_per_s": statistics.median(rates["server"]),
-                "ratio": statistics.median(s / own for s, own in zip(rates["server"], rates["library"], strict=True)),
-                "library_ttft_ms": statistics.median(firsts["library"]),
-                "server_ttft_ms": statistics.median(firsts["server"]),
-            }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr)
+            tokens = batch * args.new_tokens
+            if number:  # the first warms up
+                rounds.append(
+                    {
+                        "library_tokens_per_s": tokens / own["seconds"],
+                        "server_tokens_per_s": tokens / seconds,
+                        "ratio": own["seconds"] / seconds,
+                        "library_cpu_ms_per_token": 1e3 * own["cpu_s"] / tokens,
+                        "server_cpu_ms_per_token": 1e3 * (after["cpu_s"] - before["cpu_s"]) / tokens,
+                        "http_cpu_ms_per_token": 1e3 * (after["http_cpu_s"] - before["http_cpu_s"]) / tokens,
+                        "library_ttft_ms": statistics.median(own["ttft_ms"]),
+                        "server_ttft_ms": statistics.median(answer.ttft_ms for answer in answers),
+                    }
+                )
+            if rounds and time.monotonic() > share_s:
+                break
+        rows.append({"what": "overhead", "batch": batch, "rounds": len(rounds)} | _medians(rounds))
     return rows
 
 
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]} if rounds else {}
+
+
+def streams(server: ServerProcess, baseline: LibraryProcess, args: argparse.Namespace, until_s: float) -> list[dict[str, Any]]:
+    """Many streams at once; each must have the text that its seed names."""
+    bodies = bodies_of(args.streams, args.stream_tokens, 5, chat=False)
+    expected = baseline.generate(bodies)
+    began = time.perf_counter()
+    answers = ask_all(server.url, PLAIN, bodies, at_once=args.streams, until_s=until_s)
+    seconds = time.perf_counter() - began
+    wrong = sum(own != wanted for own, wanted in zip(texts_of(answers), expected["texts"], strict=True))
+    idle(server.url, time.monotonic() + 10)
+    return [
+        {
+            "what": "streams",
+            "count": args.streams,
+            "tokens_each": args.stream_tokens,
+            "wrong_texts": wrong,
+            "distinct_texts": len(set(expected["texts"])),
+            "seconds": seconds,
+            "library_seconds": expected["seconds"],
+        }
+    ]
+
+
+def vanish(server: ServerProcess, _baseline: LibraryProcess, args: argparse.Namespace, until_s: float) -> list[dict[str, Any]]:
+    """Clients that close their connection in the middle of a long answer, 32 at a time; what the server holds before and after."""
+    ask_all(server.url, CHAT, bodies_of(32, 900, 1), at_once=32, until_s=until_s, leave_after_bytes=600)
+    idle(server.url, until_s)
+    before = server.usage()
+    began = time.perf_counter()
+    answers = ask_all(server.url, CHAT, bodies_of(args.vanish, 900, 100), at_once=32, until_s=until_s, leave_after_bytes=600)
+    stats = idle(server.url, until_s + 10)
+    after, deadline = server.usage(), time.monotonic() + 5
+    while after["files"] > before["files"] and time.monotonic() < deadline:  # sockets close a moment later
+        time.sleep(0.05)
+        after = server.usage()
+    return [
+        {
+            "what": "vanish",
+            "count": sum(answer.status == 200 for answer in answers),
+            "asked": args.vanish,
+            "seconds": time.perf_counter() - began,
+            "before": before,
+            "after": after,
+            "pool_share_in_use": stats["gauges"]["vllm:kv_cache_usage_perc"],
+            "cancelled": stats["totals"]["cancelled"],
+        }
+    ]
+
+
+def memory(server: ServerProcess, _baseline: LibraryProcess, args: argparse.Namespace, until_s: float) -> list[dict[str, Any]]:
+    """Short requests, 64 at a time, in ten parts; the process's resident bytes after each (the first part warms up)."""
+    seen, done, began = [], 0, time.perf_counter()
+    for part in range(10):
+        bodies = bodies_of(args.requests // 10, 2, 1000 * part)
+        answers = ask_all(server.url, CHAT, bodies, at_once=64, until_s=until_s)
+        texts_of(answers)
+        done += len(answers)
+        seen.append(server.usage()["rss_bytes"])
+    growth = (seen[-1] - seen[0]) / max(1, done - args.requests // 10)
+    return [
+        {
+            "what": "memory",
+            "count": done,
+            "seconds": time.perf_counter() - began,
+            "rss_bytes": seen,
+            "growth_bytes_per_request": growth,
+            "files": server.usage()["files"],
+        }
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the measurements that are asked for; prints JSON."""
+    """Run the modes that are asked for; prints JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pair", default="smollm2")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--new-tokens", type=int, default=64)
-    p.add_argument("--streams", type=int, default=200, help="streams at once; 0: none")
-    p.add_argument("--vanish", type=int, default=1000, help="clients that go away in the middle; 0: none")
-    p.add_argument("--requests", type=int, default=10000, help="short requests, to watch memory; 0: none")
+    model = p.add_mutually_exclusive_group()
+    model.add_argument("--pair", default="smollm2")
+    model.add_argument("--tiny", action="store_true", help="a random model of two layers")
+    p.add_argument("--modes", default="overhead", metavar="A,B", help=f"of {', '.join(MODES)}; default overhead")
+    p.add_argument("--limit", type=float, default=120.0, metavar="S", help="longest time of a mode, in seconds; default 120")
+    p.add_argument("--rounds", type=int, default=5, help="overhead: at most so many pairs")
+    p.add_argument("--batch", type=int, default=8, help="overhead: conversations at once, beside one alone")
+    p.add_argument("--new-tokens", type=int, default=64, help="overhead: tokens an answer")
+    p.add_argument("--streams", type=int, default=200, help="streams: so many at once")
+    p.add_argument("--stream-tokens", type=int, default=12, help="streams: tokens of each")
+    p.add_argument("--vanish", type=int, default=1000, help="vanish: clients")
+    p.add_argument("--requests", type=int, default=10000, help="memory: requests")
+    p.add_argument("--threads", type=int, help="threads for arithmetic, of both processes")
     p.add_argument("--json-out", type=Path)
-    p.add_argument("--library", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    if args.library:
-        library(args.pair)
-        return 0
-    options = ["--pair", args.pair]
-    server, baseline = ServerProcess(options), LibraryProcess(options)
+    modes = args.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        p.error(f"unknown mode {unknown[0]!r}: choose from {', '.join(MODES)}")
+    if args.requests < 10 or min(args.rounds, args.batch, args.new_tokens, args.streams, args.stream_tokens, args.vanish) < 1:
+        p.error("counts must be at least 1, requests at least 10")
     rows: list[dict[str, Any]] = []
-    try:
-        if args.rounds:
-            rows += overhead(server, baseline, args)
-        if args.streams:
-            jobs = jobs_of(args.streams, 24, 5)
-            expected = baseline.generate(jobs)["texts"]
-            made = asyncio.run(streamed(server.url, jobs, args.streams))
-            wrong = sum(own != wanted for own, wanted in zip(made["texts"], expected, strict=True))
-            rows.append({"what": "streams", "count": args.streams, "wrong_texts": wrong, "seconds": made["seconds"]})
-            idle(server.url)
-        if args.vanish:
-            before = server.usage()
-            asyncio.run(vanish(server.url, args.vanish))
-            stats, after = idle(server.url), server.usage()
-            used = stats["gauges"]["vllm:kv_cache_usage_perc"]
-            rows.append({"what": "vanish", "count": args.vanish, "before": before, "after": after, "pool_share_in_use": used})
-        if args.requests:
-            seen = [server.usage()["rss_bytes"]]
-            for part in range(10):
-                asyncio.run(streamed(server.url, jobs_of(args.requests // 10, 2, part), 64))
-                seen.append(server.usage()["rss_bytes"])
-            rows.append({"what": "memory", "count": args.requests, "rss_bytes": seen})
-    finally:
-        server.close()
-        baseline.close()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--pair", args.pair]
+        if args.tiny:
+            options = ["--target", str(write_tiny_folder(Path(folder))), "--draft", "ngram", "--dtype", "float32", "--device", "cpu"]
+        if args.threads is not None:
+            options += ["--threads", str(args.threads)]
+        server, baseline = ServerProcess(options), LibraryProcess(options)
+        try:
+            for mode in modes:
+                run = {"overhead": overhead, "streams": streams, "vanish": vanish, "memory": memory}[mode]
+                rows += run(server, baseline, args, time.monotonic() + args.limit)
+                print(json.dumps(rows[-1]), file=sys.stderr)
+        finally:
+            server.close()
+            baseline.close()
     command = "python scripts/bench_server.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    found = {"device": platform.processor() or "cpu", "pair": args.pair, "cores": os.cpu_count(), "command": command, "rows": rows}
+    found = {
+        "device": platform.processor() or "cpu",
+        "model": "tiny" if args.tiny else args.pair,
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "command": command,
+        "rows": rows,
+    }
     if args.json_out:
         args.json_out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))

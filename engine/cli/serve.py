@@ -19,6 +19,7 @@ from engine.engine import Engine
 from engine.errors import BadStore, CacheNotWritable, DiskFull, ForetoldError, InvalidOption, ModelNotFound
 from engine.server.app import Server, ServerConfig
 from engine.server.keys import read_keys
+from engine.server.loop import EngineThread
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +89,8 @@ def run(argv: list[str] | None = None) -> int:
         keys = read_keys(args.api_key_file)
         listening = listen(args.host, args.port)
         try:
-            engine = _engine(args)
+            thread = EngineThread()
+            engine = thread.call(lambda: _engine(args))
             config = ServerConfig(
                 model=args.served_model_name or args.pair or args.target or DEFAULT_PAIR,
                 keys=keys,
@@ -98,7 +100,7 @@ def run(argv: list[str] | None = None) -> int:
                 grace_s=args.grace,
                 local_only=not keys.digests,
             )
-            serve(Server(engine, config), listening)
+            serve(Server(engine, config, thread), listening)
         finally:
             listening.close()
     except ForetoldError as error:
@@ -147,7 +149,6 @@ def serve(server: Server, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     alone = "; without API keys it answers this machine alone" if server.config.local_only else ""
-    print_status(f"serving {server.config.model} at http://{shown}:{port}{alone}")
     grace = server.config.grace_s
     config = uvicorn.Config(
         server.app,
@@ -157,4 +158,17 @@ def serve(server: Server, listening: socket.socket) -> None:
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=None,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    _Announced(config, f"serving {server.config.model} at http://{shown}:{port}{alone}").run(sockets=[listening])
+
+
+class _Announced(uvicorn.Server):
+    """Says a line once connections are taken: whoever reads it may connect at once."""
+
+    def __init__(self, config: uvicorn.Config, line: str) -> None:
+        super().__init__(config)
+        self._line = line
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print_status(self._line)

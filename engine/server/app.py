@@ -23,7 +23,7 @@ from engine.inputs import is_whole
 from engine.server.completion import Call
 from engine.server.errors import ApiError, as_api_error
 from engine.server.keys import Keys
-from engine.server.loop import EngineLoop, Event, Ticket
+from engine.server.loop import EngineLoop, EngineThread, Event, Ticket
 from engine.server.metrics import ServerMetrics
 from engine.server.page import PAGE
 from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
@@ -58,9 +58,10 @@ class Server:
     Args:
         engine: with a tokenizer; the server alone uses it.
         config: see `ServerConfig`.
+        thread: see `EngineLoop`.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, thread: EngineThread | None = None) -> None:
         self.engine, self.config = engine, config
         self._text = TextDecoder(engine.tokenizer)
         pool = engine.core.pool
@@ -73,7 +74,7 @@ class Server:
             },
             None if engine.prefix_cache is None else engine.prefix_cache.report,
         )
-        self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue)
+        self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue, thread=thread)
         self._stored_tokens, self._stored_until = 0, 0.0
         self._asyncio: asyncio.AbstractEventLoop | None = None
         # a thread of its own: a long prompt must not hold up the answers of others; one, as texts are encoded one at a time
@@ -177,16 +178,18 @@ class Server:
         return await self._answer(request, read_completion(body, self.engine.core.sampling_defaults), model, namespace)
 
     async def _answer(self, http: Request, asked: CompletionRequest, model: str, namespace: str) -> Response:
-        prompts = [await self._encode(prompt, "messages" if asked.chat else "prompt") for prompt in asked.prompts]
-        call = Call(
-            asked,
-            prompts,
-            answer=Answer(model, asked.chat, asked.n),
-            loop=self.loop,
-            logprobs=LogprobsForm(self._token_text, asked.chat),
-            namespace=namespace,
-            deadline=time.monotonic() + self.config.timeout_s,
-        )
+        with self.loop.arrival():
+            prompts = [await self._encode(prompt, "messages" if asked.chat else "prompt") for prompt in asked.prompts]
+            call = Call(
+                asked,
+                prompts,
+                answer=Answer(model, asked.chat, asked.n),
+                loop=self.loop,
+                logprobs=LogprobsForm(self._token_text, asked.chat),
+                namespace=namespace,
+                deadline=time.monotonic() + self.config.timeout_s,
+            )
+            call.start()
         return await call.stream(http) if asked.stream else JSONResponse(await call.whole(http))
 
     def _token_text(self, token_ids: list[int]) -> str:

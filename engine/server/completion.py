@@ -24,7 +24,7 @@ class Call:
         asked: what the caller wants.
         prompts: token ids of each of its prompts.
         answer: makes the JSON.
-        loop: runs the requests; `start` queues them.
+        loop: runs the requests, once `start` has queued them.
         logprobs: form of log probabilities.
     """
 
@@ -53,9 +53,12 @@ class Call:
     def _sink(self, index: int) -> Callable[[Event], None]:
         return lambda event: self._events.put_nowait((index, event))
 
+    def start(self) -> None:
+        """Queue the requests; `whole` or `stream` must follow. Raises ApiError (429, 503)."""
+        self._loop.submit(self._tickets)
+
     async def whole(self, http: Request) -> dict[str, Any]:
         """Run to the end. Raises ApiError, and ClientDisconnect when the client goes away before it; nothing is left running then."""
-        self._loop.submit(self._tickets)
         gone = asyncio.ensure_future(disconnected(http))
         try:
             while not self._done:
@@ -70,7 +73,6 @@ class Call:
 
     async def stream(self, http: Request) -> StreamingResponse:
         """Run up to the first event, which says whether there is an answer at all: an error before it still has its HTTP status. Raises as `whole`."""
-        self._loop.submit(self._tickets)
         gone = asyncio.ensure_future(disconnected(http))
         try:
             first = await self._next(gone)
@@ -105,35 +107,49 @@ class Call:
         return Choice(result, text if text is None else echoed + text, calls, logprobs)
 
     async def _pieces(self, first: tuple[int, Event]) -> AsyncIterator[bytes]:
-        """Chunks of the answer in SSE's form. Whoever stops asking for them, as Starlette does when the client is gone, ends the requests."""
-        buffered = self.asked.tools is not None  # whether it is a call shows at its end
+        """Chunks of the answer in SSE's form, those that are there at once together: a write costs more than a chunk.
+
+        Whoever stops asking for them, as Starlette does when the client is gone, ends the requests.
+        """
         lengths = [len(text) for text in self._echoed]
+        chunks = self._openings()
         try:
-            for index, text in enumerate(self._echoed):
-                if self.answer.chat:
-                    yield _sse(self.answer.opening(index))
-                elif text:
-                    yield _sse(self.answer.piece(index, text))
-            index, event = first
-            while True:
-                if isinstance(event, ApiError):
-                    yield _sse(event.body())
-                    break
-                if not buffered and (event.text or event.logprobs):
-                    yield _sse(self.answer.piece(index, event.text, self._logprobs(event.logprobs, lengths[index])))
-                    lengths[index] += len(event.text)
-                self._note(index, event)
-                if event.result is not None:
-                    for chunk in self._ending(index, buffered):
-                        yield _sse(chunk)
-                    if self._done:
+            arrived, ended = [first], False
+            while not ended:
+                while not self._events.empty():
+                    arrived.append(self._events.get_nowait())
+                for index, event in arrived:
+                    if isinstance(event, ApiError):
+                        chunks.append(event.body())
+                        ended = True
                         break
-                index, event = await self._events.get()
-            if self.asked.include_usage and self._done:
-                yield _sse(self.answer.usage_chunk([self._results[i] for i in range(len(self._tickets))]))
-            yield b"data: [DONE]\n\n"
+                    chunks += self._chunks(index, event, lengths)
+                    ended = self._done
+                if ended:
+                    if self.asked.include_usage and self._done:
+                        chunks.append(self.answer.usage_chunk([self._results[i] for i in range(len(self._tickets))]))
+                    yield b"".join(map(_sse, chunks)) + b"data: [DONE]\n\n"
+                else:
+                    if chunks:
+                        yield b"".join(map(_sse, chunks))
+                    chunks, arrived = [], [await self._events.get()]
         finally:
             self.cancel()
+
+    def _openings(self) -> list[dict[str, Any]]:
+        if self.answer.chat:
+            return [self.answer.opening(index) for index in range(len(self._tickets))]
+        return [self.answer.piece(index, text) for index, text in enumerate(self._echoed) if text]
+
+    def _chunks(self, index: int, event: StreamEvent, lengths: list[int]) -> list[dict[str, Any]]:
+        """Those of one event. lengths: of each choice's text so far, counted up here."""
+        buffered = self.asked.tools is not None  # whether it is a call shows at its end
+        chunks = []
+        if not buffered and (event.text or event.logprobs):
+            chunks.append(self.answer.piece(index, event.text, self._logprobs(event.logprobs, lengths[index])))
+            lengths[index] += len(event.text)
+        self._note(index, event)
+        return chunks if event.result is None else [*chunks, *self._ending(index, buffered)]
 
     def _ending(self, index: int, buffered: bool) -> list[dict[str, Any]]:
         """A choice's last chunks; with what was held back."""

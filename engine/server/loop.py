@@ -6,9 +6,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -21,6 +23,9 @@ from engine.server.metrics import ServerMetrics
 
 log = logging.getLogger("foretold.server")
 State = Literal["queued", "running", "done"]
+T = TypeVar("T")
+GATHER_S, GATHER_STEP_S = 0.01, 0.001
+"""How long an idle engine that got a request waits at most for others that are being made ready, and between two looks."""
 
 
 Event = StreamEvent | ApiError
@@ -50,6 +55,50 @@ class Ticket:
     request: Request | None = None
 
 
+class EngineThread(threading.Thread):
+    """A thread that runs calls in turn; its owner loads an engine by it, and an `EngineLoop` then runs the engine.
+
+    The same thread should do both. OpenMP keeps a team of threads for every thread that has computed, and once there are more of them than cores,
+    threads no longer stay awake between two products of a step: GNU's implementation then sleeps and is woken some thousands of times a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="foretold-engine", daemon=True)
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._num_threads = torch.get_num_threads()
+
+    def run(self) -> None:
+        """Of the thread itself."""
+        # a new thread's first product would run with another number of threads, and round otherwise
+        torch.set_num_threads(self._num_threads)
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns or raises that the thread runs; waits for it."""
+        self._begin()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(run)
+        return future.result()
+
+    def finish_with(self, function: Callable[[], None]) -> None:
+        """Run a function, and end with it; does not wait."""
+        self._begin()
+        self._calls.put(function)
+        self._calls.put(None)
+
+    def _begin(self) -> None:
+        if not self.is_alive():
+            self.start()
+
+
 class EngineLoop:
     """Runs an engine on a thread of its own. Every method may be called from any thread.
 
@@ -62,6 +111,7 @@ class EngineLoop:
         metrics: told of every request.
         deliver: called on the engine's thread with all (ticket, event) of a step; it must not block.
         max_queue: requests waiting at once for a place in the running batch; more are refused.
+        thread: that runs the engine; it ends with the loop. The one that loaded it, where it runs on a CPU.
     """
 
     def __init__(
@@ -71,6 +121,7 @@ class EngineLoop:
         deliver: Callable[[list[tuple[Ticket, Event]]], None],
         *,
         max_queue: int = 256,
+        thread: EngineThread | None = None,
     ) -> None:
         self.engine, self.core, self.metrics, self.max_queue = engine, engine.core, metrics, max_queue
         self._deliver = deliver
@@ -79,14 +130,25 @@ class EngineLoop:
         self._open: set[Ticket] = set()  # every ticket without its last event
         self._active: dict[Request, Ticket] = {}  # of the engine's thread: submitted to the scheduler
         self._draining = threading.Event()
-        self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, name="foretold-engine", daemon=True)
+        self._num_arriving = 0
+        self._thread = EngineThread() if thread is None else thread
 
     # --- for the server -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin serving."""
-        self._thread.start()
+        self._thread.finish_with(self._run)
+
+    @contextmanager
+    def arrival(self) -> Iterator[None]:
+        """While a request that is here already is made ready to be submitted: an idle engine waits a moment for it, to begin with a whole batch."""
+        with self._lock:
+            self._num_arriving += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_arriving -= 1
 
     @property
     def accepting(self) -> bool:
@@ -141,8 +203,6 @@ class EngineLoop:
     # --- the engine's thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        # a new thread's first product would run with another number of threads, and round otherwise
-        torch.set_num_threads(self._threads)
         while True:
             if not self._take_inbox(block=not self._active):
                 self._end_all(ApiError(503, "the server is stopping", code="stopping", retry_after_s=5))
@@ -151,11 +211,20 @@ class EngineLoop:
                 self._step()
 
     def _take_inbox(self, *, block: bool) -> bool:
-        """Handle what came in; False when the loop is to end."""
+        """Handle what came in; False when the loop is to end. block: wait for something, and a moment for what arrives with it (`arrival`)."""
+        gather_until = 0.0
         while True:
             try:
-                what, ticket = self._inbox.get(block=block)
+                if block:
+                    what, ticket = self._inbox.get()
+                    gather_until = time.monotonic() + GATHER_S
+                elif self._num_arriving and (left := gather_until - time.monotonic()) > 0:
+                    what, ticket = self._inbox.get(timeout=min(left, GATHER_STEP_S))
+                else:
+                    what, ticket = self._inbox.get(block=False)
             except queue.Empty:
+                if self._num_arriving and time.monotonic() < gather_until:
+                    continue
                 return True
             block = False
             if ticket is None:

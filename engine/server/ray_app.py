@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.server.app import Server, ServerConfig
 from engine.server.keys import read_keys
+from engine.server.loop import EngineThread
 
 _OPTIONS = {"pair": "smollm2", "target": "", "draft": "none", "device": "auto", "api_key_file": "", "replicas": "1", "num_gpus": "0"}
 
@@ -35,12 +36,13 @@ def application(args: dict[str, str]) -> Any:
 
     def build() -> ASGIApp:
         """In a replica's own process."""
+        thread = EngineThread()
         if given["target"]:
-            engine = Engine.from_pretrained(given["target"], given["draft"], device=given["device"])
+            engine = thread.call(lambda: Engine.from_pretrained(given["target"], given["draft"], device=given["device"]))
         else:
-            engine = Engine.from_pair(given["pair"], device=given["device"])
+            engine = thread.call(lambda: Engine.from_pair(given["pair"], device=given["device"]))
         keys = read_keys(Path(given["api_key_file"]) if given["api_key_file"] else None)
-        return Server(engine, ServerConfig(model=given["target"] or given["pair"], keys=keys)).app
+        return Server(engine, ServerConfig(model=given["target"] or given["pair"], keys=keys), thread).app
 
     @serve.deployment(num_replicas=replicas, ray_actor_options={"num_gpus": num_gpus}, max_ongoing_requests=1024)
     @serve.ingress(build)
