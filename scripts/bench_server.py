@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the modes that are asked for; prints JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = p.add_mutually_exclusive_group()
-    model.add_argument("--pair", default="smollm2")
+    model.add_argument("--pair", help="default smollm2")
     model.add_argument("--tiny", action="store_true", help="a random model of two layers")
     p.add_argument("--modes", default="overhead", metavar="A,B", help=f"of {', '.join(MODES)}; default overhead")
     p.add_argument("--limit", type=float, default=120.0, metavar="S", help="longest time of a mode, in seconds; default 120")
@@ -203,12 +203,13 @@ def main(argv: list[str] | None = None) -> int:
         p.error("counts must be at least 1, requests at least 10")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--pair", args.pair]
+        options = ["--pair", args.pair or "smollm2"]
         if args.tiny:
             options = ["--target", str(write_tiny_folder(Path(folder))), "--draft", "ngram", "--dtype", "float32", "--device", "cpu"]
         if args.threads is not None:
             options += ["--threads", str(args.threads)]
-        server, baseline = ServerProcess(options), LibraryProcess(options)
+        baseline = LibraryProcess(options)
+        server = ServerProcess(options)
         try:
             for mode in modes:
                 run = {"overhead": overhead, "streams": streams, "vanish": vanish, "memory": memory}[mode]
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     command = "python scripts/bench_server.py " + " ".join(sys.argv[1:] if argv is None else argv)
     found = {
         "device": platform.processor() or "cpu",
-        "model": "tiny" if args.tiny else args.pair,
+        "model": "tiny" if args.tiny else args.pair or "smollm2",
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "command": command,

@@ -16,6 +16,7 @@ import uvicorn
 
 from engine.server.app import Server, ServerConfig
 from engine.server.keys import Keys
+from engine.server.loop import EngineThread
 
 
 @dataclass
@@ -39,10 +40,10 @@ class Running:
 
 
 @contextmanager
-def running_server(engine: Any, **options: Any) -> Iterator[Running]:
-    """Serve until the block ends."""
+def running_server(engine: Any, thread: EngineThread | None = None, **options: Any) -> Iterator[Running]:
+    """Serve until the block ends. thread: that loaded the engine."""
     config = ServerConfig(**({"model": "tiny", "keys": Keys({}), "local_only": True} | options))
-    server = Server(engine, config)
+    server = Server(engine, config, thread)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     web = uvicorn.Server(uvicorn.Config(server.app, log_level="error", access_log=False, timeout_graceful_shutdown=2))

@@ -310,3 +310,47 @@ def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
         assert said.startswith("error: ") and word in said and said.count("\n") == 1
     taken.close()
     assert foretold(["serve", "--port", "70000"]) == 2 and "--port" in capsys.readouterr().err
+
+
+def test_one_thread_loads_and_runs_the_engine(chat_engine, serve):
+    import engine.server.loop as loop
+
+    thread = loop.EngineThread()
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda: 1 // 0)
+    assert thread.call(threading.current_thread) is thread
+    made = thread.call(chat_engine)
+    stepped = []
+    step = made.core.step
+    made.core.step = lambda: (stepped.append(threading.current_thread()), step())[1]
+    with serve(made, thread=thread) as running:
+        assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 3}).status_code == 200
+    assert set(stepped) == {thread} and not thread.is_alive()
+
+
+def test_requests_that_arrive_together_begin_together(chat_engine):
+    from engine.server.loop import EngineLoop, Ticket
+    from engine.server.metrics import ServerMetrics
+
+    engine, batches = chat_engine(), []
+    step = engine.core.step
+
+    def watched():
+        batches.append(len(engine.core.scheduler.waiting) + len(engine.core.scheduler.running))
+        step()
+
+    engine.core.step = watched
+    found = threading.Semaphore(0)
+    loop = EngineLoop(engine, ServerMetrics("tiny", {}), lambda events: [found.release() for _, event in events if event.result])
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    tickets = [Ticket(engine.encode("tide"), params, "default", lambda _: None) for _ in range(3)]
+    loop.start()
+    with loop.arrival():
+        for ticket in tickets:
+            loop.submit([ticket])
+    with loop.arrival():  # nothing comes: whoever is there does not wait for long
+        loop.submit([Ticket(engine.encode("buoy"), params, "default", lambda _: None)])
+        for _ in range(4):
+            assert found.acquire(timeout=30)
+    loop.stop(5)
+    assert batches[0] >= 3

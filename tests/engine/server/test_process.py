@@ -1,0 +1,53 @@
+"""The server as a process of its own: killed in the middle of an answer, and started again on the same store."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+import torch
+
+from bench.server_processes import ServerProcess
+from engine.sessions.rates import rates_of
+
+TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(12))
+BODY = {"messages": [{"role": "user", "content": TEXT[:700]}], "temperature": 0, "max_tokens": 6}
+CHAT = "/v1/chat/completions"
+
+
+def cached(url: str) -> int:
+    answer = httpx.post(url + CHAT, json=BODY, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def stored_bytes(url: str) -> int:
+    return next(tier["bytes"] for tier in httpx.get(f"{url}/stats").json()["tiers"] if tier["name"] == "store")
+
+
+def test_a_killed_servers_conversations_come_back(chat_engine, model_options, tmp_path):
+    with_pack = chat_engine(store=tmp_path / "other", log=lambda _: None)
+    rates_of(with_pack.prefix_cache.codec, 1 << 20, lambda _: None)  # pack and rates lie in the tests' cache folder now
+    with_pack.close()
+    options = [*model_options, "--store", str(tmp_path / "store"), "--threads", str(torch.get_num_threads())]
+    first = ServerProcess(options)
+    try:
+        assert cached(first.url) == 0
+        deadline = time.monotonic() + 60
+        while not stored_bytes(first.url):
+            assert time.monotonic() < deadline, first.said()
+            time.sleep(0.02)
+        with httpx.stream("POST", first.url + CHAT, json=BODY | {"max_tokens": 250, "ignore_eos": True, "stream": True}) as stream:
+            pieces = stream.iter_bytes()
+            next(pieces)
+            first.kill()
+            with pytest.raises(httpx.HTTPError):
+                list(pieces)
+    finally:
+        first.kill()
+    second = ServerProcess(options)
+    try:
+        assert cached(second.url) >= 640
+    finally:
+        second.close()
