@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--deterministic", action="store_true", help="greedy text does not depend on who else is served")
     p.add_argument("--pool-tokens", type=int, metavar="N", help="tokens the KV pool holds; default: what memory allows")
+    p.add_argument("--prefix-sharing", action="store_true", help="prompts that begin as one before share its pages while nobody needs them")
+    p.add_argument(
+        "--kv-events", metavar="ENDPOINT", help="publish which pages are held, for routers: tcp://127.0.0.1:5557, say (docs/server.md)"
+    )
     return p
 
 
@@ -99,6 +103,7 @@ def run(argv: list[str] | None = None) -> int:
                 timeout_s=args.timeout,
                 grace_s=args.grace,
                 local_only=not keys.digests,
+                kv_events=args.kv_events,
             )
             serve(Server(engine, config, thread), listening)
         finally:
@@ -117,6 +122,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         "deterministic": args.deterministic,
         "max_batch": args.max_batch,
         "pool_tokens": args.pool_tokens,
+        "prefix_sharing": args.prefix_sharing or args.kv_events is not None,
     }
     engine = load(args, **options)
     if engine.tokenizer is None:

@@ -35,12 +35,24 @@ class Code(Protocol):
 @dataclass
 class CachedPage:
     """Pages of the same S tokens: the target's, the draft's (None: it never ran them), and what the target's pool keeps beside pages (`KvPool.beside`)
-    where a text that ends with this page goes on. code: the coded span that the page was restored from, of some pages; None: it was computed."""
+    where a text that ends with this page goes on. code: the coded span that the page was restored from, of some pages; None: it was computed.
+    key: what a listener calls it."""
 
     target: int
     draft: int | None
     beside: object | None
     code: Code | None = None
+    key: int | None = None
+
+
+class PageListener(Protocol):
+    """Told which pages are kept; it must not call the cache."""
+
+    def stored(
+        self, namespace: str, token_ids: Sequence[int], entries: Sequence[tuple[int, CachedPage]]
+    ) -> None: ...  # (number in the text, page)
+
+    def dropped(self, entry: CachedPage) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class SharedPrefixes:
         self.pool, self.draft_pool, self.computed = pool, draft_pool, computed
         self.max_pages = pool.max_pages if max_pages is None else max_pages
         self.metrics = SharingMetrics()
+        self.listener: PageListener | None = None
         self.trie = Trie(pool.page_size)
         self._policy = Lru(Tier.HOT)
         self.trie.on_tail = lambda node, tier: self._policy.add(node) if tier == Tier.HOT else None
@@ -179,6 +192,10 @@ class SharedPrefixes:
             if last is not None and last.data.beside is None:
                 last.data.beside = beside
             self.trie.record_request(match, time.monotonic())
+            if self.listener is not None:
+                kept = [(i, payload.data) for i, payload in enumerate(match.payloads()[:count]) if payload is not None]
+                new = [(i, entry) for i, entry in kept if entry is payloads[i].data]
+                self.listener.stored(name.split(":", 1)[1], token_ids[: count * size], new)
         self._evict(self.num_pages - self.max_pages)
 
     def clear(self) -> None:
@@ -191,6 +208,8 @@ class SharedPrefixes:
             self.draft_pool.keep([entry.draft])
 
     def _drop(self, entry: CachedPage) -> None:
+        if self.listener is not None:
+            self.listener.dropped(entry)
         self.pool.drop([entry.target])
         if entry.draft is not None and self.draft_pool is not None:
             self.draft_pool.drop([entry.draft])

@@ -18,11 +18,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from engine.engine import Engine
-from engine.errors import ForetoldError
+from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import is_whole
 from engine.server.completion import Call
 from engine.server.errors import ApiError, as_api_error
 from engine.server.keys import Keys
+from engine.server.kv_events import KvEvents
 from engine.server.loop import EngineLoop, EngineThread, Event, Ticket
 from engine.server.metrics import ServerMetrics
 from engine.server.page import PAGE
@@ -40,7 +41,7 @@ class ServerConfig:
 
     model: the name it serves. keys: of callers. max_queue: waiting requests. max_body_bytes: of a request. timeout_s: longest life of a
     request. grace_s: how long running requests may go on when the server stops. local_only: answer only to names of this machine, which keeps a
-    web page from asking through a browser.
+    web page from asking through a browser. kv_events: endpoint to publish them at (`engine.server.kv_events`); None: nowhere.
     """
 
     model: str
@@ -50,6 +51,7 @@ class ServerConfig:
     timeout_s: float = 3600.0
     grace_s: float = 30.0
     local_only: bool = False
+    kv_events: str | None = None
 
 
 class Server:
@@ -59,6 +61,9 @@ class Server:
         engine: with a tokenizer; the server alone uses it.
         config: see `ServerConfig`.
         thread: see `EngineLoop`.
+
+    Raises:
+        InvalidOption: KV events of an engine without prefix sharing, or that cannot be published.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig, thread: EngineThread | None = None) -> None:
@@ -74,7 +79,21 @@ class Server:
             },
             None if engine.prefix_cache is None else engine.prefix_cache.report,
         )
-        self.loop = EngineLoop(engine, self.metrics, self._deliver, max_queue=config.max_queue, thread=thread)
+        self.kv_events: KvEvents | None = None
+        if config.kv_events is not None:
+            shared = engine.core.shared_prefixes
+            if shared is None:
+                raise InvalidOption("KV events tell of shared prefixes, and this engine shares none", "make it with prefix_sharing=True")
+            self.kv_events = KvEvents(config.kv_events, pool.page_size, "CPU" if engine.device.type == "cpu" else "GPU")
+            shared.listener = self.kv_events
+        self.loop = EngineLoop(
+            engine,
+            self.metrics,
+            self._deliver,
+            max_queue=config.max_queue,
+            thread=thread,
+            after_step=(lambda: None) if self.kv_events is None else self.kv_events.flush,
+        )
         self._stored_tokens, self._stored_until = 0, 0.0
         self._asyncio: asyncio.AbstractEventLoop | None = None
         # a thread of its own: a long prompt must not hold up the answers of others; one, as texts are encoded one at a time
@@ -106,6 +125,8 @@ class Server:
         finally:
             await asyncio.to_thread(self.loop.stop, self.config.grace_s)
             await asyncio.to_thread(self.engine.close)  # what was answered last is stored before the process ends
+            if self.kv_events is not None:
+                self.kv_events.close()
             self._encoder.shutdown(wait=False)
 
     def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
@@ -290,7 +311,8 @@ def _host_name(url: str) -> str | None:
 async def _not_found(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "no such route" if status == 404 else f"{request.method} is not allowed here"
-    return JSONResponse(ApiError(status, f"{request.url.path}: {what}", code="not_found").body(), status)
+    headers = getattr(error, "headers", None)  # of 405: what is allowed
+    return JSONResponse(ApiError(status, f"{request.url.path}: {what}", code="not_found").body(), status, headers)
 
 
 async def _failed(_request: Request, _error: Exception) -> Response:

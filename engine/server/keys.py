@@ -35,7 +35,8 @@ class Keys:
         if not self.digests:
             return OPEN_NAMESPACE
         scheme, _, key = (authorization or "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # headers are bytes, which arrive here as one character each; a key file is UTF-8
+        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         found = None
         for digest, name in self.digests.items():  # all of them, so that the time tells nothing
             if hmac.compare_digest(digest, given):

@@ -112,6 +112,7 @@ class EngineLoop:
         deliver: called on the engine's thread with all (ticket, event) of a step; it must not block.
         max_queue: requests waiting at once for a place in the running batch; more are refused.
         thread: that runs the engine; it ends with the loop. The one that loaded it, where it runs on a CPU.
+        after_step: called on that thread after every step, and before it waits for requests; it must not block.
     """
 
     def __init__(
@@ -122,9 +123,10 @@ class EngineLoop:
         *,
         max_queue: int = 256,
         thread: EngineThread | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.core, self.metrics, self.max_queue = engine, engine.core, metrics, max_queue
-        self._deliver = deliver
+        self._deliver, self._after_step = deliver, after_step
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Ticket] = set()  # every ticket without its last event
@@ -204,6 +206,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         while True:
+            self._after_step()
             if not self._take_inbox(block=not self._active):
                 self._end_all(ApiError(503, "the server is stopping", code="stopping", retry_after_s=5))
                 return

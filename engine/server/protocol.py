@@ -20,6 +20,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_PROMPTS = 256
+MAX_CALL_CHOICES = 1024  # of all prompts of a call together
 MAX_TOP_LOGPROBS = 20
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
@@ -76,7 +77,7 @@ def read_chat(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS)
         schema = tools.schema()
     wanted = _boolean(body, "logprobs")
     top = _whole(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if top is not None and not wanted:
+    if top and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     prompt = plain_messages(messages) if tools is None else tools.messages(messages)
     made = _completion(
@@ -111,7 +112,11 @@ def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEF
     if best_of is not None and best_of != (_whole(body, "n", 1, MAX_CHOICES) or 1):
         raise ApiError(400, "best_of must equal n: choices are not ranked", param="best_of")
     logprobs = _whole(body, "logprobs", 0, MAX_TOP_LOGPROBS)
+    if logprobs is not None and _boolean(body, "echo"):
+        raise ApiError(400, "echo does not go with logprobs: the prompt's tokens have none here", param="echo")
     made = _completion(body, prompts, chat=False, max_name="max_tokens", logprobs=logprobs, defaults=defaults)
+    if len(prompts) * made.n > MAX_CALL_CHOICES:
+        raise ApiError(400, f"n asks for {len(prompts) * made.n} choices of all prompts, at most {MAX_CALL_CHOICES} are made", param="n")
     # the completions route's own default, as OpenAI documents it
     return dataclasses.replace(made, echo=bool(_boolean(body, "echo")), max_tokens=16 if made.max_tokens is None else made.max_tokens)
 

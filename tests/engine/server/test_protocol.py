@@ -216,6 +216,12 @@ def test_a_wrong_field_is_named(running, body, status, param):
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": ["a"] * 1000}, "prompt"),
+        ({"prompt": ["a"] * 250, "n": 100}, "n"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 10**30}, "max_tokens"),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, "echo"),
+        ({"prompt": "a", "top_k": 10**30}, "top_k"),
+        ({"prompt": "a", "temperature": 1e300}, "temperature"),
     ],
 )
 def test_a_wrong_completion_names_its_field(running, body, param):
@@ -227,6 +233,7 @@ def test_harmless_and_unknown_fields_are_tolerated(running):
     body = {
         "messages": MESSAGES, "max_tokens": 2, "temperature": 0, "user": "me", "metadata": {}, "store": False, "tools": [], "n": None,
         "response_format": {"type": "text"}, "parallel_tool_calls": True, "service_tier": "auto", "nobody": {"knows": "this"}, "top_k": -1,
+        "logprobs": False, "top_logprobs": 0,
     }  # fmt: skip
     assert running.post("/v1/chat/completions", body).status_code == 200
 
@@ -343,3 +350,31 @@ def test_a_model_may_answer_in_text_though_it_knows_functions(client):
 def test_wrong_tools_are_named(running, extra, param):
     answer = running.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, **extra})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_what_openais_other_routes_ask_for_is_not_found(client, running):
+    for ask in (
+        lambda: client.embeddings.create(model="tiny", input="tide"),
+        lambda: client.responses.create(model="tiny", input="tide"),
+        lambda: client.images.generate(model="tiny", prompt="tide"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="no such route"):
+            ask()
+    assert running.client.head("/health").status_code == 200 and running.client.head("/v1/models").content == b""
+    answer = running.client.options("/v1/chat/completions")
+    assert answer.status_code == 405 and "POST" in answer.headers["allow"] and answer.json()["error"]["code"] == "not_found"
+
+
+def test_stops_and_texts_beyond_ascii(client, alone):
+    prompt = "Gezeiten \u6f6e\u6c50 \U0001f30a"
+    whole = text_of(alone, prompt, max_new_tokens=60, ignore_eos=True)
+    stop = next(c for c in whole if ord(c) > 127)
+    made = client.completions.create(
+        model="tiny", prompt=prompt, temperature=0, max_tokens=60, stop=["\U0001f30a\u6f6e", stop], extra_body={"ignore_eos": True}
+    )
+    assert made.choices[0].text == whole[: whole.index(stop)] and made.choices[0].finish_reason == "stop"
+    assert (
+        not client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=3, logprobs=0)
+        .choices[0]
+        .logprobs.top_logprobs[0]
+    )

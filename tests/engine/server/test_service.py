@@ -144,6 +144,9 @@ def test_keys_are_asked_for_and_name_namespaces(chat_engine, serve, tmp_path):
     assert keys.namespace("Bearer sk-alice-secret") == "alice"
     nameless = keys.namespace("bearer sk-nameless-one")
     assert nameless.startswith("key-") and "nameless" not in nameless
+    file.write_text("clé-secrète-ключ\n", encoding="utf-8")
+    sent = "Bearer clé-secrète-ключ".encode().decode("latin-1")  # as a server hands a header's bytes on
+    assert read_keys(file).namespace(sent).startswith("key-")
     assert Keys({}).namespace(None) == Keys({}).namespace("Bearer anything") == "default"
     with serve(chat_engine(), keys=keys, local_only=False) as running:
         for path in (CHAT, "/v1/completions", "/tokenize"):
