@@ -9,7 +9,7 @@ import torch
 
 from bench.interpreter import compute_like_hardware
 from engine.errors import PagesNotReserved, PoolExhausted
-from engine.kv.pool import PagedPool
+from engine.kv.pool import LayerAngles, PagedPool
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
 from engine.model.rope import RopeConfig
@@ -31,8 +31,8 @@ def open_pool(kind, pages, max_pages=None):
 
 
 def still(count):
-    """cos and sin of tokens that are not turned."""
-    return torch.ones(count, DIM // 2), torch.zeros(count, DIM // 2)
+    """Angles of tokens that are not turned."""
+    return LayerAngles(((torch.ones(count, DIM // 2), torch.zeros(count, DIM // 2)),), (0,) * LAYERS)
 
 
 def write(sequence, start, numbers):
