@@ -99,10 +99,15 @@ class RunIndex:
 
     def _whole(self) -> bool:
         """Whether the file holds this index's tables; pages of theirs may still be damaged, and are noticed when they are read."""
-        with suppress(sqlite3.DatabaseError, TypeError):
+        try:
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             return {"roots", "runs", "pages", "totals"} <= tables and self.totals[0] >= 0
-        return False
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise  # busy is not damaged: made anew, it would be taken from under those who use it
+            return False
+        except (sqlite3.DatabaseError, TypeError):
+            return False
 
     def close(self) -> None:
         self._db.close()
