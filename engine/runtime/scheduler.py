@@ -160,7 +160,7 @@ class Scheduler:
         conversation.sequence.truncate(0)
         conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
         conversation.restored_spans = []
-        conversation.num_computed, conversation.invariant, conversation.foreign = 0, True, False
+        conversation.num_computed, conversation.invariant, conversation.foreign, conversation.windows_from = 0, True, False, 0
         request.looked_up = False
         self.waiting.appendleft(request)
 

@@ -135,12 +135,16 @@ class SessionCodec:
         quality: str | float,
         clock: StageClock | None = None,
         earlier: Sequence[Span] | None = None,
+        *,
+        next_position: int = 0,
     ) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
         earlier: the spans before `start`, without a gap, none where `start` is the first coded token. Where token ids repeat, a span may then refer to
         what was coded before (`codec.references`), and decodes only together with all of `earlier`. None: every span decodes alone.
+        next_position: the first that will be run behind these tokens, if the code serves no other purpose: layers with a window then code nothing of
+        tokens that it does not see.
 
         Raises InvalidOption when the KV cannot be coded (it overflowed).
         """
@@ -165,7 +169,9 @@ class SessionCodec:
             clock.mark("read")
             octaves = self.predictor.log2_step(*features)
             levels: list[Tensor | None] = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
-            pairs = list(zip(rows.split(sizes), self.predictor.predict(*features).split(sizes), strict=True))
+            predicted = self.predictor.predict(*features)
+            self._leave_out_unseen(rows, predicted, first, next_position)
+            pairs = list(zip(rows.split(sizes), predicted.split(sizes), strict=True))
             clock.mark("predict")
             importance = token_importance(octaves)
             factors: list[Tensor | None] = [None] * len(some) if importance is None else list(importance.split(sizes))
@@ -192,6 +198,15 @@ class SessionCodec:
             spans += [made[n] for n in range(len(some))]
             clock.mark("code")
         return spans
+
+    def _leave_out_unseen(self, rows: Tensor, predicted: Tensor, first: int, next_position: int) -> None:
+        """Let rows [T, D] of tokens from `first` on be as predicted, so that no residual is coded, where they lie before the window of a layer's query
+        at `next_position`."""
+        width = self.core.target.config.kv_width
+        for number, shape in enumerate(self.core.target.layer_shapes[self.first_layer :]):
+            if shape.window is not None and (unseen := next_position + 1 - shape.window - first) > 0:
+                own = slice(number * width, (number + 1) * width)
+                rows[:unseen, own] = predicted[:unseen, own]
 
     def run_target(self, conversation: SequenceState, count: int) -> None:
         """Run the target over the first `count` tokens of an empty conversation, in passes as long as the draft's; advances."""

@@ -297,7 +297,8 @@ class Session:
         start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
         if quality != TOKENS:
             with torch.inference_mode():
-                self.spans += codec.encode(self.conversation, start, held, quality, earlier=self.spans)
+                # the last token may run again
+                self.spans += codec.encode(self.conversation, start, held, quality, earlier=self.spans, next_position=held - 1)
             codec.release(self.conversation, held)
             start = max(start, held)
         # what came behind the spans is kept as tokens
@@ -389,6 +390,8 @@ class Session:
                 clock = StageClock(core.device)
                 with torch.inference_mode(), session_errors(source):
                     codec.restore(conversation, stored.spans, clock)
+                narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
+                conversation.windows_from = max(0, num_cached - narrowest)
                 stages = clock.seconds()
                 draft_s = stages.get("sinks", 0.0) + stages["draft"]
                 decode_s = sum(stages.values()) - draft_s

@@ -225,6 +225,8 @@ class PrefixCache:
         """See `PrefixStore.finished`."""
         if self._closing or request.error is not None or request.sequence.length < PAGE_TOKENS:
             return
+        if request.conversation.windows_from:  # a shorter beginning of this text would read what is not there
+            return
         if self._job_of(request.conversation) is None:
             self._jobs.append(_Job(request.conversation, request.namespace or self.namespace, time.monotonic()))
         if self._worker is None:

@@ -132,7 +132,7 @@ def test_hub_models_that_are_too_large_are_refused_before_they_are_fetched(folde
 
 
 def test_an_unknown_pair_lists_the_known_ones():
-    with pytest.raises(UnknownPair, match=r"unknown pair 'gpt5' \(known pairs: smollm2, qwen2.5-coder\)"):
+    with pytest.raises(UnknownPair, match=r"unknown pair 'gpt5' \(known pairs: smollm2, qwen2.5-coder, gemma3\)"):
         resolve_pair("gpt5")
 
 
