@@ -5,6 +5,7 @@ Texts are several times longer than the windows.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -74,7 +75,7 @@ def test_quantised_caches(tiny_model):
 
     ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(2))
     for family in NEW_FAMILIES:
-        options = {"head_dim": 32} if "qwen2" not in family else {"hidden_size": 96}
+        options = {"head_dim": 32} if "qwen2" not in family else {"hidden_size": 192}
         model = tiny_model(family, **options)
         decoder, c = model.decoder, model.decoder.config
 
@@ -101,7 +102,11 @@ def test_sessions_come_back_at_every_quality(draft, tiny_model, byte_tokenizer, 
     monkeypatch.setattr("engine.sessions.rates.measure", lambda codec: Rates(0.0, 1e-6, 0.0, 1.0))
     monkeypatch.setattr("engine.sessions.rates.SHORTEST", 0)
     family = "gemma3" if draft == "exit" else "mixtral"
-    folder = tiny_model(family, vocab_size=264, eos_token_id=256).folder
+    reference, folder = copy.deepcopy(tiny_model(family, vocab_size=264, eos_token_id=256).reference), tmp_path / "model"
+    for parameter in reference.parameters():  # calmer than the others: with random experts a small error chooses other ones
+        if parameter.dim() > 1:
+            parameter.data *= 0.4
+    reference.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     source = "trunk"
     if draft == "head":
