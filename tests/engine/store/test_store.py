@@ -19,6 +19,7 @@ import pytest
 
 from codec.errors import CodecError
 from engine.errors import BadStore, CacheNotWritable, DiskFull
+from engine.store.index import RunIndex
 from engine.store.runs import PAGE_TOKENS, RUN_PAGES, Run, id_bytes, page_keys, root_key, span_bounds
 from engine.store.store import RunStore
 
@@ -484,6 +485,29 @@ def test_processes_race_for_one_store(tmp_path) -> None:
     assert report.sound and report.runs > 3 and report.bytes == store.totals[1] <= 10 * 4096
     assert not list((store.folder / "tmp").iterdir())
     store.close()
+
+
+def test_a_process_that_leaves_takes_no_log_from_others(store) -> None:
+    """The second connection's opening must not drop the first one's lock: else whoever closes elsewhere deletes the log that is being written to."""
+    path = store.folder / "index.sqlite"
+    first, second = RunIndex(path), RunIndex(path)
+    with second.writing():
+        second.add_root(b"root", {"namespace": "kept"})
+    other = multiprocessing.get_context("spawn").Process(target=_open_and_close, args=(path,))
+    other.start()
+    other.join(timeout=60)
+    assert other.exitcode == 0 and path.with_name("index.sqlite-wal").exists()
+    with first.writing():
+        first.add_root(b"another", {"namespace": "kept too"})
+    first.close()
+    second.close()
+    third = RunIndex(path)
+    assert set(third.roots()) >= {b"root", b"another"}
+    third.close()
+
+
+def _open_and_close(path: Path) -> None:
+    RunIndex(path).close()
 
 
 def test_a_held_lock_ends_in_an_error_in_bounded_time(store, monkeypatch) -> None:
