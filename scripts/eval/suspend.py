@@ -156,10 +156,7 @@ class Suspender:
     @torch.inference_mode()
     def suspend(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> bytes:
         """The file's bytes; `spans` coded before keep theirs."""
-        num_cached = conversation.sequence.length
-        start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
-        new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
-        return self._file(conversation, quality, [*spans, *new])
+        return self._file(conversation, quality, [*spans, *self._coded(conversation, quality, spans)])
 
     def through_file(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> tuple[SequenceState, list[Span], int]:
         """Suspended into a file on disk and resumed from it: a new conversation, its spans, the file's bytes."""
@@ -173,12 +170,16 @@ class Suspender:
     def in_place(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> list[Span]:
         """The conversation's KV becomes what a resume would give, without the draft's second pass: tokens that no span covers are coded, and decoded
         over themselves. Returns all spans."""
-        num_cached = conversation.sequence.length
-        start = spans[-1].end if spans else min(NUM_SINKS, num_cached)
-        new = self.codec.encode(conversation, start, num_cached, step_name(quality))  # type: ignore[arg-type]
-        if new:
-            self.codec.decode(conversation, new)
-        return [*spans, *new]
+        every = [*spans, *self._coded(conversation, quality, spans)]
+        if len(every) > len(spans):
+            self.codec.decode(conversation, every)  # new ones may refer to earlier ones
+        return every
+
+    def _coded(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> list[Span]:
+        """Codes of the tokens that no span covers, as `Session.suspend` makes them."""
+        end = conversation.sequence.length
+        start = spans[-1].end if spans else min(NUM_SINKS, end)
+        return self.codec.encode(conversation, start, end, step_name(quality), earlier=spans, next_position=end - 1)
 
     def file_bytes(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> int:
         """Bytes of the session file that a conversation would be suspended into."""

@@ -248,7 +248,7 @@ def test_in_place_is_what_a_resume_gives(chat_engine, draft):
 
 def test_prediction_keeps_no_residual(engine):
     suspender = Suspender(engine.core, None)
-    conversation = open_with(engine.core, [engine.encode("All of this is only predicted, and costs hardly anything. " * 4)])[0]
+    conversation = open_with(engine.core, [engine.encode("".join(random.Random(3).choices("abcdefghijklmnop ", k=240)))])[0]
     small, large = (suspender.suspend(conversation, quality) for quality in ("prediction", "near-lossless"))
     assert len(small) < len(large) / 2
     assert all(len(s.data) < 0.35 * (s.end - s.start) + 64 for s in SessionFile.from_bytes(small).spans)

@@ -85,7 +85,7 @@ def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_eng
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft, monkeypatch) -> None:
     """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do."""
     encode = SessionCodec.encode
-    monkeypatch.setattr(SessionCodec, "encode", lambda *args, earlier=None: encode(*args))
+    monkeypatch.setattr(SessionCodec, "encode", lambda *args, **_: encode(*args))
     prompt = LONG[:768]
     session = chat_engine(draft).session(quality="near-lossless", log=lambda _: None)
     session.generate(prompt, SamplingParams(max_new_tokens=1, draft_length=0))
