@@ -228,8 +228,6 @@ class BlockDecoding:
             return False
         if self.drafter is not None and self.drafter.feature_taps:
             return False
-        if deterministic and self.target.captures:
-            return False  # on an H200 two of some twenty seeded texts parted from plain decoding's; why is not known, so these steps run pass by pass
         params = [r.params for r in requests]
         if any(p.penalised or p.filtered or p.logprobs is not None for p in params) or len(requests) > _MOST:
             return False

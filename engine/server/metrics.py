@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 
 from engine.runtime.request import GenerationResult
@@ -25,13 +25,20 @@ class ServerMetrics:
     Args:
         model: its name, a label of every figure.
         gauges: name -> a function of now, read when the metrics are: running and waiting requests, share of the KV pool in use.
+        preemptions: how often a request was interrupted for want of pages, so far.
         store: figures of the store of prefixes, where there is one; its numbers are `foretold:store_...`.
     """
 
-    def __init__(self, model: str, gauges: dict[str, Callable[[], float]], store: Callable[[], dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        gauges: dict[str, Callable[[], float]],
+        preemptions: Callable[[], int],
+        store: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._model = model
-        self._gauges, self._store = gauges, store
+        self._gauges, self._preemptions, self._store = gauges, preemptions, store
         self.registry.register(self)  # type: ignore[arg-type]  # a collector is whatever has collect()
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
@@ -122,12 +129,14 @@ class ServerMetrics:
 
     # --- reading --------------------------------------------------------------------------------------------------------
 
-    def collect(self) -> list[GaugeMetricFamily]:
-        """The gauges, for the registry."""
+    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+        """What is read when it is asked for, for the registry."""
         values = {name: read() for name, read in self._gauges.items()}
         if self._store is not None:
             values |= {f"foretold:store_{name}": value for name, value in self._store().items() if isinstance(value, (int, float))}
-        found = []
+        interrupted = CounterMetricFamily("vllm:num_preemptions", "Requests interrupted for want of pages", labels=("model_name",))
+        interrupted.add_metric((self._model,), self._preemptions())
+        found: list[GaugeMetricFamily | CounterMetricFamily] = [interrupted]
         for name, value in values.items():
             family = GaugeMetricFamily(name, name.split(":")[-1].replace("_", " "), labels=("model_name",))
             family.add_metric((self._model,), value)

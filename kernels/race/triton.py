@@ -83,8 +83,8 @@ def race(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, t
         return indices.new_empty(0)
     _race_kernel[(n, parts)](
         probs.contiguous(),
-        seeds,
-        positions,
+        seeds.contiguous(),
+        positions.contiguous(),
         times,
         indices,
         vocab,

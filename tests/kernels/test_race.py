@@ -97,3 +97,7 @@ def test_the_kernel_names_the_same_winners(vocab, sharpness, support, device):
     seeds, positions = (x.to(device) for x in counters(n, vocab))
     assert torch.equal(triton_race.race(probs, seeds, positions), reference.race(probs, seeds, positions))
     assert triton_race.race(probs[:0], seeds[:0], positions[:0]).shape == (0,)
+    # a batch of one flattens into a view of one number, and every second number is a view, too
+    one, apart = seeds[:1, None].expand(1, len(probs)).flatten(), positions.repeat_interleave(2)[::2]
+    assert one.stride() == (0,) and apart.stride() == (2,)
+    assert torch.equal(triton_race.race(probs, one, apart), reference.race(probs, one, apart))

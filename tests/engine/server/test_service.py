@@ -255,6 +255,7 @@ def test_metrics_count_under_the_names_that_dashboards_read(running):
     assert gained["vllm:spec_decode_num_accepted_tokens_total"] == made["foretold"]["accepted"]
     running.wait_idle()
     assert figure("vllm:num_requests_running") == figure("vllm:num_requests_waiting") == 0
+    assert figure("vllm:num_preemptions_total") == running.server.engine.core.scheduler.preemptions
     stats = running.client.get("/stats").json()
     assert stats["totals"]["generated_tokens"] >= 9 and stats["tokens_per_s"] > 0
     assert {tier["name"] for tier in stats["tiers"]} >= {"pool"}
@@ -344,7 +345,7 @@ def test_requests_that_arrive_together_begin_together(chat_engine):
 
     engine.core.step = watched
     found = threading.Semaphore(0)
-    loop = EngineLoop(engine, ServerMetrics("tiny", {}), lambda events: [found.release() for _, event in events if event.result])
+    loop = EngineLoop(engine, ServerMetrics("tiny", {}, lambda: 0), lambda events: [found.release() for _, event in events if event.result])
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
     tickets = [Ticket(engine.encode("tide"), params, "default", lambda _: None) for _ in range(3)]
     loop.start()
