@@ -24,7 +24,7 @@ from codec.weighting import apply_blocks
 FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 """Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
 
-_MEASURED_TOKENS = {"cpu": 1024, "cuda": 4096}
+_MEASURED_TOKENS = {"cpu": 256, "cuda": 4096}
 
 
 def token_importance(octaves: torch.Tensor | None) -> torch.Tensor | None:
@@ -70,7 +70,7 @@ class Distortion:
         self._components: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _of(self, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Components [T, K], less those of earlier tokens, and the energy [T] outside of all of them."""
+        """Components [T, K], less those of earlier tokens, and the energy [T, K + 1] of all that is no component, and of components k and later."""
         if fallback not in self._components:
             transform = self.codec.transform
             count = transform.num_components if fallback else transform.num_rows
@@ -78,7 +78,9 @@ class Distortion:
             device, root = self.codec.device, self.codec.weighting.sensitivity_sqrt
             energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
             outside = (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
-            self._components[fallback] = less_earlier(c, self.sizes.tolist(), self._earlier), outside
+            c = less_earlier(c, self.sizes.tolist(), self._earlier)
+            rest = torch.cat([c.pow(2), outside[:, None]], 1).flip(1).cumsum(1).flip(1)
+            self._components[fallback] = c, rest
         return self._components[fallback]
 
     def measure(
@@ -89,13 +91,15 @@ class Distortion:
         Args:
             steps: float32 [S]. offsets: int32 [S], added to the tokens' levels. counts: int64 [S], components that are kept.
         """
-        c, outside = self._of(fallback)
+        every, rest = self._of(fallback)
+        most = int(counts.max())  # what no span keeps is lost as it is
+        c = every[:, :most]
         levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
         own = (steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE))[:, None]
         x = c / own
         kept = torch.arange(c.shape[1], device=c.device)[None] < counts[self._span, None]
         q = torch.where(kept, quantise(x), 0).float()
-        error = ((x - q) * own).pow_(2).sum(1).add_(outside).mul_(self._importance)
+        error = ((x - q) * own).pow_(2).sum(1).add_(rest[:, most]).mul_(self._importance)
         size = q.abs()
         bits = torch.where(size > 0, 4 + 2 * torch.log2(size.clamp_min(1)), 0).sum(1)
         zeros = torch.zeros(len(self.sizes), dtype=torch.float32, device=c.device)
@@ -159,11 +163,18 @@ def plan_spans(
         distortion = Distortion(codec, [pairs[n] for n in some], [levels[n] for n in some], own_importance, own_before)
         rungs, found, bits = ladder.coarsest(distortion, most, fallback=False)
         fallback = torch.zeros_like(rungs, dtype=torch.bool)
-        if codec.transform.fallback is not None and bool(((rungs < usual) | (found > most)).any()):
-            other, finer, cost = ladder.coarsest(distortion, most, fallback=True)
+        asking = ((rungs < usual) | (found > most)).nonzero()[:, 0]
+        if codec.transform.fallback is not None and len(asking):
+            few = [some[i] for i in asking.tolist()]  # alone: a component of the basis costs a product with every channel
+            part = Distortion(
+                codec, [pairs[n] for n in few], [levels[n] for n in few], [importance[n] for n in few], [before[n] for n in few]
+            )
+            other, finer, cost = ladder.coarsest(part, most, fallback=True)
             # a span that no step of the rows alone brings down needs the basis; where both do, the shorter code is taken
-            fallback = ((found > most) & (finer < found)) | ((finer <= most) & (cost < bits) & (rungs < usual))
-            rungs, found = torch.where(fallback, other, rungs), torch.where(fallback, finer, found)
+            had, least = found[asking], rungs[asking]
+            chosen = ((had > most) & (finer < had)) | ((finer <= most) & (cost < bits[asking]) & (least < usual))
+            fallback[asking] = chosen
+            rungs[asking], found[asking] = torch.where(chosen, other, least), torch.where(chosen, finer, had)
         for rung, use, own, measured in zip(
             rungs.tolist(), fallback.tolist(), distortion.levels.split(distortion.sizes.tolist()), found.tolist(), strict=True
         ):
