@@ -28,6 +28,7 @@ from bench.decode_profile import SHAPES, prompts_of, random_decoder
 from bench.throughput_runs import PROMPTS
 from check_greedy import device_name
 from codec_compare import write_json
+from draft.seen import SeenByNamespace
 from engine.cli.command import load, print_status, quiet_libraries, versions
 from engine.cli.options import Parser, report
 from engine.engine import Engine
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{'rate/s':>8}{'goodput/s':>11}{'good':>7}{'tokens/s':>10}{'ttft p50':>10}{'p99':>8}{'token p50':>11}{'p99':>8}{'accepted':>10}"
         )
         for rate in args.rates:
+            engine.core.scheduler.drafting.seen = SeenByNamespace()  # nothing is drafted from earlier answers to the same prompts
             requests, arrivals, returned, seconds = stream(engine, ids, rate, args)
             if wrong := faults(engine, requests, returned, alone, args):
                 print_status(f"error: at {rate:g} requests a second: {'; '.join(wrong[:3])}")

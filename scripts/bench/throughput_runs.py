@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from draft.seen import SeenByNamespace
 from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.model.decoder import forward_reserved
@@ -80,6 +81,9 @@ class Foretold:
         # without a seed the automatic draft length may look at the whole batch, as it does for whoever gives none; alone it is the same
         seeds = [seed] if len(prompts) == 1 else [None] * len(prompts)
         params = [SamplingParams(count, temperature, seed=s, ignore_eos=True, draft_length=self.draft_length) for s in seeds]
+        self.engine.core.scheduler.drafting.seen = (
+            SeenByNamespace()
+        )  # nothing is drafted from an earlier turn's answers to the same prompts
         began = time.perf_counter()
         results = self.engine.generate(prompts, params)
         seconds = time.perf_counter() - began
