@@ -117,15 +117,15 @@ class KvCodec:
         kept = transform.kept(KEEP_FACTOR * step, fallback=fallback)
         return max(transform.num_rows + 1, kept) if fallback else min(max(1, kept), transform.num_rows)
 
-    def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
-        """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]."""
+    def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]. rows: see `Transform.project`."""
         if truth.shape != prediction.shape or truth.ndim != 2 or truth.shape[1] != self.layout.dim:
             raise BadInput(
                 f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} do not fit",
                 f"pass two [T, {self.layout.dim}] tensors",
             )
         residual = truth.to(self.device, torch.float32) - prediction.to(self.device, torch.float32)
-        c = self.transform.project(self.weighting.whiten(residual), count)
+        c = self.transform.project(self.weighting.whiten(residual), count, rows)
         if not bool(torch.isfinite(c).all()):
             raise BadInput("the KV to be coded holds NaN or infinity", "the model overflowed; try float32")
         return c

@@ -66,15 +66,28 @@ class Distortion:
         parts = list(zip(zeros.split(self.sizes.tolist()), levels, importance, strict=True))
         self.levels = torch.cat([(z if own is None else own.to(device)).to(torch.int32) for z, own, _ in parts])
         self._importance = torch.cat([(z + 1) if own is None else own.to(device, torch.float32) for z, _, own in parts])
+        self._given = levels, importance
         self._pairs, self._earlier = pairs, [None] * len(pairs) if earlier is None else earlier
+        self._rows: list[torch.Tensor | None] = [None] * len(pairs)  # components along the transform's rows, once they are known
         self._components: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of_spans(self, numbers: Sequence[int]) -> Distortion:
+        """That of some of the spans, with what is known of their components."""
+        levels, importance = self._given
+        pairs, earlier = [self._pairs[n] for n in numbers], [self._earlier[n] for n in numbers]
+        some = Distortion(self.codec, pairs, [levels[n] for n in numbers], [importance[n] for n in numbers], earlier)
+        some._rows = [self._rows[n] for n in numbers]
+        return some
 
     def _of(self, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Components [T, K], less those of earlier tokens, and the energy [T, K + 1] of all that is no component, and of components k and later."""
         if fallback not in self._components:
             transform = self.codec.transform
             count = transform.num_components if fallback else transform.num_rows
-            c = torch.cat([self.codec.components(truth, prediction, count) for truth, prediction in self._pairs])
+            own = [self.codec.components(*pair, count, rows) for pair, rows in zip(self._pairs, self._rows, strict=True)]
+            if not fallback:
+                self._rows = list(own)
+            c = torch.cat(own)
             device, root = self.codec.device, self.codec.weighting.sensitivity_sqrt
             energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
             outside = (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
@@ -165,11 +178,7 @@ def plan_spans(
         fallback = torch.zeros_like(rungs, dtype=torch.bool)
         asking = ((rungs < usual) | (found > most)).nonzero()[:, 0]
         if codec.transform.fallback is not None and len(asking):
-            few = [some[i] for i in asking.tolist()]  # alone: a component of the basis costs a product with every channel
-            part = Distortion(
-                codec, [pairs[n] for n in few], [levels[n] for n in few], [importance[n] for n in few], [before[n] for n in few]
-            )
-            other, finer, cost = ladder.coarsest(part, most, fallback=True)
+            other, finer, cost = ladder.coarsest(distortion.of_spans(asking.tolist()), most, fallback=True)
             # a span that no step of the rows alone brings down needs the basis; where both do, the shorter code is taken
             had, least = found[asking], rungs[asking]
             chosen = ((had > most) & (finer < had)) | ((finer <= most) & (cost < bits[asking]) & (least < usual))

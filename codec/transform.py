@@ -87,11 +87,12 @@ class Transform:
         above, rows = self.variance > threshold * threshold, self.num_rows
         return rows + int(above[rows:].sum()) if fallback else int(above[:rows].sum())
 
-    def project(self, z: torch.Tensor, count: int) -> torch.Tensor:
-        """First `count` components, float32 [T, count], of weighted residuals z [T, D]."""
+    def project(self, z: torch.Tensor, count: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """First `count` components, float32 [T, count], of weighted residuals z [T, D]. rows: those along the rows [T, num_rows], where they are known
+        and more are wanted."""
         if count > self.num_rows:
             assert self.fallback is not None, "the transform has no fallback basis"
-            first = self.project(z, self.num_rows)
+            first = self.project(z, self.num_rows) if rows is None else rows
             return torch.cat([first, self.fallback.project(z - self._expand_rows(first, z.shape[1]), count - self.num_rows)], 1)
         if self.fine is not None and 0 < self.fine < count:
             first = self._project(z, 0, self.fine)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gate_launch import launch_gate
+
 
 @triton.jit
 def _silu_mul_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
@@ -26,11 +28,4 @@ def silu_mul_bounds(num_rows: int, width: int, element_bytes: int) -> tuple[int,
 
 def silu_mul(gate_up: torch.Tensor, *, block: int = 1024) -> torch.Tensor:
     """See `reference.silu_mul`. block: columns a program takes."""
-    x = gate_up.contiguous()
-    width = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-    num_rows = x.numel() // (2 * width) if width else 0
-    if num_rows:
-        block = min(block, triton.next_power_of_2(width))
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](x, out, width, BLOCK=block, num_warps=4)
-    return out
+    return launch_gate(_silu_mul_kernel, gate_up, block)

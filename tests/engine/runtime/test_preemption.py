@@ -9,21 +9,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import PoolExhausted
-from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
-
-SHAPE = {"num_hidden_layers": 3, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-
-
-@pytest.fixture(scope="module")
-def target(random_decoder):
-    return random_decoder(1, **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def drafts(target, random_decoder, make_draft_head, tmp_path_factory):
-    head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, exit_layer=1), target)
-    return {"none": None, "model": random_decoder(1, **SHAPE), "exit": 1, "head": head}
 
 
 def engine_of(target, draft, headroom=8, **options):

@@ -20,18 +20,6 @@ DRAFTS = ["none", "model", "exit", "head"]
 MODES = {"greedy": ({}, {}), "seed": ({}, {"seed": 7, "temperature": 0.8}), "deterministic": ({"deterministic": True}, {})}
 
 
-@pytest.fixture(scope="module")
-def target(random_decoder):
-    return random_decoder(1, **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def drafts(target, random_decoder, make_draft_head, tmp_path_factory):
-    """Draft sources by name; the model is the target itself, so that its drafts are accepted."""
-    head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, exit_layer=1), target)
-    return {"none": None, "model": random_decoder(1, **SHAPE), "exit": 1, "head": head}
-
-
 @pytest.fixture
 def engine_of(target, drafts, monkeypatch):
     """`engine_of(draft, **options)` -> an engine of small pages and chunks whose borders fall elsewhere than a prompt's pages."""
