@@ -23,7 +23,17 @@ from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
 from draft.policy import CostModel, Curve, StepPlan
 from draft.protocols import CausalDecoder, Drafter, DraftState
-from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, Step, bucket, copy_out, page_bucket, read_out
+from engine.runtime.model_runner import (
+    CAPTURED_LENGTHS,
+    MAX_ROWS,
+    GraphedDecoder,
+    Step,
+    bucket,
+    copy_out,
+    page_bucket,
+    read_out,
+    same_objects,
+)
 from engine.runtime.request import Request
 from engine.runtime.sampling import tempered
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
@@ -175,10 +185,10 @@ class BlockDecoding:
         """
         flight = self._flight
         self._flight = None
-        if flight is None or not _same(flight.requests, requests) or not self._is_settled(requests):
+        if flight is None or not same_objects(flight.requests, requests) or not self._is_settled(requests):
             owed = self._owed
             self._owed = None
-            plan = owed[1] if owed is not None and _same(owed[0], requests) else planned()
+            plan = owed[1] if owed is not None and same_objects(owed[0], requests) else planned()
             if any(plan.lengths) or any(plan.given):
                 self._idle_steps = 0
             if not self._takes(requests, plan, deterministic):
@@ -217,7 +227,7 @@ class BlockDecoding:
             self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
 
     def _is_settled(self, requests: Sequence[Request]) -> bool:
-        return _same(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
+        return same_objects(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
 
     def _takes(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> bool:
         """Whether the step that is planned can be captured; one without drafts only where the draft must see the target's states."""
@@ -580,10 +590,6 @@ def _replay_seconds(runs: Sequence[Callable[[], None]], device: torch.device, co
 
     turn(2)
     return turn(count) / count
-
-
-def _same(first: Sequence[Request], second: Sequence[Request]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _state(request: Request) -> DraftState:

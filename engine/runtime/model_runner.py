@@ -358,7 +358,7 @@ class GraphedDecoder:
     def _current_weights(self) -> DecodeWeights:
         """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""
         known = self._weights
-        if known is not None and known.pages[0][0].data_ptr() == self.pool.layer(0)[0].data_ptr():
+        if known is not None and known.pages[0][0].data_ptr() == self.memory_version:
             return known
         self._steps.clear()
         decoder = self.decoder
@@ -373,12 +373,12 @@ class GraphedDecoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self, key: StepKey, weights: DecodeWeights) -> Step:
-        step = self._allocate(key, logits=key.logits)
+        step = self._allocate(key)
         if self.captures:
             step.graph = self.capture(lambda: self._run(step, weights))
         return step
 
-    def _allocate(self, key: StepKey, *, logits: bool, token_ids: Tensor | None = None) -> Step:
+    def _allocate(self, key: StepKey, *, token_ids: Tensor | None = None) -> Step:
         """A step's buffers, nothing captured. token_ids: buffer of its input; None is one of its own."""
         rows = key.batch * key.length
         buffers = DecodeBuffers.allocate(
@@ -389,7 +389,7 @@ class GraphedDecoder:
             self.pool.page_size,
             dtype=self.dtype,
             device=self.device,
-            logits=logits,
+            logits=key.logits,
             plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
         )
         inputs = torch.zeros(2 * rows + 2 * key.batch, dtype=torch.int64, device=self.device)
@@ -460,7 +460,7 @@ class GraphedDecoder:
         most likely tokens.
         """
         key = StepKey(batch, length, pages, layers.start, layers.stop, taps, logits, embed, deterministic)
-        step = self._allocate(key, logits=logits, token_ids=token_ids)
+        step = self._allocate(key, token_ids=token_ids)
         step.buffers.page_table = page_table
         return step
 
@@ -523,7 +523,7 @@ class PlainDecoding:
         starts = [sequence.length for sequence in sequences]
         current = self._ahead
         self._ahead = None
-        if current is None or current.starts != starts or not _same(current.sequences, sequences):
+        if current is None or current.starts != starts or not same_objects(current.sequences, sequences):
             current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw, deterministic)
         if min(room) > 1:
             self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw, deterministic)
@@ -545,7 +545,8 @@ class PlainDecoding:
         return _Ahead(list(sequences), starts, found, copy_out(found))
 
 
-def _same(first: Sequence[KvSequence], second: Sequence[KvSequence]) -> bool:
+def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether both hold the same objects in the same order."""
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
