@@ -5,7 +5,7 @@ Axes: T tokens, L layers, P pages, S tokens a page, G KV heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +124,20 @@ class PagedKv:
             BadInput: another shape.
         """
         self._check(kv, first_layer)
-        pages, places = self._at(page_ids, start, start + len(kv))
+        write = self.writer(page_ids, start, start + len(kv))
         for n in range(kv.shape[1]):
-            keys, values = self.keys[first_layer + n], self.values[first_layer + n]
-            keys[pages, places] = kv[:, n, 0].to(keys.dtype)
-            values[pages, places] = kv[:, n, 1].to(values.dtype)
+            write(first_layer + n, kv[:, n])
+
+    def writer(self, page_ids: Sequence[int], start: int, end: int) -> Callable[[int, torch.Tensor], None]:
+        """What writes tokens [start, end) of a sequence a layer at a time: its arguments are a layer and kv [T, 2, G, d]."""
+        pages, places = self._at(page_ids, start, end)
+
+        def write(layer: int, kv: torch.Tensor) -> None:
+            keys, values = self.keys[layer], self.values[layer]
+            keys[pages, places] = kv[:, 0].to(keys.dtype)
+            values[pages, places] = kv[:, 1].to(values.dtype)
+
+        return write
 
 
 class PackedKv(PagedKv):
@@ -153,32 +162,47 @@ class PackedKv(PagedKv):
         self._packed = list(keys), list(values)
         self._orders = key_order, value_order
 
-    def _halves(self) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor]]:
-        for half in (0, 1):
-            yield half, self._packed[half], self._orders[half]
+        self._inverse = key_order.argsort(), value_order.argsort()
 
     def read(self, page_ids: Sequence[int], start: int, end: int, first_layer: int = 0) -> torch.Tensor:
         """See `PagedKv.read`."""
-        pages, places = self._at(page_ids, start, end)
-        used, inverse = pages.unique(return_inverse=True)
-        layers = range(first_layer, self.num_layers)
-        out = torch.empty(len(pages), len(layers), 2, self.num_kv_heads, self.head_dim, device=pages.device)
-        for half, packed, order in self._halves():
-            for n, layer in enumerate(layers):
-                plain = packed[layer][used].flatten(2)[:, :, order].unflatten(2, (self.page_size, self.head_dim))
-                out[:, n, half] = plain[inverse, :, places]
+        pages, _ = self._at(page_ids, start, end)
+        shape = (self.num_kv_heads, -1, self.head_dim)
+        out = torch.empty(len(pages), self.num_layers - first_layer, 2, self.num_kv_heads, self.head_dim, device=pages.device)
+        for page, low, high, at in self._stretches(page_ids, start, end):
+            for half, order in enumerate(self._orders):
+                wanted = order[low * self.head_dim : high * self.head_dim]
+                for n, layer in enumerate(self._packed[half][first_layer:]):
+                    out[at : at + high - low, n, half] = layer[page].flatten(1)[:, wanted].view(shape).transpose(0, 1)
         return out
 
-    def write(self, page_ids: Sequence[int], start: int, kv: torch.Tensor, first_layer: int = 0) -> None:
-        """See `PagedKv.write`."""
-        self._check(kv, first_layer)
-        pages, places = self._at(page_ids, start, start + len(kv))
-        used, inverse = pages.unique(return_inverse=True)
-        for half, packed, order in self._halves():
-            for n in range(kv.shape[1]):
-                layer = packed[first_layer + n]
-                whole = layer[used].flatten(2)
-                plain = whole[:, :, order].unflatten(2, (self.page_size, self.head_dim))
-                plain[inverse, :, places] = kv[:, n, half].to(layer.dtype)
-                whole[:, :, order] = plain.flatten(2)
-                layer[used] = whole.unflatten(2, (self.page_size, self.head_dim))
+    def _stretches(self, page_ids: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Page by page of tokens [start, end): its number, the places in it, and how many of the tokens come before."""
+        for n in range(start // self.page_size, -(-end // self.page_size)):
+            first = n * self.page_size
+            low, high = max(start, first), min(end, first + self.page_size)
+            yield page_ids[n], low - first, high - first, low - start
+
+    def writer(self, page_ids: Sequence[int], start: int, end: int) -> Callable[[int, torch.Tensor], None]:
+        """See `PagedKv.writer`. Whole pages are written at once, of a page that is not covered the places that are."""
+        self._at(page_ids, start, end)
+        stretches = list(self._stretches(page_ids, start, end))
+        whole = [(page, at) for page, low, high, at in stretches if high - low == self.page_size]
+        pages = torch.tensor([page for page, _ in whole], dtype=torch.int64)
+        covered = slice(whole[0][1], whole[0][1] + len(whole) * self.page_size) if whole else slice(0, 0)
+
+        def write(layer: int, kv: torch.Tensor) -> None:
+            for half, (order, inverse) in enumerate(zip(self._orders, self._inverse, strict=True)):
+                packed = self._packed[half][layer]
+                rows = kv[:, half].to(packed.dtype)
+                if whole:
+                    plain = rows[covered].unflatten(0, (len(whole), self.page_size)).transpose(1, 2).flatten(2)
+                    packed[pages] = plain[:, :, inverse].view(len(whole), *packed.shape[1:])
+                for page, low, high, at in stretches:
+                    if high - low < self.page_size:
+                        places = order[low * self.head_dim : high * self.head_dim]
+                        own = packed[page].flatten(1)
+                        own[:, places] = rows[at : at + high - low].transpose(0, 1).flatten(1)
+                        packed[page] = own.view(packed.shape[1:])
+
+        return write

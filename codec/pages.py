@@ -214,6 +214,15 @@ class PageDecoder:
                 yield slice(start, end), out[done : done + end - start]
                 done += end - start
 
+    def layers(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> LayerRows:
+        """The same rows, whose product is taken layer by layer as they are asked for; arguments and the call of `check` as for `rows`."""
+        tokens = self._num_tokens(parts, latents, target_rows)
+        chunks = []
+        for at, runs, c, rest in self._chunks(parts):
+            rows = torch.cat([self._inputs(latents, target_rows, at), c], 1)
+            chunks.append((runs, rows, None if rest is None else self._fallback_rows(rest)))
+        return LayerRows(self, tokens, chunks)
+
     def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
         """float32 [T, D] of components of the fallback basis, in products of whole blocks of rows: as `rows`."""
         parts = []
@@ -260,3 +269,44 @@ class PageDecoder:
             folded = heads @ inverse.reshape(layers, -1, *inverse.shape[1:])
             self._fallback = Fallback(folded.transpose(1, 2).reshape(layers, width, width).to(self.dtype), own.order)
         return self._fallback
+
+
+class LayerRows:
+    """Decoded tokens whose rows are multiplied out a layer at a time, so that no tensor of all layers is ever made.
+
+    Args:
+        decoder: whose matrix is used. tokens: T.
+        chunks: of some tokens each: their places as ranges, features and components [t, depth] in the product's dtype, and what the fallback basis
+            adds, float32 [t, D], or None.
+    """
+
+    def __init__(
+        self, decoder: PageDecoder, tokens: int, chunks: Sequence[tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor | None]]
+    ) -> None:
+        self._decoder, self.tokens, self._chunks = decoder, tokens, chunks
+
+    @property
+    def num_layers(self) -> int:
+        """Coded layers."""
+        return self._decoder.codec.layout.coded_layers
+
+    def layer(self, n: int) -> torch.Tensor:
+        """Keys before rotation and values of the n-th coded layer, float32 [T, 2, G, d]."""
+        layout, decoder = self._decoder.codec.layout, self._decoder
+        width = layout.dim // layout.coded_layers
+        columns = slice(n * width, (n + 1) * width)
+        mu = decoder.predictor.mu[columns]
+        out = torch.empty(self.tokens, width, dtype=torch.float32, device=mu.device)
+        for runs, rows, rest in self._chunks:
+            matrix = decoder.matrix[: rows.shape[1], columns]
+            size = len(rows) if mu.device.type != "cpu" else _BLOCK_ROWS
+            done = 0
+            for start, end in runs:
+                for at in range(start, end, size):
+                    part = rows[done : done + min(size, end - at)]
+                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if mu.device.type == "cpu" else part
+                    torch.add((full @ matrix)[: len(part)], mu, out=out[at : at + len(part)])
+                    if rest is not None:
+                        out[at : at + len(part)] += rest[done : done + len(part), columns]
+                    done += len(part)
+        return out.view(self.tokens, 2, layout.num_kv_heads, layout.head_dim)

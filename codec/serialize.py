@@ -20,7 +20,7 @@ from codec.errors import BadInput, CorruptedCode
 from codec.fidelity import plan_spans, token_importance
 from codec.layouts import KeyRotation
 from codec.pack import CodecPack
-from codec.pages import PageDecoder
+from codec.pages import EntropyDecoded, LayerRows, PageDecoder
 from codec.predictor.dense import load_predictor
 from codec.quantize import levels_of
 from codec.spec import QUALITY_DIVERGENCE, SPAN_TOKENS
@@ -36,6 +36,11 @@ class Features(NamedTuple):
 
     draft_rows: torch.Tensor | None
     target_rows: torch.Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """T; 0 where the predictor looks at nothing."""
+        return next((len(rows) for rows in self if rows is not None), 0)
 
     def part(self, start: int, end: int) -> Features:
         """Of tokens [start, end)."""
@@ -108,6 +113,18 @@ class KvSerializer:
             out[at] = rows
         self.pages.check(parts)
         return out
+
+    def decode_layers(self, parts: Sequence[EntropyDecoded], features: Sequence[Features]) -> LayerRows:
+        """What `decode` gives, layer by layer, of spans that `pages.start` was given. features: of the same tokens, in parts.
+
+        Raises the codec's named errors; nothing damaged comes out.
+        """
+        taken = [self.inputs(some, some.tokens) for some in features]
+        latents = torch.cat([rows for rows, _ in taken])
+        target_rows = [rows for _, rows in taken if rows is not None]
+        found = self.pages.layers(parts, latents, torch.cat(target_rows) if target_rows else None)
+        self.pages.check(parts)
+        return found
 
     def join(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rows float32 [T, D] of kv [T, L, 2, G, d], keys rotated as the engine's."""

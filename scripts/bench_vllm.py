@@ -1,13 +1,25 @@
-"""A returning prompt inside vLLM after a restart: computed, restored raw by vLLM's own connector to disk, restored by ours.
+"""The connector inside vLLM: a returning prompt after a restart, what it costs requests that miss, and damage to its store.
 
     VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,8000] [--modes plain,raw,foretold]
-        [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--json-out FILE]
+        [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together] [--json-out FILE]
+    ... --model FOLDER --overhead ROUNDS
+    ... --damage REQUESTS
 
-Needs vLLM (docs/vllm.md). Every measurement is a process of its own: one fills the store, the next one, started after it, answers the same prompts,
-each behind another short prompt that warms everything up. Prints one JSON object
+Needs vLLM (docs/vllm.md). Every measurement of a returning prompt is a process of its own: one fills the store, the next one, started after it, answers
+the same prompts, each behind another short prompt that warms everything up. Prints one JSON object
 `{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "stored_bytes", "raw_bytes", "ratio",
-"first_s", "behind_s", "extra_weight_bytes", "peak_bytes"}]}`: ttft_s of the restarted process, first_s of the one that computed and kept the prompt,
-behind_s what coding took it behind all answers, stored_bytes of all files divided among the prompts by their tokens.
+"first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes", "fresh_equal", "equal_tokens"}]}`: ttft_s of the
+restarted process, first_s of the one that computed and kept the prompt, behind_s what coding took it behind all answers, stored_bytes of all files
+divided among the prompts by their tokens. fresh_equal: whether the process that kept the prompts gave the greedy text of the first mode;
+equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once, which take turns once they have imported vLLM.
+
+--overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn:
+`{"device", ..., "overhead": [{"kind", "throughput", "main_thread_throughput", "rounds"}]}`, medians over rounds of throughput relative to vLLM alone,
+by the clock and by the CPU seconds of the thread that runs the model.
+
+--damage: a tiny random model; every request finds files of the store changed at random, before vLLM looks or between its look and the restore:
+`{"device", ..., "damage": {"requests", "wrong", "restored", "computed", "failures"}}`. A wrong answer is none of those that vLLM alone, the whole store
+and its first runs give; the command fails if there is one.
 """
 
 from __future__ import annotations
@@ -16,11 +28,14 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,59 +82,113 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
     )
 
 
-def answer(options: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: figures of every prompt, in order."""
+def open_llm(model: str, transfer: Any, **settings: Any) -> Any:
+    """vLLM in this process, without compilation."""
+    from vllm import LLM
+
+    common: dict[str, Any] = {
+        "enforce_eager": True,
+        "kv_transfer_config": transfer,
+        "disable_log_stats": True,
+        "max_num_batched_tokens": 2048,
+    }
+    return LLM(model, **(common | settings))
+
+
+def set_up() -> None:
+    """The environment of a process that runs vLLM."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def place() -> dict[str, Any]:
+    """Device and versions."""
     import torch
-    from vllm import LLM, SamplingParams
     from vllm import __version__ as vllm_version
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": device, "versions": {"vllm": vllm_version, "torch": torch.__version__, "python": platform.python_version()}}
+
+
+def answer(options: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: figures of every prompt, in order."""
+    set_up()
+    import torch
+    from vllm import SamplingParams
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     prompts = prompt_ids(options.model, options.text, options.tokens)
-    llm = LLM(
-        options.model,
-        enforce_eager=True,
-        max_model_len=max(options.tokens) + 64,
-        max_num_batched_tokens=2048,
-        kv_transfer_config=transfer_config(options, Path(options.folder)),
-        disable_log_stats=True,
-    )
-    one = SamplingParams(max_tokens=1, temperature=0)
+    found: dict[str, Any] = place()
+    while options.gate is not None and not options.gate.exists():
+        time.sleep(0.05)
+    on_gpu = torch.cuda.is_available()
+    settings = {"gpu_memory_utilization": options.gpu_memory} if on_gpu else {}
+    llm = open_llm(options.model, transfer_config(options, Path(options.folder)), max_model_len=max(options.tokens) + 64, **settings)
+    base_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     rows = []
     for ids in prompts:
         began, before = time.perf_counter(), time.process_time()
+        one = SamplingParams(max_tokens=1, temperature=0)
         out = llm.generate([{"prompt_token_ids": ids}], one, use_tqdm=False)[0]
-        rows.append(
-            {"ttft_s": time.perf_counter() - began, "ttft_cpu_s": time.process_time() - before, "cached": out.num_cached_tokens or 0}
-        )
-    found: dict[str, Any] = {"rows": rows[1:], "behind_s": 0.0, "extra_weight_bytes": 0}
+        row = {"ttft_s": time.perf_counter() - began, "ttft_cpu_s": time.process_time() - before, "cached": out.num_cached_tokens or 0}
+        more = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
+        rows.append(row | {"text": list(llm.generate([{"prompt_token_ids": ids}], more, use_tqdm=False)[0].outputs[0].token_ids)})
+    found |= {"rows": rows[1:], "behind_s": 0.0, "extra_weight_bytes": 0, "extra_cache_bytes": 0, "peak_device_bytes": 0}
     if options.mode == "foretold":
         worker = get_kv_transfer_group().worker
-        worker.wait(300.0)
-        found |= {"behind_s": worker.metrics.save_s, "extra_weight_bytes": worker.passes.weight_bytes, "failures": worker.metrics.failures}
+        found["saved_all"] = worker.wait(options.wait_s)
+        found |= {"behind_s": worker.metrics.save_s, "failures": worker.metrics.failures, "saved_tokens": worker.metrics.saved_tokens}
+        found |= {"extra_weight_bytes": worker.passes.weight_bytes, "extra_cache_bytes": worker.passes.cache_bytes}
+        found |= {"restore_s": worker.metrics.restore_s, "restored_tokens": worker.metrics.restored_tokens}
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found["versions"] = {"vllm": vllm_version, "torch": torch.__version__, "python": platform.python_version()}
-    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    if on_gpu:
+        found |= {"peak_device_bytes": torch.cuda.max_memory_allocated(), "base_device_bytes": base_bytes}
     llm.llm_engine.engine_core.shutdown()
     return found
 
 
-def in_process(arguments: list[str], mode: str, folder: Path) -> dict[str, Any]:
-    """`answer` in a new process."""
-    out = folder.parent / f"{folder.name}.json"
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--mode", mode, "--folder", str(folder), "--answer-to", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode or not out.exists():
-        raise SystemExit(f"error: a process failed: {(done.stderr or done.stdout)[-2000:]}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+class Process:
+    """`answer` in a new process, which begins when `finish` is called, or has imported vLLM by then."""
+
+    def __init__(self, arguments: list[str], mode: str, folder: Path, name: str) -> None:
+        self._out, self._gate = folder.parent / f"{name}.json", folder.parent / f"{name}.go"
+        self._command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--mode", mode, "--folder", str(folder)]
+        self._command += ["--answer-to", str(self._out), "--gate", str(self._gate)]
+        self._log = folder.parent / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Import what it takes."""
+        if self._process is None:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+
+    def finish(self) -> dict[str, Any]:
+        """Let it answer."""
+        self.start()
+        self._gate.touch()
+        assert self._process is not None
+        if self._process.wait() or not self._out.exists():
+            raise SystemExit(f"error: a process failed: {self._log.read_text(errors='replace')[-2000:]}")
+        found: dict[str, Any] = json.loads(self._out.read_text())
+        return found
+
+    def end(self) -> None:
+        """Stop it if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def same_beginning(found: list[int], truth: list[int]) -> int:
+    """How many tokens two texts begin with."""
+    return next((n for n, (a, b) in enumerate(zip(found, truth, strict=False)) if a != b), min(len(found), len(truth)))
 
 
 def rows_of(
-    mode: str, tokens: list[int], first: dict[str, Any], later: dict[str, Any], stored: int, raw_token_bytes: int
+    mode: str, tokens: list[int], truth: dict[str, Any], first: dict[str, Any], later: dict[str, Any], stored: int, raw_token_bytes: int
 ) -> list[dict[str, Any]]:
-    """A row a prompt. first, later: what the process before and after the restart found."""
+    """A row a prompt. truth: of the first mode; first, later: what the process before and after the restart found."""
     rows = []
     for n, (count, found) in enumerate(zip(tokens, later["rows"], strict=True)):
         share = stored * count // sum(tokens)
@@ -137,26 +206,275 @@ def rows_of(
                 "first_s": first["rows"][n]["ttft_s"],
                 "behind_s": first["behind_s"],
                 "extra_weight_bytes": later["extra_weight_bytes"],
+                "extra_cache_bytes": later["extra_cache_bytes"],
                 "peak_bytes": later["peak_bytes"],
+                "peak_device_bytes": later["peak_device_bytes"],
+                "fresh_equal": first["rows"][n]["text"] == truth["rows"][n]["text"],
+                "equal_tokens": same_beginning(found["text"], truth["rows"][n]["text"]),
             }
         )
     return rows
 
 
+def returning(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
+    """Rows of every mode."""
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    raw_token_bytes = 2 * 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    truth: dict[str, Any] | None = None
+    with tempfile.TemporaryDirectory(prefix="bench-vllm-") as scratch:
+        turns = [(mode, kind) for mode in options.modes for kind in (("first",) if mode == "plain" else ("first", "later"))]
+        folders = {mode: Path(scratch) / mode for mode in options.modes}
+        for folder in folders.values():
+            folder.mkdir()
+        processes = {(mode, kind): Process(given, mode, folders[mode], f"{mode}-{kind}") for mode, kind in turns}
+        try:
+            for process in processes.values() if options.together else ():
+                process.start()
+            for mode in options.modes:
+                first = found = processes[mode, "first"].finish()
+                truth = truth or first
+                if (mode, "later") in processes:
+                    found = processes[mode, "later"].finish()
+                rows += rows_of(mode, options.tokens, truth, first, found, folder_bytes(folders[mode]), raw_token_bytes)
+                for row in rows[-len(options.tokens) :]:
+                    print(f"{row['mode']}: {row['tokens']} tokens, {row['ttft_s']:.3f} s to the first token", file=sys.stderr, flush=True)
+                if options.json_out is not None:
+                    options.json_out.write_text(json.dumps({"rows": rows, "last": found}) + "\n")
+        finally:
+            for process in processes.values():
+                process.end()
+    return {"device": found["device"], "versions": found["versions"], "model": Path(options.model).name, "rows": rows}
+
+
+KINDS = {"plain": None, "nothing kept": False, "everything kept": True}
+"""Of processes whose throughput is compared: whether the connector keeps text; None without it."""
+
+
+def resident(options: argparse.Namespace) -> None:
+    """In a process of its own: answers fresh prompts for every line on the standard input, and says what it took."""
+    set_up()
+    import numpy as np
+    from vllm import SamplingParams
+    from vllm.config import KVTransferConfig
+
+    kept = KINDS[options.mode]
+    transfer = None
+    if kept is not None:
+        extra = {"store": options.folder, "save": kept, "draft": options.draft} | ({} if options.pack is None else {"pack": options.pack})
+        transfer = KVTransferConfig(
+            kv_connector="ForetoldConnector",
+            kv_connector_module_path="engine.connectors.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config=extra,
+        )
+    llm = open_llm(options.model, transfer, max_model_len=1024)
+    params = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
+    print(json.dumps(place()), flush=True)
+    for line in sys.stdin:
+        generator = np.random.default_rng(int(line))
+        prompts = [{"prompt_token_ids": generator.integers(5, 250, 384).tolist()} for _ in range(4)]
+        began, before = time.perf_counter(), time.thread_time()
+        llm.generate(prompts, params, use_tqdm=False)
+        print(json.dumps({"wall_s": time.perf_counter() - began, "thread_s": time.thread_time() - before}), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def overhead(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
+    """Throughput with the connector over that without, requests that miss, round by round in turn."""
+    import statistics
+
+    processes: dict[str, subprocess.Popen[str]] = {}
+    times: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory(prefix="bench-vllm-") as scratch:
+        try:
+            for n, kind in enumerate(KINDS):
+                command = [
+                    sys.executable,
+                    str(Path(__file__).resolve()),
+                    *given,
+                    "--mode",
+                    kind,
+                    "--folder",
+                    str(Path(scratch) / str(n)),
+                    "--resident",
+                ]
+                processes[kind] = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+                )
+            heads = {kind: reply(process) for kind, process in processes.items()}
+            for number in range(options.overhead + 1):
+                order = list(KINDS) if number % 2 else list(KINDS)[::-1]
+                for kind in order:
+                    stdin = processes[kind].stdin
+                    assert stdin is not None
+                    stdin.write(f"{number}\n")
+                    stdin.flush()
+                    times[kind].append(reply(processes[kind]))
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+    rows = []
+    for kind in list(KINDS)[1:]:
+        pairs = list(zip(times["plain"], times[kind], strict=True))[1:]  # the first round warms up
+        clock, thread = (statistics.median(a[key] / b[key] for a, b in pairs) for key in ("wall_s", "thread_s"))
+        rows.append({"kind": kind, "throughput": clock, "main_thread_throughput": thread, "rounds": options.overhead})
+    return {**heads["plain"], "model": Path(options.model).name, "overhead": rows}
+
+
+def reply(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next JSON object that a process prints."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    raise SystemExit("error: a process ended (run it alone to see why)")
+
+
+def tiny_codec(folder: Path) -> tuple[Path, Path]:
+    """A tiny model whose heads vLLM's CPU attention takes, and its codec parameters."""
+    import torch
+
+    from engine.calibrate.recipe import quick_pack
+    from engine.hub.fingerprint import fingerprint
+    from engine.model.decoder import Decoder
+    from engine.text.tokenizer import load_tokenizer
+    from scripts.bench.tiny_folder import write_tiny_folder
+
+    model = write_tiny_folder(folder / "model", layers=4, head_dim=32)
+    target = Decoder.from_pretrained(model, dtype=torch.float32)
+    pack = quick_pack(
+        target, None, load_tokenizer(model), recomputed_layers=1, num_tokens=768, context=128, rank=48, log=lambda _: None,
+        fingerprints={"target": fingerprint(model), "draft": "none", "tokenizer": "none"},
+    )  # fmt: skip
+    pack.save(folder / "pack.safetensors")
+    return model, folder / "pack.safetensors"
+
+
+def damaged(data: bytes, generator: random.Random) -> bytes:
+    """A file's content after something happened to it: cut, a bit turned, bytes overwritten, another file's end, or nothing left."""
+    kind, out = generator.randrange(5), bytearray(data)
+    at = generator.randrange(len(out))
+    if kind == 0:
+        del out[at:]
+    elif kind == 1:
+        out[at] ^= 1 << generator.randrange(8)
+    elif kind == 2:
+        out[at : at + 40] = generator.randbytes(len(out[at : at + 40]))
+    elif kind == 3:
+        out[at:] = out[: len(out) - at]
+    else:
+        out = bytearray()
+    return bytes(out)
+
+
+def damage(options: argparse.Namespace) -> dict[str, Any]:
+    """Requests that meet a damaged store; see the module. No prompt has more than one whole run, and one that is not."""
+    set_up()
+    import numpy as np
+    from vllm import SamplingParams
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from engine.store.runs import RUN_TOKENS
+
+    scratch = Path(tempfile.mkdtemp(prefix="bench-vllm-"))
+    model, pack = tiny_codec(scratch)
+    extra = {"store": str(scratch / "store"), "draft": "none", "pack": str(pack), "min_tokens": 64, "quality": "near-lossless"}
+    transfer = KVTransferConfig(
+        kv_connector="ForetoldConnector",
+        kv_connector_module_path="engine.connectors.vllm",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
+    )
+    llm = open_llm(str(model), transfer, max_model_len=512, dtype="float32")
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    generator = np.random.default_rng(7)
+    prompts = [generator.integers(0, 250, size).tolist() for size in (290, 320, 350)]
+
+    def run(n: int) -> tuple[list[int], int]:
+        llm.reset_prefix_cache()
+        out = llm.generate([{"prompt_token_ids": prompts[n]}], params, use_tqdm=False)[0]
+        return list(out.outputs[0].token_ids), out.num_cached_tokens or 0
+
+    alone = [run(n)[0] for n in range(len(prompts))]
+    worker = get_kv_transfer_group().worker
+    worker.wait(120)
+    worker.index.options = replace(worker.index.options, save=False)
+    sides = (worker.index, llm.llm_engine.engine_core.engine_core.scheduler.connector.index)
+    whole = [run(n) for n in range(len(prompts))]
+    if not all(cached for _, cached in whole):
+        raise SystemExit("error: the whole store gave nothing back")
+    matched = sides[1].matched
+    sides[1].matched = lambda *arguments: min(matched(*arguments), RUN_TOKENS)
+    cut = [run(n) for n in range(len(prompts))]
+    sides[1].matched = matched
+    right = [{tuple(alone[n]), tuple(whole[n][0]), tuple(cut[n][0])} for n in range(len(prompts))]
+    files = sorted((scratch / "store" / "runs").rglob("*.run"))
+    kept = {path: path.read_bytes() for path in files}
+    restore = worker.restore
+    chance = random.Random(11)
+    wrong = restored = computed = 0
+    for trial in range(options.damage):
+        n, late = chance.randrange(len(prompts)), bool(trial & 1)
+        for index in sides:
+            index.options = replace(index.options, load="beside" if trial & 2 else "within")
+
+        def harm() -> None:
+            for path in chance.sample(files, chance.randint(1, len(files))):
+                path.write_bytes(damaged(kept[path], chance))
+
+        def late_restore(*arguments: Any, harm: Any = harm) -> Any:
+            harm()
+            return restore(*arguments)
+
+        if late:
+            worker.restore = late_restore
+        else:
+            harm()
+        before = worker.metrics.failures
+        text, cached = run(n)
+        worker.restore = restore
+        wrong += tuple(text) not in right[n]
+        computed += cached == 0 or worker.metrics.failures > before
+        restored += cached > 0 and worker.metrics.failures == before
+        for path, content in kept.items():
+            path.write_bytes(content)
+    found = place() | {"model": "tiny random model"}
+    counts = {"requests": options.damage, "wrong": wrong, "restored": restored, "computed": computed, "failures": worker.metrics.failures}
+    llm.llm_engine.engine_core.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return found | {"damage": counts}
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure a returning prompt inside vLLM after a restart.")
-    parser.add_argument("--model", required=True, help="a model's folder")
+    parser = argparse.ArgumentParser(description="Measure the connector inside vLLM.")
+    parser.add_argument("--model", help="a model's folder")
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 4096], help="lengths, with commas")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     parser.add_argument("--quality", default="balanced")
     parser.add_argument("--draft", default="trunk")
     parser.add_argument("--pack", default=None)
+    parser.add_argument("--new-tokens", type=int, default=16, help="of the greedy texts that are compared")
+    parser.add_argument("--wait-s", type=float, default=300.0, help="how long coding is waited for behind the answers")
+    parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of a GPU's memory that vLLM takes")
+    parser.add_argument("--together", action="store_true", help="start all processes at once; they take turns")
+    parser.add_argument("--overhead", type=int, default=0, metavar="ROUNDS", help="compare the throughput of requests that miss")
+    parser.add_argument("--damage", type=int, default=0, metavar="REQUESTS", help="answer from a store that is damaged at random")
     parser.add_argument(
         "--text", type=Path, nargs="*", default=sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "engine").rglob("*.py"))
     )
     parser.add_argument("--json-out", type=Path)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer-to", type=Path, help=argparse.SUPPRESS)
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(given)
@@ -164,37 +482,28 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown mode {sorted(unknown)[0]!r} (choose from {', '.join(MODES)})")
     if min(options.tokens) < 256:
         parser.error("prompts of fewer than 256 tokens are not restored (give longer ones)")
+    if options.overhead < 0 or options.damage < 0 or options.new_tokens < 1:
+        parser.error("--overhead, --damage and --new-tokens count something (give numbers above 0)")
+    if options.model is None and not options.damage:
+        parser.error("no model (give --model FOLDER)")
     if options.answer_to is not None:
         options.answer_to.write_text(json.dumps(answer(options)))
         return 0
-    config = json.loads((Path(options.model) / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    raw_token_bytes = 2 * 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-vllm-") as scratch:
-        for mode in options.modes:
-            folder = Path(scratch) / mode
-            folder.mkdir()
-            first = later = in_process(given, mode, folder)
-            if mode != "plain":
-                later = in_process(given, mode, folder)
-            rows += rows_of(mode, options.tokens, first, later, folder_bytes(folder), raw_token_bytes)
-            found = later
-            for row in rows[-len(options.tokens) :]:
-                print(f"{row['mode']}: {row['tokens']} tokens, {row['ttft_s']:.2f} s to the first token", file=sys.stderr)
-    document = {
-        "device": found["device"],
-        "versions": found["versions"],
-        "model": Path(options.model).name,
-        "command": " ".join(["python scripts/bench_vllm.py", *given]),
-        "rows": rows,
-    }
+    if options.resident:
+        resident(options)
+        return 0
+    if options.damage:
+        document = damage(options)
+    elif options.overhead:
+        document = overhead(options, given)
+    else:
+        document = returning(options, given)
+    document["command"] = " ".join(["python scripts/bench_vllm.py", *given])
     text = json.dumps(document)
     if options.json_out is not None:
         options.json_out.write_text(text + "\n")
     print(text)
-    return 0
+    return 1 if document.get("damage", {}).get("wrong") else 0
 
 
 if __name__ == "__main__":

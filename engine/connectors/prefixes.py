@@ -10,6 +10,8 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -18,7 +20,8 @@ import numpy as np
 import torch
 
 from codec.errors import CodecError, CorruptedCode
-from codec.serialize import KvSerializer
+from codec.pages import EntropyDecoded, LayerRows
+from codec.serialize import Features, KvSerializer
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.connectors.passes import CodedModel, FeaturePasses, TextState
 from engine.errors import ForetoldError, InvalidOption
@@ -26,11 +29,16 @@ from engine.inputs import Fields
 from engine.sessions.kv_codec import product_dtype
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, root_key, span_bounds
 from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore
+from kernels.rope import apply_rope
 
+Ready = Callable[[], None]
 CHUNK_TOKENS = 4 * RUN_TOKENS
 _PATIENCE_S = 2.0  # how long a busy engine is waited for before a run is coded beside its steps
 _QUIET_S = 0.05  # without a step for so long, an engine counts as idle
 _TAIL_S = 1.0  # less than a run waits so long for more of its text
+LOADS = ("auto", "within", "beside")
+"""Where a restore runs: within the step that computes the rest, which other requests then wait for; or beside the steps of others, while its request
+waits. "auto": beside where the last step ran anything."""
 _MAX_RESTORED = 200_000  # pages whose keys are remembered
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +48,8 @@ class StoreOptions:
     """What a user says of the store and its codec.
 
     store: folder. store_bytes: its limit. draft, pack: as of `CodedModel.open`. quality: of `codec.spec.QUALITIES`. namespace: of requests without a
-    cache salt. min_tokens: fewer are computed, not restored. save: whether new text is kept. queue_bytes: raw keys and values that wait to be coded.
+    cache salt. min_tokens: fewer are computed, not restored. save: whether new text is kept. load: of `LOADS`, where a restore runs.
+    queue_bytes: raw keys and values that wait to be coded.
     feature_tokens: tokens that the first layers' caches are kept of.
     """
 
@@ -52,6 +61,7 @@ class StoreOptions:
     namespace: str = "default"
     min_tokens: int = 256
     save: bool = True
+    load: str = "auto"
     queue_bytes: int = 1 << 30
     feature_tokens: int = 65_536
 
@@ -68,6 +78,9 @@ class StoreOptions:
         quality = fields.text("quality", cls.quality)
         if quality not in QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(QUALITIES)}")
+        load = fields.text("load", cls.load)
+        if load not in LOADS:
+            raise InvalidOption(f"unknown load {load!r}", f"choose one of {', '.join(LOADS)}")
         return cls(
             store=fields.text("store"),
             store_bytes=fields.integer("store_bytes", 0, 1 << 60, cls.store_bytes),
@@ -77,6 +90,7 @@ class StoreOptions:
             namespace=fields.text("namespace", cls.namespace) or cls.namespace,
             min_tokens=fields.integer("min_tokens", 1, 1 << 30, cls.min_tokens),
             save=fields.boolean("save", cls.save),
+            load=load,
             queue_bytes=fields.integer("queue_bytes", 0, 1 << 50, cls.queue_bytes),
             feature_tokens=fields.integer("feature_tokens", RUN_TOKENS, 1 << 30, cls.feature_tokens),
         )
@@ -114,14 +128,14 @@ class PrefixIndex:
         """Of requests with a cache salt: nothing of other salts is found under it."""
         return self.options.namespace if not salt else f"{self.options.namespace[:64]}/{sha256(salt.encode()).hexdigest()}"
 
-    def matched(self, token_ids: Sequence[int], namespace: str, start: int, block_tokens: int) -> int:
-        """How many tokens after the first `start` can be restored: whole blocks, and never a text's last token, whose logits are wanted."""
-        known = list(token_ids[:-1])
-        if len(known) - start < max(self.options.min_tokens, PAGE_TOKENS):
+    def matched(self, token_ids: Sequence[int], namespace: str, start: int) -> int:
+        """How many tokens after the first `start` can be restored: what is stored, but a text's last token, whose logits are wanted."""
+        wanted = max(self.options.min_tokens, 1)
+        if len(token_ids) - 1 - start < wanted:
             return 0
-        found = self.store.lookup(root_key(self.identity(namespace)), known, start // PAGE_TOKENS)
-        end = found.num_tokens // block_tokens * block_tokens
-        if end - start < self.options.min_tokens or (start < NUM_SINKS and self.sinks(known, namespace) is None):
+        found = self.store.lookup(root_key(self.identity(namespace)), token_ids, start // PAGE_TOKENS)
+        end = min(found.num_tokens, len(token_ids) - 1)
+        if end - start < wanted or (start < NUM_SINKS and self.sinks(token_ids, namespace) is None):
             return 0
         return end - start
 
@@ -157,21 +171,23 @@ def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
 class _Text:
     """A request's text.
 
-    run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as [64, L, 2, G, d].
-    sinks: attention sinks that wait to be stored; sinks_known: they are stored, or were handed over. handed: pages that are stored or were handed
-    over, None before the store was asked. done: nothing more will come. lost: nothing more is kept of it.
+    run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as [64, L, 2, G, d],
+    each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same way; sinks_known: they are stored, or were handed
+    over. handed: pages that are stored or were handed over, None before the store was asked. held: a restore of it is under way beside the engine's
+    steps. done: nothing more will come. lost: nothing more is kept of it.
     """
 
     namespace: str
     token_ids: list[int] = field(default_factory=list)
     run: int = 0
     spans: list[bytes] = field(default_factory=list)
-    raw: deque[torch.Tensor] = field(default_factory=deque)
+    raw: deque[tuple[torch.Tensor, Ready]] = field(default_factory=deque)
     since: float = 0.0
     state: TextState | None = None
     handed: int | None = None
-    sinks: torch.Tensor | None = None
+    sinks: tuple[torch.Tensor, Ready] | None = None
     sinks_known: bool = False
+    held: bool = False
     done: bool = False
     lost: bool = False
 
@@ -196,6 +212,45 @@ class WorkerMetrics:
     saved_bytes: int = 0
     save_s: float = 0.0
     failures: int = 0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Tokens [start, end) of a text, all but multiplied out.
+
+    origin: the first token of the pages that were decoded. skipped: their tokens that no code says. first: keys before rotation and values of the
+    layers that were run, float32 [T, m, 2, G, d] of all decoded tokens. rows: of the layers behind them. sinks: [NUM_SINKS, L, 2, G, d] as the
+    engine computed them, where the text's beginning is among the tokens. angles: cos, sin float32 [T, d/2] of all decoded tokens.
+    """
+
+    start: int
+    end: int
+    origin: int
+    skipped: int
+    first: torch.Tensor
+    rows: LayerRows
+    sinks: torch.Tensor | None
+    angles: tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def num_layers(self) -> int:
+        return self.first.shape[1] + self.rows.num_layers
+
+    @torch.inference_mode()
+    def layer(self, n: int) -> torch.Tensor:
+        """Keys (rotated) and values of a layer, float32 [end - start, 2, G, d]."""
+        m, skipped, wanted = self.first.shape[1], 0, slice(self.start - self.origin, self.end - self.origin)
+        if n < m:
+            kv = self.first[:, n].clone()
+        else:
+            kv, skipped = self.rows.layer(n - m), self.skipped
+        kv[:, 0] = apply_rope(kv[:, 0], *(part[skipped:] for part in self.angles))
+        if skipped:
+            kv = torch.cat([kv.new_zeros(skipped, *kv.shape[1:]), kv])
+        kv = kv[wanted]
+        if self.sinks is not None and self.start < NUM_SINKS:
+            kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n].to(kv.dtype)
+        return kv
 
 
 class PrefixWorker:
@@ -225,6 +280,8 @@ class PrefixWorker:
         self._models, self._queue = threading.RLock(), threading.Condition()
         self._waiting_bytes, self._stepped, self._closing, self._working = 0, 0.0, False, False
         self._thread: threading.Thread | None = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, "foretold-reader")  # entropy decoding, beside the passes that make features
 
     # --- texts ----------------------------------------------------------------------------------------------------------
 
@@ -235,8 +292,11 @@ class PrefixWorker:
         text.token_ids += token_ids
 
     def end(self, name: str) -> None:
-        """A request has ended: what waits is coded, then it is forgotten."""
+        """A request has ended: what waits is coded, then it is forgotten; one that is held, when it is released."""
         with self._queue:
+            if (text := self._texts.get(name)) is not None and text.held:
+                text.done = True
+                return
             text = self._texts.pop(name, None)
             if text is not None:
                 text.done = True
@@ -245,6 +305,19 @@ class PrefixWorker:
                     self._queue.notify_all()
         if text is not None and not text.waits:
             self._drop(text)
+
+    def hold(self, name: str) -> None:
+        """A known text is being restored in another thread."""
+        with self._queue:
+            self._texts[name].held = True
+
+    def release(self, name: str) -> None:
+        """Inverse of `hold`."""
+        with self._queue:
+            text = self._texts[name]
+            text.held = False
+        if text.done:
+            self.end(name)
 
     def give_up(self, name: str) -> None:
         """Keep nothing more of a request."""
@@ -256,61 +329,97 @@ class PrefixWorker:
         """The engine is at work: coding waits a little."""
         self._stepped = time.monotonic()
 
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        """Work goes to the stream of this worker, not to the engine's; nothing on a CPU."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @contextmanager
+    def streaming(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
+        """Work goes to the stream of this worker, after what the engine's has begun and before what it begins next.
+
+        after: from a thread of its own; only what was before this event is waited for, and the thread waits until the work is done.
+        """
+        if self._stream is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(self.device)
+        if after is None:
+            self._stream.wait_stream(outer)
+        else:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            yield
+        if after is None:
+            outer.wait_stream(self._stream)
+        else:
+            self._stream.synchronize()
+
     # --- before a forward pass ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def restore(self, name: str, start: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Tokens [start, end) of a known text, as (first token, kv [T, L, 2, G, d] with rotated keys), chunk by chunk; fewer where the store has fewer.
+    def restore(self, name: str, start: int, end: int) -> Restored | None:
+        """Tokens [start, end) of a known text, ready to be multiplied out layer by layer; fewer where the store has fewer, None where it has none.
 
-        Raises the codec's errors and the engine's; what was yielded before is whole.
+        What is stored was checked when this returns. Raises the codec's errors and the engine's.
         """
         text, began = self._texts[name], time.perf_counter()
-        page = start // PAGE_TOKENS
-        root = root_key(self.index.identity(text.namespace))
-        found = self.index.store.lookup(root, text.token_ids[: -(-end // PAGE_TOKENS) * PAGE_TOKENS], page)
+        page, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
+        root, known = root_key(self.index.identity(text.namespace)), text.token_ids[: last * PAGE_TOKENS]
+        found = self.index.store.lookup(root, known, page)
         end = min(end, found.num_tokens)
         if end <= start:
-            return
+            return None
+        last = -(-end // PAGE_TOKENS)
         sinks = None
         if start < NUM_SINKS:
             data = self.index.sinks(text.token_ids, text.namespace)
             if data is None:
-                return
+                return None
             sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape)).to(self.device)
-        with self._models:
-            self._make_room(len(text.token_ids), text)
-            state = text.state = text.state or self.passes.open()
-            if state.length > page * PAGE_TOKENS:
-                self.passes.close(state)
-                state = text.state = self.passes.open()
-            if state.length < page * PAGE_TOKENS:
-                self.passes.run(state, text.token_ids[state.length : page * PAGE_TOKENS])
-            for at in range(page, -(-end // PAGE_TOKENS), CHUNK_TOKENS // PAGE_TOKENS):
-                last = min(at + CHUNK_TOKENS // PAGE_TOKENS, -(-end // PAGE_TOKENS))
-                kv = self._decoded(state, text, at, found.spans[at - page : last - page])
-                low, high = max(start, at * PAGE_TOKENS), min(end, last * PAGE_TOKENS)
-                part = kv[low - at * PAGE_TOKENS : high - at * PAGE_TOKENS]
-                if sinks is not None and low < NUM_SINKS:
-                    part[: NUM_SINKS - low] = sinks[low:].to(part.dtype)
-                yield low, part
-        self._remember(PageKeys(root, text.token_ids[: -(-end // PAGE_TOKENS) * PAGE_TOKENS])[page:])
+        spans = found.spans[: last - page]
+        reading = self._reader.submit(self._entropy_decoded, spans) if self.device.type == "cpu" else None
+        parts = [] if reading is not None else self.serializer.pages.start(spans)
+        skipped = span_bounds(page)[0] - page * PAGE_TOKENS
+        try:
+            features, first = self._features(text, page, last, skipped)
+        finally:
+            if reading is not None:
+                parts = reading.result()
+        rows = self.serializer.decode_layers(parts, features)
+        positions = torch.arange(page * PAGE_TOKENS, last * PAGE_TOKENS, device=self.device)
+        self._remember(PageKeys(root, known)[page:last])
         self.index.store.touch(found.keys)
         self.metrics.restored_tokens += end - start
         self.metrics.restore_s += time.perf_counter() - began
+        angles = self.rotation.angles(positions)
+        return Restored(start, end, page * PAGE_TOKENS, skipped, first, rows, sinks, angles)
 
-    def _decoded(self, state: TextState, text: _Text, page: int, spans: Sequence[bytes]) -> torch.Tensor:
-        """Keys (rotated) and values float32 [T, L, 2, G, d] of whole pages; of the sinks, the first layers' only."""
-        start, end = page * PAGE_TOKENS, (page + len(spans)) * PAGE_TOKENS
-        features = self.passes.run(state, text.token_ids[start:end])
-        positions = torch.arange(start, end, device=self.device)
-        skipped = span_bounds(page)[0] - start
-        kv = torch.zeros(end - start, *self.token_shape, device=self.device)
-        first = self.passes.first_rows(state, start, end)
-        first[:, :, 0] = self.rotation.rotate(first[:, :, 0], positions)
-        kv[:, : self.first_layer] = first
-        rows = self.serializer.decode(spans, features.part(skipped, end - start))
-        kv[skipped:, self.first_layer :] = self.serializer.split(rows, positions[skipped:])
-        return kv
+    @torch.inference_mode()
+    def _entropy_decoded(self, spans: Sequence[bytes]) -> list[EntropyDecoded]:
+        torch.set_num_threads(1)
+        return self.serializer.pages.start(spans)
+
+    def _features(self, text: _Text, page: int, last: int, skipped: int) -> tuple[list[Features], torch.Tensor]:
+        """Of a text's pages, in parts, without the first `skipped` tokens; and what `first_rows` gives of all."""
+        with self._models:
+            state = self._run_to(text, page * PAGE_TOKENS)
+            features = []
+            for at in range(page * PAGE_TOKENS, last * PAGE_TOKENS, CHUNK_TOKENS):
+                end = min(at + CHUNK_TOKENS, last * PAGE_TOKENS)
+                part = self.passes.run(state, text.token_ids[at:end])
+                features.append(part.part(skipped, end - at) if at == page * PAGE_TOKENS else part)
+            return features, self.passes.first_rows(state, page * PAGE_TOKENS, last * PAGE_TOKENS)
+
+    def _run_to(self, text: _Text, length: int) -> TextState:
+        """The caches of a text's first tokens; under the lock of the models."""
+        self._make_room(len(text.token_ids), text)
+        state = text.state = text.state or self.passes.open()
+        if state.length > length:
+            self.passes.close(state)
+            state = text.state = self.passes.open()
+        if state.length < length:
+            self.passes.run(state, text.token_ids[state.length : length])
+        return state
 
     def _remember(self, keys: Sequence[bytes]) -> None:
         """Pages with these keys hold what was decoded: they are never coded again."""
@@ -345,19 +454,19 @@ class PrefixWorker:
     def lacks_sinks(self, name: str) -> bool:
         """Whether a text's sinks have to be kept; asked once a text."""
         text = self._texts[name]
-        if text.sinks_known or text.handed is None or not self.options.save:
+        if text.lost or text.sinks_known or text.handed is None or not self.options.save:
             return False
         text.sinks_known = True
         return self.index.sinks(text.token_ids, text.namespace) is None
 
-    def keep_sinks(self, name: str, kv: torch.Tensor) -> None:
-        """A text's first tokens, kv [NUM_SINKS, L, 2, G, d] with rotated keys, not written to afterwards."""
+    def keep_sinks(self, name: str, kv: torch.Tensor, ready: Ready = lambda: None) -> None:
+        """A text's first tokens, kv [NUM_SINKS, L, 2, G, d] with rotated keys, not written to after `ready`, which waits for that."""
         with self._queue:
-            self._texts[name].sinks = kv
+            self._texts[name].sinks = kv, ready
             self._start()
 
-    def keep(self, name: str, kv: torch.Tensor) -> None:
-        """The next page of a text: kv [64, L, 2, G, d] with rotated keys, on the host, not written to afterwards."""
+    def keep(self, name: str, kv: torch.Tensor, ready: Ready = lambda: None) -> None:
+        """The next page of a text: kv [64, L, 2, G, d] with rotated keys, on the host; ready: as for `keep_sinks`."""
         text = self._texts[name]
         with self._queue:
             if self._waiting_bytes + kv.nbytes > self.options.queue_bytes:
@@ -366,7 +475,7 @@ class PrefixWorker:
                 return
             if not text.raw:
                 text.since = time.monotonic()
-            text.raw.append(kv)
+            text.raw.append((kv, ready))
             text.handed = (text.handed or 0) + 1
             self._waiting_bytes += kv.nbytes
             self._start()
@@ -398,6 +507,7 @@ class PrefixWorker:
             self._queue.notify_all()
         if self._thread is not None:
             self._thread.join(5.0)
+        self._reader.shutdown(wait=False)
         self.index.close()
         return done
 
@@ -418,9 +528,14 @@ class PrefixWorker:
                 pages = [text.raw[n] for n in range(min(len(text.raw), RUN_PAGES - len(text.spans) % RUN_PAGES))]
             try:
                 if sinks is not None:
-                    self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(sinks)])
+                    kv, ready = sinks
+                    ready()
+                    self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(kv)])
+                for _, ready in pages:
+                    ready()
                 if pages:
-                    self._keep_run(text, pages)
+                    with self._on_stream():
+                        self._keep_run(text, [kv for kv, _ in pages])
             except (ForetoldError, CodecError, OSError, MemoryError) as error:
                 text.lost = True
                 self._once("save", f"a text could not be kept in the store: {error}")
@@ -431,7 +546,7 @@ class PrefixWorker:
                 with self._queue:
                     used = len(text.raw) if text.lost else len(pages)
                     for _ in range(used):
-                        self._waiting_bytes -= text.raw.popleft().nbytes
+                        self._waiting_bytes -= text.raw.popleft()[0].nbytes
                     text.since, self._working = time.monotonic(), False
                     ended = text.done and not text.waits
                     if ended:
@@ -446,21 +561,14 @@ class PrefixWorker:
         first = text.run + len(text.spans)
         start, end = first * PAGE_TOKENS, (first + len(pages)) * PAGE_TOKENS
         store = self.index.store
-        with self._models:
-            self._make_room(len(text.token_ids), text)
-            state = text.state = text.state or self.passes.open()
-            if state.length > start:
-                self.passes.close(state)
-                state = text.state = self.passes.open()
-            if state.length < start:
-                self.passes.run(state, text.token_ids[state.length : start])
-            features = self.passes.run(state, text.token_ids[start:end])
-            skipped = span_bounds(first)[0] - start
-            positions = torch.arange(start, end, device=self.device)[skipped:]
-            kv = torch.cat(list(pages))[skipped:, self.first_layer :]
-            sizes = [b - a for a, b in map(span_bounds, range(first, first + len(pages)))]
-            rows = self.serializer.join(kv, positions)
-            spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
+        with self._models:  # not while it is coded, which takes longer than a request should wait
+            features = self.passes.run(self._run_to(text, start), text.token_ids[start:end])
+        skipped = span_bounds(first)[0] - start
+        positions = torch.arange(start, end, device=self.device)[skipped:]
+        kv = torch.cat(list(pages))[skipped:, self.first_layer :]
+        sizes = [b - a for a, b in map(span_bounds, range(first, first + len(pages)))]
+        rows = self.serializer.join(kv, positions)
+        spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
         text.spans += spans
         report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run)
         if not report.whole:

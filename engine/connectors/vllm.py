@@ -8,7 +8,9 @@ them. docs/vllm.md says how it is used; written for vLLM 0.32.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from vllm.logger import init_logger
 from codec.layouts import PackedKv, PagedKv
 from codec.spec import NUM_SINKS
 from engine.connectors.passes import CodedModel
-from engine.connectors.prefixes import PrefixIndex, PrefixWorker, StoreOptions
+from engine.connectors.prefixes import PrefixIndex, PrefixWorker, Restored, StoreOptions
 from engine.errors import InvalidOption
 from engine.hub.resolve import resolve_model
 from engine.store.runs import PAGE_TOKENS
@@ -27,6 +29,7 @@ from engine.store.runs import PAGE_TOKENS
 logger = init_logger(__name__)
 
 _CLOSE_S = 60.0
+_MOST_TRIES = 3  # restores of a request that was preempted, or whose blocks could not be filled: then it is computed
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$")
 
 
@@ -48,20 +51,41 @@ class RequestStep:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the worker's side is told of a step. ended: names of requests that are over."""
+    """What the worker's side is told of a step. loads: requests that wait until they are restored, while others run. ended: names of requests that
+    are over."""
 
     steps: list[RequestStep] = field(default_factory=list)
+    loads: list[RequestStep] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Tracked:
-    """A request as the scheduler's side knows it. told: tokens that the worker knows. load: tokens to be restored at its next step."""
+    """A request as the scheduler's side knows it. told: tokens that the worker knows. load: tokens to be restored at its next step, or before it into
+    `blocks`. tries: restores that were asked for."""
 
     request: Any
     namespace: str
     told: int = 0
     load: int = 0
+    blocks: list[int] = field(default_factory=list)
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class _Load:
+    """A request's restore whose layers are being written into its blocks. done: layers that are."""
+
+    step: RequestStep
+    blocks: list[int]
+    restored: Restored
+    write: Callable[[int, torch.Tensor], None]
+    done: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are written."""
+        return self.done == self.restored.num_layers
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -102,6 +126,13 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         self._blocks: dict[str, list[int]] = {}  # of the worker's side
         self._computed: list[tuple[str, int]] = []
         self._failed_blocks: set[int] = set()
+        self._waiting: dict[str, _Tracked] = {}  # requests that the next step tells the worker's side to restore
+        self._was_busy = False  # whether the last step ran anything
+        self._loads: list[_Load] = []
+        self._loaded: set[str] = set()
+        self._loader: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # of the loader's results
+        self._layerwise = _waits_for_layers(vllm_config)
         if role == KVConnectorRole.WORKER:
             device = torch.device(vllm_config.device_config.device_type or "cpu")
             self.worker = PrefixWorker(index, dtype=vllm_config.model_config.dtype, device=device, log=logger.warning)
@@ -115,27 +146,45 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Whole blocks that the store holds after those that vLLM has; they are restored within the step that runs the rest."""
-        if not _is_served(request) or not _wants_restore(request):
+        tracked = self._requests.get(request.request_id)
+        if not _is_served(request) or not _wants_restore(request) or (tracked is not None and tracked.tries >= _MOST_TRIES):
             return 0, False
         try:
             namespace = self.index.namespace(request.cache_salt)
-            return self.index.matched(list(request.all_token_ids), namespace, num_computed_tokens, self.block_tokens), False
+            found = self.index.matched(list(request.all_token_ids), namespace, num_computed_tokens)
         except Exception as error:  # a lookup never costs a request its answer
             logger.warning_once(f"ForetoldConnector: the store cannot be asked: {error}")
             return 0, False
+        return found, found > 0 and self._waits()
+
+    def _waits(self) -> bool:
+        """Whether a restore runs beside other requests' steps, instead of within one that they would wait for."""
+        load = self.index.options.load
+        return load == "beside" or (load == "auto" and self._was_busy)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note what the request's next step has to restore."""
-        if _is_served(request):
-            tracked = self._requests.setdefault(request.request_id, _Tracked(request, self.index.namespace(request.cache_salt)))
-            tracked.load = num_external_tokens
+        """Note what the request's next step has to restore, or that it waits for that."""
+        if not _is_served(request):
+            return
+        tracked = self._requests.setdefault(request.request_id, _Tracked(request, self.index.namespace(request.cache_salt)))
+        if num_external_tokens:
+            tracked.load, tracked.tries = num_external_tokens, tracked.tries + 1
+            if self._waits():
+                tracked.blocks = list(blocks.get_block_ids()[0])
+                self._waiting[request.request_id] = tracked
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Tell the worker's side of every request in the step."""
         meta, counts = StepMetadata(), scheduler_output.num_scheduled_tokens
+        self._was_busy = bool(counts)
         for name in scheduler_output.finished_req_ids:
+            self._waiting.pop(name, None)
             if self._requests.pop(name, None) is not None:
                 meta.ended.append(name)
+        for name, tracked in self._waiting.items():
+            end = tracked.request.num_computed_tokens
+            meta.loads.append(self._step(name, end, 0, tracked.blocks, appended=False))
+        self._waiting = {}
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id in self._requests:
                 meta.steps.append(self._step(new.req_id, new.num_computed_tokens, counts[new.req_id], new.block_ids[0], appended=False))
@@ -180,7 +229,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         logger.info("ForetoldConnector: %.0f MiB of weights for predictions", self.worker.passes.weight_bytes / 2**20)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Restore what this step's requests wait for."""
+        """Begin to restore what this step's requests wait for, and what others wait for that are not in it."""
         meta = self._connector_metadata
         worker = self.worker
         if worker is None or not isinstance(meta, StepMetadata):
@@ -196,31 +245,94 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 self._blocks[step.name] = list(step.block_ids)
             worker.extend(step.name, step.namespace, step.token_ids)
-            if step.load is None or self._restored(worker, step.name, *step.load):
-                self._computed.append((step.name, step.computed))
-            else:
-                worker.give_up(step.name)
+            self._computed.append((step.name, step.computed))
+            if step.load is None:
+                continue
+            with worker.streaming():
+                load = self._restored(worker, step, self._blocks[step.name])
+            if load is not None:
+                self._loads.append(load)
+        if not self._layerwise:
+            self._write_loads(None)
+        for step in meta.loads:
+            worker.extend(step.name, step.namespace, step.token_ids)
+            worker.hold(step.name)
+            if self._loader is None:
+                self._loader = ThreadPoolExecutor(1, "foretold-loader")
+            begun = torch.cuda.current_stream(worker.device).record_event() if worker.device.type == "cuda" else None
+            self._loader.submit(self._load_beside, worker, step, begun)
 
-    def _restored(self, worker: PrefixWorker, name: str, start: int, end: int) -> bool:
-        """Restore tokens [start, end) of a request; blocks that could not be filled are noted."""
+    def _restored(self, worker: PrefixWorker, step: RequestStep, blocks: list[int]) -> _Load | None:
+        """What a request's step has to load, as far as it can be restored; blocks that cannot be are noted."""
+        assert step.load is not None
+        load, (start, end) = None, step.load
         done = start
         try:
             assert self.pages is not None, "pages are registered before the first step"
-            for first, kv in worker.restore(name, start, end):
-                self.pages.write(self._blocks[name], first, kv)
-                done = first + len(kv)
+            if (restored := worker.restore(step.name, start, end)) is not None:
+                load, done = _Load(step, blocks, restored, self.pages.writer(blocks, start, restored.end)), restored.end
         except Exception as error:  # whatever it is: vLLM computes these blocks
             logger.warning_once(
                 f"ForetoldConnector: a stored prefix could not be restored, and is computed: {type(error).__name__}: {error}"
             )
-        if done >= end:
-            return True
+        if done < end:
+            self._fail(worker, step.name, blocks, done, end)
+        return load
+
+    def _fail(self, worker: PrefixWorker, name: str, blocks: Sequence[int], start: int, end: int) -> None:
+        """Have vLLM compute tokens [start, end) of a request, and keep nothing of it: its step is run again."""
         worker.metrics.failures += 1
-        self._failed_blocks |= set(self._blocks[name][done // self.block_tokens : -(-end // self.block_tokens)])
-        return False
+        worker.give_up(name)
+        with self._lock:
+            self._failed_blocks |= set(blocks[start // self.block_tokens : -(-end // self.block_tokens)])
+
+    def _write(self, worker: PrefixWorker, load: _Load, layers: int | None) -> None:
+        """Write a restore's layers up to `layers` (None: all); where that fails, its blocks are noted and nothing more is written."""
+        try:
+            while load.done < (load.restored.num_layers if layers is None else layers):
+                load.write(load.done, load.restored.layer(load.done))
+                load.done += 1
+        except Exception as error:
+            logger.warning_once(
+                f"ForetoldConnector: a restored prefix could not be written, and is computed: {type(error).__name__}: {error}"
+            )
+            load.done = load.restored.num_layers
+            self._fail(worker, load.step.name, load.blocks, load.restored.start, load.restored.end)
+
+    def _write_loads(self, layers: int | None) -> None:
+        """`_write` of all restores within this step."""
+        if self.worker is not None and self._loads:
+            with self.worker.streaming():
+                for load in self._loads:
+                    self._write(self.worker, load, layers)
+            self._loads = [load for load in self._loads if not load.is_whole]
+
+    @torch.inference_mode()
+    def _load_beside(self, worker: PrefixWorker, step: RequestStep, begun: Any) -> None:
+        """In the loader's thread: restore a request that waits, after what the device did before `begun`."""
+        try:
+            with worker.streaming(begun):
+                load = self._restored(worker, step, step.block_ids)
+                if load is not None:
+                    self._write(worker, load, None)
+        except Exception as error:
+            logger.warning_once(f"ForetoldConnector: a restore beside other requests failed: {type(error).__name__}: {error}")
+            assert step.load is not None
+            self._fail(worker, step.name, step.block_ids, *step.load)
+        worker.release(step.name)
+        with self._lock:
+            self._loaded.add(step.name)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests that waited and are restored, or whose blocks were reported."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, set()
+        return None, loaded or None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: all layers are there before the pass."""
+        """Multiply a layer's keys and values out and write them, before the layer looks at them."""
+        if self._loads and (match := _LAYER.search(layer_name)):
+            self._write_loads(int(match[1]) + 1)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: pages are copied when they are full, after the pass."""
@@ -230,14 +342,19 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         worker = self.worker
         if worker is None or self.pages is None:
             return
+        for load in self._loads:  # a pass that did not wait for its layers has read what was not there
+            self._fail(worker, load.step.name, load.blocks, load.restored.start, load.restored.end)
+        self._loads = []
         for name, computed in self._computed:
             try:
                 blocks = self._blocks[name]
-                for page in worker.wanted(name, computed):
-                    kv = self.pages.read(blocks, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-                    worker.keep(name, kv.to("cpu", self.pages.keys[0].dtype))
+                if wanted := worker.wanted(name, computed):
+                    kv = self.pages.read(blocks, wanted.start * PAGE_TOKENS, wanted.stop * PAGE_TOKENS)
+                    rows, ready = _to_host(kv, self.pages.keys[0].dtype)
+                    for page in rows.split(PAGE_TOKENS):
+                        worker.keep(name, page, ready)
                 if computed >= PAGE_TOKENS and worker.lacks_sinks(name):
-                    worker.keep_sinks(name, self.pages.read(blocks, 0, NUM_SINKS).to(self.pages.keys[0].dtype))
+                    worker.keep_sinks(name, *_to_host(self.pages.read(blocks, 0, NUM_SINKS), self.pages.keys[0].dtype))
             except Exception as error:
                 worker.give_up(name)
                 logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
@@ -246,11 +363,14 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be restored since the last call."""
-        failed, self._failed_blocks = self._failed_blocks, set()
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def shutdown(self) -> None:
         """Code what waits, for at most a minute, and close the store."""
+        if self._loader is not None:
+            self._loader.shutdown()
         if self.worker is not None:
             self.worker.close(_CLOSE_S)
             self.worker = None
@@ -272,6 +392,23 @@ def _wants_restore(request: Any) -> bool:
     """Whether a request may get restored keys and values: `kv_transfer_params={"restore": False}` and wanted prompt log probabilities say no."""
     params = request.kv_transfer_params
     return not (getattr(request, "skip_reading_prefix_cache", False) or (isinstance(params, Mapping) and params.get("restore") is False))
+
+
+def _to_host(kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Callable[[], None]]:
+    """A copy on the host that no step waits for, and what waits until it is there."""
+    if kv.device.type != "cuda":
+        return kv.to("cpu", dtype), lambda: None
+    rows = torch.empty(kv.shape, dtype=dtype, pin_memory=True)
+    rows.copy_(kv.to(dtype), non_blocking=True)
+    return rows, torch.cuda.current_stream(kv.device).record_event().synchronize
+
+
+def _waits_for_layers(vllm_config: Any) -> bool:
+    """Whether every pass with a restore calls `wait_for_layer_load`: a CUDA graph of a whole pass, replayed, does not."""
+    if (vllm_config.device_config.device_type or "cpu") == "cpu":
+        return True
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is not None and not mode.has_full_cudagraphs()
 
 
 def pages_of(layers: Sequence[torch.Tensor], num_kv_heads: int, head_dim: int, block_tokens: int) -> PagedKv:

@@ -10,15 +10,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_folder(folder: Path, *, layers: int = 2, context: int = 1024, seed: int = 1) -> Path:
-    """Write a Llama of `layers` layers of 32 channels with random float32 weights; returns the folder."""
+def write_tiny_folder(folder: Path, *, layers: int = 2, context: int = 1024, seed: int = 1, head_dim: int = 8) -> Path:
+    """Write a Llama of `layers` layers of 32 channels, 4 query heads and 2 KV heads with random float32 weights; returns the folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
         max_position_embeddings=context, eos_token_id=256, bos_token_id=257, tie_word_embeddings=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -84,9 +84,11 @@ def keep(worker: PrefixWorker, engine: OtherEngine, token_ids, name: str = "a", 
 
 def restore(worker: PrefixWorker, token_ids, end: int, start: int = 0, name: str = "b", namespace: str = "default") -> torch.Tensor:
     worker.extend(name, namespace, token_ids)
-    parts = list(worker.restore(name, start, end))
-    assert [first for first, _ in parts] == [start + sum(len(kv) for _, kv in parts[:n]) for n in range(len(parts))]
-    return torch.cat([kv for _, kv in parts]) if parts else torch.empty(0)
+    found = worker.restore(name, start, end)
+    if found is None:
+        return torch.empty(0)
+    assert found.start == start and found.num_layers == worker.token_shape[0]
+    return torch.stack([found.layer(n) for n in range(found.num_layers)], 1)
 
 
 def loss(kv: torch.Tensor, truth: torch.Tensor) -> float:
@@ -97,13 +99,13 @@ def loss(kv: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_what_one_keeps_another_restores(open_worker, target, draft: str) -> None:
     engine, first = OtherEngine(target), open_worker(draft)
-    assert first.index.matched(IDS, "default", 0, 16) == 0
+    assert first.index.matched(IDS, "default", 0) == 0
     keep(first, engine, IDS)
     pages = len(IDS) // PAGE_TOKENS
     assert first.metrics.saved_tokens == pages * PAGE_TOKENS and first.metrics.saved_bytes > 0 and not open_worker.said
     second = open_worker(draft)
-    assert second.index.matched(IDS, "default", 0, 16) == pages * PAGE_TOKENS
-    assert second.index.matched(IDS, "default", 0, 128) == 384 and second.index.matched(IDS, "default", 80, 16) == 304
+    assert second.index.matched(IDS, "default", 0) == pages * PAGE_TOKENS
+    assert second.index.matched(IDS[:384], "default", 0) == 383 and second.index.matched(IDS, "default", 80) == 304
     truth = engine.pages.read(engine.compute(IDS), 0, 384)
     kv = restore(second, IDS, 384)
     assert torch.equal(kv[:NUM_SINKS], truth[:NUM_SINKS])
@@ -128,13 +130,13 @@ def test_an_engine_of_ours_shares_the_store(open_worker, chat_engine, target, tm
         ours.generate([other], params)
         ours.flush()
         worker = open_worker(draft)
-        assert worker.index.matched(other, "default", 0, 16) == 320  # it begins with the same sinks
+        assert worker.index.matched(other, "default", 0) == 320  # it begins with the same sinks
         last = IDS[50:]
         ours.generate([last], params)
         ours.flush()
-        assert worker.index.matched(last, "default", 0, 16) == 0  # our engine keeps no sinks
+        assert worker.index.matched(last, "default", 0) == 0  # our engine keeps no sinks
         keep(worker, OtherEngine(target), last)
-        assert worker.metrics.saved_tokens == 0 and worker.index.matched(last, "default", 0, 16) == 320
+        assert worker.metrics.saved_tokens == 0 and worker.index.matched(last, "default", 0) == 320
     finally:
         ours.close()
 
@@ -168,12 +170,12 @@ def test_namespaces_and_other_texts_find_nothing(open_worker, target) -> None:
     salted = worker.index.namespace("secret")
     assert salted != worker.index.namespace("other") != worker.index.namespace(None) == "default" and "secret" not in salted
     keep(worker, OtherEngine(target), IDS, namespace=salted)
-    assert worker.index.matched(IDS, salted, 0, 16) == 384
-    assert worker.index.matched(IDS, "default", 0, 16) == 0
-    assert worker.index.matched([IDS[0] + 1, *IDS[1:]], salted, 0, 16) == 0
-    assert worker.index.matched([*IDS[:100], 251, *IDS[101:]], salted, 0, 16) == 64
-    assert worker.index.matched(IDS[:65], salted, 0, 16) == 64 and worker.index.matched(IDS[:64], salted, 0, 16) == 0
-    assert open_worker(min_tokens=400).index.matched(IDS, salted, 0, 16) == 0
+    assert worker.index.matched(IDS, salted, 0) == 384
+    assert worker.index.matched(IDS, "default", 0) == 0
+    assert worker.index.matched([IDS[0] + 1, *IDS[1:]], salted, 0) == 0
+    assert worker.index.matched([*IDS[:100], 251, *IDS[101:]], salted, 0) == 64
+    assert worker.index.matched(IDS[:65], salted, 0) == 64 and worker.index.matched(IDS[:64], salted, 0) == 0
+    assert open_worker(min_tokens=400).index.matched(IDS, salted, 0) == 0
 
 
 def test_random_damage_gives_the_same_or_nothing(open_worker, target, tmp_path) -> None:
@@ -204,6 +206,26 @@ def test_random_damage_gives_the_same_or_nothing(open_worker, target, tmp_path) 
     assert met == 60
 
 
+def test_a_request_that_ends_while_it_is_restored_is_forgotten_afterwards(open_worker, target) -> None:
+    keep(open_worker("trunk"), OtherEngine(target), IDS)
+    worker = open_worker("trunk")
+    free = [pool.num_free_pages for pool in worker.passes._pools]
+    worker.extend("b", "default", IDS)
+    worker.hold("b")
+    worker.end("b")
+    assert worker.restore("b", 0, 384).end == 384 and [pool.num_free_pages for pool in worker.passes._pools] != free
+    worker.release("b")
+    assert "b" not in worker._texts and [pool.num_free_pages for pool in worker.passes._pools] == free
+
+
+def test_sinks_of_a_text_that_was_given_up_are_not_kept(open_worker, target) -> None:
+    worker = open_worker()
+    worker.extend("a", "default", IDS)
+    assert worker.wanted("a", len(IDS)) == range(6)
+    worker.give_up("a")
+    assert not worker.lacks_sinks("a") and worker.wanted("a", len(IDS)) == range(0)
+
+
 def test_more_than_can_wait_is_not_kept(open_worker, target) -> None:
     worker = open_worker(queue_bytes=3 * PAGE_TOKENS * 4 * 2 * 2 * 8 * 4)
     engine = OtherEngine(target)
@@ -226,8 +248,8 @@ def test_caches_of_old_texts_make_room(open_worker, target) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"store": ""}, {"store": "x", "qualty": "tiny"}, {"store": "x", "quality": "best"}, {"store": "x", "min_tokens": 0},
-     {"store": "x", "save": "yes"}, {"store": 3}, {"store": "x", "queue_bytes": -1}]
+    [{}, {"store": ""}, {"store": "x", "qualty": "tiny"}, {"store": "x", "quality": "best"}, {"store": "x", "load": "later"},
+     {"store": "x", "min_tokens": 0}, {"store": "x", "save": "yes"}, {"store": 3}, {"store": "x", "queue_bytes": -1}]
 )  # fmt: skip
 def test_bad_options_are_named(given) -> None:
     with pytest.raises(InvalidOption):
