@@ -290,23 +290,35 @@ class LayerRows:
         """Coded layers."""
         return self._decoder.codec.layout.coded_layers
 
-    def layer(self, n: int) -> torch.Tensor:
-        """Keys before rotation and values of the n-th coded layer, float32 [T, 2, G, d]."""
-        layout, decoder = self._decoder.codec.layout, self._decoder
-        width = layout.dim // layout.coded_layers
-        columns = slice(n * width, (n + 1) * width)
+    def layer(self, n: int, first_head: int = 0, last_head: int | None = None) -> torch.Tensor:
+        """Keys before rotation and values of the n-th coded layer, float32 [T, 2, heads, d], of KV heads [first_head, last_head)."""
+        layout, mu = self._decoder.codec.layout, self._decoder.predictor.mu
+        heads = range(layout.num_kv_heads)[first_head:last_head]
+        out = torch.empty(self.tokens, 2, len(heads), layout.head_dim, dtype=torch.float32, device=mu.device)
+        width, own = layout.num_kv_heads * layout.head_dim, len(heads) * layout.head_dim
+        if own == width:
+            self._multiply(slice(2 * n * width, 2 * (n + 1) * width), out.flatten(1))
+        else:  # the columns of keys and of values do not follow one another
+            for half in (0, 1):
+                start = (2 * n + half) * width + heads.start * layout.head_dim
+                out[:, half] = self._multiply(slice(start, start + own), mu.new_empty(self.tokens, own)).unflatten(1, out.shape[2:])
+        return out
+
+    def _multiply(self, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """Columns of all rows into out float32 [T, columns]."""
+        decoder = self._decoder
         mu = decoder.predictor.mu[columns]
-        out = torch.empty(self.tokens, width, dtype=torch.float32, device=mu.device)
+        on_cpu = mu.device.type == "cpu"
         for runs, rows, rest in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
-            size = len(rows) if mu.device.type != "cpu" else _BLOCK_ROWS
+            size = _BLOCK_ROWS if on_cpu else len(rows)
             done = 0
             for start, end in runs:
                 for at in range(start, end, size):
                     part = rows[done : done + min(size, end - at)]
-                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if mu.device.type == "cpu" else part
+                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if on_cpu else part
                     torch.add((full @ matrix)[: len(part)], mu, out=out[at : at + len(part)])
                     if rest is not None:
                         out[at : at + len(part)] += rest[done : done + len(part), columns]
                     done += len(part)
-        return out.view(self.tokens, 2, layout.num_kv_heads, layout.head_dim)
+        return out

@@ -237,19 +237,19 @@ class Restored:
         return self.first.shape[1] + self.rows.num_layers
 
     @torch.inference_mode()
-    def layer(self, n: int) -> torch.Tensor:
-        """Keys (rotated) and values of a layer, float32 [end - start, 2, G, d]."""
+    def layer(self, n: int, first_head: int = 0, last_head: int | None = None) -> torch.Tensor:
+        """Keys (rotated) and values of a layer, float32 [end - start, 2, heads, d], of KV heads [first_head, last_head)."""
         m, skipped, wanted = self.first.shape[1], 0, slice(self.start - self.origin, self.end - self.origin)
         if n < m:
-            kv = self.first[:, n].clone()
+            kv = self.first[:, n, :, first_head:last_head].clone()
         else:
-            kv, skipped = self.rows.layer(n - m), self.skipped
+            kv, skipped = self.rows.layer(n - m, first_head, last_head), self.skipped
         kv[:, 0] = apply_rope(kv[:, 0], *(part[skipped:] for part in self.angles))
         if skipped:
             kv = torch.cat([kv.new_zeros(skipped, *kv.shape[1:]), kv])
         kv = kv[wanted]
         if self.sinks is not None and self.start < NUM_SINKS:
-            kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n].to(kv.dtype)
+            kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n, :, first_head:last_head].to(kv.dtype)
         return kv
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
 
@@ -89,11 +90,10 @@ class _Load:
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raises InvalidOption for what this connector does not serve: parallel ranks, several cache groups, quantised caches."""
-    parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size != 1 or parallel.pipeline_parallel_size != 1:
+    """Raises InvalidOption for what this connector does not serve: pipeline parallel ranks, several cache groups, quantised caches."""
+    if vllm_config.parallel_config.pipeline_parallel_size != 1:
         raise InvalidOption(
-            "ForetoldConnector with tensor or pipeline parallel ranks", "use one rank an engine, and data parallel engines on one store"
+            "ForetoldConnector with pipeline parallel ranks", "use tensor parallel ranks, or data parallel engines on one store"
         )
     if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise InvalidOption(f"ForetoldConnector with a KV cache of {vllm_config.cache_config.cache_dtype}", "leave --kv-cache-dtype auto")
@@ -119,6 +119,14 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         check_supported(vllm_config, kv_cache_config)
         index = open_index(vllm_config)
+        self.ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+        if index.model.config.num_kv_heads % self.ranks:
+            raise InvalidOption(
+                f"{index.model.config.num_kv_heads} KV heads on {self.ranks} tensor parallel ranks",
+                "use a number of ranks that divides them",
+            )
+        self.rank = 0
+        self._offered: dict[str, int] = {}  # of the worker's side: pages of a request that were looked at for keeping
         self.index, self.block_tokens = index, int(vllm_config.cache_config.block_size)
         self.worker: PrefixWorker | None = None
         self.pages: PagedKv | None = None
@@ -134,6 +142,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         self._lock = threading.Lock()  # of the loader's results
         self._layerwise = _waits_for_layers(vllm_config)
         if role == KVConnectorRole.WORKER:
+            self.rank = get_tensor_model_parallel_rank() if self.ranks > 1 else 0
             device = torch.device(vllm_config.device_config.device_type or "cpu")
             self.worker = PrefixWorker(index, dtype=vllm_config.model_config.dtype, device=device, log=logger.warning)
 
@@ -225,7 +234,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
                 f"vLLM has pages of layers {sorted(numbered)}, the model {config.num_layers} layers", "use a plain decoder model"
             )
         layers = [numbered[n] for n in range(config.num_layers)]
-        self.pages = pages_of(layers, config.num_kv_heads, config.head_dim, self.block_tokens)
+        self.pages = pages_of(layers, config.num_kv_heads // self.ranks, config.head_dim, self.block_tokens)
         logger.info("ForetoldConnector: %.0f MiB of weights for predictions", self.worker.passes.weight_bytes / 2**20)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -238,6 +247,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         for name in meta.ended:
             worker.end(name)
             self._blocks.pop(name, None)
+            self._offered.pop(name, None)
         self._computed = []
         for step in meta.steps:
             if step.appended:
@@ -279,6 +289,12 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
             self._fail(worker, step.name, blocks, done, end)
         return load
 
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """First and last of the KV heads whose pages this rank has."""
+        assert self.pages is not None
+        return self.rank * self.pages.num_kv_heads, (self.rank + 1) * self.pages.num_kv_heads
+
     def _fail(self, worker: PrefixWorker, name: str, blocks: Sequence[int], start: int, end: int) -> None:
         """Have vLLM compute tokens [start, end) of a request, and keep nothing of it: its step is run again."""
         worker.metrics.failures += 1
@@ -290,7 +306,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         """Write a restore's layers up to `layers` (None: all); where that fails, its blocks are noted and nothing more is written."""
         try:
             while load.done < (load.restored.num_layers if layers is None else layers):
-                load.write(load.done, load.restored.layer(load.done))
+                load.write(load.done, load.restored.layer(load.done, *self._heads))
                 load.done += 1
         except Exception as error:
             logger.warning_once(
@@ -345,21 +361,51 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         for load in self._loads:  # a pass that did not wait for its layers has read what was not there
             self._fail(worker, load.step.name, load.blocks, load.restored.start, load.restored.end)
         self._loads = []
-        for name, computed in self._computed:
+        for name, first, last, sinks in self._agreed(worker):
             try:
-                blocks = self._blocks[name]
-                if wanted := worker.wanted(name, computed):
-                    kv = self.pages.read(blocks, wanted.start * PAGE_TOKENS, wanted.stop * PAGE_TOKENS)
-                    rows, ready = _to_host(kv, self.pages.keys[0].dtype)
-                    for page in rows.split(PAGE_TOKENS):
+                blocks, dtype = self._blocks[name], self.pages.keys[0].dtype
+                if first < last:
+                    rows, ready = self._gathered(self.pages.read(blocks, first * PAGE_TOKENS, last * PAGE_TOKENS), dtype)
+                    for page in rows.split(PAGE_TOKENS) if self.rank == 0 else ():
                         worker.keep(name, page, ready)
-                if computed >= PAGE_TOKENS and worker.lacks_sinks(name):
-                    worker.keep_sinks(name, *_to_host(self.pages.read(blocks, 0, NUM_SINKS), self.pages.keys[0].dtype))
+                if sinks:
+                    rows, ready = self._gathered(self.pages.read(blocks, 0, NUM_SINKS), dtype)
+                    if self.rank == 0:
+                        worker.keep_sinks(name, rows, ready)
             except Exception as error:
                 worker.give_up(name)
                 logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
         self._computed = []
         worker.stepped()
+
+    def _agreed(self, worker: PrefixWorker) -> list[tuple[str, int, int, bool]]:
+        """Requests, their pages [first, last) to be kept and whether their sinks are: as the first rank sees it, which codes for all."""
+        fresh = [(name, computed) for name, computed in self._computed if computed // PAGE_TOKENS > self._offered.get(name, 0)]
+        if not fresh or not worker.options.save:
+            return []
+        found = []
+        for name, computed in fresh:
+            self._offered[name] = computed // PAGE_TOKENS
+            if self.rank == 0:
+                try:
+                    pages = worker.wanted(name, computed)
+                    sinks = worker.lacks_sinks(name)
+                    if pages or sinks:
+                        found.append((name, pages.start, pages.stop, sinks))
+                except Exception as error:
+                    worker.give_up(name)
+                    logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
+        return found if self.ranks == 1 else get_tp_group().broadcast_object(found, src=0)
+
+    def _gathered(self, kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Keys and values of all heads on the first rank's host, and what waits until they are there."""
+        rows, ready = _to_host(kv, dtype)
+        if self.ranks == 1:
+            return rows, ready
+        ready()
+        parts = [torch.empty_like(rows) for _ in range(self.ranks)] if self.rank == 0 else None
+        torch.distributed.gather(rows, parts, dst=get_tp_group().ranks[0], group=get_tp_group().cpu_group)
+        return (rows if parts is None else torch.cat(parts, 3)), lambda: None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be restored since the last call."""

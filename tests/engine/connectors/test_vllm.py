@@ -75,8 +75,8 @@ def prompts() -> list[list[int]]:
     return [ids[700 * n : 700 * n + size] for n, size in enumerate((700, 600, 520))]
 
 
-def run(llm: LLM, prompts, **options) -> list:
-    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=50, **options)
+def run(llm: LLM, prompts, new_tokens: int = NEW_TOKENS, **options) -> list:
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, logprobs=50, **options)
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
@@ -185,10 +185,13 @@ def test_two_engines_serve_from_one_store(store: Path, prompts, plain, tmp_path)
     close(llm)
 
 
-def test_random_damage_costs_no_answer(store: Path, prompts, plain) -> None:
+def test_random_damage_costs_no_answer(store: Path, prompts) -> None:
     """Files are damaged before requests, or between the scheduler's lookup and the worker's: the text is as without us, or as from whole files."""
     llm = load(store, save=False)
-    whole = texts(run(llm, prompts))
+    # vLLM's numbers depend on what else is in a step: every prompt is answered alone
+    alone = [texts(run(llm, [ids], 8, extra_args={"kv_transfer_params": {"restore": False}}))[0] for ids in prompts]
+    llm.reset_prefix_cache()
+    whole = [texts(run(llm, [ids], 8))[0] for ids in prompts]
     files = sorted((store / "runs").rglob("*.run"))
     kept = {path: path.read_bytes() for path in files}
     generator, inner = random.Random(3), worker()
@@ -214,9 +217,9 @@ def test_random_damage_costs_no_answer(store: Path, prompts, plain) -> None:
             inner.restore = late_restore
         else:
             damage()
-        found = run(llm, [prompts[n]])[0]
+        found = run(llm, [prompts[n]], 8)[0]
         inner.restore = restore
-        assert texts([found])[0] in (texts([plain[n]])[0], whole[n])
+        assert texts([found])[0] in (alone[n], whole[n])
         computed += found.num_cached_tokens == 0 or late
         for path, content in kept.items():
             path.write_bytes(content)
