@@ -76,6 +76,25 @@ def test_a_codec_gives_the_same_spans(own_pack: CodecPack, run) -> None:
     torch.testing.assert_close(part, torch.cat(codec.decode_many(spans[1:], list(guess.split(sizes)[1:]))), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("quality", ["near-lossless", "balanced"])
+def test_rows_come_layer_by_layer_and_head_by_head(own_pack: CodecPack, run, quality: str) -> None:
+    keys, values, positions, features = run
+    serializer, layout = KvSerializer(own_pack, ROTATION), own_pack.layout
+    sizes = [64, 64, 22]
+    rows = serializer.join(torch.stack([keys, values], 2).transpose(0, 1), positions)
+    spans = serializer.encode(rows, features, sizes, quality)
+    want = serializer.decode(spans, features).view(TOKENS, layout.coded_layers, 2, layout.num_kv_heads, layout.head_dim)
+    parts = [features.part(0, 100), features.part(100, TOKENS)]
+    found = serializer.decode_layers(serializer.pages.start(spans), parts)
+    assert found.tokens == TOKENS and found.num_layers == layout.coded_layers
+    torch.testing.assert_close(torch.stack([found.layer(n) for n in range(found.num_layers)], 1), want, rtol=1e-4, atol=1e-4)
+    last = found.num_layers - 1
+    for first, end in ((0, 1), (1, layout.num_kv_heads)):
+        torch.testing.assert_close(found.layer(last, first, end), want[:, last, :, first:end], rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadInput):
+        serializer.decode_layers(serializer.pages.start(spans), parts[:1])
+
+
 def test_a_promised_quality_is_planned(own_pack: CodecPack, run) -> None:
     keys, values, positions, features = run
     curve = DivergenceCurve((0.001, 0.1, 1.0), (0.0001, 0.01, 0.1))
@@ -174,6 +193,13 @@ def test_packed_pages_hold_the_same() -> None:
     # token 0 of page 0 is token 4 of the sequence: its channel c lies where the order says
     assert torch.equal(memory[1][0, 1, :size].flatten()[order[:width]], kv[2, 1, 0, 1])
     assert torch.equal(memory[1][0, 1, size], kv[2, 1, 1, 1])  # values as they are
+    # a whole page at once, and a layer at a time
+    write, more = packed.writer(page_ids, 4, 10), torch.randn(6, layers, 2, heads, width, generator=generator)
+    for n in range(layers):
+        write(n, more[:, n])
+    assert torch.equal(packed.read(page_ids, 2, 10), torch.cat([kv[:2], more]))
+    with pytest.raises(BadInput):
+        packed.writer(page_ids, 4, 13)
     with pytest.raises(BadInput):
         PackedKv(*halves, order.clamp_min(1), order)
     with pytest.raises(BadInput):

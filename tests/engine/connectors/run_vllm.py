@@ -1,5 +1,6 @@
-"""vLLM with the connector and several ranks, in a process of its own: `python run_vllm.py MODEL PACK STORE RANKS OUT`; STORE "-": without the connector.
+"""vLLM with the connector and several ranks, in a process of its own: `python run_vllm.py MODEL PACK STORE RANKS OUT`.
 
+STORE "-": without the connector.
 Writes {"texts", "cached"} of a few prompts with fixed token ids.
 """
 

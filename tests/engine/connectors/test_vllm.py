@@ -11,6 +11,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from codec.spec import QUALITY_DIVERGENCE
 from engine.connectors.vllm import ForetoldConnector, _is_served, pages_of
 from engine.errors import InvalidOption
 from engine.hub.cache import cache_home
+from scripts.bench_vllm import tiny_codec
 
 FOLDERS = sorted((cache_home() / "models").glob("smollm2-135m-instruct-*"))
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="the default pair is not in the cache: python -m engine.generate fetches it")
@@ -270,6 +273,27 @@ def test_preempted_requests_and_those_of_adapters(prompts, plain, tmp_path) -> N
     assert other.num_cached_tokens == 0 and worker().wait(60)
     assert (worker().metrics.saved_tokens, worker().metrics.restored_tokens) == (saved, restored)
     close(llm)
+
+
+def test_two_ranks_keep_and_restore(tmp_path) -> None:
+    """A store that two tensor parallel ranks have filled serves two ranks and one."""
+    model, pack = tiny_codec(tmp_path)
+    script, out = Path(__file__).with_name("run_vllm.py"), tmp_path / "out.json"
+
+    def answers(ranks: int, store: str) -> tuple[list[list[int]], list[int]]:
+        command = [sys.executable, str(script), str(model), str(pack), store, str(ranks), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(out.read_text())
+        return found["texts"], found["cached"]
+
+    store = str(tmp_path / "store")
+    computed, none = answers(2, store)
+    assert none == [0, 0]
+    for ranks in (2, 1):
+        again, cached = answers(ranks, store)
+        assert cached == [256, 384] and [text[:4] for text in again] == [text[:4] for text in computed]
+    assert answers(1, "-")[0] == computed
 
 
 def test_vllm_keeps_its_hybrid_allocator() -> None:
