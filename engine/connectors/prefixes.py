@@ -173,8 +173,8 @@ class _Text:
 
     run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as [64, L, 2, G, d],
     each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same way; sinks_known: they are stored, or were handed
-    over. handed: pages that are stored or were handed over, None before the store was asked. held: a restore of it is under way beside the engine's
-    steps. done: nothing more will come. lost: nothing more is kept of it.
+    over. handed: pages that are stored or were handed over, None before the store was asked. kept: some were handed over. held: a restore of it is under
+    way beside the engine's steps. done: nothing more will come. lost: nothing more is kept of it.
     """
 
     namespace: str
@@ -187,6 +187,7 @@ class _Text:
     handed: int | None = None
     sinks: tuple[torch.Tensor, Ready] | None = None
     sinks_known: bool = False
+    kept: bool = False
     held: bool = False
     done: bool = False
     lost: bool = False
@@ -440,7 +441,7 @@ class PrefixWorker:
         if end <= (text.handed or 0):
             return none
         root, ids = root_key(self.index.identity(text.namespace)), text.token_ids[: end * PAGE_TOKENS]
-        if text.handed is None:
+        if not text.kept:  # what others have stored of it may go on behind what was computed when the store was asked last
             text.run = self.index.store.known_pages(root, ids)
             text.spans = self.index.store.lookup(root, ids, text.run).spans
             text.handed = text.run + len(text.spans)
@@ -476,6 +477,7 @@ class PrefixWorker:
             if not text.raw:
                 text.since = time.monotonic()
             text.raw.append((kv, ready))
+            text.kept = True
             text.handed = (text.handed or 0) + 1
             self._waiting_bytes += kv.nbytes
             self._start()

@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 PROMPTS = [[(7 * n * n + 3 * n + 11 * m) % 250 for n in range(size)] for m, size in enumerate((300, 410))]
 

@@ -156,6 +156,15 @@ def test_a_text_that_grows_keeps_its_codes(open_worker, target) -> None:
     assert all(sequence.num_free_pages for sequence in worker.passes._pools)
 
 
+def test_a_text_that_comes_again_is_not_coded_again(open_worker, target) -> None:
+    worker = open_worker("trunk")
+    keep(worker, OtherEngine(target), IDS)
+    worker.extend("again", "default", IDS)
+    for computed in (200, 330, 420):  # step by step: the store is asked on
+        assert not worker.wanted("again", computed)
+    assert not worker.lacks_sinks("again")
+
+
 def test_what_was_restored_is_never_coded_again(open_worker, target) -> None:
     engine = OtherEngine(target)
     keep(open_worker(), engine, IDS)
