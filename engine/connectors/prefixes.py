@@ -446,11 +446,12 @@ class PrefixWorker:
             text.spans = self.index.store.lookup(root, ids, text.run).spans
             text.handed = text.run + len(text.spans)
         keys = PageKeys(root, ids) if self._restored else []
-        for page in range(text.handed, end):
+        first = text.handed or 0
+        for page in range(first, end):
             if keys and keys[page] in self._restored:
                 text.lost = True  # it was evicted from the store after it came from there: coded again it would lose twice
-                return range(text.handed, page)
-        return range(text.handed, end)
+                return range(first, page)
+        return range(first, end)
 
     def lacks_sinks(self, name: str) -> bool:
         """Whether a text's sinks have to be kept; asked once a text."""
