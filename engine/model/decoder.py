@@ -281,14 +281,17 @@ class Decoder(nn.Module):
         rows = F.embedding(token_ids, self.embed_tokens.weight)
         return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
 
+    @property
+    def head_matrix(self) -> torch.Tensor:
+        """The output projection [V, E] as a `LinearFn` takes it."""
+        if self.lm_head is not None:
+            return self.lm_head.matrix
+        return self.embed_tokens.weight.data if self._tied_head is None else self._tied_head
+
     def head(self, hidden: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
         """Final norm and output projection of the residual stream [N, E] -> float32 logits [N, V]."""
         normed, _ = rms_norm(hidden, self.output_norm, self.config.rms_norm_eps)
-        if self.lm_head is not None:
-            matrix = self.lm_head.matrix
-        else:
-            matrix = self.embed_tokens.weight if self._tied_head is None else self._tied_head
-        logits = self._ops[deterministic].linear(normed, matrix, None).float()
+        logits = self._ops[deterministic].linear(normed, self.head_matrix, None).float()
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -331,7 +334,7 @@ class Decoder(nn.Module):
         """
         depth = self.config.num_layers
         last = depth if last_layer is None else last_layer
-        self._check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
+        self.check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
         if starts is None:
             starts = [sequence.length for sequence in sequences]
         batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
@@ -351,7 +354,7 @@ class Decoder(nn.Module):
             out = self.head(rows, deterministic=deterministic)
         return DecoderOutput(out, stream, queries)
 
-    def _check(
+    def check(
         self,
         token_ids: torch.Tensor | None,
         sequences: list[KvSequence],
@@ -362,6 +365,7 @@ class Decoder(nn.Module):
         last: int,
         hidden: torch.Tensor | None,
     ) -> None:
+        """Raises InvalidOption where arguments of `forward` do not fit each other."""
         count, depth = sum(query_lens), self.config.num_layers
         if not sequences or len(sequences) != len(query_lens) or min(query_lens) < 1:
             raise InvalidOption("a batch needs one query length of at least 1 per sequence", "check sequences and query_lens")

@@ -1,5 +1,8 @@
 """Linear projections, and the CPU's faster ways to compute them.
 
+Where Numba is installed, few rows of bf16 weights are multiplied by compiled code (`kernels.cpu_decode`) that reads them as they are stored, as fast
+as memory gives them, and many rows by the library, so that there is one copy of the weights. The ways below are those without it.
+
 Measured with PyTorch 2.13 on one AVX512-bf16 core: bf16 weights laid out once for oneDNN multiply 1 to 16 rows twice as fast as `F.linear`, which
 lays them out anew on every call; in float32, oneDNN on plain weights is 2 to 2.3 times as fast as the default library from 2 rows on. Weights in
 8 bits, for a draft, whose numbers only decide how often it is right, take half the time of packed bf16 ones for a few rows.
@@ -7,6 +10,8 @@ lays them out anew on every call; in float32, oneDNN on plain weights is 2 to 2.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -14,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.cpu_decode import MOST_ROWS, compiled_available
+from kernels.cpu_decode.blocks import BLOCK, BlockWeight
+
 LARGEST_COPY_BYTES = 128 << 20
 BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; for more they are spread out first
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
 _BLOCK_ELEMENTS = 1 << 17
+_MEASURED, _COPIES = (1536, 1024), 8  # a weight's shape, and how many take turns
+_SLOWEST_SHARE = 1.3  # of oneDNN's time: compiled code needs no second layout, and keeps a row's bits whatever stands beside it
 
 
 class Int8Weight:
@@ -67,7 +77,70 @@ def _has_onednn() -> bool:
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """True where weights of this dtype are worth laying out for oneDNN."""
+    return _packs_bf16(dtype, device) and not multiplies_compiled(dtype, device)
+
+
+def _packs_bf16(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiplies_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where few rows are multiplied by compiled code: bf16 on a CPU, with Numba installed and at least nearly as fast here as oneDNN."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not compiled_available():
+        return False
+    return not _packs_bf16(dtype, device) or _compiled_share(torch.get_num_threads()) <= _SLOWEST_SHARE
+
+
+@functools.cache
+def _compiled_share(threads: int) -> float:
+    """Time of the compiled product of one row as a share of packed oneDNN's with so many threads: the least of some runs over weights that no cache
+    holds. Takes some 20 ms, once in a process."""
+    from kernels.cpu_decode.step import linear
+
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.ones(1, _MEASURED[1], dtype=torch.bfloat16)
+        plain = [torch.ones(_MEASURED, dtype=torch.bfloat16) for _ in range(_COPIES)]
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in plain]
+        own = _least_s(lambda n: linear(x, plain[n]))
+        return own / _least_s(lambda n: torch.ops.mkldnn._linear_pointwise(x, packed[n], None, "none", [], ""))
+
+
+def _least_s(run: Callable[[int], object]) -> float:
+    found = []
+    for n in (*range(_COPIES), *range(_COPIES)):
+        began = time.perf_counter()
+        run(n)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def compiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, in] by weight [out, in], plain or quantised, plus bias [out] -> [N, out]: up to MOST_ROWS rows compiled, more by the library."""
+    if isinstance(weight, Int8Weight):
+        return onednn_linear(x, weight, bias)
+    if x.shape[0] > MOST_ROWS:
+        return _library_linear(x, weight, bias)
+    return compiled_rows(x, weight, bias)
+
+
+def compiled_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`compiled_linear` of any number of rows, none of whose results depends on the others; by the library, row by row, where a weight does not fit."""
+    from kernels.cpu_decode.step import fits, linear
+
+    if not fits(weight) or x.dim() != 2:
+        if x.dim() == 2 and x.shape[0] > 1:
+            return torch.cat([F.linear(x[n : n + 1], weight, bias) for n in range(x.shape[0])])
+        return F.linear(x, weight, bias)
+    out = linear(x, weight)
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(weight, BlockWeight):
+        from kernels.cpu_decode.step import unpack
+
+        weight = unpack(weight)
+    return F.linear(x, weight, bias)
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,6 +155,8 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def select_gemm(dtype: torch.dtype, device: torch.device) -> LinearFn:
     """The fastest product for a decoder of this dtype and device."""
+    if multiplies_compiled(dtype, device):
+        return compiled_linear
     if packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
         return onednn_linear
     return F.linear
@@ -132,7 +207,10 @@ class Projection(nn.Module):
         """Lay the weight out for oneDNN, or put it into bytes, where that pays; the plain one is given up."""
         if self.plain is None:
             return
-        if int8 and Int8Weight.fits(self.plain):
+        if multiplies_compiled(self.plain.dtype, self.plain.device):
+            if int8 and self.plain.shape[1] % BLOCK == 0:
+                self.packed, self.plain = cast(torch.Tensor, BlockWeight.of_bytes(self.plain.data)), None
+        elif int8 and Int8Weight.fits(self.plain):
             self.packed, self.plain = cast(torch.Tensor, Int8Weight(self.plain.data)), None
         elif packs(self.plain.dtype, self.plain.device):
             self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain.data, 1), None

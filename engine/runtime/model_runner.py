@@ -21,6 +21,7 @@ from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
+from engine.runtime.compiled_runner import CompiledDecoder
 from kernels.block_inputs import block_inputs
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
@@ -571,10 +572,13 @@ def read_out(ready: Any) -> list[Any]:
 
 
 def graphed(decoder: Decoder, pool: KvPool) -> CausalDecoder:
-    """The decoder as it should be run over its pool: through captured steps where they are supported."""
+    """The decoder as it should be run over its pool: through captured or compiled steps where they are supported."""
     if GraphedDecoder.supports(decoder, pool):
         assert isinstance(pool, PagedPool)
         return GraphedDecoder(decoder, pool, capture=True)
+    if CompiledDecoder.supports(decoder, pool):
+        assert isinstance(pool, PagedPool)
+        return CompiledDecoder(decoder, pool)
     return decoder
 
 

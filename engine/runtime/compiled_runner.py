@@ -1,0 +1,159 @@
+"""A model's small forward passes on a CPU as compiled steps; all others are the decoder's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draft.tree import TreePosition
+from engine.kv.pool import KvPool, PagedPool
+from engine.model.attention import AttentionBatch
+from engine.model.decoder import Decoder, DecoderOutput
+from engine.model.linear import multiplies_compiled
+from kernels.cpu_decode import MOST_ROWS
+
+_ROWS = 64  # of a deterministic pass that run together
+
+
+class CompiledDecoder:
+    """A decoder whose passes of up to MOST_ROWS rows, and all deterministic ones, run as compiled steps. Implements `draft.protocols.CausalDecoder`.
+
+    Args:
+        decoder: a model that `supports` names.
+        pool: its pool of plain pages.
+    """
+
+    def __init__(self, decoder: Decoder, pool: PagedPool) -> None:
+        self.decoder, self.pool = decoder, pool
+        self._known: tuple[list[Any], int] | None = None  # the weights and where the pool lay
+        self._compiled: Any = None
+
+    @staticmethod
+    def supports(decoder: Decoder, pool: KvPool) -> bool:
+        """Whether the model's steps can run compiled: Llama's layers with compiled products, over plain pages in the weights' dtype."""
+        c = decoder.config
+        if not (isinstance(pool, PagedPool) and c.is_plain and c.head_dim % 32 == 0 and decoder.dtype == torch.bfloat16):
+            return False
+        if not multiplies_compiled(decoder.dtype, decoder.device):
+            return False
+        from kernels.cpu_decode.step import fits
+
+        matrices = [m for w in decoder.layer_weights() for m in (w.qkv, w.o, w.gate_up, w.down)]
+        return all(fits(matrix) for matrix in (*matrices, decoder.head_matrix))
+
+    # --- the decoder's own face -----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The decoder's."""
+        return self.decoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.decoder.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.decoder.weight_bytes
+
+    def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
+        """See `Decoder.head`."""
+        if not deterministic and hidden.shape[0] > MOST_ROWS:
+            return self.decoder.head(hidden)
+        from kernels.cpu_decode.step import head
+
+        return head(hidden, self.decoder.output_norm, self.decoder.head_matrix, self.config.rms_norm_eps)
+
+    def forward(
+        self,
+        token_ids: Tensor | None,
+        sequences: list[Any],
+        query_lens: list[int],
+        *,
+        starts: list[int] | None = None,
+        taps: tuple[int, ...] = (),
+        logits: Literal["all", "last", "none"] = "all",
+        first_layer: int = 0,
+        last_layer: int | None = None,
+        hidden: Tensor | None = None,
+        tree_positions: list[TreePosition] | None = None,
+        deterministic: bool = False,
+    ) -> DecoderOutput:
+        """See `Decoder.forward`."""
+        depth = self.config.num_layers
+        last = depth if last_layer is None else last_layer
+        rows = sum(query_lens)
+        if (not deterministic and rows > MOST_ROWS) or (token_ids is None and hidden is None) or first_layer >= last:
+            return self.decoder.forward(
+                token_ids,
+                sequences,
+                query_lens,
+                starts=starts,
+                taps=taps,
+                logits=logits,
+                first_layer=first_layer,
+                last_layer=last_layer,
+                hidden=hidden,
+                tree_positions=tree_positions,
+                deterministic=deterministic,
+            )
+        self.decoder.check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
+        starts = [sequence.length for sequence in sequences] if starts is None else starts
+        batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
+        batch.check_pages()
+        if hidden is None:
+            assert token_ids is not None
+            hidden = self.decoder.embed(token_ids)
+        stream = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+        taken = self._run(batch, stream, range(first_layer, last), taps)
+        out = None
+        if logits != "none" and last == depth:
+            wanted = stream if logits == "all" else stream[torch.tensor(query_lens).cumsum(0) - 1]
+            out = self.head(wanted, deterministic=deterministic)
+        return DecoderOutput(out, stream.to(self.dtype), taken)
+
+    def _run(self, batch: AttentionBatch, stream: Tensor, layers: range, taps: Sequence[int]) -> dict[int, Tensor]:
+        """Run layers over the residual stream, in place. Returns the streams at taps."""
+        compiled = self._layers()
+        angles = batch.angles(self.decoder.rope)
+        positions = np.array(batch.positions, np.int64)
+        trees = batch.tree_positions
+        places = positions if trees is None else np.array([slot for tree in trees for slot in tree.slots], np.int64)
+        requests = np.repeat(np.arange(len(batch.sequences)), batch.query_lens)
+        tables = np.zeros((len(batch.sequences), max(len(s.pages) for s in batch.sequences)), np.int64)
+        for number, sequence in enumerate(batch.sequences):
+            tables[number, : len(sequence.pages)] = sequence.pages
+        taken = {tap: torch.empty(stream.shape, dtype=self.dtype) for tap in taps}
+        for first in range(0, len(stream), _ROWS):
+            part = slice(first, first + _ROWS)
+            cos, sin = (angle[part] for angle in angles)
+            at = layers.start
+            for tap in (*sorted(taps), layers.stop):
+                compiled.run(range(at, tap), stream[part], (cos, sin), positions[part], places[part], requests[part], tables)
+                if tap in taken:
+                    taken[tap][part] = stream[part]
+                at = tap
+        return taken
+
+    def _layers(self) -> Any:
+        """The layers as the compiled code takes them, made anew when the weights or the pool have moved."""
+        from kernels.cpu_decode.step import CompiledLayers, StepShape
+
+        weights, lies_at = self.decoder.layer_weights(), self.pool.layer(0)[0].data_ptr()
+        if self._known is None or self._known[0] is not weights or self._known[1] != lies_at:
+            c, shape = self.config, self.decoder.layer_shapes[0]
+            sizes = StepShape(c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps, shape.scale)
+            pages = [self.pool.layer(number) for number in range(c.num_layers)]
+            self._compiled, self._known = CompiledLayers(weights, pages, sizes), (weights, lies_at)
+        return self._compiled

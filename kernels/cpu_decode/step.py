@@ -1,0 +1,139 @@
+"""The compiled step's face: tensors in, addresses to the compiled code. Importing this module compiles that code, once for a machine.
+
+Axes: N new tokens (rows), L layers, H query heads, G KV heads, d head size, E hidden size, I intermediate size, V vocabulary, B requests, P pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.cpu_decode import compiled
+from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
+from kernels.decode_layer.tensors import LayerTensors
+
+Matrix = torch.Tensor | BlockWeight
+
+
+def fits(weight: Matrix) -> bool:
+    """Whether a weight can be multiplied here: quantised, or plain contiguous bf16 on a CPU, of whole blocks."""
+    if isinstance(weight, BlockWeight):
+        return True
+    plain = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.is_mkldnn and weight.is_contiguous()
+    return plain and weight.dim() == 2 and weight.shape[1] % BLOCK == 0 and weight.numel() > 0
+
+
+def _place(weight: Matrix) -> tuple[int, int]:
+    """(address, format) of a weight that fits."""
+    if isinstance(weight, BlockWeight):
+        return weight.blocks.data_ptr(), weight.kind
+    return weight.data_ptr(), BF16
+
+
+def _numbers(x: torch.Tensor) -> np.ndarray:
+    """x as contiguous float32."""
+    return x.detach().float().contiguous().numpy()
+
+
+def linear(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    """x [N, in] of any float dtype by a weight [out, in] that `fits` -> float32 [N, out]. A row's bits do not depend on the others."""
+    outputs, inputs = weight.shape
+    if x.dim() != 2 or x.shape[1] != inputs:
+        raise ValueError(f"rows of shape {list(x.shape)} do not fit a weight of shape {list(weight.shape)}")
+    out = np.empty((x.shape[0], outputs), np.float32)
+    compiled.linear(*_place(weight), outputs, inputs, _numbers(x), out)
+    return torch.from_numpy(out)
+
+
+def unpack(weight: BlockWeight) -> torch.Tensor:
+    """What `BlockWeight.to_dense` gives, a few rows at a time and so in little memory beside the result."""
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    rows = max(1, (1 << 17) // weight.shape[1])
+    buffer = np.empty(rows * weight.shape[1], np.float32)
+    row_bytes = weight.shape[1] // BLOCK * BLOCK_BYTES[weight.kind]
+    for start in range(0, weight.shape[0], rows):
+        part = out[start : start + rows]
+        compiled.unpacked(weight.blocks.data_ptr() + start * row_bytes, weight.kind, buffer[: part.numel()])
+        part.copy_(torch.from_numpy(buffer[: part.numel()]).view(part.shape))
+    return out
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a model's layers share."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    eps: float
+    scale: float  # of the attention scores
+
+
+class CompiledLayers:
+    """Layers of one model over one pool, laid out for the compiled step; keeps the tensors alive.
+
+    Args:
+        layers: their weights, each of which `fits`.
+        pages: keys and values of each layer, bf16 [P, S, G, d] contiguous. They must not move.
+        shape: of all layers.
+    """
+
+    def __init__(self, layers: Sequence[LayerTensors], pages: Sequence[tuple[torch.Tensor, torch.Tensor]], shape: StepShape) -> None:
+        self.shape, self._kept = shape, [*layers, *pages]
+        matrices = [(w.qkv, w.o, w.gate_up, w.down) for w in layers]
+        if not all(fits(matrix) for row in matrices for matrix in row):
+            raise ValueError("the compiled step takes quantised weights, and plain bf16 ones of whole blocks")
+        places = [[_place(matrix) for matrix in row] for row in matrices]
+        self._addresses = np.array([[address for address, _ in row] for row in places], np.int64)
+        self._kinds = np.array([[kind for _, kind in row] for row in places], np.int64)
+        self._norms = np.stack([np.stack((_numbers(w.input_norm), _numbers(w.post_norm))) for w in layers])
+        self._qkv_bias = self._stack([w.qkv_bias for w in layers], (0,))
+        self._o_bias = self._stack([w.o_bias for w in layers], (0,))
+        self._qk_norm = self._stack([w.qk_norm for w in layers], (2, 0))
+        self._pool = np.array([[k.data_ptr(), v.data_ptr()] for k, v in pages], np.int64)
+        self._page_size = pages[0][0].shape[1]
+        self._sizes = np.array([shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate], np.int64)
+
+    @staticmethod
+    def _stack(parts: Sequence[torch.Tensor | None], absent: tuple[int, ...]) -> np.ndarray:
+        return np.stack([np.empty(absent, np.float32) if part is None else _numbers(part) for part in parts])
+
+    def run(
+        self,
+        layers: range,
+        stream: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        positions: np.ndarray,
+        places: np.ndarray,
+        requests: np.ndarray,
+        page_tables: np.ndarray,
+    ) -> None:
+        """Run layers over the residual stream float32 [N, E], in place; keys and values of the rows are written.
+
+        A row attends to places 0 to position - 1 of its request and to its own place. What it gets is the same bits whatever rows stand beside it.
+
+        Args:
+            angles: cos, sin float32 [N, d/2].
+            positions, places: int64 [N], a row's position in its text and its place in the cache, which differ in draft trees.
+            requests: int64 [N], the row of `page_tables` int64 [B, P] that holds a row's pages.
+        """
+        s, rows, width = self.shape, stream.shape[0], stream.shape[1]
+        wide = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate)
+        compiled.run_layers(
+            self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool,
+            layers.start, layers.stop, stream.numpy(), _numbers(angles[0]), _numbers(angles[1]),
+            positions, places, requests, page_tables, self._sizes, self._page_size,
+            np.empty((rows, width), np.float32), np.empty((rows, wide), np.float32), np.empty((rows, s.heads * s.head_dim), np.float32),
+            np.empty((s.heads // s.kv_heads, int(positions.max()) + 1), np.float32), s.eps, s.scale,
+        )  # fmt: skip
+
+
+def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:
+    """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
+    rows, logits = _numbers(stream), np.empty((stream.shape[0], weight.shape[0]), np.float32)
+    compiled.run_head(rows, _numbers(norm), *_place(weight), weight.shape[0], eps, np.empty_like(rows), logits)
+    return torch.from_numpy(logits)
