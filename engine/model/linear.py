@@ -62,7 +62,7 @@ class Int8Weight:
     def fits(weight: torch.Tensor) -> bool:
         """Whether a weight of this kind can be multiplied in bytes here."""
         aligned = all(size % _BYTE_ALIGNMENT == 0 for size in weight.shape)
-        return aligned and packs(weight.dtype, weight.device) and hasattr(torch, "_weight_int8pack_mm")
+        return aligned and _packs_bf16(weight.dtype, weight.device) and hasattr(torch, "_weight_int8pack_mm")
 
 
 LinearFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # x [N, in], weight [out, in], bias -> [N, out]

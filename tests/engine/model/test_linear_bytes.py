@@ -15,6 +15,12 @@ needs_bytes = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def without_compiled_products(monkeypatch):
+    """What a machine without Numba does (tests/engine/model/test_compiled_linear.py has the other)."""
+    monkeypatch.setenv("FORETOLD_KERNELS", "reference")
+
+
 def random_weight(outputs, inputs):
     generator = torch.Generator().manual_seed(outputs + inputs)
     # rows of very different size, as each has a scale of its own

@@ -1,0 +1,139 @@
+"""Compiled steps of a CPU against the decoder's own forward pass, and against themselves in other company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from draft.tree import Leaf, block_positions
+from engine.engine import Engine
+from engine.errors import InvalidOption
+from engine.model.decoder import Decoder, forward_reserved
+from engine.runtime.compiled_runner import CompiledDecoder
+from engine.runtime.core import EngineCore
+from engine.runtime.sampling import SamplingParams
+from kernels.cpu_decode import MOST_ROWS
+
+FAMILIES = [
+    ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}),
+    ("qwen2", {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64}),
+    ("qwen3", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 96}),
+]
+
+
+@pytest.fixture(autouse=True)
+def compiled_always(monkeypatch):
+    """Whatever a measurement on a busy machine would say."""
+    monkeypatch.setattr("engine.model.linear._compiled_share", lambda threads: 1.0)
+
+
+def decoder_of(tiny_model, family, options):
+    return Decoder.from_pretrained(tiny_model(family, hidden_size=96, intermediate_size=96, **options).folder, dtype=torch.bfloat16)
+
+
+def fed(model, pool, ids, sizes, **options):
+    """Outputs of one sequence fed in blocks of the given sizes, and the sequence."""
+    sequence, start, outs = pool.new_sequence(), 0, []
+    for size in sizes:
+        outs.append(forward_reserved(model, ids[start : start + size], [sequence], [size], **options))
+        sequence.advance(size)
+        start += size
+    return outs, sequence
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+@torch.inference_mode()
+def test_a_step_computes_what_the_decoder_does(tiny_model, family, options, monkeypatch):
+    decoder = decoder_of(tiny_model, family, options)
+    ids = torch.randint(0, 97, (43,), generator=torch.Generator().manual_seed(1))
+    pools = [decoder.new_pool(16, 4) for _ in range(2)]
+    runner = CompiledDecoder(decoder, pools[0])
+    assert CompiledDecoder.supports(decoder, pools[0])
+    sizes = [16, 1, 1, 4, 7, 14]
+    ours, sequence = fed(runner, pools[0], ids, sizes, taps=(0, 1, 2))
+    exact = Decoder.from_pretrained(tiny_model(family, hidden_size=96, intermediate_size=96, **options).folder, dtype=torch.float32)
+    (whole,), exact_sequence = fed(exact, exact.new_pool(16, 4), ids, [43], taps=(0, 1, 2))
+    (plain,), plain_sequence = fed(decoder, pools[1], ids, [43], taps=(0, 1, 2))
+    for name in ("logits", "hidden"):
+        own = torch.cat([getattr(out, name) for out in ours]).float()
+        error, bound = ((x - getattr(whole, name)).norm() for x in (own, getattr(plain, name).float()))
+        assert error < 1.1 * bound, "no farther from float32 than plain bf16 is"
+    for tap in (0, 1, 2):
+        own = torch.cat([out.taps[tap] for out in ours])
+        assert (
+            own.dtype == torch.bfloat16
+            and (own.float() - whole.taps[tap]).norm() <= 1.1 * (plain.taps[tap].float() - whole.taps[tap]).norm()
+        )
+    kv, plain_kv, exact_kv = (m.read_kv(s, 0, 43) for m, s in ((decoder, sequence), (decoder, plain_sequence), (exact, exact_sequence)))
+    assert (kv - exact_kv).norm() < 1.1 * (plain_kv - exact_kv).norm()
+
+
+@torch.inference_mode()
+def test_a_token_has_the_same_bits_alone_in_a_block_and_in_a_batch(tiny_model):
+    decoder = decoder_of(tiny_model, *FAMILIES[0])
+    pool = decoder.new_pool(128, 4)
+    runner = CompiledDecoder(decoder, pool)
+    ids = torch.randint(0, 97, (80,), generator=torch.Generator().manual_seed(2))
+    alone, _ = fed(runner, pool, ids, [1] * 80)
+    alone = torch.cat([out.logits for out in alone])
+    blocks, _ = fed(runner, pool, ids, [7, 16, 3, 1, 13, 16, 16, 8])
+    assert torch.equal(torch.cat([out.logits for out in blocks]), alone)
+    (prefill,), _ = fed(runner, pool, ids, [80], deterministic=True)
+    assert torch.equal(prefill.logits, alone)
+    _, one = fed(runner, pool, ids, [16, 4])
+    _, other = fed(runner, pool, ids, [16, 13])
+    out = forward_reserved(runner, torch.cat((ids[20:25], ids[29:31])), [one, other], [5, 2], logits="last")
+    assert torch.equal(out.logits, alone[[24, 30]])
+    first = forward_reserved(runner, ids[20:22], [one], [2], last_layer=1, logits="none")
+    rest = forward_reserved(runner, None, [one], [2], first_layer=1, hidden=first.hidden)
+    assert torch.equal(rest.logits, alone[20:22]), "an early exit loses nothing of the residual stream"
+
+
+@torch.inference_mode()
+def test_leaves_of_a_tree_see_the_chain_before_them_and_themselves(tiny_model):
+    decoder = decoder_of(tiny_model, *FAMILIES[1])
+    pool = decoder.new_pool(64, 4)
+    runner = CompiledDecoder(decoder, pool)
+    ids = torch.randint(0, 97, (20,), generator=torch.Generator().manual_seed(3))
+    _, sequence = fed(runner, pool, ids, [12])
+    tree = block_positions(13, 3, [Leaf(1, 5), Leaf(3, 8)])
+    tokens = torch.cat((ids[12:16], torch.tensor([5, 8])))
+    ours = forward_reserved(runner, tokens, [sequence], [6], tree_positions=[tree]).logits
+    chain = forward_reserved(runner, ids[12:16], [sequence], [4]).logits
+    assert torch.equal(ours[:4], chain)
+    for row, position in ((4, tree.positions[4]), (5, tree.positions[5])):
+        replaced = torch.cat((ids[12:position], tokens[row : row + 1]))
+        out = forward_reserved(runner, replaced, [sequence], [len(replaced)]).logits
+        assert (ours[row] - out[-1]).norm() < 1e-5 * out[-1].norm()
+
+
+def test_greedy_text_is_the_same_with_and_without_drafts(tiny_model):
+    decoder = decoder_of(tiny_model, "llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32})
+    texts = []
+    for draft, length in ((None, 0), (1, 3), (1, 0)):
+        engine = Engine(decoder, draft=draft, pool_tokens=512, page_size=4)
+        assert isinstance(engine.core, EngineCore) and isinstance(engine.core.runner, CompiledDecoder)
+        params = SamplingParams(max_new_tokens=24, ignore_eos=True, draft_length=length)
+        texts.append(engine.generate([[3, 1, 4, 1, 5]], params)[0].token_ids)
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 24
+
+
+def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, monkeypatch):
+    decoder = decoder_of(tiny_model, *FAMILIES[0])
+    pool = decoder.new_pool(8, 4)
+    gemma = Decoder.from_pretrained(tiny_model("gemma3").folder, dtype=torch.bfloat16)
+    assert not CompiledDecoder.supports(gemma, gemma.new_pool(4, 4))
+    narrow = Decoder.from_pretrained(tiny_model("llama").folder, dtype=torch.bfloat16)
+    assert not CompiledDecoder.supports(narrow, narrow.new_pool(4, 4)), "heads of 16 channels"
+    monkeypatch.setenv("FORETOLD_KERNELS", "reference")
+    assert not CompiledDecoder.supports(decoder, pool)
+    monkeypatch.delenv("FORETOLD_KERNELS")
+    runner, ids = CompiledDecoder(decoder, pool), torch.arange(MOST_ROWS + 1)
+    sequence = pool.new_sequence()
+    sequence.ensure(len(ids), 0)
+    own, ours = decoder.forward(ids, [sequence], [len(ids)]), runner.forward(ids, [sequence], [len(ids)])
+    assert torch.equal(own.logits, ours.logits), "many rows are the library's"
+    with pytest.raises(InvalidOption, match=r"rows were given"):
+        runner.forward(ids[:3], [sequence], [2])

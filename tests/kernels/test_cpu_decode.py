@@ -1,0 +1,89 @@
+"""Compiled products on a CPU against plain PyTorch, in every weight format; what blocks mean; bad shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.cpu_decode.blocks import BLOCK_BYTES, NAMES, BlockWeight, linear, unpack_blocks
+
+FORMATS = ["BF16", *NAMES]
+
+
+def random_weight(outputs, inputs, name, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if name == "BF16":
+        return torch.randn(outputs, inputs, generator=generator).bfloat16()
+    kind = NAMES[name]
+    blocks = torch.randint(0, 256, (outputs, inputs // 32, BLOCK_BYTES[kind]), generator=generator).to(torch.uint8)
+    halves = 2 if name == "Q4_1" else 1
+    scales = torch.randn(outputs, inputs // 32, halves, generator=generator).half()
+    blocks[..., : 2 * halves] = scales.view(torch.uint8)
+    return BlockWeight(blocks.flatten(1), kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_mean_what_the_gguf_package_reads(name):
+    import gguf
+
+    weight = random_weight(3, 96, name)
+    wanted = gguf.quants.dequantize(weight.blocks.numpy(), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(unpack_blocks(weight.blocks, weight.kind).numpy(), wanted)
+    assert weight.shape == (3, 96) and torch.equal(weight.to_dense(), torch.from_numpy(wanted).bfloat16())
+
+
+def test_a_weight_in_bytes_is_within_half_a_step():
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.0, 1e-3, 1.0, 100.0, 1.0])[:, None]
+    error = (unpack_blocks(BlockWeight.of_bytes(weight).blocks, NAMES["Q8_0"]) - weight).abs().unflatten(1, (-1, 32)).amax(-1)
+    assert bool((error <= 0.51 * weight.abs().unflatten(1, (-1, 32)).amax(-1) / 127 + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (7, 96), (64, 576)])
+def test_products_equal_those_of_the_unpacked_weight(name, outputs, inputs):
+    pytest.importorskip("numba")
+    from kernels.cpu_decode.step import linear as compiled
+    from kernels.cpu_decode.step import unpack
+
+    weight = random_weight(outputs, inputs, name)
+    x = torch.randn(11, inputs, generator=torch.Generator().manual_seed(2))
+    whole = compiled(x, weight)
+    assert whole.shape == (11, outputs) and whole.dtype == torch.float32
+    assert (whole - linear(x.double().float(), weight)).norm() < 1e-6 * inputs**0.5 * whole.norm()
+    for start, count in ((0, 1), (1, 2), (4, 3), (2, 4), (5, 6)):
+        assert torch.equal(compiled(x[start : start + count], weight), whole[start : start + count]), "a row's bits are its own"
+    x[3, 5] = float("nan")
+    poisoned = compiled(x, weight)
+    assert bool(poisoned[3].isnan().all()) and torch.equal(poisoned[:3], whole[:3])
+    if name != "BF16":
+        assert torch.equal(unpack(weight), weight.to_dense())
+
+
+def test_what_does_not_fit_is_refused():
+    pytest.importorskip("numba")
+    from kernels.cpu_decode.step import fits
+    from kernels.cpu_decode.step import linear as compiled
+
+    assert fits(torch.zeros(4, 64, dtype=torch.bfloat16))
+    for weight in (torch.zeros(4, 64), torch.zeros(4, 48, dtype=torch.bfloat16), torch.zeros(64, 4, dtype=torch.bfloat16).T):
+        assert not fits(weight)
+    with pytest.raises(ValueError, match="do not fit"):
+        compiled(torch.zeros(2, 32), torch.zeros(4, 64, dtype=torch.bfloat16))
+    for blocks, kind in ((torch.zeros(2, 35, dtype=torch.uint8), NAMES["Q8_0"]), (torch.zeros(2, 64, dtype=torch.uint8), 0)):
+        with pytest.raises(ValueError, match="whole blocks"):
+            BlockWeight(blocks, kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize("x", [0.0, -1.0, 1e-8, -87.0, 80.0, float("inf"), float("nan")])
+def test_numbers_round_to_bf16_as_torch_does_and_exp_is_exact_enough(x):
+    pytest.importorskip("numba")
+    from kernels.cpu_decode import compiled
+
+    for value in (x, x * 1.00390625, x * 1.001953125):
+        rounded = compiled._rounded(np.float32(value))
+        assert np.array_equal(rounded, torch.tensor(value, dtype=torch.bfloat16).float().numpy(), equal_nan=True)
+    if x < 88:
+        assert abs(compiled._exp(np.float32(x)) / np.exp(np.float64(np.float32(x))) - 1) < 3e-7 + 4e-8 * abs(x)
+    elif x != x:
+        assert compiled._exp(np.float32(x)) != compiled._exp(np.float32(x))
