@@ -5,7 +5,7 @@ Everything but the container's bytes is tensors on the codec's device: products,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from codec.pack import CodecPack
 from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
 from codec.rans import DAMAGED, SpanStream
 from codec.rate import RATE_WEIGHT, class_of
+from codec.residuals import Pair, Projection, Residuals, residuals_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -52,6 +53,16 @@ class SpanSetting(NamedTuple):
 
     step: float
     fallback: bool = False
+
+
+class QuantisedSpans(NamedTuple):
+    """Spans of one setting that wait for the entropy coder: their numbers, tokens, integers of all and references of each."""
+
+    numbers: list[int]
+    sizes: list[int]
+    setting: SpanSetting
+    integers: _Integers
+    references: list[Sequence[Reference]]
 
 
 class Earlier(NamedTuple):
@@ -99,12 +110,21 @@ class KvCodec:
         device: where everything runs; what is coded on one device decodes on any.
         rounding: the quantiser's rounding constant, before the choice by rate (encoder only; any value decodes).
         rate_weight: squared error in steps that a bit is worth to the encoder; 0 rounds without looking at the rate.
+        projection_dtype: of the encoder's products with the transform (`Projection`).
     """
 
-    def __init__(self, pack: CodecPack, device: torch.device | str = "cpu", rounding: float = ROUNDING, rate_weight: float = RATE_WEIGHT):
+    def __init__(
+        self,
+        pack: CodecPack,
+        device: torch.device | str = "cpu",
+        rounding: float = ROUNDING,
+        rate_weight: float = RATE_WEIGHT,
+        projection_dtype: torch.dtype = torch.float32,
+    ):
         self.pack, self.layout, self.device = pack, pack.layout, torch.device(device)
         self.rounding, self.rate_weight = rounding, rate_weight
         self.weighting, self.transform = pack.weighting.to(device), pack.transform.to(device)
+        self._projection = Projection(pack.layout, self.weighting, self.transform, self.device, projection_dtype)
         self.choice, self.coder = RateChoice(pack.model, device), SpanCoder(pack.model, device)
         self._joined = self.device.type != "cpu"  # products of many spans at once, which keep a GPU busy
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
@@ -117,28 +137,21 @@ class KvCodec:
         kept = transform.kept(KEEP_FACTOR * step, fallback=fallback)
         return max(transform.num_rows + 1, kept) if fallback else min(max(1, kept), transform.num_rows)
 
-    def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]. rows: see `Transform.project`."""
-        if truth.shape != prediction.shape or truth.ndim != 2 or truth.shape[1] != self.layout.dim:
-            raise BadInput(
-                f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} do not fit",
-                f"pass two [T, {self.layout.dim}] tensors",
-            )
-        residual = truth.to(self.device, torch.float32) - prediction.to(self.device, torch.float32)
-        c = self.transform.project(self.weighting.whiten(residual), count, rows)
-        if not bool(torch.isfinite(c).all()):
-            raise BadInput("the KV to be coded holds NaN or infinity", "the model overflowed; try float32")
-        return c
+    def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
+        """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]. Raises BadInput."""
+        return self._projection.components(self._projection.weighted(truth, prediction), count)
 
-    def _all_components(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
-        """Components float32 [sum T, count] of several spans."""
-        if not self._joined or len({(t.shape[1:], t.dtype) for pair in pairs for t in pair}) > 1:
-            return torch.cat([self.components(truth, prediction, count) for truth, prediction in pairs])
-        parts = []
-        for some in batches([len(t) for t, _ in pairs], BATCH_TOKENS["cpu"]):
-            truth, prediction = (torch.cat([pairs[n][i].to(self.device) for n in some]) for i in (0, 1))
-            parts.append(self.components(truth, prediction, count))
-        return torch.cat(parts)
+    def residuals(self, pairs: Sequence[Pair] | Residuals) -> Residuals:
+        """Of spans (truth [T, D], prediction [T, D]), float32; of residuals these themselves. Raises BadInput."""
+        return pairs if isinstance(pairs, Residuals) else residuals_of(pairs, self._projection, self._joined_tokens)
+
+    def residuals_read(self, sizes: Sequence[int], read: Callable[[int, int], Pair]) -> Residuals:
+        """Of spans of `sizes` tokens, whose truth and prediction `read` gives when they are needed (see `Residuals`)."""
+        return Residuals(self._projection, sizes, read, self._joined_tokens)
+
+    @property
+    def _joined_tokens(self) -> int:
+        return BATCH_TOKENS["cpu"] if self._joined else 0
 
     def _levels(self, levels: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor:
         """Step levels, int32 [sum T]."""
@@ -156,14 +169,16 @@ class KvCodec:
 
     def _quantised(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        residuals: Residuals,
+        members: Sequence[int],
         setting: SpanSetting,
         levels: Sequence[torch.Tensor | None],
         earlier: Sequence[Earlier | None],
     ) -> _Integers:
         step, count = setting.step, self.num_components(setting.step, fallback=setting.fallback)
-        base, level = self._base(step, count), self._levels(levels, [len(t) for t, _ in pairs])
-        scaled = less_earlier(self._all_components(pairs, count), [len(t) for t, _ in pairs], earlier)
+        sizes = [residuals.sizes[n] for n in members]
+        base, level = self._base(step, count), self._levels(levels, sizes)
+        scaled = less_earlier(residuals.components(members, count), sizes, earlier)
         scaled = scaled / token_steps(step, level, len(level), self.device)
         q = quantise(scaled, self.rounding)
         gains = self.choice.choose_gains(q, base, level)
@@ -173,29 +188,32 @@ class KvCodec:
 
     def _checked_batches(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        residuals: Residuals,
+        numbers: Sequence[int],
         levels: Sequence[torch.Tensor | None] | None,
         settings: Sequence[SpanSetting],
         earlier: Sequence[Earlier | None] | None = None,
     ) -> Iterator[tuple[list[int], SpanSetting, _Integers]]:
-        """Integers of all spans, batch by batch of one setting, with the numbers of each batch's spans."""
-        every = [None] * len(pairs) if levels is None else levels
-        before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
-        for truth, _ in pairs:
-            if not 0 < len(truth) <= MAX_SPAN_TOKENS:
-                raise BadInput(f"a span of {len(truth)} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
-        if len(settings) != len(pairs) or (self.transform.fallback is None and any(setting.fallback for setting in settings)):
+        """Integers of the spans `numbers`, batch by batch of one setting, with each batch's spans as places in `numbers`; the other arguments have one
+        for each of `numbers`."""
+        every = [None] * len(numbers) if levels is None else levels
+        before: Sequence[Earlier | None] = [None] * len(numbers) if earlier is None else earlier
+        sizes = [residuals.sizes[n] for n in numbers]
+        for size in sizes:
+            if not 0 < size <= MAX_SPAN_TOKENS:
+                raise BadInput(f"a span of {size} tokens", f"code 1 to {MAX_SPAN_TOKENS} tokens a span")
+        if len(settings) != len(numbers) or (self.transform.fallback is None and any(setting.fallback for setting in settings)):
             raise BadInput("settings do not fit the spans", "pass one a span, and a fallback basis only where the pack has one")
         for setting in dict.fromkeys(settings):
             alike = [n for n, own in enumerate(settings) if own == setting]
-            for some in batches([len(pairs[n][0]) for n in alike], self._batch_tokens):
+            for some in batches([sizes[n] for n in alike], self._batch_tokens):
                 members = [alike[i] for i in some]
-                own_pairs, own_levels = [pairs[n] for n in members], [every[n] for n in members]
-                yield members, setting, self._quantised(own_pairs, setting, own_levels, [before[n] for n in members])
+                own_levels, own_before = [every[n] for n in members], [before[n] for n in members]
+                yield members, setting, self._quantised(residuals, [numbers[n] for n in members], setting, own_levels, own_before)
 
     def encode_many(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pairs: Sequence[Pair] | Residuals,
         quality: str | float | Sequence[SpanSetting],
         levels: Sequence[torch.Tensor | None] | None = None,
     ) -> list[bytes]:
@@ -210,21 +228,38 @@ class KvCodec:
 
     def encode_with_components(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pairs: Sequence[Pair] | Residuals,
         quality: str | float | Sequence[SpanSetting],
         levels: Sequence[torch.Tensor | None] | None = None,
         earlier: Sequence[Earlier | None] | None = None,
         wanted: Sequence[bool] | None = None,
     ) -> tuple[list[bytes], list[torch.Tensor | None]]:
         """As encode_many, of spans that may refer to earlier tokens; and the components float32 [T, K'] that a decoder will have of those wanted."""
-        spans: list[bytes] = [b""] * len(pairs)
-        components: list[torch.Tensor | None] = [None] * len(pairs)
-        before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
-        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs)), before):
-            sizes = [len(pairs[n][0]) for n in members]
+        residuals = self.residuals(pairs)
+        parts, components = self.quantise(residuals, range(len(residuals)), quality, levels, earlier, wanted)
+        coded = self.write(parts)
+        return [coded[n] for n in range(len(residuals))], components
+
+    def quantise(
+        self,
+        residuals: Residuals,
+        numbers: Sequence[int],
+        quality: str | float | Sequence[SpanSetting],
+        levels: Sequence[torch.Tensor | None] | None = None,
+        earlier: Sequence[Earlier | None] | None = None,
+        wanted: Sequence[bool] | None = None,
+    ) -> tuple[list[QuantisedSpans], list[torch.Tensor | None]]:
+        """The integers of some spans, for `write`, and the components of those wanted; arguments as for `encode_with_components`, one for each of
+        `numbers`."""
+        parts: list[QuantisedSpans] = []
+        components: list[torch.Tensor | None] = [None] * len(numbers)
+        before: Sequence[Earlier | None] = [None] * len(numbers) if earlier is None else earlier
+        settings = _settings(quality, len(numbers))
+        for members, setting, integers in self._checked_batches(residuals, numbers, levels, settings, before):
+            sizes = [residuals.sizes[numbers[n]] for n in members]
             references = [() if (own := before[n]) is None else own.references for n in members]
-            for n, span in zip(members, self._write(integers, sizes, setting.step, references), strict=True):
-                spans[n] = span
+            narrow = integers._replace(q=integers.q.to(torch.int16)) if int(integers.q.abs().max()) < 1 << 15 else integers
+            parts.append(QuantisedSpans([numbers[n] for n in members], sizes, setting, narrow, references))
             if wanted is None or not any(wanted[n] for n in members):
                 continue
             c = self.choice.reconstruct(integers.q, integers.classes())
@@ -232,21 +267,41 @@ class KvCodec:
             for n, own_c in zip(members, c.split(sizes), strict=True):
                 if wanted[n]:
                     components[n] = own_c.clone() if (own := before[n]) is None else own.added_to(own_c)
-        return spans, components
+        return parts, components
+
+    def write(self, parts: Sequence[QuantisedSpans]) -> dict[int, bytes]:
+        """Bytes of all spans, by number. Spans of one setting share the entropy coder's passes, of which each takes as long for few tokens as for many
+        on a CPU."""
+        coded: dict[int, bytes] = {}
+        for setting in dict.fromkeys(part.setting for part in parts):
+            alike = [part for part in parts if part.setting == setting]
+            for some in batches([sum(part.sizes) for part in alike], self._batch_tokens):
+                own = [alike[n] for n in some]
+                base = own[0].integers.base
+                q, levels, gains = (torch.cat([getattr(part.integers, name) for part in own]) for name in ("q", "levels", "gains"))
+                integers = _Integers(q.to(torch.int32), base, levels, gains)
+                sizes = [size for part in own for size in part.sizes]
+                references = [references for part in own for references in part.references]
+                numbers = [number for part in own for number in part.numbers]
+                coded |= zip(numbers, self._write(integers, sizes, setting.step, references), strict=True)
+        return coded
 
     def requantised(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pairs: Sequence[Pair] | Residuals,
         quality: str | float | Sequence[SpanSetting],
         levels: Sequence[torch.Tensor | None] | None = None,
     ) -> list[torch.Tensor]:
         """What decode_many gives for the spans that encode_many would write, without the bytes; arguments as there."""
-        decoded: list[torch.Tensor] = [truth for truth, _ in pairs]
-        for members, setting, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
+        residuals = self.residuals(pairs)
+        decoded = [torch.empty(0)] * len(residuals)
+        for members, setting, integers in self._checked_batches(
+            residuals, range(len(residuals)), levels, _settings(quality, len(residuals))
+        ):
             q = integers.q
             c = self.choice.reconstruct(q, integers.classes()) * token_steps(setting.step, integers.levels, len(q), self.device)
-            for n, part in zip(members, self._residuals(c, [len(pairs[n][0]) for n in members]), strict=True):
-                decoded[n] = part + pairs[n][1].to(self.device, torch.float32)
+            for n, part in zip(members, self._residuals(c, [residuals.sizes[n] for n in members]), strict=True):
+                decoded[n] = part + residuals.pair(n)[1].to(self.device, torch.float32)
         return decoded
 
     def _write(self, integers: _Integers, sizes: list[int], step: float, references: Sequence[Sequence[Reference]]) -> list[bytes]:
@@ -366,13 +421,14 @@ class KvCodec:
 
     def ideal_bits(
         self,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pairs: Sequence[Pair] | Residuals,
         quality: str | float | Sequence[SpanSetting],
         levels: Sequence[torch.Tensor | None] | None = None,
     ) -> float:
         """Code length, in bits, of the symbols that encode_many would write for these spans, under the pack's unrounded tables."""
-        total = 0.0
-        for _, _, integers in self._checked_batches(pairs, levels, _settings(quality, len(pairs))):
+        total, residuals = 0.0, self.residuals(pairs)
+        settings = _settings(quality, len(residuals))
+        for _, _, integers in self._checked_batches(residuals, range(len(residuals)), levels, settings):
             total += float(self.choice.code_lengths(integers.q, integers.classes(), integers.gains).sum())
         return total
 

@@ -17,14 +17,18 @@ import torch
 
 from codec.codec import Earlier, KvCodec, SpanSetting, batches, less_earlier
 from codec.divergence import DivergenceCurve
-from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, quantise
+from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, ROUNDING
+from codec.residuals import SAMPLED_EVERY, Pair, Residuals
 from codec.spec import QUALITY_DIVERGENCE, step_of
-from codec.weighting import apply_blocks
 
 FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 """Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
 
-_MEASURED_TOKENS = {"cpu": 256, "cuda": 4096}
+_MEASURED_TOKENS = {"cpu": 64, "cuda": 4096}
+"""Tokens of the spans that are measured together: what a look at a setting reads and writes should stay in a core's cache, or fill a GPU."""
+
+_SAMPLED_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens of the spans whose samples are projected on the fallback basis together."""
 
 
 def token_importance(octaves: torch.Tensor | None) -> torch.Tensor | None:
@@ -45,79 +49,114 @@ class Distortion:
     """The weighted distortion of some spans at any setting.
 
     Args:
-        pairs: (truth [T, D], prediction [T, D]) of each span.
+        residuals: of spans, or (truth [T, D], prediction [T, D]) of each.
         levels: each span's step levels, integers [T], or None.
         importance: each span's factors of its tokens' errors, float32 [T], or None for ones.
         earlier: what each span is coded against, or None.
+        numbers: which of the spans (None: all); the lists above have one for each of these.
+        sampled: look only at every SAMPLED_EVERY-th token of each span.
     """
 
     def __init__(
         self,
         codec: KvCodec,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        residuals: Residuals | Sequence[Pair],
         levels: Sequence[torch.Tensor | None],
         importance: Sequence[torch.Tensor | None],
         earlier: Sequence[Earlier | None] | None = None,
+        numbers: Sequence[int] | None = None,
+        *,
+        sampled: bool = False,
     ) -> None:
         self.codec, device = codec, codec.device
-        self.sizes = torch.tensor([len(truth) for truth, _ in pairs], device=device)
-        self._span = torch.repeat_interleave(torch.arange(len(pairs), device=device), self.sizes)
-        zeros = torch.zeros(len(self._span), dtype=torch.float32, device=device)
-        parts = list(zip(zeros.split(self.sizes.tolist()), levels, importance, strict=True))
-        self.levels = torch.cat([(z if own is None else own.to(device)).to(torch.int32) for z, own, _ in parts])
-        self._importance = torch.cat([(z + 1) if own is None else own.to(device, torch.float32) for z, _, own in parts])
-        self._given = levels, importance
-        self._pairs, self._earlier = pairs, [None] * len(pairs) if earlier is None else earlier
-        self._rows: list[torch.Tensor | None] = [None] * len(pairs)  # components along the transform's rows, once they are known
+        self._residuals = codec.residuals(residuals)
+        self._numbers = range(len(self._residuals)) if numbers is None else numbers
+        self._every = SAMPLED_EVERY if sampled else 1
+        sizes = [-(-self._residuals.sizes[n] // self._every) for n in self._numbers]
+        before: list[Earlier | None] = [None] * len(sizes) if earlier is None else list(earlier)
+        self._given = list(levels), list(importance), before
+        self.sizes = torch.tensor(sizes, device=device)
+        self._span = torch.repeat_interleave(torch.arange(len(sizes), device=device), self.sizes)
+        zeros, ones = (torch.full((len(self._span),), value, dtype=torch.float32, device=device) for value in (0, 1))
+        parts = [
+            torch.cat(
+                [z if own is None else self._taken(own.to(device)).to(z.dtype) for own, z in zip(given, like.split(sizes), strict=True)]
+            )
+            for given, like in zip(self._given[:2], (zeros, ones), strict=True)
+        ]
+        self.levels, self._importance = parts[0].to(torch.int32), parts[1]
         self._components: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def of_spans(self, numbers: Sequence[int]) -> Distortion:
-        """That of some of the spans, with what is known of their components."""
-        levels, importance = self._given
-        pairs, earlier = [self._pairs[n] for n in numbers], [self._earlier[n] for n in numbers]
-        some = Distortion(self.codec, pairs, [levels[n] for n in numbers], [importance[n] for n in numbers], earlier)
-        some._rows = [self._rows[n] for n in numbers]
-        return some
+    def _taken(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:: self._every]
+
+    def of_spans(self, places: Sequence[int], *, sampled: bool = False) -> Distortion:
+        """That of some of the spans, by their places among these."""
+        levels, importance, earlier = self._given
+        return Distortion(
+            self.codec,
+            self._residuals,
+            [levels[n] for n in places],
+            [importance[n] for n in places],
+            [earlier[n] for n in places],
+            [self._numbers[n] for n in places],
+            sampled=sampled,
+        )
 
     def _of(self, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Components [T, K], less those of earlier tokens, and the energy [T, K + 1] of all that is no component, and of components k and later."""
+        """Sizes of the components [T, K], less those of earlier tokens, and the energy [T] of all that is lost where none is kept."""
         if fallback not in self._components:
-            transform = self.codec.transform
-            count = transform.num_components if fallback else transform.num_rows
-            own = [self.codec.components(*pair, count, rows) for pair, rows in zip(self._pairs, self._rows, strict=True)]
-            if not fallback:
-                self._rows = list(own)
-            c = torch.cat(own)
-            device, root = self.codec.device, self.codec.weighting.sensitivity_sqrt
-            energy = [apply_blocks((t.to(device) - p.to(device)).float(), root).pow(2).sum(1) for t, p in self._pairs]
-            outside = (torch.cat(energy) - c.pow(2).sum(1)).clamp_min_(0)
-            c = less_earlier(c, self.sizes.tolist(), self._earlier)
-            rest = torch.cat([c.pow(2), outside[:, None]], 1).flip(1).cumsum(1).flip(1)
-            self._components[fallback] = c, rest
+            residuals, numbers, transform = self._residuals, self._numbers, self.codec.transform
+            if self._every > 1 and fallback:
+                c = residuals.sampled_components(numbers)
+            else:
+                c = residuals.components(numbers, transform.num_components if fallback else transform.num_rows)
+                if self._every > 1:
+                    c = torch.cat([self._taken(part) for part in c.split([residuals.sizes[n] for n in numbers])])
+            energy = residuals.energy(numbers)
+            if self._every > 1:
+                energy = torch.cat([self._taken(part) for part in energy.split([residuals.sizes[n] for n in numbers])])
+            if any(own is not None for own in self._given[2]):
+                outside = energy - c.square().sum(1)
+                before = [None if own is None else own._replace(components=self._taken(own.components)) for own in self._given[2]]
+                c = less_earlier(c, self.sizes.tolist(), before)
+                energy = outside.clamp_min_(0) + c.square().sum(1)
+            self._components[fallback] = c.abs_(), energy
         return self._components[fallback]
 
-    def measure(
+    def _quantised(
         self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distortion, float32 [S], and a measure of the bits [S] (for comparing settings only).
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sizes in steps x [T, K], their integers q [T, K] as float32, 0 where they are not kept, and the tokens' steps [T]."""
+        every, _ = self._of(fallback)
+        least, most = int(counts.min()), int(counts.max())
+        levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
+        own = steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE)
+        x = every[:, :most] * (1 / own)[:, None]
+        q = (x + ROUNDING).floor_()
+        if least < most:
+            q[:, least:] *= torch.arange(least, most, device=q.device)[None] < counts[self._span, None]
+        return x, q, own
+
+    def measure(self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool) -> torch.Tensor:
+        """Distortion, float32 [S].
 
         Args:
             steps: float32 [S]. offsets: int32 [S], added to the tokens' levels. counts: int64 [S], components that are kept.
         """
-        every, rest = self._of(fallback)
-        most = int(counts.max())  # what no span keeps is lost as it is
-        c = every[:, :most]
-        levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
-        own = (steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE))[:, None]
-        x = c / own
-        kept = torch.arange(c.shape[1], device=c.device)[None] < counts[self._span, None]
-        q = torch.where(kept, quantise(x), 0).float()
-        error = ((x - q) * own).pow_(2).sum(1).add_(rest[:, most]).mul_(self._importance)
-        size = q.abs()
-        bits = torch.where(size > 0, 4 + 2 * torch.log2(size.clamp_min(1)), 0).sum(1)
-        zeros = torch.zeros(len(self.sizes), dtype=torch.float32, device=c.device)
-        total, cost = (zeros.index_add(0, self._span, values) for values in (error, bits))
-        return total / (self.sizes * self.codec.layout.dim), cost
+        x, q, own = self._quantised(steps, offsets, counts, fallback)
+        # x^2 - (x - q)^2, of what is kept: the rest is lost as it is
+        saved = x.mul_(2).sub_(q).mul_(q).sum(1)
+        error = (self._of(fallback)[1] - saved * own.square()).clamp_min_(0).mul_(self._importance)
+        return self._total(error) / (self.sizes * self.codec.layout.dim)
+
+    def bits(self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool) -> torch.Tensor:
+        """A measure of the bits of each span, float32 [S], for comparing settings only; arguments as for `measure`."""
+        _, q, _ = self._quantised(steps, offsets, counts, fallback)
+        return self._total(4 * (q > 0).sum(1) + 2 * q.clamp_min_(1).log2_().sum(1))
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(self.sizes), dtype=torch.float32, device=values.device).index_add_(0, self._span, values)
 
 
 class _Ladder:
@@ -131,64 +170,122 @@ class _Ladder:
         octave = (rung + LEVELS_PER_OCTAVE // 2) // LEVELS_PER_OCTAVE
         return 2.0**octave, rung - LEVELS_PER_OCTAVE * octave
 
-    def measure(self, distortion: Distortion, rungs: torch.Tensor, fallback: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Distortion.measure` with each span on its own rung, int64 [S]."""
+    def _settings(self, rungs: torch.Tensor, fallback: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """What `Distortion.measure` takes, with each span on its own rung, int64 [S]."""
         device = self.codec.device
         chosen = [self.step(rung) for rung in rungs.tolist()]
         counts = [self.codec.num_components(step, fallback=fallback) for step, _ in chosen]
-        steps, offsets = (
+        return (
             torch.tensor([s for s, _ in chosen], dtype=torch.float32, device=device),
             torch.tensor([o for _, o in chosen], dtype=torch.int32, device=device),
+            torch.tensor(counts, device=device),
+            fallback,
         )
-        return distortion.measure(steps, offsets, torch.tensor(counts, device=device), fallback)
 
-    def coarsest(self, distortion: Distortion, most: float, fallback: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each span's coarsest rung with a distortion of at most `most` (the finest where there is none), its distortion and its bits."""
-        low = torch.full_like(distortion.sizes, FINEST)
+    def measure(self, distortion: Distortion, rungs: torch.Tensor, fallback: bool) -> torch.Tensor:
+        """`Distortion.measure`, float32 [S], with each span on its own rung, int64 [S]."""
+        return distortion.measure(*self._settings(rungs, fallback))
+
+    def bits(self, distortion: Distortion, rungs: torch.Tensor, fallback: bool) -> torch.Tensor:
+        """`Distortion.bits`, float32 [S], likewise."""
+        return distortion.bits(*self._settings(rungs, fallback))
+
+    def coarsest(
+        self, distortion: Distortion, most: float | torch.Tensor, fallback: bool, fine: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each span's coarsest rung with a distortion of at most `most` (one for all spans, or float32 [S]; the finest where there is none), and its
+        distortion. fine: rungs int64 [S] that are known to be fine enough, of which none finer is looked at."""
+        low = torch.full_like(distortion.sizes, FINEST) if fine is None else fine.clone()
         high = torch.full_like(low, COARSEST + 1)  # too coarse, as far as is known
-        found = self.measure(distortion, low, fallback)
+        found = torch.full(low.shape, -1.0, dtype=torch.float32, device=low.device)
         while bool((high - low > 1).any()):
             middle = torch.where(high - low > 1, (low + high) // 2, low)
             tried = self.measure(distortion, middle, fallback)
-            fine = tried[0] <= most
-            better = fine & (middle > low)
-            found = torch.where(better, tried[0], found[0]), torch.where(better, tried[1], found[1])
-            low, high = torch.where(fine, torch.maximum(low, middle), low), torch.where(fine | (middle == low), high, middle)
-        return low, *found
+            enough = tried <= most
+            found = torch.where(enough & (middle > low), tried, found)
+            low, high = torch.where(enough, torch.maximum(low, middle), low), torch.where(enough | (middle == low), high, middle)
+        return low, torch.where(found < 0, self.measure(distortion, low, fallback), found) if bool((found < 0).any()) else found
 
 
 def plan_spans(
     codec: KvCodec,
     curve: DivergenceCurve,
     quality: str,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    residuals: Residuals | Sequence[Pair],
     levels: Sequence[torch.Tensor | None],
     importance: Sequence[torch.Tensor | None],
     earlier: Sequence[Earlier | None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> SpanPlan:
     """How to code spans at a quality; arguments as for `Distortion`. Raises UnknownQuality."""
     usual = LEVELS_PER_OCTAVE * math.log2(step_of(quality))
     ladder, most = _Ladder(codec), curve.distortion_of(QUALITY_DIVERGENCE[quality])
-    plan = SpanPlan([], [], [])
-    before: Sequence[Earlier | None] = [None] * len(pairs) if earlier is None else earlier
-    for some in batches([len(truth) for truth, _ in pairs], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
-        own_importance, own_before = [importance[n] for n in some], [before[n] for n in some]
-        distortion = Distortion(codec, [pairs[n] for n in some], [levels[n] for n in some], own_importance, own_before)
-        rungs, found, bits = ladder.coarsest(distortion, most, fallback=False)
-        fallback = torch.zeros_like(rungs, dtype=torch.bool)
-        asking = ((rungs < usual) | (found > most)).nonzero()[:, 0]
-        if codec.transform.fallback is not None and len(asking):
-            other, finer, cost = ladder.coarsest(distortion.of_spans(asking.tolist()), most, fallback=True)
-            # a span that no step of the rows alone brings down needs the basis; where both do, the shorter code is taken
-            had, least = found[asking], rungs[asking]
-            chosen = ((had > most) & (finer < had)) | ((finer <= most) & (cost < bits[asking]) & (least < usual))
-            fallback[asking] = chosen
-            rungs[asking], found[asking] = torch.where(chosen, other, least), torch.where(chosen, finer, had)
-        for rung, use, own, measured in zip(
-            rungs.tolist(), fallback.tolist(), distortion.levels.split(distortion.sizes.tolist()), found.tolist(), strict=True
-        ):
-            step, offset = ladder.step(rung)
-            plan.settings.append(SpanSetting(step, use))
-            plan.levels.append((own + offset).clamp_(MIN_LEVEL, MAX_LEVEL))
-            plan.divergence.append(curve.divergence_of(measured))
+    plan, residuals = SpanPlan([], [], []), codec.residuals(residuals)
+    numbers = range(len(residuals)) if numbers is None else numbers
+    before: Sequence[Earlier | None] = [None] * len(numbers) if earlier is None else earlier
+    sizes = [residuals.sizes[n] for n in numbers]
+    whole = Distortion(codec, residuals, levels, importance, before, numbers)
+    rungs = torch.empty(len(numbers), dtype=torch.int64, device=codec.device)
+    found = torch.empty(len(numbers), dtype=torch.float32, device=codec.device)
+    fallback = torch.zeros_like(rungs, dtype=torch.bool)
+    for some in batches(sizes, _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
+        part = slice(some[0], some[-1] + 1)
+        rungs[part], found[part] = ladder.coarsest(whole.of_spans(some), most, fallback=False)
+    if codec.transform.fallback is not None:
+        asking = _asking_for_fallback(ladder, whole, most, usual, rungs, found)
+        for places in batches([sizes[n] for n in asking], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
+            some = [asking[n] for n in places]
+            _try_fallback(ladder, whole.of_spans(some), most, usual, torch.tensor(some, device=codec.device), rungs, found, fallback)
+            for n in some:
+                residuals.keep(numbers[n], codec.num_components(ladder.step(int(rungs[n]))[0], fallback=bool(fallback[n])))
+    own_levels = whole.levels.split(sizes)
+    for rung, use, own, measured in zip(rungs.tolist(), fallback.tolist(), own_levels, found.tolist(), strict=True):
+        step, offset = ladder.step(rung)
+        plan.settings.append(SpanSetting(step, use))
+        plan.levels.append((own + offset).clamp_(MIN_LEVEL, MAX_LEVEL))
+        plan.divergence.append(curve.divergence_of(measured))
     return plan
+
+
+def _asking_for_fallback(
+    ladder: _Ladder, whole: Distortion, most: float, usual: float, rungs: torch.Tensor, found: torch.Tensor
+) -> list[int]:
+    """Places of the spans that the fallback basis may serve better, given the rungs int64 and distortions float32 [S] along the rows alone.
+
+    A span that no step of the rows alone brings down to `most` needs the basis. Of those at a finer step than the usual one it may serve a span where a
+    sample of its tokens promises a shorter code.
+    """
+    unmet = found > most
+    finer = ((rungs < usual) & ~unmet).nonzero()[:, 0].tolist()
+    asking = unmet.nonzero()[:, 0].tolist()
+    sizes = whole.sizes.tolist()
+    for places in batches([sizes[n] for n in finer], _SAMPLED_TOKENS.get(rungs.device.type, _SAMPLED_TOKENS["cpu"])):
+        some = [finer[n] for n in places]
+        sample, own = whole.of_spans(some, sampled=True), rungs[some]
+        had = ladder.measure(sample, own, fallback=False)
+        # the sample's tokens are more or less distorted than all: held to the same distance from the promise as they are
+        allowed = torch.maximum(most * had / found[some].clamp_min(1e-30), had)
+        other, _ = ladder.coarsest(sample, allowed, fallback=True, fine=own)
+        shorter = ladder.bits(sample, other, fallback=True) < ladder.bits(sample, own, fallback=False)
+        asking += [n for n, pays in zip(some, shorter.tolist(), strict=True) if pays]
+    return sorted(asking)
+
+
+def _try_fallback(
+    ladder: _Ladder,
+    some: Distortion,
+    most: float,
+    usual: float,
+    places: torch.Tensor,
+    rungs: torch.Tensor,
+    found: torch.Tensor,
+    fallback: torch.Tensor,
+) -> None:
+    """Measure some spans in the fallback basis, and write rungs, found and fallback bool [S] at their places where it serves them better: where the
+    rows alone miss the promise by more, or where both keep it and the code is shorter."""
+    least, had = rungs[places], found[places]
+    other, finer = ladder.coarsest(some, most, fallback=True)
+    shorter = ladder.bits(some, other, fallback=True) < ladder.bits(some, least, fallback=False)
+    chosen = ((had > most) & (finer < had)) | ((finer <= most) & shorter & (least < usual))
+    fallback[places] = chosen
+    rungs[places], found[places] = torch.where(chosen, other, least), torch.where(chosen, finer, had)

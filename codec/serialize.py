@@ -14,16 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from codec.codec import KvCodec
 from codec.container import read_sections, write_sections
 from codec.errors import BadInput, CorruptedCode
-from codec.fidelity import plan_spans, token_importance
 from codec.layouts import KeyRotation
 from codec.pack import CodecPack
-from codec.pages import EntropyDecoded, LayerRows, PageDecoder
-from codec.predictor.dense import load_predictor
-from codec.quantize import levels_of
-from codec.spec import QUALITY_DIVERGENCE, SPAN_TOKENS
+from codec.pages import EntropyDecoded, LayerRows
+from codec.spans import SpanCodec, SpanEncoder
+from codec.spec import SPAN_TOKENS
 
 MAGIC, VERSION = b"FTLDRUNS", 1
 _HEAD = struct.Struct("<QI")  # first position, tokens
@@ -53,7 +50,7 @@ class KvSerializer:
     Args:
         pack: the codec parameters.
         rotation: of the keys that are handed over and given back; None: they are not rotated.
-        device: where everything runs. dtype: of the decoder's product.
+        device: where everything runs. dtype: as of `SpanCodec`.
 
     Raises:
         PredictorError: the pack holds no predictor.
@@ -68,9 +65,8 @@ class KvSerializer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.pack, self.layout, self.rotation = pack, pack.layout, rotation
-        self.codec = KvCodec(pack, device)
-        self.predictor = load_predictor(pack.predictor, pack.predictor_settings, device)
-        self.pages = PageDecoder(self.codec, self.predictor, dtype)
+        self._spans = SpanCodec(pack, device, dtype)
+        self.codec, self.predictor, self.pages = self._spans.codec, self._spans.predictor, self._spans.pages
         self.spec = self.predictor.spec
 
     def inputs(self, features: Features, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -91,18 +87,10 @@ class KvSerializer:
         """
         if sum(sizes) != len(rows):
             raise BadInput(f"spans of {sum(sizes)} tokens for {len(rows)}", "cover all of them")
-        inputs = self.inputs(features, len(rows))
-        octaves = self.predictor.log2_step(*inputs)
-        none: list[torch.Tensor | None] = [None] * len(sizes)
-        levels = none if octaves is None else list(levels_of(octaves).split(list(sizes)))
         rows = rows.to(self.codec.device)
-        pairs = list(zip(rows.split(list(sizes)), self.predictor.predict(*inputs).split(list(sizes)), strict=True))
-        if self.pack.curve is None or quality not in QUALITY_DIVERGENCE:
-            return self.codec.encode_many(pairs, quality, levels)
-        importance = token_importance(octaves)
-        factors = none if importance is None else list(importance.split(list(sizes)))
-        plan = plan_spans(self.codec, self.pack.curve, str(quality), pairs, levels, factors)
-        return self.codec.encode_many(pairs, plan.settings, plan.levels)
+        encoder = SpanEncoder(self._spans, self.inputs(features, len(rows)), sizes, lambda a, b: rows[a:b])
+        encoder.quantise(quality)
+        return encoder.write()
 
     def decode(self, spans: Sequence[bytes | memoryview], features: Features) -> torch.Tensor:
         """Rows float32 [T, D] of consecutive spans, keys before rotation. Raises the codec's named errors; nothing damaged comes out."""

@@ -22,7 +22,7 @@ class Fallback:
     """A complete orthonormal basis of every layer, for what a transform's rows leave over.
 
     Args:
-        basis: float32 [layers, W, W], rows; W elements of a layer.
+        basis: [layers, W, W], rows, float32 unless `Transform.rounded`; W elements of a layer.
         order: int64 [layers * W], the rows, counted through all layers, in falling order of variance.
     """
 
@@ -32,8 +32,9 @@ class Fallback:
     def project(self, rest: torch.Tensor, count: int) -> torch.Tensor:
         """First `count` components in `order`, float32 [T, count], of rest [T, D]."""
         layers, width, _ = self.basis.shape
-        c = torch.bmm(rest.reshape(len(rest), layers, width).transpose(0, 1), self.basis.transpose(1, 2))
-        return c.transpose(0, 1).reshape(len(rest), -1)[:, self.order[:count]]
+        parts = rest.to(self.basis.dtype).reshape(len(rest), layers, width).transpose(0, 1)
+        c = torch.bmm(parts, self.basis.transpose(1, 2))
+        return c.transpose(0, 1).reshape(len(rest), -1)[:, self.order[:count]].float()
 
     def expand(self, c: torch.Tensor) -> torch.Tensor:
         """float32 [T, D] from components c [T, count]."""
@@ -52,7 +53,7 @@ class Transform:
 
     Args:
         kind: "global" or "per_layer".
-        basis: float32 [K, D] (global) or [K, layer_dim] (per_layer), rows in falling order of variance.
+        basis: [K, D] (global) or [K, layer_dim] (per_layer), rows in falling order of variance; float32 unless `rounded`.
         layer: int64 [K], the coded layer of each row (per_layer; None for global).
         variance: float32 [K], or [K + layers * W] with a fallback basis, of the components on held-out tokens, in units of the weighted KV.
         fine: rows before this one are stored accurately; later ones coarsely, so they are no longer orthogonal to the first ones, and what
@@ -101,13 +102,13 @@ class Transform:
 
     def _project(self, z: torch.Tensor, start: int, count: int) -> torch.Tensor:
         if self.kind == "global":
-            return z @ self.basis[start:count].T
+            return (z.to(self.basis.dtype) @ self.basis[start:count].T).float()
         assert self.layer is not None
         out = z.new_empty(len(z), count - start)
         width, layer, basis = self.basis.shape[1], self.layer[start:count], self.basis[start:count]
         for n in layer.unique().tolist():
             rows = (layer == n).nonzero()[:, 0]
-            out[:, rows] = z[:, n * width : (n + 1) * width] @ basis[rows].T
+            out[:, rows] = (z[:, n * width : (n + 1) * width].to(basis.dtype) @ basis[rows].T).float()
         return out
 
     def expand(self, c: torch.Tensor, dim: int) -> torch.Tensor:
@@ -118,14 +119,19 @@ class Transform:
     def _expand_rows(self, c: torch.Tensor, dim: int) -> torch.Tensor:
         count = c.shape[1]
         if self.kind == "global":
-            return c @ self.basis[:count]
+            return (c.to(self.basis.dtype) @ self.basis[:count]).float()
         assert self.layer is not None
         z = c.new_zeros(len(c), dim)
         width = self.basis.shape[1]
         for n in self.layer[:count].unique().tolist():
             rows = (self.layer[:count] == n).nonzero()[:, 0]
-            z[:, n * width : (n + 1) * width] = c[:, rows] @ self.basis[rows]
+            z[:, n * width : (n + 1) * width] = (c[:, rows].to(self.basis.dtype) @ self.basis[rows]).float()
         return z
+
+    def rounded(self, dtype: torch.dtype) -> Transform:
+        """The same transform for products in `dtype`: what goes in and comes out stays float32, sums are as exact as the device makes them."""
+        fallback = None if self.fallback is None else Fallback(self.fallback.basis.to(dtype), self.fallback.order)
+        return Transform(self.kind, self.basis.to(dtype), self.layer, self.variance, self.fine, fallback)
 
     def to(self, device: torch.device | str) -> Transform:
         layer = None if self.layer is None else self.layer.to(device)

@@ -140,7 +140,19 @@ class DensePredictor:
             raise PredictorError(f"the pack holds no predictor: {error.args[0]} is missing", "calibrate the pack again") from error
 
 
+_REMEDY = "calibrate the pack again"
+
 AnyPredictor = DensePredictor | Predictor
+
+
+def predictor_spec(settings: Mapping[str, Any]) -> FeatureSpec:
+    """Which features a pack's predictor looks at, without its weights. Raises PredictorError where the pack does not say, or names impossible
+    layers."""
+    for name in ("taps", "target_taps"):
+        taps = settings.get(name)
+        if not isinstance(taps, (list, tuple)) or not all(isinstance(i, int) and 0 <= i < 1 << 16 for i in taps):
+            raise PredictorError(f"the pack's predictor has the {name} {taps!r}", _REMEDY)
+    return FeatureSpec.from_settings(settings)
 
 
 def load_predictor(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], device: torch.device | str = "cpu") -> AnyPredictor:
@@ -149,12 +161,8 @@ def load_predictor(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], d
     Raises:
         PredictorError: something is missing, of another shape or type, or not finite.
     """
-    remedy = "calibrate the pack again"
     try:
-        for name in ("taps", "target_taps"):
-            taps = settings[name]
-            if not isinstance(taps, (list, tuple)) or not all(isinstance(i, int) and 0 <= i < 1 << 16 for i in taps):
-                raise PredictorError(f"the pack's predictor has the {name} {taps!r}", remedy)
+        predictor_spec(settings)
         made: AnyPredictor = (DensePredictor if "dense" in tensors else Predictor).from_pack(tensors, settings, device)
         if isinstance(made, DensePredictor):
             num_features = made.weight.shape[0]
@@ -174,7 +182,7 @@ def load_predictor(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], d
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         if isinstance(error, PredictorError):
             raise
-        raise PredictorError(f"the pack holds no predictor that can be used: {error}", remedy) from error
+        raise PredictorError(f"the pack holds no predictor that can be used: {error}", _REMEDY) from error
     if not right:
-        raise PredictorError("the pack's predictor contradicts itself, or holds numbers that are not finite", remedy)
+        raise PredictorError("the pack's predictor contradicts itself, or holds numbers that are not finite", _REMEDY)
     return made

@@ -61,7 +61,7 @@ def measure_divergence(stream: PairStream, pack: CodecPack, documents: Sequence[
         for n, step in enumerate(STEPS):
             ones = torch.ones_like(distortion.sizes)
             kept = codec.num_components(step, fallback=complete)
-            measured, _ = distortion.measure(ones.float() * step, (0 * ones).to(torch.int32), ones * kept, complete)
+            measured = distortion.measure(ones.float() * step, (0 * ones).to(torch.int32), ones * kept, complete)
             rows = torch.cat(codec.requantised(pairs, [SpanSetting(step, complete)] * len(pairs), levels))
             target.write_kv(sequence, NUM_SINKS, rows, first_layer=stream.layout.first_layer)
             divergence = (untouched.exp() * (untouched - log_p())).sum(dtype=torch.float64)

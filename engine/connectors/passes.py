@@ -15,7 +15,7 @@ import torch
 
 from codec.layouts import KeyRotation
 from codec.pack import CodecPack
-from codec.predictor.dense import load_predictor
+from codec.predictor.dense import predictor_spec
 from codec.serialize import Features
 from draft.head_file import open_draft_head
 from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
@@ -113,7 +113,7 @@ class FeaturePasses:
         layout = (config.num_layers, config.num_kv_heads, config.head_dim)
         if layout != (pack.layout.num_layers, pack.layout.num_kv_heads, pack.layout.head_dim):
             raise PackMismatch(f"the codec parameters are laid out as {pack.layout}", "calibrate them for this model")
-        self.spec = load_predictor(pack.predictor, pack.predictor_settings).spec
+        self.spec = predictor_spec(pack.predictor_settings)
         self.target = Decoder.from_pretrained(model.folder, dtype=dtype, device=device, num_layers=max(1, self.first_layer))
         self.head: Decoder | None = None
         self.draft: Decoder | None = None

@@ -10,15 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from codec.codec import KvCodec, SpanSetting
 from codec.errors import CodecError
-from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
-from codec.pages import EntropyDecoded, PageDecoder
-from codec.predictor.dense import load_predictor
+from codec.pages import EntropyDecoded
 from codec.predictor.features import FeatureBuffer
-from codec.quantize import levels_of
-from codec.spec import NUM_SINKS, QUALITIES, QUALITY_DIVERGENCE, SPAN_TOKENS, KvLayout
+from codec.spans import SpanCodec, SpanEncoder
+from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
@@ -52,11 +49,10 @@ class SessionCodec:
         self.core, self.pack = core, pack
         self.pack_path: Path | None = None  # as the user named it
         try:
-            self.codec = KvCodec(pack, core.device)
-            self.predictor = load_predictor(pack.predictor, pack.predictor_settings, core.device)
-            self.pages = PageDecoder(self.codec, self.predictor, product_dtype(core.dtype, core.device))
+            self._spans = SpanCodec(pack, core.device, product_dtype(core.dtype, core.device))
         except CodecError as error:
             raise PackMismatch(error.what, error.remedy) from error
+        self.codec, self.predictor, self.pages = self._spans.codec, self._spans.predictor, self._spans.pages
         self.rates: Rates | None = None
         self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer
@@ -162,42 +158,37 @@ class SessionCodec:
             raise InvalidOption(error.what, error.remedy) from error
         spans: list[Span] = []
         for some in (bounds[i : i + _CODED_TOKENS // SPAN_TOKENS] for i in range(0, len(bounds), _CODED_TOKENS // SPAN_TOKENS)):
-            first, last = some[0][0], some[-1][1]
-            features = latents[first - start : last - start], None if target_rows is None else target_rows[first - start : last - start]
-            sizes = [b - a for a, b in some]
-            rows = self.core.target.read_kv(conversation.sequence, first, last, first_layer=self.first_layer)
-            clock.mark("read")
-            octaves = self.predictor.log2_step(*features)
-            levels: list[Tensor | None] = [None] * len(some) if octaves is None else list(levels_of(octaves).split(sizes))
-            predicted = self.predictor.predict(*features)
-            self._leave_out_unseen(rows, predicted, first, next_position)
-            pairs = list(zip(rows.split(sizes), predicted.split(sizes), strict=True))
-            clock.mark("predict")
-            importance = token_importance(octaves)
-            factors: list[Tensor | None] = [None] * len(some) if importance is None else list(importance.split(sizes))
-            made: dict[int, Span] = {}
+            part = slice(some[0][0] - start, some[-1][1] - start)
+            inputs = latents[part], None if target_rows is None else target_rows[part]
+            encoder = self._encoder(conversation, inputs, some, next_position)
             try:
                 for group in [range(len(some))] if repeats is None else repeats.groups(some):
-                    own_pairs, own_factors = [pairs[n] for n in group], [factors[n] for n in group]
-                    own_levels: list[Tensor | None] = [levels[n] for n in group]
-                    before = None if repeats is None else repeats.before([some[n] for n in group], own_pairs, quality)
-                    settings: str | float | Sequence[SpanSetting] = quality
-                    expected: Sequence[float | None] = [None] * len(group)
-                    if self.pack.curve is not None and quality in QUALITY_DIVERGENCE:
-                        plan = plan_spans(self.codec, self.pack.curve, quality, own_pairs, own_levels, own_factors, before)
-                        settings, expected, own_levels[:] = plan.settings, plan.divergence, plan.levels
-                        clock.mark("plan")
-                    wanted = None if repeats is None else [repeats.wanted(*some[n]) for n in group]
-                    coded, components = self.codec.encode_with_components(own_pairs, settings, own_levels, before, wanted)
+                    own = [some[n] for n in group]
+                    before = None if repeats is None else repeats.before(own, encoder.residuals, group, quality)
+                    wanted = None if repeats is None else [repeats.wanted(*bound) for bound in own]
+                    components = encoder.quantise(quality, group, before, wanted, clock.mark)
                     if repeats is not None:
-                        repeats.add([some[n] for n in group], components)
-                    for n, data, own in zip(group, coded, expected, strict=True):
-                        made[n] = Span(*some[n], data, own)
+                        repeats.add(own, components)
+                coded = encoder.write()
             except CodecError as error:
                 raise InvalidOption(error.what, error.remedy) from error
-            spans += [made[n] for n in range(len(some))]
+            spans += [Span(*some[n], data, encoder.divergence.get(n)) for n, data in enumerate(coded)]
             clock.mark("code")
         return spans
+
+    def _encoder(
+        self, conversation: SequenceState, inputs: tuple[Tensor, Tensor | None], bounds: Sequence[tuple[int, int]], next_position: int
+    ) -> SpanEncoder:
+        """Of spans (start, end) that follow one another, given the features of their tokens."""
+        first = bounds[0][0]
+
+        def read(a: int, b: int) -> Tensor:
+            return self.core.target.read_kv(conversation.sequence, first + a, first + b, first_layer=self.first_layer)
+
+        def unseen(rows: Tensor, predicted: Tensor, at: int) -> None:
+            self._leave_out_unseen(rows, predicted, first + at, next_position)
+
+        return SpanEncoder(self._spans, inputs, [b - a for a, b in bounds], read, unseen)
 
     def _leave_out_unseen(self, rows: Tensor, predicted: Tensor, first: int, next_position: int) -> None:
         """Let rows [T, D] of tokens from `first` on be as predicted, so that no residual is coded, where they lie before the window of a layer's query

@@ -11,6 +11,7 @@ from codec.codec import Earlier, KvCodec
 from codec.container import Reference
 from codec.match import matches
 from codec.references import MAX_DEPTH, SourceComponents, choose_scales, scaled_sources, span_references
+from codec.residuals import Residuals
 from codec.spec import step_of
 from engine.sessions.file import Span
 
@@ -58,11 +59,11 @@ class Repeats:
             ranks.append(rank)
         return [[n for n, rank in enumerate(ranks) if rank == group] for group in range(max(ranks) + 1)]
 
-    def before(self, bounds: Sequence[Bounds], pairs: Sequence[tuple[Tensor, Tensor]], quality: str | float) -> list[Earlier | None]:
-        """What each span of a group is coded against; pairs as for `KvCodec.encode_many`."""
-        return [self._before(own, pair, quality) for own, pair in zip(bounds, pairs, strict=True)]
+    def before(self, bounds: Sequence[Bounds], residuals: Residuals, numbers: Sequence[int], quality: str | float) -> list[Earlier | None]:
+        """What each span of a group is coded against; numbers: theirs among those of the residuals."""
+        return [self._before(own, residuals, n, quality) for own, n in zip(bounds, numbers, strict=True)]
 
-    def _before(self, own: Bounds, pair: tuple[Tensor, Tensor], quality: str | float) -> Earlier | None:
+    def _before(self, own: Bounds, residuals: Residuals, number: int, quality: str | float) -> Earlier | None:
         self._chosen[own] = 0
         candidates = self._candidates.get(own)
         if not candidates:
@@ -79,12 +80,12 @@ class Repeats:
         transform = self.codec.transform
         count = transform.num_components if any(part.shape[1] > transform.num_rows for part in sources) else transform.num_rows
         step = step_of(quality) if isinstance(quality, str) else quality
-        references, sources = choose_scales(self.codec.components(*pair, count), possible, sources, step)
+        references, sources = choose_scales(residuals.components([number], count), possible, sources, step)
         if not references:
             return None
         places = [own[0] + r.first - r.distance for r in references]
         self._chosen[own] = 1 + max(self._sources.depth(at, at + r.length) for at, r in zip(places, references, strict=True))
-        return Earlier(references, scaled_sources(references, sources, len(pair[0])))
+        return Earlier(references, scaled_sources(references, sources, own[1] - own[0]))
 
     def add(self, bounds: Sequence[Bounds], components: Sequence[Tensor | None]) -> None:
         """Spans of a group are coded; components as `KvCodec.encode_with_components` gives them, of those that are `wanted`."""
