@@ -258,8 +258,7 @@ class KvCodec:
         for members, setting, integers in self._checked_batches(residuals, numbers, levels, settings, before):
             sizes = [residuals.sizes[numbers[n]] for n in members]
             references = [() if (own := before[n]) is None else own.references for n in members]
-            narrow = integers._replace(q=integers.q.to(torch.int16)) if int(integers.q.abs().max()) < 1 << 15 else integers
-            parts.append(QuantisedSpans([numbers[n] for n in members], sizes, setting, narrow, references))
+            parts.append(QuantisedSpans([numbers[n] for n in members], sizes, setting, integers, references))
             if wanted is None or not any(wanted[n] for n in members):
                 continue
             c = self.choice.reconstruct(integers.q, integers.classes())
@@ -279,7 +278,7 @@ class KvCodec:
                 own = [alike[n] for n in some]
                 base = own[0].integers.base
                 q, levels, gains = (torch.cat([getattr(part.integers, name) for part in own]) for name in ("q", "levels", "gains"))
-                integers = _Integers(q.to(torch.int32), base, levels, gains)
+                integers = _Integers(q, base, levels, gains)
                 sizes = [size for part in own for size in part.sizes]
                 references = [references for part in own for references in part.references]
                 numbers = [number for part in own for number in part.numbers]

@@ -116,12 +116,12 @@ class Distortion:
             energy = residuals.energy(numbers)
             if self._every > 1:
                 energy = torch.cat([self._taken(part) for part in energy.split([residuals.sizes[n] for n in numbers])])
+            # rows that are stored coarsely are not quite orthogonal: their components may hold more than the residual
+            outside = (energy - c.square().sum(1)).clamp_min_(0)
             if any(own is not None for own in self._given[2]):
-                outside = energy - c.square().sum(1)
                 before = [None if own is None else own._replace(components=self._taken(own.components)) for own in self._given[2]]
                 c = less_earlier(c, self.sizes.tolist(), before)
-                energy = outside.clamp_min_(0) + c.square().sum(1)
-            self._components[fallback] = c.abs_(), energy
+            self._components[fallback] = c.abs_(), outside + c.square().sum(1)
         return self._components[fallback]
 
     def _quantised(

@@ -106,7 +106,7 @@ def encode(
     final = np.clip(classes + CLASSES_PER_GAIN * (gains.astype(np.int32)[:, None] - GAIN_ZERO), 0, NUM_CLASSES - 1)
     limit = model.limit[final]
     entry = (model.offset[:-1].astype(np.int32) + model.limit)[final] + np.where(np.abs(q) > limit, limit + 1, q)
-    state = np.full(lanes.total, STATE_LOW, np.uint64)
+    state = np.full(lanes.total, STATE_LOW, np.uint32)
     steps = k + 1
     words = np.zeros((tokens_per_lane * steps, lanes.total), np.uint16)
     used = np.zeros((tokens_per_lane * steps, lanes.total), bool)
@@ -115,28 +115,34 @@ def encode(
         if not len(active):
             continue
         x = state[active]
+        quotient, emit = np.empty_like(x), np.empty(len(x), bool)
         columns = np.ascontiguousarray(entry[token].T)  # [K, active]
-        freq, start = tables.freq[columns].astype(np.uint64), tables.start[columns].astype(np.uint64)
         symbol_gain = gains[token]
-        gain_freq, gain_start = tables.gain_freq[symbol_gain].astype(np.uint64), tables.gain_start[symbol_gain].astype(np.uint64)
+        freq, start = tables.freq[columns], tables.start[columns]
+        gain_freq, gain_start = tables.gain_freq[symbol_gain], tables.gain_start[symbol_gain]
         full = len(active) == lanes.total
+        # the state (x // f) * TOTAL + x % f + start is x + start + (x // f) * (TOTAL - f): all of it stays below 2 ** 32
+        rest, gain_rest = np.uint32(TOTAL) - freq, np.uint32(TOTAL) - gain_freq
         for i in reversed(range(steps)):
-            f, s = (freq[i - 1], start[i - 1]) if i else (gain_freq, gain_start)
+            f, s, r = (freq[i - 1], start[i - 1], rest[i - 1]) if i else (gain_freq, gain_start, gain_rest)
             row = j * steps + i
-            emit = x >= (f << np.uint64(_EMIT_SHIFT))
+            np.right_shift(x, _EMIT_SHIFT, out=quotient)
+            np.greater_equal(quotient, f, out=emit)
             if full:
                 used[row] = emit
-                words[row] = x.astype(np.uint16)  # keeps the low 16 bits
+                words[row] = x  # keeps the low 16 bits
             else:
                 used[row, active] = emit
-                words[row, active] = x.astype(np.uint16)
-            x = np.where(emit, x >> np.uint64(16), x)
-            quotient = x // f
-            x = (quotient << np.uint64(PRECISION_BITS)) + (x - quotient * f) + s
+                words[row, active] = x
+            np.right_shift(x, 16, out=x, where=emit)
+            np.floor_divide(x, f, out=quotient)
+            quotient *= r
+            x += quotient
+            x += s
         state[active] = x
     result = []
     for n, (lo, hi) in enumerate(zip(lanes.starts[:-1], lanes.starts[1:], strict=True)):
-        result.append(SpanStream(sizes[n], state[lo:hi].astype(np.uint32), words[:, lo:hi][used[:, lo:hi]]))
+        result.append(SpanStream(sizes[n], state[lo:hi].copy(), words[:, lo:hi][used[:, lo:hi]]))
     return result
 
 

@@ -100,10 +100,10 @@ def open_session(engine: Engine, args: argparse.Namespace) -> Session:
 def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: bool) -> GenerationResult:
     """One answer, in the session's file before anything else happens, be it broken off by whatever breaks it off; one that never began is not.
 
-    stream: show its text as it comes, and a line break after it, before what is said of the file.
+    stream: show its text as it comes, and a line break after it, before it is coded.
     """
     before = session.token_ids[:]
-    started = saving = False
+    started = saving = ended = False
     saved: str | None = None
 
     def piece(text: str) -> None:
@@ -118,24 +118,23 @@ def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: b
         else:
             system = None if before else args.system
             result = session.chat(prompt, args.params, piece, system=system, prefill=args.prefill)
+        if stream:  # the whole answer is shown before it is coded
+            ended = True
+            stream_text("\n")
         saving = True
         saved = save(session, args)
     except BaseException as error:
         refused = saving and isinstance(error, ForetoldError)  # by the disk: asking again does not help
         if not refused and started and session.token_ids != before:
             saved = save(session, args)
-        if stream and (started or (args.chat and isinstance(error, KeyboardInterrupt))):
+        if stream and not ended and (started or (args.chat and isinstance(error, KeyboardInterrupt))):
             with suppress(OutputLost):
                 stream_text("\n")
         if saved is not None:
             print_status(saved)
         raise
-    try:
-        if stream:
-            stream_text("\n")
-    finally:
-        if saved is not None:
-            print_status(saved)
+    if saved is not None:
+        print_status(saved)
     return result
 
 

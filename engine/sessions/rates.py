@@ -1,6 +1,6 @@
-"""What restoring and recomputing a session take on this machine: measured once for a pair, its codec parameters and the number of threads.
+"""What coding, restoring and recomputing a session take on this machine: measured once for a pair, its codec parameters and the number of threads.
 
-Both are straight lines in the number of tokens, through two measured lengths. Longer contexts favour restoring (attention grows faster in the larger
+All are straight lines in the number of tokens, through two measured lengths. Longer contexts favour restoring (attention grows faster in the larger
 model), so the lines ask too little of recomputing rather than too much.
 """
 
@@ -17,15 +17,19 @@ from hashlib import sha256
 import torch
 
 from codec.spec import NUM_SINKS
+from engine.calibrate.corpus import library_texts
+from engine.errors import InvalidOption
 from engine.hub.cache import CacheFolder
+from engine.runtime.core import EngineCore
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.stages import Rates, StageClock
+from engine.text.encoding import encode_text
 
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
 _MOST_BYTES = 1 << 16
-_VERSION = 3  # of what is measured and how
+_VERSION = 4  # of what is measured and how
 SHORTEST = 512
 """Tokens from which on measuring pays: fewer are recomputed before it would end."""
 
@@ -56,7 +60,7 @@ def _key(codec: SessionCodec) -> str:
 
 @torch.inference_mode()
 def measure(codec: SessionCodec) -> Rates:
-    """Time the target's pass over random tokens and their restore from coded spans, each after a pass that is not timed.
+    """Time the target's pass over tokens of a text, coding them, and their restore from coded spans, each after a pass that is not timed.
 
     Takes as long as a prompt of a thousand tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back. On a CPU the seconds are the
     process's own over its threads, so that other programs make no difference.
@@ -66,20 +70,25 @@ def measure(codec: SessionCodec) -> Rates:
     small, large = (min(length, room) for length in _LENGTHS.get(core.device.type, _LENGTHS["cpu"]))
     if large <= max(small, NUM_SINKS):  # no room to measure in, and nothing to gain
         return Rates(1.0, 0.0, 0.0, 0.0)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(core.target.config.vocab_size, (large,), generator=generator).tolist()
+    ids = _text_ids(core, large)
+    seconds: dict[str, dict[int, float]] = {"code": {}, "restore": {}, "recompute": {}}
     first = core.open_sequence_state()
     try:
         first.token_ids[:] = ids
         codec.run_target(first, large)
-        spans = codec.encode(first, NUM_SINKS, large, _QUALITY)
+        codec.features(first, NUM_SINKS, large)  # what an answer leaves behind
+        for length in (small, small, large):  # the first time pays for tables
+            clock, began = StageClock(core.device), time.process_time()
+            spans = codec.encode(first, NUM_SINKS, length, _QUALITY)
+            clock.mark("code")
+            seconds["code"][length] = _own_s(began) if core.device.type == "cpu" else clock.seconds()["code"]
     finally:
         core.close_sequence_state(first)
-    seconds: dict[str, dict[int, float]] = {"restore": {}, "recompute": {}}
     first_s: dict[str, float] = {}
     # the first pass of a length pays for compiling, and for pages touched for the first time
     for length in (small, small, large) if core.device.type == "cpu" else (small, small, large, large):
-        for kind, found in seconds.items():
+        for kind in ("restore", "recompute"):
+            found = seconds[kind]
             conversation = core.open_sequence_state()
             try:
                 conversation.token_ids[:] = ids
@@ -89,15 +98,31 @@ def measure(codec: SessionCodec) -> Rates:
                 else:
                     codec.run_target(conversation, length)
                 clock.mark(kind)
-                own_s = (time.process_time() - began) / torch.get_num_threads()
-                found[length] = own_s if core.device.type == "cpu" else clock.seconds()[kind]
+                found[length] = _own_s(began) if core.device.type == "cpu" else clock.seconds()[kind]
                 first_s.setdefault(kind, found[length])
             finally:
                 core.close_sequence_state(conversation)
-    lines = []
+    lines: dict[str, float] = {}
     for kind, found in seconds.items():
         token_s = max(0.0, (found[large] - found[small]) / (large - small))
         # on a CPU every process makes its matrices anew, at its first restore; a GPU's are made while the session is opened
-        at_small = first_s[kind] if core.device.type == "cpu" else found[small]
-        lines += [max(0.0, at_small - token_s * small), token_s]
-    return Rates(*lines)
+        at_small = first_s.get(kind, found[small]) if core.device.type == "cpu" else found[small]
+        lines |= {f"{kind}_s": max(0.0, at_small - token_s * small), f"{kind}_token_s": token_s}
+    return Rates(**lines)
+
+
+def _own_s(began: float) -> float:
+    """Seconds of the process since `began`, over its threads."""
+    return (time.process_time() - began) / torch.get_num_threads()
+
+
+def _text_ids(core: EngineCore, count: int) -> list[int]:
+    """Tokens of the interpreter's own library, which code as a text does; random ones without a tokenizer."""
+    ids: list[int] = []
+    with suppress(InvalidOption):  # an interpreter without its sources
+        for text in library_texts() if core.tokenizer is not None else ():
+            ids += encode_text(core.tokenizer, text[: 8 * count], add_special_tokens=False, most=8 * count)
+            if len(ids) >= count:
+                return ids[:count]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(core.target.config.vocab_size, (count,), generator=generator).tolist()

@@ -79,11 +79,11 @@ class Session:
     """One conversation that can be suspended to a file and resumed from it. Made by `Engine.session`. Two answers at once are refused (SessionBusy).
 
     quality: "near-lossless", "balanced", "compact", "tiny": coded spans. "tokens": ids only; the target runs over them again when the session goes
-    on, and its KV is then exact. "auto": spans at "balanced" where restoring them is faster on this machine than recomputing (`sessions.rates`), else
-    "tokens". None: as the file was written, "auto" without one. What was coded before keeps its quality.
+    on, and its KV is then exact. "auto": spans at "balanced" where coding the new tokens and restoring all of them is faster on this machine than
+    recomputing (`Rates.coding_pays`), else "tokens". None: as the file was written, "auto" without one. What was coded before keeps its quality.
 
-    restore: what to do with a file's spans: "decode", "recompute" (the target runs over the ids, and the spans are kept for the next file), or "auto",
-    whichever is faster here.
+    restore: what to do with a file's spans: "decode", "recompute" (the target runs over the ids, and the spans are kept for the next file), or "auto":
+    a quality that was asked for by name is decoded, and of a session at "auto" or "tokens" whichever is faster here is done.
     """
 
     def __init__(
@@ -289,8 +289,9 @@ class Session:
         if quality == AUTO:
             codec = session_codec(self.core, self._pack_path, self._log)
             rates = rates_of(codec, held, self._log)
-            quality = AUTO_QUALITY if rates is not None and rates.pays(held) else TOKENS
-            reason = f"{held} tokens are few enough to be recomputed" if rates is None else rates.reason(held)
+            new = held - (self.spans[-1].end if self.spans else 0)
+            quality = AUTO_QUALITY if rates is not None and rates.coding_pays(new, held) else TOKENS
+            reason = f"{held} tokens are few enough to be recomputed" if rates is None else rates.coding_reason(new, held)
         if quality == TOKENS and not self.spans:
             return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
         codec = session_codec(self.core, self._pack_path, self._log)
@@ -381,6 +382,8 @@ class Session:
             else:
                 # links are of the file's chain; what is here was checked, and is bound anew when it is written
                 self.spans = [replace(span, link=None) for span in stored.spans]
+            if how == AUTO and self.quality in QUALITIES:  # asked for by name, now or when the file was written
+                how = DECODE
             if how == AUTO:
                 rates = rates_of(codec, stored.num_cached, self._log)
                 how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE

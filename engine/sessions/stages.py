@@ -1,4 +1,4 @@
-"""Seconds of a restore: of its stages, without waiting for the device between them, and as straight lines in the number of tokens."""
+"""Seconds of a restore and of coding: of the stages, without waiting for the device between them, and as straight lines in the number of tokens."""
 
 from __future__ import annotations
 
@@ -42,14 +42,20 @@ class StageClock:
         return found
 
 
+EXPECTED_RESUMES = 2
+"""How often a session that is written is expected to be taken up: an assumption, not a measurement. What coding takes has to come in by then."""
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of restoring and of recomputing n tokens: *_s + n * *_token_s."""
+    """Seconds of restoring, of recomputing and of coding n tokens: *_s + n * *_token_s."""
 
     restore_s: float
     restore_token_s: float
     recompute_s: float
     recompute_token_s: float
+    code_s: float = 0.0
+    code_token_s: float = 0.0
 
     def restoring(self, tokens: int) -> float:
         """Seconds to restore so many tokens from coded spans."""
@@ -62,6 +68,19 @@ class Rates:
     def pays(self, tokens: int) -> bool:
         """Whether restoring them is faster than recomputing them."""
         return self.restoring(tokens) < self.recomputing(tokens)
+
+    def coding(self, tokens: int) -> float:
+        """Seconds to code so many tokens."""
+        return self.code_s + tokens * self.code_token_s if tokens else 0.0
+
+    def coding_pays(self, new: int, tokens: int) -> bool:
+        """Whether coding `new` of a session's tokens, and restoring all of them EXPECTED_RESUMES times, is faster than recomputing them as often."""
+        return self.coding(new) + EXPECTED_RESUMES * self.restoring(tokens) < EXPECTED_RESUMES * self.recomputing(tokens)
+
+    def coding_reason(self, new: int, tokens: int) -> str:
+        """That comparison in one clause."""
+        what = f"{new} tokens take about {self.coding(new):.3f} s to code and all {tokens} {self.restoring(tokens):.3f} s to restore here"
+        return f"{what}, {self.recomputing(tokens):.3f} s to recompute; counted for {EXPECTED_RESUMES} resumes"
 
     def reason(self, tokens: int) -> str:
         """The comparison in one clause."""

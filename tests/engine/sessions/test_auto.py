@@ -41,7 +41,9 @@ def test_auto_keeps_what_pays_and_says_why(chat_engine, tmp_path, known, quality
     assert session.quality == "auto"
     session.core.session_codec.rates = known
     report = session.suspend(tmp_path / "a.kv")
-    assert (report.quality, report.restore) == (quality, restore) and report.reason == known.reason(len(session.token_ids) - 1)
+    assert (report.quality, report.restore) == (quality, restore) and report.reason == known.coding_reason(
+        len(session.token_ids) - 1, len(session.token_ids) - 1
+    )
     figures = session.kv_figures
     assert (figures["quality"], figures["restore"]) == (quality, restore)
     stored = SessionFile.load(tmp_path / "a.kv")
@@ -52,7 +54,7 @@ def test_auto_keeps_what_pays_and_says_why(chat_engine, tmp_path, known, quality
         assert resumed.generate("", GREEDY).reused_tokens == (stored.num_cached if restore == "decode" else 0)
 
 
-def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_path):
+def test_spans_that_are_not_decoded_are_recomputed_exactly_and_kept(chat_engine, tmp_path):
     def engine():
         return chat_engine(deterministic=True)
 
@@ -61,13 +63,8 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
     spans = SessionFile.load(tmp_path / "a.kv").spans
     again = engine()
     assert again.session(tmp_path / "a.kv", log=quiet, restore="decode").resumed.tokens == len(kept.token_ids) - 1
-    again.core.session_codec.rates = DEAR
-    resumed = again.session(tmp_path / "a.kv", log=quiet)
-    assert (resumed.resumed.restore, resumed.resumed.tokens, resumed.resumed.reason) == (
-        "recompute",
-        0,
-        DEAR.reason(len(kept.token_ids) - 1),
-    )
+    resumed = again.session(tmp_path / "a.kv", log=quiet, restore="recompute")
+    assert (resumed.resumed.restore, resumed.resumed.tokens, resumed.resumed.reason) == ("recompute", 0, None)
     resumed.suspend(tmp_path / "b.kv")
     assert SessionFile.load(tmp_path / "b.kv") == SessionFile.load(tmp_path / "a.kv"), "nothing ran: the same file"
     ours, theirs = kept.generate(" and then", GREEDY), resumed.generate(" and then", GREEDY)
@@ -75,8 +72,37 @@ def test_spans_that_do_not_pay_are_recomputed_exactly_and_kept(chat_engine, tmp_
     resumed.suspend(tmp_path / "b.kv")
     later = SessionFile.load(tmp_path / "b.kv")
     assert later.spans[: len(spans)] == spans and later.num_cached == len(resumed.token_ids) - 1
-    forced = engine().session(tmp_path / "a.kv", log=quiet, restore="recompute")
-    assert forced.resumed.restore == "recompute" and forced.resumed.reason is None
+
+
+def test_a_quality_asked_for_by_name_is_restored_whatever_the_rates_say(chat_engine, tmp_path):
+    spoken(chat_engine(), quality="compact").suspend(tmp_path / "named.kv")
+    session = spoken(chat_engine())
+    session.core.session_codec.rates = CHEAP
+    session.suspend(tmp_path / "auto.kv")
+    engine = chat_engine()
+    engine.session(tmp_path / "named.kv", log=quiet).close()
+    engine.core.session_codec.rates = DEAR
+    for name, quality, done in (
+        ("named", None, "decode"),
+        ("auto", "balanced", "decode"),
+        ("auto", None, "recompute"),
+        ("named", "auto", "recompute"),
+    ):
+        with engine.session(tmp_path / f"{name}.kv", quality=quality, log=quiet) as resumed:
+            assert (resumed.resumed.restore, resumed.resumed.reason is None) == (done, done == "decode")
+
+
+def test_coding_that_resumes_cannot_pay_back_is_left_out(chat_engine, tmp_path):
+    """What two resumes save, a thousandth of a second a token each, has to pay for coding."""
+    for code_token_s, quality in ((1e-3, "balanced"), (3e-3, "tokens")):
+        session = spoken(chat_engine())
+        held = len(session.token_ids) - 1
+        known = Rates(0.0, 0.0, 0.0, 1e-3, 0.0, code_token_s)
+        session.core.session_codec.rates = known
+        report = session.suspend(tmp_path / "a.kv")
+        assert (report.quality, report.reason) == (quality, known.coding_reason(held, held)) and "to code" in report.reason
+    rates = Rates(0.0, 0.0, 0.0, 1e-3, 0.0, 3e-3)
+    assert rates.coding_pays(100, 1000) and not rates.coding_pays(1000, 1000), "only what is new is coded"
 
 
 def test_short_sessions_are_not_worth_a_measurement(chat_engine, monkeypatch, tmp_path):
@@ -123,7 +149,7 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
     codec = session_codec(engine.core, log=quiet)
     found = MEASURE(codec)
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
-    assert found.recomputing(256) > 0 and found.restoring(256) > 0
+    assert found.recomputing(256) > 0 and found.restoring(256) > 0 and found.coding(256) > 0
     engine.core.pool.check_integrity()
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
