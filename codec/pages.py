@@ -24,7 +24,7 @@ from kernels.rope import apply_rope
 _TILE = 64
 """Features and components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
 
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 _BLOCK_ROWS = 128
 """Rows of a product on a CPU, filled up with zeros: a product's shape decides how its terms are summed, so a token gives the same bits whatever is
 decoded behind it."""
@@ -248,13 +248,14 @@ class PageDecoder:
             codec, own = self.codec, self.predictor.matrix
             dim, count = codec.layout.dim, codec.transform.num_rows
             depth = self.num_inputs + -(-count // _TILE) * _TILE
-            matrix = torch.zeros(depth, dim, dtype=self.dtype, device=codec.device)
+            if codec.device.type == "cpu":  # which multiplies faster with a matrix whose columns lie in one piece
+                matrix = torch.zeros(dim, depth, dtype=self.dtype).t()
+            else:
+                matrix = torch.zeros(depth, dim, dtype=self.dtype, device=codec.device)
             matrix[: len(own)] = own
-            eye = torch.eye(count, dtype=torch.float32, device=codec.device)
             for at in range(0, count, _FOLDED_ROWS):
-                some = eye[at : at + _FOLDED_ROWS]
-                folded = codec.weighting.unwhiten(codec.transform.expand(some, dim))
-                matrix[self.num_inputs + at : self.num_inputs + at + len(some)] = folded
+                some = codec.transform.whole_rows(at, min(at + _FOLDED_ROWS, count), dim)
+                matrix[self.num_inputs + at : self.num_inputs + at + len(some)] = codec.weighting.unwhiten(some)
             self._matrix = matrix
         return self._matrix
 

@@ -161,47 +161,49 @@ def decode(tables: RansTables, streams: list[SpanStream], classes: list[np.ndarr
     k = classes[0].shape[1]
     tokens = int(sum(sizes))
     flat_classes = np.concatenate([np.broadcast_to(c, (n, k)) for c, n in zip(classes, sizes, strict=True)])
-    state = np.concatenate([s.states for s in streams]).astype(np.uint64)
+    state = np.concatenate([s.states for s in streams]).astype(np.uint32)
     counts = np.array([len(s.words) for s in streams], np.int64)
-    pool = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)]).astype(np.uint64)
+    pool = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)]).astype(np.uint32)
     pointer = np.concatenate([[0], np.cumsum(counts)[:-1]])
     end = np.cumsum(counts)
     q, gains = np.zeros((tokens, k), np.int32), np.zeros(tokens, np.uint8)
     flat_slot = tables.slot_symbol.reshape(-1)
-    bits, mask, low, sixteen = np.uint64(PRECISION_BITS), np.uint64(_MASK), np.uint64(STATE_LOW), np.uint64(16)
-    last = len(pool) - 1
+    centre = (tables.model.offset[:-1] + tables.model.limit).astype(np.int64)
+    last, numbers = len(pool) - 1, np.arange(lanes.total)
     for j in range(tokens_per_lane):
         active, token = lanes.turn(j)
         if not len(active):
             continue
         span = lanes.span[active]
-        first = np.searchsorted(span, np.arange(len(streams)))  # first active lane of each span
         x = state[active]
         out = np.empty((k, len(active)), np.int32)
         base = flat_classes[token].T
-        offset_limit = tables.model.offset[:-1] + tables.model.limit
         for i in range(k + 1):
-            slot = x & mask
+            slot = x & _MASK
             if i == 0:
-                symbol = tables.gain_slot[slot]
-                gains[token] = symbol
-                f, s = tables.gain_freq[symbol], tables.gain_start[symbol]
-                column = np.clip(base + CLASSES_PER_GAIN * (symbol.astype(np.int32) - GAIN_ZERO), 0, NUM_CLASSES - 1)
+                gain = tables.gain_slot[slot]
+                gains[token] = gain
+                f, s = tables.gain_freq[gain], tables.gain_start[gain]
+                column = np.clip(base + CLASSES_PER_GAIN * (gain.astype(np.int32) - GAIN_ZERO), 0, NUM_CLASSES - 1)
+                rows, centres = column.astype(np.int64) << PRECISION_BITS, centre[column]
             else:
-                cls = column[i - 1]
-                symbol = flat_slot[(cls << PRECISION_BITS) + slot.astype(np.int32)]
+                symbol = flat_slot[rows[i - 1] + slot]
                 out[i - 1] = symbol
-                entry = offset_limit[cls] + symbol
+                entry = centres[i - 1] + symbol
                 f, s = tables.freq[entry], tables.start[entry]
-            x = f * (x >> bits) + (slot - s)
-            need = x < low
-            rank = np.cumsum(need)
-            before = np.concatenate([[0], rank])[first]  # words taken by the lanes of earlier spans in this step
-            where = pointer[span] + rank - 1 - before[span]
-            x = np.where(need, (x << sixteen) | pool[np.minimum(where, last)], x)
-            pointer += np.diff(np.append(before, rank[-1]))
+            x >>= PRECISION_BITS
+            x *= f
+            slot -= s
+            x += slot
+            need = np.flatnonzero(x < STATE_LOW)
+            if len(need):
+                own = span[need]
+                taken = np.bincount(own, minlength=len(streams))
+                where = (pointer - taken.cumsum() + taken)[own] + numbers[: len(need)]  # spans' words lie lane after lane
+                x[need] = (x[need] << 16) | pool[np.minimum(where, last)]
+                pointer += taken
         q[token] = out.T
         state[active] = x
-    if not (pointer == end).all() or not (state == low).all():
+    if not (pointer == end).all() or not (state == STATE_LOW).all():
         raise CorruptedCode(*DAMAGED)
     return q, gains

@@ -128,6 +128,15 @@ class Transform:
             z[:, n * width : (n + 1) * width] = (c[:, rows].to(self.basis.dtype) @ self.basis[rows]).float()
         return z
 
+    def whole_rows(self, start: int, end: int, dim: int) -> torch.Tensor:
+        """Rows [start, end) over all elements, float32 [end - start, dim]: what `expand` makes of the unit vectors."""
+        basis = self.basis[start:end].float()
+        if self.layer is None:
+            return basis
+        out, width = basis.new_zeros(len(basis), dim), basis.shape[1]
+        columns = self.layer[start:end, None] * width + torch.arange(width, device=basis.device)
+        return out.scatter_(1, columns, basis)
+
     def rounded(self, dtype: torch.dtype) -> Transform:
         """The same transform for products in `dtype`: what goes in and comes out stays float32, sums are as exact as the device makes them."""
         fallback = None if self.fallback is None else Fallback(self.fallback.basis.to(dtype), self.fallback.order)
