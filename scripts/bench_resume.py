@@ -6,7 +6,9 @@ that can go on; the draft's too, unless the predictor looks at its first layers 
 asked. host_copy_s: a raw cache from the host's memory (pinned, on a GPU). The stages are timed one by one, the device waited for between them, so they
 overlap less than in resume_s:
 read_s the file, check_s the spans' checksums, ids_s the token ids, rans_s copy and entropy decoder, draft_prefill_s the draft (and the target over the
-first four tokens), target_layers_s the target's first layers, predict_s the product into pages. suspend_s: coding and writing all tokens at once.
+first four tokens), target_layers_s the target's first layers, predict_s the product into pages. fixed_s: what a resume costs beside the passes and the
+decoder, read_s (opening, ids and the links that bind the spans, too) and check_s; fixed_reach_s: 5 ms and 1 GB/s. suspend_s: coding and writing all
+tokens at once; append_s: coding the last append_tokens, some 200, of a session that was coded up to there.
 
     python scripts/bench_resume.py --pair smollm2 --tokens 512,2048 --json-out resume.json --plot resume.png
     python scripts/bench_resume.py --shapes llama-8b+0.5b --tokens 1024,8192,32768 --device cuda
@@ -49,7 +51,9 @@ _SHOWN = (
     "draft_prefill_s",
     "target_layers_s",
     "predict_s",
+    "fixed_s",
     "suspend_s",
+    "append_s",
 )
 
 

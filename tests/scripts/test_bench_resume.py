@@ -26,7 +26,7 @@ CONTRACT = {
     "stored_bytes",
     "raw_bytes",
 }
-STAGES = {"read_s", "check_s", "ids_s", "rans_s", "target_layers_s", "predict_s", "write_s", "suspend_s"}
+STAGES = {"read_s", "check_s", "ids_s", "rans_s", "target_layers_s", "predict_s", "write_s", "suspend_s", "append_s", "fixed_s"}
 
 
 def row(tokens, recompute_s, resume_s, stored_bytes=1000):
@@ -54,6 +54,7 @@ def test_rows_and_files(tmp_path, capsys):
         config = SHAPES["tiny"].target
         assert r["raw_bytes"] == 2 * r["tokens"] * config.num_layers * config.kv_width
         assert 0 < r["twin_error"] < 1e-2 and r["speed_up"] == pytest.approx(r["recompute_s"] / r["resume_s"])
+    assert [r["append_tokens"] for r in document["rows"]] == [60, 196], "from a page's border that lies 200 tokens back"
     assert document["rows"][1]["stored_bytes"] > document["rows"][0]["stored_bytes"]
     assert {r["link"] for r in document["links"]} == {r["link"] for r in document["crossovers"]}
     assert str(tmp_path) not in document["command"] and plot.stat().st_size > 1000
