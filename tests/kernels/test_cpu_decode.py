@@ -33,7 +33,7 @@ def test_blocks_mean_what_the_gguf_package_reads(name):
     assert weight.shape == (3, 96) and torch.equal(weight.to_dense(), torch.from_numpy(wanted).bfloat16())
 
 
-def test_a_weight_in_bytes_is_within_half_a_step():
+def test_an_int8_weight_is_within_half_a_step():
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.0, 1e-3, 1.0, 100.0, 1.0])[:, None]
     error = (unpack_blocks(BlockWeight.of_bytes(weight).blocks, NAMES["Q8_0"]) - weight).abs().unflatten(1, (-1, 32)).amax(-1)
     assert bool((error <= 0.51 * weight.abs().unflatten(1, (-1, 32)).amax(-1) / 127 + 1e-6).all())

@@ -230,7 +230,7 @@ def test_random_damage_costs_no_answer(store: Path, prompts) -> None:
     close(llm)
 
 
-def adapter(folder: Path) -> Path:
+def lora_folder(folder: Path) -> Path:
     """An adapter of weights with random numbers."""
     config = json.loads((FOLDERS[0] / "config.json").read_text())
     rank, width = 8, config["hidden_size"]
@@ -247,7 +247,7 @@ def adapter(folder: Path) -> Path:
     return folder
 
 
-def test_preempted_requests_and_those_of_adapters(prompts, plain, tmp_path) -> None:
+def test_preempted_requests_and_those_of_lora_weights(prompts, plain, tmp_path) -> None:
     """Two prompts that together need one block more than there is; a request of an adapter is neither kept nor restored."""
     pair, store = [prompts[0][:510], prompts[1][:510]], tmp_path / "store"
     settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8, "block_size": 128}
@@ -268,7 +268,7 @@ def test_preempted_requests_and_those_of_adapters(prompts, plain, tmp_path) -> N
     assert divergence(again, truth) < QUALITY_DIVERGENCE["balanced"]
     llm.reset_prefix_cache()
     restored = worker().metrics.restored_tokens
-    params, lora = SamplingParams(max_tokens=4, temperature=0), LoRARequest("a", 1, str(adapter(tmp_path / "adapter")))
+    params, lora = SamplingParams(max_tokens=4, temperature=0), LoRARequest("a", 1, str(lora_folder(tmp_path / "adapter")))
     other = llm.generate([{"prompt_token_ids": pair[0]}], params, use_tqdm=False, lora_request=lora)[0]
     assert other.num_cached_tokens == 0 and worker().wait(60)
     assert (worker().metrics.saved_tokens, worker().metrics.restored_tokens) == (saved, restored)
