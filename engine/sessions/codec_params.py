@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from codec.errors import CodecError
 from codec.pack import CodecPack
@@ -18,14 +20,25 @@ from engine.text.tokenizer import tokenizer_fingerprint
 
 Log = Callable[[str], None]
 
+_TOKENIZER_PRINTS: WeakKeyDictionary[EngineCore, tuple[Any, int, str]] = WeakKeyDictionary()
+
 
 def pair_fingerprints(core: EngineCore) -> dict[str, str]:
     """Digests of an engine's target, draft and tokenizer: what a pack or a session must agree with."""
     return {
         "target": model_fingerprint(core.target, core.config.target_dir),
         "draft": "none" if core.source is None else core.source.fingerprint(model_fingerprint),
-        "tokenizer": tokenizer_fingerprint(core.tokenizer) if core.tokenizer is not None else "none",
+        "tokenizer": "none" if core.tokenizer is None else _tokenizer_print(core, core.tokenizer),
     }
+
+
+def _tokenizer_print(core: EngineCore, tokenizer: Any) -> str:
+    """Of the engine's tokenizer; made once, as it takes tenths of a second, unless the tokenizer has got more tokens."""
+    size = len(tokenizer)
+    known = _TOKENIZER_PRINTS.get(core)
+    if known is None or known[0] is not tokenizer or known[1] != size:
+        known = _TOKENIZER_PRINTS[core] = tokenizer, size, tokenizer_fingerprint(tokenizer)
+    return known[2]
 
 
 def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print) -> CodecPack:

@@ -120,3 +120,12 @@ def test_models_without_a_folder_are_told_apart_by_their_weights(hf_config, dtyp
 def test_without_a_tokenizer_a_pack_must_be_given(random_decoder, home):
     with pytest.raises(InvalidOption, match="no tokenizer"):
         find_pack(Engine(random_decoder(0)).core)
+
+
+def test_a_tokenizer_is_read_once_for_its_fingerprint(chat_engine, monkeypatch) -> None:
+    engine, calls = chat_engine("none"), []
+    prints = pair_fingerprints(engine.core)
+    monkeypatch.setattr("engine.sessions.codec_params.tokenizer_fingerprint", lambda tokenizer: calls.append(tokenizer) or "other")
+    assert pair_fingerprints(engine.core) == prints and not calls
+    monkeypatch.setattr(type(engine.core.tokenizer), "__len__", lambda self: 5)
+    assert [pair_fingerprints(engine.core)["tokenizer"] for _ in range(2)] == ["other"] * 2 and len(calls) == 1, "it has got other tokens"
