@@ -18,6 +18,7 @@ from torch import Tensor
 
 from draft.protocols import CausalDecoder, DraftState, FeatureStore, KvPool
 from draft.rows import pick
+from kernels.upload import upload
 
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
 
@@ -155,7 +156,7 @@ class DraftHeadBlock:
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows
         taps = {}
         if self.taps:
-            to, source = (torch.tensor(list(places), device=hidden.device) for places in (last.keys(), last.values()))
+            to, source = (upload(list(places), hidden.device) for places in (last.keys(), last.values()))
             taps = {tap: torch.zeros_like(hidden).index_copy_(0, to, out.taps[tap][source]) for tap in self.taps}
         if not drawing:
             return None, taps

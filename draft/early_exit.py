@@ -13,6 +13,7 @@ from draft.errors import ExitLayerError
 from draft.model import append_features, check_taps
 from draft.propose import draft_block
 from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, FeatureStore, Proposal, ScratchPasses
+from kernels.upload import upload
 
 
 def default_exit_layer(num_layers: int) -> int:
@@ -106,7 +107,7 @@ class EarlyExitDrafter:
         the tokens behind the sequence: positions start where features end, where they are kept, or where the draft head's knowledge does.
         """
         query_lens = [len(t) for t in tokens]
-        flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
+        flat = upload([t for ts in tokens for t in ts], self.decoder.device)
         if self.draft_head is not None:
             starts = [state.num_cached for state in states]
         else:

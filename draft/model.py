@@ -11,6 +11,7 @@ from torch import Tensor
 from draft.errors import FeatureTapError
 from draft.propose import draft_block
 from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, FeatureStore, KvPool, Proposal, ScratchPasses
+from kernels.upload import upload
 
 
 class ModelDrafter:
@@ -60,7 +61,7 @@ class ModelDrafter:
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """Run committed tokens that follow each state, in one forward, and commit their KV and features. Chunking is the caller's."""
         query_lens = [len(t) for t in tokens]
-        flat = torch.tensor([t for ts in tokens for t in ts], dtype=torch.int64, device=self.decoder.device)
+        flat = upload([t for ts in tokens for t in ts], self.decoder.device)
         out = self.decoder.forward(
             flat.clamp_max(self.decoder.config.vocab_size - 1),
             [s.sequence for s in states],

@@ -13,6 +13,7 @@ from draft.policy import likeliest
 from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, Proposal, RequestProposal
 from draft.rows import pick
 from draft.tree import Leaf, TreePosition, leaf_slot
+from kernels.upload import upload
 
 
 def draft_block(
@@ -46,7 +47,7 @@ def draft_block(
     rows = [b for b in range(batch) if lengths[b] > 0 or runs_last_draft]
     query_lens = [len(pending[b]) + len(given[b]) for b in rows]
     starts = [sequences[b].length for b in rows]
-    tokens = torch.tensor([t for b in rows for t in (*pending[b], *given[b])], dtype=torch.int64, device=device)
+    tokens = upload([t for b in rows for t in (*pending[b], *given[b])], device)
 
     beside: list[list[int]] = [[] for _ in rows]  # leaves in the pass at hand, target's ids
     leaves: list[list[Leaf]] = [[] for _ in range(batch)]
@@ -128,7 +129,7 @@ def draft_block(
             drawn_at[b].append(num_drawn)
             probs[b].append(None)
             num_drawn += 1
-        draws.append(torch.tensor([token for _, token in known], dtype=torch.int64, device=device))
+        draws.append(upload([token for _, token in known], device))
     if draws:
         proposal.tokens = pick(torch.cat(draws), [i for own in drawn_at for i in own])
     if hidden is not None:
@@ -152,7 +153,7 @@ def draft_block(
 
 def given_proposal(given: Sequence[Sequence[int]], device: torch.device) -> Proposal:
     """Tokens from elsewhere as a proposal, where there is no drafter that runs anything."""
-    tokens = torch.tensor([token for own in given for token in own], dtype=torch.int64, device=device)
+    tokens = upload([token for own in given for token in own], device)
     return Proposal(tokens, [RequestProposal(len(own), [None] * len(own)) for own in given])
 
 

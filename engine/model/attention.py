@@ -30,6 +30,7 @@ from kernels.paged_attention.reference import TREE_SPAN, Plan, attend, plan
 from kernels.quantized_kv import NUM_SINKS, RING, ExactRecent, ExactSinks, quantized_kv_write, quantized_paged_attention
 from kernels.rope import apply_rope
 from kernels.rope.reference import rotate, widen
+from kernels.upload import upload
 
 
 class AttentionBatch(NamedTuple):
@@ -280,13 +281,13 @@ class DeviceBatch:
         tree = batch.tree()
         return cls(
             tuple(batch.angles(rope) for rope in ropes),
-            torch.tensor(batch.slots, dtype=torch.int64, device=device),
-            torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32, device=device),
-            torch.tensor(batch.query_lens, dtype=torch.int32, device=device),
-            torch.tensor(batch.contexts, dtype=torch.int32, device=device),
+            upload(batch.slots, device),
+            upload([own + [0] * (width - len(own)) for own in pages], device, torch.int32),
+            upload(batch.query_lens, device, torch.int32),
+            upload(batch.contexts, device, torch.int32),
             max(batch.query_lens),
-            None if tree is None else torch.tensor(tree[0], dtype=torch.int64, device=device),
-            None if tree is None else torch.tensor(tree[1], dtype=torch.int32, device=device),
+            None if tree is None else upload(tree[0], device),
+            None if tree is None else upload(tree[1], device, torch.int32),
         )
 
     @classmethod
@@ -392,8 +393,8 @@ class ExactRows:
         ]
         device = pool.device
         return cls(
-            torch.tensor(rows, dtype=torch.int32, device=device),
-            torch.tensor(since, dtype=torch.int32, device=device),
+            upload(rows, device, torch.int32),
+            upload(since, device, torch.int32),
             _new_sinks(batch, rows, device),
             _new_recent(batch, rows, device),
         )
@@ -503,7 +504,7 @@ def _new_sinks(batch: AttentionBatch, rows: list[int], device: torch.device) -> 
     for start, count, row in zip(batch.starts, batch.query_lens, rows, strict=True):
         found += [(before + t, row * NUM_SINKS + start + t) for t in range(count) if start + t < NUM_SINKS]
         before += count
-    new, slots = torch.tensor(found, dtype=torch.int64, device=device).unbind(1)
+    new, slots = upload(found, device).unbind(1)
     return new, slots.contiguous()
 
 
@@ -515,5 +516,5 @@ def _new_recent(batch: AttentionBatch, rows: list[int], device: torch.device) ->
         new += [before + t for t in last]
         slots += [row * RING + (start + t) % RING for t in last]
         before += count
-    which = slice(None) if len(new) == before else torch.tensor(new, dtype=torch.int64, device=device)
-    return which, torch.tensor(slots, dtype=torch.int64, device=device)
+    which = slice(None) if len(new) == before else upload(new, device)
+    return which, upload(slots, device)

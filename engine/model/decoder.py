@@ -6,6 +6,7 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.grouped_linear import grouped_linear
 from kernels.rms_norm import rms_norm
+from kernels.upload import upload
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer", "forward_reserved"]
 
@@ -349,7 +351,7 @@ class Decoder(nn.Module):
         if logits != "none" and last == depth:
             rows = stream
             if logits == "last":
-                ends = torch.tensor(query_lens, device=stream.device).cumsum(0) - 1
+                ends = upload(list(itertools.accumulate(query_lens, initial=-1))[1:], stream.device)
                 rows = stream[ends]
             out = self.head(rows, deterministic=deterministic)
         return DecoderOutput(out, stream, queries)

@@ -23,6 +23,7 @@ from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
 from draft.policy import CostModel, Curve, StepPlan
 from draft.protocols import CausalDecoder, Drafter, DraftState
+from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.model_runner import (
     CAPTURED_LENGTHS,
     MAX_ROWS,
@@ -35,14 +36,13 @@ from engine.runtime.model_runner import (
     same_objects,
 )
 from engine.runtime.request import Request
-from engine.runtime.sampling import tempered
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
 from kernels.decode_layer.plans import MOST_SKINNY
 from kernels.philox import philox_uniform
 from kernels.race import race
+from kernels.upload import fill
 
 Source = Literal["model", "given"]
-Drawing = Literal["greedy", "race", "reject"]
 
 _MOST = 128  # requests of a step
 _LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
@@ -51,7 +51,7 @@ _LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: 
 @dataclass(frozen=True)
 class BlockKey:
     """What a captured step does. batch: requests, a bucket. length: k. pages: of a page table. source: of the drafts: the drafter, or given tokens.
-    drawing: greedy: most likely tokens alone; race: some draw under a seed; reject: some draw without one. deterministic: batch-invariant."""
+    drawing: how tokens are drawn; no request under a seed beside one that draws without. deterministic: batch-invariant."""
 
     batch: int
     length: int
@@ -62,20 +62,19 @@ class BlockKey:
 
 
 class BlockState:
-    """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [10, 128].
+    """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [9, 128].
 
     length: committed tokens, the position of the last one, which no model has run. first: where the draft's first pass begins: at the position before
     it, or at it. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at length
-    and length - 1. row, draft_row: of the page tables. seed: of sampling, as temperature [128] float32 (1 for greedy requests) and greedy [128] are.
+    and length - 1. row, draft_row: of the page tables. sampling: parameters.
     hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones.
     """
 
-    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row", "seed")
+    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row")
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.integers = torch.zeros(len(self.NAMES), _MOST, dtype=torch.int64, device=device)
-        self.temperature = torch.ones(_MOST, device=device)
-        self.greedy = torch.ones(_MOST, dtype=torch.bool, device=device)
+        self.sampling = SamplingState(_MOST, device)
         self.hidden = torch.zeros(_MOST, hidden_size, dtype=dtype, device=device)
         self.drafts = torch.zeros(_MOST, MAX_ROWS, dtype=torch.int64, device=device)
 
@@ -85,7 +84,7 @@ class BlockState:
 
     def write(self, name: str, values: Sequence[int], batch: int) -> None:
         """Set one of the integers; requests after the given ones, up to `batch`, are padding and get 0."""
-        self.of(name, batch).copy_(torch.tensor([*values, *[0] * (batch - len(values))], dtype=torch.int64))
+        fill(self.of(name, batch), [*values, *[0] * (batch - len(values))])
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Block:
     """A captured step and its buffers.
 
     drafts [k, B] int64, tokens [B, k + 1] int64: the last token and the drafts. out [B, k + 2] int64: tokens gained, and then these (0 gained: logits
-    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). probs [B, k, V]: what drafts were drawn from ("reject").
+    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). probs [B, k, V]: what drafts were drawn from (no seed).
     first: passes of the target's first layers, one a draft and the last draft's own. passes: of the draft.
     """
 
@@ -239,7 +238,7 @@ class BlockDecoding:
         if self.drafter is not None and self.drafter.feature_taps:
             return False
         params = [r.params for r in requests]
-        if any(p.penalised or p.filtered or p.logprobs is not None for p in params) or len(requests) > _MOST:
+        if any(p.penalised or p.logprobs is not None for p in params) or len(requests) > _MOST:
             return False
         if len({p.coupled for p in params if not p.greedy}) > 1:
             return False
@@ -278,8 +277,7 @@ class BlockDecoding:
         source: Source = "model" if any(plan.lengths) else "given"
         self._idle_steps = 0 if any(plan.lengths) or any(plan.given) else self._idle_steps + 1
         length, batch = self._length(requests, plan), bucket(len(requests))
-        drawn = [r.params for r in requests if not r.params.greedy]
-        drawing: Drawing = "greedy" if not drawn else "race" if drawn[0].coupled else "reject"
+        drawing = self.state.sampling.set([r.params for r in requests], [r.seed for r in requests], self.target.config.vocab_size)
         if not ahead:
             self._upload(requests, batch, source)
         num_drafts = list(plan.lengths) if source == "model" else [len(own) for own in plan.given]
@@ -287,7 +285,7 @@ class BlockDecoding:
         block = self._block(BlockKey(batch, length, page_bucket(pages, self.target.max_pages), source, drawing, deterministic))
         if any(plan.given):
             padded = [[*own, *[0] * (length - len(own))] for own in plan.given]
-            self.state.drafts[: len(requests), :length] = torch.tensor(padded, dtype=torch.int64)
+            fill(self.state.drafts[: len(requests), :length], padded)
         if block.graph is None:
             self._run(block)
         else:
@@ -298,16 +296,13 @@ class BlockDecoding:
 
     def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
         """Bring the device's state up to the host's, where something else has run, and say where the draft's first pass begins."""
-        state, count = self.state, len(requests)
+        state = self.state
         if source == "model":
             self._catch_up(requests)
         if not self._is_settled(requests):
             state.write("length", [r.sequence.length for r in requests], batch)
             state.write("last", [r.token_ids[-1] for r in requests], batch)
             state.write("previous", [r.token_ids[-2] for r in requests], batch)
-            state.write("seed", [r.seed for r in requests], batch)
-            state.temperature[:count] = torch.tensor([r.params.temperature or 1.0 for r in requests], dtype=torch.float32)
-            state.greedy[:count] = torch.tensor([r.params.greedy for r in requests])
             self._sent.clear()
         if source == "model":
             ends = []
@@ -413,7 +408,7 @@ class BlockDecoding:
             token_ids=tokens.view(-1),
             embed=not from_exit,
             taps=(self.exit_layer,) if self.head is not None and not from_exit else (),
-            logits=key.drawing != "greedy",
+            logits=not key.drawing.greedy,
             deterministic=key.deterministic,
         )
         block = Block(key, drafts, tokens, out, target_table, verify, exits=exits)
@@ -430,7 +425,7 @@ class BlockDecoding:
                         page_table=block.draft_table,
                         token_ids=drafts[i - 1] if i else None,
                         embed=self.head is None,
-                        logits=key.drawing != "greedy",
+                        logits=not key.drawing.greedy,
                         deterministic=key.deterministic,
                     )
                 )
@@ -446,7 +441,7 @@ class BlockDecoding:
                         deterministic=key.deterministic,
                     )
                 )
-            if key.drawing == "reject":
+            if key.drawing.inverse:
                 block.probs = torch.zeros(batch, length, target.config.vocab_size, device=device)
         if self.target.captures:
             kept = self.state.integers.clone(), self.state.hidden.clone()
@@ -515,20 +510,21 @@ class BlockDecoding:
         into, ids = block.drafts[number], None if self.head is None else self.head.token_ids
         best = step.buffers.next_tokens.view(batch, -1)[:, -1].clamp_min(0)
         best = best if ids is None else ids[best]
-        if key.drawing == "greedy":
+        if key.drawing.greedy:
             into.copy_(best)
             return
         logits = step.buffers.logits
         assert logits is not None
-        probs = torch.softmax(tempered(logits.view(batch, -1, logits.shape[-1])[:, -1], state.temperature[:batch]), -1)
-        if key.drawing == "race":
-            drawn = race(self._whole(probs, ids), of["seed"], of["length"] + (1 + number))
+        sampling, seeds = state.sampling, state.sampling.seed[:batch]
+        probs = sampling.distributions(logits.view(batch, -1, logits.shape[-1])[:, -1], key.drawing, batch)
+        if key.drawing.race:
+            drawn = race(self._whole(probs, ids), seeds, of["length"] + (1 + number))
         else:
             assert block.probs is not None
             block.probs[:, number] = self._whole(probs, ids)
-            drawn = sample_rows(probs, philox_uniform(of["seed"], of["length"] + (1 + number), COUNTER_DRAFT))
+            drawn = sample_rows(probs, philox_uniform(seeds, of["length"] + (1 + number), COUNTER_DRAFT))
             drawn = drawn if ids is None else ids[drawn]
-        into.copy_(torch.where(state.greedy[:batch], best, drawn))
+        into.copy_(torch.where(sampling.greedy[:batch], best, drawn))
 
     def _whole(self, probs: Tensor, ids: Tensor | None) -> Tensor:
         """Distributions [B, V'] of the draft's vocabulary over the target's, [B, V]."""
@@ -543,23 +539,31 @@ class BlockDecoding:
         batch, length = key.batch, key.length
         steps = torch.arange(length + 1, device=self.target.device)
         drafts, best = block.tokens[:, 1:], block.verify.buffers.next_tokens.view(batch, length + 1)
-        own, greedy, probs = best, state.greedy[:batch, None], None
-        if key.drawing != "greedy":
+        sampling = state.sampling
+        own, greedy, probs = best, sampling.greedy[:batch, None], None
+        if not key.drawing.greedy:
             logits = block.verify.buffers.logits
             assert logits is not None
-            probs = torch.softmax(tempered(logits, state.temperature[:batch].repeat_interleave(length + 1)), -1)
-            seeds, places = of["seed"][:, None].expand(batch, length + 1), of["length"][:, None] + 1 + steps
-            if key.drawing == "race":
+            probs = sampling.distributions(logits, key.drawing, batch, length + 1)
+            seeds, places = sampling.seed[:batch, None].expand(batch, length + 1), of["length"][:, None] + 1 + steps
+            if key.drawing.race:
                 own = race(probs, seeds.flatten(), places.flatten()).view(batch, length + 1)
             elif key.source == "given":
                 own = sample_rows(probs, philox_uniform(seeds, places, COUNTER_SAMPLE).flatten()).view(batch, length + 1)
             own = torch.where(greedy, best, own)
         kept = ((drafts == own[:, :-1]) & (steps[:-1] < of["num_drafts"][:, None])).long().cumprod(1).sum(1)
         following = own.gather(1, kept[:, None])[:, 0]
-        if key.drawing == "reject" and key.source == "model":
+        if key.drawing.inverse and key.source == "model":
             assert probs is not None and block.probs is not None
             accepted = accept(
-                probs, block.probs.flatten(0, 1), drafts.flatten(), of["num_drafts"], of["seed"], of["length"] + 1, length, even=True
+                probs,
+                block.probs.flatten(0, 1),
+                drafts.flatten(),
+                of["num_drafts"],
+                sampling.seed[:batch],
+                of["length"] + 1,
+                length,
+                even=True,
             )
             kept = torch.where(greedy[:, 0], kept, accepted.num_accepted)
             following = torch.where(greedy[:, 0], following, accepted.next_token)

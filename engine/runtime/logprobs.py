@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -24,7 +26,7 @@ class TokenLogprobs:
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """Of token_ids[i], which followed row i of logits [n, V]; num_top alternatives each."""
     table = torch.log_softmax(logits.float(), -1)
-    own = table.gather(1, torch.tensor(list(token_ids), device=logits.device)[:, None])[:, 0].tolist()
+    own = table.gather(1, upload(token_ids, logits.device)[:, None])[:, 0].tolist()
     if not num_top:
         return [TokenLogprobs(token, value) for token, value in zip(token_ids, own, strict=True)]
     best = table.topk(min(num_top, table.shape[-1]))

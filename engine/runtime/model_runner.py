@@ -22,10 +22,13 @@ from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.compiled_runner import CompiledDecoder
+from engine.runtime.device_sampling import Drawing, SamplingState
+from engine.runtime.sampling import SamplingParams
 from kernels.block_inputs import block_inputs
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
+from kernels.upload import fill, upload
 
 MAX_ROWS = 128  # more rows than that are bound by arithmetic: the library's products are faster there
 CAPTURED_LENGTHS = (1, 2, 4, 7)  # drafts of a block that are compared where each length is a captured step of its own
@@ -36,6 +39,7 @@ _TABLES = 512  # page tables on the device; more sequences than that take turns
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 Logits = Literal["all", "last", "none"]
+GREEDY = Drawing()
 
 
 def bucket(count: int, sizes: Sequence[int] = _BATCHES) -> int:
@@ -95,7 +99,7 @@ class PageTables:
             weakref.finalize(sequence, self._release, self._rows, row)
         if self._known.get(row) != sequence.pages:
             self._known[row] = list(sequence.pages)
-            self.tables[row, : len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
+            fill(self.tables[row, : len(sequence.pages)], sequence.pages)
         return row
 
     def _release(self, rows: weakref.WeakKeyDictionary[KvSequence, int], row: int) -> None:
@@ -106,7 +110,8 @@ class PageTables:
 @dataclass(frozen=True)
 class StepKey:
     """What a captured step does: B requests of n tokens over P pages through layers [first, last), with residual streams at `taps`; embed: from
-    token ids, else from given hidden states; deterministic: by kernels whose rows have the same bits in any company."""
+    token ids, else from given hidden states; deterministic: by kernels whose rows have the same bits in any company; drawing: how next tokens are drawn
+    (steps of one token a request)."""
 
     batch: int
     length: int
@@ -117,13 +122,14 @@ class StepKey:
     logits: bool
     embed: bool = True
     deterministic: bool = False
+    drawing: Drawing = GREEDY
 
 
 @dataclass
 class Step:
     """One captured step: its buffers, and the graph (None where it runs operation by operation).
 
-    inputs: int64 [2 N + 2 B], positions, slots, context lengths and page table rows.
+    inputs: int64 [2 N + 2 B], positions, slots, context lengths and page table rows. tokens: [B] int64, what is drawn; None where nothing is.
     """
 
     key: StepKey
@@ -131,6 +137,7 @@ class Step:
     inputs: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
     graph: Any | None = None
+    tokens: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -149,7 +156,7 @@ class Step:
             for j in range(count):
                 at = start + j
                 positions[b * n + j], slots[b * n + j] = at, pages[at // size] * size + at % size
-        self.inputs.copy_(torch.tensor(positions + slots + contexts + rows))
+        fill(self.inputs, positions + slots + contexts + rows)
 
 
 class GraphedDecoder:
@@ -167,6 +174,7 @@ class GraphedDecoder:
         self.max_pages = min(pool.max_pages, -(-c.max_position_embeddings // pool.page_size))
         self.shape = DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
+        self.sampling = SamplingState(_BATCHES[-1], decoder.device)
         self._steps: dict[StepKey, Step] = {}
         self._weights: DecodeWeights | None = None
         self._graph_memory: Any | None = None
@@ -262,15 +270,13 @@ class GraphedDecoder:
         outs, order = [], []
         for group in row_groups(query_lens):
             rows = [firsts[b] + at + j for b, at, count in group for j in range(count)]
-            own = source[torch.tensor(rows, device=self.device)]
+            own = source[upload(rows, self.device)]
             members = [sequences[b] for b, _, _ in group]
             outs.append(run(own, members, [count for _, _, count in group], [starts[b] + at for b, at, _ in group], deterministic=True))
             order += rows
         if len(outs) == 1:
             return outs[0]
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        back = back.to(self.device)
+        back = upload(sorted(range(len(order)), key=order.__getitem__), self.device)
         spoken = [out.logits for out in outs if out.logits is not None]
         found = torch.cat(spoken)[back] if spoken else None
         taps = {tap: torch.cat([out.taps[tap] for out in outs])[back] for tap in outs[0].taps}
@@ -315,10 +321,10 @@ class GraphedDecoder:
         n = step.key.length
         if all(count == n for count in query_lens):
             return slice(0, n * len(query_lens))
-        return torch.tensor([b * n + j for b, count in enumerate(query_lens) for j in range(count)], device=self.device)
+        return upload([b * n + j for b, count in enumerate(query_lens) for j in range(count)], self.device)
 
     def _ends(self, step: Step, query_lens: Sequence[int]) -> Tensor:
-        return torch.tensor([b * step.key.length + count - 1 for b, count in enumerate(query_lens)], device=self.device)
+        return upload([b * step.key.length + count - 1 for b, count in enumerate(query_lens)], self.device)
 
     # --- steps ----------------------------------------------------------------------------------------------------------
 
@@ -334,9 +340,10 @@ class GraphedDecoder:
         *,
         embed: bool = True,
         deterministic: bool = False,
+        drawing: Drawing = GREEDY,
     ) -> Step:
-        """The captured step for so many requests, captured now if it was not yet."""
-        key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed, deterministic)
+        """The captured step for so many requests, captured now if it was not yet. drawing: by `sampling`, from logits of one token a request."""
+        key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed, deterministic, drawing)
         weights = self._current_weights()
         if key not in self._steps:
             self._steps[key] = self._build(key, weights)
@@ -398,7 +405,8 @@ class GraphedDecoder:
         buffers.positions, buffers.slots = inputs[:rows], inputs[rows : 2 * rows]
         if token_ids is not None:
             buffers.token_ids = token_ids
-        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps})
+        tokens = None if key.drawing.greedy else torch.zeros(key.batch, dtype=torch.int64, device=self.device)
+        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps}, tokens=tokens)
 
     def capture(self, run: Callable[[], None]) -> Any:
         """What `run` launches, as a CUDA graph; it runs once before, and must then write no page (its rows are padding)."""
@@ -419,6 +427,9 @@ class GraphedDecoder:
         buffers.context_lens.copy_(step.inputs[2 * rows : 2 * rows + key.batch])
         torch.index_select(self.tables.tables[:, : key.pages], 0, step.inputs[2 * rows + key.batch :], out=buffers.page_table)
         self._run_layers(step, weights, head=key.logits)
+        if step.tokens is not None:
+            assert buffers.logits is not None
+            step.tokens.copy_(self.sampling.draw(buffers.logits, buffers.next_tokens, buffers.positions + 1, key.drawing))
 
     def _run_layers(self, step: Step, weights: DecodeWeights, *, head: bool) -> None:
         """A step over positions, slots, context lengths and page tables that are in its buffers."""
@@ -474,9 +485,10 @@ class GraphedDecoder:
 
 @dataclass
 class _Ahead:
-    """A step that is under way: whose, from which positions, and where its tokens will be."""
+    """A step that is under way: whose, how it draws, from which positions, and where its tokens will be."""
 
     sequences: list[KvSequence]
+    params: list[SamplingParams]
     starts: list[int]
     tokens: Tensor
     ready: Any
@@ -487,10 +499,6 @@ class PlainDecoding:
 
     The next step's input is this step's output, which is on the device. Its tokens are thrown away when a request ends or another one joins; what
     it wrote lies behind the committed tokens and is written again.
-
-    Args:
-        target: the model.
-        draw: logits float32 [B, V] and the sequence index of each drawn token -> tokens [B] int64, without reading back; None is greedy.
     """
 
     def __init__(self, target: GraphedDecoder) -> None:
@@ -507,7 +515,8 @@ class PlainDecoding:
         sequences: list[KvSequence],
         last_tokens: Sequence[int],
         room: Sequence[int],
-        draw: Any | None,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
         *,
         deterministic: bool = False,
     ) -> list[int]:
@@ -518,32 +527,40 @@ class PlainDecoding:
                 ahead.
             last_tokens: each request's last token, which no model has run.
             room: tokens each may still get, this one included.
-            draw: see the class.
+            params, seeds: how each draws, and the key of its random numbers; none with penalties.
             deterministic: whether the steps' rows have the same bits in any company.
         """
         starts = [sequence.length for sequence in sequences]
         current = self._ahead
         self._ahead = None
-        if current is None or current.starts != starts or not same_objects(current.sequences, sequences):
-            current = self._launch(sequences, starts, torch.tensor(list(last_tokens), device=self.target.device), draw, deterministic)
+        known = current is not None and current.starts == starts and same_objects(current.sequences, sequences)
+        if current is None or not known or not same_objects(current.params, params):
+            current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
         if min(room) > 1:
-            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, draw, deterministic)
+            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, params, seeds, deterministic)
         return read_out(current.ready)
 
-    def _launch(self, sequences: list[KvSequence], starts: list[int], tokens: Tensor, draw: Any | None, deterministic: bool) -> _Ahead:
+    def _launch(
+        self,
+        sequences: list[KvSequence],
+        starts: list[int],
+        tokens: Tensor,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        deterministic: bool,
+    ) -> _Ahead:
         target, batch = self.target, len(sequences)
+        drawing = target.sampling.set(params, seeds, target.config.vocab_size)
         for sequence, start in zip(sequences, starts, strict=True):
             sequence.check_writable(start, start + 1)
         pages = max(len(s.pages) for s in sequences)
-        step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic)
+        step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
         step.fill(starts, [1] * batch, sequences, target.tables)
         step.buffers.token_ids[:batch] = tokens
         target.replay(step)
-        assert step.buffers.logits is not None
-        logits = step.buffers.logits[:batch]
-        best = step.buffers.next_tokens[:batch]  # -1 where logits are not finite; a later pass may write it before it is read
-        found = best.clone() if draw is None else torch.where(best < 0, -1, draw(logits, [start + 1 for start in starts]))
-        return _Ahead(list(sequences), starts, found, copy_out(found))
+        found = step.buffers.next_tokens if step.tokens is None else step.tokens  # -1 where logits are not finite
+        found = found[:batch].clone()  # a later pass may write it before it is read
+        return _Ahead(list(sequences), list(params), starts, found, copy_out(found))
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from engine.errors import InvalidOption
 from engine.inputs import is_finite, is_whole, plain_number, shown
+from engine.runtime.filters import cuts_of
 from kernels.accept import COUNTER_DRAFT, sample_rows
 from kernels.philox import philox_uniform
 from kernels.race import race
+from kernels.upload import upload
 
-NUCLEUS_CANDIDATES = 1024  # largest logits tried first for top-p; a full sort of the vocabulary only when they do not hold the mass
 MAX_DRAFT_LENGTH = 64
 MAX_PENALTY = 2.0  # of frequency and presence, as OpenAI bounds them
 MAX_LOGPROBS = 128  # alternatives a token
@@ -223,14 +224,14 @@ class TokenHistory:
         self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # in the new text
         self._bias: Tensor | None = None
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            ids = upload(list(params.logit_bias), device)
+            values = upload(list(params.logit_bias.values()), device, torch.float32)
             self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device).index_add_(0, ids, values)
 
     def follow(self, token_ids: Sequence[int]) -> TokenHistory:
         """Count the tokens that joined since the last call; token_ids: all of the request's, prompt first."""
         for start, new_text in ((self.length, False), (max(self.length, self.prompt_tokens), True)):
-            new = torch.tensor(token_ids[start:], dtype=torch.int64, device=self._seen.device)
+            new = upload(token_ids[start:], self._seen.device)
             if new_text:
                 self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
             else:
@@ -275,15 +276,15 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     sorted unless top_k or top_p asks for it, and then only the largest logits in almost all cases.
     """
     device = logits.device
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float32, device=device)
+    temperature = upload([p.temperature or 1.0 for p in params], device, torch.float32)
     scaled = tempered(logits, temperature)
-    cut = _cuts(scaled, params)
+    cut = cuts_of(scaled, params)
     if cut is not None:
         scaled.masked_fill_(scaled < cut[:, None], -math.inf)
     result = torch.softmax(scaled, -1)
     greedy = [i for i, p in enumerate(params) if p.greedy]
     if greedy:
-        rows = torch.tensor(greedy, device=device)
+        rows = upload(greedy, device)
         result[rows] = torch.zeros_like(result[rows]).scatter_(1, logits[rows].argmax(-1, keepdim=True), 1.0)
     return result
 
@@ -295,55 +296,6 @@ def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
     """
     scaled = logits.float()
     return (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]
-
-
-def _cuts(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
-    """Smallest scaled logit each row keeps, [n] float32, or None when no row has a filter."""
-    vocab, device = scaled.shape[-1], scaled.device
-    limits = [p.top_k if 0 < p.top_k < vocab else 0 for p in params]
-    filtered = [i for i, p in enumerate(params) if limits[i] or p.top_p < 1]
-    if not filtered and all(p.min_p == 0 for p in params):
-        return None
-    cuts = torch.tensor([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], dtype=torch.float32, device=device)
-    if not filtered:
-        return cuts
-    # Enough of the largest logits for every row's k, and for the nucleus of rows that have no k.
-    count = min(vocab, max(limits[i] or NUCLEUS_CANDIDATES for i in filtered))
-    rows = torch.tensor(filtered, device=device)
-    chosen = scaled if len(filtered) == scaled.shape[0] else scaled[rows]
-    largest = chosen.topk(count).values  # [m, count], descending
-    floor = torch.full((len(filtered),), -math.inf, dtype=torch.float32, device=device)
-    has_k = torch.tensor([limits[i] > 0 for i in filtered], device=device)
-    kth = largest.gather(1, torch.tensor([[max(limits[i], 1) - 1] for i in filtered], device=device))[:, 0]
-    floor = torch.where(has_k, kth, floor)
-    nucleus = [j for j, i in enumerate(filtered) if params[i].top_p < 1]
-    if nucleus:
-        own = torch.tensor(nucleus, device=device)
-        share = torch.tensor([params[filtered[j]].top_p for j in nucleus], dtype=torch.float64, device=device)
-        floor[own] = torch.maximum(floor[own], _nucleus_cuts(chosen[own], largest[own], floor[own], share))
-    cuts[rows] = torch.maximum(cuts[rows], floor)
-    return cuts
-
-
-def _nucleus_cuts(scaled: Tensor, largest: Tensor, floor: Tensor, share: Tensor) -> Tensor:
-    """Smallest scaled logit in each row's smallest set of largest ones that holds the given share of what lies at or above the row's floor.
-
-    scaled [m, V] and its largest [m, count] (descending), floor [m] float32, share [m] float64. Returns [m] float32.
-    """
-    wanted = share * scaled.exp().masked_fill_(scaled < floor[:, None], 0.0).sum(-1, dtype=torch.float64)
-    cuts, reached = _mass_cuts(largest, floor, wanted)
-    # Without a floor the candidates may hold too little (a flat distribution): then, and only then, the row is sorted.
-    short = (~reached & (floor == -math.inf)).nonzero()[:, 0]
-    if short.numel():
-        cuts[short] = _mass_cuts(scaled[short].sort(-1, descending=True).values, floor[short], wanted[short])[0]
-    return cuts
-
-
-def _mass_cuts(values: Tensor, floor: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """First value of each descending row at which the summed weights reach `wanted`, and whether they do (else the row's last value)."""
-    ends = values.exp().masked_fill_(values < floor[:, None], 0.0).double().cumsum(-1)
-    last = (ends < wanted[:, None]).sum(-1).clamp_max(values.shape[-1] - 1)
-    return values.gather(1, last[:, None])[:, 0], ends[:, -1] >= wanted
 
 
 class BatchSampler:
@@ -453,17 +405,13 @@ class BatchSampler:
         for i in penalised:
             history, own = self._histories[rows[i]], before[i]
             assert history is not None
-            drafts = (
-                torch.cat(list(own))
-                if len(own) and isinstance(own[0], Tensor)
-                else torch.tensor(list(own), dtype=torch.int64, device=logits.device)
-            )
+            drafts = torch.cat(list(own)) if len(own) and isinstance(own[0], Tensor) else upload(list(own), logits.device)
             logits[i] = history.penalise(logits[i], drafts, token_ids)
         return logits
 
     def counters(self, rows: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Seeds and positions of rows as int64 tensors, the arguments of `philox_uniform` and `race`."""
-        return torch.tensor([self.seeds[r] for r in rows], device=device), torch.tensor(list(positions), device=device)
+        return upload([self.seeds[r] for r in rows], device), upload(list(positions), device)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -472,4 +420,4 @@ def finite_rows(logits: Tensor) -> Tensor:
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int64, device=like.device)
+    return upload(list(values), like.device)

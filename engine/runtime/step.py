@@ -19,6 +19,7 @@ from engine.runtime.request import Request
 from engine.runtime.sampling import BatchSampler, finite_rows
 from engine.runtime.verify import verify
 from kernels.accept import COUNTER_SAMPLE
+from kernels.upload import upload
 
 
 @torch.inference_mode()
@@ -37,7 +38,7 @@ def prefill_step(
     pieces = [r.token_ids[r.sequence.length : r.sequence.length + n] for r, n in zip(requests, chunks, strict=True)]
     taps = drafter.target_taps if drafter else ()
     out = target.forward(
-        torch.tensor([t for piece in pieces for t in piece], dtype=torch.int64, device=target.device),
+        upload([t for piece in pieces for t in piece], target.device),
         [r.sequence for r in requests],
         list(chunks),
         taps=taps,
@@ -51,7 +52,7 @@ def prefill_step(
     done = [b for b, r in enumerate(requests) if r.sequence.length == len(r.token_ids)]
     if done:
         sampler = _sampler(requests, target)
-        rows = out.logits if len(done) == len(requests) else out.logits[torch.tensor(done, device=target.device)]
+        rows = out.logits if len(done) == len(requests) else out.logits[upload(done, target.device)]
         tokens, _ = sampler.draw(rows, done, [len(requests[b].token_ids) for b in done], COUNTER_SAMPLE)
         for b, token in zip(done, torch.where(finite_rows(rows), tokens, -1).tolist(), strict=True):
             if token < 0:
@@ -171,21 +172,15 @@ def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequ
     """Note the log probabilities of the tokens that requests have just gained, which followed these rows of logits [n, V], where they want them."""
     for request, own in zip(requests, rows, strict=True):
         if request.params.logprobs is not None and own and request.error is None:
-            picked = logits[torch.tensor(list(own), device=logits.device)]
+            picked = logits[upload(list(own), logits.device)]
             request.logprobs += token_logprobs(picked, request.token_ids[-len(own) :], request.params.logprobs)
 
 
 def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float, *, deterministic: bool) -> None:
     """One token for every request, and no draft."""
-    draw = None
-    if not all(request.params.greedy for request in requests):
-        sampler = _sampler(requests, plain.target)
-
-        def draw(logits: torch.Tensor, positions: list[int]) -> torch.Tensor:
-            return sampler.draw(logits, range(len(requests)), positions, COUNTER_SAMPLE)[0]
-
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
-    tokens = plain.step(sequences, last, [r.remaining for r in requests], draw, deterministic=deterministic)
+    params, seeds = [r.params for r in requests], [r.seed for r in requests]
+    tokens = plain.step(sequences, last, [r.remaining for r in requests], params, seeds, deterministic=deterministic)
     ended = time.perf_counter()
     for request, token in zip(requests, tokens, strict=True):
         if token < 0:
@@ -273,18 +268,18 @@ def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter,
 def _block_tokens(last: list[int], proposal: Proposal) -> torch.Tensor:
     """Each request's last token followed by its drafts and its leaves, flattened."""
     device = proposal.tokens.device
-    pending = torch.tensor(last, dtype=torch.int64, device=device)
+    pending = upload(last, device)
     if not proposal.tokens.numel():
         return pending
     beside = [leaf.token for own in proposal.requests for leaf in own.leaves]
-    parts = [pending, proposal.tokens, *([torch.tensor(beside, device=device)] if beside else [])]
+    parts = [pending, proposal.tokens, *([upload(beside, device)] if beside else [])]
     if len(last) == 1:
         return torch.cat(parts)
     order, drafted, leaf = [], len(last), len(last) + len(proposal.tokens)
     for b, own in enumerate(proposal.requests):
         order += [b, *range(drafted, drafted + own.num_drafts), *range(leaf, leaf + len(own.leaves))]
         drafted, leaf = drafted + own.num_drafts, leaf + len(own.leaves)
-    return torch.cat(parts)[torch.tensor(order, device=device)]
+    return torch.cat(parts)[upload(order, device)]
 
 
 def _state(request: Request) -> DraftState:

@@ -12,6 +12,7 @@ from torch import Tensor
 from draft.protocols import Proposal, RequestProposal
 from engine.runtime.sampling import BatchSampler, finite_rows, probabilities
 from kernels.accept import COUNTER_SAMPLE, accept
+from kernels.upload import upload
 
 
 class Verdict(NamedTuple):
@@ -104,11 +105,11 @@ def _reject(logits: Tensor, proposal: Proposal, blocks: Sequence[_Block], sample
     tokens = _rows(proposal.tokens, [block.draft + i for block in blocks for i in range(block.own.num_drafts)])
     counts = [block.own.num_drafts for block in blocks]
     seeds, starts = sampler.counters([block.request for block in blocks], [block.position for block in blocks], device)
-    kept_counts, following = accept(target_probs, draft_probs, tokens, torch.tensor(counts, device=device), seeds, starts, max(counts))
+    kept_counts, following = accept(target_probs, draft_probs, tokens, upload(counts, device), seeds, starts, max(counts))
     for block, kept, token in zip(blocks, kept_counts.tolist(), following.tolist(), strict=True):
         verdicts[block.request] = Verdict([*block.drafts[:kept], token])
 
 
 def _rows(values: Tensor, rows: list[int]) -> Tensor:
     """The given rows, ascending; `values` itself where these are all."""
-    return values if len(rows) == len(values) else values[torch.tensor(rows, device=values.device)]
+    return values if len(rows) == len(values) else values[upload(rows, values.device)]

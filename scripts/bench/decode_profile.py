@@ -31,6 +31,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                      "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}),
     "llama-8b": ("LlamaConfig", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
                                  "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False}),
+    "smollm2": ("LlamaConfig", {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                                "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}),
     "tiny": ("Qwen2Config", {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                              "intermediate_size": 256, "vocab_size": 512, "tie_word_embeddings": True}),
 }  # fmt: skip

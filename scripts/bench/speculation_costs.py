@@ -129,40 +129,46 @@ def ttft(target: Decoder, tokens: int, chunks: list[int]) -> dict[str, float]:
 
 
 def pair_rates(args: argparse.Namespace) -> int:
-    """Tokens a second of a pair at temperature 0, through one engine with its draft and one with n-grams; a length of 0 is plain decoding."""
+    """Tokens a second of a pair through one engine with its draft and one with n-grams; a length of 0 is plain decoding.
+
+    Turns of all modes alternate, each on prompts of its own, and nothing is kept of the turns before; the first two capture steps and are not counted.
+    `over_plain` is the median over turns.
+    """
     loaded = Engine.from_pair(args.pair, device="cuda" if torch.cuda.is_available() else "cpu", max_batch=64, pool_tokens=1 << 17)
     ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), max_batch=64, pool_tokens=1 << 16)
     rows: list[dict[str, Any]] = []
     for kind, texts in KINDS.items():
         ids = [loaded.encode([{"role": "user", "content": text}]) for text in texts]
-        for batch in map(int, args.batches.split(",")):
-            prompts = [ids[i % len(ids)] for i in range(batch)]
-            for name, engine, length in (
-                ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",")), ("draft", loaded, "auto"),
-                ("ngram", ngrams, "auto"),
-            ):  # fmt: skip
-                if length != "auto" and batch * (length + 1) > 128:
-                    continue
-                params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=length)
-                found = []
-                for turn in range(5):  # lengths are captured in the first two
-                    engine.core.scheduler.drafting.seen = SeenByNamespace()  # nothing is drafted from the answers of the turn before
+        for batch, temperature in ((int(n), t) for n in args.batches.split(",") for t in ((0.0, 1.0) if args.sampled else (0.0,))):
+            modes: list[tuple[str, Engine, Any]] = [
+                ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k and batch * (int(k) + 1) <= 128),
+                ("draft", loaded, "auto"), ("ngram", ngrams, "auto"),
+            ]  # fmt: skip
+            found: list[list[tuple[float, list[Any]]]] = [[] for _ in modes]
+            for turn in range(args.turns + 2):
+                prompts = [ids[(turn * batch + i) % len(ids)] for i in range(batch)]
+                for own, (_, engine, length) in zip(found, modes, strict=True):
+                    params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=length, temperature=temperature)
+                    engine.core.scheduler.drafting.seen = SeenByNamespace()
                     results = engine.generate(prompts, params)
                     rate = sum(r.new_tokens - 1 for r in results) / max(r.decode_s for r in results)
-                    found += [(rate, results)] if turn > 1 else []
-                rate, results = sorted(found, key=lambda pair: pair[0])[1]
-                s = [r.speculation for r in results]
+                    own += [(rate, results)] if turn > 1 else []
+            for own, (name, _, length) in zip(found, modes, strict=True):
+                s = [r.speculation for _, results in own for r in results]
+                over = sorted(rate / plain for (rate, _), (plain, _) in zip(own, found[0], strict=True))
                 rows.append({
-                    "prompts": kind, "batch": batch, "drafts": name, "draft_length": length, "tokens_per_s": rate,
+                    "prompts": kind, "batch": batch, "temperature": temperature, "drafts": name, "draft_length": length,
+                    "tokens_per_s": sorted(rate for rate, _ in own)[len(own) // 2], "over_plain": over[len(over) // 2],
+                    "over_plain_least": over[0],
                     "tokens_per_step": sum(x.new_tokens for x in s) / sum(x.steps for x in s),
                     "acceptance": sum(x.accepted for x in s) / max(1, sum(x.proposed for x in s)),
-                    "drafts_per_step": sum(x.proposed for x in s) / sum(x.steps for x in s), "ttft_ms": 1e3 * max(r.ttft_s for r in results),
+                    "drafts_per_step": sum(x.proposed for x in s) / sum(x.steps for x in s),
+                    "ttft_ms": 1e3 * sorted(max(r.ttft_s for r in results) for _, results in own)[len(own) // 2],
                 })  # fmt: skip
-                plain = next(row for row in reversed(rows) if row["drafts"] == "plain")
-                rows[-1]["over_plain"] = rate / plain["tokens_per_s"]
                 print(json.dumps(rows[-1]), flush=True)
-                if args.json_out:
-                    args.json_out.write_text(json.dumps({"pair": args.pair, "rows": rows}, indent=1) + "\n")
+            if args.json_out:
+                device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+                args.json_out.write_text(json.dumps({"pair": args.pair, "device": device, "rows": rows}, indent=1) + "\n")
     return 0
 
 
@@ -179,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "--pair", help="instead: tokens a second of a real pair on chat and code prompts, plain, with its draft and with n-grams"
     )
     parser.add_argument("--sampled", action="store_true", help="also at temperature 1 (rejection sampling)")
+    parser.add_argument("--turns", type=int, default=5, help="of every mode of a pair")
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

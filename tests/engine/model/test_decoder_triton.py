@@ -8,6 +8,7 @@ import torch
 from bench.interpreter import compute_like_hardware
 from engine.model.decoder import Decoder, forward_reserved
 from kernels.dispatch import triton_importable
+from tests.engine.conftest import NEW_FAMILIES
 
 
 @pytest.mark.skipif(
@@ -41,7 +42,7 @@ def test_interpreted_kernels_agree_with_the_reference(tiny_model, family, monkey
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kernels", ["reference", ""])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", *NEW_FAMILIES])
 @torch.inference_mode()
 def test_cuda_agrees_with_the_cpu(tiny_model, monkeypatch, family, kernels):
     monkeypatch.setenv("FORETOLD_KERNELS", kernels)

@@ -157,4 +157,4 @@ def test_sampled_text_has_the_targets_distribution(kind, random_decoder, make_dr
 
     monkeypatch.setattr(Engine, "__init__", rewired)
     check_sampled_text(target, source, 600, prompt=(1, 2, 3, 1, 2) if kind == "ngram" else (1, 2))
-    assert seen and all(any(key.drawing == "reject" for key in blocks._blocks) for blocks in seen)
+    assert seen and all(any(key.drawing.inverse for key in blocks._blocks) for blocks in seen)

@@ -182,3 +182,31 @@ def test_other_threads_use_the_device_while_graphs_are_captured(decoder):
         done.set()
         other.join()
     assert not failures and any(step.graph is not None for step in runner._steps.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("draft_length", [0, 2], ids=["plain", "drafts"])
+@torch.inference_mode()
+def test_no_captured_step_waits_for_the_device(decoder, draft_length):
+    """Nothing but the tokens' own event is waited for: all copies are from page-locked memory, whatever is sampled."""
+    engine = Engine(decoder, draft=decoder, page_size=16, pool_tokens=4096)
+    core = engine.core
+    for options in (
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+    ):
+        params = SamplingParams(max_new_tokens=100, ignore_eos=True, draft_length=draft_length, **options)
+        requests = [core.submit(core.open_sequence_state(), p, params, owns_cache=True) for p in PROMPTS[:3]]
+        for _ in range(12):  # the prompts, what is captured, and what is sent once
+            core.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(10):
+                core.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for request in requests:
+            core.abandon(request)

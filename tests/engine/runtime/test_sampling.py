@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.errors import InvalidOption
-from engine.runtime.sampling import BatchSampler, SamplingParams, _mass_cuts, finite_rows, probabilities
+from engine.runtime.filters import _mass_cuts
+from engine.runtime.sampling import BatchSampler, SamplingParams, finite_rows, probabilities
 from kernels.accept import COUNTER_SAMPLE, sample_rows
 from kernels.philox import philox_uniform
 from kernels.philox.reference import philox_words
