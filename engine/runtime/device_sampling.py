@@ -47,14 +47,14 @@ class SamplingState:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.temperature = torch.ones(rows, device=device)
+        self.temperature = torch.ones(rows, dtype=torch.float32, device=device)
         self.greedy = torch.ones(rows, dtype=torch.bool, device=device)
         self.coupled = torch.zeros(rows, dtype=torch.bool, device=device)
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self.filters = FilterRows(
             torch.zeros(rows, dtype=torch.int64, device=device),
             torch.ones(rows, dtype=torch.float64, device=device),
-            torch.full((rows,), -torch.inf, device=device),
+            torch.full((rows,), -torch.inf, dtype=torch.float32, device=device),
         )
         self._sent: tuple[list[SamplingParams], list[int]] = ([], [])
 

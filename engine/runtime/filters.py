@@ -107,7 +107,7 @@ def cuts_of(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
     count = min(vocab, max(limits[i] or NUCLEUS_CANDIDATES for i in filtered))
     chosen = scaled if len(filtered) == scaled.shape[0] else scaled[torch.tensor(filtered)]
     largest = chosen.topk(count).values  # [m, count], descending
-    floor = torch.full((len(filtered),), -math.inf)
+    floor = torch.full((len(filtered),), -math.inf, dtype=torch.float32)
     has_k = torch.tensor([limits[i] > 0 for i in filtered])
     kth = largest.gather(1, torch.tensor([[max(limits[i], 1) - 1] for i in filtered]))[:, 0]
     floor = torch.where(has_k, kth, floor)

@@ -25,7 +25,7 @@ def with_blocks(engine):
     core = engine.core
     runner = GraphedDecoder(core.target, core.pool, capture=GPU)
     source, cached = core.source, None
-    if source.cached_decoder is not None:
+    if source is not None and source.cached_decoder is not None:
         cached = GraphedDecoder(source.cached_decoder, core.draft_pool, capture=GPU)
     core.drafter = source.drafter(runner, core.draft_pool, cached=cached, deterministic=core.deterministic)
     scheduler = core.scheduler
