@@ -8,17 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.upload import upload
 
-if TYPE_CHECKING:
-    from engine.runtime.sampling import SamplingParams
-
 NUCLEUS_CANDIDATES = 1024  # largest logits tried first for top-p; a full sort of the vocabulary only when they do not hold the mass
+
+
+class FilterParams(Protocol):
+    """What filters need to know of a request's parameters (`engine.runtime.sampling.SamplingParams`)."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def filtered(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Filters:
     any: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> Filters:
+    def of(cls, params: Sequence[FilterParams], vocab_size: int) -> Filters:
         """Of rows over a vocabulary of V."""
         filtered = [p for p in params if p.filtered]
         limits = [p.top_k for p in filtered if 0 < p.top_k < vocab_size]
@@ -64,7 +74,7 @@ class FilterRows:
         return FilterRows(*(values.repeat_interleave(count) for values in (self.top_k, self.top_p, self.log_min_p)))
 
     @staticmethod
-    def values(params: Sequence[SamplingParams]) -> tuple[list[int], list[float], list[float]]:
+    def values(params: Sequence[FilterParams]) -> tuple[list[int], list[float], list[float]]:
         """The three columns as the host has them; a greedy row has no filter."""
         own = [(p.top_k, p.top_p, p.min_p) if p.filtered else (0, 1.0, 0.0) for p in params]
         return [k for k, _, _ in own], [p for _, p, _ in own], [_log(m) for _, _, m in own]
@@ -89,7 +99,7 @@ def device_cuts(scaled: Tensor, rows: FilterRows, filters: Filters) -> Tensor:
     return torch.maximum(cuts, floor)
 
 
-def cuts_of(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+def cuts_of(scaled: Tensor, params: Sequence[FilterParams]) -> Tensor | None:
     """Smallest scaled logit that each row of scaled [n, V] float32 keeps, [n] float32, or None when no row has a filter."""
     vocab, device = scaled.shape[-1], scaled.device
     limits = [p.top_k if 0 < p.top_k < vocab else 0 for p in params]
