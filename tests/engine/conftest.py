@@ -16,6 +16,7 @@ import transformers
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from codec.pack import CodecPack
 from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
 from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
@@ -332,13 +333,25 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
     return ChatFolders(root / "target", root / "draft", head, root / "stranger")
 
 
+_small_packs: dict[Any, CodecPack] = {}
+
+
+def _small_pack(*models: Any, fingerprints: dict[str, str], recomputed_layers: int, **options: Any) -> CodecPack:
+    """A quick pack from few tokens, fitted once for each pair, whatever cache folder (or none) a test has."""
+    key = (tuple(sorted(fingerprints.items())), recomputed_layers)
+    if key not in _small_packs:
+        fit = partial(quick_pack, num_tokens=768, context=128, rank=48)
+        _small_packs[key] = fit(*models, fingerprints=fingerprints, recomputed_layers=recomputed_layers, **options)
+    return _small_packs[key]
+
+
 @pytest.fixture(scope="session")
 def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of the tests' own, where the tiny models' packs are fitted once, from few tokens."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORETOLD_HOME", str(home))
-        patch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
+        patch.setattr("engine.sessions.codec_params.quick_pack", _small_pack)
         # restoring tiny models takes longer than recomputing them: measured rates would leave nothing to be decoded
         patch.setattr("engine.sessions.rates.measure", lambda codec: Rates(0.0, 1e-6, 0.0, 1.0))
         patch.setattr("engine.sessions.rates.SHORTEST", 0)

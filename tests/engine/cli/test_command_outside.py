@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -175,6 +176,19 @@ def test_a_reader_that_leaves_in_the_middle(kept):
     run.out = -1
     found, _, said = run.end()
     assert found == 141 and "suspended" in said and 0 < len(answered(file)) < 900
+
+
+def test_a_reader_that_has_left_before_the_first_word(kept):
+    options, file = kept
+    run = Run([*options, *LONG, "Hello"])
+    os.close(run.out)
+    run.out = -1
+    assert run.end()[0] == 141 and 0 < len(answered(file)) < 900
+
+
+def test_an_unknown_pair_is_one_line_and_nothing_else(options):
+    found, text, said = Run(["--pair", "nope", "Hello"]).end()
+    assert (found, text) == (2, b"") and re.fullmatch(r"error: unknown pair 'nope' \(.+\)\n", said)
 
 
 def test_a_full_device(kept):

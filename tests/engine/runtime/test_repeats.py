@@ -82,7 +82,8 @@ def test_greedy_text_in_deterministic_mode_depends_on_no_batch_and_no_draft(deco
     given = prompts(16)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS, deterministic=True)
     for batch, length in ((1, 0 if kind == "none" else "auto"), (16, 0 if kind == "none" else 3)):
-        assert texts(engine, given, batch, draft_length=length, seeded=False) == alone(deterministic=True, seeded=False)
+        some = given[: 5 * batch]
+        assert texts(engine, some, batch, draft_length=length, seeded=False) == alone(deterministic=True, seeded=False)[: len(some)]
 
 
 @pytest.mark.parametrize("kind", ["model", "exit"])
