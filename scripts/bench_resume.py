@@ -13,6 +13,8 @@ tokens at once; append_s: coding the last append_tokens, some 200, of a session 
     python scripts/bench_resume.py --pair smollm2 --tokens 512,2048 --json-out resume.json --plot resume.png
     python scripts/bench_resume.py --shapes llama-8b+0.5b --tokens 1024,8192,32768 --device cuda
 
+--kvtc POINT adds our KVTC baseline, fitted on other text, to rows and links: kvtc_bytes, kvtc_encode_s and kvtc_decode_s, from bytes to pages.
+
 Random weights (--shapes) tell nothing about loss; --pair takes the interpreter's own library as text.
 """
 
@@ -27,7 +29,8 @@ from typing import Any
 
 import torch
 
-from bench.resume_links import LINKS, WAYS, crossovers, link_rows, plot
+from baselines import select_baselines
+from bench.resume_links import LINKS, crossovers, link_rows, plot, ways_of
 from bench.resume_runs import ResumeBench
 from bench.resume_shapes import SHAPES, build
 from codec.spec import QUALITIES
@@ -40,7 +43,9 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.model.device import device_named, dtype_named
 from engine.sessions.codec_params import find_pack
+from eval.peers import Peers
 
+_KVTC_TOKENS, _KVTC_CONTEXT = 65_536, 1024
 _SHOWN = (
     "recompute_s",
     "resume_s",
@@ -72,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--draft-layers", type=int, metavar="N", help="of --shapes: first layers of the draft that these are taken from (default: all)"
     )
     p.add_argument("--rerun-layers", type=int, dest="recomputed_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
+    p.add_argument("--kvtc", metavar="POINT", help="also our KVTC baseline at this point, such as kvtc-0.5bit")
     p.add_argument("--repeats", type=int, default=3, metavar="N")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
@@ -93,31 +99,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InvalidOption("--taps, --draft-layers and --recomputed-layers are a calibrated pack's own", "give them with --shapes")
     if args.taps is not None and args.taps < 1:
         raise InvalidOption(f"--taps {args.taps}", "give at least 1")
+    if args.kvtc and (not args.kvtc.startswith("kvtc-") or len(select_baselines([args.kvtc])) != 1):
+        raise InvalidOption(f"--kvtc {args.kvtc}", "give one point, such as kvtc-0.5bit")
     for file in (args.json_out, args.plot):
         if file and not file.absolute().parent.is_dir():
             raise InvalidOption(f"{str(file)!r} cannot be written", "name a file in a folder that exists")
     return args
 
 
-def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], str, str]:
-    """The bench, tokens to keep, and the names of target and draft."""
+def opened(args: argparse.Namespace) -> tuple[ResumeBench, list[int], list[list[int]], str, str]:
+    """The bench, tokens to keep, windows of other tokens to fit a baseline on (with --kvtc), and the names of target and draft."""
     most = max(args.tokens)
     if args.shapes:
         device, dtype = device_named(args.device), dtype_named(args.dtype)
         changes = {"taps": args.taps, "recomputed_layers": args.recomputed_layers, "draft_layers": args.draft_layers}
         engine, pack = build(args.shapes, device, dtype, 3 * most + 4096, **{k: v for k, v in changes.items() if v is not None})
         target, _, draft = args.shapes.partition("+")
-        ids = torch.randint(engine.core.target.config.vocab_size, (most,), generator=torch.Generator().manual_seed(5)).tolist()
-        return ResumeBench(engine.core, pack), ids, target, draft or "draft"
+        wanted = most + (_KVTC_TOKENS if args.kvtc else 0)
+        ids = torch.randint(engine.core.target.config.vocab_size, (wanted,), generator=torch.Generator().manual_seed(5)).tolist()
+        return ResumeBench(engine.core, pack), ids[:most], windows_of(ids[most:]), target, draft or "draft"
     engine = Engine.from_pair(args.pair, device=args.device, dtype=args.dtype)
     if most >= engine.context:
         raise InvalidOption(f"{most} tokens are more than the model's context of {engine.context}", "give fewer --tokens")
-    ids = []
+    ids, wanted = [], most + (_KVTC_TOKENS if args.kvtc else 0)
     for text in library_texts():
         ids += engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= most:
+        if len(ids) >= wanted:
             break
-    return ResumeBench(engine.core, find_pack(engine.core, args.pack, print_status)), ids[:most], args.pair, engine.drafter_name
+    bench = ResumeBench(engine.core, find_pack(engine.core, args.pack, print_status))
+    return bench, ids[:most], windows_of(ids[most:wanted]), args.pair, engine.drafter_name
+
+
+def windows_of(ids: list[int]) -> list[list[int]]:
+    """Whole windows of _KVTC_CONTEXT tokens."""
+    return [ids[a : a + _KVTC_CONTEXT] for a in range(0, len(ids) - _KVTC_CONTEXT + 1, _KVTC_CONTEXT)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         quiet_libraries()
-        bench, ids, target, draft = opened(args)
+        bench, ids, windows, target, draft = opened(args)
         device = torch.cuda.get_device_name(bench.core.device) if bench.core.device.type == "cuda" else "cpu"
         print_status(f"{target}, {draft} on {device}: the codec was ready after {bench.setup_s:.2f} s")
         try:
@@ -134,8 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_status(f"error: {error}")
             return 1
         rows: list[dict[str, Any]] = []
+        kvtc: dict[int, dict[str, Any]] = {}
+        if args.kvtc:
+            peers = Peers(bench.core, windows)
+            kvtc = {tokens: bench.run_peer(peers.baseline(args.kvtc), ids[:tokens], args.repeats) for tokens in args.tokens}
         for tokens, quality in itertools.product(args.tokens, args.qualities):
-            row = {"target": target, "draft": draft} | bench.run(ids[:tokens], quality, args.repeats)
+            row = {"target": target, "draft": draft} | bench.run(ids[:tokens], quality, args.repeats) | kvtc.get(tokens, {})
             rows.append(row | {"twin_error": errors[quality]})
             print_status(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
         step_s = bench.step_s(args.repeats)
@@ -169,10 +188,11 @@ def table(rows: list[dict[str, Any]], links: list[dict[str, Any]], crossed: list
     for r in rows:
         figures = "".join(f"{r[name]:14.4f}" for name in _SHOWN)
         lines.append(f"{r['tokens']:7} {r['quality']:14}{figures}{r['stored_bytes']:13,}{r['bits_per_element']:7.3f}")
-    lines += ["", f"seconds to the first token: {'link':12}{'tokens':>8}" + "".join(f"{way:>12}" for way in WAYS)]
-    lines += [f"{'':28}{r['link']:12}{r['tokens']:8}" + "".join(f"{r[way]:12.4f}" for way in WAYS) for r in links]
-    lines += ["", "ours is faster from so many tokens on: " + f"{'link':12}" + "".join(f"{way:>12}" for way in WAYS[:-1])]
-    lines += [f"{'':39}{r['link']:12}" + "".join(f"{'never' if r[way] is None else r[way]:>12}" for way in WAYS[:-1]) for r in crossed]
+    ways = ways_of(links)
+    lines += ["", f"seconds to the first token: {'link':12}{'tokens':>8}" + "".join(f"{way:>12}" for way in ways)]
+    lines += [f"{'':28}{r['link']:12}{r['tokens']:8}" + "".join(f"{r[way]:12.4f}" for way in ways) for r in links]
+    lines += ["", "ours is faster from so many tokens on: " + f"{'link':12}" + "".join(f"{way:>12}" for way in ways[:-1])]
+    lines += [f"{'':39}{r['link']:12}" + "".join(f"{'never' if r[way] is None else r[way]:>12}" for way in ways[:-1]) for r in crossed]
     return "\n".join(lines)
 
 

@@ -10,6 +10,9 @@ source of --text its share of the tokens; a mix for general use is half code and
     python scripts/calibrate.py --pair smollm2 --text CODE_AND_DOCS D/train/{prose,german,french,japanese,logs,json} --mix 6,1,1,1,1,1,1
         --out smollm2.pack
 
+Documents of `--context` tokens say nothing of a draft that has read much more: `--long-text` adds longer ones (files of many tokens), whose tokens
+count beside those of --text.
+
 Progress goes to standard error, figures to standard output (`--json`: as one JSON object).
 """
 
@@ -21,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
+    parser.add_argument("--long-text", nargs="+", default=[], metavar="FILE|DIR", help="texts of longer documents to calibrate on as well")
+    parser.add_argument("--long-context", type=int, default=8192, help="tokens of a document of --long-text")
+    parser.add_argument("--long-tokens", type=int, help="tokens of these (default: a quarter of --tokens)")
     parser.add_argument("--rank", type=int, help="rank of the predictor (default: from the size budget)")
     parser.add_argument(
         "--taps", help="draft layers used as features, such as 4,8,12 (default: all of a draft, every second of an early exit)"
@@ -116,6 +123,21 @@ def restore_budget_of(args: argparse.Namespace) -> float | None:
     """As given; the default where nothing else says which predictor."""
     said = args.taps is not None or args.rank is not None or args.predictor != "auto" or args.recomputed_layers is not None
     return DEFAULT_BUDGET if args.restore_budget is None and not said else args.restore_budget
+
+
+def long_documents(args: argparse.Namespace, tokenizer: Any) -> tuple[list[list[int]], str]:
+    """Documents of --long-text, each at least half of --long-context long, and a digest of them. Raises InvalidOption."""
+    wanted = args.tokens // 4 if args.long_tokens is None else args.long_tokens
+    if wanted < 1 or args.long_context <= args.context:
+        raise InvalidOption(
+            f"{wanted} tokens in long documents of {args.long_context}",
+            f"give some, in documents of more than the {args.context} of --context",
+        )
+    docs, digest = documents(read_texts(text_files(args.long_text), args.seed), tokenizer, wanted, args.long_context, per_text=2)
+    docs = [document for document in docs if len(document) >= args.long_context // 2]
+    if not docs:
+        raise InvalidOption(f"--long-text has no file of {args.long_context // 2} tokens", "give longer texts, or a smaller --long-context")
+    return docs, digest
 
 
 def shown(path: str) -> dict:
@@ -178,10 +200,13 @@ def run(args: argparse.Namespace) -> dict:
         "draft": loaded.fingerprint(model_fingerprint),
     }
     parts: dict[str, Any] = {"recomputed_layers": recomputed, "head_layers": loaded.head_layers}
-    if args.quick and (args.restore_budget is not None or args.curve_text):
-        raise InvalidOption("a quick pack has features and a curve of its own", "leave --quick, or --restore-budget and --curve-text out")
+    if args.quick and (args.restore_budget is not None or args.curve_text or args.long_text):
+        raise InvalidOption(
+            "a quick pack has text, features and a curve of its own", "leave --quick, or --restore-budget, --curve-text and --long-text out"
+        )
     if args.complete is not None:
-        if args.quick or args.mix or args.restore_budget is not None or args.taps or args.rank or args.predictor != "auto":
+        fits = args.mix or args.long_text or args.restore_budget is not None or args.taps or args.rank or args.predictor != "auto"
+        if args.quick or fits:
             raise InvalidOption("--complete fits no predictor", "give it --text, --curve-text, --tokens and --context alone")
         try:
             given = CodecPack.load(args.complete)
@@ -218,6 +243,10 @@ def run(args: argparse.Namespace) -> dict:
         else:
             texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
             docs, digest = documents(texts, tokenizer, num_tokens, args.context)
+        if args.long_text:  # behind the others: what is held out, and whose gradients are taken, stays theirs
+            more, other = long_documents(args, tokenizer)
+            log(f"text: {len(more)} long documents give {sum(map(len, more)):,} tokens")
+            docs, digest = docs + more, sha256((digest + other).encode()).hexdigest()
         curve_docs = None
         if args.curve_text:
             curve_docs, _ = documents(read_texts(text_files(args.curve_text), args.seed), tokenizer, 32_768, args.context, per_text=1)

@@ -21,7 +21,7 @@ def print_report(document: dict[str, Any]) -> None:
     """Prints every task's rows to standard output."""
     rows = document["rows"]
     print(f"{document['pair']} on {document['device']}")
-    answered = [row for row in rows if row["task"] not in ("domain", "position")]
+    answered = [row for row in rows if row["task"] not in ("domain", "position", "continuation")]
     if answered:
         print_table(
             ["task", "context", "method", "bits", "asked", "right", "+-", "lost", "gained", "as untouched", "copied", "right by depth"],
@@ -49,12 +49,35 @@ def print_report(document: dict[str, Any]) -> None:
     positions = [row for row in rows if row["task"] == "position"]
     if positions:
         methods = list(positions[0]["bits_per_element"])
-        print("\nbits per element by position")
+        print("\nbits per element by position / KL over what follows")
         print_table(
-            ["position", "tokens", "NLL", *methods],
+            ["kind", "position", "tokens", "NLL", *methods],
             [
-                [f"{r['from']}-{r['to']}", r["tokens"], number(r["nll"], 3), *(number(r["bits_per_element"].get(m), 4) for m in methods)]
+                [
+                    r["kind"],
+                    f"{r['from']}-{r['to']}",
+                    r["tokens"],
+                    number(r["nll"], 3),
+                    *(f"{number(r['bits_per_element'].get(m), 4)} / {number(r['kl'].get(m), 4)}" for m in methods),
+                ]
                 for r in positions
+            ],
+        )
+    continued = [row for row in rows if row["task"] == "continuation"]
+    if continued:
+        print("\ngreedy continuations that are those of a session never stored")
+        print_table(
+            ["prompts of", "method", "bits", "prompts", "alike", "tokens alike"],
+            [
+                [
+                    r["group"],
+                    r["method"],
+                    number(r["bits_per_element"], 4),
+                    r["prompts"],
+                    percent(r["equal_share"]),
+                    f"{r['mean_equal_tokens']:.1f} of {r['new_tokens']}",
+                ]
+                for r in continued
             ],
         )
 

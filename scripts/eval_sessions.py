@@ -6,7 +6,12 @@ default all that have their input):
     planted       retrieval, copying and arithmetic over facts planted in 2K to 8K tokens of text (eval_tasks.py), suspended before the question
     conversation  20 turns, suspended and resumed at every turn: accuracy, and agreement with the conversation that never was
     domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...)
-    position      bits per element against position in long texts, with the text's own NLL (--plot draws it)
+    position      bits per element, and the divergence behind, against position in long texts, with the text's own NLL (--plot draws it): of --text, or
+                  of each kind of --long NAME=DIR; --alone adds every quality without references inside a session
+    long          only when named: several needles, chains of variables, most frequent entries, calls completed across files (eval/long_tasks.py)
+    continuation  only when named: how many sessions go on greedily as if they had never been stored, of the built-in chat and code prompts and of
+                  questions about the texts of --domains
+--peers codes the texts of planted and long by baselines, too (scripts/baselines, fitted on --peer-text).
 
     python scripts/eval_sessions.py --pair qwen2.5-coder --pack qwen.pack --samples 32 --contexts 2048,4096,8192
         --domains prose=D/prose german=D/german logs=D/logs --json-out sessions.json --plot position.png
@@ -36,6 +41,8 @@ from typing import Any
 
 import torch
 
+from baselines import select_baselines
+from bench.throughput_runs import KINDS
 from codec.pack import CodecPack
 from codec.spec import QUALITIES
 from engine.calibrate.corpus import library_texts
@@ -45,26 +52,23 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
 from eval.codec_methods import PairCodec
+from eval.continuation import continuation_rows, continue_sessions
+from eval.peers import Peers
+from eval.positions import ALONE, NLL, long_windows, measure_positions, plot_positions, position_rows
 from eval.rows import Parts, rows_of
-from eval.runs import Plan, Runner
+from eval.runs import LONG, Plan, Runner
 from eval.suspend import PREDICTION, Suspender, step_name
 from eval.tasks import VERSION
-from eval.text import (
-    NLL,
-    domain_rows,
-    domain_windows,
-    long_windows,
-    measure_domain,
-    measure_positions,
-    named_paths,
-    plot_positions,
-    position_rows,
-)
-from eval.text_tokens import digest, read_files
+from eval.text import domain_rows, domain_windows, measure_domain, named_paths
+from eval.text_tokens import digest, read_files, windows
 from eval_report import print_report
 
-TASKS = ("planted", "conversation", "domains", "position")
+TASKS = ("planted", "conversation", "domains", "position", "long", "continuation")
+_NAMED_ONLY = ("long", "continuation")
 _LIBRARY_TEXTS = 300
+_CONTINUATION_CONTEXT = 768
+_ROOM = 4096  # of pages that forks copy
+_PEER_CONTEXT, _PEER_TOKENS = 1024, 131_072
 _started = time.monotonic()
 
 
@@ -105,6 +109,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--domain-context", type=int, default=1024)
     parser.add_argument("--position-context", type=int, default=8192)
     parser.add_argument("--position-texts", type=int, default=8)
+    parser.add_argument("--long", nargs="+", default=[], metavar="NAME=DIR", help="kinds of long texts for the task position")
+    parser.add_argument("--alone", action="store_true", help="position: also code every span without reference to earlier ones")
+    parser.add_argument("--long-questions", type=int, default=2, help="questions a text of each of the long tasks")
+    parser.add_argument("--peers", default="", help="comma-separated baselines for the tasks planted and long, such as kvtc-0.25bit,fp8")
+    parser.add_argument("--peer-text", nargs="+", default=[], metavar="FILE|DIR", help="texts that these are fitted on")
+    parser.add_argument("--continuation-prompts", type=int, default=4, help="prompts from each of --domains")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of a continuation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
@@ -116,7 +127,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int], dict[str, str]]:
     """Tasks, qualities, contexts and domains of the options. Raises InvalidOption."""
-    tasks = [t for t in TASKS if t != "domains" or options.domains] if options.tasks is None else options.tasks.split(",")
+    every = [t for t in TASKS if t not in _NAMED_ONLY and (t != "domains" or options.domains)]
+    tasks = every if options.tasks is None else options.tasks.split(",")
     if unknown := [t for t in tasks if t not in TASKS]:
         raise InvalidOption(f"unknown task {unknown[0]!r}", f"choose from {', '.join(TASKS)}")
     if "domains" in tasks and not options.domains:
@@ -128,9 +140,20 @@ def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int
         contexts = [int(word) for word in options.contexts.split(",")]
     except ValueError as error:
         raise InvalidOption(f"--contexts {options.contexts}", "give whole numbers, such as 2048,4096") from error
-    for name in ("samples", "conversations", "turns", "domain_tokens", "domain_context", "position_context", "position_texts"):
+    for name in (
+        "samples",
+        "conversations",
+        "turns",
+        "domain_tokens",
+        "domain_context",
+        "position_context",
+        "position_texts",
+        "new_tokens",
+    ):
         if getattr(options, name) < 1:
             raise InvalidOption(f"--{name.replace('_', '-')} {getattr(options, name)}", "give a positive number")
+    if options.peers and not {"planted", "long"} & set(tasks):
+        raise InvalidOption("--peers answer the tasks planted and long", "name one of these in --tasks, or leave --peers out")
     return tasks, qualities, contexts, named_paths("--domains", options.domains)
 
 
@@ -167,10 +190,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidOption(f"{options.samples} samples in batches of {batch}", "give --samples as a multiple of --batch")
     talk = options.turns * (options.turn_tokens + 128)
     longest = max(*contexts, talk, options.position_context, 512)
-    asked = options.facts + options.identifiers + options.sums
+    asked = max(options.facts + options.identifiers + options.sums, 4 * options.long_questions)
     planted = batch * (2 * max(contexts) + asked * 512)  # originals, restored copies, each question's own pages
     talking = options.conversations * talk * max(1, len(qualities))
-    engine = open_engine(options, max(planted if "planted" in tasks else 0, talking if "conversation" in tasks else 0) + 2 * longest)
+    pages = {"planted": planted, "long": planted, "conversation": talking, "continuation": 32 * (_CONTINUATION_CONTEXT + 512)}
+    engine = open_engine(options, max((pages[task] for task in tasks if task in pages), default=0) + 2 * longest + _ROOM)
     suspender = Suspender(engine.core, options.pack, log)
     texts = list(read_files(options.text).values()) if options.text else list(itertools.islice(library_texts(options.seed), _LIBRARY_TEXTS))
     plan = Plan(
@@ -185,6 +209,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.conversations,
         options.turns,
         options.turn_tokens,
+        options.long_questions,
+        tuple(select_baselines(options.peers.split(","))) if options.peers else (),
     )
     config, pack = engine.core.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -205,6 +231,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "turn_tokens": plan.turn_tokens,
         "domain_context": options.domain_context,
         "position_context": options.position_context,
+        "long_questions": plan.long_questions,
         "text": sha256("\0".join(texts).encode()).hexdigest()[:16],
     }
     parts = load_parts(options.json_out, settings, options.restart)
@@ -219,18 +246,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
     def save() -> None:
-        document["rows"] = [*rows_of(parts, full_dim), *domain_rows(parts), *position_rows(parts, full_dim)]
+        document["rows"] = [
+            *rows_of(parts, full_dim),
+            *domain_rows(parts),
+            *position_rows(parts, full_dim),
+            *continuation_rows(parts, full_dim),
+        ]
         write_atomically(options.json_out, json.dumps(document, indent=1) + "\n")
 
     log(f"{pair} on {document['device']}, draft {engine.drafter_name}, {', '.join(qualities)}; {len(parts)} parts kept")
-    runner = Runner(engine, suspender, plan, parts, save, log)
 
     def encode(text: str) -> list[int]:
         return engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[misc]
 
+    peers = None
+    if plan.peers:
+        known = [encode(text) for text in read_files(options.peer_text).values()] if options.peer_text else []
+        peers = Peers(engine.core, windows(known, _PEER_CONTEXT, _PEER_TOKENS // _PEER_CONTEXT))
+    runner = Runner(engine, suspender, plan, parts, save, log, peers)
+
     if "planted" in tasks:
         for context in contexts:
             runner.planted(context)
+    if "long" in tasks:
+        for context in contexts:
+            runner.planted(context, LONG)
     if "conversation" in tasks:
         runner.conversations()
     if "domains" in tasks:
@@ -239,10 +279,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             one.check({role: value for role, value in pack.fingerprints.items() if role in ("target", "draft", "tokenizer")})
             pair_codec = PairCodec(one, engine.core.target, engine.core.source)
             for name, folder in domains.items():
-                windows = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
-                run_domain(pair_codec, name, label, windows, qualities, parts, save)
+                sequences = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
+                run_domain(pair_codec, name, label, sequences, qualities, parts, save)
     if "position" in tasks:
-        run_positions(suspender, long_windows(texts, options.position_context, options.position_texts, encode), qualities, parts, save)
+        kinds = {name: list(read_files([path]).values()) for name, path in named_paths("--long", options.long).items()} or {"text": texts}
+        methods = [*qualities, *(quality + ALONE for quality in qualities if options.alone)]
+        for kind, own in kinds.items():
+            sequences = long_windows(own, options.position_context, options.position_texts, encode)
+            run_positions(suspender, kind, sequences, methods, parts, save)
+    if "continuation" in tasks:
+        run_continuations(engine, suspender, options, domains, qualities, parts, save)
     save()
     return document
 
@@ -265,10 +311,50 @@ def run_domain(
         measure_domain(pair_codec, sequences, missing, done)
 
 
-def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
-    """Measures what is missing of the long texts."""
+def run_continuations(
+    engine: Engine,
+    suspender: Suspender,
+    options: argparse.Namespace,
+    domains: dict[str, str],
+    qualities: list[str],
+    parts: Parts,
+    save: Callable[[], None],
+) -> None:
+    """Measures what is missing of the groups of prompts: the built-in ones, and a question about a text of each domain."""
+    groups = {kind: [engine.encode([{"role": "user", "content": text}]) for text in texts] for kind, texts in KINDS.items()}
+    for name, folder in domains.items():
+        texts = list(read_files([folder]).values())[: options.continuation_prompts]
+        cut = [engine.tokenizer.decode(encoded(engine, text)[:_CONTINUATION_CONTEXT]) for text in texts]  # type: ignore[union-attr]
+        question = "Explain in detail what this is and how it works."
+        groups[name] = [engine.encode([{"role": "user", "content": f"{text}\n\n{question}"}]) for text in cut]
+    keys = {
+        name: f"continuation/{name}/{digest_of(prompts)}/{options.new_tokens}/{','.join(qualities)}" for name, prompts in groups.items()
+    }
+
+    def done(name: str, part: dict[str, Any]) -> None:
+        parts[keys[name]] = part
+        save()
+        alike = {m: sum(n == options.new_tokens for n in own["equal"]) for m, own in part["methods"].items()}
+        log(f"continuation {name}, alike of {part['prompts']}: {alike}")
+
+    missing = {name: prompts for name, prompts in groups.items() if keys[name] not in parts}
+    continue_sessions(engine, suspender, missing, qualities, options.new_tokens, done)
+
+
+def encoded(engine: Engine, text: str) -> list[int]:
+    """Token ids of a text's beginning, at most four times what a continuation takes of it."""
+    return engine.tokenizer(text[: 16 * _CONTINUATION_CONTEXT], add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[misc]
+
+
+def digest_of(prompts: list[list[int]]) -> str:
+    """Short SHA-256 of prompts of any lengths."""
+    return sha256(repr(prompts).encode()).hexdigest()[:16]
+
+
+def run_positions(suspender: Suspender, kind: str, sequences: list[list[int]], qualities: list[str], parts: Parts, save: Any) -> None:
+    """Measures what is missing of the long texts of a kind."""
     for number, ids in enumerate(sequences):
-        prefix = f"position/{digest([ids])}"
+        prefix = f"position/{kind}/{digest([ids])}"
 
         def done(quality: str, bins: list[dict[str, Any]], prefix: str = prefix) -> None:
             parts[f"{prefix}/{quality}"] = {"bins": bins}
@@ -277,7 +363,7 @@ def run_positions(suspender: Suspender, sequences: list[list[int]], qualities: l
         if missing:
             measure_positions(suspender, ids, missing, done)
             save()
-            log(f"position: text {number + 1} of {len(sequences)}")
+            log(f"position, {kind}: text {number + 1} of {len(sequences)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

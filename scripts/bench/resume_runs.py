@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from baselines.base import Baseline
 from codec.codec import KvCodec
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS
@@ -159,6 +160,21 @@ class ResumeBench:
         row["host_copy_s"] = self._timed(self._host_copy(row["raw_bytes"]), repeats)
         row["speed_up"] = row["recompute_s"] / row["resume_s"]
         return row
+
+    @torch.inference_mode()
+    def run_peer(self, baseline: Baseline, ids: Sequence[int], repeats: int) -> dict[str, Any]:
+        """A fitted KVTC on the same tokens: bytes, seconds to encode from pages and to decode from bytes into pages."""
+        core, target = self.core, self.core.target
+        conversation = self._opened(ids)
+        self.codec.run_target(conversation, len(ids))
+        sequence = conversation.sequence
+        self._wait()
+        began = time.perf_counter()
+        code = baseline.encode(target.read_kv(sequence, 0, len(ids)))
+        encode_s = time.perf_counter() - began
+        decode_s = self._timed(lambda: target.write_kv(sequence, 0, baseline.decode(code)), repeats)
+        core.close_sequence_state(conversation)
+        return {"kvtc": baseline.name, "kvtc_bytes": len(code), "kvtc_encode_s": encode_s, "kvtc_decode_s": decode_s}
 
     @torch.inference_mode()
     def step_s(self, repeats: int) -> float:

@@ -36,23 +36,24 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
         full_dim: KV elements a token.
     """
     groups: dict[tuple[str, int | str | None, str], list[dict[str, Any]]] = {}
-    sizes: dict[tuple[int | str | None, str], list[tuple[int, int]]] = {}
-    several = len({key.split("/")[1] for key in parts if key.startswith("planted/")}) > 1
+    sizes: dict[tuple[str, int | str | None, str], list[tuple[int, int]]] = {}
+    several = len({key.split("/")[1] for key in parts if key.startswith(("planted/", "long/"))}) > 1
     for key, part in parts.items():
         words = key.split("/")
-        if words[0] not in ("planted", "conversation"):
+        if words[0] not in ("planted", "long", "conversation"):
             continue
-        own, method = (int(words[1]) if words[0] == "planted" else None), words[-1]
+        own, method = (None if words[0] == "conversation" else int(words[1])), words[-1]
         for where in (own, "all") if several and own is not None else (own,):
             for one in part["items"]:
                 groups.setdefault(("conversation" if own is None else one["task"], where, method), []).append(one)
             if part["stored_bytes"] is not None:
-                sizes.setdefault((where, method), []).append((part["stored_bytes"], part["tokens"]))
+                for task in {"conversation"} if own is None else {one["task"] for one in part["items"]}:
+                    sizes.setdefault((task, where, method), []).append((part["stored_bytes"], part["tokens"]))
     rows = []
     for (task, context, method), items in groups.items():
         asked = [i for i in items if i["right"] is not None]
         n, right = len(asked), sum(i["right"] for i in asked)
-        stored, tokens = (sum(column) for column in zip(*sizes.get((context, method), [(0, 0)]), strict=True))
+        stored, tokens = (sum(column) for column in zip(*sizes.get((task, context, method), [(0, 0)]), strict=True))
         lost = sum(i["was_right"] and not i["right"] for i in asked)
         gained = sum(i["right"] and not i["was_right"] for i in asked)
         row = {
@@ -70,7 +71,7 @@ def rows_of(parts: Parts, full_dim: int) -> list[dict[str, Any]]:
         }
         if task == "conversation":  # also the short replies of turns that tell a fact
             row["agreement_all_turns"] = sum(i["agrees"] for i in items) / len(items)
-        if task == "copy":
+        if task in ("copy", "several"):
             row["copied_fraction"] = sum(i["copied"] for i in asked) / n
         if task in ("retrieval", "copy", "arithmetic"):
             row["by_depth"] = by_depth(asked)

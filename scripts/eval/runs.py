@@ -14,6 +14,8 @@ from engine.errors import InvalidOption
 from engine.runtime.request import SequenceState
 from engine.sessions.file import Span
 from engine.text.chat import next_turn
+from eval.long_tasks import LONG_INTRODUCTION, make_long_sample
+from eval.peers import Peers
 from eval.rows import Parts, item
 from eval.suspend import Suspender, ask, ask_aside, copied, open_with, run_draft
 from eval.tasks import (
@@ -27,12 +29,14 @@ from eval.tasks import (
 )
 
 UNTOUCHED = "untouched"
+PLANTED, LONG = "planted", "long"
 TEMPLATE_TOKENS = 256  # the chat template, a question and its answer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. qualities: coded rows besides the untouched one. texts: filler. batch: samples answered together."""
+    """What is run. qualities: coded rows besides the untouched one. texts: filler. batch: samples answered together. peers: baselines, of the
+    planted texts."""
 
     qualities: tuple[str, ...]
     texts: Sequence[str]
@@ -45,6 +49,8 @@ class Plan:
     conversations: int = 8
     turns: int = 20
     turn_tokens: int = 100
+    long_questions: int = 2  # of each of the long tasks
+    peers: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[range]:
         """Sample numbers, `batch` at a time."""
@@ -56,9 +62,16 @@ class Runner:
     """Adds to `parts` whatever of a plan is not there yet, one entry for each (run, samples, method); `save` is called after each."""
 
     def __init__(
-        self, engine: Engine, suspender: Suspender, plan: Plan, parts: Parts, save: Callable[[], None], log: Callable[[str], None]
+        self,
+        engine: Engine,
+        suspender: Suspender,
+        plan: Plan,
+        parts: Parts,
+        save: Callable[[], None],
+        log: Callable[[str], None],
+        peers: Peers | None = None,
     ):
-        self.engine, self._suspender, self.plan, self.parts = engine, suspender, plan, parts
+        self.engine, self._suspender, self.plan, self.parts, self._peers = engine, suspender, plan, parts, peers
         self._save, self._log = save, log
 
     def count(self, lines: list[str]) -> list[int]:
@@ -68,28 +81,36 @@ class Runner:
     # --- facts planted in a text ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def planted(self, context: int) -> None:
-        """Retrieval, copying and arithmetic over texts of about `context` tokens: all questions of a text are asked of the same restored cache,
-        each right behind the text. Raises InvalidOption for a context that the model or the facts do not fit."""
+    def planted(self, context: int, kind: str = PLANTED) -> None:
+        """Retrieval, copying and arithmetic (or the long tasks, `kind` LONG) over texts of about `context` tokens: all questions of a text are asked of
+        the same restored cache, each right behind the text. Raises InvalidOption for a context that the model or the facts do not fit."""
         if context > self.engine.context:
             raise InvalidOption(f"a context of {context} tokens, the model has {self.engine.context}", "give shorter --contexts")
         for batch in self.plan.batches():
-            keys = {method: f"planted/{context}/{batch.start}-{batch.stop}/{method}" for method in (UNTOUCHED, *self.plan.qualities)}
+            every = (UNTOUCHED, *self.plan.qualities, *self.plan.peers)
+            keys = {method: f"{kind}/{context}/{batch.start}-{batch.stop}/{method}" for method in every}
             if all(key in self.parts for key in keys.values()):
                 continue
-            samples = [self.sample(context, number) for number in batch]
-            conversations = open_with(self.engine.core, [self.context_ids(s) for s in samples])
+            samples = [self.sample(context, number, kind) for number in batch]
+            introduction = LONG_INTRODUCTION if kind == LONG else INTRODUCTION
+            conversations = open_with(self.engine.core, [self.context_ids(s, introduction) for s in samples])
             try:
                 answers = self._ask_all(conversations, samples)
                 self._record(keys[UNTOUCHED], samples, answers, answers, conversations, None)
                 for quality in self.plan.qualities:
                     if keys[quality] not in self.parts:
                         self._coded(keys[quality], quality, samples, conversations, answers)
+                for name in self.plan.peers:
+                    if keys[name] not in self.parts:
+                        self._coded_by_peer(keys[name], name, samples, conversations, answers)
             finally:
                 self._close(conversations)
 
-    def sample(self, context: int, number: int) -> Sample:
-        """Sample `number` of a context length: a function of the seed and the two."""
+    def sample(self, context: int, number: int, kind: str = PLANTED) -> Sample:
+        """Sample `number` of a context length and kind: a function of the seed and these."""
+        if kind == LONG:
+            rng = random.Random(f"{self.plan.seed}/{LONG}/{context}/{number}")
+            return make_long_sample(rng, self.plan.texts, context - TEMPLATE_TOKENS, self.count, each=self.plan.long_questions)
         rng = random.Random(f"{self.plan.seed}/{context}/{number}")
         return make_sample(
             rng,
@@ -101,9 +122,9 @@ class Runner:
             sums=self.plan.sums,
         )
 
-    def context_ids(self, sample: Sample) -> list[int]:
+    def context_ids(self, sample: Sample, introduction: str = INTRODUCTION) -> list[int]:
         """Token ids of the user's turn with the text and of the assistant's reply: everything before the suspension."""
-        ids = self.engine.encode([{"role": "user", "content": INTRODUCTION + sample.document}])
+        ids = self.engine.encode([{"role": "user", "content": introduction + sample.document}])
         return ids + self.engine.tokenizer(ACKNOWLEDGEMENT, add_special_tokens=False)["input_ids"]  # type: ignore[misc]
 
     def _coded(self, key: str, quality: str, samples: list[Sample], originals: list[SequenceState], untouched: list[list[str]]) -> None:
@@ -118,6 +139,19 @@ class Runner:
             self._record(key, samples, self._ask_all([*restored, *copies], samples), untouched, originals, stored)
         finally:
             self._close(restored)
+            for copy in copies:
+                copy.sequence.free()
+
+    def _coded_by_peer(
+        self, key: str, name: str, samples: list[Sample], originals: list[SequenceState], untouched: list[list[str]]
+    ) -> None:
+        """All texts are coded and decoded in place by a baseline, in copies of their caches."""
+        assert self._peers is not None, "a plan with peers comes with them"
+        copies = [SequenceState(list(c.token_ids), copied(c.sequence, shared=False), c.draft_state) for c in originals]
+        try:
+            stored = self._peers.in_place(name, [copy.sequence for copy in copies])
+            self._record(key, samples, self._ask_all(copies, samples), untouched, originals, stored)
+        finally:
             for copy in copies:
                 copy.sequence.free()
 

@@ -76,7 +76,8 @@ OBJECTS = ("archive", "satellite", "turbine", "telescope", "reactor", "freighter
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 INTRODUCTION = "Read these notes carefully. I will ask you about single facts in them.\n\n"
 ACKNOWLEDGEMENT = "I have read the notes. What would you like to know?"
-MAX_NEW_TOKENS = {"retrieval": 24, "copy": 96, "arithmetic": 64, "conversation": 24}
+MAX_NEW_TOKENS = {"retrieval": 24, "copy": 96, "arithmetic": 64, "conversation": 24,
+                  "several": 64, "variables": 24, "aggregation": 16, "completion": 64}  # fmt: skip
 SUM_FORM = "Write it as A + B = C, with both numbers and their sum."  # asked for the sum alone, small models guess, whatever their cache
 EARLY = {"copy": 0.1, "arithmetic": 0.33}
 
@@ -105,18 +106,30 @@ class Sample:
 
 
 def judge(question: Question, answer: str) -> bool:
-    """Exact match: the first number of a retrieved code, the last of a sum ("12 + 30 = 42"), the first long word of a copied identifier."""
+    """Exact match: the first number of a retrieved code, the last of a sum ("12 + 30 = 42"), the first long word of a copied identifier, all numbers of
+    several codes whatever their order, the first place named, the names of a call's parameters in their order."""
     if question.task == "copy":
         words = re.findall(r"[0-9A-Za-z]{16,}", answer)
         return bool(words) and words[0] == question.expected
+    if question.task == "aggregation":
+        places = [word for word in re.findall(r"[A-Za-z]+", answer) if word in PLACES]
+        return bool(places) and places[0] == question.expected
+    if question.task == "completion":
+        return re.findall(r"(\w+)\s*=", answer.split("(", 1)[-1].split(")", 1)[0]) == question.expected.split(",")
     numbers = re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
+    if question.task == "several":
+        return sorted(numbers) == sorted(question.expected.split(","))
     if not numbers:
         return False
     return numbers[-1 if question.task == "arithmetic" else 0] == question.expected
 
 
 def copied_fraction(question: Question, answer: str) -> float:
-    """Of a copy task: characters right before the first wrong one, over the identifier's length. 1 or 0 for other tasks."""
+    """Of a copy task: characters right before the first wrong one, over the identifier's length; of several codes: the share of them that is named.
+    1 or 0 for other tasks."""
+    if question.task == "several":
+        wanted = question.expected.split(",")
+        return sum(code in re.findall(r"\d+", answer) for code in wanted) / len(wanted)
     if question.task != "copy":
         return float(judge(question, answer))
     best = 0

@@ -115,6 +115,18 @@ def test_seconds_over_a_link():
     assert found == {"recompute": 3.25, "raw bf16": 1000.25, "fp8": 500.25, "foretold": 1.75}
 
 
+def test_kvtc_joins_where_it_was_measured(tmp_path):
+    out = tmp_path / "resume.json"
+    argv = ["--shapes", "tiny", "--tokens", "64", "--device", "cpu", "--repeats", "1", "--kvtc", "kvtc-2bit", "--json-out", str(out)]
+    assert bench_resume.main([*argv, "--plot", str(tmp_path / "a.png")]) == 0
+    document = json.loads(out.read_text())
+    (found,) = document["rows"]
+    assert found["kvtc"] == "kvtc-2bit" and 0 < found["kvtc_bytes"] < found["raw_bytes"] / 4 and found["kvtc_decode_s"] > 0
+    link = next(r for r in document["links"] if r["link"] == "NVMe")
+    assert link["kvtc"] == pytest.approx(found["kvtc_bytes"] / 5e9 + found["kvtc_decode_s"] + document["step_s"])
+    assert "kvtc" in document["crossovers"][0]
+
+
 def test_crossovers_lie_between_measured_lengths():
     rows = [row(1000, 1.0, 2.0), row(2000, 2.0, 2.5), row(4000, 4.0, 3.0)]
     (found,) = crossovers(link_rows(rows, {"fast": 1e12}, 0.0))
@@ -132,6 +144,8 @@ def test_crossovers_lie_between_measured_lengths():
         (["--shapes", "huge"], "unknown shapes 'huge'"),
         (["--shapes", "tiny", "--tokens", "10"], "at least 64"),
         (["--shapes", "tiny", "--tokens", "many"], "not a number"),
+        (["--shapes", "tiny", "--kvtc", "fp8"], "--kvtc fp8"),
+        (["--shapes", "tiny", "--kvtc", "kvtc"], "--kvtc kvtc"),
         (["--shapes", "tiny", "--qualities", "best"], "cannot be 'best'"),
         (["--pair", "smollm2", "--taps", "3"], "calibrated pack's own"),
         (["--shapes", "tiny", "--json-out", "no/such/folder/a.json"], "cannot be written"),

@@ -46,6 +46,25 @@ def test_the_curve_of_other_texts(command, tmp_path, capsys):
     assert curves[0] != curves[1] and all(len(curve["divergence"]) >= 2 for curve in curves)
 
 
+def test_long_documents_are_calibrated_on_as_well(command, tmp_path, capsys):
+    for name in "ab":
+        text = "".join(f"Entry {n * 7919 % 1000} of {name}: so it went on for a while. " for n in range(16))
+        (tmp_path / f"{name}.txt").write_text(text)
+    counts = []
+    for more in ([], ["--long-text", str(tmp_path), "--long-context", "512", "--long-tokens", "1000"]):
+        assert main([*command, *more, "--rank", "8", "--out", str(tmp_path / "p")]) == 0
+        printed = capsys.readouterr()
+        counts.append(json.loads(printed.out.splitlines()[-1])["tokens"])
+        assert ("2 long documents give 1,024 tokens" in printed.err) == bool(more)
+    assert counts[1] == counts[0] + 1024
+    for words, said in ((("64",), "more than the 64"), (("4096",), "no file of 2048 tokens")):
+        assert (
+            main([*command, "--long-text", str(tmp_path), "--long-tokens", "1000", "--long-context", *words, "--out", str(tmp_path / "p")])
+            == 2
+        )
+        assert said in capsys.readouterr().err
+
+
 def test_mistakes_are_named(command, tmp_path, capsys):
     (tmp_path / "no.pack").write_bytes(b"nothing")
     out = ["--out", str(tmp_path / "p")]
@@ -55,7 +74,7 @@ def test_mistakes_are_named(command, tmp_path, capsys):
         "is no codec pack that can be read": ["--show", str(tmp_path / "missing")],
         "the cheapest takes": [*command, *out, "--restore-budget", "0.0001"],
         "a restore budget chooses taps": [*command, *out, "--restore-budget", "0.5", "--rank", "8"],
-        "features and a curve of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
+        "text, features and a curve of its own": [*command, *out, "--restore-budget", "0.5", "--quick"],
         "cannot be completed": [*command, *out, "--complete", str(tmp_path / "no.pack")],
         "fits no predictor": [*command, *out, "--complete", str(tmp_path / "no.pack"), "--rank", "8"],
         "how many layers are recomputed": [*command, *out, "--restore-budget", "0.5", "--recomputed-layers", "1"],

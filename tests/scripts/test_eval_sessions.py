@@ -13,12 +13,17 @@ from engine.errors import InvalidOption
 from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.file import SessionFile
+from eval import agent_text
+from eval.continuation import continuation_rows, continue_sessions, equal_tokens
 from eval.domain_texts import plain, write_folders
+from eval.long_tasks import make_long_sample
+from eval.peers import Peers
+from eval.positions import long_windows, measure_positions, position_bins, position_edges, position_rows, token_nll
 from eval.rows import by_depth, item, rows_of
-from eval.runs import Plan, Runner
-from eval.suspend import Suspender, ask, ask_aside, open_with, run_tokens, step_name
-from eval.tasks import NAMES, Question, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
-from eval.text import long_windows, named_paths, position_bins, position_edges, token_nll
+from eval.runs import LONG, Plan, Runner
+from eval.suspend import Suspender, ask, ask_aside, copied, open_with, run_tokens, step_name
+from eval.tasks import NAMES, PLACES, Question, Sample, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
+from eval.text import named_paths
 from eval_sessions import main
 
 TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
@@ -86,6 +91,19 @@ def test_filler_keeps_to_its_budget():
         ("copy", "abc123" * 6, "abc123" * 5 + "abc124", False),
         ("copy", "abc123" * 6, "abc123" * 7, False),
         ("copy", "abc123" * 6, "I do not know.", False),
+        ("several", "111111,222222", "222222, 111111.", True),
+        ("several", "111111,222222", "111111", False),
+        ("several", "111111,222222", "111111, 222222, 333333", False),
+        ("several", "111111,222222", "", False),
+        ("variables", "48213", "The value is 48213.", True),
+        ("variables", "48213", "quartz", False),
+        ("aggregation", "Oslo", "It is Oslo, not Lima.", True),
+        ("aggregation", "Oslo", "Lima", False),
+        ("aggregation", "Oslo", "I cannot say.", False),
+        ("completion", "a,b", "result = f(a=a, b=b)", True),
+        ("completion", "a,b", "a=1, b = 2)", True),
+        ("completion", "a,b", "result = f(b=b, a=a)", False),
+        ("completion", "a,b", "result = f(a, b)", False),
     ],
 )
 def test_the_judge_is_exact(task, expected, answer, right):
@@ -156,6 +174,65 @@ def test_long_windows_come_from_the_beginning_of_texts():
     assert len(long_windows(texts, 100, 2, lambda text: list(map(ord, text)))) == 2
     with pytest.raises(InvalidOption, match="no text has 2000 tokens"):
         long_windows(texts, 2000, 1, lambda text: list(map(ord, text)))
+
+
+def test_long_samples_hold_what_they_ask_for():
+    for seed in range(10):
+        sample = make_long_sample(random.Random(seed), TEXTS, 1500, count, each=2)
+        assert [q.task for q in sample.questions] == ["several"] * 2 + ["variables"] * 2 + ["aggregation"] * 2 + ["completion"] * 2
+        assert sum(count(sample.document.splitlines())) <= 1500
+        for question in sample.questions:
+            if question.task == "several":
+                name = question.text.split("codes of ")[1].split("?")[0]
+                told = [
+                    line.split(" is ")[1][:-1]
+                    for line in sample.document.splitlines()
+                    if line.startswith(f"One of the access codes of {name} ")
+                ]
+                assert told == question.expected.split(",") and len(told) == 4
+            elif question.task == "variables":
+                name, hops = question.text.split("the variable ")[1].split(" have")[0], 0
+                while (sentence := f"the variable {name} takes the value of the variable ") in sample.document:
+                    name, hops = sample.document.split(sentence)[1].split(".")[0], hops + 1
+                assert hops == 3 and f"variable {name} is set to {question.expected}." in sample.document
+            elif question.task == "aggregation":
+                start = f"Logbook of the {question.text.split('the ')[1].split(' stop')[0]}: it stopped at "
+                stops = [line.removeprefix(start)[:-1] for line in sample.document.splitlines() if line.startswith(start)]
+                assert len(stops) == 15 and max(PLACES, key=stops.count) == question.expected and stops.count(question.expected) == 9
+            else:
+                name = question.text.rsplit("result = ", 1)[1][:-1]
+                assert f"def {name}({', '.join(question.expected.split(','))}):" in sample.document
+                assert judge(question, f"result = {name}({', '.join(f'{p}={p}' for p in question.expected.split(','))})")
+    assert make_long_sample(random.Random(3), TEXTS, 1500, count) == make_long_sample(random.Random(3), TEXTS, 1500, count)
+    assert copied_fraction(Question("several", "", "111111,222222", 0.0), "222222 and 333333") == 0.5
+    for tokens, each, said in ((1500, 6, "1 to 5"), (1500, 0, "1 to 5"), (100, 2, "no room")):
+        with pytest.raises(InvalidOption, match=said):
+            make_long_sample(random.Random(0), TEXTS, tokens, count, each=each)
+
+
+def test_an_agents_session_repeats_itself(tmp_path, capsys):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / f"{n}.py").write_text(text)
+    for out in ("a", "b"):
+        command = [
+            "--text",
+            *(str(tmp_path / f"{n}.py") for n in range(4)),
+            "--out",
+            str(tmp_path / out),
+            "--sessions",
+            "2",
+            "--characters",
+            "20000",
+        ]
+        assert agent_text.main(command) == 0
+    one, other = ((tmp_path / "a" / f"session-{n}.txt").read_text() for n in range(2))
+    assert one == (tmp_path / "b/session-0.txt").read_text() and one != other and 20_000 <= len(one) < 40_000
+    lines = [line for line in one.splitlines() if "says nothing of interest" in line]
+    assert len(set(lines)) < 0.8 * len(lines)
+    assert agent_text.main([*command[:-1], "0"]) == 2 and agent_text.main(["--text", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    (tmp_path / "short.py").write_text("one line")
+    assert agent_text.main(["--text", str(tmp_path / "short.py"), "--out", str(tmp_path)]) == 2
+    assert "no file has 40 lines" in capsys.readouterr().err
 
 
 def test_folders_of_texts_repeat(tmp_path):
@@ -293,6 +370,76 @@ def test_the_untouched_row_agrees_with_itself_and_costs_no_pages(engine):
         runner.planted(2000)
 
 
+def test_long_tasks_are_asked_of_peers_too(engine, monkeypatch):
+    plan = Plan(("compact",), TEXTS, 1, 1, 0, peers=("fp8", "kvtc-1bit"))
+    windows = [engine.encode(text)[:256] for text in TEXTS]
+    parts: dict = {}
+    free = engine.core.pool.num_free_pages
+    runner = Runner(engine, Suspender(engine.core, None), plan, parts, lambda: None, lambda _: None, Peers(engine.core, windows))
+    tasks = ("several", "variables", "aggregation", "completion")
+    sample = Sample("A text that is read first. " * 10, [Question(task, f"What of {task}?", "111111", 0.5) for task in tasks])
+    monkeypatch.setattr(runner, "sample", lambda context, number, kind: sample)  # the model has too short a context for a real one
+    runner.planted(900, LONG)
+    assert engine.core.pool.num_free_pages >= free
+    rows = {(r["task"], r["method"]): r for r in rows_of(parts, 100)}
+    assert {task for task, _ in rows} == set(tasks) and {r["context"] for r in rows.values()} == {900}
+    config = engine.core.target.config
+    raw_bits = 8 * 2 * config.num_layers * config.kv_width / 100
+    for task in tasks:
+        assert {m for t, m in rows if t == task} == {"untouched", "compact", "fp8", "kvtc-1bit"}
+        assert rows[task, "kvtc-1bit"]["bits_per_element"] < rows[task, "fp8"]["bits_per_element"] < 1.2 * raw_bits
+    with pytest.raises(InvalidOption, match="no calibration text for the peers"):
+        Peers(engine.core, []).baseline("kvtc-1bit")
+
+
+def test_a_peers_kv_is_what_its_bytes_say(engine):
+    conversation = open_with(engine.core, [engine.encode("Some text for a baseline to code. " * 4)])[0]
+    length = conversation.sequence.length
+    exact = engine.core.target.read_kv(conversation.sequence, 0, length)
+    peers = Peers(engine.core, [])
+    copy = copied(conversation.sequence, shared=True)
+    num_bytes = peers.in_place("fp8", [copy])
+    code = peers.baseline("fp8").encode(exact)
+    assert num_bytes == len(code)
+    torch.testing.assert_close(engine.core.target.read_kv(copy, 0, length), peers.baseline("fp8").decode(code), rtol=1e-4, atol=1e-4)
+    assert torch.equal(engine.core.target.read_kv(conversation.sequence, 0, length), exact), "the original keeps its own pages"
+    copy.free()
+
+
+def test_sessions_go_on_alike_where_little_is_lost(engine):
+    suspender = Suspender(engine.core, None)
+    prompts = {"one": [engine.encode("A text that is read first. " * 5), engine.encode("Another prompt of its own. " * 6)]}
+    parts = {}
+    free = engine.core.pool.num_free_pages
+    continue_sessions(
+        engine, suspender, prompts, ["step0.001", "prediction"], 8, lambda name, part: parts.update({f"continuation/{name}/x": part})
+    )
+    assert engine.core.pool.num_free_pages >= free
+    rows = {(r["group"], r["method"]): r for r in continuation_rows(parts, 10)}
+    untouched, fine, coarse = (rows["one", method] for method in ("untouched", "step0.001", "prediction"))
+    assert untouched["equal_share"] == fine["equal_share"] == rows["one", "recomputed"]["equal_share"] == 1
+    assert fine["bits_per_element"] > coarse["bits_per_element"] > 0 and untouched["bits_per_element"] is None
+    assert coarse["mean_equal_tokens"] < 8 and coarse["equal_share"] < 1
+    assert rows["all", "step0.001"] == fine | {"group": "all"} and fine["prompts"] == len(
+        parts["continuation/one/x"]["methods"]["untouched"]["equal"]
+    )
+    assert (equal_tokens([1, 2], [1, 2], 8), equal_tokens([1, 2], [1, 3], 8), equal_tokens([1], [1, 2], 8)) == (8, 1, 1)
+
+
+def test_references_inside_a_session_take_bits_away(engine):
+    suspender, found = Suspender(engine.core, None), {}
+    ids = engine.encode("".join(random.Random(5).choices("abcdefghijklmnop ", k=300)))
+    qualities = ["nll", "step0.5", "step0.5+alone"]
+    measure_positions(
+        suspender, (ids * 3)[:900], qualities, lambda quality, bins: found.update({f"position/p/x/{quality}": {"bins": bins}})
+    )
+    rows = position_rows(found, 100)
+    assert [(r["from"], r["to"], r["kind"]) for r in rows] == [(0, 256, "p"), (256, 512, "p"), (512, 836, "p")]
+    last = rows[-1]["bits_per_element"]
+    assert last["step0.5"] < 0.9 * last["step0.5+alone"]
+    assert all(r["kl"][m] >= 0 and 0 <= r["agreement"][m] <= 1 for r in rows for m in r["kl"]) and rows[0]["nll"] > 0
+
+
 def test_command(chat_folders, pack_home, tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -334,7 +481,7 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
         "--domain-tokens",
         "256",
         "--position-context",
-        "600",
+        "664",
         "--position-texts",
         "2",
         "--json-out",
@@ -353,12 +500,20 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
     assert all({"bits_per_element", "kl", "top1_agreement", "nll_untouched"} <= r.keys() for r in rows["domain"])
     assert [(r["from"], r["to"]) for r in rows["position"]] == [(0, 256), (256, 512), (512, 600)]
     assert sum(r["tokens"] for r in rows["position"]) == 2 * (600 - 4)
+    assert all(0 <= r["kl"]["compact"] < 1 and r["kind"] == "text" for r in rows["position"])
     assert (tmp_path / "position.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "retrieval" in printed and "bits per element by position" in printed
     assert main(command) == 0 and json.loads(out.read_text())["parts"] == document["parts"]
     assert main([*command, "--turns", "4"]) == 2
     assert "holds rows of other settings (turns)" in capsys.readouterr().err
+    named = ["--tasks", "planted,continuation", "--peers", "fp8", "--new-tokens", "2", "--continuation-prompts", "1"]
+    assert main([*command, *named, "--json-out", str(tmp_path / "named")]) == 0
+    answered = json.loads((tmp_path / "named").read_text())["rows"]
+    assert {r["method"] for r in answered if r["task"] == "retrieval"} == {"untouched", "compact", "fp8"}
+    assert main([*command, "--tasks", "long", "--json-out", str(tmp_path / "long")]) == 2
+    assert "leave no room for text around the facts" in capsys.readouterr().err
+    assert {r["group"] for r in answered if r["task"] == "continuation"} <= {"chat", "code", "one", "two", "all"}
     for name, tasks in (("a", "conversation"), ("b", "position")):
         assert main([*command, "--tasks", tasks, "--json-out", str(tmp_path / name)]) == 0
     assert eval_report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--json-out", str(tmp_path / "joined")]) == 0
@@ -377,6 +532,8 @@ def test_bad_options_are_named(tmp_path, capsys):
         (["--samples", "3", "--batch", "2"], "batches of 2"),
         (["--contexts", "2k"], "--contexts 2k"),
         (["--turns", "0"], "--turns 0"),
+        (["--tasks", "position", "--peers", "fp8"], "--peers answer"),
+        (["--tasks", "continuation", "--new-tokens", "0"], "--new-tokens 0"),
     ):
         assert main([*base, *extra]) == 2
         assert said in capsys.readouterr().err
