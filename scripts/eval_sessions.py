@@ -321,7 +321,7 @@ def run_continuations(
     save: Callable[[], None],
 ) -> None:
     """Measures what is missing of the groups of prompts: the built-in ones, and a question about a text of each domain."""
-    groups = {kind: [engine.encode([{"role": "user", "content": text}]) for text in texts] for kind, texts in KINDS.items()}
+    groups = {f"{kind} prompts": [engine.encode([{"role": "user", "content": text}]) for text in texts] for kind, texts in KINDS.items()}
     for name, folder in domains.items():
         texts = list(read_files([folder]).values())[: options.continuation_prompts]
         cut = [engine.tokenizer.decode(encoded(engine, text)[:_CONTINUATION_CONTEXT]) for text in texts]  # type: ignore[union-attr]
@@ -358,11 +358,11 @@ def run_positions(suspender: Suspender, kind: str, sequences: list[list[int]], q
 
         def done(quality: str, bins: list[dict[str, Any]], prefix: str = prefix) -> None:
             parts[f"{prefix}/{quality}"] = {"bins": bins}
+            save()
 
         missing = [q for q in (NLL, *qualities) if f"{prefix}/{q}" not in parts]
         if missing:
             measure_positions(suspender, ids, missing, done)
-            save()
             log(f"position, {kind}: text {number + 1} of {len(sequences)}")
 
 

@@ -3,7 +3,7 @@
 several      four codes of one name in four quarters of the text, all asked for
 variables    a chain of assignments over the whole text ("b takes the value of a"), the last variable's number asked for, beside other chains
 aggregation  a logbook whose entries name three places 9, 4 and 2 times all over the text; the most frequent one asked for
-completion   functions defined anywhere in the text; a call of one in another file is to be completed with the parameters' names
+completion   functions defined anywhere in the text; a call of one in another file is to be completed, all parameters in their order
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _completion(rng: random.Random, each: int) -> tuple[list[tuple[float, str]],
         name, parameters, depth = f"{verb}_{thing}", rng.sample(_PARAMETERS, 4), (n + rng.random()) / each
         planted.append((depth, f"def {name}({', '.join(parameters)}):\n    return registry.run({name!r}, {', '.join(parameters)})"))
         text = (
-            f"Complete this line of another file, which calls the function {name} that is defined above. Pass every parameter by its name, in the "
-            f"order of the definition, as in f(a=a, b=b). Write that line only.\nresult = {name}("
+            f"Complete this line of another file, which calls the function {name} that is defined above, with variables that are called like its "
+            f"parameters, in the order of the definition. Write that line only.\nresult = {name}("
         )
         questions.append(Question("completion", text, ",".join(parameters), depth))
     return planted, questions

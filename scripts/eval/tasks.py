@@ -107,7 +107,7 @@ class Sample:
 
 def judge(question: Question, answer: str) -> bool:
     """Exact match: the first number of a retrieved code, the last of a sum ("12 + 30 = 42"), the first long word of a copied identifier, all numbers of
-    several codes whatever their order, the first place named, the names of a call's parameters in their order."""
+    several codes whatever their order, the first place named, the names of a call's parameters in their order, as keywords or alone."""
     if question.task == "copy":
         words = re.findall(r"[0-9A-Za-z]{16,}", answer)
         return bool(words) and words[0] == question.expected
@@ -115,7 +115,8 @@ def judge(question: Question, answer: str) -> bool:
         places = [word for word in re.findall(r"[A-Za-z]+", answer) if word in PLACES]
         return bool(places) and places[0] == question.expected
     if question.task == "completion":
-        return re.findall(r"(\w+)\s*=", answer.split("(", 1)[-1].split(")", 1)[0]) == question.expected.split(",")
+        passed = answer.split("(", 1)[-1].split(")", 1)[0]
+        return (re.findall(r"(\w+)\s*=", passed) or re.findall(r"\w+", passed)) == question.expected.split(",")
     numbers = re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
     if question.task == "several":
         return sorted(numbers) == sorted(question.expected.split(","))

@@ -103,7 +103,8 @@ def test_filler_keeps_to_its_budget():
         ("completion", "a,b", "result = f(a=a, b=b)", True),
         ("completion", "a,b", "a=1, b = 2)", True),
         ("completion", "a,b", "result = f(b=b, a=a)", False),
-        ("completion", "a,b", "result = f(a, b)", False),
+        ("completion", "a,b", "result = f(a, b)", True),
+        ("completion", "a,b", "result = f(a)", False),
     ],
 )
 def test_the_judge_is_exact(task, expected, answer, right):
@@ -513,7 +514,7 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
     assert {r["method"] for r in answered if r["task"] == "retrieval"} == {"untouched", "compact", "fp8"}
     assert main([*command, "--tasks", "long", "--json-out", str(tmp_path / "long")]) == 2
     assert "leave no room for text around the facts" in capsys.readouterr().err
-    assert {r["group"] for r in answered if r["task"] == "continuation"} <= {"chat", "code", "one", "two", "all"}
+    assert {r["group"] for r in answered if r["task"] == "continuation"} <= {"chat prompts", "code prompts", "one", "two", "all"}
     for name, tasks in (("a", "conversation"), ("b", "position")):
         assert main([*command, "--tasks", tasks, "--json-out", str(tmp_path / name)]) == 0
     assert eval_report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--json-out", str(tmp_path / "joined")]) == 0
