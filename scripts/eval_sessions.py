@@ -238,7 +238,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
         "pair": pair,
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
-        "command": " ".join(["scripts/eval_sessions.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python scripts/eval_sessions.py", *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])]
+        ),
         "settings": settings,
         "rows": [],
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "zstandard")},

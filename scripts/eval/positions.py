@@ -195,7 +195,10 @@ def plot_positions(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
             panel.spines[["top", "right"]].set_visible(False)
         for panel in (bits_axes, loss_axes):
             panel.set_yscale("log")
-        bits_axes.legend(frameon=False, fontsize=8)
+            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        loss_axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
