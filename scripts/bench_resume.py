@@ -43,7 +43,7 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.model.device import device_named, dtype_named
 from engine.sessions.codec_params import find_pack
-from eval.peers import Peers
+from eval.fitted_baselines import FittedBaselines
 
 _KVTC_TOKENS, _KVTC_CONTEXT = 65_536, 1024
 _SHOWN = (
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows: list[dict[str, Any]] = []
         kvtc: dict[int, dict[str, Any]] = {}
         if args.kvtc:
-            peers = Peers(bench.core, windows)
-            kvtc = {tokens: bench.run_peer(peers.baseline(args.kvtc), ids[:tokens], args.repeats) for tokens in args.tokens}
+            baselines = FittedBaselines(bench.core, windows)
+            kvtc = {tokens: bench.run_baseline(baselines.baseline(args.kvtc), ids[:tokens], args.repeats) for tokens in args.tokens}
         for tokens, quality in itertools.product(args.tokens, args.qualities):
             row = {"target": target, "draft": draft} | bench.run(ids[:tokens], quality, args.repeats) | kvtc.get(tokens, {})
             rows.append(row | {"twin_error": errors[quality]})

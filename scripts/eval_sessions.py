@@ -11,7 +11,7 @@ default all that have their input):
     long          only when named: several needles, chains of variables, most frequent entries, calls completed across files (eval/long_tasks.py)
     continuation  only when named: how many sessions go on greedily as if they had never been stored, of the built-in chat and code prompts and of
                   questions about the texts of --domains
---peers codes the texts of planted and long by baselines, too (scripts/baselines, fitted on --peer-text).
+--baselines codes the texts of planted and long by baselines, too (scripts/baselines, fitted on --baseline-text).
 
     python scripts/eval_sessions.py --pair qwen2.5-coder --pack qwen.pack --samples 32 --contexts 2048,4096,8192
         --domains prose=D/prose german=D/german logs=D/logs --json-out sessions.json --plot position.png
@@ -53,7 +53,7 @@ from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
 from eval.codec_methods import PairCodec
 from eval.continuation import continuation_rows, continue_sessions
-from eval.peers import Peers
+from eval.fitted_baselines import FittedBaselines
 from eval.positions import ALONE, NLL, long_windows, measure_positions, plot_positions, position_rows
 from eval.rows import Parts, rows_of
 from eval.runs import LONG, Plan, Runner
@@ -68,7 +68,7 @@ _NAMED_ONLY = ("long", "continuation")
 _LIBRARY_TEXTS = 300
 _CONTINUATION_CONTEXT = 768
 _ROOM = 4096  # of pages that forks copy
-_PEER_CONTEXT, _PEER_TOKENS = 1024, 131_072
+_BASELINE_CONTEXT, _BASELINE_TOKENS = 1024, 131_072
 _started = time.monotonic()
 
 
@@ -112,8 +112,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--long", nargs="+", default=[], metavar="NAME=DIR", help="kinds of long texts for the task position")
     parser.add_argument("--alone", action="store_true", help="position: also code every span without reference to earlier ones")
     parser.add_argument("--long-questions", type=int, default=2, help="questions a text of each of the long tasks")
-    parser.add_argument("--peers", default="", help="comma-separated baselines for the tasks planted and long, such as kvtc-0.25bit,fp8")
-    parser.add_argument("--peer-text", nargs="+", default=[], metavar="FILE|DIR", help="texts that these are fitted on")
+    parser.add_argument(
+        "--baselines", default="", help="comma-separated baselines for the tasks planted and long, such as kvtc-0.25bit,fp8"
+    )
+    parser.add_argument("--baseline-text", nargs="+", default=[], metavar="FILE|DIR", help="texts that these are fitted on")
     parser.add_argument("--continuation-prompts", type=int, default=4, help="prompts from each of --domains")
     parser.add_argument("--new-tokens", type=int, default=32, help="of a continuation")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,8 +154,8 @@ def checked(options: argparse.Namespace) -> tuple[list[str], list[str], list[int
     ):
         if getattr(options, name) < 1:
             raise InvalidOption(f"--{name.replace('_', '-')} {getattr(options, name)}", "give a positive number")
-    if options.peers and not {"planted", "long"} & set(tasks):
-        raise InvalidOption("--peers answer the tasks planted and long", "name one of these in --tasks, or leave --peers out")
+    if options.baselines and not {"planted", "long"} & set(tasks):
+        raise InvalidOption("--baselines answer the tasks planted and long", "name one of these in --tasks, or leave --baselines out")
     return tasks, qualities, contexts, named_paths("--domains", options.domains)
 
 
@@ -210,7 +212,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.turns,
         options.turn_tokens,
         options.long_questions,
-        tuple(select_baselines(options.peers.split(","))) if options.peers else (),
+        tuple(select_baselines(options.baselines.split(","))) if options.baselines else (),
     )
     config, pack = engine.core.target.config, suspender.codec.pack
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -261,11 +263,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def encode(text: str) -> list[int]:
         return engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[misc]
 
-    peers = None
-    if plan.peers:
-        known = [encode(text) for text in read_files(options.peer_text).values()] if options.peer_text else []
-        peers = Peers(engine.core, windows(known, _PEER_CONTEXT, _PEER_TOKENS // _PEER_CONTEXT))
-    runner = Runner(engine, suspender, plan, parts, save, log, peers)
+    baselines = None
+    if plan.baselines:
+        known = [encode(text) for text in read_files(options.baseline_text).values()] if options.baseline_text else []
+        baselines = FittedBaselines(engine.core, windows(known, _BASELINE_CONTEXT, _BASELINE_TOKENS // _BASELINE_CONTEXT))
+    runner = Runner(engine, suspender, plan, parts, save, log, baselines)
 
     if "planted" in tasks:
         for context in contexts:

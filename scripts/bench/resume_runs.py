@@ -162,7 +162,7 @@ class ResumeBench:
         return row
 
     @torch.inference_mode()
-    def run_peer(self, baseline: Baseline, ids: Sequence[int], repeats: int) -> dict[str, Any]:
+    def run_baseline(self, baseline: Baseline, ids: Sequence[int], repeats: int) -> dict[str, Any]:
         """A fitted KVTC on the same tokens: bytes, seconds to encode from pages and to decode from bytes into pages."""
         core, target = self.core, self.core.target
         conversation = self._opened(ids)

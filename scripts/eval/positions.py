@@ -179,7 +179,8 @@ def plot_positions(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
             ratio_axes.plot(at, [b / bits[0] for b in bits], line, **style)
             loss_axes.plot(at, [max(row["kl"][method], 1e-6) for row in own], line, **style)
         if own[0]["nll"]:
-            ratio_axes.plot(at, [row["nll"] / own[0]["nll"] for row in own], "s--", color="#777777", label="NLL of the text")
+            nll = ratio_axes.plot(at, [row["nll"] / own[0]["nll"] for row in own], "s--", color="#777777", label="NLL of the text")
+            ratio_axes.legend(handles=nll, frameon=False, fontsize=8)
         ratio_axes.axhline(1.0, color="#bbbbbb", lw=0.8, zorder=0)
         for panel, label in (
             (bits_axes, f"{kind}: bits per KV element (spans)"),

@@ -14,8 +14,8 @@ from engine.errors import InvalidOption
 from engine.runtime.request import SequenceState
 from engine.sessions.file import Span
 from engine.text.chat import next_turn
+from eval.fitted_baselines import FittedBaselines
 from eval.long_tasks import LONG_INTRODUCTION, make_long_sample
-from eval.peers import Peers
 from eval.rows import Parts, item
 from eval.suspend import Suspender, ask, ask_aside, copied, open_with, run_draft
 from eval.tasks import (
@@ -35,7 +35,7 @@ TEMPLATE_TOKENS = 256  # the chat template, a question and its answer
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. qualities: coded rows besides the untouched one. texts: filler. batch: samples answered together. peers: baselines, of the
+    """What is run. qualities: coded rows besides the untouched one. texts: filler. batch: samples answered together. baselines: baselines, of the
     planted texts."""
 
     qualities: tuple[str, ...]
@@ -50,7 +50,7 @@ class Plan:
     turns: int = 20
     turn_tokens: int = 100
     long_questions: int = 2  # of each of the long tasks
-    peers: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[range]:
         """Sample numbers, `batch` at a time."""
@@ -69,9 +69,9 @@ class Runner:
         parts: Parts,
         save: Callable[[], None],
         log: Callable[[str], None],
-        peers: Peers | None = None,
+        baselines: FittedBaselines | None = None,
     ):
-        self.engine, self._suspender, self.plan, self.parts, self._peers = engine, suspender, plan, parts, peers
+        self.engine, self._suspender, self.plan, self.parts, self._baselines = engine, suspender, plan, parts, baselines
         self._save, self._log = save, log
 
     def count(self, lines: list[str]) -> list[int]:
@@ -87,7 +87,7 @@ class Runner:
         if context > self.engine.context:
             raise InvalidOption(f"a context of {context} tokens, the model has {self.engine.context}", "give shorter --contexts")
         for batch in self.plan.batches():
-            every = (UNTOUCHED, *self.plan.qualities, *self.plan.peers)
+            every = (UNTOUCHED, *self.plan.qualities, *self.plan.baselines)
             keys = {method: f"{kind}/{context}/{batch.start}-{batch.stop}/{method}" for method in every}
             if all(key in self.parts for key in keys.values()):
                 continue
@@ -100,9 +100,9 @@ class Runner:
                 for quality in self.plan.qualities:
                     if keys[quality] not in self.parts:
                         self._coded(keys[quality], quality, samples, conversations, answers)
-                for name in self.plan.peers:
+                for name in self.plan.baselines:
                     if keys[name] not in self.parts:
-                        self._coded_by_peer(keys[name], name, samples, conversations, answers)
+                        self._coded_by_baseline(keys[name], name, samples, conversations, answers)
             finally:
                 self._close(conversations)
 
@@ -142,14 +142,14 @@ class Runner:
             for copy in copies:
                 copy.sequence.free()
 
-    def _coded_by_peer(
+    def _coded_by_baseline(
         self, key: str, name: str, samples: list[Sample], originals: list[SequenceState], untouched: list[list[str]]
     ) -> None:
         """All texts are coded and decoded in place by a baseline, in copies of their caches."""
-        assert self._peers is not None, "a plan with peers comes with them"
+        assert self._baselines is not None, "a plan with baselines comes with them"
         copies = [SequenceState(list(c.token_ids), copied(c.sequence, shared=False), c.draft_state) for c in originals]
         try:
-            stored = self._peers.in_place(name, [copy.sequence for copy in copies])
+            stored = self._baselines.in_place(name, [copy.sequence for copy in copies])
             self._record(key, samples, self._ask_all(copies, samples), untouched, originals, stored)
         finally:
             for copy in copies:

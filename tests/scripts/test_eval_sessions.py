@@ -16,8 +16,8 @@ from engine.sessions.file import SessionFile
 from eval import agent_text
 from eval.continuation import continuation_rows, continue_sessions, equal_tokens
 from eval.domain_texts import plain, write_folders
+from eval.fitted_baselines import FittedBaselines
 from eval.long_tasks import make_long_sample
-from eval.peers import Peers
 from eval.positions import long_windows, measure_positions, position_bins, position_edges, position_rows, token_nll
 from eval.rows import by_depth, item, rows_of
 from eval.runs import LONG, Plan, Runner
@@ -371,12 +371,12 @@ def test_the_untouched_row_agrees_with_itself_and_costs_no_pages(engine):
         runner.planted(2000)
 
 
-def test_long_tasks_are_asked_of_peers_too(engine, monkeypatch):
-    plan = Plan(("compact",), TEXTS, 1, 1, 0, peers=("fp8", "kvtc-1bit"))
+def test_long_tasks_are_asked_of_baselines_too(engine, monkeypatch):
+    plan = Plan(("compact",), TEXTS, 1, 1, 0, baselines=("fp8", "kvtc-1bit"))
     windows = [engine.encode(text)[:256] for text in TEXTS]
     parts: dict = {}
     free = engine.core.pool.num_free_pages
-    runner = Runner(engine, Suspender(engine.core, None), plan, parts, lambda: None, lambda _: None, Peers(engine.core, windows))
+    runner = Runner(engine, Suspender(engine.core, None), plan, parts, lambda: None, lambda _: None, FittedBaselines(engine.core, windows))
     tasks = ("several", "variables", "aggregation", "completion")
     sample = Sample("A text that is read first. " * 10, [Question(task, f"What of {task}?", "111111", 0.5) for task in tasks])
     monkeypatch.setattr(runner, "sample", lambda context, number, kind: sample)  # the model has too short a context for a real one
@@ -389,20 +389,20 @@ def test_long_tasks_are_asked_of_peers_too(engine, monkeypatch):
     for task in tasks:
         assert {m for t, m in rows if t == task} == {"untouched", "compact", "fp8", "kvtc-1bit"}
         assert rows[task, "kvtc-1bit"]["bits_per_element"] < rows[task, "fp8"]["bits_per_element"] < 1.2 * raw_bits
-    with pytest.raises(InvalidOption, match="no calibration text for the peers"):
-        Peers(engine.core, []).baseline("kvtc-1bit")
+    with pytest.raises(InvalidOption, match="no calibration text for the baselines"):
+        FittedBaselines(engine.core, []).baseline("kvtc-1bit")
 
 
-def test_a_peers_kv_is_what_its_bytes_say(engine):
+def test_a_baselines_kv_is_what_its_bytes_say(engine):
     conversation = open_with(engine.core, [engine.encode("Some text for a baseline to code. " * 4)])[0]
     length = conversation.sequence.length
     exact = engine.core.target.read_kv(conversation.sequence, 0, length)
-    peers = Peers(engine.core, [])
+    baselines = FittedBaselines(engine.core, [])
     copy = copied(conversation.sequence, shared=True)
-    num_bytes = peers.in_place("fp8", [copy])
-    code = peers.baseline("fp8").encode(exact)
+    num_bytes = baselines.in_place("fp8", [copy])
+    code = baselines.baseline("fp8").encode(exact)
     assert num_bytes == len(code)
-    torch.testing.assert_close(engine.core.target.read_kv(copy, 0, length), peers.baseline("fp8").decode(code), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(engine.core.target.read_kv(copy, 0, length), baselines.baseline("fp8").decode(code), rtol=1e-4, atol=1e-4)
     assert torch.equal(engine.core.target.read_kv(conversation.sequence, 0, length), exact), "the original keeps its own pages"
     copy.free()
 
@@ -508,7 +508,7 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
     assert main(command) == 0 and json.loads(out.read_text())["parts"] == document["parts"]
     assert main([*command, "--turns", "4"]) == 2
     assert "holds rows of other settings (turns)" in capsys.readouterr().err
-    named = ["--tasks", "planted,continuation", "--peers", "fp8", "--new-tokens", "2", "--continuation-prompts", "1"]
+    named = ["--tasks", "planted,continuation", "--baselines", "fp8", "--new-tokens", "2", "--continuation-prompts", "1"]
     assert main([*command, *named, "--json-out", str(tmp_path / "named")]) == 0
     answered = json.loads((tmp_path / "named").read_text())["rows"]
     assert {r["method"] for r in answered if r["task"] == "retrieval"} == {"untouched", "compact", "fp8"}
@@ -533,7 +533,7 @@ def test_bad_options_are_named(tmp_path, capsys):
         (["--samples", "3", "--batch", "2"], "batches of 2"),
         (["--contexts", "2k"], "--contexts 2k"),
         (["--turns", "0"], "--turns 0"),
-        (["--tasks", "position", "--peers", "fp8"], "--peers answer"),
+        (["--tasks", "position", "--baselines", "fp8"], "--baselines answer"),
         (["--tasks", "continuation", "--new-tokens", "0"], "--new-tokens 0"),
     ):
         assert main([*base, *extra]) == 2

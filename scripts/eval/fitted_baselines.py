@@ -18,7 +18,7 @@ _CONTEXT = 1024
 _SAMPLE_TOKENS = 4096
 
 
-class Peers:
+class FittedBaselines:
     """Baselines by name (`baselines.select_baselines`), all fitted on the same token windows when one is first used.
 
     Args:
@@ -47,7 +47,9 @@ class Peers:
             from bench_codec import LazyCalibration
 
             if not self._windows:
-                raise InvalidOption("there is no calibration text for the peers", "give --peer-text with files of more than 1,024 tokens")
+                raise InvalidOption(
+                    "there is no calibration text for the baselines", "give --baseline-text with files of more than 1,024 tokens"
+                )
             context = len(self._windows[0])
             quality = Quality(self.core.target, context, self.core.device)
             self._calibration = LazyCalibration(quality, self._layout, self._windows, _SAMPLE_TOKENS, True).get()
