@@ -30,7 +30,7 @@ from engine.model.weights import open_checkpoint
 from engine.runtime.drafters import load_draft_head
 from engine.sessions.codec_params import load_pack
 
-PASS_TOKENS = 512
+PASS_TOKENS = {"cpu": 512, "cuda": 4096}
 _PAGE = 64
 
 
@@ -157,7 +157,8 @@ class FeaturePasses:
 
         Raises PoolExhausted; the state is then as it was.
         """
-        parts = [self._pass(state, token_ids[at : at + PASS_TOKENS]) for at in range(0, len(token_ids), PASS_TOKENS)]
+        most = PASS_TOKENS.get(self.target.device.type, PASS_TOKENS["cpu"])
+        parts = [self._pass(state, token_ids[at : at + most]) for at in range(0, len(token_ids), most)]
         return Features(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
     def _pass(self, state: TextState, token_ids: Sequence[int]) -> Features:

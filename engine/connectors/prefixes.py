@@ -32,7 +32,7 @@ from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore
 from kernels.rope import apply_rope
 
 Ready = Callable[[], None]
-CHUNK_TOKENS = 4 * RUN_TOKENS
+CHUNK_TOKENS = 16 * RUN_TOKENS
 _PATIENCE_S = 2.0  # how long a busy engine is waited for before a run is coded beside its steps
 _QUIET_S = 0.05  # without a step for so long, an engine counts as idle
 _TAIL_S = 1.0  # less than a run waits so long for more of its text

@@ -444,7 +444,7 @@ def _to_host(kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Callab
     """A copy on the host that no step waits for, and what waits until it is there."""
     if kv.device.type != "cuda":
         return kv.to("cpu", dtype), lambda: None
-    rows = torch.empty(kv.shape, dtype=dtype, pin_memory=True)
+    rows = torch.empty(kv.shape, dtype=dtype, device="cpu", pin_memory=True)
     rows.copy_(kv.to(dtype), non_blocking=True)
     return rows, torch.cuda.current_stream(kv.device).record_event().synchronize
 
