@@ -44,6 +44,8 @@ LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
 SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
+BURST = 8  # steps of one trial where drafts are made by captured steps: to begin drafting may cost more than a step of it
+FIRST_LOSS = 2.0  # plain steps that the first trial may cost, before anything is known
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
 FIRST_PLAIN, LAST_PLAIN = 2, 128  # steps of drafting before one without it, which tells what drafts save: doubled each time
@@ -399,6 +401,8 @@ class _Load:
         default_factory=lambda: {"plain": deque(maxlen=RECENT), "ngram": deque(maxlen=RECENT), "model": deque(maxlen=RECENT)}
     )
     corrected_at: int = 0
+    burst: int | None = None  # steps left of the trial under way; None before the first one, which comes at once
+    caught_up_s: float = 0.0  # what a draft that was left behind took to begin again
     seen: set[int] = field(default_factory=set)
 
 
@@ -507,7 +511,9 @@ class DraftingPolicy:
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
-            if (load.waited["model"] + 1) % CORRECT_EVERY:  # whether to try it again is looked at now and then: a GPU's step is short
+            trying = self.most_rows is not None and load.burst != 0
+            # whether to try it again is looked at now and then: a GPU's step is short
+            if not trying and (load.waited["model"] + 1) % CORRECT_EVERY:
                 load.waited["model"] += 1
                 return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
@@ -517,7 +523,11 @@ class DraftingPolicy:
             able_to_pay = any(
                 self._best(c, hopeful, able, batch)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
             )
-            if not self._probe("model", load, lost, able_to_pay):
+            if trying:
+                left = min(BURST, int(FIRST_LOSS / max(lost, 1e-3))) if load.burst is None else load.burst
+                trying = able_to_pay and left > 0
+                load.burst = left - 1 if trying else 0
+            if not trying and not self._probe("model", load, lost, able_to_pay):
                 return plain_rate
         chosen = able[:count]
         unbounded = self.draft_by_draft and not probing
@@ -656,18 +666,27 @@ class DraftingPolicy:
     def _probe(self, kind: StepKind, load: _Load, lost: float, hopeful: bool) -> bool:
         """Whether a source that is not used is tried once more. lost: plain steps that it would cost. hopeful: whether it could pay at all."""
         load.waited[kind] += 1
-        load.patience[kind] = min(LAST_PROBE, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
+        burst = self.most_rows is not None and kind == "model"
+        most = LAST_PROBE
+        if burst:
+            lost, most = BURST * lost + load.caught_up_s / load.costs.step_seconds(0, 1), 4 * LAST_PROBE
+        load.patience[kind] = min(most, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
         if load.waited[kind] < load.patience[kind]:
             return False
         load.waited[kind] = 0
+        if burst:
+            load.burst = BURST - 1
         return True
 
-    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
-        """A step that was carried out: what it gained over all requests, and its seconds on `step_clock`."""
+    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float, caught_up_s: float = 0.0) -> None:
+        """A step that was carried out: what it gained over all requests, and its seconds on `step_clock`. caught_up_s: of these, what a draft that had
+        been left behind took to begin again."""
         costs = self.costs
         if not self.measured or costs is None or not plan.seconds:
             return
         load = self._load(batch)
+        if caught_up_s:
+            load.caught_up_s, seconds = caught_up_s, max(1e-9, seconds - caught_up_s)
         if plan.kind != "plain":
             load.waited["plain"] += 1
         if plan.block is not None:

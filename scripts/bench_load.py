@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         quiet_libraries()
         engine = engine_of(args)
+        engine.core.capture_steps()
         ids = prompts(engine, args)
         params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=0)
         alone = [engine.generate([own], params)[0].token_ids for own in ids]

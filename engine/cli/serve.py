@@ -129,6 +129,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         raise ModelNotFound("the target has no tokenizer", "a server needs one: use a folder that holds it")
     print_status(memory_line(engine))
     engine.core.measure_costs()  # not at the first request's expense
+    engine.core.capture_steps()
     return engine
 
 

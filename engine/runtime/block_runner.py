@@ -34,6 +34,7 @@ from engine.runtime.model_runner import (
     page_bucket,
     read_out,
     same_objects,
+    sizes_up_to,
 )
 from engine.runtime.request import Request
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
@@ -45,6 +46,8 @@ from kernels.upload import fill
 Source = Literal["model", "given"]
 
 _MOST = 128  # requests of a step
+_AHEAD_BATCH = 8  # most requests of speculative steps that are captured before they are needed
+_MOST_BEHIND = 4096  # tokens that draft heads left behind may lack, over all requests, for a captured step to catch them up first
 _LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
 
 
@@ -154,6 +157,7 @@ class BlockDecoding:
         self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
         self._sent: dict[str, list[int]] = {}
         self._idle_steps = 0
+        self.caught_up_s = 0.0
 
     @property
     def leaves_head_behind(self) -> bool:
@@ -248,19 +252,29 @@ class BlockDecoding:
         if not drafting:
             return True
         if self.head is not None:
-            return all(_state(r).num_cached == r.sequence.length for r in requests)
+            return sum(r.sequence.length - _state(r).num_cached for r in requests) <= _MOST_BEHIND
         return all(r.sequence.length - _state(r).length <= MAX_PENDING_HIDDEN for r in requests)
 
     def _catch_up(self, requests: Sequence[Request]) -> None:
-        """Have the draft of every request know all tokens but the last two."""
+        """Have the draft of every request know all tokens but the last two; a draft head that was left behind runs the target's first layers for them
+        once more."""
         assert self.drafter is not None
         states = [_state(r) for r in requests]
-        if self.head is not None:
-            return self._run_waiting(states, 2)
-        behind = [b for b, (r, s) in enumerate(zip(requests, states, strict=True)) if r.sequence.length - s.length > 1]
+        known, slack = ([s.num_cached for s in states], 0) if self.head is not None else ([s.length for s in states], 1)
+        behind = [b for b, r in enumerate(requests) if r.sequence.length - known[b] > slack]
         if behind:
-            pieces = [requests[b].token_ids[states[b].length : requests[b].sequence.length] for b in behind]
-            self.drafter.prefill([states[b] for b in behind], pieces)
+            began = time.perf_counter()
+            self.drafter.prefill(
+                [states[b] for b in behind], [requests[b].token_ids[known[b] : requests[b].sequence.length] for b in behind]
+            )
+            self.caught_up_s += time.perf_counter() - began
+        if self.head is not None:
+            self._run_waiting(states, 2)
+
+    def take_caught_up_s(self) -> float:
+        """Host seconds that catching drafts up has taken since the last call: they are no cost of a step that drafts again and again."""
+        taken, self.caught_up_s = self.caught_up_s, 0.0
+        return taken
 
     def _run_waiting(self, states: Sequence[DraftState], least: int) -> None:
         assert self.head is not None
@@ -335,6 +349,16 @@ class BlockDecoding:
                 self._sent[name] = padded
                 self.state.write(name, padded, batch)
         return max(pages)
+
+    def capture_common(self, most: int, drawing: Drawing, *, deterministic: bool = False) -> None:
+        """Capture the drafter's steps over short contexts beforehand, for batches of up to `most` requests and at most _AHEAD_BATCH: buffers of larger
+        ones take gigabytes for lengths that may never pay."""
+        if self.draft is None:
+            return
+        for batch in sizes_up_to(min(most, _AHEAD_BATCH)):
+            for length in CAPTURED_LENGTHS:
+                if batch * (1 + length) <= (MOST_SKINNY if deterministic else MAX_ROWS):
+                    self._block(BlockKey(batch, length, page_bucket(1, self.target.max_pages), "model", drawing, deterministic))
 
     # --- what steps cost ------------------------------------------------------------------------------------------------
 

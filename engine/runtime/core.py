@@ -229,6 +229,21 @@ class EngineCore:
                 self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * torch.get_num_threads())
         return self.cost_model
 
+    @torch.inference_mode()
+    def capture_steps(self) -> None:
+        """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts (64 pages):
+        a step's first use compiles and captures, which takes up to a second. Nothing happens where steps are not captured."""
+        runner = self.runner
+        if not isinstance(runner, GraphedDecoder):
+            return
+        with self.lock:
+            default = self.sampling_defaults.params()
+            for params in {p.greedy: p for p in (SamplingParams(), default)}.values():
+                drawing = runner.sampling.set([params], [0], self.target.config.vocab_size)
+                runner.capture_common(self.config.max_batch, drawing, deterministic=self.deterministic)
+                if self.scheduler.blocks is not None:
+                    self.scheduler.blocks.capture_common(self.config.max_batch, drawing, deterministic=self.deterministic)
+
     def _measure_late(self) -> None:
         """Give requests that began without costs theirs, once one of them has its first token and goes on."""
         scheduled = self.scheduler.running + list(self.scheduler.waiting)

@@ -47,6 +47,11 @@ def bucket(count: int, sizes: Sequence[int] = _BATCHES) -> int:
     return next(size for size in sizes if size >= count)
 
 
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """The sizes that batches of 1 to `most` requests are padded to."""
+    return tuple(size for size in _BATCHES if size <= bucket(most))
+
+
 def page_bucket(pages: int, most: int) -> int:
     """Pages that a graph's tables hold: a power of two from _LEAST_PAGES on, at most `most`."""
     return min(most, max(_LEAST_PAGES, 1 << (pages - 1).bit_length()))
@@ -356,12 +361,10 @@ class GraphedDecoder:
         else:
             step.graph.replay()
 
-    def capture_common(self, batches: Sequence[int] = (1, 2, 4, 8), lengths: Sequence[int] = (1,)) -> None:
-        """Capture the steps of short contexts beforehand, so that no request waits for them."""
-        for batch in batches:
-            for length in lengths:
-                if batch * length <= MAX_ROWS:
-                    self.step(batch, length, 1, 0, self.config.num_layers, (), True)
+    def capture_common(self, most: int, drawing: Drawing = GREEDY, *, deterministic: bool = False) -> None:
+        """Capture the steps of one token a request over short contexts, for all batches of up to `most` requests, so that no request waits for them."""
+        for batch in sizes_up_to(min(most, MOST_SKINNY if deterministic else _BATCHES[-1])):
+            self.step(batch, 1, 1, 0, self.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
 
     def _current_weights(self) -> DecodeWeights:
         """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""

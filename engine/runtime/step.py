@@ -94,7 +94,7 @@ def decode_step(
         plan, gains = blocks.step(list(requests), lambda: _plan(requests, drafter, drafting, deterministic), deterministic=deterministic)
         if gains is not None:
             count = _keep_gains(requests, plan, gains, blocks, began)
-            return drafting.observe(plan, len(requests), count, clock() - began_at)
+            return drafting.observe(plan, len(requests), count, clock() - began_at, blocks.take_caught_up_s())
     lengths, given = plan.lengths, plan.given
     follows = drafter is not None and drafter.exit_layer > 0 and not (blocks is not None and blocks.leaves_head_behind)
     undrafted = not any(lengths) and not any(given) and not follows

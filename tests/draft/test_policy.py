@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import draft.policy as policy_module
 from draft.acceptance import PRIOR_RATE, AcceptanceRate, MatchAcceptance, SharedRate
 from draft.policy import (
     FIRST_PROBE,
@@ -239,6 +240,47 @@ def test_no_load_is_slower_than_plain_decoding(believed, real, acceptance, batch
     best = max(expected_tokens(k, acceptance) / real.step_seconds(k, batch) for k in range(13)) * real.step_seconds(0, batch)
     if believed is real:
         assert ratio > 0.9 * best, "and near the best there is"
+
+
+def captured(believed, acceptance, batch, *, behind=5.0, count=1500):
+    """(rate over plain decoding's, trials) of a policy for captured steps, where a draft that rested for 8 steps takes `behind` plain steps
+    to catch up."""
+    policy = DraftingPolicy(believed, measured=True, draft_by_draft=False, lengths=(1, 2, 4, 7), most_rows=128)
+    rng, requests = random.Random(3), [policy.request("auto", greedy=True) for _ in range(batch)]
+    plain, gained, seconds, resting, trials = believed.step_seconds(0, batch), 0, 0.0, 0, 0
+    for _ in range(count):
+        plan = policy.plan(requests, [NEW] * batch, [ROOM] * batch, drafter_room=[ROOM] * batch)
+        length, tokens = max(plan.lengths), 0
+        for request, own in zip(requests, plan.lengths, strict=True):
+            kept = next((i for i in range(own) if rng.random() > acceptance), own)
+            request.observe([], own, kept, None, given=False)
+            tokens += 1 + kept
+        late = behind * plain if length and resting >= 8 else 0.0
+        trials += late > 0
+        spent = believed.step_seconds(length, batch) * rng.uniform(0.95, 1.05) + late
+        policy.observe(plan, batch, tokens, spent, late)
+        gained, seconds, resting = gained + tokens, seconds + spent, 0 if length else resting + 1
+    return gained / seconds * plain / batch, trials
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("acceptance", [0.05, 0.4, 0.65, 0.9])
+def test_captured_steps_are_never_slower_than_plain_ones(batch, acceptance):
+    ratio, trials = captured(DEAR, acceptance, batch)
+    assert ratio > 0.98 and trials <= 4
+
+
+def test_a_draft_that_was_left_behind_is_tried_for_several_steps_at_once():
+    policy = DraftingPolicy(DEAR, measured=True, draft_by_draft=False, lengths=(1, 2, 4, 7), most_rows=128)
+    requests, lengths = [policy.request("auto", greedy=True)], []
+    for _ in range(3000):
+        plan = policy.plan(requests, [NEW], [ROOM], drafter_room=[ROOM])
+        lengths.append(plan.lengths[0])
+        requests[0].observe([], plan.lengths[0], 0, None, given=False)
+        begins = plan.lengths[0] and (len(lengths) < 2 or not lengths[-2])
+        policy.observe(plan, 1, 1, DEAR.step_seconds(plan.lengths[0], 1), 3.0 if begins else 0.0)
+    runs = [len(list(group)) for drafted, group in itertools.groupby(lengths, bool) if drafted]
+    assert len(runs) >= 2 and max(runs[1:]) == policy_module.BURST and sum(map(bool, lengths)) < 60
 
 
 def test_hiccups_of_the_machine_do_not_decide():

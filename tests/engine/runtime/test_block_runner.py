@@ -114,7 +114,9 @@ def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, la
     _, plain = texts_of(sources, "plain", each, PROMPTS[:2])
     target, drafts = sources
     engine = with_blocks(Engine(target, draft=drafts["head"], page_size=16, pool_tokens=2048))
-    core, states = engine.core, []
+    core, states, late = engine.core, [], []
+    taken = BlockDecoding.take_caught_up_s
+    monkeypatch.setattr(BlockDecoding, "take_caught_up_s", lambda self: late.append(taken(self)) or late[-1])
     requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS[:2], each, strict=True)]
     while not core.scheduler.idle:
         core.step()
@@ -126,6 +128,24 @@ def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, la
     assert max(map(max, states[:12])) >= 6 and states[-2] == [0] * len(states[-2])
     assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=False)] == [r.token_ids for r in plain]
     assert sum(r.metrics.accepted for r in requests) > 0 and any(source == "model" for source, *_ in launched)
+    assert sum(seconds > 0 for seconds in late) == 1, "the first step with drafts runs what the draft lacks, and is captured all the same"
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_steps_captured_beforehand_are_those_that_requests_take(sources, kind):
+    target, drafts = sources
+    engine = with_blocks(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=2048, max_batch=5))
+    core = engine.core
+    core.runner = core.scheduler.target
+    core.capture_steps()
+    steps, blocks = set(core.runner._steps), set(core.scheduler.blocks._blocks)
+    assert {key.batch for key in steps} == {1, 2, 4, 8} and all(key.drawing.greedy for key in steps)
+    assert len(blocks) == (16 if kind == "model" else 0)
+    params = [SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=n) for n in (0, 4)]
+    texts = [[r.token_ids for r in engine.generate(PROMPTS[:3], own)] for own in params]
+    assert texts[0] == texts[1] and sum(key.length == 1 and key.logits for key in core.runner._steps) == len(steps)
+    if kind == "model":
+        assert {key for key in core.scheduler.blocks._blocks if key.source == "model"} == blocks
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
