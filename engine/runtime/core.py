@@ -231,8 +231,8 @@ class EngineCore:
 
     @torch.inference_mode()
     def capture_steps(self) -> None:
-        """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts (64 pages):
-        a step's first use compiles and captures, which takes up to a second. Nothing happens where steps are not captured."""
+        """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts
+        (64 pages): a step's first use compiles and captures, which takes up to a second. Nothing happens where steps are not captured."""
         runner = self.runner
         if not isinstance(runner, GraphedDecoder):
             return
