@@ -25,6 +25,8 @@ from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens coded in one pass: bounds the memory of a long session, and fills a GPU, which codes a span's lanes one symbol after the other."""
 
+_MOST_COUNTS = 1024  # settings whose number of components is remembered: foreign files may name any step
+
 PRODUCT_ROWS = 1024
 """Rows of every product of a GPU's decoder, filled up with zeros: a product's shape decides how its terms are summed, so a span gives the same
 bits whatever is decoded beside it."""
@@ -128,14 +130,19 @@ class KvCodec:
         self.choice, self.coder = RateChoice(pack.model, device), SpanCoder(pack.model, device)
         self._joined = self.device.type != "cpu"  # products of many spans at once, which keep a GPU busy
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        self._counts: dict[tuple[float, bool], int] = {}  # components of each setting: a plan asks for the same ones again and again
         self._sigma = pack.transform.variance.clamp_min(1e-12).sqrt().numpy()
 
     def num_components(self, step: float, *, fallback: bool = False) -> int:
         """K: components kept at a step, at least one where the pack has any (a draft that predicts exactly leaves none); with a fallback basis all of
         the rows' and those of the basis that are kept, at least one."""
-        transform = self.pack.transform
-        kept = transform.kept(KEEP_FACTOR * step, fallback=fallback)
-        return max(transform.num_rows + 1, kept) if fallback else min(max(1, kept), transform.num_rows)
+        if (step, fallback) not in self._counts:
+            if len(self._counts) >= _MOST_COUNTS:
+                self._counts.clear()
+            transform = self.pack.transform
+            kept = transform.kept(KEEP_FACTOR * step, fallback=fallback)
+            self._counts[step, fallback] = max(transform.num_rows + 1, kept) if fallback else min(max(1, kept), transform.num_rows)
+        return self._counts[step, fallback]
 
     def components(self, truth: torch.Tensor, prediction: torch.Tensor, count: int) -> torch.Tensor:
         """First `count` transform components, float32 [T, count], of truth - prediction, both float32 [T, D]. Raises BadInput."""

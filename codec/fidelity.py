@@ -236,8 +236,8 @@ def plan_spans(
         for places in batches([sizes[n] for n in asking], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
             some = [asking[n] for n in places]
             _try_fallback(ladder, whole.of_spans(some), most, usual, torch.tensor(some, device=codec.device), rungs, found, fallback)
-            for n in some:
-                residuals.keep(numbers[n], codec.num_components(ladder.step(int(rungs[n]))[0], fallback=bool(fallback[n])))
+            for n, rung, use in zip(some, rungs[some].tolist(), fallback[some].tolist(), strict=True):
+                residuals.keep(numbers[n], codec.num_components(ladder.step(rung)[0], fallback=use))
     own_levels = whole.levels.split(sizes)
     for rung, use, own, measured in zip(rungs.tolist(), fallback.tolist(), own_levels, found.tolist(), strict=True):
         step, offset = ladder.step(rung)

@@ -102,6 +102,11 @@ def test_a_sample_asks_for_the_fallback_basis_as_all_tokens_would(completed_pack
     thorough = fidelity.plan_spans(codec, curve, "balanced", pairs, none, none)
     assert 0 < sum(setting.fallback for setting in plan.settings) < len(pairs)
     assert plan.settings == thorough.settings and all(map(torch.equal, plan.levels, thorough.levels))
+    codec._joined = True  # as on a GPU, which measures all spans at once
+    monkeypatch.undo()
+    monkeypatch.setitem(fidelity._MEASURED_TOKENS, "cpu", 4096)
+    together = fidelity.plan_spans(codec, curve, "balanced", pairs, none, none)
+    assert together.settings == plan.settings and together.divergence == pytest.approx(plan.divergence, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["global", "per_layer"])
