@@ -6,16 +6,13 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-gpu-tests.json}
 workers=()
-python3 -c "import xdist" 2>/dev/null && workers=(-n "$(( $(nproc) < 16 ? $(nproc) / 2 : 8 ))" --dist worksteal)
+python3 -c "import xdist" 2>/dev/null && workers=(-n "$(( $(nproc) < 12 ? $(nproc) : 12 ))" --dist worksteal)
 report=$(mktemp)
-second_report=$(mktemp)
-trap 'rm -f "$report" "$second_report"' EXIT
-pytest=(python3 -m pytest -q -p no:cacheprovider -p no:benchmark "${workers[@]}" --timeout 240)
-"${pytest[@]}" --junitxml "$report" tests/kernels -m "not slow" &
-kernels=$!
-"${pytest[@]}" --junitxml "$second_report" tests/engine --ignore tests/engine/server -m gpu && second=0 || second=$?
-wait "$kernels" && first=0 || first=$?
+trap 'rm -f "$report"' EXIT
+python3 -m pytest -q -p no:cacheprovider -p no:benchmark "${workers[@]}" --timeout 240 --junitxml "$report" tests/kernels -m "not slow" && first=0 || first=$?
 [ "$first" -le 1 ] || exit "$first"
+second_report=$(mktemp)
+python3 -m pytest -q -p no:cacheprovider -p no:benchmark "${workers[@]}" --timeout 240 --junitxml "$second_report" tests/engine --ignore tests/engine/server -m gpu && second=0 || second=$?
 python3 - "$results" "$report" "$second_report" <<'PY'
 import json, platform, sys
 import xml.etree.ElementTree as tree
@@ -35,4 +32,5 @@ found = {"device": device, "versions": versions, "command": "scripts/gpu_tests.s
 open(out, "w").write(json.dumps(found, indent=1) + "\n")
 print(json.dumps(found))
 PY
+rm -f "$second_report"
 [ "$first" -eq 0 ] && { [ "$second" -eq 0 ] || [ "$second" -eq 5 ]; }
