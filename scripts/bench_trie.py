@@ -14,17 +14,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.traces import Trace, read_trace
-from bench.trie_replay import MEASURED, replay, replay_sessions
+from bench.trie_replay import MEASURED, replay, replay_sessions, times_at
 from engine.errors import ForetoldError, InvalidOption
 from engine.kv.eviction import POLICIES
-from engine.kv.tiers import RestoreTimes
 
 UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 OTHERS = ("infinite", "lru-sessions")
@@ -55,14 +54,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=8.0, help="sessions arrive uniformly in this time (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrival times")
     parser.add_argument("--half-life-s", type=float, default=1800.0, help="in which a request's count halves (default 1800)")
-    parser.add_argument("--times", help="JSON file of measured restore times (default: one H100, qwen2.5-coder)")
+    parser.add_argument(
+        "--times", help="JSON file of measured restore times, or one that bench_resume.py wrote (default: one H100, qwen2.5-coder)"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON object on the last line")
     parser.add_argument("--json-out", help="write the JSON object to this file")
     parser.add_argument("--plot", help="draw hit rate over capacity into this file")
     return parser.parse_args(argv)
 
 
-def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[str], RestoreTimes]:
+def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[str], Mapping[str, Any]]:
     """Capacities, ratios, policies and restore times, or InvalidOption."""
     capacities = [byte_count(text) for text in options.capacity_bytes.split(",")]
     try:
@@ -82,20 +83,24 @@ def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[s
         if not value > 0:
             raise InvalidOption(f"{name} {value} is not usable", "give a number above 0")
     if options.times is None:
-        return capacities, ratios, policies, RestoreTimes.from_json(MEASURED)
+        return capacities, ratios, policies, MEASURED
     try:
         table = json.loads(Path(options.times).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidOption(f"--times {options.times} cannot be read: {error}", "give a JSON file of measured restore times") from error
-    return capacities, ratios, policies, RestoreTimes.from_json(table)
+    if not isinstance(table, dict):
+        raise InvalidOption(f"--times {options.times} holds no table", "give a JSON file of measured restore times")
+    times_at(table, 1.0)  # refused now, if it is
+    return capacities, ratios, policies, table
 
 
 def rows_of(trace: Trace, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a policy, ratio and capacity, `infinite` first."""
-    capacities, ratios, policies, times = checked(options)
+    capacities, ratios, policies, table = checked(options)
     half_life_s = options.half_life_s
-    yield {**replay(trace, None, 1, options.bytes_per_token, 1.0, times, half_life_s), "policy": "infinite"}
+    yield {**replay(trace, None, 1, options.bytes_per_token, 1.0, times_at(table, 1.0), half_life_s), "policy": "infinite"}
     for ratio in ratios:
+        times = times_at(table, ratio)
         for capacity in capacities:
             for policy in policies:
                 started = time.process_time()
@@ -134,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     options = arguments(given)
     try:
-        capacities = checked(options)[0]
+        capacities, _, _, table = checked(options)
         trace = read_trace(options.trace, options.sessions, options.hours, options.seed)
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -146,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         "capacity_bytes": capacities[0],
         "bytes_per_token": options.bytes_per_token,
         "sessions": trace.num_sessions,
-        "restore_times": json.loads(Path(options.times).read_text(encoding="utf-8")) if options.times else MEASURED,
+        "restore_times": Path(options.times).name if "rows" in table else dict(table),
         "device": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "command": "python scripts/bench_trie.py " + " ".join(files.get(word, word) for word in given),

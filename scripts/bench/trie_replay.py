@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from bench.traces import Trace
+from engine.errors import InvalidOption
 from engine.kv.tiers import RestoreTimes, TierManager
 from engine.kv.trie import TOKEN_BYTES, Tier, Trie
 
@@ -21,18 +23,53 @@ MEASURED: dict[str, Any] = {
 
 
 HISTORY_SHARE = 0.02
+CODED_RATIO = 10.0
+"""From this ratio on a restore is the codec's; below it stored KV is copied to the device, in a time that goes with its bytes."""
 
 
-def _row(requests: int, prompt_tokens: int, hit_tokens: int, restore_s: float, recompute_s: float) -> dict[str, Any]:
-    """What every replay reports; `recompute_s`: computing the hit tokens instead of restoring them."""
-    return {
-        "requests": requests,
-        "prompt_tokens": prompt_tokens,
-        "hit_tokens": hit_tokens,
-        "hit_rate": hit_tokens / max(1, prompt_tokens),
-        "restore_s": restore_s,
-        "recompute_s": recompute_s,
-    }
+def times_at(table: Mapping[str, Any], ratio: float) -> RestoreTimes:
+    """Restore times of KV stored `ratio` times smaller: from a table of `RestoreTimes.from_json`, or from what `bench_resume.py` wrote, which has
+    seconds to resume from a coded file (reading it included) and to copy the uncompressed KV from host memory to the device.
+
+    Raises:
+        InvalidOption: the table has another form.
+    """
+    if "rows" not in table:
+        return RestoreTimes.from_json(table)
+    try:
+        rows = sorted(table["rows"], key=lambda row: row["tokens"])
+        recompute = [(row["tokens"], row["recompute_s"]) for row in rows]
+        coded = [(row["tokens"], row["resume_s"] if ratio >= CODED_RATIO else row["host_copy_s"] / ratio) for row in rows]
+        source = f"{table['device']}: {table['command']}"
+    except (KeyError, TypeError) as error:
+        raise InvalidOption(f"the rows of the restore times are not usable: {error!r}", "give a file of bench_resume.py") from error
+    return RestoreTimes.from_json({"source": source, "recompute": recompute, "restore": {"host": coded}})
+
+
+class _Figures:
+    """What every replay reports.
+
+    restore_s, recompute_s: restoring and computing the hit tokens. saved_s: computing less restoring, of requests where restoring is the faster; the
+    others are computed. bytes_written: of stored KV that was new.
+    """
+
+    def __init__(self, times: RestoreTimes) -> None:
+        self.times, self.requests, self.prompt_tokens, self.hit_tokens = times, 0, 0, 0
+        self.restore_s = self.recompute_s = self.saved_s = self.bytes_written = 0.0
+
+    def add(self, prompt_tokens: int, found: int) -> None:
+        restore_s, recompute_s = self.times.restore_s(Tier.HOST, 0, found), self.times.recompute.first(found)
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+        self.hit_tokens += found
+        self.restore_s += restore_s
+        self.recompute_s += recompute_s
+        self.saved_s += max(0.0, recompute_s - restore_s)
+
+    def row(self) -> dict[str, Any]:
+        rate = self.hit_tokens / max(1, self.prompt_tokens)
+        names = ("requests", "prompt_tokens", "hit_tokens", "restore_s", "recompute_s", "saved_s", "bytes_written")
+        return {name: getattr(self, name) for name in names} | {"hit_rate": rate}
 
 
 def replay(
@@ -58,16 +95,12 @@ def replay(
     # positions in the trie are in symbols, the table in tokens
     per_symbol = RestoreTimes.from_json({"recompute": _in_blocks(times.recompute, trace.block_tokens)})
     manager = TierManager(trie, budgets, per_symbol, policy or "lru", skip_unprofitable=False)
-    requests = prompt_tokens = hit_tokens = 0
-    restore_s = recompute_s = 0.0
+    figures = _Figures(times)
     for request in trace:
         match = manager.match(request.blocks, request.namespace)
         found = min(match.num_restorable_pages * trace.block_tokens, request.num_tokens)
-        requests += 1
-        prompt_tokens += request.num_tokens
-        hit_tokens += found
-        restore_s += times.restore_s(Tier.HOST, 0, found)
-        recompute_s += times.recompute.first(found)
+        figures.add(request.num_tokens, found)
+        held = trie.bytes_in[Tier.HOST]
         kind = "tool" if request.num_system_blocks else "user"
         system = request.blocks[: request.num_system_blocks]
         if match.num_pages < len(system):
@@ -75,10 +108,11 @@ def replay(
             manager.insert(system, namespace=request.namespace, kind="system", after=match).release()
         whole = manager.insert(request.blocks, namespace=request.namespace, kind=kind, after=match)
         match.release()
+        figures.bytes_written += trie.bytes_in[Tier.HOST] - held
         manager.finish(whole, request.arrival_s)
         if policy is not None:
             manager.rebalance()
-    return _row(requests, prompt_tokens, hit_tokens, restore_s, recompute_s)
+    return figures.row()
 
 
 def _in_blocks(curve: Any, block_tokens: int) -> list[tuple[float, float]]:
@@ -89,8 +123,7 @@ def replay_sessions(trace: Trace, capacity_bytes: int, bytes_per_token: int, rat
     """LRU over whole sequences: a session's last prompt is kept or dropped in one piece (a single request is its own session)."""
     kept: OrderedDict[int, tuple[np.ndarray, int]] = OrderedDict()
     held = 0.0
-    requests = prompt_tokens = hit_tokens = 0
-    restore_s = recompute_s = 0.0
+    figures = _Figures(times)
     for request in trace:
         before = kept.pop(request.session, None)
         found = 0
@@ -102,12 +135,9 @@ def replay_sessions(trace: Trace, capacity_bytes: int, bytes_per_token: int, rat
             found = min(common * trace.block_tokens, request.num_tokens)
         kept[request.session] = (request.blocks, request.num_tokens)
         held += request.num_tokens * bytes_per_token / ratio
+        figures.bytes_written += (request.num_tokens - found) * bytes_per_token / ratio
         while held > capacity_bytes:
             _, (_, num_tokens) = kept.popitem(last=False)
             held -= num_tokens * bytes_per_token / ratio
-        requests += 1
-        prompt_tokens += request.num_tokens
-        hit_tokens += found
-        restore_s += times.restore_s(Tier.HOST, 0, found)
-        recompute_s += times.recompute.first(found)
-    return _row(requests, prompt_tokens, hit_tokens, restore_s, recompute_s)
+        figures.add(request.num_tokens, found)
+    return figures.row()
