@@ -34,7 +34,8 @@ _FOLDED_ROWS = 512
 
 
 class EntropyDecoded(NamedTuple):
-    """Spans that are entropy-decoded together: the first token of each, counted from the first span's, and what came out."""
+    """Spans that are entropy-decoded together: the first token of each, counted from the first span's, and what came out. Spans that are only referred
+    to lie before the first one, at negative places."""
 
     starts: list[int]
     decoded: DecodedSpans
@@ -80,12 +81,12 @@ class PageDecoder:
         """
         return self.begin(self.codec.read(spans), beside=beside)
 
-    def begin(self, codes: Sequence[SpanCode], *, beside: bool = True) -> list[EntropyDecoded]:
-        """As `start`, from spans that were read."""
+    def begin(self, codes: Sequence[SpanCode], lent: Sequence[SpanCode] = (), *, beside: bool = True) -> list[EntropyDecoded]:
+        """As `start`, from spans that were read. lent: spans before them, without a gap, that references may go to and that are not written."""
         if self.codec.device.type != "cuda" or not beside:
-            return list(self._parts(codes))
+            return list(self._parts(codes, lent))
         with torch.cuda.stream(self.side_stream()):
-            return list(self._parts(codes))
+            return list(self._parts(codes, lent))
 
     def side_stream(self) -> torch.cuda.Stream:
         """What runs beside the current stream runs here; of a GPU."""
@@ -94,12 +95,13 @@ class PageDecoder:
             self._stream.wait_stream(torch.cuda.current_stream(self.codec.device))  # for the tables; the spans come from the host
         return self._stream
 
-    def _parts(self, codes: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
-        starts = list(itertools.accumulate((code.num_tokens for code in codes), initial=0))
-        for group in alike(codes):
-            for some in batches([codes[n].num_tokens for n in group], _ENTROPY_TOKENS):
+    def _parts(self, codes: Sequence[SpanCode], lent: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
+        every = [*lent, *codes]
+        starts = list(itertools.accumulate((code.num_tokens for code in every), initial=-sum(code.num_tokens for code in lent)))
+        for group in alike(every):
+            for some in batches([every[n].num_tokens for n in group], _ENTROPY_TOKENS):
                 members = [group[i] for i in some]
-                yield EntropyDecoded([starts[n] for n in members], self.codec.entropy_decoded([codes[n] for n in members]))
+                yield EntropyDecoded([starts[n] for n in members], self.codec.entropy_decoded([every[n] for n in members]))
 
     def check(self, parts: Sequence[EntropyDecoded]) -> None:
         """Wait for everything and raise CorruptedCode if a stream was damaged: what was written of it must then be thrown away."""
@@ -120,7 +122,9 @@ class PageDecoder:
         most = CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])
         every = self._referring(parts)
         for part in parts:
-            for some in batches(part.decoded.sizes, most):
+            own = [n for n, start in enumerate(part.starts) if start >= 0]
+            for group in batches([part.decoded.sizes[n] for n in own], most):
+                some = [own[i] for i in group]
                 runs: list[tuple[int, int]] = []
                 for n in some:
                     start, end = part.starts[n], part.starts[n] + part.decoded.sizes[n]
@@ -134,8 +138,9 @@ class PageDecoder:
                 yield _Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
 
     def _referring(self, parts: Sequence[EntropyDecoded]) -> torch.Tensor | None:
-        """Components float32 [T, K] of all tokens, where any span refers to others; None where none does."""
-        if not any(references for part in parts for references in part.decoded.references):
+        """Components float32 [T, K] of all tokens, where any span refers to others or is lent; None where none does."""
+        lent = any(start < 0 for part in parts for start in part.starts)
+        if not lent and not any(references for part in parts for references in part.decoded.references):
             return None
         spans = sorted(
             (start, start + size, references)
@@ -143,8 +148,10 @@ class PageDecoder:
             for start, size, references in zip(part.starts, part.decoded.sizes, part.decoded.references, strict=True)
         )
         most = CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])
-        c = own_components(self.codec, [(part.starts, part.decoded) for part in parts], spans[-1][1], most)
-        return added_up(c, [references for _, _, references in spans], [(start, end) for start, end, _ in spans])
+        begin = spans[0][0]
+        placed = [([start - begin for start in part.starts], part.decoded) for part in parts]
+        c = own_components(self.codec, placed, spans[-1][1] - begin, most)
+        return added_up(c, [references for _, _, references in spans], [(start, end) for start, end, _ in spans])[-begin:]
 
     def write_pages(
         self,
@@ -231,7 +238,7 @@ class PageDecoder:
         return torch.cat(parts)
 
     def _num_tokens(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> int:
-        tokens = sum(sum(part.decoded.sizes) for part in parts)
+        tokens = sum(size for part in parts for start, size in zip(part.starts, part.decoded.sizes, strict=True) if start >= 0)
         if len(latents) != tokens or (target_rows is not None and len(target_rows) != tokens):
             raise BadInput(f"features of {len(latents)} tokens for {tokens} coded ones", "pass those of the tokens that were coded")
         return tokens

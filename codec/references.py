@@ -9,12 +9,13 @@ Axes: T tokens, K components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from codec.codec import DecodedSpans, Earlier, KvCodec, batches
-from codec.container import REFERENCE_BYTES, SCALES_PER_ONE, Reference
+from codec.container import REFERENCE_BYTES, SCALES_PER_ONE, Reference, SpanCode
 from codec.errors import CorruptedCode
 from codec.match import Match
 
@@ -24,6 +25,18 @@ MAX_DEPTH = 8
 _SCALES = (16, 12, 8)  # of what is tried, in sixteenths
 _REFERENCE_BITS = 8 * REFERENCE_BYTES
 _LEAST_SAVING = 0.03  # of a span's bits, by the estimate; less is not worth a chain
+
+
+class Lent(NamedTuple):
+    """Spans that were read, and those before them, in a sequence without a gap, that only their references go to (`PageDecoder.begin`)."""
+
+    codes: Sequence[SpanCode]
+    lent: Sequence[SpanCode]
+
+    @property
+    def num_lent_tokens(self) -> int:
+        """Decoded beside the spans' own."""
+        return sum(code.num_tokens for code in self.lent)
 
 
 def span_references(found: Sequence[Match], bounds: Sequence[tuple[int, int]]) -> list[list[Reference]]:

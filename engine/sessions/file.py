@@ -45,13 +45,15 @@ _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
 class Span:
     """Tokens [start, end) coded once; `data` never changes afterwards (a view of the file's bytes where it was read from one). divergence: what its
     error is expected to cause, nats a position; of a span from a file the mean of the file's; None where it is not known. link: its digest in the
-    chain that binds it (`bound`), of a span that came from a file; None before."""
+    chain that binds it (`bound`), of a span that came from a file; None before. borrows: it refers to other texts of a store, and decodes only
+    there."""
 
     start: int
     end: int
     data: bytes | memoryview
     divergence: float | None = field(default=None, compare=False)
     link: bytes | None = field(default=None, compare=False)
+    borrows: bool = field(default=False, compare=False)
 
 
 def mean_divergence(spans: Sequence[Span]) -> float | None:

@@ -14,6 +14,7 @@ from codec.errors import CodecError
 from codec.pack import CodecPack
 from codec.pages import EntropyDecoded
 from codec.predictor.features import FeatureBuffer
+from codec.references import Lent
 from codec.spans import SpanCodec, SpanEncoder
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
@@ -25,7 +26,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import Log, find_pack
 from engine.sessions.file import Span
-from engine.sessions.repeats import Repeats
+from engine.sessions.repeats import Repeats, SpanSources
 from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
 
@@ -133,12 +134,14 @@ class SessionCodec:
         earlier: Sequence[Span] | None = None,
         *,
         next_position: int = 0,
+        sources: SpanSources | None = None,
     ) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
         earlier: the spans before `start`, without a gap, none where `start` is the first coded token. Where token ids repeat, a span may then refer to
         what was coded before (`codec.references`), and decodes only together with all of `earlier`. None: every span decodes alone.
+        sources: what spans may refer to instead of `earlier`.
         next_position: the first that will be run behind these tokens, if the code serves no other purpose: layers with a window then code nothing of
         tokens that it does not see.
 
@@ -153,7 +156,7 @@ class SessionCodec:
         grid = range(start - start % SPAN_TOKENS, end, SPAN_TOKENS)
         bounds = [(max(a, start), min(a + SPAN_TOKENS, end)) for a in grid]
         try:
-            repeats = None if earlier is None else Repeats(self.codec, conversation.token_ids[:end], earlier, bounds)
+            repeats: SpanSources | None = sources if earlier is None else Repeats(self.codec, conversation.token_ids[:end], earlier, bounds)
         except CodecError as error:
             raise InvalidOption(error.what, error.remedy) from error
         spans: list[Span] = []
@@ -211,22 +214,25 @@ class SessionCodec:
         if state is not None and state.features is not None:
             state.features.forget(before)  # type: ignore[attr-defined]
 
-    def restore(self, conversation: SequenceState, spans: Sequence[Span], clock: StageClock | None = None) -> None:
+    def restore(
+        self, conversation: SequenceState, spans: Sequence[Span], clock: StageClock | None = None, lent: Lent | None = None
+    ) -> None:
         """Fill a conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances. The caches are empty,
         or hold what comes before the spans.
 
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
         product a chunk. A predictor that looks at the first layers of a separate draft needs only these (`draft_layers_run`): the draft's cache stays
-        empty then, and the draft catches up when it is first asked for drafts. Raises the codec's errors; the conversation must then be closed.
+        empty then, and the draft catches up when it is first asked for drafts. lent: the same spans, read, and what they refer to outside of the text.
+        Raises the codec's errors; the conversation must then be closed.
         """
         self.ready()
         clock = clock or StageClock(self.core.device)
         start, end = spans[0].start, spans[-1].end
         drafter, state = self.core.drafter, conversation.draft_state
         if self.core.device.type == "cuda" and not clock.waits and drafter is not None and drafter.exit_layer == 0 and state is not None:
-            parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock)
+            parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock, lent)
         else:
-            parts = self.pages.start([s.data for s in spans], beside=not clock.waits)
+            parts = self._entropy_decoded(spans, lent, beside=not clock.waits)
             clock.mark("entropy")
             run_tokens(self.core, conversation, start - conversation.sequence.length)
             clock.mark("sinks")
@@ -240,7 +246,7 @@ class SessionCodec:
         conversation.sequence.advance(end - conversation.sequence.length)
 
     def _passes_side_by_side(
-        self, conversation: SequenceState, state: DraftState, spans: Sequence[Span], clock: StageClock
+        self, conversation: SequenceState, state: DraftState, spans: Sequence[Span], clock: StageClock, lent: Lent | None
     ) -> tuple[list[EntropyDecoded], Tensor, Tensor | None]:
         """On a GPU: the draft's pass on the current stream, and on another one, meanwhile, the entropy decoder and the target's passes. What the host
         does for these (reading spans, laying out batches, launching small kernels) then never leaves the device without work."""
@@ -251,7 +257,7 @@ class SessionCodec:
         latents = self._draft_pass(state, conversation, start, end)
         clock.mark("draft")
         with torch.cuda.stream(side):
-            parts = self.pages.start([s.data for s in spans], beside=False)
+            parts = self._entropy_decoded(spans, lent, beside=False)
             run_tokens(self.core, conversation, start - conversation.sequence.length)
             target_rows = self._target_rows(conversation, start, end)
         current.wait_stream(side)
@@ -259,6 +265,11 @@ class SessionCodec:
             target_rows.record_stream(current)
         clock.mark("target_layers")
         return parts, latents, target_rows
+
+    def _entropy_decoded(self, spans: Sequence[Span], lent: Lent | None, *, beside: bool) -> list[EntropyDecoded]:
+        if lent is None:
+            return self.pages.start([s.data for s in spans], beside=beside)
+        return self.pages.begin(lent.codes, lent.lent, beside=beside)
 
     def decode(self, conversation: SequenceState, spans: Sequence[Span]) -> None:
         """Write the spans' KV into the conversation's pages, which hold what comes before; does not advance. Raises the codec's errors."""

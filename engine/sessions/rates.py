@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 
 import torch
 
+from codec.references import own_components
 from codec.spec import NUM_SINKS
 from engine.calibrate.corpus import library_texts
 from engine.errors import InvalidOption
 from engine.hub.cache import CacheFolder
 from engine.runtime.core import EngineCore
 from engine.sessions.codec_params import pair_fingerprints
+from engine.sessions.file import Span
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.stages import Rates, StageClock
 from engine.text.encoding import encode_text
@@ -29,7 +31,7 @@ from engine.text.encoding import encode_text
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
 _MOST_BYTES = 1 << 16
-_VERSION = 4  # of what is measured and how
+_VERSION = 5  # of what is measured and how
 SHORTEST = 512
 """Tokens from which on measuring pays: fewer are recomputed before it would end."""
 
@@ -108,7 +110,22 @@ def measure(codec: SessionCodec) -> Rates:
         # on a CPU every process makes its matrices anew, at its first restore; a GPU's are made while the session is opened
         at_small = first_s.get(kind, found[small]) if core.device.type == "cpu" else found[small]
         lines |= {f"{kind}_s": max(0.0, at_small - token_s * small), f"{kind}_token_s": token_s}
-    return Rates(**lines)
+    return Rates(**lines, lend_token_s=_lend_token_s(codec, [s for s in spans if s.start >= small]))
+
+
+def _lend_token_s(codec: SessionCodec, spans: Sequence[Span]) -> float:
+    """Seconds a token of entropy-decoding spans to components, which is all that a restore does with what its spans refer to in other texts."""
+    tokens = sum(span.end - span.start for span in spans)
+    if not tokens:
+        return 0.0
+    took = 0.0
+    for _ in range(2):  # the first time pays for compiling
+        clock, began = StageClock(codec.core.device), time.process_time()
+        parts = codec.pages.start([span.data for span in spans], beside=False)
+        own_components(codec.codec, [(part.starts, part.decoded) for part in parts], tokens, tokens)
+        clock.mark("lend")
+        took = _own_s(began) if codec.core.device.type == "cpu" else clock.seconds()["lend"]
+    return took / tokens
 
 
 def _own_s(began: float) -> float:

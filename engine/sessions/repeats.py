@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from codec.spec import step_of
 from engine.sessions.file import Span
 
 Bounds = tuple[int, int]
+
+
+class SpanSources(Protocol):
+    """What spans that are about to be coded may refer to; `Repeats` is one, and says what each call is for."""
+
+    def wanted(self, start: int, end: int) -> bool: ...
+
+    def groups(self, bounds: Sequence[Bounds]) -> list[list[int]]: ...
+
+    def before(self, bounds: Sequence[Bounds], residuals: Residuals, numbers: Sequence[int], quality: str | float) -> list[Earlier | None]: ...
+
+    def add(self, bounds: Sequence[Bounds], components: Sequence[Tensor | None]) -> None: ...
 
 
 class Repeats:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -285,7 +286,8 @@ class Session:
         quality, reason = self.quality, None
         self.spans = [s for s in self.spans if s.end <= len(self.token_ids)]
         if not self.spans and quality != TOKENS:  # what a store gave back keeps its code too
-            self.spans = [s for s in self.conversation.restored_spans if s.end <= held]
+            portable = takewhile(lambda s: s.end <= held and not s.borrows, self.conversation.restored_spans)
+            self.spans = list(portable)  # behind a span that borrows all is coded anew, from what was restored
         if quality == AUTO:
             codec = session_codec(self.core, self._pack_path, self._log)
             rates = rates_of(codec, held, self._log)

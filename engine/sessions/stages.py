@@ -48,7 +48,8 @@ EXPECTED_RESUMES = 2
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of restoring, of recomputing and of coding n tokens: *_s + n * *_token_s."""
+    """Seconds of restoring, of recomputing and of coding n tokens: *_s + n * *_token_s. lend_token_s: of decoding a token of another text that restored
+    ones refer to."""
 
     restore_s: float
     restore_token_s: float
@@ -56,18 +57,23 @@ class Rates:
     recompute_token_s: float
     code_s: float = 0.0
     code_token_s: float = 0.0
+    lend_token_s: float = 0.0
 
-    def restoring(self, tokens: int) -> float:
-        """Seconds to restore so many tokens from coded spans."""
-        return self.restore_s + tokens * self.restore_token_s
+    def restoring(self, tokens: int, lent: int = 0) -> float:
+        """Seconds to restore so many tokens from coded spans that refer to so many of other texts."""
+        return self.restore_s + tokens * self.restore_token_s + lent * self.lend_token_s
 
     def recomputing(self, tokens: int) -> float:
         """Seconds of the target's own pass over them."""
         return self.recompute_s + tokens * self.recompute_token_s
 
-    def pays(self, tokens: int) -> bool:
+    def pays(self, tokens: int, lent: int = 0) -> bool:
         """Whether restoring them is faster than recomputing them."""
-        return self.restoring(tokens) < self.recomputing(tokens)
+        return self.restoring(tokens, lent) < self.recomputing(tokens)
+
+    def lending_pays(self, tokens: int, lent: int) -> bool:
+        """Whether decoding so many tokens of other texts costs less than restoring `tokens` saves over recomputing them."""
+        return lent * self.lend_token_s < tokens * (self.recompute_token_s - self.restore_token_s)
 
     def coding(self, tokens: int) -> float:
         """Seconds to code so many tokens."""

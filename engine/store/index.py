@@ -1,4 +1,5 @@
-"""The store's index: what each run weighs, when it was used, and which pages lie inside it. SQLite; all of it can be made again from the run files."""
+"""The store's index: what each run weighs, when it was used, and which pages lie inside it; which runs it
+refers to, and by which n-grams texts that repeat some of it find it. SQLite; all of it can be made again from the run files."""
 
 from __future__ import annotations
 
@@ -33,6 +34,18 @@ CREATE TRIGGER run_added AFTER INSERT ON runs BEGIN UPDATE totals SET runs = run
 CREATE TRIGGER run_removed AFTER DELETE ON runs BEGIN
     UPDATE totals SET runs = runs - 1, bytes = bytes - OLD.num_bytes;
     DELETE FROM pages WHERE run = OLD.id;
+END;
+"""
+
+# made where an index of a version before references lacks them
+_REFERENCES = """
+CREATE TABLE IF NOT EXISTS donors(donor BLOB NOT NULL, run INTEGER NOT NULL, PRIMARY KEY(donor, run)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS donors_by_run ON donors(run);
+CREATE TABLE IF NOT EXISTS anchors(anchor INTEGER NOT NULL, run INTEGER NOT NULL, PRIMARY KEY(anchor, run)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS anchors_by_run ON anchors(run);
+CREATE TRIGGER IF NOT EXISTS run_left AFTER DELETE ON runs BEGIN
+    DELETE FROM donors WHERE run = OLD.id;
+    DELETE FROM anchors WHERE run = OLD.id;
 END;
 """
 
@@ -92,8 +105,11 @@ class RunIndex:
                     for statement in _statements(_SCHEMA):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={INDEX_VERSION}")
-                elif version != INDEX_VERSION:
+                    version = INDEX_VERSION
+                if version != INDEX_VERSION:
                     raise sqlite3.DatabaseError(f"an index of version {version}")
+                for statement in _statements(_REFERENCES):
+                    self._db.execute(statement)
             if not self._whole():
                 raise sqlite3.DatabaseError("the index is damaged")
         except BaseException:
@@ -161,6 +177,26 @@ class RunIndex:
         rows = self._db.execute("SELECT key, coded, uses FROM runs WHERE parent = ? ORDER BY value DESC LIMIT ?", [parent, limit])
         return [(bytes(key), bool(coded), float(uses)) for key, coded, uses in rows]
 
+    def lenders(self, anchors: Iterable[int], limit: int) -> list[bytes]:
+        """Keys of the runs that have most of these anchors, of equal ones those used last."""
+        numbers = list(anchors)
+        counts: dict[bytes, tuple[int, float]] = {}
+        for at in range(0, len(numbers), 500):
+            some = numbers[at : at + 500]
+            rows = self._db.execute(
+                "SELECT runs.key, COUNT(*), runs.used_at FROM anchors JOIN runs ON runs.id = anchors.run "
+                f"WHERE anchor IN ({','.join('?' * len(some))}) GROUP BY anchors.run ORDER BY 2 DESC, 3 DESC LIMIT ?",
+                [*some, limit],
+            )
+            for key, count, used_at in rows:
+                counts[bytes(key)] = counts.get(bytes(key), (0, 0.0))[0] + count, used_at
+        return sorted(counts, key=lambda key: counts[key], reverse=True)[:limit]
+
+    def is_needed(self, key: bytes) -> bool:
+        """Whether other runs continue this one or refer to it."""
+        query = "SELECT EXISTS(SELECT 1 FROM runs WHERE parent = ?) OR EXISTS(SELECT 1 FROM donors WHERE donor = ?)"
+        return bool(self._db.execute(query, [key, key]).fetchone()[0])
+
     def known(self, keys: Sequence[bytes]) -> dict[bytes, bool]:
         """Which of the keys name runs, and whether these are coded."""
         found: dict[bytes, bool] = {}
@@ -190,11 +226,12 @@ class RunIndex:
         return [(bytes(key), *rest) for key, *rest in rows.fetchall()]  # type: ignore[misc]
 
     def worst(self, keep: set[bytes]) -> Entry | None:
-        """The run of the least value that no other run continues and that is none of `keep`."""
+        """The run of the least value that no other run continues or refers to and that is none of `keep`."""
         rows = self._db.execute(
             "SELECT roots.key, r.key, r.parent, r.start_page, r.num_pages, r.num_bytes, r.coded, r.saved_s "
             "FROM runs r INDEXED BY runs_by_value JOIN roots ON roots.id = r.root "
-            "WHERE NOT EXISTS (SELECT 1 FROM runs c WHERE c.parent = r.key) ORDER BY r.value LIMIT ?",
+            "WHERE NOT EXISTS (SELECT 1 FROM runs c WHERE c.parent = r.key) "
+            "AND NOT EXISTS (SELECT 1 FROM donors d WHERE d.donor = r.key) ORDER BY r.value LIMIT ?",
             [1 + len(keep)],
         )
         found = (Entry(bytes(a), bytes(b), bytes(c), d, e, f, bool(g), h) for a, b, c, d, e, f, g, h in rows.fetchall())
@@ -206,8 +243,17 @@ class RunIndex:
         """Remember what a root stands for."""
         self._db.execute("INSERT OR IGNORE INTO roots(key, identity) VALUES(?, ?)", [key, json.dumps(dict(identity), sort_keys=True)])
 
-    def add(self, entry: Entry, page_keys: Iterable[bytes], now: float, uses: float = 1.0) -> None:
-        """A run, and the keys of its pages. One of the same key is replaced, and its uses are counted on."""
+    def add(
+        self,
+        entry: Entry,
+        page_keys: Iterable[bytes],
+        now: float,
+        uses: float = 1.0,
+        *,
+        donors: Iterable[bytes] = (),
+        anchors: Iterable[int] = (),
+    ) -> None:
+        """A run, the keys of its pages and of the runs it refers to, and its anchors. One of the same key is replaced, and its uses are counted on."""
         before = self._db.execute("SELECT uses, used_at FROM runs WHERE key = ?", [entry.key]).fetchone()
         if before is not None:
             uses += decayed(before[0], before[1], now)
@@ -224,6 +270,8 @@ class RunIndex:
         if cursor.rowcount != 1:
             raise sqlite3.IntegrityError("a run of an unknown root")
         self._db.executemany("INSERT OR IGNORE INTO pages VALUES(?, ?)", [(prefix_of(key), cursor.lastrowid) for key in page_keys])
+        self._db.executemany("INSERT OR IGNORE INTO donors VALUES(?, ?)", [(key, cursor.lastrowid) for key in donors])
+        self._db.executemany("INSERT OR IGNORE INTO anchors VALUES(?, ?)", [(number, cursor.lastrowid) for number in anchors])
 
     def touch(self, keys: Iterable[bytes], now: float) -> None:
         """Count a use of each."""

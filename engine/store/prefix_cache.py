@@ -27,6 +27,7 @@ from engine.sessions.kv_codec import SessionCodec, session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKENS
 from engine.sessions.stages import Rates
+from engine.store.borrowing import Loans, lent_codes
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_bounds
 from engine.store.store import RunStore
 
@@ -46,7 +47,8 @@ class PrefixMetrics:
     """What the store did for this engine's requests.
 
     lookups, hits: requests that asked, and that got something. hit_tokens: restored. lookup_s, restore_s: seconds before first tokens. saved_s: what
-    computing them was measured to take, less restore_s. kept_*: stored behind answers, and the seconds that took. evicted_runs: to make room for them.
+    computing them was measured to take, less restore_s. lent_tokens: of other stored texts, decoded because restored ones refer to them. kept_*: stored
+    behind answers (kept_referring: runs that refer to other texts), and the seconds that took. evicted_runs: to make room for them.
     skipped: requests whose known prefix was not worth restoring, or must be exact.
     """
 
@@ -57,7 +59,9 @@ class PrefixMetrics:
     restore_s: float = 0.0
     saved_s: float = 0.0
     skipped: int = 0
+    lent_tokens: int = 0
     kept_runs: int = 0
+    kept_referring: int = 0
     kept_tokens: int = 0
     kept_bytes: int = 0
     evicted_runs: int = 0
@@ -76,6 +80,7 @@ class _Job:
     quality: str = TOKENS
     saved_token_s: float = 0.0
     owned: bool = False  # it is closed here once it is kept
+    loans: Loans | None = None
 
 
 class PrefixCache:
@@ -170,20 +175,26 @@ class PrefixCache:
             return
         self.metrics.lookups += 1
         # at least one token is left to run, for its logits
-        found = self.store.lookup(root_key(self._identity(request.namespace)), request.token_ids[:-1], have // PAGE_TOKENS)
+        root = root_key(self._identity(request.namespace))
+        found = self.store.lookup(root, request.token_ids[:-1], have // PAGE_TOKENS, referring=True)
         self.metrics.lookup_s += time.perf_counter() - began
         tokens = found.num_tokens - have
         if tokens <= 0:
             return
+        lent = lent_codes(codec.codec, found)
+        num_lent = 0 if lent is None else lent.num_lent_tokens
         rates = rates_of(codec, 0, self._log)
-        if self.core.deterministic or request.params.seed is not None or (rates is not None and not rates.pays(tokens)):
+        if self.core.deterministic or request.params.seed is not None or (rates is not None and not rates.pays(tokens, num_lent)):
             self.metrics.skipped += 1
             return
         conversation = request.conversation
-        spans = [Span(*span_bounds(page), data) for page, data in zip(range(found.start_page, found.end_page), found.spans, strict=True)]
+        spans = [
+            Span(*span_bounds(page), data, borrows=found.borrows(page))
+            for page, data in zip(range(found.start_page, found.end_page), found.spans, strict=True)
+        ]
         began_restore = time.perf_counter()
         try:
-            codec.restore(conversation, spans)
+            codec.restore(conversation, spans, lent=lent)
         except BaseException:
             self._empty(conversation)
             raise
@@ -206,6 +217,7 @@ class PrefixCache:
         request.reused_tokens = request.sequence.length
         self.metrics.hits += 1
         self.metrics.hit_tokens += tokens
+        self.metrics.lent_tokens += num_lent
         self.metrics.restore_s += took
         if rates is not None:
             self.metrics.saved_s += rates.recomputing(tokens) - took
@@ -351,11 +363,13 @@ class PrefixCache:
             return
         # written without the lock: syncs take milliseconds
         identity, ids, spans, first, saved_token_s = chunk
+        borrowed = None if job.loans is None else job.loans.borrowed()
         kept = False
         try:
-            report = self.store.insert(identity, ids, spans, first, saved_token_s)
+            report = self.store.insert(identity, ids, spans, first, saved_token_s, borrowed)
             kept = report.whole
             self.metrics.kept_runs += report.runs
+            self.metrics.kept_referring += report.referring
             self.metrics.kept_tokens += report.tokens
             self.metrics.kept_bytes += report.bytes
             self.metrics.evicted_runs += report.evicted
@@ -384,7 +398,9 @@ class PrefixCache:
         end = min(pages, start + PIECE_PAGES[self.core.device.type])
         if not _has_features(conversation, codec, start * PAGE_TOKENS, end * PAGE_TOKENS):
             end = pages  # one pass over all of the text gives them back
-        made = codec.encode(conversation, max(NUM_SINKS, start * PAGE_TOKENS), end * PAGE_TOKENS, job.quality)
+        if job.loans is not None:
+            job.loans.go_on(ids)
+        made = codec.encode(conversation, max(NUM_SINKS, start * PAGE_TOKENS), end * PAGE_TOKENS, job.quality, sources=job.loans)
         assert [(s.start, s.end) for s in made] == [span_bounds(page) for page in range(start, end)]
         job.tail += [bytes(s.data) for s in made]
         return end == pages
@@ -395,8 +411,13 @@ class PrefixCache:
         job.saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
         root = root_key(self._identity(job.namespace))
         job.page = self.store.known_pages(root, ids, coded=job.quality != TOKENS)
-        found = self.store.lookup(root, ids, job.page)
+        found = self.store.lookup(root, ids, job.page, referring=True)
         job.tail = list(found.spans)
+        if job.quality != TOKENS and self.codec is not None:
+            pays = (lambda tokens, lent: True) if rates is None else rates.lending_pays
+            job.loans = Loans(self.codec.codec, self.store, root, ids, pays)
+            for start, borrowed in found.borrowed.items():
+                job.loans.adopt(start, borrowed)
         self.store.touch(self.store.keys_of(root, ids[: job.page * PAGE_TOKENS]) + found.keys)
 
     def _complete(self, job: _Job, done: bool) -> tuple[dict[str, str], list[int], list[bytes | None], int, float] | None:

@@ -6,6 +6,12 @@ its last page, so a name says everything before it too, and equal runs of any pr
 
 File: sections of `codec.container`: HEAD (root, parent, first page, pages, whether coded), TOKS (ids, uint32), SIZE (bytes of each span, uint32), SPAN
 (the spans' bytes, end to end), HASH (16 bytes of the SHA-256 of all before).
+
+Spans may refer to those of other runs of the root, its donors: what was decoded where the same tokens stood in another text predicts what the model's
+prediction leaves over (`codec.references`). Such a file is of version 2 and has a section DONR before HASH: each donor's key and HASH, and a byte a
+page whose bits say which of them its span needs; a span that needs none can be lent itself, so that no chain is longer than one. In a reference,
+token s of donor k (from 0) lies RUN_TOKENS * (k + 1) - s tokens before the run's first one. A donor with another HASH is another one: the run that
+refers to it is then as good as missing.
 """
 
 from __future__ import annotations
@@ -15,15 +21,16 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
 from codec.container import read_sections, write_sections
 from codec.errors import CorruptedCode
+from codec.match import ANCHOR_TOKENS, anchors, ngram_hashes
 from codec.spec import NUM_SINKS, SPAN_TOKENS
 
 PAGE_TOKENS = SPAN_TOKENS
@@ -36,10 +43,14 @@ FORMAT = 1
 LABEL = "label"
 """The role under which an identity says, for people, which models it is about."""
 
+MAX_DONORS = 8
+DIGEST_BYTES = 16
 MAX_RUN_BYTES = 64 << 20
 MAGIC = b"FTLDRUN\n"
 _HEAD = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}sIBB")
 _NAMES = ["HEAD", "TOKS", "SIZE", "SPAN", "HASH"]
+_REFERRING_NAMES = ["HEAD", "TOKS", "SIZE", "SPAN", "DONR", "HASH"]
+_REFERRING_FORMAT = 2
 _REMEDY = "let the store be verified with --repair: what is lost is computed again"
 
 
@@ -105,12 +116,20 @@ def span_bounds(page: int) -> tuple[int, int]:
     return max(NUM_SINKS, page * PAGE_TOKENS), (page + 1) * PAGE_TOKENS
 
 
+class Donor(NamedTuple):
+    """A run that another one refers to: its key, and the digest that closes its file."""
+
+    key: bytes
+    digest: bytes
+
+
 @dataclass(frozen=True)
 class Run:
     """Pages [start_page, start_page + pages) of a text.
 
     root, parent: keys before the text, and before this run. ids: of its pages' tokens, little-endian uint32. spans: the coded span of each page
-    (`span_bounds`), or None where the ids alone are kept.
+    (`span_bounds`), or None where the ids alone are kept. donors: runs that its spans refer to. needs: of each page the donors that its span needs, a
+    bit each; empty where there are no donors. digest: of the file it was read from, else empty.
     """
 
     root: bytes
@@ -118,6 +137,13 @@ class Run:
     start_page: int
     ids: bytes
     spans: tuple[bytes, ...] | None
+    donors: tuple[Donor, ...] = ()
+    needs: tuple[int, ...] = ()
+    digest: bytes = field(default=b"", compare=False)
+
+    def need(self, page: int) -> int:
+        """Which donors the span of the run's page `page` needs, a bit each."""
+        return self.needs[page] if self.needs else 0
 
     @property
     def num_pages(self) -> int:
@@ -145,7 +171,11 @@ class Run:
         head = _HEAD.pack(self.root, self.parent, self.start_page, self.num_pages, self.coded)
         spans = self.spans or ()
         parts = [head, self.ids, np.array([len(s) for s in spans], "<u4").tobytes(), b"".join(spans)]
-        return write_sections(list(zip(_NAMES, [*parts, _digest(parts)], strict=True)), MAGIC, FORMAT)
+        names, version = _NAMES, FORMAT
+        if self.donors:
+            names, version = _REFERRING_NAMES, _REFERRING_FORMAT
+            parts.append(b"".join(donor.key + donor.digest for donor in self.donors) + bytes(self.needs))
+        return write_sections(list(zip(names, [*parts, _digest(parts)], strict=True)), MAGIC, version)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, *, digest: bool = True) -> Run:
@@ -154,11 +184,12 @@ class Run:
         Raises:
             ForeignCode, NewerCode, TruncatedCode, CorruptedCode: as the names say; no damaged run comes out.
         """
-        sections = read_sections(data, MAGIC, FORMAT)
-        if [name for name, _ in sections] != _NAMES:
+        sections = read_sections(data, MAGIC, _REFERRING_FORMAT)
+        if [name for name, _ in sections] not in (_NAMES, _REFERRING_NAMES):
             raise CorruptedCode("the file's sections are not a run's", _REMEDY)
-        head, ids, sizes, body, written = (content for _, content in sections)
-        if (digest and _digest([head, ids, sizes, body]) != bytes(written)) or len(head) != _HEAD.size:
+        *parts, written = (content for _, content in sections)
+        head, ids, sizes, body = parts[:4]
+        if (digest and _digest(parts) != bytes(written)) or len(head) != _HEAD.size or len(written) != DIGEST_BYTES:
             raise CorruptedCode("the run's digest does not match its bytes", _REMEDY)
         root, parent, start_page, pages, coded = _HEAD.unpack(head)
         counts = [] if len(sizes) % 4 else list(struct.unpack(f"<{len(sizes) // 4}I", sizes))
@@ -175,7 +206,43 @@ class Run:
             raise CorruptedCode("the run's description contradicts itself", _REMEDY)
         ends = list(accumulate(counts, initial=0))
         spans = tuple(bytes(body[a:b]) for a, b in pairwise(ends)) if coded else None
-        return cls(bytes(root), bytes(parent), start_page, bytes(ids), spans)
+        donors, needs = _read_donors(parts[4], pages, bool(coded)) if len(parts) > 4 else ((), ())
+        return cls(bytes(root), bytes(parent), start_page, bytes(ids), spans, donors, needs, bytes(written))
+
+
+def _read_donors(data: memoryview, pages: int, coded: bool) -> tuple[tuple[Donor, ...], tuple[int, ...]]:
+    """A run's donors, and which of them each page needs."""
+    size = KEY_BYTES + DIGEST_BYTES
+    count, rest = divmod(len(data) - pages, size)
+    needs = tuple(data[len(data) - pages :]) if len(data) >= pages else ()
+    if rest or not 1 <= count <= MAX_DONORS or not coded or not any(needs) or max(needs) >> count:
+        raise CorruptedCode("the run's donors contradict its description", _REMEDY)
+    rows = [bytes(data[at : at + size]) for at in range(0, count * size, size)]
+    return tuple(Donor(row[:KEY_BYTES], row[KEY_BYTES:]) for row in rows), needs
+
+
+def anchor_numbers(root: bytes, token_ids: Sequence[int], *, every: bool = False) -> list[int]:
+    """What texts of a root that share a long enough stretch have in common (`codec.match.anchors`), as the index knows them: signed, of 64 bits.
+
+    every: of all n-grams, to ask with; a stretch is then found whatever stands beside it in the asking text.
+    """
+    hashes = ngram_hashes(token_ids, ANCHOR_TOKENS) if every else anchors(token_ids)[1]
+    return _numbers(root, hashes)
+
+
+def anchors_of(run: Run) -> list[int]:
+    """Under which a run is found as a donor: those of n-grams whose spans refer to nothing. None where it is not coded."""
+    if not run.coded:
+        return []
+    places, hashes = anchors(run.token_ids)
+    pages = np.stack([places, places + ANCHOR_TOKENS - 1]) // PAGE_TOKENS
+    free = np.array([not run.need(page) for page in range(run.num_pages)])
+    return _numbers(run.root, hashes[free[pages].all(0)])
+
+
+def _numbers(root: bytes, hashes: np.ndarray) -> list[int]:
+    salt = np.frombuffer(root[:8].ljust(8, b"\0"), "<u8")[0]
+    return np.unique((hashes ^ salt).view(np.int64)).tolist()  # type: ignore[no-any-return]
 
 
 def _digest(parts: Sequence[bytes | memoryview]) -> bytes:
@@ -183,4 +250,4 @@ def _digest(parts: Sequence[bytes | memoryview]) -> bytes:
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
         hasher.update(part)
-    return hasher.digest()[:16]
+    return hasher.digest()[:DIGEST_BYTES]

@@ -7,6 +7,9 @@ Readers open files by name and take no lock; what they opened stays readable whe
 on `writer.lock`, which is free when its holder is dead. A writer stages whole, synced files, and then, under the lock: removes what is evicted,
 commits the index, renames the new files into place and syncs the folder. Killed anywhere, it leaves every run whole or missing, and no file that the
 index does not count; a row without a file is a miss.
+
+A run may refer to others of its root (`engine.store.runs`). Nothing evicts a run that another one refers to, and a reader that does not find such a run
+as it was takes what refers to it for missing.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from codec.errors import CodecError, NewerCode
 from engine.errors import BadStore, CacheNotWritable, DiskFull, InvalidOption
@@ -30,7 +33,22 @@ from engine.files import stage_bytes, sweep, sync_folder, try_lock, write_bytes
 from engine.hub.cache import is_disk_full
 from engine.inputs import Fields, is_whole, named_path, read_json_object, shown
 from engine.store.index import Entry, RunIndex
-from engine.store.runs import FORMAT, LABEL, MAX_RUN_BYTES, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, Run, id_bytes, root_key
+from engine.store.runs import (
+    FORMAT,
+    LABEL,
+    MAX_DONORS,
+    MAX_RUN_BYTES,
+    PAGE_TOKENS,
+    RUN_PAGES,
+    RUN_TOKENS,
+    Donor,
+    PageKeys,
+    Run,
+    anchor_numbers,
+    anchors_of,
+    id_bytes,
+    root_key,
+)
 
 DEFAULT_LIMIT_BYTES = 8 << 30
 CODED, IDS = ".run", ".ids"
@@ -44,22 +62,39 @@ _Answer = TypeVar("_Answer")
 _REMEDY = "name an empty folder, a new one, or a store of this version"
 
 
+class Borrowed(NamedTuple):
+    """What the pages of a run need of others. donors, needs: as of `Run`, with a number a page that there is. runs: the donors that were read, by their
+    number; all that the pages asked for need are among them."""
+
+    donors: tuple[Donor, ...]
+    needs: tuple[int, ...]
+    runs: Mapping[int, Run]
+
+
 @dataclass(frozen=True)
 class StoredPrefix:
     """What a store holds of a text: coded pages [start_page, end_page), all there is before them taken for granted.
 
-    spans: of these pages. keys: of the runs they lie in. The bytes are the holder's own: no eviction takes them away.
+    spans: of these pages. keys: of the runs they lie in. borrowed: by a run's first page, of runs whose spans refer to others. first_pages: of
+    the runs that hold the spans, by their keys. The bytes are the holder's own: no eviction takes them away.
     """
 
     start_page: int
     end_page: int
     spans: list[bytes]
     keys: list[bytes]
+    borrowed: Mapping[int, Borrowed] = field(default_factory=dict)
+    first_pages: Mapping[bytes, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Tokens from the text's beginning to the last page's end."""
         return self.end_page * PAGE_TOKENS
+
+    def borrows(self, page: int) -> bool:
+        """Whether the span of a page of the text refers to other runs."""
+        at = page - page % RUN_PAGES
+        return at in self.borrowed and bool(self.borrowed[at].needs[page - at])
 
 
 @dataclass(frozen=True)
@@ -73,23 +108,27 @@ class Continuation:
 
 @dataclass
 class InsertReport:
-    """What an insertion added: runs, their tokens and bytes, and how many runs had to leave for them. whole: nothing was left out for want of room."""
+    """What an insertion added: runs, their tokens and bytes, those that refer to other runs, and how many runs had to leave for them. whole: nothing
+    was left out for want of room, or because what it continues or refers to left meanwhile."""
 
     runs: int = 0
     tokens: int = 0
     bytes: int = 0
+    referring: int = 0
     evicted: int = 0
     whole: bool = True
 
 
 @dataclass
 class VerifyReport:
-    """What a look at every file found. damaged: cannot be read as what their names say. unreachable: what they continue is gone. unindexed: whole, but
+    """What a look at every file found. damaged: cannot be read as what their names say. unreachable: what they continue or refer to is gone. referring:
+    runs that refer to others. unindexed: whole, but
     the index does not know them. missing: the index knows them, and there is no file. repaired: the first two were removed and the index made anew."""
 
     runs: int = 0
     tokens: int = 0
     bytes: int = 0
+    referring: int = 0
     damaged: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
     unindexed: int = 0
@@ -220,26 +259,78 @@ class RunStore:
         index_bytes = sum(file.stat().st_size for file in self.folder.glob(_INDEX + "*"))
         return {"folder": str(self.folder), "runs": runs, "bytes": num_bytes, "index_bytes": index_bytes, "roots": rows}
 
-    def lookup(self, root: bytes, token_ids: Sequence[int], start_page: int = 0) -> StoredPrefix:
+    def lookup(self, root: bytes, token_ids: Sequence[int], start_page: int = 0, *, referring: bool = False) -> StoredPrefix:
         """The longest stored prefix of a text, coded, its pages from `start_page` on.
 
         A run is taken only after its tokens were compared, to the page. A miss opens one file that is not there and asks the index once.
+        referring: take spans that refer to other runs, too; else the prefix ends where the first of them begins.
         """
         keys = PageKeys(root, token_ids)
         at = start_page - start_page % RUN_PAGES
         spans: list[bytes] = []
         used: list[bytes] = []
+        borrowed: dict[int, Borrowed] = {}
+        read: dict[bytes, Run | None] = {}
+        first_pages: dict[bytes, int] = {}
         while at < len(keys):
             run, key, pages = self._continuation(root, keys, at)
             if run is None or run.spans is None:
                 break
+            if run.donors:
+                lent = self._borrowed(run, key, max(0, start_page - at), pages, read) if referring else None
+                if lent is None:
+                    pages = next((page for page in range(pages) if run.need(page)), pages)
+                elif any(lent.needs):
+                    borrowed[at] = lent
+                    used += [donor.key for number, donor in enumerate(lent.donors) if number in lent.runs]
+            if not pages:
+                break
             spans += run.spans[:pages]
             used.append(key)
+            read[key] = run
+            first_pages[key] = at
             at += pages
             if pages < RUN_PAGES:
                 break
         end = max(at, start_page)
-        return StoredPrefix(start_page, end, spans[start_page % RUN_PAGES :], used)
+        return StoredPrefix(start_page, end, spans[start_page % RUN_PAGES :], used, borrowed, first_pages)
+
+    def _borrowed(self, run: Run, key: bytes, first: int, pages: int, read: dict[bytes, Run | None]) -> Borrowed | None:
+        """What pages [first, pages) of a run need; None where some of it is not there as it was: the run is of no use then, and removed. read: donors
+        by their keys, filled."""
+        runs: dict[int, Run] = {}
+        for number, donor in enumerate(run.donors):
+            if not any(run.needs[page] >> number & 1 for page in range(first, pages)):
+                continue
+            if donor.key not in read:
+                read[donor.key] = self._read(run.root, donor.key)
+            found = read[donor.key]
+            if found is None or found.digest != donor.digest:
+                with suppress(OSError):
+                    self._path(run.root, key, CODED).unlink()
+                return None
+            runs[number] = found
+        return Borrowed(run.donors, run.needs[:pages], runs)
+
+    def lenders(self, root: bytes, token_ids: Sequence[int], limit: int = MAX_DONORS) -> list[Run]:
+        """Coded runs of a root that have stretches of a run's tokens, those that share most first, with the runs before and behind them where the
+        stretch seems to go on there. Each has spans that refer to nothing; the caller compares tokens."""
+        found: dict[bytes, Run] = {}
+        for key in self._ask(lambda index: index.lenders(anchor_numbers(root, token_ids, every=True), limit // 2)) or []:
+            run = self._read(root, key)
+            if run is None:
+                continue
+            neighbours = [run.parent] if run.parent != root else []
+            neighbours += [after for after, coded, _ in self._ask(lambda index, key=key: index.following(key, 2)) or [] if coded]  # type: ignore[misc]
+            found.setdefault(key, run)
+            for each in neighbours:
+                if each not in found and (other := self._read(root, each)) is not None:
+                    found[each] = other
+        return list(found.values())
+
+    def can_refer(self, root: bytes, key: bytes) -> bool:
+        """Whether a run that is about to be stored under a name may refer to others: nothing hangs on it yet, so no two runs can hang on each other."""
+        return not (self._ask(lambda index: index.is_needed(key)) or self._has(root, key, IDS))
 
     def continuations(self, root: bytes, token_ids: Sequence[int], limit: int = MAX_CONTINUATIONS) -> list[Continuation]:
         """What followed a text in the stored ones, to the end of the run in which it ends and of the one behind; the most valuable first.
@@ -361,11 +452,13 @@ class RunStore:
         spans: Sequence[bytes | None],
         first_page: int = 0,
         saved_token_s: float = 0.0,
+        borrowed: Mapping[int, tuple[tuple[Donor, ...], tuple[int, ...]]] | None = None,
     ) -> InsertReport:
         """Keep pages of a text: those from `first_page` on, a multiple of RUN_PAGES, what comes before being stored.
 
         identity: what the root stands for, its namespace included. spans: of each page; a run with a None among its pages keeps ids alone.
-        saved_token_s: seconds a token that restoring takes less than computing, as measured on this machine.
+        saved_token_s: seconds a token that restoring takes less than computing, as measured on this machine. borrowed: by a run's first page, its
+        donors and needs (`Run`), of runs whose spans refer to others.
 
         Runs that are stored already are left as they are; one
         whose ids alone are stored is replaced, and a shorter run that a new one contains is removed.
@@ -381,7 +474,10 @@ class RunStore:
             some = spans[at - first_page : at - first_page + RUN_PAGES]
             ids = keys.ids(at, at + len(some))
             coded = tuple(span for span in some if span is not None)
-            run = Run(root, keys[at - 1] if at else root, at, ids, coded if len(coded) == len(some) else None)
+            whole = len(coded) == len(some)
+            donors, needs = (borrowed or {}).get(at, ((), ())) if whole else ((), ())
+            donors, needs = (donors, needs) if any(needs) else ((), ())
+            run = Run(root, keys[at - 1] if at else root, at, ids, coded if whole else None, donors, needs)
             kept_as = (CODED,) if run.coded else (CODED, IDS)
             if not any(self._has(root, keys[at + len(some) - 1], suffix) for suffix in kept_as):
                 runs.append(run)
@@ -450,6 +546,7 @@ class RunStore:
             return
         wanted = [(run, path, entry) for run, path, entry in staged if not self._has(root, entry.key, CODED)]
         keep = {parent} | {entry.parent for _, _, entry in wanted} | {entry.key for _, _, entry in wanted}
+        keep |= {donor.key for run, _, _ in wanted for donor in run.donors}
         with index.writing():
             room = self.limit_bytes - sum(entry.num_bytes for _, _, entry in wanted)
             report.evicted = self._evict(index, max(0, room), keep)
@@ -458,15 +555,17 @@ class RunStore:
             now = time.time()
             placed = []
             for run, path, entry in wanted:
-                if entry.num_bytes > free:
+                if entry.num_bytes > free or (run.donors and not self._may_refer(index, run, entry.key)):
                     report.whole = False
                     break
                 free -= entry.num_bytes
                 shorter = [key for key, coded in index.known(run.keys[:-1]).items() if entry.coded or not coded]
+                shorter = [key for key in shorter if not index.is_needed(key)]  # another run refers to it
                 for key in shorter:
                     self._unlink(root, key)
                 index.drop(shorter)
-                index.add(entry, run.keys, now)
+                index.add(entry, run.keys, now, donors=[donor.key for donor in run.donors], anchors=anchors_of(run))
+                report.referring += bool(run.donors)
                 placed.append((path, entry))
         for path, entry in placed:
             os.replace(path, self._path(root, entry.key, CODED if entry.coded else IDS))
@@ -478,6 +577,13 @@ class RunStore:
             report.bytes += entry.num_bytes
         if placed:
             sync_folder(folder)
+
+    def _may_refer(self, index: RunIndex, run: Run, key: bytes) -> bool:
+        """Whether a run's donors are there as they were, and nothing hangs on the run; under the writer's lock."""
+        if index.is_needed(key) or len(index.known([donor.key for donor in run.donors])) != len(run.donors):
+            return False
+        found = [self._read(run.root, donor.key) for donor in run.donors]
+        return all(own is not None and own.digest == donor.digest for own, donor in zip(found, run.donors, strict=True))
 
     def _evict(self, index: RunIndex, limit_bytes: int, keep: set[bytes]) -> int:
         """Remove the runs of the least value until the rest takes at most so many bytes, or nothing more may leave; inside a transaction."""
@@ -557,10 +663,10 @@ class RunStore:
         report, now = VerifyReport(), time.time()
         indexed = {entry.key: entry.num_bytes for entry in index.entries()}
         uses = index.uses() if repair else {}
-        found: list[tuple[Entry, list[bytes], float, dict[str, str]]] = []
+        found: list[_Found] = []
         for folder in sorted((self.folder / _RUNS).iterdir()):
             described = _described(folder)
-            good: list[tuple[Entry, list[bytes], float, dict[str, str]]] = []
+            good: list[_Found] = []
             for path in sorted(folder.iterdir()):
                 if path.suffix not in (CODED, IDS):
                     continue
@@ -585,12 +691,11 @@ class RunStore:
                 identity, saved_token_s = described
                 saved_s = saved_token_s * run.num_tokens if run.coded else 0.0
                 entry = Entry(run.root, keys[-1], run.parent, run.start_page, run.num_pages, _on_disk(num_bytes), run.coded, saved_s)
-                good.append((entry, keys, written, identity))
-            known: set[bytes] = {bytes.fromhex(folder.name)} if described is not None else set()
-            for item in sorted(good, key=lambda item: (item[0].start_page, item[0].coded)):
-                entry = item[0]
-                if entry.parent in known:
-                    known.add(entry.key)
+                good.append(_Found(entry, keys, written, identity, run.donors, run.digest, anchors_of(run)))
+            reachable = _reachable(good, bytes.fromhex(folder.name) if described is not None else b"")
+            for item in sorted(good, key=lambda item: (item.entry.start_page, item.entry.coded)):
+                entry = item.entry
+                if entry.key in reachable:
                     found.append(item)
                 else:
                     name = f"{folder.name}/{entry.key.hex()}{CODED if entry.coded else IDS}"
@@ -598,17 +703,19 @@ class RunStore:
                     if repair:
                         self._unlink(entry.root, entry.key)
         report.runs = len(found)
-        report.tokens = sum(entry.num_pages * PAGE_TOKENS for entry, *_ in found)
-        report.bytes = sum(entry.num_bytes for entry, *_ in found)
-        held = {entry.key for entry, *_ in found}
+        report.tokens = sum(item.entry.num_pages * PAGE_TOKENS for item in found)
+        report.bytes = sum(item.entry.num_bytes for item in found)
+        report.referring = sum(bool(item.donors) for item in found)
+        held = {item.entry.key for item in found}
         report.unindexed, report.missing = len(held - indexed.keys()), len(indexed.keys() - held)
         if repair:
             with index.writing():
                 index.drop(list(indexed))
-                for entry, keys, written, identity in found:
-                    index.add_root(entry.root, identity)
-                    count, used_at = uses.get(entry.key, (1.0, min(written, now)))
-                    index.add(entry, keys, used_at, count)
+                for item in found:
+                    index.add_root(item.entry.root, item.identity)
+                    count, used_at = uses.get(item.entry.key, (1.0, min(item.written, now)))
+                    donors = [donor.key for donor in item.donors]
+                    index.add(item.entry, item.keys, used_at, count, donors=donors, anchors=item.anchors)
         return report
 
     @contextmanager
@@ -626,6 +733,36 @@ class RunStore:
             if "null" in str(error) or "embedded" in str(error):
                 raise BadStore(f"{shown(str(self.folder), 200)} is no folder's name", _REMEDY) from error
             raise
+
+
+class _Found(NamedTuple):
+    """A whole file: what the index is told of it. written: seconds since the epoch."""
+
+    entry: Entry
+    keys: list[bytes]
+    written: float
+    identity: dict[str, str]
+    donors: tuple[Donor, ...]
+    digest: bytes
+    anchors: list[int]
+
+
+def _reachable(items: Sequence[_Found], root: bytes) -> set[bytes]:
+    """Keys of the runs of a root all of whose ancestors and donors are there, the donors as they were."""
+    digests = {item.entry.key: item.digest for item in items if item.entry.coded}
+    known, left = {root}, list(items)
+    while left:
+        able = [
+            item
+            for item in left
+            if item.entry.parent in known and all(d.key in known and digests.get(d.key) == d.digest for d in item.donors)
+        ]
+        if not able:
+            break
+        known |= {item.entry.key for item in able}
+        chosen = {id(item) for item in able}
+        left = [item for item in left if id(item) not in chosen]
+    return known
 
 
 def byte_count(text: str) -> int:
