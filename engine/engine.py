@@ -48,7 +48,8 @@ class Engine:
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
         store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
-            is new is kept behind the answer. store_bytes: what it may take on disk. namespace: whose prefixes are seen. quality, pack: how they are
+            is new is kept behind the answer. store_bytes: what it may take on disk; store_memory: of it, bytes of coded pages that
+            stay in host memory, too. namespace: whose prefixes are seen. quality, pack: how they are
             coded, as in `session`. log: told what the store has to say.
 
     Raises:
@@ -74,6 +75,7 @@ class Engine:
         pair: str | None = None,
         store: str | Path | None = None,
         store_bytes: int = DEFAULT_LIMIT_BYTES,
+        store_memory: int = 0,
         namespace: str = DEFAULT_NAMESPACE,
         quality: str = AUTO,
         pack: str | Path | None = None,
@@ -110,7 +112,7 @@ class Engine:
         if store is not None:
             opened = RunStore(store, store_bytes)
             try:
-                cache = PrefixCache(self.core, opened, namespace=namespace, quality=quality, pack=pack, log=log)
+                cache = PrefixCache(self.core, opened, namespace=namespace, quality=quality, pack=pack, log=log, memory_bytes=store_memory)
             except BaseException:
                 opened.close()
                 raise

@@ -1,14 +1,14 @@
-"""What the same text under another system prompt is worth as a prediction: bits of its KV with and without, by the distance from where the texts part.
+"""What the same text under another system prompt costs in a store, with references to the first one and without, by the distance from the parting.
 
     python scripts/bench_reference.py --pair smollm2 [--text FILE...] [--tokens 1024] [--steps 0.6,1,1.4,2] [--json-out FILE]
 
-A document is computed twice, after one system prompt and after another. The second one's keys and values are coded in spans of 64 tokens against the
-draft's prediction alone, and against that prediction plus what the first one's decoded code left over of its own (which the reader of a reference has).
-Both at the same quantiser steps; the loss is the mean divergence (KL, nats) of the 128 next tokens' distributions from the true ones, with the coded
-values in place from 256 tokens behind the parting on. `bits_ratio` compares the bits of these tokens at equal loss, by interpolation in logarithms.
+A document is computed twice, after one system prompt and after another, and both texts are kept in a store as an engine keeps them: in runs of pages,
+the second one's spans once alone ("draft") and once referring to the first one's where that is shorter ("reference"). Then the second text is looked up
+and restored, from both stores. The loss is the mean divergence (KL, nats) of the 128 next tokens' distributions behind the restored text from those
+behind the computed one. `bits_ratio` compares the bits of tokens 256 and more behind the parting at equal loss, by interpolation in logarithms.
 
 Prints one JSON object: `{"device", "versions", "pair", "command", "bits_ratio", "rows": [{"text", "method", "step", "distance", "bits_per_element",
-"kl"}]}`; kl stands in the rows of the last distance.
+"kl", "restore_s", "lent_tokens"}]}`; the last three stand in the rows of the last distance. restore_s: CPU seconds of lookup and restore.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import tempfile
+import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,15 @@ import numpy as np
 import torch
 
 from bench.document import print_document
-from codec.quantize import levels_of
-from codec.spec import SPAN_TOKENS
+from codec.spec import NUM_SINKS
 from engine.engine import Engine
 from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
+from engine.sessions.file import Span
 from engine.sessions.kv_codec import SessionCodec, session_codec
+from engine.store.borrowing import Loans, resolved
+from engine.store.runs import PAGE_TOKENS, root_key, span_bounds
+from engine.store.store import RunStore
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -39,66 +45,76 @@ PROMPTS = (
 )
 PARTED = (0, 64, 256)  # distances from the parting at which groups of spans begin
 FOLLOWING = 128
+IDENTITY = {"namespace": "benchmark"}
 
 
 class Text:
-    """A document's KV after a system prompt: what coding it takes. rows, prediction: float32 [T, D]; levels: of each token's step."""
+    """A document's KV after a system prompt, in an engine's pages. end: of the tokens that are kept, a whole number of pages."""
 
     def __init__(self, engine: Engine, codec: SessionCodec, prompt: list[int], document: list[int]) -> None:
-        self.start, self.end = len(prompt), len(prompt) + len(document) - FOLLOWING
-        self.core, self.codec = engine.core, codec
+        self.core, self.codec, self.start = engine.core, codec, len(prompt)
+        self.ids = [*prompt, *document]
+        self.end = (len(self.ids) - FOLLOWING) // PAGE_TOKENS * PAGE_TOKENS
         self.conversation: SequenceState = self.core.open_sequence_state()
-        self.core.run(self.conversation, [*prompt, *document], SamplingParams(max_new_tokens=1, draft_length=0, ignore_eos=True))
-        features = codec.features(self.conversation, self.start, self.end)
-        self.rows = self._read()
-        self.prediction = codec.predictor.predict(*features).float()
-        octaves = codec.predictor.log2_step(*features)
-        self.levels = None if octaves is None else levels_of(octaves)
+        self.core.run(self.conversation, self.ids, SamplingParams(max_new_tokens=1, draft_length=0, ignore_eos=True))
 
-    def _read(self) -> torch.Tensor:
-        target, layer = self.core.target, self.codec.first_layer
-        return target.read_kv(self.conversation.sequence, self.start, self.end, first_layer=layer).float()
+    def keep(self, store: RunStore, step: float, *, refer: bool) -> list[int]:
+        """Code and keep the text; returns the bytes of each page's span."""
+        ids, root = self.ids[: self.end], root_key(IDENTITY)
+        loans = Loans(self.codec.codec, store, root, ids, lambda tokens, lent: True) if refer else None
+        spans = [bytes(s.data) for s in self.codec.encode(self.conversation, NUM_SINKS, self.end, step, sources=loans)]
+        report = store.insert(IDENTITY, ids, spans, 0, 0.0, None if loans is None else loans.borrowed())
+        assert report.whole and report.tokens == self.end
+        return [len(span) for span in spans]
 
-    def coded(self, prediction: torch.Tensor, step: float) -> tuple[list[int], torch.Tensor]:
-        """Bytes of each span, and the decoded rows."""
-        parts = list(zip(self.rows.split(SPAN_TOKENS), prediction.split(SPAN_TOKENS), strict=True))
-        levels = [None] * len(parts) if self.levels is None else list(self.levels.split(SPAN_TOKENS))
-        spans = self.codec.codec.encode_many(parts, step, levels)
-        return [len(span) for span in spans], torch.cat(self.codec.codec.decode_many(spans, [part for _, part in parts]))
+    def restored(self, store: RunStore) -> tuple[torch.Tensor, float, int]:
+        """float32 [FOLLOWING, V], CPU seconds, and tokens decoded of other texts: log probabilities behind the text as the store gives it back."""
+        conversation, began = self.core.open_sequence_state(), time.process_time()
+        try:
+            conversation.token_ids[:] = self.ids
+            found = store.lookup(root_key(IDENTITY), self.ids[: self.end], referring=True)
+            assert found.num_tokens == self.end
+            lent = resolved(self.codec.codec, found).lent
+            spans = [Span(*span_bounds(page), data) for page, data in enumerate(found.spans)]
+            self.codec.restore(conversation, spans, lent=lent)
+            took = time.process_time() - began
+            return self.log_probabilities(conversation), took, 0 if lent is None else lent.num_lent_tokens
+        finally:
+            self.core.close_sequence_state(conversation)
 
-    def log_probabilities(self) -> torch.Tensor:
-        """float32 [FOLLOWING, V]: of the tokens behind the coded ones, from the KV as it lies in the pages."""
-        ids = torch.tensor(self.conversation.token_ids[self.end : self.end + FOLLOWING])
-        sequences = [self.conversation.sequence]
-        out = self.core.target.forward(ids, sequences, [len(ids)], starts=[self.end], logits="all")
+    def log_probabilities(self, conversation: SequenceState) -> torch.Tensor:
+        """float32 [FOLLOWING, V]: of the tokens behind the kept ones."""
+        sequence = conversation.sequence
+        sequence.ensure(self.end + FOLLOWING, self.end)
+        ids = torch.tensor(self.ids[self.end : self.end + FOLLOWING])
+        out = self.core.target.forward(ids, [sequence], [len(ids)], starts=[self.end], logits="all")
         return out.logits.float().log_softmax(-1)
-
-    def divergence(self, rows: torch.Tensor, truth: torch.Tensor) -> float:
-        """Mean KL of the following tokens' distributions with decoded rows in place of the last distance's."""
-        target, at = self.core.target, self.start + PARTED[-1]
-        sequence, layer = self.conversation.sequence, self.codec.first_layer
-        target.write_kv(sequence, at, rows[PARTED[-1] :].to(self.core.dtype), first_layer=layer)
-        found = self.log_probabilities()
-        target.write_kv(sequence, at, self.rows[PARTED[-1] :].to(self.core.dtype), first_layer=layer)
-        return float((truth.exp() * (truth - found)).sum(-1).mean())
 
 
 def measure(engine: Engine, codec: SessionCodec, name: str, document: list[int], steps: list[float]) -> list[dict[str, Any]]:
     """The rows of one document."""
     first, second = (Text(engine, codec, engine.encode(prompt), document) for prompt in PROMPTS)
-    truth, rows = second.log_probabilities(), []
-    width = second.rows.shape[1]
-    for step in steps:
-        _, decoded = first.coded(first.prediction, step)
-        for method, prediction in (("draft", second.prediction), ("reference", second.prediction + decoded - first.prediction)):
-            sizes, found = second.coded(prediction, step)
-            kl = second.divergence(found, truth)
-            for distance, last in zip(PARTED, (*PARTED[1:], len(second.rows)), strict=True):
-                own = sizes[distance // SPAN_TOKENS : last // SPAN_TOKENS]
-                bits = 8 * sum(own) / (SPAN_TOKENS * len(own) * width)
-                row = {"text": name, "method": method, "step": step, "distance": distance, "bits_per_element": bits}
-                rows.append(row | ({"kl": kl} if distance == PARTED[-1] else {}))
-                print(f"{name:<24} {method:<10} step {step:<4} from {distance:>4}: {bits:.4f} bits, KL {kl:.5f}", file=sys.stderr)
+    truth, rows = second.log_probabilities(second.conversation), []
+    width = codec.pack.layout.dim
+    for step, method in product(steps, ("draft", "reference")):
+        with tempfile.TemporaryDirectory() as folder:
+            store = RunStore(folder)
+            first.keep(store, step, refer=False)
+            sizes = second.keep(store, step, refer=method == "reference")
+            second.restored(store)  # makes matrices and tables that the timed one has
+            found, restore_s, lent_tokens = second.restored(store)
+            store.close()
+        kl = float((truth.exp() * (truth - found)).sum(-1).mean())
+        for distance, last in zip(PARTED, (*PARTED[1:], second.end), strict=True):
+            pages = [page for page in range(len(sizes)) if distance <= page * PAGE_TOKENS - second.start < last]
+            bits = 8 * sum(sizes[page] for page in pages) / (PAGE_TOKENS * len(pages) * width)
+            row = {"text": name, "method": method, "step": step, "distance": distance, "bits_per_element": bits}
+            whole = {"kl": kl, "restore_s": restore_s, "lent_tokens": lent_tokens}
+            rows.append(row | (whole if distance == PARTED[-1] else {}))
+            print(
+                f"{name:<24} {method:<10} step {step:<4} from {distance:>4}: {bits:.4f} bits, KL {kl:.5f}, {restore_s:.2f} s",
+                file=sys.stderr,
+            )
     return rows
 
 
@@ -127,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", default="0.6,1,1.4,2", help="quantiser steps, separated by commas")
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
-    if args.tokens % SPAN_TOKENS or args.tokens <= PARTED[-1]:
-        parser.error(f"--tokens {args.tokens} is no multiple of {SPAN_TOKENS} above {PARTED[-1]}")
+    if args.tokens % PAGE_TOKENS or args.tokens <= PARTED[-1]:
+        parser.error(f"--tokens {args.tokens} is no multiple of {PAGE_TOKENS} above {PARTED[-1]}")
     files = args.text or [ROOT / name for name in ("docs/store.md", "docs/guarantees.md", "engine/runtime/scheduler.py")]
     engine = Engine.from_pair(args.pair, device="cpu")
     codec = session_codec(engine.core, log=lambda line: print(line, file=sys.stderr))

@@ -2,9 +2,11 @@
 
     python scripts/kill_store.py --kills 1000 [--folder DIR] [--seed N] [--json-out FILE]
 
-A writer is a forked process that stores texts under a limit that makes it evict. Half of the writers are killed by SIGKILL after a random time, half
+A writer is a forked process that stores texts under a limit that makes it evict; half of the texts repeat, behind another beginning, what others end
+with, and their runs refer to those of the others. Half of the writers are killed by SIGKILL after a random time, half
 kill themselves just before a random one of their renames, removals, syncs and commits. After each, the parent looks up every text that may have been
-stored and compares what comes back, byte for byte; every hundred kills it reads all files (`verify`).
+stored and compares what comes back, byte for byte, and that what a run refers to has the very bytes it was written against (a run that was evicted is
+written with others the next time); every hundred kills it reads all files (`verify`).
 Prints one JSON object; exit status 1 if anything was wrong.
 """
 
@@ -23,27 +25,53 @@ from pathlib import Path
 from typing import Any
 
 from engine.store.index import RunIndex
-from engine.store.runs import PAGE_TOKENS, page_keys, root_key
-from engine.store.store import RunStore
+from engine.store.runs import PAGE_TOKENS, RUN_PAGES, Donor, PageKeys, page_keys, root_key
+from engine.store.store import RunStore, StoredPrefix
 
 IDENTITY = {"target": "killed", "namespace": "default"}
 LIMIT_BYTES = 24 * 4096
 _TEXTS = 12
+_SALT_BYTES = 4
 
 
 def text(number: int) -> list[int]:
-    """Token ids of a text; all share their first pages, and then three share some more."""
-    generator = random.Random(7)
-    ids = [generator.randrange(49_152) for _ in range(5 * PAGE_TOKENS)]
-    for seed in (number % 4, 100 + number):
+    """Token ids of a text; one half of them share their first pages, and then some share more; the others are those behind another beginning."""
+    ids: list[int] = []
+    other, same = divmod(number, _TEXTS // 2)
+    for seed, pages in ((7 + other, 5), (1000 + same % 4, 3), (100 + same, 3)):
         generator = random.Random(seed)
-        ids += [generator.randrange(49_152) for _ in range(3 * PAGE_TOKENS)]
+        ids += [generator.randrange(49_152) for _ in range(pages * PAGE_TOKENS)]
     return ids
 
 
 def spans(root: bytes, ids: list[int]) -> list[bytes]:
-    """What is stored for every page: bytes that only this text has there."""
+    """What is stored for every page begins with bytes that only this text has there."""
     return [key * 20 for key in page_keys(root, ids)]
+
+
+def as_written(root: bytes, ids: list[int], found: StoredPrefix) -> bool:
+    """Whether a stored prefix is that of the text, and what its spans refer to has the digest that they name."""
+    for page, (data, expected) in enumerate(zip(found.spans, spans(root, ids)[: found.end_page], strict=True)):
+        at = page - page % RUN_PAGES
+        named = data[len(expected) + _SALT_BYTES :]
+        if not data.startswith(expected) or bool(named) != found.borrows(page):
+            return False
+        if named and [run.digest for run in found.borrowed[at].runs.values()] != [named]:
+            return False
+    return True
+
+
+def loans(store: RunStore, root: bytes, ids: list[int]) -> dict[int, tuple[tuple[Donor, ...], tuple[int, ...]]]:
+    """For each run the donor that has most of its tokens: all pages but the first need it."""
+    found: dict[int, tuple[tuple[Donor, ...], tuple[int, ...]]] = {}
+    keys = PageKeys(root, ids)
+    for at in range(0, len(keys), RUN_PAGES):
+        end = min(at + RUN_PAGES, len(keys))
+        donors = store.lenders(root, ids[at * PAGE_TOKENS : end * PAGE_TOKENS], 2)
+        donors = [run for run in donors if run.coded and not run.donors and run.keys[-1] not in keys]
+        if donors and store.can_refer(root, keys[end - 1]):
+            found[at] = ((Donor(donors[0].keys[-1], donors[0].digest),), (0, *[1] * (end - at - 1)))
+    return found
 
 
 def write(folder: Path, seed: int, end_at: int | None) -> None:
@@ -74,9 +102,14 @@ def write(folder: Path, seed: int, end_at: int | None) -> None:
     store, root = RunStore(folder, LIMIT_BYTES), root_key(IDENTITY)
     while True:
         ids = text(generator.randrange(_TEXTS))
-        found = store.lookup(root, ids)
+        found = store.lookup(root, ids, referring=True)
         store.touch(found.keys)
-        store.insert(IDENTITY, ids, spans(root, ids), saved_token_s=1e-3)
+        borrowed = loans(store, root, ids)
+        salt, written = generator.randbytes(_SALT_BYTES), spans(root, ids)
+        for page, data in enumerate(written):
+            donors, needs = borrowed.get(page - page % RUN_PAGES, ((), ()))
+            written[page] = data + salt + (donors[0].digest if donors and needs[page % RUN_PAGES] else b"")
+        store.insert(IDENTITY, ids, written, 0, 1e-3, borrowed)
         if generator.random() < 0.1:
             store.shrink(LIMIT_BYTES // 2)
 
@@ -85,7 +118,16 @@ def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """See the module; returns the figures."""
     generator = random.Random(seed)
     root = root_key(IDENTITY)
-    figures: dict[str, Any] = {"kills": 0, "wrong": [], "unindexed": 0, "missing_rows": 0, "pages_found": 0, "damaged": 0, "leftovers": 0}
+    figures: dict[str, Any] = {
+        "kills": 0,
+        "wrong": [],
+        "unindexed": 0,
+        "missing_rows": 0,
+        "pages_found": 0,
+        "pages_referring": 0,
+        "damaged": 0,
+        "leftovers": 0,
+    }
     for number in range(kills):
         end_at = None if number % 2 else generator.randrange(1, 60)
         child = os.fork()
@@ -104,9 +146,10 @@ def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         store = RunStore(folder, LIMIT_BYTES)
         for which in range(_TEXTS):
             ids = text(which)
-            found = store.lookup(root, ids)
+            found = store.lookup(root, ids, referring=True)
             figures["pages_found"] += found.end_page
-            if found.spans != spans(root, ids)[: found.end_page]:
+            figures["pages_referring"] += sum(found.borrows(page) for page in range(found.end_page))
+            if not as_written(root, ids, found):
                 figures["wrong"].append(f"text {which} after kill {number}")
         figures["damaged"] += store.damaged
         if number % 100 == 99 or number == kills - 1:

@@ -75,7 +75,7 @@ def load(args: argparse.Namespace, **options: Any) -> Engine:
     """The engine that --pair, or --target and --draft, name, on the --device and in the --dtype. Raises the errors of `Engine.from_pretrained`."""
     options |= {"device": args.device, "dtype": args.dtype}
     if getattr(args, "store", None) is not None:  # benchmarks have no such option
-        options |= {"store": args.store, "store_bytes": args.store_bytes, "log": print_status}
+        options |= {"store": args.store, "store_bytes": args.store_bytes, "store_memory": args.store_memory, "log": print_status}
         options |= {name: value for name in ("namespace", "quality", "pack") if (value := getattr(args, name, None)) is not None}
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)

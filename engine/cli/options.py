@@ -83,14 +83,18 @@ def store_options(p: argparse._ActionsContainer, what: str) -> None:
     """Options that name a store; `engine.cli.command.load` reads them."""
     p.add_argument("--store", type=Path, metavar="DIR", help=what)
     p.add_argument("--store-bytes", metavar="N", help="what the store may take on disk; K, M, G and T are powers of 1,024; default 8G")
+    p.add_argument(
+        "--store-memory", metavar="N", help="of it, bytes of coded KV that stay in host memory, so that no file is read; default none"
+    )
 
 
 def check_store(args: argparse.Namespace) -> None:
     """Refuse a folder that is no store, or cannot be one, before models are loaded. Raises InvalidOption, BadStore, CacheNotWritable, DiskFull."""
-    for option in ("store_bytes", "namespace"):
+    for option in ("store_bytes", "store_memory", "namespace"):
         if args.store is None and getattr(args, option, None) is not None:
             raise InvalidOption(f"--{option.replace('_', '-')} only matters to a store", "add --store DIR")
     args.store_bytes = DEFAULT_LIMIT_BYTES if args.store_bytes is None else byte_count(args.store_bytes)
+    args.store_memory = 0 if args.store_memory is None else byte_count(args.store_memory)
     if args.store is not None:
         RunStore(args.store, args.store_bytes).close()
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from codec.codec import Earlier, KvCodec
-from codec.container import SCALES_PER_ONE, Reference
+from codec.container import SCALES_PER_ONE, Reference, write_span
 from codec.errors import CodecError, CorruptedCode
 from codec.match import MIN_TOKENS, matches_in
 from codec.references import Lent, choose_scales, scaled_sources
@@ -31,10 +31,22 @@ def first_slot(start_page: int, page: int) -> int:
     return span_bounds(start_page + page)[0] - start_page * PAGE_TOKENS
 
 
-def lent_codes(codec: KvCodec, found: StoredPrefix) -> Lent | None:
-    """The spans of a stored prefix and those they refer to, read; None where none refers to any. Raises the codec's errors."""
+class Resolved(NamedTuple):
+    """A stored prefix, with what its spans refer to.
+
+    lent: for `SessionCodec.restore`; None where none refers to any. spans: of every page, as a session keeps them: those that refer to this very text
+    alone count from where it stands. borrows: of every page, whether its span needs other texts.
+    """
+
+    lent: Lent | None
+    spans: list[bytes]
+    borrows: list[bool]
+
+
+def resolved(codec: KvCodec, found: StoredPrefix) -> Resolved:
+    """Find what the spans of a stored prefix refer to. Raises the codec's errors."""
     if not found.borrowed:
-        return None
+        return Resolved(None, found.spans, [False] * len(found.spans))
     codes = codec.read(found.spans)
     places: list[list[_Place]] = []  # of each span's references
     for page, code in enumerate(codes, found.start_page):
@@ -56,15 +68,20 @@ def lent_codes(codec: KvCodec, found: StoredPrefix) -> Lent | None:
     at = sum(code.num_tokens for code in lent.values())
     starts = {name: at + start for name, start in starts.items()}
     starts |= zip(lent, accumulate((code.num_tokens for code in lent.values()), initial=0), strict=False)
-    counted = []
-    for code, own in zip(codes, places, strict=True):
-        references = []
+    counted, spans, borrows = [], [], []
+    for page, (code, own, data) in enumerate(zip(codes, places, found.spans, strict=True), found.start_page):
+        references, inside = [], []
         for reference, place in zip(code.references, own, strict=True):
             name = place.key, place.page
             references.append(reference._replace(distance=at + reference.first - starts[name] - place.token))
+            if name not in lent:
+                source = span_bounds(found.first_pages[place.key] + place.page)[0] + place.token
+                inside.append(reference._replace(distance=span_bounds(page)[0] + reference.first - source))
         counted.append(replace(code, references=references))
+        borrows.append(len(inside) < len(references))
+        spans.append(write_span(replace(code, references=inside)) if references and not borrows[-1] else data)
         at += code.num_tokens
-    return Lent(counted, list(lent.values()))
+    return Resolved(Lent(counted, list(lent.values())), spans, borrows)
 
 
 class _Place(NamedTuple):

@@ -105,13 +105,14 @@ class RunIndex:
                     for statement in _statements(_SCHEMA):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={INDEX_VERSION}")
-                    version = INDEX_VERSION
-                if version != INDEX_VERSION:
+                elif version != INDEX_VERSION:
                     raise sqlite3.DatabaseError(f"an index of version {version}")
-                for statement in _statements(_REFERENCES):
-                    self._db.execute(statement)
             if not self._whole():
                 raise sqlite3.DatabaseError("the index is damaged")
+            if not self._refers():
+                with self.writing():
+                    for statement in _statements(_REFERENCES):
+                        self._db.execute(statement)
         except BaseException:
             self._db.close()
             raise
@@ -127,6 +128,10 @@ class RunIndex:
             return False
         except (sqlite3.DatabaseError, TypeError):
             return False
+
+    def _refers(self) -> bool:
+        """Whether it has the tables of references."""
+        return self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'run_left'").fetchone() is not None
 
     def close(self) -> None:
         self._db.close()

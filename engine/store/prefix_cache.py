@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from codec.errors import CodecError
 from codec.spec import NUM_SINKS
 from engine.errors import ForetoldError, InvalidOption
-from engine.inputs import shown
+from engine.inputs import is_whole, shown
 from engine.kv.shared_prefixes import SharedPrefixes
 from engine.runtime.core import EngineCore
 from engine.runtime.request import Request, SequenceState
@@ -27,9 +27,10 @@ from engine.sessions.kv_codec import SessionCodec, session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKENS
 from engine.sessions.stages import Rates
-from engine.store.borrowing import Loans, lent_codes
+from engine.store.borrowing import Loans, resolved
+from engine.store.host_tier import HitMetrics, HostTier
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_bounds
-from engine.store.store import RunStore
+from engine.store.store import RunStore, StoredPrefix
 
 DEFAULT_NAMESPACE = "default"
 PIECE_PAGES = {"cpu": 1, "cuda": 16 * RUN_PAGES}
@@ -94,6 +95,7 @@ class PrefixCache:
         namespace: whose prefixes a request sees, unless it names another.
         quality: as of sessions: "auto" codes at "balanced" where restoring is faster on this machine than computing, and keeps ids alone elsewhere.
         pack: the codec parameters' file; default: the pair's own, fitted now where there are none.
+        memory_bytes: of coded pages that stay in host memory, so that a hit reads no file; 0: none.
         log: told once of each kind of trouble, which costs no request its answer.
 
     Raises:
@@ -109,7 +111,10 @@ class PrefixCache:
         quality: str = AUTO,
         pack: str | Path | None = None,
         log: Callable[[str], None] = print,
+        memory_bytes: int = 0,
     ) -> None:
+        if not is_whole(memory_bytes) or memory_bytes < 0:
+            raise InvalidOption(f"a store cannot hold {shown(memory_bytes)} bytes in memory", "give a whole number, 0 for none")
         if quality not in SESSION_QUALITIES:
             raise InvalidOption(f"unknown quality {quality!r}", f"choose one of {', '.join(SESSION_QUALITIES)}")
         if not isinstance(namespace, str):
@@ -128,6 +133,8 @@ class PrefixCache:
         self.codec = None if quality == TOKENS else session_codec(core, pack, log)
         self._prints = pair_fingerprints(core)
         self._shared: SharedPrefixes | None = None
+        self.memory_bytes, self.disk = memory_bytes, HitMetrics()
+        self.host: HostTier | None = None  # made when it is known what restoring takes here
         self._told: set[bytes] = set()  # runs whose tokens requests may have as drafts already
 
     def attach(self) -> PrefixCache:
@@ -176,12 +183,12 @@ class PrefixCache:
         self.metrics.lookups += 1
         # at least one token is left to run, for its logits
         root = root_key(self._identity(request.namespace))
-        found = self.store.lookup(root, request.token_ids[:-1], have // PAGE_TOKENS, referring=True)
+        found, in_memory = self._found(root, request.token_ids[:-1], have // PAGE_TOKENS)
         self.metrics.lookup_s += time.perf_counter() - began
         tokens = found.num_tokens - have
         if tokens <= 0:
             return
-        lent = lent_codes(codec.codec, found)
+        lent, datas, borrows = resolved(codec.codec, found)
         num_lent = 0 if lent is None else lent.num_lent_tokens
         rates = rates_of(codec, 0, self._log)
         if self.core.deterministic or request.params.seed is not None or (rates is not None and not rates.pays(tokens, num_lent)):
@@ -189,8 +196,8 @@ class PrefixCache:
             return
         conversation = request.conversation
         spans = [
-            Span(*span_bounds(page), data, borrows=found.borrows(page))
-            for page, data in zip(range(found.start_page, found.end_page), found.spans, strict=True)
+            Span(*span_bounds(page), data, borrows=needs)
+            for page, data, needs in zip(range(found.start_page, found.end_page), datas, borrows, strict=True)
         ]
         began_restore = time.perf_counter()
         try:
@@ -219,8 +226,28 @@ class PrefixCache:
         self.metrics.hit_tokens += tokens
         self.metrics.lent_tokens += num_lent
         self.metrics.restore_s += took
-        if rates is not None:
-            self.metrics.saved_s += rates.recomputing(tokens) - took
+        saved_s = 0.0 if rates is None else rates.recomputing(tokens) - took
+        self.metrics.saved_s += saved_s
+        from_host = max(0, in_memory * PAGE_TOKENS - have)
+        self.disk.add(tokens - from_host, saved_s * (tokens - from_host) / tokens)
+        if self.host is not None:
+            self.host.metrics.add(from_host, saved_s * from_host / tokens)
+            self.host.insert(root, request.token_ids, found)
+
+    def _found(self, root: bytes, token_ids: list[int], start_page: int) -> tuple[StoredPrefix, int]:
+        """What is stored of a text, in memory or in files, and the page up to which it lay in memory."""
+        if self.host is None:
+            return self.store.lookup(root, token_ids, start_page, referring=True), 0
+        near = self.host.lookup(root, token_ids, start_page)
+        if near.end_page == len(token_ids) // PAGE_TOKENS:
+            return near, near.end_page
+        middle = max(start_page, near.end_page - near.end_page % RUN_PAGES)  # files are read by whole runs
+        far = self.store.lookup(root, token_ids, middle, referring=True)
+        if far.end_page <= near.end_page:
+            return near, near.end_page
+        borrowed = {at: own for at, own in near.borrowed.items() if at < middle} | dict(far.borrowed)
+        spans = near.spans[: middle - start_page] + far.spans
+        return StoredPrefix(start_page, far.end_page, spans, far.keys, borrowed, far.first_pages), middle
 
     def _empty(self, conversation: SequenceState) -> None:
         """Give a conversation caches that hold nothing: a restore that failed may have left anything in the old ones."""
@@ -306,9 +333,24 @@ class PrefixCache:
             "bytes": num_bytes,
             "limit_bytes": self.store.limit_bytes,
             "damaged": self.store.damaged,
+            "tiers": self._tiers(num_bytes),
             "shared_hits": 0 if self._shared is None else self._shared.metrics.restored_hits,
             "shared_tokens": 0 if self._shared is None else self._shared.metrics.restored_tokens,
         }
+
+    def _tiers(self, disk_bytes: int) -> dict[str, dict[str, Any]]:
+        """Bytes, hits and seconds saved of what lies in the pools, in memory and in files."""
+        codec, hot = self.codec, {"bytes": 0, "hits": 0, "hit_tokens": 0, "saved_s": 0.0}
+        if self._shared is not None:
+            shared, rates = self._shared.metrics, None if codec is None else codec.rates
+            hot["bytes"] = self._shared.num_pages * self.core.pool.page_bytes
+            hot["hits"], hot["hit_tokens"] = shared.restored_hits, shared.restored_tokens
+            if rates is not None:
+                hot["saved_s"] = shared.restored_hits * rates.recompute_s + shared.restored_tokens * rates.recompute_token_s
+        tiers = {"hot": hot, "disk": {"budget_bytes": self.store.limit_bytes, "bytes": disk_bytes} | asdict(self.disk)}
+        if self.host is not None:
+            tiers["host"] = self.host.report()
+        return tiers
 
     def _job_of(self, conversation: SequenceState) -> _Job | None:
         return next((job for job in self._jobs if job.conversation is conversation), None)
@@ -376,9 +418,29 @@ class PrefixCache:
         except (ForetoldError, OSError) as error:
             self._once("write", f"nothing can be kept in the store: {error}")
         self.metrics.keep_s += time.perf_counter() - began
+        if self.host is not None:
+            self._keep_in_memory(root_key(identity), ids, first, spans, {} if borrowed is None else borrowed)
         if done or not kept:
             with self.core.lock:
                 self._end(job)
+
+    def _keep_in_memory(
+        self, root: bytes, ids: list[int], first: int, spans: list[bytes | None], borrowed: Mapping[int, tuple[Any, tuple[int, ...]]]
+    ) -> None:
+        """Keep what was coded in memory, too; from a span on that refers to other runs not before it is read with them."""
+        alone: list[bytes] = []
+        for page, span in enumerate(spans, first):
+            at = page - page % RUN_PAGES
+            if span is None or (at in borrowed and borrowed[at][1][page - at]):
+                break
+            alone.append(span)
+        assert self.host is not None
+        have = self.host.known_pages(root, ids)
+        if have < first:  # read behind the answer
+            before = self.store.lookup(root, ids[: first * PAGE_TOKENS], have, referring=True)
+            if before.end_page < first or not self.host.insert(root, ids, before):
+                return
+        self.host.insert(root, ids, StoredPrefix(first, first + len(alone), alone, []))
 
     def _code_piece(self, job: _Job) -> bool:
         """Code the next pages of a job into its tail; True when none is left."""
@@ -408,6 +470,8 @@ class PrefixCache:
     def _begin(self, job: _Job, ids: list[int]) -> None:
         """Find out what of a text is stored already, and count its use."""
         job.quality, rates = self._coding(len(ids))
+        if self.memory_bytes and self.host is None and rates is not None:
+            self.host = HostTier(self.memory_bytes, rates)
         job.saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
         root = root_key(self._identity(job.namespace))
         job.page = self.store.known_pages(root, ids, coded=job.quality != TOKENS)

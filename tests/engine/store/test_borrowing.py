@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from codec.container import read_span
 from codec.errors import CorruptedCode
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.rates import Rates
-from engine.store.borrowing import lent_codes
+from engine.store.borrowing import resolved
 from engine.store.runs import PAGE_TOKENS, Run, root_key
 from engine.store.store import RunStore
 
@@ -146,7 +148,7 @@ def test_references_to_what_is_not_there_are_refused(store_engine, folder, chang
     codec, store = engine.prefix_cache.codec.codec, engine.prefix_cache.store
     ids = engine.encode(PROMPTS[1] + DOCUMENT)
     found = store.lookup(root_key(engine.prefix_cache._identity(None)), ids, referring=True)
-    lent = lent_codes(codec, found)
+    lent = resolved(codec, found).lent
     assert lent is not None and lent.num_lent_tokens > 0 and not any(code.references for code in lent.lent)
     at, borrowed = next(iter(found.borrowed.items()))
     if change == "need":
@@ -157,4 +159,22 @@ def test_references_to_what_is_not_there_are_refused(store_engine, folder, chang
     else:
         wrong = borrowed._replace(runs={})
     with pytest.raises(CorruptedCode, match="not there"):
-        lent_codes(codec, replace(found, borrowed={**found.borrowed, at: wrong}))
+        resolved(codec, replace(found, borrowed={**found.borrowed, at: wrong}))
+
+
+def test_a_file_read_twice_refers_to_its_first_reading_and_a_session_keeps_its_code(store_engine, folder, chat_engine, tmp_path) -> None:
+    text = PROMPTS[0] + DOCUMENT[:320] + PROMPTS[1] + DOCUMENT[:320]
+    keep(store_engine(), text)
+    assert any(run.donors for run in runs_of(folder))
+    engine = store_engine()
+    session = engine.session(quality="near-lossless", log=lambda _: None)
+    session.generate(text, ONE)
+    assert engine.prefix_cache.metrics.lent_tokens == 0, "what is in the text itself is decoded once"
+    kept = session.conversation.restored_spans
+    assert not any(span.borrows for span in kept) and any(read_span(span.data).references for span in kept)
+    session.suspend(tmp_path / "file")
+    assert [bytes(span.data) for span in session.spans[: len(kept)]] == [bytes(span.data) for span in kept]
+    resumed = chat_engine().session(tmp_path / "file", restore="decode", log=lambda _: None)
+    rows = [each.core.target.read_kv(each.conversation.sequence, 0, kept[-1].end) for each in (session, resumed)]
+    assert torch.allclose(*rows, atol=1e-3)
+    session.close()

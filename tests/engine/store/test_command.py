@@ -54,6 +54,7 @@ def test_verify_and_repair(folder, capsys) -> None:
             "runs": 6,
             "tokens": 960,
             "bytes": 24576,
+            "referring": 0,
             "damaged": [],
             "unreachable": [],
             "unindexed": 0,

@@ -68,6 +68,8 @@ def test_mistakes_end_in_one_line_before_models_are_loaded(generate, tmp_path, m
         (["--store", "/proc/nowhere/store"], "cannot be opened"),
         (["--store", str(tmp_path / "s"), "--store-bytes", "many"], "no number of bytes"),
         (["--store-bytes", "1G"], "--store-bytes only matters to a store"),
+        (["--store-memory", "1G"], "--store-memory only matters to a store"),
+        (["--store", str(tmp_path / "s"), "--store-memory", "-1"], "no number of bytes"),
         (["--namespace", "a"], "--namespace only matters to a store"),
     ):
         status, out, err = generate(

@@ -14,6 +14,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.file import SessionFile
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.rates import Rates
+from engine.store.borrowing import resolved
 from engine.store.runs import PAGE_TOKENS
 from engine.store.store import RunStore
 
@@ -251,8 +252,9 @@ def test_a_session_keeps_the_code_that_a_store_gave_back(store_engine, tmp_path)
     session = second.session(quality="near-lossless", log=lambda _: None)
     assert session.generate(LONG, GREEDY).restored_tokens == 640
     session.suspend(tmp_path / "file")
-    known = second.prefix_cache.store.lookup(*_root_and_ids(second, session))
-    assert [bytes(span.data) for span in session.spans[:10]] == known.spans[:10]
+    known = second.prefix_cache.store.lookup(*_root_and_ids(second, session), referring=True)
+    spans = resolved(second.prefix_cache.codec.codec, known).spans
+    assert [bytes(span.data) for span in session.spans[:10]] == spans[:10]
     session.close()
 
 
@@ -296,9 +298,9 @@ def test_a_page_is_coded_at_a_time_and_the_lock_is_free_between(store_engine, fo
     cache, pieces, waited = engine.prefix_cache, [], []
     encode = cache.codec.encode
 
-    def watched(conversation, start, end, quality):
+    def watched(conversation, start, end, quality, **options):
         pieces.append(end - start)
-        return encode(conversation, start, end, quality)
+        return encode(conversation, start, end, quality, **options)
 
     monkeypatch.setattr(cache.codec, "encode", watched)
     with engine.core.lock:
