@@ -19,6 +19,7 @@ from codec.container import SCALES_PER_ONE, Reference, write_span
 from codec.errors import CodecError, CorruptedCode
 from codec.match import MIN_TOKENS, matches_in
 from codec.references import Lent, choose_scales, scaled_sources
+from codec.residuals import Residuals
 from codec.spec import step_of
 from engine.store.runs import MAX_DONORS, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, Donor, PageKeys, Run, span_bounds
 from engine.store.store import Borrowed, RunStore, StoredPrefix
@@ -173,12 +174,13 @@ class Loans:
         """Nothing to remember: see `groups`."""
 
     def before(
-        self, bounds: Sequence[tuple[int, int]], pairs: Sequence[tuple[Tensor, Tensor]], quality: str | float
+        self, bounds: Sequence[tuple[int, int]], residuals: Residuals, numbers: Sequence[int], quality: str | float
     ) -> list[Earlier | None]:
-        """What each span is coded against; pairs as for `KvCodec.encode_many`."""
-        return [self._before(start // PAGE_TOKENS, pair, quality) for (start, _), pair in zip(bounds, pairs, strict=True)]
+        """What each span is coded against; numbers: theirs among those of the residuals."""
+        return [self._before(own, residuals, n, quality) for own, n in zip(bounds, numbers, strict=True)]
 
-    def _before(self, text_page: int, pair: tuple[Tensor, Tensor], quality: str | float) -> Earlier | None:
+    def _before(self, bounds: tuple[int, int], residuals: Residuals, span: int, quality: str | float) -> Earlier | None:
+        text_page = bounds[0] // PAGE_TOKENS
         start = text_page - text_page % RUN_PAGES
         run, page = self._run(start), text_page - start
         possible: list[tuple[_Candidate, Tensor]] = []
@@ -195,7 +197,7 @@ class Loans:
         count = transform.num_components if any(c.shape[1] > transform.num_rows for _, c in possible) else transform.num_rows
         step = step_of(quality) if isinstance(quality, str) else quality
         full = [Reference(own.first, own.length, own.first + own.length, SCALES_PER_ONE) for own, _ in possible]
-        chosen, sources = choose_scales(self.codec.components(*pair, count), full, [c for _, c in possible], step)
+        chosen, sources = choose_scales(residuals.components([span], count), full, [c for _, c in possible], step)
         by_place = {own.first: own for own, _ in possible}
         references, kept = [], []
         for reference, source in zip(chosen, sources, strict=True):
@@ -210,7 +212,7 @@ class Loans:
             place = first_slot(start, page) + own.first
             references.append(reference._replace(distance=place + RUN_TOKENS * (number + 1) - own.slot))
             kept.append(source)
-        return Earlier(references, scaled_sources(references, kept, len(pair[0]))) if references else None
+        return Earlier(references, scaled_sources(references, kept, bounds[1] - bounds[0])) if references else None
 
     def _components(self, donor: Run, page: int) -> Tensor:
         """float32 [T, K] of a donor's span. Raises the codec's errors."""
