@@ -243,7 +243,9 @@ class Loans:
     def _candidates(self, start: int, end: int) -> dict[int, list[_Candidate]]:
         """By page of the run, where its tokens stood in other stored runs."""
         ids = self.token_ids[start * PAGE_TOKENS : end * PAGE_TOKENS]
-        donors = [run for run in self.store.lenders(self.root, ids) if run.coded][::-1]  # of equal places the last is taken
+        own = self._keys[start:end]  # a shorter run of the same beginning goes when this one is kept
+        donors = [run for run in self.store.lenders(self.root, ids) if run.coded and run.keys[-1] not in own]
+        donors.reverse()  # of equal places the last is taken
         found: dict[int, list[_Candidate]] = {}
         if not donors:
             return found

@@ -560,7 +560,8 @@ class RunStore:
                     break
                 free -= entry.num_bytes
                 shorter = [key for key, coded in index.known(run.keys[:-1]).items() if entry.coded or not coded]
-                shorter = [key for key in shorter if not index.is_needed(key)]  # another run refers to it
+                lent = {donor.key for donor in run.donors}
+                shorter = [key for key in shorter if key not in lent and not index.is_needed(key)]  # runs refer to it
                 for key in shorter:
                     self._unlink(root, key)
                 index.drop(shorter)

@@ -191,3 +191,12 @@ def test_two_processes_see_one_anothers_references(store, tmp_path) -> None:
     other.close()
     shutil.rmtree(store.folder / "runs" / ROOT.hex(), ignore_errors=True)
     assert store.lookup(ROOT, FIRST).end_page == 0
+
+
+def test_a_run_does_not_remove_the_shorter_one_that_it_refers_to(store) -> None:
+    short = SECOND[: 6 * PAGE_TOKENS]
+    keep(store, short)
+    run = store._read(ROOT, page_keys(ROOT, short)[-1])
+    donors = {RUN_PAGES: ((Donor(run.keys[-1], run.digest),), (0, 0, 1, 0))}
+    assert store.insert(IDENTITY, SECOND, spans_of(SECOND), 0, 0.0, donors).whole
+    assert store.lookup(ROOT, SECOND, referring=True).end_page == 8 and store.verify().sound
