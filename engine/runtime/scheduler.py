@@ -94,6 +94,9 @@ class Scheduler:
         budget = self.prefill_tokens
         for request in prefilling:
             self._share(request)
+            if request.num_uncomputed == 0:  # interrupted behind whole pages, and all of them are still known
+                decoding.append(request)
+                continue
             chunk = min(self.prefill_chunk, request.num_uncomputed)
             budget -= chunk
             if chosen and budget < 0:

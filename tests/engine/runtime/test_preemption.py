@@ -66,6 +66,24 @@ def test_interrupted_requests_go_on_with_the_same_text(target, drafts, draft, se
     check(small)
 
 
+@pytest.mark.parametrize("draft", ["none", "model", "exit", "head"])
+def test_a_request_interrupted_behind_whole_pages_has_nothing_to_run_again(target, drafts, draft):
+    """All its pages are known when it comes back: it decodes at once."""
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=0 if draft == "none" else 2)
+    wanted = engine_of(target, drafts[draft]).generate([[5] * 9], params)[0].token_ids
+    engine = engine_of(target, drafts[draft], prefix_sharing=True)
+    stream = engine.stream([5] * 9, params)
+    next(stream)
+    [request] = engine.core.scheduler.running
+    while request.sequence.length % 8:
+        engine.core.step()
+    assert request.finish_reason is None
+    engine.core.scheduler._preempt(request)
+    found = list(stream)[-1].result
+    assert found.token_ids == wanted and found.reused_tokens % 8 == 0 and found.reused_tokens > 9
+    assert engine.core.scheduler.idle
+
+
 def test_more_run_at_once_than_could_be_promised_their_longest(target):
     params = SamplingParams(max_new_tokens=150, ignore_eos=True, stop_token_ids=())
     engine, most = engine_of(target, None, pool_tokens=320), 0
