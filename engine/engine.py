@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_draft, read_sampling_defaults, remember_costs
+from engine.loading import choose_draft, quantized_blocks, read_sampling_defaults, remember_costs
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
-from engine.model.device import device_named, dtype_named, own_torch_modes
+from engine.model.device import QUANTIZED, WEIGHTS, device_named, dtype_named, own_torch_modes
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import Draft, as_source
 from engine.runtime.request import GenerationResult, Request, StreamEvent
@@ -127,6 +128,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         exit_layer: int | None = None,
+        weights: str = "auto",
         **options: Any,
     ) -> Engine:
         """Load models. target: folder, GGUF file or hub id (`resolve_model`); draft: the same, the folder of a draft head, "trunk" (the draft head that
@@ -134,12 +136,16 @@ class Engine:
         too).
 
         device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
-        untrained. options: see the constructor.
+        untrained. weights: "auto" (in the dtype), or "quantized": those of a target in a GGUF file stay in its blocks of 4 or 8 bits (Q8_0, Q4_0,
+        Q4_1; other formats become bfloat16), on a CPU. options: see the constructor.
 
         Raises:
             ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadDraftHead, InvalidOption.
         """
         where, kind, draft = device_named(device), dtype_named(dtype), "none" if draft is None else draft
+        if weights not in WEIGHTS:
+            raise InvalidOption(f"unknown kind of weights {shown(weights)}", f"use {' or '.join(WEIGHTS)}")
+        blocks = quantized_blocks(target, kind, where) if weights == QUANTIZED else None
         target_dir = resolve_model(target)
         # first: the tokenizer of a model we do not run may fail to load in ways of its own
         choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
@@ -150,7 +156,8 @@ class Engine:
         if choice.model is not None:
             check_vocabularies(tokenizer, load_tokenizer(choice.model, remembered))
         with own_torch_modes():
-            decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where)
+            with nullcontext() if blocks is None else closing(blocks):
+                decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where, blocks=blocks)
             return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
 
     @classmethod

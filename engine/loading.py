@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,9 +27,13 @@ from engine.hub.resolve import resolve_model
 from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
+from engine.model.linear import multiplies_compiled
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling_defaults import SamplingDefaults
+
+if TYPE_CHECKING:
+    from engine.hub.gguf_blocks import GgufBlocks
 
 COSTS_KEPT_S = 86_400.0
 """Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first token."""
@@ -89,6 +93,28 @@ def read_sampling_defaults(folder: Path | None) -> SamplingDefaults:
     return SamplingDefaults.of(read_json_object(path, ModelNotFound, "correct it, or download the model again"), str(path))
 
 
+def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device) -> GgufBlocks:
+    """The blocks of a GGUF file that a target's weights can stay in.
+
+    Raises:
+        InvalidOption: the target is no GGUF file here, dtype or device are others than bfloat16 and the CPU, or Numba is missing.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        raise InvalidOption(
+            "quantised weights are multiplied on a CPU, with bfloat16 beside them", "leave out --weights, --dtype and --device"
+        )
+    path = Path(spec).expanduser()
+    if path.suffix != ".gguf" or not is_file(path):
+        raise InvalidOption(
+            f"weights can stay quantised where the target is a GGUF file, and {str(spec)!r} is none", "give --target FILE.gguf"
+        )
+    if not multiplies_compiled(dtype, device):
+        raise InvalidOption("quantised weights need compiled products", 'install Numba: pip install "foretold[cpu]"')
+    from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
+
+    return GgufBlocks(path)
+
+
 # --- remembered costs ---------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +151,7 @@ def _costs_key(core: EngineCore) -> str:
         str(core.dtype),
         (config.kv_cache_dtype, config.page_size, config.deterministic),
         repr(core.target.config),
+        type(core.runner).__name__,
         (type(core.source).__name__, core.exit_layer, core.drafter.runs_last_draft, core.drafter.weight_bytes),
         None if cached is None else repr(cached.config),
     ]

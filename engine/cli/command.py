@@ -77,6 +77,8 @@ def load(args: argparse.Namespace, **options: Any) -> Engine:
     if getattr(args, "store", None) is not None:  # benchmarks have no such option
         options |= {"store": args.store, "store_bytes": args.store_bytes, "store_memory": args.store_memory, "log": print_status}
         options |= {name: value for name in ("namespace", "quality", "pack") if (value := getattr(args, name, None)) is not None}
+    if (weights := getattr(args, "weights", None)) is not None:  # benchmarks have no such option
+        options["weights"] = weights
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
     return Engine.from_pair(args.pair or DEFAULT_PAIR, draft=args.draft, **options)

@@ -17,6 +17,7 @@ from engine.errors import BadSessionFile, Corrupted, EmptyPrompt, ForetoldError,
 from engine.hub.pairs import PAIRS
 from engine.inputs import open_regular, shown
 from engine.kv.formats import KV_CACHE_DTYPES, PLAIN
+from engine.model.device import QUANTIZED, WEIGHTS
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import SamplingDefaults
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
@@ -116,6 +117,12 @@ def model_options(p: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    models.add_argument(
+        "--weights",
+        default=WEIGHTS[0],
+        choices=WEIGHTS,
+        help=f"{QUANTIZED}: those of a --target FILE.gguf stay in 4 or 8 bits in memory, on a CPU; auto: in the --dtype",
+    )
     models.add_argument(
         "--kv-cache-dtype",
         dest="kv_cache_dtype",

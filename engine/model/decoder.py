@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,21 @@ from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, lay
 from engine.model.linear import Projection, packed_copy, packs, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
+from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.grouped_linear import grouped_linear
 from kernels.rms_norm import rms_norm
 from kernels.upload import upload
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer", "forward_reserved"]
+
+
+class QuantizedBlocks(Protocol):
+    """Quantised matrices by Hugging Face name: (format of `kernels.cpu_decode.blocks`, shape), and their bytes; `engine.hub.gguf_blocks`."""
+
+    def get(self, name: str, /) -> tuple[int, tuple[int, ...]] | None: ...
+
+    def read(self, name: str, out: torch.Tensor) -> None: ...  # to uint8 [rows, bytes of a row]
+
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]  # (layer, queries before rotation [N, H, d], residual stream after it [N, E])
 
@@ -113,11 +123,18 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu", num_layers: int | None = None
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        num_layers: int | None = None,
+        blocks: QuantizedBlocks | None = None,
     ) -> Decoder:
         """Load a Hugging Face folder (config.json and safetensors, sharded or not), one tensor at a time.
 
-        num_layers: the first so many layers alone, without a head: for their states, keys and values.
+        num_layers: the first so many layers alone, without a head: for their states, keys and values. blocks: of the file the folder was converted
+        from: projections, and the head, whose parts are all of one format there stay in it.
 
         Raises:
             ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
@@ -133,8 +150,9 @@ class Decoder(nn.Module):
             decoder._tied_head = None
             return decoder
         sums: dict[str, int] = {}
-        decoder = cls.filled(config, lambda places: sums.update(load_tensors(stored, places)), dtype=dtype, device=device)
-        decoder.weight_sum = sum_of_all(stored, sums)
+        decoder = cls.filled(config, lambda places: sums.update(load_tensors(stored, places)), dtype=dtype, device=device, blocks=blocks)
+        if blocks is None:
+            decoder.weight_sum = sum_of_all(stored, sums)
         return decoder
 
     @classmethod
@@ -146,15 +164,19 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         int8: bool = False,
+        blocks: QuantizedBlocks | None = None,
     ) -> Decoder:
         """A packed decoder with the values that `fill` puts into the tensors it is given, by their Hugging Face names, some at a time.
 
         Where weights are packed, a layer's matrices are filled in memory that the next layer's use again: memory that is touched for the first time
-        costs several times what reading a file in the system's cache does. int8: see `pack`.
+        costs several times what reading a file in the system's cache does. int8: see `pack`. blocks: see `from_pretrained`; `fill` is not asked for what
+        they give.
         """
         decoder = cls._materialise(config, dtype, device)
+        if blocks is not None:
+            decoder._take_blocks(blocks)
         fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
-        if decoder.lm_head is not None:
+        if decoder.lm_head is not None and decoder.lm_head.plain is not None:
             fill({"lm_head.weight": decoder.lm_head.weight})
             decoder.lm_head.pack(int8=int8)
         memory: torch.Tensor | None = None
@@ -167,10 +189,34 @@ class Decoder(nn.Module):
                 used = 0
                 for projection in projections:
                     used += projection.borrow(memory[used:])
-            fill({f"model.layers.{number}.{name}": part for name, part in layer.stored().hf_parts(layer.shape)})
+            fill({f"model.layers.{number}.{name}": part for name, part in layer.to_fill()})
             for projection in projections:
                 projection.pack(int8=int8)
         return decoder.pack(int8=int8)
+
+    def _take_blocks(self, blocks: QuantizedBlocks) -> None:
+        """Quantised matrices in place of plain ones that have no values yet."""
+
+        def joined(names: Sequence[str]) -> BlockWeight | None:
+            found = [blocks.get(name) for name in names]
+            if any(own is None or own[0] != cast(tuple, found[0])[0] for own in found):
+                return None
+            (kind, (_, width)), sizes = cast(tuple, found[0]), [cast(tuple, own)[1][0] for own in found]
+            memory = torch.empty(sum(sizes), width // BLOCK * BLOCK_BYTES[kind], dtype=torch.uint8)
+            for name, part in zip(names, memory.split(sizes), strict=True):
+                blocks.read(name, part)
+            return BlockWeight(memory, kind, self.dtype)
+
+        for number, module in enumerate(self.layers):
+            for projection, parts in cast(DecoderLayer, module).projections():
+                own = joined([f"model.layers.{number}.{part}.weight" for part in parts])
+                if own is not None:
+                    projection.take_blocks(own)
+        head = joined(["lm_head.weight" if self.lm_head is not None else "model.embed_tokens.weight"])
+        if head is not None and self.lm_head is not None:
+            self.lm_head.take_blocks(head)
+        elif head is not None:
+            self._tied_head = cast(torch.Tensor, head)
 
     @classmethod
     def from_config(cls, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Decoder:
@@ -203,7 +249,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack(int8=int8)
-        if self.lm_head is None:
+        if self.lm_head is None and self._tied_head is None:
             self._tied_head = packed_copy(self.embed_tokens.weight.data)
         return self
 

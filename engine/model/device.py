@@ -10,6 +10,9 @@ import torch
 from engine.errors import InvalidOption
 from engine.inputs import shown
 
+QUANTIZED = "quantized"
+WEIGHTS = ("auto", QUANTIZED)
+"""How a target's weights are held: in the dtype, or in the blocks of its GGUF file."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -5,7 +5,7 @@ Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,21 @@ class DecoderLayer(nn.Module):
         else:
             self.gate_up_proj = projection(width, 2 * config.intermediate_size, False)
             self.down_proj = projection(config.intermediate_size, width, False)
+
+    def projections(self) -> list[tuple[Projection, tuple[str, ...]]]:
+        """Its projections, each with the names within a Hugging Face layer of the matrices it joins."""
+        found: list[tuple[Projection, tuple[str, ...]]] = [
+            (self.qkv_proj, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            (self.o_proj, ("self_attn.o_proj",)),
+        ]
+        if self.router is None:
+            found += [(self.gate_up_proj, ("mlp.gate_proj", "mlp.up_proj")), (self.down_proj, ("mlp.down_proj",))]
+        return found
+
+    def to_fill(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """`LayerWeights.hf_parts` of a layer without values, but those of quantised matrices, which have theirs."""
+        quantized = {f"{name}.weight" for projection, names in self.projections() if projection.plain is None for name in names}
+        return ((name, part) for name, part in self.stored().hf_parts(self.shape, leave_out=quantized))
 
     def stored(self) -> LayerWeights:
         """The tensors as a checkpoint has them, looked up once: attribute access of modules costs as much as a small operation."""
@@ -118,8 +133,20 @@ class LayerWeights(NamedTuple):
         qkv, o, gate_up, down = (m.to_dense() if m.is_mkldnn else m for m in (self.qkv, self.o, self.gate_up, self.down))
         return self._replace(qkv=qkv, o=o, gate_up=gate_up, down=down)
 
-    def hf_parts(self, shape: LayerShape) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name within a Hugging Face layer, contiguous part) for each of its tensors: views to fill, or copies once packed."""
+    def hf_parts(self, shape: LayerShape, *, leave_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name within a Hugging Face layer, contiguous part) for each of its tensors: views to fill, or copies once packed.
+
+        leave_out: names of packed matrices that are not wanted, and of which no copies are made.
+        """
+        return ((name, part) for name, part in self._without(leave_out)._hf_parts(shape) if name not in leave_out)
+
+    def _without(self, names: Collection[str]) -> LayerWeights:
+        """The same with matrices of no content in the places of packed ones of these names."""
+        places = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_proj", "down": "mlp.down_proj"}
+        absent = {place: getattr(self, place) for place, name in places.items() if f"{name}.weight" in names}
+        return self._replace(**{place: torch.empty(matrix.shape, device="meta") for place, matrix in absent.items()})
+
+    def _hf_parts(self, shape: LayerShape) -> Iterator[tuple[str, torch.Tensor]]:
         plain = self.plain()
         q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         yield "input_layernorm.weight", self.input_norm

@@ -196,6 +196,11 @@ class Projection(nn.Module):
         """The plain weight [out, in]; of a packed one a copy is made for the caller."""
         return self.matrix.to_dense() if self.packed is not None else self.matrix
 
+    def take_blocks(self, blocks: BlockWeight) -> None:
+        """A quantised weight in place of the plain one, of its shape."""
+        assert self.plain is not None and blocks.shape == self.plain.shape and blocks.dtype == self.plain.dtype
+        self.packed, self.plain = cast(torch.Tensor, blocks), None
+
     def borrow(self, memory: torch.Tensor) -> int:
         """Take the plain weight's values from the first elements of `memory` [n], until `pack` gives it up; returns how many they are."""
         assert self.plain is not None
