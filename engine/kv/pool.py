@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from engine.errors import PagesNotReserved, PoolExhausted
@@ -279,6 +281,19 @@ class KvPool(ABC):
         self._sequences.remove(sequence)
 
 
+_ALIGNMENT = 64  # bytes, what PyTorch's allocator gives
+
+
+def _zeros(shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.zeros`; a CPU's take up memory only as they are written, since the system hands out pages of zeros."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)
+
+
 class PagedPool(KvPool):
     """Keys (rotated) and values of many sequences as they are, `kv` [L, 2, P, S, G, d] (0 = key, 1 = value).
 
@@ -300,7 +315,7 @@ class PagedPool(KvPool):
         max_pages: int | None = None,
     ) -> None:
         super().__init__(num_pages, page_size, max_pages)
-        self.kv = torch.zeros(num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self.kv = _zeros([num_layers, 2, num_pages, page_size, num_kv_heads, head_dim], dtype, torch.device(device))
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._make_views()
 
@@ -375,7 +390,7 @@ class PagedPool(KvPool):
     def _extend(self, num_pages: int) -> None:
         shape = list(self.kv.shape)
         old, shape[2] = shape[2], num_pages
-        grown = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
+        grown = _zeros(shape, self.kv.dtype, self.kv.device)
         grown[:, :, :old] = self.kv
         self.kv = grown
         self._make_views()

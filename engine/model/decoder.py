@@ -169,8 +169,8 @@ class Decoder(nn.Module):
         """A packed decoder with the values that `fill` puts into the tensors it is given, by their Hugging Face names, some at a time.
 
         Where weights are packed, a layer's matrices are filled in memory that the next layer's use again: memory that is touched for the first time
-        costs several times what reading a file in the system's cache does. int8: see `pack`. blocks: see `from_pretrained`; `fill` is not asked for what
-        they give.
+        costs several times what reading a file in the system's cache does. int8: see `pack`. blocks: see `from_pretrained`; `fill` is
+        not asked for what they give.
         """
         decoder = cls._materialise(config, dtype, device)
         if blocks is not None:

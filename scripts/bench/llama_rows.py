@@ -4,7 +4,8 @@
 
 llama.cpp runs through llama-cpp-python in an environment of its own (--llama-python), greedily, from the same token ids; its bf16 file is made from
 --gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process: two threads beside
-other work say nothing (OpenMP's wait is counted, too). Rows: llama.cpp with bf16 and with the file's own format, ours plain and with drafts.
+other work say nothing (OpenMP's wait is counted, too). Rows: llama.cpp with bf16 and with the file's own format, ours plain and with drafts, with bf16
+and with the file's own format.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     engine = Engine.from_pair(args.pair, device="cpu", dtype="bfloat16")
+    quantized = Engine.from_pretrained(args.gguf, "trunk", device="cpu", dtype="bfloat16", weights="quantized")
     texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
     prompts = [engine.encode([{"role": "user", "content": text}]) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ways |= {
             "ours plain": lambda ids, count: ours(engine, ids, count, 0),
             "ours drafts": lambda ids, count: ours(engine, ids, count, "auto"),
+            "ours file plain": lambda ids, count: ours(quantized, ids, count, 0),
+            "ours file drafts": lambda ids, count: ours(quantized, ids, count, "auto"),
         }
         for run in ways.values():
             run(prompts[0], 24)

@@ -7,6 +7,7 @@ import string
 import subprocess
 import sys
 import zipfile
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,12 +38,14 @@ from engine.errors import DiskFull, HashMismatch, ModelNotFound, NonFiniteLogits
 from engine.hub.convert import convert_gguf
 from engine.hub.fingerprint import CACHE_NAME, fingerprint
 from engine.hub.gguf import GgufFile, _dequantisable, dequantize_rows
+from engine.hub.gguf_blocks import GgufBlocks
 from engine.hub.gguf_families import GgufFamily, family_of, hf_config
 from engine.hub.pairs import ModelSource, Pair, WheelPart
 from engine.hub.progress import silent
 from engine.hub.resolve import resolve_source
 from engine.model.decoder import Decoder
 from engine.text.tokenizer import load_tokenizer
+from kernels.cpu_decode.blocks import BLOCK_BYTES, NAMES, unpack_blocks
 
 SPELLING = bytes_to_unicode()
 MERGES = ["h e", "l l", "he ll", "Ġ Ġ"]
@@ -687,3 +690,17 @@ def test_a_known_file_needs_no_gguf_library(own_file):
     code = "import sys; from engine.hub.resolve import resolve_model; print(resolve_model(sys.argv[1])); assert 'gguf' not in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code, str(own_file)], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0 and ran.stdout.strip() == str(folder), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "kind"), [("llama", True, Q.Q8_0), ("qwen2", False, Q.Q4_1), ("llama", False, Q.Q4_0), ("qwen3", True, Q.Q5_1)]
+)
+def test_blocks_of_a_file_are_its_matrices_as_stored(tmp_path, family, tied, kind):
+    held = write_gguf(tmp_path / "model.gguf", tiny_model(family, tied), family, "qwen2", kind)
+    with closing(GgufBlocks(tmp_path / "model.gguf")) as blocks:
+        assert set(blocks) == ({name for name, tensor in held.items() if tensor.dim() == 2} if kind.name in NAMES else set())
+        for name in blocks:
+            form, shape = blocks[name]
+            raw = torch.full((shape[0], shape[1] // 32 * BLOCK_BYTES[form]), 255, dtype=torch.uint8)
+            blocks.read(name, raw)
+            assert form == NAMES[kind.name] and torch.equal(unpack_blocks(raw, form), held[name]), name

@@ -9,12 +9,13 @@ pytest.importorskip("numba")
 
 from draft.tree import Leaf, block_positions
 from engine.engine import Engine
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, ModelNotFound
 from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
 from engine.runtime.sampling import SamplingParams
 from kernels.cpu_decode import MOST_ROWS
+from kernels.cpu_decode.blocks import NAMES, BlockWeight, unpack_blocks
 
 FAMILIES = [
     ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}),
@@ -137,3 +138,63 @@ def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, 
     assert torch.equal(own.logits, ours.logits), "many rows are the library's"
     with pytest.raises(InvalidOption, match=r"rows were given"):
         runner.forward(ids[:3], [sequence], [2])
+
+
+class Blocks(dict):
+    """Quantised matrices as `engine.hub.gguf_blocks` gives them, made from dense ones."""
+
+    def __init__(self, dense, kinds):
+        super().__init__()
+        self.bytes = {}
+        for name, matrix in dense.items():
+            if (kind := kinds(name)) is not None and matrix.dim() == 2:
+                self.bytes[name] = BlockWeight.of_bytes(matrix).blocks
+                self[name] = kind, tuple(matrix.shape)
+
+    def read(self, name, out):
+        out.copy_(self.bytes[name])
+
+
+@torch.inference_mode()
+def test_quantised_weights_compute_what_they_stand_for(tiny_model):
+    folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=True).folder
+    plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    # the second layer's values are of another format: its q, k and v stay dense
+    kinds = lambda name: None if "layers.1.self_attn.v_proj" in name else NAMES["Q8_0"]  # noqa: E731
+    blocks = Blocks(plain.hf_tensors(), kinds)
+    decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16, blocks=blocks)
+    kept = [isinstance(m.matrix, BlockWeight) for layer in decoder.layers for m, _ in layer.projections()]
+    assert kept.count(False) == 1 and isinstance(decoder.head_matrix, BlockWeight)
+    assert torch.equal(decoder.layers[1].qkv_proj.weight, plain.layers[1].qkv_proj.weight)
+    names = plain.hf_tensors()
+    for layer in ("0", "1", "2"):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert torch.equal(decoder.hf_tensors()[name], unpack_blocks(blocks.bytes[name], NAMES["Q8_0"]).bfloat16())
+        assert (decoder.hf_tensors()[name] - names[name]).norm() < 0.01 * names[name].norm()
+    assert decoder.weight_bytes < 0.75 * plain.weight_bytes and decoder.weight_sum is None
+    pool, ids = decoder.new_pool(64, 4), torch.arange(30)
+    runner = CompiledDecoder(decoder, pool)
+    assert CompiledDecoder.supports(decoder, pool)
+    many = forward_reserved(runner, ids, [pool.new_sequence()], [30]).logits
+    few, _ = fed(runner, pool, ids, [16, 1, 13])
+    assert (torch.cat([out.logits for out in few]) - many).norm() < 0.02 * many.norm()
+    wanted = forward_reserved(plain, ids, [plain.new_pool(64, 4).new_sequence()], [30]).logits
+    assert (many - wanted).norm() < 0.04 * wanted.norm()
+
+
+def test_weights_stay_quantised_only_where_they_can(tiny_model, tmp_path, monkeypatch):
+    folder = tiny_model("llama").folder
+    for options, match in (
+        ({"weights": "tiny"}, "unknown kind of weights"),
+        ({"weights": "quantized"}, "is none"),
+        ({"weights": "quantized", "dtype": "float32"}, "bfloat16 beside them"),
+    ):
+        with pytest.raises(InvalidOption, match=match):
+            Engine.from_pretrained(folder, device="cpu", **options)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFound, match="not a readable GGUF file"):
+        Engine.from_pretrained(file, device="cpu", weights="quantized")
+    monkeypatch.setenv("FORETOLD_KERNELS", "reference")
+    with pytest.raises(InvalidOption, match="compiled products"):
+        Engine.from_pretrained(file, device="cpu", weights="quantized")
