@@ -31,6 +31,7 @@ from engine.model.linear import multiplies_compiled
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling_defaults import SamplingDefaults
+from kernels.cpu_decode.blocks import NAMES
 
 if TYPE_CHECKING:
     from engine.hub.gguf_blocks import GgufBlocks
@@ -112,7 +113,7 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
         raise InvalidOption("quantised weights need compiled products", 'install Numba: pip install "foretold[cpu]"')
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
 
-    return GgufBlocks(path)
+    return GgufBlocks(path, NAMES)
 
 
 # --- remembered costs ---------------------------------------------------------------------------------------------------

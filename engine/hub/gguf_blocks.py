@@ -10,24 +10,26 @@ import torch
 
 from engine.hub.gguf import GgufFile, GgufTensor
 from engine.hub.gguf_families import family_of, hf_config
-from kernels.cpu_decode.blocks import NAMES
 
 
 class GgufBlocks(Mapping[str, tuple[int, tuple[int, ...]]]):
-    """Hugging Face name -> (format of `kernels.cpu_decode.blocks`, shape) of the matrices whose blocks can be multiplied as they are. Close it.
+    """Hugging Face name -> (number of the format, shape) of the matrices whose blocks can be multiplied as they are. Close it.
+
+    formats: the numbers of formats that can, by name (`kernels.cpu_decode.blocks.NAMES`).
 
     Raises:
         ModelNotFound, UnsupportedArchitecture: as `GgufFile` and `hf_config`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, formats: Mapping[str, int]) -> None:
+        self._formats = formats
         self._file = GgufFile(path)
         try:
             self._family, self._config = family_of(self._file), hf_config(self._file)
             self._held: dict[str, GgufTensor] = {}
             for name, tensor in self._file.tensors.items():
                 own = self._family.hf_name(name)
-                if own is not None and len(tensor.shape) == 2 and tensor.kind.name in NAMES and not self._family.offset(tensor):
+                if own is not None and len(tensor.shape) == 2 and tensor.kind.name in formats and not self._family.offset(tensor):
                     self._held[own] = tensor
         except BaseException:
             self.close()
@@ -35,7 +37,7 @@ class GgufBlocks(Mapping[str, tuple[int, tuple[int, ...]]]):
 
     def __getitem__(self, name: str) -> tuple[int, tuple[int, ...]]:
         tensor = self._held[name]
-        return NAMES[tensor.kind.name], tuple(tensor.shape)
+        return self._formats[tensor.kind.name], tuple(tensor.shape)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self._held)
