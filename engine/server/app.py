@@ -211,7 +211,7 @@ class Server:
                 namespace=namespace,
                 deadline=time.monotonic() + self.config.timeout_s,
             )
-            call.start()
+        call.start()  # nothing more to gather with it by then: an idle engine begins at once
         return await call.stream(http) if asked.stream else JSONResponse(await call.whole(http))
 
     def _token_text(self, token_ids: list[int]) -> str:
