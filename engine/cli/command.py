@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.cli.options import DEFAULT_PAIR, checked, given_prompt, given_sampling, read_input, read_prompt, report, sampling_params
-from engine.cli.terminal import Ended, OutputLost, ReaderGone, ending_signals, prepare_streams, print_status, stream_text, undisturbed
+from engine.cli.terminal import Ended, OutputLost, ending_signals, prepare_streams, print_status, stream_text, undisturbed
 from engine.engine import Engine
 from engine.errors import CacheNotWritable, ForetoldError
 from engine.files import session_lock, write_atomically
@@ -39,8 +39,6 @@ def run(argv: list[str] | None = None) -> int:
         prompt = given_prompt(args) if args.chat else read_prompt(args)
         with nullcontext() if args.session is None else session_lock(args.session):
             return _run(args, prompt)
-    except OutputLost as error:
-        return error.status if isinstance(error, ReaderGone) else report(error)
     except ForetoldError as error:
         return report(error)
     except KeyboardInterrupt:

@@ -23,12 +23,23 @@ def main(argv: list[str] | None = None) -> int:
 
         return store(given[1:])
     if given in (["--help"], ["-h"]):
-        print(_USAGE)
-        return 0
+        return _help()
     if given == ["--version"]:
         return generate(given)
     print(f"error: {'unknown subcommand ' + ascii(given[0]) if given else 'no subcommand'} ({_USAGE})", file=sys.stderr)
     return 2
+
+
+def _help() -> int:
+    from engine.cli.options import report
+    from engine.cli.terminal import stream_text
+    from engine.errors import ForetoldError
+
+    try:
+        stream_text(f"{_USAGE}\n")
+    except ForetoldError as error:
+        return report(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from codec.container import FILE_MAGIC
-from engine.cli.terminal import print_status
+from engine.cli.terminal import ReaderGone, print_status, stream_text
 from engine.errors import BadSessionFile, Corrupted, EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.inputs import open_regular, shown
@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InvalidOption(message, "see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """The options, on standard output. Raises OutputLost, ReaderGone, where argparse says nothing of a full device."""
+        if file is None:
+            stream_text(self.format_help())
+        else:
+            super().print_help(file)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -291,6 +298,8 @@ def read_input(read: Callable[[], str]) -> str:
 
 
 def report(error: ForetoldError) -> int:
-    """One line on standard error; the exit status of a user's mistake."""
+    """One line on standard error and the exit status of a user's mistake; no line for a reader that has left."""
+    if isinstance(error, ReaderGone):
+        return error.status
     print_status(f"error: {error}")
     return 2

@@ -102,7 +102,7 @@ class Answer:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         if not self.chat:
             return {"index": index, "text": choice.text, "logprobs": choice.logprobs, "finish_reason": choice.reason}
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
         if choice.calls:
             message["tool_calls"] = choice.calls
         return {"index": index, "message": message, "logprobs": choice.logprobs, "finish_reason": choice.reason}

@@ -20,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InvalidOption(message, "see --help")
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse's own hides that nothing was written
+
 
 def _parser() -> argparse.ArgumentParser:
     p = _Parser(prog="python -m engine.store", description="Look at a store of coded prefixes (--store DIR), and tidy it up.")
@@ -58,19 +61,24 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # of --help alone: what the store cannot read or write is a named error
+        return _unprinted(error)
     try:
         if sys.stdout is None:
             raise OSError("it is closed")
         print(json.dumps(found) if args.json else _in_words(args, found), flush=True)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 141
     except OSError as error:
-        print(f"error: standard output cannot be written: {error.strerror or error} (free space, or send it elsewhere)", file=sys.stderr)
-        with suppress(OSError, AttributeError):  # the interpreter would try once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+        return _unprinted(error)
     return 1 if args.action == "verify" and not (found["sound"] or found["repaired"]) else 0
+
+
+def _unprinted(error: OSError) -> int:
+    """Exit status after standard output could not be written: 141 when its reader has left, else 2, and why."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"error: standard output cannot be written: {error.strerror or error} (free space, or send it elsewhere)", file=sys.stderr)
+    with suppress(OSError, AttributeError):  # the interpreter would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141 if isinstance(error, BrokenPipeError) else 2
 
 
 def _act(store: RunStore, args: argparse.Namespace, limit_bytes: int | None) -> dict[str, Any]:
