@@ -26,9 +26,11 @@ from engine.server.keys import Keys
 from engine.server.kv_events import KvEvents
 from engine.server.loop import EngineLoop, EngineThread, Event, Ticket
 from engine.server.metrics import ServerMetrics
+from engine.server.openapi import document
 from engine.server.page import PAGE
-from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_model
+from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_messages, read_model
 from engine.server.responses import Answer, LogprobsForm
+from engine.server.tools import read_tools
 from engine.text.decoder import TextDecoder
 
 log = logging.getLogger("foretold.server")
@@ -108,6 +110,7 @@ class Server:
             ("/detokenize", "POST", self._keyed(self._detokenize)),
             ("/metrics", "GET", self._keyed(self._metrics)),
             ("/stats", "GET", self._keyed(self._stats)),
+            ("/openapi.json", "GET", self._openapi),
             ("/health", "GET", self._health),
             ("/", "GET", self._page),
         ]
@@ -248,9 +251,9 @@ class Server:
     async def _tokenize(self, request: Request, _namespace: str) -> Response:
         body = await self._body(request)
         chat = "messages" in body
-        prompt = body.get("messages" if chat else "prompt")
-        if not (isinstance(prompt, list) if chat else isinstance(prompt, str)):
-            raise ApiError(400, "give a prompt (a text) or messages (a list)", param="messages" if chat else "prompt")
+        prompt = read_messages(body, read_tools(body)) if chat else body.get("prompt")
+        if not chat and not isinstance(prompt, str):
+            raise ApiError(400, "give a prompt (a text) or messages (a list)", param="prompt")
         tokens = await self._encode(prompt, "messages" if chat else "prompt")
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.engine.context})
 
@@ -296,6 +299,9 @@ class Server:
 
     async def _health(self, _request: Request) -> Response:
         return Response(status_code=200 if self.loop.accepting else 503)
+
+    async def _openapi(self, _request: Request) -> Response:
+        return JSONResponse(document(self.config.model))
 
     async def _page(self, _request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"

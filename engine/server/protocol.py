@@ -64,10 +64,8 @@ def read_body(content: bytes) -> dict[str, Any]:
 
 def read_chat(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
     """A call of /v1/chat/completions, over the model's defaults. Raises ApiError(400) naming the field."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise ApiError(400, "messages must be a list of at least one message", param="messages")
     tools = read_tools(body)
+    prompt = read_messages(body, tools)
     _refuse(body, "modalities", lambda value: value in (["text"], []), "only text is made")
     _refuse(body, "audio", lambda value: False, "only text is made")
     schema = _response_schema(body.get("response_format"))
@@ -79,7 +77,6 @@ def read_chat(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS)
     top = _whole(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    prompt = plain_messages(messages) if tools is None else tools.messages(messages)
     made = _completion(
         body,
         [prompt],
@@ -90,6 +87,14 @@ def read_chat(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS)
         defaults=defaults,
     )
     return dataclasses.replace(made, tools=tools)
+
+
+def read_messages(body: Mapping[str, Any], tools: Tools | None) -> list[dict[str, Any]]:
+    """A chat's messages as the model gets them, calls of functions as text. Raises ApiError(400)."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ApiError(400, "messages must be a list of at least one message", param="messages")
+    return plain_messages(messages) if tools is None else tools.messages(messages)
 
 
 def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:

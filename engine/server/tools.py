@@ -87,6 +87,8 @@ def plain_messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for number, message in enumerate(given, 1):
         if message.get("role") == "assistant" and message.get("tool_calls"):
+            if not isinstance(message["tool_calls"], list):
+                raise ApiError(400, f"message {number} has tool_calls {shown(message['tool_calls'])}, which is no list", param="messages")
             texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
             texts += [f"<tool_call>\n{_earlier(call)}\n</tool_call>" for call in message["tool_calls"]]
             messages.append({"role": "assistant", "content": "\n".join(texts)})
