@@ -86,11 +86,12 @@ def plain_messages(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose calls and results of functions are text, as templates that know neither take them."""
     messages: list[dict[str, Any]] = []
     for number, message in enumerate(given, 1):
-        if message.get("role") == "assistant" and message.get("tool_calls"):
-            if not isinstance(message["tool_calls"], list):
-                raise ApiError(400, f"message {number} has tool_calls {shown(message['tool_calls'])}, which is no list", param="messages")
+        calls = message.get("tool_calls")
+        if calls is not None and not isinstance(calls, list):
+            raise ApiError(400, f"message {number} has tool_calls {shown(calls)}, which is no list", param="messages")
+        if message.get("role") == "assistant" and calls:
             texts = [message["content"]] if isinstance(message.get("content"), str) and message["content"] else []
-            texts += [f"<tool_call>\n{_earlier(call)}\n</tool_call>" for call in message["tool_calls"]]
+            texts += [f"<tool_call>\n{_earlier(call)}\n</tool_call>" for call in calls]
             messages.append({"role": "assistant", "content": "\n".join(texts)})
         elif message.get("role") == "tool":
             try:

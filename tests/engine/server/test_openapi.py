@@ -57,6 +57,7 @@ def test_what_the_document_allows_is_answered_in_its_form(running, path, body):
         ("/v1/completions", {"prompt": "a", "suffix": "b"}),
         ("/tokenize", {}),
         ("/tokenize", {"messages": [{"role": "assistant", "tool_calls": 1}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a", "tool_calls": "b"}]}),
         ("/detokenize", {"tokens": ["a"]}),
     ],
 )
