@@ -37,25 +37,18 @@ _FLAG: Schema = {"type": ["boolean", "null"]}
 _OBJECT: Schema = {"type": "object"}
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PART: Schema = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "object", "required": ["text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}},
+    ]
+}
 _MESSAGE: Schema = {
     "type": "object",
     "required": ["role"],
     "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "null"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                    },
-                },
-            ]
-        },
+        "role": {"type": "string", "minLength": 1},  # the model's template says which it knows
+        "content": {"anyOf": [{"type": "null"}, _PART, {"type": "array", "items": _PART}]},
         "tool_calls": {"type": ["array", "null"]},  # read of the assistant alone
     },
 }
