@@ -38,7 +38,7 @@ _QUIET_S = 0.05  # without a step for so long, an engine counts as idle
 _TAIL_S = 1.0  # less than a run waits so long for more of its text
 LOADS = ("auto", "within", "beside")
 """Where a restore runs: within the step that computes the rest, which other requests then wait for; or beside the steps of others, while its request
-waits. "auto": beside where the last step ran anything."""
+waits. "auto": beside where other requests run."""
 _MAX_RESTORED = 200_000  # pages whose keys are remembered
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -30,6 +30,7 @@ from engine.store.runs import PAGE_TOKENS
 logger = init_logger(__name__)
 
 _CLOSE_S = 60.0
+_IDLE_S = 0.002
 _MOST_TRIES = 3  # restores of a request that was preempted, or whose blocks could not be filled: then it is computed
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$")
 
@@ -53,11 +54,12 @@ class RequestStep:
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """What the worker's side is told of a step. loads: requests that wait until they are restored, while others run. ended: names of requests that
-    are over."""
+    are over. is_idle: nothing runs in the step."""
 
     steps: list[RequestStep] = field(default_factory=list)
     loads: list[RequestStep] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    is_idle: bool = False
 
 
 @dataclass(eq=False)
@@ -135,11 +137,12 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         self._computed: list[tuple[str, int]] = []
         self._failed_blocks: set[int] = set()
         self._waiting: dict[str, _Tracked] = {}  # requests that the next step tells the worker's side to restore
-        self._was_busy = False  # whether the last step ran anything
+        self._running: set[str] = set()  # requests of the last step that are not over
         self._loads: list[_Load] = []
         self._loaded: set[str] = set()
         self._loader: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()  # of the loader's results
+        self._lock = threading.Condition()  # of the loader's results
+        self._num_loading, self._is_idle = 0, False
         self._layerwise = _waits_for_layers(vllm_config)
         if role == KVConnectorRole.WORKER:
             self.rank = get_tensor_model_parallel_rank() if self.ranks > 1 else 0
@@ -164,12 +167,12 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:  # a lookup never costs a request its answer
             logger.warning_once(f"ForetoldConnector: the store cannot be asked: {error}")
             return 0, False
-        return found, found > 0 and self._waits()
+        return found, found > 0 and self._waits(request)
 
-    def _waits(self) -> bool:
+    def _waits(self, request: Any) -> bool:
         """Whether a restore runs beside other requests' steps, instead of within one that they would wait for."""
         load = self.index.options.load
-        return load == "beside" or (load == "auto" and self._was_busy)
+        return load == "beside" or (load == "auto" and bool(self._running - {request.request_id}))
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note what the request's next step has to restore, or that it waits for that."""
@@ -178,14 +181,14 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         tracked = self._requests.setdefault(request.request_id, _Tracked(request, self.index.namespace(request.cache_salt)))
         if num_external_tokens:
             tracked.load, tracked.tries = num_external_tokens, tracked.tries + 1
-            if self._waits():
+            if self._waits(request):
                 tracked.blocks = list(blocks.get_block_ids()[0])
                 self._waiting[request.request_id] = tracked
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Tell the worker's side of every request in the step."""
         meta, counts = StepMetadata(), scheduler_output.num_scheduled_tokens
-        self._was_busy = bool(counts)
+        self._running, meta.is_idle = set(counts), not counts
         for name in scheduler_output.finished_req_ids:
             self._waiting.pop(name, None)
             if self._requests.pop(name, None) is not None:
@@ -216,11 +219,12 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks are free at once: filled pages have been copied."""
+        self._running.discard(request.request_id)
         return False, None
 
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished`."""
-        return False, None
+        return self.request_finished(request, ())
 
     # --- worker ---------------------------------------------------------------------------------------------------------
 
@@ -243,6 +247,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         worker = self.worker
         if worker is None or not isinstance(meta, StepMetadata):
             return
+        self._is_idle = meta.is_idle
         worker.stepped()
         for name in meta.ended:
             worker.end(name)
@@ -270,6 +275,8 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, "foretold-loader")
             begun = torch.cuda.current_stream(worker.device).record_event() if worker.device.type == "cuda" else None
+            with self._lock:
+                self._num_loading += 1
             self._loader.submit(self._load_beside, worker, step, begun)
 
     def _restored(self, worker: PrefixWorker, step: RequestStep, blocks: list[int]) -> _Load | None:
@@ -338,10 +345,14 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         worker.release(step.name)
         with self._lock:
             self._loaded.add(step.name)
+            self._num_loading -= 1
+            self._lock.notify_all()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests that waited and are restored, or whose blocks were reported."""
         with self._lock:
+            if self._is_idle and self._num_loading and not self._loaded:  # vLLM asks without a pause while nothing runs
+                self._lock.wait(_IDLE_S)
             loaded, self._loaded = self._loaded, set()
         return None, loaded or None
 

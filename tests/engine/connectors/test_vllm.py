@@ -150,6 +150,7 @@ def test_after_a_restart_prefixes_come_back(store: Path, prompts, plain) -> None
     metrics = worker().metrics
     assert metrics.failures == 0 and metrics.restored_tokens == sum(output.num_cached_tokens for output in found)
     assert divergence(found, plain) < QUALITY_DIVERGENCE["balanced"]
+    assert scheduler(llm).connector._running == set()  # a restore of a request that is alone runs within its step
     # beside the steps of other requests
     switch(llm, load="beside")
     llm.reset_prefix_cache()
