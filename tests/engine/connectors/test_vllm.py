@@ -271,7 +271,7 @@ def test_preempted_requests_and_those_of_lora_weights(prompts, plain, tmp_path) 
     llm.reset_prefix_cache()
     preempted.clear()
     again = run(llm, pair)
-    assert preempted and worker().metrics.restored_tokens >= 1000 and worker().metrics.failures == 0
+    assert preempted and worker().metrics.restored_tokens >= 2 * 448 and worker().metrics.failures == 0
     assert divergence(again, truth) < QUALITY_DIVERGENCE["balanced"]
     llm.reset_prefix_cache()
     restored = worker().metrics.restored_tokens
