@@ -125,7 +125,7 @@ def _zero() -> Any:
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
 
-AHEAD_BYTES = 2048  # of a row's weights are asked for before they are needed
+AHEAD_BYTES = 512  # of a row's weights are asked for before they are needed
 
 
 @intrinsic(prefer_literal=True)
