@@ -74,12 +74,19 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
             kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config={"shared_storage_path": str(folder)}
         )
     extra = {"store": str(folder), "quality": options.quality, "draft": options.draft}
+    return our_connector(extra | ({} if options.pack is None else {"pack": options.pack}))
+
+
+def our_connector(extra: dict[str, Any]) -> Any:
+    """vLLM's configuration of our connector. extra: its options (docs/vllm.md)."""
+    from vllm.config import KVTransferConfig
+
     return KVTransferConfig(
         kv_connector="ForetoldConnector",
         kv_connector_module_path="engine.connectors.vllm",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config=extra | ({} if options.pack is None else {"pack": options.pack}),
+        kv_connector_extra_config=extra,
     )
 
 
@@ -264,19 +271,12 @@ def resident(options: argparse.Namespace) -> None:
     set_up()
     import numpy as np
     from vllm import SamplingParams
-    from vllm.config import KVTransferConfig
 
     kept = KINDS[options.mode]
     transfer = None
     if kept is not None:
         extra = {"store": options.folder, "save": kept, "draft": options.draft} | ({} if options.pack is None else {"pack": options.pack})
-        transfer = KVTransferConfig(
-            kv_connector="ForetoldConnector",
-            kv_connector_module_path="engine.connectors.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=extra,
-        )
+        transfer = our_connector(extra)
     llm = open_llm(options.model, transfer, max_model_len=1024)
     params = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
     print(json.dumps(place()), flush=True)
@@ -384,7 +384,6 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     set_up()
     import numpy as np
     from vllm import SamplingParams
-    from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from engine.store.runs import RUN_TOKENS
@@ -392,13 +391,7 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp(prefix="bench-vllm-"))
     model, pack = tiny_codec(scratch)
     extra = {"store": str(scratch / "store"), "draft": "none", "pack": str(pack), "min_tokens": 64, "quality": "near-lossless"}
-    transfer = KVTransferConfig(
-        kv_connector="ForetoldConnector",
-        kv_connector_module_path="engine.connectors.vllm",
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config=extra,
-    )
+    transfer = our_connector(extra)
     llm = open_llm(str(model), transfer, max_model_len=512, dtype="float32")
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     generator = np.random.default_rng(7)

@@ -14,12 +14,13 @@ from engine.kv.pool import KvPool, PagedPool
 from engine.model.attention import AttentionBatch
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.model.linear import multiplies_compiled
+from engine.runtime.decoder_runner import DecoderRunner
 from kernels.cpu_decode import MOST_ROWS
 
 _ROWS = 64  # of a deterministic pass that run together
 
 
-class CompiledDecoder:
+class CompiledDecoder(DecoderRunner):
     """A decoder whose passes of up to MOST_ROWS rows, and all deterministic ones, run as compiled steps. Implements `draft.protocols.CausalDecoder`.
 
     Args:
@@ -28,7 +29,8 @@ class CompiledDecoder:
     """
 
     def __init__(self, decoder: Decoder, pool: PagedPool) -> None:
-        self.decoder, self.pool = decoder, pool
+        super().__init__(decoder)
+        self.pool = pool
         self._known: tuple[list[Any], int] | None = None  # the weights and where the pool lay
         self._compiled: Any = None
 
@@ -44,28 +46,6 @@ class CompiledDecoder:
 
         matrices = [m for w in decoder.layer_weights() for m in (w.qkv, w.o, w.gate_up, w.down)]
         return all(fits(matrix) for matrix in (*matrices, decoder.head_matrix))
-
-    # --- the decoder's own face -----------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The decoder's."""
-        return self.decoder.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.decoder.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.decoder.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.decoder.weight_bytes
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""

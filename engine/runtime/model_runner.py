@@ -22,6 +22,7 @@ from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.compiled_runner import CompiledDecoder
+from engine.runtime.decoder_runner import DecoderRunner
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.sampling import SamplingParams
 from kernels.block_inputs import block_inputs
@@ -164,7 +165,7 @@ class Step:
         fill(self.inputs, positions + slots + contexts + rows)
 
 
-class GraphedDecoder:
+class GraphedDecoder(DecoderRunner):
     """A decoder whose small forward passes run as captured steps; all others are the decoder's own. Implements `draft.protocols.CausalDecoder`.
 
     Args:
@@ -175,7 +176,8 @@ class GraphedDecoder:
 
     def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
         c = decoder.config
-        self.decoder, self.pool, self.captures = decoder, pool, capture
+        super().__init__(decoder)
+        self.pool, self.captures = pool, capture
         self.max_pages = min(pool.max_pages, -(-c.max_position_embeddings // pool.page_size))
         self.shape = DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
@@ -190,28 +192,6 @@ class GraphedDecoder:
         divide."""
         fits = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and use_triton(decoder.final_norm)
         return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and fits
-
-    # --- the decoder's own face -----------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The decoder's."""
-        return self.decoder.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.decoder.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.decoder.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.decoder.weight_bytes
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""

@@ -1,0 +1,36 @@
+"""What runners of a decoder's passes have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.model.decoder import Decoder
+
+
+class DecoderRunner:
+    """A runner of a decoder's passes: the decoder, and the attributes that `draft.protocols.CausalDecoder` asks of it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    @property
+    def config(self) -> Any:
+        """The decoder's."""
+        return self.decoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.decoder.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.decoder.weight_bytes
