@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from engine.errors import PagesNotReserved, PoolExhausted
@@ -281,17 +281,17 @@ class KvPool(ABC):
         self._sequences.remove(sequence)
 
 
-_ALIGNMENT = 64  # bytes, what PyTorch's allocator gives
-
-
 def _zeros(shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`torch.zeros`; a CPU's take up memory only as they are written, since the system hands out pages of zeros."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # not NumPy's memory: that asks for pages of 2 MiB, one of which each layer takes up with its first token
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {size:,} bytes for a pool of pages") from error
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size).view(dtype).view(shape)
 
 
 class PagedPool(KvPool):
