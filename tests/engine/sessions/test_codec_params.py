@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from engine.calibrate.corpus import documents, library_texts
-from engine.calibrate.recipe import CalibrationOptions, calibrate
+from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
 from engine.engine import Engine
 from engine.errors import InvalidOption, PackMismatch
 from engine.model.decoder import Decoder, DecoderConfig
@@ -18,7 +19,8 @@ from engine.sessions.codec_params import find_pack, load_pack, pair_fingerprints
 
 @pytest.fixture
 def home(pack_home, tmp_path, monkeypatch):
-    """A fresh cache folder; packs are still fitted from few tokens."""
+    """A fresh cache folder, and packs that no other test has fitted; from few tokens still."""
+    monkeypatch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
