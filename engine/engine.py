@@ -17,7 +17,7 @@ from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_draft, quantized_blocks, read_sampling_defaults, remember_costs
+from engine.loading import choose_draft, quantized_blocks, read_sampling_defaults, remember_costs, remember_products
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device import QUANTIZED, WEIGHTS, device_named, dtype_named, own_torch_modes
@@ -151,6 +151,8 @@ class Engine:
         choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
         if choice.model is not None:
             DecoderConfig.from_hf(read_config(choice.model))
+        if blocks is None:
+            remember_products(kind, where)
         remembered = CacheFolder("tokenizers")
         tokenizer = load_tokenizer(target_dir, remembered)
         if choice.model is not None:

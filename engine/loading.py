@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -27,7 +28,7 @@ from engine.hub.resolve import resolve_model
 from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
-from engine.model.linear import multiplies_compiled
+from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling_defaults import SamplingDefaults
@@ -109,14 +110,33 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
         raise InvalidOption(
             f"weights can stay quantised where the target is a GGUF file, and {str(spec)!r} is none", "give --target FILE.gguf"
         )
-    if not multiplies_compiled(dtype, device):
+    if not can_multiply_compiled(dtype, device):
         raise InvalidOption("quantised weights need compiled products", 'install Numba: pip install "foretold[cpu]"')
+    know_compiled_share(torch.get_num_threads(), 0.0)  # no other product takes them, whatever would be faster here
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
 
     return GgufBlocks(path, NAMES)
 
 
-# --- remembered costs ---------------------------------------------------------------------------------------------------
+# --- remembered measurements ---------------------------------------------------------------------------------------------------
+
+
+def remember_products(dtype: torch.dtype, device: torch.device) -> None:
+    """Have this process choose between compiled products and oneDNN's as the first one on this machine did, with as many threads: a choice by times
+    that two processes measure could differ, and their texts with it."""
+    if not can_multiply_compiled(dtype, device):
+        return
+    threads = torch.get_num_threads()
+    facts = (_processor(), torch.__version__, threads)
+    cache, name = CacheFolder("products"), f"{sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+    content = cache.read(name, most_bytes=1 << 10)
+    with suppress(ValueError, TypeError, KeyError, RecursionError):  # one that is damaged counts as none
+        if content is not None:
+            share = float(json.loads(content)["compiled_share"])
+            if share > 0:
+                know_compiled_share(threads, share)
+                return
+    cache.write(name, json.dumps({"compiled_share": compiled_share(threads)}).encode())
 
 
 def remember_costs(core: EngineCore) -> None:

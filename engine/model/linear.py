@@ -10,7 +10,6 @@ lays them out anew on every call; in float32, oneDNN on plain weights is 2 to 2.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import cast
@@ -27,6 +26,7 @@ BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; 
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
 _BLOCK_ELEMENTS = 1 << 17
 _MEASURED, _COPIES = (1536, 1024), 8  # a weight's shape, and how many take turns
+_shares: dict[int, float] = {}  # `compiled_share` of this process, by threads
 _SLOWEST_SHARE = 1.3  # of oneDNN's time: compiled code needs no second layout, and keeps a row's bits whatever stands beside it
 
 
@@ -84,17 +84,33 @@ def _packs_bf16(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def can_multiply_compiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where few rows can be multiplied by compiled code: bf16 on a CPU, with Numba installed."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and compiled_available()
+
+
 def multiplies_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where few rows are multiplied by compiled code: bf16 on a CPU, with Numba installed and at least nearly as fast here as oneDNN."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not compiled_available():
+    """True where few rows are multiplied by compiled code: where they can be, and it is at least nearly as fast here as oneDNN."""
+    if not can_multiply_compiled(dtype, device):
         return False
-    return not _packs_bf16(dtype, device) or _compiled_share(torch.get_num_threads()) <= _SLOWEST_SHARE
+    return not _packs_bf16(dtype, device) or compiled_share(torch.get_num_threads()) <= _SLOWEST_SHARE
 
 
-@functools.cache
-def _compiled_share(threads: int) -> float:
-    """Time of the compiled product of one row as a share of packed oneDNN's with so many threads: the least of some runs over weights that no cache
-    holds. Takes some 20 ms, once in a process."""
+def compiled_share(threads: int) -> float:
+    """Time of the compiled product of one row as a share of packed oneDNN's with so many threads; measured at the first call, in some 20 ms, unless
+    `know_compiled_share` told it."""
+    if threads not in _shares:
+        _shares[threads] = _measured_share()
+    return _shares[threads]
+
+
+def know_compiled_share(threads: int, share: float) -> None:
+    """Take `compiled_share` from an earlier measurement, so that every process on a machine multiplies alike."""
+    _shares[threads] = share
+
+
+def _measured_share() -> float:
+    """The least of some runs over weights that no cache holds."""
     from kernels.cpu_decode.step import linear
 
     with torch.inference_mode(False), torch.no_grad():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.loading import COSTS_KEPT_S, _costs_key, _read_costs, remember_costs
+from engine.loading import COSTS_KEPT_S, _costs_key, _read_costs, remember_costs, remember_products
+from engine.model import linear
 from engine.runtime import core as core_module
 from engine.runtime.sampling import SamplingParams
 
@@ -139,3 +140,24 @@ def test_files_that_hold_no_costs(change):
     assert _read_costs(json.dumps({"costs": COSTS | change, "measured_unix_s": 1.0}).encode()) is None
     for content in (b"", b"[]", b"\xff", b"[" * 100_000, b'{"costs": {}}', b'{"costs": 5, "measured_unix_s": 1}'):
         assert _read_costs(content) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [None, b"{", b"[1]", b'{"compiled_share": "fast"}', b'{"compiled_share": -1}', b'{"compiled_share": NaN}']
+)
+def test_the_choice_of_products_is_measured_once_a_machine(tmp_path, monkeypatch, damage):
+    """A second process takes what the first one measured, though its own times would say otherwise; a damaged file is made again."""
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
+    monkeypatch.setattr("engine.loading.can_multiply_compiled", lambda *_: True)
+    times, threads = iter([2.0, 0.5]), torch.get_num_threads()
+    monkeypatch.setattr(linear, "_measured_share", lambda: next(times))
+    monkeypatch.setattr(linear, "_shares", {})
+    remember_products(torch.bfloat16, torch.device("cpu"))
+    assert linear.compiled_share(threads) == 2.0
+    (file,) = (tmp_path / "products").iterdir()
+    if damage is not None:
+        file.write_bytes(damage)
+    monkeypatch.setattr(linear, "_shares", {})  # as a new process begins
+    remember_products(torch.bfloat16, torch.device("cpu"))
+    assert linear.compiled_share(threads) == (2.0 if damage is None else 0.5)
+    assert json.loads(file.read_text()) == {"compiled_share": linear.compiled_share(threads)}
