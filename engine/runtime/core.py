@@ -21,6 +21,7 @@ from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
+from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.memory import PREFILL_TOKENS, default_pool_tokens, most_cached_pages, open_pool, page_counts, prefill_chunk
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
@@ -226,7 +227,8 @@ class EngineCore:
             self.costs_stale = False
             share = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
             if self.on_costs is not None:
-                self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * torch.get_num_threads())
+                threads = 1 if isinstance(self.runner, CompiledDecoder) else torch.get_num_threads()
+                self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * threads)
         return self.cost_model
 
     @torch.inference_mode()
