@@ -32,6 +32,7 @@ from engine.model.linear import can_multiply_compiled, compiled_share, know_comp
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling_defaults import SamplingDefaults
+from kernels.cpu_decode import compiled_loads
 from kernels.cpu_decode.blocks import NAMES
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
         )
     if not can_multiply_compiled(dtype, device):
         raise InvalidOption("quantised weights need compiled products", 'install Numba: pip install "foretold[cpu]"')
+    if not compiled_loads():
+        raise InvalidOption(
+            "quantised weights need compiled products, and Numba has no folder to keep them in",
+            "let NUMBA_CACHE_DIR name a folder that can be written",
+        )
     know_compiled_share(torch.get_num_threads(), 0.0)  # no other product takes them, whatever would be faster here
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
 
@@ -136,7 +142,8 @@ def remember_products(dtype: torch.dtype, device: torch.device) -> None:
             if share > 0:
                 know_compiled_share(threads, share)
                 return
-    cache.write(name, json.dumps({"compiled_share": compiled_share(threads)}).encode())
+    if math.isfinite(share := compiled_share(threads)):
+        cache.write(name, json.dumps({"compiled_share": share}).encode())
 
 
 def remember_costs(core: EngineCore) -> None:

@@ -10,6 +10,7 @@ lays them out anew on every call; in float32, oneDNN on plain weights is 2 to 2.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import cast
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.cpu_decode import MOST_ROWS, compiled_available
+from kernels.cpu_decode import MOST_ROWS, compiled_available, compiled_loads
 from kernels.cpu_decode.blocks import BLOCK, BlockWeight
 
 LARGEST_COPY_BYTES = 128 << 20
@@ -92,10 +93,12 @@ def can_multiply_compiled(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def multiplies_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where few rows are multiplied by compiled code: where they can be, and it is at least nearly as fast here as oneDNN."""
+    """True where few rows are multiplied by compiled code: where they can be, its time is not far above oneDNN's here, and it loads."""
     if not can_multiply_compiled(dtype, device):
         return False
-    return not _packs_bf16(dtype, device) or compiled_share(torch.get_num_threads()) <= _SLOWEST_SHARE
+    if _packs_bf16(dtype, device) and compiled_share(torch.get_num_threads()) > _SLOWEST_SHARE:
+        return False
+    return compiled_loads()
 
 
 def compiled_share(threads: int) -> float:
@@ -112,7 +115,9 @@ def know_compiled_share(threads: int, share: float) -> None:
 
 
 def _measured_share() -> float:
-    """The least of some runs over weights that no cache holds."""
+    """The least of some runs over weights that no cache holds; infinite where compiled code does not load."""
+    if not compiled_loads():
+        return math.inf
     from kernels.cpu_decode.step import linear
 
     with torch.inference_mode(False), torch.no_grad():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -105,3 +110,22 @@ def test_a_stored_draft_head_runs_in_int8_and_takes_half_the_memory(random_decod
     assert (out[8] - out[16]).norm() < 0.05 * out[16].norm()
     moved = trained[8].to(torch.float32)
     assert all(m.plain is not None or not isinstance(m.matrix, Int8Weight) for m in moved.modules() if isinstance(m, Projection))
+
+
+def test_without_a_folder_for_compiled_code_there_is_none(tmp_path):
+    """The package read-only and no home, as in a container: Numba can keep nothing, so the plain products run, and nothing fails."""
+    program = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"  # as where no folder can be written, whoever runs the test
+        "import torch\n"
+        "from engine.model import linear\n"
+        "from kernels.cpu_decode import compiled_available, compiled_loads\n"
+        "assert compiled_available() and not compiled_loads()\n"
+        "assert not linear.multiplies_compiled(torch.bfloat16, torch.device('cpu'))\n"
+        "assert linear.select_gemm(torch.bfloat16, torch.device('cpu')) is not linear.compiled_linear\n"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120, env=os.environ | {"FORETOLD_KERNELS": ""}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
