@@ -461,11 +461,13 @@ class DraftingPolicy:
         drafter_room: Sequence[int] | None = None,
         most_tokens: Sequence[int] | None = None,
         ngrams: bool = True,
+        ready: Callable[[StepKind], Sequence[int]] | None = None,
     ) -> StepPlan:
         """The step with the best expected rate.
 
         tokens: each request's own, the last one pending. room: drafts each may have at most. drafter_room: those of the drafter; None without one.
-        most_tokens: see `BlockPolicy`. ngrams: whether drafts may come from the text in this step.
+        most_tokens: see `BlockPolicy`. ngrams: whether drafts may come from the text in this step. ready: lengths of blocks from a source that a
+        captured step of these requests may have now; None: all of `lengths` whose rows are not too many.
         """
         batch, drafter = len(requests), drafter_room is not None
         model_room = [0] * batch if drafter_room is None else list(map(min, room, drafter_room))
@@ -481,12 +483,13 @@ class DraftingPolicy:
         load = self._load(batch)
         plain_s = load.costs.step_seconds(0, batch)
         plan.seconds, plan.tokens = plain_s, float(batch)
+        lengths: dict[StepKind, tuple[int, ...]] = {kind: self._lengths(batch, kind, ready) for kind in ("model", "ngram")}
         if self.measured and any(load.on.values()) and load.waited["plain"] >= load.patience["plain"]:
             load.waited["plain"], load.patience["plain"] = 0, min(LAST_PLAIN, 2 * load.patience["plain"])
             return plan
-        rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load)
+        rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load, lengths["model"])
         if ngrams and self.ngrams:
-            self._choose_ngrams(plan, requests, tokens, auto, room, load, rate)
+            self._choose_ngrams(plan, requests, tokens, auto, room, load, rate, lengths["ngram"])
         drafting = [b for b in auto if plan.lengths[b]]
         plan.kind = "model" if drafting else "ngram" if any(plan.given) else "plain"
         if drafting and self.draft_by_draft:
@@ -496,18 +499,31 @@ class DraftingPolicy:
             plan.seconds = 0.0  # drafts that nobody weighed: such steps tell nothing of the others
         return plan
 
+    def _lengths(self, batch: int, kind: StepKind, ready: Callable[[StepKind], Sequence[int]] | None) -> tuple[int, ...]:
+        """Lengths that blocks of such a step may have."""
+        able = self.lengths if ready is None else tuple(ready(kind))
+        if self.most_rows is None:
+            return able
+        return tuple(k for k in able if batch * (1 + k) <= self.most_rows)  # shorter blocks are padded to the longest
+
     def _choose_model(
-        self, plan: StepPlan, requests: Sequence[RequestDrafting], able: list[int], room: Sequence[int], load: _Load
+        self,
+        plan: StepPlan,
+        requests: Sequence[RequestDrafting],
+        able: list[int],
+        room: Sequence[int],
+        load: _Load,
+        lengths: Sequence[int],
     ) -> float:
         """Set `plan.lengths` to what the drafter should make. Returns the best rate known, in tokens a second as `costs` count them."""
         costs, batch = load.costs, len(requests)
         assert self.costs is not None
         plain_rate = batch / plan.seconds
-        if not able:
+        if not able or not lengths:
             return plain_rate
         chains = {b: requests[b].acceptance.chain() for b in able}
         able = sorted(able, key=lambda b: -chains[b][0])
-        best, length, count, expected = self._best(costs, chains, able, batch)
+        best, length, count, expected = self._best(costs, chains, able, batch, lengths)
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
@@ -517,11 +533,11 @@ class DraftingPolicy:
                 load.waited["model"] += 1
                 return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
-            probing, length, count = True, self.lengths[0], len(able)
+            probing, length, count = True, lengths[0], len(able)
             expected = batch + sum(chains[b][0] for b in able)
             lost = costs.step_seconds(length, batch) / plan.seconds - expected / batch
             able_to_pay = any(
-                self._best(c, hopeful, able, batch)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
+                self._best(c, hopeful, able, batch, lengths)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
             )
             if trying:
                 left = min(BURST, int(FIRST_LOSS / max(lost, 1e-3))) if load.burst is None else load.burst
@@ -536,16 +552,16 @@ class DraftingPolicy:
         plan.seconds, plan.tokens = self._seconds(costs, length, batch, count), expected
         return plain_rate if probing else plain_rate * max(1.0, relative)
 
-    def _best(self, costs: CostModel, chains: dict[int, list[float]], able: Sequence[int], batch: int) -> tuple[float, int, int, float]:
+    def _best(
+        self, costs: CostModel, chains: dict[int, list[float]], able: Sequence[int], batch: int, lengths: Sequence[int]
+    ) -> tuple[float, int, int, float]:
         """(rate, length, requests, tokens of a step) of the best plan in which the first so many of `able` draft equally long blocks."""
         number = len(able)
         counts = range(1, number + 1) if number <= 4 else sorted({-(-number * i // 4) for i in range(1, 5)})
-        best = (0.0, self.lengths[0], number, 0.0)
-        sums = {length: list(itertools.accumulate(sum(chains[b][:length]) for b in able)) for length in self.lengths}
+        best = (0.0, lengths[0], number, 0.0)
+        sums = {length: list(itertools.accumulate(sum(chains[b][:length]) for b in able)) for length in lengths}
         for length, gained in sums.items():
             for count in counts:
-                if self.most_rows is not None and batch * (1 + length) > self.most_rows:
-                    continue  # shorter blocks are padded to the longest
                 tokens = batch + gained[count - 1]
                 rate = tokens / self._seconds(costs, length, batch, count)
                 if rate > best[0]:
@@ -565,14 +581,14 @@ class DraftingPolicy:
         room: Sequence[int],
         load: _Load,
         rate: float,
+        lengths: Sequence[int],
     ) -> None:
         """As `_choose_ngrams` for steps that are padded: one length for all, and drafts of one source."""
-        assert self.most_rows is not None
         costs, batch = load.costs, len(requests)
         if not load.on["ngram"] and (load.waited["ngram"] + 1) % CORRECT_EVERY:
             load.waited["ngram"] += 1  # a GPU's step is short, and looking takes the host's time
             return
-        seconds = {k: costs.step_seconds(0, batch, given=batch * k) for k in self.lengths if batch * (1 + k) <= self.most_rows}
+        seconds = {k: costs.step_seconds(0, batch, given=batch * k) for k in lengths}
         if not any(batch * (1 + k) > rate * taken for k, taken in seconds.items()):
             return
         found = {b: requests[b].look_up(tokens[b], room[b]) for b in auto}
@@ -598,10 +614,11 @@ class DraftingPolicy:
         room: Sequence[int],
         load: _Load,
         rate: float,
+        lengths: Sequence[int],
     ) -> None:
         """Set `plan.given` where the request's own text promises more than the drafter, and take those requests' lengths back."""
         if self.most_rows is not None:
-            return self._choose_padded_ngrams(plan, requests, tokens, auto, room, load, rate)
+            return self._choose_padded_ngrams(plan, requests, tokens, auto, room, load, rate, lengths)
         costs, batch = load.costs, len(requests)
         drafting = [b for b in auto if plan.lengths[b]]
         row = rate * costs.row_seconds(batch, 4 * batch)  # over many rows, as the difference between a few drowns in the noise
@@ -613,7 +630,7 @@ class DraftingPolicy:
             drafts, chances = requests[b].look_up(tokens[b], room[b])
             count = sum(chance >= row for chance in chances)
             if not self.draft_by_draft:
-                count = max((n for n in self.lengths if n <= count), default=0)  # lengths that captured steps have
+                count = max((n for n in lengths if n <= count), default=0)  # lengths that captured steps have
             value = sum(chances[:count]) - count * row
             chain = requests[b].acceptance.chain() if plan.lengths[b] else []
             by_model = max((sum(chain[:k]) - k * (row + share) for k in range(1, len(chain) + 1)), default=0.0)

@@ -15,7 +15,7 @@ from engine.kv.formats import PLAIN, check_name
 class EngineConfig:
     """Options of an engine.
 
-    pool_tokens: most tokens of KV each pool may hold; None: 131,072 on a CPU, half the free memory of a GPU. page_size: tokens a page.
+    pool_tokens: most tokens of KV each pool may hold; None: 131,072 on a CPU; on a GPU what memory allows. page_size: tokens a page.
     max_batch: most requests at once. prefill_chunk: tokens of one request's prompt a step; None: what suits the
     device, see `engine.runtime.memory.prefill_chunk`.
     deterministic: batch-invariant kernels, so that greedy text is the same with and without speculation, to the bit.
@@ -24,6 +24,8 @@ class EngineConfig:
     tokens shares them instead of running them. Off unless asked for: in bf16, greedy text without a seed may part (docs/guarantees.md).
     costs: frozen costs for the automatic draft length; None: measured at the first request that needs them, and corrected as text is generated.
     target_dir: folder the target came from, for fingerprints; it is not read here. pair: name of the known pair, for reports.
+    gpu_memory_utilization: share of a GPU's memory that may be used in all, other programs and the weights included; the KV pools get what is left of
+    it; None: `engine.runtime.memory.GPU_MEMORY_UTILIZATION`. Not beside pool_tokens.
     ngrams: whether requests whose draft length is automatic also draft from their own text, where there is a source of drafts.
 
     Raises:
@@ -41,6 +43,7 @@ class EngineConfig:
     pair: str | None = None
     ngrams: bool = True
     prefix_sharing: bool = False
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch", "prefill_chunk"):
@@ -51,6 +54,12 @@ class EngineConfig:
                 raise InvalidOption(f"{name} cannot be {shown(value)}", "give a whole number from 1 on")
         if self.pool_tokens is not None and (not is_whole(self.pool_tokens) or self.pool_tokens < self.page_size):
             raise InvalidOption(f"pool_tokens cannot be {shown(self.pool_tokens)}", f"give at least one page of {self.page_size} tokens")
+        share = self.gpu_memory_utilization
+        if share is not None:
+            if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+                raise InvalidOption(f"gpu_memory_utilization cannot be {shown(share)}", "give a number above 0, up to 1")
+            if self.pool_tokens is not None:
+                raise InvalidOption("pool_tokens and gpu_memory_utilization both say how large the KV pools are", "give one of them")
         for name in ("deterministic", "ngrams", "prefix_sharing"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} cannot be {shown(getattr(self, name))}", "give True or False")

@@ -45,7 +45,8 @@ class Engine:
         tokenizer: None allows token ids only.
         draft: a small model with the target's vocabulary, a number of the target's first layers (early exit), a loaded draft source, or None for
             no speculation.
-        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams, prefix_sharing: see `EngineConfig`.
+        pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams, prefix_sharing,
+            gpu_memory_utilization: see `EngineConfig`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
         store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
@@ -83,6 +84,7 @@ class Engine:
         log: Callable[[str], None] = print,
         ngrams: bool = True,
         prefix_sharing: bool = False,
+        gpu_memory_utilization: float | None = None,
     ) -> None:
         config = EngineConfig(
             pool_tokens,
@@ -96,6 +98,7 @@ class Engine:
             pair,
             ngrams,
             prefix_sharing,
+            gpu_memory_utilization,
         )
         check_format(kv_cache_dtype, target.config.head_dim)
         self.core = EngineCore(

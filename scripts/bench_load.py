@@ -88,7 +88,7 @@ def engine_of(args: argparse.Namespace) -> Engine:
         )
         target, *draft = (random_decoder(name, device, dtype, seed) for seed, name in enumerate(args.shape.split("+")))
         return Engine(target, draft=draft[0] if draft else None, pool_tokens=room, max_batch=args.max_batch, deterministic=args.exact)
-    loaded = load(args)
+    loaded = load(args, pool_tokens=64)  # the engine under load has pools of its own
     core = loaded.core
     return Engine(
         core.target,
@@ -189,14 +189,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         quiet_libraries()
         engine = engine_of(args)
-        engine.core.capture_steps()
+        captured = engine.core.capture_steps()
         ids = prompts(engine, args)
         params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=0)
         alone = [engine.generate([own], params)[0].token_ids for own in ids]
         warm = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=args.draft_length)
         engine.generate(ids[: min(8, len(ids))], warm)  # costs and kernels
+        captured_after = None if captured is None else engine.core.capture_steps(0.0)
         document: dict[str, Any] = {
             "device": device_name(engine),
+            "captured": captured and captured._asdict(),
+            "captured_before_load": captured_after and captured_after.steps,
             "threads": torch.get_num_threads(),
             "pair": args.pair or args.shape or Path(args.target).name,
             "drafter": engine.drafter_name,

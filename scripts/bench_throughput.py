@@ -226,15 +226,17 @@ def random_engine(args: argparse.Namespace) -> Engine:
 
 
 def announced(everyone: Sequence[Contestant]) -> int:
-    """Bytes that our engines say they hold: weights once, every engine's pools."""
+    """Bytes that our engines say they hold: weights once, every engine's pools, and on a GPU its captured steps and workspace."""
     memories = [c.engine.memory() for c in everyone if isinstance(c, Foretold)]
     weights = max((m["target_bytes"] + m["draft_bytes"] for m in memories), default=0)
-    return weights + sum(m["pool_bytes"] for m in memories)
+    plans = [c.engine.core.memory_plan for c in everyone if isinstance(c, Foretold)]
+    beside = [plan.workspace_bytes + plan.captured_bytes for plan in plans if plan is not None]  # of a GPU
+    return weights + sum(m["pool_bytes"] for m in memories) + sum(beside)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; the file, if one is wanted, is written after each batch size and temperature."""
-    loaded = random_engine(args) if args.shape else load(args)
+    loaded = random_engine(args) if args.shape else load(args, pool_tokens=_PAGE)  # each contestant has pools of its own
     ids = (
         prompts_of(args.prompts or max(args.batches), args.prompt_tokens or 128, loaded.core.target.config.vocab_size)
         if args.shape
@@ -263,6 +265,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     del loaded  # its pools; the models live on
     document["copy_gb_per_s"] = copy_gb_per_s(device, 1 << (30 if device.type == "cuda" else 28))
     document["read_gb_per_s"] = read_gb_per_s(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the tests' buffers are no part of an engine
     document |= {"checks": [], "passed": True, "rows": []}
     floor_s = read / (document["read_gb_per_s"] * 1e9)
     document["announced_bytes"] = announced(everyone)
@@ -309,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the texts differ, nothing was timed (see the check above)", file=sys.stderr)
         return 1
     print(table(document["rows"]))
+    print(f"memory: {document['peak_bytes'] / 2**30:.2f} GiB at most, {document['announced_bytes'] / 2**30:.2f} GiB announced")
     if args.plot:
         plot(document, args.plot)
     return 0

@@ -138,6 +138,12 @@ def model_options(p: argparse.ArgumentParser) -> None:
         help="format of the target's KV being attended; a draft model's stays bf16",
     )
     models.add_argument("--hot", dest="kv_cache_dtype", default=argparse.SUPPRESS, choices=KV_CACHE_DTYPES, help=argparse.SUPPRESS)
+    models.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="of the GPU's memory, all programs and the weights included; the KV pools get what is left of it; default 0.9",
+    )
     models.add_argument("--threads", type=int, metavar="N", help="threads of the CPU's arithmetic; default: torch's own choice")
 
 

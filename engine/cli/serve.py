@@ -129,7 +129,9 @@ def _engine(args: argparse.Namespace) -> Engine:
         raise ModelNotFound("the target has no tokenizer", "a server needs one: use a folder that holds it")
     print_status(memory_line(engine))
     engine.core.measure_costs()  # not at the first request's expense
-    engine.core.capture_steps()
+    captured = engine.core.capture_steps()
+    if captured is not None:
+        print_status(f"[{captured.steps} steps captured in {captured.seconds:.1f} s]")
     return engine
 
 

@@ -9,9 +9,10 @@ Axes: B requests, padded to a bucket; k drafts each; E hidden size of the target
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from draft.draft_head import MAX_PENDING_HIDDEN, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
-from draft.policy import CostModel, Curve, StepPlan
+from draft.policy import CostModel, Curve, StepKind, StepPlan
 from draft.protocols import CausalDecoder, Drafter, DraftState
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.model_runner import (
@@ -34,7 +35,6 @@ from engine.runtime.model_runner import (
     page_bucket,
     read_out,
     same_objects,
-    sizes_up_to,
 )
 from engine.runtime.request import Request
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
@@ -46,9 +46,18 @@ from kernels.upload import fill
 Source = Literal["model", "given"]
 
 _MOST = 128  # requests of a step
-_AHEAD_BATCH = 8  # most requests of speculative steps that are captured before they are needed
+_AHEAD_BATCH = (
+    8  # most requests of speculative steps of which all lengths are captured beforehand; of larger ones, those up to _AHEAD_LENGTH
+)
+_AHEAD_LENGTH = 2
+_CAPTURE_SHARE = 0.02  # of the time since the last capture that the next one may take, where drafts are not asked for by a fixed length
 _MOST_BEHIND = 4096  # tokens that draft heads left behind may lack, over all requests, for a captured step to catch them up first
 _LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
+
+
+def common_lengths(batch: int) -> tuple[int, ...]:
+    """k of the speculative steps of `batch` requests that are captured beforehand, as far as their rows fit."""
+    return CAPTURED_LENGTHS if batch <= _AHEAD_BATCH else tuple(k for k in CAPTURED_LENGTHS if k <= _AHEAD_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,12 @@ class BlockDecoding:
         self._sent: dict[str, list[int]] = {}
         self._idle_steps = 0
         self.caught_up_s = 0.0
+        self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were captured, the draft's prompt passes among them."""
+        return len(self._blocks) + (0 if self.draft is None else self.draft.num_steps)
 
     @property
     def leaves_head_behind(self) -> bool:
@@ -246,7 +261,7 @@ class BlockDecoding:
             return False
         if len({p.coupled for p in params if not p.greedy}) > 1:
             return False
-        rows = 1 + max(self._length(requests, plan), int(drafting))
+        rows = 1 + max(self._length(requests, plan, deterministic), int(drafting))
         if bucket(len(requests)) * rows > (MOST_SKINNY if deterministic else MAX_ROWS):
             return False
         if not drafting:
@@ -280,17 +295,42 @@ class BlockDecoding:
         assert self.head is not None
         self.head.run_pending(cast(Sequence[DraftHeadState], states), least=least)
 
-    def _length(self, requests: Sequence[Request], plan: StepPlan) -> int:
-        """k: of captured lengths and those that requests ask for, the least that holds the plan's."""
+    def _length(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> int:
+        """k: of captured lengths and those that requests ask for, the least that holds the plan's; rather one that was captured before."""
         wanted = max([*plan.lengths, *map(len, plan.given)])
-        fixed = [int(r.params.draft_length) for r in requests if r.params.draft_length != "auto"]
-        return min((n for n in (0, *CAPTURED_LENGTHS, *fixed) if n >= wanted), default=wanted)
+        fixed = {int(r.params.draft_length) for r in requests if r.params.draft_length != "auto"}
+        able = sorted(n for n in {0, *CAPTURED_LENGTHS, *fixed} if n >= wanted) or [wanted]
+        if not wanted:
+            return able[0]
+        key = self._key(requests, "model" if any(plan.lengths) else "given", deterministic)
+        return next((n for n in able if replace(key, length=n) in self._blocks), able[0])
+
+    def _key(self, requests: Sequence[Request], source: Source, deterministic: bool) -> BlockKey:
+        """Of a step of these requests, without its length."""
+        pages = [len(r.sequence.pages) for r in requests]
+        if source == "model":
+            pages += [len(_state(r).cache.pages) for r in requests]
+        drawing = Drawing.of([r.params for r in requests], self.target.config.vocab_size)
+        return BlockKey(bucket(len(requests)), 0, page_bucket(max(pages), self.target.max_pages), source, drawing, deterministic)
+
+    def ready(self, requests: Sequence[Request], deterministic: bool, kind: StepKind) -> tuple[int, ...]:
+        """Lengths of blocks from the drafter ("model") or from the text that a captured step of these requests may have now: those that are captured,
+        and the others if captures have taken no more than _CAPTURE_SHARE of the time."""
+        if len(requests) > _MOST or (kind == "model" and self.draft is None):
+            return ()
+        most = MOST_SKINNY if deterministic else MAX_ROWS
+        able = [k for k in CAPTURED_LENGTHS if bucket(len(requests)) * (1 + k) <= most]
+        if not self.target.captures or _CAPTURE_SHARE * (time.perf_counter() - self._captured_at) >= self._capture_s:
+            return tuple(able)
+        self._drop_stale()
+        key = self._key(requests, "model" if kind == "model" else "given", deterministic)
+        return tuple(k for k in able if replace(key, length=k) in self._blocks)
 
     def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
         source: Source = "model" if any(plan.lengths) else "given"
         self._idle_steps = 0 if any(plan.lengths) or any(plan.given) else self._idle_steps + 1
-        length, batch = self._length(requests, plan), bucket(len(requests))
+        length, batch = self._length(requests, plan, deterministic), bucket(len(requests))
         drawing = self.state.sampling.set([r.params for r in requests], [r.seed for r in requests], self.target.config.vocab_size)
         if not ahead:
             self._upload(requests, batch, source)
@@ -350,15 +390,21 @@ class BlockDecoding:
                 self.state.write(name, padded, batch)
         return max(pages)
 
-    def capture_common(self, most: int, drawing: Drawing, *, deterministic: bool = False) -> None:
-        """Capture the drafter's steps over short contexts beforehand, for batches of up to `most` requests and at most _AHEAD_BATCH: buffers of larger
-        ones take gigabytes for lengths that may never pay."""
-        if self.draft is None:
-            return
-        for batch in sizes_up_to(min(most, _AHEAD_BATCH)):
-            for length in CAPTURED_LENGTHS:
-                if batch * (1 + length) <= (MOST_SKINNY if deterministic else MAX_ROWS):
-                    self._block(BlockKey(batch, length, page_bucket(1, self.target.max_pages), "model", drawing, deterministic))
+    def capture_common(self, batch: int, drawing: Drawing, *, deterministic: bool = False, until_s: float = math.inf) -> None:
+        """Capture the steps of `batch` requests over short contexts beforehand, with drafts of the drafter and with given ones, until `until_s` on
+        `time.perf_counter`. Of many requests only short blocks: their buffers take gigabytes, for lengths that may never pay."""
+        sources: list[Source] = ["given"] if self.draft is None else ["model", "given"]
+        pages = page_bucket(1, self.target.max_pages)
+        for length in common_lengths(batch):
+            if batch * (1 + length) <= (MOST_SKINNY if deterministic else MAX_ROWS):
+                for source in sources:
+                    if time.perf_counter() < until_s:
+                        self._block(BlockKey(batch, length, pages, source, drawing, deterministic))
+        if self.draft is not None and not deterministic and time.perf_counter() < until_s:
+            self.draft.capture_prompts(batch, logits=False, embed=self.head is None)
+        if self.head is not None and time.perf_counter() < until_s:  # a step without drafts whose states the head wants
+            self._block(BlockKey(batch, 0, pages, "given", drawing, deterministic))
+        self._captured_at = -math.inf  # what is captured at the start takes nobody's time
 
     # --- what steps cost ------------------------------------------------------------------------------------------------
 
@@ -397,13 +443,20 @@ class BlockDecoding:
     # --- what is captured -----------------------------------------------------------------------------------------------
 
     def _block(self, key: BlockKey) -> Block:
+        self._drop_stale()
+        if key not in self._blocks:
+            began = time.perf_counter()
+            self._blocks[key] = self._build(key)
+            self._captured_at = time.perf_counter()
+            self._capture_s = self._captured_at - began
+        return self._blocks[key]
+
+    def _drop_stale(self) -> None:
+        """Forget what was captured over pools that have moved."""
         memory = (self.target.memory_version, *(() if self.draft is None else (self.draft.memory_version,)))
         if memory != self._memory:
             self._blocks.clear()
             self._memory = memory
-        if key not in self._blocks:
-            self._blocks[key] = self._build(key)
-        return self._blocks[key]
 
     @torch.inference_mode(False)
     @torch.no_grad()

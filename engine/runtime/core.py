@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +17,25 @@ from draft.protocols import Drafter, FeatureStore
 from draft.source import DraftSource, NgramSource
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
+from engine.kv.formats import PLAIN, check_format
 from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
 from engine.runtime.compiled_runner import CompiledDecoder
-from engine.runtime.memory import PREFILL_TOKENS, default_pool_tokens, most_cached_pages, open_pool, page_counts, prefill_chunk
+from engine.runtime.device_sampling import Drawing
+from engine.runtime.memory import (
+    POOL_TOKENS_CPU,
+    PREFILL_TOKENS,
+    device_memory,
+    most_cached_pages,
+    open_pool,
+    page_counts,
+    plan_memory,
+    prefill_chunk,
+)
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding, sizes_up_to
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
@@ -32,8 +43,16 @@ from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
+CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
+
+
+class Captured(NamedTuple):
+    """What was captured at the start: steps, and seconds."""
+
+    steps: int
+    seconds: float
 
 
 class _Turns:
@@ -100,9 +119,14 @@ class EngineCore:
         self.text, self.eos_token_ids = text, eos_token_ids
         self.sampling_defaults = sampling_defaults
         cached = None if source is None else source.cached_decoder
-        tokens = config.pool_tokens
-        if tokens is None:
-            tokens = default_pool_tokens(target, cached, config.kv_cache_dtype)
+        check_format(config.kv_cache_dtype, target.config.head_dim)
+        found = device_memory(target.device)
+        if found is None and config.gpu_memory_utilization is not None:
+            raise InvalidOption("gpu_memory_utilization is of a GPU's memory, and the models are on a CPU", "give pool_tokens")
+        captures = config.kv_cache_dtype == PLAIN and GraphedDecoder.fits(target)
+        # how a GPU's memory is shared out; None on a CPU
+        self.memory_plan = None if found is None else plan_memory(target, cached, config, found, captures=captures)
+        tokens = self.memory_plan.pool_tokens if self.memory_plan is not None else config.pool_tokens or POOL_TOKENS_CPU
         start, pages = page_counts(tokens, config.page_size)
         if target.device.type == "cuda":
             start = pages  # captured steps hold addresses: a GPU's pool gets its size at once
@@ -232,19 +256,28 @@ class EngineCore:
         return self.cost_model
 
     @torch.inference_mode()
-    def capture_steps(self) -> None:
+    def capture_steps(self, limit_s: float = CAPTURE_LIMIT_S) -> Captured | None:
         """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts
-        (64 pages): a step's first use compiles and captures, which takes up to a second. Nothing happens where steps are not captured."""
-        runner = self.runner
+        (64 pages): a step's first use compiles and captures, which takes up to a second. Small batches come first; after limit_s seconds the rest
+        is left to its first use. None where steps are not captured."""
+        runner, blocks = self.runner, self.scheduler.blocks
         if not isinstance(runner, GraphedDecoder):
-            return
+            return None
+        began = time.perf_counter()
+        until_s = began + limit_s
         with self.lock:
             default = self.sampling_defaults.params()
-            for params in {p.greedy: p for p in (SamplingParams(), default)}.values():
-                drawing = runner.sampling.set([params], [0], self.target.config.vocab_size)
-                runner.capture_common(self.config.max_batch, drawing, deterministic=self.deterministic)
-                if self.scheduler.blocks is not None:
-                    self.scheduler.blocks.capture_common(self.config.max_batch, drawing, deterministic=self.deterministic)
+            drawings = [Drawing.of([p], self.target.config.vocab_size) for p in {p.greedy: p for p in (SamplingParams(), default)}.values()]
+            taps = () if self.drafter is None else self.drafter.target_taps
+            for batch in sizes_up_to(min(self.config.max_batch, MAX_ROWS)):
+                for drawing in drawings:
+                    if time.perf_counter() < until_s:
+                        runner.capture_common(batch, drawing, deterministic=self.deterministic)
+                        if blocks is not None:
+                            blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
+                if not self.deterministic and time.perf_counter() < until_s:
+                    runner.capture_prompts(batch, taps=taps)
+            return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:
         """Give requests that began without costs theirs, once one of them has its first token and goes on."""

@@ -31,6 +31,12 @@ class Drawing:
     inverse: bool = False
     filters: Filters = _NONE
 
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> Drawing:
+        """Of requests with these parameters."""
+        drawn = [p for p in params if not p.greedy]
+        return cls(any(p.coupled for p in drawn), any(not p.coupled for p in drawn), Filters.of(params, vocab_size))
+
     @property
     def greedy(self) -> bool:
         """Whether most likely tokens alone are taken."""
@@ -60,8 +66,7 @@ class SamplingState:
 
     def set(self, params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int) -> Drawing:
         """Bring the device's parameters up to those of a step's requests, and say how they draw."""
-        drawn = [p for p in params if not p.greedy]
-        drawing = Drawing(any(p.coupled for p in drawn), any(not p.coupled for p in drawn), Filters.of(params, vocab_size))
+        drawing = Drawing.of(params, vocab_size)
         sent = list(params), list(seeds)
         if sent != self._sent:
             self._sent = sent

@@ -2,19 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
 import torch
 
+from engine.config import EngineConfig
 from engine.errors import InvalidOption
 from engine.kv.formats import PLAIN, check_format, element_bits
 from engine.kv.pool import KvPool
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.decoder import Decoder
+from engine.runtime.block_runner import common_lengths
+from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, decode_shape, sizes_up_to
+from kernels.decode_layer import DecodeBuffers
+from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.quantized_kv import FORMATS
 
 POOL_TOKENS_CPU = 1 << 17
 CACHED_TOKENS_CPU = 1 << 15  # of prefixes that are kept for later requests
 PREFILL_TOKENS = 2048  # of all prompts a step, on a CPU
 START_TOKENS = 4096  # what a pool begins with; it doubles on demand
+GPU_MEMORY_UTILIZATION = 0.9  # of a GPU's memory that an engine and all other programs may take, unless its options say otherwise
+_LOGIT_COPIES = 5  # float32 tensors of a row's vocabulary that sampling holds at once: logits, scaled, cut, sorted, probabilities
+_LIBRARY_BYTES = 2 * (32 << 20)  # workspaces of the matrix library, one a stream
+_GRAPH_BYTES = 2 << 20  # of a captured step that the driver keeps beside its buffers
+_GIB = 2.0**30
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device: in all, and free; what the allocator holds and nobody uses counts as free."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """Measured now; None for a CPU, whose memory the system hands out as it is written."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What an engine will take of a device, in bytes, before its pools are allocated.
+
+    total: of the device. used: before the pools, by other programs and by this process: weights, CUDA's context. workspace: of passes outside of
+    captured steps. captured: buffers of the steps that `EngineCore.capture_steps` captures. pools: of both KV pools, for pool_tokens tokens each.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    workspace_bytes: int
+    captured_bytes: int
+    pools_bytes: int
+    pool_tokens: int
+
+    @property
+    def announced_bytes(self) -> int:
+        """Most of the device that is taken, by this engine and what was there before."""
+        return self.used_bytes + self.own_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """Of these, what comes after the weights."""
+        return self.workspace_bytes + self.captured_bytes + self.pools_bytes
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.announced_bytes / _GIB:.2f} of {self.total_bytes / _GIB:.2f} GiB: {self.used_bytes / _GIB:.2f} before, KV pools "
+            f"{self.pools_bytes / _GIB:.2f} ({self.pool_tokens} tokens), captured steps {self.captured_bytes / _GIB:.2f}, "
+            f"workspace {self.workspace_bytes / _GIB:.2f}"
+        )
 
 
 def prefill_chunk(device: torch.device) -> int:
@@ -26,19 +89,108 @@ def prefill_chunk(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 512
 
 
-def default_pool_tokens(target: Decoder, draft: Decoder | None, kv_format: str = PLAIN) -> int:
-    """Most tokens each pool may hold: half of a GPU's free memory, over the bytes a token takes in both pools; a fixed number on a CPU.
+def plan_memory(target: Decoder, draft: Decoder | None, config: EngineConfig, memory: DeviceMemory, *, captures: bool) -> MemoryPlan:
+    """How a device's memory is shared out. draft: the decoder with the second pool, if there is one. captures: whether steps are captured.
 
-    draft: the decoder with the second pool, if there is one. kv_format: of the target's pool. Raises InvalidOption when the target cannot have it.
+    Without `EngineConfig.pool_tokens` the pools get what `gpu_memory_utilization` leaves beside everything else, and no more than max_batch requests of
+    the longest kind can fill, unless pages are kept for later ones (prefix_sharing).
+
+    Raises:
+        InvalidOption: the pools that are asked for do not fit, or nothing is left for any.
     """
+    used = memory.total_bytes - memory.free_bytes
+    workspace = workspace_bytes(target, config) + (0 if draft is None else workspace_bytes(draft, config))
+    captured = captured_bytes(target, draft, config) if captures else 0
+    of_token = token_bytes(target, draft, config.kv_cache_dtype)
+    share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
+    left = int(memory.total_bytes * share) - used - workspace - captured
+    tokens = config.pool_tokens
+    if tokens is not None and tokens * of_token > memory.free_bytes:
+        raise InvalidOption(
+            f"a KV cache of {tokens} tokens takes {tokens * of_token / _GIB:.2f} GiB, and {memory.free_bytes / _GIB:.2f} GiB of the GPU are free",
+            "give fewer pool_tokens, or end other programs",
+        )
+    if tokens is None:
+        tokens = int(left / of_token)
+        if not config.prefix_sharing:
+            tokens = min(tokens, config.max_batch * target.config.max_position_embeddings)
+        if tokens < min(START_TOKENS, target.config.max_position_embeddings):
+            needed = used + workspace + captured + START_TOKENS * of_token
+            raise InvalidOption(
+                f"gpu_memory_utilization {share:g} of {memory.total_bytes / _GIB:.2f} GiB leaves no room for a KV cache: {used / _GIB:.2f} GiB are "
+                f"used, captured steps and workspace take {(workspace + captured) / _GIB:.2f} GiB",
+                f"give {needed / memory.total_bytes:.2f}" if needed < memory.total_bytes else "use smaller models, or end other programs",
+            )
+    return MemoryPlan(memory.total_bytes, used, workspace, captured, int(tokens * of_token), tokens)
+
+
+def token_bytes(target: Decoder, draft: Decoder | None, kv_format: str = PLAIN) -> float:
+    """Of a token in both pools. kv_format: of the target's. Raises InvalidOption when the target cannot have it."""
     check_format(kv_format, target.config.head_dim)
-    if target.device.type != "cuda":
-        return POOL_TOKENS_CPU
     models = [(target, kv_format)] + ([] if draft is None else [(draft, PLAIN)])
-    token_bytes = sum(
-        m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models
-    )
-    return max(START_TOKENS, int(torch.cuda.mem_get_info(target.device)[0] / 2 / token_bytes))
+    return sum(m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models)
+
+
+def workspace_bytes(decoder: Decoder, config: EngineConfig) -> int:
+    """Most that a pass outside of captured steps holds at once: activations of a step's prompt tokens, logits of all requests, the library's own."""
+    c = decoder.config
+    tokens = max(PREFILL_TOKENS, config.prefill_chunk or prefill_chunk(decoder.device))
+    gated = c.intermediate_size * max(1, c.experts_per_token)
+    widths = 4 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * gated
+    rows = max(config.max_batch, MAX_ROWS)
+    return tokens * widths * decoder.dtype.itemsize + rows * c.vocab_size * 4 * _LOGIT_COPIES + _LIBRARY_BYTES
+
+
+def captured_bytes(target: Decoder, draft: Decoder | None, config: EngineConfig) -> int:
+    """Buffers of the steps that are captured at the start: those of greedy requests, and of requests under the model's own sampling defaults."""
+    found, steps = 0, 0
+    passes = [(target, _target_steps(config, draft is not None))]
+    if draft is not None:
+        passes.append((draft, _draft_steps(config)))
+    for decoder, shapes in passes:
+        for batch, length, logits in shapes:
+            found += step_bytes(decoder, batch, length, logits=logits, page_size=config.page_size, deterministic=config.deterministic)
+            steps += 1
+    return found + steps * _GRAPH_BYTES
+
+
+def _target_steps(config: EngineConfig, drafts: bool) -> Iterator[tuple[int, int, bool]]:
+    """(requests, new tokens of each, whether logits are kept) of the target's captured passes."""
+    most = MOST_SKINNY if config.deterministic else MAX_ROWS
+    for batch in sizes_up_to(min(config.max_batch, MAX_ROWS)):
+        for sampled in (False, True):
+            if batch <= most:
+                yield batch, 1, True
+            for length in common_lengths(batch):
+                if batch * (1 + length) <= most:
+                    yield from [(batch, 1 + length, sampled)] * (2 if drafts else 1)
+        for length in PROMPT_LENGTHS if not config.deterministic else ():
+            if batch * length <= most:
+                yield batch, length, True
+
+
+def _draft_steps(config: EngineConfig) -> Iterator[tuple[int, int, bool]]:
+    """The same of the draft's passes: one for each draft of a block, and prompts."""
+    most = MOST_SKINNY if config.deterministic else MAX_ROWS
+    for batch in sizes_up_to(min(config.max_batch, MAX_ROWS)):
+        for sampled in (False, True):
+            for length in common_lengths(batch):
+                if batch * (1 + length) <= most:
+                    yield batch, 2, sampled
+                    yield from [(batch, 1, sampled)] * (length - 1)
+        for length in PROMPT_LENGTHS if not config.deterministic else ():
+            if batch * length <= most:
+                yield batch, length, False
+
+
+def step_bytes(decoder: Decoder, batch: int, length: int, *, logits: bool, page_size: int, deterministic: bool = False) -> int:
+    """Of a captured step's buffers, and of what sampling from its logits holds."""
+    shape = decode_shape(decoder.config)
+    plan = choose_plan(shape, batch * length, batch=batch, deterministic=deterministic)
+    pages = min(64, -(-decoder.config.max_position_embeddings // page_size))
+    buffers = DecodeBuffers.allocate(shape, batch, length, pages, page_size, dtype=decoder.dtype, device="meta", logits=logits, plan=plan)
+    held = [value for field in fields(buffers) if isinstance(value := getattr(buffers, field.name), torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def most_cached_pages(pool: KvPool) -> int:

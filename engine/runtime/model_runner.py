@@ -20,6 +20,7 @@ from torch import Tensor
 from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
+from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.decoder_runner import DecoderRunner
@@ -35,6 +36,7 @@ MAX_ROWS = 128  # more rows than that are bound by arithmetic: the library's pro
 CAPTURED_LENGTHS = (1, 2, 4, 7)  # drafts of a block that are compared where each length is a captured step of its own
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_PAGES = 64
+PROMPT_LENGTHS = (16, 32, 64, 128)  # lengths that prompts of up to MAX_ROWS tokens are padded to
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
@@ -51,6 +53,11 @@ def bucket(count: int, sizes: Sequence[int] = _BATCHES) -> int:
 def sizes_up_to(most: int) -> tuple[int, ...]:
     """The sizes that batches of 1 to `most` requests are padded to."""
     return tuple(size for size in _BATCHES if size <= bucket(most))
+
+
+def padded_length(count: int) -> int:
+    """New tokens a request that a step for `count` has: prompts of every length would each be captured else."""
+    return count if count <= MOST_SKINNY else 1 << (count - 1).bit_length()
 
 
 def page_bucket(pages: int, most: int) -> int:
@@ -78,6 +85,12 @@ def row_groups(query_lens: Sequence[int], most: int = MOST_SKINNY) -> list[list[
             longest = max(longest, size)
         passes.append(group)
     return passes
+
+
+def decode_shape(config: DecoderConfig) -> DecodeShape:
+    """What the fused kernels know of a model."""
+    c = config
+    return DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
 
 
 class PageTables:
@@ -175,11 +188,10 @@ class GraphedDecoder(DecoderRunner):
     """
 
     def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
-        c = decoder.config
         super().__init__(decoder)
         self.pool, self.captures = pool, capture
-        self.max_pages = min(pool.max_pages, -(-c.max_position_embeddings // pool.page_size))
-        self.shape = DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
+        self.max_pages = min(pool.max_pages, -(-decoder.config.max_position_embeddings // pool.page_size))
+        self.shape = decode_shape(decoder.config)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
         self._steps: dict[StepKey, Step] = {}
@@ -188,10 +200,15 @@ class GraphedDecoder(DecoderRunner):
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
-        """Whether the model's steps can be captured: on a CUDA device, with plain pages, Llama's layers, and heads that the fused kernels' tiles
-        divide."""
-        fits = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and use_triton(decoder.final_norm)
-        return decoder.device.type == "cuda" and isinstance(pool, PagedPool) and fits
+        """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages, Llama's layers, and heads that the fused kernels'
+        tiles divide."""
+        return isinstance(pool, PagedPool) and GraphedDecoder.fits(decoder)
+
+    @staticmethod
+    def fits(decoder: Decoder) -> bool:
+        """The same before there is a pool, where its pages will be plain."""
+        shaped = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0
+        return decoder.device.type == "cuda" and shaped and use_triton(decoder.final_norm)
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
@@ -218,7 +235,7 @@ class GraphedDecoder(DecoderRunner):
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
         """
         last = self.config.num_layers if last_layer is None else last_layer
-        length = max(query_lens)
+        length = padded_length(max(query_lens))
         if deterministic:
             small = logits != "last" and length <= _BLOCK
         else:
@@ -284,7 +301,15 @@ class GraphedDecoder(DecoderRunner):
         with_logits = logits != "none" and layers.stop == self.config.num_layers
         pages = max(len(s.pages) for s in sequences)
         step = self.step(
-            len(sequences), max(query_lens), pages, layers.start, layers.stop, taps, with_logits, embed=embed, deterministic=deterministic
+            len(sequences),
+            padded_length(max(query_lens)),
+            pages,
+            layers.start,
+            layers.stop,
+            taps,
+            with_logits,
+            embed=embed,
+            deterministic=deterministic,
         )
         step.fill(starts, query_lens, sequences, self.tables)
         rows = self._rows(step, query_lens)
@@ -304,8 +329,8 @@ class GraphedDecoder(DecoderRunner):
     def _rows(self, step: Step, query_lens: Sequence[int]) -> slice | Tensor:
         """Where the requests' new tokens lie among a step's rows."""
         n = step.key.length
-        if all(count == n for count in query_lens):
-            return slice(0, n * len(query_lens))
+        if len(query_lens) == 1 or all(count == n for count in query_lens):
+            return slice(0, sum(query_lens))
         return upload([b * n + j for b, count in enumerate(query_lens) for j in range(count)], self.device)
 
     def _ends(self, step: Step, query_lens: Sequence[int]) -> Tensor:
@@ -334,6 +359,11 @@ class GraphedDecoder(DecoderRunner):
             self._steps[key] = self._build(key, weights)
         return self._steps[key]
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that were captured."""
+        return len(self._steps)
+
     def replay(self, step: Step) -> None:
         """Run a step over what its buffers hold."""
         if step.graph is None:
@@ -341,10 +371,16 @@ class GraphedDecoder(DecoderRunner):
         else:
             step.graph.replay()
 
-    def capture_common(self, most: int, drawing: Drawing = GREEDY, *, deterministic: bool = False) -> None:
-        """Capture the steps of one token a request over short contexts, for all batches of up to `most` requests, so that no request waits for them."""
-        for batch in sizes_up_to(min(most, MOST_SKINNY if deterministic else _BATCHES[-1])):
+    def capture_common(self, batch: int, drawing: Drawing = GREEDY, *, deterministic: bool = False) -> None:
+        """Capture the step of one token for each of `batch` requests over short contexts, so that no request waits for it."""
+        if batch <= (MOST_SKINNY if deterministic else _BATCHES[-1]):
             self.step(batch, 1, 1, 0, self.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
+
+    def capture_prompts(self, batch: int, *, taps: tuple[int, ...] = (), logits: bool = True, embed: bool = True) -> None:
+        """The same for the passes of `batch` short prompts, as `forward` is called for them; deterministic ones are not captured."""
+        for length in PROMPT_LENGTHS:
+            if batch * length <= MAX_ROWS:
+                self.step(batch, length, 1, 0, self.config.num_layers, taps, logits, embed=embed)
 
     def _current_weights(self) -> DecodeWeights:
         """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from draft.policy import DraftingPolicy, StepPlan, step_clock
+from draft.policy import DraftingPolicy, StepKind, StepPlan, step_clock
 from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
@@ -91,7 +92,10 @@ def decode_step(
     if blocks is None:
         plan = _plan(requests, drafter, drafting, deterministic)
     else:
-        plan, gains = blocks.step(list(requests), lambda: _plan(requests, drafter, drafting, deterministic), deterministic=deterministic)
+        ready = partial(blocks.ready, requests, deterministic)
+        plan, gains = blocks.step(
+            list(requests), lambda: _plan(requests, drafter, drafting, deterministic, ready), deterministic=deterministic
+        )
         if gains is not None:
             count = _keep_gains(requests, plan, gains, blocks, began)
             return drafting.observe(plan, len(requests), count, clock() - began_at, blocks.take_caught_up_s())
@@ -211,7 +215,13 @@ def _keep_gains(requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gai
     return sum(kept)
 
 
-def _plan(requests: Sequence[Request], drafter: Drafter | None, drafting: DraftingPolicy, deterministic: bool) -> StepPlan:
+def _plan(
+    requests: Sequence[Request],
+    drafter: Drafter | None,
+    drafting: DraftingPolicy,
+    deterministic: bool,
+    ready: Callable[[StepKind], Sequence[int]] | None = None,
+) -> StepPlan:
     """This step's drafts: what the policy wants, as far as target, drafter and text have room for them.
 
     Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised for their slots. Drafts from the
@@ -232,6 +242,7 @@ def _plan(requests: Sequence[Request], drafter: Drafter | None, drafting: Drafti
         drafter_room=None if drafter is None else drafter_room,
         most_tokens=most_tokens,
         ngrams=drafter is None or drafter.takes_given,
+        ready=ready,
     )
 
 

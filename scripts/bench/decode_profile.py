@@ -225,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
                 "ttft_s": first.ttft_s, "tokens_per_step": first.speculation.tokens_per_step,
             }  # fmt: skip
             if device.type == "cuda":  # what the engine says it holds, and the most that torch had allocated or reserved so far
-                row["announced_bytes"] = sum(engine.core.memory().values())
+                plan = engine.core.memory_plan
+                beside = 0 if plan is None else plan.workspace_bytes + plan.captured_bytes
+                row["announced_bytes"] = sum(engine.core.memory().values()) + beside
                 row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
                 row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
             report["rows"].append(row)

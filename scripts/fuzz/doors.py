@@ -483,7 +483,7 @@ def engine_options(scratch: Path) -> Attempt:
     target = Decoder.from_pretrained(model_folder(scratch / "model"), dtype=torch.float32)
     names = [
         *("pool_tokens", "page_size", "max_batch", "prefill_chunk", "deterministic", "kv_cache_dtype", "costs", "ngrams", "prefix_sharing"),
-        *("store", "store_bytes", "namespace", "quality", "pack"),
+        *("store", "store_bytes", "namespace", "quality", "pack", "gpu_memory_utilization"),
     ]
 
     def attempt(rng: random.Random) -> None:

@@ -153,6 +153,12 @@ def test_captured_steps_bound_rows_and_lengths():
     requests = [policy.request("auto", greedy=True) for _ in range(6)]
     plan = policy.plan(requests, [repeated] * 6, [ROOM] * 6)
     assert [len(own) for own in plan.given] == [1] * 6 and plan.kind == "ngram"
+    few = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: (1,) if kind == "model" else ())
+    assert few.lengths == [1] and few.given == [[]]
+    none = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: ())
+    assert none.kind == "plain" and none.lengths == [0] and none.given == [[]]
+    many = policy.plan([policy.request("auto", greedy=True) for _ in range(7)], [repeated] * 7, [ROOM] * 7, drafter_room=[ROOM] * 7)
+    assert many.kind == "plain", "not even one draft each fits"
 
 
 def test_fixed_lengths_are_kept_and_no_costs_mean_no_drafts():

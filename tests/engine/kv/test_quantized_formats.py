@@ -19,7 +19,7 @@ from engine.hub.cache import CacheFolder
 from engine.kv.formats import KV_CACHE_DTYPES, element_bits
 from engine.kv.quantized_pool import FIRST_SLOTS, QuantizedPool
 from engine.model.decoder import forward_reserved
-from engine.runtime.memory import default_pool_tokens, open_pool
+from engine.runtime.memory import open_pool, token_bytes
 from engine.runtime.sampling import SamplingParams
 from kernels.quantized_kv import FORMATS, RING
 
@@ -205,7 +205,7 @@ def test_what_does_not_go_is_refused_by_name(quantised_engine, chat_engine, caps
     with pytest.raises(InvalidOption, match="channel means"):
         open_pool(quantised_engine("bf16", "none").core.target, "q4", 4, 16, 4)
     with pytest.raises(InvalidOption, match="head size"):
-        default_pool_tokens(target, None, "q2")
+        token_bytes(target, None, "q2")
     assert main(["--target", str(chat_folders.target), "--device", "cpu", "--hot", "q4", "hi"]) == 2
     assert "use --kv-cache-dtype bf16" in capsys.readouterr().err
 

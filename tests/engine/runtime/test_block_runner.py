@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
+from draft.policy import StepPlan
 from draft.source import NgramSource
 from engine.engine import Engine
 from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
+from engine.runtime.device_sampling import Drawing
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, PlainDecoding
 from engine.runtime.sampling import SamplingParams
@@ -140,12 +145,38 @@ def test_steps_captured_beforehand_are_those_that_requests_take(sources, kind):
     core.capture_steps()
     steps, blocks = set(core.runner._steps), set(core.scheduler.blocks._blocks)
     assert {key.batch for key in steps} == {1, 2, 4, 8} and all(key.drawing.greedy for key in steps)
-    assert len(blocks) == (16 if kind == "model" else 0)
+    assert len(blocks) == (32 if kind == "model" else 16)
+    assert {key.length for key in steps} == {1, 16, 32, 64, 128} and all(key.batch * key.length <= MAX_ROWS for key in steps)
     params = [SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=n) for n in (0, 4)]
     texts = [[r.token_ids for r in engine.generate(PROMPTS[:3], own)] for own in params]
-    assert texts[0] == texts[1] and sum(key.length == 1 and key.logits for key in core.runner._steps) == len(steps)
-    if kind == "model":
-        assert {key for key in core.scheduler.blocks._blocks if key.source == "model"} == blocks
+    assert texts[0] == texts[1] and set(core.runner._steps) == steps, "decoding and its prompts captured nothing more"
+    assert set(core.scheduler.blocks._blocks) == blocks
+
+
+def test_automatic_lengths_are_those_whose_padded_rows_fit_and_whose_capture_is_due(sources, monkeypatch):
+    target, drafts = sources
+    core = with_blocks(Engine(target, draft=drafts["ngram"], page_size=16, pool_tokens=4096, max_batch=64)).core
+    blocks, params = core.scheduler.blocks, SamplingParams(max_new_tokens=8, ignore_eos=True)
+    requests = [core.submit(core.open_sequence_state(), [3, 4, n], params, owns_cache=True) for n in range(33)]
+    core.step()
+    assert blocks.ready(requests, False, "ngram") == (1,), "33 requests are padded to 48"
+    assert blocks.ready(requests[:2], True, "ngram") == (1, 2) and blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS
+    blocks.capture_common(4, Drawing.of([params], target.config.vocab_size), until_s=0.0)
+    monkeypatch.setattr(blocks.target, "captures", True)
+    assert blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS, "the first capture is always due"
+    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1.0
+    assert blocks.ready(requests[:2], False, "ngram") == ()
+    monkeypatch.setattr(blocks.target, "captures", False)
+    blocks._block(replace(blocks._key(requests[:2], "given", False), length=4))
+    monkeypatch.setattr(blocks.target, "captures", True)
+    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1.0
+    assert blocks.ready(requests[:2], False, "ngram") == (4,) and blocks.ready(requests[:2], False, "model") == ()
+    given = StepPlan([0, 0], [[5, 6], [7]])
+    assert blocks._length(requests[:2], given, False) == 4, "a captured step is rather taken than a shorter one that is not"
+    blocks._captured_at -= 60.0
+    assert blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS
+    for request in requests:
+        core.abandon(request)
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])

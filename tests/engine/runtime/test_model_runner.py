@@ -37,7 +37,7 @@ def _pair(decoder, prompts):
     return sides
 
 
-@pytest.mark.parametrize("counts", [[1], [3, 1, 2], [2] * 5, [16, 15]], ids=str)
+@pytest.mark.parametrize("counts", [[1], [3, 1, 2], [2] * 5, [16, 15], [19], [9, 30]], ids=str)
 @torch.inference_mode()
 def test_a_step_says_what_the_decoder_says(decoder, counts):
     prompts = [list(range(3, 3 + 7 * (b + 1))) for b in range(len(counts))]
