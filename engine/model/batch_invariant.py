@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from engine.model.linear import LinearFn, compiled_linear, compiled_rows, onednn_linear
+from engine.model.linear import LinearFn, compiled_linear, compiled_rows, float32_linear, onednn_linear
 from kernels.dispatch import use_triton
 from kernels.grouped_linear import grouped_linear
 from kernels.grouped_linear.reference import grouped_linear as reference_grouped_linear
@@ -28,6 +28,8 @@ def batch_invariant(linear_fn: LinearFn) -> LinearFn:
     """x W^T + b, [N, in] by [out, in] -> [N, out], by products of one number of rows, or by compiled ones, which treat each row alone."""
     if linear_fn is compiled_linear:
         return compiled_rows
+    if linear_fn is float32_linear:
+        linear_fn = onednn_linear  # whatever the weight's size: PyTorch's own product may treat a tile's last rows apart
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = ROWS if linear_fn is onednn_linear or x.is_cuda else 1

@@ -23,6 +23,7 @@ from kernels.cpu_decode import MOST_ROWS, compiled_available, compiled_loads
 from kernels.cpu_decode.blocks import BLOCK, BlockWeight
 
 LARGEST_COPY_BYTES = 128 << 20
+SMALL_ELEMENTS = 1 << 15  # of a float32 weight: one product of it takes less time than oneDNN needs to begin (14 us)
 BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; for more they are spread out first
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
 _BLOCK_ELEMENTS = 1 << 17
@@ -176,12 +177,21 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, in] by weight [out, in], both float32, plus bias [out] -> [N, out], on a CPU: by oneDNN unless the weight is small."""
+    if weight.numel() <= SMALL_ELEMENTS:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def select_gemm(dtype: torch.dtype, device: torch.device) -> LinearFn:
     """The fastest product for a decoder of this dtype and device."""
     if multiplies_compiled(dtype, device):
         return compiled_linear
-    if packs(dtype, device) or (device.type == "cpu" and dtype == torch.float32 and _has_onednn()):
+    if packs(dtype, device):
         return onednn_linear
+    if device.type == "cpu" and dtype == torch.float32 and _has_onednn():
+        return float32_linear
     return F.linear
 
 

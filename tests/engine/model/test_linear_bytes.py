@@ -12,7 +12,7 @@ import torch
 
 from engine.model.batch_invariant import ROWS, batch_invariant
 from engine.model.decoder import forward_reserved
-from engine.model.linear import BYTE_ROWS, Int8Weight, Projection, select_gemm
+from engine.model.linear import BYTE_ROWS, SMALL_ELEMENTS, Int8Weight, Projection, select_gemm
 from engine.runtime.drafters import load_draft_head
 
 needs_bytes = pytest.mark.skipif(
@@ -129,3 +129,13 @@ def test_without_a_folder_for_compiled_code_there_is_none(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120, env=os.environ | {"FORETOLD_KERNELS": ""}
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("outputs,inputs", [(SMALL_ELEMENTS // 64, 64), (SMALL_ELEMENTS // 64 + 1, 64)], ids=["small", "large"])
+@torch.inference_mode()
+def test_float32_products_of_any_size_are_right(outputs, inputs):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias, x = (torch.randn(size, generator=generator) for size in ((outputs, inputs), (outputs,), (5, inputs)))
+    for given in (None, bias):
+        wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
+        assert torch.allclose(select_gemm(torch.float32, x.device)(x, weight, given).double(), wanted, atol=1e-4)
