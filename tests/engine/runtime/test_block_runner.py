@@ -88,7 +88,7 @@ def test_text_is_that_of_plain_decoding(sources, kind, params, launched):
     if kind == "ngram" and params:
         params = params | {"temperature": 1e-4}  # a text that repeats itself
     # requests end at different steps and others take their place; batches of deterministic steps have 8 rows at most
-    each = [SamplingParams(max_new_tokens=n, stop_token_ids=(11,), draft_length=3, **params) for n in (40, 1, 17, 23, 30)]
+    each = [SamplingParams(max_new_tokens=n, stop_token_ids=(11,), draft_length=3, **params) for n in (24, 1, 11, 17, 20)]
     size = 2 if "seed" in params else 4
     _, plain = texts_of(sources, "plain", [SamplingParams(**{**vars(p), "draft_length": 0}) for p in each], max_batch=size)
     _, drafted = texts_of(sources, kind, each, max_batch=size)
@@ -103,7 +103,7 @@ def test_text_is_that_of_plain_decoding(sources, kind, params, launched):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launched):
-    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True)
     _, plain = texts_of(sources, "plain", params)
     engine, drafted = texts_of(sources, kind, params)
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
@@ -182,7 +182,7 @@ def test_automatic_lengths_are_those_whose_padded_rows_fit_and_whose_capture_is_
 @pytest.mark.parametrize("kind", ["model", "head"])
 def test_requests_of_several_kinds_share_a_step(sources, kind, launched):
     each = [
-        SamplingParams(max_new_tokens=20, draft_length=3, temperature=t, seed=s)
+        SamplingParams(max_new_tokens=12, draft_length=3, temperature=t, seed=s)
         for t, s in ((0.0, None), (0.8, 4), (1.3, 5), (0.0, 1), (0.7, 6))
     ]
     plain = [texts_of(sources, "plain", p, [prompt])[1][0].token_ids for p, prompt in zip(each, PROMPTS, strict=True)]
@@ -207,5 +207,5 @@ def test_sampled_text_has_the_targets_distribution(kind, random_decoder, make_dr
         self.core.scheduler.max_batch = 32
 
     monkeypatch.setattr(Engine, "__init__", rewired)
-    check_sampled_text(target, source, 600, prompt=(1, 2, 3, 1, 2) if kind == "ngram" else (1, 2))
+    check_sampled_text(target, source, 400, prompt=(1, 2, 3, 1, 2) if kind == "ngram" else (1, 2))
     assert seen and all(any(key.drawing.inverse for key in blocks._blocks) for blocks in seen)

@@ -36,24 +36,24 @@ def engine_of(target, source, **options):
 
 @pytest.fixture(scope="module")
 def plain(target):
-    return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=50))]
+    return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=32))]
 
 
 @pytest.mark.parametrize("kind", ["ngram", "model", "exit", "head"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_greedy_text_equals_plain_decoding(target, sources, plain, kind, deterministic):
     engine = engine_of(target, sources[kind], deterministic=deterministic)
-    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=50))
+    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=32))
     assert [r.token_ids for r in results] == plain
     counts = [r.speculation for r in results]
     assert sum(m.from_text for m in counts) > 0 and sum(m.from_text_accepted for m in counts) > 0
     if kind == "ngram":
         assert all(m.proposed == m.from_text for m in counts) and engine.drafter_name == "ngram"
-        fixed = engine.generate(PROMPTS, SamplingParams(max_new_tokens=50, draft_length=5))
+        fixed = engine.generate(PROMPTS, SamplingParams(max_new_tokens=32, draft_length=5))
         assert [r.token_ids for r in fixed] == plain and max(len(r.speculation.proposed_at) for r in fixed) == 5
     else:
         assert sum(m.proposed for m in counts) > sum(m.from_text for m in counts), "both sources were used"
-        without = engine_of(target, sources[kind], ngrams=False).generate(PROMPTS, SamplingParams(max_new_tokens=50))
+        without = engine_of(target, sources[kind], ngrams=False).generate(PROMPTS, SamplingParams(max_new_tokens=32))
         assert [r.token_ids for r in without] == plain and not any(r.speculation.from_text for r in without)
     for pool in (engine.core.pool, engine.core.draft_pool):
         if pool is not None:
@@ -64,16 +64,16 @@ def test_greedy_text_equals_plain_decoding(target, sources, plain, kind, determi
 @pytest.mark.parametrize("kind", ["ngram", "model", "exit"])
 def test_a_batch_of_all_kinds_of_requests(target, sources, kind):
     params = [
-        SamplingParams(max_new_tokens=30),
-        SamplingParams(max_new_tokens=30, temperature=0.8, seed=5),
-        SamplingParams(max_new_tokens=30, temperature=0.8),
-        SamplingParams(max_new_tokens=30, seed=1, temperature=1.1, repetition_penalty=1.2, draft_length=2),
+        SamplingParams(max_new_tokens=20),
+        SamplingParams(max_new_tokens=20, temperature=0.8, seed=5),
+        SamplingParams(max_new_tokens=20, temperature=0.8),
+        SamplingParams(max_new_tokens=20, seed=1, temperature=1.1, repetition_penalty=1.2, draft_length=2),
     ]
     results = engine_of(target, sources[kind]).generate(PROMPTS, params)
     wanted = engine_of(target, None).generate(PROMPTS, params)
     for i in (0, 1, 3):
         assert results[i].token_ids == wanted[i].token_ids
-    assert all(len(r.token_ids) == 30 for r in results)
+    assert all(len(r.token_ids) == 20 for r in results)
     assert any(r.speculation.from_text for r in results)
 
 
@@ -87,8 +87,8 @@ def test_repeated_text_takes_few_steps(random_decoder):
     target = random_decoder(2, tie_word_embeddings=True)
     for layer in target.parameters():
         layer.zero_()
-    [result] = engine_of(target, NgramSource()).generate([[5, 6]], SamplingParams(max_new_tokens=200))
-    assert result.token_ids == [0] * 200
+    [result] = engine_of(target, NgramSource()).generate([[5, 6]], SamplingParams(max_new_tokens=100))
+    assert result.token_ids == [0] * 100
     m = result.speculation
     assert m.tokens_per_step > 8 and m.acceptance_rate > 0.9 and m.as_dict()["accepted_from_text"] == m.accepted
 
@@ -111,8 +111,8 @@ def test_caches_and_features_are_those_of_a_plain_pass(target, sources, kind):
     conversation = engine.core.open_sequence_state()
     found = 0
     for new in (PROMPTS[3], [2, 3, 5], [7, 7, 7, 7]):
-        found += engine.core.run(conversation, new, SamplingParams(max_new_tokens=25)).speculation.from_text
-    assert found > 10
+        found += engine.core.run(conversation, new, SamplingParams(max_new_tokens=20)).speculation.from_text
+    assert found > 3
     state, tokens = conversation.draft_state, conversation.token_ids
     decoder = engine.core.draft_model or target
     length = state.length

@@ -92,14 +92,14 @@ def reference_text(target, params, count):
 @pytest.mark.parametrize("options", PENALTIES, ids=str)
 def test_greedy_text_is_the_same_with_every_draft(pair, options):
     target, drafts = pair
-    wanted = reference_text(target, SamplingParams(**options), 24)
-    assert wanted != reference_text(target, SamplingParams(), 24)
+    wanted = reference_text(target, SamplingParams(**options), 16)
+    assert wanted != reference_text(target, SamplingParams(), 16)
     for name, draft in drafts.items():
-        params = SamplingParams(max_new_tokens=24, draft_length=0 if name == "none" else 4, **options)
+        params = SamplingParams(max_new_tokens=16, draft_length=0 if name == "none" else 4, **options)
         engine = Engine(target, draft=draft, page_size=16)
         [alone] = engine.generate([PROMPT], params)
         assert alone.token_ids == wanted, name
-        plain = SamplingParams(max_new_tokens=24, draft_length=params.draft_length)
+        plain = SamplingParams(max_new_tokens=16, draft_length=params.draft_length)
         assert engine.generate([PROMPT, PROMPT], [plain, params])[1].token_ids == wanted, "beside a request without penalties"
         if name == "itself":
             assert alone.speculation.acceptance_rate == 1, "draft and target see the same penalties"
@@ -111,10 +111,10 @@ def test_a_stop_of_the_draft_length_by_itself_meets_leaves_and_penalties(pair):
 
     costs = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (64, 1.02)), runs_last_draft=True)
     for options in PENALTIES:
-        wanted = reference_text(target, SamplingParams(**options), 24)
+        wanted = reference_text(target, SamplingParams(**options), 16)
         for draft in (drafts["other"], drafts["exit"]):
             engine = Engine(target, draft=draft, page_size=16, costs=costs)
-            assert engine.generate([PROMPT], SamplingParams(max_new_tokens=24, **options))[0].token_ids == wanted
+            assert engine.generate([PROMPT], SamplingParams(max_new_tokens=16, **options))[0].token_ids == wanted
 
 
 @pytest.mark.parametrize("options", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.5}], ids=str)
@@ -135,7 +135,7 @@ def test_the_token_after_a_leaf_is_penalised_for_the_leaf(options):
 def test_sampled_text_under_penalties_has_its_distribution(random_decoder, seeded, naive_probabilities, chi_square_p_value):
     shape = {"vocab_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     target, draft = random_decoder(3, **shape), random_decoder(4, **shape)
-    draws, options = 1500, {"repetition_penalty": 1.5, "frequency_penalty": 0.8, "presence_penalty": -0.5, "logit_bias": {2: 0.7}}
+    draws, options = 800, {"repetition_penalty": 1.5, "frequency_penalty": 0.8, "presence_penalty": -0.5, "logit_bias": {2: 0.7}}
     params = [
         SamplingParams(temperature=1.0, max_new_tokens=3, draft_length=2, seed=s if seeded else None, **options) for s in range(draws)
     ]

@@ -27,12 +27,12 @@ def check(engine):
             assert pool.num_free_pages == pool.max_pages
 
 
-def requests(draft, seeded, count=7):
+def requests(draft, seeded, count=6):
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 60) for _ in range(rng.randrange(3, 30))] for _ in range(count)]
     params = [
         SamplingParams(
-            max_new_tokens=40 + 6 * i,
+            max_new_tokens=24 + 4 * i,
             ignore_eos=True,
             draft_length=0 if draft == "none" else 2,
             frequency_penalty=0.4 if i == 2 else 0.0,
@@ -85,8 +85,8 @@ def test_a_request_interrupted_behind_whole_pages_has_nothing_to_run_again(targe
 
 
 def test_more_run_at_once_than_could_be_promised_their_longest(target):
-    params = SamplingParams(max_new_tokens=150, ignore_eos=True, stop_token_ids=())
-    engine, most = engine_of(target, None, pool_tokens=320), 0
+    params = SamplingParams(max_new_tokens=80, ignore_eos=True, stop_token_ids=())
+    engine, most = engine_of(target, None, pool_tokens=200), 0
 
     def watched(step=engine.core.scheduler.step):
         nonlocal most
@@ -97,7 +97,7 @@ def test_more_run_at_once_than_could_be_promised_their_longest(target):
 
     engine.core.scheduler.step = watched
     results = engine.generate([[3 + i] * 4 for i in range(6)], params)
-    assert most == 6 and all(r.new_tokens == 150 for r in results)
+    assert most == 6 and all(r.new_tokens == 80 for r in results)
     check(engine)
 
 
@@ -154,7 +154,7 @@ def test_quantised_pools_interrupt_too(target, monkeypatch):
     means = torch.randn(3, 2, 1, 32, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr("engine.engine.channel_means", lambda *_: means)
     engine = engine_of(target, None, pool_tokens=208, kv_cache_dtype="q4")
-    prompts, params = requests("none", seeded=False, count=4)
+    prompts, params = requests("none", seeded=False, count=6)
     results = engine.generate(prompts, params)
     assert engine.core.scheduler.preemptions and [r.new_tokens for r in results] == [p.max_new_tokens for p in params]
     check(engine)

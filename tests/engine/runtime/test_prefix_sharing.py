@@ -191,14 +191,14 @@ def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):
 def test_random_requests_over_a_small_pool(engine_of, draft, seed):
     """Requests that begin alike, in batches, with pages scarce: texts as without sharing, pages evicted, nothing lost."""
     draw = random.Random(seed)
-    ours = engine_of(draft, pool_tokens=416, max_batch=3)
+    ours = engine_of(draft, pool_tokens=288, max_batch=3)
     plain = engine_of(draft, prefix_sharing=False)
     stems = [[draw.randrange(3, 97) for _ in range(60)] for _ in range(4)]
-    for _ in range(9):
+    for _ in range(7):
         prompts = [draw.choice(stems)[: draw.randrange(1, 61)] + [draw.randrange(3, 97)] * draw.randrange(1, 9) for _ in range(3)]
         params = [
             SamplingParams(
-                max_new_tokens=draw.randrange(1, 24),
+                max_new_tokens=draw.randrange(1, 20),
                 draft_length=0 if draft == "none" else draw.choice([0, 2]),
                 ignore_eos=True,
                 seed=draw.choice([None, 5]),
@@ -208,6 +208,6 @@ def test_random_requests_over_a_small_pool(engine_of, draft, seed):
         assert [r.token_ids for r in ours.generate(prompts, params)] == [r.token_ids for r in plain.generate(prompts, params)]
         check(ours)
     metrics = ours.core.shared_prefixes.metrics
-    assert metrics.hits > 3 and metrics.evicted_pages > 20
+    assert metrics.hits > 3 and metrics.evicted_pages > 10
     ours.core.shared_prefixes.clear()
     assert ours.core.pool.num_unowned_pages == ours.core.pool.max_pages

@@ -34,20 +34,20 @@ def texts(engine, given, batch, **options):
     for start in range(0, len(given), batch):
         group = given[start : start + batch]
         seeds = [start + i if options.get("seeded", True) else None for i in range(len(group))]
-        params = [SamplingParams(max_new_tokens=14, seed=s, **{k: v for k, v in options.items() if k != "seeded"}) for s in seeds]
+        params = [SamplingParams(max_new_tokens=9, seed=s, **{k: v for k, v in options.items() if k != "seeded"}) for s in seeds]
         found += [r.token_ids for r in engine.generate(group, params)]
     return found
 
 
 @pytest.fixture(scope="module")
 def alone(decoder):
-    """`alone(deterministic=False, **options)` -> what the target says to each of `prompts(16)` without drafts and neighbours; made once."""
+    """`alone(deterministic=False, **options)` -> what the target says to each of `prompts(10)` without drafts and neighbours; made once."""
     made: dict[tuple, list] = {}
 
     def make(deterministic=False, **options):
         key = (deterministic, *sorted(options.items()))
         if key not in made:
-            made[key] = texts(Engine(decoder(1, 3), page_size=16, deterministic=deterministic), prompts(16), 1, draft_length=0, **options)
+            made[key] = texts(Engine(decoder(1, 3), page_size=16, deterministic=deterministic), prompts(10), 1, draft_length=0, **options)
         return made[key]
 
     return make
@@ -58,10 +58,10 @@ def alone(decoder):
 def test_a_seed_names_the_same_text_in_every_batch_and_with_every_draft_length(decoder, alone, kind, options):
     target = decoder(1, 3)
     draft = {"none": None, "model": decoder(2, 1), "exit": 1}[kind]
-    given = prompts(16)
+    given = prompts(10)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS)
-    for batch, length in ((16, 0),) if kind == "none" else ((1, "auto"), (3, 4), (16, "auto"), (16, 2)):
-        some = given[: 5 * batch]  # a prompt alone costs a pass a token: a few of them say it
+    for batch, length in ((10, 0),) if kind == "none" else ((1, "auto"), (3, 4), (10, "auto"), (10, 2)):
+        some = given[: 3 * batch]  # a prompt alone costs a pass a token: a few of them say it
         found = texts(engine, some, batch, draft_length=length, **options)
         assert found == alone(**options)[: len(some)], f"batches of {batch}, draft length {length}"
 
@@ -79,10 +79,10 @@ def test_a_seeded_request_repeats_beside_others_without_a_seed(decoder):
 def test_greedy_text_in_deterministic_mode_depends_on_no_batch_and_no_draft(decoder, alone, kind):
     target = decoder(1, 3)
     draft = {"none": None, "model": decoder(2, 1), "exit": 1}[kind]
-    given = prompts(16)
+    given = prompts(10)
     engine = Engine(target, draft=draft, page_size=16, costs=COSTS, deterministic=True)
-    for batch, length in ((1, 0 if kind == "none" else "auto"), (16, 0 if kind == "none" else 3)):
-        some = given[: 5 * batch]
+    for batch, length in ((1, 0 if kind == "none" else "auto"), (10, 0 if kind == "none" else 3)):
+        some = given[: 3 * batch]
         assert texts(engine, some, batch, draft_length=length, seeded=False) == alone(deterministic=True, seeded=False)[: len(some)]
 
 

@@ -27,7 +27,7 @@ def make_engine(random_decoder):
 
 @pytest.fixture(scope="module")
 def plain(make_engine):
-    return [r.token_ids for r in make_engine("none").generate(PROMPTS, SamplingParams(max_new_tokens=40))]
+    return [r.token_ids for r in make_engine("none").generate(PROMPTS, SamplingParams(max_new_tokens=25))]
 
 
 def counters(result):
@@ -39,13 +39,13 @@ def counters(result):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_equals_plain_decoding(make_engine, plain, kind, length):
     engine = make_engine(kind)
-    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=length))
+    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=25, draft_length=length))
     assert [r.token_ids for r in results] == plain
     if length != "auto":
         assert all(r.speculation.proposed > 0 for r in results)
     if kind == "itself" and length == 5:
         assert all(r.speculation.acceptance_rate == 1 for r in results)
-        assert results[0].speculation.steps == 7, "39 tokens after the first, 6 a step"
+        assert results[0].speculation.steps == 4, "24 tokens after the first, 6 a step"
     engine.core.pool.check_integrity()
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
     if engine.core.draft_pool is not None:
@@ -57,7 +57,7 @@ def test_greedy_text_equals_plain_decoding(make_engine, plain, kind, length):
 def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
     engine = make_engine(kind)
     params = [
-        SamplingParams(max_new_tokens=25, temperature=t, top_k=k, top_p=p, min_p=m, seed=s, draft_length=length)
+        SamplingParams(max_new_tokens=16, temperature=t, top_k=k, top_p=p, min_p=m, seed=s, draft_length=length)
         for t, k, p, m, s in ((1.0, 0, 1.0, 0.0, 1), (0.7, 12, 1.0, 0.0, 2), (1.4, 0, 0.8, 0.0, 3), (1.0, 20, 0.9, 0.05, 2**63 - 1))
     ]
     together = engine.generate(PROMPTS, params)
@@ -66,7 +66,7 @@ def test_equal_seeds_give_equal_text_in_any_batch(make_engine, kind, length):
         assert alone.token_ids == result.token_ids
         # an automatic draft length looks at the load, which changes the steps and not the text
         assert length == "auto" or counters(alone) == counters(result)
-    others = engine.generate(PROMPTS, [SamplingParams(max_new_tokens=25, temperature=1.0, seed=9, draft_length=length)] * 4)
+    others = engine.generate(PROMPTS, [SamplingParams(max_new_tokens=16, temperature=1.0, seed=9, draft_length=length)] * 4)
     assert [r.token_ids for r in together] != [r.token_ids for r in others]
 
 
@@ -108,10 +108,10 @@ def test_without_taps_nothing_is_kept(make_engine, kind):
 def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kind, cut):
     plain_engine, engine = make_engine("none"), make_engine(kind)
     engine.core.keep_features((1,), FeatureBuffer)
-    greedy = SamplingParams(max_new_tokens=40)
+    greedy = SamplingParams(max_new_tokens=30)
     whole = plain_engine.generate([PROMPTS[0]], greedy)[0].token_ids
     # the first token new to the text from a given place on, so that steps of 5 are cut at different places of a run
-    place = next(i for i in range(6 + cut, 40) if whole[i] not in whole[:i])
+    place = next(i for i in range(6 + cut, 30) if whole[i] not in whole[:i])
     stop = SamplingParams(max_new_tokens=40, stop_token_ids=(whole[place],), draft_length=4)
     used, reference = engine.core.open_sequence_state(), plain_engine.core.open_sequence_state()
     result = engine.core.run(used, PROMPTS[0], stop)
@@ -128,8 +128,8 @@ def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kin
     assert torch.allclose(kv, plain_engine.core.target.read_kv(reference.sequence, 0, used.sequence.length), atol=1e-4)
     # going on: the same text as a conversation that was never speculated, with and without new tokens in between
     for new in ([], [8, 1, 6]):
-        following = engine.core.run(used, new, SamplingParams(max_new_tokens=15, draft_length=4))
-        assert following.token_ids == plain_engine.core.run(reference, new, SamplingParams(max_new_tokens=15)).token_ids
+        following = engine.core.run(used, new, SamplingParams(max_new_tokens=10, draft_length=4))
+        assert following.token_ids == plain_engine.core.run(reference, new, SamplingParams(max_new_tokens=10)).token_ids
         assert following.reused_tokens == following.prompt_tokens - len(new) - 1
     engine.core.close_sequence_state(used)
     engine.core.pool.check_integrity()
@@ -139,7 +139,7 @@ def test_a_stop_inside_an_accepted_run_cuts_everything_together(make_engine, kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_numbers_are_cut_with_the_text(make_engine, kind):
     engine = make_engine(kind)
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=6, draft_length=4)
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, seed=6, draft_length=4)
     whole = engine.generate([PROMPTS[0]], params)[0].token_ids
     for length in (7, 9):
         shorter = SamplingParams(max_new_tokens=length, temperature=1.0, seed=6, draft_length=4)
@@ -156,13 +156,13 @@ def test_random_numbers_are_cut_with_the_text(make_engine, kind):
 def test_a_draft_with_a_shorter_context_and_a_smaller_vocabulary_only_stops_drafting(make_engine, random_decoder, plain):
     target = make_engine("none").core.target
     draft = random_decoder(5, max_position_embeddings=40, vocab_size=90)
-    results = Engine(target, draft=draft, page_size=16).generate(PROMPTS, SamplingParams(max_new_tokens=40, draft_length=4))
+    results = Engine(target, draft=draft, page_size=16).generate(PROMPTS, SamplingParams(max_new_tokens=25, draft_length=4))
     assert [r.token_ids for r in results] == plain
     assert results[3].speculation.proposed == 0 < results[0].speculation.proposed
 
 
 def test_deterministic_greedy_text_is_the_same_with_and_without_drafts(make_engine):
-    params = [SamplingParams(max_new_tokens=20, draft_length=k) for k in (0, 3)]
+    params = [SamplingParams(max_new_tokens=12, draft_length=k) for k in (0, 3)]
     texts = [
         [r.token_ids for r in make_engine(kind, deterministic=True).generate(PROMPTS, p)]
         for kind in ("none", "other", "exit-1")
