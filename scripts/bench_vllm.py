@@ -8,10 +8,10 @@
 Needs vLLM (docs/vllm.md). Every measurement of a returning prompt is a process of its own: one fills the store, the next one, started after it, answers
 the same prompts, each behind another short prompt that warms everything up. Prints one JSON object
 `{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "best_ttft_s", "stored_bytes",
-"raw_bytes", "ratio", "first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes", "fresh_equal",
-"equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s of the one that computed and kept the prompt, behind_s what
+"raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes", "stages_s",
+"fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s of the one that computed and kept the prompt, behind_s what
 coding took it behind all answers, stored_bytes of all files divided among the prompts by their tokens. fresh_equal: whether the process that kept the
-prompts gave the greedy text of the first mode; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
+prompts gave the greedy text of the first mode; stages_s: of all restores of the process; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
 which take turns once they have imported vLLM.
 
 --overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn:
@@ -73,7 +73,7 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
         return KVTransferConfig(
             kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config={"shared_storage_path": str(folder)}
         )
-    extra = {"store": str(folder), "quality": options.quality, "draft": options.draft}
+    extra = {"store": str(folder), "quality": options.quality, "draft": options.draft, "load": options.load}
     return our_connector(extra | ({} if options.pack is None else {"pack": options.pack}))
 
 
@@ -151,7 +151,11 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
         found["saved_all"] = worker.wait(options.wait_s)
         found |= {"behind_s": worker.metrics.save_s, "failures": worker.metrics.failures, "saved_tokens": worker.metrics.saved_tokens}
         found |= {"extra_weight_bytes": worker.passes.weight_bytes, "extra_cache_bytes": worker.passes.cache_bytes}
-        found |= {"restore_s": worker.metrics.restore_s, "restored_tokens": worker.metrics.restored_tokens}
+        found |= {
+            "restore_s": worker.metrics.restore_s,
+            "restored_tokens": worker.metrics.restored_tokens,
+            "stages_s": worker.metrics.stages_s,
+        }
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu:
         found |= {"peak_device_bytes": torch.cuda.max_memory_allocated(), "base_device_bytes": base_bytes}
@@ -217,11 +221,13 @@ def rows_of(
                 "raw_bytes": raw,
                 "ratio": raw / share if share else None,
                 "first_s": first["rows"][n]["ttft_s"],
+                "best_first_s": first["rows"][n]["best_ttft_s"],
                 "behind_s": first["behind_s"],
                 "extra_weight_bytes": later["extra_weight_bytes"],
                 "extra_cache_bytes": later["extra_cache_bytes"],
                 "peak_bytes": later["peak_bytes"],
                 "peak_device_bytes": later["peak_device_bytes"],
+                "stages_s": later.get("stages_s", {}),
                 "fresh_equal": first["rows"][n]["text"] == truth["rows"][n]["text"],
                 "equal_tokens": same_beginning(found["text"], truth["rows"][n]["text"]),
             }
@@ -464,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1, help="times that a prompt is answered, vLLM's own cache emptied in between")
     parser.add_argument("--wait-s", type=float, default=300.0, help="how long coding is waited for behind the answers")
     parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of a GPU's memory that vLLM takes")
+    parser.add_argument("--load", default="within", choices=("auto", "within", "beside"), help="the connector's option (auto may decline)")
     parser.add_argument("--together", action="store_true", help="start all processes at once; they take turns")
     parser.add_argument("--overhead", type=int, default=0, metavar="ROUNDS", help="compare the throughput of requests that miss")
     parser.add_argument("--damage", type=int, default=0, metavar="REQUESTS", help="answer from a store that is damaged at random")

@@ -6,6 +6,7 @@ sinks, which are never coded with loss, are kept as the engine computed them, on
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import OrderedDict, deque
@@ -23,6 +24,7 @@ from codec.errors import CodecError, CorruptedCode
 from codec.pages import EntropyDecoded, LayerRows
 from codec.serialize import Features, KvSerializer
 from codec.spec import NUM_SINKS, QUALITIES
+from engine.connectors.pace import Pace, Yielding
 from engine.connectors.passes import CodedModel, FeaturePasses, TextState
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import Fields
@@ -33,12 +35,10 @@ from kernels.rope import apply_rope
 
 Ready = Callable[[], None]
 CHUNK_TOKENS = 16 * RUN_TOKENS
-_PATIENCE_S = 2.0  # how long a busy engine is waited for before a run is coded beside its steps
-_QUIET_S = 0.05  # without a step for so long, an engine counts as idle
 _TAIL_S = 1.0  # less than a run waits so long for more of its text
 LOADS = ("auto", "within", "beside")
 """Where a restore runs: within the step that computes the rest, which other requests then wait for; or beside the steps of others, while its request
-waits. "auto": beside where other requests run."""
+waits. "auto": beside where other requests run, and not at all where computing has been measured to be faster (`engine.connectors.rates`)."""
 _MAX_RESTORED = 200_000  # pages whose keys are remembered
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,8 +48,8 @@ class StoreOptions:
     """What a user says of the store and its codec.
 
     store: folder. store_bytes: its limit. draft, pack: as of `CodedModel.open`. quality: of `codec.spec.QUALITIES`. namespace: of requests without a
-    cache salt. min_tokens: fewer are computed, not restored. save: whether new text is kept. load: of `LOADS`, where a restore runs.
-    queue_bytes: raw keys and values that wait to be coded.
+    cache salt. min_tokens: fewer are computed, not restored. save: whether new text is kept. save_share: of the time that coding may run for while the
+    engine is at work. load: of `LOADS`, where a restore runs. queue_bytes: raw keys and values that wait to be coded.
     feature_tokens: tokens that the first layers' caches are kept of.
     """
 
@@ -61,6 +61,7 @@ class StoreOptions:
     namespace: str = "default"
     min_tokens: int = 256
     save: bool = True
+    save_share: float = 0.04
     load: str = "auto"
     queue_bytes: int = 1 << 30
     feature_tokens: int = 65_536
@@ -90,6 +91,7 @@ class StoreOptions:
             namespace=fields.text("namespace", cls.namespace) or cls.namespace,
             min_tokens=fields.integer("min_tokens", 1, 1 << 30, cls.min_tokens),
             save=fields.boolean("save", cls.save),
+            save_share=fields.number("save_share", 0.0, 1.0, cls.save_share),
             load=load,
             queue_bytes=fields.integer("queue_bytes", 0, 1 << 50, cls.queue_bytes),
             feature_tokens=fields.integer("feature_tokens", RUN_TOKENS, 1 << 30, cls.feature_tokens),
@@ -205,10 +207,12 @@ class _Text:
 
 @dataclass
 class WorkerMetrics:
-    """restored_tokens, restore_s: into pages. saved_tokens, saved_bytes, save_s: coded and stored. failures: restores that were given up."""
+    """restored_tokens, restore_s: into pages. saved_tokens, saved_bytes, save_s: coded and stored. failures: restores that were given up. stages_s:
+    what the parts of all restores took the thread that asked for them."""
 
     restored_tokens: int = 0
     restore_s: float = 0.0
+    stages_s: dict[str, float] = field(default_factory=dict)
     saved_tokens: int = 0
     saved_bytes: int = 0
     save_s: float = 0.0
@@ -279,9 +283,12 @@ class PrefixWorker:
         self._restored: OrderedDict[bytes, None] = OrderedDict()
         self._said: set[str] = set()
         self._models, self._queue = threading.RLock(), threading.Condition()
-        self._waiting_bytes, self._stepped, self._closing, self._working = 0, 0.0, False, False
+        self.pace = Pace(self.options.save_share)
+        self._waiting_bytes, self._closing, self._working = 0, False, False
         self._thread: threading.Thread | None = None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+        self._coding_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._reader = ThreadPoolExecutor(1, "foretold-reader")  # entropy decoding, beside the passes that make features
 
     # --- texts ----------------------------------------------------------------------------------------------------------
@@ -326,10 +333,6 @@ class PrefixWorker:
         if text is not None:
             text.lost = True
 
-    def stepped(self) -> None:
-        """The engine is at work: coding waits a little."""
-        self._stepped = time.monotonic()
-
     def _on_stream(self) -> AbstractContextManager[Any]:
         """Work goes to the stream of this worker, not to the engine's; nothing on a CPU."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -364,6 +367,7 @@ class PrefixWorker:
         What is stored was checked when this returns. Raises the codec's errors and the engine's.
         """
         text, began = self._texts[name], time.perf_counter()
+        marks = [("", began)]
         page, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
         root, known = root_key(self.index.identity(text.namespace)), text.token_ids[: last * PAGE_TOKENS]
         found = self.index.store.lookup(root, known, page)
@@ -378,19 +382,26 @@ class PrefixWorker:
                 return None
             sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape)).to(self.device)
         spans = found.spans[: last - page]
+        marks.append(("look up", time.perf_counter()))
         reading = self._reader.submit(self._entropy_decoded, spans) if self.device.type == "cpu" else None
         parts = [] if reading is not None else self.serializer.pages.start(spans)
+        marks.append(("begin to decode", time.perf_counter()))
         skipped = span_bounds(page)[0] - page * PAGE_TOKENS
         try:
             features, first = self._features(text, page, last, skipped)
         finally:
             if reading is not None:
                 parts = reading.result()
+        marks.append(("features", time.perf_counter()))
         rows = self.serializer.decode_layers(parts, features)
+        marks.append(("components", time.perf_counter()))
         positions = torch.arange(page * PAGE_TOKENS, last * PAGE_TOKENS, device=self.device)
         self._remember(PageKeys(root, known)[page:last])
         self.index.store.touch(found.keys)
         self.metrics.restored_tokens += end - start
+        marks.append(("remember", time.perf_counter()))
+        for (_, before), (stage, after) in itertools.pairwise(marks):
+            self.metrics.stages_s[stage] = self.metrics.stages_s.get(stage, 0.0) + after - before
         self.metrics.restore_s += time.perf_counter() - began
         angles = self.rotation.angles(positions)
         return Restored(start, end, page * PAGE_TOKENS, skipped, first, rows, sinks, angles)
@@ -493,11 +504,17 @@ class PrefixWorker:
     def wait(self, timeout_s: float) -> bool:
         """Until all that was handed over is stored; False when the time was too short."""
         until = time.monotonic() + timeout_s
+        try:
+            return self._waited(until)
+        finally:
+            self.pace.rush(False)
+
+    def _waited(self, until: float) -> bool:
         while time.monotonic() < until:
             with self._queue:
                 if not self._working and not any(text.waits for text in self._texts.values()):
                     return True
-                self._stepped = 0.0
+                self.pace.rush()
                 self._queue.notify_all()
             time.sleep(0.01)
         return False
@@ -505,6 +522,7 @@ class PrefixWorker:
     def close(self, timeout_s: float = 60.0) -> bool:
         """`wait`, end the thread and close the store."""
         done = self.wait(timeout_s) if self._thread is not None else True
+        self.pace.rush()
         with self._queue:
             self._closing = True
             self._queue.notify_all()
@@ -522,9 +540,9 @@ class PrefixWorker:
                     return
                 now = time.monotonic()
                 waiting = (t for t in self._texts.values() if t.waits)
-                text = next((t for t in waiting if t.is_due or now - min(t.since, self._stepped) > _TAIL_S), None)
-                if text is None or (now - self._stepped < _QUIET_S and now - text.since < _PATIENCE_S):
-                    self._queue.wait(0.2 if text is None else _QUIET_S)
+                text = next((t for t in waiting if t.is_due or now - t.since > _TAIL_S or self.pace.is_rushed), None)
+                if text is None:
+                    self._queue.wait(0.2)
                     continue
                 self._working = True
                 sinks, text.sinks = text.sinks, None
@@ -537,8 +555,7 @@ class PrefixWorker:
                 for _, ready in pages:
                     ready()
                 if pages:
-                    with self._on_stream():
-                        self._keep_run(text, [kv for kv, _ in pages])
+                    self._keep_run(text, [kv for kv, _ in pages])
             except (ForetoldError, CodecError, OSError, MemoryError) as error:
                 text.lost = True
                 self._once("save", f"a text could not be kept in the store: {error}")
@@ -564,14 +581,15 @@ class PrefixWorker:
         first = text.run + len(text.spans)
         start, end = first * PAGE_TOKENS, (first + len(pages)) * PAGE_TOKENS
         store = self.index.store
-        with self._models:  # not while it is coded, which takes longer than a request should wait
+        self.pace.wait()
+        with self._models, self._on_stream():  # not while it is coded, which takes longer than a request should wait
             features = self.passes.run(self._run_to(text, start), text.token_ids[start:end])
         skipped = span_bounds(first)[0] - start
-        positions = torch.arange(start, end, device=self.device)[skipped:]
-        kv = torch.cat(list(pages))[skipped:, self.first_layer :]
         sizes = [b - a for a, b in map(span_bounds, range(first, first + len(pages)))]
-        rows = self.serializer.join(kv, positions)
-        spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
+        with self._beside_steps(features):
+            positions = torch.arange(start, end, device=self.device)[skipped:]
+            rows = self.serializer.join(torch.cat(list(pages))[skipped:, self.first_layer :], positions)
+            spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
         text.spans += spans
         report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run)
         if not report.whole:
@@ -581,6 +599,18 @@ class PrefixWorker:
         self.metrics.saved_tokens += end - start
         self.metrics.saved_bytes += sum(map(len, spans))
         self.metrics.save_s += time.perf_counter() - began
+
+    @contextmanager
+    def _beside_steps(self, features: Features) -> Iterator[None]:
+        """Coding yields to steps, and on a GPU goes to a stream of its own, after what made the features; under no lock."""
+        stream = self._coding_stream
+        if stream is not None and self._stream is not None:
+            stream.wait_stream(self._stream)
+            for rows in features:
+                if rows is not None:
+                    rows.record_stream(stream)
+        with nullcontext() if stream is None else torch.cuda.stream(stream), Yielding(self.pace):
+            yield
 
     def _make_room(self, tokens: int, text: _Text) -> None:
         """Free the caches of other texts, the oldest first, until so many tokens fit; under the lock of the models."""

@@ -7,22 +7,29 @@ them. docs/vllm.md says how it is used; written for vLLM 0.32.
 
 from __future__ import annotations
 
+import functools
+import os
+import platform
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm import __version__ as vllm_version
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
 
 from codec.layouts import PackedKv, PagedKv
 from codec.spec import NUM_SINKS
+from engine.connectors.copies import BlockCopies
 from engine.connectors.passes import CodedModel
 from engine.connectors.prefixes import PrefixIndex, PrefixWorker, Restored, StoreOptions
+from engine.connectors.rates import open_rates
 from engine.errors import InvalidOption
 from engine.hub.resolve import resolve_model
 from engine.store.runs import PAGE_TOKENS
@@ -30,6 +37,8 @@ from engine.store.runs import PAGE_TOKENS
 logger = init_logger(__name__)
 
 _CLOSE_S = 60.0
+_PROMPT_TOKENS = 64  # scheduled of a request: fewer are an answer's, or a prompt's last ones
+_COPY_BYTES = 256 << 20  # page-locked memory, at least
 _IDLE_S = 0.002
 _MOST_TRIES = 3  # restores of a request that was preempted, or whose blocks could not be filled: then it is computed
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$")
@@ -38,8 +47,8 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn$")
 @dataclass
 class RequestStep:
     """A request's part in a step. token_ids: from `first_token` on, what the worker has not been told. block_ids: all of the request's, or those after
-    the ones told before where `appended`. load: tokens [start, end) to be restored, or None. computed: tokens whose KV lies in the blocks after the
-    step."""
+    the ones told before where `appended`. load: tokens [start, end) to be restored, or None. scheduled: tokens that the step computes. computed: tokens
+    whose KV lies in the blocks after the step."""
 
     name: str
     namespace: str
@@ -48,6 +57,7 @@ class RequestStep:
     block_ids: list[int]
     appended: bool
     load: tuple[int, int] | None
+    scheduled: int
     computed: int
 
 
@@ -73,6 +83,30 @@ class _Tracked:
     load: int = 0
     blocks: list[int] = field(default_factory=list)
     tries: int = 0
+
+
+@dataclass(eq=False)
+class _Timed:
+    """A step whose seconds are measured. kind: of `engine.connectors.rates`. tokens, start: computed or restored, after how many. began, ended: of
+    `ForetoldConnector._now`; ended is None while it runs."""
+
+    kind: str
+    tokens: int
+    start: int
+    began: Any
+    ended: Any = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its seconds are known, or never will be: another step has begun before it ended."""
+        return self.ended is None or isinstance(self.ended, float) or bool(self.ended.query())
+
+    @property
+    def seconds(self) -> float:
+        """From beginning to end."""
+        if isinstance(self.ended, float):
+            return float(self.ended - self.began)
+        return float(self.began.elapsed_time(self.ended)) / 1e3
 
 
 @dataclass(eq=False)
@@ -144,6 +178,10 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         self._lock = threading.Condition()  # of the loader's results
         self._num_loading, self._is_idle = 0, False
         self._layerwise = _waits_for_layers(vllm_config)
+        self._step_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+        self.rates = open_rates(_machine(vllm_config, index))
+        self._timing: list[_Timed] = []  # steps whose seconds are being measured
+        self._copies: BlockCopies | None = None  # of a GPU whose pages no other rank codes
         if role == KVConnectorRole.WORKER:
             self.rank = get_tensor_model_parallel_rank() if self.ranks > 1 else 0
             device = torch.device(vllm_config.device_config.device_type or "cpu")
@@ -157,7 +195,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
     # --- scheduler ------------------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Whole blocks that the store holds after those that vLLM has; they are restored within the step that runs the rest."""
+        """What the store holds after what vLLM has, where restoring it is worth its time; restored within the step that runs the rest, or before."""
         tracked = self._requests.get(request.request_id)
         if not _is_served(request) or not _wants_restore(request) or (tracked is not None and tracked.tries >= _MOST_TRIES):
             return 0, False
@@ -167,6 +205,10 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:  # a lookup never costs a request its answer
             logger.warning_once(f"ForetoldConnector: the store cannot be asked: {error}")
             return 0, False
+        if found and self.index.options.load == "auto":
+            self.rates.refresh()
+            if not self.rates.restoring_pays(found, num_computed_tokens, self._step_tokens):
+                return 0, False
         return found, found > 0 and self._waits(request)
 
     def _waits(self, request: Any) -> bool:
@@ -215,7 +257,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         load = (computed - tracked.load, computed) if tracked.load else None
         tracked.load = 0
         known = min(computed + scheduled, tracked.told)
-        return RequestStep(name, tracked.namespace, first, fresh, list(block_ids), appended, load, known)
+        return RequestStep(name, tracked.namespace, first, fresh, list(block_ids), appended, load, scheduled, known)
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks are free at once: filled pages have been copied."""
@@ -238,7 +280,15 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
                 f"vLLM has pages of layers {sorted(numbered)}, the model {config.num_layers} layers", "use a plain decoder model"
             )
         layers = [numbered[n] for n in range(config.num_layers)]
-        self.pages = pages_of(layers, config.num_kv_heads // self.ranks, config.head_dim, self.block_tokens)
+        heads, width = config.num_kv_heads // self.ranks, config.head_dim
+        self.pages = pages_of(layers, heads, width, self.block_tokens)
+        options, device = self.worker.options, layers[0].device
+        if device.type == "cuda" and options.save and self.ranks == 1 and PAGE_TOKENS % self.block_tokens == 0:
+            token_bytes = 2 * sum(layer[:1].nbytes for layer in self.pages.keys) // self.block_tokens
+            room = min(options.queue_bytes, max(_COPY_BYTES, 2 * self._step_tokens * token_bytes))
+            pair = _pair_axis(list(layers[0].shape))
+            views = functools.partial(views_of, num_kv_heads=heads, head_dim=width, block_tokens=self.block_tokens, pair=pair)
+            self._copies = BlockCopies(layers, 1 if pair == 0 else 0, views, room)
         logger.info("ForetoldConnector: %.0f MiB of weights for predictions", self.worker.passes.weight_bytes / 2**20)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -248,7 +298,11 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         if worker is None or not isinstance(meta, StepMetadata):
             return
         self._is_idle = meta.is_idle
-        worker.stepped()
+        if not meta.is_idle:
+            worker.pace.began(prompt=any(step.scheduled >= _PROMPT_TOKENS or step.load is not None for step in meta.steps))
+        if self._copies is not None:
+            self._copies.before_writes()
+        self._time(meta)
         for name in meta.ended:
             worker.end(name)
             self._blocks.pop(name, None)
@@ -350,6 +404,8 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests that waited and are restored, or whose blocks were reported."""
+        if self.worker is not None and not self._is_idle:
+            self.worker.pace.ended()
         with self._lock:
             if self._is_idle and self._num_loading and not self._loaded:  # vLLM asks without a pause while nothing runs
                 self._lock.wait(_IDLE_S)
@@ -369,25 +425,26 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         worker = self.worker
         if worker is None or self.pages is None:
             return
+        if self._timing and self._timing[-1].ended is None:
+            self._timing[-1].ended = self._now()
         for load in self._loads:  # a pass that did not wait for its layers has read what was not there
             self._fail(worker, load.step.name, load.blocks, load.restored.start, load.restored.end)
         self._loads = []
         for name, first, last, sinks in self._agreed(worker):
             try:
-                blocks, dtype = self._blocks[name], self.pages.keys[0].dtype
+                blocks = self._blocks[name]
                 if first < last:
-                    rows, ready = self._gathered(self.pages.read(blocks, first * PAGE_TOKENS, last * PAGE_TOKENS), dtype)
+                    rows, ready = self._to_host(blocks, first * PAGE_TOKENS, last * PAGE_TOKENS)
                     for page in rows.split(PAGE_TOKENS) if self.rank == 0 else ():
                         worker.keep(name, page, ready)
                 if sinks:
-                    rows, ready = self._gathered(self.pages.read(blocks, 0, NUM_SINKS), dtype)
+                    rows, ready = self._to_host(blocks, 0, NUM_SINKS)
                     if self.rank == 0:
                         worker.keep_sinks(name, rows, ready)
             except Exception as error:
                 worker.give_up(name)
                 logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
         self._computed = []
-        worker.stepped()
 
     def _agreed(self, worker: PrefixWorker) -> list[tuple[str, int, int, bool]]:
         """Requests, their pages [first, last) to be kept and whether their sinks are: as the first rank sees it, which codes for all."""
@@ -408,15 +465,40 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
                     logger.warning_once(f"ForetoldConnector: a request is not kept: {type(error).__name__}: {error}")
         return found if self.ranks == 1 else get_tp_group().broadcast_object(found, src=0)
 
-    def _gathered(self, kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Keys and values of all heads on the first rank's host, and what waits until they are there."""
-        rows, ready = _to_host(kv, dtype)
+    def _to_host(self, blocks: Sequence[int], start: int, end: int) -> tuple[torch.Tensor, Callable[[], Any]]:
+        """Tokens of all heads, [T, L, 2, G, d] on the first rank's host, and what waits until they are there. On one GPU nothing is waited for here."""
+        assert self.pages is not None
+        if self._copies is not None:
+            return self._copies.copy(blocks, start, end)
+        rows = self.pages.read(blocks, start, end).to("cpu", self.pages.keys[0].dtype)
         if self.ranks == 1:
-            return rows, ready
-        ready()
+            return rows, lambda: None
         parts = [torch.empty_like(rows) for _ in range(self.ranks)] if self.rank == 0 else None
         torch.distributed.gather(rows, parts, dst=get_tp_group().ranks[0], group=get_tp_group().cpu_group)
         return (rows if parts is None else torch.cat(parts, 3)), lambda: None
+
+    def _now(self) -> Any:
+        """A time: of the device's current stream where there is a GPU, which nothing waits for."""
+        assert self.worker is not None
+        if self.worker.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _time(self, meta: StepMetadata) -> None:
+        """Take the seconds of earlier steps down, and begin to measure this one where it serves one prompt alone."""
+        while self._timing and self._timing[0].is_over:
+            timed = self._timing.pop(0)
+            if timed.ended is not None and self.rank == 0:
+                self.rates.add(timed.kind, timed.tokens, timed.start, timed.seconds)
+        if len(meta.steps) != 1 or meta.loads or self._num_loading:
+            return
+        step = meta.steps[0]
+        if step.load is not None:
+            self._timing.append(_Timed("restore", step.load[1] - step.load[0], step.load[0], self._now()))
+        elif step.scheduled >= _PROMPT_TOKENS:
+            self._timing.append(_Timed("compute", step.scheduled, step.computed - step.scheduled, self._now()))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be restored since the last call."""
@@ -428,6 +510,8 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         """Code what waits, for at most a minute, and close the store."""
         if self._loader is not None:
             self._loader.shutdown()
+        if self._copies is not None:
+            self._copies.close()
         if self.worker is not None:
             self.worker.close(_CLOSE_S)
             self.worker = None
@@ -451,13 +535,14 @@ def _wants_restore(request: Any) -> bool:
     return not (getattr(request, "skip_reading_prefix_cache", False) or (isinstance(params, Mapping) and params.get("restore") is False))
 
 
-def _to_host(kv: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Callable[[], None]]:
-    """A copy on the host that no step waits for, and what waits until it is there."""
-    if kv.device.type != "cuda":
-        return kv.to("cpu", dtype), lambda: None
-    rows = torch.empty(kv.shape, dtype=dtype, device="cpu", pin_memory=True)
-    rows.copy_(kv.to(dtype), non_blocking=True)
-    return rows, torch.cuda.current_stream(kv.device).record_event().synchronize
+def _machine(vllm_config: Any, index: PrefixIndex) -> list[object]:
+    """What the seconds of steps depend on."""
+    kind = vllm_config.device_config.device_type or "cpu"
+    device = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.processor()} {platform.machine()}"
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    threads = os.environ.get("OMP_NUM_THREADS"), os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    place = [device, platform.node(), threads, torch.__version__, vllm_version, str(model.dtype), bool(model.enforce_eager)]
+    return [*place, int(parallel.tensor_parallel_size), index.options.quality, index.model.pack.digest, sorted(index.model.prints.items())]
 
 
 def _waits_for_layers(vllm_config: Any) -> bool:
@@ -477,22 +562,41 @@ def pages_of(layers: Sequence[torch.Tensor], num_kv_heads: int, head_dim: int, b
     Raises:
         InvalidOption: another shape.
     """
-    shape, on_cpu = list(layers[0].shape), layers[0].device.type == "cpu"
+    shape = list(layers[0].shape)
+    if layers[0].device.type != "cpu":
+        return views_of(layers, num_kv_heads, head_dim, block_tokens)
     if shape[1:] == [num_kv_heads, block_tokens, 2 * head_dim]:
-        if not on_cpu:
-            halves = [[part.transpose(1, 2) for part in layer.split(head_dim, -1)] for layer in layers]
-            return PagedKv([keys for keys, _ in halves], [values for _, values in halves])
         views = [layer.view(shape[0], num_kv_heads, 2 * block_tokens, head_dim).chunk(2, 2) for layer in layers]
         return _packed([keys for keys, _ in views], [values for _, values in views])
+    if len(shape) == 5 and shape[2:] == [num_kv_heads, block_tokens, head_dim] and 2 in shape[:2]:
+        pair = 0 if shape[0] == 2 else 1
+        return _packed(*([layer.select(pair, half) for layer in layers] for half in (0, 1)))
+    raise _unknown(shape)
+
+
+def _pair_axis(shape: Sequence[int]) -> int | None:
+    """The axis of a layer's pages that tells keys from values; None where they share rows."""
+    return None if len(shape) != 5 else 0 if shape[0] == 2 else 1
+
+
+def views_of(layers: Sequence[torch.Tensor], num_kv_heads: int, head_dim: int, block_tokens: int, pair: int | None = None) -> PagedKv:
+    """As `pages_of`, of the order in which a GPU's backends keep a page. pair: of `_pair_axis`, where the number of pages may be 2, too.
+
+    Raises InvalidOption: another shape.
+    """
+    shape = list(layers[0].shape)
+    if shape[1:] == [num_kv_heads, block_tokens, 2 * head_dim]:
+        halves = [[part.transpose(1, 2) for part in layer.split(head_dim, -1)] for layer in layers]
+        return PagedKv([keys for keys, _ in halves], [values for _, values in halves])
     inner = ([block_tokens, num_kv_heads, head_dim], [num_kv_heads, block_tokens, head_dim])
     if len(shape) == 5 and shape[2:] in inner and 2 in shape[:2]:
-        pair = 0 if shape[0] == 2 else 1
         heads_first = shape[2:] == inner[1] and inner[0] != inner[1]
-        if not on_cpu:
-            return PagedKv.joined(layers, pair=pair, heads_first=heads_first)
-        if heads_first:
-            return _packed(*([layer.select(pair, half) for layer in layers] for half in (0, 1)))
-    raise InvalidOption(f"vLLM's pages have the shape {shape}, which is not known", "use a version that docs/vllm.md names")
+        return PagedKv.joined(layers, pair=0 if (_pair_axis(shape) if pair is None else pair) == 0 else 1, heads_first=heads_first)
+    raise _unknown(shape)
+
+
+def _unknown(shape: Sequence[int]) -> InvalidOption:
+    return InvalidOption(f"vLLM's pages have the shape {list(shape)}, which is not known", "use a version that docs/vllm.md names")
 
 
 def _packed(keys: list[torch.Tensor], values: list[torch.Tensor]) -> PackedKv:
