@@ -1,6 +1,6 @@
 """The connector inside vLLM: a returning prompt after a restart, what it costs requests that miss, and damage to its store.
 
-    VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,8000] [--modes plain,raw,foretold]
+    VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,8000] [--modes plain,raw,foretold,auto]
         [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together] [--json-out FILE]
     ... --model FOLDER --overhead ROUNDS
     ... --damage REQUESTS
@@ -8,10 +8,11 @@
 Needs vLLM (docs/vllm.md). Every measurement of a returning prompt is a process of its own: one fills the store, the next one, started after it, answers
 the same prompts, each behind another short prompt that warms everything up. Prints one JSON object
 `{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "best_ttft_s", "stored_bytes",
-"raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes", "stages_s",
-"fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s of the one that computed and kept the prompt, behind_s what
+"raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes",
+"stages_s", "fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s and best_first_s of the one that
+computed and kept the prompt, stages_s of all restores of the process, behind_s what
 coding took it behind all answers, stored_bytes of all files divided among the prompts by their tokens. fresh_equal: whether the process that kept the
-prompts gave the greedy text of the first mode; stages_s: of all restores of the process; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
+prompts gave the greedy text of the first mode; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
 which take turns once they have imported vLLM.
 
 --overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn:
@@ -40,7 +41,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-MODES = ("plain", "raw", "foretold")
+MODES = ("plain", "raw", "foretold", "auto")
 ROOT = Path(__file__).resolve().parents[1]
 _WARM_TOKENS = 400
 
@@ -73,7 +74,8 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
         return KVTransferConfig(
             kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config={"shared_storage_path": str(folder)}
         )
-    extra = {"store": str(folder), "quality": options.quality, "draft": options.draft, "load": options.load}
+    load = "auto" if options.mode == "auto" else "within"
+    extra = {"store": str(folder), "quality": options.quality, "draft": options.draft, "load": load}
     return our_connector(extra | ({} if options.pack is None else {"pack": options.pack}))
 
 
@@ -135,7 +137,8 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     base_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     rows = []
     for ids in prompts:
-        one, taken = SamplingParams(max_tokens=1, temperature=0), []
+        extra = {"kv_transfer_params": {"restore": False}} if options.compute else None
+        one, taken = SamplingParams(max_tokens=1, temperature=0, extra_args=extra), []
         for number in range(options.repeats):
             if number:
                 llm.reset_prefix_cache()
@@ -143,10 +146,10 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
             out = llm.generate([{"prompt_token_ids": ids}], one, use_tqdm=False)[0]
             taken.append((time.perf_counter() - began, time.process_time() - before, out.num_cached_tokens or 0))
         row = {"ttft_s": taken[0][0], "ttft_cpu_s": taken[0][1], "best_ttft_s": min(taken)[0], "cached": taken[0][2]}
-        more = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
+        more = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True, extra_args=extra)
         rows.append(row | {"text": list(llm.generate([{"prompt_token_ids": ids}], more, use_tqdm=False)[0].outputs[0].token_ids)})
     found |= {"rows": rows[1:], "behind_s": 0.0, "extra_weight_bytes": 0, "extra_cache_bytes": 0, "peak_device_bytes": 0}
-    if options.mode == "foretold":
+    if options.mode in ("foretold", "auto"):
         worker = get_kv_transfer_group().worker
         found["saved_all"] = worker.wait(options.wait_s)
         found |= {"behind_s": worker.metrics.save_s, "failures": worker.metrics.failures, "saved_tokens": worker.metrics.saved_tokens}
@@ -166,10 +169,10 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
 class Process:
     """`answer` in a new process, which begins when `finish` is called, or has imported vLLM by then."""
 
-    def __init__(self, arguments: list[str], mode: str, folder: Path, name: str) -> None:
+    def __init__(self, arguments: list[str], mode: str, kind: str, folder: Path, name: str) -> None:
         self._out, self._gate = folder.parent / f"{name}.json", folder.parent / f"{name}.go"
         self._command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--mode", mode, "--folder", str(folder)]
-        self._command += ["--answer-to", str(self._out), "--gate", str(self._gate)]
+        self._command += ["--answer-to", str(self._out), "--gate", str(self._gate), *(["--compute"] if kind == "first" else [])]
         self._log = folder.parent / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -242,18 +245,21 @@ def returning(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
     raw_token_bytes = 2 * 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
+    first: dict[str, Any] = {}
     truth: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as scratch:
-        turns = [(mode, kind) for mode in options.modes for kind in (("first",) if mode == "plain" else ("first", "later"))]
-        folders = {mode: Path(scratch) / mode for mode in options.modes}
+        kinds = {"plain": ("first",), "auto": ("later",)}
+        turns = [(mode, kind) for mode in options.modes for kind in kinds.get(mode, ("first", "later"))]
+        folders = {mode: Path(scratch) / ("foretold" if mode == "auto" else mode) for mode in options.modes}
         for folder in folders.values():
-            folder.mkdir()
-        processes = {(mode, kind): Process(given, mode, folders[mode], f"{mode}-{kind}") for mode, kind in turns}
+            folder.mkdir(exist_ok=True)
+        processes = {(mode, kind): Process(given, mode, kind, folders[mode], f"{mode}-{kind}") for mode, kind in turns}
         try:
             for process in processes.values() if options.together else ():
                 process.start()
             for mode in options.modes:
-                first = found = processes[mode, "first"].finish()
+                if (mode, "first") in processes:
+                    first = found = processes[mode, "first"].finish()
                 truth = truth or first
                 if (mode, "later") in processes:
                     found = processes[mode, "later"].finish()
@@ -470,7 +476,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1, help="times that a prompt is answered, vLLM's own cache emptied in between")
     parser.add_argument("--wait-s", type=float, default=300.0, help="how long coding is waited for behind the answers")
     parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of a GPU's memory that vLLM takes")
-    parser.add_argument("--load", default="within", choices=("auto", "within", "beside"), help="the connector's option (auto may decline)")
     parser.add_argument("--together", action="store_true", help="start all processes at once; they take turns")
     parser.add_argument("--overhead", type=int, default=0, metavar="ROUNDS", help="compare the throughput of requests that miss")
     parser.add_argument("--damage", type=int, default=0, metavar="REQUESTS", help="answer from a store that is damaged at random")
@@ -480,6 +485,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json-out", type=Path)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--compute", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer-to", type=Path, help=argparse.SUPPRESS)
@@ -487,6 +493,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     if unknown := set(options.modes) - set(MODES):
         parser.error(f"unknown mode {sorted(unknown)[0]!r} (choose from {', '.join(MODES)})")
+    if "auto" in options.modes and "foretold" not in options.modes[: options.modes.index("auto")]:
+        parser.error("the mode auto reads foretold's store (name foretold before it)")
     if min(options.tokens) < 256:
         parser.error("prompts of fewer than 256 tokens are not restored (give longer ones)")
     if options.overhead < 0 or options.damage < 0 or options.new_tokens < 1 or options.repeats < 1:
