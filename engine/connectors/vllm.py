@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -153,6 +154,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _shield_compiler()
         check_supported(vllm_config, kv_cache_config)
         index = open_index(vllm_config)
         self.ranks = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -508,6 +510,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Code what waits, for at most a minute, and close the store."""
+        _shield_compiler()
         if self._loader is not None:
             self._loader.shutdown()
         if self._copies is not None:
@@ -533,6 +536,15 @@ def _wants_restore(request: Any) -> bool:
     """Whether a request may get restored keys and values: `kv_transfer_params={"restore": False}` and wanted prompt log probabilities say no."""
     params = request.kv_transfer_params
     return not (getattr(request, "skip_reading_prefix_cache", False) or (isinstance(params, Mapping) and params.get("restore") is False))
+
+
+def _shield_compiler() -> None:
+    """Let vLLM start another engine in this process: it looks into the `__dict__` of every value of every module (0.32), and llvmlite's library object,
+    loaded where the codec runs compiled, takes that name for one of its functions."""
+    module = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(module, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table.setdefault("__dict__", {})
 
 
 def _machine(vllm_config: Any, index: PrefixIndex) -> list[object]:
