@@ -24,27 +24,30 @@ class DivergenceCurve:
     """Mean KL(untouched || restored), nats a position, over the weighted distortion of the cache before it; straight between the logarithms.
 
     distortion, divergence: at least two points, both positive and rising.
+    rounding: part of `divergence` that the target's own arithmetic causes, nats a position: of two computations of the same text in other passes. No
+        code that stores less than every bit gets below it.
     """
 
     distortion: tuple[float, ...]
     divergence: tuple[float, ...]
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         rising = all(a < b for values in (self.distortion, self.divergence) for a, b in pairwise(values))
-        finite = all(0 < x < math.inf for x in (*self.distortion, *self.divergence))
+        finite = all(0 < x < math.inf for x in (*self.distortion, *self.divergence)) and 0 <= self.rounding < math.inf
         if len(self.distortion) != len(self.divergence) or len(self.distortion) < 2 or not rising or not finite:
             raise BadInput(
                 "a divergence curve that does not rise", "give at least two points of positive, rising distortion and divergence"
             )
 
     @classmethod
-    def fitted(cls, points: Sequence[tuple[float, float]]) -> DivergenceCurve:
+    def fitted(cls, points: Sequence[tuple[float, float]], rounding: float = 0.0) -> DivergenceCurve:
         """Through measured (distortion, divergence): points that do not rise above those before are left out. Raises BadInput for fewer than two."""
         kept: list[tuple[float, float]] = []
         for point in sorted(points):
             if min(point) > 0 and (not kept or (point[0] > 1.01 * kept[-1][0] and point[1] > kept[-1][1])):
                 kept.append(point)
-        return cls(tuple(x for x, _ in kept), tuple(y for _, y in kept))
+        return cls(tuple(x for x, _ in kept), tuple(y for _, y in kept), rounding)
 
     def divergence_of(self, distortion: float) -> float:
         """Expected divergence, nats a position."""
@@ -54,9 +57,10 @@ class DivergenceCurve:
         """The distortion that causes a divergence."""
         return _along(self.divergence, self.distortion, divergence)
 
-    def as_info(self) -> dict[str, list[float]]:
+    def as_info(self) -> dict[str, Any]:
         """For a pack's figures; inverse of `from_info`."""
-        return {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _FIELDS}
+        points = {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _FIELDS}
+        return points | {"rounding": float(f"{self.rounding:.6g}")}
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> DivergenceCurve | None:
@@ -65,9 +69,10 @@ class DivergenceCurve:
         if stated is None:
             return None
         try:
-            values = [tuple(float(x) for x in stated[name] if not isinstance(x, (bool, str))) for name in _FIELDS]
-            return cls(*values)
-        except (BadInput, KeyError, TypeError, ValueError, OverflowError) as error:
+            distortion, divergence = (tuple(float(x) for x in stated[name] if not isinstance(x, (bool, str))) for name in _FIELDS)
+            rounding = stated.get("rounding", 0.0)
+            return cls(distortion, divergence, math.nan if isinstance(rounding, (bool, str)) else float(rounding))
+        except (AttributeError, BadInput, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptedCode("the pack's divergence curve is none", "calibrate it again with scripts/calibrate.py") from error
 
 

@@ -48,6 +48,8 @@ class CodecPack:
         fingerprints: "target", "draft", "tokenizer", "text" -> digest.
         info: figures of the calibration (tokens, held-out R2, ideal bits per element).
         kind: "global" or "per_layer".
+        later: figures measured since, which replace those of `info`. Nothing that is decoded depends on them: they are no part of the digest, and
+            files coded before stay readable.
     """
 
     layout: KvLayout
@@ -57,6 +59,7 @@ class CodecPack:
     predictor_settings: dict
     fingerprints: dict[str, str]
     info: dict = field(default_factory=dict)
+    later: dict = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -100,10 +103,20 @@ class CodecPack:
         info = self.info | more
         return CodecPack(self.layout, self.kind, self.stored, self.predictor, self.predictor_settings, self.fingerprints, info)
 
+    @property
+    def figures(self) -> dict:
+        """All that is stated of the pack, the latest first."""
+        return self.info | self.later
+
+    def with_later(self, more: dict) -> CodecPack:
+        """The same pack, its digest unchanged, with more figures that were measured since."""
+        own = self.layout, self.kind, self.stored, self.predictor, self.predictor_settings, self.fingerprints, self.info
+        return CodecPack(*own, self.later | more)
+
     @cached_property
     def curve(self) -> DivergenceCurve | None:
         """Of divergence over distortion, as measured at calibration; None where that was not done."""
-        return DivergenceCurve.from_info(self.info)
+        return DivergenceCurve.from_info(self.figures)
 
     def with_model(self, model: EntropyModel, variance: torch.Tensor | None = None) -> CodecPack:
         """The same pack with other entropy tables (and component variances)."""
@@ -194,7 +207,11 @@ class CodecPack:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.contiguous() for k, v in self._tensors().items()}
-        write_bytes(path, serialised(tensors, {"foretold": json.dumps(self._meta()), "digest": self.digest}))
+        metadata = {"foretold": json.dumps(self._meta()), "digest": self.digest}
+        if self.later:
+            metadata["later"] = json.dumps(self.later, sort_keys=True)
+            metadata["later_digest"] = _digest({}, self.later)
+        write_bytes(path, serialised(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> CodecPack:
@@ -229,10 +246,11 @@ class CodecPack:
             raise PackMismatch(f"the codec pack has format version {version}, this program reads version {PACK_VERSION}", _REMEDY)
         if metadata.get("digest") != _digest(tensors, meta):
             raise CorruptedCode(f"the codec pack {path} is damaged", _REMEDY)
+        later = _later_of(metadata, path)
         own = {k: v for k, v in tensors.items() if not k.startswith(_PREDICTOR)}
         other = {k[len(_PREDICTOR) :]: v for k, v in tensors.items() if k.startswith(_PREDICTOR)}
         layout = _checked_meta(meta)
-        pack = cls(layout, meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"])
+        pack = cls(layout, meta["transform"], own, other, meta["predictor_settings"], meta["fingerprints"], meta["info"], later)
         if version != pack.version:
             raise CorruptedCode(f"the codec pack {path} has the tensors of format version {pack.version}, not {version}", _REMEDY)
         pack._check_tensors()
@@ -291,6 +309,20 @@ _TABLES = {
     "table.centroids": torch.float32,
 }
 _LAYOUT_BOUNDS = {"num_layers": 1 << 16, "num_kv_heads": 1 << 16, "head_dim": 1 << 16, "first_layer": 1 << 16}
+
+
+def _later_of(metadata: dict[str, str], path: str | Path) -> dict:
+    """The figures measured since a pack was made; CorruptedCode where they are not what was written."""
+    if "later" not in metadata:
+        return {}
+    try:
+        later = json.loads(metadata["later"])
+    except (ValueError, RecursionError):
+        later = None
+    if not isinstance(later, dict) or metadata.get("later_digest") != _digest({}, later):
+        raise CorruptedCode(f"the codec pack {path} is damaged", _REMEDY)
+    DivergenceCurve.from_info(later)
+    return later
 
 
 def _checked_meta(meta: dict) -> KvLayout:

@@ -106,7 +106,7 @@ def measure(method: Method, quality: Quality, cases: list[Any], full_dim: int, g
         "nll": scores.nll / scores.predictions,
         "nll_untouched": scores.nll_untouched / scores.predictions,
         "top1_agreement": scores.agree / scores.positions,
-        "encode_tokens_per_s": tokens / encode_s,
+        "encode_tokens_per_s": tokens / encode_s if encode_s else None,
         "decode_tokens_per_s": tokens / decode_s,
         "tokens": tokens,
         "inputs": method.inputs,

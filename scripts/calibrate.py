@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
-from engine.calibrate.recipe import CalibrationOptions, bf16_bytes, calibrate, default_recomputed_layers, quick_pack
+from engine.calibrate.recipe import CURVE_TOKENS, CalibrationOptions, bf16_bytes, calibrate, default_recomputed_layers, quick_pack
 from engine.calibrate.restore_cost import DEFAULT_BUDGET
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
@@ -72,7 +73,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--curve-text",
         nargs="+",
         metavar="FILE|DIR",
-        help="texts of other kinds, on which the divergence curve is measured (default: held-out documents of --text)",
+        help="texts of other kinds, of each as much, on which the divergence curve is measured (default: held-out documents of --text); code diverges "
+        "more than prose at the same distortion",
     )
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
@@ -105,7 +107,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--complete",
         metavar="PACK",
-        help="fit nothing anew: give this pack of the pair a fallback basis (from --tokens of --text) and a divergence curve (from --curve-text)",
+        help="fit nothing anew: give this pack of the pair a fallback basis where it has none (from --tokens of --text) and a divergence curve (from "
+        "--curve-text)",
     )
     parser.add_argument("--show", metavar="PACK", help="make none: print the figures of one, its restore's arithmetic among them")
     parser.add_argument("--budget", type=float, default=CalibrationOptions.budget, help="largest pack as a fraction of the target's bytes")
@@ -140,6 +143,16 @@ def long_documents(args: argparse.Namespace, tokenizer: Any) -> tuple[list[list[
     return docs, digest
 
 
+def curve_documents(args: argparse.Namespace, tokenizer: Any, num_tokens: int) -> list[list[int]]:
+    """About num_tokens in documents of --curve-text, its sources in turns: what a kind of text does to the curve does not depend on how many files it
+    has. Raises InvalidOption."""
+    wanted = -(-num_tokens // len(args.curve_text))
+    sources = [
+        documents(read_texts(text_files([source]), args.seed), tokenizer, wanted, args.context, per_text=1)[0] for source in args.curve_text
+    ]
+    return [document for turn in zip_longest(*sources) for document in turn if document is not None]
+
+
 def shown(path: str) -> dict:
     """Figures of a pack. Raises InvalidOption when it cannot be read."""
     try:
@@ -147,7 +160,7 @@ def shown(path: str) -> dict:
     except (CodecError, FileNotFoundError) as error:
         raise InvalidOption(f"{path} is no codec pack that can be read: {error}", "check the path") from error
     known = {"pack": path, "pack_bytes": os.path.getsize(path), "digest": pack.digest, "layout": pack.layout.as_dict()}
-    return known | {"predictor_settings": pack.predictor_settings} | pack.info
+    return known | {"predictor_settings": pack.predictor_settings} | pack.figures
 
 
 def log(line: str) -> None:
@@ -213,11 +226,9 @@ def run(args: argparse.Namespace) -> dict:
             given.check(prints)
         except (CodecError, FileNotFoundError) as error:
             raise InvalidOption(f"{args.complete} cannot be completed: {error}", "give a pack of this pair") from error
-        texts, other = (
-            read_texts(text_files(some), args.seed) if some else library_texts(args.seed) for some in (args.text, args.curve_text)
-        )
+        texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         docs, _ = documents(texts, tokenizer, args.tokens, args.context, per_text=1)
-        curve_docs = documents(other, tokenizer, args.tokens, args.context, per_text=1)[0] if args.curve_text else None
+        curve_docs = curve_documents(args, tokenizer, args.tokens) if args.curve_text else None
         pack = complete(
             target, draft, given, docs, head_layers=loaded.head_layers, curve_docs=curve_docs, curve_tokens=args.tokens, log=log
         )
@@ -247,9 +258,7 @@ def run(args: argparse.Namespace) -> dict:
             more, other = long_documents(args, tokenizer)
             log(f"text: {len(more)} long documents give {sum(map(len, more)):,} tokens")
             docs, digest = docs + more, sha256((digest + other).encode()).hexdigest()
-        curve_docs = None
-        if args.curve_text:
-            curve_docs, _ = documents(read_texts(text_files(args.curve_text), args.seed), tokenizer, 32_768, args.context, per_text=1)
+        curve_docs = curve_documents(args, tokenizer, CURVE_TOKENS) if args.curve_text else None
         pack = calibrate(
             target, draft, docs, curve_docs=curve_docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log
         )
@@ -263,7 +272,7 @@ def run(args: argparse.Namespace) -> dict:
         "target_bytes": bf16_bytes(target),
         "seconds": round(time.monotonic() - started, 1),
         "digest": pack.digest,
-        **pack.info,
+        **pack.figures,
     }
 
 

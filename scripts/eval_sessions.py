@@ -5,7 +5,8 @@ conversation of each run by way of a session file on disk. `untouched` keeps its
 default all that have their input):
     planted       retrieval, copying and arithmetic over facts planted in 2K to 8K tokens of text (eval_tasks.py), suspended before the question
     conversation  20 turns, suspended and resumed at every turn: accuracy, and agreement with the conversation that never was
-    domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...)
+    domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...); `recomputed`
+                  is what the target's own rounding does
     position      bits per element, and the divergence behind, against position in long texts, with the text's own NLL (--plot draws it): of --text, or
                   of each kind of --long NAME=DIR; --alone adds every quality without references inside a session
     long          only when named: several needles, chains of variables, most frequent entries, calls completed across files (eval/long_tasks.py)
@@ -51,7 +52,7 @@ from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
-from eval.codec_methods import PairCodec
+from eval.codec_methods import RECOMPUTED, PairCodec
 from eval.continuation import continuation_rows, continue_sessions
 from eval.fitted_baselines import FittedBaselines
 from eval.positions import ALONE, NLL, long_windows, measure_positions, plot_positions, position_rows
@@ -284,7 +285,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             pair_codec = PairCodec(one, engine.core.target, engine.core.source)
             for name, folder in domains.items():
                 sequences = domain_windows(folder, options.domain_context, options.domain_tokens, encode)
-                run_domain(pair_codec, name, label, sequences, qualities, parts, save)
+                run_domain(pair_codec, name, label, sequences, [*qualities, RECOMPUTED], parts, save)
     if "position" in tasks:
         kinds = {name: list(read_files([path]).values()) for name, path in named_paths("--long", options.long).items()} or {"text": texts}
         methods = [*qualities, *(quality + ALONE for quality in qualities if options.alone)]

@@ -52,8 +52,8 @@ from engine.model.decoder import Decoder
 Log = Callable[[str], None]
 FINEST_STEP = min(QUALITIES.values())
 _PROMISE_TOKENS = 512  # whose bits are stated
-_CURVE_TOKENS = 16_384
-_QUICK_CURVE_TOKENS = 768
+CURVE_TOKENS = 40_960
+_QUICK_CURVE_TOKENS = 1536
 ENOUGH_GRADIENTS = 50_000
 """Cached tokens whose gradients make better weights than any blend with attention statistics does."""
 
@@ -234,7 +234,7 @@ def calibrate(
     )
     log(f"calibration: packed, {time.monotonic() - started:.0f} s")
     documents = held if curve_docs is None else curve_docs
-    pack = with_curve(stream, pack, documents, features, y - predict_raw(predictor, features), max(options.held_out_tokens, _CURVE_TOKENS))
+    pack = pack.with_info(curve_figures(stream, pack, documents, features, y - predict_raw(predictor, features), CURVE_TOKENS))
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 
@@ -366,17 +366,17 @@ def assemble(
     return pack.with_info(info)
 
 
-def with_curve(
+def curve_figures(
     stream: PairStream, pack: CodecPack, documents: Sequence[Sequence[int]], features: Tensor, residual: Tensor, num_tokens: int
-) -> CodecPack:
-    """The pack with its divergence curve, and the bits that each quality's promise costs.
+) -> dict[str, Any]:
+    """Figures for a pack: its divergence curve, and the bits that each quality's promise costs. Empty where no curve can be measured.
 
     Args:
         documents: about num_tokens of their tokens are measured. features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
     """
     curve = measure_divergence(stream, pack, documents, num_tokens)
     if curve is None:
-        return pack
+        return {}
     codec, predictor = KvCodec(pack, residual.device), load_predictor(pack.predictor, pack.predictor_settings, residual.device)
     features, residual = features[-_PROMISE_TOKENS:], residual[-_PROMISE_TOKENS:]
     octaves = predictor.octaves_of_features(features)
@@ -388,7 +388,7 @@ def with_curve(
     for quality in QUALITIES:
         plan = plan_spans(codec, curve, quality, pairs, levels, factors)
         bits[quality] = codec.ideal_bits(pairs, plan.settings, plan.levels) / len(residual) / pack.layout.full_dim
-    return pack.with_info({"divergence": curve.as_info(), "promised_bits_per_element": bits})
+    return {"divergence": curve.as_info(), "promised_bits_per_element": bits}
 
 
 def quick_pack(
@@ -453,7 +453,7 @@ def quick_pack(
         fingerprints=(fingerprints or {}) | {"text": text},
         budget_bytes=PACK_BUDGET * bf16_bytes(target),
     )
-    pack = with_curve(stream, pack, docs, features, residual, _QUICK_CURVE_TOKENS)
+    pack = pack.with_info(curve_figures(stream, pack, docs, features, residual, _QUICK_CURVE_TOKENS))
     info = pack.info
     log(
         f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "

@@ -22,7 +22,8 @@ from eval.text import Encode
 NLL = "nll"
 ALONE = "+alone"  # behind a quality: spans refer to nothing earlier in the session
 _WINDOWS_PER_TEXT = 2
-_PROBE_TOKENS = 64
+_PROBE_TOKENS, _FIRST_TOKENS = 256, 64
+"""Behind each bin: as many as a quality's promise is a mean over, and those right behind, whose divergence is up to twice that."""
 
 
 def position_edges(length: int) -> list[int]:
@@ -64,7 +65,8 @@ def measure_positions(
 
     A span counts where its middle lies; the exact first tokens are not counted. Bytes are of the spans alone, without ids and headers of a file. The
     last _PROBE_TOKENS tokens are not coded: "kl" and "agreement" of a bin are the mean divergence (nats) and the share of equal most probable tokens
-    over so many tokens behind the bin, with all before them restored. `QUALITY+alone` codes every span without reference to earlier ones.
+    over so many tokens behind the bin, "kl_first" the divergence over the first _FIRST_TOKENS of them, with all before them restored. `QUALITY+alone`
+    codes every span without reference to earlier ones.
     """
     core, length = suspender.core, len(token_ids) - _PROBE_TOKENS
     if NLL in qualities:
@@ -86,7 +88,8 @@ def measure_positions(
                 suspender.codec.decode(restored, spans)
                 for one, edge, log_p in zip(bins, edges, truth, strict=True):
                     log_q = probe(core, restored.sequence, edge, token_ids)
-                    one["kl"] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+                    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+                    one["kl"], one["kl_first"] = float(divergence.mean()), float(divergence[:_FIRST_TOKENS].mean())
                     one["agreement"] = float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
             finally:
                 restored.sequence.free()
@@ -150,8 +153,10 @@ def position_rows(parts: dict[str, dict[str, Any]], full_dim: int) -> list[dict[
                 "bits_per_element": {
                     m: 8 * sum(one["amount"] for one in bins) / (counts[m] * full_dim) for m, bins in by_method.items() if counts[m]
                 },
-                "kl": {m: sum(one["kl"] for one in bins) / len(bins) for m, bins in by_method.items()},
-                "agreement": {m: sum(one["agreement"] for one in bins) / len(bins) for m, bins in by_method.items()},
+                **{
+                    name: {m: sum(one[name] for one in bins) / len(bins) for m, bins in by_method.items()}
+                    for name in ("kl", "kl_first", "agreement")
+                },
             }
         )
     return rows

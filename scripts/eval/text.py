@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.errors import InvalidOption
-from eval.codec_methods import ForetoldMethod, PairCodec
+from eval.codec_methods import RECOMPUTED, ForetoldMethod, Method, PairCodec, RecomputedMethod
 from eval.codec_quality import Quality
 from eval.suspend import step_name
 from eval.text_tokens import read_files, windows
@@ -38,7 +38,8 @@ def domain_windows(path: str, context: int, num_tokens: int, encode: Encode) -> 
 def measure_domain(
     pair: PairCodec, sequences: list[list[int]], methods: Sequence[str], done: Callable[[str, dict[str, Any]], None]
 ) -> None:
-    """Bits per element, KL and top-1 agreement of each method (a quality's name) on windows, by the protocol of bench_codec; done(method, row)."""
+    """Bits per element, KL and top-1 agreement of each method (a quality's name, or "recomputed") on windows, by the protocol of bench_codec;
+    done(method, row)."""
     from bench_codec import measure
 
     on_gpu = pair.device.type == "cuda"
@@ -47,8 +48,12 @@ def measure_domain(
     config = pair.target.config
     full_dim = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     for name in methods:
-        step = step_name(name)
-        method = ForetoldMethod(step if isinstance(step, str) else f"step{step!r}", pair, predict=True)
+        method: Method
+        if name == RECOMPUTED:
+            method = RecomputedMethod(pair.target)
+        else:
+            step = step_name(name)
+            method = ForetoldMethod(step if isinstance(step, str) else f"step{step!r}", pair, predict=True)
         row = measure(method, quality, cases, full_dim, len(cases) if on_gpu else 2)
         done(name, {key: value for key, value in row.items() if key not in ("method", "quality", "inputs")})
     pair.forget()

@@ -37,7 +37,8 @@ def test_points_that_do_not_rise_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     "stated", [5, {}, {"distortion": [1, 2]}, {"distortion": [1, 2], "divergence": [2, 1]}, {"distortion": [1], "divergence": [1]}, [],
-               {"distortion": [1, math.nan], "divergence": [1, 2]}, {"distortion": [1, 10**400], "divergence": [1, 2]}]
+               {"distortion": [1, math.nan], "divergence": [1, 2]}, {"distortion": [1, 10**400], "divergence": [1, 2]},
+               {"distortion": [1, 2], "divergence": [1, 2], "rounding": -1}, {"distortion": [1, 2], "divergence": [1, 2], "rounding": "0"}]
 )  # fmt: skip
 def test_a_pack_states_its_curve_or_is_refused(stated) -> None:
     assert DivergenceCurve.from_info({"divergence": CURVE.as_info()}) == CURVE and DivergenceCurve.from_info({}) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codec.codec import KvCodec
@@ -98,3 +99,19 @@ def test_row_bits_follow_the_room() -> None:
         assert bits == sorted(bits, reverse=True) and 0.9 * room < sum(row_bytes(512, b) for b in bits) <= room
     assert 0 < len(bits) < len(whole) and len(set(bits)) > 1
     assert allocate_bits(variance, 512, 10, 0.6) == []
+
+
+def test_figures_measured_later_change_no_digest_and_are_checked(completed_pack, tmp_path) -> None:
+    curve = {"distortion": [0.1, 0.2], "divergence": [0.01, 0.03], "rounding": 0.002}
+    later = completed_pack.with_later({"divergence": curve})
+    later.save(tmp_path / "a.pack")
+    loaded = CodecPack.load(tmp_path / "a.pack")
+    assert loaded.digest == completed_pack.digest and loaded.later == {"divergence": curve} and loaded.info == completed_pack.info
+    assert loaded.curve is not None and loaded.curve.rounding == 0.002
+    with safe_open(tmp_path / "a.pack", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "a.pack")
+    for name, text in (("later", json.dumps({"divergence": None})), ("later", "[" * 9), ("later", "[]"), ("later_digest", "")):
+        save_file(tensors, tmp_path / "b.pack", metadata | {name: text})
+        with pytest.raises(CorruptedCode):
+            CodecPack.load(tmp_path / "b.pack")

@@ -432,7 +432,7 @@ def test_references_inside_a_session_take_bits_away(engine):
     ids = engine.encode("".join(random.Random(5).choices("abcdefghijklmnop ", k=300)))
     qualities = ["nll", "step0.5", "step0.5+alone"]
     measure_positions(
-        suspender, (ids * 3)[:900], qualities, lambda quality, bins: found.update({f"position/p/x/{quality}": {"bins": bins}})
+        suspender, (ids * 4)[:1092], qualities, lambda quality, bins: found.update({f"position/p/x/{quality}": {"bins": bins}})
     )
     rows = position_rows(found, 100)
     assert [(r["from"], r["to"], r["kind"]) for r in rows] == [(0, 256, "p"), (256, 512, "p"), (512, 836, "p")]
@@ -482,7 +482,7 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
         "--domain-tokens",
         "256",
         "--position-context",
-        "664",
+        "856",
         "--position-texts",
         "2",
         "--json-out",
@@ -497,11 +497,12 @@ def test_command(chat_folders, pack_home, tmp_path, capsys):
         task: [r for r in document["rows"] if r["task"] == task] for task in ("retrieval", "copy", "conversation", "domain", "position")
     }
     assert {r["method"] for r in rows["retrieval"]} == {"untouched", "compact"}
-    assert {(r["domain"], r["method"]) for r in rows["domain"]} == {("one", "compact"), ("two", "compact")}
+    assert {(r["domain"], r["method"]) for r in rows["domain"]} == {(name, m) for name in ("one", "two") for m in ("compact", "recomputed")}
+    assert all(abs(r["kl"]) < 1e-4 and r["bits_per_element"] == 0 for r in rows["domain"] if r["method"] == "recomputed"), "in float32"
     assert all({"bits_per_element", "kl", "top1_agreement", "nll_untouched"} <= r.keys() for r in rows["domain"])
     assert [(r["from"], r["to"]) for r in rows["position"]] == [(0, 256), (256, 512), (512, 600)]
     assert sum(r["tokens"] for r in rows["position"]) == 2 * (600 - 4)
-    assert all(0 <= r["kl"]["compact"] < 1 and r["kind"] == "text" for r in rows["position"])
+    assert all(0 <= r[name]["compact"] < 1 and r["kind"] == "text" for r in rows["position"] for name in ("kl", "kl_first"))
     assert (tmp_path / "position.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "retrieval" in printed and "bits per element by position" in printed

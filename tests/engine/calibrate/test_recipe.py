@@ -182,7 +182,7 @@ def test_a_pack_states_what_distortion_does_to_its_target(target, draft, docs) -
     assert measure_divergence(stream, pack, [docs[0][:20]], 100) is None, "too short to be cut"
 
 
-def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch) -> None:
+def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("engine.calibrate.recipe.FALLBACK_SHARE", 0.0)
     options = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, rank=16, weighting="attention", level_strength=0.0)
     pack = calibrate(target, draft, docs[:20], options=options, log=lambda _: None)
@@ -192,7 +192,10 @@ def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monke
     assert all(torch.equal(made.predictor[name], tensor) for name, tensor in pack.predictor.items())
     assert torch.equal(made.transform.basis, pack.transform.basis) and torch.equal(made.stored["table.freqs"], pack.stored["table.freqs"])
     assert made.info["fallback_components"] == made.transform.num_components - made.transform.num_rows == pack.layout.dim
-    with pytest.raises(InvalidOption, match="already"):
-        complete(target, draft, made, docs[:4], log=lambda _: None)
+    again = complete(target, draft, made, docs[20:30], curve_docs=docs[:10], curve_tokens=400, log=lambda _: None)
+    assert again.curve not in (None, made.curve) and again.digest == made.digest, "files that were coded before stay readable"
+    again.save(tmp_path / "pack")
+    loaded = CodecPack.load(tmp_path / "pack")
+    assert loaded.curve == again.curve and loaded.later == again.later and loaded.digest == made.digest
     with pytest.raises(InvalidOption, match="no divergence curve"):
         complete(target, draft, pack, docs[:4], curve_docs=[docs[0][:20]], log=lambda _: None)
