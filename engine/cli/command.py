@@ -230,6 +230,7 @@ def save(session: Session, args: argparse.Namespace) -> str | None:
     return (
         f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
         f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s){because(r.reason)}"
+        + ("" if r.reachable else f"; the model's own rounding loses KL {r.rounding_kl:.4f}, more than {r.quality} promises")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from codec.spec import NUM_SINKS, QUALITIES, KvLayout
+from codec.spec import NUM_SINKS, QUALITIES, QUALITY_DIVERGENCE, KvLayout
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionBusy, SessionClosed
 from engine.inputs import named_path, shown
 from engine.runtime.core import EngineCore
@@ -44,7 +45,8 @@ class SuspendReport:
     """What a suspended session takes: tokens whose KV it stands for, the file's bytes, the bf16 bytes of that KV, the file's bits over that KV's
     elements, seconds spent. restore: "decode" or "recompute", what a resume of it will do; reason: why, where that was chosen by what pays.
     estimated_kl: what the coded tokens' error is expected to do to the target's output, nats a position: 0 where nothing was coded, None where the
-    codec parameters state no divergence curve."""
+    codec parameters state no divergence curve. rounding_kl: the part of it that the target's own arithmetic causes, in the dtype of the calibration
+    (None where that is not stated): a quality that promises less cannot be kept."""
 
     tokens: int
     stored_bytes: int
@@ -55,6 +57,12 @@ class SuspendReport:
     restore: str
     reason: str | None
     estimated_kl: float | None
+    rounding_kl: float | None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the quality's promise is above what the target's own rounding does."""
+        return self.rounding_kl is None or self.rounding_kl < QUALITY_DIVERGENCE.get(self.quality, math.inf)
 
 
 @dataclass(frozen=True)
@@ -267,9 +275,14 @@ class Session:
         bits = 8 * len(data) / elements if elements else 0.0
         restore = DECODE if file.spans else RECOMPUTE
         seconds = time.perf_counter() - began
-        estimated_kl = mean_divergence(file.spans) if file.spans else 0.0
-        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, estimated_kl)
+        loss = (mean_divergence(file.spans), self._rounding_kl()) if file.spans else (0.0, None)
+        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, *loss)
         return self.suspended
+
+    def _rounding_kl(self) -> float | None:
+        """As the codec parameters state it."""
+        curve = session_codec(self.core, self._pack_path, self._log).pack.curve
+        return curve.rounding if curve is not None else None
 
     def to_bytes(self) -> bytes:
         """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
@@ -340,6 +353,7 @@ class Session:
             "bits_per_element": report.bits_per_element if report else None,
             "quality": report.quality if report else None,
             "estimated_kl": report.estimated_kl if report else None,
+            "rounding_kl": report.rounding_kl if report else None,
             "restore": report.restore if report else self.resumed.restore if self.resumed else None,
         }
 

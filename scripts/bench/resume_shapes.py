@@ -7,9 +7,11 @@ so that a component takes about one bit at `balanced`, as those of the calibrate
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from codec.calibrate_tables import fit_entropy_model
 from codec.codec import KvCodec
@@ -41,6 +43,7 @@ class Shape(NamedTuple):
     taps: int
     recomputed_layers: int
     draft_layers: int | None = None  # the first ones that the predictor looks at; None: all
+    one_layer: bool = False  # all layers of the target have the weights of one: it would not fit on a device otherwise
 
 
 def _config(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int, context: int, **other: Any):
@@ -67,13 +70,17 @@ _QWEN_0_5B = _config(24, 896, 14, 2, 64, 4864, 151_936, _CONTEXT)
 _QWEN_1_5B = _config(28, 1536, 12, 2, 128, 8960, 151_936, _CONTEXT)
 _LLAMA_8B = _config(32, 4096, 32, 8, 128, 14_336, 128_256, _CONTEXT, architecture="llama", theta=5e5, bias=False, tied=False)
 _LLAMA_0_5B = _config(24, 896, 14, 2, 64, 4864, 128_256, _CONTEXT, architecture="llama", theta=5e5, bias=False)
+_LLAMA_70B = _config(80, 8192, 64, 8, 128, 28_672, 128_256, _CONTEXT, architecture="llama", theta=5e5, bias=False, tied=False)
+_LLAMA_1B = _config(16, 2048, 32, 8, 64, 8192, 128_256, _CONTEXT, architecture="llama", theta=5e5, bias=False)
 _TINY = _config(4, 64, 4, 2, 16, 128, 512, 4096)
 _TINY_DRAFT = _config(2, 32, 2, 1, 16, 64, 512, 4096)
 
 SHAPES = {
     "qwen2.5-1.5b+0.5b": Shape(_QWEN_1_5B, _QWEN_0_5B, 1321, 24, 4),
     "llama-8b+0.5b": Shape(_LLAMA_8B, _LLAMA_0_5B, 1742, 4, 0),
+    "llama-70b+1b": Shape(_LLAMA_70B, _LLAMA_1B, 3000, 2, 0, 8, one_layer=True),
     "tiny": Shape(_TINY, _TINY_DRAFT, 48, 2, 1),
+    "tiny-one-layer": Shape(_TINY, _TINY_DRAFT, 48, 2, 1, one_layer=True),
 }
 
 
@@ -83,10 +90,20 @@ def build(name: str, device: torch.device, dtype: torch.dtype, pool_tokens: int,
     if name not in SHAPES:
         raise InvalidOption(f"unknown shapes {name!r}", f"choose one of {', '.join(SHAPES)}")
     shape = SHAPES[name]._replace(**changes)
-    target = Decoder.from_config(shape.target, dtype=dtype, device=device, seed=1)
+    target = (_of_one_layer if shape.one_layer else Decoder.from_config)(shape.target, dtype=dtype, device=device, seed=1)
     draft = Decoder.from_config(shape.draft, dtype=dtype, device=device, seed=2)
     engine = Engine(target, None, draft=draft, pool_tokens=pool_tokens)
     return engine, _pack(engine, shape)
+
+
+def _of_one_layer(config: DecoderConfig, *, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+    """A decoder of random weights whose layers share those of one. Each is read from memory as often as if it had its own, where a layer is larger than
+    the device's caches."""
+    decoder = Decoder.from_config(replace(config, num_layers=1), dtype=dtype, device=device, seed=seed)
+    decoder.config = config
+    decoder.layers = nn.ModuleList([decoder.layers[0]] * config.num_layers)
+    decoder.layer_shapes = [config.layer_shape(number) for number in range(config.num_layers)]
+    return decoder
 
 
 @torch.inference_mode()

@@ -223,7 +223,7 @@ class ForetoldMethod:
 
 
 class RecomputedMethod:
-    """The same tokens run through the target again, in short passes: nothing is coded, and what its arithmetic rounds differs. A floor: whoever restores
+    """The same tokens run through the target again, in short passes: nothing is coded, and what its arithmetic rounds differs. A floor: who restores
     a cache in this arithmetic does not get below it."""
 
     method, quality, inputs, sink_dim = RECOMPUTED, "", "", 0

@@ -96,6 +96,14 @@ def test_the_check_finds_a_wrong_product():
         bench.check(ids, "balanced")
 
 
+def test_a_target_whose_layers_share_their_weights():
+    engine, pack = build("tiny-one-layer", torch.device("cpu"), torch.bfloat16, 2048)
+    layers = list(engine.core.target.layers)
+    assert len(layers) == SHAPES["tiny-one-layer"].target.num_layers == pack.layout.num_layers and len(set(map(id, layers))) == 1
+    ids = torch.randint(512, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert ResumeBench(engine.core, pack).check(ids, "balanced") < 1e-2
+
+
 def test_synthetic_codes_take_about_a_bit_a_component():
     engine, pack = build("tiny", torch.device("cpu"), torch.bfloat16, 2048)
     core = engine.core

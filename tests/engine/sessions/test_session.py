@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -110,9 +111,12 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
         assert report.tokens == len(TEXT) and report.raw_bytes == 2 * len(TEXT) * 4 * 2 * 2 * 8
         assert report.bits_per_element == pytest.approx(16 * report.stored_bytes / report.raw_bytes)
         assert report.estimated_kl == stored.kv_figures["estimated_kl"]
+        assert report.rounding_kl == stored.kv_figures["rounding_kl"]
         if quality == "tokens":
-            assert report.estimated_kl == 0.0
+            assert report.estimated_kl == 0.0 and report.rounding_kl is None
         else:
+            assert report.rounding_kl == engine.core.session_codec.pack.curve.rounding and report.reachable
+            assert not replace(report, rounding_kl=QUALITY_DIVERGENCE[quality]).reachable
             assert 0 < report.estimated_kl <= QUALITY_DIVERGENCE[quality]
             again_kl = resumed.suspend(tmp_path / "b.kv").estimated_kl
             assert again_kl == pytest.approx(report.estimated_kl, rel=1e-3), "a file knows what its spans were expected to lose"
