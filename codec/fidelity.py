@@ -19,7 +19,7 @@ from codec.codec import Earlier, KvCodec, SpanSetting, batches, less_earlier
 from codec.divergence import DivergenceCurve
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, ROUNDING
 from codec.residuals import SAMPLED_EVERY, Pair, Residuals
-from codec.spec import QUALITY_DIVERGENCE, step_of
+from codec.spec import divergence_of, step_of
 
 FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 """Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
@@ -217,9 +217,11 @@ def plan_spans(
     earlier: Sequence[Earlier | None] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> SpanPlan:
-    """How to code spans at a quality; arguments as for `Distortion`. Raises UnknownQuality."""
+    """How to code spans at a quality, a name or "klX"; other arguments as for `Distortion`. Raises UnknownQuality."""
     usual = LEVELS_PER_OCTAVE * math.log2(step_of(quality))
-    ladder, most = _Ladder(codec), curve.distortion_of(QUALITY_DIVERGENCE[quality])
+    promise = divergence_of(quality)
+    assert promise is not None, "every quality that has a step promises a divergence"
+    ladder, most = _Ladder(codec), curve.distortion_of(promise)
     plan, residuals = SpanPlan([], [], []), codec.residuals(residuals)
     numbers = range(len(residuals)) if numbers is None else numbers
     before: Sequence[Earlier | None] = [None] * len(numbers) if earlier is None else earlier

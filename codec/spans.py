@@ -15,7 +15,7 @@ from codec.pack import CodecPack
 from codec.pages import PageDecoder
 from codec.predictor.dense import load_predictor
 from codec.quantize import levels_of
-from codec.spec import QUALITY_DIVERGENCE
+from codec.spec import divergence_of
 
 Inputs = tuple[torch.Tensor, torch.Tensor | None]
 """What `Predictor.predict` takes of some tokens."""
@@ -99,7 +99,8 @@ class SpanEncoder:
         """Quantise the spans `numbers` (None: all), for `write`. Returns the components that a decoder will have of those wanted.
 
         Args:
-            quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
+            quality: a name or "klX", whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a
+                step.
             earlier, wanted: as for `KvCodec.encode_with_components`, one for each of `numbers`.
             mark: told when a stage ends.
 
@@ -109,7 +110,7 @@ class SpanEncoder:
         levels: Sequence[torch.Tensor | None] = [self._levels[n] for n in numbers]
         settings: str | float | Sequence[SpanSetting] = quality
         codec, curve = self.spans.codec, self.spans.pack.curve
-        if curve is not None and quality in QUALITY_DIVERGENCE:
+        if curve is not None and divergence_of(quality) is not None:
             importance = [self._importance[n] for n in numbers]
             plan = plan_spans(codec, curve, str(quality), self.residuals, levels, importance, earlier, numbers)
             settings, levels = plan.settings, plan.levels

@@ -6,6 +6,7 @@ A token's KV vector holds pre-RoPE keys and values in (layer, K|V, KV head, chan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from codec.errors import BadInput, UnknownQuality
@@ -29,12 +30,27 @@ KEEP_FACTOR = 0.25
 MAX_SPAN_TOKENS = 4096
 
 
+_BY_DIVERGENCE = "kl"
+
+
 def step_of(quality: str) -> float:
-    """Quantiser step of a named quality; UnknownQuality lists the names."""
-    try:
+    """Quantiser step of a named quality, or about that of a promise of "klX"; UnknownQuality lists the names."""
+    if quality in QUALITIES:
         return QUALITIES[quality]
-    except KeyError:
-        raise UnknownQuality(f"unknown quality {quality!r}", f"choose one of {', '.join(QUALITIES)}") from None
+    if (promise := divergence_of(quality)) is not None:
+        return QUALITIES["near-lossless"] * min(1.0, (promise / QUALITY_DIVERGENCE["near-lossless"]) ** 0.5)
+    raise UnknownQuality(f"unknown quality {quality!r}", f"choose one of {', '.join(QUALITIES)}")
+
+
+def divergence_of(quality: str | float) -> float | None:
+    """What a quality promises, in nats a position: of a name, or X of "klX"; None of a step, and of what is neither."""
+    if not isinstance(quality, str) or quality in QUALITY_DIVERGENCE:
+        return QUALITY_DIVERGENCE.get(quality) if isinstance(quality, str) else None
+    try:
+        promise = float(quality.removeprefix(_BY_DIVERGENCE)) if quality.startswith(_BY_DIVERGENCE) else 0.0
+    except ValueError:
+        return None
+    return promise if 0 < promise < math.inf else None
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pack", help="codec pack (default: the pair's cached one, fitted at first use)")
     parser.add_argument("--tasks", help=f"comma-separated: {','.join(TASKS)}; default all, domains only with --domains")
     parser.add_argument(
-        "--qualities", default=f"{','.join(QUALITIES)},{PREDICTION}", help="comma-separated qualities, stepX, or prediction"
+        "--qualities",
+        default=f"{','.join(QUALITIES)},{PREDICTION}",
+        help="comma-separated qualities, klX (a promise of X nats), stepX, or prediction",
     )
     parser.add_argument("--samples", type=int, default=16, help="texts for each context; whole batches")
     parser.add_argument("--batch", type=int, help="texts answered together (default: 16 on a GPU, 4 on a CPU, at most --samples)")

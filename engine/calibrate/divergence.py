@@ -3,8 +3,9 @@ continuations' output is compared with that over the untouched cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -26,15 +27,47 @@ _QUANTILE = 0.85
 most. Such a curve would promise too much for half of them."""
 
 
-@torch.inference_mode()
+class DocumentDivergence(NamedTuple):
+    """Of one document: (distortion, divergence) of its cache at each of STEPS, and the divergence that rounding alone causes."""
+
+    points: list[tuple[float, float]]
+    rounding: float
+
+
 def measure_divergence(stream: PairStream, pack: CodecPack, documents: Sequence[Sequence[int]], num_tokens: int) -> DivergenceCurve | None:
     """The curve of a pack over about `num_tokens` tokens of documents; None where they are too short or show no effect. Of twenty
     documents seventeen diverge less than it says, in the arithmetic of `stream.target`'s dtype."""
+    found, done = [], 0
+    for document, measured in document_divergences(stream, pack, documents):
+        found.append(measured)
+        done += len(document)
+        if done >= num_tokens:
+            break
+    return curve_of(found)
+
+
+def curve_of(measured: Sequence[DocumentDivergence]) -> DivergenceCurve | None:
+    """The curve below which a share of _QUANTILE of the documents stays; None of none, or of such as show no effect."""
+    if not measured:
+        return None
+    points = []
+    for n in range(len(STEPS)):
+        distortions, divergences = torch.tensor([one.points[n] for one in measured], dtype=torch.float64).T
+        mean = distortions.mean()
+        points.append((float(mean), float((divergences * mean / distortions.clamp_min(1e-12)).quantile(_QUANTILE))))
+    try:
+        return DivergenceCurve.fitted(points, max(0.0, sum(one.rounding for one in measured) / len(measured)))
+    except BadInput:
+        return None
+
+
+@torch.inference_mode()
+def document_divergences(
+    stream: PairStream, pack: CodecPack, documents: Iterable[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], DocumentDivergence]]:
+    """Each document that is long enough, and what coding its first three quarters does to the output behind them."""
     target, codec = stream.target, KvCodec(pack, stream.target.device)
     predictor = load_predictor(pack.predictor, pack.predictor_settings, target.device)
-    found: list[list[tuple[float, float]]] = [[] for _ in STEPS]  # distortion and divergence of each document
-    rounding: list[float] = []
-    done = 0
     for document in documents:
         if len(document) < _SHORTEST:
             continue
@@ -66,31 +99,19 @@ def measure_divergence(stream: PairStream, pack: CodecPack, documents: Sequence[
             return float((untouched.exp() * (untouched - log_p())).sum(dtype=torch.float64)) / following[0]
 
         complete = codec.transform.fallback is not None
-        for n, step in enumerate(STEPS):
+        points = []
+        for step in STEPS:
             ones = torch.ones_like(distortion.sizes)
             kept = codec.num_components(step, fallback=complete)
             measured = distortion.measure(ones.float() * step, (0 * ones).to(torch.int32), ones * kept, complete)
             rows = torch.cat(codec.requantised(pairs, [SpanSetting(step, complete)] * len(pairs), levels))
             target.write_kv(sequence, NUM_SINKS, rows, first_layer=stream.layout.first_layer)
-            found[n].append((float((measured * distortion.sizes).sum()) / len(batch.y), divergence()))
+            points.append((float((measured * distortion.sizes).sum()) / len(batch.y), divergence()))
         sequence.free()
         sequence = target.new_pool(-(-len(document) // 64)).new_sequence(len(document))
         for part in ids[:split].split(_OTHER_PASS_TOKENS):
             target.forward(part, [sequence], [len(part)], logits="none")
             sequence.advance(len(part))
-        rounding.append(divergence(log_p=partial(log_p, sequence=sequence)))
+        rounding = divergence(log_p=partial(log_p, sequence=sequence))
         sequence.free()
-        done += len(document)
-        if done >= num_tokens:
-            break
-    if not done:
-        return None
-    points = []
-    for of_step in found:
-        distortions, divergences = torch.tensor(of_step, dtype=torch.float64).T
-        mean = distortions.mean()
-        points.append((float(mean), float((divergences * mean / distortions.clamp_min(1e-12)).quantile(_QUANTILE))))
-    try:
-        return DivergenceCurve.fitted(points, max(0.0, sum(rounding) / len(rounding)))
-    except BadInput:
-        return None
+        yield document, DocumentDivergence(points, rounding)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from codec.spec import NUM_SINKS, QUALITIES
+from codec.spec import NUM_SINKS, QUALITIES, divergence_of
 from engine.errors import InvalidOption
 from engine.kv.pool import KvSequence
 from engine.model.decoder import forward_reserved
@@ -25,8 +25,9 @@ _PREDICTION_STEP = 4096.0  # every residual rounds to zero: what is left is the 
 
 
 def step_name(quality: str) -> str | float:
-    """What the codec takes for a quality's name: the name, X of "stepX", or a step that keeps no residual for "prediction". Raises InvalidOption."""
-    if quality in QUALITIES:
+    """What the codec takes for a quality's name: the name (or "klX", a promise of X), X of "stepX", or a step that keeps no residual for "prediction".
+    Raises InvalidOption."""
+    if divergence_of(quality) is not None:
         return quality
     if quality == PREDICTION:
         return _PREDICTION_STEP
@@ -35,7 +36,9 @@ def step_name(quality: str) -> str | float:
             return float(quality[4:])
     except ValueError:
         pass
-    raise InvalidOption(f"unknown quality {quality!r}", f"choose from {', '.join(QUALITIES)}, {PREDICTION}, or stepX with a number X")
+    raise InvalidOption(
+        f"unknown quality {quality!r}", f"choose from {', '.join(QUALITIES)}, {PREDICTION}, or klX or stepX with a number X"
+    )
 
 
 @torch.inference_mode()

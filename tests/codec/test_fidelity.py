@@ -11,7 +11,7 @@ from codec.codec import KvCodec, SpanSetting
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, UnknownQuality
 from codec.fidelity import Distortion, plan_spans
-from codec.spec import QUALITIES, QUALITY_DIVERGENCE
+from codec.spec import QUALITIES, QUALITY_DIVERGENCE, divergence_of, step_of
 
 # a distortion of 0.02 at `balanced`
 CURVE = DivergenceCurve((0.01, 0.04), (0.005, 0.02))
@@ -25,6 +25,18 @@ def test_a_curve_is_straight_in_logarithms_and_goes_on() -> None:
     assert steep.divergence_of(0.5) == pytest.approx(0.25), "beyond what was measured a curve is no steeper than a square"
     for x in (0.3, 1.2, 5.0):
         assert steep.distortion_of(steep.divergence_of(x)) == pytest.approx(x)
+
+
+def test_a_quality_may_be_a_promise(completed_pack, source) -> None:
+    codec, rows = KvCodec(completed_pack), source.draw(32)
+    for words, promise in ((("near-lossless", "kl0.005"), 0.005), (("kl0.001",), 0.001)):
+        plans = [plan_spans(codec, CURVE, word, [(rows, torch.zeros_like(rows))], [None], [None]) for word in words]
+        assert all(divergence_of(word) == promise for word in words) and all(plan.divergence == plans[0].divergence for plan in plans)
+        assert 0 < plans[0].divergence[0] <= promise
+    for word in ("kl", "kl0", "kl-1", "klinf", "klnan", "klx", "0.1", 0.5):
+        assert divergence_of(word) is None
+    with pytest.raises(UnknownQuality):
+        step_of("kl0")
 
 
 def test_points_that_do_not_rise_are_left_out() -> None:
