@@ -37,7 +37,7 @@ class Pace:
         self._in_step, self._prompt = True, prompt
 
     def ended(self) -> None:
-        """The step's work has been handed to the device."""
+        """The step's work has been handed to the device, which may not have done it yet: a prompt counts until the next step, or until all is quiet."""
         self._in_step, self._ended_at = False, self._clock()
 
     def rush(self, on: bool = True) -> None:
@@ -61,12 +61,12 @@ class Pace:
             return
         now = self._clock()
         used = now - self._resumed
-        if used < _SLICE_S and not (self._in_step and self._prompt):
+        if used < _SLICE_S and not self._prompt:
             return
         until = now + max(used, _SLICE_S) * (1 / self.share - 1) if self.share else float("inf")
         while not self.is_idle:
             now = self._clock()
-            if now >= until and (not (self._in_step and self._prompt) or now >= until + _PATIENCE_S):
+            if now >= until and (not self._prompt or now >= until + _PATIENCE_S):
                 break
             self._sleep(_POLL_S)
         self._resumed = self._clock()

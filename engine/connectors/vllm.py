@@ -361,6 +361,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
     def _fail(self, worker: PrefixWorker, name: str, blocks: Sequence[int], start: int, end: int) -> None:
         """Have vLLM compute tokens [start, end) of a request, and keep nothing of it: its step is run again."""
         worker.metrics.failures += 1
+        self._timing = [timed for timed in self._timing if timed.ended is not None]  # what failed was no restore
         worker.give_up(name)
         with self._lock:
             self._failed_blocks |= set(blocks[start // self.block_tokens : -(-end // self.block_tokens)])
@@ -497,9 +498,9 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         if len(meta.steps) != 1 or meta.loads or self._num_loading:
             return
         step = meta.steps[0]
-        if step.load is not None:
+        if step.load is not None and step.scheduled < _PROMPT_TOKENS:
             self._timing.append(_Timed("restore", step.load[1] - step.load[0], step.load[0], self._now()))
-        elif step.scheduled >= _PROMPT_TOKENS:
+        elif step.load is None and step.scheduled >= _PROMPT_TOKENS:
             self._timing.append(_Timed("compute", step.scheduled, step.computed - step.scheduled, self._now()))
 
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -64,12 +64,18 @@ def test_a_prompt_keeps_coding_away_until_its_step_ends() -> None:
 
     def sleep(seconds: float) -> None:
         clock.sleep(seconds)
-        if clock.now >= ends:
+        if clock.now >= ends and pace._in_step:
             pace.ended()
 
     pace._sleep = sleep
     pace.wait()
-    assert clock.now >= ends and clock.slept >= 0.7  # not before
+    assert clock.now >= ends and 0.7 <= clock.slept < 0.8  # not before
+    pace._sleep = clock.sleep
+    pace.began(prompt=True)
+    pace.ended()  # the device may still be at work
+    before = clock.slept
+    pace.wait()
+    assert QUIET_S <= clock.slept - before < 2 * QUIET_S
     # without an end, a slice after two seconds more than the share asks for
     pace._sleep = clock.sleep
     pace.began(prompt=True)
