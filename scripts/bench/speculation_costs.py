@@ -131,17 +131,23 @@ def ttft(target: Decoder, tokens: int, chunks: list[int]) -> dict[str, float]:
 def pair_rates(args: argparse.Namespace) -> int:
     """Tokens a second of a pair through one engine with its draft and one with n-grams; a length of 0 is plain decoding.
 
-    Turns of all modes alternate, each on prompts of its own, and nothing is kept of the turns before; the first two capture steps and are not counted.
-    `over_plain` is the median over turns.
+    Common steps are captured before, as a server does (`captured`). Turns of all modes alternate, each on prompts of its own, and nothing is kept of
+    the turns before; the first two are not counted. `over_plain` is the median over turns.
     """
     loaded = Engine.from_pair(args.pair, device="cuda" if torch.cuda.is_available() else "cpu", max_batch=64, pool_tokens=1 << 17)
     ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), max_batch=64, pool_tokens=1 << 16)
     rows: list[dict[str, Any]] = []
+    captured = {}
+    for name, engine in (("draft", loaded), ("ngram", ngrams)):
+        engine.core.measure_costs()
+        found_steps = engine.core.capture_steps()
+        captured[name] = found_steps and found_steps._asdict()
+    print("captured", json.dumps(captured), flush=True)
     for kind, texts in KINDS.items():
         ids = [loaded.encode([{"role": "user", "content": text}]) for text in texts]
         for batch, temperature in ((int(n), t) for n in args.batches.split(",") for t in ((0.0, 1.0) if args.sampled else (0.0,))):
             modes: list[tuple[str, Engine, Any]] = [
-                ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k and batch * (int(k) + 1) <= 128),
+                ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k.strip("0") and batch * (int(k) + 1) <= 128),
                 ("draft", loaded, "auto"), ("ngram", ngrams, "auto"),
             ]  # fmt: skip
             found: list[list[tuple[float, list[Any]]]] = [[] for _ in modes]
@@ -168,7 +174,9 @@ def pair_rates(args: argparse.Namespace) -> int:
                 print(json.dumps(rows[-1]), flush=True)
             if args.json_out:
                 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-                args.json_out.write_text(json.dumps({"pair": args.pair, "device": device, "rows": rows}, indent=1) + "\n")
+                args.json_out.write_text(
+                    json.dumps({"pair": args.pair, "device": device, "captured": captured, "rows": rows}, indent=1) + "\n"
+                )
     return 0
 
 
@@ -178,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="qwen2.5-1.5b", choices=sorted(SHAPES))
     parser.add_argument("--draft", default="qwen2.5-0.5b", choices=sorted(SHAPES))
     parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--lengths", default="1,2,4")
+    parser.add_argument("--lengths", default="1,2,4", help="fixed numbers of drafts; 0 with --pair: automatic ones alone")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prefill", type=int, default=4096)
     parser.add_argument(
