@@ -17,10 +17,11 @@ from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_draft, quantized_blocks, read_sampling_defaults, remember_costs, remember_products
+from engine.loading import choose_device_map, choose_draft, quantized_blocks, read_sampling_defaults, remember_costs, remember_products
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device import QUANTIZED, WEIGHTS, device_named, dtype_named, own_torch_modes
+from engine.model.device_map import devices_named
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import Draft, as_source
 from engine.runtime.request import GenerationResult, Request, StreamEvent
@@ -129,6 +130,7 @@ class Engine:
         draft: str | Path | None = "none",
         *,
         device: str | torch.device = "auto",
+        devices: str | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype = "auto",
         exit_layer: int | None = None,
         weights: str = "auto",
@@ -138,20 +140,30 @@ class Engine:
         ships for a target of this shape, else an early exit from its own first layers, untrained), "ngram" (each request's own text), or "none" (None
         too).
 
-        device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers,
-        untrained. weights: "auto" (in the dtype), or "quantized": those of a target in a GGUF file stay in its blocks of 4 or 8 bits (Q8_0, Q4_0,
+        device: "auto", "cpu", "cuda", "cuda:1". devices: "cuda:0,cuda:1", or a list: the target's layers are spread over them
+        (`engine.model.device_map`); None: over all GPUs where the target is larger than one. dtype: "auto" (bfloat16), "bfloat16",
+        "float32". exit_layer: early exit after so many layers, untrained. weights: "auto" (in the dtype), or "quantized": those of a target in a
+        GGUF file stay in its blocks of 4 or 8 bits (Q8_0, Q4_0,
         Q4_1; other formats become bfloat16), on a CPU. options: see the constructor.
 
         Raises:
             ModelNotFound, DownloadFailed, UnsupportedArchitecture, VocabularyMismatch, BadDraftHead, InvalidOption.
         """
-        where, kind, draft = device_named(device), dtype_named(dtype), "none" if draft is None else draft
+        kind, draft = dtype_named(dtype), "none" if draft is None else draft
+        named = None if devices is None else devices_named(devices)
+        if named is not None and device != "auto":
+            raise InvalidOption("device and devices both say where the models go", "give one of them")
+        where = device_named(device) if named is None else named[0]
         if weights not in WEIGHTS:
             raise InvalidOption(f"unknown kind of weights {shown(weights)}", f"use {' or '.join(WEIGHTS)}")
         blocks = quantized_blocks(target, kind, where) if weights == QUANTIZED else None
         target_dir = resolve_model(target)
         # first: the tokenizer of a model we do not run may fail to load in ways of its own
-        choice = choose_draft(draft, DecoderConfig.from_hf(read_config(target_dir)), exit_layer)
+        target_config = DecoderConfig.from_hf(read_config(target_dir))
+        choice = choose_draft(draft, target_config, exit_layer)
+        device_map = choose_device_map(target_config, kind, where, named, options.get("gpu_memory_utilization"))
+        if device_map is not None and blocks is not None:
+            raise InvalidOption("quantised weights lie on one device", "leave out --devices, or --weights")
         if choice.model is not None:
             DecoderConfig.from_hf(read_config(choice.model))
         if blocks is None:
@@ -162,7 +174,7 @@ class Engine:
             check_vocabularies(tokenizer, load_tokenizer(choice.model, remembered))
         with own_torch_modes():
             with nullcontext() if blocks is None else closing(blocks):
-                decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where, blocks=blocks)
+                decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where, blocks=blocks, device_map=device_map)
             return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
 
     @classmethod

@@ -28,9 +28,11 @@ from engine.hub.resolve import resolve_model
 from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
+from engine.model.device_map import DeviceMap, spread_layers, weight_bytes
 from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share
 from engine.runtime.core import EngineCore
 from engine.runtime.drafters import load_draft_head
+from engine.runtime.memory import GPU_MEMORY_UTILIZATION, device_memory
 from engine.runtime.sampling_defaults import SamplingDefaults
 from kernels.cpu_decode import compiled_loads
 from kernels.cpu_decode.blocks import NAMES
@@ -86,6 +88,29 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
         return DraftChoice(exit_layer=default_exit_layer(target.num_layers) if exit_layer is None else exit_layer)
     folder = Path(draft).expanduser()
     return DraftChoice(head=folder) if is_draft_head(folder) else DraftChoice(model=resolve_model(draft))
+
+
+def choose_device_map(
+    target: DecoderConfig, dtype: torch.dtype, device: torch.device, devices: Sequence[torch.device] | None, share: float | None = None
+) -> DeviceMap | None:
+    """The target's layers over the devices that were named, or over all GPUs where it does not fit the one it would go to; None: on one device.
+
+    share: of each GPU's memory that may be used. Raises InvalidOption where the weights do not fit.
+    """
+    share = GPU_MEMORY_UTILIZATION if share is None else share
+    if devices is None:
+        memory = device_memory(device)
+        if memory is None or torch.cuda.device_count() < 2:
+            return None
+        first, layers = weight_bytes(target, dtype)
+        if first + sum(layers) <= share * memory.free_bytes:
+            return None
+        devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if len(devices) == 1:
+        return None
+    found = [device_memory(own) for own in devices]
+    # a CPU's is the same for all: equal parts
+    return spread_layers(target, dtype, devices, [1 << 50 if memory is None else int(share * memory.free_bytes) for memory in found])
 
 
 def read_sampling_defaults(folder: Path | None) -> SamplingDefaults:

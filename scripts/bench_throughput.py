@@ -229,8 +229,8 @@ def announced(everyone: Sequence[Contestant]) -> int:
     """Bytes that our engines say they hold: weights once, every engine's pools, and on a GPU its captured steps and workspace."""
     memories = [c.engine.memory() for c in everyone if isinstance(c, Foretold)]
     weights = max((m["target_bytes"] + m["draft_bytes"] for m in memories), default=0)
-    plans = [c.engine.core.memory_plan for c in everyone if isinstance(c, Foretold)]
-    beside = [plan.workspace_bytes + plan.captured_bytes for plan in plans if plan is not None]  # of a GPU
+    plans = [plan for c in everyone if isinstance(c, Foretold) for plan in c.engine.core.memory_plans]
+    beside = [plan.workspace_bytes + plan.captured_bytes for plan in plans]  # of a GPU
     return weights + sum(m["pool_bytes"] for m in memories) + sum(beside)
 
 

@@ -79,6 +79,8 @@ def load(args: argparse.Namespace, **options: Any) -> Engine:
         options["weights"] = weights
     if (share := getattr(args, "gpu_memory_utilization", None)) is not None:
         options["gpu_memory_utilization"] = share
+    if (devices := getattr(args, "devices", None)) is not None:
+        options["devices"] = devices
     if args.target:
         return Engine.from_pretrained(args.target, args.draft or "none", **options)
     return Engine.from_pair(args.pair or DEFAULT_PAIR, draft=args.draft, **options)
@@ -295,10 +297,11 @@ def memory_line(engine: Engine) -> str:
     m = {name: size / 2**20 for name, size in engine.memory().items()}
     config = engine.core.config
     kv_format = "" if config.kv_cache_dtype == PLAIN else f", {config.kv_cache_dtype}"
-    plan = engine.core.memory_plan
-    shared_out = "" if plan is None else f"; GPU memory {plan}"
+    shared_out = "".join(f"; GPU memory {plan}" for plan in engine.core.memory_plans)
+    device_map = engine.core.target.device_map
+    where = engine.device if device_map is None else device_map
     return (
-        f"[{config.pair or config.target_dir}, {engine.device}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
+        f"[{config.pair or config.target_dir}, {where}, {str(engine.dtype).removeprefix('torch.')}: target {m['target_bytes']:.0f} MiB, "
         f"draft {m['draft_bytes']:.0f} MiB ({engine.drafter_name}), KV pools {m['pool_bytes']:.0f} MiB{kv_format}{shared_out}]"
     )
 

@@ -123,6 +123,11 @@ def model_options(p: argparse.ArgumentParser) -> None:
         "draft that ships for the target, else the target's first layers), ngram (the text itself); default: the pair's own; none with --target",
     )
     models.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    models.add_argument(
+        "--devices",
+        metavar="D,D",
+        help="spread the target's layers over these, cuda:0,cuda:1 say; default: over all GPUs where it is larger than one",
+    )
     models.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     models.add_argument(
         "--weights",

@@ -363,14 +363,14 @@ class PagedPool(KvPool):
 
     def read(self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: LayerAngles) -> torch.Tensor:
         """Keys before rotation and values of tokens [start, end), float32 [T, L - first_layer, 2, G, d]; `inverse`: angles that turn back."""
-        pages, offsets = sequence.addresses(start, end)
+        pages, offsets = sequence.addresses(start, end, self.device)
         kv = self.kv[first_layer:, :, pages, offsets].permute(2, 0, 1, 3, 4).contiguous().float()
         kv[:, :, 0] = inverse.turn(kv[:, :, 0], first_layer)
         return kv
 
     def write(self, sequence: KvSequence, start: int, kv: torch.Tensor, first_layer: int, angles: LayerAngles) -> None:
         """Inverse of `read`, into pages the sequence owns; `angles`: of the tokens' positions."""
-        pages, offsets = sequence.addresses(start, start + len(kv))
+        pages, offsets = sequence.addresses(start, start + len(kv), self.device)
         kv = kv.clone()
         kv[:, :, 0] = angles.turn(kv[:, :, 0], first_layer)
         # two index tensors with a slice of layers before them: the token axis comes first after the permutation
@@ -419,9 +419,9 @@ class KvSequence:
         """True when the pages follow one another."""
         return not self.pages or self.pages == list(range(self.pages[0], self.pages[0] + len(self.pages)))
 
-    def addresses(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page and offset in it of tokens [start, end), each [T] int64 on the pool's device."""
-        size, device = self.pool.page_size, self.pool.device
+    def addresses(self, start: int, end: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and offset in it of tokens [start, end), each [T] int64 on a device, the pool's unless named."""
+        size, device = self.pool.page_size, self.pool.device if device is None else device
         positions = torch.arange(start, end)
         pages = torch.tensor(self.pages, dtype=torch.int64)[positions // size] if end > start else positions
         return pages.to(device), (positions % size).to(device)

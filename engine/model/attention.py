@@ -21,6 +21,7 @@ from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.config import DecoderConfig
+from engine.model.device import on_device
 from engine.model.rope import RopeTable
 from kernels.dispatch import use_triton
 from kernels.kv_write import kv_write
@@ -258,6 +259,50 @@ class ReferenceBackend(AttentionBackend):
         assert self._capacity is not None, "prepare_for_capture comes first"
         self._capacity.check(batch)
         self.plan(batch)
+
+
+class SpreadBackend(AttentionBackend):
+    """Attention of a model whose layers lie on several devices: the backend of each device's layers over its part of the pool.
+
+    Args:
+        parts: (first layer, backend of the layers from there on, which counts them from 0), in order.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, AttentionBackend]], *, deterministic: bool) -> None:
+        self.parts, self.deterministic = tuple(parts), deterministic
+        self.device, self.page_size = parts[0][1].device, parts[0][1].page_size
+
+    def _of(self, layer: int) -> tuple[AttentionBackend, int]:
+        return next((backend, layer - first) for first, backend in reversed(self.parts) if first <= layer)
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """On every device."""
+        for _, backend in self.parts:
+            with on_device(backend.device):
+                backend.plan(batch)
+
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """By the layer's backend."""
+        backend, own = self._of(layer)
+        return backend.rotate(own, qk)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """By the layer's backend."""
+        backend, own = self._of(layer)
+        backend.write(own, k, v)
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """By the layer's backend."""
+        backend, own = self._of(layer)
+        return backend.run(own, q)
+
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """Raises NotImplementedError: a graph is of one device."""
+        raise NotImplementedError("a captured step is of one device")
+
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """Raises NotImplementedError: a graph is of one device."""
+        raise NotImplementedError("a captured step is of one device")
 
 
 @dataclass

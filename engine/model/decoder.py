@@ -21,9 +21,12 @@ from draft.protocols import CausalDecoder
 from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, LayerAngles, PagedPool
-from engine.model.attention import AttentionBackend, AttentionBatch, TritonBackend, open_backend
+from engine.kv.spread_pool import SpreadPool
+from engine.model.attention import AttentionBackend, AttentionBatch, SpreadBackend, TritonBackend, open_backend
 from engine.model.batch_invariant import batch_invariant, batch_invariant_gate, batch_invariant_grouped
 from engine.model.config import DecoderConfig
+from engine.model.device import on_device
+from engine.model.device_map import DeviceMap
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
 from engine.model.linear import Projection, packed_copy, packs, select_gemm
 from engine.model.rope import RopeTable
@@ -83,13 +86,23 @@ def forward_reserved(
 class Decoder(nn.Module):
     """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.device_map = device_map  # of layers over several devices; None: all on one
         # given a weight, the module does not fill one with random numbers
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
-        self.layers = nn.ModuleList(DecoderLayer(config, number, dtype, device) for number in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, number, dtype, device if device_map is None else device_map.of(number))
+            for number in range(config.num_layers)
+        )
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
         # a tied head has no weights: the embedding, which is looked up row by row, or a copy of it made for products
         self.lm_head = None if config.tie_word_embeddings else Projection(config.hidden_size, config.vocab_size, False, dtype, device)
@@ -97,7 +110,7 @@ class Decoder(nn.Module):
         self.weight_sum: int | None = None  # over the bytes it was loaded from (`sum_of_all`)
         self._weights: list[LayerWeights] = []
         self._output_norm: torch.Tensor | None = None
-        self._ropes: dict[bool, RopeTable] = {}
+        self._ropes: dict[tuple[bool, torch.device], RopeTable] = {}
         self.layer_shapes = [config.layer_shape(number) for number in range(config.num_layers)]
         self._choose_ops()
 
@@ -115,9 +128,11 @@ class Decoder(nn.Module):
     # --- making one -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _materialise(cls, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    def _materialise(
+        cls, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str, device_map: DeviceMap | None = None
+    ) -> Decoder:
         """A decoder whose parameters have an address but no values yet; a CPU's take up memory as they are filled."""
-        decoder = cls(config, dtype, device)
+        decoder = cls(config, dtype, device if device_map is None else device_map.main, device_map)
         decoder.requires_grad_(False)
         return decoder.eval()
 
@@ -130,11 +145,13 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         num_layers: int | None = None,
         blocks: QuantizedBlocks | None = None,
+        device_map: DeviceMap | None = None,
     ) -> Decoder:
         """Load a Hugging Face folder (config.json and safetensors, sharded or not), one tensor at a time.
 
         num_layers: the first so many layers alone, without a head: for their states, keys and values. blocks: of the file the folder was converted
-        from: projections, and the head, whose parts are all of one format there stay in it.
+        from: projections, and the head, whose parts are all of one format there stay in it. device_map: of its layers over several devices,
+            instead of `device`.
 
         Raises:
             ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
@@ -150,7 +167,14 @@ class Decoder(nn.Module):
             decoder._tied_head = None
             return decoder
         sums: dict[str, int] = {}
-        decoder = cls.filled(config, lambda places: sums.update(load_tensors(stored, places)), dtype=dtype, device=device, blocks=blocks)
+        decoder = cls.filled(
+            config,
+            lambda places: sums.update(load_tensors(stored, places)),
+            dtype=dtype,
+            device=device,
+            blocks=blocks,
+            device_map=device_map,
+        )
         if blocks is None:
             decoder.weight_sum = sum_of_all(stored, sums)
         return decoder
@@ -165,6 +189,7 @@ class Decoder(nn.Module):
         device: torch.device | str,
         int8: bool = False,
         blocks: QuantizedBlocks | None = None,
+        device_map: DeviceMap | None = None,
     ) -> Decoder:
         """A packed decoder with the values that `fill` puts into the tensors it is given, by their Hugging Face names, some at a time.
 
@@ -172,7 +197,7 @@ class Decoder(nn.Module):
         costs several times what reading a file in the system's cache does. int8: see `pack`. blocks: see `from_pretrained`; `fill` is
         not asked for what they give.
         """
-        decoder = cls._materialise(config, dtype, device)
+        decoder = cls._materialise(config, dtype, device, device_map)
         if blocks is not None:
             decoder._take_blocks(blocks)
         fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
@@ -219,17 +244,25 @@ class Decoder(nn.Module):
             self._tied_head = cast(torch.Tensor, head)
 
     @classmethod
-    def from_config(cls, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Decoder:
-        """Random weights of the usual scale (normal, 0.02; norms 1; biases 0), the same for the same seed and device."""
-        decoder = cls._materialise(config, dtype, device)
-        generator = torch.Generator(device=device).manual_seed(seed)
+    def from_config(
+        cls,
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        device_map: DeviceMap | None = None,
+    ) -> Decoder:
+        """Random weights of the usual scale (normal, 0.02; norms 1; biases 0), the same for the same seed and kind of device."""
+        decoder = cls._materialise(config, dtype, device, device_map)
+        generator = torch.Generator(device=decoder.device).manual_seed(seed)
         for name, parameter in decoder.named_parameters():
             if "norm" in name:
                 parameter.fill_(0.0 if config.norm_offset else 1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.copy_(torch.empty_like(parameter, device=decoder.device).normal_(0.0, 0.02, generator=generator))
         return decoder.pack()
 
     def hf_tensors(self) -> dict[str, torch.Tensor]:
@@ -261,6 +294,9 @@ class Decoder(nn.Module):
             projection.unpack()
         self._weights, self._output_norm, self._ropes, self._tied_head = [], None, {}, None
         result = super()._apply(*args, **kwargs)
+        if self.device_map is not None:
+            where = [(first, end, cast(DecoderLayer, self.layers[first]).input_norm.device) for first, end, _ in self.device_map.parts]
+            self.device_map = DeviceMap(self.device, tuple(where))
         self._choose_ops()
         return self.pack() if packed else result
 
@@ -301,13 +337,14 @@ class Decoder(nn.Module):
         """Table of rotary angles on the decoder's device, of all layers but those with a RoPE of their own (`rope_table`)."""
         return self.rope_table(local=False)
 
-    def rope_table(self, *, local: bool) -> RopeTable:
-        """Table of rotary angles of layers whose kind says `local_rope`, or of the others."""
-        if local not in self._ropes:
+    def rope_table(self, *, local: bool, device: torch.device | None = None) -> RopeTable:
+        """Table of rotary angles of layers whose kind says `local_rope`, or of the others; device: another than the decoder's."""
+        key = local, self.device if device is None else device
+        if key not in self._ropes:
             options = self.config.local_rope if local else self.config.rope
             assert options is not None, "a family with local_rope layers has options for them"
-            self._ropes[local] = RopeTable(options, self.config.head_dim, self.device)
-        return self._ropes[local]
+            self._ropes[key] = RopeTable(options, self.config.head_dim, key[1])
+        return self._ropes[key]
 
     def _angles(self, start: int, end: int, *, inverse: bool = False) -> LayerAngles:
         """Angles of positions [start, end) by layer; inverse: those that turn back."""
@@ -315,12 +352,16 @@ class Decoder(nn.Module):
         angles = tuple(table.inverse(start, end) if inverse else table.slice(start, end) for table in tables)
         return LayerAngles(angles, tuple(int(shape.local_rope) for shape in self.layer_shapes))
 
-    def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None) -> PagedPool:
-        """A KV pool of this model's shape, dtype and device (see `PagedPool`)."""
+    def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None) -> Any:
+        """A KV pool of this model's shape, dtype and device: a `PagedPool`, or a `SpreadPool` where the layers lie on several devices."""
         c = self.config
-        return PagedPool(
-            c.num_layers, c.num_kv_heads, c.head_dim, num_pages, page_size, dtype=self.dtype, device=self.device, max_pages=max_pages
-        )
+
+        def part(layers: int, device: torch.device) -> PagedPool:
+            return PagedPool(layers, c.num_kv_heads, c.head_dim, num_pages, page_size, dtype=self.dtype, device=device, max_pages=max_pages)
+
+        if self.device_map is None:
+            return part(c.num_layers, self.device)
+        return SpreadPool([(first, part(end - first, device)) for first, end, device in self.device_map.parts], self.device)
 
     # --- running it -----------------------------------------------------------------------------------------------------
 
@@ -441,24 +482,41 @@ class Decoder(nn.Module):
         weights, shapes, ops = self.layer_weights(), self.layer_shapes, self._ops[backend.deterministic]
         stream, update, queries = hidden, None, None
         taken: dict[int, torch.Tensor] = {}
+        place = None if self.device_map is None else self.device_map.of
         for number in layers:
             rotate, attend = partial(backend.rotate, number), partial(backend.attend, number)
-            out = layer_forward(weights[number], stream, rotate, attend, shapes[number], ops, update)
+            if place is None:
+                out = layer_forward(weights[number], stream, rotate, attend, shapes[number], ops, update)
+            else:
+                device = place(number)
+                stream, update = stream.to(device), None if update is None else update.to(device)
+                with on_device(device):
+                    out = layer_forward(weights[number], stream, rotate, attend, shapes[number], ops, update)
             if number in taps:
                 taken[number] = out.entered
             if observe is not None and queries is not None:
-                observe(number - 1, queries, out.entered)
+                observe(number - 1, queries.to(self.device), out.entered.to(self.device))
             stream, update, queries = out.stream, out.update, out.queries
         if update is not None:
             stream = stream + update
+        if place is not None:  # callers know one device
+            stream, taken = stream.to(self.device), {tap: rows.to(self.device) for tap, rows in taken.items()}
         if layers.stop in taps:
             taken[layers.stop] = stream
         if observe is not None and queries is not None:
-            observe(layers.stop - 1, queries, stream)
+            observe(layers.stop - 1, queries.to(self.device), stream)
         return stream, taken
 
     def attention_backend(self, pool: KvPool, *, deterministic: bool = False, kernels: bool = False) -> AttentionBackend:
         """Attention of this model over one of its pools. kernels: over plain pages in tensors that a caller may set itself, on any device."""
+        if isinstance(pool, SpreadPool):
+            assert self.device_map is not None and not kernels
+            found = []
+            for (first, end, device), (_, part) in zip(self.device_map.parts, pool.parts, strict=True):
+                own = replace(self.config, num_layers=end - first, layer_kinds=self.config.layer_kinds[first:end])
+                ropes = [self.rope_table(local=local, device=device) for local in ([False] if own.local_rope is None else [False, True])]
+                found.append((first, open_backend(part, own, *ropes, deterministic=deterministic)))
+            return SpreadBackend(found, deterministic=deterministic)
         local = None if self.config.local_rope is None else self.rope_table(local=True)
         if kernels:
             assert isinstance(pool, PagedPool)

@@ -27,11 +27,10 @@ from engine.runtime.device_sampling import Drawing
 from engine.runtime.memory import (
     POOL_TOKENS_CPU,
     PREFILL_TOKENS,
-    device_memory,
     most_cached_pages,
     open_pool,
     page_counts,
-    plan_memory,
+    plan_devices,
     prefill_chunk,
 )
 from engine.runtime.metrics import SpeculationMetrics
@@ -120,13 +119,12 @@ class EngineCore:
         self.sampling_defaults = sampling_defaults
         cached = None if source is None else source.cached_decoder
         check_format(config.kv_cache_dtype, target.config.head_dim)
-        found = device_memory(target.device)
-        if found is None and config.gpu_memory_utilization is not None:
-            raise InvalidOption("gpu_memory_utilization is of a GPU's memory, and the models are on a CPU", "give pool_tokens")
         captures = config.kv_cache_dtype == PLAIN and GraphedDecoder.fits(target)
-        # how a GPU's memory is shared out; None on a CPU
-        self.memory_plan = None if found is None else plan_memory(target, cached, config, found, captures=captures)
-        tokens = self.memory_plan.pool_tokens if self.memory_plan is not None else config.pool_tokens or POOL_TOKENS_CPU
+        # how the memory of each GPU is shared out; () on a CPU
+        self.memory_plans = plan_devices(target, cached, config, captures=captures)
+        if not self.memory_plans and config.gpu_memory_utilization is not None:
+            raise InvalidOption("gpu_memory_utilization is of a GPU's memory, and the models are on a CPU", "give pool_tokens")
+        tokens = self.memory_plans[0].pool_tokens if self.memory_plans else config.pool_tokens or POOL_TOKENS_CPU
         start, pages = page_counts(tokens, config.page_size)
         if target.device.type == "cuda":
             start = pages  # captured steps hold addresses: a GPU's pool gets its size at once

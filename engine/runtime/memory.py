@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -89,8 +89,29 @@ def prefill_chunk(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 512
 
 
-def plan_memory(target: Decoder, draft: Decoder | None, config: EngineConfig, memory: DeviceMemory, *, captures: bool) -> MemoryPlan:
+def plan_devices(target: Decoder, draft: Decoder | None, config: EngineConfig, *, captures: bool) -> tuple[MemoryPlan, ...]:
+    """`plan_memory` of every device that holds layers of the target, measured now; () on a CPU. All have pools for the same tokens; the draft lies on
+    the target's main device. Raises InvalidOption."""
+    parts = [(target.device, target.config.num_layers)]
+    if target.device_map is not None:
+        parts = [(device, end - first) for first, end, device in target.device_map.parts]
+        if all(device != target.device for device, _ in parts):
+            parts.insert(0, (target.device, 0))
+    plans = []
+    for device, layers in parts:
+        found = device_memory(device)
+        if found is not None:
+            beside = draft if device == target.device else None
+            plans.append(plan_memory(target, beside, config, found, captures=captures, layers=layers))
+    tokens = min((plan.pool_tokens for plan in plans), default=0)
+    return tuple(replace(plan, pool_tokens=tokens, pools_bytes=plan.pools_bytes * tokens // plan.pool_tokens) for plan in plans)
+
+
+def plan_memory(
+    target: Decoder, draft: Decoder | None, config: EngineConfig, memory: DeviceMemory, *, captures: bool, layers: int | None = None
+) -> MemoryPlan:
     """How a device's memory is shared out. draft: the decoder with the second pool, if there is one. captures: whether steps are captured.
+    layers: of the target that lie on the device; None: all.
 
     Without `EngineConfig.pool_tokens` the pools get what `gpu_memory_utilization` leaves beside everything else, and no more than max_batch requests of
     the longest kind can fill, unless pages are kept for later ones (prefix_sharing).
@@ -101,7 +122,7 @@ def plan_memory(target: Decoder, draft: Decoder | None, config: EngineConfig, me
     used = memory.total_bytes - memory.free_bytes
     workspace = workspace_bytes(target, config) + (0 if draft is None else workspace_bytes(draft, config))
     captured = captured_bytes(target, draft, config) if captures else 0
-    of_token = token_bytes(target, draft, config.kv_cache_dtype)
+    of_token = token_bytes(target, draft, config.kv_cache_dtype, layers)
     share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
     left = int(memory.total_bytes * share) - used - workspace - captured
     tokens = config.pool_tokens
@@ -111,7 +132,7 @@ def plan_memory(target: Decoder, draft: Decoder | None, config: EngineConfig, me
             "give fewer pool_tokens, or end other programs",
         )
     if tokens is None:
-        tokens = int(left / of_token)
+        tokens = int(left / of_token) if of_token else config.max_batch * target.config.max_position_embeddings
         if not config.prefix_sharing:
             tokens = min(tokens, config.max_batch * target.config.max_position_embeddings)
         if tokens < min(START_TOKENS, target.config.max_position_embeddings):
@@ -124,11 +145,14 @@ def plan_memory(target: Decoder, draft: Decoder | None, config: EngineConfig, me
     return MemoryPlan(memory.total_bytes, used, workspace, captured, int(tokens * of_token), tokens)
 
 
-def token_bytes(target: Decoder, draft: Decoder | None, kv_format: str = PLAIN) -> float:
-    """Of a token in both pools. kv_format: of the target's. Raises InvalidOption when the target cannot have it."""
+def token_bytes(target: Decoder, draft: Decoder | None, kv_format: str = PLAIN, layers: int | None = None) -> float:
+    """Of a token in both pools. kv_format: of the target's; layers: of the target that count, None for all. Raises InvalidOption when the target cannot
+    have the format."""
     check_format(kv_format, target.config.head_dim)
-    models = [(target, kv_format)] + ([] if draft is None else [(draft, PLAIN)])
-    return sum(m.config.num_layers * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_ in models)
+    models = [(target, kv_format, target.config.num_layers if layers is None else layers)]
+    if draft is not None:
+        models.append((draft, PLAIN, draft.config.num_layers))
+    return sum(count * m.config.kv_width * element_bits(format_, m.config.head_dim, m.dtype) / 8 for m, format_, count in models)
 
 
 def workspace_bytes(decoder: Decoder, config: EngineConfig) -> int:
@@ -219,6 +243,8 @@ def open_pool(
     check_format(kv_format, target.config.head_dim)
     if kv_format == PLAIN:
         return target.new_pool(num_pages, page_size, max_pages=max_pages)
+    if target.device_map is not None:
+        raise InvalidOption(f"the KV format {kv_format} lies on one device, and the target's layers on several", "use bf16, or one device")
     if means is None:
         raise InvalidOption(f"the KV format {kv_format} takes off channel means, and there are none", "measure them, or use bf16")
     return QuantizedPool(FORMATS[kv_format], means.to(target.device), num_pages, page_size, dtype=target.dtype, max_pages=max_pages)

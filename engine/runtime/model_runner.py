@@ -200,14 +200,14 @@ class GraphedDecoder(DecoderRunner):
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
-        """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages, Llama's layers, and heads that the fused kernels'
-        tiles divide."""
+        """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages, Llama's layers, all on that device, and heads that
+        the fused kernels' tiles divide."""
         return isinstance(pool, PagedPool) and GraphedDecoder.fits(decoder)
 
     @staticmethod
     def fits(decoder: Decoder) -> bool:
         """The same before there is a pool, where its pages will be plain."""
-        shaped = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0
+        shaped = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and decoder.device_map is None
         return decoder.device.type == "cuda" and shaped and use_triton(decoder.final_norm)
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:

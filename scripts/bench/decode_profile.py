@@ -225,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
                 "ttft_s": first.ttft_s, "tokens_per_step": first.speculation.tokens_per_step,
             }  # fmt: skip
             if device.type == "cuda":  # what the engine says it holds, and the most that torch had allocated or reserved so far
-                plan = engine.core.memory_plan
-                beside = 0 if plan is None else plan.workspace_bytes + plan.captured_bytes
+                beside = sum(plan.workspace_bytes + plan.captured_bytes for plan in engine.core.memory_plans)
                 row["announced_bytes"] = sum(engine.core.memory().values()) + beside
                 row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
                 row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)

@@ -11,7 +11,6 @@ from draft.source import NgramSource
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InvalidOption
-from engine.runtime import core as core_module
 from engine.runtime import memory
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.device_sampling import Drawing
@@ -30,7 +29,7 @@ def decoders(random_decoder):
 def device(monkeypatch):
     """A device of 8 GiB, 7 of them free, in place of the CPU."""
     found = DeviceMemory(8 * GIB, 7 * GIB)
-    monkeypatch.setattr(core_module, "device_memory", lambda device: found)
+    monkeypatch.setattr(memory, "device_memory", lambda device: found)
     return found
 
 
@@ -89,10 +88,10 @@ def test_what_is_refused(decoders):
 def test_an_engine_is_as_large_as_its_plan(decoders, device):
     target, draft = decoders
     engine = Engine(target, draft=draft, max_batch=2, gpu_memory_utilization=0.8)
-    plan = engine.core.memory_plan
+    [plan] = engine.core.memory_plans
     assert engine.core.pool.max_pages == plan.pool_tokens // 64 and engine.core.draft_pool.max_pages == plan.pool_tokens // 64
     assert engine.generate([[3, 4, 5]])[0].token_ids
-    assert Engine(target).core.memory_plan.pool_tokens > 0
+    assert Engine(target).core.memory_plans[0].pool_tokens > 0
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram"])
