@@ -15,8 +15,8 @@ coding took it behind all answers, stored_bytes of all files divided among the p
 prompts gave the greedy text of the first mode; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
 which take turns once they have imported vLLM.
 
---overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn (what is
-left to be coded is coded before the next one's turn):
+--overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn (what
+is left to be coded is coded before the next one's turn):
 `{"device", ..., "overhead": [{"kind", "throughput", "main_thread_throughput", "rounds"}]}`, medians over rounds of throughput relative to vLLM alone,
 by the clock and by the CPU seconds of the thread that runs the model.
 
