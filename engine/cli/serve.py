@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -167,7 +170,27 @@ def serve(server: Server, listening: socket.socket) -> None:
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=None,
     )
-    _Announced(config, f"serving {server.config.model} at http://{shown}:{port}{alone}").run(sockets=[listening])
+    web = _Announced(config, f"serving {server.config.model} at http://{shown}:{port}{alone}")
+    with _ended_by_signals(web):
+        web.run(sockets=[listening])
+
+
+@contextmanager
+def _ended_by_signals(web: uvicorn.Server) -> Iterator[None]:
+    """SIGINT and SIGTERM end the server and nothing else: uvicorn raises those it was stopped by again, which would end the process by the signal."""
+
+    def stop(*_: object) -> None:
+        web.should_exit = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Announced(uvicorn.Server):

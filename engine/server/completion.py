@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from engine.runtime.request import GenerationResult, StreamEvent
 from engine.server.errors import ApiError
 from engine.server.loop import EngineLoop, Event, Ticket
 from engine.server.protocol import CompletionRequest
-from engine.server.responses import Answer, Choice, LogprobsForm, finish_reason
+from engine.server.responses import Answer, Choice, LogprobsForm, finish_reason, sse
 
 
 class Call:
@@ -120,36 +119,39 @@ class Call:
                     arrived.append(self._events.get_nowait())
                 for index, event in arrived:
                     if isinstance(event, ApiError):
-                        chunks.append(event.body())
+                        chunks.append(sse(event.body()))
                         ended = True
                         break
                     chunks += self._chunks(index, event, lengths)
                     ended = self._done
                 if ended:
                     if self.asked.include_usage and self._done:
-                        chunks.append(self.answer.usage_chunk([self._results[i] for i in range(len(self._tickets))]))
-                    yield b"".join(map(_sse, chunks)) + b"data: [DONE]\n\n"
+                        chunks.append(sse(self.answer.usage_chunk([self._results[i] for i in range(len(self._tickets))])))
+                    yield b"".join(chunks) + b"data: [DONE]\n\n"
                 else:
                     if chunks:
-                        yield b"".join(map(_sse, chunks))
+                        yield b"".join(chunks)
                     chunks, arrived = [], [await self._events.get()]
         finally:
             self.cancel()
 
-    def _openings(self) -> list[dict[str, Any]]:
+    def _openings(self) -> list[bytes]:
         if self.answer.chat:
-            return [self.answer.opening(index) for index in range(len(self._tickets))]
-        return [self.answer.piece(index, text) for index, text in enumerate(self._echoed) if text]
+            return [sse(self.answer.opening(index)) for index in range(len(self._tickets))]
+        return [self.answer.piece_event(index, text) for index, text in enumerate(self._echoed) if text]
 
-    def _chunks(self, index: int, event: StreamEvent, lengths: list[int]) -> list[dict[str, Any]]:
+    def _chunks(self, index: int, event: StreamEvent, lengths: list[int]) -> list[bytes]:
         """Those of one event. lengths: of each choice's text so far, counted up here."""
         buffered = self.asked.tools is not None  # whether it is a call shows at its end
         chunks = []
         if not buffered and (event.text or event.logprobs):
-            chunks.append(self.answer.piece(index, event.text, self._logprobs(event.logprobs, lengths[index])))
+            if event.logprobs:
+                chunks.append(sse(self.answer.piece(index, event.text, self._logprobs(event.logprobs, lengths[index]))))
+            else:
+                chunks.append(self.answer.piece_event(index, event.text))
             lengths[index] += len(event.text)
         self._note(index, event)
-        return chunks if event.result is None else [*chunks, *self._ending(index, buffered)]
+        return chunks if event.result is None else [*chunks, *map(sse, self._ending(index, buffered))]
 
     def _ending(self, index: int, buffered: bool) -> list[dict[str, Any]]:
         """A choice's last chunks; with what was held back."""
@@ -188,7 +190,3 @@ async def disconnected(http: Request) -> None:
     """Returns when the client has closed its connection."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sse(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"

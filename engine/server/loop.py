@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,9 @@ State = Literal["queued", "running", "done"]
 T = TypeVar("T")
 GATHER_S, GATHER_STEP_S = 0.01, 0.001
 """How long an idle engine that got a request waits at most for others that are being made ready, and between two looks."""
+SWITCH_INTERVAL_S = 2e-4
+"""After so long a thread that waits for Python's interpreter gets it. The engine's thread lets go of it only for moments too short for another one
+to wake up in, so each time the server's thread wants it (some times a token) it waits as long as this; Python's own 5 ms show in the first token."""
 
 
 Event = StreamEvent | ApiError
@@ -139,6 +143,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Begin serving."""
+        sys.setswitchinterval(min(SWITCH_INTERVAL_S, sys.getswitchinterval()))
         self._thread.finish_with(self._run)
 
     @contextmanager

@@ -13,14 +13,26 @@ from engine.errors import InvalidOption
 from engine.server.app import Server, ServerConfig
 from engine.server.keys import read_keys
 from engine.server.loop import EngineThread
+from engine.sessions.session import AUTO
 
-_OPTIONS = {"pair": "smollm2", "target": "", "draft": "none", "device": "auto", "api_key_file": "", "replicas": "1", "num_gpus": "0"}
+_OPTIONS = {
+    "pair": "smollm2",
+    "target": "",
+    "draft": "none",
+    "device": "auto",
+    "store": "",
+    "quality": AUTO,
+    "api_key_file": "",
+    "replicas": "1",
+    "num_gpus": "0",
+}
 
 
 def application(args: dict[str, str]) -> Any:
     """A deployment of `replicas` servers, which Ray places on the machines it has.
 
-    args: pair, or target and draft; device; api_key_file; replicas; num_gpus a replica. Ray decides who reaches the port: give keys.
+    args: pair, or target and draft; device; store, a folder that all replicas reach, so that what one has served comes back in another; quality of
+    what it keeps; api_key_file; replicas; num_gpus a replica. Ray decides who reaches the port: give keys.
 
     Raises:
         InvalidOption: an option of another name, or a number that is none.
@@ -37,10 +49,13 @@ def application(args: dict[str, str]) -> Any:
     def build() -> ASGIApp:
         """In a replica's own process."""
         thread = EngineThread()
+        options: dict[str, Any] = {"device": given["device"]}
+        if given["store"]:
+            options |= {"store": Path(given["store"]).expanduser(), "quality": given["quality"]}
         if given["target"]:
-            engine = thread.call(lambda: Engine.from_pretrained(given["target"], given["draft"], device=given["device"]))
+            engine = thread.call(lambda: Engine.from_pretrained(given["target"], given["draft"], **options))
         else:
-            engine = thread.call(lambda: Engine.from_pair(given["pair"], device=given["device"]))
+            engine = thread.call(lambda: Engine.from_pair(given["pair"], **options))
         keys = read_keys(Path(given["api_key_file"]) if given["api_key_file"] else None)
         return Server(engine, ServerConfig(model=given["target"] or given["pair"], keys=keys), thread).app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,7 @@ class Answer:
     n: int = 1
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -116,6 +118,15 @@ class Answer:
         """The chunk that says who speaks."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
 
+    def piece_event(self, index: int, text: str) -> bytes:
+        """`sse(self.piece(index, text))`, quickly: of all chunks of a choice's text only the text differs, so the rest is written once."""
+        if index not in self._frames:
+            mark = uuid.uuid4().hex  # a text that neither the model's name nor the id holds
+            before, _, after = sse(self.piece(index, mark)).partition(f'"{mark}"'.encode())
+            self._frames[index] = before, after
+        before, after = self._frames[index]
+        return before + json.dumps(text, ensure_ascii=False).encode("utf-8", "replace") + after
+
     def piece(self, index: int, text: str, logprobs: Any = None) -> dict[str, Any]:
         """A chunk with text."""
         content = {"delta": {"content": text}} if self.chat else {"text": text}
@@ -137,6 +148,11 @@ class Answer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def sse(value: Mapping[str, Any]) -> bytes:
+    """An event of a stream: JSON in the form of server-sent events."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
 
 
 def usage(results: Sequence[GenerationResult], n: int) -> dict[str, Any]:

@@ -73,11 +73,12 @@ class ServerProcess:
         self._process.kill()
         self._process.wait(30)
 
-    def close(self) -> None:
-        """End it, as an operator would."""
+    def close(self) -> int:
+        """End it, as an operator would; its exit status."""
         self._process.terminate()
-        self._process.wait(60)
+        status = self._process.wait(60)
         self._said.close()
+        return status
 
 
 def _cpu_s(task: Path) -> float:

@@ -1,4 +1,4 @@
-"""The server as a process of its own: killed in the middle of an answer, and started again on the same store."""
+"""The server as a process of its own: killed in the middle of an answer, started again on the same store, and stopped."""
 
 from __future__ import annotations
 
@@ -51,4 +51,5 @@ def test_a_killed_servers_conversations_come_back(chat_engine, model_options, tm
     try:
         assert cached(second.url) >= 640
     finally:
-        second.close()
+        status = second.close()
+    assert status == 0  # after SIGTERM

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 
 import httpx
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from engine.errors import InvalidOption
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+psutil = pytest.importorskip("psutil")
 
 
 def test_a_replica_answers_and_streams(chat_folders, chat_engine):
@@ -36,6 +39,50 @@ def test_a_replica_answers_and_streams(chat_folders, chat_engine):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
         assert httpx.get(f"{url}/health").status_code == 200
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def test_a_killed_replicas_conversation_comes_back_in_its_successor(chat_folders, tmp_path):
+    from ray import serve
+
+    from engine.server.ray_app import application
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    target, draft = str(chat_folders.target), str(chat_folders.draft)
+    options = {"target": target, "draft": draft, "device": "cpu", "store": str(tmp_path / "store"), "quality": "near-lossless"}
+    body = {"messages": [{"role": "user", "content": "tide and buoy " * 50}], "temperature": 0, "max_tokens": 4}
+    url = f"http://127.0.0.1:{port}"
+
+    def replicas() -> list[int]:
+        found = psutil.Process().children(recursive=True)
+        return [process.pid for process in found if "ServeReplica" in " ".join(process.cmdline())]
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+    try:
+        serve.start(http_options={"port": port})
+        serve.run(application(options), name="foretold")
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        deadline = time.monotonic() + 60
+        while next(tier for tier in httpx.get(f"{url}/stats").json()["tiers"] if tier["name"] == "store")["bytes"] == 0:
+            assert time.monotonic() < deadline, "nothing was stored"
+            time.sleep(0.1)
+        (killed,) = replicas()
+        os.kill(killed, 9)
+        while True:
+            try:
+                again = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+                if again.status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert killed not in replicas()
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 640
     finally:
         serve.shutdown()
         ray.shutdown()
