@@ -63,9 +63,9 @@ def main() -> int:
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args()
 
-    began = time.process_time()
+    began, began_cpu = time.perf_counter(), time.process_time()
     folder = resolve_model(args.file)
-    converted_s = time.process_time() - began
+    converted_s, converted_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     prompt = [{"role": "user", "content": args.prompt}] if has_template(engine.tokenizer) else args.prompt
     ids = engine.encode(prompt)
@@ -87,7 +87,9 @@ def main() -> int:
         "prompt_tokens": len(ids),
         "new_tokens": args.tokens,
         "equal_tokens": equal,
-        "resolve_cpu_s": round(converted_s, 2),
+        "file_bytes": args.file.stat().st_size,
+        "resolve_s": round(converted_s, 2),
+        "resolve_cpu_s": round(converted_cpu_s, 2),
         "dtype": "float32",
     }
     text = json.dumps(report)
