@@ -21,7 +21,7 @@ class EngineConfig:
     deterministic: batch-invariant kernels, so that greedy text is the same with and without speculation, to the bit.
     kv_cache_dtype: format of the target's KV cache, one of `engine.kv.formats.KV_CACHE_DTYPES`; a draft's stays its own.
     prefix_sharing: pages of finished and running requests stay in the pool while nobody needs them, and a request that begins with the same
-    tokens shares them instead of running them. Off unless asked for: in bf16, greedy text without a seed may part (docs/guarantees.md).
+    tokens shares them instead of running them (docs/guarantees.md says what its text depends on then).
     costs: frozen costs for the automatic draft length; None: measured at the first request that needs them, and corrected as text is generated.
     target_dir: folder the target came from, for fingerprints; it is not read here. pair: name of the known pair, for reports.
     gpu_memory_utilization: share of a GPU's memory that may be used in all, other programs and the weights included; the KV pools get what is left of
@@ -42,7 +42,7 @@ class EngineConfig:
     target_dir: Path | None = None
     pair: str | None = None
     ngrams: bool = True
-    prefix_sharing: bool = False
+    prefix_sharing: bool = True
     gpu_memory_utilization: float | None = None
 
     def __post_init__(self) -> None:

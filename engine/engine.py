@@ -84,7 +84,7 @@ class Engine:
         pack: str | Path | None = None,
         log: Callable[[str], None] = print,
         ngrams: bool = True,
-        prefix_sharing: bool = False,
+        prefix_sharing: bool = True,
         gpu_memory_utilization: float | None = None,
     ) -> None:
         config = EngineConfig(

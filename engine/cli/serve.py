@@ -45,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--deterministic", action="store_true", help="greedy text does not depend on who else is served")
     p.add_argument("--pool-tokens", type=int, metavar="N", help="tokens the KV pool holds; default: what memory allows")
-    p.add_argument("--prefix-sharing", action="store_true", help="prompts that begin as one before share its pages while nobody needs them")
+    p.add_argument(
+        "--prefix-sharing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prompts that begin as one before share its pages while nobody needs them (default: yes)",
+    )
     p.add_argument(
         "--kv-events", metavar="ENDPOINT", help="publish which pages are held, for routers: tcp://127.0.0.1:5557, say (docs/server.md)"
     )
@@ -125,7 +130,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         "deterministic": args.deterministic,
         "max_batch": args.max_batch,
         "pool_tokens": args.pool_tokens,
-        "prefix_sharing": args.prefix_sharing or args.kv_events is not None,
+        "prefix_sharing": args.prefix_sharing,
     }
     engine = load(args, **options)
     if engine.tokenizer is None:

@@ -22,6 +22,7 @@ import torch
 
 from codec.errors import CodecError, CorruptedCode
 from codec.pages import EntropyDecoded, LayerRows
+from codec.references import Lent
 from codec.serialize import Features, KvSerializer
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.connectors.pace import Pace, Yielding
@@ -29,8 +30,9 @@ from engine.connectors.passes import CodedModel, FeaturePasses, TextState
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import Fields
 from engine.sessions.kv_codec import product_dtype
+from engine.store.borrowing import resolved
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, root_key, span_bounds
-from engine.store.store import DEFAULT_LIMIT_BYTES, RunStore
+from engine.store.store import DEFAULT_LIMIT_BYTES, Borrowed, RunStore
 from kernels.rope import apply_rope
 
 Ready = Callable[[], None]
@@ -135,7 +137,7 @@ class PrefixIndex:
         wanted = max(self.options.min_tokens, 1)
         if len(token_ids) - 1 - start < wanted:
             return 0
-        found = self.store.lookup(root_key(self.identity(namespace)), token_ids, start // PAGE_TOKENS)
+        found = self.store.lookup(root_key(self.identity(namespace)), token_ids, start // PAGE_TOKENS, referring=True)
         end = min(found.num_tokens, len(token_ids) - 1)
         if end - start < wanted or (start < NUM_SINKS and self.sinks(token_ids, namespace) is None):
             return 0
@@ -173,7 +175,7 @@ def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
 class _Text:
     """A request's text.
 
-    run: the page that the next stored run begins with. spans: coded pages from there on. raw: pages that wait to be coded, as [64, L, 2, G, d],
+    run: the page that the next stored run begins with. spans: coded pages from there on; borrowed: what those refer to that were stored. raw: pages that wait to be coded, as [64, L, 2, G, d],
     each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same way; sinks_known: they are stored, or were handed
     over. handed: pages that are stored or were handed on, None before the store was asked. kept: some were handed over. held: a restore of it is under
     way beside the engine's steps. done: nothing more will come. lost: nothing more is kept of it.
@@ -183,6 +185,7 @@ class _Text:
     token_ids: list[int] = field(default_factory=list)
     run: int = 0
     spans: list[bytes] = field(default_factory=list)
+    borrowed: Borrowed | None = None
     raw: deque[tuple[torch.Tensor, Ready]] = field(default_factory=deque)
     since: float = 0.0
     state: TextState | None = None
@@ -370,7 +373,7 @@ class PrefixWorker:
         marks = [("", began)]
         page, last = start // PAGE_TOKENS, -(-end // PAGE_TOKENS)
         root, known = root_key(self.index.identity(text.namespace)), text.token_ids[: last * PAGE_TOKENS]
-        found = self.index.store.lookup(root, known, page)
+        found = self.index.store.lookup(root, known, page, referring=True)
         end = min(end, found.num_tokens)
         if end <= start:
             return None
@@ -381,10 +384,10 @@ class PrefixWorker:
             if data is None:
                 return None
             sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape)).to(self.device)
-        spans = found.spans[: last - page]
         marks.append(("look up", time.perf_counter()))
-        reading = self._reader.submit(self._entropy_decoded, spans) if self.device.type == "cpu" else None
-        parts = [] if reading is not None else self.serializer.pages.start(spans)
+        lent = resolved(self.serializer.codec, found).lent
+        reading = self._reader.submit(self._entropy_decoded, found.spans, lent) if self.device.type == "cpu" else None
+        parts = [] if reading is not None else self._begun(found.spans, lent)
         marks.append(("begin to decode", time.perf_counter()))
         skipped = span_bounds(page)[0] - page * PAGE_TOKENS
         try:
@@ -407,9 +410,14 @@ class PrefixWorker:
         return Restored(start, end, page * PAGE_TOKENS, skipped, first, rows, sinks, angles)
 
     @torch.inference_mode()
-    def _entropy_decoded(self, spans: Sequence[bytes]) -> list[EntropyDecoded]:
+    def _entropy_decoded(self, spans: Sequence[bytes], lent: Lent | None) -> list[EntropyDecoded]:
         torch.set_num_threads(1)
-        return self.serializer.pages.start(spans)
+        return self._begun(spans, lent)
+
+    def _begun(self, spans: Sequence[bytes], lent: Lent | None) -> list[EntropyDecoded]:
+        """The spans, read; lent: what they refer to in other texts, if anything."""
+        pages = self.serializer.pages
+        return pages.start(spans) if lent is None else pages.begin(lent.codes, lent.lent)
 
     def _features(self, text: _Text, page: int, last: int, skipped: int) -> tuple[list[Features], torch.Tensor]:
         """Of a text's pages, in parts, without the first `skipped` tokens; and what `first_rows` gives of all."""
@@ -454,7 +462,8 @@ class PrefixWorker:
         root, ids = root_key(self.index.identity(text.namespace)), text.token_ids[: end * PAGE_TOKENS]
         if not text.kept:  # what others have stored of it may go on behind what was computed when the store was asked last
             text.run = self.index.store.known_pages(root, ids)
-            text.spans = self.index.store.lookup(root, ids, text.run).spans
+            found = self.index.store.lookup(root, ids, text.run, referring=True)
+            text.spans, text.borrowed = found.spans, found.borrowed.get(text.run)
             text.handed = text.run + len(text.spans)
         keys = PageKeys(root, ids) if self._restored else []
         first = text.handed or 0
@@ -591,11 +600,15 @@ class PrefixWorker:
             rows = self.serializer.join(torch.cat(list(pages))[skipped:, self.first_layer :], positions)
             spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
         text.spans += spans
-        report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run)
+        # stored pages that refer to other texts go on doing so in the longer run; what is coded here refers to none
+        own = text.borrowed
+        needs = () if own is None else (*own.needs, *[0] * (len(text.spans) - len(own.needs)))
+        borrowed = None if own is None else {text.run: (own.donors, needs)}
+        report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run, borrowed=borrowed)
         if not report.whole:
             text.lost = True
         if len(text.spans) == RUN_PAGES:
-            text.run, text.spans = text.run + RUN_PAGES, []
+            text.run, text.spans, text.borrowed = text.run + RUN_PAGES, [], None
         self.metrics.saved_tokens += end - start
         self.metrics.saved_bytes += sum(map(len, spans))
         self.metrics.save_s += time.perf_counter() - began

@@ -66,6 +66,7 @@ class KvPool(ABC):
         self._kept: dict[int, int] = {}  # of a page's owners, those that are caches
         self._num_reclaimable = 0
         self.reclaim: Callable[[KvPool, int], None] | None = None  # asks the cache for so many pages
+        self.steps_follow_tables = False  # whether steps of few tokens read a sequence's pages wherever they lie
 
     @property
     @abstractmethod
@@ -343,9 +344,12 @@ class PagedPool(KvPool):
 
     def settle(self, sequence: KvSequence) -> None:
         """On a CPU, move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again. The other
-        owners of shared pages keep them."""
+        owners of shared pages keep them. A sequence that began in pages of others stays there where small steps follow page tables: the copy would
+        take longer than sharing saves to the first token."""
         pages = sequence.pages
-        if self.device.type != "cpu" or sequence.is_contiguous or self.longest_free_run() < 2 * len(pages):
+        if self.device.type != "cpu" or sequence.is_contiguous or (self.steps_follow_tables and sequence.shares):
+            return
+        if self.longest_free_run() < 2 * len(pages):
             return
         target = self.allocate(len(pages))
         self.copy_pages(pages, target)
@@ -403,6 +407,7 @@ class KvSequence:
         self.pool = pool
         self.pages: list[int] = []
         self.length = 0
+        self.shares = False  # it began with pages that others own
 
     @property
     def capacity(self) -> int:
@@ -493,7 +498,7 @@ class KvSequence:
         """Begin this empty sequence with pages that others own, which hold `length` tokens."""
         assert not self.pages and -(-length // self.pool.page_size) == len(pages), "only an empty sequence takes over whole pages"
         self.pool.retain(pages)
-        self.pages, self.length = list(pages), length
+        self.pages, self.length, self.shares = list(pages), length, True
 
     def advance(self, n: int) -> None:
         """Commit n tokens that the decoder has written after the committed ones."""
@@ -508,6 +513,7 @@ class KvSequence:
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
         if not self.pages:
+            self.shares = False
             self.pool.emptied(self)
 
     def free(self) -> None:

@@ -4,22 +4,35 @@ A page of the target's pool and the draft's page of the same tokens are one entr
 as free, and are given up when somebody needs pages, those used longest ago and latest in their text first.
 
 Keys and values depend on how sums were ordered when they were computed. What batch-invariant steps wrote lies in a namespace of its own: only that is
-shared with requests whose text is promised not to depend on anything but model, prompt, parameters and seed; all others may use both. What was restored
-from a store has its code's loss; it lies in a third namespace, which those others may use as well, and keeps its code.
+shared with requests whose text is promised not to depend on anything but model, prompt, parameters and seed (`Use.INVARIANT`). Of the other pages those
+are marked whose tokens ran in whole chunks of a prompt, cut at absolute positions, each alone in its pass: a prompt that is computed has the same
+chunks, so a text that goes on from them is the same as without sharing (`Use.CHUNKS`). What was restored from a store has its code's loss; it lies in a
+third namespace and keeps its code. Texts that are drawn at random may use all of it (`Use.ANY`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from itertools import takewhile
 from typing import Protocol
 
 from engine.kv.eviction import Lru
 from engine.kv.pool import KvPool, KvSequence
-from engine.kv.trie import Payload, Tier, Trie
+from engine.kv.trie import Match, Payload, Tier, Trie
 
 _INVARIANT, _PLAIN, _RESTORED = "invariant:", "plain:", "restored:"  # what the trie's names of a namespace begin with
+
+
+class Use(Enum):
+    """Which pages a request may begin with, by what its text may depend on; the value: of which kinds, the best first."""
+
+    INVARIANT = (_INVARIANT,)
+    CHUNKS = (_PLAIN, _RESTORED)
+    ANY = (_PLAIN, _INVARIANT, _RESTORED)
 
 
 class Code(Protocol):
@@ -36,12 +49,13 @@ class Code(Protocol):
 class CachedPage:
     """Pages of the same S tokens: the target's, the draft's (None: it never ran them), and what the target's pool keeps beside pages (`KvPool.beside`)
     where a text that ends with this page goes on. code: the coded span that the page was restored from, of some pages; None: it was computed.
-    key: what a listener calls it."""
+    chunked: whole chunks alone wrote it and all before it. key: what a listener calls it."""
 
     target: int
     draft: int | None
     beside: object | None
     code: Code | None = None
+    chunked: bool = False
     key: int | None = None
 
 
@@ -57,10 +71,12 @@ class PageListener(Protocol):
 
 @dataclass(frozen=True)
 class SharedPages:
-    """What a request shares. codes: those that its pages were restored from, in order; empty where they were computed."""
+    """What a request shares. codes: those that its pages were restored from, in order; empty where they were computed. chunked_tokens: of the first
+    ones, those that whole chunks alone wrote."""
 
     tokens: int = 0
     codes: Sequence[Code] = ()
+    chunked_tokens: int = 0
 
 
 @dataclass
@@ -84,11 +100,21 @@ class SharedPrefixes:
         pool, draft_pool: of one page size.
         max_pages: most pages of the target's pool that are kept.
         computed: whether pages that requests computed are kept, and not only what was restored.
+        chunk_tokens: of a whole chunk.
     """
 
-    def __init__(self, pool: KvPool, draft_pool: KvPool | None = None, *, max_pages: int | None = None, computed: bool = True) -> None:
+    def __init__(
+        self,
+        pool: KvPool,
+        draft_pool: KvPool | None = None,
+        *,
+        max_pages: int | None = None,
+        computed: bool = True,
+        chunk_tokens: int = 1,
+    ) -> None:
         self.pool, self.draft_pool, self.computed = pool, draft_pool, computed
         self.max_pages = pool.max_pages if max_pages is None else max_pages
+        self._chunk_pages = math.lcm(chunk_tokens, pool.page_size) // pool.page_size  # after which both a page and a chunk end
         self.metrics = SharingMetrics()
         self.listener: PageListener | None = None
         self.trie = Trie(pool.page_size)
@@ -104,49 +130,54 @@ class SharedPrefixes:
         """Pages of the target's pool that are kept, those that requests use as well included."""
         return self.trie.pages_in[Tier.HOT]
 
-    def share(
-        self, token_ids: Sequence[int], namespace: str, invariant: bool, sequence: KvSequence, draft: KvSequence | None
-    ) -> SharedPages:
+    def share(self, token_ids: Sequence[int], namespace: str, use: Use, sequence: KvSequence, draft: KvSequence | None) -> SharedPages:
         """Begin an empty sequence, and that of a draft, with what is known of token_ids, in whole pages and whole codes; returns what is shared.
 
-        At least one token is left to run. The draft's sequence may end up shorter. invariant: use only what batch-invariant steps wrote.
+        At least one token is left to run. The draft's sequence may end up shorter.
         """
         self.metrics.requests += 1
         self.metrics.lookup_tokens += len(token_ids)
-        name = (_INVARIANT if invariant else _PLAIN) + namespace
-        if not invariant:
-            self.trie.share_namespace(name, _INVARIANT + namespace)
-            self.trie.share_namespace(name, _RESTORED + namespace)
-        with self.trie.match(token_ids[: len(token_ids) - 1], name) as match:
-            found = [payload.data for payload in match.payloads() if payload is not None]
-            while found and self.pool.keeps_beside and found[-1].beside is None:
-                found.pop()
-            codes: list[Code] = []
-            for page in found:
-                if page.code is not None and (not codes or codes[-1] is not page.code):
-                    codes.append(page.code)
-            while codes and codes[-1].end > len(found) * self.pool.page_size:  # a code is used whole
-                codes.pop()
-                found = found[: codes[-1].end // self.pool.page_size] if codes and not self.pool.keeps_beside else []
-            if not found:
-                return SharedPages()
-            self.trie.record_request(match, time.monotonic())
+        ids = self.trie.token_ids(token_ids[: len(token_ids) - 1])
+        found: list[CachedPage] = []
+        best: Match | None = None
+        for kind in use.value:
+            match = self.trie.match(ids, kind + namespace)
+            pages = self._usable([payload.data for payload in match.payloads() if payload is not None], use)
+            if len(pages) > len(found):
+                found, best, match = pages, match, best
+            if match is not None:
+                match.release()
+        if best is None:
+            return SharedPages()
+        with best:
+            self.trie.record_request(best, time.monotonic())
             tokens = len(found) * self.pool.page_size
             sequence.share([page.target for page in found], tokens)
             if found[-1].beside is not None:
                 self.pool.restore_beside(sequence, found[-1].beside)
             if draft is not None:
-                pages = []
-                for page in found:
-                    if page.draft is None:
-                        break
-                    pages.append(page.draft)
-                draft.share(pages, len(pages) * self.pool.page_size)
+                own = [page.draft for page in takewhile(lambda page: page.draft is not None, found) if page.draft is not None]
+                draft.share(own, len(own) * self.pool.page_size)
+        codes: list[Code] = []
+        for page in found:
+            if page.code is not None and (not codes or codes[-1] is not page.code):
+                codes.append(page.code)
         self.metrics.hits += 1
         self.metrics.hit_tokens += tokens
         self.metrics.restored_hits += bool(codes)
         self.metrics.restored_tokens += tokens * bool(codes)
-        return SharedPages(tokens, codes)
+        return SharedPages(tokens, codes, sum(page.chunked for page in found) * self.pool.page_size)
+
+    def _usable(self, pages: list[CachedPage], use: Use) -> list[CachedPage]:
+        """The first of these pages of a text that a request may begin with."""
+        if use == Use.CHUNKS:
+            chunked = sum(1 for _ in takewhile(lambda page: page.chunked, pages))
+            pages = pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else list(takewhile(lambda page: page.code, pages))
+        while pages and self.pool.keeps_beside and pages[-1].beside is None:
+            pages.pop()
+        while pages and (code := pages[-1].code) is not None and code.end > len(pages) * self.pool.page_size:  # a code is used whole
+            pages = pages[: code.start // self.pool.page_size] if not self.pool.keeps_beside else []
+        return pages
 
     def insert_restored(
         self, token_ids: Sequence[int], namespace: str, sequence: KvSequence, draft: KvSequence | None, codes: Sequence[Code]
@@ -158,16 +189,32 @@ class SharedPrefixes:
         by_page = [code for code in codes for _ in range(code.start // size, code.end // size)]
         self._insert(token_ids, _RESTORED + namespace, sequence, draft, by_page)
 
-    def insert(self, token_ids: Sequence[int], namespace: str, invariant: bool, sequence: KvSequence, draft: KvSequence | None) -> None:
+    def insert(
+        self,
+        token_ids: Sequence[int],
+        namespace: str,
+        invariant: bool,
+        sequence: KvSequence,
+        draft: KvSequence | None,
+        *,
+        chunked_tokens: int = 0,
+    ) -> None:
         """Keep the whole pages of a sequence's committed tokens, and the draft's pages of the same tokens as far as it has run them.
 
-        invariant: only batch-invariant steps wrote them.
+        invariant: only batch-invariant steps wrote them. chunked_tokens: of the first ones, those that whole chunks alone wrote.
         """
         if self.computed:
-            self._insert(token_ids, (_INVARIANT if invariant else _PLAIN) + namespace, sequence, draft)
+            name = (_INVARIANT if invariant else _PLAIN) + namespace
+            self._insert(token_ids, name, sequence, draft, num_chunked=chunked_tokens // self.pool.page_size)
 
     def _insert(
-        self, token_ids: Sequence[int], name: str, sequence: KvSequence, draft: KvSequence | None, codes: Sequence[Code] | None = None
+        self,
+        token_ids: Sequence[int],
+        name: str,
+        sequence: KvSequence,
+        draft: KvSequence | None,
+        codes: Sequence[Code] | None = None,
+        num_chunked: int = 0,
     ) -> None:
         """codes: one a page, as many as pages are kept; None keeps all whole ones."""
         size = self.pool.page_size
@@ -179,22 +226,30 @@ class SharedPrefixes:
         payloads = []
         for i, page in enumerate(sequence.pages[:count]):
             entry = CachedPage(
-                page, own[i] if i < len(own) else None, beside if i == count - 1 else None, None if codes is None else codes[i]
+                page,
+                own[i] if i < len(own) else None,
+                beside if i == count - 1 else None,
+                None if codes is None else codes[i],
+                i < num_chunked,
             )
             payloads.append(Payload(entry, Tier.HOT, self.pool.page_bytes, self._drop))
             self._keep(entry)
+        entries = [payload.data for payload in payloads]
         with self.trie.insert(token_ids[: count * size], payloads, namespace=name, tier=Tier.HOT) as match:
-            for payload, page in zip(match.payloads(), own, strict=False):
-                if payload is not None and payload.data.draft is None and self.draft_pool is not None:
-                    payload.data.draft = page
-                    self.draft_pool.keep([page])
-            last = match.payloads()[-1]
-            if last is not None and last.data.beside is None:
-                last.data.beside = beside
+            kept = [payload.data for payload in match.payloads()[:count] if payload is not None]
+            for known, entry in zip(kept, entries, strict=True):
+                if entry.chunked and not known.chunked:  # takes the place of what others would not begin with
+                    self.pool.keep([entry.target])
+                    self.pool.drop([known.target])
+                    known.target, known.beside, known.chunked = entry.target, entry.beside, True
+                if known.draft is None and entry.draft is not None and self.draft_pool is not None:
+                    known.draft = entry.draft
+                    self.draft_pool.keep([entry.draft])
+            if kept[-1].beside is None:
+                kept[-1].beside = beside
             self.trie.record_request(match, time.monotonic())
             if self.listener is not None:
-                kept = [(i, payload.data) for i, payload in enumerate(match.payloads()[:count]) if payload is not None]
-                new = [(i, entry) for i, entry in kept if entry is payloads[i].data]
+                new = [(i, known) for i, known in enumerate(kept) if known is entries[i]]
                 self.listener.stored(name.split(":", 1)[1], token_ids[: count * size], new)
         self._evict(self.num_pages - self.max_pages)
 

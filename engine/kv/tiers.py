@@ -133,6 +133,7 @@ class TierManager:
         move: called with (payloads, from, to); returns the payloads in their new tier, or None when it cannot (a full disk): their KV is
             then dropped. Needed as soon as pages have payloads.
         skip_unprofitable: False keeps tiers that save nothing, for studies.
+        options: of the policy.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class TierManager:
         policy: str = "value",
         move: Mover | None = None,
         skip_unprofitable: bool = True,
+        **options: Any,
     ) -> None:
         if policy not in POLICIES:
             raise InvalidOption(f"there is no eviction policy {policy!r}", f"use one of {', '.join(POLICIES)}")
@@ -159,7 +161,8 @@ class TierManager:
         for tier in self.tiers:
             kind = Lru if tier == Tier.TOKENS else POLICIES[policy]
             pages = self.metrics[tier].budget_bytes // max(1, trie.page_bytes[tier])
-            self._policies[tier] = kind(tier, self._density_in(tier), trie.half_life_s, pages)
+            own = {} if tier == Tier.TOKENS else options
+            self._policies[tier] = kind(tier, self._density_in(tier), trie.half_life_s, pages, **own)
         self._touched = [p for p in self._policies.values() if type(p).touch is not EvictionPolicy.touch]
         trie.on_tail = self._on_tail
 
@@ -239,8 +242,9 @@ class TierManager:
         """Move some of the node's last pages down, as many as the budget asks for."""
         excess = self.trie.bytes_in[tier] - self.metrics[tier].budget_bytes
         available = node.num_unlocked(tier)
-        if max_pages is not None:
-            available = min(available, max_pages)
+        for most in (max_pages, self._policies[tier].most_pages(node)):
+            if most is not None:
+                available = min(available, most)
         payloads = None if node.payloads is None else node.payloads[: node.ends[tier]]
         page_bytes = self.trie.page_bytes[tier]
         if payloads is None:

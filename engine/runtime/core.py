@@ -132,14 +132,18 @@ class EngineCore:
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
         self.runner = runner  # the target, its small passes captured where that can be
+        self.pool.steps_follow_tables = isinstance(runner, CompiledDecoder)
         self.drafter: Drafter | None = None
         if source is not None:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
+            if self.draft_pool is not None:
+                self.draft_pool.steps_follow_tables = isinstance(cached_runner, CompiledDecoder)
             self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
+        chunk = config.prefill_chunk or prefill_chunk(target.device)
         self.shared_prefixes = None
         if config.prefix_sharing:
-            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most_cached_pages(self.pool))
-        chunk = config.prefill_chunk or prefill_chunk(target.device)
+            most = most_cached_pages(self.pool)
+            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most, chunk_tokens=chunk)
         self.scheduler = Scheduler(
             runner,
             self.pool,
@@ -160,6 +164,7 @@ class EngineCore:
                 most_rows=MAX_ROWS if isinstance(runner, GraphedDecoder) else None,
             ),
             shared_prefixes=self.shared_prefixes,
+            whole_chunks=target.device.type == "cpu",
         )
         self.costs_stale = False  # they are used, and measured again when there is time
         # told of what is measured, and whether the machine was free for it

@@ -55,7 +55,7 @@ class SequenceState:
     beyond a cache are run when the conversation goes on.
 
     num_computed: tokens whose KV this engine's steps computed, or shared; more in the
-    cache were written from outside. invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
+    cache were written from outside. num_chunked: of the first ones, those that whole chunks of a prompt, each alone in its pass, wrote. invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
     windows_from: first token of which layers with a window hold what was computed; before it they may hold anything, which they never read.
     """
 
@@ -66,6 +66,7 @@ class SequenceState:
         default_factory=list
     )  # the codes that the caches' beginning was restored from: they are not coded again
     num_computed: int = 0
+    num_chunked: int = 0
     invariant: bool = True
     foreign: bool = False
     windows_from: int = 0

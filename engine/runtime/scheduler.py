@@ -9,7 +9,7 @@ from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
-from engine.kv.shared_prefixes import SharedPrefixes
+from engine.kv.shared_prefixes import SharedPrefixes, Use
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
@@ -29,7 +29,8 @@ class Scheduler:
     When a step's pages do not fit, the request that came last gives its own back and waits; it runs its text again, but for what a pool or a store
     kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
     2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
-    that a long prompt does not hold up the others; chunks start at multiples of it past the cached prefix, whatever else runs.
+    that a long prompt does not hold up the others. whole_chunks: chunks end at multiples of it, counted from the text's first token, and a whole one
+    runs alone in its pass: then its numbers are the same whatever else is served and whatever was shared before it.
     prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
     shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy
     that plans them.
@@ -48,6 +49,7 @@ class Scheduler:
     prefix_store: PrefixStore | None = None
     drafting: DraftingPolicy = field(default_factory=DraftingPolicy)
     shared_prefixes: SharedPrefixes | None = None
+    whole_chunks: bool = False
     headroom: int = HEADROOM_TOKENS
     preemptions: int = field(default=0, init=False)
 
@@ -97,7 +99,8 @@ class Scheduler:
             if request.num_uncomputed == 0:  # interrupted behind whole pages, and all of them are still known
                 decoding.append(request)
                 continue
-            chunk = min(self.prefill_chunk, request.num_uncomputed)
+            done = request.sequence.length % self.prefill_chunk if self.whole_chunks else 0
+            chunk = min(self.prefill_chunk - done, request.num_uncomputed)
             budget -= chunk
             if chosen and budget < 0:
                 break
@@ -112,12 +115,18 @@ class Scheduler:
                 able.add(request)
         chunks = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in able]
         chosen, decoding = [r for r in chosen if r in able], [r for r in decoding if r in able]
-        if chosen:
-            prefill_step(chosen, chunks, self.target, self.drafter, deterministic=self._deterministic(chosen))
-            for request in chosen:
-                self._computed(request)
-                if request.num_new or self.pool.keeps_beside:  # what lies beside pages is only there at the end of a chunk
-                    self._keep(request)
+        whole = {r for r, chunk in zip(chosen, chunks, strict=True) if self.whole_chunks and chunk == self.prefill_chunk}
+        for group in [*([r] for r in chosen if r in whole), [r for r in chosen if r not in whole]]:
+            if group:
+                own = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in group]
+                prefill_step(group, own, self.target, self.drafter, deterministic=self._deterministic(group))
+        for request in chosen:
+            conversation, length = request.conversation, request.sequence.length
+            if request in whole and conversation.num_chunked == length - self.prefill_chunk and not self._promised(request):
+                conversation.num_chunked = length
+            self._computed(request)
+            if request.num_new or self.pool.keeps_beside:  # what lies beside pages is only there at the end of a chunk
+                self._keep(request)
         if decoding:
             decode_step(
                 decoding,
@@ -163,7 +172,8 @@ class Scheduler:
         conversation.sequence.truncate(0)
         conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
         conversation.restored_spans = []
-        conversation.num_computed, conversation.invariant, conversation.foreign, conversation.windows_from = 0, True, False, 0
+        conversation.num_computed, conversation.num_chunked, conversation.windows_from = 0, 0, 0
+        conversation.invariant, conversation.foreign = True, False
         request.looked_up = False
         self.waiting.appendleft(request)
 
@@ -187,13 +197,16 @@ class Scheduler:
             return
         draft = None if state is None or self.draft_pool is None else state.cache
         invariant = self._promised(request)
-        shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", invariant, conversation.sequence, draft)
+        use = Use.INVARIANT if invariant else Use.ANY
+        if self.whole_chunks and request.params.greedy and not invariant and not request.num_new:  # an interrupted one goes on from its own numbers
+            use = Use.CHUNKS
+        shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", use, conversation.sequence, draft)
         if shared.tokens:
             request.reused_tokens = shared.tokens
             if shared.codes:
                 conversation.restored_spans, conversation.foreign = list(shared.codes), True
             else:
-                conversation.num_computed = shared.tokens
+                conversation.num_computed, conversation.num_chunked = shared.tokens, shared.chunked_tokens
             conversation.invariant = conversation.invariant and invariant
             if state is not None and state.features is not None:
                 state.features.skip(state.length)
@@ -211,7 +224,14 @@ class Scheduler:
         if conversation.sequence.length > conversation.num_computed:  # filled from outside, and never admitted
             return
         draft = None if state is None or self.draft_pool is None else state.cache
-        self.shared_prefixes.insert(request.token_ids, request.namespace or "", conversation.invariant, conversation.sequence, draft)
+        self.shared_prefixes.insert(
+            request.token_ids,
+            request.namespace or "",
+            conversation.invariant,
+            conversation.sequence,
+            draft,
+            chunked_tokens=conversation.num_chunked,
+        )
 
     def _deterministic(self, requests: list[Request]) -> bool:
         """Whether a step of these must be batch-invariant: what a seed names may not depend on who else is served."""
@@ -240,6 +260,7 @@ class Scheduler:
                     self._share(request)  # first: what is in the pool costs nothing
                     self.prefix_store.restore(request)
                 conversation = request.conversation
+                conversation.num_chunked = min(conversation.num_chunked, conversation.sequence.length)
                 conversation.foreign = conversation.foreign or conversation.sequence.length > conversation.num_computed
             elif self.prefix_store is not None and self.prefix_store.yield_pages():
                 return [*refused, *self._admit()]

@@ -15,7 +15,7 @@ from engine.errors import InvalidOption, PackMismatch
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.kv_codec import session_codec
-from engine.store.runs import PAGE_TOKENS
+from engine.store.runs import PAGE_TOKENS, root_key
 
 IDS = [(7 * n * n + 3 * n) % 250 for n in range(420)]
 DRAFTS = ("draft", "head", "trunk", "none")
@@ -120,9 +120,8 @@ def test_what_one_keeps_another_restores(open_worker, target, draft: str) -> Non
 
 
 @pytest.mark.parametrize("draft", ["draft", "head"])
-def test_an_engine_of_ours_shares_the_store(open_worker, chat_engine, target, tmp_path, draft: str, monkeypatch) -> None:
-    # the connector follows no references to other texts: what refers to some is a miss to it (docs/store.md)
-    monkeypatch.setattr("engine.store.store.RunStore.lenders", lambda *_: [])
+def test_an_engine_of_ours_shares_the_store(open_worker, chat_engine, target, tmp_path, draft: str) -> None:
+    """What our engine kept with references to other texts included."""
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     ours = chat_engine(draft, store=tmp_path / "store", quality="near-lossless", log=lambda _: None)
     try:
@@ -133,12 +132,25 @@ def test_an_engine_of_ours_shares_the_store(open_worker, chat_engine, target, tm
         ours.flush()
         worker = open_worker(draft)
         assert worker.index.matched(other, "default", 0) == 320  # it begins with the same sinks
+        found = worker.index.store.lookup(root_key(worker.index.identity("default")), other, referring=True)
+        assert found.borrowed and ours.prefix_cache.metrics.kept_referring
+        truth = OtherEngine(target)
+        pages, m = truth.compute(other), worker.first_layer
+        kv = restore(worker, other, 320, start=64, name="referring")
+        assert loss(kv[:, m:], truth.pages.read(pages, 64, 320)[:, m:]) < 0.5
+        # a text that goes on behind a run that refers: stored anew with what it refers to, and the new page
+        longer = [*other[:320], *range(100, 164)]
+        keep(worker, truth, longer, name="longer")
+        assert worker.metrics.saved_tokens == PAGE_TOKENS
+        again = worker.index.store.lookup(root_key(worker.index.identity("default")), longer, referring=True)
+        assert again.num_tokens == 384 and again.spans[:5] == found.spans[:5] and again.borrowed.keys() >= found.borrowed.keys()
+        assert loss(restore(worker, longer, 320, start=64, name="again")[:, m:], truth.pages.read(pages, 64, 320)[:, m:]) < 0.5
         last = IDS[50:]
         ours.generate([last], params)
         ours.flush()
         assert worker.index.matched(last, "default", 0) == 0  # our engine keeps no sinks
         keep(worker, OtherEngine(target), last)
-        assert worker.metrics.saved_tokens == 0 and worker.index.matched(last, "default", 0) == 320
+        assert worker.metrics.saved_tokens == PAGE_TOKENS and worker.index.matched(last, "default", 0) == 320
     finally:
         ours.close()
 

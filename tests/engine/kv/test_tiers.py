@@ -38,6 +38,12 @@ def request(tiers: TierManager, tokens: list[int], now_s: float, **options: Any)
     return restored
 
 
+def known(tiers: TierManager, *pages: int) -> int:
+    """Pages of a text that are there."""
+    with tiers.match(text(*pages)) as match:
+        return match.num_pages
+
+
 class TestTimes:
     def test_curve(self) -> None:
         curve = Curve([(20, 3.0), (10, 1.0)])
@@ -179,6 +185,33 @@ class TestPolicies:
         for now, first in enumerate([1, 2, 1, 3]):
             request(tiers, text(first), float(now))
         assert [tiers.match(text(first)).num_pages for first in (1, 2, 3)] == [1, 0, 1]
+
+    def test_t_lru_takes_the_ends_of_all_texts_first(self) -> None:
+        tiers = manager({Tier.HOT: 120}, "t-lru", safe_pages=2)
+        for now, first in enumerate((10, 20, 30)):
+            request(tiers, text(*range(first, first + 4)), float(now))
+        left = []
+        for budget in (100, 60, 40):
+            tiers.metrics[Tier.HOT].budget_bytes = budget
+            tiers.rebalance()
+            tiers.trie.check_integrity()
+            left.append([known(tiers, *range(first, first + 4)) for first in (10, 20, 30)])
+        assert left == [[2, 4, 4], [2, 2, 2], [0, 2, 2]], "two of each text, the oldest's first; then the oldest"
+        request(tiers, text(20, 21, 22, 23), 9.0)  # computed again: its end may go again
+        tiers.rebalance()
+        assert [known(tiers, *range(first, first + 4)) for first in (20, 30)] == [2, 2]
+
+    def test_t_lru_remembers_what_left_behind_a_branch(self) -> None:
+        tiers = manager({Tier.HOT: 100}, "t-lru", safe_pages=2)
+        request(tiers, text(1, 2, 3, 4), 0.0)
+        request(tiers, text(1, 2, 5, 6), 1.0)
+        request(tiers, text(7), 2.0)
+        tiers.metrics[Tier.HOT].budget_bytes = 30
+        tiers.rebalance()
+        assert [known(tiers, *pages) for pages in ((1, 2), (7,))] == [2, 1]
+        tiers.metrics[Tier.HOT].budget_bytes = 20
+        tiers.rebalance()
+        assert [known(tiers, *pages) for pages in ((1, 2), (7,))] == [2, 0], "behind the branch both texts lost what they may"
 
     @pytest.mark.parametrize("policy", ["lfu", "gdsf", "s3-fifo", "value"])
     def test_what_was_used_often_survives_a_scan(self, policy: str) -> None:

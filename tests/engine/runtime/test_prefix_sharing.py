@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -28,7 +29,7 @@ def engine_of(target, drafts, monkeypatch):
 
     def make(draft="none", **options):
         return Engine(
-            target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20, "prefix_sharing": True} | options)
+            target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20} | options)
         )
 
     return make
@@ -66,11 +67,12 @@ def test_text_is_the_same_with_and_without(engine_of, draft, mode):
         assert got.token_ids == want.token_ids and want.reused_tokens == 0
         reused.append(got.reused_tokens)
         check(ours)
-    # whole pages, at least one token left; the answer's pages are known too
-    assert reused == [0, 64, 64, 48, 80] and hit_tokens(ours) == sum(reused)
+    # whole pages, at least one token left; the answer's pages are known too. Greedy text goes on from whole chunks of 20 that end with a page of 8
+    greedy = mode == "greedy"
+    assert reused == ([0, 40, 40, 40, 40] if greedy else [0, 64, 64, 48, 80]) and hit_tokens(ours) == sum(reused)
     batch = ours.generate(prompts, params)
     assert [r.token_ids for r in batch] == [r.token_ids for r in plain.generate(prompts, params)]
-    assert [r.reused_tokens for r in batch] == [64, 64, 72, 56, 80]
+    assert [r.reused_tokens for r in batch] == ([40, 40, 40, 40, 80] if greedy else [64, 64, 72, 56, 80])
 
 
 @pytest.mark.parametrize("draft", ["model", "head"])
@@ -81,14 +83,14 @@ def test_the_drafts_pages_are_shared_too(engine_of, draft):
     seen = []
     share = engine.core.shared_prefixes.share
 
-    def watched(token_ids, namespace, invariant, sequence, own):
-        found = share(token_ids, namespace, invariant, sequence, own)
+    def watched(token_ids, namespace, use, sequence, own):
+        found = share(token_ids, namespace, use, sequence, own)
         seen.append((found.tokens, own.length))
         return found
 
     engine.core.shared_prefixes.share = watched
     engine.generate([*STEM, 4], params)
-    assert seen == [(64, 64)]
+    assert seen == [(40, 40)]
     check(engine)
 
 
@@ -111,6 +113,51 @@ def test_promised_texts_go_on_from_the_same_bits(random_decoder, make_draft_head
         found.append((texts, model.read_kv(second.sequence, 0, second.sequence.length)))
         core.pool.check_integrity()
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("draft", ["none", "exit", "head"])
+def test_greedy_texts_go_on_from_the_same_bits(random_decoder, make_draft_head, tmp_path, draft):
+    """Without a seed sums follow the chunks, so requests share whole ones, which ran alone in their pass beside whatever else was served."""
+    model = random_decoder(1, **SHAPE).to(torch.bfloat16).pack()
+    source = load_draft_head(make_draft_head(tmp_path, model, exit_layer=1), model) if draft == "head" else {"none": None, "exit": 1}[draft]
+    one = SamplingParams(max_new_tokens=16, draft_length=0 if draft == "none" else 2, ignore_eos=True)
+    found = []
+    for sharing in (True, False):
+        core = Engine(model, draft=source, page_size=8, pool_tokens=2048, prefill_chunk=16, prefix_sharing=sharing).core
+        if sharing:  # first computed beside others, at other chunk borders of theirs
+            drawn = dataclasses.replace(one, temperature=1.0)
+            mixed = [(STEM[:45], drawn), (STEM, one), (STEM[:21], drawn), (STEM[:3], one)]
+            requests = [core.submit(core.open_sequence_state(), ids, params, owns_cache=True) for ids, params in mixed]
+            for request in requests:
+                core.finish(request)
+        texts, kv = [], []
+        for prompt in (STEM, [*STEM, 9, 9], STEM[:50] + [8] * 9):
+            state = core.open_sequence_state()
+            result = core.run(state, prompt, one)
+            assert result.reused_tokens == sharing * (len(prompt) // 16 * 16 if prompt[:60] == STEM[:60] else 48)
+            texts.append(result.token_ids)
+            kv.append(model.read_kv(state.sequence, 0, len(prompt)))
+        found.append((texts, kv))
+        core.pool.check_integrity()
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(ours, alone) for ours, alone in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("hot", [None, next(iter(FORMATS))])
+def test_whole_chunks_take_the_place_of_what_others_wrote(engine_of, hot):
+    """A drawn text goes on in the middle of a chunk; the first greedy one after it computes that chunk whole, the second shares it."""
+    options = {"prefill_chunk": 16} | ({} if hot is None else {"kv_cache_dtype": hot})
+    engine, plain = engine_of(**options), engine_of(**options, prefix_sharing=False)
+    greedy = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    drawn = SamplingParams(max_new_tokens=6, ignore_eos=True, temperature=1.0)
+    engine.generate(STEM[:24], drawn)
+    reused = [engine.generate(STEM, params)[0].reused_tokens for params in (drawn, greedy)]
+    assert reused == [24, 16], "whole pages, and whole chunks"
+    before = engine.core.shared_prefixes.num_pages
+    again = engine.generate(STEM, greedy)[0]
+    assert again.reused_tokens == 64 and again.token_ids == plain.generate(STEM, greedy)[0].token_ids
+    assert engine.core.shared_prefixes.num_pages == before
+    check(engine)
 
 
 @pytest.mark.parametrize("hot", FORMATS)
@@ -136,10 +183,11 @@ def test_namespaces_and_arithmetic_keep_apart(engine_of):
         request.namespace = namespace
         return core.finish(request).reused_tokens
 
-    assert [run(None), run("a"), run("a"), run("b"), run(None)] == [0, 0, 64, 0, 64]
+    assert [run(None), run("a"), run("a"), run("b"), run(None)] == [0, 0, 40, 0, 40]
     assert run("a", seed=1) == 0, "a seed's text may not rest on sums of another order"
     assert [run("a", seed=2), run("a", seed=2, temperature=0.5)] == [64, 64]
-    assert [run("b", seed=1), run("c", seed=1), run("c")] == [0, 0, 64], "what is promised is good for all"
+    assert [run("b", seed=1), run("c", seed=1), run("c", temperature=0.5)] == [0, 0, 64], "what is promised is good for texts that are drawn"
+    assert [run("d", seed=1), run("d")] == [0, 0], "and greedy text is computed as without sharing"
     assert run("invariant:a") == run("plain:a") == 0
     check(engine)
 
@@ -169,17 +217,17 @@ def test_a_conversation_keeps_its_pages_and_writes_into_its_own(engine_of):
     state.draft_state.sequence.truncate(30)
     state.token_ids[30:] = []
     second = core.run(state, [5] * 40, params)
-    for result, prompt in ((first, STEM), (second, STEM[:30] + [5] * 40)):
+    for result, prompt, reused in ((first, STEM, 40), (second, STEM[:30] + [5] * 40, 0)):  # of the second's, 30 tokens lie in whole chunks
         assert result.token_ids == plain.generate(prompt, params)[0].token_ids
         again = engine.generate(prompt, params)[0]
-        assert again.token_ids == result.token_ids and again.reused_tokens == 64
+        assert again.token_ids == result.token_ids and again.reused_tokens == reused
     core.close_sequence_state(state)
     check(engine)
 
 
 def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):
     broken = random_decoder(1, **SHAPE)
-    engine = Engine(broken, page_size=8, pool_tokens=512, prefix_sharing=True)
+    engine = Engine(broken, page_size=8, pool_tokens=512)
     broken.final_norm.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLogits):
         engine.generate(STEM, SamplingParams(max_new_tokens=4))

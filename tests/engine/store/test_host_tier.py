@@ -88,7 +88,7 @@ def test_an_engine_reads_no_file_for_what_is_in_memory(chat_engine, tmp_path, mo
     result = first.generate(LONG, ONE)[0]
     assert result.restored_tokens == 768
     tiers = first.prefix_cache.report()["tiers"]
-    assert tiers["host"]["hits"] == 2 and tiers["host"]["hit_tokens"] == 448 + 768 and tiers["host"]["saved_s"] != 0
+    assert tiers["host"]["hits"] == 2 and tiers["host"]["hit_tokens"] == 192 + 768 and tiers["host"]["saved_s"] != 0
     monkeypatch.undo()
     other = chat_engine("draft", **options)
     other.prefix_cache.codec.rates = FAST
