@@ -552,4 +552,6 @@ class S3Fifo(TwoQueuePolicy):
         return True
 
 
-POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (Lru, TailLru, Lfu, Arc, Gdsf, FlopAware, Decay, S3Fifo, Value)}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    policy.name: policy for policy in (Lru, TailLru, Lfu, Arc, Gdsf, FlopAware, Decay, S3Fifo, Value)
+}

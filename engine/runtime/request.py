@@ -55,7 +55,8 @@ class SequenceState:
     beyond a cache are run when the conversation goes on.
 
     num_computed: tokens whose KV this engine's steps computed, or shared; more in the
-    cache were written from outside. num_chunked: of the first ones, those that whole chunks of a prompt, each alone in its pass, wrote. invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
+    cache were written from outside. num_chunked: of the first ones, those that whole chunks of a prompt, each alone in its pass, wrote.
+    invariant: batch-invariant steps wrote all of the cache. foreign: some of it was written from outside.
     windows_from: first token of which layers with a window hold what was computed; before it they may hold anything, which they never read.
     """
 

@@ -198,7 +198,9 @@ class Scheduler:
         draft = None if state is None or self.draft_pool is None else state.cache
         invariant = self._promised(request)
         use = Use.INVARIANT if invariant else Use.ANY
-        if self.whole_chunks and request.params.greedy and not invariant and not request.num_new:  # an interrupted one goes on from its own numbers
+        if (
+            self.whole_chunks and request.params.greedy and not invariant and not request.num_new
+        ):  # an interrupted one goes on from its own numbers
             use = Use.CHUNKS
         shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", use, conversation.sequence, draft)
         if shared.tokens:

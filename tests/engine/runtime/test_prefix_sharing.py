@@ -28,9 +28,7 @@ def engine_of(target, drafts, monkeypatch):
     monkeypatch.setattr("engine.engine.channel_means", lambda *_: means)
 
     def make(draft="none", **options):
-        return Engine(
-            target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20} | options)
-        )
+        return Engine(target, draft=drafts[draft], **({"page_size": 8, "pool_tokens": 2048, "prefill_chunk": 20} | options))
 
     return make
 
@@ -186,7 +184,9 @@ def test_namespaces_and_arithmetic_keep_apart(engine_of):
     assert [run(None), run("a"), run("a"), run("b"), run(None)] == [0, 0, 40, 0, 40]
     assert run("a", seed=1) == 0, "a seed's text may not rest on sums of another order"
     assert [run("a", seed=2), run("a", seed=2, temperature=0.5)] == [64, 64]
-    assert [run("b", seed=1), run("c", seed=1), run("c", temperature=0.5)] == [0, 0, 64], "what is promised is good for texts that are drawn"
+    assert [run("b", seed=1), run("c", seed=1), run("c", temperature=0.5)] == [0, 0, 64], (
+        "what is promised is good for texts that are drawn"
+    )
     assert [run("d", seed=1), run("d")] == [0, 0], "and greedy text is computed as without sharing"
     assert run("invariant:a") == run("plain:a") == 0
     check(engine)
