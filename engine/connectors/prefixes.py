@@ -175,10 +175,10 @@ def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
 class _Text:
     """A request's text.
 
-    run: the page that the next stored run begins with. spans: coded pages from there on; borrowed: what those of them refer to that were stored.
-    raw: pages that wait to be coded, as [64, L, 2, G, d], each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same way; sinks_known: they are stored, or were handed
-    over. handed: pages that are stored or were handed on, None before the store was asked. kept: some were handed over. held: a restore of it is under
-    way beside the engine's steps. done: nothing more will come. lost: nothing more is kept of it.
+    run: the page that the next stored run begins with. spans: coded pages from there on; borrowed: what those of them refer to that were stored. raw:
+    pages that wait to be coded, as [64, L, 2, G, d], each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same
+    way; sinks_known: they are stored, or were handed over. handed: pages that are stored or were handed on, None before the store was asked. kept: some
+    were handed over. held: a restore of it is under way beside the engine's steps. done: nothing more will come. lost: nothing more is kept of it.
     """
 
     namespace: str

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ class KvPool(ABC):
         self.max_pages = max(num_pages, max_pages or 0)
         self._references = [0] * num_pages
         self._num_free = num_pages
+        self._next = 0  # where a search for free pages begins, on a GPU
         self._sequences: list[KvSequence] = []
         self._kept: dict[int, int] = {}  # of a page's owners, those that are caches
         self._num_reclaimable = 0
@@ -238,6 +240,10 @@ class KvPool(ABC):
     def _find(self, count: int, after: int | None) -> list[int]:
         if after is not None and after + count < self.num_pages and not any(self._references[after + 1 : after + 1 + count]):
             return list(range(after + 1, after + 1 + count))
+        if self.device.type != "cpu":  # whose kernels follow page tables: any free pages, found without a look at all the others
+            found = list(islice(self._free_from(self._next), count))
+            self._next = found[-1] + 1 if found else self._next
+            return found
         runs = self._free_runs()
         start, length = max(runs, key=lambda run: run[1])
         if length >= count:
@@ -245,6 +251,17 @@ class KvPool(ABC):
             first = start if start == 0 else start + (length - count) // 2
             return list(range(first, first + count))
         return [page for start, length in runs for page in range(start, start + length)][:count]
+
+    def _free_from(self, first: int) -> Iterator[int]:
+        """Free pages from `first` on, then those before it."""
+        for at, end in ((first, self.num_pages), (0, first)):
+            while at < end:
+                try:
+                    at = self._references.index(0, at, end)
+                except ValueError:
+                    break
+                yield at
+                at += 1
 
     def _grow(self, missing: int) -> None:
         old = self.num_pages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +103,42 @@ def test_shared_pages_are_not_moved_and_outlive_one_owner():
     pool.check_integrity()
     second.free()
     assert pool.num_free_pages == 8
+
+
+def test_any_free_pages_do_where_kernels_follow_page_tables(monkeypatch):
+    """A GPU's pool, without one: pages are given out once, all of them, wherever the last search ended."""
+    monkeypatch.setattr(PagedPool, "device", torch.device("cuda"))
+    pool, draw, held = make(40), random.Random(3), []
+    for _ in range(400):
+        count = draw.randrange(1, 9)
+        if count <= pool.num_free_pages and draw.random() < 0.6:
+            pages = pool.allocate(count, held[-1][-1] if held and draw.random() < 0.5 else None)
+            assert len(set(pages)) == count and not set(pages) & {page for own in held for page in own}
+            held.append(pages)
+        elif held:
+            pool.release(held.pop(draw.randrange(len(held))))
+        pool.check_integrity()
+    assert not pool.num_free_pages or len(pool.allocate(pool.num_free_pages)) > 0
+    assert not pool.num_free_pages
+
+
+def test_sequences_that_share_stay_where_steps_follow_page_tables():
+    """Their first token would wait for the copy."""
+    pool = make(64)
+    pool.steps_follow_tables = True
+    first, wall = pool.new_sequence(), None
+    first.ensure(8)
+    wall = pool.allocate(1, first.pages[-1])
+    first.advance(8)
+    second = pool.new_sequence()
+    second.share(first.pages, 8)
+    second.ensure(16)
+    assert second.pages[:2] == first.pages and not second.is_contiguous
+    first.ensure(16)
+    assert first.is_contiguous and first.pages[0] != second.pages[0], "one of its own is moved behind the wall"
+    pool.release(wall)
+    second.truncate(0)
+    assert not second.shares
 
 
 def test_growth_keeps_contents_and_stops_at_the_budget():
