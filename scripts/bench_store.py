@@ -4,7 +4,9 @@
 
 The runs are those of texts of 4,096 tokens of which the first 1,024 are shared by eight, with random bytes as spans. Files are made without syncs, as
 nothing but the time of what follows matters; what is timed runs as it does in service. Prints one JSON object:
-`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls.
+`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls. With `--pair NAME` an engine works over
+each store, and what a prompt of 4,096 tokens waits for whose pages are in the pool is timed: sharing them, reserving pages for its rest, and asking the store
+what it knows of that rest and of what follows.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from typing import Any
 from unittest import mock
 
 from bench.document import print_document
+from engine.engine import Engine
+from engine.runtime import scheduler
+from engine.runtime.sampling import SamplingParams
 from engine.store.runs import PAGE_TOKENS, RUN_TOKENS, page_keys, root_key
 from engine.store.store import RunStore
 
@@ -96,6 +101,50 @@ def measure(folder: Path, num_runs: int, span_bytes: int, calls: int) -> list[di
     return rows
 
 
+def measure_hot(engine: Engine, runs: int, calls: int) -> list[dict[str, Any]]:
+    """Rows of prompts whose first 4,096 tokens are in the pool of an engine with a store, of so many runs."""
+    generator = random.Random(2)
+    stem = [generator.randrange(3, 49_000) for _ in range(TEXT_RUNS * RUN_TOKENS)]
+    params = SamplingParams(max_new_tokens=1, draft_length=0, ignore_eos=True)
+    assert engine.prefix_cache is not None
+    core, seconds = engine.core, {name: [0.0] * calls for name in ("all", "pages shared", "pages reserved", "store asked")}
+    with (
+        mock.patch.object(engine.prefix_cache, "finished", lambda _: None),  # nothing is coded meanwhile
+        mock.patch.object(core.scheduler, "_share", _timed(core.scheduler._share, seconds["pages shared"])),
+        mock.patch.object(engine.prefix_cache, "restore", _timed(engine.prefix_cache.restore, seconds["store asked"])),
+        mock.patch("engine.runtime.scheduler.reserve", _timed(scheduler.reserve, seconds["pages reserved"])),
+    ):
+        engine.generate(stem, params)
+        for _ in range(calls):
+            for own in seconds.values():  # the first is the call's
+                own.insert(0, 0.0)
+                own.pop()
+            ids = [*stem, *(generator.randrange(3, 49_000) for _ in range(70))]
+            _check(engine.generate(ids, params)[0].reused_tokens == len(stem))
+    for number in range(calls):
+        seconds["all"][number] = sum(own[number] for name, own in seconds.items() if name != "all")
+    rows = []
+    for name, own in seconds.items():
+        own.sort()
+        median, p95 = 1e3 * statistics.median(own), 1e3 * own[min(calls - 1, int(0.95 * calls))]
+        op = "hot hit of 4,096 tokens" + (f": {name}" if name != "all" else ", beyond the forward pass")
+        rows.append({"runs": runs, "op": op, "ms": round(median, 4), "p95_ms": round(p95, 4)})
+    return rows
+
+
+def _timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The call, whose time is added to the first of `seconds`."""
+
+    def timed_call(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            seconds[0] += time.perf_counter() - began
+
+    return timed_call
+
+
 def _check(right: bool) -> None:
     if not right:
         raise SystemExit("a lookup or an insertion did something else than what was to be timed")
@@ -107,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where stores are made, and removed again; default: the system's temporary folder")
     parser.add_argument("--span-bytes", type=int, default=12_000, help="bytes of a page's code; smollm2 at balanced: about 12,000")
     parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--pair", help="of an engine over each store, for hits in its pool")
+    parser.add_argument("--hot-calls", type=int, default=30)
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
@@ -114,12 +165,17 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(tempfile.mkdtemp(dir=args.folder))
         try:
             rows += measure(folder / "store", size, args.span_bytes, args.calls)
+            if args.pair is not None:
+                engine = Engine.from_pair(args.pair, store=folder / "store", store_bytes=1 << 50, quality="balanced", log=lambda _: None)
+                rows += measure_hot(engine, rows[-1]["runs"], args.hot_calls)
+                engine.close()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     found = {
         "device": f"cpu {platform.machine()}",
         "versions": {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
-        "command": f"python scripts/bench_store.py --runs {args.runs} --span-bytes {args.span_bytes} --calls {args.calls}",
+        "command": f"python scripts/bench_store.py --runs {args.runs} --span-bytes {args.span_bytes} --calls {args.calls}"
+        + ("" if args.pair is None else f" --pair {args.pair} --hot-calls {args.hot_calls}"),
         "rows": rows,
     }
     for line in rows:

@@ -4,6 +4,10 @@
 
 `--capacity-bytes` and `--ratio` take several values, separated by commas: each pair is replayed. The row `infinite` is what an unbounded
 cache would hit; `lru-sessions` evicts whole sequences, as a cache keyed by session does.
+
+    python scripts/bench_trie.py --operations 1000,10000,100000,1000000 --json-out trie-operations-cpu.json
+
+times the trie's operations at so many nodes instead.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.document import print_document
 from bench.traces import Trace, read_trace
+from bench.trie_operations import measure
 from bench.trie_replay import MEASURED, replay, replay_sessions, times_at
 from engine.errors import ForetoldError, InvalidOption
 from engine.kv.eviction import POLICIES
@@ -43,10 +49,10 @@ def byte_count(text: str) -> int:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--trace", required=True, help="a .jsonl or .jsonl.gz file: requests with hash_ids, or sessions with runs of blocks"
-    )
-    parser.add_argument("--capacity-bytes", required=True, help="bytes, K M G T allowed, several separated by commas")
+    parser.add_argument("--operations", metavar="NODES", help="time the trie's operations at these sizes instead, separated by commas")
+    parser.add_argument("--calls", type=int, default=200, help="of each operation (default 200)")
+    parser.add_argument("--trace", help="a .jsonl or .jsonl.gz file: requests with hash_ids, or sessions with runs of blocks")
+    parser.add_argument("--capacity-bytes", help="bytes, K M G T allowed, several separated by commas")
     parser.add_argument("--bytes-per-token", type=int, default=28672, help="of the uncompressed KV (default 28672; an 8B model: 131072)")
     parser.add_argument("--ratio", default="1", help="how many times smaller stored KV is, several separated by commas (default 1)")
     parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join((*POLICIES, *OTHERS))}; `infinite` is always added")
@@ -60,7 +66,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the JSON object on the last line")
     parser.add_argument("--json-out", help="write the JSON object to this file")
     parser.add_argument("--plot", help="draw hit rate over capacity into this file")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.operations is None and (options.trace is None or options.capacity_bytes is None):
+        parser.error("--trace and --capacity-bytes are needed, or --operations")
+    return options
 
 
 def checked(options: argparse.Namespace) -> tuple[list[int], list[float], list[str], Mapping[str, Any]]:
@@ -135,9 +144,37 @@ def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def operations(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
+    """The JSON object of `--operations`. Raises InvalidOption."""
+    try:
+        sizes = [int(text) for text in options.operations.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1 or options.calls < 1:
+        raise InvalidOption(f"--operations {options.operations} with {options.calls} calls is not usable", "give whole numbers above 0")
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        rows += measure(size, options.calls)
+        for row in rows[-8:]:
+            print(f"{row['nodes']:>9,} nodes  {row['op']:<42} {row['us']:>12,.1f} us", file=sys.stderr)
+    return {
+        "device": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "command": "python scripts/bench_trie.py " + " ".join(Path(word).name if word == options.json_out else word for word in given),
+        "rows": rows,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     options = arguments(given)
+    if options.operations is not None:
+        try:
+            print_document(operations(options, given), None if options.json_out is None else Path(options.json_out))
+        except InvalidOption as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
     try:
         capacities, _, _, table = checked(options)
         trace = read_trace(options.trace, options.sessions, options.hours, options.seed)

@@ -1,0 +1,95 @@
+"""Times of the trie's operations at so many nodes: lookups, insertions, counting, donors, eviction."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engine.kv.donors import nearest_donor
+from engine.kv.tiers import RestoreTimes, TierManager
+from engine.kv.trie import DEFAULT_PAGE_SIZE, Tier, Trie
+
+TEXT_PAGES = 16
+PAGE_BYTES = 1 << 20
+VOCABULARY = 49_152
+LINEAR = {"recompute": [[1, 1e-4], [2, 2e-4]]}  # as good as any: it only gives the policy something to weigh
+
+
+class _Texts:
+    """Texts of 16 pages; each but the first goes on from inside an earlier one."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self._parents: list[tuple[int, int]] = []  # of each text: the earlier one, and how many pages it shares
+
+    def __len__(self) -> int:
+        return len(self._parents)
+
+    def grow(self) -> np.ndarray:
+        """One more."""
+        parent = self._draw.randrange(len(self._parents)) if self._parents else 0
+        self._parents.append((parent, self._draw.randrange(TEXT_PAGES) if len(self._parents) else 0))
+        return self[len(self._parents) - 1]
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        parent, shared = self._parents[number]
+        own = np.random.default_rng(number).integers(0, VOCABULARY, (TEXT_PAGES - shared) * DEFAULT_PAGE_SIZE, dtype=np.int32)
+        return np.concatenate([self[parent][: shared * DEFAULT_PAGE_SIZE], own]) if shared else own
+
+
+def measure(num_nodes: int, calls: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows `{"nodes", "pages", "op", "us", "p95_us"}` of one size: medians, microseconds."""
+    trie = Trie(page_bytes=[PAGE_BYTES, 0, 0, 0])
+    manager = TierManager(trie, {Tier.HOT: 1 << 60}, RestoreTimes.from_json(LINEAR), "value")
+    texts, clock = _Texts(seed), itertools.count()
+    while trie.num_nodes < num_nodes:
+        manager.finish(manager.insert(texts.grow(), tier=Tier.HOT), float(next(clock)))
+    draw = random.Random(seed + 1)
+    known = [texts[draw.randrange(len(texts))] for _ in range(calls)]
+    fresh = [np.random.default_rng((1 << 40) + n).integers(0, VOCABULARY, len(known[n]), dtype=np.int32) for n in range(calls)]
+    nodes, pages = trie.num_nodes, sum(trie.pages_in)
+    rows: list[dict[str, Any]] = []
+
+    def row(op: str, call: Callable[[int], object]) -> None:
+        seconds = []
+        for number in range(calls):
+            began = time.perf_counter()
+            call(number)
+            seconds.append(time.perf_counter() - began)
+        seconds.sort()
+        median, p95 = statistics.median(seconds), seconds[min(calls - 1, int(0.95 * calls))]
+        rows.append({"nodes": nodes, "pages": pages, "op": op, "us": round(1e6 * median, 2), "p95_us": round(1e6 * p95, 2)})
+
+    def found(number: int, pages: int, tokens: np.ndarray) -> None:
+        with manager.match(tokens) as match:
+            if match.num_pages != pages:
+                raise SystemExit(f"text {number} is known to {match.num_pages} pages instead of {pages}")
+
+    row("match, hit of 1,024 tokens", lambda n: found(n, TEXT_PAGES, known[n]))
+    row("match, hit of 256 tokens", lambda n: found(n, 4, known[n][: 4 * DEFAULT_PAGE_SIZE]))
+    row("match, miss", lambda n: found(n, 0, fresh[n]))
+    row("count a request", lambda n: manager.finish(manager.match(known[n]), float(next(clock))))
+    row("nearest donor of 1,024 tokens", lambda n: nearest_donor(trie, known[n]).match.release())
+    row("insert 1,024 tokens, 512 of them known", lambda n: manager.insert(_branch(known[n], fresh[n]), tier=Tier.HOT).release())
+
+    def evict(_: int) -> None:
+        manager.metrics[Tier.HOT].budget_bytes = trie.bytes_in[Tier.HOT] - TEXT_PAGES * PAGE_BYTES
+        if manager.rebalance() < TEXT_PAGES:
+            raise SystemExit("an eviction took less than was asked for")
+
+    row("evict 16 pages by value", evict)
+    began = time.perf_counter()
+    trie.check_integrity()
+    rows.append({"nodes": nodes, "pages": pages, "op": "check_integrity", "us": round(1e6 * (time.perf_counter() - began), 2)})
+    return rows
+
+
+def _branch(known: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    half = len(known) // 2
+    return np.concatenate([known[:half], fresh[half:]])
