@@ -4,9 +4,10 @@
 
 The runs are those of texts of 4,096 tokens of which the first 1,024 are shared by eight, with random bytes as spans. Files are made without syncs, as
 nothing but the time of what follows matters; what is timed runs as it does in service. Prints one JSON object:
-`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls. With `--pair NAME` an engine works over
-each store, and what a prompt of 4,096 tokens waits for whose pages are in the pool is timed: sharing them, reserving pages for its rest, and asking the store
-what it knows of that rest and of what follows.
+`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls.
+
+With `--pair NAME` an engine works over each store, and what a prompt waits for whose first 4,096 tokens are in the pool is timed: sharing their pages,
+reserving pages for its rest, and asking the store what it knows of that rest and of what follows.
 """
 
 from __future__ import annotations

@@ -239,8 +239,8 @@ def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):
 def test_random_requests_over_a_small_pool(engine_of, draft, seed):
     """Requests that begin alike, in batches, with pages scarce: texts as without sharing, pages evicted, nothing lost."""
     draw = random.Random(seed)
-    ours = engine_of(draft, pool_tokens=288, max_batch=3)
-    plain = engine_of(draft, prefix_sharing=False)
+    ours = engine_of(draft, pool_tokens=288, max_batch=3, prefill_chunk=8)
+    plain = engine_of(draft, prefix_sharing=False, prefill_chunk=8)
     stems = [[draw.randrange(3, 97) for _ in range(60)] for _ in range(4)]
     for _ in range(7):
         prompts = [draw.choice(stems)[: draw.randrange(1, 61)] + [draw.randrange(3, 97)] * draw.randrange(1, 9) for _ in range(3)]
