@@ -19,6 +19,7 @@ from kernels.files import (
     HAS_LOCKS,
     PRIVATE_MODE,
     atomic_file,
+    cache_home,
     stage_bytes,
     sweep,
     sync_folder,
@@ -27,7 +28,17 @@ from kernels.files import (
     write_bytes,
 )
 
-__all__ = ["atomic_file", "session_lock", "stage_bytes", "sweep", "sync_folder", "try_lock", "write_atomically", "write_bytes"]
+__all__ = [
+    "atomic_file",
+    "cache_home",
+    "session_lock",
+    "stage_bytes",
+    "sweep",
+    "sync_folder",
+    "try_lock",
+    "write_atomically",
+    "write_bytes",
+]
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
     """The blocks of a GGUF file that a target's weights can stay in.
 
     Raises:
-        InvalidOption: the target is no GGUF file here, dtype or device are others than bfloat16 and the CPU, or Numba is missing.
+        InvalidOption: the target is no GGUF file here, dtype or device are others than bfloat16 and the CPU, or llvmlite is missing.
     """
     if dtype != torch.bfloat16 or device.type != "cpu":
         raise InvalidOption(
@@ -137,11 +137,11 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
             f"weights can stay quantised where the target is a GGUF file, and {str(spec)!r} is none", "give --target FILE.gguf"
         )
     if not can_multiply_compiled(dtype, device):
-        raise InvalidOption("quantised weights need compiled products", 'install Numba: pip install "foretold[cpu]"')
+        raise InvalidOption("quantised weights need compiled products", 'install llvmlite: pip install "foretold[cpu]"')
     if not compiled_loads():
         raise InvalidOption(
-            "quantised weights need compiled products, and Numba has no folder to keep them in",
-            "let NUMBA_CACHE_DIR name a folder that can be written",
+            "quantised weights need compiled products, and they could not be loaded: memory cannot be made executable, or llvmlite is damaged",
+            'install it again: pip install --force-reinstall "foretold[cpu]"',
         )
     know_compiled_share(torch.get_num_threads(), 0.0)  # no other product takes them, whatever would be faster here
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them

@@ -28,6 +28,18 @@ _CREATE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
+def cache_home() -> Path:
+    """FORETOLD_HOME when set, else `foretold` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Raises:
+        RuntimeError, OSError: there is no home folder, or no user of the name that the path begins with.
+    """
+    if chosen := os.environ.get("FORETOLD_HOME"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "foretold"
+
+
 @contextmanager
 def atomic_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write to that takes `path`'s place when the block ends without an error, and leaves it untouched otherwise.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from engine import files
 from engine.errors import CacheNotWritable, DiskFull
 from engine.files import write_bytes
 
@@ -25,12 +25,8 @@ def cache_home() -> Path:
     Raises:
         CacheNotWritable: there is no home folder, or no user of the name that the path begins with.
     """
-    chosen = os.environ.get("FORETOLD_HOME")
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        if chosen:
-            return Path(chosen).expanduser().absolute()
-        return (Path(base) if base else Path.home() / ".cache") / "foretold"
+        return files.cache_home()
     except (RuntimeError, OSError) as error:
         raise CacheNotWritable(f"the cache folder cannot be found: {error}", "set FORETOLD_HOME to a folder you may write to") from error
 

@@ -1,6 +1,6 @@
 """Linear projections, and the CPU's faster ways to compute them.
 
-Where Numba is installed, few rows of bf16 weights are multiplied by compiled code (`kernels.cpu_decode`) that reads them as they are stored, as fast
+Where llvmlite is installed, few rows of bf16 weights are multiplied by compiled code (`kernels.cpu_decode`) that reads them as they are stored, as fast
 as memory gives them, and many rows by the library, so that there is one copy of the weights. The ways below are those without it.
 
 Measured with PyTorch 2.13 on one AVX512-bf16 core: bf16 weights laid out once for oneDNN multiply 1 to 16 rows twice as fast as `F.linear`, which
@@ -89,7 +89,7 @@ def _packs_bf16(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_multiply_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where few rows can be multiplied by compiled code: bf16 on a CPU, with Numba installed."""
+    """True where few rows can be multiplied by compiled code: bf16 on a CPU, with llvmlite installed."""
     return device.type == "cpu" and dtype == torch.bfloat16 and compiled_available()
 
 

@@ -1,4 +1,4 @@
-"""A decode step on a CPU: products of few rows with bf16 or quantised weights, and whole layers in one call. Compiled by Numba, an optional package."""
+"""A decode step on a CPU: products of few rows with bf16 or quantised weights, and whole layers in one call. Compiled by llvmlite, if it is there."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ MOST_ROWS = 16  # up to which the compiled products are as fast as a library's, 
 
 @functools.cache
 def _importable() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def compiled_available() -> bool:
-    """Whether the compiled step can run: Numba is installed, and FORETOLD_KERNELS does not ask for plain PyTorch."""
+    """Whether the compiled step can run: llvmlite is installed, and FORETOLD_KERNELS does not ask for plain PyTorch."""
     return os.environ.get(VARIABLE, "") != "reference" and _importable()
 
 
 @functools.cache
 def compiled_loads() -> bool:
-    """Whether the compiled step could be loaded, which takes most of a second. Not where neither the package's folder nor the user's cache folder can
-    be written: Numba has nowhere to keep what it compiles, and every start would compile for some 10 seconds."""
+    """Whether the compiled step could be loaded: compiled in about a second at a machine's first start, later read from the cache folder. Not where
+    memory cannot be made executable, or llvmlite is damaged."""
     try:
-        import kernels.cpu_decode.compiled  # noqa: F401
-    except (RuntimeError, OSError):
+        import kernels.cpu_decode.step  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
         return False
     return True

@@ -1,4 +1,4 @@
-"""The compiled step's face: tensors in, addresses to the compiled code. Importing this module compiles that code, once for a machine.
+"""The compiled step's face: tensors in, addresses to the compiled code. Importing this module loads that code, which compiles it once for a machine.
 
 Axes: N new tokens (rows), L layers, H query heads, G KV heads, d head size, E hidden size, I intermediate size, V vocabulary, B requests, P pages.
 """
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.cpu_decode import compiled
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
+from kernels.cpu_decode.machine_code import load_functions
 from kernels.decode_layer.tensors import LayerTensors
 
 Matrix = torch.Tensor | BlockWeight
+_FUNCTIONS = load_functions()
+_SPARE_PLACES = 16  # that the compiled step may overwrite behind a row's scores
 
 
 def fits(weight: Matrix) -> bool:
@@ -38,13 +40,24 @@ def _numbers(x: torch.Tensor) -> np.ndarray:
     return x.detach().float().contiguous().numpy()
 
 
+def _at(x: np.ndarray) -> int:
+    """Where contiguous numbers lie; 0 for none."""
+    assert x.flags.c_contiguous
+    return x.ctypes.data if x.size else 0
+
+
+def _workspace(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
 def linear(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [N, in] of any float dtype by a weight [out, in] that `fits` -> float32 [N, out]. A row's bits do not depend on the others."""
     outputs, inputs = weight.shape
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"rows of shape {list(x.shape)} do not fit a weight of shape {list(weight.shape)}")
     out = np.empty((x.shape[0], outputs), np.float32)
-    compiled.linear(*_place(weight), outputs, inputs, _numbers(x), out)
+    numbers, packed = _numbers(x), _workspace(*x.shape, dtype=np.uint16)
+    _FUNCTIONS["linear"](*_place(weight), outputs, inputs, _at(numbers), x.shape[0], _at(packed), _at(out))
     return torch.from_numpy(out)
 
 
@@ -56,7 +69,7 @@ def unpack(weight: BlockWeight) -> torch.Tensor:
     row_bytes = weight.shape[1] // BLOCK * BLOCK_BYTES[weight.kind]
     for start in range(0, weight.shape[0], rows):
         part = out[start : start + rows]
-        compiled.unpacked(weight.blocks.data_ptr() + start * row_bytes, weight.kind, buffer[: part.numel()])
+        _FUNCTIONS["unpacked"](weight.blocks.data_ptr() + start * row_bytes, weight.kind, part.numel() // BLOCK, _at(buffer))
         part.copy_(torch.from_numpy(buffer[: part.numel()]).view(part.shape))
     return out
 
@@ -121,19 +134,35 @@ class CompiledLayers:
             positions, places: int64 [N], a row's position in its text and its place in the cache, which differ in draft trees.
             requests: int64 [N], the row of `page_tables` int64 [B, P] that holds a row's pages.
         """
-        s, rows, width = self.shape, stream.shape[0], stream.shape[1]
+        s, (rows, width) = self.shape, stream.shape
         wide = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate)
-        compiled.run_layers(
-            self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool,
-            layers.start, layers.stop, stream.numpy(), _numbers(angles[0]), _numbers(angles[1]),
-            positions, places, requests, page_tables, self._sizes, self._page_size,
-            np.empty((rows, width), np.float32), np.empty((rows, wide), np.float32), np.empty((rows, s.heads * s.head_dim), np.float32),
-            np.empty((s.heads // s.kv_heads, int(positions.max()) + 1), np.float32), s.eps, s.scale,
+        places_most = int(positions.max()) + 1 + _SPARE_PLACES
+        cos, sin = (_numbers(angle) for angle in angles)
+        normed, spread, attended = _workspace(rows, width), _workspace(rows, wide), _workspace(rows, s.heads * s.head_dim)
+        scores = _workspace(s.heads // s.kv_heads, places_most)
+        packed = _workspace(rows, max(width, s.heads * s.head_dim, s.intermediate), dtype=np.uint16)
+        _FUNCTIONS["run_layers"](
+            _at(self._addresses), _at(self._kinds), _at(self._norms), _at(self._qkv_bias), _at(self._o_bias), _at(self._qk_norm), _at(self._pool),
+            layers.start, layers.stop, _at(stream.numpy()), rows, width, _at(cos), _at(sin),
+            _at(positions), _at(places), _at(requests), _at(page_tables), page_tables.shape[1],
+            s.heads, s.kv_heads, s.head_dim, s.intermediate, self._page_size,
+            _at(normed), _at(spread), wide, _at(attended), _at(scores), places_most, _at(packed), s.eps, s.scale,
         )  # fmt: skip
 
 
 def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:
     """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
-    rows, logits = _numbers(stream), np.empty((stream.shape[0], weight.shape[0]), np.float32)
-    compiled.run_head(rows, _numbers(norm), *_place(weight), weight.shape[0], eps, np.empty_like(rows), logits)
+    rows, (outputs, width) = _numbers(stream), weight.shape
+    logits, normed, packed, factors = (
+        _workspace(len(rows), outputs),
+        np.empty_like(rows),
+        _workspace(*rows.shape, dtype=np.uint16),
+        _numbers(norm),
+    )
+    _FUNCTIONS["run_head"](_at(rows), len(rows), width, _at(factors), *_place(weight), outputs, _at(normed), _at(packed), _at(logits), eps)
     return torch.from_numpy(logits)
+
+
+def in_place(name: str, numbers: np.ndarray) -> None:
+    """Apply one of the program's formulas ("exponentials", "rounded") to float32 numbers, a multiple of 16."""
+    _FUNCTIONS[name](_at(numbers), numbers.size // 16)

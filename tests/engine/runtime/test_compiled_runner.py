@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 from draft.tree import Leaf, block_positions
 from engine.engine import Engine

@@ -1,0 +1,416 @@
+"""The decode step on a CPU, written in `emit`'s language: a few new tokens through the layers and the head, in float32 beside the weights as stored.
+
+A token's result is the same bits whatever tokens stand beside it: each output is a sum of its own in one order, of 16 lanes that run over a row's
+weights and are added up in a tree. How many rows or outputs are computed together changes no bit.
+
+Products with bf16 weights round their inputs to bf16 where the processor multiplies pairs of them (AVX512-bf16), as its libraries do; all other
+products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes) but `eps` and `scale`, float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernels.cpu_decode.arguments import ARGUMENTS, REAL
+from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
+from kernels.cpu_decode.emit import F16, F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
+
+FORMATS = (BF16, *NAMES.values())
+MOST_TOGETHER = 4  # rows whose sums run side by side
+AHEAD_BYTES = 512  # of one output's weights are asked for before they are needed
+
+
+def argument_types(name: str) -> list[Any]:
+    """LLVM's types of a function's arguments."""
+    return [F32 if argument in REAL else I64 for argument in ARGUMENTS[name]]
+
+
+def write_program(*, pairs: bool) -> Any:
+    """The module. pairs: the processor multiplies pairs of bf16."""
+    c = Code()
+    for kind in FORMATS:
+        _write_product(c, kind, pairs and kind == BF16)
+    _write_pack(c)
+    _write_any_product(c, pairs)
+    _write_attend(c, pairs)
+    _write_layers(c)
+    _write_entries(c)
+    return c.module
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------------
+
+
+def _bf16(c: Code, address: Number) -> Number:
+    return (c.load(address, lanes(I16)).to("zext", lanes(I32)) << 16).to("bitcast", VECTOR)
+
+
+def _half(c: Code, address: Number) -> Number:
+    """A float16 in memory, in every lane as float32."""
+    return c.load(address, F16).to("fpext", F32).spread()
+
+
+def _unpack(c: Code, kind: int, address: Number) -> tuple[Number, Number]:
+    """A block's weights: its first 16 and its last 16."""
+    if kind == BF16:
+        return _bf16(c, address), _bf16(c, address + 32)
+    scale = _half(c, address)
+    if kind == Q8_0:
+        low, high = (c.load(address + at, lanes(I8)).to("sitofp", VECTOR) for at in (2, 18))
+        return low * scale, high * scale
+    codes = c.load(address + (2 if kind == Q4_0 else 4), lanes(I8)).to("zext", lanes(I32))
+    low, high = codes & 15, codes >> 4
+    if kind == Q4_0:
+        return (low - 8).to("sitofp", VECTOR) * scale, (high - 8).to("sitofp", VECTOR) * scale
+    least = _half(c, address + 2)
+    return low.to("sitofp", VECTOR) * scale + least, high.to("sitofp", VECTOR) * scale + least
+
+
+def _exp(c: Code, x: Number) -> Number:
+    """e^x lane by lane for x <= 80, relative error below 3e-7 + 4e-8 |x|; by 2^n p(f), p of degree 6 (Cephes' coefficients in base 2)."""
+    scaled = (x * 1.4426950408889634).at_least(-126.0)  # NaN stays NaN
+    whole = c.intrinsic(f"llvm.floor.v{LANES}f32", VECTOR, scaled + 0.5)
+    f, p = scaled - whole, c.of(VECTOR, 1.535336188319500e-4)
+    for coefficient in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0):
+        p = c.fma(p, f, c.of(VECTOR, coefficient))
+    number = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), whole)
+    return p * ((number + 127) << 23).to("bitcast", VECTOR)
+
+
+def _round_bits(c: Code, x: Number) -> Number:
+    """Of float32 numbers, int32 bits whose upper half is the nearest bf16, ties to even."""
+    bits = x.bits()
+    return x.compare("==", x).choose(bits + 0x7FFF + ((bits >> 16) & 1), c.of(lanes(I32), 0x7FC00000))
+
+
+def _rounded(c: Code, x: Number) -> Number:
+    """Float32 numbers as bf16 holds them."""
+    return (_round_bits(c, x) & -0x10000).to("bitcast", VECTOR)
+
+
+def _to_bf16(c: Code, x: Number) -> Number:
+    """Float32 numbers as bf16, int16."""
+    return (_round_bits(c, x) >> 16).to("trunc", lanes(I16))
+
+
+# --- products --------------------------------------------------------------------------------------------------------------
+
+
+def _write_product(c: Code, kind: int, pairs: bool) -> None:
+    """Outputs [first, last) of y = x W^T for one format; each weight comes from memory once, whatever the rows.
+
+    x: bf16 rows of pairs for products of pairs, float32 otherwise.
+    """
+    tile = 4 if pairs else 1
+    with c.function(f"product_{kind}", [I64] * 10) as arguments:
+        w, w_stride, first, last, x, x_stride, rows, y, y_stride, blocks = arguments
+
+        def rows_of(start: Number, outputs: int) -> None:
+            own, into = w + start * w_stride, y + start * 4
+            whole = rows // MOST_TOGETHER * MOST_TOGETHER
+
+            def dots(row: Number, count: int) -> None:
+                _dots(c, kind, pairs, outputs, count, own, w_stride, x + row * x_stride, x_stride, into + row * y_stride, y_stride, blocks)
+
+            with c.loop(0, whole, MOST_TOGETHER) as row:
+                dots(row, MOST_TOGETHER)
+            for count in range(1, MOST_TOGETHER):
+                with c.when((rows - whole).compare("==", count)):
+                    dots(whole, count)
+
+        middle = first + (last - first) // tile * tile
+        if tile > 1:  # one row waits for memory, which comes fastest in one stream
+            middle = rows.compare("==", 1).choose(first, middle)
+        with c.loop(first, middle, tile) as output:
+            rows_of(output, tile)
+        if tile > 1:
+            with c.loop(middle, last) as output:
+                rows_of(output, 1)
+
+
+def _dots(
+    c: Code, kind: int, pairs: bool, outputs: int, count: int,
+    w: Number, w_stride: Number, x: Number, x_stride: Number, y: Number, y_stride: Number, blocks: Number,
+) -> None:  # fmt: skip
+    """y[r, o] = sum over k of w[o, k] x[r, k] for `count` rows and so many outputs."""
+    parts = 1 if pairs else 2
+    sums = [[[Variable(c, c.of(VECTOR, 0.0)) for _ in range(parts)] for _ in range(outputs)] for _ in range(count)]
+    weights = [w + w_stride * o for o in range(outputs)]
+    inputs = [x + x_stride * r for r in range(count)]
+    with c.loop(0, blocks) as block:
+        at, x_at = block * BLOCK_BYTES[kind], block * (2 * BLOCK if pairs else 4 * BLOCK)
+        taken = []
+        for weight in weights:
+            # of several outputs at once the memory behind them all is asked for in its own order
+            c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + w_stride * outputs + at * outputs + 2 * BLOCK * len(taken))
+            taken.append((c.load(weight + at, lanes(I32)),) if pairs else _unpack(c, kind, weight + at))
+        for r, row in enumerate(inputs):
+            for part in range(parts):
+                own = c.load(row + x_at + 4 * LANES * part, lanes(I32) if pairs else VECTOR)
+                for o in range(outputs):
+                    total = sums[r][o][part]
+                    total.set(_multiply_pairs(c, taken[o][part], own, total.get()) if pairs else c.fma(taken[o][part], own, total.get()))
+    for r in range(count):
+        found = [total[0].get() if pairs else total[0].get() + total[1].get() for total in sums[r]]
+        c.store(_totals(found) if outputs == 4 else found[0].total(), y + y_stride * r)
+
+
+def _multiply_pairs(c: Code, x: Number, y: Number, total: Number) -> Number:
+    """Each lane's total plus the product of two pairs of bf16."""
+    return c.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, total, x, y)
+
+
+def _totals(vectors: list[Number]) -> Number:
+    """`Number.total` of four vectors, in four lanes: the same sums, side by side."""
+
+    def halves(x: Number, y: Number, width: int) -> Number:
+        """Of vectors that hold parts of 2 `width` lanes: their halves added up, x's parts before y's."""
+        count = 2 * LANES // (2 * width)
+        low = [2 * width * part + lane for part in range(count) for lane in range(width)]
+        return x.take(low, y) + x.take([at + width for at in low], y)
+
+    pairs = halves(vectors[0], vectors[1], 8), halves(vectors[2], vectors[3], 8)
+    parts = halves(pairs[0], pairs[1], 4)  # 4 lanes of each
+    for width in (2, 1):
+        low = [2 * width * part + lane for part in range(4) for lane in range(width)]
+        parts = parts.take(low) + parts.take([at + width for at in low])
+    return parts
+
+
+def _write_pack(c: Code) -> None:
+    """Rows of float32 [rows, columns] as bf16, one after the other."""
+    with c.function("pack", [I64] * 5) as (x, x_stride, rows, columns, out), c.loop(0, rows) as row, c.loop(0, columns, LANES) as column:
+        c.store(_to_bf16(c, c.load(x + row * x_stride + column * 4, VECTOR)), out + (row * columns + column) * 2)
+
+
+def _write_any_product(c: Code, pairs: bool) -> None:
+    """Outputs [0, outputs) of a product with weights of a format known at run time. packed: workspace, bf16 [rows, columns]."""
+    with c.function("product", [I64] * 10) as (kind, w, outputs, columns, x, x_stride, rows, packed, y, y_stride):
+        for form in FORMATS:
+            with c.when(kind.compare("==", form)):
+                own, stride = x, x_stride
+                if pairs and form == BF16:
+                    c.call("pack", x, x_stride, rows, columns, packed)
+                    own, stride = packed, columns * 2
+                w_stride = columns // BLOCK * BLOCK_BYTES[form]
+                c.call(f"product_{form}", w, w_stride, 0, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------------
+
+
+def _rms(c: Code, x: Number, width: Number, eps: Number) -> Number:
+    """1 / sqrt(mean of squares + eps) of numbers at x, in every lane."""
+    squares = Variable(c, c.of(VECTOR, 0.0))
+    with c.loop(0, width, LANES) as at:
+        own = c.load(x + at * 4, VECTOR)
+        squares.set(c.fma(own, own, squares.get()))
+    mean = squares.get().total() / width.to("sitofp", F32)
+    return (1.0 / c.intrinsic("llvm.sqrt.f32", F32, mean + eps)).spread()
+
+
+def _norm(c: Code, x: Number, width: Number, weight: Number, eps: Number, out: Number) -> None:
+    """RMS norm of one row."""
+    factor = _rms(c, x, width, eps)
+    with c.loop(0, width, LANES) as at:
+        c.store(c.load(x + at * 4, VECTOR) * factor * c.load(weight + at * 4, VECTOR), out + at * 4)
+
+
+def _turn(c: Code, x: Number, d: Number, cos: Number, sin: Number) -> None:
+    """Rotate one head in place by angles [d/2]."""
+    half = d // 2
+    with c.loop(0, half, LANES) as at:
+        low, high = x + at * 4, x + (at + half) * 4
+        a, b, own_cos, own_sin = (c.load(address, VECTOR) for address in (low, high, cos + at * 4, sin + at * 4))
+        c.store(a * own_cos - b * own_sin, low)
+        c.store(b * own_cos + a * own_sin, high)
+
+
+def _write(c: Code, x: Number, count: Number, out: Number) -> None:
+    """Float32 numbers as bf16."""
+    with c.loop(0, count, LANES) as at:
+        c.store(_to_bf16(c, c.load(x + at * 4, VECTOR)), out + at * 2)
+
+
+def _add(c: Code, stream: Number, rows: Number, width: Number, update: Number, bias: Number | None) -> None:
+    """Add an update [N, E], and a bias [E] where there is one, to the residual stream [N, E], which keeps what bf16 holds."""
+    with c.loop(0, rows) as row, c.loop(0, width, LANES) as column:
+        at = (row * width + column) * 4
+        added = Variable(c, c.load(update + at, VECTOR))
+        if bias is not None:
+            with c.when(bias.compare("!=", 0)):
+                added.set(added.get() + c.load(bias + column * 4, VECTOR))
+        c.store(_rounded(c, c.load(stream + at, VECTOR) + added.get()), stream + at)
+
+
+def _softmax(c: Code, scores: Number, count: Number, scale: Number) -> Number:
+    """Scores to e^(scale (score - greatest)), in place; up to 15 numbers behind them are overwritten. Returns the sum, in every lane."""
+    with c.loop(count, (count + (LANES - 1)) // LANES * LANES) as at:
+        c.store(c.of(F32, float("-inf")), scores + at * 4)
+    most = Variable(c, c.of(VECTOR, float("-inf")))
+    with c.loop(0, count, LANES) as at:
+        most.set(most.get().at_least(c.load(scores + at * 4, VECTOR)))
+    greatest = most.get()
+    for width in (8, 4, 2, 1):
+        greatest = greatest.take(range(width)).at_least(greatest.take(range(width, 2 * width)))
+    own_scale = scale.spread()
+    top = greatest.lane(0).spread() * own_scale
+    sums = Variable(c, c.of(VECTOR, 0.0))
+    with c.loop(0, count, LANES) as at:
+        shares = _exp(c, c.load(scores + at * 4, VECTOR) * own_scale - top)
+        sums.set(sums.get() + shares)
+        c.store(shares, scores + at * 4)
+    return sums.get().total().spread()
+
+
+def _weighted(c: Code, parts: int, v: Number, v_stride: Number, p: Number, count: Number | int, out: Number) -> None:
+    """out[16 parts] += sum over i < count of p[i] v[i]; v: rows of bf16, p and out float32."""
+    sums = [Variable(c, c.load(out + 64 * part, VECTOR)) for part in range(parts)]
+    with c.loop(0, count) as i:
+        weight, row = c.load(p + i * 4, F32).spread(), v + i * v_stride
+        for part, own in enumerate(sums):
+            own.set(c.fma(_bf16(c, row + 32 * part), weight, own.get()))
+    for part, own in enumerate(sums):
+        c.store(own.get(), out + 64 * part)
+
+
+def _write_attend(c: Code, pairs: bool) -> None:
+    """One row's heads of one KV head: q [group, d] over places [0, position) and its `own` place -> out [group, d].
+
+    keys, values: the KV head's numbers in place 0 of page 0, places row_bytes apart. scores [group, score_width]: workspace of at least position + 16
+    places. packed: workspace, bf16 [group, d].
+    """
+    names = [I64] * 14 + [F32]
+    with c.function("attend", names) as arguments:
+        (q, group, d, keys, values, row_bytes, page_size, pages, position, own, scores, score_width, packed, out, scale) = arguments
+        x, x_stride, blocks, s_stride = q, d * 4, d // BLOCK, score_width * 4
+        if pairs:
+            c.call("pack", q, d * 4, group, d, packed)
+            x, x_stride = packed, d * 2
+
+        def page(number: Number) -> Number:
+            return c.load(pages + number * 8)
+
+        at = (page(own // page_size) * page_size + own % page_size) * row_bytes
+        for_pages = (position + page_size - 1) // page_size
+        with c.loop(0, for_pages) as number:
+            start = number * page_size
+            count, base = (position - start).at_most(page_size), keys + page(number) * page_size * row_bytes
+            c.call(f"product_{BF16}", base, row_bytes, 0, count, x, x_stride, group, scores + start * 4, s_stride, blocks)
+        # the place's key alone, as its neighbours may lie outside of the pool
+        c.call(f"product_{BF16}", keys + at, row_bytes, 0, 1, x, x_stride, group, scores + position * 4, s_stride, blocks)
+        with c.loop(0, group) as head:
+            own_scores, own_out = scores + head * s_stride, out + head * d * 4
+            total = _softmax(c, own_scores, position + 1, scale)
+            with c.loop(0, d, LANES) as column:
+                c.store(c.of(VECTOR, 0.0), own_out + column * 4)
+
+            def columns(start: Number, parts: int, own_scores: Number = own_scores, own_out: Number = own_out) -> None:
+                into, column = own_out + start * 4, values + start * 2
+                with c.loop(0, for_pages) as number:
+                    first = number * page_size
+                    count, base = (position - first).at_most(page_size), column + page(number) * page_size * row_bytes
+                    _weighted(c, parts, base, row_bytes, own_scores + first * 4, count, into)
+                _weighted(c, parts, column + at, row_bytes, own_scores + position * 4, 1, into)
+
+            whole = d // 64 * 64
+            with c.loop(0, whole, 64) as start:
+                columns(start, 4)
+            with c.when(whole.compare("<", d)):
+                columns(whole, 2)
+            with c.loop(0, d, LANES) as column:
+                c.store(c.load(own_out + column * 4, VECTOR) / total, own_out + column * 4)
+
+
+def _write_layers(c: Code) -> None:
+    """Layers [first, last) over the residual stream [N, E], in place; see `step.CompiledLayers.run`.
+
+    addresses, kinds int64 [L, 4]: of qkv, o, gate_up, down. norms [L, 2, E]; qkv_bias, o_bias, qk_norm [L, ...]: address 0 where there are none.
+    pool int64 [L, 2]: addresses of keys and values, bf16 [P, S, G, d]. requests int64 [N]: rows of tables int64 [B, table_width].
+    normed [N, E], wide [N, wide_width >= max(qkv rows, 2 I)], attended [N, H d], scores [H / G, score_width >= places + 16],
+    packed bf16 [N, max(E, H d, I)]: workspace.
+    """
+    with c.function("run_layers", argument_types("run_layers"), exported=True) as arguments:
+        a = dict(zip(ARGUMENTS["run_layers"], arguments, strict=True))
+        stream, rows, width, wide, normed, attended = (a[name] for name in ("stream", "rows", "width", "wide", "normed", "attended"))
+        heads, kv_heads, d, inner, eps, packed = (a[name] for name in ("heads", "kv_heads", "head_dim", "inner", "eps", "packed"))
+        group, qkv_rows, y_stride = heads // kv_heads, (heads + kv_heads * 2) * d, a["wide_width"] * 4
+        row_bytes = kv_heads * d * 2
+        with c.loop(a["first"], a["last"]) as layer:
+
+            def product(number: int, outputs: Number, columns: Number, x: Number, x_stride: Number, y: Number, stride: Number) -> None:
+                at = (layer * 4 + number) * 8
+                kind, w = c.load(a["kinds"] + at), c.load(a["addresses"] + at)
+                c.call("product", kind, w, outputs, columns, x, x_stride, rows, packed, y, stride)
+
+            def normalise(number: int) -> None:
+                weight = a["norms"] + (layer * 2 + number) * width * 4
+                with c.loop(0, rows) as row:
+                    _norm(c, stream + row * width * 4, width, weight, eps, normed + row * width * 4)
+
+            def of_layer(name: str, count: Number) -> Number:
+                return a[name].compare("!=", 0).choose(a[name] + layer * count * 4, a[name])
+
+            keys, values = (c.load(a["pool"] + (layer * 2 + number) * 8) for number in (0, 1))
+            qkv_bias, o_bias, qk_norm = of_layer("qkv_bias", qkv_rows), of_layer("o_bias", width), of_layer("qk_norm", d * 2)
+            normalise(0)
+            product(0, qkv_rows, width, normed, width * 4, wide, y_stride)
+            with c.loop(0, rows) as row:
+                own, angle = wide + row * y_stride, row * (d // 2) * 4
+                with c.when(qkv_bias.compare("!=", 0)), c.loop(0, qkv_rows, LANES) as at:
+                    c.store(c.load(own + at * 4, VECTOR) + c.load(qkv_bias + at * 4, VECTOR), own + at * 4)
+                with c.loop(0, heads + kv_heads) as head:
+                    numbers = own + head * d * 4
+                    with c.when(qk_norm.compare("!=", 0)):
+                        weight = head.compare("<", heads).choose(qk_norm, qk_norm + d * 4)
+                        _norm(c, numbers, d, weight, eps, numbers)
+                    _turn(c, numbers, d, a["cos"] + angle, a["sin"] + angle)
+                place = c.load(a["places"] + row * 8)
+                table = a["tables"] + c.load(a["requests"] + row * 8) * a["table_width"] * 8
+                slot = c.load(table + place // a["page_size"] * 8) * a["page_size"] + place % a["page_size"]
+                _write(c, own + heads * d * 4, kv_heads * d, keys + slot * row_bytes)
+                _write(c, own + (heads + kv_heads) * d * 4, kv_heads * d, values + slot * row_bytes)
+            with c.loop(0, rows) as row:
+                table = a["tables"] + c.load(a["requests"] + row * 8) * a["table_width"] * 8
+                position, place = c.load(a["positions"] + row * 8), c.load(a["places"] + row * 8)
+                with c.loop(0, kv_heads) as g:
+                    q, out = wide + row * y_stride + g * group * d * 4, attended + (row * heads + g * group) * d * 4
+                    own_keys, own_values = keys + g * d * 2, values + g * d * 2
+                    c.call(
+                        "attend", q, group, d, own_keys, own_values, row_bytes, a["page_size"], table, position, place,
+                        a["scores"], a["score_width"], packed, out, a["scale"],
+                    )  # fmt: skip
+            product(1, width, heads * d, attended, heads * d * 4, normed, width * 4)
+            _add(c, stream, rows, width, normed, o_bias)
+            normalise(1)
+            product(2, inner * 2, width, normed, width * 4, wide, y_stride)
+            with c.loop(0, rows) as row, c.loop(0, inner, LANES) as at:
+                place = wide + row * y_stride + at * 4
+                gate = c.load(place, VECTOR)
+                negative = (gate * -1.0).at_most(80.0)
+                c.store(gate / (_exp(c, negative) + 1.0) * c.load(place + inner * 4, VECTOR), place)
+            product(3, width, inner, wide, y_stride, normed, width * 4)
+            _add(c, stream, rows, width, normed, None)
+
+
+def _write_entries(c: Code) -> None:
+    """The other functions that can be called."""
+    with c.function("run_head", argument_types("run_head"), exported=True) as arguments:
+        # final norm of the residual stream [N, E] and the product with the head's weight -> logits [N, outputs]
+        stream, rows, width, norm, address, kind, outputs, normed, packed, logits, eps = arguments
+        with c.loop(0, rows) as row:
+            _norm(c, stream + row * width * 4, width, norm, eps, normed + row * width * 4)
+        c.call("product", kind, address, outputs, width, normed, width * 4, rows, packed, logits, outputs * 4)
+    with c.function("linear", argument_types("linear"), exported=True) as arguments:
+        # x [N, inputs] float32 by a weight of so many outputs -> y [N, outputs] float32
+        address, kind, outputs, inputs, x, rows, packed, y = arguments
+        c.call("product", kind, address, outputs, inputs, x, inputs * 4, rows, packed, y, outputs * 4)
+    with c.function("unpacked", argument_types("unpacked"), exported=True) as (address, kind, blocks, out):
+        # the weights of whole blocks, float32
+        for form in FORMATS:
+            with c.when(kind.compare("==", form)), c.loop(0, blocks) as block:
+                for part, numbers in enumerate(_unpack(c, form, address + block * BLOCK_BYTES[form])):
+                    c.store(numbers, out + block * (4 * BLOCK) + 4 * LANES * part)
+    for name, formula in (("exponentials", _exp), ("rounded", _rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
+        with c.function(name, argument_types(name), exported=True) as (x, vectors), c.loop(0, vectors * LANES, LANES) as at:
+            c.store(formula(c, c.load(x + at * 4, VECTOR)), x + at * 4)
