@@ -27,6 +27,7 @@ from kernels.files import cache_home, write_bytes
 _HERE = Path(__file__).parent
 _SOURCES = ("arguments.py", "blocks.py", "emit.py", "machine_code.py", "program.py")
 _MOST_BYTES = 1 << 22
+_MOST_KEPT = 8
 _PC32, _PLT32 = 2, 4  # x86-64's relocations: 32 bits, relative to the place
 _ALLOCATED, _PROGBITS, _SYMBOLS, _RELA = 2, 1, 2, 4
 _PAGE_BYTES = mmap.PAGESIZE
@@ -61,6 +62,7 @@ def load_functions() -> dict[str, Callable[..., None]]:
             with suppress(OSError):  # the next start compiles again
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, _with_header(*found), private=True)
+                _remove_old(path.parent)
     code, entries = found
     base, kept = _executable(code)
     return _functions({name: base + offset for name, offset in entries.items()}, kept)
@@ -98,6 +100,12 @@ def _processor() -> list[str]:
     except OSError:
         return []
     return [line for line in first.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
+
+
+def _remove_old(folder: Path) -> None:
+    """Keep the newest files alone: of this version, and of other processors that share the folder. Raises OSError."""
+    for path in sorted(folder.glob("step-*.code"), key=lambda path: path.stat().st_mtime, reverse=True)[_MOST_KEPT:]:
+        path.unlink()
 
 
 def _with_header(code: bytes, entries: dict[str, int]) -> bytes:

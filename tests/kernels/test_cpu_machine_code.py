@@ -52,7 +52,7 @@ def test_code_is_compiled_once_and_made_anew_where_it_is_damaged_or_others_could
 
 
 def test_code_of_another_processor_compiler_or_program_is_not_taken(home, monkeypatch, tmp_path):
-    _, compiled = home
+    folder, compiled = home
     machine_code.load_functions()
     monkeypatch.setattr(machine_code, "_processor", lambda: ["flags: fpu"])
     machine_code.load_functions()
@@ -63,6 +63,12 @@ def test_code_of_another_processor_compiler_or_program_is_not_taken(home, monkey
     monkeypatch.setattr(machine_code, "_HERE", tmp_path)
     machine_code.load_functions()
     assert len(compiled) == 4
+    for number in range(machine_code._MOST_KEPT):
+        monkeypatch.setattr(machine_code, "version", lambda name, number=number: f"1.{number}")
+        machine_code.load_functions()
+    assert len(list(folder.iterdir())) == machine_code._MOST_KEPT, "old ones go"
+    machine_code.load_functions()
+    assert len(compiled) == 4 + machine_code._MOST_KEPT, "and the newest stays"
 
 
 def test_without_a_folder_code_is_compiled_and_runs(home, monkeypatch):
