@@ -265,19 +265,29 @@ def _mixture(w: LayerWeights, x: torch.Tensor, shape: LayerShape, ops: LayerOps)
     """Mixture of experts over rows x [N, E] (any leading axes): each goes through the experts its router scores highest (Shazeer et al., 2017, arXiv
     1701.06538), and their results are added up, weighted by the softmax of the scores over all experts.
 
-    A row's terms are added in the order of its experts' scores, whatever rows stand beside it.
+    A row's terms are added one by one, in the order of its experts' scores, whatever rows stand beside it: a GPU's reduction may order them by how many
+    rows there are.
     """
     assert w.router is not None
     rows, count = x.flatten(0, -2), shape.experts_per_token
     share, chosen = ops.linear(rows, w.router, None).float().softmax(-1).topk(count, -1)  # [N, k]
     if shape.normalise_experts:
-        share = share / share.sum(-1, keepdim=True)
+        share = share / _in_order(share.unbind(-1))[:, None]
     order = chosen.flatten().argsort(stable=True)
     sizes = (chosen.flatten()[:, None] == torch.arange(len(w.router), device=x.device)).sum(0)  # a bincount would wait for the device
     inner = ops.gates[shape.activation](ops.grouped_linear(rows[order // count], w.gate_up, sizes))
     result = ops.grouped_linear(inner, w.down, sizes)
     placed = torch.empty_like(result).index_copy(0, order, result).unflatten(0, (-1, count))  # [N, k, E]
-    return (placed * share.to(result.dtype)[..., None]).sum(-2).view(x.shape)
+    terms = placed * share.to(result.dtype)[..., None]
+    return _in_order([term.float() for term in terms.unbind(-2)]).to(result.dtype).view(x.shape)
+
+
+def _in_order(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their sum, from the first on."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def rope_of(cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> Rope:

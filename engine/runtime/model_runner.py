@@ -516,7 +516,8 @@ class _Ahead:
 class PlainDecoding:
     """Decode steps without drafts, each launched before the one before it is read back.
 
-    The next step's input is this step's output, which is on the device. Its tokens are thrown away when a request ends or another one joins; what
+    The next step's input is this step's output, which is on the device. Deterministic steps of more than MOST_SKINNY requests are several, one launched
+    after another. Its tokens are thrown away when a request ends or another one joins; what
     it wrote lies behind the committed tokens and is written again.
     """
 
@@ -525,9 +526,9 @@ class PlainDecoding:
         self._ahead: _Ahead | None = None
 
     @staticmethod
-    def takes(batch: int, *, deterministic: bool = False) -> bool:
-        """Whether a step of so many requests can be captured whole."""
-        return batch <= (MOST_SKINNY if deterministic else _BATCHES[-1])
+    def takes(batch: int) -> bool:
+        """Whether a step of so many requests consists of captured ones."""
+        return batch <= _BATCHES[-1]
 
     def step(
         self,
@@ -568,6 +569,25 @@ class PlainDecoding:
         seeds: Sequence[int],
         deterministic: bool,
     ) -> _Ahead:
+        count = len(sequences)
+        most = MOST_SKINNY if deterministic else count
+        found = [
+            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], deterministic)
+            for at, end in ((at, min(at + most, count)) for at in range(0, count, most))
+        ]
+        drawn = found[0] if len(found) == 1 else torch.cat(found)
+        return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn))
+
+    def _replay(
+        self,
+        sequences: Sequence[KvSequence],
+        starts: Sequence[int],
+        tokens: Tensor,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        deterministic: bool,
+    ) -> Tensor:
+        """Launch one captured step. Returns the tokens [B] int64 that it draws."""
         target, batch = self.target, len(sequences)
         drawing = target.sampling.set(params, seeds, target.config.vocab_size)
         for sequence, start in zip(sequences, starts, strict=True):
@@ -578,8 +598,7 @@ class PlainDecoding:
         step.buffers.token_ids[:batch] = tokens
         target.replay(step)
         found = step.buffers.next_tokens if step.tokens is None else step.tokens  # -1 where logits are not finite
-        found = found[:batch].clone()  # a later pass may write it before it is read
-        return _Ahead(list(sequences), list(params), starts, found, copy_out(found))
+        return found[:batch].clone()  # a later pass may write it before it is read
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

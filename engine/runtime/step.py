@@ -104,7 +104,7 @@ def decode_step(
     undrafted = not any(lengths) and not any(given) and not follows
     if (
         plain is not None
-        and plain.takes(len(requests), deterministic=deterministic)
+        and plain.takes(len(requests))
         and undrafted
         and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
     ):

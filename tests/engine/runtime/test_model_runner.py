@@ -114,6 +114,23 @@ def test_a_pool_that_grew_is_found_again(decoder):
     torch.testing.assert_close(torch.cat(got), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "top_k": 20}], ids=["greedy", "sampled"])
+def test_large_deterministic_batches_stay_in_captured_steps(decoder, params, monkeypatch):
+    """Each request has the text it has alone; of 11 requests every step after the prompts is two replays, and no pass of the decoder's own."""
+    prompts, launched = [[5 + b, *range(3, 6 + b)] for b in range(11)], []
+    replay = PlainDecoding._replay
+    monkeypatch.setattr(
+        PlainDecoding, "_replay", lambda self, sequences, *rest: launched.append(len(sequences)) or replay(self, sequences, *rest)
+    )
+    engine = Engine(decoder, page_size=16, pool_tokens=2048, max_batch=16, deterministic=True)
+    runner = GraphedDecoder(decoder, engine.core.pool, capture=GPU)
+    engine.core.scheduler.target, engine.core.scheduler.plain = runner, PlainDecoding(runner)
+    each = [SamplingParams(max_new_tokens=6, ignore_eos=True, seed=b if params else None, **params) for b in range(11)]
+    together = [r.token_ids for r in engine.generate(prompts, each)]
+    assert launched[:2] == [8, 3] and set(launched) == {8, 3} and len(launched) == 2 * 5, "one ahead of each, none behind the last"
+    assert together == [engine.generate([prompt], own)[0].token_ids for prompt, own in zip(prompts, each, strict=True)]
+
+
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 12, [8, 8]]
 
 
@@ -155,7 +172,6 @@ def test_tables_of_more_sequences_than_rows(decoder):
 def test_buckets():
     assert [bucket(n) for n in (1, 3, 8, 9, 64, 65)] == [1, 4, 8, 16, 64, 96]
     assert PlainDecoding.takes(128) and not PlainDecoding.takes(129)
-    assert PlainDecoding.takes(8, deterministic=True) and not PlainDecoding.takes(9, deterministic=True)
     assert [page_bucket(n, 512) for n in (1, 64, 65, 300, 512)] == [64, 64, 128, 512, 512] and page_bucket(3, 10) == 10
 
 
