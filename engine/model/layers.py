@@ -5,7 +5,7 @@ Axes: N tokens (any leading axes in the forward pass), H query heads, G KV heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
