@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.decoder_runner import DecoderRunner
 from engine.runtime.device_sampling import Drawing, SamplingState
+from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
 from engine.runtime.sampling import SamplingParams
 from kernels.block_inputs import block_inputs
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
@@ -504,13 +505,22 @@ class GraphedDecoder(DecoderRunner):
 
 @dataclass
 class _Ahead:
-    """A step that is under way: whose, how it draws, from which positions, and where its tokens will be."""
+    """A step that is under way: whose, how it draws, from which positions, and where its tokens will be; logprobs: where their log
+    probabilities will be, of all requests if one wants them."""
 
     sequences: list[KvSequence]
     params: list[SamplingParams]
     starts: list[int]
     tokens: Tensor
     ready: Any
+    logprobs: Any | None = None
+
+
+class _Drawn(NamedTuple):
+    """What a launched step will have drawn: tokens [B] int64, and `logprob_rows` of them where they are asked for."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
 
 
 class PlainDecoding:
@@ -539,8 +549,8 @@ class PlainDecoding:
         seeds: Sequence[int],
         *,
         deterministic: bool = False,
-    ) -> list[int]:
-        """One token for each request, -1 where its logits are not finite.
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """One token for each request, -1 where its logits are not finite, and its log probability where the parameters ask for it.
 
         Args:
             sequences: each with all tokens but the last one committed, and pages for it and, where all have room, for one token more, which is run
@@ -558,7 +568,13 @@ class PlainDecoding:
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
         if min(room) > 1:
             self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, params, seeds, deterministic)
-        return read_out(current.ready)
+        tokens = read_out(current.ready)
+        rows = [None] * len(tokens) if current.logprobs is None else read_out(current.logprobs)
+        told = [
+            None if p.logprobs is None or row is None else from_row(row, token, p.logprobs)
+            for p, row, token in zip(params, rows, tokens, strict=True)
+        ]
+        return tokens, told
 
     def _launch(
         self,
@@ -571,12 +587,15 @@ class PlainDecoding:
     ) -> _Ahead:
         count = len(sequences)
         most = MOST_SKINNY if deterministic else count
+        num_top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         found = [
-            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], deterministic)
+            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], num_top, deterministic)
             for at, end in ((at, min(at + most, count)) for at in range(0, count, most))
         ]
-        drawn = found[0] if len(found) == 1 else torch.cat(found)
-        return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn))
+        drawn = found[0].tokens if len(found) == 1 else torch.cat([own.tokens for own in found])
+        rows = [own.logprobs for own in found if own.logprobs is not None]
+        logprobs = copy_out(torch.cat(rows)) if rows else None
+        return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), logprobs)
 
     def _replay(
         self,
@@ -585,9 +604,10 @@ class PlainDecoding:
         tokens: Tensor,
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
+        num_top: int | None,
         deterministic: bool,
-    ) -> Tensor:
-        """Launch one captured step. Returns the tokens [B] int64 that it draws."""
+    ) -> _Drawn:
+        """Launch one captured step, and behind it, where num_top is given, what tells its tokens' log probabilities and so many alternatives."""
         target, batch = self.target, len(sequences)
         drawing = target.sampling.set(params, seeds, target.config.vocab_size)
         for sequence, start in zip(sequences, starts, strict=True):
@@ -598,7 +618,9 @@ class PlainDecoding:
         step.buffers.token_ids[:batch] = tokens
         target.replay(step)
         found = step.buffers.next_tokens if step.tokens is None else step.tokens  # -1 where logits are not finite
-        return found[:batch].clone()  # a later pass may write it before it is read
+        drawn, logits = found[:batch].clone(), step.buffers.logits  # a later pass may write both before they are read
+        assert logits is not None
+        return _Drawn(drawn, None if num_top is None else logprob_rows(logits[:batch], drawn, num_top))
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -102,12 +102,7 @@ def decode_step(
     lengths, given = plan.lengths, plan.given
     follows = drafter is not None and drafter.exit_layer > 0 and not (blocks is not None and blocks.leaves_head_behind)
     undrafted = not any(lengths) and not any(given) and not follows
-    if (
-        plain is not None
-        and plain.takes(len(requests))
-        and undrafted
-        and not any(r.params.penalised or r.params.logprobs is not None for r in requests)
-    ):
+    if plain is not None and plain.takes(len(requests)) and undrafted and not any(r.params.penalised for r in requests):
         _plain_step(requests, plain, began, deterministic=deterministic)
         return drafting.observe(plan, len(requests), len(requests), clock() - began_at)
     if drafter:
@@ -184,13 +179,14 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
     """One token for every request, and no draft."""
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
-    tokens = plain.step(sequences, last, [r.remaining for r in requests], params, seeds, deterministic=deterministic)
+    tokens, logprobs = plain.step(sequences, last, [r.remaining for r in requests], params, seeds, deterministic=deterministic)
     ended = time.perf_counter()
-    for request, token in zip(requests, tokens, strict=True):
+    for request, token, told in zip(requests, tokens, logprobs, strict=True):
         if token < 0:
             request.error = _not_finite(request)
             continue
-        request.append_tokens([token])
+        if request.append_tokens([token]) and told is not None:
+            request.logprobs.append(told)
         request.sequence.advance(1)
         request.metrics.observe(0, 0, 1)
         request.metrics.verify_s += ended - began

@@ -114,6 +114,32 @@ def test_a_pool_that_grew_is_found_again(decoder):
     torch.testing.assert_close(torch.cat(got), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_log_probabilities_come_from_captured_steps(decoder, deterministic, monkeypatch):
+    """Those of the decoder's own passes, each request with as many alternatives as it asks for, beside requests that ask for none."""
+    found, launched = [], []
+    replay = PlainDecoding._replay
+    monkeypatch.setattr(PlainDecoding, "_replay", lambda self, *rest: launched.append(len(rest[0])) or replay(self, *rest))
+    wanted = ((2, 0.0), (None, 0.7), (0, 0.7), (128, 0.0))
+    each = [SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=n, temperature=t, seed=4) for n, t in wanted]
+    for graphed in (False, True):
+        engine = Engine(decoder, page_size=16, pool_tokens=1024, deterministic=deterministic)
+        engine.core.scheduler.plain = None
+        if graphed:
+            runner = GraphedDecoder(decoder, engine.core.pool, capture=GPU)
+            engine.core.scheduler.target, engine.core.scheduler.plain = runner, PlainDecoding(runner)
+        found.append(engine.generate(PROMPTS[:4], each))
+    assert launched, "no captured step was taken"
+    vocab = decoder.config.vocab_size
+    for own, theirs, params in zip(*found, each, strict=True):
+        assert own.token_ids == theirs.token_ids and (theirs.logprobs is None) == (params.logprobs is None)
+        for mine, other in zip(own.logprobs or (), theirs.logprobs or (), strict=True):
+            assert mine.token_id == other.token_id and mine.logprob == pytest.approx(other.logprob, abs=1e-3)
+            assert len(other.top) == min(vocab, params.logprobs)
+            assert [value for _, value in mine.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
+            assert all(0 <= token < vocab for token, _ in other.top) and dict(other.top).get(other.token_id, other.logprob) == other.logprob
+
+
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "top_k": 20}], ids=["greedy", "sampled"])
 def test_large_deterministic_batches_stay_in_captured_steps(decoder, params, monkeypatch):
     """Each request has the text it has alone; of 11 requests every step after the prompts is two replays, and no pass of the decoder's own."""
