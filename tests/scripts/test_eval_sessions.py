@@ -413,11 +413,18 @@ def test_sessions_go_on_alike_where_little_is_lost(engine):
     parts = {}
     free = engine.core.pool.num_free_pages
     continue_sessions(
-        engine, suspender, prompts, ["step0.001", "prediction"], 8, lambda name, part: parts.update({f"continuation/{name}/x": part})
+        engine,
+        suspender,
+        prompts,
+        ["step0.001", "kl0.00001", "prediction"],
+        8,
+        lambda name, part: parts.update({f"continuation/{name}/x": part}),
     )
     assert engine.core.pool.num_free_pages >= free
     rows = {(r["group"], r["method"]): r for r in continuation_rows(parts, 10)}
-    untouched, fine, coarse = (rows["one", method] for method in ("untouched", "step0.001", "prediction"))
+    untouched, fine, promised, coarse = (rows["one", method] for method in ("untouched", "step0.001", "kl0.00001", "prediction"))
+    assert fine["bits_per_element"] > promised["bits_per_element"] > coarse["bits_per_element"]
+    assert promised["mean_equal_tokens"] > coarse["mean_equal_tokens"]
     assert untouched["equal_share"] == fine["equal_share"] == rows["one", "recomputed"]["equal_share"] == 1
     assert fine["bits_per_element"] > coarse["bits_per_element"] > 0 and untouched["bits_per_element"] is None
     assert coarse["mean_equal_tokens"] < 8 and coarse["equal_share"] < 1
