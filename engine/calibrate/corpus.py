@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pydoc
 import random
 import sysconfig
@@ -59,10 +60,15 @@ def read_texts(files: Sequence[Path], seed: int = 0) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
+@functools.cache
+def _library_files() -> tuple[Path, ...]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return tuple(p for p in sorted(folder.rglob("*.py")) if not _LIBRARY_FOLDERS_LEFT_OUT & set(p.relative_to(folder).parts))
+
+
 def library_texts(seed: int = 0) -> Iterator[str]:
     """Python source and plain documentation of the interpreter's own library, in turns: the text that every machine has."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in sorted(folder.rglob("*.py")) if not _LIBRARY_FOLDERS_LEFT_OUT & set(p.relative_to(folder).parts)]
+    files = list(_library_files())
     if not files:
         raise InvalidOption("the interpreter's library has no sources", "calibrate with scripts/calibrate.py --text")
     random.Random(seed).shuffle(files)

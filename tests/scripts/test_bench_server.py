@@ -18,9 +18,9 @@ def test_the_modes_find_a_server_that_loses_nothing(tmp_path, capsys, monkeypatc
         "--stream-tokens",
         "6",
         "--vanish",
-        "40",
+        "20",
         "--requests",
-        "200",
+        "80",
         "--rounds",
         "1",
         "--batch",
@@ -34,10 +34,10 @@ def test_the_modes_find_a_server_that_loses_nothing(tmp_path, capsys, monkeypatc
     streams = rows["streams", None]
     assert (streams["count"], streams["wrong_texts"]) == (40, 0) and streams["distinct_texts"] > 30
     vanish = rows["vanish", None]
-    assert vanish["count"] == 40 and vanish["pool_share_in_use"] == 0
+    assert vanish["count"] == 20 and vanish["pool_share_in_use"] == 0
     assert vanish["after"]["files"] <= vanish["before"]["files"] and vanish["after"]["threads"] <= vanish["before"]["threads"]
     memory = rows["memory", None]
-    assert memory["count"] == 200 and memory["rss_bytes"][-1] - memory["rss_bytes"][4] < 16 << 20
+    assert memory["count"] == 80 and memory["rss_bytes"][-1] - memory["rss_bytes"][4] < 16 << 20
 
 
 @pytest.mark.parametrize("argv", [["--modes", "speed"], ["--streams", "0"], ["--requests", "5"], ["--tiny", "--pair", "smollm2"]])

@@ -77,7 +77,7 @@ def quantised_engine(quantised_folders, pack_home):
 
 @pytest.mark.parametrize("kv_format,draft", [("q4", "draft"), ("q3", "trunk"), ("q2", "draft"), ("q2", "trunk")])
 def test_greedy_text_with_and_without_speculation(quantised_engine, kv_format, draft):
-    params = [SamplingParams(24, draft_length=length, ignore_eos=True) for length in (0, 3)]
+    params = [SamplingParams(14, draft_length=length, ignore_eos=True) for length in (0, 3)]
     engine = quantised_engine(kv_format, draft, deterministic=True)
     plain = [engine.generate([ids], params[0])[0].token_ids for ids in IDS]
     together = engine.generate(IDS, params[1])

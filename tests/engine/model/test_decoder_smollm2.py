@@ -29,7 +29,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    """Token ids [T], transformers' float32 logits [T, V], and its greedy continuation of 24 tokens."""
+    """Token ids [T], transformers' float32 logits [T, V], and its greedy continuation of 8 tokens."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.tensor(load_tokenizer(folder)(TEXT)["input_ids"])
@@ -37,7 +37,7 @@ def expected(folder):
     with torch.inference_mode():
         logits = reference(ids[None]).logits[0]
         greedy = reference.generate(
-            ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=24, do_sample=False, eos_token_id=None
+            ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=8, do_sample=False, eos_token_id=None
         )
     del reference
     gc.collect()
@@ -61,7 +61,7 @@ def test_real_text_gives_transformers_logits_and_greedy_text(folder, expected):
     assert (got - logits).norm() < 2e-5 * logits.norm()
     assert torch.equal(got.argmax(-1), logits.argmax(-1))
     token, text = got[-1:].argmax(-1), []
-    for _ in range(24):
+    for _ in range(8):
         text.append(token)
         token = forward_reserved(decoder, token, [sequence], [1]).logits.argmax(-1)
         sequence.advance(1)
