@@ -7,7 +7,11 @@ cache would hit; `lru-sessions` evicts whole sequences, as a cache keyed by sess
 
     python scripts/bench_trie.py --operations 1000,10000,100000,1000000 --json-out trie-operations-cpu.json
 
-times the trie's operations at so many nodes instead.
+times the trie's operations at so many nodes instead, and
+
+    python scripts/bench_trie.py --draw 1500 --pair smollm2 --trace drawn.jsonl.gz
+
+draws a trace of requests from a pair's target, with the probability of every block; `value-counts` is `value` without them.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.document import print_document
+from bench.drawn_sessions import draw
 from bench.traces import Trace, read_trace
 from bench.trie_operations import measure
 from bench.trie_replay import MEASURED, replay, replay_sessions, times_at
@@ -32,7 +37,7 @@ from engine.errors import ForetoldError, InvalidOption
 from engine.kv.eviction import POLICIES
 
 UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-OTHERS = ("infinite", "lru-sessions")
+OTHERS = ("infinite", "lru-sessions", "value-counts")
 
 
 def byte_count(text: str) -> int:
@@ -50,6 +55,10 @@ def byte_count(text: str) -> int:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", metavar="NODES", help="time the trie's operations at these sizes instead, separated by commas")
+    parser.add_argument(
+        "--draw", type=int, metavar="N", help="draw so many requests from --pair's target into the file --trace, instead of a replay"
+    )
+    parser.add_argument("--pair", default="smollm2")
     parser.add_argument("--calls", type=int, default=200, help="of each operation (default 200)")
     parser.add_argument("--trace", help="a .jsonl or .jsonl.gz file: requests with hash_ids, or sessions with runs of blocks")
     parser.add_argument("--capacity-bytes", help="bytes, K M G T allowed, several separated by commas")
@@ -67,8 +76,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json-out", help="write the JSON object to this file")
     parser.add_argument("--plot", help="draw hit rate over capacity into this file")
     options = parser.parse_args(argv)
-    if options.operations is None and (options.trace is None or options.capacity_bytes is None):
-        parser.error("--trace and --capacity-bytes are needed, or --operations")
+    if options.operations is None and (options.trace is None or (options.capacity_bytes is None and options.draw is None)):
+        parser.error("--trace and --capacity-bytes are needed, or --operations, or --draw and --trace")
     return options
 
 
@@ -168,13 +177,16 @@ def operations(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     options = arguments(given)
-    if options.operations is not None:
-        try:
+    try:
+        if options.operations is not None:
             print_document(operations(options, given), None if options.json_out is None else Path(options.json_out))
-        except InvalidOption as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return 0
+            return 0
+        if options.draw is not None:
+            draw(Path(options.trace), options.draw, options.pair, options.seed)
+            return 0
+    except ForetoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         capacities, _, _, table = checked(options)
         trace = read_trace(options.trace, options.sessions, options.hours, options.seed)

@@ -351,8 +351,8 @@ class Value(EvictionPolicy):
     Nodes of one kind with about the same decayed count and the same last gap between requests form a class. For each class the policy
     learns how long after a request the next one comes, or whether none does. From that the reuse rate at an age is
     max over T of P(reuse within T) / E[seconds kept until reuse or T], Gittins' index of a job that ends at its reuse; a class seen too
-    little is pulled towards its kind, a kind towards a prior. The model's own probability of the whole prefix, times the rate of the
-    namespace's requests, is added: that many requests a second would come from texts drawn from the model.
+    little is pulled towards its kind, a kind towards a prior. The model's own probability of the node's text behind the nearest node above it that
+    enough requests used, times the rate of these requests, is added: that many a second would go on so if the model wrote them.
 
     Inside a class the least recently used node goes first. Classes are ordered once a request, by the value of their oldest node.
     """
@@ -360,6 +360,7 @@ class Value(EvictionPolicy):
     name = "value"
     num_ages = 36
     refresh_requests = 256
+    counted_requests = 4.0  # a decayed count from which on it says more than the model
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -428,16 +429,19 @@ class Value(EvictionPolicy):
     def value(self, node: Node) -> float:
         """Seconds saved a byte and second of keeping the node's pages, as expected now."""
         rate = self._rates_of(node.state[self.tier] or self._class(node))[self._age(self._now_s - node.last_s)]
-        log2_p = node.end_log2_p
-        if log2_p is not None:
-            rate += self._namespace_rate(node) * 2.0 ** max(log2_p, -1000.0)
-        return rate * self.density(node)
+        return (rate + self._foretold_rate(node)) * self.density(node)
 
-    def _namespace_rate(self, node: Node) -> float:
-        """Requests a second of the node's namespace."""
-        while node.parent is not None:
-            node = node.parent
-        return node.count * math.log(2) / self.half_life_s
+    def _foretold_rate(self, node: Node) -> float:
+        """Requests a second that the model expects at the node; 0 where its probability is not known."""
+        log2_p = node.end_log2_p
+        if log2_p is None or node.parent is None:
+            return 0.0
+        above = node.parent
+        while above.parent is not None and above.count < self.counted_requests:
+            above = above.parent
+        before = above.end_log2_p
+        assert before is not None, "what is before a known probability is known"
+        return above.count * math.log(2) / self.half_life_s * 2.0 ** max(log2_p - before, -1000.0)
 
     def add(self, node: Node) -> None:
         if node not in self._queued:

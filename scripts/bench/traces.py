@@ -27,6 +27,7 @@ class Request(NamedTuple):
     blocks: np.ndarray  # int32 [blocks]
     num_system_blocks: int  # blocks at the start that hold tool descriptions and the system prompt
     session: int
+    log2_p: np.ndarray | None = None  # float32 [blocks], of each block given those before it
 
 
 @dataclass
@@ -43,7 +44,9 @@ class Trace:
             about = self.sessions[session]
             num_tokens, runs = about["requests"][index]
             if about["single"]:
-                yield Request(arrival_s, "", num_tokens, np.asarray(runs, dtype=np.int32), 0, session)
+                bits = about["log2_p"]
+                log2_p = None if bits is None else np.asarray(bits, np.float32)
+                yield Request(arrival_s, "", num_tokens, np.asarray(runs, dtype=np.int32), 0, session, log2_p)
                 continue
             blocks = np.concatenate(
                 [np.arange(first, first + count, dtype=np.int32) for first, count in zip(runs[::2], runs[1::2], strict=True)]
@@ -83,12 +86,15 @@ def _lines(file: Any) -> Iterator[bytes]:
 
 
 def _single_requests(lines: list[dict[str, Any]]) -> Trace:
-    block_tokens = 512
+    block_tokens = lines[0].get("block_tokens", 512)
     order, sessions = [], []
     for i, line in enumerate(lines):
+        bits = line.get("log2_p")
+        if line.get("block_tokens", 512) != block_tokens or (bits is not None and len(bits) != len(line["hash_ids"])):
+            raise ValueError(f"request {i} has blocks of another size than the first, or not a probability a block")
         if not (line["input_length"] - block_tokens < len(line["hash_ids"]) * block_tokens):
             raise ValueError(f"request {i} has {line['input_length']} tokens in {len(line['hash_ids'])} blocks of {block_tokens}")
-        sessions.append({"single": True, "requests": [(line["input_length"], line["hash_ids"])]})
+        sessions.append({"single": True, "requests": [(line["input_length"], line["hash_ids"])], "log2_p": bits})
         order.append((line["timestamp"] / 1000.0, i, 0))
     order.sort(key=lambda entry: entry[0])
     return Trace(block_tokens, len(lines), order, sessions)

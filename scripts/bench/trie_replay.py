@@ -82,8 +82,10 @@ def replay(
     A block id stands for a page: the trie runs with one symbol a page, `block_tokens` tokens each in bytes. Prompts alone are stored, as
     the traces name no blocks for answers until they come back in a prompt. Policies rank by the prefill seconds that a hit saves; restore
     seconds are reported apart, so that a table in which restoring does not pay leaves something to study. s3-fifo, arc and value remember
-    the token ids of as many tokens as fit, and pay for them from the capacity.
+    the token ids of as many tokens as fit, and pay for them from the capacity. `value-counts` is value without the probabilities that a trace may have.
     """
+    prior = policy != "value-counts"
+    policy = policy if prior else "value"
     page_bytes = max(1, round(bytes_per_token / ratio * trace.block_tokens))
     token_bytes = trace.block_tokens * TOKEN_BYTES
     tokens_budget = 0
@@ -109,7 +111,8 @@ def replay(
         if match.num_pages < len(system):
             # the system prompt becomes a node of its own kind
             manager.insert(system, namespace=request.namespace, kind="system", after=match).release()
-        whole = manager.insert(request.blocks, namespace=request.namespace, kind=kind, after=match)
+        log2_p = request.log2_p if prior else None
+        whole = manager.insert(request.blocks, namespace=request.namespace, kind=kind, log2_p=log2_p, after=match)
         match.release()
         figures.bytes_written += trie.bytes_in[Tier.HOST] - held
         manager.finish(whole, request.arrival_s)
