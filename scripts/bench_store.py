@@ -4,7 +4,7 @@
 
 The runs are those of texts of 4,096 tokens of which the first 1,024 are shared by eight, with random bytes as spans. Files are made without syncs, as
 nothing but the time of what follows matters; what is timed runs as it does in service. Prints one JSON object:
-`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls.
+`{"device", "versions", "command", "rows": [{"runs", "op", "ms", "p95_ms"}]}`, medians of several calls (of replays, means).
 
 With `--pair NAME` an engine works over each store, and what a prompt waits for whose first 4,096 tokens are in the pool is timed: sharing their pages,
 reserving pages for its rest, and asking the store what it knows of that rest and of what follows.
@@ -31,11 +31,14 @@ from bench.document import print_document
 from engine.engine import Engine
 from engine.runtime import scheduler
 from engine.runtime.sampling import SamplingParams
+from engine.sessions.stages import Rates
+from engine.store.host_tier import HostTier
 from engine.store.runs import PAGE_TOKENS, RUN_TOKENS, page_keys, root_key
 from engine.store.store import RunStore
 
 IDENTITY = {"target": "benchmark", "namespace": "default"}
 TEXT_RUNS, SHARED_RUNS, SHARERS = 16, 4, 8
+MEMORY_RATES = Rates(1e-3, 1e-4, 1e-3, 1e-3)  # as good as any with which restoring pays
 
 
 def text(number: int) -> list[int]:
@@ -95,10 +98,66 @@ def measure(folder: Path, num_runs: int, span_bytes: int, calls: int) -> list[di
     spans: list[bytes | None] = [os.urandom(span_bytes)] * (TEXT_RUNS * RUN_TOKENS // PAGE_TOKENS)
     row("insert 256 tokens", lambda n: _check(store.insert(IDENTITY, fresh[n][:RUN_TOKENS], spans[:4]).runs == 1), min(calls, 30))
     row("insert 3,840 tokens more", lambda n: _check(store.insert(IDENTITY, fresh[n], spans[4:], 4).runs == 15), min(calls, 10))
+    rows += measure_memory(store, texts, runs, span_bytes, 3 * calls)
     store.limit_bytes = store.totals[1]
     other = [text(texts + SHARERS * (calls + 2 + number)) for number in range(10)]
     row("insert 4,096 tokens, evicting as many", lambda n: _check(store.insert(IDENTITY, other[n], spans).evicted >= 16), 10)
     store.close()
+    return rows
+
+
+def measure_memory(store: RunStore, texts: int, runs: int, span_bytes: int, requests: int) -> list[dict[str, Any]]:
+    """Rows of hits of 4,096 tokens in host memory and in files, and of replays of requests by Zipf's law, one with a quarter of the texts in memory."""
+    root, generator = root_key(IDENTITY), random.Random(3)
+    some = [text(number) for number in generator.sample(range(texts), min(texts, 64))]
+    needed = sum(len(ids) // PAGE_TOKENS * span_bytes for ids in some)
+    files = {id(ids): [store.folder / "runs" / root.hex() / f"{key.hex()}.run" for key in store.keys_of(root, ids)] for ids in some}
+    rows: list[dict[str, Any]] = []
+
+    def forget(ids: list[int]) -> None:
+        """Have the system read a text's files from the disk the next time."""
+        for path in files[id(ids)]:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def row(op: str, seconds: list[float]) -> None:
+        own = sorted(seconds)
+        rows.append({"runs": runs, "op": op, "ms": 1e3 * statistics.median(own), "p95_ms": 1e3 * own[int(0.95 * len(own))]})
+
+    def hit(ids: list[int], tier: HostTier | None) -> float:
+        began = time.perf_counter()
+        pages = len(ids) // PAGE_TOKENS
+        found = None if tier is None else tier.lookup(root, ids)
+        if found is None or found.end_page < pages:
+            found = store.lookup(root, ids)
+        took = time.perf_counter() - began
+        _check(found.end_page == pages)
+        if tier is not None:
+            tier.insert(root, ids, found)
+        return took
+
+    whole = HostTier(1 << 40, MEMORY_RATES)
+    for ids in some:
+        hit(ids, whole)
+    row("hit of 4,096 tokens in host memory", [hit(ids, whole) for ids in some])
+    row("hit of 4,096 tokens in files the system has cached", [hit(ids, None) for ids in some])
+    cold = []
+    for ids in some:
+        forget(ids)
+        cold.append(hit(ids, None))
+    row("hit of 4,096 tokens in files on the disk", cold)
+    chosen = generator.choices(some, [1 / (1 + number) for number in range(len(some))], k=requests)
+    for name, tier in (("", None), (", a quarter of the bytes in host memory", HostTier(needed // 4, MEMORY_RATES))):
+        taken = []
+        for ids in chosen:
+            forget(ids)
+            taken.append(hit(ids, tier))
+        rows.append({"runs": runs, "op": f"replay of {requests} hits on the disk{name}", "ms": 1e3 * sum(taken) / requests})
+        if tier is not None:
+            tier.trie.check_integrity()
+    for each in rows:
+        each |= {name: round(each[name], 4) for name in ("ms", "p95_ms") if name in each}
     return rows
 
 
@@ -180,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     for line in rows:
-        print(f"{line['runs']:>8,} runs  {line['op']:<42} {line['ms']:>10.3f} ms  (95%: {line['p95_ms']:.3f})", file=sys.stderr)
+        print(f"{line['runs']:>8,} runs  {line['op']:<66} {line['ms']:>10.3f} ms  (95%: {line.get('p95_ms', 0):.3f})", file=sys.stderr)
     print_document(found, args.json_out)
     return 0
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.document import print_document
 from bench.drawn_sessions import draw
 from bench.traces import Trace, read_trace
 from bench.trie_operations import measure
@@ -153,8 +152,8 @@ def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def operations(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
-    """The JSON object of `--operations`. Raises InvalidOption."""
+def operations(options: argparse.Namespace, given: list[str]) -> None:
+    """Print the JSON object of `--operations`, and write it after every size. Raises InvalidOption."""
     try:
         sizes = [int(text) for text in options.operations.split(",")]
     except ValueError:
@@ -162,16 +161,20 @@ def operations(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
     if min(sizes) < 1 or options.calls < 1:
         raise InvalidOption(f"--operations {options.operations} with {options.calls} calls is not usable", "give whole numbers above 0")
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        rows += measure(size, options.calls)
-        for row in rows[-8:]:
-            print(f"{row['nodes']:>9,} nodes  {row['op']:<42} {row['us']:>12,.1f} us", file=sys.stderr)
-    return {
+    found = {
         "device": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "command": "python scripts/bench_trie.py " + " ".join(Path(word).name if word == options.json_out else word for word in given),
         "rows": rows,
     }
+    for size in sizes:
+        new = measure(size, options.calls)
+        rows += new
+        for row in new:
+            print(f"{row['nodes']:>9,} nodes  {row['op']:<42} {row['us']:>12,.1f} us", file=sys.stderr)
+        if options.json_out is not None:
+            Path(options.json_out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(given)
     try:
         if options.operations is not None:
-            print_document(operations(options, given), None if options.json_out is None else Path(options.json_out))
+            operations(options, given)
             return 0
         if options.draw is not None:
             draw(Path(options.trace), options.draw, options.pair, options.seed)

@@ -15,32 +15,32 @@ from engine.kv.donors import nearest_donor
 from engine.kv.tiers import RestoreTimes, TierManager
 from engine.kv.trie import DEFAULT_PAGE_SIZE, Tier, Trie
 
-TEXT_PAGES = 16
+TEXT_PAGES, KEPT = 16, 4096
 PAGE_BYTES = 1 << 20
 VOCABULARY = 49_152
 LINEAR = {"recompute": [[1, 1e-4], [2, 2e-4]]}  # as good as any: it only gives the policy something to weigh
 
 
 class _Texts:
-    """Texts of 16 pages; each but the first goes on from inside an earlier one."""
+    """Texts of 16 pages; each but the first goes on from inside one of the last KEPT before it, which can be had again."""
 
     def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-        self._parents: list[tuple[int, int]] = []  # of each text: the earlier one, and how many pages it shares
-
-    def __len__(self) -> int:
-        return len(self._parents)
+        self._draw = np.random.default_rng(seed)
+        self.kept: list[np.ndarray] = []
+        self._count = 0
 
     def grow(self) -> np.ndarray:
         """One more."""
-        parent = self._draw.randrange(len(self._parents)) if self._parents else 0
-        self._parents.append((parent, self._draw.randrange(TEXT_PAGES) if len(self._parents) else 0))
-        return self[len(self._parents) - 1]
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        parent, shared = self._parents[number]
-        own = np.random.default_rng(number).integers(0, VOCABULARY, (TEXT_PAGES - shared) * DEFAULT_PAGE_SIZE, dtype=np.int32)
-        return np.concatenate([self[parent][: shared * DEFAULT_PAGE_SIZE], own]) if shared else own
+        shared = int(self._draw.integers(TEXT_PAGES)) * DEFAULT_PAGE_SIZE if self.kept else 0
+        tokens = self._draw.integers(0, VOCABULARY, TEXT_PAGES * DEFAULT_PAGE_SIZE, dtype=np.int32)
+        if shared:
+            tokens[:shared] = self.kept[int(self._draw.integers(len(self.kept)))][:shared]
+        if len(self.kept) < KEPT:
+            self.kept.append(tokens)
+        else:
+            self.kept[self._count % KEPT] = tokens
+        self._count += 1
+        return tokens
 
 
 def measure(num_nodes: int, calls: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def measure(num_nodes: int, calls: int, seed: int = 0) -> list[dict[str, Any]]:
     while trie.num_nodes < num_nodes:
         manager.finish(manager.insert(texts.grow(), tier=Tier.HOT), float(next(clock)))
     draw = random.Random(seed + 1)
-    known = [texts[draw.randrange(len(texts))] for _ in range(calls)]
+    known = [draw.choice(texts.kept) for _ in range(calls)]
     fresh = [np.random.default_rng((1 << 40) + n).integers(0, VOCABULARY, len(known[n]), dtype=np.int32) for n in range(calls)]
     nodes, pages = trie.num_nodes, sum(trie.pages_in)
     rows: list[dict[str, Any]] = []

@@ -144,6 +144,9 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--bytes-per-token", "-1"], "--bytes-per-token"),
         (["--half-life-s", "0"], "--half-life-s"),
         (["--times", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--operations", "0"], "--operations 0"),
+        (["--operations", "10", "--calls", "0"], "0 calls"),
+        (["--draw", "0"], "--draw 0"),
         (["--trace", "nowhere.jsonl"], "'nowhere.jsonl' cannot be read"),
     ],
 )
@@ -163,6 +166,7 @@ def test_mistakes_end_with_one_line(options: list[str], message: str, tmp_path: 
         b"[1]\n",
         b'{"hash_ids": [1], "input_length": 9999, "timestamp": 0}\n',
         b'{"session": 1, "block_tokens": 64}\n',
+        b'{"hash_ids": [1], "input_length": 2, "timestamp": 0, "block_tokens": 2, "log2_p": []}\n',
     ],
 )
 def test_damaged_traces(content: bytes, tmp_path: Path) -> None:
@@ -172,3 +176,35 @@ def test_damaged_traces(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(content or b"x")[:-9])
     with pytest.raises(InvalidOption, match=r"cut\.jsonl\.gz cannot be used"):
         read_trace(str(tmp_path / "cut.jsonl.gz"))
+
+
+def test_a_prior_keeps_what_the_model_expects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts that part behind a block that all begin with: half of them go on with block 1, nobody goes on twice with another."""
+    draw, lines = np.random.default_rng(0), []
+    for i in range(400):
+        likely = bool(draw.random() < 0.3)
+        blocks, bits = ([0, 1, 2], [0.0, -1.7, 0.0]) if likely else ([0, 10 + 2 * i, 11 + 2 * i], [0.0, -9.0, 0.0])
+        lines.append({"timestamp": 5000 * i, "input_length": 6, "output_length": 0, "block_tokens": 2, "hash_ids": blocks, "log2_p": bits})
+    trace = tmp_path / "drawn.jsonl"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert next(iter(read_trace(str(trace)))).log2_p.tolist() in ([0.0, pytest.approx(-1.7), 0.0], [0.0, -9.0, 0.0])
+    found = run(
+        capsys,
+        "--trace",
+        str(trace),
+        "--capacity-bytes",
+        str(2 * 1000 * 4),
+        "--bytes-per-token",
+        "1000",
+        "--policies",
+        "lru,value-counts,value",
+    )
+    hits = {row["policy"]: row["hit_tokens"] for row in found["rows"]}
+    assert hits["lru"] < hits["value"] and hits["value-counts"] <= hits["value"] <= hits["infinite"]
+
+
+def test_operations_at_a_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench_trie.main(["--operations", "60", "--calls", "3", "--json-out", str(tmp_path / "o.json")]) == 0
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
+    assert {row["nodes"] >= 60 for row in rows} == {True} and len(rows) == 8 and all(row["us"] > 0 for row in rows)

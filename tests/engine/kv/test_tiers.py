@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -253,6 +254,23 @@ class TestPolicies:
             request(tiers, text(first), float(now))
         node = tiers.match(text(1)).node
         assert node.size(Tier.HOT) == 1 and node.state[Tier.HOT][1] is True
+
+    def test_value_expects_what_the_model_does_behind_what_was_counted(self) -> None:
+        """Unlikely is what all requests begin with, so only what follows it tells them apart."""
+        tiers = manager({Tier.HOT: 10**6}, "value")
+        policy = tiers._policies[Tier.HOT]
+        assert isinstance(policy, Value)
+        for now, (first, bits) in enumerate([(10, -1.0), (11, -8.0), (12, -1.0), (13, -8.0), (14, -8.0)]):
+            tokens = text(1, first)
+            log2_p = np.full(len(tokens), -9.0)
+            log2_p[S:] = bits / S
+            tiers.finish(tiers.insert(tokens, log2_p=log2_p), float(now))
+        worth = [policy._foretold_rate(tiers.match(text(1, first)).node) for first in (10, 11)]
+        counted = tiers.match(text(1)).node
+        assert worth == pytest.approx([counted.count * np.log(2) / 100 * 2.0**bits for bits in (-1, -8)], rel=0.05)
+        plain = tiers.insert(text(2, 3))
+        tiers.finish(plain, 5.0)
+        assert policy._foretold_rate(tiers.match(text(2, 3)).node) == 0.0, "its probability is not known"
 
     def test_value_learns_which_gaps_end_in_a_reuse(self) -> None:
         """Pages of one kind come back after 10 s or never: once those 10 s have passed, their worth falls."""
