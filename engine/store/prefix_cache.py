@@ -344,9 +344,9 @@ class PrefixCache:
         if self._shared is not None:
             shared, rates = self._shared.metrics, None if codec is None else codec.rates
             hot["bytes"] = self._shared.num_pages * self.core.pool.page_bytes
-            hot["hits"], hot["hit_tokens"] = shared.restored_hits, shared.restored_tokens
+            hot["hits"], hot["hit_tokens"] = shared.hits, shared.hit_tokens
             if rates is not None:
-                hot["saved_s"] = shared.restored_hits * rates.recompute_s + shared.restored_tokens * rates.recompute_token_s
+                hot["saved_s"] = shared.hits * rates.recompute_s + shared.hit_tokens * rates.recompute_token_s
         tiers = {"hot": hot, "disk": {"budget_bytes": self.store.limit_bytes, "bytes": disk_bytes} | asdict(self.disk)}
         if self.host is not None:
             tiers["host"] = self.host.report()
