@@ -139,7 +139,7 @@ def _dots(
     inputs = [x + x_stride * r for r in range(count)]
     with c.loop(0, blocks) as block:
         at, x_at = block * BLOCK_BYTES[kind], block * (2 * BLOCK if pairs else 4 * BLOCK)
-        taken = []
+        taken: list[tuple[Number, ...]] = []
         for weight in weights:
             # of several outputs at once the memory behind them all is asked for in its own order
             c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + w_stride * outputs + at * outputs + 2 * BLOCK * len(taken))
