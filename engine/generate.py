@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 # before anything that imports our `kernels`: another package of that name would break those imports without saying why
-from engine.hub.environment import kernels_package_clash
+from engine.hub.environment import kernels_package_clash, without_collection
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             what, remedy = clash
             print(f"error: {what} ({remedy})", file=sys.stderr)
             return 2
-        from engine.cli.command import run
+        with without_collection():
+            from engine.cli.command import run
 
         return run(argv)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # before anything that imports our `kernels`: another package of that name would break those imports without saying why
-from engine.hub.environment import kernels_package_clash
+from engine.hub.environment import kernels_package_clash, without_collection
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {what} ({remedy})", file=sys.stderr)
         return 2
     try:
-        from engine.cli.serve import run
+        with without_collection():
+            from engine.cli.serve import run
     except ModuleNotFoundError as missing:
         if missing.name not in ("uvicorn", "starlette", "prometheus_client"):
             raise

@@ -29,10 +29,13 @@ def stages(pair: str, prompt: str, new_tokens: int) -> dict[str, Any]:
     def mark(name: str) -> None:
         marks.append((name, time.time(), time.process_time()))
 
-    import torch  # noqa: F401
+    from engine.hub.environment import without_collection
 
-    mark("torch")
-    import engine.cli.command
+    with without_collection():
+        import torch  # noqa: F401
+
+        mark("torch")
+        import engine.cli.command
     from engine.engine import Engine
     from engine.hub.cache import CacheFolder
     from engine.hub.resolve import resolve_pair
@@ -101,6 +104,11 @@ def plain_text(pair: str, prompt: str, new_tokens: int) -> str:
     return result.text
 
 
+def _environment() -> dict[str, str]:
+    """This process's, but that bytecode is kept: an installed package has its own, and compiling ours takes a third of a second."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def child(kind: str, args: argparse.Namespace) -> Any:
     """What this script prints as a child process of this kind."""
     command = [
@@ -115,7 +123,7 @@ def child(kind: str, args: argparse.Namespace) -> Any:
         "--prompt",
         args.prompt,
     ]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"START_UNIX_S": repr(time.time())}, check=True)
+    ran = subprocess.run(command, stdout=subprocess.PIPE, env=_environment() | {"START_UNIX_S": repr(time.time())}, check=True)
     return json.loads(ran.stdout.decode().splitlines()[-1])
 
 
@@ -123,7 +131,7 @@ def whole_command(args: argparse.Namespace) -> tuple[float, float]:
     """Seconds from the command to its first byte of text, and CPU seconds of the process and its worker until its end."""
     command = [sys.executable, "-m", "engine.generate", args.prompt, "--pair", args.pair, "--max-new-tokens", "1"]
     before, began = os.times(), time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment()) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
         first_s = time.perf_counter() - began
