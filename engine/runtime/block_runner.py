@@ -51,7 +51,7 @@ _AHEAD_BATCH = (
 )
 _AHEAD_LENGTH = 2
 _CAPTURE_SHARE = 0.02  # of the time since the last capture that the next one may take, where drafts are not asked for by a fixed length
-_MOST_BEHIND = 4096  # tokens that draft heads left behind may lack, over all requests, for a captured step to catch them up first
+_MOST_BEHIND = 4096  # tokens that drafts left behind may lack, over all requests, for a captured step to catch them up first
 _LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
 
 
@@ -151,6 +151,7 @@ class BlockDecoding:
         drafter: a draft model or a draft head whose decoder is graphed; None where drafts come from requests' own text alone.
     """
 
+    @torch.inference_mode(False)  # captures write the state outside of steps
     def __init__(self, target: GraphedDecoder, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
         self.head = drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
@@ -176,8 +177,8 @@ class BlockDecoding:
 
     @property
     def leaves_head_behind(self) -> bool:
-        """Whether steps without drafts are plain ones even where a draft head wants the target's states: there were no drafts in the last few steps,
-        and nobody keeps these states."""
+        """Whether steps without drafts of its own go on without a draft head, which wants the target's states: it drafted in none of the last few
+        steps, and nobody keeps these states. To follow costs the host more than to catch up."""
         return self._idle_steps >= _LAG_AFTER and self.drafter is not None and not self.drafter.feature_taps
 
     @staticmethod
@@ -207,7 +208,7 @@ class BlockDecoding:
             owed = self._owed
             self._owed = None
             plan = owed[1] if owed is not None and same_objects(owed[0], requests) else planned()
-            if any(plan.lengths) or any(plan.given):
+            if any(plan.lengths):
                 self._idle_steps = 0
             if not self._takes(requests, plan, deterministic):
                 return plan, None
@@ -229,6 +230,8 @@ class BlockDecoding:
         """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved."""
         flight = self._current
         assert flight is not None, "a step is committed once it was run"
+        if self.head is not None and flight.source == "given" and self.leaves_head_behind:
+            return
         for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
             state = request.draft_state
             if state is None or not count:
@@ -264,11 +267,11 @@ class BlockDecoding:
         rows = 1 + max(self._length(requests, plan, deterministic), int(drafting))
         if bucket(len(requests)) * rows > (MOST_SKINNY if deterministic else MAX_ROWS):
             return False
-        if not drafting:
-            return True
-        if self.head is not None:
-            return sum(r.sequence.length - _state(r).num_cached for r in requests) <= _MOST_BEHIND
-        return all(r.sequence.length - _state(r).length <= MAX_PENDING_HIDDEN for r in requests)
+        return not drafting or self._num_behind(requests) <= _MOST_BEHIND
+
+    def _num_behind(self, requests: Sequence[Request]) -> int:
+        """Tokens that the drafts of all requests lack, and run before they draft."""
+        return sum(r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests)
 
     def _catch_up(self, requests: Sequence[Request]) -> None:
         """Have the draft of every request know all tokens but the last two; a draft head that was left behind runs the target's first layers for them
@@ -316,7 +319,7 @@ class BlockDecoding:
     def ready(self, requests: Sequence[Request], deterministic: bool, kind: StepKind) -> tuple[int, ...]:
         """Lengths of blocks from the drafter ("model") or from the text that a captured step of these requests may have now: those that are captured,
         and the others if captures have taken no more than _CAPTURE_SHARE of the time."""
-        if len(requests) > _MOST or (kind == "model" and self.draft is None):
+        if len(requests) > _MOST or (kind == "model" and (self.draft is None or self._num_behind(requests) > _MOST_BEHIND)):
             return ()
         most = MOST_SKINNY if deterministic else MAX_ROWS
         able = [k for k in CAPTURED_LENGTHS if bucket(len(requests)) * (1 + k) <= most]
@@ -329,7 +332,7 @@ class BlockDecoding:
     def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
         source: Source = "model" if any(plan.lengths) else "given"
-        self._idle_steps = 0 if any(plan.lengths) or any(plan.given) else self._idle_steps + 1
+        self._idle_steps = 0 if any(plan.lengths) else self._idle_steps + 1
         length, batch = self._length(requests, plan, deterministic), bucket(len(requests))
         drawing = self.state.sampling.set([r.params for r in requests], [r.seed for r in requests], self.target.config.vocab_size)
         if not ahead:
@@ -401,7 +404,7 @@ class BlockDecoding:
                     if time.perf_counter() < until_s:
                         self._block(BlockKey(batch, length, pages, source, drawing, deterministic))
         if self.draft is not None and not deterministic and time.perf_counter() < until_s:
-            self.draft.capture_prompts(batch, logits=False, embed=self.head is None)
+            self.draft.capture_prompts(batch, logits=False, embed=self.head is None, until_s=until_s)
         if self.head is not None and time.perf_counter() < until_s:  # a step without drafts whose states the head wants
             self._block(BlockKey(batch, 0, pages, "given", drawing, deterministic))
         self._captured_at = -math.inf  # what is captured at the start takes nobody's time

@@ -279,7 +279,7 @@ class EngineCore:
                         if blocks is not None:
                             blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
                 if not self.deterministic and time.perf_counter() < until_s:
-                    runner.capture_prompts(batch, taps=taps)
+                    runner.capture_prompts(batch, taps=taps, until_s=until_s)
             return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:

@@ -8,6 +8,8 @@ Axes: B requests, padded to a bucket; n new tokens each, shorter ones padded; N 
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -188,6 +190,7 @@ class GraphedDecoder(DecoderRunner):
         capture: whether steps become CUDA graphs; False runs the same steps operation by operation.
     """
 
+    @torch.inference_mode(False)  # captures write these tensors outside of steps
     def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
         super().__init__(decoder)
         self.pool, self.captures = pool, capture
@@ -377,10 +380,13 @@ class GraphedDecoder(DecoderRunner):
         if batch <= (MOST_SKINNY if deterministic else _BATCHES[-1]):
             self.step(batch, 1, 1, 0, self.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
 
-    def capture_prompts(self, batch: int, *, taps: tuple[int, ...] = (), logits: bool = True, embed: bool = True) -> None:
-        """The same for the passes of `batch` short prompts, as `forward` is called for them; deterministic ones are not captured."""
+    def capture_prompts(
+        self, batch: int, *, taps: tuple[int, ...] = (), logits: bool = True, embed: bool = True, until_s: float = math.inf
+    ) -> None:
+        """The same for the passes of `batch` short prompts, as `forward` is called for them, until `until_s` on `time.perf_counter`; deterministic ones
+        are not captured."""
         for length in PROMPT_LENGTHS:
-            if batch * length <= MAX_ROWS:
+            if batch * length <= MAX_ROWS and time.perf_counter() < until_s:
                 self.step(batch, length, 1, 0, self.config.num_layers, taps, logits, embed=embed)
 
     def _current_weights(self) -> DecodeWeights:

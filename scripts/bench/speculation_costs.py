@@ -139,6 +139,8 @@ def pair_rates(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     captured = {}
     for name, engine in (("draft", loaded), ("ngram", ngrams)):
+        if name not in args.sources:
+            continue
         engine.core.measure_costs()
         found_steps = engine.core.capture_steps()
         captured[name] = found_steps and found_steps._asdict()
@@ -150,6 +152,7 @@ def pair_rates(args: argparse.Namespace) -> int:
                 ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k.strip("0") and batch * (int(k) + 1) <= 128),
                 ("draft", loaded, "auto"), ("ngram", ngrams, "auto"),
             ]  # fmt: skip
+            modes = [mode for mode in modes if mode[0] in ("plain", *args.sources)]
             found: list[list[tuple[float, list[Any]]]] = [[] for _ in modes]
             for turn in range(args.turns + 2):
                 prompts = [ids[(turn * batch + i) % len(ids)] for i in range(batch)]
@@ -193,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         "--pair", help="instead: tokens a second of a real pair on chat and code prompts, plain, with its draft and with n-grams"
     )
     parser.add_argument("--sampled", action="store_true", help="also at temperature 1 (rejection sampling)")
+    parser.add_argument("--sources", nargs="+", default=["draft", "ngram"], choices=["draft", "ngram"], help="of a pair's drafts")
     parser.add_argument("--turns", type=int, default=5, help="of every mode of a pair")
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)

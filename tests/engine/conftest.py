@@ -21,6 +21,7 @@ from codec.pack import CodecPack
 from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
 from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
+from engine.runtime import memory
 from engine.sessions.rates import Rates
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -109,6 +110,13 @@ def tiny_config(family: str, **options: Any) -> Any:
     """A transformers config of the family, tiny."""
     config_class = getattr(transformers, _CLASSES[family.split("-")[0]])
     return config_class(**(_SHAPE | FAMILIES.get(family, {}) | options))
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in several processes share a GPU: each engine takes it for one of 4 GiB that nobody else uses."""
+    measured = memory.device_memory
+    monkeypatch.setattr(memory, "device_memory", lambda device: measured(device) and memory.DeviceMemory(4 << 30, 4 << 30))
 
 
 @pytest.fixture(scope="session")
