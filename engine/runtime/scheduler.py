@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from draft.policy import DraftingPolicy
@@ -32,7 +33,8 @@ class Scheduler:
     that a long prompt does not hold up the others. whole_chunks: chunks end at multiples of it, counted from the text's first token, and a whole one
     runs alone in its pass: then its numbers are the same whatever else is served and whatever was shared before it.
     prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
-    shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too. drafting: the policy
+    shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too; with whole chunks, it
+    comes up once no other request is computing a chunk of the same beginning. drafting: the policy
     that plans them.
     """
 
@@ -95,6 +97,9 @@ class Scheduler:
         chunks: list[int] = []
         budget = self.prefill_tokens
         for request in prefilling:
+            if self._waits(request, chosen):
+                request.looked_up = False
+                continue
             self._share(request)
             if request.num_uncomputed == 0:  # interrupted behind whole pages, and all of them are still known
                 decoding.append(request)
@@ -125,7 +130,8 @@ class Scheduler:
             if request in whole and conversation.num_chunked == length - self.prefill_chunk and not self._promised(request):
                 conversation.num_chunked = length
             self._computed(request)
-            if request.num_new or self.pool.keeps_beside:  # what lies beside pages is only there at the end of a chunk
+            # what lies beside pages is only there at the end of a chunk; others may wait for whole chunks
+            if request.num_new or self.pool.keeps_beside or (request in whole and len(self.running) > 1):
                 self._keep(request)
         if decoding:
             decode_step(
@@ -186,6 +192,22 @@ class Scheduler:
     def _promised(self, request: Request) -> bool:
         """Whether its text may not depend on how sums are ordered."""
         return self.deterministic or request.params.seed is not None
+
+    def _waits(self, request: Request, others: Sequence[Request]) -> bool:
+        """Whether a request that has computed nothing waits: one of the others, which run now, computes a whole chunk that both begin with."""
+        if self.shared_prefixes is None or not (self.whole_chunks and self.shared_prefixes.computed):
+            return False
+        if request.sequence.length or request.num_new:
+            return False
+        for other in others:
+            length, promised = other.sequence.length, self._promised(other)
+            end = length + self.prefill_chunk
+            same = (other.namespace or "") == (request.namespace or "") and promised == self._promised(request)
+            if not same or other.conversation.foreign or not (promised or other.conversation.num_chunked == length):
+                continue
+            if length % self.prefill_chunk == 0 and end < len(request.token_ids) and request.token_ids[:end] == other.token_ids[:end]:
+                return True
+        return False
 
     def _share(self, request: Request) -> None:
         """At a request's first chunk: begin its caches with the pages of its prompt's longest known prefix."""

@@ -141,6 +141,37 @@ def test_greedy_texts_go_on_from_the_same_bits(random_decoder, make_draft_head, 
     assert all(torch.equal(ours, alone) for ours, alone in zip(found[0][1], found[1][1], strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_requests_that_come_together_compute_what_they_share_once(engine_of, mode):
+    """The first runs, the others wait for its chunks, each until its own text parts."""
+    options, params = MODES[mode]
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, **params)
+    ours, plain = (engine_of(prefill_chunk=16, prefix_sharing=sharing, **options) for sharing in (True, False))
+    prompts = [STEM, STEM, [*STEM[:40], 9, 9, 9], [7, *STEM], STEM[:33], [7, *STEM]]
+    passes, forward = [], ours.core.target.forward
+    ours.core.scheduler.target.forward = lambda *args, **given: passes.append(list(args[2])) or forward(*args, **given)
+    try:
+        found = ours.generate(prompts, params)
+    finally:
+        del ours.core.scheduler.target.forward
+    assert [r.token_ids for r in found] == [r.token_ids for r in plain.generate(prompts, params)]
+    assert [r.reused_tokens for r in found] == [0, 64, 32, 0, 32, 64]
+    assert passes.count([16]) == 4 + 4, "whole chunks of two texts, each alone in its pass"
+    check(ours)
+
+
+def test_who_waits_goes_on_when_the_other_is_cancelled(engine_of):
+    engine = engine_of(prefill_chunk=16)
+    core, params = engine.core, SamplingParams(max_new_tokens=3, ignore_eos=True)
+    first, second = (core.submit(core.open_sequence_state(), [*STEM, tail], params, owns_cache=True) for tail in (5, 6))
+    core.step()
+    core.step()
+    assert (first.sequence.length, second.sequence.length) == (32, 0)
+    core.abandon(first)
+    assert core.finish(second).reused_tokens == 32
+    check(engine)
+
+
 @pytest.mark.parametrize("hot", [None, next(iter(FORMATS))])
 def test_whole_chunks_take_the_place_of_what_others_wrote(engine_of, hot):
     """A drawn text goes on in the middle of a chunk; the first greedy one after it computes that chunk whole, the second shares it."""
