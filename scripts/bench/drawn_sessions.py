@@ -14,7 +14,8 @@ from engine.errors import InvalidOption
 from engine.runtime.sampling import SamplingParams
 
 BLOCK_TOKENS = 2  # what longer texts share of what a model draws is nothing
-DRAWN_TOKENS = 24
+DRAWN_TOKENS = 16
+BATCH = 64
 OPENINGS = (
     "The best way to",
     "How do I",
@@ -53,20 +54,23 @@ def draw(file: Path, num_requests: int, pair: str, seed: int) -> None:
     engine = Engine.from_pair(pair)
     openings = [engine.encode(text) for text in OPENINGS]
     params = SamplingParams(max_new_tokens=DRAWN_TOKENS, temperature=1.0, draft_length=0, logprobs=0, ignore_eos=True)
-    results = engine.generate([openings[number] for number in chosen], params)
     ids: dict[tuple[int, ...], int] = {}
     with gzip.open(file, "wt", encoding="utf-8") as out:
-        for number, arrival_ms, result in zip(chosen.tolist(), arrivals.tolist(), results, strict=True):
-            assert result.logprobs is not None
-            tokens = openings[number] + result.token_ids
-            bits = [0.0] * len(openings[number]) + [token.logprob / math.log(2) for token in result.logprobs]
-            ends = range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
-            line = {
-                "timestamp": round(arrival_ms),
-                "input_length": len(ends) * BLOCK_TOKENS,
-                "output_length": 0,
-                "block_tokens": BLOCK_TOKENS,
-                "hash_ids": [ids.setdefault(tuple(tokens[:end]), len(ids)) for end in ends],
-                "log2_p": [round(min(0.0, sum(bits[end - BLOCK_TOKENS : end])), 4) for end in ends],
-            }
-            out.write(json.dumps(line) + "\n")
+        for first in range(0, num_requests, BATCH):
+            some = chosen[first : first + BATCH].tolist()
+            results = engine.generate([openings[number] for number in some], params)
+            for number, arrival_ms, result in zip(some, arrivals[first : first + BATCH].tolist(), results, strict=True):
+                assert result.logprobs is not None
+                tokens = openings[number] + result.token_ids
+                bits = [0.0] * len(openings[number]) + [token.logprob / math.log(2) for token in result.logprobs]
+                ends = range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
+                line = {
+                    "timestamp": round(arrival_ms),
+                    "input_length": len(ends) * BLOCK_TOKENS,
+                    "output_length": 0,
+                    "block_tokens": BLOCK_TOKENS,
+                    "hash_ids": [ids.setdefault(tuple(tokens[:end]), len(ids)) for end in ends],
+                    "log2_p": [round(min(0.0, sum(bits[end - BLOCK_TOKENS : end])), 4) for end in ends],
+                }
+                out.write(json.dumps(line) + "\n")
+            out.flush()
