@@ -261,8 +261,8 @@ class EngineCore:
     @torch.inference_mode()
     def capture_steps(self, limit_s: float = CAPTURE_LIMIT_S) -> Captured | None:
         """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts
-        (64 pages): a step's first use compiles and captures, which takes up to a second. Small batches come first; after limit_s seconds the rest
-        is left to its first use. None where steps are not captured."""
+        (64 pages): a step's first use compiles and captures, which takes up to a second. Plain steps come first, then prompts and drafts of small
+        batches; after limit_s seconds the rest is left to its first use. None where steps are not captured."""
         runner, blocks = self.runner, self.scheduler.blocks
         if not isinstance(runner, GraphedDecoder):
             return None
@@ -272,14 +272,17 @@ class EngineCore:
             default = self.sampling_defaults.params()
             drawings = [Drawing.of([p], self.target.config.vocab_size) for p in {p.greedy: p for p in (SamplingParams(), default)}.values()]
             taps = () if self.drafter is None else self.drafter.target_taps
-            for batch in sizes_up_to(min(self.config.max_batch, MAX_ROWS)):
+            sizes = sizes_up_to(min(self.config.max_batch, MAX_ROWS))
+            for batch in sizes:
                 for drawing in drawings:
                     if time.perf_counter() < until_s:
                         runner.capture_common(batch, drawing, deterministic=self.deterministic)
-                        if blocks is not None:
-                            blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
-                if not self.deterministic and time.perf_counter() < until_s:
+            for batch in sizes:
+                if not self.deterministic:
                     runner.capture_prompts(batch, taps=taps, until_s=until_s)
+                for drawing in drawings:
+                    if blocks is not None:
+                        blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
             return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:
