@@ -9,6 +9,7 @@ BF16, Q8_0, Q4_0, Q4_1 = range(4)
 """Formats: plain bf16; 8 bits (scale, 32 int8); 4 bits less 8 (scale, 16 bytes: weights 0 to 15 in their low halves, the others in the high ones);
 4 bits over a least value (scale, least value, 16 bytes)."""
 BLOCK_BYTES = (64, 34, 18, 20)  # of 32 weights, by format
+_ELEMENTS_AT_ONCE = 1 << 17  # of a weight that is put into blocks: its numbers in float32 stay in a core's cache
 NAMES = {"Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1": Q4_1}
 
 
@@ -31,10 +32,15 @@ class BlockWeight:
     @classmethod
     def of_bytes(cls, weight: torch.Tensor) -> BlockWeight:
         """A weight [out, in] in 8 bits (Q8_0), rounded to the nearest steps; in a multiple of 32."""
-        parts = weight.float().unflatten(1, (-1, BLOCK))
-        scales = (parts.abs().amax(-1, keepdim=True) / 127).half()
-        steps = (parts / scales.float().clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8)
-        return cls(torch.cat((scales.view(torch.uint8), steps.view(torch.uint8)), -1).flatten(1), Q8_0, weight.dtype)
+        outputs, inputs = weight.shape
+        blocks = torch.empty(outputs, inputs // BLOCK * BLOCK_BYTES[Q8_0], dtype=torch.uint8)
+        rows = max(1, _ELEMENTS_AT_ONCE // max(1, inputs))
+        for start in range(0, outputs, rows):
+            parts = weight[start : start + rows].float().unflatten(1, (-1, BLOCK))
+            scales = (parts.abs().amax(-1, keepdim=True) / 127).half()
+            steps = (parts / scales.float().clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8)
+            blocks[start : start + rows] = torch.cat((scales.view(torch.uint8), steps.view(torch.uint8)), -1).flatten(1)
+        return cls(blocks, Q8_0, weight.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -33,8 +33,11 @@ def test_blocks_mean_what_the_gguf_package_reads(name):
     assert weight.shape == (3, 96) and torch.equal(weight.to_dense(), torch.from_numpy(wanted).bfloat16())
 
 
-def test_an_int8_weight_is_within_half_a_step():
+def test_an_int8_weight_is_within_half_a_step(monkeypatch):
+    monkeypatch.setattr("kernels.cpu_decode.blocks._ELEMENTS_AT_ONCE", 128)  # two rows at once
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.0, 1e-3, 1.0, 100.0, 1.0])[:, None]
+    pieces = torch.cat([BlockWeight.of_bytes(weight[row : row + 1]).blocks for row in range(5)])
+    assert torch.equal(BlockWeight.of_bytes(weight).blocks, pieces)
     error = (unpack_blocks(BlockWeight.of_bytes(weight).blocks, NAMES["Q8_0"]) - weight).abs().unflatten(1, (-1, 32)).amax(-1)
     assert bool((error <= 0.51 * weight.abs().unflatten(1, (-1, 32)).amax(-1) / 127 + 1e-6).all())
 
