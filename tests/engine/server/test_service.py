@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -105,6 +106,28 @@ def test_a_failing_step_ends_its_requests_and_no_others(chat_engine, serve, monk
         assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 3}).status_code == 200
         assert running.client.get("/health").status_code == 200
         running.wait_idle()
+
+
+def test_neither_prompts_nor_answers_nor_keys_are_logged(chat_engine, serve, monkeypatch, tmp_path, caplog, capfd):
+    file = tmp_path / "keys"
+    file.write_text("alice sk-alice-secret\n")
+    secret, bearer = "buoy-4711-lantern", {"headers": {"Authorization": "Bearer sk-alice-secret"}}
+    messages = [{"role": "user", "content": secret}]
+    engine = chat_engine()
+    with caplog.at_level(logging.DEBUG), serve(engine, keys=read_keys(file), local_only=False) as running:
+        answered = running.post(CHAT, {"messages": messages, "max_tokens": 12, "temperature": 0}, **bearer)
+        assert answered.status_code == 200
+        assert running.post(CHAT, {"messages": messages, "temperature": secret}, **bearer).status_code == 400
+        assert running.post(CHAT, {"messages": messages}, headers={"Authorization": "Bearer sk-alice-secret2"}).status_code == 401
+        fails = RuntimeError("the step failed")
+        monkeypatch.setattr(type(engine.core.scheduler), "step", lambda self: (_ for _ in ()).throw(fails))
+        assert running.post(CHAT, {"messages": messages, "max_tokens": 3}, **bearer).status_code == 500
+    own = [record for record in caplog.records if not record.name.startswith("http")]  # the client's own are its affair
+    said = "\n".join([*map(logging.Formatter().format, own), *capfd.readouterr()])
+    assert "the step failed" in said
+    text = answered.json()["choices"][0]["message"]["content"]
+    assert len(text) > 3
+    assert not [word for word in (secret, "sk-alice", text) if word in said]
 
 
 def test_a_failing_request_is_an_error_of_its_own(chat_engine, serve, monkeypatch):
