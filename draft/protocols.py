@@ -68,6 +68,9 @@ class CausalDecoder(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    @property
+    def num_threads(self) -> int: ...
+
     def forward(
         self,
         token_ids: Tensor | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -211,6 +212,7 @@ def _costs_key(core: EngineCore) -> str:
     return sha256(repr(facts).encode()).hexdigest()[:24]
 
 
+@functools.cache
 def _processor() -> str:
     """Name of the machine, its processor and the number of cores this process may use; nothing is started to find out."""
     model = ""

@@ -333,6 +333,11 @@ class Decoder(nn.Module):
         return sum(tensor.nbytes for tensor in held)
 
     @property
+    def num_threads(self) -> int:
+        """CPU threads that a pass uses."""
+        return torch.get_num_threads()
+
+    @property
     def rope(self) -> RopeTable:
         """Table of rotary angles on the decoder's device, of all layers but those with a RoPE of their own (`rope_table`)."""
         return self.rope_table(local=False)

@@ -47,6 +47,11 @@ class CompiledDecoder(DecoderRunner):
         matrices = [m for w in decoder.layer_weights() for m in (w.qkv, w.o, w.gate_up, w.down)]
         return all(fits(matrix) for matrix in (*matrices, decoder.head_matrix))
 
+    @property
+    def num_threads(self) -> int:
+        """A compiled step runs in the thread that asks for it."""
+        return 1
+
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
         if not deterministic and hidden.shape[0] > MOST_ROWS:

@@ -254,8 +254,7 @@ class EngineCore:
             self.costs_stale = False
             share = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
             if self.on_costs is not None:
-                threads = 1 if isinstance(self.runner, CompiledDecoder) else torch.get_num_threads()
-                self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * threads)
+                self.on_costs(self.cost_model, self.device.type != "cpu" or share >= _FREE_SHARE * self.runner.num_threads)
         return self.cost_model
 
     @torch.inference_mode()

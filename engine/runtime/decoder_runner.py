@@ -34,3 +34,8 @@ class DecoderRunner:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self.decoder.weight_bytes
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that a pass uses."""
+        return self.decoder.num_threads
