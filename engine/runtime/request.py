@@ -37,13 +37,13 @@ class TextSource(Protocol):
     """From token ids to text; `engine.text.decoder.TextDecoder`."""
 
     @property
-    def tokenizer(self) -> Any | None: ...
+    def tokenizer(self) -> Any | None: ...  # transformers' or one like it; None where only token ids are given
 
     def constraint(self, schema: str, eos_token_ids: frozenset[int]) -> Constraint: ...  # of one text; `engine.text.constraint`
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]: ...  # of the stop strings that are special tokens
 
-    def stream(self, context: Sequence[int], stop: Sequence[str]) -> TextSink: ...
+    def stream(self, context: Sequence[int], stop: Sequence[str]) -> TextSink: ...  # context: the tokens before
 
 
 @dataclass
@@ -51,7 +51,7 @@ class SequenceState:
     """Tokens and caches that outlive a request; may also be filled from outside (a session file).
 
     Invariant between requests: `sequence.length <= len(token_ids)`, and `draft_state.length <= len(token_ids)`; both caches hold the KV
-    of a prefix of token_ids. After a generated run `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens
+    of a prefix of token_ids. After generating, `sequence.length == len(token_ids) - 1`: no model has run the last token yet. Tokens
     beyond a cache are run when the conversation goes on.
 
     num_computed: tokens whose KV this engine's steps computed, or shared; more in the
@@ -163,14 +163,17 @@ class Request:
 
     @property
     def token_ids(self) -> list[int]:
+        """Prompt and generated tokens."""
         return self.conversation.token_ids
 
     @property
     def sequence(self) -> KvSequence:
+        """The target's KV of a prefix of them."""
         return self.conversation.sequence
 
     @property
     def draft_state(self) -> DraftState | None:
+        """What the source of drafts keeps for the conversation; None without a source."""
         return self.conversation.draft_state
 
     @property
