@@ -160,12 +160,13 @@ def test_after_a_restart_prefixes_come_back(store: Path, prompts, plain) -> None
     assert divergence(beside, plain) < KL_BOUND and metrics.failures == 0
     # what was measured to be faster computed is computed
     rates = scheduler(llm).connector.rates
-    assert rates is get_kv_transfer_group().rates and sum(map(len, rates._found["restore"].values())) > 0
+    assert rates is get_kv_transfer_group().rates  # of one process
     switch(llm, load="auto")
-    for pays in (False, True):
+    for pays in (False, True, True):  # a process's first restore is not measured
         rates.restoring_pays = lambda *_, pays=pays: pays
         llm.reset_prefix_cache()
         assert bool(run(llm, prompts[:1])[0].num_cached_tokens) == pays
+    assert sum(map(len, rates._found["restore"].values())) > 0
     switch(llm, load="within")
     # what returns is the prompt, from a token of vLLM's own cache on
     llm.reset_prefix_cache()
