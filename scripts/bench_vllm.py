@@ -11,7 +11,7 @@ the same prompts, each behind another short prompt that warms everything up. Pri
 "raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes",
 "stages_s", "fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s and best_first_s of the one that
 computed and kept the prompt, stages_s of all restores of the process, behind_s what
-coding took it behind all answers, stored_bytes of all files divided among the prompts by their tokens. fresh_equal: whether the process that kept the
+coding took it behind all answers, stored_bytes of all files divided among all stored tokens. fresh_equal: whether the process that kept the
 prompts gave the greedy text of the first mode; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
 which take turns once they have imported vLLM.
 
@@ -211,7 +211,7 @@ def rows_of(
     """A row a prompt. truth: of the first mode; first, later: what the process before and after the restart found."""
     rows = []
     for n, (count, found) in enumerate(zip(tokens, later["rows"], strict=True)):
-        share = stored * count // sum(tokens)
+        share = stored * count // (first.get("saved_tokens") or _WARM_TOKENS + sum(tokens))
         raw = count * raw_token_bytes
         rows.append(
             {
