@@ -1,7 +1,7 @@
 """The connector inside vLLM: a returning prompt after a restart, what it costs requests that miss, and damage to its store.
 
     VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,8000] [--modes plain,raw,foretold,auto]
-        [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together] [--json-out FILE]
+        [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together] [--logs DIR] [--json-out FILE]
     ... --model FOLDER --overhead ROUNDS
     ... --damage REQUESTS
 
@@ -106,6 +106,13 @@ def open_llm(model: str, transfer: Any, **settings: Any) -> Any:
     return LLM(model, **(common | settings))
 
 
+def gpu_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's settings where there is a GPU: several processes share it."""
+    import torch
+
+    return {"gpu_memory_utilization": options.gpu_memory} if torch.cuda.is_available() else {}
+
+
 def set_up() -> None:
     """The environment of a process that runs vLLM."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
@@ -132,8 +139,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = place()
     while options.gate is not None and not options.gate.exists():
         time.sleep(0.05)
-    on_gpu = torch.cuda.is_available()
-    settings = {"gpu_memory_utilization": options.gpu_memory} if on_gpu else {}
+    on_gpu, settings = torch.cuda.is_available(), gpu_settings(options)
     llm = open_llm(options.model, transfer_config(options, Path(options.folder)), max_model_len=max(options.tokens) + 64, **settings)
     base_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     rows = []
@@ -170,11 +176,11 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
 class Process:
     """`answer` in a new process, which begins when `finish` is called, or has imported vLLM by then."""
 
-    def __init__(self, arguments: list[str], mode: str, kind: str, folder: Path, name: str) -> None:
+    def __init__(self, arguments: list[str], mode: str, kind: str, folder: Path, name: str, logs: Path | None = None) -> None:
         self._out, self._gate = folder.parent / f"{name}.json", folder.parent / f"{name}.go"
         self._command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--mode", mode, "--folder", str(folder)]
         self._command += ["--answer-to", str(self._out), "--gate", str(self._gate), *(["--compute"] if kind == "first" else [])]
-        self._log = folder.parent / f"{name}.log"
+        self._log = (logs or folder.parent) / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -254,13 +260,15 @@ def returning(options: argparse.Namespace, given: list[str]) -> dict[str, Any]:
         folders = {mode: Path(scratch) / ("foretold" if mode == "auto" else mode) for mode in options.modes}
         for folder in folders.values():
             folder.mkdir(exist_ok=True)
-        processes = {(mode, kind): Process(given, mode, kind, folders[mode], f"{mode}-{kind}") for mode, kind in turns}
+        processes = {(mode, kind): Process(given, mode, kind, folders[mode], f"{mode}-{kind}", options.logs) for mode, kind in turns}
         try:
             for process in processes.values() if options.together else ():
                 process.start()
             for mode in options.modes:
                 if (mode, "first") in processes:
                     first = found = processes[mode, "first"].finish()
+                    fresh = ", ".join(f"{row['ttft_s']:.3f} / {row['best_ttft_s']:.3f}" for row in found["rows"])
+                    print(f"{mode}: fresh prompts, s to the first token, first and best: {fresh}", file=sys.stderr, flush=True)
                 truth = truth or first
                 if (mode, "later") in processes:
                     found = processes[mode, "later"].finish()
@@ -291,7 +299,7 @@ def resident(options: argparse.Namespace) -> None:
     if kept is not None:
         extra = {"store": options.folder, "save": kept, "draft": options.draft} | ({} if options.pack is None else {"pack": options.pack})
         transfer = our_connector(extra)
-    llm = open_llm(options.model, transfer, max_model_len=1024)
+    llm = open_llm(options.model, transfer, max_model_len=1024, **gpu_settings(options))
     params = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
     print(json.dumps(place()), flush=True)
     for line in sys.stdin:
@@ -481,6 +489,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1, help="times that a prompt is answered, vLLM's own cache emptied in between")
     parser.add_argument("--wait-s", type=float, default=300.0, help="how long coding is waited for behind the answers")
     parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of a GPU's memory that vLLM takes")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="an existing folder for what the processes print")
     parser.add_argument("--together", action="store_true", help="start all processes at once; they take turns")
     parser.add_argument("--overhead", type=int, default=0, metavar="ROUNDS", help="compare the throughput of requests that miss")
     parser.add_argument("--damage", type=int, default=0, metavar="REQUESTS", help="answer from a store that is damaged at random")
