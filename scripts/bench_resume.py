@@ -7,8 +7,9 @@ asked. host_copy_s: a raw cache from the host's memory (pinned, on a GPU). The s
 overlap less than in resume_s:
 read_s the file, check_s the spans' checksums, ids_s the token ids, rans_s copy and entropy decoder, draft_prefill_s the draft (and the target over the
 first four tokens), target_layers_s the target's first layers, predict_s the product into pages. fixed_s: what a resume costs beside the passes and the
-decoder, read_s (opening, ids and the links that bind the spans, too) and check_s; fixed_reach_s: 5 ms and 1 GB/s. suspend_s: coding and writing all
-tokens at once; append_s: coding the last append_tokens, some 200, of a session that was coded up to there.
+decoder, read_s (opening and ids, too) and check_s; fixed_reach_s: 5 ms and 1 GB/s. links_s: comparing the links that bind the spans, which a resume
+does in a thread beside its passes. suspend_s: coding and writing all tokens at once; append_s: coding the last append_tokens, some 200, of a session
+that was coded up to there.
 
     python scripts/bench_resume.py --pair smollm2 --tokens 512,2048 --json-out resume.json --plot resume.png
     python scripts/bench_resume.py --shapes llama-8b+0.5b --tokens 1024,8192,32768 --device cuda

@@ -11,6 +11,7 @@ The first tokens' KV (attention sinks) is not stored: it depends on those tokens
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -32,6 +33,7 @@ MAX_META_BYTES = 1 << 20
 _LINK_BYTES = 16
 _SPAN_ENTRY_BYTES = 12  # start, end and size of a span, uint32 each
 _REMEDY = "restore it from a copy, or start a new session"
+_UNBOUND = "the session's spans do not belong to its tokens, to each other or to its models"
 _ERRORS: dict[type[CodecError], type[BadSessionFile]] = {
     TruncatedCode: Truncated,
     CorruptedCode: Corrupted,
@@ -80,6 +82,26 @@ def bound(spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[st
     return linked
 
 
+class _LinkCheck(threading.Thread):
+    """Compares, in a thread of its own, the links of spans with the one that their file states. The hash is a chain, of a few hundred megabytes a
+    second, and needs no interpreter meanwhile."""
+
+    def __init__(self, spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[str, str], link: str) -> None:
+        super().__init__(name="session links")
+        self._of, self._link, self._fits = (spans, token_ids, fingerprints), link, False
+        self.start()
+
+    def run(self) -> None:
+        spans = bound(*self._of, anew=True)
+        self._fits = bool(spans) and spans[-1].link == _unhex(self._link)
+
+    def result(self) -> None:
+        """Waits. Raises CorruptedCode where they differ."""
+        self.join()
+        if not self._fits:
+            raise CorruptedCode(_UNBOUND, _REMEDY)
+
+
 @dataclass
 class SessionFile:
     """A suspended session.
@@ -95,6 +117,12 @@ class SessionFile:
     fingerprints: dict[str, str]
     spans: list[Span] = field(default_factory=list)
     auto: bool = False
+    _check: _LinkCheck | None = field(default=None, repr=False, compare=False)
+
+    def confirm(self) -> None:
+        """Wait for the check of a file that was read `beside`; nothing restored from it may be used before. Raises CorruptedCode."""
+        if self._check is not None:
+            self._check.result()
 
     def to_bytes(self) -> bytes:
         """The whole file."""
@@ -129,8 +157,11 @@ class SessionFile:
         return len(data)
 
     @classmethod
-    def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS, max_bytes: int | None = None) -> SessionFile:
+    def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS, max_bytes: int | None = None, *, beside: bool = False) -> SessionFile:
         """Read and check a file of at most `max_tokens` tokens and `max_bytes` bytes; its first bytes are looked at before the rest is read.
+
+        beside: the spans' links, which bind them to each other and to the models, are compared in a thread, for whose end `confirm` waits; checksums
+        and everything else were compared before this returns.
 
         Raises:
             BadSessionFile: it cannot be read, is no regular file, or is larger.
@@ -146,16 +177,18 @@ class SessionFile:
                 head = file.read(len(FILE_MAGIC))
                 if head != FILE_MAGIC[: len(head)] or not head:
                     raise ForeignCode("this is not a Foretold file", "check the path")
-                data = head + file.read()
+                file.seek(0)  # and not `head + file.read()`: that copies it all once more
+                data = file.read()
             except OSError as error:
                 raise BadSessionFile(f"{where} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
             except MemoryError as error:
                 raise BadSessionFile(f"{where} is larger than the memory", _REMEDY) from error
-            return cls.from_bytes(data, max_tokens)
+            return cls.from_bytes(data, max_tokens, beside=beside)
 
     @classmethod
-    def from_bytes(cls, data: bytes, max_tokens: int = MAX_TOKENS) -> SessionFile:
-        """Inverse of `to_bytes`; no part that claims more than `max_tokens` tokens is unpacked. Raises the codec's named errors."""
+    def from_bytes(cls, data: bytes, max_tokens: int = MAX_TOKENS, *, beside: bool = False) -> SessionFile:
+        """Inverse of `to_bytes`; no part that claims more than `max_tokens` tokens is unpacked. beside: as for `load`. Raises the codec's named
+        errors."""
         sections = read_sections(data)
         if [name for name, _ in sections] != ["META", "TOKS", "SIZE", "SPAN"]:
             raise CorruptedCode("the file's sections are not a session's", _REMEDY)
@@ -194,9 +227,13 @@ class SessionFile:
             at += size
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
+        if not link:  # of an earlier version
+            return cls(tokens, num_cached, quality, fingerprints, bound(spans, tokens, fingerprints, anew=True), auto)
+        if beside:
+            return cls(tokens, num_cached, quality, fingerprints, spans, auto, _LinkCheck(spans, tokens, fingerprints, link))
         spans = bound(spans, tokens, fingerprints, anew=True)
-        if link and (not spans or spans[-1].link != _unhex(link)):
-            raise CorruptedCode("the session's spans do not belong to its tokens, to each other or to its models", _REMEDY)
+        if not spans or spans[-1].link != _unhex(link):
+            raise CorruptedCode(_UNBOUND, _REMEDY)
         return cls(tokens, num_cached, quality, fingerprints, spans, auto)
 
 

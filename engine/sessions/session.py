@@ -112,7 +112,7 @@ class Session:
             raise InvalidOption(f"unknown way to restore {restore!r}", f"choose one of {', '.join(RESTORES)}")
         if not callable(log):
             raise InvalidOption(f"log cannot be {shown(log)}", "give a function that takes a text")
-        stored = None if file is None else SessionFile.load(file, core.context, _largest_file(core))
+        stored = None if file is None else SessionFile.load(file, core.context, _largest_file(core), beside=True)
         self._begin(core, stored, file, quality, pack, restore, log, began)
 
     @classmethod
@@ -131,7 +131,7 @@ class Session:
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise InvalidOption(f"a session cannot be read from {shown(data)}", "give the bytes that to_bytes returned")
         with session_errors("in memory"):
-            stored = SessionFile.from_bytes(data, core.context)
+            stored = SessionFile.from_bytes(data, core.context, beside=True)
         session._begin(core, stored, "in memory", quality, pack, restore, log, began)
         return session
 
@@ -153,20 +153,26 @@ class Session:
         self.spans: list[Span] = []
         self.suspended: SuspendReport | None = None
         self.resumed: ResumeReport | None = None
-        with core.lock:
-            if stored is not None:
-                self._check(stored, source)
-            if self.quality != TOKENS or (stored is not None and stored.spans):
-                session_codec(core, pack, log)
-            self.conversation = core.open_sequence_state()
-            self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
-            self._give_back.atexit = False
-            if stored is not None:
-                try:
-                    self._restore(stored, source, restore, began)
-                except BaseException:
-                    self.close()
-                    raise
+        try:
+            with core.lock:
+                if stored is not None:
+                    self._check(stored, source)
+                if self.quality != TOKENS or (stored is not None and stored.spans):
+                    session_codec(core, pack, log)
+                self.conversation = core.open_sequence_state()
+                self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
+                self._give_back.atexit = False
+                if stored is not None:
+                    try:
+                        self._restore(stored, source, restore, began)
+                    except BaseException:
+                        self.close()
+                        raise
+        except Exception:
+            if stored is not None:  # whose spans do not belong together says so, whatever else was found
+                with session_errors(source):
+                    stored.confirm()
+            raise
 
     # --- talking --------------------------------------------------------------------------------------------------------
 
@@ -414,5 +420,7 @@ class Session:
                 stages = clock.seconds()
                 draft_s = stages.get("sinks", 0.0) + stages["draft"]
                 decode_s = sum(stages.values()) - draft_s
+        with session_errors(source):
+            stored.confirm()
         done = DECODE if num_cached else RECOMPUTE
         self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)

@@ -18,7 +18,7 @@ from codec.spec import NUM_SINKS
 from codec.token_ids import decode_ids, encode_ids
 from engine.model.decoder import forward_reserved
 from engine.runtime.core import EngineCore
-from engine.sessions.file import SessionFile, write_file
+from engine.sessions.file import SessionFile, bound, write_file
 from engine.sessions.kv_codec import SessionCodec, prefill_draft, run_tokens
 from engine.sessions.stages import StageClock
 
@@ -63,9 +63,10 @@ class ResumeBench:
 
     def _resume(self, path: Path, clock: StageClock | None = None) -> None:
         """From the file to a conversation that can go on; every token restored."""
-        stored = SessionFile.load(path, self.core.context)
+        stored = SessionFile.load(path, self.core.context, beside=True)
         conversation = self._opened(stored.token_ids)
         self.codec.restore(conversation, stored.spans, clock)
+        stored.confirm()
         self.core.close_sequence_state(conversation)
 
     def _catch_up(self, ids: Sequence[int]) -> None:
@@ -140,7 +141,9 @@ class ResumeBench:
             row |= {"suspend_s": written - began, "encode_s": coded - began, "write_s": written - coded, "stored_bytes": len(data)}
             row["encode_stages"] = clock.seconds()
             row["resume_s"] = self._timed(lambda: self._resume(path), repeats)
-            row["read_s"] = self._timed(lambda: SessionFile.load(path, core.context), repeats)
+            whole = SessionFile.load(path, core.context)
+            row["links_s"] = self._timed(lambda: bound(whole.spans, whole.token_ids, whole.fingerprints, anew=True), repeats)
+            row["read_s"] = max(0.0, self._timed(lambda: SessionFile.load(path, core.context), repeats) - row["links_s"])
             frame = encode_ids(ids)
             row["ids_s"] = self._timed(lambda: decode_ids(frame), repeats)
             row["check_s"] = self._timed(lambda: codec.codec.read([s.data for s in spans]), repeats)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.container import FILE_MAGIC, FILE_VERSION, read_sections, write_sections
+from codec.errors import CorruptedCode
 from codec.spec import NUM_SINKS
 from codec.token_ids import MAX_TOKENS
 from engine.errors import BadSessionFile, CacheNotWritable, Corrupted, DiskFull, ForeignModel, NewerVersion, PackMismatch, Truncated
@@ -381,7 +382,14 @@ def test_a_span_moved_or_taken_from_another_file_is_refused(suspended, another, 
         replace(stored, spans=exchanged(stored, at, put)).save(tmp_path / "bad.kv")
         with pytest.raises(Corrupted, match=r"bad\.kv: the session's spans do not belong to"):
             engine.session(tmp_path / "bad.kv")
+        beside = SessionFile.load(tmp_path / "bad.kv", beside=True)
+        for _ in range(2):
+            with pytest.raises(CorruptedCode, match="do not belong"):
+                beside.confirm()
         assert name
+    beside = SessionFile.load(file, beside=True)
+    beside.confirm()
+    assert beside == stored and beside.to_bytes() == file.read_bytes()
 
 
 def test_other_ids_models_or_places_do_not_fit_the_spans(tmp_path):
