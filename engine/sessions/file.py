@@ -165,7 +165,7 @@ class SessionFile:
 
         Raises:
             BadSessionFile: it cannot be read, is no regular file, or is larger.
-            Truncated, Corrupted, NewerVersion: what the bytes say; nothing is decoded from a file that fails a check.
+            Truncated, Corrupted, NewerVersion: what the bytes say; nothing is used of a file that fails a check.
         """
         where = f"session file {shown(str(path), 200)[1:-1]}"
         try:
