@@ -50,7 +50,7 @@ def test_pools_get_what_the_share_leaves_beside_everything_else(decoders, share)
 
 def test_pools_are_no_larger_than_running_requests_can_fill(decoders):
     target, _ = decoders
-    config = EngineConfig(max_batch=4)
+    config = EngineConfig(max_batch=4, prefix_sharing=False)
     plan = plan_memory(target, None, config, DeviceMemory(8 * GIB, 7 * GIB), captures=False)
     assert plan.pool_tokens == 4 * target.config.max_position_embeddings
     named = plan_memory(target, None, dataclasses.replace(config, pool_tokens=640), DeviceMemory(8 * GIB, 7 * GIB), captures=False)
