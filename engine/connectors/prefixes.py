@@ -591,6 +591,10 @@ class PrefixWorker:
         start, end = first * PAGE_TOKENS, (first + len(pages)) * PAGE_TOKENS
         store = self.index.store
         self.pace.wait()
+        whole = not text.spans and len(pages) == RUN_PAGES
+        if whole and store.known_pages(root_key(self.index.identity(text.namespace)), text.token_ids[:end]) * PAGE_TOKENS >= end:
+            text.run += RUN_PAGES  # the same text was coded while this one waited
+            return
         with self._models, self._on_stream():  # not while it is coded, which takes longer than a request should wait
             features = self.passes.run(self._run_to(text, start), text.token_ids[start:end])
         skipped = span_bounds(first)[0] - start

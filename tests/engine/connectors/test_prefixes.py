@@ -179,6 +179,19 @@ def test_a_text_that_comes_again_is_not_coded_again(open_worker, target) -> None
     assert not worker.lacks_sinks("again")
 
 
+def test_the_same_text_twice_in_the_queue_is_coded_once(open_worker, target) -> None:
+    worker, engine = open_worker(), OtherEngine(target)
+    pages = engine.compute(IDS)
+    with worker._models:  # its thread cannot go on
+        for name in ("a", "b"):
+            worker.extend(name, "default", IDS)
+            for page in worker.wanted(name, 256):
+                worker.keep(name, engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
+    assert worker.wait(30) and worker.metrics.saved_tokens == 256
+    for name in ("a", "b"):
+        assert list(worker.wanted(name, len(IDS))) == [4, 5]
+
+
 def test_what_was_restored_is_never_coded_again(open_worker, target) -> None:
     engine = OtherEngine(target)
     keep(open_worker(), engine, IDS)

@@ -270,6 +270,7 @@ def test_preempted_requests_and_those_of_lora_weights(prompts, plain, tmp_path) 
     }
     llm = load(store, settings | {"dtype": "float32"}, load="beside")  # in which the text does not depend on what else is in a step
     truth = [run(llm, [ids], extra_args={"kv_transfer_params": {"restore": False}})[0] for ids in pair]
+    assert worker().wait(300)
     llm.reset_prefix_cache()
     preempted = []
     inner = scheduler(llm)._preempt_request
