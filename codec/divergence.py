@@ -25,23 +25,24 @@ class DivergenceCurve:
 
     distortion, divergence: at least two points, both positive and rising.
     rounding: part of `divergence` that the target's own arithmetic causes, nats a position: of two computations of the same text in other passes. No
-        code that stores less than every bit gets below it.
+        code that stores less than every bit gets below it. None where it was not measured, as in packs of earlier versions.
     """
 
     distortion: tuple[float, ...]
     divergence: tuple[float, ...]
-    rounding: float = 0.0
+    rounding: float | None = None
 
     def __post_init__(self) -> None:
         rising = all(a < b for values in (self.distortion, self.divergence) for a, b in pairwise(values))
-        finite = all(0 < x < math.inf for x in (*self.distortion, *self.divergence)) and 0 <= self.rounding < math.inf
+        finite = all(0 < x < math.inf for x in (*self.distortion, *self.divergence))
+        finite = finite and (self.rounding is None or 0 <= self.rounding < math.inf)
         if len(self.distortion) != len(self.divergence) or len(self.distortion) < 2 or not rising or not finite:
             raise BadInput(
                 "a divergence curve that does not rise", "give at least two points of positive, rising distortion and divergence"
             )
 
     @classmethod
-    def fitted(cls, points: Sequence[tuple[float, float]], rounding: float = 0.0) -> DivergenceCurve:
+    def fitted(cls, points: Sequence[tuple[float, float]], rounding: float | None = None) -> DivergenceCurve:
         """Through measured (distortion, divergence): points that do not rise above those before are left out. Raises BadInput for fewer than two."""
         kept: list[tuple[float, float]] = []
         for point in sorted(points):
@@ -60,7 +61,7 @@ class DivergenceCurve:
     def as_info(self) -> dict[str, Any]:
         """For a pack's figures; inverse of `from_info`."""
         points = {name: [float(f"{x:.6g}") for x in getattr(self, name)] for name in _FIELDS}
-        return points | {"rounding": float(f"{self.rounding:.6g}")}
+        return points if self.rounding is None else points | {"rounding": float(f"{self.rounding:.6g}")}
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> DivergenceCurve | None:
@@ -70,8 +71,10 @@ class DivergenceCurve:
             return None
         try:
             distortion, divergence = (tuple(float(x) for x in stated[name] if not isinstance(x, (bool, str))) for name in _FIELDS)
-            rounding = stated.get("rounding", 0.0)
-            return cls(distortion, divergence, math.nan if isinstance(rounding, (bool, str)) else float(rounding))
+            rounding = stated.get("rounding")
+            if rounding is not None:
+                rounding = math.nan if isinstance(rounding, (bool, str)) else float(rounding)
+            return cls(distortion, divergence, rounding)
         except (AttributeError, BadInput, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptedCode("the pack's divergence curve is none", "calibrate it again with scripts/calibrate.py") from error
 

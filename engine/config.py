@@ -54,15 +54,18 @@ class EngineConfig:
                 raise InvalidOption(f"{name} cannot be {shown(value)}", "give a whole number from 1 on")
         if self.pool_tokens is not None and (not is_whole(self.pool_tokens) or self.pool_tokens < self.page_size):
             raise InvalidOption(f"pool_tokens cannot be {shown(self.pool_tokens)}", f"give at least one page of {self.page_size} tokens")
-        share = self.gpu_memory_utilization
-        if share is not None:
-            if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-                raise InvalidOption(f"gpu_memory_utilization cannot be {shown(share)}", "give a number above 0, up to 1")
-            if self.pool_tokens is not None:
-                raise InvalidOption("pool_tokens and gpu_memory_utilization both say how large the KV pools are", "give one of them")
+        check_memory_share(self.gpu_memory_utilization)
+        if self.gpu_memory_utilization is not None and self.pool_tokens is not None:
+            raise InvalidOption("pool_tokens and gpu_memory_utilization both say how large the KV pools are", "give one of them")
         for name in ("deterministic", "ngrams", "prefix_sharing"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} cannot be {shown(getattr(self, name))}", "give True or False")
         if self.costs is not None and not isinstance(self.costs, CostModel):
             raise InvalidOption(f"costs cannot be {shown(self.costs)}", "give a CostModel, or leave it out")
         check_name(self.kv_cache_dtype)
+
+
+def check_memory_share(share: object) -> None:
+    """Raises InvalidOption unless it can be `EngineConfig.gpu_memory_utilization`."""
+    if share is not None and (not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1):
+        raise InvalidOption(f"gpu_memory_utilization cannot be {shown(share)}", "give a number above 0, up to 1")

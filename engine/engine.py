@@ -141,9 +141,9 @@ class Engine:
         too).
 
         device: "auto", "cpu", "cuda", "cuda:1". devices: "cuda:0,cuda:1", or a list: the target's layers are spread over them
-        (`engine.model.device_map`); None: over all GPUs where the target is larger than one. dtype: "auto" (bfloat16), "bfloat16",
-        "float32". exit_layer: early exit after so many layers, untrained. weights: "auto" (in the dtype), or "quantized": those of a target in a
-        GGUF file stay in its blocks of 4 or 8 bits (Q8_0, Q4_0,
+        (`engine.model.device_map`); None: over all GPUs where the target is larger than one, unless `device` has a number. dtype: "auto"
+        (bfloat16), "bfloat16", "float32". exit_layer: early exit after so many layers, untrained. weights: "auto" (in the dtype), or "quantized":
+        those of a target in a GGUF file stay in its blocks of 4 or 8 bits (Q8_0, Q4_0,
         Q4_1; other formats become bfloat16), on a CPU. options: see the constructor.
 
         Raises:

@@ -23,6 +23,7 @@ from draft.head_file import is_draft_head
 from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
 from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
+from engine.config import check_memory_share
 from engine.errors import InvalidOption, ModelNotFound
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 COSTS_KEPT_S = 86_400.0
 """Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first token."""
 _COSTS_VERSION = 2  # 2: compiled steps of several rows take about half the time
+_PRODUCTS_VERSION = 2  # 2: compiled by LLVM itself
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,16 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
 def choose_device_map(
     target: DecoderConfig, dtype: torch.dtype, device: torch.device, devices: Sequence[torch.device] | None, share: float | None = None
 ) -> DeviceMap | None:
-    """The target's layers over the devices that were named, or over all GPUs where it does not fit the one it would go to; None: on one device.
+    """The target's layers over the devices that were named, or over all GPUs where it fits no single one; None: on one device, as where `device` has a
+    number.
 
-    share: of each GPU's memory that may be used. Raises InvalidOption where the weights do not fit.
+    share: of each GPU's memory that may be used. Raises InvalidOption where it is none, or the weights do not fit.
     """
+    check_memory_share(share)
     share = GPU_MEMORY_UTILIZATION if share is None else share
     if devices is None:
         memory = device_memory(device)
-        if memory is None or torch.cuda.device_count() < 2:
+        if memory is None or device.index is not None or torch.cuda.device_count() < 2:
             return None
         first, layers = weight_bytes(target, dtype)
         if first + sum(layers) <= share * memory.free_bytes:
@@ -159,7 +163,7 @@ def remember_products(dtype: torch.dtype, device: torch.device) -> None:
     if not can_multiply_compiled(dtype, device):
         return
     threads = torch.get_num_threads()
-    facts = (_processor(), torch.__version__, threads)
+    facts = (_PRODUCTS_VERSION, _processor(), torch.__version__, threads)
     cache, name = CacheFolder("products"), f"{sha256(repr(facts).encode()).hexdigest()[:24]}.json"
     content = cache.read(name, most_bytes=1 << 10)
     with suppress(ValueError, TypeError, KeyError, RecursionError):  # one that is damaged counts as none

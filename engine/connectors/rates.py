@@ -7,6 +7,7 @@ served one request alone; they are kept in the cache, so that a later process, a
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ _KEPT = 5  # steps of a size whose median counts
 _SIZES = 24  # the same, of each kind
 _LEAST = 2
 _VERSION = 1
+_REWRITE_S = 10.0  # between two writes once a size is well known: each waits for the disk, and a step for it
 
 
 class StepRates:
@@ -35,6 +37,7 @@ class StepRates:
         self._cache = CacheFolder("rates")
         self._name = f"steps-{sha256(repr([_VERSION, *parts]).encode()).hexdigest()[:24]}.json"
         self._stamp: tuple[int, int] | None = None
+        self._written_s = float("-inf")
         self._warm: set[str] = set()
         self._found: dict[str, dict[tuple[int, int], deque[tuple[int, int, float]]]] = {kind: {} for kind in KINDS}
         self._factors: dict[str, np.ndarray | None] = dict.fromkeys(KINDS)
@@ -67,13 +70,17 @@ class StepRates:
             return
         if tokens > 0 and start >= 0 and 0 < took_s < 1e4:
             self._put(kind, [(tokens, start, took_s)])
+            now, known = time.monotonic(), self._found[kind].get(_size(tokens, start), ())
+            if len(known) == _KEPT and now - self._written_s < _REWRITE_S:
+                return
+            self._written_s = now
             rows = {own: [row for group in groups.values() for row in group] for own, groups in self._found.items()}
             self._cache.write(self._name, (json.dumps(rows) + "\n").encode())
 
     def _put(self, kind: str, rows: Iterable[tuple[int, int, float]]) -> None:
         groups = self._found[kind]
         for row in rows:
-            size = (row[0].bit_length(), row[1].bit_length())
+            size = _size(row[0], row[1])
             if size in groups or len(groups) < _SIZES:
                 groups.setdefault(size, deque(maxlen=_KEPT)).append(row)
         self._factors[kind] = self._fitted(kind)
@@ -109,6 +116,10 @@ class StepRates:
         computed = self.seconds("compute", tokens, start, step_tokens)
         restored = self.seconds("restore", tokens, start, max(tokens, 1))
         return computed is None or restored is None or restored <= computed
+
+
+def _size(tokens: int, start: int) -> tuple[int, int]:
+    return tokens.bit_length(), start.bit_length()
 
 
 def _terms(tokens: int, start: int) -> np.ndarray:

@@ -8,6 +8,7 @@ them. docs/vllm.md says how it is used; written for vLLM 0.32.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 import re
@@ -177,7 +178,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         self._loads: list[_Load] = []
         self._loaded: set[str] = set()
         self._loader: ThreadPoolExecutor | None = None
-        self._lock = threading.Condition()  # of the loader's results
+        self._lock = threading.Condition()  # of what the loader's thread changes, too
         self._num_loading, self._is_idle = 0, False
         self._layerwise = _waits_for_layers(vllm_config)
         self._step_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
@@ -361,9 +362,9 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
     def _fail(self, worker: PrefixWorker, name: str, blocks: Sequence[int], start: int, end: int) -> None:
         """Have vLLM compute tokens [start, end) of a request, and keep nothing of it: its step is run again."""
         worker.metrics.failures += 1
-        self._timing = [timed for timed in self._timing if timed.ended is not None]  # what failed was no restore
         worker.give_up(name)
-        with self._lock:
+        with self._lock:  # also of the loader's thread
+            self._timing = [timed for timed in self._timing if timed.ended is not None]  # what failed was no restore
             self._failed_blocks |= set(blocks[start // self.block_tokens : -(-end // self.block_tokens)])
 
     def _write(self, worker: PrefixWorker, load: _Load, layers: int | None) -> None:
@@ -428,11 +429,12 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
         worker = self.worker
         if worker is None or self.pages is None:
             return
-        if self._timing and self._timing[-1].ended is None:
-            self._timing[-1].ended = self._now()
         for load in self._loads:  # a pass that did not wait for its layers has read what was not there
             self._fail(worker, load.step.name, load.blocks, load.restored.start, load.restored.end)
         self._loads = []
+        with self._lock:
+            if self._timing and self._timing[-1].ended is None:
+                self._timing[-1].ended = self._now()
         for name, first, last, sinks in self._agreed(worker):
             try:
                 blocks = self._blocks[name]
@@ -491,8 +493,10 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _time(self, meta: StepMetadata) -> None:
         """Take the seconds of earlier steps down, and begin to measure this one where it serves one prompt alone."""
-        while self._timing and self._timing[0].is_over:
-            timed = self._timing.pop(0)
+        with self._lock:
+            over = list(itertools.takewhile(lambda timed: timed.is_over, self._timing))
+            del self._timing[: len(over)]
+        for timed in over:
             if timed.ended is not None and self.rank == 0:
                 self.rates.add(timed.kind, timed.tokens, timed.start, timed.seconds)
         if len(meta.steps) != 1 or meta.loads or self._num_loading:

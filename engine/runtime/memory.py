@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -137,11 +138,11 @@ def plan_memory(
         if not config.prefix_sharing:
             tokens = min(tokens, config.max_batch * target.config.max_position_embeddings)
         if tokens < min(START_TOKENS, target.config.max_position_embeddings):
-            needed = used + workspace + captured + START_TOKENS * of_token
+            enough = (used + workspace + captured + START_TOKENS * of_token) / memory.total_bytes
             raise InvalidOption(
                 f"gpu_memory_utilization {share:g} of {memory.total_bytes / _GIB:.2f} GiB leaves no room for a KV cache: {used / _GIB:.2f} GiB are "
                 f"used, captured steps and workspace take {(workspace + captured) / _GIB:.2f} GiB",
-                f"give {needed / memory.total_bytes:.2f}" if needed < memory.total_bytes else "use smaller models, or end other programs",
+                f"give {math.ceil(100 * enough) / 100:.2f}" if enough <= 1 else "use smaller models, or end other programs",
             )
     return MemoryPlan(memory.total_bytes, used, workspace, captured, int(tokens * of_token), tokens)
 

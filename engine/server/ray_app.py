@@ -35,12 +35,14 @@ def application(args: dict[str, str]) -> Any:
     what it keeps; api_key_file; replicas; num_gpus a replica. Ray decides who reaches the port: give keys.
 
     Raises:
-        InvalidOption: an option of another name, or a number that is none.
+        InvalidOption: an option of another name, a number that is none, or a quality of no store.
     """
     unknown = sorted(args.keys() - _OPTIONS)
     if unknown:
         raise InvalidOption(f"unknown option {unknown[0]!r}", f"the options are {', '.join(_OPTIONS)}")
     given = _OPTIONS | args
+    if "quality" in args and not given["store"]:
+        raise InvalidOption("quality only matters to a store", "add store=DIR")
     try:
         replicas, num_gpus = int(given["replicas"]), float(given["num_gpus"])
     except ValueError as error:

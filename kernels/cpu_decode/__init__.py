@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 from kernels.dispatch import VARIABLE
 
@@ -13,13 +15,22 @@ __all__ = ["MOST_ROWS", "compiled_available", "compiled_loads"]
 MOST_ROWS = 16  # up to which the compiled products are as fast as a library's, which multiply many rows at once
 
 
+_LEAST_VERSION = (0, 44)  # earlier ones lack LLVM's pass builder; Numba's own may be one
+
+
 @functools.cache
 def _importable() -> bool:
-    return importlib.util.find_spec("llvmlite") is not None
+    if importlib.util.find_spec("llvmlite") is None:
+        return False
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("llvmlite"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found is not None and (int(found[1]), int(found[2])) >= _LEAST_VERSION
 
 
 def compiled_available() -> bool:
-    """Whether the compiled step can run: llvmlite is installed, and FORETOLD_KERNELS does not ask for plain PyTorch."""
+    """Whether the compiled step can run: llvmlite is installed (0.44 or newer), and FORETOLD_KERNELS does not ask for plain PyTorch."""
     return os.environ.get(VARIABLE, "") != "reference" and _importable()
 
 

@@ -2,7 +2,7 @@
 on read as it is, without any compiler.
 
 A kept file holds one block of position-independent code without any symbol of another library, for one processor, compiler and program. One that is
-damaged, another user's, or writable by others counts as none. That needs Linux on x86-64: elsewhere every process compiles for itself.
+damaged, a link, another user's, or writable by others counts as none. That needs Linux on x86-64: elsewhere every process compiles for itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import platform
+import stat
 import struct
 import sys
 from collections.abc import Callable
@@ -114,11 +115,15 @@ def _with_header(code: bytes, entries: dict[str, int]) -> bytes:
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, int]] | None:
-    """Code and where its functions begin, from a kept file; None where that is not as it was written, or not this user's own."""
+    """Code and where its functions begin, from a kept file; None where that is not as it was written, or not this user's own.
+
+    A link is followed nowhere: in a folder that others can write to it would name any file of this user's, one that others have filled included.
+    """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            alone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if not alone or status.st_uid != os.geteuid() or status.st_mode & 0o022:
                 return None
             content = file.read(_MOST_BYTES + 1)
     except OSError:

@@ -3,8 +3,8 @@
 A token's result is the same bits whatever tokens stand beside it: each output is a sum of its own in one order, of 16 lanes that run over a row's
 weights and are added up in a tree. How many rows or outputs are computed together changes no bit.
 
-Products with bf16 weights round their inputs to bf16 where the processor multiplies pairs of them (AVX512-bf16), as its libraries do; all other
-products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes) but `eps` and `scale`, float32.
+Products with bf16 weights, and of queries with keys, round their inputs to bf16 where the processor multiplies pairs of them (AVX512-bf16), as its
+libraries do; all other products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes) but `eps` and `scale`, float32.
 """
 
 from __future__ import annotations

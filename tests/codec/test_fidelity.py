@@ -54,6 +54,7 @@ def test_points_that_do_not_rise_are_left_out() -> None:
 )  # fmt: skip
 def test_a_pack_states_its_curve_or_is_refused(stated) -> None:
     assert DivergenceCurve.from_info({"divergence": CURVE.as_info()}) == CURVE and DivergenceCurve.from_info({}) is None
+    assert CURVE.rounding is None, "what was not measured is not said to be 0"
     with pytest.raises(CorruptedCode):
         DivergenceCurve.from_info({"divergence": stated})
 

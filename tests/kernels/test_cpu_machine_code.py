@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("llvmlite")
 
+from kernels import cpu_decode
 from kernels.cpu_decode import machine_code
 from kernels.cpu_decode.arguments import ARGUMENTS
 
@@ -46,9 +47,19 @@ def test_code_is_compiled_once_and_made_anew_where_it_is_damaged_or_others_could
         assert path.read_bytes() == whole
     path.chmod(0o666)
     assert works(machine_code.load_functions()) and len(compiled) == 8, "others may write to it"
+    other = folder.parent / "other"
+    other.write_bytes(whole)
+    other.chmod(0o600)
+    path.unlink()
+    path.symlink_to(other)
+    assert works(machine_code.load_functions()) and len(compiled) == 9, "another file's content"
+    path.unlink()
+    os.link(other, path)
+    assert works(machine_code.load_functions()) and len(compiled) == 10, "which has a name elsewhere"
+    assert works(machine_code.load_functions()) and len(compiled) == 10, "and is a file of its own now"
     path.unlink()
     path.mkdir()
-    assert works(machine_code.load_functions()) and len(compiled) == 9, "it cannot be kept"
+    assert works(machine_code.load_functions()) and len(compiled) == 11, "it cannot be kept"
 
 
 def test_code_of_another_processor_compiler_or_program_is_not_taken(home, monkeypatch, tmp_path):
@@ -69,6 +80,12 @@ def test_code_of_another_processor_compiler_or_program_is_not_taken(home, monkey
     assert len(list(folder.iterdir())) == machine_code._MOST_KEPT, "old ones go"
     machine_code.load_functions()
     assert len(compiled) == 4 + machine_code._MOST_KEPT, "and the newest stays"
+
+
+@pytest.mark.parametrize(("found", "fits"), [("0.43.0", False), ("0.44.0rc1", True), ("1.0", True), ("unknown", False)])
+def test_an_older_compiler_counts_as_none(found, fits, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    assert cpu_decode._importable.__wrapped__() == fits
 
 
 def test_without_a_folder_code_is_compiled_and_runs(home, monkeypatch):

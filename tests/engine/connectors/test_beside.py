@@ -105,9 +105,9 @@ def test_every_torch_call_of_the_thread_yields_and_no_other() -> None:
         other.join()
         assert float(torch.ones(3).sum()) == 3.0
     assert len(calls) >= 2 and "other" not in calls
-    torch.ones(3)
     count = len(calls)
-    assert len(calls) == count
+    torch.ones(3)
+    assert len(calls) == count, "behind the block"
 
 
 def test_pieces_of_host_memory_come_back() -> None:
@@ -220,6 +220,19 @@ def test_restores_with_a_fixed_cost_pay_for_long_prompts_only(home) -> None:
     later.refresh()
     measured(later, "compute", lambda n: 1.0 + n)
     assert later.restoring_pays(256, 0, 8192)
+
+
+def test_well_known_sizes_are_written_now_and_then(home, monkeypatch) -> None:
+    rates, written, clock = StepRates(["f"]), [], Clock()
+    monkeypatch.setattr("engine.connectors.rates.time.monotonic", clock)
+    monkeypatch.setattr(rates._cache, "write", lambda *_: written.append(clock.now))
+    for _ in range(10):
+        rates.add("compute", 1000, 0, 0.01)
+    assert len(written) == 4, "until its median rests on five"
+    clock.now += 11
+    rates.add("compute", 1000, 0, 0.01)
+    rates.add("compute", 4000, 0, 0.04)
+    assert len(written) == 6
 
 
 def test_one_slow_step_changes_nothing(home) -> None:

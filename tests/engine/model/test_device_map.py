@@ -94,16 +94,19 @@ def test_devices_are_named():
 
 def test_a_target_larger_than_one_gpu_is_spread_unasked(config, monkeypatch):
     first, layers = weight_bytes(config, torch.float32)
-    gpu = torch.device("cuda", 0)
+    gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
-    def placed(free):
+    def placed(free, gpu=gpu, share=None):
         monkeypatch.setattr("engine.loading.device_memory", lambda device: DeviceMemory(1 << 40, free) if device.type == "cuda" else None)
-        return choose_device_map(config, torch.float32, gpu, None)
+        return choose_device_map(config, torch.float32, gpu, None, share)
 
     assert placed(10 * (first + sum(layers))) is None
     found = placed(first + 4 * layers[0])
     assert [device.index for _, _, device in found.parts] == [0, 1]
+    assert placed(first + 4 * layers[0], torch.device("cuda", 1)) is None, "one was named"
+    with pytest.raises(InvalidOption, match="gpu_memory_utilization cannot be"):
+        placed(first + 4 * layers[0], share="0.5")
     assert choose_device_map(config, torch.float32, CPU, None) is None and choose_device_map(config, torch.float32, CPU, [CPU]) is None
     with pytest.raises(InvalidOption, match="give more devices"):
         placed(first + layers[0])

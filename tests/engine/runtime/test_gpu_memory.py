@@ -72,7 +72,7 @@ def test_what_is_refused(decoders):
         plan_memory(target, None, EngineConfig(), full, captures=False)
     with pytest.raises(InvalidOption, match=r"give 0\.\d\d") as low:
         plan_memory(target, None, EngineConfig(gpu_memory_utilization=0.1), DeviceMemory(8 * GIB, 7 * GIB), captures=False)
-    enough = float(low.value.remedy.removeprefix("give ")) + 0.01
+    enough = float(low.value.remedy.removeprefix("give "))
     plan_memory(target, None, EngineConfig(gpu_memory_utilization=enough), DeviceMemory(8 * GIB, 7 * GIB), captures=False)
     with pytest.raises(InvalidOption, match=r"a KV cache of 1000000000 tokens takes"):
         plan_memory(target, None, EngineConfig(pool_tokens=10**9), DeviceMemory(8 * GIB, 7 * GIB), captures=False)

@@ -21,7 +21,7 @@ def test_a_replica_answers_and_streams(chat_folders, chat_engine):
     from engine.runtime.sampling import SamplingParams
     from engine.server.ray_app import application
 
-    for wrong in ({"pairs": "smollm2"}, {"replicas": "two"}):
+    for wrong in ({"pairs": "smollm2"}, {"replicas": "two"}, {"quality": "balanced"}):
         with pytest.raises(InvalidOption):
             application(wrong)
     with socket.create_server(("127.0.0.1", 0)) as listening:
