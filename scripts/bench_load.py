@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def engine_of(args: argparse.Namespace) -> Engine:
-    """The engine under load, with pages for a whole batch."""
+    """The engine under load, with pages for a whole batch; nothing is shared with the texts that it made alone."""
     room = args.max_batch * (args.prompt_tokens + args.new_tokens + 192)
     if args.shape:
         device = device_named(args.device)
@@ -87,7 +87,14 @@ def engine_of(args: argparse.Namespace) -> Engine:
             else dtype_named("float32" if args.dtype == "auto" else args.dtype)
         )
         target, *draft = (random_decoder(name, device, dtype, seed) for seed, name in enumerate(args.shape.split("+")))
-        return Engine(target, draft=draft[0] if draft else None, pool_tokens=room, max_batch=args.max_batch, deterministic=args.exact)
+        return Engine(
+            target,
+            draft=draft[0] if draft else None,
+            pool_tokens=room,
+            max_batch=args.max_batch,
+            deterministic=args.exact,
+            prefix_sharing=False,
+        )
     loaded = load(args, pool_tokens=64)  # the engine under load has pools of its own
     core = loaded.core
     return Engine(
@@ -97,6 +104,7 @@ def engine_of(args: argparse.Namespace) -> Engine:
         pool_tokens=room,
         max_batch=args.max_batch,
         deterministic=args.exact,
+        prefix_sharing=False,
         target_dir=core.config.target_dir,
     )
 

@@ -143,6 +143,7 @@ def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) 
             page_size=_PAGE,
             max_batch=max(args.batches),
             deterministic=args.deterministic,
+            prefix_sharing=False,  # every turn computes its prompts
             target_dir=target_dir,
         )
         return Foretold(mode, engine, length)

@@ -124,7 +124,13 @@ def speculation(engine: Engine, kv_format: str, prompts: list[list[int]], args: 
     room = sum(-(-(len(p) + args.new_tokens + args.draft_length) // _PAGE) + 1 for p in prompts) * _PAGE
     core = engine.core
     own = Engine(
-        core.target, engine.tokenizer, draft=core.source, kv_cache_dtype=kv_format, pool_tokens=room, target_dir=core.config.target_dir
+        core.target,
+        engine.tokenizer,
+        draft=core.source,
+        kv_cache_dtype=kv_format,
+        pool_tokens=room,
+        prefix_sharing=False,
+        target_dir=core.config.target_dir,
     )
     rows = []
     for temperature in TEMPERATURES:

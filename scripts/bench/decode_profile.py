@@ -159,7 +159,7 @@ def same_texts(target: Decoder, other: Decoder | None, count: int, new: int) -> 
     found: dict[str, Any] = {"prompts": count, "new_tokens": new}
     wanted: list[list[int]] = []
     for name, (draft, together, length) in ways.items():
-        engine = Engine(target, draft=draft, deterministic=True, pool_tokens=1 << 16)
+        engine = Engine(target, draft=draft, deterministic=True, pool_tokens=1 << 16, prefix_sharing=False)
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, draft_length=length)
         groups = [prompts] if together else [[prompt] for prompt in (prompts if draft is None else prompts[:4])]
         began = moment(engine.device)
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json_out:
             args.json_out.write_text(json.dumps(found, indent=1) + "\n")
         return 0 if all(way["equal"] == way["of"] for way in found.values() if isinstance(way, dict)) else 1
-    engine = Engine(target, draft=draft, max_batch=max(64, *map(int, args.batches.split(","))))
+    engine = Engine(target, draft=draft, max_batch=max(64, *map(int, args.batches.split(","))), prefix_sharing=False)
     bandwidth = read_gb_per_s(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -121,8 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engine.engine import Engine
 
     torch.set_num_threads(1)
-    engine = Engine.from_pair(args.pair, device="cpu", dtype="bfloat16")
-    quantized = Engine.from_pretrained(args.gguf, "trunk", device="cpu", dtype="bfloat16", weights="quantized")
+    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "prefix_sharing": False}  # each way computes its prompts
+    engine = Engine.from_pair(args.pair, **options)
+    quantized = Engine.from_pretrained(args.gguf, "trunk", weights="quantized", **options)
     texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
     prompts = [engine.encode([{"role": "user", "content": text}]) for text in texts]
     with tempfile.TemporaryDirectory() as folder:

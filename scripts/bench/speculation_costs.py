@@ -121,7 +121,7 @@ def ttft(target: Decoder, tokens: int, chunks: list[int]) -> dict[str, float]:
 
     found["forward_ms"] = median_ms(alone)
     for chunk in chunks:
-        engine = Engine(target, draft=None, pool_tokens=2 * tokens, **({"prefill_chunk": chunk} if chunk else {}))
+        engine = Engine(target, draft=None, pool_tokens=2 * tokens, prefix_sharing=False, **({"prefill_chunk": chunk} if chunk else {}))
         params = SamplingParams(max_new_tokens=1, ignore_eos=True, draft_length=0)
         found["engine_ms" if not chunk else f"engine_chunk_{chunk}_ms"] = median_ms(partial(engine.generate, [prompt], params))
         del engine
@@ -134,8 +134,9 @@ def pair_rates(args: argparse.Namespace) -> int:
     Common steps are captured before, as a server does (`captured`). Turns of all modes alternate, each on prompts of its own, and nothing is kept of
     the turns before; the first two are not counted. `over_plain` is the median over turns.
     """
-    loaded = Engine.from_pair(args.pair, device="cuda" if torch.cuda.is_available() else "cpu", max_batch=64, pool_tokens=1 << 17)
-    ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), max_batch=64, pool_tokens=1 << 16)
+    options: dict[str, Any] = {"max_batch": 64, "prefix_sharing": False}
+    loaded = Engine.from_pair(args.pair, device="cuda" if torch.cuda.is_available() else "cpu", pool_tokens=1 << 17, **options)
+    ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), pool_tokens=1 << 16, **options)
     rows: list[dict[str, Any]] = []
     captured = {}
     for name, engine in (("draft", loaded), ("ngram", ngrams)):
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json_out.write_text(json.dumps(report, indent=1) + "\n")
 
     keep("ttft", ttft(target, args.prefill, [0, 512, 2048, args.prefill]))
-    engine = Engine(target, draft=draft, max_batch=128, pool_tokens=1 << 17)
+    engine = Engine(target, draft=draft, max_batch=128, pool_tokens=1 << 17, prefix_sharing=False)
     for batch in map(int, args.batches.split(",")):
         prompts = prompts_of(batch, 128, target.config.vocab_size)
         plain_ms, _, plain_rate = generate_ms(engine, prompts, args.new_tokens, 0)
@@ -241,11 +242,11 @@ def main(argv: list[str] | None = None) -> int:
                 row["sampled_step_ms"] = generate_ms(engine, prompts, args.new_tokens, length, temperature=1.0)[0]
             keep("rows", row)
     del engine
-    itself = Engine(target, draft=target, max_batch=8, pool_tokens=1 << 15)
+    itself = Engine(target, draft=target, max_batch=8, pool_tokens=1 << 15, prefix_sharing=False)
     step_ms, gained, rate = generate_ms(itself, prompts_of(1, 128, target.config.vocab_size), args.new_tokens, 4)
     keep("itself", {"batch": 1, "draft_length": 4, "step_ms": step_ms, "tokens_per_step": gained, "tokens_per_s": rate})
     del itself
-    ngrams = Engine(target, draft=NgramSource(), max_batch=32, pool_tokens=1 << 15)
+    ngrams = Engine(target, draft=NgramSource(), max_batch=32, pool_tokens=1 << 15, prefix_sharing=False)
     for batch in (1, 8, 32):
         prompts = [prompt * 4 for prompt in prompts_of(batch, 64, target.config.vocab_size)]
         plain = generate_ms(ngrams, prompts, 192, 0)

@@ -60,14 +60,16 @@ def test_rows_of_every_way(model_options, tmp_path, capsys, short):
     assert "over transformers" in capsys.readouterr().out
 
 
-def test_step_time_and_floor_are_what_the_row_says(model_options, tmp_path, short):
-    file = tmp_path / "out.json"
+def test_step_time_and_floor_are_what_the_row_says(model_options, tmp_path, short, monkeypatch):
+    file, engines, run = tmp_path / "out.json", [], Foretold.run
+    monkeypatch.setattr(Foretold, "run", lambda self, *rest: engines.append(self.engine) or run(self, *rest))
     assert main(options(model_options, "--engines", "foretold", "--modes", "plain", "--repeats", "1", "--json-out", str(file))) == 0
     document = json.loads(file.read_text())
     (row,) = document["rows"]
     floor_s = document["read_bytes"] / (document["read_gb_per_s"] * 1e9)
     assert row["floor_fraction"] == pytest.approx(floor_s * row["tokens_per_s"])  # alone, a step gives one token
     assert row["over_foretold_plain"] == 1 and row["over_transformers_plain"] is None
+    assert engines and all(engine.core.shared_prefixes is None for engine in engines), "every turn computes its prompts"
 
 
 @pytest.mark.parametrize("draft", ["head", "trunk"])
