@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.errors import PagesNotReserved, PoolExhausted
+from kernels.memory import mapped
 from kernels.rope import apply_rope
 
 
@@ -305,11 +305,7 @@ def _zeros(shape: list[int], dtype: torch.dtype, device: torch.device) -> torch.
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
     # not NumPy's memory: that asks for pages of 2 MiB, one of which each layer takes up with its first token
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no {size:,} bytes for a pool of pages") from error
-    return torch.frombuffer(memory, dtype=torch.uint8, count=size).view(dtype).view(shape)
+    return torch.frombuffer(mapped(size, "a pool of pages"), dtype=torch.uint8, count=size).view(dtype).view(shape)
 
 
 class PagedPool(KvPool):

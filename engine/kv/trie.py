@@ -58,7 +58,6 @@ class Trie:
         self.handles: set[Match] = set()
         self.on_tail: Callable[[Node, int], None] | None = None
         self.roots: dict[str, Node] = {}
-        self._readable: dict[str, list[str]] = {}
         self._hash = hash_page
 
     # --- namespaces -----------------------------------------------------------------------------------------------------
@@ -70,29 +69,16 @@ class Trie:
             node = self.roots[namespace] = Node(namespace, np.empty(0, np.int32), 0, None)
         return node
 
-    def share_namespace(self, reader: str, owner: str) -> None:
-        """Let requests of `reader` match what `owner` stored: an opt-in of the one who runs the server, never of a request."""
-        if owner != reader and owner not in self._readable.setdefault(reader, []):
-            self._readable[reader].append(owner)
-
     # --- matching -------------------------------------------------------------------------------------------------------
 
     def match(self, tokens: Sequence[int] | np.ndarray, namespace: str = "") -> Match:
         """The longest known prefix in whole pages, locked; counts nothing and changes nothing else.
 
-        Of several readable namespaces the one with most restorable pages wins, the request's own among equals.
-
         Args:
             tokens: int [T], ids in [0, 2^31).
         """
         ids = self.token_ids(tokens)
-        best = Match(self, *self._walk(ids, self.root(namespace)))
-        for owner in self._readable.get(namespace, ()):
-            other = Match(self, *self._walk(ids, self.root(owner)))
-            if (other.num_restorable_pages, other.num_pages) > (best.num_restorable_pages, best.num_pages):
-                best, other = other, best
-            other.release()
-        return best
+        return Match(self, *self._walk(ids, self.root(namespace)))
 
     @staticmethod
     def token_ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -33,10 +33,13 @@ from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.grouped_linear import grouped_linear
+from kernels.memory import HugePages
 from kernels.rms_norm import rms_norm
 from kernels.upload import upload
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput", "Observer", "forward_reserved"]
+
+_LEAST_HUGE_BYTES = 32 << 20  # of matrices that go into pages of 2 MiB: far less is read from the processor's caches
 
 
 class QuantizedBlocks(Protocol):
@@ -134,7 +137,21 @@ class Decoder(nn.Module):
         """A decoder whose parameters have an address but no values yet; a CPU's take up memory as they are filled."""
         decoder = cls(config, dtype, device if device_map is None else device_map.main, device_map)
         decoder.requires_grad_(False)
+        decoder._use_huge_pages()
         return decoder.eval()
+
+    def _use_huge_pages(self) -> None:
+        """Puts a CPU's matrices, which have no values yet, into pages of 2 MiB; small models, which caches hold, stay where they are."""
+        projections = [own for own in self.modules() if isinstance(own, Projection) and own.matrix.device.type == "cpu"]
+        embedding = self.embed_tokens.weight
+        sizes = [HugePages.num_bytes(own.matrix.shape, own.matrix.dtype) for own in projections]
+        total = sum(sizes) + HugePages.num_bytes(embedding.shape, embedding.dtype)
+        if embedding.device.type != "cpu" or total < _LEAST_HUGE_BYTES:
+            return
+        memory = HugePages(total)
+        for own in projections:
+            own.borrow(memory.zeros((own.matrix.numel(),), own.matrix.dtype))
+        self.embed_tokens.weight = nn.Parameter(memory.zeros(embedding.shape, embedding.dtype), requires_grad=False)
 
     @classmethod
     def from_pretrained(
@@ -221,13 +238,15 @@ class Decoder(nn.Module):
 
     def _take_blocks(self, blocks: QuantizedBlocks) -> None:
         """Quantised matrices in place of plain ones that have no values yet."""
+        # blocks take less than the numbers they stand for, the head's fewer than a copy of the embedding; what is not used takes up nothing
+        room = HugePages(2 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters()))
 
         def joined(names: Sequence[str]) -> BlockWeight | None:
             found = [blocks.get(name) for name in names]
             if any(own is None or own[0] != cast(tuple, found[0])[0] for own in found):
                 return None
             (kind, (_, width)), sizes = cast(tuple, found[0]), [cast(tuple, own)[1][0] for own in found]
-            memory = torch.empty(sum(sizes), width // BLOCK * BLOCK_BYTES[kind], dtype=torch.uint8)
+            memory = room.zeros((sum(sizes), width // BLOCK * BLOCK_BYTES[kind]), torch.uint8)
             for name, part in zip(names, memory.split(sizes), strict=True):
                 blocks.read(name, part)
             return BlockWeight(memory, kind, self.dtype)

@@ -39,7 +39,7 @@ def page_hashes(namespace: str, token_ids: Sequence[int], page_size: int) -> lis
 class KvEvents:
     """Publishes what becomes of the pages of one `SharedPrefixes`, whose `listener` it is.
 
-    The engine's thread calls every method but `close`. Pages of the same text in both of the cache's namespaces count as one.
+    The engine's thread calls every method but `close`. Pages of the same text in several of the cache's namespaces count as one.
 
     Args:
         endpoint: to bind, such as tcp://127.0.0.1:5557.

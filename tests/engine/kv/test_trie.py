@@ -195,26 +195,14 @@ class TestPayload:
 
 
 class TestNamespaces:
-    def test_private_unless_shared_and_sharing_goes_one_way(self) -> None:
+    def test_a_namespace_sees_nothing_of_another(self) -> None:
         trie = Trie(S)
         trie.insert(text(1, 2), namespace="alice").release()
         assert trie.match(text(1, 2), "bob").num_pages == trie.match(text(1, 2)).num_pages == 0
-        trie.share_namespace("bob", "alice")
-        match = trie.match(text(1, 2), "bob")
-        assert match.num_pages == 2 and match.namespace == "alice"
-        trie.insert(text(1, 2, 3), namespace="bob", after=match).release()
+        trie.insert(text(1, 2, 3), namespace="bob").release()
         assert trie.match(text(1, 2, 3), "alice").num_pages == 2
         own = trie.match(text(1, 2, 3), "bob")
         assert own.num_pages == 3 and own.namespace == "bob"
-        trie.check_integrity()
-
-    def test_own_pages_win_among_equals(self) -> None:
-        trie = Trie(S)
-        trie.share_namespace("bob", "alice")
-        trie.share_namespace("bob", "bob")
-        for namespace in ("alice", "bob"):
-            trie.insert(text(1), namespace=namespace).release()
-        assert trie.match(text(1), "bob").namespace == "bob"
         trie.check_integrity()
 
 

@@ -39,6 +39,24 @@ def test_sharded_folders_load_the_same_weights(tiny_model, tmp_path, family):
         assert torch.equal(ours, model.decoder.hf_tensors()[name]), name
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_huge_pages_are_the_same(tiny_model, monkeypatch, family, dtype):
+    model = tiny_model(family)
+    plain = Decoder.from_pretrained(model.folder, dtype=dtype)
+    monkeypatch.setattr("engine.model.decoder._LEAST_HUGE_BYTES", 0)
+    huge = Decoder.from_pretrained(model.folder, dtype=dtype)
+    if dtype == torch.float32:  # no other layout is made of it: all matrices lie in one room
+        matrices = [projection.matrix for projection in huge.modules() if isinstance(projection, Projection)] + [huge.embed_tokens.weight]
+        start = min(matrix.data_ptr() for matrix in matrices)
+        end = max(matrix.data_ptr() + matrix.nbytes for matrix in matrices)
+        assert end - start < sum(matrix.nbytes for matrix in matrices) + 64 * len(matrices)
+    for name, tensor in plain.hf_tensors().items():
+        assert torch.equal(huge.hf_tensors()[name], tensor), name
+    moved = huge.to(torch.float64)
+    assert all(torch.equal(moved.hf_tensors()[name], tensor.double()) for name, tensor in plain.hf_tensors().items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_the_file_is_in_its_place(tiny_model, family):
     model = tiny_model(family)
