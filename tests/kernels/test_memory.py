@@ -16,7 +16,7 @@ def test_tensors_lie_apart_and_begin_as_zeros():
     for tensor, shape, dtype in zip(tensors, shapes, dtypes, strict=True):
         assert tuple(tensor.shape) == shape and tensor.dtype == dtype and not tensor.any()
         assert tensor.data_ptr() % 64 == 0
-    with pytest.raises(ValueError, match="1 bytes asked|64 bytes asked"):
+    with pytest.raises(ValueError, match="bytes asked of"):
         room.zeros((1,), torch.uint8)
     del room
     gc.collect()
