@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
 
 import eval_report
+from engine.calibrate.recipe import quick_pack
 from engine.errors import InvalidOption
 from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
@@ -407,7 +409,11 @@ def test_a_baselines_kv_is_what_its_bytes_say(engine):
     copy.free()
 
 
-def test_sessions_go_on_alike_where_little_is_lost(engine):
+def test_sessions_go_on_alike_where_little_is_lost(chat_engine, monkeypatch, tmp_path):
+    # a pack of its own: which text another test's was fitted on depends on the tests' order
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
+    monkeypatch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
+    engine = chat_engine("draft")
     suspender = Suspender(engine.core, None)
     prompts = {"one": [engine.encode("A text that is read first. " * 5), engine.encode("Another prompt of its own. " * 6)]}
     parts = {}
@@ -424,8 +430,7 @@ def test_sessions_go_on_alike_where_little_is_lost(engine):
     rows = {(r["group"], r["method"]): r for r in continuation_rows(parts, 10)}
     untouched, fine, promised, coarse = (rows["one", method] for method in ("untouched", "step0.001", "kl0.00001", "prediction"))
     assert fine["bits_per_element"] > promised["bits_per_element"] > coarse["bits_per_element"]
-    # the pack is fitted on what the engine's first session held, so the two may part at the same token
-    assert promised["mean_equal_tokens"] >= coarse["mean_equal_tokens"]
+    assert promised["mean_equal_tokens"] > coarse["mean_equal_tokens"]
     assert untouched["equal_share"] == fine["equal_share"] == rows["one", "recomputed"]["equal_share"] == 1
     assert fine["bits_per_element"] > coarse["bits_per_element"] > 0 and untouched["bits_per_element"] is None
     assert coarse["mean_equal_tokens"] < 8 and coarse["equal_share"] < 1
