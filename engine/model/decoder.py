@@ -137,15 +137,16 @@ class Decoder(nn.Module):
         """A decoder whose parameters have an address but no values yet; a CPU's take up memory as they are filled."""
         decoder = cls(config, dtype, device if device_map is None else device_map.main, device_map)
         decoder.requires_grad_(False)
-        decoder._use_huge_pages()
         return decoder.eval()
 
     def _use_huge_pages(self) -> None:
         """Puts a CPU's matrices, which have no values yet, into pages of 2 MiB; small models, which caches hold, stay where they are."""
-        projections = [own for own in self.modules() if isinstance(own, Projection) and own.matrix.device.type == "cpu"]
+        projections = [
+            own for own in self.modules() if isinstance(own, Projection) and own.plain is not None and own.plain.device.type == "cpu"
+        ]
         embedding = self.embed_tokens.weight
-        sizes = [HugePages.num_bytes(own.matrix.shape, own.matrix.dtype) for own in projections]
-        total = sum(sizes) + HugePages.num_bytes(embedding.shape, embedding.dtype)
+        total = sum(HugePages.num_bytes(own.matrix.shape, own.matrix.dtype) for own in projections)
+        total += HugePages.num_bytes(embedding.shape, embedding.dtype)
         if embedding.device.type != "cpu" or total < _LEAST_HUGE_BYTES:
             return
         memory = HugePages(total)
@@ -217,6 +218,8 @@ class Decoder(nn.Module):
         decoder = cls._materialise(config, dtype, device, device_map)
         if blocks is not None:
             decoder._take_blocks(blocks)
+        if not int8:  # whose plain weights are given up one by one, and could not be while others lie in the same room
+            decoder._use_huge_pages()
         fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
         if decoder.lm_head is not None and decoder.lm_head.plain is not None:
             fill({"lm_head.weight": decoder.lm_head.weight})
@@ -238,15 +241,13 @@ class Decoder(nn.Module):
 
     def _take_blocks(self, blocks: QuantizedBlocks) -> None:
         """Quantised matrices in place of plain ones that have no values yet."""
-        # blocks take less than the numbers they stand for, the head's fewer than a copy of the embedding; what is not used takes up nothing
-        room = HugePages(2 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters()))
 
         def joined(names: Sequence[str]) -> BlockWeight | None:
             found = [blocks.get(name) for name in names]
             if any(own is None or own[0] != cast(tuple, found[0])[0] for own in found):
                 return None
             (kind, (_, width)), sizes = cast(tuple, found[0]), [cast(tuple, own)[1][0] for own in found]
-            memory = room.zeros((sum(sizes), width // BLOCK * BLOCK_BYTES[kind]), torch.uint8)
+            memory = torch.empty(sum(sizes), width // BLOCK * BLOCK_BYTES[kind], dtype=torch.uint8)
             for name, part in zip(names, memory.split(sizes), strict=True):
                 blocks.read(name, part)
             return BlockWeight(memory, kind, self.dtype)
