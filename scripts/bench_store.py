@@ -18,7 +18,6 @@ import platform
 import random
 import shutil
 import sqlite3
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench.call_times import median_and_p95, timed
 from bench.document import print_document
 from engine.engine import Engine
 from engine.runtime import scheduler
@@ -60,17 +60,6 @@ def fill(folder: Path, num_runs: int, span_bytes: int) -> tuple[RunStore, int]:
     return store, texts
 
 
-def timed(calls: int, call: Callable[[int], Any]) -> tuple[float, float]:
-    """Median and 95th percentile of so many calls, ms."""
-    seconds = []
-    for number in range(calls):
-        began = time.perf_counter()
-        call(number)
-        seconds.append(time.perf_counter() - began)
-    seconds.sort()
-    return 1e3 * statistics.median(seconds), 1e3 * seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
-
-
 def measure(folder: Path, num_runs: int, span_bytes: int, calls: int) -> list[dict[str, Any]]:
     """The rows of one size."""
     store, texts = fill(folder, num_runs, span_bytes)
@@ -82,7 +71,7 @@ def measure(folder: Path, num_runs: int, span_bytes: int, calls: int) -> list[di
 
     def row(op: str, call: Callable[[int], Any], calls: int = calls) -> None:
         median, p95 = timed(calls, call)
-        rows.append({"runs": runs, "op": op, "ms": round(median, 4), "p95_ms": round(p95, 4)})
+        rows.append({"runs": runs, "op": op, "ms": round(1e3 * median, 4), "p95_ms": round(1e3 * p95, 4)})
 
     opened: list[RunStore] = []
     row("open", lambda n: opened.append(RunStore(folder, 1 << 50, create=False)), min(calls, 20))
@@ -122,8 +111,8 @@ def measure_memory(store: RunStore, texts: int, runs: int, span_bytes: int, requ
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def row(op: str, seconds: list[float]) -> None:
-        own = sorted(seconds)
-        rows.append({"runs": runs, "op": op, "ms": 1e3 * statistics.median(own), "p95_ms": 1e3 * own[int(0.95 * len(own))]})
+        median, p95 = median_and_p95(seconds)
+        rows.append({"runs": runs, "op": op, "ms": 1e3 * median, "p95_ms": 1e3 * p95})
 
     def hit(ids: list[int], tier: HostTier | None) -> float:
         began = time.perf_counter()
@@ -185,10 +174,9 @@ def measure_hot(engine: Engine, runs: int, calls: int) -> list[dict[str, Any]]:
         seconds["all"][number] = sum(own[number] for name, own in seconds.items() if name != "all")
     rows = []
     for name, own in seconds.items():
-        own.sort()
-        median, p95 = 1e3 * statistics.median(own), 1e3 * own[min(calls - 1, int(0.95 * calls))]
+        median, p95 = median_and_p95(own)
         op = "hot hit of 4,096 tokens" + (f": {name}" if name != "all" else ", beyond the forward pass")
-        rows.append({"runs": runs, "op": op, "ms": round(median, 4), "p95_ms": round(p95, 4)})
+        rows.append({"runs": runs, "op": op, "ms": round(1e3 * median, 4), "p95_ms": round(1e3 * p95, 4)})
     return rows
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from bench.call_times import timed
 from engine.kv.donors import nearest_donor
 from engine.kv.tiers import RestoreTimes, TierManager
 from engine.kv.trie import DEFAULT_PAGE_SIZE, Tier, Trie
@@ -58,13 +58,7 @@ def measure(num_nodes: int, calls: int, seed: int = 0) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def row(op: str, call: Callable[[int], object]) -> None:
-        seconds = []
-        for number in range(calls):
-            began = time.perf_counter()
-            call(number)
-            seconds.append(time.perf_counter() - began)
-        seconds.sort()
-        median, p95 = statistics.median(seconds), seconds[min(calls - 1, int(0.95 * calls))]
+        median, p95 = timed(calls, call)
         rows.append({"nodes": nodes, "pages": pages, "op": op, "us": round(1e6 * median, 2), "p95_us": round(1e6 * p95, 2)})
 
     def found(number: int, pages: int, tokens: np.ndarray) -> None:
