@@ -31,6 +31,7 @@ from engine.runtime.model_runner import (
     GraphedDecoder,
     Step,
     bucket,
+    built,
     copy_out,
     page_bucket,
     read_out,
@@ -38,6 +39,7 @@ from engine.runtime.model_runner import (
 )
 from engine.runtime.request import Request
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
+from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
 from kernels.philox import philox_uniform
 from kernels.race import race
@@ -160,6 +162,7 @@ class BlockDecoding:
         self.exit_layer = 0 if drafter is None else drafter.exit_layer
         self.state = BlockState(target.config.hidden_size, target.dtype, target.device)
         self._blocks: dict[BlockKey, Block] = {}
+        self._compiled: set[BlockKey] = set()  # those whose kernels are compiled
         self._memory: tuple[int, ...] = ()
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
@@ -437,6 +440,11 @@ class BlockDecoding:
             assert draft is not None
             return draft, draft.step(n, 1, 1, 0, draft.config.num_layers, (), True, embed=self.head is None, deterministic=deterministic)
 
+        if target.captures:
+            with compile_ahead():  # all of them, several at once
+                for make in (verify,) if draft is None else (verify, drafting) if self.head is None else (verify, first_layers, drafting):
+                    for n in counts:
+                        make(n)
         if draft is None:
             return CostModel(((1, 0.0),), curve(verify))
         if self.head is None:
@@ -449,7 +457,11 @@ class BlockDecoding:
         self._drop_stale()
         if key not in self._blocks:
             began = time.perf_counter()
-            self._blocks[key] = self._build(key)
+            block = built(lambda: self._build(key), key in self._compiled, captures=self.target.captures)
+            self._compiled.add(key)
+            if compiling_ahead():
+                return block
+            self._blocks[key] = block
             self._captured_at = time.perf_counter()
             self._capture_s = self._captured_at - began
         return self._blocks[key]

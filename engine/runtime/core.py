@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ from engine.runtime.request import GenerationResult, Request, SequenceState, Str
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
+from kernels.compile_ahead import compile_ahead
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
@@ -272,16 +273,20 @@ class EngineCore:
             drawings = [Drawing.of([p], self.target.config.vocab_size) for p in {p.greedy: p for p in (SamplingParams(), default)}.values()]
             taps = () if self.drafter is None else self.drafter.target_taps
             sizes = sizes_up_to(min(self.config.max_batch, MAX_ROWS))
-            for batch in sizes:
-                for drawing in drawings:
-                    if time.perf_counter() < until_s:
-                        runner.capture_common(batch, drawing, deterministic=self.deterministic)
-            for batch in sizes:
-                if not self.deterministic:
-                    runner.capture_prompts(batch, taps=taps, until_s=until_s)
-                for drawing in drawings:
-                    if blocks is not None:
-                        blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
+            for compiling in (
+                (compile_ahead(), nullcontext()) if runner.captures else (nullcontext(),)
+            ):  # kernels of all steps first, at once
+                with compiling:
+                    for batch in sizes:
+                        for drawing in drawings:
+                            if time.perf_counter() < until_s:
+                                runner.capture_common(batch, drawing, deterministic=self.deterministic)
+                    for batch in sizes:
+                        if not self.deterministic:
+                            runner.capture_prompts(batch, taps=taps, until_s=until_s)
+                        for drawing in drawings:
+                            if blocks is not None:
+                                blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
             return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:

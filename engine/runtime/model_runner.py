@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
 from engine.runtime.sampling import SamplingParams
 from kernels.block_inputs import block_inputs
+from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
@@ -45,6 +46,7 @@ _TABLES = 512  # page tables on the device; more sequences than that take turns
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 Logits = Literal["all", "last", "none"]
+_Built = TypeVar("_Built")
 GREEDY = Drawing()
 
 
@@ -88,6 +90,14 @@ def row_groups(query_lens: Sequence[int], most: int = MOST_SKINNY) -> list[list[
             longest = max(longest, size)
         passes.append(group)
     return passes
+
+
+def built(build: Callable[[], _Built], compiled: bool, *, captures: bool) -> _Built:
+    """What `build` captures. Unless its kernels are `compiled`, it is built once before without a launch, by which they are, several at once."""
+    if captures and not compiled and not compiling_ahead():
+        with compile_ahead():
+            build()
+    return build()
 
 
 def decode_shape(config: DecoderConfig) -> DecodeShape:
@@ -199,6 +209,7 @@ class GraphedDecoder(DecoderRunner):
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
         self._steps: dict[StepKey, Step] = {}
+        self._compiled: set[StepKey] = set()  # steps whose kernels are compiled
         self._weights: DecodeWeights | None = None
         self._graph_memory: Any | None = None
 
@@ -360,7 +371,11 @@ class GraphedDecoder(DecoderRunner):
         key = StepKey(bucket(batch), length, page_bucket(pages, self.max_pages), first, last, taps, logits, embed, deterministic, drawing)
         weights = self._current_weights()
         if key not in self._steps:
-            self._steps[key] = self._build(key, weights)
+            step = built(lambda: self._build(key, weights), key in self._compiled, captures=self.captures)
+            self._compiled.add(key)
+            if compiling_ahead():
+                return step
+            self._steps[key] = step
         return self._steps[key]
 
     @property
@@ -435,7 +450,10 @@ class GraphedDecoder(DecoderRunner):
         return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps}, tokens=tokens)
 
     def capture(self, run: Callable[[], None]) -> Any:
-        """What `run` launches, as a CUDA graph; it runs once before, and must then write no page (its rows are padding)."""
+        """What `run` launches, as a CUDA graph; it runs once before, and must write no page then (padding). None in `compile_ahead`."""
+        if compiling_ahead():
+            run()
+            return None
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # compiles what is not compiled yet
@@ -464,7 +482,8 @@ class GraphedDecoder(DecoderRunner):
         at = key.first
         for tap in (*sorted(key.taps), key.last):
             if tap > at:
-                decode_layers(weights, buffers, self.shape, range(at, tap))
+                for layers in (range(at, at + 1), range(tap - 1, tap)) if compiling_ahead() else (range(at, tap),):  # others are alike
+                    decode_layers(weights, buffers, self.shape, layers)
                 at = tap
             if tap in step.taps:
                 step.taps[tap].copy_(buffers.stream)
