@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--data", help="folder to keep what was drawn, and to find it in")
     data.add_argument("--text", nargs="+", help="files or folders of text to mix in")
     data.add_argument("--prompts", metavar="FILE", help="users' messages, one a line, for the target to answer; some are held out")
+    data.add_argument("--other-prompts", metavar="FILE", help="messages of kinds that are never trained on: only measured")
     data.add_argument(
         "--prompt-share", type=float, default=SelfGenerationOptions.given_share, help="conversations that begin with one (default 0.5)"
     )
@@ -77,6 +78,7 @@ def arguments() -> argparse.Namespace:
     training.add_argument("--learning-rate", type=float, default=TrainOptions.learning_rate)
     training.add_argument("--chunk", type=int, default=TrainOptions.chunk, help="positions whose logits are held at a time")
     training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--start", metavar="DIR", help="a draft head of the same shape to begin with")
     training.add_argument("--checkpoint", help="file to save the state to, each minute and at the end")
     training.add_argument("--resume", action="store_true", help="go on from the checkpoint, if it is there")
     training.add_argument("--search", help='architectures to compare instead, as "m,n,vocab,head m,n,vocab,head"')
@@ -112,6 +114,8 @@ def command_of(args: argparse.Namespace) -> str:
         "licence",
         "text",
         "prompts",
+        "other_prompts",
+        "start",
     }
     defaults = vars(arguments_defaults())
     parts = []
@@ -126,6 +130,8 @@ def command_of(args: argparse.Namespace) -> str:
             "--out DIR",
             *(["--text DIR"] if args.text else []),
             *(["--prompts FILE"] if args.prompts else []),
+            *(["--other-prompts FILE"] if args.other_prompts else []),
+            *(["--start DIR"] if args.start else []),
         ]
     )
 
@@ -166,9 +172,11 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
         options = SelfGenerationOptions(
             rows, args.context, temperatures_of(args.temperatures), given_share=args.prompt_share, seed=args.seed
         )
-        given = read_messages(args.prompts, tokenizer) if args.prompts else ()
+        given, other = (read_messages(path, tokenizer) if path else () for path in (args.prompts, args.other_prompts))
         with torch.no_grad():
-            sets = draw_sets(decoder, chat, options, given=given, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log)
+            sets = draw_sets(
+                decoder, chat, options, given=given, other=other, held_out=held_out, tokens=args.sample_tokens, seconds=seconds, log=log
+            )
         if args.data:
             sets.save(Path(args.data))
     else:
@@ -226,9 +234,15 @@ def train(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, specia
         raise InvalidOption(f"sampling took all of the {args.minutes:g} minutes", "give more --minutes")
     training = DraftHeadTraining(decoder, teacher_of(decoder), sets, special, architecture, train_options(args, seconds))
     checkpoint = Path(args.checkpoint) if args.checkpoint else None
+    start = None
+    if args.start:
+        start = training.start_from(args.start)
+        log(f"at the start: {json.dumps(start)}")
     pause = None if args.pause_after is None else 60 * args.pause_after - (time.monotonic() - STARTED)
     done = training.run(log, checkpoint=checkpoint, resume=args.resume, pause_after=pause, report_every=args.report_every)
     document: dict[str, Any] = {"target": name, "command": command_of(args), "done": done, "curve": training.curve}
+    if start is not None:
+        document["start"] = start
     if not done:
         write_json(args, document)
         return None

@@ -19,26 +19,27 @@ from engine.train.self_generated import SelfGenerationOptions, draw
 
 _FILES = ("train.npz", "temperature-1.npz", "greedy.npz")
 _GIVEN_FILES = ("given-temperature-1.npz", "given-greedy.npz")
+_OTHER_FILES = ("other-temperature-1.npz", "other-greedy.npz")
 _SEED_STEP = 1_000_003  # held-out sets are drawn with other seeds than what is trained on
 
 
 @dataclass(frozen=True)
 class TrainingSets:
     """train: what is learned from. sampled, greedy: held out, with answers at temperature 1 and greedy ones, to questions of the target's own. given:
-    the same two kinds of answers to messages that were given and held out, where there are any."""
+    the same two kinds of answers to messages that were given and held out, where there are any; other: to messages of kinds that are not trained on."""
 
     train: TokenDocuments
     sampled: TokenDocuments
     greedy: TokenDocuments
     given: tuple[TokenDocuments, TokenDocuments] | None = None
+    other: tuple[TokenDocuments, TokenDocuments] | None = None
 
     def save(self, folder: Path) -> None:
         """A file for each in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         # the file that `load` looks for comes last
-        for name, docs in zip(
-            (*_GIVEN_FILES, *_FILES[::-1]), (*(self.given or (None, None)), self.greedy, self.sampled, self.train), strict=True
-        ):
+        kinds = (*(self.other or (None, None)), *(self.given or (None, None)), self.greedy, self.sampled, self.train)
+        for name, docs in zip((*_OTHER_FILES, *_GIVEN_FILES, *_FILES[::-1]), kinds, strict=True):
             if docs is None:
                 (folder / name).unlink(missing_ok=True)
             else:
@@ -49,9 +50,12 @@ class TrainingSets:
         """What `save` wrote; None when the folder holds none of it. Raises TrainingDataError for damaged files."""
         if not (folder / _FILES[0]).exists():
             return None
-        given = [TokenDocuments.load(folder / name) for name in _GIVEN_FILES if (folder / name).exists()]
         train, sampled, greedy = (TokenDocuments.load(folder / name) for name in _FILES)
-        return cls(train, sampled, greedy, (given[0], given[1]) if len(given) == 2 else None)
+        pairs = []
+        for names in (_GIVEN_FILES, _OTHER_FILES):
+            found = [TokenDocuments.load(folder / name) for name in names if (folder / name).exists()]
+            pairs.append((found[0], found[1]) if len(found) == 2 else None)
+        return cls(train, sampled, greedy, *pairs)
 
 
 def draw_sets(
@@ -60,6 +64,7 @@ def draw_sets(
     options: SelfGenerationOptions,
     *,
     given: Sequence[Sequence[int]] = (),
+    other: Sequence[Sequence[int]] = (),
     held_out: int,
     tokens: int | None,
     seconds: float | None,
@@ -67,22 +72,28 @@ def draw_sets(
 ) -> TrainingSets:
     """Held-out sets of about `held_out` conversations each, then the training set by `tokens` or `seconds` (see `draw`).
 
-    given: token ids of users' messages; about a twentieth of them, at least one, is held out. Raises InvalidOption for a single one.
+    given: token ids of users' messages; about a twentieth of them, at least one, is held out. other: those of kinds that are never trained on. Raises
+    InvalidOption for a single given message, and for an other one that is also given.
     """
+    if {tuple(message) for message in given} & {tuple(message) for message in other}:
+        raise InvalidOption("a message is both given and of the other kinds", "leave it out of one of the two files")
     train_on, kept_back = split_given(given, options.seed)
-    wanted = [(1, 1.0, ()), (2, 0.0, ()), *([(3, 1.0, kept_back), (4, 0.0, kept_back)] if kept_back else [])]
+    wanted: list[tuple[int, float, Sequence[Sequence[int]]]] = [(1, 1.0, ()), (2, 0.0, ())]
+    wanted += [(3, 1.0, kept_back), (4, 0.0, kept_back)] if kept_back else []
+    wanted += [(5, 1.0, other), (6, 0.0, other)] if other else []
     sets = []
     for number, temperature, messages in wanted:
         chosen = replace(options, rows=held_out, answer_temperature=temperature, given_share=1.0, seed=options.seed + number * _SEED_STEP)
         sets.append(draw(decoder, chat, chosen, given=messages, tokens=held_out * options.context))
-        kind = f"{len(messages)} given messages" if messages else "its own questions"
+        kind = f"{len(messages)} {'other' if number > 4 else 'given'} messages" if messages else "its own questions"
         log(f"held out: {len(sets[-1])} conversations with answers at temperature {temperature:g} to {kind}, {sets[-1].facts['seconds']} s")
         release(decoder.device)
     train = draw(decoder, chat, options, given=train_on, tokens=tokens, seconds=seconds, log=log)
     release(decoder.device)
     facts = train.facts
     log(f"to train on: {len(train):,} conversations, {facts['drawn_tokens']:,} tokens drawn at {facts['tokens_per_s']:,} tokens/s")
-    return TrainingSets(train, sets[0], sets[1], (sets[2], sets[3]) if kept_back else None)
+    pairs = iter([(sets[at], sets[at + 1]) for at in range(2, len(sets), 2)])
+    return TrainingSets(train, sets[0], sets[1], next(pairs) if kept_back else None, next(pairs) if other else None)
 
 
 def split_given(given: Sequence[Sequence[int]], seed: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:

@@ -100,6 +100,22 @@ class DraftHeadTraining:
         self.trainer = Trainer(teacher, ids, sets.train, self.options)
         self.curve: list[dict[str, Any]] = []
 
+    def start_from(self, folder: str | Path) -> dict[str, dict[str, Any]]:
+        """Begin with the weights of a draft head of this shape, whose figures on the held-out sets are returned. A head that is the target's own rows
+        may have another vocabulary. Raises InvalidOption for another shape or target, and what `read_draft_head` raises."""
+        config, tensors = read_draft_head(folder)
+        ours = (self.architecture.exit_layer, self.architecture.draft_layers, self.architecture.head)
+        theirs = (config.exit_layer, config.num_layers, config.head)
+        if ours != theirs or config.target_fingerprint_config != target_digest(self.decoder.config):
+            what = f"the draft head in {folder} has exit layer, layers and head {theirs}, of {config.target}; asked are {ours}"
+            raise InvalidOption(what, "train the shape and target that it has, or start without it")
+        known = tensors.pop("token_ids")
+        if self.trainer.student.own_head and not torch.equal(known.cpu(), self.trainer.token_ids.cpu()):
+            raise InvalidOption("a trained head of another vocabulary cannot be gone on from", "start without it, or use a tied head")
+        for student in (self.trainer.student, self.trainer.averaged):
+            student.load_tensors(tensors)
+        return self.all_measured()
+
     def run(
         self,
         log: Callable[[str], None],
@@ -145,10 +161,11 @@ class DraftHeadTraining:
         return done
 
     def all_measured(self) -> dict[str, dict[str, Any]]:
-        """`measured` on every held-out set: temperature_1 and greedy, and the same after given_ for answers to given messages."""
+        """`measured` on every held-out set: temperature_1 and greedy, and the same after given_ and other_ for answers to given messages."""
         groups = {"temperature_1": (self.sets.sampled, False), "greedy": (self.sets.greedy, True)}
-        if self.sets.given is not None:
-            groups |= {"given_temperature_1": (self.sets.given[0], False), "given_greedy": (self.sets.given[1], True)}
+        for name, pair in (("given", self.sets.given), ("other", self.sets.other)):
+            if pair is not None:
+                groups |= {f"{name}_temperature_1": (pair[0], False), f"{name}_greedy": (pair[1], True)}
         return {name: self.measured(docs, greedy=greedy) for name, (docs, greedy) in groups.items()}
 
     def measured(self, docs: TokenDocuments, *, greedy: bool) -> dict[str, Any]:

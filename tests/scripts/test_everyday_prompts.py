@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import everyday_prompts
 from bench.throughput_runs import PROMPTS
 from everyday_prompts import messages, read_forms
 
@@ -28,3 +30,16 @@ def test_nothing_is_what_the_benchmark_asks():
     )
     assert all(subjects.search(text) for text in PROMPTS[1:]) and not [text for text in everything if subjects.search(text)]
     assert all(len(values) == len(set(values)) > 5 for values in read_forms()[0].values())
+
+
+def test_messages_of_other_kinds_are_no_messages_to_train_on():
+    """50 messages of kinds that no form asks: none is a form's, and none shares a run of five words with one."""
+    other = (Path(everyday_prompts.__file__).parent / "train" / "other_prompts.txt").read_text(encoding="utf-8").splitlines()
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[at : at + 5]) for at in range(len(words) - 4)}
+
+    trained = {run for text in messages(10**6) for run in runs(text)}
+    assert len(other) == len(set(other)) == 50 and all(text == text.strip() for text in other)
+    assert {text: runs(text) & trained for text in other if runs(text) & trained} == {}

@@ -246,3 +246,36 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     for name in ("t", "s"):
         train_plot.plot(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_training_goes_on_from_a_draft_head_and_is_measured_on_other_messages(target, sets, tmp_path):
+    """The head's weights are where the training starts, with another vocabulary where its head is the target's; other shapes are refused."""
+    options = replace(OPTIONS, steps=20)
+    first = DraftHeadTraining(target, teacher_of(target), sets, CHAT.special, Architecture.parse("2,1,32,tied"), options)
+    assert first.run(lambda line: None)
+    first.save(tmp_path / "head", "tiny", 16, first.figures())
+    drawn = SelfGenerationOptions(rows=24, context=64, temperatures=(0.8, 1.0), seed=1)
+    given, other = [[8, 9, 10], [11, 12], [13, 14, 15]], [[20, 21], [22, 23, 24]]
+    with pytest.raises(InvalidOption, match="both given and of the other kinds"):
+        draw_sets(target, CHAT, drawn, given=given, other=[[11, 12]], held_out=4, tokens=1, seconds=None, log=lambda line: None)
+    lines: list[str] = []
+    more = draw_sets(target, CHAT, drawn, given=given, other=other, held_out=8, tokens=24 * 128, seconds=None, log=lines.append)
+    assert more.given is not None and more.other is not None and sum("2 other messages" in line for line in lines) == 2
+    begins = {tuple(docs.document(i)[3 : docs.answers[i] - 2].tolist()) for docs in more.other for i in range(len(docs))}
+    assert begins == {(20, 21), (22, 23, 24)}, "every conversation begins with one of them"
+    more.save(tmp_path / "data")
+    loaded = TrainingSets.load(tmp_path / "data")
+    assert loaded is not None and loaded.other is not None and loaded.other[1].digest == more.other[1].digest
+    replace(more, other=None).save(tmp_path / "data")
+    assert (found := TrainingSets.load(tmp_path / "data")) is not None and found.other is None and found.given is not None
+    second = DraftHeadTraining(target, teacher_of(target), more, CHAT.special, Architecture.parse("2,1,24,tied"), options)
+    fresh = second.all_measured()
+    start = second.start_from(tmp_path / "head")
+    assert set(start) == {f"{kind}{group}" for kind in ("", "given_", "other_") for group in ("temperature_1", "greedy")}
+    assert start["temperature_1"]["acceptance"] > fresh["temperature_1"]["acceptance"] + 0.01
+    assert start == second.all_measured(), "both the live and the averaged weights"
+    assert all(torch.equal(a, b) for a, b in zip(second.trainer.student.parameters(), second.trainer.averaged.parameters(), strict=True))
+    for other_shape in ("1,1,24,tied", "2,2,24,tied", "2,1,24,own"):
+        training = DraftHeadTraining(target, teacher_of(target), more, CHAT.special, Architecture.parse(other_shape), options)
+        with pytest.raises(InvalidOption, match="the draft head in"):
+            training.start_from(tmp_path / "head")
