@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engine.calibrate.corpus import text_files
 from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
@@ -156,6 +157,8 @@ def temperatures_of(text: str) -> tuple[float, float]:
 def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple[TrainingSets, tuple[int, ...]]:
     """The training and held-out sets, found or drawn, and the tokens every reduced vocabulary holds."""
     on_gpu = decoder.device.type == "cuda"
+    if args.text:
+        text_files(args.text)  # refused now, not after minutes of drawing
     chat = chat_opening(tokenizer, decoder.config.eos_token_ids)
     sets = TrainingSets.load(Path(args.data)) if args.data else None
     if args.data and sets is None:  # not after minutes of drawing
