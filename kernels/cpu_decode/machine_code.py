@@ -149,8 +149,9 @@ def _executable(code: bytes) -> tuple[int, mmap.mmap]:
 # --- compiling -------------------------------------------------------------------------------------------------------------
 
 
-def _optimised() -> tuple[Any, Any]:
-    """LLVM's machine and the program's module, optimised for this processor."""
+def _optimised(*, apart: bool = False) -> tuple[Any, Any]:
+    """LLVM's machine and the program's module, optimised for this processor. apart: code and its constants may lie further apart than 2 GiB, as where a
+    process that has mapped much gets its memory: a distance of 32 bits ends the process then."""
     import llvmlite.binding as llvm
 
     from kernels.cpu_decode.program import write_program
@@ -159,7 +160,11 @@ def _optimised() -> tuple[Any, Any]:
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, reloc="pic", codemodel="small"
+        cpu=llvm.get_host_cpu_name(),
+        features=features.flatten(),
+        opt=3,
+        reloc="default" if apart else "pic",
+        codemodel="large" if apart else "small",
     )
     pairs = platform.machine() == "x86_64" and bool(features.get("avx512bf16"))
     module = llvm.parse_assembly(str(write_program(pairs=pairs)))
@@ -180,7 +185,7 @@ def _compiled_here() -> tuple[dict[str, int], Any]:
     """Addresses of the program's functions, compiled for this process alone, and what keeps them alive."""
     import llvmlite.binding as llvm
 
-    machine, module = _optimised()
+    machine, module = _optimised(apart=True)
     compiler = llvm.create_mcjit_compiler(module, machine)
     compiler.finalize_object()
     return {name: compiler.get_function_address(name) for name in arguments.ARGUMENTS}, compiler
