@@ -1,4 +1,5 @@
-"""Messages as people write to an assistant: forms of questions, each filled with what it may be about, in an order that the seed decides.
+"""Messages as people write to an assistant: forms of questions, each filled with what it may be about, some with a wish about
+the answer, in an order that the seed decides.
 
 A small model left to itself asks about few things, and a draft trained on its answers to these knows little else. These messages are for
 `scripts/train_draft.py --prompts`. What scripts/bench_throughput.py asks is about other things. everyday_prompts.txt holds forms and fillings.
@@ -16,6 +17,21 @@ from itertools import product
 from pathlib import Path
 
 OPENINGS = ("", "", "", "", "", "", "Hi! ", "Please help me. ", "Quick question: ", "Hello, ")
+ENDINGS = (
+    "Keep it short.",
+    "Please be detailed.",
+    "Use bullet points.",
+    "Answer in one paragraph.",
+    "Give an example.",
+    "Use simple words.",
+    "Explain why.",
+    "At most 100 words, please.",
+    "I know nothing about it yet.",
+    "Number the points.",
+    "Thank you!",
+    "Begin with the most important point.",
+)
+ENDED_SHARE = 0.3  # of the messages
 _SLOT = re.compile(r"{(\w+)}")
 
 
@@ -52,7 +68,10 @@ def messages(count: int, seed: int = 0) -> list[str]:
         groups.append(found)
     chosen: list[str] = []
     while len(chosen) < count and any(groups):
-        chosen += [rng.choice(OPENINGS) + group.pop() for group in groups if group]
+        for group in groups:
+            if group:
+                ending = " " + rng.choice(ENDINGS) if rng.random() < ENDED_SHARE else ""
+                chosen.append(rng.choice(OPENINGS) + group.pop() + ending)
     rng.shuffle(chosen)
     return list(dict.fromkeys(chosen))[:count]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import everyday_prompts
 from bench.throughput_runs import PROMPTS
-from everyday_prompts import messages, read_forms
+from everyday_prompts import ENDED_SHARE, ENDINGS, messages, read_forms
 
 
 def test_messages_are_different_and_complete():
@@ -15,7 +15,8 @@ def test_messages_are_different_and_complete():
     assert len(found) == len(set(found)) == 3000 and found == messages(3000) != messages(3000, seed=1)
     assert not any("{" in text or "  " in text or text != text.strip() for text in found)
     everything = messages(10**6)
-    assert 4500 < len(everything) < 10**6
+    assert 9000 < len(everything) < 10**6
+    assert abs(sum(text.endswith(ENDINGS) for text in everything) / len(everything) - ENDED_SHARE) < 0.03
     for form in (form for group in read_forms()[1] for form in group):
         start = re.escape(form.split("{")[0])
         assert any(re.search(start, text) for text in everything), form
