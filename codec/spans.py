@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from codec.codec import Earlier, KvCodec, QuantisedSpans, SpanSetting
+from codec.divergence import DivergenceCurve
 from codec.fidelity import plan_spans, token_importance
 from codec.pack import CodecPack
 from codec.pages import PageDecoder
@@ -21,18 +22,27 @@ Inputs = tuple[torch.Tensor, torch.Tensor | None]
 """What `Predictor.predict` takes of some tokens."""
 
 
+def curve_in(curve: DivergenceCurve | None, dtype: torch.dtype) -> DivergenceCurve | None:
+    """A pack's curve for a model of a dtype: what rounding adds is known of bfloat16, and 2 ** -6 of it or less in others."""
+    return curve if curve is None or dtype == torch.bfloat16 else curve.exact()
+
+
 class SpanCodec:
     """One pack's codec, predictor and decoder.
 
     Args:
         dtype: of the decoder's product, and on a CPU of the encoder's.
+        model_dtype: of the model whose KV is coded (None: dtype).
+
+    curve: the pack's, for a model of that dtype; None where the pack states none.
 
     Raises:
         PredictorError: the pack holds no predictor.
     """
 
-    def __init__(self, pack: CodecPack, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, pack: CodecPack, device: torch.device | str, dtype: torch.dtype, model_dtype: torch.dtype | None = None) -> None:
         device = torch.device(device)
+        self.curve = curve_in(pack.curve, model_dtype or dtype)
         own = dtype if device.type == "cpu" else torch.float32
         self.pack, self.codec = pack, KvCodec(pack, device, projection_dtype=own)
         self.predictor = load_predictor(pack.predictor, pack.predictor_settings, device)
@@ -109,7 +119,7 @@ class SpanEncoder:
         numbers = range(len(self.residuals)) if numbers is None else numbers
         levels: Sequence[torch.Tensor | None] = [self._levels[n] for n in numbers]
         settings: str | float | Sequence[SpanSetting] = quality
-        codec, curve = self.spans.codec, self.spans.pack.curve
+        codec, curve = self.spans.codec, self.spans.curve
         if curve is not None and divergence_of(quality) is not None:
             importance = [self._importance[n] for n in numbers]
             plan = plan_spans(codec, curve, str(quality), self.residuals, levels, importance, earlier, numbers)

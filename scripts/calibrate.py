@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from hashlib import sha256
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +142,13 @@ def long_documents(args: argparse.Namespace, tokenizer: Any) -> tuple[list[list[
     return docs, digest
 
 
-def curve_documents(args: argparse.Namespace, tokenizer: Any, num_tokens: int) -> list[list[int]]:
-    """About num_tokens in documents of --curve-text, its sources in turns: what a kind of text does to the curve does not depend on how many files it
-    has. Raises InvalidOption."""
+def curve_documents(args: argparse.Namespace, tokenizer: Any, num_tokens: int) -> list[list[list[int]]]:
+    """About num_tokens in documents of --curve-text, those of each source apart: what a kind of text does to the curve does not depend on how many
+    files it has. Raises InvalidOption."""
     wanted = -(-num_tokens // len(args.curve_text))
-    sources = [
+    return [
         documents(read_texts(text_files([source]), args.seed), tokenizer, wanted, args.context, per_text=1)[0] for source in args.curve_text
     ]
-    return [document for turn in zip_longest(*sources) for document in turn if document is not None]
 
 
 def shown(path: str) -> dict:
@@ -228,9 +226,9 @@ def run(args: argparse.Namespace) -> dict:
             raise InvalidOption(f"{args.complete} cannot be completed: {error}", "give a pack of this pair") from error
         texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         docs, _ = documents(texts, tokenizer, args.tokens, args.context, per_text=1)
-        curve_docs = curve_documents(args, tokenizer, args.tokens) if args.curve_text else None
+        curve_kinds = curve_documents(args, tokenizer, args.tokens) if args.curve_text else None
         pack = complete(
-            target, draft, given, docs, head_layers=loaded.head_layers, curve_docs=curve_docs, curve_tokens=args.tokens, log=log
+            target, draft, given, docs, head_layers=loaded.head_layers, curve_kinds=curve_kinds, curve_tokens=args.tokens, log=log
         )
     elif args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
@@ -258,9 +256,9 @@ def run(args: argparse.Namespace) -> dict:
             more, other = long_documents(args, tokenizer)
             log(f"text: {len(more)} long documents give {sum(map(len, more)):,} tokens")
             docs, digest = docs + more, sha256((digest + other).encode()).hexdigest()
-        curve_docs = curve_documents(args, tokenizer, CURVE_TOKENS) if args.curve_text else None
+        curve_kinds = curve_documents(args, tokenizer, CURVE_TOKENS) if args.curve_text else None
         pack = calibrate(
-            target, draft, docs, curve_docs=curve_docs, **parts, options=options, fingerprints=prints | {"text": digest}, log=log
+            target, draft, docs, curve_kinds=curve_kinds, **parts, options=options, fingerprints=prints | {"text": digest}, log=log
         )
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)

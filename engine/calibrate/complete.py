@@ -24,7 +24,7 @@ def complete(
     docs: Sequence[Sequence[int]],
     *,
     head_layers: Decoder | None = None,
-    curve_docs: Sequence[Sequence[int]] | None = None,
+    curve_kinds: Sequence[Sequence[Sequence[int]]] | None = None,
     curve_tokens: int = 4096,
     tokens_per_batch: int = 2048,
     log: Callable[[str], None] = print,
@@ -34,7 +34,7 @@ def complete(
     Args:
         docs: token documents that the fallback basis is fitted to, and whose bits at each quality are stated; a few thousand tokens suffice, better of
             kinds the pack was not made for.
-        curve_docs: documents of which about curve_tokens are measured for the curve (None: docs).
+        curve_kinds: documents of each kind of text, of which about curve_tokens are measured for the curve (None: docs, each for itself).
 
     Raises:
         InvalidOption: the texts are too short to measure a curve on.
@@ -58,7 +58,8 @@ def complete(
     had_basis = made is pack
     if not had_basis:
         made = made.with_info({"fallback_components": pack.layout.dim, "divergence": None})  # a curve of before would be of the rows alone
-    figures = curve_figures(stream, made, docs if curve_docs is None else curve_docs, features, residual, curve_tokens)
+    kinds = [[document] for document in docs] if curve_kinds is None else curve_kinds
+    figures = curve_figures(stream, made, kinds, features, residual, curve_tokens)
     if not figures:
         raise InvalidOption("no divergence curve can be measured on these texts", "give more and longer --curve-text")
     figures["restore"] = stream.restore_cost(predictor.rank if "up" in pack.predictor else None, rows.num_rows).as_info()

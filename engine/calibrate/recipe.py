@@ -27,6 +27,7 @@ from codec.predictor.low_rank import Predictor
 from codec.quantize import levels_of
 from codec.rate import EntropyModel
 from codec.rows import ROW_BITS, allocate_bits
+from codec.spans import curve_in
 from codec.spec import KEEP_FACTOR, QUALITIES, SPAN_TOKENS, KvLayout
 from codec.transform import Transform, fit_fallback, fit_global, fit_per_layer
 from codec.weighting import Weighting, blended, normalised
@@ -131,7 +132,7 @@ def calibrate(
     recomputed_layers: int = 0,
     head_layers: Decoder | None = None,
     options: CalibrationOptions | None = None,
-    curve_docs: Sequence[Sequence[int]] | None = None,
+    curve_kinds: Sequence[Sequence[Sequence[int]]] | None = None,
     fingerprints: dict[str, str] | None = None,
     log: Log = print,
 ) -> CodecPack:
@@ -142,7 +143,7 @@ def calibrate(
         recomputed_layers: those first layers, or those that are run again beside a separate draft.
         head_layers: the layers of a draft head, which add their states to its own.
         docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
-        curve_docs: documents that the divergence curve is measured on (None: held-out ones of docs). What is not of the calibration's kinds has tokens
+        curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, each for itself). What is not of the calibration's kinds has tokens
             whose importance is predicted less well: a promise for such text needs a curve from such text.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
@@ -233,8 +234,8 @@ def calibrate(
         budget_bytes=budget_bytes,
     )
     log(f"calibration: packed, {time.monotonic() - started:.0f} s")
-    documents = held if curve_docs is None else curve_docs
-    pack = pack.with_info(curve_figures(stream, pack, documents, features, y - predict_raw(predictor, features), CURVE_TOKENS))
+    kinds = [[document] for document in held] if curve_kinds is None else curve_kinds
+    pack = pack.with_info(curve_figures(stream, pack, kinds, features, y - predict_raw(predictor, features), CURVE_TOKENS))
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 
@@ -367,14 +368,14 @@ def assemble(
 
 
 def curve_figures(
-    stream: PairStream, pack: CodecPack, documents: Sequence[Sequence[int]], features: Tensor, residual: Tensor, num_tokens: int
+    stream: PairStream, pack: CodecPack, kinds: Sequence[Sequence[Sequence[int]]], features: Tensor, residual: Tensor, num_tokens: int
 ) -> dict[str, Any]:
     """Figures for a pack: its divergence curve, and the bits that each quality's promise costs. Empty where no curve can be measured.
 
     Args:
-        documents: about num_tokens of their tokens are measured. features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
+        kinds: documents of each kind of text; about num_tokens of their tokens are measured. features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
     """
-    curve = measure_divergence(stream, pack, documents, num_tokens)
+    curve = measure_divergence(stream, pack, kinds, num_tokens)
     if curve is None:
         return {}
     codec, predictor = KvCodec(pack, residual.device), load_predictor(pack.predictor, pack.predictor_settings, residual.device)
@@ -384,9 +385,10 @@ def curve_figures(
     importance, none = token_importance(octaves), [None] * len(pairs)
     factors = none if importance is None else importance.split(SPAN_TOKENS)
     levels = none if octaves is None else levels_of(octaves).split(SPAN_TOKENS)
-    bits = {}
+    own, bits = curve_in(curve, stream.target.dtype), {}
+    assert own is not None
     for quality in QUALITIES:
-        plan = plan_spans(codec, curve, quality, pairs, levels, factors)
+        plan = plan_spans(codec, own, quality, pairs, levels, factors)
         bits[quality] = codec.ideal_bits(pairs, plan.settings, plan.levels) / len(residual) / pack.layout.full_dim
     return {"divergence": curve.as_info(), "promised_bits_per_element": bits}
 
@@ -453,7 +455,7 @@ def quick_pack(
         fingerprints=(fingerprints or {}) | {"text": text},
         budget_bytes=PACK_BUDGET * bf16_bytes(target),
     )
-    pack = pack.with_info(curve_figures(stream, pack, docs, features, residual, _QUICK_CURVE_TOKENS))
+    pack = pack.with_info(curve_figures(stream, pack, [[document] for document in docs], features, residual, _QUICK_CURVE_TOKENS))
     info = pack.info
     log(
         f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "

@@ -50,10 +50,11 @@ class SessionCodec:
         self.core, self.pack = core, pack
         self.pack_path: Path | None = None  # as the user named it
         try:
-            self._spans = SpanCodec(pack, core.device, product_dtype(core.dtype, core.device))
+            self._spans = SpanCodec(pack, core.device, product_dtype(core.dtype, core.device), core.dtype)
         except CodecError as error:
             raise PackMismatch(error.what, error.remedy) from error
         self.codec, self.predictor, self.pages = self._spans.codec, self._spans.predictor, self._spans.pages
+        self.curve = self._spans.curve
         self.rates: Rates | None = None
         self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer

@@ -287,7 +287,7 @@ class Session:
 
     def _rounding_kl(self) -> float | None:
         """As the codec parameters state it."""
-        curve = session_codec(self.core, self._pack_path, self._log).pack.curve
+        curve = session_codec(self.core, self._pack_path, self._log).curve
         return curve.rounding if curve is not None else None
 
     def to_bytes(self) -> bytes:

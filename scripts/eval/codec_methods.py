@@ -19,6 +19,7 @@ from codec.pack import CodecPack
 from codec.predictor.dense import AnyPredictor, load_predictor
 from codec.predictor.low_rank import zero_prediction
 from codec.quantize import levels_of
+from codec.spans import curve_in
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout, divergence_of, step_of
 from codec.token_ids import encode_ids
 from draft.source import DraftSource
@@ -161,7 +162,7 @@ class ForetoldMethod:
         self.quality, self.inputs, self.sink_dim = quality, pair.pack.digest[:16], 0
         self._step = float(quality[4:]) if quality.startswith("step") else step_of(quality)
         self._pair, self._predict, self._parts = pair, predict, parts
-        self._curve = pair.pack.curve if divergence_of(quality) is not None else None
+        self._curve = curve_in(pair.pack.curve, pair.target.dtype) if divergence_of(quality) is not None else None
         if parts and self._curve is not None:
             raise InvalidOption(
                 "spans of a promised quality have settings of their own", "break down the bytes of a fixed step, such as step1.0"

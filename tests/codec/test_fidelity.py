@@ -11,6 +11,7 @@ from codec.codec import KvCodec, SpanSetting
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, UnknownQuality
 from codec.fidelity import Distortion, plan_spans
+from codec.spans import curve_in
 from codec.spec import QUALITIES, QUALITY_DIVERGENCE, divergence_of, step_of
 
 # a distortion of 0.02 at `balanced`
@@ -37,6 +38,30 @@ def test_a_quality_may_be_a_promise(completed_pack, source) -> None:
         assert divergence_of(word) is None
     with pytest.raises(UnknownQuality):
         step_of("kl0")
+
+
+def test_what_rounding_adds_is_no_part_of_the_code() -> None:
+    """In float32 the same distortion diverges by that much less; what is promised is promised of both together."""
+    curve = DivergenceCurve((0.01, 0.04), (0.006, 0.021), 0.001)
+    exact = curve.exact()
+    assert exact.rounding == 0.0 and exact.divergence == pytest.approx(CURVE.divergence) and CURVE.exact() == CURVE
+    for x in (0.002, 0.01, 0.03, 0.5):
+        assert curve.divergence_of(x) == pytest.approx(exact.divergence_of(x) + 0.001)
+        assert curve.distortion_of(curve.divergence_of(x)) == pytest.approx(x)
+    assert curve_in(curve, torch.bfloat16) is curve and curve_in(curve, torch.float32) == exact and curve_in(None, torch.bfloat16) is None
+    assert curve.divergence_of(0.0) == 0.001
+    for promise in (0.0002, 0.001, 0.0012):  # rounding takes all of it, or nearly: the code takes a quarter beside
+        assert exact.divergence_of(curve.distortion_of(promise)) == pytest.approx(promise / 4)
+    assert DivergenceCurve.fitted([(0.1, 0.04), (0.2, 0.06), (0.3, 0.07)], 0.05) == DivergenceCurve((0.2, 0.3), (0.06, 0.07), 0.05)
+    with pytest.raises(BadInput):
+        DivergenceCurve((0.1, 0.2), (0.04, 0.06), 0.05)
+
+
+def test_points_below_the_rounding_of_earlier_packs_are_passed_over() -> None:
+    stated = {"distortion": [0.1, 0.2, 0.3], "divergence": [0.04, 0.06, 0.07], "rounding": 0.05}
+    assert DivergenceCurve.from_info({"divergence": stated}) == DivergenceCurve((0.2, 0.3), (0.06, 0.07), 0.05)
+    none = DivergenceCurve.from_info({"divergence": stated | {"rounding": 0.065}})
+    assert none == DivergenceCurve((0.1, 0.2, 0.3), (0.04, 0.06, 0.07))
 
 
 def test_points_that_do_not_rise_are_left_out() -> None:

@@ -14,7 +14,7 @@ from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
-from engine.calibrate.divergence import measure_divergence
+from engine.calibrate.divergence import DocumentDivergence, curve_of, measure_divergence
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, rotate_heads
 from engine.errors import InvalidOption
@@ -175,11 +175,27 @@ def test_a_pack_states_what_distortion_does_to_its_target(target, draft, docs) -
     bits = [pack.info["promised_bits_per_element"][q] for q in QUALITIES]
     assert bits == sorted(bits, reverse=True) and bits[-1] > 0
     stream = PairStream(target, draft, load_predictor(pack.predictor, pack.predictor_settings).spec)
-    other = measure_divergence(stream, pack, docs[30:], 10_000)
+    other = measure_divergence(stream, pack, [[document] for document in docs[30:]], 10_000)
     assert other is not None
     for distortion in (0.02, 0.05, 0.1):
         assert other.divergence_of(distortion) == pytest.approx(pack.curve.divergence_of(distortion), rel=0.5)
-    assert measure_divergence(stream, pack, [docs[0][:20]], 100) is None, "too short to be cut"
+    assert measure_divergence(stream, pack, [[docs[0][:20]]], 100) is None, "too short to be cut"
+
+
+def test_a_curve_is_of_kinds_of_text_and_not_of_documents() -> None:
+    """Nine of ten kinds stay below it, on the mean of their documents, whose own divergence scatters more."""
+    points = [(0.01, 0.02), (0.02, 0.04)]
+
+    def document(factor: float) -> DocumentDivergence:
+        return DocumentDivergence([(x, 0.001 + y * factor) for x, y in points], 0.001)
+
+    kinds = [[document(n / 10 - 0.09), document(n / 10 + 0.09)] for n in range(1, 12)]
+    curve = curve_of(kinds)
+    assert curve is not None and curve.rounding == pytest.approx(0.001) and curve.distortion == pytest.approx((0.01, 0.02))
+    assert curve.divergence == pytest.approx((0.001 + 0.02, 0.001 + 0.04)), "the tenth of eleven kinds"
+    one = curve_of([[document(1.0)], [DocumentDivergence([(2 * x, 0.001 + 2 * y) for x, y in points], 0.001)]])
+    assert one is not None and one.divergence_of(0.02) == pytest.approx(0.041), "kinds are compared at the same distortion"
+    assert curve_of([]) is None and curve_of([[DocumentDivergence([(0.0, 0.0)] * 2, 0.0)]]) is None
 
 
 def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch, tmp_path) -> None:
@@ -187,15 +203,15 @@ def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monke
     options = CalibrationOptions(held_out_tokens=400, tokens_per_batch=200, budget=8.0, rank=16, weighting="attention", level_strength=0.0)
     pack = calibrate(target, draft, docs[:20], options=options, log=lambda _: None)
     assert pack.transform.fallback is None and pack.version == 2
-    made = complete(target, draft, pack, docs[20:30], curve_docs=docs[30:], curve_tokens=400, log=lambda _: None)
+    made = complete(target, draft, pack, docs[20:30], curve_kinds=[docs[30:35], docs[35:]], curve_tokens=400, log=lambda _: None)
     assert made.version == 3 and made.curve is not None and made.digest != pack.digest and pack.transform.fallback is None
     assert all(torch.equal(made.predictor[name], tensor) for name, tensor in pack.predictor.items())
     assert torch.equal(made.transform.basis, pack.transform.basis) and torch.equal(made.stored["table.freqs"], pack.stored["table.freqs"])
     assert made.info["fallback_components"] == made.transform.num_components - made.transform.num_rows == pack.layout.dim
-    again = complete(target, draft, made, docs[20:30], curve_docs=docs[:10], curve_tokens=400, log=lambda _: None)
+    again = complete(target, draft, made, docs[20:30], curve_kinds=[[d] for d in docs[:10]], curve_tokens=400, log=lambda _: None)
     assert again.curve not in (None, made.curve) and again.digest == made.digest, "files that were coded before stay readable"
     again.save(tmp_path / "pack")
     loaded = CodecPack.load(tmp_path / "pack")
     assert loaded.curve == again.curve and loaded.later == again.later and loaded.digest == made.digest
     with pytest.raises(InvalidOption, match="no divergence curve"):
-        complete(target, draft, pack, docs[:4], curve_docs=[docs[0][:20]], log=lambda _: None)
+        complete(target, draft, pack, docs[:4], curve_kinds=[[docs[0][:20]]], log=lambda _: None)
