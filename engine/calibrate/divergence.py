@@ -3,7 +3,7 @@ continuations' output is compared with that over the untouched cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -20,16 +20,17 @@ from codec.quantize import levels_of
 from codec.spec import NUM_SINKS, SPAN_TOKENS
 from engine.calibrate.stream import PairStream
 
-DISTORTIONS = (0.001, 0.0025, 0.006, 0.015, 0.035)
-"""Asked of the codec's plan, in units of the weighted KV's mean variance: from half of what near-lossless asks of a text that is easily upset to twice
-what `tiny` asks of one that is not."""
+DISTORTIONS = (0.001, 0.0025, 0.006, 0.015, 0.035, 0.1, 0.3)
+"""Asked of the codec's plan, in units of the weighted KV's mean variance: from half of what near-lossless asks of a text that is easily upset to what
+upsets a model of random weights. The first ones tell qualities of trained models apart."""
 
 _IDENTITY = DivergenceCurve((1e-9, 1.0), (1e-9, 1.0))
 _SHORTEST = 8 * NUM_SINKS
 _OTHER_PASS_TOKENS = 100  # no multiple of a tile: the same text computed with other sums
 _QUANTILE = 0.9
-"""Kinds of text differ in what the same distortion does to them: SmolLM2 diverges .54 (chat) to 2.1 (Tcl) times as much as its distortion, in the median
-1.17. A curve through the mean would promise too much for half of them; one through single documents follows their noise, and costs twice the bits."""
+"""Kinds of text differ in what the same distortion does to them: SmolLM2 diverges .54 (chat) to 2.1 (Tcl) times as much as its distortion, the median
+kind 1.17 times. A curve through the mean would promise too much for half of them; one through single documents follows their noise, at twice the
+bits."""
 
 
 class DocumentDivergence(NamedTuple):
@@ -58,7 +59,7 @@ def measure_divergence(
 
 
 def curve_of(kinds: Sequence[Sequence[DocumentDivergence]]) -> DivergenceCurve | None:
-    """The curve below which a share of _QUANTILE of the kinds stays, each with the mean of its documents; None of none, or of such as show no effect."""
+    """The curve below which a share of _QUANTILE of the kinds stays, each with the mean of its documents; None of none, or where nothing shows."""
     if not kinds:
         return None
     means = torch.stack([torch.tensor([one.points for one in own], dtype=torch.float64).mean(0) for own in kinds])  # [kinds, points, 2]

@@ -143,8 +143,9 @@ def calibrate(
         recomputed_layers: those first layers, or those that are run again beside a separate draft.
         head_layers: the layers of a draft head, which add their states to its own.
         docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
-        curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, each for itself). What is not of the calibration's kinds has tokens
-            whose importance is predicted less well: a promise for such text needs a curve from such text.
+        curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, each for itself).
+            What is not of the calibration's kinds has tokens whose importance is predicted less well: a promise for such text needs a curve from
+            such text.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
     """
@@ -368,12 +369,18 @@ def assemble(
 
 
 def curve_figures(
-    stream: PairStream, pack: CodecPack, kinds: Sequence[Sequence[Sequence[int]]], features: Tensor, residual: Tensor, num_tokens: int
+    stream: PairStream,
+    pack: CodecPack,
+    kinds: Sequence[Sequence[Sequence[int]]],
+    features: Tensor,
+    residual: Tensor,
+    num_tokens: int,
 ) -> dict[str, Any]:
     """Figures for a pack: its divergence curve, and the bits that each quality's promise costs. Empty where no curve can be measured.
 
     Args:
-        kinds: documents of each kind of text; about num_tokens of their tokens are measured. features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
+        kinds: documents of each kind of text; about num_tokens of their tokens are measured.
+        features, residual: raw features [n, F] and residuals [n, D] of held-out tokens.
     """
     curve = measure_divergence(stream, pack, kinds, num_tokens)
     if curve is None:

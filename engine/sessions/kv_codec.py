@@ -37,6 +37,19 @@ _WARM_SIZES = ((SPAN_TOKENS, SPAN_TOKENS), (SPAN_TOKENS - NUM_SINKS, SPAN_TOKENS
 _CODED_TOKENS = 4096  # read, predicted and coded together: bounds the memory of a long session
 
 
+_LAST_TOKENS = {"near-lossless": 64}
+"""Of a session at that quality, the fewest of its last tokens that are kept as ids and run again with what follows them.
+
+The next token attends to these the most. With the code's errors in them, 32 greedy tokens of SmolLM2 went on as if never stored in 31% of 42 sessions; run
+again over what was restored, in 60% (all of the text run again in bfloat16: 69%), at 14% fewer bits."""
+
+
+def coded_end(num_tokens: int, quality: str | float) -> int:
+    """Tokens of a session's `num_tokens` that are coded, its first ones included: whole spans where the last tokens are kept as ids."""
+    last = _LAST_TOKENS.get(quality, 0) if isinstance(quality, str) else 0
+    return max(0, num_tokens - last) // SPAN_TOKENS * SPAN_TOKENS if last else num_tokens
+
+
 class SessionCodec:
     """An engine's codec and predictor: turns a range of a conversation's KV into spans and back.
 

@@ -22,7 +22,7 @@ from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints
 from engine.sessions.file import SessionFile, Span, mean_divergence, session_errors, write_file
-from engine.sessions.kv_codec import session_codec
+from engine.sessions.kv_codec import coded_end, session_codec
 from engine.sessions.rates import rates_of
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
@@ -318,11 +318,14 @@ class Session:
         codec = session_codec(self.core, self._pack_path, self._log)
         start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
         if quality != TOKENS:
+            end = coded_end(held, quality)
             with torch.inference_mode():
                 # the last token may run again
-                self.spans += codec.encode(self.conversation, start, held, quality, earlier=self.spans, next_position=held - 1)
-            codec.release(self.conversation, held)
-            start = max(start, held)
+                self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=min(end, held - 1))
+            if not self.spans:
+                return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
+            start = self.spans[-1].end
+            codec.release(self.conversation, start)
         # what came behind the spans is kept as tokens
         prints["pack"] = codec.pack.digest
         return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason

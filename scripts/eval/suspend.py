@@ -16,7 +16,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import SessionFile, Span
-from engine.sessions.kv_codec import PASS_TOKENS, session_codec
+from engine.sessions.kv_codec import PASS_TOKENS, coded_end, session_codec
 
 CHUNK_TOKENS = 1024
 _TOGETHER = 8  # sequences of a prefill
@@ -159,7 +159,8 @@ class Suspender:
     @torch.inference_mode()
     def suspend(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> bytes:
         """The file's bytes; `spans` coded before keep theirs."""
-        return self._file(conversation, quality, [*spans, *self._coded(conversation, quality, spans)])
+        end = coded_end(conversation.sequence.length, quality)
+        return self._file(conversation, quality, [*spans, *self._coded(conversation, quality, spans, end)])
 
     def through_file(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> tuple[SequenceState, list[Span], int]:
         """Suspended into a file on disk and resumed from it: a new conversation, its spans, the file's bytes."""
@@ -173,23 +174,24 @@ class Suspender:
     def in_place(self, conversation: SequenceState, quality: str, spans: Sequence[Span] = ()) -> list[Span]:
         """The conversation's KV becomes what a resume would give, without the draft's second pass: tokens that no span covers are coded, and decoded
         over themselves. Returns all spans."""
-        every = [*spans, *self._coded(conversation, quality, spans)]
+        every = [*spans, *self._coded(conversation, quality, spans, conversation.sequence.length)]
         if len(every) > len(spans):
             self.codec.decode(conversation, every)  # new ones may refer to earlier ones
         return every
 
-    def _coded(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> list[Span]:
-        """Codes of the tokens that no span covers, as `Session.suspend` makes them."""
-        end = conversation.sequence.length
+    def _coded(self, conversation: SequenceState, quality: str, spans: Sequence[Span], end: int) -> list[Span]:
+        """Codes of the tokens before `end` that no span covers, as `Session.suspend` makes them."""
+        held = conversation.sequence.length
         start = spans[-1].end if spans else min(NUM_SINKS, end)
-        return self.codec.encode(conversation, start, end, step_name(quality), earlier=spans, next_position=end - 1)
+        return self.codec.encode(conversation, start, end, step_name(quality), earlier=spans, next_position=min(end, held - 1))
 
     def file_bytes(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> int:
         """Bytes of the session file that a conversation would be suspended into."""
         return len(self._file(conversation, quality, spans))
 
     def _file(self, conversation: SequenceState, quality: str, spans: Sequence[Span]) -> bytes:
-        return SessionFile(list(conversation.token_ids), conversation.sequence.length, quality, self._prints, list(spans)).to_bytes()
+        end = spans[-1].end if spans else conversation.sequence.length
+        return SessionFile(list(conversation.token_ids), end, quality, self._prints, list(spans)).to_bytes()
 
     @torch.inference_mode()
     def resume(self, data: bytes) -> tuple[SequenceState, list[Span]]:

@@ -384,3 +384,9 @@ def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any
 def model_options(chat_folders, pack_home):
     """Options that name the tiny pair."""
     return ["--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def all_coded(monkeypatch):
+    """Sessions of a few tokens are coded to their last one, at every quality."""
+    monkeypatch.setattr("engine.sessions.kv_codec._LAST_TOKENS", {})

@@ -106,6 +106,7 @@ def check_left_out(codec, conversation, held):
     assert sizes[1] < 0.9 * sizes[0]
 
 
+@pytest.mark.usefixtures("all_coded")
 @pytest.mark.parametrize("draft", ["exit", "head"])
 def test_sessions_come_back_at_every_quality(draft, tiny_model, byte_tokenizer, make_draft_head, tmp_path, monkeypatch):
     """Suspended and resumed, a session goes on as before within the loss that its quality allows, and exactly with token ids alone."""

@@ -76,6 +76,7 @@ def test_the_pack_beside_the_draft_head_is_taken_where_it_fits(shipped, chat_eng
     assert find_pack(chat_engine("trunk").core, log=said.append).digest == fitted.digest
 
 
+@pytest.mark.usefixtures("all_coded")
 def test_a_calibrated_pack_of_a_draft_head_codes_its_sessions(chat_engine, chat_folders, tmp_path, monkeypatch):
     pack = str(tmp_path / "pack")
     arguments = [

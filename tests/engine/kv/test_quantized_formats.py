@@ -89,6 +89,7 @@ def test_greedy_text_with_and_without_speculation(quantised_engine, kv_format, d
     assert plain != [r.token_ids for r in quantised_engine("bf16", draft, deterministic=True).generate(IDS, params[0])] or kv_format == "q4"
 
 
+@pytest.mark.usefixtures("all_coded")
 @pytest.mark.parametrize("draft", ["draft", "trunk", "none"])
 def test_a_suspended_session_goes_on_in_quantised_pages(quantised_engine, draft, tmp_path):
     text = "def area(r):\n    return 3.14 * r * r\n\nclass Circle:\n    def __init__(self, radius):\n        self.radius = radius\n"

@@ -192,6 +192,7 @@ def test_text_is_that_of_one_device(pair_of, random_decoder, draft, params):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.usefixtures("all_coded")
 def test_a_session_goes_on_over_several_devices(chat_folders, tmp_path):
     texts = {}
     for name, devices in (("one", None), ("two", "cpu,cpu")):

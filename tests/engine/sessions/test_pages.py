@@ -9,6 +9,8 @@ from codec.pages import PageDecoder
 from codec.spec import NUM_SINKS
 from engine.runtime.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("all_coded")
+
 TEXT = "def add(self, thing):\n    '''Count it, and say how often it came.'''\n    return self.seen.get(thing, 0) + 1\n" * 2
 
 

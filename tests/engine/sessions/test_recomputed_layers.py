@@ -10,6 +10,8 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import find_pack
 from engine.sessions.file import SessionFile
 
+pytestmark = pytest.mark.usefixtures("all_coded")
+
 PROMPT = "def greet(name):\n    '''Say hello, once, to whoever is there.'''\n    return f'hello, {name}, and welcome'\n" * 3
 GREEDY = SamplingParams(max_new_tokens=40, draft_length=3, ignore_eos=True)
 LAYERS = 2

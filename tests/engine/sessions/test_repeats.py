@@ -10,6 +10,8 @@ from codec.references import MAX_DEPTH, chain_depths
 from codec.spec import NUM_SINKS, SPAN_TOKENS
 from engine.runtime.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("all_coded")
+
 PART = "\n".join(f"def part_{n}(a{n}, b):\n    return a{n} * {n * n % 97} + b[{n * 7 % 31}]" for n in range(4))
 ONE = SamplingParams(max_new_tokens=1, draft_length=2, ignore_eos=True)
 

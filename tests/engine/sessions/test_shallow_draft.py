@@ -14,6 +14,8 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.kv_codec import SessionCodec, prefill_draft
 
+pytestmark = pytest.mark.usefixtures("all_coded")
+
 PROMPT = "def greet(name):\n    '''Say hello, once, to whoever is there.'''\n    return f'hello, {name}, and welcome'\n" * 2
 GREEDY = SamplingParams(max_new_tokens=30, draft_length=3, ignore_eos=True)
 
