@@ -40,8 +40,8 @@ _CODED_TOKENS = 4096  # read, predicted and coded together: bounds the memory of
 _LAST_TOKENS = {"near-lossless": 64}
 """Of a session at that quality, the fewest of its last tokens that are kept as ids and run again with what follows them.
 
-The next token attends to these the most. With the code's errors in them, 32 greedy tokens of SmolLM2 went on as if never stored in 31% of 42 sessions; run
-again over what was restored, in 60% (all of the text run again in bfloat16: 69%), at 14% fewer bits."""
+The next token attends to these the most. With the code's errors in them, 32 greedy tokens of SmolLM2 went on as if never stored in 31% of 42 sessions;
+run again over what was restored, in 60% (all of the text run again in bfloat16: 69%), at 14% fewer bits."""
 
 
 def coded_end(num_tokens: int, quality: str | float) -> int:
