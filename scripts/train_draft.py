@@ -77,6 +77,12 @@ def arguments() -> argparse.Namespace:
     training.add_argument("--batch-tokens", type=int, default=TrainOptions.batch_tokens)
     training.add_argument("--optimizer", choices=("adamw", "muon"), default=TrainOptions.optimizer)
     training.add_argument("--learning-rate", type=float, default=TrainOptions.learning_rate)
+    training.add_argument(
+        "--mix",
+        default=f"{TrainOptions.mix_from},{TrainOptions.mix_to}",
+        metavar="FROM,TO",
+        help="part of the training over which the loss goes from divergence to total variation (default 0.4,0.6)",
+    )
     training.add_argument("--chunk", type=int, default=TrainOptions.chunk, help="positions whose logits are held at a time")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--start", metavar="DIR", help="a draft head of the same shape to begin with")
@@ -145,12 +151,15 @@ def arguments_defaults() -> argparse.Namespace:
         sys.argv = argv
 
 
-def temperatures_of(text: str) -> tuple[float, float]:
-    """ "0.6,1" -> (0.6, 1.0). Raises InvalidOption."""
+def two_numbers(option: str, text: str, most: float) -> tuple[float, float]:
+    """ "0.6,1" -> (0.6, 1.0). Raises InvalidOption for anything but two numbers from 0 to `most`, the lower one first."""
     try:
         low, high = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InvalidOption(f"--temperatures cannot be {text!r}", "give two numbers, the lower one first: 0.6,1") from error
+        fits = 0 <= low <= high <= most
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InvalidOption(f"{option} cannot be {shown(text, 100)}", f"give two numbers from 0 to {most:g}, the lower one first: 0.6,1")
     return low, high
 
 
@@ -173,7 +182,7 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
         held_out = args.held_out or (384 if on_gpu else 8)
         rows = args.rows or choose_rows(decoder, args.context)
         options = SelfGenerationOptions(
-            rows, args.context, temperatures_of(args.temperatures), given_share=args.prompt_share, seed=args.seed
+            rows, args.context, two_numbers("--temperatures", args.temperatures, 10.0), given_share=args.prompt_share, seed=args.seed
         )
         given, other = (read_messages(path, tokenizer) if path else () for path in (args.prompts, args.other_prompts))
         with torch.no_grad():
@@ -191,6 +200,7 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
 
 
 def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
+    mix_from, mix_to = two_numbers("--mix", args.mix, 1.0)
     return TrainOptions(
         args.exit_layer,
         args.draft_layers,
@@ -200,6 +210,8 @@ def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptio
         batch_tokens=args.batch_tokens,
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
+        mix_from=mix_from,
+        mix_to=mix_to,
         chunk=args.chunk,
         seed=args.seed,
     )
@@ -264,6 +276,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidOption("a paused training needs a checkpoint", "name a file with --checkpoint")
     if args.search and (args.checkpoint or args.resume or args.pause_after is not None):
         raise InvalidOption("a search keeps no checkpoint", "leave out --checkpoint, --resume and --pause-after")
+    two_numbers("--mix", args.mix, 1.0)  # not after minutes of drawing
     if args.plot:
         import matplotlib  # noqa: F401 (missing: known now, not after the training)
     folder = resolve_pair(args.pair).target_dir if args.pair else resolve_model(args.target)

@@ -165,17 +165,20 @@ def epoch_order(documents: TokenDocuments, tokens_per_batch: int, seed: int, epo
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def make_batch(documents: TokenDocuments, indices: np.ndarray, device: torch.device) -> Batch:
-    """The padded batch of these documents; assembled on the host, so that nothing is read back."""
+def make_batch(documents: TokenDocuments, indices: np.ndarray, device: torch.device, *, answers_only: bool = False) -> Batch:
+    """The padded batch of these documents; assembled on the host, so that nothing is read back. answers_only: of a document with an answer, only the
+    positions that predict it."""
     lengths = documents.lengths[indices]
     width = int(-(-lengths.max() // LENGTH_STEP)) * LENGTH_STEP
     ids = np.zeros((len(indices), width), np.int64)
     positions, answer = [], []
     for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
         ids[row, :length] = documents.document(int(index))
-        at = np.arange(max(int(documents.starts[index]), 1) - 1, length - 1)
+        answer_at = int(documents.answers[index])
+        begin = answer_at if answers_only and answer_at < length else int(documents.starts[index])
+        at = np.arange(max(begin, 1) - 1, length - 1)
         positions.append(at + row * width)
-        answer.append(at + 1 >= documents.answers[index])
+        answer.append(at + 1 >= answer_at)
     where = np.concatenate(positions)
     labels = ids.reshape(-1)[where + 1]
     arrays = (ids, where, labels, np.concatenate(answer))

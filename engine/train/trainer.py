@@ -147,7 +147,8 @@ class Trainer:
 
     def _step_once(self) -> None:
         o = self.options
-        batch = make_batch(self.documents, self._next_documents(), self.device)
+        # a user's message is never drafted
+        batch = make_batch(self.documents, self._next_documents(), self.device, answers_only=True)
         rate, mix = self.schedule()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

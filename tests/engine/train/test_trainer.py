@@ -190,6 +190,11 @@ def test_batches_hold_every_document_once_and_point_at_its_own_text(documents: T
     assert batch.labels.tolist() == first[1:] + second[1:]
     assert torch.equal(batch.token_ids.flatten()[batch.positions + 1], batch.labels)
     assert batch.answer.tolist() == [i >= 3 for i in range(1, len(first))] + [i >= 3 for i in range(1, len(second))]
+    answers = make_batch(documents, np.array([5, 0]), torch.device("cpu"), answers_only=True)
+    assert answers.answer.all() and torch.equal(answers.labels, batch.labels[batch.answer])
+    assert torch.equal(answers.positions, batch.positions[batch.answer])
+    without = replace(documents, answers=documents.lengths.astype(np.int32))
+    assert torch.equal(make_batch(without, np.array([5, 0]), torch.device("cpu"), answers_only=True).labels, batch.labels)
 
 
 def test_documents_survive_the_disk(documents: TokenDocuments, tmp_path):

@@ -72,10 +72,10 @@ def test_training_measuring_and_storing(target, sets, tmp_path):
     for docs, group, temperature in ((sets.greedy, "greedy", 0.0), (sets.sampled, "temperature_1", 1.0)):
         prompts = [docs.document(i)[: docs.answers[i]].tolist() for i in range(len(docs)) if docs.answers[i] < docs.lengths[i]]
         params = [
-            SamplingParams(max_new_tokens=64, temperature=temperature, seed=s, draft_length=4, stop_token_ids=(2,))
-            for s in range(len(prompts))
+            SamplingParams(max_new_tokens=40, temperature=temperature, seed=s, draft_length=4, stop_token_ids=(2,))
+            for s in range(4 * len(prompts))
         ]
-        made = [result.speculation for result in engine.generate(prompts, params)]
+        made = [result.speculation for result in engine.generate(4 * prompts, params)]
         per_step = 1 + sum(m.accepted for m in made) / sum(m.steps for m in made)
         assert per_step == pytest.approx(figures["stored"][group]["tokens_per_step"], rel=0.2) and per_step > 1.3
     card = model_card("tiny", "Apache-2.0", "the command", figures)
@@ -220,12 +220,15 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
         tmp_path / "c.pt",
         "--json-out",
         tmp_path / "t.json",
+        "--mix",
+        "0.1,0.3",
         "--temperatures",
         "0.2,0.9",
     )
     assert status == 0, said
     figures = json.loads((tmp_path / "t.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "from 10% to 30% of the training on" in card
     assert figures["data"]["temperatures"] == [0.2, 0.9] and "at temperatures 0.2 to 0.9" in card
     assert figures["done"] and figures["steps"] == 20 and f"{figures['stored']['greedy']['agreement']:.3f}" in card
     assert str(tmp_path) not in card and "--exit-layer 1" in card and str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
@@ -237,6 +240,8 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     assert json.loads((tmp_path / "m.json").read_text())["steps"] == 30
     status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--temperatures", "0.6")
     assert status == 2 and "--temperatures cannot be '0.6'" in said
+    status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--mix", "0.5,0.1")
+    assert status == 2 and "--mix cannot be '0.5,0.1'" in said and not (tmp_path / "other").exists()
     shapes = "1,1,64,tied 2,1,64,own 9,1,64,own"
     status, said = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
     # the last one does not fit: refused by name, after the results of the others were written
