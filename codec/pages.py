@@ -231,7 +231,9 @@ class PageDecoder:
         return LayerRows(self, tokens, chunks)
 
     def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
-        """float32 [T, D] of components of the fallback basis, in products of whole blocks of rows: as `rows`."""
+        """float32 [T, D] of components of the fallback basis; on a CPU in products of whole blocks of rows: as `rows`."""
+        if rest.device.type != "cpu":  # where a launch a block would take longer than the products
+            return self.fallback.expand(rest).float()
         parts = []
         for block in rest.split(_BLOCK_ROWS):
             parts.append(self.fallback.expand(torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block))))[: len(block)].float())
