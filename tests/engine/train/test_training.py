@@ -205,6 +205,8 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
         5,
         "--sample-tokens",
         1024,
+        "--mix",
+        "0.1,0.3",
     ]
 
     def run(*more: object) -> tuple[int, str]:
@@ -220,8 +222,6 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
         tmp_path / "c.pt",
         "--json-out",
         tmp_path / "t.json",
-        "--mix",
-        "0.1,0.3",
         "--temperatures",
         "0.2,0.9",
     )
@@ -240,8 +240,8 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     assert json.loads((tmp_path / "m.json").read_text())["steps"] == 30
     status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--temperatures", "0.6")
     assert status == 2 and "--temperatures cannot be '0.6'" in said
-    status, said = run("--out", tmp_path / "none", "--data", tmp_path / "other", "--mix", "0.5,0.1")
-    assert status == 2 and "--mix cannot be '0.5,0.1'" in said and not (tmp_path / "other").exists()
+    status, said = run("--out", tmp_path / "none", "--data", tmp_path / "third", "--mix", "0.5,0.1")
+    assert status == 2 and "--mix cannot be '0.5,0.1'" in said and not (tmp_path / "third").exists()
     shapes = "1,1,64,tied 2,1,64,own 9,1,64,own"
     status, said = run("--out", tmp_path / "none", "--search", shapes, "--search-seconds", 0.3, "--json-out", tmp_path / "s.json")
     # the last one does not fit: refused by name, after the results of the others were written
