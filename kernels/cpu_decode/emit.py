@@ -197,9 +197,9 @@ class Code:
         return self.intrinsic(f"llvm.fma.v{LANES}f32", VECTOR, x, y, z)
 
     def prefetch(self, address: Number) -> None:
-        """Ask for memory, for reading, into the first cache."""
+        """Ask for memory, for reading, into the second cache."""
         pointer = Number(self, self.b.inttoptr(address.value, I8.as_pointer()))
-        options = [self.of(I32, value) for value in (0, 3, 1)]
+        options = [self.of(I32, value) for value in (0, 2, 1)]
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), pointer, *options)
 
     @contextmanager

@@ -16,8 +16,12 @@ from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_
 from kernels.cpu_decode.emit import F16, F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
 
 FORMATS = (BF16, *NAMES.values())
-MOST_TOGETHER = 4  # rows whose sums run side by side
-AHEAD_BYTES = 512  # of one output's weights are asked for before they are needed
+MOST_TOGETHER = 4  # rows whose sums run side by side for one output
+# (rows, outputs) whose sums run side by side, for as many rows and for more: 24 sums multiply about as fast as memory gives weights, and fewer rows
+# are filled up to that, as a loop that overtakes what it asked for is slower
+FEW, MORE = (6, 4), (8, 3)
+# weights are asked for so much before they are needed: a row's own for one output, and those behind several, into the second cache
+AHEAD_BYTES, FAR_AHEAD_BYTES = 4096, 16384
 
 
 def argument_types(name: str) -> list[Any]:
@@ -101,48 +105,54 @@ def _write_product(c: Code, kind: int, pairs: bool) -> None:
 
     x: bf16 rows of pairs for products of pairs, float32 otherwise.
     """
-    tile = 4 if pairs else 1
     with c.function(f"product_{kind}", [I64] * 10) as arguments:
         w, w_stride, first, last, x, x_stride, rows, y, y_stride, blocks = arguments
 
-        def rows_of(start: Number, outputs: int) -> None:
-            own, into = w + start * w_stride, y + start * 4
-            whole = rows // MOST_TOGETHER * MOST_TOGETHER
+        def dots(output: Number, outputs: int, row: Number, count: int, some: Number | None = None) -> None:
+            own, into = w + output * w_stride, y + output * 4 + row * y_stride
+            _dots(c, kind, pairs, outputs, count, some, own, w_stride, x + row * x_stride, x_stride, into, y_stride, blocks)
 
-            def dots(row: Number, count: int) -> None:
-                _dots(c, kind, pairs, outputs, count, own, w_stride, x + row * x_stride, x_stride, into + row * y_stride, y_stride, blocks)
+        def one_by_one(start: Number, together: int) -> None:
+            with c.loop(start, last) as output:
+                whole = rows // together * together
+                with c.loop(0, whole, together) as row:
+                    dots(output, 1, row, together)
+                for count in range(1, together):
+                    with c.when((rows - whole).compare("==", count)):
+                        dots(output, 1, whole, count)
 
-            with c.loop(0, whole, MOST_TOGETHER) as row:
-                dots(row, MOST_TOGETHER)
-            for count in range(1, MOST_TOGETHER):
-                with c.when((rows - whole).compare("==", count)):
-                    dots(whole, count)
-
-        middle = first + (last - first) // tile * tile
-        if tile > 1:  # one row waits for memory, which comes fastest in one stream
-            middle = rows.compare("==", 1).choose(first, middle)
-        with c.loop(first, middle, tile) as output:
-            rows_of(output, tile)
-        if tile > 1:
-            with c.loop(middle, last) as output:
-                rows_of(output, 1)
+        if not pairs:
+            one_by_one(first, MOST_TOGETHER)
+            return
+        with c.when(rows.compare("==", 1)):  # waits for memory, which comes fastest in one stream
+            one_by_one(first, 1)
+        more = rows.compare(">", FEW[0]).choose(rows, c.of(I64, MORE[0] + 1)).compare("<=", MORE[0])
+        for (most, outputs), chosen in ((FEW, more.choose(c.of(I64, 1), rows).compare(">", 1)), (MORE, more)):
+            with c.when(chosen):
+                # a tile stores four sums: one output at least is left to be written after it
+                middle = first + (last - first - 1) // outputs * outputs
+                groups = (rows + (most - 1)) // most
+                with c.loop(first, middle, outputs) as output, c.loop(0, groups) as number:
+                    start = rows * number // groups
+                    dots(output, outputs, start, most, rows * (number + 1) // groups - start)
+                one_by_one(middle, 1)
 
 
 def _dots(
-    c: Code, kind: int, pairs: bool, outputs: int, count: int,
+    c: Code, kind: int, pairs: bool, outputs: int, count: int, some: Number | None,
     w: Number, w_stride: Number, x: Number, x_stride: Number, y: Number, y_stride: Number, blocks: Number,
 ) -> None:  # fmt: skip
-    """y[r, o] = sum over k of w[o, k] x[r, k] for `count` rows and so many outputs."""
+    """y[r, o] = sum over k of w[o, k] x[r, k] for `count` rows, or the first `some` of them, and so many outputs; of three a fourth is written."""
     parts = 1 if pairs else 2
     sums = [[[Variable(c, c.of(VECTOR, 0.0)) for _ in range(parts)] for _ in range(outputs)] for _ in range(count)]
     weights = [w + w_stride * o for o in range(outputs)]
-    inputs = [x + x_stride * r for r in range(count)]
+    inputs = [x + x_stride * (r if some is None else (some - 1).at_most(r)) for r in range(count)]
     with c.loop(0, blocks) as block:
         at, x_at = block * BLOCK_BYTES[kind], block * (2 * BLOCK if pairs else 4 * BLOCK)
         taken: list[tuple[Number, ...]] = []
         for weight in weights:
             # of several outputs at once the memory behind them all is asked for in its own order
-            c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + w_stride * outputs + at * outputs + 2 * BLOCK * len(taken))
+            c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + at * outputs + (2 * BLOCK * len(taken) + FAR_AHEAD_BYTES))
             taken.append((c.load(weight + at, lanes(I32)),) if pairs else _unpack(c, kind, weight + at))
         for r, row in enumerate(inputs):
             for part in range(parts):
@@ -151,8 +161,16 @@ def _dots(
                     total = sums[r][o][part]
                     total.set(_multiply_pairs(c, taken[o][part], own, total.get()) if pairs else c.fma(taken[o][part], own, total.get()))
     for r in range(count):
-        found = [total[0].get() if pairs else total[0].get() + total[1].get() for total in sums[r]]
-        c.store(_totals(found) if outputs == 4 else found[0].total(), y + y_stride * r)
+
+        def write(r: int = r) -> None:
+            found = [total[0].get() if pairs else total[0].get() + total[1].get() for total in sums[r]]
+            c.store(found[0].total() if outputs == 1 else _totals((found + found[:1])[:4]), y + y_stride * r)
+
+        if some is None or not r:
+            write()
+        else:
+            with c.when(some.compare(">", r)):
+                write()
 
 
 def _multiply_pairs(c: Code, x: Number, y: Number, total: Number) -> Number:
