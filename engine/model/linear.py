@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.cpu_decode import MOST_ROWS, compiled_available, compiled_loads
+from kernels.cpu_decode import compiled_available, compiled_loads, most_rows
 from kernels.cpu_decode.blocks import BLOCK, BlockWeight
 
 LARGEST_COPY_BYTES = 128 << 20
@@ -139,10 +139,10 @@ def _least_s(run: Callable[[int], object]) -> float:
 
 
 def compiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, in] by weight [out, in], plain or quantised, plus bias [out] -> [N, out]: up to MOST_ROWS rows compiled, more by the library."""
+    """x [N, in] by weight [out, in], plain or quantised, plus bias [out] -> [N, out]: up to `most_rows` rows compiled, more by the library."""
     if isinstance(weight, Int8Weight):
         return onednn_linear(x, weight, bias)
-    if x.shape[0] > MOST_ROWS:
+    if x.shape[0] > most_rows(torch.get_num_threads()):
         return _library_linear(x, weight, bias)
     return compiled_rows(x, weight, bias)
 

@@ -15,13 +15,13 @@ from engine.model.attention import AttentionBatch
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.model.linear import multiplies_compiled
 from engine.runtime.decoder_runner import DecoderRunner
-from kernels.cpu_decode import MOST_ROWS
+from kernels.cpu_decode import most_rows
 
 _ROWS = 64  # of a deterministic pass that run together
 
 
 class CompiledDecoder(DecoderRunner):
-    """A decoder whose passes of up to MOST_ROWS rows, and all deterministic ones, run as compiled steps. Implements `draft.protocols.CausalDecoder`.
+    """A decoder whose passes of up to `most_rows` rows, and all deterministic ones, run as compiled steps. Implements `draft.protocols.CausalDecoder`.
 
     Args:
         decoder: a model that `supports` names.
@@ -54,7 +54,7 @@ class CompiledDecoder(DecoderRunner):
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
-        if not deterministic and hidden.shape[0] > MOST_ROWS:
+        if not deterministic and hidden.shape[0] > most_rows(torch.get_num_threads()):
             return self.decoder.head(hidden)
         from kernels.cpu_decode.step import head
 
@@ -79,7 +79,11 @@ class CompiledDecoder(DecoderRunner):
         depth = self.config.num_layers
         last = depth if last_layer is None else last_layer
         rows = sum(query_lens)
-        if (not deterministic and rows > MOST_ROWS) or (token_ids is None and hidden is None) or first_layer >= last:
+        if (
+            (not deterministic and rows > most_rows(torch.get_num_threads()))
+            or (token_ids is None and hidden is None)
+            or first_layer >= last
+        ):
             return self.decoder.forward(
                 token_ids,
                 sequences,

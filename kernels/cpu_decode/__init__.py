@@ -10,11 +10,10 @@ import re
 
 from kernels.dispatch import VARIABLE
 
-__all__ = ["MOST_ROWS", "compiled_available", "compiled_loads"]
-
-MOST_ROWS = 16  # up to which the compiled products are as fast as a library's, which multiply many rows at once
+__all__ = ["compiled_available", "compiled_loads", "most_rows"]
 
 
+_MOST_ROWS, _LEAST_MOST_ROWS = 48, 16
 _LEAST_VERSION = (0, 44)  # earlier ones lack LLVM's pass builder; Numba's own may be one
 
 
@@ -27,6 +26,11 @@ def _importable() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return found is not None and (int(found[1]), int(found[2])) >= _LEAST_VERSION
+
+
+def most_rows(threads: int) -> int:
+    """Rows up to which compiled products, of one thread, are faster than a library's of so many threads, which multiplies many rows at once."""
+    return max(_LEAST_MOST_ROWS, _MOST_ROWS // threads)
 
 
 def compiled_available() -> bool:
