@@ -265,7 +265,7 @@ def train(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, specia
     document |= figures
     write_json(args, document)
     licence = args.licence or PAIR_LICENCES.get(args.pair or "", "see the target's own licence")
-    Path(args.out, "README.md").write_text(model_card(name, licence, document["command"], figures), encoding="utf-8")
+    Path(args.out, "README.md").write_text(model_card(name, licence, document["command"], document), encoding="utf-8")
     return document
 
 

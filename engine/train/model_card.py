@@ -14,7 +14,7 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
         target: name of the model it was trained for.
         licence: the target's.
         command: that printed the figures.
-        figures: as `engine.train.training.DraftHeadTraining.save` returns them.
+        figures: as `engine.train.training.DraftHeadTraining.save` returns them; with a start, what `start_from` returned.
     """
     a, options, data = figures["architecture"], figures["options"], figures["data"]
     head = "a head of its own" if a["head"] == "own" else "the rows of the target's head"
@@ -35,14 +35,15 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
         "|---|---|---|",
         *_rows(figures),
         "",
-        *_given(figures),
+        *_kinds(figures),
         f"A draft step reads {figures['draft_step_cost']:.1%} of the weights a target step reads. The {a['vocab_size']:,} tokens are "
         f"{figures['coverage']:.2%} of what the target writes.",
         "",
         "## Training",
         f"- Data: {data['drawn_tokens']:,} tokens in {figures['data_documents']:,} conversations, drawn from the target itself given only the "
         f"opening of its chat template, at temperatures {temperatures}, up to {data['context']} tokens long, seed {data['seed']}{_added(data)}.",
-        f"- Distillation on the target's distribution: divergence first, total variation {variation}; "
+        *_start(figures),
+        f"- Distillation on the target's distribution over answers: divergence first, total variation {variation}; "
         f"{figures['steps']:,} steps, {figures['trained_tokens']:,} predicted tokens, {figures['epochs']:g} epochs, "
         f"{figures['training_seconds']:,.0f} s on {figures['device']} with PyTorch {figures['torch']}; {_OPTIMIZERS[options['optimizer']]}, peak rate "
         f"{options['learning_rate']:g}, seed {options['seed']}, averaged weights.",
@@ -57,17 +58,31 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
     return "\n".join(lines)
 
 
-def _given(figures: dict[str, Any]) -> list[str]:
-    if "given_greedy" not in figures:
+def _kinds(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind, messages in (
+        ("given_", "messages of the given kind that were held out"),
+        ("other_", "messages of kinds that are never trained on"),
+    ):
+        if kind + "greedy" in figures:
+            lines += [
+                f"The same on its answers to {messages}:",
+                "",
+                "| | stored | as trained |",
+                "|---|---|---|",
+                *_rows(figures, kind),
+                "",
+            ]
+    return lines
+
+
+def _start(figures: dict[str, Any]) -> list[str]:
+    if "start" not in figures:
         return []
-    return [
-        "The same on its answers to messages of the given kind that were held out:",
-        "",
-        "| | stored | as trained |",
-        "|---|---|---|",
-        *_rows(figures, "given_"),
-        "",
-    ]
+    names = (("", "the target's own questions"), ("given_", "given messages"), ("other_", "messages of other kinds"))
+    found = [(figures["start"].get(kind + "temperature_1"), name) for kind, name in names]
+    before = ", ".join(f"{group['acceptance']:.3f} on answers to {name}" for group, name in found if group)
+    return [f"- Begun with an earlier draft head of this shape, whose acceptance at temperature 1 with this vocabulary was {before}."]
 
 
 def _rows(figures: dict[str, Any], kind: str = "") -> list[str]:

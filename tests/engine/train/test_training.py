@@ -279,6 +279,11 @@ def test_a_training_goes_on_from_a_draft_head_and_is_measured_on_other_messages(
     assert set(start) == {f"{kind}{group}" for kind in ("", "given_", "other_") for group in ("temperature_1", "greedy")}
     assert start["temperature_1"]["acceptance"] > fresh["temperature_1"]["acceptance"] + 0.01
     assert start == second.all_measured(), "both the live and the averaged weights"
+    figures = second.save(tmp_path / "second", "tiny", 16, second.figures())
+    card = model_card("tiny", "Apache-2.0", "the command", figures | {"start": start})
+    assert "kinds that are never trained on" in card and f"{figures['stored']['other_greedy']['agreement']:.3f}" in card
+    assert f"{start['other_temperature_1']['acceptance']:.3f} on answers to messages of other kinds" in card
+    assert "Begun with" not in model_card("tiny", "Apache-2.0", "the command", figures)
     assert all(torch.equal(a, b) for a, b in zip(second.trainer.student.parameters(), second.trainer.averaged.parameters(), strict=True))
     for other_shape in ("1,1,24,tied", "2,2,24,tied", "2,1,24,own"):
         training = DraftHeadTraining(target, teacher_of(target), more, CHAT.special, Architecture.parse(other_shape), options)
