@@ -323,6 +323,7 @@ class Session:
                 # the last token may run again
                 self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=min(end, held - 1))
             if not self.spans:
+                reason = f"all {held} tokens are among the last, which {quality} keeps as ids"
                 return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
             start = self.spans[-1].end
             codec.release(self.conversation, start)

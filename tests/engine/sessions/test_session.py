@@ -403,5 +403,6 @@ def test_the_last_tokens_of_a_near_lossless_session_are_kept_as_ids(chat_engine,
     short.generate(list(range(3, 40)), GREEDY)
     report = short.suspend(tmp_path / "short.kv")
     assert report.restore == "recompute" and report.estimated_kl == 0.0 and report.quality == "near-lossless"
+    assert report.reason is not None and "near-lossless keeps as ids" in report.reason
     again = session_of(chat_engine("draft"), tmp_path / "short.kv")
     assert again.generate("", GREEDY).token_ids == short.generate("", GREEDY).token_ids
