@@ -521,15 +521,19 @@ class DraftingPolicy:
         plain_rate = batch / plan.seconds
         if not able or not lengths:
             return plain_rate
+        trying = self.most_rows is not None and load.burst != 0
+        # whether to take it up again is looked at now and then: a GPU's step is short, and nothing new is known of drafts that nobody makes
+        if self.most_rows is not None and not (load.on["model"] or trying) and (load.waited["model"] + 1) % CORRECT_EVERY:
+            load.waited["model"] += 1
+            return plain_rate
         chains = {b: requests[b].acceptance.chain() for b in able}
         able = sorted(able, key=lambda b: -chains[b][0])
         best, length, count, expected = self._best(costs, chains, able, batch, lengths)
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
-            trying = self.most_rows is not None and load.burst != 0
-            # whether to try it again is looked at now and then: a GPU's step is short
-            if not trying and (load.waited["model"] + 1) % CORRECT_EVERY:
+            # the same where steps are not captured
+            if self.most_rows is None and (load.waited["model"] + 1) % CORRECT_EVERY:
                 load.waited["model"] += 1
                 return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}

@@ -251,6 +251,11 @@ class GraphedDecoder(DecoderRunner):
         """
         last = self.config.num_layers if last_layer is None else last_layer
         length = padded_length(max(query_lens))
+        prompt = logits == "last" or (logits == "none" and length > 1)
+        if prompt and not deterministic and len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * PROMPT_LENGTHS[0] <= MAX_ROWS:
+            length = max(
+                length, PROMPT_LENGTHS[0]
+            )  # what is left of a prompt behind a known beginning; all lengths below share a captured step
         if deterministic:
             small = logits != "last" and length <= _BLOCK
         else:
@@ -274,7 +279,15 @@ class GraphedDecoder(DecoderRunner):
             sequence.check_writable(start, start + count)
         source = token_ids if hidden is None else hidden
         assert source is not None
-        run = partial(self._pass, taps=taps, logits=logits, layers=range(first_layer, last), embed=hidden is None)
+        # what is left of a prompt behind a known beginning: all short lengths share a captured step
+        run = partial(
+            self._pass,
+            length=None if deterministic else length,
+            taps=taps,
+            logits=logits,
+            layers=range(first_layer, last),
+            embed=hidden is None,
+        )
         if not deterministic:
             return run(source, sequences, query_lens, starts)
         return self._in_groups(run, source, sequences, query_lens, starts)
@@ -306,18 +319,20 @@ class GraphedDecoder(DecoderRunner):
         query_lens: Sequence[int],
         starts: Sequence[int],
         *,
+        length: int | None,
         taps: tuple[int, ...],
         logits: Logits,
         layers: range,
         embed: bool,
         deterministic: bool = False,
     ) -> DecoderOutput:
-        """One captured pass over token ids (embed) or hidden states `source`, one row a new token; pages are there."""
+        """One captured pass over token ids (embed) or hidden states `source`, one row a new token; pages are there. length: new tokens a request that
+        the step has; None: as many as hold these."""
         with_logits = logits != "none" and layers.stop == self.config.num_layers
         pages = max(len(s.pages) for s in sequences)
         step = self.step(
             len(sequences),
-            padded_length(max(query_lens)),
+            padded_length(max(query_lens)) if length is None else length,
             pages,
             layers.start,
             layers.stop,

@@ -10,7 +10,7 @@ import torch
 
 from engine.engine import Engine
 from engine.model.decoder import forward_reserved
-from engine.runtime.model_runner import GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
+from engine.runtime.model_runner import PROMPT_LENGTHS, GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
 from engine.runtime.sampling import SamplingParams
 
 GPU = torch.cuda.is_available()
@@ -252,3 +252,20 @@ def test_no_captured_step_waits_for_the_device(decoder, draft_length):
             torch.cuda.set_sync_debug_mode("default")
         for request in requests:
             core.abandon(request)
+
+
+@torch.inference_mode()
+def test_what_is_left_of_a_short_prompt_takes_the_step_captured_for_prompts(decoder):
+    """Behind a shared beginning a few tokens are left: no length of its own may be captured for them."""
+    runner = GraphedDecoder(decoder, decoder.new_pool(32, 16), capture=GPU)
+    sequences = [runner.pool.new_sequence() for _ in range(2)]
+    ids = torch.tensor([3, 4, 9, 20, 5], device=DEVICE)
+    found = forward_reserved(runner, ids, sequences, [4, 1], logits="last")
+    assert {key.length for key in runner._steps} == {PROMPT_LENGTHS[0]}
+    for sequence in sequences:
+        sequence.free()
+    whole = forward_reserved(decoder, ids, [runner.pool.new_sequence() for _ in range(2)], [4, 1], logits="last")
+    torch.testing.assert_close(found.logits, whole.logits, atol=2e-2, rtol=2e-2)
+    many = [runner.pool.new_sequence() for _ in range(9)]
+    forward_reserved(runner, ids.repeat(2)[:9], many, [1] * 9, logits="last")
+    assert {key.length for key in runner._steps if key.batch == 16} == {1}, "16 rows for each of so many are too many"
