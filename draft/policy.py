@@ -600,6 +600,7 @@ class DraftingPolicy:
         length = max(seconds, key=lambda k: (batch + gains[k]) / seconds[k])
         relative = (batch + gains[length]) / batch * costs.step_seconds(0, batch) / seconds[length] * self._ratio("ngram", load, batch)
         if not gains[length] or (any(plan.lengths) and relative * batch < rate * costs.step_seconds(0, batch)):
+            load.waited["ngram"] += not load.on["ngram"]  # a look that found nothing: the next one is CORRECT_EVERY steps away, too
             return
         if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
             return

@@ -253,9 +253,8 @@ class GraphedDecoder(DecoderRunner):
         length = padded_length(max(query_lens))
         prompt = logits == "last" or (logits == "none" and length > 1)
         if prompt and not deterministic and len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * PROMPT_LENGTHS[0] <= MAX_ROWS:
-            length = max(
-                length, PROMPT_LENGTHS[0]
-            )  # what is left of a prompt behind a known beginning; all lengths below share a captured step
+            # what is left of a prompt behind a known beginning: all short lengths share a captured step
+            length = max(length, PROMPT_LENGTHS[0])
         if deterministic:
             small = logits != "last" and length <= _BLOCK
         else:
@@ -279,7 +278,6 @@ class GraphedDecoder(DecoderRunner):
             sequence.check_writable(start, start + count)
         source = token_ids if hidden is None else hidden
         assert source is not None
-        # what is left of a prompt behind a known beginning: all short lengths share a captured step
         run = partial(
             self._pass,
             length=None if deterministic else length,

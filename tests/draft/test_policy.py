@@ -12,6 +12,7 @@ import torch
 import draft.policy as policy_module
 from draft.acceptance import PRIOR_RATE, AcceptanceRate, MatchAcceptance, SharedRate
 from draft.policy import (
+    CORRECT_EVERY,
     FIRST_PROBE,
     LAST_PROBE,
     MAX_AUTO_LENGTH,
@@ -151,14 +152,27 @@ def test_captured_steps_bound_rows_and_lengths():
     assert steps(policy, 20, lambda k: k, batch=4)[-1] == 2
     repeated = [1, 2, 3] * 10
     requests = [policy.request("auto", greedy=True) for _ in range(6)]
-    plan = policy.plan(requests, [repeated] * 6, [ROOM] * 6)
-    assert [len(own) for own in plan.given] == [1] * 6 and plan.kind == "ngram"
+    plans = [policy.plan(requests, [repeated] * 6, [ROOM] * 6) for _ in range(CORRECT_EVERY)]  # texts are looked through in one of so many
+    assert [len(own) for own in plans[-1].given] == [1] * 6 and plans[-1].kind == "ngram"
     few = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: (1,) if kind == "model" else ())
     assert few.lengths == [1] and few.given == [[]]
     none = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: ())
     assert none.kind == "plain" and none.lengths == [0] and none.given == [[]]
     many = policy.plan([policy.request("auto", greedy=True) for _ in range(7)], [repeated] * 7, [ROOM] * 7, drafter_room=[ROOM] * 7)
     assert many.kind == "plain", "not even one draft each fits"
+
+
+def test_a_text_that_repeats_nothing_is_looked_through_in_every_eighth_captured_step(monkeypatch):
+    policy = block_policy(((1, 3.0),), FLAT, lengths=(1, 2, 4), most_rows=128, ngrams=True)
+    looks, request = [], policy.request("auto", greedy=True)
+    monkeypatch.setattr(request, "look_up", lambda tokens, count: looks.append(count) or ([], []))
+    for _ in range(80):
+        assert policy.plan([request], [list(range(100))], [ROOM]).kind == "plain"
+    assert len(looks) == 10
+    chains = []
+    monkeypatch.setattr(request.acceptance, "chain", lambda: chains.append(1) or [0.1] * MAX_AUTO_LENGTH)
+    steps_seen = [policy.plan([request], [list(range(100))], [ROOM], drafter_room=[ROOM]).kind for _ in range(88)]
+    assert set(steps_seen) == {"plain"} and len(chains) <= 12, "nor is a draft that rests weighed in every step"
 
 
 def test_fixed_lengths_are_kept_and_no_costs_mean_no_drafts():
