@@ -34,6 +34,7 @@ def write_program(*, pairs: bool) -> Any:
     c = Code()
     for kind in FORMATS:
         _write_product(c, kind, pairs and kind == BF16)
+    _write_key_product(c, pairs)
     _write_pack(c)
     _write_any_product(c, pairs)
     _write_attend(c, pairs)
@@ -129,8 +130,8 @@ def _write_product(c: Code, kind: int, pairs: bool) -> None:
         more = rows.compare(">", FEW[0]).choose(rows, c.of(I64, MORE[0] + 1)).compare("<=", MORE[0])
         for (most, outputs), chosen in ((FEW, more.choose(c.of(I64, 1), rows).compare(">", 1)), (MORE, more)):
             with c.when(chosen):
-                # a tile stores four sums: one output at least is left to be written after it
-                middle = first + (last - first - 1) // outputs * outputs
+                # a tile stores four sums: of three outputs, one at least is left to be written after it
+                middle = first + (last - first - int(outputs < 4)) // outputs * outputs
                 groups = (rows + (most - 1)) // most
                 with c.loop(first, middle, outputs) as output, c.loop(0, groups) as number:
                     start = rows * number // groups
@@ -138,9 +139,35 @@ def _write_product(c: Code, kind: int, pairs: bool) -> None:
                 one_by_one(middle, 1)
 
 
+def _write_key_product(c: Code, pairs: bool) -> None:
+    """`product` of queries with keys: few numbers each, which lie apart as other heads' are between them, and often in a cache."""
+    outputs = 4 if pairs else 1
+    with c.function("product_keys", [I64] * 9) as (w, w_stride, last, x, x_stride, rows, y, y_stride, blocks):
+
+        def rows_of(start: Number, outputs: int) -> None:
+            whole = rows // MOST_TOGETHER * MOST_TOGETHER
+
+            def dots(row: Number, count: int) -> None:
+                own, into, at = w + start * w_stride, y + start * 4 + row * y_stride, x + row * x_stride
+                _dots(c, BF16, pairs, outputs, count, None, own, w_stride, at, x_stride, into, y_stride, blocks, apart=True)
+
+            with c.loop(0, whole, MOST_TOGETHER) as row:
+                dots(row, MOST_TOGETHER)
+            for count in range(1, MOST_TOGETHER):
+                with c.when((rows - whole).compare("==", count)):
+                    dots(whole, count)
+
+        middle = last // outputs * outputs
+        with c.loop(0, middle, outputs) as output:
+            rows_of(output, outputs)
+        if outputs > 1:
+            with c.loop(middle, last) as output:
+                rows_of(output, 1)
+
+
 def _dots(
     c: Code, kind: int, pairs: bool, outputs: int, count: int, some: Number | None,
-    w: Number, w_stride: Number, x: Number, x_stride: Number, y: Number, y_stride: Number, blocks: Number,
+    w: Number, w_stride: Number, x: Number, x_stride: Number, y: Number, y_stride: Number, blocks: Number, *, apart: bool = False,
 ) -> None:  # fmt: skip
     """y[r, o] = sum over k of w[o, k] x[r, k] for `count` rows, or the first `some` of them, and so many outputs; of three a fourth is written."""
     parts = 1 if pairs else 2
@@ -151,8 +178,10 @@ def _dots(
         at, x_at = block * BLOCK_BYTES[kind], block * (2 * BLOCK if pairs else 4 * BLOCK)
         taken: list[tuple[Number, ...]] = []
         for weight in weights:
-            # of several outputs at once the memory behind them all is asked for in its own order
-            c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + at * outputs + (2 * BLOCK * len(taken) + FAR_AHEAD_BYTES))
+            if apart:
+                c.prefetch(weight + at + w_stride * (2 * outputs))
+            else:  # of several outputs at once the memory behind them all is asked for in its own order
+                c.prefetch(weight + at + AHEAD_BYTES if outputs == 1 else w + at * outputs + (2 * BLOCK * len(taken) + FAR_AHEAD_BYTES))
             taken.append((c.load(weight + at, lanes(I32)),) if pairs else _unpack(c, kind, weight + at))
         for r, row in enumerate(inputs):
             for part in range(parts):
@@ -314,9 +343,9 @@ def _write_attend(c: Code, pairs: bool) -> None:
         with c.loop(0, for_pages) as number:
             start = number * page_size
             count, base = (position - start).at_most(page_size), keys + page(number) * page_size * row_bytes
-            c.call(f"product_{BF16}", base, row_bytes, 0, count, x, x_stride, group, scores + start * 4, s_stride, blocks)
+            c.call("product_keys", base, row_bytes, count, x, x_stride, group, scores + start * 4, s_stride, blocks)
         # the place's key alone, as its neighbours may lie outside of the pool
-        c.call(f"product_{BF16}", keys + at, row_bytes, 0, 1, x, x_stride, group, scores + position * 4, s_stride, blocks)
+        c.call("product_keys", keys + at, row_bytes, 1, x, x_stride, group, scores + position * 4, s_stride, blocks)
         with c.loop(0, group) as head:
             own_scores, own_out = scores + head * s_stride, out + head * d * 4
             total = _softmax(c, own_scores, position + 1, scale)
