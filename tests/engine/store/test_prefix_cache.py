@@ -84,20 +84,21 @@ def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_eng
 
 @pytest.mark.parametrize("draft", ["draft", "head"])
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft, monkeypatch) -> None:
-    """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do."""
+    """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do. At a quality that
+    codes a session's last tokens, too."""
     encode = SessionCodec.encode
     monkeypatch.setattr(SessionCodec, "encode", lambda *args, **_: encode(*args))
     prompt = LONG[:768]
-    session = chat_engine(draft).session(quality="near-lossless", log=lambda _: None)
+    session = chat_engine(draft).session(quality="balanced", log=lambda _: None)
     session.generate(prompt, SamplingParams(max_new_tokens=1, draft_length=0))
     session.suspend(tmp_path / "file")
     resumed = chat_engine(draft).session(tmp_path / "file", restore="decode", log=lambda _: None)
     resumed.conversation.token_ids.pop()
     follow = resumed.generate(chat_engine("none").encode(LONG)[768:], GREEDY)
-    first = store_engine(draft)
+    first = store_engine(draft, quality="balanced")
     restored(first, prompt, SamplingParams(max_new_tokens=1, draft_length=0))
     first.flush()
-    second = store_engine(draft)
+    second = store_engine(draft, quality="balanced")
     result = restored(second)
     assert result.restored_tokens == 768 and result.token_ids == follow.token_ids
     session = second.session(quality="tokens", log=lambda _: None)
