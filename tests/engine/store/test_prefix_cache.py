@@ -84,8 +84,8 @@ def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_eng
 
 @pytest.mark.parametrize("draft", ["draft", "head"])
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft, monkeypatch) -> None:
-    """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do. At a quality that
-    codes a session's last tokens, too."""
+    """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do. At
+    a quality that codes a session's last tokens, too."""
     encode = SessionCodec.encode
     monkeypatch.setattr(SessionCodec, "encode", lambda *args, **_: encode(*args))
     prompt = LONG[:768]
