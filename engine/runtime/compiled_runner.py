@@ -119,10 +119,13 @@ class CompiledDecoder(DecoderRunner):
         positions = np.array(batch.positions, np.int64)
         trees = batch.tree_positions
         places = positions if trees is None else np.array([slot for tree in trees for slot in tree.slots], np.int64)
-        requests = np.repeat(np.arange(len(batch.sequences)), batch.query_lens)
-        tables = np.zeros((len(batch.sequences), max(len(s.pages) for s in batch.sequences)), np.int64)
-        for number, sequence in enumerate(batch.sequences):
-            tables[number, : len(sequence.pages)] = sequence.pages
+        if len(batch.sequences) == 1:  # most steps, and short ones: what the host does counts
+            requests, tables = np.zeros(len(stream), np.int64), np.array([batch.sequences[0].pages], np.int64)
+        else:
+            requests = np.repeat(np.arange(len(batch.sequences)), batch.query_lens)
+            tables = np.zeros((len(batch.sequences), max(len(s.pages) for s in batch.sequences)), np.int64)
+            for number, sequence in enumerate(batch.sequences):
+                tables[number, : len(sequence.pages)] = sequence.pages
         taken = {tap: torch.empty(stream.shape, dtype=self.dtype) for tap in taps}
         for first in range(0, len(stream), _ROWS):
             part = slice(first, first + _ROWS)

@@ -5,6 +5,7 @@ Axes: N new tokens (rows), L layers, H query heads, G KV heads, d head size, E h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,17 +47,13 @@ def _at(x: np.ndarray) -> int:
     return x.ctypes.data if x.size else 0
 
 
-def _workspace(*shape: int, dtype: type = np.float32) -> np.ndarray:
-    return np.empty(shape, dtype)
-
-
 def linear(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [N, in] of any float dtype by a weight [out, in] that `fits` -> float32 [N, out]. A row's bits do not depend on the others."""
     outputs, inputs = weight.shape
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"rows of shape {list(x.shape)} do not fit a weight of shape {list(weight.shape)}")
     out = np.empty((x.shape[0], outputs), np.float32)
-    numbers, packed = _numbers(x), _workspace(*x.shape, dtype=np.uint16)
+    numbers, packed = _numbers(x), np.empty(x.shape, np.uint16)
     _FUNCTIONS["linear"](*_place(weight), outputs, inputs, _at(numbers), x.shape[0], _at(packed), _at(out))
     return torch.from_numpy(out)
 
@@ -109,7 +106,8 @@ class CompiledLayers:
         self._qk_norm = self._stack([w.qk_norm for w in layers], (2, 0))
         self._pool = np.array([[k.data_ptr(), v.data_ptr()] for k, v in pages], np.int64)
         self._page_size = pages[0][0].shape[1]
-        self._sizes = np.array([shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate], np.int64)
+        fixed = (self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool)
+        self._fixed = tuple(_at(numbers) for numbers in fixed)
 
     @staticmethod
     def _stack(parts: Sequence[torch.Tensor | None], absent: tuple[int, ...]) -> np.ndarray:
@@ -135,32 +133,47 @@ class CompiledLayers:
             requests: int64 [N], the row of `page_tables` int64 [B, P] that holds a row's pages.
         """
         s, (rows, width) = self.shape, stream.shape
-        wide = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate)
+        wide, joined = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate), s.heads * s.head_dim
         places_most = int(positions.max()) + 1 + _SPARE_PLACES
-        cos, sin = (_numbers(angle) for angle in angles)
-        normed, spread, attended = _workspace(rows, width), _workspace(rows, wide), _workspace(rows, s.heads * s.head_dim)
-        scores = _workspace(s.heads // s.kv_heads, places_most)
-        packed = _workspace(rows, max(width, s.heads * s.head_dim, s.intermediate), dtype=np.uint16)
+        cos, sin = (angle.float().contiguous() for angle in angles)
+        # in one piece, as every step asks for it: normed, wide, attended, scores; and packed, in two bytes each
+        sizes = (
+            rows * width,
+            rows * wide,
+            rows * joined,
+            s.heads // s.kv_heads * places_most,
+            -(-rows * max(width, joined, s.intermediate) // 2),
+        )
+        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]
+        space = torch.empty(starts[-1])
+        normed, spread, attended, scores, packed = (space.data_ptr() + 4 * start for start in starts[:-1])
+        assert stream.is_contiguous() and stream.dtype == torch.float32
         _FUNCTIONS["run_layers"](
-            _at(self._addresses), _at(self._kinds), _at(self._norms), _at(self._qkv_bias), _at(self._o_bias), _at(self._qk_norm), _at(self._pool),
-            layers.start, layers.stop, _at(stream.numpy()), rows, width, _at(cos), _at(sin),
+            *self._fixed, layers.start, layers.stop, stream.data_ptr(), rows, width, cos.data_ptr(), sin.data_ptr(),
             _at(positions), _at(places), _at(requests), _at(page_tables), page_tables.shape[1],
             s.heads, s.kv_heads, s.head_dim, s.intermediate, self._page_size,
-            _at(normed), _at(spread), wide, _at(attended), _at(scores), places_most, _at(packed), s.eps, s.scale,
+            normed, spread, wide, attended, scores, places_most, packed, s.eps, s.scale,
         )  # fmt: skip
 
 
 def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:
     """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
-    rows, (outputs, width) = _numbers(stream), weight.shape
-    logits, normed, packed, factors = (
-        _workspace(len(rows), outputs),
-        np.empty_like(rows),
-        _workspace(*rows.shape, dtype=np.uint16),
-        _numbers(norm),
+    rows, (outputs, width) = stream.float().contiguous(), weight.shape
+    count, factors = len(rows), norm.float().contiguous()
+    logits, normed, packed = torch.empty(count, outputs), torch.empty(count, width), torch.empty(count, width, dtype=torch.bfloat16)
+    _FUNCTIONS["run_head"](
+        rows.data_ptr(),
+        count,
+        width,
+        factors.data_ptr(),
+        *_place(weight),
+        outputs,
+        normed.data_ptr(),
+        packed.data_ptr(),
+        logits.data_ptr(),
+        eps,
     )
-    _FUNCTIONS["run_head"](_at(rows), len(rows), width, _at(factors), *_place(weight), outputs, _at(normed), _at(packed), _at(logits), eps)
-    return torch.from_numpy(logits)
+    return logits
 
 
 def in_place(name: str, numbers: np.ndarray) -> None:
