@@ -90,9 +90,20 @@ class BlockCopies:
         used = list(blocks[first // size : -(-last // size)])
         shape[self.axis] = len(used)
         dtype = self.layers[0].dtype
-        names = self._host([len(used)], torch.int64)
+        names, host = self._host([len(used)], torch.int64), self._host([len(self.layers), *shape], dtype)
+        try:
+            copied = self._queue(used, names, host)
+            view = self._view(list(host))
+            out = torch.empty(last - first, len(self.layers), 2, view.num_kv_heads, view.head_dim, dtype=dtype)
+            start = first // size * size
+            return out, self._thread.submit(self._finish, names, host, view, first - start, out, copied).result
+        except BaseException:  # memory that nobody gives back is lost to all later copies
+            self._give_back(names, host)
+            raise
+
+    def _queue(self, used: list[int], names: torch.Tensor, host: torch.Tensor) -> torch.cuda.Event | None:
+        """Gather the blocks of all layers and copy them to the host, on the copies' own stream. Returns what their arrival records."""
         names.copy_(torch.tensor(used, dtype=torch.int64))
-        host = self._host([len(self.layers), *shape], dtype)
         copied: torch.cuda.Event | None = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -106,10 +117,7 @@ class BlockCopies:
             host.copy_(staged, non_blocking=True)
             if self._stream is not None:
                 copied = self._stream.record_event()
-        view = self._view(list(host))
-        out = torch.empty(last - first, len(self.layers), 2, view.num_kv_heads, view.head_dim, dtype=dtype)
-        start = first // size * size
-        return out, self._thread.submit(self._finish, names, host, view, first - start, out, copied).result
+        return copied
 
     def _host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Page-locked memory: of the buffer, or, where that is full, newly allocated, which takes long."""
@@ -119,12 +127,17 @@ class BlockCopies:
     @torch.inference_mode()
     def _finish(self, names: torch.Tensor, host: torch.Tensor, view: PagedKv, start: int, out: torch.Tensor, copied: Any) -> None:
         """In a thread: when a copy has arrived, bring it into the order of tokens and give its memory back."""
-        if copied is not None:
-            copied.synchronize()
-        for n, (keys, values) in enumerate(zip(view.keys, view.values, strict=True)):
-            for half, pages in enumerate((keys, values)):
-                out[:, n, half] = pages.flatten(0, 1)[start : start + len(out)]
-        for piece in (names, host):
+        try:
+            if copied is not None:
+                copied.synchronize()
+            for n, (keys, values) in enumerate(zip(view.keys, view.values, strict=True)):
+                for half, pages in enumerate((keys, values)):
+                    out[:, n, half] = pages.flatten(0, 1)[start : start + len(out)]
+        finally:
+            self._give_back(names, host)
+
+    def _give_back(self, *pieces: torch.Tensor) -> None:
+        for piece in pieces:
             if 0 <= piece.data_ptr() - self._buffer._memory.data_ptr() < len(self._buffer._memory):
                 self._buffer.give(piece)
 

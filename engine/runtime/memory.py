@@ -53,6 +53,7 @@ class MemoryPlan:
 
     total: of the device. used: before the pools, by other programs and by this process: weights, CUDA's context. workspace: of passes outside of
     captured steps. captured: buffers of the steps that `EngineCore.capture_steps` captures. pools: of both KV pools, for pool_tokens tokens each.
+    device: its name, where there are several.
     """
 
     total_bytes: int
@@ -61,6 +62,7 @@ class MemoryPlan:
     captured_bytes: int
     pools_bytes: int
     pool_tokens: int
+    device: str = ""
 
     @property
     def announced_bytes(self) -> int:
@@ -74,8 +76,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """One line for people."""
+        where = f"of {self.device} " if self.device else ""
         return (
-            f"{self.announced_bytes / _GIB:.2f} of {self.total_bytes / _GIB:.2f} GiB: {self.used_bytes / _GIB:.2f} before, KV pools "
+            f"{where}{self.announced_bytes / _GIB:.2f} of {self.total_bytes / _GIB:.2f} GiB: {self.used_bytes / _GIB:.2f} before, KV pools "
             f"{self.pools_bytes / _GIB:.2f} ({self.pool_tokens} tokens), captured steps {self.captured_bytes / _GIB:.2f}, "
             f"workspace {self.workspace_bytes / _GIB:.2f}"
         )
@@ -104,7 +107,8 @@ def plan_devices(target: Decoder, draft: Decoder | None, config: EngineConfig, *
         found = device_memory(device)
         if found is not None:
             beside = draft if device == target.device else None
-            plans.append(plan_memory(target, beside, config, found, captures=captures, layers=layers))
+            plan = plan_memory(target, beside, config, found, captures=captures, layers=layers)
+            plans.append(replace(plan, device=str(device) if len(parts) > 1 else ""))
     tokens = min((plan.pool_tokens for plan in plans), default=0)
     return tuple(replace(plan, pool_tokens=tokens, pools_bytes=plan.pools_bytes * tokens // plan.pool_tokens) for plan in plans)
 

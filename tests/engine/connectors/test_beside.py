@@ -158,6 +158,24 @@ def test_copies_are_what_pages_hold(layout: str) -> None:
         copies.close()
 
 
+def test_a_copy_that_fails_gives_its_memory_back() -> None:
+    layers, pair = filled(next(iter(LAYOUTS)))
+
+    def view(some):
+        return PagedKv.joined(some, pair=pair, heads_first=False)
+
+    copies = BlockCopies(layers, 1 - pair, view, 1 << 17)
+    try:
+        with pytest.raises(RuntimeError, match="out of DATA bounds"):
+            copies.copy([0, 1000], 0, 32)  # no such block
+        assert copies._buffer.free_bytes == 1 << 17
+        rows, ready = copies.copy([0, 1], 0, 32)
+        ready()
+        assert torch.equal(rows, view(layers).read([0, 1], 0, 32).to(torch.bfloat16))
+    finally:
+        copies.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_copy_from_a_gpu_makes_no_call_that_waits() -> None:

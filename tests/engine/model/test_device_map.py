@@ -230,6 +230,7 @@ def test_pools_are_as_large_as_the_fullest_device_allows(config, monkeypatch):
     monkeypatch.setattr(memory, "_LIBRARY_BYTES", 0)
     engine_config = memory.EngineConfig(prefix_sharing=True, max_batch=2)
     first, second = memory.plan_devices(decoder, None, engine_config, captures=False)
+    assert [str(plan).startswith(f"of {plan.device} ") for plan in (first, second)] == [True, True] and first.device
     assert first.pool_tokens == second.pool_tokens and second.pools_bytes == 2 * first.pools_bytes
     assert second.announced_bytes > first.announced_bytes and second.announced_bytes <= 0.9 * (64 << 20)
     assert str(decoder.device_map) == "layers 0 to 1 on cpu, layers 2 to 5 on meta"
