@@ -179,7 +179,7 @@ def remember_products(dtype: torch.dtype, device: torch.device) -> None:
 def remember_costs(core: EngineCore) -> None:
     """Give a core the costs of drafting that an earlier process measured on this machine, and keep those it measures itself.
 
-    They are known by what they depend on: processor, threads, PyTorch, dtype, KV format and mode, and the shapes of target and draft. A file that is
+    They are known by what they depend on: processor, threads, PyTorch, dtype, KV format and mode, and the shapes and bytes of target and draft. A file that is
     damaged counts as none.
     """
     if core.drafter is None or core.cost_model is not None:
@@ -208,7 +208,7 @@ def _costs_key(core: EngineCore) -> str:
         torch.get_num_threads(),
         str(core.dtype),
         (config.kv_cache_dtype, config.page_size, config.deterministic),
-        repr(core.target.config),
+        (repr(core.target.config), core.target.weight_bytes),  # quantised weights multiply several rows at another price
         type(core.runner).__name__,
         (type(core.source).__name__, core.exit_layer, core.drafter.runs_last_draft, core.drafter.weight_bytes),
         None if cached is None else repr(cached.config),
