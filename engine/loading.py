@@ -179,8 +179,8 @@ def remember_products(dtype: torch.dtype, device: torch.device) -> None:
 def remember_costs(core: EngineCore) -> None:
     """Give a core the costs of drafting that an earlier process measured on this machine, and keep those it measures itself.
 
-    They are known by what they depend on: processor, threads, PyTorch, dtype, KV format and mode, and the shapes and bytes of target and draft. A file that is
-    damaged counts as none.
+    They are known by what they depend on: processor, threads, PyTorch, dtype, KV format and mode, and the shapes and bytes of target and draft. A
+    file that is damaged counts as none.
     """
     if core.drafter is None or core.cost_model is not None:
         return
