@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -99,9 +99,9 @@ class CodecPack:
         )
 
     def with_info(self, more: dict) -> CodecPack:
-        """The same pack with more figures."""
-        info = self.info | more
-        return CodecPack(self.layout, self.kind, self.stored, self.predictor, self.predictor_settings, self.fingerprints, info)
+        """The same pack with more figures, which replace those of their names, measured later or not."""
+        later = {name: figure for name, figure in self.later.items() if name not in more}
+        return replace(self, info=self.info | more, later=later)
 
     @property
     def figures(self) -> dict:
@@ -110,8 +110,7 @@ class CodecPack:
 
     def with_later(self, more: dict) -> CodecPack:
         """The same pack, its digest unchanged, with more figures that were measured since."""
-        own = self.layout, self.kind, self.stored, self.predictor, self.predictor_settings, self.fingerprints, self.info
-        return CodecPack(*own, self.later | more)
+        return replace(self, later=self.later | more)
 
     @cached_property
     def curve(self) -> DivergenceCurve | None:
@@ -123,7 +122,7 @@ class CodecPack:
         stored = self.stored | _model_tensors(model)
         if variance is not None:
             stored["variance"] = variance.float().cpu()
-        return CodecPack(self.layout, self.kind, stored, self.predictor, self.predictor_settings, self.fingerprints, self.info)
+        return replace(self, stored=stored)
 
     def with_fallback(self, fallback: Fallback, variance: torch.Tensor, model: EntropyModel) -> CodecPack:
         """The same pack with a fallback basis behind its rows, entropy tables for both, and the variances of all components, float32 [K + D]."""
@@ -131,7 +130,7 @@ class CodecPack:
         parts = {f"fallback.{name}": part for name, part in quantise_rows(rows, _FALLBACK_BITS).items()}
         parts["fallback.layer"] = (fallback.order // fallback.basis.shape[1]).to(torch.int16).cpu()
         stored = self.stored | parts | {"variance": variance.float().cpu()} | _model_tensors(model)
-        return CodecPack(self.layout, self.kind, stored, self.predictor, self.predictor_settings, self.fingerprints, self.info)
+        return replace(self, stored=stored)
 
     @property
     def version(self) -> int:

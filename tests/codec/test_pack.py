@@ -115,3 +115,21 @@ def test_figures_measured_later_change_no_digest_and_are_checked(completed_pack,
         save_file(tensors, tmp_path / "b.pack", metadata | {name: text})
         with pytest.raises(CorruptedCode):
             CodecPack.load(tmp_path / "b.pack")
+
+
+def test_figures_measured_later_stay_unless_they_are_stated_anew(pack, completed_pack) -> None:
+    curve = {"distortion": [0.1, 0.2], "divergence": [0.01, 0.03], "rounding": 0.002}
+    later = completed_pack.with_info({"tokens": 5}).with_later({"divergence": curve, "restore": 1})
+    fallback = completed_pack.transform.fallback
+    assert fallback is not None
+    others = {
+        "figures": later.with_info({"tokens": 6}),
+        "tables": later.with_model(pack.model),
+        "basis": later.with_fallback(fallback, later.transform.variance, later.model),
+    }
+    for what, other in others.items():
+        assert other.later == later.later and other.curve == later.curve is not None, what
+    assert others["figures"].figures["tokens"] == 6 and later.info["tokens"] == 5
+    anew = later.with_info({"divergence": None, "restore": 2})
+    assert anew.curve is None and anew.figures["restore"] == 2, "figures of before do not hide those of the pack as it is now"
+    assert later.curve is not None
