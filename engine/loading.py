@@ -59,9 +59,10 @@ class DraftChoice:
     ngram: bool = False
 
     def load(self, target: Decoder) -> DraftSource | None:
-        """In the target's dtype, on its device. Raises what `Decoder.from_pretrained` and `load_draft_head` raise."""
+        """In the target's dtype, on its device, multiplied as its weights are. Raises what `Decoder.from_pretrained` and `load_draft_head` raise."""
         if self.model is not None:
-            return ModelSource(Decoder.from_pretrained(self.model, dtype=target.dtype, device=target.device), self.model)
+            decoder = Decoder.from_pretrained(self.model, dtype=target.dtype, device=target.device, gemm=target.gemm)
+            return ModelSource(decoder, self.model)
         if self.head is not None:
             return load_draft_head(self.head, target)
         if self.ngram:
@@ -148,7 +149,6 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
             "quantised weights need compiled products, and they could not be loaded: memory cannot be made executable, or llvmlite is damaged",
             'install it again: pip install --force-reinstall "foretold[cpu]"',
         )
-    know_compiled_share(torch.get_num_threads(), 0.0)  # no other product takes them, whatever would be faster here
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
 
     return GgufBlocks(path, NAMES)

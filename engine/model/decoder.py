@@ -28,7 +28,7 @@ from engine.model.config import DecoderConfig
 from engine.model.device import on_device
 from engine.model.device_map import DeviceMap
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
-from engine.model.linear import Projection, packed_copy, packs, select_gemm
+from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
@@ -87,7 +87,10 @@ def forward_reserved(
 
 
 class Decoder(nn.Module):
-    """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`."""
+    """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`.
+
+    gemm: how its weights are multiplied; None: the fastest way for its dtype and device.
+    """
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         device_map: DeviceMap | None = None,
+        gemm: Gemm | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -115,13 +119,14 @@ class Decoder(nn.Module):
         self._output_norm: torch.Tensor | None = None
         self._ropes: dict[tuple[bool, torch.device], RopeTable] = {}
         self.layer_shapes = [config.layer_shape(number) for number in range(config.num_layers)]
+        self.gemm = select_gemm(self.dtype, self.device) if gemm is None else gemm
         self._choose_ops()
 
     def _choose_ops(self) -> None:
-        """What depends on dtype and device: the layers' operations, by whether results are to be batch-invariant, and the embeddings' factor."""
+        """What depends on dtype, device and `gemm`: operations of the layers, batch-invariant ones too, and the embeddings' factor."""
         # as the dtype holds it: so the models were trained
         self._embedding_scale = float(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
-        linear = select_gemm(self.dtype, self.device)
+        linear = self.gemm.linear
         gates = {name: batch_invariant_gate(gate) for name, gate in GATES.items()}
         self._ops = {
             False: LayerOps(linear, rms_norm, GATES, grouped_linear),
@@ -132,10 +137,15 @@ class Decoder(nn.Module):
 
     @classmethod
     def _materialise(
-        cls, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str, device_map: DeviceMap | None = None
+        cls,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        device_map: DeviceMap | None = None,
+        gemm: Gemm | None = None,
     ) -> Decoder:
         """A decoder whose parameters have an address but no values yet; a CPU's take up memory as they are filled."""
-        decoder = cls(config, dtype, device if device_map is None else device_map.main, device_map)
+        decoder = cls(config, dtype, device if device_map is None else device_map.main, device_map, gemm)
         decoder.requires_grad_(False)
         return decoder.eval()
 
@@ -164,12 +174,13 @@ class Decoder(nn.Module):
         num_layers: int | None = None,
         blocks: QuantizedBlocks | None = None,
         device_map: DeviceMap | None = None,
+        gemm: Gemm | None = None,
     ) -> Decoder:
         """Load a Hugging Face folder (config.json and safetensors, sharded or not), one tensor at a time.
 
         num_layers: the first so many layers alone, without a head: for their states, keys and values. blocks: of the file the folder was converted
         from: projections, and the head, whose parts are all of one format there stay in it. device_map: of its layers over several devices,
-            instead of `device`.
+            instead of `device`. gemm: see the class; blocks are multiplied by compiled code.
 
         Raises:
             ModelNotFound: the folder, its config or weights are missing, broken or do not fit each other.
@@ -181,7 +192,7 @@ class Decoder(nn.Module):
             if not 1 <= num_layers <= config.num_layers:
                 raise InvalidOption(f"the first {num_layers} layers of a model of {config.num_layers}", "ask for some of its layers")
             part = replace(config, num_layers=num_layers, tie_word_embeddings=True)
-            decoder = cls.filled(part, lambda places: load_tensors(stored, places), dtype=dtype, device=device)
+            decoder = cls.filled(part, lambda places: load_tensors(stored, places), dtype=dtype, device=device, gemm=gemm)
             decoder._tied_head = None
             return decoder
         sums: dict[str, int] = {}
@@ -192,6 +203,7 @@ class Decoder(nn.Module):
             device=device,
             blocks=blocks,
             device_map=device_map,
+            gemm=gemm,
         )
         if blocks is None:
             decoder.weight_sum = sum_of_all(stored, sums)
@@ -208,14 +220,15 @@ class Decoder(nn.Module):
         int8: bool = False,
         blocks: QuantizedBlocks | None = None,
         device_map: DeviceMap | None = None,
+        gemm: Gemm | None = None,
     ) -> Decoder:
         """A packed decoder with the values that `fill` puts into the tensors it is given, by their Hugging Face names, some at a time.
 
         Where weights are packed, a layer's matrices are filled in memory that the next layer's use again: memory that is touched for the first time
-        costs several times what reading a file in the system's cache does. int8: see `pack`. blocks: see `from_pretrained`; `fill` is
-        not asked for what they give.
+        costs several times what reading a file in the system's cache does. int8: see `pack`. blocks, gemm: see `from_pretrained`;
+        `fill` is not asked for what the blocks give.
         """
-        decoder = cls._materialise(config, dtype, device, device_map)
+        decoder = cls._materialise(config, dtype, device, device_map, gemm if blocks is None else Gemm.COMPILED)
         if blocks is not None:
             decoder._take_blocks(blocks)
         if not int8:  # whose plain weights are given up one by one, and could not be while others lie in the same room
@@ -223,12 +236,12 @@ class Decoder(nn.Module):
         fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
         if decoder.lm_head is not None and decoder.lm_head.plain is not None:
             fill({"lm_head.weight": decoder.lm_head.weight})
-            decoder.lm_head.pack(int8=int8)
+            decoder.lm_head.pack(decoder.gemm, int8=int8)
         memory: torch.Tensor | None = None
         for number, module in enumerate(decoder.layers):
             layer = cast(DecoderLayer, module)
             projections = [part for part in layer.modules() if isinstance(part, Projection)]
-            if packs(decoder.dtype, decoder.device):
+            if decoder.gemm is Gemm.PACKED:
                 if memory is None:
                     memory = torch.empty(sum(projection.matrix.numel() for projection in projections), dtype=dtype, device=device)
                 used = 0
@@ -236,7 +249,7 @@ class Decoder(nn.Module):
                     used += projection.borrow(memory[used:])
             fill({f"model.layers.{number}.{name}": part for name, part in layer.to_fill()})
             for projection in projections:
-                projection.pack(int8=int8)
+                projection.pack(decoder.gemm, int8=int8)
         return decoder.pack(int8=int8)
 
     def _take_blocks(self, blocks: QuantizedBlocks) -> None:
@@ -301,8 +314,8 @@ class Decoder(nn.Module):
         self._weights = []  # it would keep every plain matrix alive
         for module in self.modules():
             if isinstance(module, Projection):
-                module.pack(int8=int8)
-        if self.lm_head is None and self._tied_head is None:
+                module.pack(self.gemm, int8=int8)
+        if self.gemm is Gemm.PACKED and self.lm_head is None and self._tied_head is None:
             self._tied_head = packed_copy(self.embed_tokens.weight.data)
         return self
 
@@ -313,7 +326,10 @@ class Decoder(nn.Module):
         for projection in projections:
             projection.unpack()
         self._weights, self._output_norm, self._ropes, self._tied_head = [], None, {}, None
+        before = self.dtype, self.device
         result = super()._apply(*args, **kwargs)
+        if (self.dtype, self.device) != before:
+            self.gemm = select_gemm(self.dtype, self.device)
         if self.device_map is not None:
             where = [(first, end, cast(DecoderLayer, self.layers[first]).input_norm.device) for first, end, _ in self.device_map.parts]
             self.device_map = DeviceMap(self.device, tuple(where))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import cast
 
 import torch
@@ -79,11 +80,6 @@ def _has_onednn() -> bool:
     )
 
 
-def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where weights of this dtype are worth laying out for oneDNN."""
-    return _packs_bf16(dtype, device) and not multiplies_compiled(dtype, device)
-
-
 def _packs_bf16(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -91,15 +87,6 @@ def _packs_bf16(dtype: torch.dtype, device: torch.device) -> bool:
 def can_multiply_compiled(dtype: torch.dtype, device: torch.device) -> bool:
     """True where few rows can be multiplied by compiled code: bf16 on a CPU, with llvmlite installed."""
     return device.type == "cpu" and dtype == torch.bfloat16 and compiled_available()
-
-
-def multiplies_compiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where few rows are multiplied by compiled code: where they can be, its time is not far above oneDNN's here, and it loads."""
-    if not can_multiply_compiled(dtype, device):
-        return False
-    if _packs_bf16(dtype, device) and compiled_share(torch.get_num_threads()) > _SLOWEST_SHARE:
-        return False
-    return compiled_loads()
 
 
 def compiled_share(threads: int) -> float:
@@ -184,20 +171,45 @@ def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def select_gemm(dtype: torch.dtype, device: torch.device) -> LinearFn:
-    """The fastest product for a decoder of this dtype and device."""
-    if multiplies_compiled(dtype, device):
-        return compiled_linear
-    if packs(dtype, device):
-        return onednn_linear
-    if device.type == "cpu" and dtype == torch.float32 and _has_onednn():
-        return float32_linear
-    return F.linear
+class Gemm(Enum):
+    """How a model's weights are laid out and multiplied. Each decoder has its own (`Decoder.gemm`); one engine's does not settle another's."""
+
+    COMPILED = "compiled"  # bf16 as it is stored, or in quantised blocks: few rows by `kernels.cpu_decode`, many by the library
+    PACKED = "packed"  # bf16 laid out once for oneDNN, on a CPU
+    ONEDNN = "onednn"  # float32 as it is stored, by oneDNN, on a CPU
+    LIBRARY = "library"  # as they are, by PyTorch's default
+
+    @property
+    def linear(self) -> LinearFn:
+        """The product."""
+        return _LINEAR[self]
+
+
+_LINEAR: dict[Gemm, LinearFn] = {
+    Gemm.COMPILED: compiled_linear,
+    Gemm.PACKED: onednn_linear,
+    Gemm.ONEDNN: float32_linear,
+    Gemm.LIBRARY: F.linear,
+}
+
+
+def select_gemm(dtype: torch.dtype, device: torch.device) -> Gemm:
+    """The fastest for a decoder of this dtype and device: compiled where that can be, its time is not far above oneDNN's here, and it loads."""
+    packs = _packs_bf16(dtype, device)
+    if (
+        can_multiply_compiled(dtype, device)
+        and not (packs and compiled_share(torch.get_num_threads()) > _SLOWEST_SHARE)
+        and compiled_loads()
+    ):
+        return Gemm.COMPILED
+    if packs:
+        return Gemm.PACKED
+    return Gemm.ONEDNN if device.type == "cpu" and dtype == torch.float32 and _has_onednn() else Gemm.LIBRARY
 
 
 def packed_copy(weight: torch.Tensor) -> torch.Tensor | None:
-    """A copy of weight [out, in] laid out for oneDNN, beside a plain one that must stay; None where that does not pay or takes much memory."""
-    if not packs(weight.dtype, weight.device) or weight.numel() * weight.element_size() > LARGEST_COPY_BYTES:
+    """A copy of bf16 weight [out, in] laid out for oneDNN, beside a plain one that must stay; None where it would take much memory."""
+    if weight.numel() * weight.element_size() > LARGEST_COPY_BYTES:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
@@ -241,16 +253,16 @@ class Projection(nn.Module):
         self.plain = nn.Parameter(memory[:count].view(shape), requires_grad=False)
         return count
 
-    def pack(self, *, int8: bool = False) -> None:
-        """Lay the weight out for oneDNN, or put it into bytes, where that pays; the plain one is given up."""
+    def pack(self, gemm: Gemm, *, int8: bool = False) -> None:
+        """Lay the weight out as `gemm` multiplies it, or put it into bytes where it can multiply these; the plain one is given up."""
         if self.plain is None:
             return
-        if multiplies_compiled(self.plain.dtype, self.plain.device):
+        if gemm is Gemm.COMPILED:
             if int8 and self.plain.shape[1] % BLOCK == 0:
                 self.packed, self.plain = cast(torch.Tensor, BlockWeight.of_bytes(self.plain.data)), None
         elif int8 and Int8Weight.fits(self.plain):
             self.packed, self.plain = cast(torch.Tensor, Int8Weight(self.plain.data)), None
-        elif packs(self.plain.dtype, self.plain.device):
+        elif gemm is Gemm.PACKED:
             self.packed, self.plain = torch.ops.mkldnn._reorder_linear_weight(self.plain.data, 1), None
 
     def unpack(self) -> None:

@@ -13,7 +13,7 @@ from draft.tree import TreePosition
 from engine.kv.pool import KvPool, PagedPool
 from engine.model.attention import AttentionBatch
 from engine.model.decoder import Decoder, DecoderOutput
-from engine.model.linear import multiplies_compiled
+from engine.model.linear import Gemm
 from engine.runtime.decoder_runner import DecoderRunner
 from kernels.cpu_decode import most_rows
 
@@ -38,9 +38,7 @@ class CompiledDecoder(DecoderRunner):
     def supports(decoder: Decoder, pool: KvPool) -> bool:
         """Whether the model's steps can run compiled: Llama's layers with compiled products, over plain pages in the weights' dtype."""
         c = decoder.config
-        if not (isinstance(pool, PagedPool) and c.is_plain and c.head_dim % 32 == 0 and decoder.dtype == torch.bfloat16):
-            return False
-        if not multiplies_compiled(decoder.dtype, decoder.device):
+        if not (isinstance(pool, PagedPool) and c.is_plain and c.head_dim % 32 == 0 and decoder.gemm is Gemm.COMPILED):
             return False
         from kernels.cpu_decode.step import fits
 

@@ -54,6 +54,6 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
             elif name != _EMBEDDING:
                 read_draft_head_tensor(stored, name, place)
 
-    decoder = Decoder.filled(shape, fill, dtype=target.dtype, device=target.device, int8=config.bits == 8)
+    decoder = Decoder.filled(shape, fill, dtype=target.dtype, device=target.device, int8=config.bits == 8, gemm=target.gemm)
     decoder.embed_tokens.weight = nn.Parameter(decoder.embed_tokens.weight[:0].clone(), requires_grad=False)
     return DraftHeadSource(config, decoder, token_ids.to(target.device), Path(folder))

@@ -88,8 +88,9 @@ def chosen(product, dtype, weight):
         return product, weight
     projection = Projection(weight.shape[1], weight.shape[0], False)
     projection.plain.data = weight
-    projection.pack()
-    return select_gemm(dtype, weight.device), projection.matrix
+    gemm = select_gemm(dtype, weight.device)
+    projection.pack(gemm)
+    return gemm.linear, projection.matrix
 
 
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (1000, 100), (7, 33), (2048, 896), (896, 4864)]

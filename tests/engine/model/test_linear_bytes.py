@@ -22,7 +22,7 @@ needs_bytes = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def without_compiled_products(monkeypatch):
-    """What a machine without llvmlite does (tests/engine/model/test_compiled_linear.py has the other)."""
+    """What a machine without llvmlite does (tests/engine/runtime/test_compiled_runner.py has the other)."""
     monkeypatch.setenv("FORETOLD_KERNELS", "reference")
 
 
@@ -38,9 +38,9 @@ def test_products_are_close_to_the_weights_own(outputs, inputs):
     weight, bias = random_weight(outputs, inputs), torch.randn(outputs, generator=torch.Generator().manual_seed(0)).bfloat16()
     projection = Projection(inputs, outputs, False)
     projection.plain.data = weight.clone()
-    projection.pack(int8=True)
+    projection.pack(select_gemm(projection.plain.dtype, projection.plain.device), int8=True)
     assert projection.plain is None and projection.matrix.nbytes == outputs * inputs + 2 * outputs
-    product = select_gemm(weight.dtype, weight.device)
+    product = select_gemm(weight.dtype, weight.device).linear
     x = torch.randn(BYTE_ROWS + 5, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = x.double() @ weight.double().T
     for count in (1, 2, 5, BYTE_ROWS, BYTE_ROWS + 5):
@@ -62,8 +62,8 @@ def test_products_are_close_to_the_weights_own(outputs, inputs):
 def test_stable_products_do_not_depend_on_other_rows():
     projection = Projection(576, 960, False)
     projection.plain.data = random_weight(960, 576)
-    projection.pack(int8=True)
-    linear = batch_invariant(select_gemm(torch.bfloat16, torch.device("cpu")))
+    projection.pack(select_gemm(projection.plain.dtype, projection.plain.device), int8=True)
+    linear = batch_invariant(select_gemm(torch.bfloat16, torch.device("cpu")).linear)
     x = torch.randn(7 * ROWS + 5, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     whole = linear(x, projection.matrix)
     for start, count in ((0, 1), (3, 5), (250, 30), (len(x) - 1, 1)):
@@ -75,7 +75,7 @@ def test_only_what_can_be_multiplied_is_put_into_bytes():
         assert not Int8Weight.fits(weight)
         projection = Projection(weight.shape[1], weight.shape[0], False)
         projection.plain.data = weight
-        projection.pack(int8=True)
+        projection.pack(select_gemm(projection.plain.dtype, projection.plain.device), int8=True)
         assert not isinstance(projection.matrix, Int8Weight)
 
 
@@ -121,8 +121,7 @@ def test_where_compiled_code_cannot_run_the_plain_products_do():
         "machine_code._executable = machine_code._compiled_here = refuse\n"
         "from engine.model import linear\n"
         "assert compiled_available() and not compiled_loads()\n"
-        "assert not linear.multiplies_compiled(torch.bfloat16, torch.device('cpu'))\n"
-        "assert linear.select_gemm(torch.bfloat16, torch.device('cpu')) is not linear.compiled_linear\n"
+        "assert linear.select_gemm(torch.bfloat16, torch.device('cpu')) is not linear.Gemm.COMPILED\n"
     )
     root = Path(__file__).parents[3]
     done = subprocess.run(
@@ -138,4 +137,4 @@ def test_float32_products_of_any_size_are_right(outputs, inputs):
     weight, bias, x = (torch.randn(size, generator=generator) for size in ((outputs, inputs), (outputs,), (5, inputs)))
     for given in (None, bias):
         wanted = x.double() @ weight.double().T + (0 if given is None else given.double())
-        assert torch.allclose(select_gemm(torch.float32, x.device)(x, weight, given).double(), wanted, atol=1e-4)
+        assert torch.allclose(select_gemm(torch.float32, x.device).linear(x, weight, given).double(), wanted, atol=1e-4)

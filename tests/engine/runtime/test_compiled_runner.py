@@ -10,7 +10,10 @@ pytest.importorskip("llvmlite")
 from draft.tree import Leaf, block_positions
 from engine.engine import Engine
 from engine.errors import InvalidOption, ModelNotFound
+from engine.loading import DraftChoice
+from engine.model import linear
 from engine.model.decoder import Decoder, forward_reserved
+from engine.model.linear import Gemm, Int8Weight, select_gemm
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
 from engine.runtime.sampling import SamplingParams
@@ -130,7 +133,7 @@ def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, 
     narrow = Decoder.from_pretrained(tiny_model("llama").folder, dtype=torch.bfloat16)
     assert not CompiledDecoder.supports(narrow, narrow.new_pool(4, 4)), "heads of 16 channels"
     monkeypatch.setenv("FORETOLD_KERNELS", "reference")
-    assert not CompiledDecoder.supports(decoder, pool)
+    assert not CompiledDecoder.supports(decoder_of(tiny_model, *FAMILIES[0]), pool)
     monkeypatch.delenv("FORETOLD_KERNELS")
     runner, ids = CompiledDecoder(decoder, pool), torch.arange(most_rows(torch.get_num_threads()) + 1)
     sequence = pool.new_sequence()
@@ -183,6 +186,26 @@ def test_quantised_weights_compute_what_they_stand_for(tiny_model):
     assert (many - wanted).norm() < 0.04 * wanted.norm()
 
 
+@pytest.mark.skipif(not Int8Weight.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights")
+def test_an_engine_of_quantised_weights_settles_nothing_for_others(tiny_model, monkeypatch):
+    """Its draft multiplies as it does; weights loaded before and after it are laid out for what is faster here."""
+    monkeypatch.setattr("engine.model.linear.compiled_share", lambda threads: 10.0)
+    folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=True).folder
+    before = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    blocks = Blocks(before.hf_tensors(), lambda name: NAMES["Q8_0"])
+    quantised = Decoder.from_pretrained(folder, dtype=torch.bfloat16, blocks=blocks)
+    draft = DraftChoice(model=folder).load(quantised).model
+    after = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    assert quantised.gemm is draft.gemm is Gemm.COMPILED and before.gemm is after.gemm is Gemm.PACKED
+    assert all(module.packed is None for layer in draft.layers for module, _ in layer.projections()), "as they are stored"
+    supported = [CompiledDecoder.supports(own, own.new_pool(8, 4)) for own in (before, quantised, draft, after)]
+    assert supported == [False, True, True, False]
+    engine = Engine(quantised, draft=draft, pool_tokens=256, page_size=4)
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, draft_length=2)
+    assert len(engine.generate([[3, 1, 4]], params)[0].token_ids) == 6
+    assert quantised.to(torch.float32).gemm is select_gemm(torch.float32, quantised.device), "chosen anew where weights change"
+
+
 def test_weights_stay_quantised_only_where_they_can(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama").folder
     for options, match in (
@@ -194,8 +217,10 @@ def test_weights_stay_quantised_only_where_they_can(tiny_model, tmp_path, monkey
             Engine.from_pretrained(folder, device="cpu", **options)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
+    monkeypatch.setattr(linear, "_shares", {})
     with pytest.raises(ModelNotFound, match="not a readable GGUF file"):
         Engine.from_pretrained(file, device="cpu", weights="quantized")
+    assert linear._shares == {}, "asking for blocks says nothing of how other weights are multiplied"
     monkeypatch.setenv("FORETOLD_KERNELS", "reference")
     with pytest.raises(InvalidOption, match="compiled products"):
         Engine.from_pretrained(file, device="cpu", weights="quantized")
