@@ -71,6 +71,12 @@ class CausalDecoder(Protocol):
     @property
     def num_threads(self) -> int: ...
 
+    @property
+    def follows_tables(self) -> bool: ...  # whether passes of few tokens read a sequence's pages wherever they lie, at no cost
+
+    @property
+    def captured_rows(self) -> int | None: ...  # new tokens up to which passes are captured; None: none is
+
     def forward(
         self,
         token_ids: Tensor | None,

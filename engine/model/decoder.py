@@ -374,6 +374,16 @@ class Decoder(nn.Module):
         return torch.get_num_threads()
 
     @property
+    def follows_tables(self) -> bool:
+        """Whether passes of few tokens read a sequence's pages wherever they lie: a GPU's kernels do, a CPU's attention gathers them first."""
+        return self.device.type != "cpu"
+
+    @property
+    def captured_rows(self) -> int | None:
+        """None: no pass is captured."""
+        return None
+
+    @property
     def rope(self) -> RopeTable:
         """Table of rotary angles on the decoder's device, of all layers but those with a RoPE of their own (`rope_table`)."""
         return self.rope_table(local=False)

@@ -50,6 +50,11 @@ class CompiledDecoder(DecoderRunner):
         """A compiled step runs in the thread that asks for it."""
         return 1
 
+    @property
+    def follows_tables(self) -> bool:
+        """A compiled step reads a row of keys at a time, by its page."""
+        return True
+
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
         if not deterministic and hidden.shape[0] > most_rows(torch.get_num_threads()):

@@ -22,7 +22,6 @@ from engine.kv.shared_prefixes import SharedPrefixes
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
-from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.device_sampling import Drawing
 from engine.runtime.memory import (
     POOL_TOKENS_CPU,
@@ -133,12 +132,12 @@ class EngineCore:
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
         self.runner = runner  # the target, its small passes captured where that can be
-        self.pool.steps_follow_tables = isinstance(runner, CompiledDecoder)
+        self.pool.steps_follow_tables = runner.follows_tables
         self.drafter: Drafter | None = None
         if source is not None:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
-            if self.draft_pool is not None:
-                self.draft_pool.steps_follow_tables = isinstance(cached_runner, CompiledDecoder)
+            if self.draft_pool is not None and cached_runner is not None:
+                self.draft_pool.steps_follow_tables = cached_runner.follows_tables
             self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
         chunk = config.prefill_chunk or prefill_chunk(target.device)
         self.shared_prefixes = None
@@ -162,7 +161,7 @@ class EngineCore:
                 draft_by_draft=target.device.type == "cpu",
                 ngrams=isinstance(source, NgramSource) or (config.ngrams and source is not None),
                 lengths=LENGTHS if target.device.type == "cpu" else CAPTURED_LENGTHS,
-                most_rows=MAX_ROWS if isinstance(runner, GraphedDecoder) else None,
+                most_rows=runner.captured_rows,
             ),
             shared_prefixes=self.shared_prefixes,
             whole_chunks=target.device.type == "cpu",

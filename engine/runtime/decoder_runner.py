@@ -39,3 +39,13 @@ class DecoderRunner:
     def num_threads(self) -> int:
         """CPU threads that a pass uses."""
         return self.decoder.num_threads
+
+    @property
+    def follows_tables(self) -> bool:
+        """Whether passes of few tokens read a sequence's pages wherever they lie."""
+        return self.decoder.follows_tables
+
+    @property
+    def captured_rows(self) -> int | None:
+        """New tokens up to which passes are captured; None: none is."""
+        return None

@@ -225,6 +225,16 @@ class GraphedDecoder(DecoderRunner):
         shaped = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and decoder.device_map is None
         return decoder.device.type == "cuda" and shaped and use_triton(decoder.final_norm)
 
+    @property
+    def follows_tables(self) -> bool:
+        """The fused kernels do."""
+        return True
+
+    @property
+    def captured_rows(self) -> int | None:
+        """Padded ones."""
+        return MAX_ROWS
+
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
         return self.decoder.head(hidden, deterministic=deterministic)

@@ -120,9 +120,18 @@ def test_greedy_text_is_the_same_with_and_without_drafts(tiny_model):
         engine = Engine(decoder, draft=draft, pool_tokens=512, page_size=4)
         assert isinstance(engine.core, EngineCore) and isinstance(engine.core.runner, CompiledDecoder)
         assert engine.core.runner.num_threads == 1 and decoder.num_threads == torch.get_num_threads()
+        assert engine.core.pool.steps_follow_tables and engine.core.scheduler.drafting.most_rows is None
         params = SamplingParams(max_new_tokens=24, ignore_eos=True, draft_length=length)
         texts.append(engine.generate([[3, 1, 4, 1, 5]], params)[0].token_ids)
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 24
+
+
+def test_each_models_runner_says_whether_its_steps_follow_page_tables(tiny_model):
+    compiled = decoder_of(tiny_model, *FAMILIES[0])
+    plain = Decoder.from_pretrained(tiny_model("llama").folder, dtype=torch.bfloat16)
+    for target, draft, wanted in ((compiled, plain, (True, False)), (plain, compiled, (False, True)), (plain, 1, (False, None))):
+        core = Engine(target, draft=draft, pool_tokens=256, page_size=4).core
+        assert (core.pool.steps_follow_tables, None if core.draft_pool is None else core.draft_pool.steps_follow_tables) == wanted
 
 
 def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from engine.engine import Engine
 from engine.model.decoder import forward_reserved
-from engine.runtime.model_runner import PROMPT_LENGTHS, GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
+from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
 from engine.runtime.sampling import SamplingParams
 from kernels.decode_layer.plans import MOST_SKINNY
 
@@ -45,6 +45,7 @@ def test_a_step_says_what_the_decoder_says(decoder, counts):
     tokens = torch.arange(sum(counts), device=DEVICE) % 90
     outputs = []
     for runner, sequences in _pair(decoder, prompts):
+        assert runner.captured_rows == (None if runner is decoder else MAX_ROWS) and runner.follows_tables == (GPU or runner is not decoder)
         own = [forward_reserved(runner, tokens, sequences, counts, taps=(0, 2), logits=logits) for logits in ("all", "last")]
         rest = forward_reserved(runner, None, sequences, counts, first_layer=2, hidden=own[0].taps[2])
         kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
