@@ -161,7 +161,7 @@ class Engine:
         # first: the tokenizer of a model we do not run may fail to load in ways of its own
         target_config = DecoderConfig.from_hf(read_config(target_dir))
         choice = choose_draft(draft, target_config, exit_layer)
-        device_map = choose_device_map(target_config, kind, where, named, options.get("gpu_memory_utilization"))
+        device_map = choose_device_map(target_config, kind, where, named, options.get("gpu_memory_utilization"), choice)
         if device_map is not None and blocks is not None:
             raise InvalidOption("quantised weights lie on one device", "leave out --devices, or --weights")
         if choice.model is not None:

@@ -20,6 +20,7 @@ import torch
 
 from draft.early_exit import default_exit_layer
 from draft.head_file import is_draft_head
+from draft.head_file import read_config as read_draft_head_config
 from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
 from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
@@ -28,7 +29,7 @@ from engine.errors import InvalidOption, ModelNotFound
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model
 from engine.inputs import is_file, named_path, read_json_object
-from engine.model.config import DecoderConfig
+from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device_map import DeviceMap, spread_layers, weight_bytes
 from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share
@@ -69,6 +70,19 @@ class DraftChoice:
             return NgramSource()
         return None if self.exit_layer is None else EarlyExitSource(self.exit_layer)
 
+    def weight_bytes(self, target: DecoderConfig, dtype: torch.dtype) -> int:
+        """Of the weights that drafts need beside the target's, as their configs say. Raises what reading these raises."""
+        if self.model is not None:
+            first, layers = weight_bytes(DecoderConfig.from_hf(read_config(self.model)), dtype)
+            return first + sum(layers)
+        if self.head is None:
+            return 0
+        head = read_draft_head_config(self.head)
+        head.check_target(target)
+        shape = target.last_layers(min(head.num_layers, target.num_layers), vocab_size=head.vocab_size, tie_word_embeddings=True)
+        first, layers = weight_bytes(shape, dtype)  # one matrix of its vocabulary, which is the head's
+        return first + sum(layers)
+
 
 def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | None = None) -> DraftChoice:
     """Resolve a draft option: "none"; "ngram", the requests' own text alone;
@@ -95,28 +109,39 @@ def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | Non
 
 
 def choose_device_map(
-    target: DecoderConfig, dtype: torch.dtype, device: torch.device, devices: Sequence[torch.device] | None, share: float | None = None
+    target: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    devices: Sequence[torch.device] | None,
+    share: float | None = None,
+    draft: DraftChoice | None = None,
 ) -> DeviceMap | None:
-    """The target's layers over the devices that were named, or over all GPUs where it fits no single one; None: on one device, as where `device` has a
-    number.
+    """The target's layers over the devices that were named, or over all GPUs where it does not fit a single one beside its draft; None: on one device,
+    as where `device` has a number.
 
-    share: of each GPU's memory that may be used. Raises InvalidOption where it is none, or the weights do not fit.
+    share: of each GPU's memory that may be used. draft: what lies on the first device too; None: nothing. Raises InvalidOption where the share is none,
+    or the weights do not fit; and what reading the draft's config raises.
     """
     check_memory_share(share)
     share = GPU_MEMORY_UTILIZATION if share is None else share
+
+    def beside() -> int:
+        return 0 if draft is None else draft.weight_bytes(target, dtype)
+
     if devices is None:
         memory = device_memory(device)
         if memory is None or device.index is not None or torch.cuda.device_count() < 2:
             return None
         first, layers = weight_bytes(target, dtype)
-        if first + sum(layers) <= share * memory.free_bytes:
+        if first + sum(layers) + beside() <= share * memory.free_bytes:
             return None
         devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if len(devices) == 1:
         return None
     found = [device_memory(own) for own in devices]
     # a CPU's is the same for all: equal parts
-    return spread_layers(target, dtype, devices, [1 << 50 if memory is None else int(share * memory.free_bytes) for memory in found])
+    free = [1 << 50 if memory is None else int(share * memory.free_bytes) for memory in found]
+    return spread_layers(target, dtype, devices, free, beside_bytes=beside())
 
 
 def read_sampling_defaults(folder: Path | None) -> SamplingDefaults:

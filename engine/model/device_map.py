@@ -65,15 +65,18 @@ def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> tuple[int, list[i
     return (tables * config.vocab_size + 1) * config.hidden_size * dtype.itemsize, layers
 
 
-def spread_layers(config: DecoderConfig, dtype: torch.dtype, devices: Sequence[torch.device], free_bytes: Sequence[int]) -> DeviceMap:
+def spread_layers(
+    config: DecoderConfig, dtype: torch.dtype, devices: Sequence[torch.device], free_bytes: Sequence[int], *, beside_bytes: int = 0
+) -> DeviceMap:
     """Layers over devices, so that the fullest is as empty as can be: what is left is the KV pools'.
 
-    free_bytes: of each device, for weights.
+    free_bytes: of each device, for weights. beside_bytes: of a draft's weights, which lie on the first.
 
     Raises:
         InvalidOption: the weights do not fit.
     """
-    first, layers = weight_bytes(config, dtype)
+    own, layers = weight_bytes(config, dtype)
+    first = own + beside_bytes
 
     def fill(share: float) -> list[int] | None:
         """Layers of each device where each is filled up to `share` of what is free; None where some are left."""
@@ -89,9 +92,10 @@ def spread_layers(config: DecoderConfig, dtype: torch.dtype, devices: Sequence[t
 
     counts = fill(1.0)
     if counts is None:
+        draft = f"its draft's {beside_bytes / _GIB:.2f} GiB, " if beside_bytes else ""
         raise InvalidOption(
-            f"the target's weights take {(first + sum(layers)) / _GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}, "
-            f"and the devices have {', '.join(f'{free / _GIB:.2f}' for free in free_bytes)} GiB free",
+            f"the target's weights take {(own + sum(layers)) / _GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}, "
+            f"{draft}and the devices have {', '.join(f'{free / _GIB:.2f}' for free in free_bytes)} GiB free",
             "give more devices, or end other programs",
         )
     low, high = 0.0, 1.0

@@ -12,8 +12,8 @@ from engine.engine import Engine
 from engine.errors import InvalidOption
 from engine.generate import main
 from engine.kv.spread_pool import SpreadPool
-from engine.loading import choose_device_map
-from engine.model.config import DecoderConfig
+from engine.loading import DraftChoice, choose_device_map
+from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder, forward_reserved
 from engine.model.device_map import DeviceMap, devices_named, spread_layers, weight_bytes
 from engine.runtime import memory
@@ -112,6 +112,43 @@ def test_a_target_larger_than_one_gpu_is_spread_unasked(config, monkeypatch):
         placed(first + layers[0])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert placed(1) is None, "one GPU: loading says what is missing"
+
+
+@pytest.mark.parametrize("kind", ["model", "head", "tied head"])
+def test_the_drafts_bytes_are_counted_before_it_is_loaded(hf_config, tmp_path, make_draft_head, kind):
+    config = DecoderConfig.from_hf(hf_config("llama", num_hidden_layers=6, eos_token_id=None))
+    target = Decoder.from_config(config, dtype=torch.float32)
+    if kind == "model":
+        (tmp_path / "config.json").write_text(json.dumps(hf_config("llama", num_hidden_layers=2, eos_token_id=None).to_dict()))
+        choice, held = DraftChoice(model=tmp_path), Decoder.from_config(DecoderConfig.from_hf(read_config(tmp_path)), dtype=torch.float32)
+    else:
+        choice = DraftChoice(head=make_draft_head(tmp_path, target, layers=2, size=40, head="own" if kind == "head" else "tied", bits=16))
+        held = choice.load(target).head_layers
+    assert choice.weight_bytes(config, torch.float32) == held.weight_bytes
+    assert DraftChoice(exit_layer=2).weight_bytes(config, torch.float32) == DraftChoice(ngram=True).weight_bytes(config, torch.float32) == 0
+
+
+def test_a_draft_takes_its_room_on_the_first_device(config, monkeypatch, tmp_path, hf_config):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config("llama", num_hidden_layers=3, eos_token_id=None).to_dict()))
+    draft, gpu = DraftChoice(model=tmp_path), torch.device("cuda")
+    beside = draft.weight_bytes(config, torch.float32)
+    first, layers = weight_bytes(config, torch.float32)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def placed(room, draft, devices=None):
+        """Layers of the first device, of which `room` bytes may be used."""
+        memory = DeviceMemory(1 << 40, int(room / 0.9) + 8)
+        monkeypatch.setattr("engine.loading.device_memory", lambda device: memory if device.type == "cuda" else None)
+        found = choose_device_map(config, torch.float32, gpu, devices, None, draft)
+        return None if found is None else found.parts[0][1]
+
+    whole = first + sum(layers)
+    assert placed(whole, None) is None and placed(whole, draft) < 6, "a target that fits alone does not beside its draft"
+    assert placed(whole + beside, draft) is None
+    named = [torch.device("cuda", number) for number in range(2)]
+    assert placed(whole, draft, named) == placed(whole, None, named) - round(beside / layers[0] / 2) < placed(whole, None, named)
+    with pytest.raises(InvalidOption, match=r"its draft's .* GiB, and the devices have"):
+        placed((whole + beside) / 2 - layers[0], draft)
 
 
 # --- the forward pass -------------------------------------------------------------------------------------------------------------
