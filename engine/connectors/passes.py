@@ -120,7 +120,12 @@ class FeaturePasses:
         taps = self.spec.taps
         if model.choice.head is not None:
             own = SimpleNamespace(
-                config=config, embed_tokens=self.target.embed_tokens, lm_head=None, dtype=self.target.dtype, device=self.target.device
+                config=config,
+                embed_tokens=self.target.embed_tokens,
+                lm_head=None,
+                dtype=self.target.dtype,
+                device=self.target.device,
+                gemm=self.target.gemm,
             )
             self.head = cast(Decoder, load_draft_head(model.choice.head, cast(Decoder, own)).head_layers)
         elif model.choice.model is not None and taps:
