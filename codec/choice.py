@@ -6,13 +6,17 @@ Axes: T tokens, K components, C scale classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL
 from codec.rate import CLASSES_PER_GAIN, CLASSES_PER_OCTAVE, ESCAPE_BITS, GAIN_ZERO, NUM_CLASSES, NUM_GAINS, RATE_WEIGHT, EntropyModel
+
+if TYPE_CHECKING:
+    from kernels.cpu_decode.coded import ComponentTables
 
 CLASSES_PER_LEVEL = CLASSES_PER_OCTAVE // LEVELS_PER_OCTAVE
 
@@ -35,6 +39,11 @@ class _Nonzeros(NamedTuple):
 def own_classes(base: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Classes before the gain: base int32, moved down by whole classes where a token's step is coarser (levels int32, of a shape that fits)."""
     return (base - CLASSES_PER_LEVEL * levels).clamp_(0, NUM_CLASSES - 1)
+
+
+def classes_before_gain(base: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """`own_classes` int32 [T, K] of base [K] and levels [T], or [1, K] where they are the same for all tokens."""
+    return own_classes(base[None], levels[:, None]) if bool(levels.any()) else base[None]
 
 
 def final_classes(base: torch.Tensor, levels: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
@@ -69,6 +78,13 @@ class RateChoice:
         self._excess, self._zero_price = tensor(excess, torch.int32), tensor(price[centre], torch.int64)
         self._gain_price = tensor(np.rint(model.gain_bits * float(_UNITS_PER_BIT)), torch.int64)
         self._offset = tensor(points, torch.float32).reshape(-1)
+
+    @cached_property
+    def component_tables(self) -> ComponentTables:
+        """Limits and reconstruction points as the compiled `components` takes them; on a CPU."""
+        from kernels.cpu_decode.coded import ComponentTables
+
+        return ComponentTables(self.limit.numpy(), self._offset.view(-1, 4).numpy())
 
     def symbols(self, q: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Table index, int32, of integers q in final classes of the same shape."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from codec.choice import RateChoice, final_classes
+from codec.choice import RateChoice, classes_before_gain, final_classes
 from codec.coder import SpanCoder
 from codec.container import Reference, SpanCode, read_span, read_varints, write_span, write_varints
 from codec.errors import BadInput, CorruptedCode, PackMismatch
@@ -21,6 +21,7 @@ from codec.rans import DAMAGED, SpanStream
 from codec.rate import RATE_WEIGHT, class_of
 from codec.residuals import Pair, Projection, Residuals, residuals_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
+from kernels.cpu_decode import compiled_available, compiled_loads
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens coded in one pass: bounds the memory of a long session, and fills a GPU, which codes a span's lanes one symbol after the other."""
@@ -361,6 +362,8 @@ class KvCodec:
         """Components, float32 [T, K], of spans [first, last) of those decoded, without what they refer to. Raises CorruptedCode when their escapes do
         not fit."""
         ends = np.cumsum([0, *decoded.sizes])
+        if self.device.type == "cpu" and decoded.q.dtype == torch.int16 and compiled_available() and compiled_loads():
+            return self._components_compiled(decoded, ends, first, len(decoded.sizes) if last is None else last)
         last = len(decoded.sizes) if last is None else last
         tokens = slice(int(ends[first]), int(ends[last]))
         levels, q = decoded.levels[tokens], decoded.q[tokens].to(torch.int32)
@@ -373,16 +376,40 @@ class KvCodec:
             decoded.faults.append((q > limit).any())
         return self.choice.reconstruct(q, classes) * token_steps(decoded.step, levels, len(levels), self.device)
 
+    def _components_compiled(self, decoded: DecodedSpans, ends: np.ndarray, first: int, last: int) -> torch.Tensor:
+        """`components_of` by compiled code; the bits are the same."""
+        from kernels.cpu_decode.coded import components
+
+        tokens = slice(int(ends[first]), int(ends[last]))
+        q, levels, data = decoded.q[tokens], decoded.levels[tokens], decoded.escapes[first:last]
+        own, steps = classes_before_gain(decoded.base, levels), token_steps(decoded.step, levels, len(levels))[:, 0]
+        # an escape's remainder takes a byte or more
+        out, places, found = components(
+            self.choice.component_tables, q.numpy(), own.numpy(), decoded.gains[tokens].numpy(), steps.numpy(), sum(map(len, data))
+        )
+        c = torch.from_numpy(out)
+        if found > len(places):
+            raise CorruptedCode("a coded span's escapes do not fit its integers", "restore the file from a copy")
+        row, column = (torch.from_numpy(part) for part in divmod(places, max(1, q.shape[1])))
+        escaped = self._escaped(q[row, column].to(torch.int32), row, ends[first : last + 1] - ends[first], data)
+        classes = final_classes(decoded.base, levels[row], decoded.gains[tokens][row]).gather(1, column[:, None])[:, 0]
+        c[row, column] = self.choice.reconstruct(escaped, classes) * steps[row]
+        return c
+
     def _fill_escapes(self, q: torch.Tensor, limit: torch.Tensor, ends: np.ndarray, escapes: Sequence[bytes]) -> None:
         """Put the escaped integers into q [T, K], limit [T, K]; ends [spans + 1]. Raises CorruptedCode."""
         row, column = (q > limit).nonzero(as_tuple=True)
+        q[row, column] = self._escaped(limit[row, column] + 1, row, ends, escapes)
+
+    def _escaped(self, least: torch.Tensor, row: torch.Tensor, ends: np.ndarray, escapes: Sequence[bytes]) -> torch.Tensor:
+        """The escaped integers, int32 [n], of tokens row int64 [n] in rising order, whose sizes are `least` int32 [n] or more. Raises CorruptedCode."""
         bounds = np.searchsorted(row.cpu().numpy(), ends)
         parts = [read_varints(data, int(count)) for data, count in zip(escapes, np.diff(bounds), strict=True)]
         remainder = torch.from_numpy(np.concatenate(parts)).to(self.device)
-        magnitude = limit[row, column] + 1 + (remainder >> 1)
+        magnitude = least + (remainder >> 1)
         if len(remainder) and int(magnitude.max()) > Q_LIMIT:
             raise CorruptedCode("a coded integer is out of range", "restore the file from a copy")
-        q[row, column] = torch.where(remainder % 2 == 1, -magnitude, magnitude).to(torch.int32)
+        return torch.where(remainder % 2 == 1, -magnitude, magnitude).to(torch.int32)
 
     def _residual(self, c: torch.Tensor) -> torch.Tensor:
         """Unweighted residual, float32 [T, D], of components [T, K]."""

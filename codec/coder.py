@@ -1,19 +1,25 @@
-"""Entropy coding of many spans at once: `kernels.rans` where Triton runs (on a GPU), the numpy coder elsewhere. Both write the same words."""
+"""Entropy coding of many spans at once: `kernels.rans` where Triton runs (on a GPU); elsewhere the numpy coder, whose streams compiled code decodes
+where llvmlite is installed (`kernels.cpu_decode`). All read and write the same words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from codec.choice import CLASSES_PER_LEVEL, own_classes
+from codec.choice import CLASSES_PER_LEVEL, classes_before_gain, own_classes
 from codec.errors import CorruptedCode
 from codec.rans import DAMAGED, RansTables, SpanStream, decode, encode, num_lanes
 from codec.rate import EntropyModel
 from kernels import rans as kernel
+from kernels.cpu_decode import compiled_available, compiled_loads
 from kernels.dispatch import use_triton
+
+if TYPE_CHECKING:
+    from kernels.cpu_decode.coded import SpanTables
 
 _INT16_MAX = 32767
 """Above every class's limit, so that an integer clamped to it still codes as the escape."""
@@ -34,6 +40,17 @@ class SpanCoder:
         model = self.model
         parts = (torch.from_numpy(x.astype(np.int64)) for x in (model.freqs, model.limit, model.gain_freqs))
         return kernel.build_tables(*parts).to(self.device)
+
+    @cached_property
+    def _span_tables(self) -> SpanTables:
+        from kernels.cpu_decode.coded import SpanTables
+
+        own = self._numpy_tables
+        entries, gain_entries = (
+            (start << 16 | freq).astype(np.int32) for start, freq in ((own.start, own.freq), (own.gain_start, own.gain_freq))
+        )
+        centres = (self.model.offset[:-1] + self.model.limit).astype(np.int32)
+        return SpanTables(own.slot_symbol, entries, centres, own.gain_slot, gain_entries)
 
     def encode(
         self, q: torch.Tensor, base: torch.Tensor, levels: torch.Tensor, gains: torch.Tensor, sizes: Sequence[int], tokens_per_lane: int
@@ -82,7 +99,9 @@ class SpanCoder:
         if len(states) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
             raise CorruptedCode(*DAMAGED)
         if not self._on_kernels(base):
-            own = own_classes(base[None], levels[:, None]).cpu().numpy() if bool(levels.any()) else base[None].cpu().numpy()
+            own = classes_before_gain(base, levels).cpu().numpy()
+            if compiled_available() and compiled_loads():
+                return (*self._decode_compiled(streams, states, sizes, own, tokens_per_lane), None)
             parts = np.split(own, np.cumsum(sizes)[:-1]) if len(own) > 1 else [own] * len(sizes)
             q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
             return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device), None
@@ -103,6 +122,16 @@ class SpanCoder:
             shifts=-CLASSES_PER_LEVEL * levels,
             max_span_tokens=max(sizes),
         )
+
+    def _decode_compiled(
+        self, streams: Sequence[SpanStream], states: np.ndarray, sizes: Sequence[int], own: np.ndarray, tokens_per_lane: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from kernels.cpu_decode.coded import rans_decode
+
+        q, gains, intact = rans_decode(self._span_tables, states, [s.words for s in streams], sizes, own, tokens_per_lane)
+        if not intact:
+            raise CorruptedCode(*DAMAGED)
+        return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device)
 
     def _on_kernels(self, components: torch.Tensor) -> bool:
         """Whether the kernels code tensors like this one; they read a first component, which there may not be."""

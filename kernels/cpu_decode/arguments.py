@@ -1,4 +1,4 @@
-"""The compiled functions of the CPU's decode step and what they take: int64 (addresses, sizes), but the REAL ones, which are float32."""
+"""The compiled functions of a CPU and what they take: int64 (addresses, sizes), but the REAL ones, which are float32."""
 
 ARGUMENTS = {
     "run_layers": (
@@ -10,6 +10,13 @@ ARGUMENTS = {
     "run_head": ("stream", "rows", "width", "norm", "address", "kind", "outputs", "normed", "packed", "logits", "eps"),
     "linear": ("address", "kind", "outputs", "inputs", "x", "rows", "packed", "y"),
     "unpacked": ("address", "kind", "blocks", "out"),
+    "rans_decoded": (
+        "states", "words", "word_starts", "sizes", "spans", "lane_tokens", "own", "own_stride", "count", "classes",
+        "symbols", "entries", "centres", "gain_symbols", "gain_entries", "q", "gains", "intact",
+    ),
+    "components": (
+        "q", "own", "own_stride", "gains", "steps", "limits", "points", "tokens", "count", "classes", "out", "escapes", "room", "found",
+    ),
     "exponentials": ("x", "vectors"),
     "rounded": ("x", "vectors"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ damaged, a link, another user's, or writable by others counts as none. That need
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -26,7 +27,7 @@ from kernels.cpu_decode import arguments
 from kernels.files import cache_home, write_bytes
 
 _HERE = Path(__file__).parent
-_SOURCES = ("arguments.py", "blocks.py", "emit.py", "machine_code.py", "program.py")
+_SOURCES = ("arguments.py", "blocks.py", "coding.py", "emit.py", "machine_code.py", "program.py")
 _MOST_BYTES = 1 << 22
 _MOST_KEPT = 8
 _PC32, _PLT32 = 2, 4  # x86-64's relocations: 32 bits, relative to the place
@@ -41,6 +42,12 @@ class NotLinkable(Exception):
 def keeps_code() -> bool:
     """Whether this system's machine code can be kept: Linux on x86-64."""
     return sys.platform == "linux" and platform.machine() == "x86_64" and sys.maxsize > 1 << 32
+
+
+@functools.cache
+def functions() -> dict[str, Callable[..., None]]:
+    """`load_functions`, once a process."""
+    return load_functions()
 
 
 def load_functions() -> dict[str, Callable[..., None]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kernels.cpu_decode.arguments import ARGUMENTS, REAL
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
+from kernels.cpu_decode.coding import write_coding
 from kernels.cpu_decode.emit import F16, F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
 
 FORMATS = (BF16, *NAMES.values())
@@ -40,6 +41,7 @@ def write_program(*, pairs: bool) -> Any:
     _write_attend(c, pairs)
     _write_layers(c)
     _write_entries(c)
+    write_coding(c)
     return c.module
 
 

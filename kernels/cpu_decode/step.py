@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
-from kernels.cpu_decode.machine_code import load_functions
+from kernels.cpu_decode.machine_code import functions
 from kernels.decode_layer.tensors import LayerTensors
 
 Matrix = torch.Tensor | BlockWeight
-_FUNCTIONS = load_functions()
+_FUNCTIONS = functions()
 _SPARE_PLACES = 16  # that the compiled step may overwrite behind a row's scores
 
 

@@ -1,0 +1,99 @@
+"""Face of the compiled decoding of coded keys and values: arrays in, addresses to the compiled code. Importing this module loads that code, which
+compiles it once for a machine.
+
+Axes: T tokens of all spans, K components, C scale classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.cpu_decode.machine_code import functions
+
+_FUNCTIONS = functions()
+
+
+class SpanTables(NamedTuple):
+    """What streams are decoded with. symbols int16 [C, 2^14], of a slot; entries int32, start << 16 | frequency, class after class; centres int32 [C],
+    the entry of symbol 0; gain_symbols uint8 [2^14] and gain_entries int32 [16], the same of a token's gain."""
+
+    symbols: np.ndarray
+    entries: np.ndarray
+    centres: np.ndarray
+    gain_symbols: np.ndarray
+    gain_entries: np.ndarray
+
+
+class ComponentTables(NamedTuple):
+    """limits int32 [C], the greatest integer of a class that is no escape; points float32 [C, 4], what is added to 0, 1, 2 and greater integers."""
+
+    limits: np.ndarray
+    points: np.ndarray
+
+
+def _as(x: np.ndarray, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(x, dtype)
+
+
+def _new(shape: int | tuple[int, ...], dtype: type) -> np.ndarray:
+    """An array that compiled code fills."""
+    return np.empty(shape, dtype)
+
+
+def _stride(own: np.ndarray, tokens: int) -> int:
+    """From a token's classes to the next one's."""
+    if len(own) not in (1, tokens):
+        raise ValueError(f"classes of {len(own)} tokens for {tokens}")
+    return 0 if len(own) == 1 else own.shape[1]
+
+
+def rans_decode(
+    tables: SpanTables, states: np.ndarray, words: Sequence[np.ndarray], sizes: Sequence[int], own: np.ndarray, tokens_per_lane: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Integers q int16 [T, K] (an escape reads limit + 1), gains uint8 [T], and whether every span ended as it should.
+
+    Args:
+        states: uint32 [lanes], of span after span. words: uint16 of each span. sizes: tokens of each span.
+        own: int32 [T or 1, K], classes before the gain.
+    """
+    tokens, (_, count) = sum(sizes), own.shape
+    if min(sizes) < 1 or len(words) != len(sizes) or len(states) != sum(-(-size // tokens_per_lane) for size in sizes):
+        raise ValueError("states, words and sizes are not those of the same spans")
+    lanes, classes = states.astype(np.uint32), _as(own, np.int32)
+    joined = np.concatenate([*words, np.zeros(1, np.uint16)]).astype(np.uint16, copy=False)
+    starts, lengths = np.cumsum([0, *map(len, words)], dtype=np.int64), np.array(sizes, np.int64)
+    q, gains, intact = _new((tokens, count), np.int16), _new(tokens, np.uint8), _new(len(sizes), np.int64)
+    _FUNCTIONS["rans_decoded"](
+        lanes.ctypes.data, joined.ctypes.data, starts.ctypes.data, lengths.ctypes.data, len(sizes), tokens_per_lane,
+        classes.ctypes.data, _stride(classes, tokens), count, len(tables.centres), tables.symbols.ctypes.data, tables.entries.ctypes.data,
+        tables.centres.ctypes.data, tables.gain_symbols.ctypes.data, tables.gain_entries.ctypes.data,
+        q.ctypes.data, gains.ctypes.data, intact.ctypes.data,
+    )  # fmt: skip
+    return q, gains, bool(intact.all())
+
+
+def components(
+    tables: ComponentTables, q: np.ndarray, own: np.ndarray, gains: np.ndarray, steps: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Components float32 [T, K] of integers q int16 [T, K], up to `room` places t K + k of escapes in rising order, and how many escapes there are.
+
+    Args:
+        own: int32 [T or 1, K], classes before the gain. gains: uint8 [T]. steps: float32 [T].
+    """
+    tokens, count = q.shape
+    if own.shape[1] != count or len(gains) != tokens or len(steps) != tokens:
+        raise ValueError("classes, gains and steps are not those of the integers")
+    numbers, classes, own_gains, own_steps = _as(q, np.int16), _as(own, np.int32), _as(gains, np.uint8), _as(steps, np.float32)
+    out, escapes, found = _new((tokens, count), np.float32), _new(room, np.int64), _new(1, np.int64)
+    _FUNCTIONS["components"](
+        numbers.ctypes.data, classes.ctypes.data, _stride(classes, tokens), own_gains.ctypes.data, own_steps.ctypes.data,
+        tables.limits.ctypes.data, tables.points.ctypes.data, tokens, count, len(tables.limits), out.ctypes.data,
+        escapes.ctypes.data, room, found.ctypes.data,
+    )  # fmt: skip
+    return out, escapes[: int(found[0])], int(found[0])
+
+
+__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode"]

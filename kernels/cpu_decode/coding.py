@@ -1,0 +1,117 @@
+"""Decoding of coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, and integers to components.
+
+Both give the bits of `codec.rans.decode` and of `codec.codec.KvCodec.components_of`, whose plain forms say what they mean; `coded` is their face.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernels.cpu_decode.arguments import ARGUMENTS
+from kernels.cpu_decode.emit import F32, I8, I16, I32, I64, Code, Number, Variable
+
+PRECISION_BITS = 14
+STATE_LOW = 1 << 16
+GAIN_ZERO, CLASSES_PER_GAIN = 8, 2
+LAST_POINT = 3  # a class has a reconstruction point for 0, 1, 2 and for all integers from here on
+
+
+def write_coding(c: Code) -> None:
+    """Both functions."""
+    _write_rans(c)
+    _write_components(c)
+
+
+def _load_unsigned(c: Code, address: Number, kind: Any) -> Number:
+    return c.load(address, kind).to("zext", I64)
+
+
+def _load_signed(c: Code, address: Number, kind: Any) -> Number:
+    return c.load(address, kind).to("sext", I64)
+
+
+def _gained(own: Number, gain: Number, classes: Number) -> Number:
+    """The class of a component's integer after its token's gain."""
+    return (own + (gain - GAIN_ZERO) * CLASSES_PER_GAIN).at_least(0).at_most(classes - 1)
+
+
+def _write_rans(c: Code) -> None:
+    """Spans' streams to integers.
+
+    states uint32 [lanes of all spans], in place; words uint16 [*], one more than belongs to any span; word_starts int64 [spans + 1]; sizes int64
+    [spans], tokens; own int32 [T or 1, K], classes before the gain, rows `own_stride` apart (0: the same for all tokens); symbols int16
+    [classes, 2^14]; entries int32, start << 16 | frequency; centres int32 [classes], the entry of symbol 0; gain_symbols uint8 [2^14] and gain_entries
+    int32 [16]. Written: q int16 [T, K], gains uint8 [T], intact int64 [spans], 1 where a span ended as it should.
+    """
+    names = ARGUMENTS["rans_decoded"]
+    with c.function("rans_decoded", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        count, words, states = a["count"], a["words"], a["states"]
+        first, lane_start = Variable(c, c.of(I64, 0)), Variable(c, c.of(I64, 0))
+        with c.loop(0, a["spans"]) as span:
+            size = c.load(a["sizes"] + span * 8)
+            lanes = (size + (a["lane_tokens"] - 1)) // a["lane_tokens"]
+            end = c.load(a["word_starts"] + span * 8 + 8)
+            at = Variable(c, c.load(a["word_starts"] + span * 8))
+
+            def decoded(lane: Number, entry: Number, slot: Number, at: Variable = at, end: Number = end) -> None:
+                """Take a symbol off a lane's state, and a word where that is needed."""
+                place = states + (lane_start.get() + lane) * 4
+                x = (_load_unsigned(c, place, I32) >> PRECISION_BITS) * (entry & 0xFFFF) + slot - (entry >> 16)
+                word = _load_unsigned(c, words + at.get().at_most(end) * 2, I16)
+                short = x.compare("<", STATE_LOW)
+                c.store(short.choose((x << 16) + word, x).to("trunc", I32), place)
+                at.set(at.get() + short.to("zext", I64))
+
+            with c.loop(0, a["lane_tokens"]) as turn:
+                base = first.get() + turn * lanes
+                active = (size - turn * lanes).at_most(lanes)
+                with c.loop(0, active) as lane:
+                    slot = _load_unsigned(c, states + (lane_start.get() + lane) * 4, I32) & ((1 << PRECISION_BITS) - 1)
+                    gain = _load_unsigned(c, a["gain_symbols"] + slot, I8)
+                    c.store(gain.to("trunc", I8), a["gains"] + base + lane)
+                    decoded(lane, _load_unsigned(c, a["gain_entries"] + gain * 4, I32), slot)
+                with c.loop(0, count) as component, c.loop(0, active) as lane:
+                    token = base + lane
+                    own = _load_signed(c, a["own"] + (token * a["own_stride"] + component) * 4, I32)
+                    kind = _gained(own, _load_unsigned(c, a["gains"] + token, I8), a["classes"])
+                    slot = _load_unsigned(c, states + (lane_start.get() + lane) * 4, I32) & ((1 << PRECISION_BITS) - 1)
+                    symbol = c.load(a["symbols"] + ((kind << PRECISION_BITS) + slot) * 2, I16)
+                    c.store(symbol, a["q"] + (token * count + component) * 2)
+                    entry = _load_signed(c, a["centres"] + kind * 4, I32) + symbol.to("sext", I64)
+                    decoded(lane, _load_unsigned(c, a["entries"] + entry * 4, I32), slot)
+            whole = Variable(c, at.get().compare("==", end).to("zext", I64))
+            with c.loop(0, lanes) as lane:
+                x = _load_unsigned(c, states + (lane_start.get() + lane) * 4, I32)
+                whole.set(whole.get() & x.compare("==", STATE_LOW).to("zext", I64))
+            c.store(whole.get(), a["intact"] + span * 8)
+            first.set(first.get() + size)
+            lane_start.set(lane_start.get() + lanes)
+
+
+def _write_components(c: Code) -> None:
+    """Integers to components, (q + sign(q) point) step.
+
+    q int16 [T, K]; own and own_stride as above; gains uint8 [T]; steps float32 [T]; limits int32 [classes]; points float32 [classes, 4]. Written: out
+    float32 [T, K]; escapes int64 [room], the places t K + k of integers beyond their class's limit, and in `found` int64 how many there are, which may
+    be more than there is room for.
+    """
+    names = ARGUMENTS["components"]
+    with c.function("components", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        count, found = a["count"], Variable(c, c.of(I64, 0))
+        with c.loop(0, a["tokens"]) as token:
+            gain, step = _load_unsigned(c, a["gains"] + token, I8), c.load(a["steps"] + token * 4, F32)
+            with c.loop(0, count) as component:
+                place = token * count + component
+                kind = _gained(_load_signed(c, a["own"] + (token * a["own_stride"] + component) * 4, I32), gain, a["classes"])
+                q = _load_signed(c, a["q"] + place * 2, I16)
+                size = q.compare("<", 0).choose(c.of(I64, 0) - q, q)
+                point = c.load(a["points"] + (kind * (LAST_POINT + 1) + size.at_most(LAST_POINT)) * 4, F32)
+                value = size.to("sitofp", F32) + point
+                c.store(q.compare("<", 0).choose(value * -1.0, value) * step, a["out"] + place * 4)
+                with c.when(size.compare(">", _load_signed(c, a["limits"] + kind * 4, I32))):
+                    with c.when(found.get().compare("<", a["room"])):
+                        c.store(place, a["escapes"] + found.get() * 8)
+                    found.set(found.get() + 1)
+        c.store(found.get(), a["found"])

@@ -1,0 +1,142 @@
+"""Compiled decoding against the plain coder: the same integers and components, bit for bit, the same refusals, and nothing written elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("llvmlite")
+
+from codec.codec import KvCodec
+from codec.coder import SpanCoder
+from codec.errors import CorruptedCode
+from codec.pack import CodecPack
+from codec.rans import SpanStream, encode
+from codec.rate import NUM_CLASSES, EntropyModel, class_scale
+from kernels.cpu_decode import coded
+from kernels.dispatch import VARIABLE
+
+MODEL = EntropyModel.laplace()
+CODER = SpanCoder(MODEL)
+GUARD = 64
+
+
+def guarded(made: list):
+    """In place of `coded._new`: arrays of poison, between guards that must stay."""
+
+    def new(shape, dtype):
+        count, width = int(np.prod(shape)), np.dtype(dtype).itemsize
+        memory = np.full(count * width + 2 * GUARD, 0x5A, np.uint8)
+        made.append((memory, count * width))
+        return memory[GUARD : GUARD + count * width].view(dtype).reshape(shape)
+
+    return new
+
+
+def untouched(made: list) -> bool:
+    return all((memory[:GUARD] == 0x5A).all() and (memory[GUARD + size :] == 0x5A).all() for memory, size in made)
+
+
+def drawn(seed: int, sizes, components: int):
+    """Integers int32 [T, K] with escapes among them, classes [K], levels and gains [T]."""
+    rng = np.random.default_rng(seed)
+    base, tokens = rng.integers(0, NUM_CLASSES, components).astype(np.int32), sum(sizes)
+    x = rng.laplace(size=(tokens, components)) * class_scale(base) / np.sqrt(2)
+    q = (np.sign(x) * np.floor(np.abs(x) + 0.42)).astype(np.int32)
+    q[rng.random(q.shape) < 0.02] += 4000
+    levels = rng.integers(-8, 8, tokens) * (seed % 2)
+    return torch.from_numpy(q), torch.from_numpy(base), torch.from_numpy(levels.astype(np.int32)), rng.integers(0, 16, tokens)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 19), min_size=1, max_size=4), st.integers(1, 30), st.integers(1, 8))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_streams_decode_to_the_same_integers(seed: int, sizes, components: int, per_lane: int) -> None:
+    q, base, levels, gains = drawn(seed, sizes, components)
+    made: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coded, "_new", guarded(made))
+        patch.setenv(VARIABLE, "reference")
+        streams = CODER.encode(q, base, levels, torch.from_numpy(gains.astype(np.uint8)), sizes, per_lane)
+        wanted = CODER.decode(streams, base, levels, per_lane)
+        assert not made, "the plain coder"
+        patch.delenv(VARIABLE)
+        found = CODER.decode(streams, base, levels, per_lane)
+    assert made and untouched(made)
+    assert found[0].dtype == torch.int16 and torch.equal(found[0].int(), wanted[0].int()) and torch.equal(found[1], wanted[1])
+
+
+def test_a_damaged_stream_is_refused_and_reads_nothing_behind_its_words(monkeypatch) -> None:
+    sizes, made = [7, 20, 13], []
+    q, base, levels, gains = drawn(3, sizes, 25)
+    streams = encode(CODER._numpy_tables, q.numpy(), (base[None] - 2 * levels[:, None]).clamp(0, NUM_CLASSES - 1).numpy(), gains, sizes, 4)
+    monkeypatch.setattr(coded, "_new", guarded(made))
+    rng, refused = np.random.default_rng(4), 0
+    for trial in range(200):
+        own = [SpanStream(s.num_tokens, s.states.copy(), s.words.copy()) for s in streams]
+        hurt = own[trial % 3]
+        if trial % 4 == 0:
+            hurt.states[rng.integers(len(hurt.states))] ^= np.uint32(1 << rng.integers(32))
+        elif trial % 4 == 1:
+            hurt.words[rng.integers(len(hurt.words))] ^= np.uint16(1 << rng.integers(16))
+        elif trial % 4 == 2:
+            hurt.words = hurt.words[: rng.integers(len(hurt.words))]
+        else:
+            hurt.words = np.append(hurt.words, np.uint16(rng.integers(1 << 16)))
+        with pytest.raises(CorruptedCode):
+            CODER.decode(own, base, levels, 4)
+        refused += 1
+    assert refused == 200 and untouched(made)
+
+
+@pytest.fixture
+def spans(source, pack: CodecPack):
+    """A codec, spans with escapes and step levels, and their codes."""
+    codec = KvCodec(pack)
+    rows = [source.draw(n) for n in (5, 9, 64)]
+    rows[0][2] *= 300
+    rows[1][7, ::5] = -2e3
+    levels = [None, torch.arange(9) - 4, None]
+    return codec, codec.encode_many([(r, torch.zeros_like(r)) for r in rows], 1.0, levels)
+
+
+def test_components_are_the_same_bits(spans, monkeypatch) -> None:
+    codec, coded_spans = spans
+    made: list = []
+    monkeypatch.setattr(coded, "_new", guarded(made))
+    codes = codec.read(coded_spans)
+    found = codec.entropy_decoded(codes)
+    parts = [codec.components_of(found, first, last) for first, last in ((0, 3), (0, 1), (1, 3))]
+    assert len(b"".join(found.escapes)) > 20, "no escapes"
+    assert untouched(made) and len(made) == 3 + 3 * 3
+    monkeypatch.setenv(VARIABLE, "reference")
+    plain = codec.entropy_decoded(codes)
+    wanted = codec.components_of(plain)
+    assert len(made) == 12 and torch.equal(parts[0], wanted) and torch.equal(torch.cat(parts[1:]), wanted)
+
+
+@pytest.mark.parametrize("escapes", [lambda data: data[:-1], lambda data: data + b"\1", lambda data: b"", lambda data: b"\xff" * 8 + b"\1"])
+def test_escapes_that_do_not_fit_are_refused(spans, escapes, monkeypatch) -> None:
+    codec, coded_spans = spans
+    found = codec.entropy_decoded(codec.read(coded_spans))
+    hurt = found._replace(escapes=[found.escapes[0], escapes(found.escapes[1]), found.escapes[2]])
+    for name in ("", "reference"):
+        monkeypatch.setenv(VARIABLE, name)
+        with pytest.raises(CorruptedCode):
+            codec.components_of(hurt._replace(q=hurt.q.clone()))
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    tables, own = CODER._span_tables, np.zeros((1, 3), np.int32)
+    for states, sizes, classes in (
+        (np.zeros(2, np.uint32), [4], own),
+        (np.zeros(1, np.uint32), [0], own),
+        (np.zeros(1, np.uint32), [4], own.repeat(2, 0)),
+    ):
+        with pytest.raises(ValueError):
+            coded.rans_decode(tables, states, [np.zeros(1, np.uint16)], sizes, classes, 4)
+    limits = coded.ComponentTables(np.zeros(1, np.int32), np.zeros((1, 4), np.float32))
+    with pytest.raises(ValueError):
+        coded.components(limits, np.zeros((2, 3), np.int16), own, np.zeros(1, np.uint8), np.ones(2, np.float32), 0)
