@@ -44,8 +44,6 @@ LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
 SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
-BURST = 8  # steps of one trial where drafts are made by captured steps: to begin drafting may cost more than a step of it
-FIRST_LOSS = 2.0  # plain steps that the first trial may cost, before anything is known
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
 FIRST_PLAIN, LAST_PLAIN = 2, 128  # steps of drafting before one without it, which tells what drafts save: doubled each time
@@ -168,6 +166,11 @@ class RequestDrafting:
         self._match: Match | None = None
         self._follows: list[int] = []
         self._seen: Seen | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether what comes next was looked up, and the next `observe` tells whether it came."""
+        return self._match is not None or self._seen is not None
 
     def look_up(self, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
         """Up to `count` drafts that followed the last of `tokens` before, in this text or in another one, whichever promises more; and for each the
@@ -328,6 +331,11 @@ class StepPlan:
     seconds: float = 0.0
     tokens: float = 0.0
 
+    @property
+    def drafts(self) -> bool:
+        """Whether any request has some."""
+        return any(self.lengths) or any(self.given)
+
 
 class _Ratio:
     """Measured over expected rate of one kind of step, in decayed sums."""
@@ -401,8 +409,6 @@ class _Load:
         default_factory=lambda: {"plain": deque(maxlen=RECENT), "ngram": deque(maxlen=RECENT), "model": deque(maxlen=RECENT)}
     )
     corrected_at: int = 0
-    burst: int | None = None  # steps left of the trial under way; None before the first one, which comes at once
-    caught_up_s: float = 0.0  # what a draft that was left behind took to begin again
     seen: set[int] = field(default_factory=set)
 
 
@@ -415,8 +421,7 @@ class DraftingPolicy:
         draft_by_draft: look at each draft before the next one (on a CPU); else lengths are chosen per block, so that nothing is read back while a
             block is drafted (on a GPU).
         ngrams: whether drafts may come from requests' own tokens, and from those of earlier ones.
-        lengths: of blocks that are compared. most_rows: of a verification by captured steps, which pad every request's block to the longest; None: rows
-            are ragged, and as many as they are.
+        lengths: of blocks that are compared.
     """
 
     def __init__(
@@ -427,10 +432,9 @@ class DraftingPolicy:
         draft_by_draft: bool = True,
         ngrams: bool = False,
         lengths: Sequence[int] = LENGTHS,
-        most_rows: int | None = None,
     ) -> None:
         self.costs, self.measured, self.draft_by_draft, self.ngrams = costs, measured, draft_by_draft, ngrams
-        self.lengths, self.most_rows = tuple(lengths), most_rows
+        self.lengths = tuple(lengths)
         self.shared = SharedRate()
         self.seen = SeenByNamespace()
         self._loads: dict[int, _Load] = {}
@@ -469,21 +473,16 @@ class DraftingPolicy:
         most_tokens: see `BlockPolicy`. ngrams: whether drafts may come from the text in this step. ready: lengths of blocks from a source that a
         captured step of these requests may have now; None: all of `lengths` whose rows are not too many.
         """
-        batch, drafter = len(requests), drafter_room is not None
-        model_room = [0] * batch if drafter_room is None else list(map(min, room, drafter_room))
-        fixed = [0 if r.wanted == "auto" else r.wanted for r in requests]
-        plan = StepPlan([min(*pair) for pair in zip(fixed, model_room, strict=True)], [[] for _ in requests])
-        if ngrams and not drafter:
-            for b, (request, wanted) in enumerate(zip(requests, fixed, strict=True)):
-                if wanted and room[b]:
-                    plan.given[b] = request.look_up(tokens[b], min(wanted, room[b]))[0]
-        auto = [b for b, r in enumerate(requests) if r.wanted == "auto" and room[b] > 0]
+        batch = len(requests)
+        plan, model_room, auto = self._fixed(requests, tokens, room, drafter_room, ngrams)
         if not auto or self.costs is None:
             return plan
         load = self._load(batch)
         plain_s = load.costs.step_seconds(0, batch)
         plan.seconds, plan.tokens = plain_s, float(batch)
-        lengths: dict[StepKind, tuple[int, ...]] = {kind: self._lengths(batch, kind, ready) for kind in ("model", "ngram")}
+        lengths: dict[StepKind, tuple[int, ...]] = {
+            kind: self.lengths if ready is None else tuple(ready(kind)) for kind in ("model", "ngram")
+        }
         if self.measured and any(load.on.values()) and load.waited["plain"] >= load.patience["plain"]:
             load.waited["plain"], load.patience["plain"] = 0, min(LAST_PLAIN, 2 * load.patience["plain"])
             return plan
@@ -495,16 +494,27 @@ class DraftingPolicy:
         if drafting and self.draft_by_draft:
             given = sum(map(len, plan.given))
             plan.block = BlockPolicy(load.costs, rate, batch + given, requests, most_tokens or [1] * batch)
-        if any(fixed):
+        if any(r.wanted not in ("auto", 0) for r in requests):
             plan.seconds = 0.0  # drafts that nobody weighed: such steps tell nothing of the others
         return plan
 
-    def _lengths(self, batch: int, kind: StepKind, ready: Callable[[StepKind], Sequence[int]] | None) -> tuple[int, ...]:
-        """Lengths that blocks of such a step may have."""
-        able = self.lengths if ready is None else tuple(ready(kind))
-        if self.most_rows is None:
-            return able
-        return tuple(k for k in able if batch * (1 + k) <= self.most_rows)  # shorter blocks are padded to the longest
+    def _fixed(
+        self,
+        requests: Sequence[RequestDrafting],
+        tokens: Sequence[Sequence[int]],
+        room: Sequence[int],
+        drafter_room: Sequence[int] | None,
+        ngrams: bool,
+    ) -> tuple[StepPlan, list[int], list[int]]:
+        """(the drafts of requests that ask for a number of them, drafts that the drafter has room for, requests that leave it to the policy)."""
+        model_room = [0] * len(requests) if drafter_room is None else list(map(min, room, drafter_room))
+        fixed = [0 if r.wanted == "auto" else r.wanted for r in requests]
+        plan = StepPlan([min(*pair) for pair in zip(fixed, model_room, strict=True)], [[] for _ in requests])
+        if ngrams and drafter_room is None:
+            for b, (request, wanted) in enumerate(zip(requests, fixed, strict=True)):
+                if wanted and room[b]:
+                    plan.given[b] = request.look_up(tokens[b], min(wanted, room[b]))[0]
+        return plan, model_room, [b for b, r in enumerate(requests) if r.wanted == "auto" and room[b] > 0]
 
     def _choose_model(
         self,
@@ -521,19 +531,14 @@ class DraftingPolicy:
         plain_rate = batch / plan.seconds
         if not able or not lengths:
             return plain_rate
-        trying = self.most_rows is not None and load.burst != 0
-        # whether to take it up again is looked at now and then: a GPU's step is short, and nothing new is known of drafts that nobody makes
-        if self.most_rows is not None and not (load.on["model"] or trying) and (load.waited["model"] + 1) % CORRECT_EVERY:
-            load.waited["model"] += 1
-            return plain_rate
         chains = {b: requests[b].acceptance.chain() for b in able}
         able = sorted(able, key=lambda b: -chains[b][0])
         best, length, count, expected = self._best(costs, chains, able, batch, lengths)
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
-            # the same where steps are not captured
-            if self.most_rows is None and (load.waited["model"] + 1) % CORRECT_EVERY:
+            # whether to take it up again is looked at now and then: nothing new is known of drafts that nobody makes
+            if (load.waited["model"] + 1) % CORRECT_EVERY:
                 load.waited["model"] += 1
                 return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
@@ -543,17 +548,13 @@ class DraftingPolicy:
             able_to_pay = any(
                 self._best(c, hopeful, able, batch, lengths)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
             )
-            if trying:
-                left = min(BURST, int(FIRST_LOSS / max(lost, 1e-3))) if load.burst is None else load.burst
-                trying = able_to_pay and left > 0
-                load.burst = left - 1 if trying else 0
-            if not trying and not self._probe("model", load, lost, able_to_pay):
+            if not self._probe("model", load, lost, able_to_pay):
                 return plain_rate
         chosen = able[:count]
         unbounded = self.draft_by_draft and not probing
         for b in chosen:
             plan.lengths[b] = min(room[b], MAX_AUTO_LENGTH if unbounded else length)
-        plan.seconds, plan.tokens = self._seconds(costs, length, batch, count), expected
+        plan.seconds, plan.tokens = costs.step_seconds(length, batch, count), expected
         return plain_rate if probing else plain_rate * max(1.0, relative)
 
     def _best(
@@ -567,48 +568,10 @@ class DraftingPolicy:
         for length, gained in sums.items():
             for count in counts:
                 tokens = batch + gained[count - 1]
-                rate = tokens / self._seconds(costs, length, batch, count)
+                rate = tokens / costs.step_seconds(length, batch, count)
                 if rate > best[0]:
                     best = (rate, length, count, tokens)
         return best
-
-    def _seconds(self, costs: CostModel, length: int, batch: int, count: int) -> float:
-        """Of a step in which `count` requests draft."""
-        return costs.step_seconds(length, batch, count if self.most_rows is None else batch)
-
-    def _choose_padded_ngrams(
-        self,
-        plan: StepPlan,
-        requests: Sequence[RequestDrafting],
-        tokens: Sequence[Sequence[int]],
-        auto: Sequence[int],
-        room: Sequence[int],
-        load: _Load,
-        rate: float,
-        lengths: Sequence[int],
-    ) -> None:
-        """As `_choose_ngrams` for steps that are padded: one length for all, and drafts of one source."""
-        costs, batch = load.costs, len(requests)
-        if not load.on["ngram"] and (load.waited["ngram"] + 1) % CORRECT_EVERY:
-            load.waited["ngram"] += 1  # a GPU's step is short, and looking takes the host's time
-            return
-        seconds = {k: costs.step_seconds(0, batch, given=batch * k) for k in lengths}
-        if not any(batch * (1 + k) > rate * taken for k, taken in seconds.items()):
-            return
-        found = {b: requests[b].look_up(tokens[b], room[b]) for b in auto}
-        gains = {k: sum(sum(chances[:k]) for _, chances in found.values()) for k in seconds}
-        length = max(seconds, key=lambda k: (batch + gains[k]) / seconds[k])
-        relative = (batch + gains[length]) / batch * costs.step_seconds(0, batch) / seconds[length] * self._ratio("ngram", load, batch)
-        if not gains[length] or (any(plan.lengths) and relative * batch < rate * costs.step_seconds(0, batch)):
-            load.waited["ngram"] += not load.on["ngram"]  # a look that found nothing: the next one is CORRECT_EVERY steps away, too
-            return
-        if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
-            return
-        for b in range(batch):
-            plan.lengths[b] = 0
-        for b, (drafts, _) in found.items():
-            plan.given[b] = drafts[:length]
-        plan.seconds, plan.tokens = seconds[length], batch + gains[length]
 
     def _choose_ngrams(
         self,
@@ -622,8 +585,6 @@ class DraftingPolicy:
         lengths: Sequence[int],
     ) -> None:
         """Set `plan.given` where the request's own text promises more than the drafter, and take those requests' lengths back."""
-        if self.most_rows is not None:
-            return self._choose_padded_ngrams(plan, requests, tokens, auto, room, load, rate, lengths)
         costs, batch = load.costs, len(requests)
         drafting = [b for b in auto if plan.lengths[b]]
         row = rate * costs.row_seconds(batch, 4 * batch)  # over many rows, as the difference between a few drowns in the noise
@@ -688,33 +649,36 @@ class DraftingPolicy:
     def _probe(self, kind: StepKind, load: _Load, lost: float, hopeful: bool) -> bool:
         """Whether a source that is not used is tried once more. lost: plain steps that it would cost. hopeful: whether it could pay at all."""
         load.waited[kind] += 1
-        burst = self.most_rows is not None and kind == "model"
-        most = LAST_PROBE
-        if burst:
-            lost, most = BURST * lost + load.caught_up_s / load.costs.step_seconds(0, 1), 4 * LAST_PROBE
-        load.patience[kind] = min(most, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
+        load.patience[kind] = min(LAST_PROBE, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
         if load.waited[kind] < load.patience[kind]:
             return False
         load.waited[kind] = 0
-        if burst:
-            load.burst = BURST - 1
         return True
 
-    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float, caught_up_s: float = 0.0) -> None:
-        """A step that was carried out: what it gained over all requests, and its seconds on `step_clock`. caught_up_s: of these, what a draft that had
-        been left behind took to begin again."""
+    def rests(self, batch: int) -> int:
+        """Steps of `batch` requests that are plain from now on whatever comes, this one included; 0: it must be planned."""
+        return 0
+
+    def interrupted(self) -> None:
+        """Something else than a decode step has run."""
+
+    def took(self, began_at: float, ended_at: float) -> float:
+        """Seconds of a step that began and ended so on `step_clock`."""
+        return ended_at - began_at
+
+    def rested(self, batch: int, seconds: float, *, chosen: bool) -> None:
+        """A step without a plan was carried out: one token for each of `batch` requests. chosen: by the policy, else no request may have drafts."""
+
+    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
+        """A step that was carried out: what it gained over all requests, and its seconds (`took`)."""
         costs = self.costs
         if not self.measured or costs is None or not plan.seconds:
             return
         load = self._load(batch)
-        if caught_up_s:
-            load.caught_up_s, seconds = caught_up_s, max(1e-9, seconds - caught_up_s)
         if plan.kind != "plain":
             load.waited["plain"] += 1
         if plan.block is not None:
             rows, passes = plan.block.rows, plan.block.passes
-        elif self.most_rows is not None:
-            rows, passes = batch * (1 + max([*plan.lengths, *map(len, plan.given)])), [batch] * max(plan.lengths)
         else:
             rows = batch + sum(map(len, plan.given)) + sum(plan.lengths)
             passes = [sum(length > i for length in plan.lengths) for i in range(max(plan.lengths))]

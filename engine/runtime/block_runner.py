@@ -54,7 +54,6 @@ _AHEAD_BATCH = (
 _AHEAD_LENGTH = 2
 _CAPTURE_SHARE = 0.02  # of the time since the last capture that the next one may take, where drafts are not asked for by a fixed length
 _MOST_BEHIND = 4096  # tokens that drafts left behind may lack, over all requests, for a captured step to catch them up first
-_LAG_AFTER = 8  # steps without drafts after which a draft head is left behind: to follow costs the host more than to catch up
 
 
 def common_lengths(batch: int) -> tuple[int, ...]:
@@ -166,23 +165,14 @@ class BlockDecoding:
         self._memory: tuple[int, ...] = ()
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
-        self._owed: tuple[list[Request], StepPlan] | None = None
         self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
         self._sent: dict[str, list[int]] = {}
-        self._idle_steps = 0
-        self.caught_up_s = 0.0
         self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
 
     @property
     def num_steps(self) -> int:
         """Steps that were captured, the draft's prompt passes among them."""
         return len(self._blocks) + (0 if self.draft is None else self.draft.num_steps)
-
-    @property
-    def leaves_head_behind(self) -> bool:
-        """Whether steps without drafts of its own go on without a draft head, which wants the target's states: it drafted in none of the last few
-        steps, and nobody keeps these states. To follow costs the host more than to catch up."""
-        return self._idle_steps >= _LAG_AFTER and self.drafter is not None and not self.drafter.feature_taps
 
     @staticmethod
     def supports(target: CausalDecoder, drafter: Drafter | None) -> bool:
@@ -197,43 +187,42 @@ class BlockDecoding:
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
+    def under_way(self, requests: Sequence[Request]) -> bool:
+        """Whether the next step of these was launched."""
+        flight = self._flight
+        return flight is not None and same_objects(flight.requests, requests) and self._is_settled(requests)
+
     def step(
         self, requests: list[Request], planned: Callable[[], StepPlan], *, deterministic: bool = False
     ) -> tuple[StepPlan, list[Gain] | None]:
         """One step of all requests: its plan, and what each gains; None where the plan is not for captured steps, and nothing was run.
 
         Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned:
-        the policy's plan of the next step; asked before this step's tokens are known, too.
+        the policy's plan of the next step; asked before this step's tokens are known, too. A step is launched ahead where drafts are the drafter's.
         """
-        flight = self._flight
+        flight = self._flight if self.under_way(requests) else None
         self._flight = None
-        if flight is None or not same_objects(flight.requests, requests) or not self._is_settled(requests):
-            owed = self._owed
-            self._owed = None
-            plan = owed[1] if owed is not None and same_objects(owed[0], requests) else planned()
-            if any(plan.lengths):
-                self._idle_steps = 0
+        if flight is None:
+            plan = planned()
             if not self._takes(requests, plan, deterministic):
                 return plan, None
             flight = self._launch(requests, plan, deterministic)
         self._current = flight
-        if all(r.remaining > 1 for r in requests) and (flight.source == "model" or not flight.length):
+        if flight.source == "model" and all(r.remaining > 1 for r in requests):
             following = planned()
-            source = "model" if any(following.lengths) else "given"
-            if self._takes(requests, following, deterministic) and source == flight.source and not any(following.given):
+            if any(following.lengths) and self._takes(requests, following, deterministic):
                 self._flight = self._launch(requests, following, deterministic, ahead=True)
-            elif not any(following.lengths) and not any(following.given):
-                self._owed = (requests, following)
         out = read_out(flight.ready)
         gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
         self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
         return flight.plan, gains
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved."""
+        """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved. Given
+        drafts leave the drafter behind: it catches up when it is asked again."""
         flight = self._current
         assert flight is not None, "a step is committed once it was run"
-        if self.head is not None and flight.source == "given" and self.leaves_head_behind:
+        if flight.source == "given":
             return
         for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
             state = request.draft_state
@@ -241,10 +230,8 @@ class BlockDecoding:
                 continue
             if self.head is not None:
                 assert flight.exits is not None
-                if state.num_cached == request.sequence.length - count:  # else it was left behind before
-                    run = flight.length if flight.source == "model" else 0
-                    self.head.commit(cast(DraftHeadState, state), run, flight.exits[b, :count])
-            elif flight.source == "model":
+                self.head.commit(cast(DraftHeadState, state), flight.length, flight.exits[b, :count])
+            else:
                 end = request.sequence.length - count + min(count, flight.length)
                 state.sequence.advance(max(0, end - state.sequence.length))
         if self.head is not None:
@@ -254,11 +241,11 @@ class BlockDecoding:
         return same_objects(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
 
     def _takes(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> bool:
-        """Whether the step that is planned can be captured; one without drafts only where the draft must see the target's states."""
+        """Whether the step that is planned has drafts, and can be captured."""
         drafting, given = any(plan.lengths), any(plan.given)
         if plan.block is not None or (drafting and given):
             return False
-        if not drafting and not given and (not self.exit_layer or self.leaves_head_behind):
+        if not drafting and not given:
             return False
         if self.drafter is not None and self.drafter.feature_taps:
             return False
@@ -284,18 +271,11 @@ class BlockDecoding:
         known, slack = ([s.num_cached for s in states], 0) if self.head is not None else ([s.length for s in states], 1)
         behind = [b for b, r in enumerate(requests) if r.sequence.length - known[b] > slack]
         if behind:
-            began = time.perf_counter()
             self.drafter.prefill(
                 [states[b] for b in behind], [requests[b].token_ids[known[b] : requests[b].sequence.length] for b in behind]
             )
-            self.caught_up_s += time.perf_counter() - began
         if self.head is not None:
             self._run_waiting(states, 2)
-
-    def take_caught_up_s(self) -> float:
-        """Host seconds that catching drafts up has taken since the last call: they are no cost of a step that drafts again and again."""
-        taken, self.caught_up_s = self.caught_up_s, 0.0
-        return taken
 
     def _run_waiting(self, states: Sequence[DraftState], least: int) -> None:
         assert self.head is not None
@@ -305,9 +285,7 @@ class BlockDecoding:
         """k: of captured lengths and those that requests ask for, the least that holds the plan's; rather one that was captured before."""
         wanted = max([*plan.lengths, *map(len, plan.given)])
         fixed = {int(r.params.draft_length) for r in requests if r.params.draft_length != "auto"}
-        able = sorted(n for n in {0, *CAPTURED_LENGTHS, *fixed} if n >= wanted) or [wanted]
-        if not wanted:
-            return able[0]
+        able = sorted(n for n in {*CAPTURED_LENGTHS, *fixed} if n >= wanted) or [wanted]
         key = self._key(requests, "model" if any(plan.lengths) else "given", deterministic)
         return next((n for n in able if replace(key, length=n) in self._blocks), able[0])
 
@@ -335,7 +313,6 @@ class BlockDecoding:
     def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
         source: Source = "model" if any(plan.lengths) else "given"
-        self._idle_steps = 0 if any(plan.lengths) else self._idle_steps + 1
         length, batch = self._length(requests, plan, deterministic), bucket(len(requests))
         drawing = self.state.sampling.set([r.params for r in requests], [r.seed for r in requests], self.target.config.vocab_size)
         if not ahead:
@@ -408,8 +385,6 @@ class BlockDecoding:
                         self._block(BlockKey(batch, length, pages, source, drawing, deterministic))
         if self.draft is not None and not deterministic and time.perf_counter() < until_s:
             self.draft.capture_prompts(batch, logits=False, embed=self.head is None, until_s=until_s)
-        if self.head is not None and time.perf_counter() < until_s:  # a step without drafts whose states the head wants
-            self._block(BlockKey(batch, 0, pages, "given", drawing, deterministic))
         self._captured_at = -math.inf  # what is captured at the start takes nobody's time
 
     # --- what steps cost ------------------------------------------------------------------------------------------------
@@ -487,10 +462,9 @@ class BlockDecoding:
         tokens = torch.zeros(batch, rows, dtype=torch.int64, device=device)
         out = torch.zeros(batch, length + 2, dtype=torch.int64, device=device)
         target_table = table(min(key.pages, target.max_pages))
-        exits = None
-        if self.head is not None:
+        from_exit, exits = self.head is not None and key.source == "model", None
+        if from_exit:
             exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
-        from_exit = self.head is not None and key.source == "model"
         verify = target.part(
             batch,
             rows,
@@ -499,7 +473,6 @@ class BlockDecoding:
             page_table=target_table,
             token_ids=tokens.view(-1),
             embed=not from_exit,
-            taps=(self.exit_layer,) if self.head is not None and not from_exit else (),
             logits=not key.drawing.greedy,
             deterministic=key.deterministic,
         )
@@ -552,16 +525,14 @@ class BlockDecoding:
             assert draft is not None and block.draft_table is not None
             torch.index_select(draft.tables.tables[:, : block.draft_table.shape[1]], 0, of["draft_row"], out=block.draft_table)
             self._draft(block, of)
-        elif length:
+        else:
             block.drafts.copy_(state.drafts[:batch, :length].T)
         block.tokens[:, 0] = of["last"]
         block.tokens[:, 1:] = block.drafts.T
         verify = block.verify
-        if block.exits is not None and key.source == "model":
+        if block.exits is not None:
             verify.buffers.stream.copy_(block.exits.view(-1, block.exits.shape[-1]))
         target.run_part(verify, of["length"], of["length"], of["limit"], 0, head=True)
-        if block.exits is not None and key.source == "given":
-            block.exits.copy_(verify.taps[self.exit_layer].view_as(block.exits))
         self._accept(block, of)
 
     def _draft(self, block: Block, of: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 from draft.policy import LENGTHS, CostModel, DraftingPolicy, measure_costs
 from draft.protocols import Drafter, FeatureStore
 from draft.source import DraftSource, NgramSource
+from draft.spans import SpanPolicy
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.kv.formats import PLAIN, check_format
@@ -144,6 +145,12 @@ class EngineCore:
         if config.prefix_sharing:
             most = most_cached_pages(self.pool)
             self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most, chunk_tokens=chunk)
+        blocks = None if source is None else block_decoding(runner, self.drafter)
+        ngrams = isinstance(source, NgramSource) or (config.ngrams and source is not None)
+        measured, by_draft, rows = config.costs is None, target.device.type == "cpu", runner.captured_rows
+        drafting = DraftingPolicy(config.costs, measured=measured, draft_by_draft=by_draft, ngrams=ngrams, lengths=LENGTHS)
+        if blocks is not None and rows is not None:
+            drafting = SpanPolicy(config.costs, measured=measured, ngrams=ngrams, lengths=CAPTURED_LENGTHS, most_rows=rows)
         self.scheduler = Scheduler(
             runner,
             self.pool,
@@ -154,15 +161,8 @@ class EngineCore:
             prefill_tokens=max(PREFILL_TOKENS, chunk),
             deterministic=config.deterministic,
             plain=plain_decoding(runner),
-            blocks=None if source is None else block_decoding(runner, self.drafter),
-            drafting=DraftingPolicy(
-                config.costs,
-                measured=config.costs is None,
-                draft_by_draft=target.device.type == "cpu",
-                ngrams=isinstance(source, NgramSource) or (config.ngrams and source is not None),
-                lengths=LENGTHS if target.device.type == "cpu" else CAPTURED_LENGTHS,
-                most_rows=runner.captured_rows,
-            ),
+            blocks=blocks,
+            drafting=drafting,
             shared_prefixes=self.shared_prefixes,
             whole_chunks=target.device.type == "cpu",
         )

@@ -530,7 +530,6 @@ class GraphedDecoder(DecoderRunner):
         page_table: Tensor,
         token_ids: Tensor | None = None,
         embed: bool = True,
-        taps: tuple[int, ...] = (),
         logits: bool = False,
         deterministic: bool = False,
     ) -> Step:
@@ -539,7 +538,7 @@ class GraphedDecoder(DecoderRunner):
         page_table [batch, pages] int32, shared with other parts; token_ids [batch length] int64: the input (embed). logits: of every row, beside the
         most likely tokens.
         """
-        key = StepKey(batch, length, pages, layers.start, layers.stop, taps, logits, embed, deterministic)
+        key = StepKey(batch, length, pages, layers.start, layers.stop, (), logits, embed, deterministic)
         step = self._allocate(key, token_ids=token_ids)
         step.buffers.page_table = page_table
         return step
@@ -588,6 +587,11 @@ class PlainDecoding:
         """Whether a step of so many requests consists of captured ones."""
         return batch <= _BATCHES[-1]
 
+    def under_way(self, sequences: Sequence[KvSequence]) -> bool:
+        """Whether the next step of these was launched."""
+        ahead = self._ahead
+        return ahead is not None and same_objects(ahead.sequences, sequences) and ahead.starts == [s.length for s in sequences]
+
     def step(
         self,
         sequences: list[KvSequence],
@@ -604,15 +608,14 @@ class PlainDecoding:
             sequences: each with all tokens but the last one committed, and pages for it and, where all have room, for one token more, which is run
                 ahead.
             last_tokens: each request's last token, which no model has run.
-            room: tokens each may still get, this one included.
+            room: tokens each may still get, this one included; where one may get no other, no step is launched ahead.
             params, seeds: how each draws, and the key of its random numbers; none with penalties.
             deterministic: whether the steps' rows have the same bits in any company.
         """
         starts = [sequence.length for sequence in sequences]
-        current = self._ahead
+        current = self._ahead if self.under_way(sequences) else None
         self._ahead = None
-        known = current is not None and current.starts == starts and same_objects(current.sequences, sequences)
-        if current is None or not known or not same_objects(current.params, params):
+        if current is None or not same_objects(current.params, params):
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
         if min(room) > 1:
             self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, params, seeds, deterministic)

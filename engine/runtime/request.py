@@ -155,11 +155,13 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
+    penalised: bool = field(init=False)  # as its parameters are, asked in every step
     _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
+        self.penalised = self.params.penalised
 
     @property
     def token_ids(self) -> list[int]:

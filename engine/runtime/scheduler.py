@@ -123,6 +123,7 @@ class Scheduler:
         whole = {r for r, chunk in zip(chosen, chunks, strict=True) if self.whole_chunks and chunk == self.prefill_chunk}
         for group in [*([r] for r in chosen if r in whole), [r for r in chosen if r not in whole]]:
             if group:
+                self.drafting.interrupted()
                 own = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in group]
                 prefill_step(group, own, self.target, self.drafter, deterministic=self._deterministic(group))
         for request in chosen:

@@ -88,23 +88,31 @@ def decode_step(
     began, began_at = time.perf_counter(), clock()
     if drafter and drafter.exit_layer:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
-    positions = [len(r.token_ids) for r in requests]
+    ready = None if blocks is None else partial(blocks.ready, requests, deterministic)
+    planned = partial(_plan, requests, drafter, drafting, deterministic, ready)
+    plain_ready = plain is not None and _takes_plain(requests, plain, drafter, blocks)
+    spans = drafter is None if blocks is None else not blocks.under_way(requests)
+    wanted = {r.drafting.wanted for r in requests}
+    fixed = not wanted <= {"auto", 0}
+    if plain is not None and plain_ready and spans and not fixed:
+        chosen = "auto" in wanted
+        left = drafting.rests(len(requests)) if chosen else 2
+        if left or plain.under_way([r.sequence for r in requests]):
+            ahead = left > 1 or not planned().drafts  # what is under way is used, and what follows it planned before it is read
+            _plain_step(requests, plain, began, ahead=ahead, deterministic=deterministic)
+            return drafting.rested(len(requests), drafting.took(began_at, clock()), chosen=chosen)
     if blocks is None:
-        plan = _plan(requests, drafter, drafting, deterministic)
+        plan = planned()
     else:
-        ready = partial(blocks.ready, requests, deterministic)
-        plan, gains = blocks.step(
-            list(requests), lambda: _plan(requests, drafter, drafting, deterministic, ready), deterministic=deterministic
-        )
+        plan, gains = blocks.step(list(requests), planned, deterministic=deterministic)
         if gains is not None:
             count = _keep_gains(requests, plan, gains, blocks, began)
-            return drafting.observe(plan, len(requests), count, clock() - began_at, blocks.take_caught_up_s())
+            return drafting.observe(plan, len(requests), count, drafting.took(began_at, clock()))
     lengths, given = plan.lengths, plan.given
-    follows = drafter is not None and drafter.exit_layer > 0 and not (blocks is not None and blocks.leaves_head_behind)
-    undrafted = not any(lengths) and not any(given) and not follows
-    if plain is not None and plain.takes(len(requests)) and undrafted and not any(r.params.penalised for r in requests):
-        _plain_step(requests, plain, began, deterministic=deterministic)
-        return drafting.observe(plan, len(requests), len(requests), clock() - began_at)
+    if plain is not None and plain_ready and not plan.drafts:
+        _plain_step(requests, plain, began, ahead=not fixed, deterministic=deterministic)
+        return drafting.observe(plan, len(requests), len(requests), drafting.took(began_at, clock()))
+    positions = [len(r.token_ids) for r in requests]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = _sampler(requests, target)
@@ -164,7 +172,13 @@ def decode_step(
         confidences = None if plan.block is None else plan.block.confidences.get(b, [])
         hits = accepted if leaf is None else min(accepted, len(gained) - 2)
         request.drafting.observe(gained[:count], proposed, hits, confidences, given=bool(given[b]))
-    drafting.observe(plan, len(requests), sum(kept), clock() - began_at)
+    drafting.observe(plan, len(requests), sum(kept), drafting.took(began_at, clock()))
+
+
+def _takes_plain(requests: Sequence[Request], plain: PlainDecoding, drafter: Drafter | None, blocks: BlockDecoding | None) -> bool:
+    """Whether a step without drafts may run the target alone: nobody keeps the draft's states, and a draft left behind catches up in captured steps."""
+    follows = drafter is not None and drafter.exit_layer > 0 and (blocks is None or bool(drafter.feature_taps))
+    return plain.takes(len(requests)) and not follows and not any(r.penalised for r in requests)
 
 
 def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:
@@ -175,11 +189,12 @@ def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequ
             request.logprobs += token_logprobs(picked, request.token_ids[-len(own) :], request.params.logprobs)
 
 
-def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float, *, deterministic: bool) -> None:
-    """One token for every request, and no draft."""
+def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float, *, ahead: bool, deterministic: bool) -> None:
+    """One token for every request, and no draft. ahead: whether the next step is launched as well."""
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
-    tokens, logprobs = plain.step(sequences, last, [r.remaining for r in requests], params, seeds, deterministic=deterministic)
+    room = [r.remaining for r in requests] if ahead else [1] * len(requests)
+    tokens, logprobs = plain.step(sequences, last, room, params, seeds, deterministic=deterministic)
     ended = time.perf_counter()
     for request, token, told in zip(requests, tokens, logprobs, strict=True):
         if token < 0:
@@ -190,7 +205,8 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.sequence.advance(1)
         request.metrics.observe(0, 0, 1)
         request.metrics.verify_s += ended - began
-        request.drafting.observe([token], 0, 0, None, given=False)
+        if request.drafting.looks:
+            request.drafting.observe([token], 0, 0, None, given=False)
 
 
 def _keep_gains(requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gain], blocks: BlockDecoding, began: float) -> int:

@@ -9,10 +9,8 @@ import time
 import pytest
 import torch
 
-import draft.policy as policy_module
 from draft.acceptance import PRIOR_RATE, AcceptanceRate, MatchAcceptance, SharedRate
 from draft.policy import (
-    CORRECT_EVERY,
     FIRST_PROBE,
     LAST_PROBE,
     MAX_AUTO_LENGTH,
@@ -146,35 +144,6 @@ def test_only_those_draft_whose_drafts_are_accepted():
     assert plan.lengths[0] == 0 < plan.lengths[1] and plan.kind == "model" and plan.tokens > 2.9
 
 
-def test_captured_steps_bound_rows_and_lengths():
-    policy = block_policy(((1, 0.001),), FLAT, lengths=(1, 2, 4), most_rows=12, ngrams=True)
-    assert steps(policy, 20, lambda k: k)[-1] == 4
-    assert steps(policy, 20, lambda k: k, batch=4)[-1] == 2
-    repeated = [1, 2, 3] * 10
-    requests = [policy.request("auto", greedy=True) for _ in range(6)]
-    plans = [policy.plan(requests, [repeated] * 6, [ROOM] * 6) for _ in range(CORRECT_EVERY)]  # texts are looked through in one of so many
-    assert [len(own) for own in plans[-1].given] == [1] * 6 and plans[-1].kind == "ngram"
-    few = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: (1,) if kind == "model" else ())
-    assert few.lengths == [1] and few.given == [[]]
-    none = policy.plan(requests[:1], [repeated], [ROOM], drafter_room=[ROOM], ready=lambda kind: ())
-    assert none.kind == "plain" and none.lengths == [0] and none.given == [[]]
-    many = policy.plan([policy.request("auto", greedy=True) for _ in range(7)], [repeated] * 7, [ROOM] * 7, drafter_room=[ROOM] * 7)
-    assert many.kind == "plain", "not even one draft each fits"
-
-
-def test_a_text_that_repeats_nothing_is_looked_through_in_every_eighth_captured_step(monkeypatch):
-    policy = block_policy(((1, 3.0),), FLAT, lengths=(1, 2, 4), most_rows=128, ngrams=True)
-    looks, request = [], policy.request("auto", greedy=True)
-    monkeypatch.setattr(request, "look_up", lambda tokens, count: looks.append(count) or ([], []))
-    for _ in range(80):
-        assert policy.plan([request], [list(range(100))], [ROOM]).kind == "plain"
-    assert len(looks) == 10
-    chains = []
-    monkeypatch.setattr(request.acceptance, "chain", lambda: chains.append(1) or [0.1] * MAX_AUTO_LENGTH)
-    steps_seen = [policy.plan([request], [list(range(100))], [ROOM], drafter_room=[ROOM]).kind for _ in range(88)]
-    assert set(steps_seen) == {"plain"} and len(chains) <= 12, "nor is a draft that rests weighed in every step"
-
-
 def test_fixed_lengths_are_kept_and_no_costs_mean_no_drafts():
     fixed = DraftingPolicy()
     plan = fixed.plan([RequestDrafting(5), RequestDrafting("auto")], [NEW] * 2, [ROOM, ROOM], drafter_room=[3, ROOM])
@@ -260,47 +229,6 @@ def test_no_load_is_slower_than_plain_decoding(believed, real, acceptance, batch
     best = max(expected_tokens(k, acceptance) / real.step_seconds(k, batch) for k in range(13)) * real.step_seconds(0, batch)
     if believed is real:
         assert ratio > 0.9 * best, "and near the best there is"
-
-
-def captured(believed, acceptance, batch, *, behind=5.0, count=1500):
-    """(rate over plain decoding's, trials) of a policy for captured steps, where a draft that rested for 8 steps takes `behind` plain steps
-    to catch up."""
-    policy = DraftingPolicy(believed, measured=True, draft_by_draft=False, lengths=(1, 2, 4, 7), most_rows=128)
-    rng, requests = random.Random(3), [policy.request("auto", greedy=True) for _ in range(batch)]
-    plain, gained, seconds, resting, trials = believed.step_seconds(0, batch), 0, 0.0, 0, 0
-    for _ in range(count):
-        plan = policy.plan(requests, [NEW] * batch, [ROOM] * batch, drafter_room=[ROOM] * batch)
-        length, tokens = max(plan.lengths), 0
-        for request, own in zip(requests, plan.lengths, strict=True):
-            kept = next((i for i in range(own) if rng.random() > acceptance), own)
-            request.observe([], own, kept, None, given=False)
-            tokens += 1 + kept
-        late = behind * plain if length and resting >= 8 else 0.0
-        trials += late > 0
-        spent = believed.step_seconds(length, batch) * rng.uniform(0.95, 1.05) + late
-        policy.observe(plan, batch, tokens, spent, late)
-        gained, seconds, resting = gained + tokens, seconds + spent, 0 if length else resting + 1
-    return gained / seconds * plain / batch, trials
-
-
-@pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("acceptance", [0.05, 0.4, 0.65, 0.9])
-def test_captured_steps_are_never_slower_than_plain_ones(batch, acceptance):
-    ratio, trials = captured(DEAR, acceptance, batch)
-    assert ratio > 0.98 and trials <= 4
-
-
-def test_a_draft_that_was_left_behind_is_tried_for_several_steps_at_once():
-    policy = DraftingPolicy(DEAR, measured=True, draft_by_draft=False, lengths=(1, 2, 4, 7), most_rows=128)
-    requests, lengths = [policy.request("auto", greedy=True)], []
-    for _ in range(3000):
-        plan = policy.plan(requests, [NEW], [ROOM], drafter_room=[ROOM])
-        lengths.append(plan.lengths[0])
-        requests[0].observe([], plan.lengths[0], 0, None, given=False)
-        begins = plan.lengths[0] and (len(lengths) < 2 or not lengths[-2])
-        policy.observe(plan, 1, 1, DEAR.step_seconds(plan.lengths[0], 1), 3.0 if begins else 0.0)
-    runs = [len(list(group)) for drafted, group in itertools.groupby(lengths, bool) if drafted]
-    assert len(runs) >= 2 and max(runs[1:]) == policy_module.BURST and sum(map(bool, lengths)) < 60
 
 
 def test_hiccups_of_the_machine_do_not_decide():

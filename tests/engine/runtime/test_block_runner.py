@@ -10,6 +10,7 @@ import torch
 
 from draft.policy import StepPlan
 from draft.source import NgramSource
+from draft.spans import SpanPolicy
 from engine.engine import Engine
 from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
@@ -36,8 +37,8 @@ def with_blocks(engine):
     scheduler = core.scheduler
     scheduler.target, scheduler.drafter, scheduler.plain = runner, core.drafter, PlainDecoding(runner)
     scheduler.blocks = block_runner.block_decoding(runner, core.drafter)
-    drafting = scheduler.drafting
-    drafting.draft_by_draft, drafting.lengths, drafting.most_rows = False, CAPTURED_LENGTHS, MAX_ROWS
+    old = scheduler.drafting
+    scheduler.drafting = SpanPolicy(old.costs, measured=old.measured, ngrams=old.ngrams, lengths=CAPTURED_LENGTHS, most_rows=MAX_ROWS)
     assert scheduler.blocks is not None
     return engine
 
@@ -114,14 +115,13 @@ def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launc
 
 
 def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, launched, monkeypatch):
-    monkeypatch.setattr(block_runner, "_LAG_AFTER", 3)
     each = [SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=n) for n in (0, 0)]
     _, plain = texts_of(sources, "plain", each, PROMPTS[:2])
     target, drafts = sources
     engine = with_blocks(Engine(target, draft=drafts["head"], page_size=16, pool_tokens=2048))
     core, states, late = engine.core, [], []
-    taken = BlockDecoding.take_caught_up_s
-    monkeypatch.setattr(BlockDecoding, "take_caught_up_s", lambda self: late.append(taken(self)) or late[-1])
+    prefill = core.drafter.prefill
+    monkeypatch.setattr(core.drafter, "prefill", lambda states, tokens: late.append(len(states)) or prefill(states, tokens))
     requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS[:2], each, strict=True)]
     while not core.scheduler.idle:
         core.step()
@@ -130,10 +130,10 @@ def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, la
             for request in requests:
                 request.drafting.wanted = 2
                 object.__setattr__(request.params, "draft_length", 2)
-    assert max(map(max, states[:12])) >= 6 and states[-2] == [0] * len(states[-2])
+    assert max(map(max, states[:12])) >= 10 and states[-2] == [0] * len(states[-2])
     assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=False)] == [r.token_ids for r in plain]
     assert sum(r.metrics.accepted for r in requests) > 0 and any(source == "model" for source, *_ in launched)
-    assert sum(seconds > 0 for seconds in late) == 1, "the first step with drafts runs what the draft lacks, and is captured all the same"
+    assert late == [2], "the first step with drafts runs what the draft lacks, and is captured all the same"
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
