@@ -39,8 +39,6 @@ class EarlyExitDrafter:
         draft_head: the draft head that goes on from the states at the exit.
     """
 
-    runs_last_draft = True
-
     def __init__(
         self, decoder: CausalDecoder, num_layers: int, *, deterministic: bool = False, draft_head: DraftHead | None = None
     ) -> None:
@@ -55,6 +53,16 @@ class EarlyExitDrafter:
         self.feature_taps: tuple[int, ...] = ()
         self.max_positions: int = decoder.config.max_position_embeddings
         self._new_buffer: Callable[[], FeatureStore] | None = None
+
+    @property
+    def resumes_at(self) -> int:
+        """The exit: proposals bring the states there."""
+        return self.exit_layer
+
+    @property
+    def runs_last_draft(self) -> bool:
+        """True, as verification goes on from its state."""
+        return True
 
     @property
     def target_taps(self) -> tuple[int, ...]:
@@ -130,6 +138,9 @@ class EarlyExitDrafter:
             if isinstance(state, DraftHeadState):
                 state.align()
         self._keep(states, [state.sequence.length for state in states], query_lens, taps)
+
+    def observe_verification(self, states: Sequence[DraftState], proposal: Proposal, taps: Mapping[int, Tensor]) -> None:
+        """The proposal's own passes gave the states at the exit."""
 
     def _keep(self, states: Sequence[DraftState], starts: Sequence[int], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """Take the hidden states of tokens starts[b] onward of each request from a pass that ran `target_taps`."""

@@ -26,6 +26,7 @@ class ModelDrafter:
 
     target_taps: tuple[int, ...] = ()
     exit_layer = 0
+    resumes_at = 0
     runs_last_draft = False
     takes_leaves = True
     takes_given = True
@@ -76,6 +77,9 @@ class ModelDrafter:
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """The target's hidden states are of no use to a separate model."""
+
+    def observe_verification(self, states: Sequence[DraftState], proposal: Proposal, taps: Mapping[int, Tensor]) -> None:
+        """Nor are those of a verification."""
 
     def propose(
         self,

@@ -717,7 +717,7 @@ def measure_costs(
     new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here; None without a drafter.
     Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
     """
-    first, device = drafter.exit_layer if drafter else 0, target.device
+    first, device = drafter.resumes_at if drafter else 0, target.device
     sequence = new_sequence()
 
     def verify(count: int) -> None:

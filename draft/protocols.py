@@ -246,7 +246,8 @@ class Drafter(Protocol):
     """A source of proposals. Pages are reserved by the caller of its methods, for all tokens that are passed and drafted.
 
     name: for reports. feature_taps: layers whose hidden states are kept. target_taps: taps the target's own prefill must hand to
-    `observe_target`. exit_layer: first layer the target still has to run on a proposal (0 unless drafts rest on its own first layers).
+    `observe_target`, and its verification, where that begins at the first layer, to `observe_verification`. exit_layer: the target's first layers that
+    drafts rest on (0: none). resumes_at: first layer the target still has to run on a proposal, exit_layer where that brings the states there, else 0.
     runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
     deterministic: whether its forwards are batch-invariant; a step sets it where verification goes on from them.
     """
@@ -254,9 +255,14 @@ class Drafter(Protocol):
     name: str
     feature_taps: tuple[int, ...]
     exit_layer: int
-    runs_last_draft: bool
     max_positions: int
     deterministic: bool
+
+    @property
+    def resumes_at(self) -> int: ...
+
+    @property
+    def runs_last_draft(self) -> bool: ...
 
     @property
     def target_taps(self) -> tuple[int, ...]: ...
@@ -295,6 +301,11 @@ class Drafter(Protocol):
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """Take features from a prefill of the target that just ran (flattened taps [N, E]); nothing for a separate model."""
+        ...
+
+    def observe_verification(self, states: Sequence[DraftState], proposal: Proposal, taps: Mapping[int, Tensor]) -> None:
+        """Take what the drafter keeps of a verification that ran all of the target's layers (flattened taps [N, E]), before the proposal is cut and
+        committed."""
         ...
 
     def propose(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from draft.draft_head import DraftHead
 from draft.early_exit import EarlyExitDrafter
+from draft.exit_copy import ExitCopy, ExitCopyDrafter
 from draft.head_file import PACK_FILE, DraftHeadConfig
 from draft.model import ModelDrafter
 from draft.protocols import Drafter, KvPool
@@ -51,8 +52,17 @@ class DraftSource(ABC):
         """What codec parameters and sessions made with this source are marked with."""
 
     @abstractmethod
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter | None:
+    def drafter(
+        self,
+        target: Any,
+        pool: KvPool | None,
+        *,
+        cached: Any | None = None,
+        deterministic: bool = False,
+        copy: Callable[[Any, int, Any, Tensor], ExitCopy | None] | None = None,
+    ) -> Drafter | None:
         """The source at work for a target; None where nothing is run. pool: of `cached_decoder`. cached: what runs that decoder (default: itself).
+        copy: makes copies of weights for drafts, where that pays: (target, exit_layer, cached, token_ids) -> these.
 
         Raises:
             DraftError: the source does not fit the target.
@@ -75,7 +85,9 @@ class ModelSource(DraftSource):
         """That of the model."""
         return of_model(self.model, self.folder)
 
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
+    def drafter(
+        self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False, copy: Any | None = None
+    ) -> Drafter:
         """See `DraftSource.drafter`."""
         assert pool is not None, "a draft model has a pool of its own"
         return ModelDrafter(cached or self._decoder, pool, name=self.name, deterministic=deterministic)
@@ -97,7 +109,9 @@ class EarlyExitSource(DraftSource):
         """The number of layers: all else is the target's."""
         return f"trunk-{self.exit_layer}"  # in session files and packs: stays
 
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
+    def drafter(
+        self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False, copy: Any | None = None
+    ) -> Drafter:
         """See `DraftSource.drafter`."""
         return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic)
 
@@ -125,11 +139,22 @@ class DraftHeadSource(DraftSource):
         """The number of layers under the head, and the digest of the head."""
         return f"trunk-{self.exit_layer}-{self.config.digest}"  # likewise
 
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> Drafter:
+    def drafter(
+        self,
+        target: Any,
+        pool: KvPool | None,
+        *,
+        cached: Any | None = None,
+        deterministic: bool = False,
+        copy: Callable[[Any, int, Any, Tensor], ExitCopy | None] | None = None,
+    ) -> Drafter:
         """See `DraftSource.drafter`."""
         assert pool is not None and self.head_layers is not None, "a draft head has a pool of its own"
         head = DraftHead(cached or self.head_layers, self.token_ids, pool, deterministic=deterministic)
-        return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, draft_head=head)
+        copies = None if copy is None else copy(target, self.exit_layer, cached, self.token_ids)
+        if copies is None:
+            return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, draft_head=head)
+        return ExitCopyDrafter(target, self.exit_layer, draft_head=head, copy=copies, deterministic=deterministic)
 
 
 class NgramSource(DraftSource):
@@ -142,6 +167,8 @@ class NgramSource(DraftSource):
         """That of no draft."""
         return "none"
 
-    def drafter(self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False) -> None:
+    def drafter(
+        self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False, copy: Any | None = None
+    ) -> None:
         """Nothing is run: the drafting policy looks into the text itself."""
         return None

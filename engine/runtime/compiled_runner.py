@@ -31,7 +31,7 @@ class CompiledDecoder(DecoderRunner):
     def __init__(self, decoder: Decoder, pool: PagedPool) -> None:
         super().__init__(decoder)
         self.pool = pool
-        self._known: tuple[list[Any], int] | None = None  # the weights and where the pool lay
+        self._known: tuple[Sequence[Any], int] | None = None  # the weights and where the pool lay
         self._compiled: Any = None
 
     @staticmethod
@@ -61,7 +61,15 @@ class CompiledDecoder(DecoderRunner):
             return self.decoder.head(hidden)
         from kernels.cpu_decode.step import head
 
-        return head(hidden, self.decoder.output_norm, self.decoder.head_matrix, self.config.rms_norm_eps)
+        return head(hidden, self.decoder.output_norm, self._head_matrix(), self.config.rms_norm_eps)
+
+    def _head_matrix(self) -> Any:
+        """The head's weight [V, E] that compiled steps multiply by."""
+        return self.decoder.head_matrix
+
+    def _layer_weights(self) -> Sequence[Any]:
+        """The layers' weights that compiled steps multiply by, the same object while they are the same."""
+        return self.decoder.layer_weights()
 
     def forward(
         self,
@@ -145,10 +153,10 @@ class CompiledDecoder(DecoderRunner):
         """The layers as the compiled code takes them, made anew when the weights or the pool have moved."""
         from kernels.cpu_decode.step import CompiledLayers, StepShape
 
-        weights, lies_at = self.decoder.layer_weights(), self.pool.layer(0)[0].data_ptr()
+        weights, lies_at = self._layer_weights(), self.pool.layer(0)[0].data_ptr()
         if self._known is None or self._known[0] is not weights or self._known[1] != lies_at:
             c, shape = self.config, self.decoder.layer_shapes[0]
             sizes = StepShape(c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps, shape.scale)
-            pages = [self.pool.layer(number) for number in range(c.num_layers)]
+            pages = [self.pool.layer(number) for number in range(len(weights))]
             self._compiled, self._known = CompiledLayers(weights, pages, sizes), (weights, lies_at)
         return self._compiled

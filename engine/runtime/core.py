@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
 from engine.runtime.device_sampling import Drawing
+from engine.runtime.draft_copy import exit_copy
 from engine.runtime.memory import (
     POOL_TOKENS_CPU,
     PREFILL_TOKENS,
@@ -139,7 +141,13 @@ class EngineCore:
             cached_runner = None if cached is None or self.draft_pool is None else graphed(cached, self.draft_pool)
             if self.draft_pool is not None and cached_runner is not None:
                 self.draft_pool.steps_follow_tables = cached_runner.follows_tables
-            self.drafter = source.drafter(runner, self.draft_pool, cached=cached_runner, deterministic=config.deterministic)
+            self.drafter = source.drafter(
+                runner,
+                self.draft_pool,
+                cached=cached_runner,
+                deterministic=config.deterministic,
+                copy=partial(exit_copy, deterministic=config.deterministic),
+            )
         chunk = config.prefill_chunk or prefill_chunk(target.device)
         self.shared_prefixes = None
         if config.prefix_sharing:

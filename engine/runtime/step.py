@@ -86,7 +86,7 @@ def decode_step(
     """
     clock = step_clock(target.device)
     began, began_at = time.perf_counter(), clock()
-    if drafter and drafter.exit_layer:
+    if drafter and drafter.resumes_at:
         drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
     ready = None if blocks is None else partial(blocks.ready, requests, deterministic)
     planned = partial(_plan, requests, drafter, drafting, deterministic, ready)
@@ -116,7 +116,7 @@ def decode_step(
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
     sampler = _sampler(requests, target)
-    if drafter and (any(lengths) or drafter.exit_layer):
+    if drafter and (any(lengths) or drafter.resumes_at):
         states = [_state(r) for r in requests]
         pending = [r.token_ids[s.length :] for r, s in zip(requests, states, strict=True)]
         proposal = drafter.propose(states, pending, lengths, sampler, plan.block, given)
@@ -127,7 +127,8 @@ def decode_step(
     proposed_at = time.perf_counter()
 
     tokens = _block_tokens([r.token_ids[-1] for r in requests], proposal)
-    first = drafter.exit_layer if drafter else 0
+    first = drafter.resumes_at if drafter else 0
+    taps = drafter.target_taps if drafter and not first else ()
     tree_positions = None
     if any(own.leaves for own in proposal.requests):
         tree_positions = [block_positions(at, own.num_drafts, own.leaves) for at, own in zip(positions, proposal.requests, strict=True)]
@@ -135,11 +136,14 @@ def decode_step(
         tokens,
         [r.sequence for r in requests],
         [own.num_rows for own in proposal.requests],
+        taps=taps,
         first_layer=first,
         hidden=proposal.hidden,
         tree_positions=tree_positions,
         deterministic=deterministic,
     )
+    if drafter and taps:
+        drafter.observe_verification([_state(r) for r in requests], proposal, out.taps)
     verdicts = verify(out.logits, proposal, sampler, positions)
     for request, own, (gained, leaf), at in zip(requests, proposal.requests, verdicts, positions, strict=True):
         if leaf is not None:

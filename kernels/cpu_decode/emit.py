@@ -75,6 +75,15 @@ class Number:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def arithmetic_shift(self, count: int) -> Number:
+        """Whole numbers shifted right, with their sign."""
+        return self._with(count, "ashr", "ashr")
+
+    def magnitude(self) -> Number:
+        """Real numbers without their sign."""
+        kind = "f32" if not isinstance(self.type, ir.VectorType) else f"v{self.type.count}f32"
+        return self.code.intrinsic(f"llvm.fabs.{kind}", self.type, self)
+
     def compare(self, sign: str, other: Any) -> Number:
         """One bit, or one a lane: false where a number is none (NaN)."""
         b, other = self.code.b, self.code.of(self.type, other)

@@ -27,7 +27,7 @@ from kernels.cpu_decode import arguments
 from kernels.files import cache_home, write_bytes
 
 _HERE = Path(__file__).parent
-_SOURCES = ("arguments.py", "blocks.py", "coding.py", "emit.py", "machine_code.py", "program.py")
+_SOURCES = ("arguments.py", "blocks.py", "coding.py", "emit.py", "machine_code.py", "program.py", "tiles.py")
 _MOST_BYTES = 1 << 22
 _MOST_KEPT = 8
 _PC32, _PLT32 = 2, 4  # x86-64's relocations: 32 bits, relative to the place
@@ -173,8 +173,9 @@ def _optimised(*, apart: bool = False) -> tuple[Any, Any]:
         reloc="default" if apart else "pic",
         codemodel="large" if apart else "small",
     )
-    pairs = platform.machine() == "x86_64" and bool(features.get("avx512bf16"))
-    module = llvm.parse_assembly(str(write_program(pairs=pairs)))
+    here = platform.machine() == "x86_64"
+    pairs, quads = (here and bool(features.get(name)) for name in ("avx512bf16", "avx512vnni"))
+    module = llvm.parse_assembly(str(write_program(pairs=pairs, quads=quads)))
     module.verify()
     module.triple, module.data_layout = llvm.get_default_triple(), str(machine.target_data)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))

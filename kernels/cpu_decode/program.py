@@ -4,7 +4,8 @@ A token's result is the same bits whatever tokens stand beside it: each output i
 weights and are added up in a tree. How many rows or outputs are computed together changes no bit.
 
 Products with bf16 weights, and of queries with keys, round their inputs to bf16 where the processor multiplies pairs of them (AVX512-bf16), as its
-libraries do; all other products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes) but `eps` and `scale`, float32.
+libraries do; those with `tiles` round them to 8 bits; all other products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes)
+but `eps` and `scale`, float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kernels.cpu_decode.arguments import ARGUMENTS, REAL
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
 from kernels.cpu_decode.coding import write_coding
 from kernels.cpu_decode.emit import F16, F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
+from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
 
 FORMATS = (BF16, *NAMES.values())
 MOST_TOGETHER = 4  # rows whose sums run side by side for one output
@@ -23,6 +25,7 @@ MOST_TOGETHER = 4  # rows whose sums run side by side for one output
 FEW, MORE = (6, 4), (8, 3)
 # weights are asked for so much before they are needed: a row's own for one output, and those behind several, into the second cache
 AHEAD_BYTES, FAR_AHEAD_BYTES = 4096, 16384
+TILES_TOGETHER = 4  # rows whose sums over a tile run side by side
 
 
 def argument_types(name: str) -> list[Any]:
@@ -30,13 +33,16 @@ def argument_types(name: str) -> list[Any]:
     return [F32 if argument in REAL else I64 for argument in ARGUMENTS[name]]
 
 
-def write_program(*, pairs: bool) -> Any:
-    """The module. pairs: the processor multiplies pairs of bf16."""
+def write_program(*, pairs: bool, quads: bool) -> Any:
+    """The module. pairs: the processor multiplies pairs of bf16; quads: it multiplies and adds four bytes (AVX512-VNNI)."""
     c = Code()
     for kind in FORMATS:
         _write_product(c, kind, pairs and kind == BF16)
     _write_key_product(c, pairs)
     _write_pack(c)
+    _write_pack_bytes(c)
+    for kind in (TILES_8, TILES_4):
+        _write_tile_product(c, kind, quads)
     _write_any_product(c, pairs)
     _write_attend(c, pairs)
     _write_layers(c)
@@ -232,6 +238,76 @@ def _write_pack(c: Code) -> None:
         c.store(_to_bf16(c, c.load(x + row * x_stride + column * 4, VECTOR)), out + (row * columns + column) * 2)
 
 
+def _write_pack_bytes(c: Code) -> None:
+    """Rows of float32 [rows, columns] for products with tiles, each in 2 bytes a column: codes int8, and for each group its scale float32 and the sum
+    of its codes int32."""
+    with (
+        c.function("pack_bytes", [I64] * 5) as (x, x_stride, rows, columns, out),
+        c.loop(0, rows) as row,
+        c.loop(0, columns // GROUP) as group,
+    ):
+        numbers = [c.load(x + row * x_stride + group * (4 * GROUP) + 4 * LANES * part, VECTOR) for part in range(2)]
+        most = numbers[0].magnitude().at_least(numbers[1].magnitude())
+        for width in (8, 4, 2, 1):
+            most = most.take(range(width)).at_least(most.take(range(width, 2 * width)))
+        scale = most.lane(0) * (1 / 127)
+        share = (1.0 / scale.at_least(1e-30)).spread()
+        own, sums = out + row * columns * 2, c.of(lanes(I32), 0)
+        for part, own_numbers in enumerate(numbers):
+            nearest = c.intrinsic(f"llvm.rint.v{LANES}f32", VECTOR, own_numbers * share)
+            codes = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), nearest).at_least(-127).at_most(127)
+            sums = sums + codes
+            c.store(codes.to("trunc", lanes(I8)), own + group * GROUP + LANES * part)
+        told = own + columns + group * 8
+        c.store(scale, told)
+        c.store(sums.total(), told + 4)
+
+
+def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
+    """y = x W^T for weights in tiles. x: rows as `pack_bytes` leaves them, x_stride bytes apart. A row's result does not depend on the others."""
+    size = GROUP_BYTES[kind]
+    with c.function(f"tiles_{kind}", [I64] * 8) as (w, outputs, x, x_stride, rows, y, y_stride, groups):
+
+        def sums(output: Number, row: Number, count: int) -> None:
+            tile, inputs = w + output // OUTPUTS * groups * size, [x + (row + r) * x_stride for r in range(count)]
+            totals = [Variable(c, c.of(VECTOR, 0.0)) for _ in range(count)]
+            with c.loop(0, groups) as group:
+                own = tile + group * size
+                scale, codes = c.load(own, lanes(F16)).to("fpext", VECTOR), own + 2 * OUTPUTS
+                weights: list[Number] = []
+                for at in range(0, size - 2 * OUTPUTS, 4 * LANES):
+                    c.prefetch(codes + at + FAR_AHEAD_BYTES)
+                    weights.append(c.load(codes + at, lanes(I32)))
+                if kind == TILES_4:
+                    weights = [both & 0x0F0F0F0F for both in (*weights, *(both >> 4 for both in weights))]
+                for total, own_x in zip(totals, inputs, strict=True):
+                    told = own_x + groups * GROUP + group * 8
+                    found = (c.load(told + 4, I32) * -ZERO[kind]).spread()
+                    for q, weight in enumerate(weights):
+                        found = _multiply_quads(c, quads, weight, c.load(own_x + group * GROUP + 4 * q, I32).spread(), found)
+                    total.set(c.fma(found.to("sitofp", VECTOR), scale * c.load(told, F32).spread(), total.get()))
+            for r, total in enumerate(totals):
+                c.store(total.get(), y + (row + r) * y_stride + output * 4)
+
+        with c.loop(0, outputs, OUTPUTS) as output:
+            whole = rows // TILES_TOGETHER * TILES_TOGETHER
+            with c.loop(0, whole, TILES_TOGETHER) as row:
+                sums(output, row, TILES_TOGETHER)
+            for count in range(1, TILES_TOGETHER):
+                with c.when((rows - whole).compare("==", count)):
+                    sums(output, whole, count)
+
+
+def _multiply_quads(c: Code, quads: bool, codes: Number, x: Number, total: Number) -> Number:
+    """Each lane's total plus the product of four codes without a sign and four with one."""
+    if quads:
+        return c.intrinsic("llvm.x86.avx512.vpdpbusd.512", lanes(I32), total, codes, x)
+    for byte in range(4):
+        signed = (x << 24 - 8 * byte).to("bitcast", lanes(I32)).arithmetic_shift(24)
+        total = total + ((codes >> 8 * byte) & 255) * signed
+    return total
+
+
 def _write_any_product(c: Code, pairs: bool) -> None:
     """Outputs [0, outputs) of a product with weights of a format known at run time. packed: workspace, bf16 [rows, columns]."""
     with c.function("product", [I64] * 10) as (kind, w, outputs, columns, x, x_stride, rows, packed, y, y_stride):
@@ -243,6 +319,10 @@ def _write_any_product(c: Code, pairs: bool) -> None:
                     own, stride = packed, columns * 2
                 w_stride = columns // BLOCK * BLOCK_BYTES[form]
                 c.call(f"product_{form}", w, w_stride, 0, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
+        for form in (TILES_8, TILES_4):
+            with c.when(kind.compare("==", form)):
+                c.call("pack_bytes", x, x_stride, rows, columns, packed)
+                c.call(f"tiles_{form}", w, outputs, packed, columns * 2, rows, y, y_stride, columns // GROUP)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------

@@ -14,16 +14,17 @@ import torch
 
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.cpu_decode.machine_code import functions
+from kernels.cpu_decode.tiles import TileWeight
 from kernels.decode_layer.tensors import LayerTensors
 
-Matrix = torch.Tensor | BlockWeight
+Matrix = torch.Tensor | BlockWeight | TileWeight
 _FUNCTIONS = functions()
 _SPARE_PLACES = 16  # that the compiled step may overwrite behind a row's scores
 
 
 def fits(weight: Matrix) -> bool:
     """Whether a weight can be multiplied here: quantised, or plain contiguous bf16 on a CPU, of whole blocks."""
-    if isinstance(weight, BlockWeight):
+    if isinstance(weight, (BlockWeight, TileWeight)):
         return True
     plain = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.is_mkldnn and weight.is_contiguous()
     return plain and weight.dim() == 2 and weight.shape[1] % BLOCK == 0 and weight.numel() > 0
@@ -33,6 +34,8 @@ def _place(weight: Matrix) -> tuple[int, int]:
     """(address, format) of a weight that fits."""
     if isinstance(weight, BlockWeight):
         return weight.blocks.data_ptr(), weight.kind
+    if isinstance(weight, TileWeight):
+        return weight.tiles.data_ptr(), weight.kind
     return weight.data_ptr(), BF16
 
 

@@ -287,7 +287,7 @@ class SlowDecoder:
 @pytest.mark.parametrize("exit_layer", [0, 2, None])
 def test_costs_are_measured_on_scratch_sequences_within_a_budget(exit_layer):
     target, draft, freed = SlowDecoder(), SlowDecoder(), []
-    drafter = None if exit_layer is None else type("D", (), {"exit_layer": exit_layer, "runs_last_draft": bool(exit_layer)})
+    drafter = None if exit_layer is None else type("D", (), {"resumes_at": exit_layer, "runs_last_draft": bool(exit_layer)})
 
     class Sequence:
         def reserve(self, n):

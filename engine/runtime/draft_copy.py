@@ -1,0 +1,84 @@
+"""Copies of weights in few bits for drafts on a CPU: a target's first layers, and a draft head's own, whose results only decide what is proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft.draft_head import DraftHead
+from draft.exit_copy import ExitCopy
+from engine.model.layers import LayerWeights
+from engine.runtime.compiled_runner import CompiledDecoder
+from kernels.cpu_decode.tiles import TILES_8, TileWeight
+from kernels.memory import HugePages
+
+_MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+class CopiedDecoder(CompiledDecoder):
+    """A compiled decoder whose first layers, and whose head, are multiplied from copies in 8 bits; passes of many rows are the decoder's own.
+
+    The copies are made at the first pass that needs them, in pages of 2 MiB.
+
+    Args:
+        runner: of the decoder.
+        num_layers: layers that are copied, from the first one on; passes end after them.
+        with_head: whether its head is copied, too; only then it may be asked for one.
+    """
+
+    def __init__(self, runner: CompiledDecoder, num_layers: int, *, with_head: bool) -> None:
+        super().__init__(runner.decoder, runner.pool)
+        self._num_layers, self._with_head = num_layers, with_head
+        self._copies: tuple[list[LayerWeights], TileWeight | None] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of the matrices have whole tiles."""
+        return all(TileWeight.fits(matrix.shape) for matrix in self._matrices())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the copies, made or not."""
+        return sum(TileWeight.num_bytes(matrix.shape, TILES_8) for matrix in self._matrices())
+
+    def _matrices(self) -> list[Tensor]:
+        layers = self.decoder.layer_weights()[: self._num_layers]
+        return [getattr(w, name) for w in layers for name in _MATRICES] + [self.decoder.head_matrix] * self._with_head
+
+    def _made(self) -> tuple[list[LayerWeights], TileWeight | None]:
+        if self._copies is None:
+            sizes = [(TileWeight.num_bytes(matrix.shape, TILES_8),) for matrix in self._matrices()]
+            memory = HugePages(sum(HugePages.num_bytes(size, torch.uint8) for size in sizes))
+
+            def copied(matrix: Any) -> Any:
+                dense = matrix.to_dense() if matrix.is_mkldnn else matrix
+                return TileWeight.of(dense, TILES_8, memory.zeros((TileWeight.num_bytes(matrix.shape, TILES_8),), torch.uint8))
+
+            layers = [
+                w._replace(**{name: copied(getattr(w, name)) for name in _MATRICES})
+                for w in self.decoder.layer_weights()[: self._num_layers]
+            ]
+            self._copies = layers, copied(self.decoder.head_matrix) if self._with_head else None
+        return self._copies
+
+    def _layer_weights(self) -> Sequence[LayerWeights]:
+        return self._made()[0]
+
+    def _head_matrix(self) -> Any:
+        head = self._made()[1]
+        assert head is not None, "a copy without a head was asked for logits"
+        return head
+
+
+def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, deterministic: bool) -> ExitCopy | None:
+    """Copies for drafts of a draft head, run by `head`, after the first exit_layer layers of a target, run by `target`; None where these are not
+    compiled steps, or a matrix has no whole tiles."""
+    if not (isinstance(target, CompiledDecoder) and isinstance(head, CompiledDecoder)):
+        return None
+    first, own = CopiedDecoder(target, exit_layer, with_head=False), CopiedDecoder(head, head.config.num_layers, with_head=True)
+    if not (first.fits and own.fits):
+        return None
+    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic))

@@ -1,0 +1,122 @@
+"""Weights for drafts on a CPU, in 8 or 4 bits: tiles of 16 outputs, in the order in which a processor multiplies and adds four bytes at a time.
+
+What is multiplied by them is put into bytes too, so products are a little wrong: their results may only decide what is proposed. This is their meaning,
+in plain PyTorch.
+
+A tile holds all inputs of 16 outputs, in groups of 32: float16 scales [16], then codes uint8 [16, 4] of inputs 4 q to 4 q + 3 for q = 0, 1... A weight
+is its scale times its code less 128, or less 8 where a byte holds two of them: those of q in its low half, and those of q + 4 in the high one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 32  # inputs that share a scale
+OUTPUTS = 16  # of a tile
+TILES_8, TILES_4 = 4, 5  # formats, beside those of `blocks`
+GROUP_BYTES = {TILES_8: 2 * OUTPUTS + GROUP * OUTPUTS, TILES_4: 2 * OUTPUTS + GROUP * OUTPUTS // 2}
+ZERO = {TILES_8: 128, TILES_4: 8}  # the code of weight 0
+_SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
+_ROWS = 1 << 9  # of a weight that are put into tiles at once: their numbers in float32 stay in a core's cache
+
+
+class TileWeight:
+    """A weight [out, in] in tiles: uint8 [out / 16, bytes of a tile], in one of the formats; dtype: of the products' inputs and outputs.
+
+    Stands in for a tensor laid out for products, as `blocks.BlockWeight` does.
+    """
+
+    is_mkldnn = True
+    device = torch.device("cpu")
+
+    def __init__(self, tiles: torch.Tensor, kind: int, dtype: torch.dtype) -> None:
+        groups, rest = divmod(tiles.shape[1], GROUP_BYTES[kind])
+        if tiles.dtype != torch.uint8 or rest or not tiles.is_contiguous():
+            raise ValueError("tiles are contiguous bytes, whole groups of one of the formats in each")
+        self.tiles, self.kind, self.dtype = tiles, kind, dtype
+        self.shape = torch.Size((tiles.shape[0] * OUTPUTS, groups * GROUP))
+
+    @staticmethod
+    def fits(shape: torch.Size) -> bool:
+        """Whether a weight of this shape can be put into tiles."""
+        return len(shape) == 2 and shape[0] % OUTPUTS == 0 and shape[1] % GROUP == 0 and shape.numel() > 0
+
+    @staticmethod
+    def num_bytes(shape: torch.Size, kind: int) -> int:
+        """What the tiles of a weight of this shape take."""
+        return shape[0] // OUTPUTS * (shape[1] // GROUP) * GROUP_BYTES[kind]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, kind: int, memory: torch.Tensor | None = None) -> TileWeight:
+        """A weight [out, in] whose shape `fits`, rounded to the nearest codes. memory: uint8, where its tiles are put."""
+        outputs = len(weight)
+        if not cls.fits(weight.shape):
+            raise ValueError(f"a weight of shape {list(weight.shape)} has no whole tiles of {OUTPUTS} outputs and groups of {GROUP} inputs")
+        tiles = torch.empty(cls.num_bytes(weight.shape, kind), dtype=torch.uint8) if memory is None else memory
+        tiles = tiles.view(outputs // OUTPUTS, -1)
+        for start in range(0, outputs, _ROWS):
+            parts = weight[start : start + _ROWS].float().unflatten(1, (-1, GROUP))  # [rows, groups, 32]
+            scales, codes = _coded(parts, kind)
+            rows, groups = codes.shape[:2]
+            quads = codes.view(rows // OUTPUTS, OUTPUTS, groups, GROUP // 4, 4).permute(0, 2, 3, 1, 4)  # [tiles, groups, q, 16, 4]
+            if kind == TILES_4:
+                quads = quads[:, :, : GROUP // 8] | (quads[:, :, GROUP // 8 :] << 4)
+            heads = scales.view(-1, OUTPUTS, groups).transpose(1, 2).contiguous().view(torch.uint8)  # [tiles, groups, 32 bytes]
+            tiles[start // OUTPUTS : (start + rows) // OUTPUTS] = torch.cat((heads, quads.flatten(2)), -1).flatten(1)
+        return cls(tiles, kind, weight.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tiles."""
+        return self.tiles.nbytes
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight [out, in] they stand for, in `dtype`."""
+        return self.unpacked().to(self.dtype)
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight they stand for, float32 [out, in]."""
+        groups = self.tiles.unflatten(1, (-1, GROUP_BYTES[self.kind]))
+        scales = groups[..., : 2 * OUTPUTS].contiguous().view(torch.float16).float()  # [tiles, groups, 16]
+        codes = groups[..., 2 * OUTPUTS :].unflatten(2, (-1, OUTPUTS, 4))
+        if self.kind == TILES_4:
+            codes = torch.cat((codes & 15, codes >> 4), 2)
+        steps = (codes.float() - ZERO[self.kind]) * scales[:, :, None, :, None]
+        return steps.permute(0, 3, 1, 2, 4).reshape(self.shape)
+
+
+def _coded(parts: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales float16 [rows, groups] and codes uint8 [rows, groups, 32] of weights float32 [rows, groups, 32]."""
+    zero = ZERO[kind]
+    if kind == TILES_8:
+        scales = _usable(parts.abs().amax(-1) / 127)
+        return scales, (parts / scales[..., None].float()).round_().clamp_(-127, 127).add_(zero).to(torch.uint8)
+    farthest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)  # has code 0, which reaches one step farther than 15
+    best, scales, codes = torch.full_like(farthest, float("inf")), torch.empty_like(farthest), torch.empty_like(parts)
+    for shrink in _SHRINK:
+        own = _usable(farthest * (-shrink / zero)).float()
+        steps = (parts / own[..., None]).round_().clamp_(-zero, zero - 1)
+        error = (steps * own[..., None] - parts).square_().sum(-1)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, own, scales)
+        codes = torch.where(better[..., None], steps, codes)
+    return scales.half(), codes.add_(zero).to(torch.uint8)
+
+
+def _usable(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as float16, none of them 0."""
+    halves = scales.half()
+    return torch.where(halves == 0, torch.full_like(halves, 6e-8), halves)
+
+
+def bytes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What products take of x float32 [N, in]: steps int8-valued float32 [N, groups, 32], and a scale [N, groups] of each group."""
+    parts = x.float().unflatten(1, (-1, GROUP))
+    scales = parts.abs().amax(-1) / 127
+    return (parts / scales.clamp_min(1e-30)[..., None]).round(), scales
+
+
+def linear(x: torch.Tensor, weight: TileWeight) -> torch.Tensor:
+    """x float32 [N, in] by a weight [out, in] -> float32 [N, out]."""
+    steps, scales = bytes_of(x)
+    return (steps * scales[..., None]).flatten(1) @ weight.unpacked().T

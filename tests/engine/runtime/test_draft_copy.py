@@ -1,0 +1,179 @@
+"""Drafts made with copies of weights in 8 bits: the target's text and cache to the bit, states that the draft head goes on from, ragged batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("llvmlite")
+
+from codec.predictor.features import FeatureBuffer
+from draft.early_exit import EarlyExitDrafter
+from draft.exit_copy import ExitCopyDrafter
+from engine.engine import Engine
+from engine.model.config import DecoderConfig
+from engine.model.decoder import Decoder, forward_reserved
+from engine.runtime.draft_copy import CopiedDecoder, exit_copy
+from engine.runtime.drafters import load_draft_head
+from engine.runtime.request import SequenceState
+from engine.runtime.sampling import SamplingParams
+
+PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
+EXIT_LAYER = 2
+SHAPE = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_always():
+    """Whatever a measurement on a busy machine would say."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("engine.model.linear.compiled_share", lambda threads: 1.0)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def target(compiled_always, random_decoder):
+    config = random_decoder(0, num_hidden_layers=4, **SHAPE).config
+    assert isinstance(config, DecoderConfig)
+    decoder = Decoder.from_config(config, dtype=torch.bfloat16, seed=3)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(10)
+    return decoder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one own layer", "two own layers"])
+def trained(request, target, tmp_path_factory, make_draft_head):
+    folder = make_draft_head(tmp_path_factory.mktemp("head"), target, layers=request.param, size=64)
+    return load_draft_head(folder, target)
+
+
+def engine_of(target, draft, **options):
+    return Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 32, "prefix_sharing": False} | options))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=24))]
+
+
+@pytest.mark.parametrize(("length", "features"), [(4, ()), ("auto", ()), (4, (1, 2)), (3, (0, 3))])
+def test_greedy_text_equals_plain_decoding(target, trained, plain, length, features):
+    engine = engine_of(target, trained)
+    drafter = engine.core.drafter
+    assert isinstance(drafter, ExitCopyDrafter) and drafter.resumes_at == 0 and not drafter.runs_last_draft
+    engine.core.keep_features(features, FeatureBuffer)
+    assert (drafter.resumes_at, drafter.runs_last_draft) == ((2, True) if 3 in features else (0, False)), (
+        "features that only the weights give"
+    )
+    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=24, draft_length=length))
+    assert [r.token_ids for r in results] == plain
+    if length != "auto":
+        assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
+    for pool in (engine.core.pool, engine.core.draft_pool):
+        pool.check_integrity()
+        assert pool.num_free_pages == pool.max_pages
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_seeded_text_is_the_same_alone_in_a_batch_and_without_drafts(target, trained, temperature):
+    engine = engine_of(target, trained)
+
+    def params(length):
+        return [SamplingParams(max_new_tokens=14, temperature=temperature, seed=s, draft_length=length) for s in range(len(PROMPTS))]
+
+    together, without = (engine.generate(PROMPTS, params(length)) for length in (3, 0))
+    assert [r.token_ids for r in together] == [r.token_ids for r in without]
+    for prompt, own, result in zip(PROMPTS, params(3), together, strict=True):
+        [alone] = engine.generate([prompt], own)
+        assert alone.token_ids == result.token_ids and alone.speculation.accepted_at == result.speculation.accepted_at
+
+
+@pytest.mark.parametrize("length", [0, 3, "auto"])
+def test_the_targets_cache_and_the_states_are_those_of_plain_decoding(target, trained, length):
+    caches, texts, features = [], [], []
+    for draft, own in ((None, 0), (trained, length)):
+        engine = engine_of(target, draft)
+        if draft is not None:
+            engine.core.keep_features((1, EXIT_LAYER), lambda: FeatureBuffer(dtype=torch.bfloat16))
+        conversation = engine.core.open_sequence_state()
+        for new in ([5, 6, 7] * 14, [], [1, 2]):
+            engine.core.run(conversation, new, SamplingParams(max_new_tokens=13, draft_length=own))
+        count = conversation.sequence.length
+        texts.append(conversation.token_ids)
+        caches.append(target.read_kv(conversation.sequence, 0, count))
+        state = conversation.draft_state
+        if state is not None:
+            assert count == len(conversation.token_ids) - 1 == state.features.length == state.num_cached
+            features.append(state.features.take(0, count))
+            state.own.reserve(state.num_pending_hidden)
+            engine.core.drafter.draft_head.run_pending([state])
+            kept = state.own
+    assert texts[0] == texts[1] and torch.equal(caches[0], caches[1]), "drafts leave no trace"
+    pool = target.new_pool(9, 16)
+    runner, sequence = type(engine.core.runner)(target, pool), pool.new_sequence()
+    taps = forward_reserved(
+        runner, torch.tensor(texts[0][:count]), [sequence], [count], taps=(1, EXIT_LAYER), logits="none", deterministic=True
+    ).taps
+    wanted = torch.stack([taps[1], taps[EXIT_LAYER]], 1)
+    assert (features[0].float() - wanted.float()).norm() < 0.02 * wanted.float().norm()
+    heads = trained.head_layers
+    own = heads.new_pool(9, 16).new_sequence()
+    forward_reserved(heads, None, [own], [count], hidden=taps[EXIT_LAYER], logits="none")
+    exact, found = (heads.read_kv(s, 0, count).float() for s in (own, kept))
+    assert (found - exact).norm() < 0.1 * exact.norm(), "keys and values of drafts come from the copies"
+
+
+def test_a_request_that_lies_behind_learns_before_it_drafts(target, trained, plain):
+    engine = engine_of(target, trained, prefill_chunk=8)
+    sequence = engine.core.pool.new_sequence()
+    forward_reserved(engine.core.runner, torch.tensor(PROMPTS[1][:30]), [sequence], [30], logits="none")
+    sequence.advance(30)
+    conversation = SequenceState(list(PROMPTS[1]), sequence)
+    result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=24, draft_length=3))
+    assert result.token_ids == plain[1] and 0 < result.speculation.proposed < 3 * result.speculation.steps
+    assert conversation.draft_state.num_cached == sequence.length
+
+
+def test_some_draft_and_others_do_not(target, trained, plain):
+    engine = engine_of(target, trained)
+    params = [SamplingParams(max_new_tokens=24, draft_length=length) for length in (0, 4, "auto", 1)]
+    assert [r.token_ids for r in engine.generate(PROMPTS, params)] == plain
+
+
+def test_copies_are_near_the_weights_and_counted(target, trained):
+    engine = engine_of(target, trained)
+    drafter, memory = engine.core.drafter, engine.memory()
+    first, head = drafter.copy.first, drafter.copy.head.decoder
+    assert isinstance(first, CopiedDecoder) and isinstance(head, CopiedDecoder)
+    assert memory["draft_bytes"] == trained.head_layers.weight_bytes + first.weight_bytes + head.weight_bytes
+    layers = target.layer_weights()[:EXIT_LAYER]
+    copied = sum(matrix.nbytes for w in layers for matrix in (w.qkv, w.o, w.gate_up, w.down))
+    assert (
+        first.weight_bytes
+        == copied * 17 // 32
+        == sum(w.qkv.nbytes + w.o.nbytes + w.gate_up.nbytes + w.down.nbytes for w in first._layer_weights())
+    )
+    sequence = engine.core.pool.new_sequence()
+    tokens = torch.tensor(PROMPTS[3][:20])
+    sequence.reserve(20)
+    hidden = [
+        runner.forward(tokens, [sequence], [20], logits="none", last_layer=EXIT_LAYER).hidden.float()
+        for runner in (engine.core.runner, first)
+    ]
+    assert 0 < (hidden[0] - hidden[1]).norm() < 0.1 * hidden[0].norm()
+    many = torch.zeros(70, dtype=torch.int64)
+    sequence.reserve(70)
+    assert torch.equal(*(r.forward(many, [sequence], [70], logits="none", last_layer=2).hidden for r in (engine.core.runner, first)))
+    sequence.free()
+
+
+def test_without_whole_tiles_or_compiled_steps_drafts_are_made_with_the_weights(target, trained, random_decoder, make_draft_head, tmp_path):
+    odd = load_draft_head(make_draft_head(tmp_path / "odd", target, size=60), target)
+    assert type(engine_of(target, odd).core.drafter) is EarlyExitDrafter
+    exact = random_decoder(0, num_hidden_layers=4, **SHAPE)
+    source = load_draft_head(make_draft_head(tmp_path / "float32", exact, size=64), exact)
+    engine = engine_of(exact, source)
+    assert type(engine.core.drafter) is EarlyExitDrafter and engine.core.drafter.resumes_at == EXIT_LAYER
+    assert exit_copy(exact, 2, source.head_layers, source.token_ids, deterministic=False) is None

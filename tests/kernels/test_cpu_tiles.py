@@ -1,0 +1,107 @@
+"""Weights in tiles: what they mean, their products against plain PyTorch, with and without a processor's instruction for four bytes; bad shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.cpu_decode import tiles
+from kernels.cpu_decode.tiles import TILES_4, TILES_8, TileWeight
+
+KINDS = [TILES_8, TILES_4]
+
+
+def weight_of(outputs, inputs, seed=0):
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 1, outputs)[:, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_is_within_half_a_step(kind, monkeypatch):
+    weight = weight_of(48, 96)
+    weight[3], weight[20, :32] = 0.0, 0.0
+    whole = TileWeight.of(weight, kind)
+    monkeypatch.setattr(tiles, "_ROWS", 16)
+    assert torch.equal(TileWeight.of(weight, kind).tiles, whole.tiles), "some rows at a time"
+    assert (
+        whole.shape == (48, 96)
+        and whole.nbytes == TileWeight.num_bytes(weight.shape, kind) == 48 * 96 * (8 if kind == TILES_8 else 4) // 8 + 9 * 32
+    )
+    groups = weight.unflatten(1, (-1, 32))
+    error = (whole.unpacked() - weight).unflatten(1, (-1, 32))
+    steps = groups.abs().amax(-1) / (127 if kind == TILES_8 else 8)
+    assert bool((error.abs().amax(-1) <= (0.52 if kind == TILES_8 else 1.3) * steps + 1e-6).all()), "four bits may cut the farthest off"
+    assert error.norm() < (0.006 if kind == TILES_8 else 0.1) * weight.norm()
+    assert not whole.unpacked()[3].any() and torch.equal(whole.to_dense(), whole.unpacked())
+
+
+def test_a_byte_is_where_the_layout_says():
+    weight = torch.zeros(16, 64)
+    weight[5, 32 + 4 * 3 + 2] = 127.0  # group 1, q 3, byte 2
+    whole = TileWeight.of(weight, TILES_8)
+    groups = whole.tiles.view(2, tiles.GROUP_BYTES[TILES_8])
+    assert int((groups[:, 32:] != 128).sum()) == 1 and int(groups[1, 32 + 3 * 64 + 5 * 4 + 2]) == 255
+    weight[5] = 0.0
+    weight[5, 4 * 6 + 1] = -8.0  # q 6: the high half of the byte of q 2
+    groups = TileWeight.of(weight, TILES_4).tiles.view(2, tiles.GROUP_BYTES[TILES_4])
+    assert int((groups[:, 32:] != 0x88).sum()) == 1 and int(groups[0, 32 + 2 * 64 + 5 * 4 + 1]) == 0x08
+
+
+@pytest.fixture(scope="module")
+def without_instruction():
+    """The compiled products of a processor that has no instruction for four bytes."""
+    pytest.importorskip("llvmlite")
+    import llvmlite.binding as llvm
+
+    from kernels.cpu_decode import machine_code, program
+
+    write, patch = program.write_program, pytest.MonkeyPatch()
+    patch.setattr(program, "write_program", lambda *, pairs, quads: write(pairs=pairs, quads=False))
+    addresses, kept = machine_code._compiled_here()
+    patch.undo()
+    assert llvm is not None
+    return machine_code._functions(addresses, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (80, 576)])
+def test_products_equal_those_of_plain_pytorch(kind, outputs, inputs, without_instruction, monkeypatch):
+    from kernels.cpu_decode import step
+
+    weight = TileWeight.of(weight_of(outputs, inputs), kind)
+    assert step.fits(weight)
+    x = torch.randn(11, inputs, generator=torch.Generator().manual_seed(2))
+    x[2], x[4, :32] = 0.0, 0.0
+    whole = step.linear(x, weight)
+    assert whole.shape == (11, outputs) and whole.dtype == torch.float32
+    assert (whole - tiles.linear(x, weight)).norm() < 1e-6 * whole.norm()
+    assert (whole - x @ weight.unpacked().T).norm() < 0.01 * whole.norm(), "rounding the inputs to 8 bits costs little"
+    for start, count in ((0, 1), (1, 2), (4, 3), (2, 4), (5, 6)):
+        assert torch.equal(step.linear(x[start : start + count], weight), whole[start : start + count]), "a row's bits are its own"
+    x[3, 5] = float("nan")
+    others = [row for row in range(11) if row != 3]
+    assert torch.equal(step.linear(x, weight)[others], whole[others])
+    x[3, 5] = 1.0
+    wanted = step.linear(x, weight)
+    monkeypatch.setattr(step, "_FUNCTIONS", without_instruction)
+    assert torch.equal(step.linear(x, weight), wanted), "the same sums of whole numbers"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_beside_the_outputs_is_written(kind):
+    pytest.importorskip("llvmlite")
+    from kernels.cpu_decode import step
+
+    weight, x = TileWeight.of(weight_of(32, 64), kind), np.ones((3, 64), np.float32)
+    packed, out = np.full((5, 64), 7, np.uint16), np.full((5, 32), np.nan, np.float32)
+    step._FUNCTIONS["linear"](*step._place(weight), 32, 64, x.ctypes.data, 3, packed[1:].ctypes.data, out[1:].ctypes.data)
+    assert np.isnan(out[[0, 4]]).all() and np.isfinite(out[1:4]).all() and (packed[[0, 4]] == 7).all()
+
+
+def test_what_has_no_whole_tiles_is_refused():
+    for shape in ((15, 32), (16, 33), (0, 32), (16,)):
+        assert not TileWeight.fits(torch.Size(shape))
+    with pytest.raises(ValueError, match="no whole tiles"):
+        TileWeight.of(torch.zeros(24, 32), TILES_8)
+    with pytest.raises(ValueError, match="whole groups"):
+        TileWeight(torch.zeros(1, 100, dtype=torch.uint8), TILES_4, torch.bfloat16)
