@@ -12,6 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -29,6 +30,7 @@ from engine.runtime.decoder_runner import DecoderRunner
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
 from engine.runtime.sampling import SamplingParams
+from kernels.advance import advance
 from kernels.block_inputs import block_inputs
 from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
@@ -161,7 +163,10 @@ class StepKey:
 class Step:
     """One captured step: its buffers, and the graph (None where it runs operation by operation).
 
-    inputs: int64 [2 N + 2 B], positions, slots, context lengths and page table rows. tokens: [B] int64, what is drawn; None where nothing is.
+    inputs: [3, B] int64: the position of each request's first new token, the end of those it may have, and its page table row. A step of one token a
+    request with logits leaves them, and its token ids, ready for the next one (`kernels.advance`): holds is then the launch whose successor they are
+    ready for, of sequences in these page table rows (table_rows); drawn, [2, B] int64, has the tokens of the last two, and copied says when the host
+    has them. tokens: [B] int64, what is drawn; None where nothing is.
     """
 
     key: StepKey
@@ -170,25 +175,20 @@ class Step:
     taps: dict[int, Tensor] = field(default_factory=dict)
     graph: Any | None = None
     tokens: Tensor | None = None
+    drawn: Tensor | None = None
+    holds: Any | None = None
+    copied: Any | None = None
+    table_rows: list[int] = field(default_factory=list)
 
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.key.batch * self.key.length
-
-    def fill(self, starts: Sequence[int], counts: Sequence[int], sequences: Sequence[KvSequence], tables: PageTables) -> None:
-        """Write the inputs of requests whose counts[b] new tokens begin at position starts[b]."""
-        n, batch = self.key.length, self.key.batch
-        positions, slots = [-1] * self.rows, [-1] * self.rows
-        contexts = [0] * batch
-        rows = [*tables.rows(sequences), *[0] * (batch - len(sequences))]
-        for b, (start, count, sequence) in enumerate(zip(starts, counts, sequences, strict=True)):
-            size, pages = sequence.pool.page_size, sequence.pages
-            contexts[b] = start + count
-            for j in range(count):
-                at = start + j
-                positions[b * n + j], slots[b * n + j] = at, pages[at // size] * size + at % size
-        fill(self.inputs, positions + slots + contexts + rows)
+    def fill(self, starts: Sequence[int], counts: Sequence[int], rows: list[int], page_size: int) -> None:
+        """Write the inputs of requests whose counts[b] new tokens begin at position starts[b], with these page table rows."""
+        single, padding = self.key.length == 1, [0] * (self.key.batch - len(starts))
+        # where every request has one token, later steps go on from these inputs: as far as the page tables reach
+        ends = [self.key.pages * page_size] * len(starts) if single else [a + n for a, n in zip(starts, counts, strict=True)]
+        if self.copied is not None:  # the step writes again what is being copied
+            torch.cuda.current_stream(self.inputs.device).wait_event(self.copied)
+        self.holds, self.copied, self.table_rows = None, None, rows
+        fill(self.inputs, [[*starts, *padding], [*ends, *padding], [*rows, *padding]])
 
 
 class GraphedDecoder(DecoderRunner):
@@ -208,6 +208,7 @@ class GraphedDecoder(DecoderRunner):
         self.shape = decode_shape(decoder.config)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
+        self._zeros = torch.zeros(_BATCHES[-1], dtype=torch.int64, device=decoder.device)
         self._steps: dict[StepKey, Step] = {}
         self._compiled: set[StepKey] = set()  # steps whose kernels are compiled
         self._weights: DecodeWeights | None = None
@@ -349,7 +350,7 @@ class GraphedDecoder(DecoderRunner):
             embed=embed,
             deterministic=deterministic,
         )
-        step.fill(starts, query_lens, sequences, self.tables)
+        step.fill(starts, query_lens, self.tables.rows(sequences), self.pool.page_size)
         rows = self._rows(step, query_lens)
         into = step.buffers.token_ids if embed else step.buffers.stream
         if isinstance(rows, slice):
@@ -464,13 +465,14 @@ class GraphedDecoder(DecoderRunner):
             logits=key.logits,
             plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
         )
-        inputs = torch.zeros(2 * rows + 2 * key.batch, dtype=torch.int64, device=self.device)
-        inputs[: 2 * rows] = -1
-        buffers.positions, buffers.slots = inputs[:rows], inputs[rows : 2 * rows]
+        inputs = torch.zeros(3, key.batch, dtype=torch.int64, device=self.device)
         if token_ids is not None:
             buffers.token_ids = token_ids
         tokens = None if key.drawing.greedy else torch.zeros(key.batch, dtype=torch.int64, device=self.device)
-        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps}, tokens=tokens)
+        drawn = None
+        if key.length == 1 and key.embed and key.logits:
+            drawn = torch.zeros(2, key.batch, dtype=torch.int64, device=self.device)
+        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps}, tokens=tokens, drawn=drawn)
 
     def capture(self, run: Callable[[], None]) -> Any:
         """What `run` launches, as a CUDA graph; it runs once before, and must write no page then (padding). None in `compile_ahead`."""
@@ -490,13 +492,17 @@ class GraphedDecoder(DecoderRunner):
         return graph
 
     def _run(self, step: Step, weights: DecodeWeights) -> None:
-        key, buffers, rows = step.key, step.buffers, step.rows
-        buffers.context_lens.copy_(step.inputs[2 * rows : 2 * rows + key.batch])
-        torch.index_select(self.tables.tables[:, : key.pages], 0, step.inputs[2 * rows + key.batch :], out=buffers.page_table)
+        key, buffers = step.key, step.buffers
+        starts, ends, table_rows = step.inputs
+        torch.index_select(self.tables.tables[:, : key.pages], 0, table_rows, out=buffers.page_table)
+        size = self.pool.page_size
+        block_inputs(starts, self._zeros[: key.batch], ends, buffers.page_table, 0, size, buffers.positions, buffers.slots, buffers.context_lens)
         self._run_layers(step, weights, head=key.logits)
         if step.tokens is not None:
             assert buffers.logits is not None
             step.tokens.copy_(self.sampling.draw(buffers.logits, buffers.next_tokens, buffers.positions + 1, key.drawing))
+        if step.drawn is not None:
+            advance(buffers.next_tokens if step.tokens is None else step.tokens, starts, buffers.token_ids, step.drawn)
 
     def _run_layers(self, step: Step, weights: DecodeWeights, *, head: bool) -> None:
         """A step over positions, slots, context lengths and page tables that are in its buffers."""
@@ -552,20 +558,30 @@ class GraphedDecoder(DecoderRunner):
 
 @dataclass
 class _Ahead:
-    """A step that is under way: whose, how it draws, from which positions, and where its tokens will be; logprobs: where their log
-    probabilities will be, of all requests if one wants them."""
+    """A step that is under way: whose, how it draws, from which positions, the tokens it will have drawn (on the device), and what they are read from.
+
+    step: the captured one, where one took all requests. logprobs: where the log probabilities will be, of all requests if one wants them.
+    """
 
     sequences: list[KvSequence]
     params: list[SamplingParams]
     starts: list[int]
     tokens: Tensor
     ready: Any
+    step: Step | None = None
     logprobs: Any | None = None
+
+    def read(self) -> list[int]:
+        """The tokens, once they are there."""
+        tokens = read_out(self.ready)
+        return tokens if self.step is None else [tokens[start % 2][b] for b, start in enumerate(self.starts)]  # see `kernels.advance`
 
 
 class _Drawn(NamedTuple):
-    """What a launched step will have drawn: tokens [B] int64, and `logprob_rows` of them where they are asked for."""
+    """What a launched step will have drawn: tokens [B] int64, where they stay as long as no step of its kind is launched, and `logprob_rows` of them
+    where they are asked for."""
 
+    step: Step
     tokens: Tensor
     logprobs: Tensor | None
 
@@ -573,14 +589,16 @@ class _Drawn(NamedTuple):
 class PlainDecoding:
     """Decode steps without drafts, each launched before the one before it is read back.
 
-    The next step's input is this step's output, which is on the device. Deterministic steps of more than MOST_SKINNY requests are several, one launched
-    after another. Its tokens are thrown away when a request ends or another one joins; what
+    The next step's input is this step's output, which is on the device: where one captured step follows another of the same requests, nothing is
+    copied to the device, and the tokens are copied from it beside the next step. Deterministic steps of more than MOST_SKINNY requests are several, one
+    launched after another. A step's tokens are thrown away when a request ends or another one joins; what
     it wrote lies behind the committed tokens and is written again.
     """
 
     def __init__(self, target: GraphedDecoder) -> None:
         self.target = target
         self._ahead: _Ahead | None = None
+        self._copies = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
 
     @staticmethod
     def takes(batch: int) -> bool:
@@ -617,9 +635,13 @@ class PlainDecoding:
         self._ahead = None
         if current is None or not same_objects(current.params, params):
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
+        tokens = None
+        if current.step is not None and current.step.holds is not current:  # another pass has taken the step since: its buffers are no longer ours
+            tokens = current.read()
         if min(room) > 1:
-            self._ahead = self._launch(sequences, [start + 1 for start in starts], current.tokens, params, seeds, deterministic)
-        tokens = read_out(current.ready)
+            given = current.tokens if tokens is None else upload(tokens, self.target.device)
+            self._ahead = self._launch(sequences, [start + 1 for start in starts], given, params, seeds, deterministic, current)
+        tokens = current.read() if tokens is None else tokens
         rows = [None] * len(tokens) if current.logprobs is None else read_out(current.logprobs)
         told = [
             None if p.logprobs is None or row is None else from_row(row, token, p.logprobs)
@@ -635,18 +657,27 @@ class PlainDecoding:
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
         deterministic: bool,
+        after: _Ahead | None = None,
     ) -> _Ahead:
+        """after: the launch that draws `tokens`."""
         count = len(sequences)
         most = MOST_SKINNY if deterministic else count
         num_top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         found = [
-            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], num_top, deterministic)
+            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], num_top, deterministic, after)
             for at, end in ((at, min(at + most, count)) for at in range(0, count, most))
         ]
-        drawn = found[0].tokens if len(found) == 1 else torch.cat([own.tokens for own in found])
         rows = [own.logprobs for own in found if own.logprobs is not None]
         logprobs = copy_out(torch.cat(rows)) if rows else None
-        return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), logprobs)
+        if len(found) > 1:
+            drawn = torch.cat([own.tokens for own in found])
+            return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), None, logprobs)
+        step, drawn, _ = found[0]
+        assert step.drawn is not None
+        ready = copy_out(step.drawn, self._copies)
+        launched = _Ahead(list(sequences), list(params), starts, drawn, ready, step, logprobs)
+        step.holds, step.copied = launched, None if isinstance(ready, Tensor) else ready[1]
+        return launched
 
     def _replay(
         self,
@@ -657,6 +688,7 @@ class PlainDecoding:
         seeds: Sequence[int],
         num_top: int | None,
         deterministic: bool,
+        after: _Ahead | None,
     ) -> _Drawn:
         """Launch one captured step, and behind it, where num_top is given, what tells its tokens' log probabilities and so many alternatives."""
         target, batch = self.target, len(sequences)
@@ -665,13 +697,16 @@ class PlainDecoding:
             sequence.check_writable(start, start + 1)
         pages = max(len(s.pages) for s in sequences)
         step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
-        step.fill(starts, [1] * batch, sequences, target.tables)
-        step.buffers.token_ids[:batch] = tokens
+        rows = target.tables.rows(sequences)
+        if after is None or step.holds is not after or step.table_rows != rows:
+            step.fill(starts, [1] * batch, rows, target.pool.page_size)
+            step.buffers.token_ids[:batch] = tokens
         target.replay(step)
-        found = step.buffers.next_tokens if step.tokens is None else step.tokens  # -1 where logits are not finite
-        drawn, logits = found[:batch].clone(), step.buffers.logits  # a later pass may write both before they are read
+        drawn, logits = step.buffers.token_ids[:batch], step.buffers.logits  # -1 where logits are not finite
         assert logits is not None
-        return _Drawn(drawn, None if num_top is None else logprob_rows(logits[:batch], drawn, num_top))
+        if deterministic:  # another group of the requests may take the same step
+            drawn = drawn.clone()
+        return _Drawn(step, drawn, None if num_top is None else logprob_rows(logits[:batch], drawn, num_top))
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
@@ -679,14 +714,18 @@ def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
-def copy_out(tokens: Tensor) -> Any:
-    """Begin to copy tokens to the host: (host tensor, event), or the tensor itself on a CPU."""
+def copy_out(tokens: Tensor, stream: Any | None = None) -> Any:
+    """Begin to copy tokens to the host: (host tensor, event), or a tensor on a CPU. stream: beside what is launched after it; the tokens must
+    stay as they are until they are read."""
     if tokens.device.type != "cuda":
-        return tokens
+        return tokens.clone()
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        host.copy_(tokens, non_blocking=True)
+        event.record()
     return host, event
 
 

@@ -9,6 +9,8 @@ triton = pytest.importorskip("triton")
 
 from kernels.accept import reference as accept_reference
 from kernels.accept import triton as accept_triton
+from kernels.advance import reference as advance_reference
+from kernels.advance import triton as advance_triton
 from kernels.block_inputs import reference as inputs_reference
 from kernels.block_inputs import triton as inputs_triton
 
@@ -37,6 +39,25 @@ def test_positions_slots_and_lengths(count, offset, device):
             assert int(positions[b * count + j]) == (at if inside else -1)
             assert int(slots[b * count + j]) == (int(table[b, at // size]) * size + at % size if inside else -1)
         assert int(contexts[b]) == max(0, min(int(lengths[b]) + offset + count, int(limits[b])))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 32, 33, 128])
+def test_a_step_leaves_its_tokens_to_the_next_one(batch, device):
+    tokens = torch.randint(-1, 1000, (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
+    lengths = (torch.arange(batch, device=device) * 7) % 12
+    found = []
+    for module in (advance_triton, advance_reference):
+        own, token_ids = lengths.clone(), torch.full((batch,), -7, device=device)
+        drawn = torch.full((2, batch), -7, device=device)
+        module.advance(tokens, own, token_ids, drawn)
+        module.advance(tokens + 1, own, token_ids, drawn)  # the tokens before stay
+        found.append((own, token_ids, drawn))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    own, token_ids, drawn = found[0]
+    assert torch.equal(own, lengths + 2) and torch.equal(token_ids, tokens + 1)
+    places = torch.arange(batch, device=device)
+    assert torch.equal(drawn[lengths % 2, places], tokens) and torch.equal(drawn[(lengths + 1) % 2, places], tokens + 1)
 
 
 @pytest.mark.parametrize("num_drafts", [[3], [0, 3, 1], [2, 2]], ids=str)

@@ -10,7 +10,17 @@ import torch
 
 from engine.engine import Engine
 from engine.model.decoder import forward_reserved
-from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, GraphedDecoder, PageTables, PlainDecoding, bucket, page_bucket, row_groups
+from engine.runtime.model_runner import (
+    MAX_ROWS,
+    PROMPT_LENGTHS,
+    GraphedDecoder,
+    PageTables,
+    PlainDecoding,
+    Step,
+    bucket,
+    page_bucket,
+    row_groups,
+)
 from engine.runtime.sampling import SamplingParams
 from kernels.decode_layer.plans import MOST_SKINNY
 
@@ -177,6 +187,36 @@ def test_text_does_not_depend_on_the_runner(decoder, params):
         texts.append([(r.token_ids, r.finish_reason) for r in engine.generate(PROMPTS, each)])
         engine.core.pool.check_integrity()
         assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+def test_a_step_goes_on_from_the_one_before_it(decoder, params, monkeypatch):
+    """Inputs are written for the first step alone; where another pass takes the captured step in between, they are written again and the text stays."""
+    filled, texts = [], []
+    monkeypatch.setattr(Step, "fill", lambda self, *rest, known=Step.fill: filled.append(self.key.length) or known(self, *rest))
+    for disturbed in (False, True):
+        engine = Engine(decoder, page_size=16, pool_tokens=1024)
+        runner = GraphedDecoder(decoder, engine.core.pool, capture=GPU)
+        engine.core.scheduler.target, engine.core.scheduler.plain = runner, PlainDecoding(runner)
+        with engine.core.lock:
+            conversations = [engine.core.open_sequence_state() for _ in range(2)]
+            wanted = SamplingParams(max_new_tokens=40, ignore_eos=True, **params)
+            requests = [engine.core.submit(c, p, wanted, owns_cache=True) for c, p in zip(conversations, PROMPTS[:2], strict=True)]
+            engine.core.step()
+            scratch = [engine.core.pool.new_sequence(1) for _ in range(2)]
+            filled.clear()
+            for number in range(30):
+                if disturbed and number % 7 == 3:
+                    for step in [step for key, step in runner._steps.items() if key.length == 1 and key.logits]:
+                        step.fill([0, 0], [1, 1], runner.tables.rows(scratch), 16)
+                        runner.replay(step)
+                        runner.replay(step)
+                engine.core.step()
+        texts.append([request.token_ids[request.prompt_tokens :] for request in requests])
+        assert len(texts[-1][0]) >= 30
+        if not disturbed:
+            assert filled == [1]
     assert texts[0] == texts[1]
 
 
