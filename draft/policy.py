@@ -21,6 +21,7 @@ any of it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -126,6 +127,7 @@ def expected_tokens(length: int, rate: float) -> float:
     return sum(rate**i for i in range(length + 1))
 
 
+@functools.cache
 def step_clock(device: torch.device) -> Callable[[], float]:
     """Seconds by which steps are compared. On a CPU those of the calling thread, which takes part in every forward: what other processes take meanwhile
     is no cost of the step. Elsewhere, and where threads have no fine clock, those of the wall."""

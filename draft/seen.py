@@ -12,6 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from draft.acceptance import MatchAcceptance
 
@@ -23,7 +24,6 @@ MAX_NAMESPACES = 64  # those used longest ago are forgotten
 _MAX_WEIGHT = 65535
 _FIRST_TABLE = 1 << 8
 _END, _BEGIN = -1, -2  # between pieces of texts; what comes before a text
-_MULTIPLIER = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class SeenTexts:
     def add(self, tokens: Sequence[int], start: int, weight: int = 1) -> None:
         """Count a text's tokens from `start` on, each in the context of those before it."""
         weight, storing = min(max(1, weight), _MAX_WEIGHT), False
-        context = _context(tokens, start)
-        for i in range(start, len(tokens)):
-            token = tokens[i]
+        text = array("i", [*_context(tokens, start), *tokens[start:]])
+        for i in range(CONTEXT, len(text)):
+            token, context = text[i], text[i - CONTEXT : i]
             place = self._place(context, token)
             if place is not None:
                 self._weights[place] = min(_MAX_WEIGHT, self._weights[place] + weight)
@@ -70,18 +70,17 @@ class SeenTexts:
                     if len(self._tokens) + CONTEXT >= self.max_tokens:
                         self._forget()
                     self._append(_END, 0)
-                    for known in context:
-                        self._append(known, 0)
+                    self._tokens.extend(context)
+                    self._weights.extend([0] * CONTEXT)
+                    self._earlier.extend([-1] * CONTEXT)
                     storing = True
                 self._append(token, weight)
                 self._index(len(self._tokens) - 2)
-            context.append(token)
-            del context[0]
             storing = storing and len(self._tokens) < self.max_tokens
 
     def match(self, tokens: Sequence[int], count: int) -> Seen | None:
         """Up to `count` tokens that are expected after `tokens`; None where their end was never seen."""
-        context = _context(tokens, len(tokens))
+        context = array("i", _context(tokens, len(tokens)))
         longest, places = KEY - 1, []
         at = self._heads[self._key(context)]
         for _ in range(MAX_CANDIDATES_TRIED):
@@ -105,19 +104,21 @@ class SeenTexts:
             found = found[: found.index(_END)]
         return Seen(longest, weights[best] / sum(weights.values()), found)
 
-    def _place(self, context: Sequence[int], token: int) -> int | None:
+    def _place(self, context: array[int], token: int) -> int | None:
         """Where this token follows this very context already."""
-        at = self._heads[self._key(context)]
+        known, at = self._tokens, self._heads[self._key(context)]
         for _ in range(MAX_CANDIDATES_TRIED):
             if at < 0:
                 return None
-            if self._tokens[at + 1] == token and self._weights[at + 1] and self._common(at, context) == CONTEXT:
+            if known[at + 1] == token and self._weights[at + 1] and known[at - CONTEXT + 1 : at + 1] == context:
                 return at + 1
             at = self._earlier[at]
         return None
 
-    def _common(self, at: int, context: Sequence[int]) -> int:
+    def _common(self, at: int, context: array[int]) -> int:
         """How many tokens up to index `at` equal the context's last ones."""
+        if self._tokens[at - CONTEXT + 1 : at + 1] == context:
+            return CONTEXT
         length = 0
         while length < CONTEXT and self._tokens[at - length] == context[-1 - length]:
             length += 1
@@ -143,12 +144,8 @@ class SeenTexts:
         self._earlier[at] = self._heads[key]
         self._heads[key] = at
 
-    def _key(self, tokens: Sequence[int]) -> int:
-        mixed = 0
-        for token in tokens[-KEY:]:
-            mixed = (mixed + token + 3) * _MULTIPLIER & 0xFFFFFFFF
-            mixed ^= mixed >> 15
-        return mixed & (len(self._heads) - 1)
+    def _key(self, tokens: array[int]) -> int:
+        return crc32(tokens[-KEY:].tobytes()) & (len(self._heads) - 1)
 
     def _forget(self) -> None:
         """Drop the older half, from the beginning of a piece on."""

@@ -67,6 +67,7 @@ class KvPool(ABC):
         self._sequences: list[KvSequence] = []
         self._kept: dict[int, int] = {}  # of a page's owners, those that are caches
         self._num_reclaimable = 0
+        self.sharings = 0  # times that pages were given a further owner
         self.reclaim: Callable[[KvPool, int], None] | None = None  # asks the cache for so many pages
         self.steps_follow_tables = False  # whether steps of few tokens read a sequence's pages wherever they lie
 
@@ -185,6 +186,7 @@ class KvPool(ABC):
 
     def retain(self, pages: list[int]) -> None:
         """Add an owner to each page, so that sequences can share it."""
+        self.sharings += 1
         for page in pages:
             assert self._references[page] > 0, "only an owned page can be shared"
             self._num_reclaimable -= self._only_kept(page)
@@ -200,6 +202,7 @@ class KvPool(ABC):
 
     def keep(self, pages: list[int]) -> None:
         """Add a cache as owner of each page: it goes on being kept, and gives the page up when pages are needed."""
+        self.sharings += 1
         for page in pages:
             assert self._references[page] > self._kept.get(page, 0), "a cache keeps what a sequence owns"
             self._references[page] += 1
@@ -421,6 +424,7 @@ class KvSequence:
         self.pages: list[int] = []
         self.length = 0
         self.shares = False  # it began with pages that others own
+        self._alone = (-1, 0)  # pages of tokens from the second on were its own when the pool's `sharings` was the first
 
     @property
     def capacity(self) -> int:
@@ -452,6 +456,10 @@ class KvSequence:
         """
         self.ensure(self.length + n)
 
+    def holds(self, start: int, tokens: int) -> bool:
+        """Whether it owns pages for `tokens` tokens in all, those of tokens from `start` on alone."""
+        return tokens <= self.capacity and not self._shared(tokens, start)
+
     def missing_pages(self, tokens: int, start: int | None = None) -> int:
         """Pages that `ensure` would take."""
         last = -(-tokens // self.pool.page_size)
@@ -459,9 +467,15 @@ class KvSequence:
 
     def _shared(self, tokens: int, start: int | None) -> list[int]:
         """Numbers of the pages that tokens from `start` on would be written to and others own too."""
-        start, size = self.length if start is None else start, self.pool.page_size
+        start, size, pool = self.length if start is None else start, self.pool.page_size, self.pool
+        since, first = self._alone
+        if since == pool.sharings and start >= first:
+            return []  # asked several times a step
         last = min(-(-tokens // size), len(self.pages)) if start < tokens else 0
-        return [i for i in range(start // size, last) if self.pool.is_shared(self.pages[i])]
+        found = [i for i in range(start // size, last) if pool.is_shared(self.pages[i])]
+        if not found and last == len(self.pages):
+            self._alone = pool.sharings, start
+        return found
 
     def ensure(self, tokens: int, start: int | None = None) -> None:
         """Own pages for `tokens` tokens in all, those of tokens from `start` on (default: the committed ones' end) alone: a shared page among these is

@@ -162,6 +162,7 @@ class Request:
         self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
         self.penalised = self.params.penalised
+        self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.eos_token_ids)
 
     @property
     def token_ids(self) -> list[int]:
@@ -186,12 +187,14 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         """Tokens to be run before it can decode: of its prompt, whose last one gives the first new token, or of all its text after an interruption."""
-        return len(self.token_ids) - (self.num_new > 0) - self.sequence.length
+        length = len(self.conversation.token_ids)
+        return length - (length > self.prompt_tokens) - self.conversation.sequence.length
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        return min(self.params.max_new_tokens - self.num_new, self.context - len(self.token_ids))
+        length = len(self.conversation.token_ids)
+        return min(self.params.max_new_tokens + self.prompt_tokens, self.context) - length
 
     def history(self, vocab_size: int, device: torch.device) -> TokenHistory | None:
         """Its tokens counted for the penalties; None where it has none."""
@@ -212,12 +215,13 @@ class Request:
 
     def append_tokens(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""
-        run = list(run[: self.remaining])
-        ends = self.params.stop_token_ids
-        eos = frozenset[int]() if self.params.ignore_eos else self.eos_token_ids
-        stop_at = next((i for i, t in enumerate(run) if t in ends or t in eos), None)
-        kept = self.stream.push(run if stop_at is None else run[:stop_at])
         limit = self.remaining
+        run = list(run[:limit])
+        ends = self.params.stop_token_ids
+        stop_at = None
+        if not self._ends.isdisjoint(run):
+            stop_at = next(i for i, t in enumerate(run) if t in self._ends)
+        kept = self.stream.push(run if stop_at is None else run[:stop_at])
         if kept is not None:
             self.finish_reason = "stop"
         elif stop_at is not None:

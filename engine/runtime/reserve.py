@@ -50,11 +50,29 @@ def chunk_demands(request: Request, drafter: Drafter | None, chunk: int) -> list
 def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
     """Of one decode step and the one that may be launched ahead of its result: pending tokens, as many drafts as there may be (`drafts`: if there may
     be any), and their leaves."""
-    more = 1
+    end = _block_end(request, drafts)
+    return _demands(request, drafter, end, end)
+
+
+def holds_block(request: Request, drafter: Drafter | None, *, drafts: bool) -> bool:
+    """Whether nothing is missing of `block_demands`: in most steps, so it is asked of all requests first."""
+    sequence, state, end = request.sequence, request.draft_state, _block_end(request, drafts)
+    if drafter is None or state is None:
+        return sequence.holds(sequence.length, end)
+    state.align()  # first: what it cuts off gives its pages back
+    start = min(sequence.length, state.num_cached) if drafter.exit_layer else sequence.length
+    if not sequence.holds(start, end):
+        return False
+    if state.cache is sequence or not (request.params.draft_length != 0 or drafter.exit_layer):
+        return True
+    return bool(state.cache.holds(min(state.cache.length, end), end))
+
+
+def _block_end(request: Request, drafts: bool) -> int:
+    length, more = len(request.token_ids), 1
     if drafts:
         more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
-    end = max(len(request.token_ids), min(request.longest(drafts=drafts), len(request.token_ids) + more))
-    return _demands(request, drafter, end, end)
+    return max(length, min(request.longest(drafts=drafts), length + more))
 
 
 def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool, most: int | None = None) -> list[Demand]:

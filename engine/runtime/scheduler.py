@@ -15,7 +15,7 @@ from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import Request
-from engine.runtime.reserve import Demand, block_demands, chunk_demands, reserve, whole_demands
+from engine.runtime.reserve import Demand, block_demands, chunk_demands, holds_block, reserve, whole_demands
 from engine.runtime.step import decode_step, prefill_step
 
 HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
@@ -91,8 +91,10 @@ class Scheduler:
         `error` set, and so is one whose logits are not finite.
         """
         refused = self._admit()
-        prefilling = [r for r in self.running if r.num_uncomputed > 0]
-        decoding = [r for r in self.running if r.num_uncomputed == 0]
+        prefilling: list[Request] = []
+        decoding: list[Request] = []
+        for request in self.running:
+            (prefilling if request.num_uncomputed > 0 else decoding).append(request)
         chosen: list[Request] = []
         chunks: list[int] = []
         budget = self.prefill_tokens
@@ -112,12 +114,15 @@ class Scheduler:
             chosen.append(request)
             chunks.append(chunk)
         demands = {r: chunk_demands(r, self.drafter, chunk) for r, chunk in zip(chosen, chunks, strict=True)}
-        demands |= {r: block_demands(r, self.drafter, drafts=self._drafts) for r in decoding}
-        able = set()
+        drafts = self._drafts
+        able = {r for r in decoding if holds_block(r, self.drafter, drafts=drafts)}
+        demands |= {r: block_demands(r, self.drafter, drafts=drafts) for r in decoding if r not in able}
         for request in sorted(demands, key=lambda r: r.submitted_at):
             if request in self.running and self._make_room(request, demands[request]):
                 reserve(demands[request])
                 able.add(request)
+        if demands:  # some may have had to go
+            able.intersection_update(self.running)
         chunks = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in able]
         chosen, decoding = [r for r in chosen if r in able], [r for r in decoding if r in able]
         whole = {r for r, chunk in zip(chosen, chunks, strict=True) if self.whole_chunks and chunk == self.prefill_chunk}
@@ -148,7 +153,8 @@ class Scheduler:
             for request in decoding:
                 self._computed(request)
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
-        self.running = [r for r in self.running if r not in finished]
+        if finished:
+            self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
         return refused + finished

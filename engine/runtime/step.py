@@ -243,6 +243,8 @@ def _plan(
     Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised for their slots. Drafts from the
     text beside a drafter only where the drafter can take them.
     """
+    if all(request.params.draft_length == 0 for request in requests):
+        return StepPlan([0] * len(requests), [[] for _ in requests])
     room, drafter_room, most_tokens = [], [], []
     for request in requests:
         length = len(request.token_ids)
