@@ -496,7 +496,9 @@ class GraphedDecoder(DecoderRunner):
         starts, ends, table_rows = step.inputs
         torch.index_select(self.tables.tables[:, : key.pages], 0, table_rows, out=buffers.page_table)
         size = self.pool.page_size
-        block_inputs(starts, self._zeros[: key.batch], ends, buffers.page_table, 0, size, buffers.positions, buffers.slots, buffers.context_lens)
+        block_inputs(
+            starts, self._zeros[: key.batch], ends, buffers.page_table, 0, size, buffers.positions, buffers.slots, buffers.context_lens
+        )
         self._run_layers(step, weights, head=key.logits)
         if step.tokens is not None:
             assert buffers.logits is not None
@@ -636,7 +638,9 @@ class PlainDecoding:
         if current is None or not same_objects(current.params, params):
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
         tokens = None
-        if current.step is not None and current.step.holds is not current:  # another pass has taken the step since: its buffers are no longer ours
+        if (
+            current.step is not None and current.step.holds is not current
+        ):  # another pass has taken the step since: its buffers are no longer ours
             tokens = current.read()
         if min(room) > 1:
             given = current.tokens if tokens is None else upload(tokens, self.target.device)
