@@ -18,6 +18,7 @@ from codec.errors import BadInput
 from codec.predictor.dense import AnyPredictor
 from codec.references import added_up, own_components
 from codec.transform import Fallback
+from kernels.cpu_decode import compiled_available, compiled_loads
 from kernels.residual_decode import residual_decode_pages
 from kernels.rope import apply_rope
 
@@ -41,7 +42,7 @@ class EntropyDecoded(NamedTuple):
     decoded: DecodedSpans
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Components of some spans of a part, in the product's dtype.
 
     tokens: their places among all coded tokens, a slice where they follow one another. runs: the same as ranges. rows: [T, K up to a whole tile] of the
@@ -110,7 +111,7 @@ class PageDecoder:
 
     # --- the product ----------------------------------------------------------------------------------------------------
 
-    def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[_Chunk]:
+    def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[Chunk]:
         """All components, chunk by chunk."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self.codec.device)
@@ -135,7 +136,7 @@ class PageDecoder:
                 c = self.codec.components_of(part.decoded, some[0], some[-1] + 1) if every is None else every[tokens]
                 c = c.to(self.dtype)
                 rows, rest = c[:, :count], c[:, count:] if c.shape[1] > count else None
-                yield _Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
+                yield Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
 
     def _referring(self, parts: Sequence[EntropyDecoded]) -> torch.Tensor | None:
         """Components float32 [T, K] of all tokens, where any span refers to others or is lent; None where none does."""
@@ -221,14 +222,21 @@ class PageDecoder:
                 yield slice(start, end), out[done : done + end - start]
                 done += end - start
 
-    def layers(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> LayerRows:
-        """The same rows, whose product is taken layer by layer as they are asked for; arguments and the call of `check` as for `rows`."""
+    def chunks(self, parts: Sequence[EntropyDecoded]) -> list[Chunk]:
+        """What `layers` takes besides the features, which need not be there yet. Raises CorruptedCode."""
+        return list(self._chunks(parts))
+
+    def layers(
+        self, parts: Sequence[EntropyDecoded], chunks: Sequence[Chunk], latents: torch.Tensor, target_rows: torch.Tensor | None
+    ) -> LayerRows:
+        """The same rows, whose product is taken layer by layer as they are asked for; chunks: of `parts`. Other arguments, and the call of `check`, as
+        for `rows`."""
         tokens = self._num_tokens(parts, latents, target_rows)
-        chunks = []
-        for at, runs, c, rest in self._chunks(parts):
+        found = []
+        for at, runs, c, rest in chunks:
             rows = torch.cat([self._inputs(latents, target_rows, at), c], 1)
-            chunks.append((runs, rows, None if rest is None else self._fallback_rows(rest)))
-        return LayerRows(self, tokens, chunks)
+            found.append((runs, rows, None if rest is None else self._fallback_rows(rest)))
+        return LayerRows(self, tokens, found)
 
     def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
         """float32 [T, D] of components of the fallback basis; on a CPU in products of whole blocks of rows: as `rows`."""
@@ -314,11 +322,41 @@ class LayerRows:
                 out[:, half] = self._multiply(slice(start, start + own), mu.new_empty(self.tokens, own)).unflatten(1, out.shape[2:])
         return out
 
+    def rotated(
+        self, n: int, angles: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, first_head: int = 0, last_head: int | None = None
+    ) -> None:
+        """`layer` with keys rotated by angles (cos, sin float32 [T, d/2]), written to out [T, 2, heads, d] of any float dtype."""
+        layout = self._decoder.codec.layout
+        if self._runs_compiled(out) and out.shape[2] == layout.num_kv_heads:
+            from kernels.cpu_decode.coded import rotated
+
+            width = layout.num_kv_heads * layout.head_dim
+            columns = slice(2 * n * width, 2 * (n + 1) * width)
+            mu = self._decoder.predictor.mu[columns]
+            for at, product, rest in self._products(columns):
+                rotated(product, mu, rest, (angles[0][at], angles[1][at]), out[at])
+            return
+        kv = self.layer(n, first_head, last_head)
+        kv[:, 0] = apply_rope(kv[:, 0], *angles)
+        out.copy_(kv)
+
+    def _runs_compiled(self, out: torch.Tensor) -> bool:
+        dtypes = self._decoder.dtype == out.dtype == torch.bfloat16
+        return dtypes and out.device.type == "cpu" and out.shape[3] % 32 == 0 and compiled_available() and compiled_loads()
+
     def _multiply(self, columns: slice, out: torch.Tensor) -> torch.Tensor:
         """Columns of all rows into out float32 [T, columns]."""
+        mu = self._decoder.predictor.mu[columns]
+        for at, product, rest in self._products(columns):
+            torch.add(product, mu, out=out[at])
+            if rest is not None:
+                out[at] += rest
+        return out
+
+    def _products(self, columns: slice) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it."""
         decoder = self._decoder
-        mu = decoder.predictor.mu[columns]
-        on_cpu = mu.device.type == "cpu"
+        on_cpu = decoder.codec.device.type == "cpu"
         for runs, rows, rest in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
             size = _BLOCK_ROWS if on_cpu else len(rows)
@@ -326,9 +364,7 @@ class LayerRows:
             for start, end in runs:
                 for at in range(start, end, size):
                     part = rows[done : done + min(size, end - at)]
-                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if on_cpu else part
-                    torch.add((full @ matrix)[: len(part)], mu, out=out[at : at + len(part)])
-                    if rest is not None:
-                        out[at : at + len(part)] += rest[done : done + len(part), columns]
+                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if len(part) < size and on_cpu else part
+                    own = None if rest is None else rest[done : done + len(part), columns]
+                    yield slice(at, at + len(part)), (full @ matrix)[: len(part)], own
                     done += len(part)
-        return out

@@ -18,7 +18,7 @@ from codec.container import read_sections, write_sections
 from codec.errors import BadInput, CorruptedCode
 from codec.layouts import KeyRotation
 from codec.pack import CodecPack
-from codec.pages import EntropyDecoded, LayerRows
+from codec.pages import Chunk, EntropyDecoded, LayerRows
 from codec.spans import SpanCodec, SpanEncoder
 from codec.spec import SPAN_TOKENS
 
@@ -102,15 +102,20 @@ class KvSerializer:
         self.pages.check(parts)
         return out
 
-    def decode_layers(self, parts: Sequence[EntropyDecoded], features: Sequence[Features]) -> LayerRows:
-        """What `decode` gives, layer by layer, of spans that `pages.start` was given. features: of the same tokens, in parts.
+    def decode_layers(
+        self, parts: Sequence[EntropyDecoded], features: Sequence[Features], chunks: Sequence[Chunk] | None = None
+    ) -> LayerRows:
+        """What `decode` gives, layer by layer, of spans that `pages.start` was given. features: of the same tokens, in parts. chunks: of
+        `pages.chunks`, where they were made before.
 
         Raises the codec's named errors; nothing damaged comes out.
         """
         taken = [self.inputs(some, some.tokens) for some in features]
         latents = torch.cat([rows for rows, _ in taken])
         target_rows = [rows for _, rows in taken if rows is not None]
-        found = self.pages.layers(parts, latents, torch.cat(target_rows) if target_rows else None)
+        found = self.pages.layers(
+            parts, self.pages.chunks(parts) if chunks is None else chunks, latents, torch.cat(target_rows) if target_rows else None
+        )
         self.pages.check(parts)
         return found
 

@@ -203,9 +203,8 @@ class FeaturePasses:
         return decoder.forward(ids, [sequence], [len(rows)], taps=taps, logits="none", last_layer=last_layer, hidden=hidden).taps
 
     def first_rows(self, state: TextState, start: int, end: int) -> torch.Tensor:
-        """Keys before rotation and values of the first layers, float32 [T, m, 2, G, d], of tokens [start, end) that were run."""
-        config = self.model.config
-        shape = (end - start, self.first_layer, 2, config.num_kv_heads, config.head_dim)
-        if not self.first_layer:
-            return torch.empty(shape, device=self.target.device)
-        return self.target.read_kv(state.sequences[0], start, end).view(shape)
+        """A copy of keys (rotated) and values of the first layers [m, 2, T, G, d], of tokens [start, end) that were run; start begins a page."""
+        assert start % _PAGE == 0
+        kv = self._pools[0].kv[: self.first_layer]
+        pages = torch.tensor(state.sequences[0].pages[start // _PAGE : -(-end // _PAGE)], dtype=torch.int64, device=kv.device)
+        return kv[:, :, pages].flatten(2, 3)[:, :, : end - start]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from codec.errors import CodecError, CorruptedCode
-from codec.pages import EntropyDecoded, LayerRows
+from codec.pages import Chunk, EntropyDecoded, LayerRows
 from codec.references import Lent
 from codec.serialize import Features, KvSerializer
 from codec.spec import NUM_SINKS, QUALITIES
@@ -33,7 +33,6 @@ from engine.sessions.kv_codec import product_dtype
 from engine.store.borrowing import resolved
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, root_key, span_bounds
 from engine.store.store import DEFAULT_LIMIT_BYTES, Borrowed, RunStore
-from kernels.rope import apply_rope
 
 Ready = Callable[[], None]
 CHUNK_TOKENS = 16 * RUN_TOKENS
@@ -226,9 +225,9 @@ class WorkerMetrics:
 class Restored:
     """Tokens [start, end) of a text, all but multiplied out.
 
-    origin: the first token of the pages that were decoded. skipped: their tokens that no code says. first: keys before rotation and values of the
-    layers that were run, float32 [T, m, 2, G, d] of all decoded tokens. rows: of the layers behind them. sinks: [NUM_SINKS, L, 2, G, d] as the
-    engine computed them, where the text's beginning is among the tokens. angles: cos, sin float32 [T, d/2] of all decoded tokens.
+    origin: the first token of the pages that were decoded. skipped: their tokens that no code says. first: keys (rotated) and values of the layers that
+    were run, [m, 2, T, G, d] of all decoded tokens. rows: of the layers behind them. sinks: [NUM_SINKS, L, 2, G, d] as the engine computed them, where
+    the text's beginning is among the tokens. angles: cos, sin float32 [T, d/2] of all decoded tokens.
     """
 
     start: int
@@ -242,23 +241,29 @@ class Restored:
 
     @property
     def num_layers(self) -> int:
-        return self.first.shape[1] + self.rows.num_layers
+        return self.first.shape[0] + self.rows.num_layers
 
     @torch.inference_mode()
     def layer(self, n: int, first_head: int = 0, last_head: int | None = None) -> torch.Tensor:
-        """Keys (rotated) and values of a layer, float32 [end - start, 2, heads, d], of KV heads [first_head, last_head)."""
-        m, skipped, wanted = self.first.shape[1], 0, slice(self.start - self.origin, self.end - self.origin)
+        """Keys (rotated) and values of a layer, [end - start, 2, heads, d], of KV heads [first_head, last_head), in the first layers' dtype."""
+        m, _, tokens, heads, d = self.first.shape
+        own = range(heads)[first_head:last_head]
         if n < m:
-            kv = self.first[:, n, :, first_head:last_head].clone()
+            kv = self.first[n, :, :, first_head:last_head].transpose(0, 1).contiguous()
         else:
-            kv, skipped = self.rows.layer(n - m, first_head, last_head), self.skipped
-        kv[:, 0] = apply_rope(kv[:, 0], *(part[skipped:] for part in self.angles))
-        if skipped:
-            kv = torch.cat([kv.new_zeros(skipped, *kv.shape[1:]), kv])
-        kv = kv[wanted]
+            kv = self.first.new_empty(tokens, 2, len(own), d)
+            kv[: self.skipped] = 0
+            self.rows.rotated(n - m, self._coded_angles, kv[self.skipped :], first_head, last_head)
+        kv = kv[self.start - self.origin : self.end - self.origin]
         if self.sinks is not None and self.start < NUM_SINKS:
             kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n, :, first_head:last_head].to(kv.dtype)
         return kv
+
+    @property
+    def _coded_angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the tokens that codes say."""
+        cos, sin = self.angles
+        return cos[self.skipped :], sin[self.skipped :]
 
 
 class PrefixWorker:
@@ -387,16 +392,16 @@ class PrefixWorker:
         marks.append(("look up", time.perf_counter()))
         lent = resolved(self.serializer.codec, found).lent
         reading = self._reader.submit(self._entropy_decoded, found.spans, lent) if self.device.type == "cpu" else None
-        parts = [] if reading is not None else self._begun(found.spans, lent)
+        parts, chunks = ([] if reading is not None else self._begun(found.spans, lent)), None
         marks.append(("begin to decode", time.perf_counter()))
         skipped = span_bounds(page)[0] - page * PAGE_TOKENS
         try:
             features, first = self._features(text, page, last, skipped)
         finally:
             if reading is not None:
-                parts = reading.result()
+                parts, chunks = reading.result()
         marks.append(("features", time.perf_counter()))
-        rows = self.serializer.decode_layers(parts, features)
+        rows = self.serializer.decode_layers(parts, features, chunks)
         marks.append(("components", time.perf_counter()))
         positions = torch.arange(page * PAGE_TOKENS, last * PAGE_TOKENS, device=self.device)
         self._remember(PageKeys(root, known)[page:last])
@@ -410,9 +415,11 @@ class PrefixWorker:
         return Restored(start, end, page * PAGE_TOKENS, skipped, first, rows, sinks, angles)
 
     @torch.inference_mode()
-    def _entropy_decoded(self, spans: Sequence[bytes], lent: Lent | None) -> list[EntropyDecoded]:
+    def _entropy_decoded(self, spans: Sequence[bytes], lent: Lent | None) -> tuple[list[EntropyDecoded], list[Chunk]]:
+        """In the reader's thread: what was read of the spans, and their components."""
         torch.set_num_threads(1)
-        return self._begun(spans, lent)
+        parts = self._begun(spans, lent)
+        return parts, self.serializer.pages.chunks(parts)
 
     def _begun(self, spans: Sequence[bytes], lent: Lent | None) -> list[EntropyDecoded]:
         """The spans, read; lent: what they refer to in other texts, if anything."""

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "components": (
         "q", "own", "own_stride", "gains", "steps", "limits", "points", "tokens", "count", "classes", "out", "escapes", "room", "found",
     ),
+    "rotated": ("y", "mu", "rest", "rest_stride", "cos", "sin", "rows", "heads", "head_dim", "out", "out_stride"),
     "exponentials": ("x", "vectors"),
     "rounded": ("x", "vectors"),
 }  # fmt: skip

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from kernels.cpu_decode.machine_code import functions
 
 _FUNCTIONS = functions()
+LANES = 16
 
 
 class SpanTables(NamedTuple):
@@ -96,4 +98,29 @@ def components(
     return out, escapes[: int(found[0])], int(found[0])
 
 
-__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode"]
+def rotated(
+    y: torch.Tensor, mu: torch.Tensor, rest: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
+) -> None:
+    """Keys and values of a layer from a product: y + mu + rest, keys rotated.
+
+    Args:
+        y: bf16 [T, 2 G d], keys before values. mu: float32 [2 G d]. rest: float32 [T, 2 G d], its rows in one piece each, or None.
+        angles: cos, sin float32 [T, d / 2]. out: bf16 [T, 2, G, d], written; each row in one piece.
+    """
+    tokens, _, heads, d = out.shape
+    width = 2 * heads * d
+    cos, sin = (part.contiguous() for part in angles)
+    fits = y.shape == (tokens, width) and mu.shape == (width,) and cos.shape == sin.shape == (tokens, d // 2) and d % (2 * LANES) == 0
+    kinds = y.dtype == out.dtype == torch.bfloat16 and mu.dtype == cos.dtype == sin.dtype == torch.float32
+    pieces = y.is_contiguous() and mu.is_contiguous() and out[:1].is_contiguous()
+    if rest is not None:
+        fits, kinds, pieces = fits and rest.shape == y.shape, kinds and rest.dtype == torch.float32, pieces and rest.stride(1) == 1
+    if not (fits and kinds and pieces):
+        raise ValueError(f"a product {list(y.shape)} does not fit keys and values {list(out.shape)}, or they lie otherwise in memory")
+    where = (0, 0) if rest is None else (rest.data_ptr(), 4 * rest.stride(0))
+    _FUNCTIONS["rotated"](
+        y.data_ptr(), mu.data_ptr(), *where, cos.data_ptr(), sin.data_ptr(), tokens, heads, d, out.data_ptr(), 2 * out.stride(0)
+    )  # fmt: skip
+
+
+__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode", "rotated"]

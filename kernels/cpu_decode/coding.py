@@ -1,6 +1,8 @@
-"""Decoding of coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, and integers to components.
+"""Decoding of coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, integers to
+components, products to keys and values.
 
-Both give the bits of `codec.rans.decode` and of `codec.codec.KvCodec.components_of`, whose plain forms say what they mean; `coded` is their face.
+They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`; `coded`
+is their face.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.cpu_decode.arguments import ARGUMENTS
-from kernels.cpu_decode.emit import F32, I8, I16, I32, I64, Code, Number, Variable
+from kernels.cpu_decode.emit import F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable
+from kernels.cpu_decode.numbers import load_bf16, to_bf16
 
 PRECISION_BITS = 14
 STATE_LOW = 1 << 16
@@ -17,9 +20,10 @@ LAST_POINT = 3  # a class has a reconstruction point for 0, 1, 2 and for all int
 
 
 def write_coding(c: Code) -> None:
-    """Both functions."""
+    """All functions."""
     _write_rans(c)
     _write_components(c)
+    _write_rotated(c)
 
 
 def _load_unsigned(c: Code, address: Number, kind: Any) -> Number:
@@ -115,3 +119,30 @@ def _write_components(c: Code) -> None:
                         c.store(place, a["escapes"] + found.get() * 8)
                     found.set(found.get() + 1)
         c.store(found.get(), a["found"])
+
+
+def _write_rotated(c: Code) -> None:
+    """Products to keys and values: y bf16 [rows, 2 G d], keys before values, plus mu float32 [2 G d], plus rest float32 [rows, 2 G d] unless its
+    address is 0. Keys are rotated by cos and sin float32 [rows, d / 2], all is written as bf16 to out [rows, 2 G d]. Strides are bytes between rows."""
+    names = ARGUMENTS["rotated"]
+    with c.function("rotated", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        heads, d = a["heads"], a["head_dim"]
+        half, width = d // 2, heads * d
+        with c.loop(0, a["rows"]) as row:
+            y, rest, out = a["y"] + row * width * 4, a["rest"] + row * a["rest_stride"], a["out"] + row * a["out_stride"]
+
+            def number(at: Number, y: Number = y, rest: Number = rest) -> Number:
+                found = Variable(c, load_bf16(c, y + at * 2) + c.load(a["mu"] + at * 4, VECTOR))
+                with c.when(a["rest"].compare("!=", 0)):
+                    found.set(found.get() + c.load(rest + at * 4, VECTOR))
+                return found.get()
+
+            with c.loop(0, heads) as head, c.loop(0, half, LANES) as at:
+                low, angle = head * d + at, (row * half + at) * 4
+                first, second = number(low), number(low + half)
+                cos, sin = c.load(a["cos"] + angle, VECTOR), c.load(a["sin"] + angle, VECTOR)
+                c.store(to_bf16(c, first * cos - second * sin), out + low * 2)
+                c.store(to_bf16(c, second * cos + first * sin), out + (low + half) * 2)
+            with c.loop(width, width * 2, LANES) as at:
+                c.store(to_bf16(c, number(at)), out + at * 2)

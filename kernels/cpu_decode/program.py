@@ -15,7 +15,8 @@ from typing import Any
 from kernels.cpu_decode.arguments import ARGUMENTS, REAL
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
 from kernels.cpu_decode.coding import write_coding
-from kernels.cpu_decode.emit import F16, F32, I8, I16, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
+from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
+from kernels.cpu_decode.numbers import load_bf16, rounded, to_bf16
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
 
 FORMATS = (BF16, *NAMES.values())
@@ -54,10 +55,6 @@ def write_program(*, pairs: bool, quads: bool) -> Any:
 # --- numbers ---------------------------------------------------------------------------------------------------------------
 
 
-def _bf16(c: Code, address: Number) -> Number:
-    return (c.load(address, lanes(I16)).to("zext", lanes(I32)) << 16).to("bitcast", VECTOR)
-
-
 def _half(c: Code, address: Number) -> Number:
     """A float16 in memory, in every lane as float32."""
     return c.load(address, F16).to("fpext", F32).spread()
@@ -66,7 +63,7 @@ def _half(c: Code, address: Number) -> Number:
 def _unpack(c: Code, kind: int, address: Number) -> tuple[Number, Number]:
     """A block's weights: its first 16 and its last 16."""
     if kind == BF16:
-        return _bf16(c, address), _bf16(c, address + 32)
+        return load_bf16(c, address), load_bf16(c, address + 32)
     scale = _half(c, address)
     if kind == Q8_0:
         low, high = (c.load(address + at, lanes(I8)).to("sitofp", VECTOR) for at in (2, 18))
@@ -88,22 +85,6 @@ def _exp(c: Code, x: Number) -> Number:
         p = c.fma(p, f, c.of(VECTOR, coefficient))
     number = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), whole)
     return p * ((number + 127) << 23).to("bitcast", VECTOR)
-
-
-def _round_bits(c: Code, x: Number) -> Number:
-    """Of float32 numbers, int32 bits whose upper half is the nearest bf16, ties to even."""
-    bits = x.bits()
-    return x.compare("==", x).choose(bits + 0x7FFF + ((bits >> 16) & 1), c.of(lanes(I32), 0x7FC00000))
-
-
-def _rounded(c: Code, x: Number) -> Number:
-    """Float32 numbers as bf16 holds them."""
-    return (_round_bits(c, x) & -0x10000).to("bitcast", VECTOR)
-
-
-def _to_bf16(c: Code, x: Number) -> Number:
-    """Float32 numbers as bf16, int16."""
-    return (_round_bits(c, x) >> 16).to("trunc", lanes(I16))
 
 
 # --- products --------------------------------------------------------------------------------------------------------------
@@ -235,7 +216,7 @@ def _totals(vectors: list[Number]) -> Number:
 def _write_pack(c: Code) -> None:
     """Rows of float32 [rows, columns] as bf16, one after the other."""
     with c.function("pack", [I64] * 5) as (x, x_stride, rows, columns, out), c.loop(0, rows) as row, c.loop(0, columns, LANES) as column:
-        c.store(_to_bf16(c, c.load(x + row * x_stride + column * 4, VECTOR)), out + (row * columns + column) * 2)
+        c.store(to_bf16(c, c.load(x + row * x_stride + column * 4, VECTOR)), out + (row * columns + column) * 2)
 
 
 def _write_pack_bytes(c: Code) -> None:
@@ -358,7 +339,7 @@ def _turn(c: Code, x: Number, d: Number, cos: Number, sin: Number) -> None:
 def _write(c: Code, x: Number, count: Number, out: Number) -> None:
     """Float32 numbers as bf16."""
     with c.loop(0, count, LANES) as at:
-        c.store(_to_bf16(c, c.load(x + at * 4, VECTOR)), out + at * 2)
+        c.store(to_bf16(c, c.load(x + at * 4, VECTOR)), out + at * 2)
 
 
 def _add(c: Code, stream: Number, rows: Number, width: Number, update: Number, bias: Number | None) -> None:
@@ -369,7 +350,7 @@ def _add(c: Code, stream: Number, rows: Number, width: Number, update: Number, b
         if bias is not None:
             with c.when(bias.compare("!=", 0)):
                 added.set(added.get() + c.load(bias + column * 4, VECTOR))
-        c.store(_rounded(c, c.load(stream + at, VECTOR) + added.get()), stream + at)
+        c.store(rounded(c, c.load(stream + at, VECTOR) + added.get()), stream + at)
 
 
 def _softmax(c: Code, scores: Number, count: Number, scale: Number) -> Number:
@@ -398,7 +379,7 @@ def _weighted(c: Code, parts: int, v: Number, v_stride: Number, p: Number, count
     with c.loop(0, count) as i:
         weight, row = c.load(p + i * 4, F32).spread(), v + i * v_stride
         for part, own in enumerate(sums):
-            own.set(c.fma(_bf16(c, row + 32 * part), weight, own.get()))
+            own.set(c.fma(load_bf16(c, row + 32 * part), weight, own.get()))
     for part, own in enumerate(sums):
         c.store(own.get(), out + 64 * part)
 
@@ -540,6 +521,6 @@ def _write_entries(c: Code) -> None:
             with c.when(kind.compare("==", form)), c.loop(0, blocks) as block:
                 for part, numbers in enumerate(_unpack(c, form, address + block * BLOCK_BYTES[form])):
                     c.store(numbers, out + block * (4 * BLOCK) + 4 * LANES * part)
-    for name, formula in (("exponentials", _exp), ("rounded", _rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
+    for name, formula in (("exponentials", _exp), ("rounded", rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
         with c.function(name, argument_types(name), exported=True) as (x, vectors), c.loop(0, vectors * LANES, LANES) as at:
             c.store(formula(c, c.load(x + at * 4, VECTOR)), x + at * 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from codec.codec import KvCodec
 from codec.coder import SpanCoder
 from codec.errors import CorruptedCode
 from codec.pack import CodecPack
+from codec.pages import LayerRows
 from codec.rans import SpanStream, encode
 from codec.rate import NUM_CLASSES, EntropyModel, class_scale
 from kernels.cpu_decode import coded
@@ -126,6 +129,57 @@ def test_escapes_that_do_not_fit_are_refused(spans, escapes, monkeypatch) -> Non
         monkeypatch.setenv(VARIABLE, name)
         with pytest.raises(CorruptedCode):
             codec.components_of(hurt._replace(q=hurt.q.clone()))
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96)])
+@pytest.mark.parametrize("with_rest", [False, True])
+def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_rest: bool, monkeypatch) -> None:
+    """Of chunks whose tokens lie in several runs, blocks and remainders; into places between others, which stay."""
+    generator = torch.Generator().manual_seed(heads)
+    layout, depth, tokens = SimpleNamespace(num_kv_heads=heads, head_dim=head_dim, coded_layers=2), 64, 300
+    dim = 2 * 2 * heads * head_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    matrix = random(dim, depth).bfloat16().t()
+    codec, predictor = SimpleNamespace(layout=layout, device=torch.device("cpu")), SimpleNamespace(mu=3 * random(dim))
+    decoder = SimpleNamespace(codec=codec, predictor=predictor, matrix=matrix, dtype=torch.bfloat16)
+    chunks = [
+        (runs, random(count, depth).bfloat16(), random(count, dim) if with_rest else None)
+        for runs, count in (([(0, 150), (290, 300)], 160), ([(150, 290)], 140))
+    ]
+    rows, angles = LayerRows(decoder, tokens, chunks), (random(tokens, head_dim // 2), random(tokens, head_dim // 2))
+    for n in (0, 1):
+        made = []
+        for name in ("", "reference"):
+            monkeypatch.setenv(VARIABLE, name)
+            whole = torch.full((tokens, 3, heads, head_dim), float("nan"), dtype=torch.bfloat16)
+            rows.rotated(n, angles, whole[:, :2])
+            assert bool(whole[:, 2].isnan().all())
+            made.append(whole[:, :2].clone())
+        assert torch.equal(*made)
+        part = torch.empty(tokens, 2, 1, head_dim, dtype=torch.bfloat16)
+        rows.rotated(n, angles, part, heads - 1, heads)
+        assert torch.equal(part[:, :, 0], made[0][:, :, -1])
+        wide = torch.empty(tokens, 2, heads, head_dim)
+        rows.rotated(n, angles, wide)
+        assert torch.equal(wide.bfloat16(), made[0])
+
+
+def test_products_that_do_not_fit_are_refused() -> None:
+    y, mu, angle = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(64), torch.zeros(2, 16)
+    out = torch.zeros(2, 2, 1, 32, dtype=torch.bfloat16)
+    coded.rotated(y, mu, None, (angle, angle), out)
+    for wrong in (
+        (y.float(), mu, None, (angle, angle), out),
+        (y, mu[:32], None, (angle, angle), out),
+        (y, mu, torch.zeros(1, 64), (angle, angle), out),
+        (y, mu, None, (angle[:1], angle), out),
+        (y, mu, None, (angle, angle), out.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :, ::2]),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            coded.rotated(*wrong)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
