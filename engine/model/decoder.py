@@ -522,6 +522,13 @@ class Decoder(nn.Module):
         if given.shape[0] != count:
             raise InvalidOption(f"{given.shape[0]} rows were given for {count} new tokens", "make query_lens sum to the number of rows")
 
+    def run_layers(
+        self, hidden: torch.Tensor, backend: AttentionBackend, layers: range, taps: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Layers over the residual stream [N, E] of new tokens, for a batch that the backend was planned or prepared for -> the stream after them, and
+        after tap layers for each tap. Nothing is allocated in the pool and nothing read back."""
+        return self._run_layers(hidden, backend, layers, taps, None)
+
     def _run_layers(
         self,
         hidden: torch.Tensor,

@@ -1,4 +1,4 @@
-"""A model's decode steps through the fused kernels over static buffers, on a GPU as captured graphs.
+"""A model's decode steps over static buffers, on a GPU as captured graphs: through fused kernels, or its family's own operations.
 
 A forward pass of few new tokens is bound by launches and by reading the weights. Here its inputs lie in buffers that never move: token ids, and one
 vector of positions, slots, context lengths and page table rows. What a batch of such a size does is captured once as a CUDA graph and replayed.
@@ -28,6 +28,7 @@ from engine.model.decoder import Decoder, DecoderOutput
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.decoder_runner import DecoderRunner
 from engine.runtime.device_sampling import Drawing, SamplingState
+from engine.runtime.family_layers import FamilyLayers
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
 from engine.runtime.sampling import SamplingParams
 from kernels.advance import advance
@@ -206,6 +207,7 @@ class GraphedDecoder(DecoderRunner):
         self.pool, self.captures = pool, capture
         self.max_pages = min(pool.max_pages, -(-decoder.config.max_position_embeddings // pool.page_size))
         self.shape = decode_shape(decoder.config)
+        self._family = None if self.fuses(decoder.config) else FamilyLayers(decoder, pool, self.max_pages * pool.page_size)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
         self._zeros = torch.zeros(_BATCHES[-1], dtype=torch.int64, device=decoder.device)
@@ -216,15 +218,20 @@ class GraphedDecoder(DecoderRunner):
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
-        """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages, Llama's layers, all on that device, and heads that
-        the fused kernels' tiles divide."""
+        """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages and all layers on that device. Llama's layers need
+        heads that the fused kernels' tiles divide."""
         return isinstance(pool, PagedPool) and GraphedDecoder.fits(decoder)
 
     @staticmethod
     def fits(decoder: Decoder) -> bool:
         """The same before there is a pool, where its pages will be plain."""
-        shaped = decoder.config.is_plain and decoder.config.head_dim % _HEAD_TILE == 0 and decoder.device_map is None
-        return decoder.device.type == "cuda" and shaped and use_triton(decoder.final_norm)
+        layers = decoder.device_map is None and (GraphedDecoder.fuses(decoder.config) or not decoder.config.is_plain)
+        return decoder.device.type == "cuda" and layers and use_triton(decoder.final_norm)
+
+    @staticmethod
+    def fuses(config: DecoderConfig) -> bool:
+        """Whether the fused kernels have the model's layers: Llama's, with heads that their tiles divide."""
+        return config.is_plain and config.head_dim % _HEAD_TILE == 0
 
     @property
     def follows_tables(self) -> bool:
@@ -509,6 +516,9 @@ class GraphedDecoder(DecoderRunner):
     def _run_layers(self, step: Step, weights: DecodeWeights, *, head: bool) -> None:
         """A step over positions, slots, context lengths and page tables that are in its buffers."""
         key, buffers = step.key, step.buffers
+        if self._family is not None:
+            layers = range(key.first, key.last)
+            return self._family.run(buffers, layers, step.taps, embed=key.embed, head=head, deterministic=key.deterministic)
         decode_embed(weights, buffers, first_layer=key.first, embed=key.embed)
         at = key.first
         for tap in (*sorted(key.taps), key.last):

@@ -31,8 +31,9 @@ def kv_write(
         k: [N, G, d] keys before rotation.
         v: [N, G, d].
         cos, sin: [N, d/2] float32.
-        slots: [N] int64, slot = page * S + offset, no slot twice.
+        slots: [N] int64, slot = page * S + offset, no slot twice; -1: such a row is padding and is not written.
         k_pages, v_pages: [P, S, G, d], contiguous; k and v are cast to their dtype.
     """
-    store(apply_rope(k, cos, sin), slots, k_pages)
-    store(v, slots, v_pages)
+    kept = slots >= 0
+    store(apply_rope(k, cos, sin)[kept], slots[kept], k_pages)
+    store(v[kept], slots[kept], v_pages)

@@ -28,9 +28,9 @@ def _kv_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     channel = tl.arange(0, HALF)
-    inside = channel < half
-    mask = (head < heads)[:, None] & inside[None, :]
     slot = tl.load(slot_ptr + token)
+    inside = channel < tl.where(slot >= 0, half, 0)  # nothing of a padded row
+    mask = (head < heads)[:, None] & inside[None, :]
     cos = tl.load(cos_ptr + token * half + channel, mask=inside, other=1.0)[None, :]
     sin = tl.load(sin_ptr + token * half + channel, mask=inside, other=0.0)[None, :]
     k_from = k_ptr + token * k_stride_token + head[:, None] * k_stride_head + channel[None, :]

@@ -1,0 +1,70 @@
+"""The layers of any family over a captured step's buffers, operation by operation.
+
+The fused kernels of a decode step (`kernels.decode_layer`) are those of Llama's layers. Windows, soft caps, norms of results, experts and heads of
+other sizes run through the decoder's own operations and kernels, as its forward pass does; captured, they are one launch as well. Each row is a
+request of its own to the attention: a step's rows know their positions, and padded ones have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.kv.pool import PagedPool
+from engine.model.attention import DeviceBatch, TritonBackend
+from engine.model.decoder import Decoder
+from kernels.decode_layer import DecodeBuffers
+
+
+class FamilyLayers:
+    """Runs a decoder's layers over the buffers of captured steps.
+
+    Args:
+        decoder: of any family, on one device.
+        pool: its pool of plain pages. num_positions: tokens of the longest context.
+    """
+
+    def __init__(self, decoder: Decoder, pool: PagedPool, num_positions: int) -> None:
+        self.decoder, self.pool = decoder, pool
+        locals_ = (False,) if decoder.config.local_rope is None else (False, True)
+        self._angles = [decoder.rope_table(local=local).table(num_positions) for local in locals_]  # (cos, sin) [T, d/2] of each RoPE
+        self._backends: dict[bool, TritonBackend] = {}
+
+    def run(
+        self, buffers: DecodeBuffers, layers: range, taps: Mapping[int, Tensor], *, embed: bool, head: bool, deterministic: bool
+    ) -> None:
+        """Run layers over positions, slots, page tables and token ids (embed) or the residual stream in the buffers.
+
+        Writes the new tokens' keys and values, buffers.stream, taps[i] [N, E] (the residual stream after i layers), and with `head` buffers.next_tokens
+        (-1 where logits are not finite) and buffers.logits where there are some. A padded row (slot and position -1) writes no page; its results mean
+        nothing.
+        """
+        b, decoder = buffers, self.decoder
+        backend = self._backend(deterministic)
+        rows = len(b.positions)
+        at = b.positions.clamp_min(0)
+        angles = tuple((cos.index_select(0, at), sin.index_select(0, at)) for cos, sin in self._angles)
+        table = b.page_table.repeat_interleave(rows // len(b.page_table), 0)
+        ones = torch.ones(rows, dtype=torch.int32, device=at.device)
+        backend.batch = DeviceBatch(angles, b.slots, table, ones, (at + 1).to(torch.int32), 1)
+        stream = decoder.embed(b.token_ids) if embed else b.stream
+        stream, taken = decoder.run_layers(stream, backend, layers, tuple(taps))
+        b.stream.copy_(stream)
+        for tap, into in taps.items():
+            into.copy_(taken[tap])
+        if head:
+            logits = decoder.head(stream, deterministic=deterministic)
+            if b.logits is not None:
+                b.logits.copy_(logits)
+            finite = torch.isfinite(logits).all(-1)
+            b.next_tokens.copy_(torch.where(finite, logits.argmax(-1), -1))
+
+    def _backend(self, deterministic: bool) -> TritonBackend:
+        backend = self._backends.get(deterministic)
+        if backend is None:
+            found = self.decoder.attention_backend(self.pool, deterministic=deterministic, kernels=True)
+            assert isinstance(found, TritonBackend)
+            backend = self._backends[deterministic] = found
+        return backend
