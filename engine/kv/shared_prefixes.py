@@ -8,6 +8,9 @@ shared with requests whose text is promised not to depend on anything but model,
 are marked whose tokens ran in whole chunks of a prompt, cut at absolute positions, each alone in its pass: a prompt that is computed has the same
 chunks, so a text that goes on from them is the same as without sharing (`Use.CHUNKS`). What was restored from a store has its code's loss; it lies in a
 third namespace and keeps its code. Texts that are drawn at random may use all of it (`Use.ANY`).
+
+A greedy request that was interrupted goes on from the pages it wrote itself, as far as they are still there, or from whole chunks (`Use.OWN`): what
+others or a store wrote of the same tokens holds other numbers than those it has spoken from.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.kv.eviction import Lru
 from engine.kv.pool import KvPool, KvSequence
@@ -32,6 +35,8 @@ class Use(Enum):
 
     INVARIANT = (_INVARIANT,)
     CHUNKS = (_PLAIN, _RESTORED)
+    OWN = (_PLAIN,)
+    COMPUTED = (_PLAIN, _INVARIANT)
     ANY = (_PLAIN, _INVARIANT, _RESTORED)
 
 
@@ -57,6 +62,17 @@ class CachedPage:
     code: Code | None = None
     chunked: bool = False
     key: int | None = None
+
+
+class OwnPage(NamedTuple):
+    """A kept page that holds what a request wrote, and the target's page that it had then."""
+
+    entry: CachedPage
+    target: int
+
+    def holds(self, page: CachedPage) -> bool:
+        """Whether a page of the request's text is still that one, and nobody's whole chunks took its place."""
+        return page is self.entry and page.target == self.target
 
 
 class PageListener(Protocol):
@@ -130,10 +146,18 @@ class SharedPrefixes:
         """Pages of the target's pool that are kept, those that requests use as well included."""
         return self.trie.pages_in[Tier.HOT]
 
-    def share(self, token_ids: Sequence[int], namespace: str, use: Use, sequence: KvSequence, draft: KvSequence | None) -> SharedPages:
+    def share(
+        self,
+        token_ids: Sequence[int],
+        namespace: str,
+        use: Use,
+        sequence: KvSequence,
+        draft: KvSequence | None,
+        own: Sequence[OwnPage] = (),
+    ) -> SharedPages:
         """Begin an empty sequence, and that of a draft, with what is known of token_ids, in whole pages and whole codes; returns what is shared.
 
-        At least one token is left to run. The draft's sequence may end up shorter.
+        At least one token is left to run. The draft's sequence may end up shorter. own: of `Use.OWN`, the pages that the request itself wrote.
         """
         self.metrics.requests += 1
         self.metrics.lookup_tokens += len(token_ids)
@@ -142,7 +166,7 @@ class SharedPrefixes:
         best: Match | None = None
         for kind in use.value:
             match = self.trie.match(ids, kind + namespace)
-            pages = self._usable([payload.data for payload in match.payloads() if payload is not None], use)
+            pages = self._usable([payload.data for payload in match.payloads() if payload is not None], use, own)
             if len(pages) > len(found):
                 found, best, match = pages, match, best
             if match is not None:
@@ -156,8 +180,8 @@ class SharedPrefixes:
             if found[-1].beside is not None:
                 self.pool.restore_beside(sequence, found[-1].beside)
             if draft is not None:
-                own = [page.draft for page in takewhile(lambda page: page.draft is not None, found) if page.draft is not None]
-                draft.share(own, len(own) * self.pool.page_size)
+                drafts = [page.draft for page in takewhile(lambda page: page.draft is not None, found) if page.draft is not None]
+                draft.share(drafts, len(drafts) * self.pool.page_size)
         codes: list[Code] = []
         for page in found:
             if page.code is not None and (not codes or codes[-1] is not page.code):
@@ -168,11 +192,13 @@ class SharedPrefixes:
         self.metrics.restored_tokens += tokens * bool(codes)
         return SharedPages(tokens, codes, sum(page.chunked for page in found) * self.pool.page_size)
 
-    def _usable(self, pages: list[CachedPage], use: Use) -> list[CachedPage]:
+    def _usable(self, pages: list[CachedPage], use: Use, own: Sequence[OwnPage]) -> list[CachedPage]:
         """The first of these pages of a text that a request may begin with."""
-        if use == Use.CHUNKS:
+        if use in (Use.CHUNKS, Use.OWN):
             chunked = sum(1 for _ in takewhile(lambda page: page.chunked, pages))
-            pages = pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else list(takewhile(lambda page: page.code, pages))
+            whole = pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else list(takewhile(lambda page: page.code, pages))
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0].holds(pair[1]), zip(own, pages, strict=False)))
+            pages = pages[: max(len(whole), kept)]
         while pages and self.pool.keeps_beside and pages[-1].beside is None:
             pages.pop()
         while pages and (code := pages[-1].code) is not None and code.end > len(pages) * self.pool.page_size:  # a code is used whole
@@ -198,14 +224,17 @@ class SharedPrefixes:
         draft: KvSequence | None,
         *,
         chunked_tokens: int = 0,
-    ) -> None:
+    ) -> list[OwnPage]:
         """Keep the whole pages of a sequence's committed tokens, and the draft's pages of the same tokens as far as it has run them.
 
         invariant: only batch-invariant steps wrote them. chunked_tokens: of the first ones, those that whole chunks alone wrote.
+        Returns the first ones that are kept as the sequence has them, up to one whose tokens were known otherwise.
         """
-        if self.computed:
-            name = (_INVARIANT if invariant else _PLAIN) + namespace
-            self._insert(token_ids, name, sequence, draft, num_chunked=chunked_tokens // self.pool.page_size)
+        if not self.computed:
+            return []
+        name = (_INVARIANT if invariant else _PLAIN) + namespace
+        kept = self._insert(token_ids, name, sequence, draft, num_chunked=chunked_tokens // self.pool.page_size)
+        return [OwnPage(*pair) for pair in takewhile(lambda pair: pair[0].target == pair[1], zip(kept, sequence.pages, strict=False))]
 
     def _insert(
         self,
@@ -215,12 +244,12 @@ class SharedPrefixes:
         draft: KvSequence | None,
         codes: Sequence[Code] | None = None,
         num_chunked: int = 0,
-    ) -> None:
-        """codes: one a page, as many as pages are kept; None keeps all whole ones."""
+    ) -> list[CachedPage]:
+        """codes: one a page, as many as pages are kept; None keeps all whole ones. Returns what is known of these pages now."""
         size = self.pool.page_size
         count = sequence.length // size if codes is None else len(codes)
         if not count:
-            return
+            return []
         own = [] if draft is None or self.draft_pool is None else draft.pages[: draft.length // size]
         beside = self.pool.beside(sequence, count * size)
         payloads = []
@@ -252,6 +281,7 @@ class SharedPrefixes:
                 new = [(i, known) for i, known in enumerate(kept) if known is entries[i]]
                 self.listener.stored(name.split(":", 1)[1], token_ids[: count * size], new)
         self._evict(self.num_pages - self.max_pages)
+        return kept
 
     def clear(self) -> None:
         """Forget everything."""

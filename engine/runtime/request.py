@@ -13,6 +13,7 @@ from draft.policy import MAX_AUTO_LENGTH, RequestDrafting
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
 from engine.kv.pool import KvSequence
+from engine.kv.shared_prefixes import OwnPage
 from engine.runtime.logprobs import TokenLogprobs
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.sampling import Constraint, SamplingParams, TokenHistory
@@ -153,6 +154,8 @@ class Request:
     last_token_at: float = 0.0
     constraint: Constraint | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    # the pages that it left behind when it was interrupted after its first token; None where it was not, or its numbers were a store's
+    own_pages: Sequence[OwnPage] | None = None
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     penalised: bool = field(init=False)  # as its parameters are, asked in every step

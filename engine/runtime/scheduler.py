@@ -10,7 +10,7 @@ from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
-from engine.kv.shared_prefixes import SharedPrefixes, Use
+from engine.kv.shared_prefixes import OwnPage, SharedPrefixes, Use
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
@@ -177,9 +177,10 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Give a request's pages back; it waits before all others, with the text it has."""
         self.preemptions += 1
-        self._keep(request)
+        own = self._keep(request)
         self.running.remove(request)
         conversation = request.conversation
+        request.own_pages = own if request.num_new and not conversation.foreign else None
         if self.drafter is not None and conversation.draft_state is not None:
             self.drafter.close([conversation.draft_state])
         conversation.sequence.truncate(0)
@@ -225,13 +226,14 @@ class Scheduler:
         if conversation.sequence.pages or (state is not None and state.cache.pages):
             return
         draft = None if state is None or self.draft_pool is None else state.cache
-        invariant = self._promised(request)
+        invariant, own = self._promised(request), request.own_pages
         use = Use.INVARIANT if invariant else Use.ANY
-        if (
-            self.whole_chunks and request.params.greedy and not invariant and not request.num_new
-        ):  # an interrupted one goes on from its own numbers
-            use = Use.CHUNKS
-        shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", use, conversation.sequence, draft)
+        if request.params.greedy and not invariant:
+            if own is None:
+                use = Use.CHUNKS if self.whole_chunks else Use.ANY
+            else:
+                use = Use.OWN if self.whole_chunks else Use.COMPUTED
+        shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", use, conversation.sequence, draft, own or ())
         if shared.tokens:
             request.reused_tokens = shared.tokens
             if shared.codes:
@@ -247,15 +249,16 @@ class Scheduler:
         request.conversation.num_computed = request.sequence.length
         request.conversation.invariant = request.conversation.invariant and self._promised(request)
 
-    def _keep(self, request: Request) -> None:
-        """Leave what a request has computed to others; nothing that was restored from outside or whose numbers are in doubt."""
+    def _keep(self, request: Request) -> list[OwnPage]:
+        """Leave what a request has computed to others; nothing that was restored from outside or whose numbers are in doubt. Returns its own pages that
+        are kept (`SharedPrefixes.insert`)."""
         conversation, state = request.conversation, request.draft_state
         if self.shared_prefixes is None or conversation.foreign or request.error is not None:
-            return
+            return []
         if conversation.sequence.length > conversation.num_computed:  # filled from outside, and never admitted
-            return
+            return []
         draft = None if state is None or self.draft_pool is None else state.cache
-        self.shared_prefixes.insert(
+        return self.shared_prefixes.insert(
             request.token_ids,
             request.namespace or "",
             conversation.invariant,

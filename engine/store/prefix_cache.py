@@ -191,7 +191,9 @@ class PrefixCache:
         lent, datas, borrows = resolved(codec.codec, found)
         num_lent = 0 if lent is None else lent.num_lent_tokens
         rates = rates_of(codec, 0, self._log)
-        if self.core.deterministic or request.params.seed is not None or (rates is not None and not rates.pays(tokens, num_lent)):
+        spoken = request.params.greedy and request.own_pages is not None  # from numbers that a code would not give back
+        promised = self.core.deterministic or request.params.seed is not None or spoken
+        if promised or (rates is not None and not rates.pays(tokens, num_lent)):
             self.metrics.skipped += 1
             return
         conversation = request.conversation

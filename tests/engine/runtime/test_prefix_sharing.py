@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import types
 
 import pytest
 import torch
@@ -81,8 +82,8 @@ def test_the_drafts_pages_are_shared_too(engine_of, draft):
     seen = []
     share = engine.core.shared_prefixes.share
 
-    def watched(token_ids, namespace, use, sequence, own):
-        found = share(token_ids, namespace, use, sequence, own)
+    def watched(token_ids, namespace, use, sequence, own, *more):
+        found = share(token_ids, namespace, use, sequence, own, *more)
         seen.append((found.tokens, own.length))
         return found
 
@@ -254,6 +255,52 @@ def test_a_conversation_keeps_its_pages_and_writes_into_its_own(engine_of):
         assert again.token_ids == result.token_ids and again.reused_tokens == reused
     core.close_sequence_state(state)
     check(engine)
+
+
+@pytest.mark.parametrize("written", ["by itself", "by another", "under a seed", "by a store"])
+@torch.inference_mode()
+def test_an_interrupted_greedy_request_goes_on_from_its_own_numbers(engine_of, target, written):
+    """Whoever else wrote the tokens that it has spoken; what others wrote is altered here, so that its use would show."""
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    found = []
+    for sharing in (True, False):
+        engine = engine_of(prefill_chunk=16, prefix_sharing=sharing)
+        core, shared = engine.core, engine.core.shared_prefixes
+        if not sharing:
+            wanted = engine.generate(STEM, params)[0].token_ids
+        elif written in ("by another", "under a seed"):  # whole chunks up to 80 in either case, and a page of a part of one
+            text = [*STEM, *engine_of(prefix_sharing=False).generate(STEM, params)[0].token_ids]
+            drawn = {"temperature": 1.0} if written == "by another" else {"seed": 1}
+            state = core.open_sequence_state()
+            core.run(state, text[:89], SamplingParams(max_new_tokens=1, ignore_eos=True, **drawn))
+            core.pool.kv[:, :, state.sequence.pages[10 if written == "by another" else 0 : 11]] *= 0.5
+            core.close_sequence_state(state)
+        if sharing and written in ("under a seed", "by a store"):
+            shared.computed = False  # pages were needed, and its own are gone
+        state = core.open_sequence_state()
+        request = core.submit(state, STEM, params, owns_cache=True)
+        while request.num_new < 21:
+            core.step()
+        own = target.read_kv(state.sequence, 0, 88)
+        if sharing and written == "by a store":
+            other = core.pool.new_sequence()
+            forward_reserved(target, torch.tensor(request.token_ids[:88]), [other], [88], logits="none")
+            other.advance(88)
+            target.write_kv(other, 0, 0.5 * target.read_kv(other, 0, 88))
+            shared.insert_restored(request.token_ids[:88], "", other, None, [types.SimpleNamespace(start=0, end=88)])
+            other.free()
+        core.scheduler._preempt(request)
+        core.step()
+        while request.num_uncomputed:
+            core.step()
+        found.append((target.read_kv(state.sequence, 0, 88), own))
+        result = core.finish(request)
+        assert result.reused_tokens == sharing * {"by itself": 88, "by another": 80}.get(written, 0)
+        found[-1] += (result.token_ids,)
+        core.pool.check_integrity()
+    (kv, own, text), (again, _, plain) = found
+    assert text == plain == wanted
+    assert torch.equal(kv, own if written == "by itself" else again), "its own numbers, else those of whole chunks"
 
 
 def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):

@@ -82,6 +82,22 @@ def test_a_second_engine_restores_what_the_first_computed(store_engine, chat_eng
     assert 0 < kv_loss(second, chat_engine(draft), LONG) < 0.5
 
 
+@pytest.mark.parametrize("spoken", [True, False])
+def test_an_interrupted_greedy_request_that_has_spoken_is_not_restored(store_engine, spoken) -> None:
+    """Another process keeps its prompt meanwhile, coded: it has spoken from what it computed, and goes on from that."""
+    first, second = (store_engine("none", prefix_sharing=False) for _ in range(2))
+    request = first.core.submit(first.core.open_sequence_state(), first.encode(LONG), GREEDY, owns_cache=True)
+    first.core.step()
+    while spoken and request.num_new < 3:
+        first.core.step()
+    text = restored(second).token_ids
+    second.flush()
+    first.core.scheduler._preempt(request)
+    result = first.core.finish(request)
+    assert result.restored_tokens == (0 if spoken else (len(LONG) - 1) // PAGE_TOKENS * PAGE_TOKENS)
+    assert result.token_ids == text or not spoken
+
+
 @pytest.mark.parametrize("draft", ["draft", "head"])
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft, monkeypatch) -> None:
     """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do. At
