@@ -98,7 +98,8 @@ ROOMS = {
     "engine.model": {"kernels", "draft", "engine.kv", *LEAVES},
     "engine.config": {"draft", "engine.kv", *LEAVES},
     "engine.runtime": RUNTIME,
-    "engine.hub": {"engine.model", *LEAVES},  # model folders and what a decoder reads of them
+    # model folders and what a decoder and a tokenizer read of them
+    "engine.hub": {"kernels", "engine.model", "engine.text", *LEAVES},
     "engine.text": LEAVES,
     "engine.calibrate": ABOVE,
     "engine.train": {*ABOVE, "engine.calibrate"},

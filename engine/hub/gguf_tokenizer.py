@@ -7,7 +7,7 @@ arXiv 1808.06226), which has scores instead of merges.
 
 from __future__ import annotations
 
-import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from engine.errors import ModelNotFound, UnsupportedArchitecture
 from engine.inputs import Fields, is_finite, is_whole, named_errors, shown
+from engine.text.written import write_tokenizer_files
 
 _AGAIN = "fetch the file again, or use the model's Hugging Face folder"
 _USE_FOLDER = "use the model's Hugging Face folder instead of a GGUF file"
@@ -33,7 +34,7 @@ _RULES = ("smollm", "qwen2", "gpt-2", *_LLAMA3)
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and a note of what transformers makes of them (`engine.text.written`).
 
     Args:
         metadata: of the GGUF file.
@@ -84,7 +85,6 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
             )
             byte_level = processors.ByteLevel(trim_offsets=False)
             tokenizer.post_processor = opened if model == "llama" else processors.Sequence([byte_level, opened])
-    tokenizer.save(str(folder / "tokenizer.json"))
 
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -92,12 +92,10 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         "model_max_length": fields.integer(f"{metadata.get('general.architecture')}.context_length", 1, 1 << 31),
     }
     config |= {f"{role}_token": tokens[index] for role, index in ids.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     template = metadata.get("tokenizer.chat_template")
-    if template is not None:
-        if not isinstance(template, str):
-            raise ModelNotFound(f"the GGUF file has the chat template {shown(template)}", _AGAIN)
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if template is not None and not isinstance(template, str):
+        raise ModelNotFound(f"the GGUF file has the chat template {shown(template)}", _AGAIN)
+    write_tokenizer_files(folder, tokenizer, config, template)
 
 
 def end_token_ids(metadata: dict[str, Any]) -> list[int]:
@@ -116,7 +114,8 @@ def end_token_ids(metadata: dict[str, Any]) -> list[int]:
 def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Tokens and their kinds, one of each an id. Raises ModelNotFound when they do not fit each other."""
     tokens, kinds = _strings(metadata, "tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not all(is_whole(kind) for kind in kinds):
+    # of each type one will do: there may be hundreds of thousands
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not all(map(is_whole, {type(kind): kind for kind in kinds}.values())):
         raise ModelNotFound("the GGUF file does not name a kind for each of its tokens", _AGAIN)
     return tokens, kinds
 
@@ -164,7 +163,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], kinds: list[int]) -
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
     """SentencePiece's BPE: of neighbouring pieces whose join is a piece, those with the best score are joined first, the leftmost of equals."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(is_finite(score) for score in scores):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(map(_is_score, scores)):
         raise ModelNotFound("the GGUF file does not give a score for each of its tokens", _AGAIN)
     unknown = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN]
     given = metadata.get("tokenizer.ggml.unknown_token_id")
@@ -191,6 +190,10 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int]
     return tokenizer
 
 
+def _is_score(score: object) -> bool:
+    return isfinite(score) if type(score) is float else is_finite(score)
+
+
 def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
     """Pairs of pieces that join to a piece, the best score first.
 
@@ -199,11 +202,9 @@ def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
     """
     if max(map(len, pieces), default=0) > MAX_PIECE_CHARS or sum(map(len, pieces)) > _MAX_CUTS:
         raise ModelNotFound("the GGUF file's tokens are too long for SentencePiece's", _AGAIN)
-    pairs = []
-    for piece, score in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                pairs.append((-score, left, right))
-    pairs.sort(key=lambda pair: pair[0])
-    return [(left, right) for _, left, right in pairs]
+    return [
+        (left, right)
+        for piece, _ in sorted(pieces.items(), key=lambda item: -item[1])  # of equals the first named first
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in pieces and (right := piece[cut:]) in pieces
+    ]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from engine.errors import ModelNotFound, VocabularyMismatch
 from engine.inputs import is_lfs_pointer, lfs_pointer, named_errors, open_regular
 from engine.text.remembered import from_bytes, remembered_name, to_bytes
+from engine.text.written import written_tokenizer
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _FILES = (
@@ -42,7 +43,8 @@ class TokenizerCache(Protocol):
 
 
 def load_tokenizer(path: Path, cache: TokenizerCache | None = None) -> Any:
-    """The tokenizer in a model folder: transformers' own, or the one remembered of it (`engine.text.remembered`), which gives the same ids and texts.
+    """The tokenizer in a model folder: transformers' own, or one that gives the same ids and texts: remembered of it (`engine.text.remembered`), or of
+    files that were written here (`engine.text.written`).
 
     cache: where tokenizers are remembered; None asks transformers every time.
 
@@ -55,6 +57,8 @@ def load_tokenizer(path: Path, cache: TokenizerCache | None = None) -> Any:
                 pass
             if is_lfs_pointer(path / name):
                 raise lfs_pointer(path / name, ModelNotFound)
+    if cache is not None and (written := written_tokenizer(path, _FILES, partial(_by_transformers, path))) is not None:
+        return written
     known_as = None if cache is None else remembered_name(path, _FILES)
     if cache is not None and known_as is not None:
         content = cache.read(known_as)
