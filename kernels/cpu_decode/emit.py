@@ -231,3 +231,8 @@ class Code:
         """Only where a comparison holds."""
         with self.b.if_then(condition.value):
             yield
+
+
+def counted(code: Code, first: int) -> Number:
+    """first, first + 1, ... as int32, one a lane."""
+    return Number(code, ir.Constant(lanes(I32), list(range(first, first + LANES))))

@@ -16,7 +16,7 @@ import platform
 import stat
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from importlib.metadata import version
@@ -156,12 +156,13 @@ def _executable(code: bytes) -> tuple[int, mmap.mmap]:
 # --- compiling -------------------------------------------------------------------------------------------------------------
 
 
-def _optimised(*, apart: bool = False) -> tuple[Any, Any]:
-    """LLVM's machine and the program's module, optimised for this processor. apart: code and its constants may lie further apart than 2 GiB, as where a
-    process that has mapped much gets its memory: a distance of 32 bits ends the process then."""
-    import llvmlite.binding as llvm
+def _optimised(write: Callable[[Callable[[str], bool]], Any], *, apart: bool = False) -> tuple[Any, Any]:
+    """LLVM's machine and a program's module, optimised for this processor.
 
-    from kernels.cpu_decode.program import write_program
+    write: gives the module; told whether a processor of x86-64 has a feature of a name. apart: code and its constants may lie further apart than 2 GiB,
+    as where a process that has mapped much gets its memory: a distance of 32 bits ends the process then.
+    """
+    import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -174,8 +175,7 @@ def _optimised(*, apart: bool = False) -> tuple[Any, Any]:
         codemodel="large" if apart else "small",
     )
     here = platform.machine() == "x86_64"
-    pairs, quads = (here and bool(features.get(name)) for name in ("avx512bf16", "avx512vnni"))
-    module = llvm.parse_assembly(str(write_program(pairs=pairs, quads=quads)))
+    module = llvm.parse_assembly(str(write(lambda feature: here and bool(features.get(feature)))))
     module.verify()
     module.triple, module.data_layout = llvm.get_default_triple(), str(machine.target_data)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
@@ -183,20 +183,34 @@ def _optimised(*, apart: bool = False) -> tuple[Any, Any]:
     return machine, module
 
 
+def _step(has: Callable[[str], bool]) -> Any:
+    from kernels.cpu_decode.program import write_program
+
+    return write_program(pairs=has("avx512bf16"), quads=has("avx512vnni"))
+
+
 def compile_object() -> bytes:
     """The program as an object file of this machine."""
-    machine, module = _optimised()
+    machine, module = _optimised(_step)
     return machine.emit_object(module)
 
 
 def _compiled_here() -> tuple[dict[str, int], Any]:
-    """Addresses of the program's functions, compiled for this process alone, and what keeps them alive."""
+    return compiled_here(_step, arguments.ARGUMENTS)
+
+
+def compiled_here(write: Callable[[Callable[[str], bool]], Any], names: Iterable[str]) -> tuple[dict[str, int], Any]:
+    """Addresses of a program's functions by name, compiled for this process alone, and what keeps them alive. write: see `_optimised`.
+
+    Raises:
+        ImportError, OSError, RuntimeError: llvmlite cannot be loaded, or LLVM refuses.
+    """
+    machine, module = _optimised(write, apart=True)
     import llvmlite.binding as llvm
 
-    machine, module = _optimised(apart=True)
     compiler = llvm.create_mcjit_compiler(module, machine)
     compiler.finalize_object()
-    return {name: compiler.get_function_address(name) for name in arguments.ARGUMENTS}, compiler
+    return {name: compiler.get_function_address(name) for name in names}, compiler
 
 
 def link(content: bytes) -> tuple[bytes, dict[str, int]]:

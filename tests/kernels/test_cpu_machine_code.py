@@ -99,7 +99,7 @@ def test_without_a_folder_code_is_compiled_and_runs(home, monkeypatch):
 def test_an_object_file_that_needs_another_library_is_compiled_in_the_process(home, monkeypatch):
     import llvmlite.binding as llvm
 
-    machine, _ = machine_code._optimised()
+    machine, _ = machine_code._optimised(machine_code._step)
     needy = llvm.parse_assembly("declare void @other()\ndefine void @linear() {\n call void @other()\n ret void\n}")
     with pytest.raises(machine_code.NotLinkable):
         machine_code.link(machine.emit_object(needy))
