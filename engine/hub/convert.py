@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -25,22 +26,24 @@ from engine.hub.gguf_tokenizer import write_tokenizer
 from engine.hub.progress import Progress, silent
 from engine.model.config import DecoderConfig
 from engine.model.weights import expected_shapes
+from kernels.dequantize import dequantize_available, dequantize_to_bf16
 
-_CHUNK_ELEMENTS = 1 << 21
-_WORKERS = 2  # chunks turned into numbers beside the writing
+_CHUNK_ELEMENTS = 1 << 22
+_WORKERS = 1  # threads that turn chunks into numbers; one more where that is not compiled and takes longest
+_WAITING = 2  # chunks that wait for the next thread
 _TOO_LARGE = 3.3961775292304601e38  # the least float32 that rounds to infinity in bfloat16
 _FLOATS = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
+def convert_gguf(file: Path | GgufFile, folder: Path, progress: Progress = silent) -> str:
     """Writes config.json, generation_config.json, the tokenizer files and model.safetensors (Hugging Face tensor names).
 
     Weights are dequantised to float32 and rounded to bfloat16. A file that quantises nothing keeps its own dtype for tensors that bfloat16 does not
-    hold exactly. A head tied to the embeddings is not written twice.
+    hold exactly. A head tied to the embeddings is not written twice. What was written is not yet synced to the disk.
 
     Args:
-        path: GGUF file of an architecture of `gguf_families.FAMILIES`.
+        file: GGUF file of an architecture of `gguf_families.FAMILIES`, or one that is open, and stays so.
         folder: existing empty folder.
         progress: called with bytes of the safetensors file.
 
@@ -51,16 +54,18 @@ def convert_gguf(path: Path, folder: Path, progress: Progress = silent) -> str:
         UnsupportedArchitecture: another family, tokenizer or tensor.
         ModelNotFound: the file is broken, or its metadata and tensors do not fit each other or are not finite.
     """
-    with GgufFile(path) as source:
+    with nullcontext(file) if isinstance(file, GgufFile) else GgufFile(file) as source:
         family, config = family_of(source), hf_config(source)
         names = _check_tensors(source, family, config)
         _write_json(folder / "config.json", config)
         generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
         _write_json(folder / "generation_config.json", generation)
-        write_tokenizer(source.metadata, folder)
-        with open(folder / "model.safetensors", "wb") as out:
-            writer = _WeightWriter(source, family, config, names)
-            return writer.write(out, progress, f"converting {folder.name.removesuffix('.tmp')}")
+        with open(folder / "model.safetensors", "wb", buffering=0) as out, ThreadPoolExecutor(1) as beside:
+            tokenizer = beside.submit(write_tokenizer, source.metadata, folder)  # as much work as the weights of a small model
+            writer = _WeightWriter(source, family, config, names, tokenizer)
+            digest = writer.write(out, progress, f"converting {folder.name.removesuffix('.tmp')}")
+            tokenizer.result()
+            return digest
 
 
 def _check_tensors(source: GgufFile, family: GgufFamily, config: dict[str, Any]) -> dict[str, str]:
@@ -89,18 +94,24 @@ def _check_tensors(source: GgufFile, family: GgufFamily, config: dict[str, Any])
 class _WeightWriter:
     """Writes model.safetensors of a GGUF file, as it is made: a few chunks of rows are in memory at a time.
 
+    Reading and writing, turning into numbers, and taking the digest are done at the same time.
+
     Args:
         source, family, config: of the file.
         names: GGUF name -> Hugging Face name of the tensors to write, in order.
+        tokenizer: work done at the same time; when it fails, so does the writing, early.
     """
 
-    def __init__(self, source: GgufFile, family: GgufFamily, config: dict[str, Any], names: dict[str, str]) -> None:
-        self._source, self._family, self._config, self._names = source, family, config, names
+    def __init__(
+        self, source: GgufFile, family: GgufFamily, config: dict[str, Any], names: dict[str, str], tokenizer: Future[None] | None = None
+    ) -> None:
+        self._source, self._family, self._config, self._names, self._tokenizer = source, family, config, names, tokenizer
         self._exact = all(tensor.kind in _FLOATS for tensor in source.tensors.values())
         self._dtypes = {name: self._dtype(source.tensors[name]) for name in names}
+        self._compiled = {kind for kind in {tensor.kind for tensor in source.tensors.values()} if dequantize_available(kind.name)}
 
     def write(self, out: BinaryIO, progress: Progress, label: str) -> str:
-        """SHA-256 (hex) of what was written: the safetensors layout (8 bytes header length, JSON header, tensors back to back)."""
+        """SHA-256 (hex) of what was written: the safetensors layout (8 bytes header length, JSON header, tensors back to back). out: unbuffered."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, own in self._names.items():
@@ -109,32 +120,32 @@ class _WeightWriter:
             header[own] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        digest = hashlib.sha256()
-
-        def write(piece: bytes | memoryview) -> None:
-            out.write(piece)
-            digest.update(piece)
-
-        write(len(encoded).to_bytes(8, "little"))
-        write(encoded)
-        done = 0
-        for content in self._contents():
-            write(content)
-            done += len(content)
-            progress(label, done, end)
-        out.flush()
-        os.fsync(out.fileno())
+        beginning = len(encoded).to_bytes(8, "little") + encoded
+        digest, done, first = hashlib.sha256(), 0, len(beginning)
+        with ThreadPoolExecutor(1) as hashing:
+            behind: deque[Future[None]] = deque()
+            for content in chain((memoryview(beginning),), self._contents()):
+                behind.append(hashing.submit(digest.update, content))
+                if len(behind) > _WAITING:
+                    behind.popleft().result()
+                left = content
+                while left:  # a write takes 2 GiB at most
+                    left = left[out.write(left) :]
+                done += len(content)
+                progress(label, max(0, done - first), end)
+                if self._tokenizer is not None and self._tokenizer.done():
+                    self._tokenizer.result()
         return digest.hexdigest()
 
     def _contents(self) -> Iterator[memoryview]:
-        """The tensors' bytes in order; chunks are read here, and turned into numbers by threads."""
-        with ThreadPoolExecutor(_WORKERS) as pool:
+        """The tensors' bytes in order; chunks are read here, and turned into numbers by a thread."""
+        with ThreadPoolExecutor(_WORKERS if self._compiled else 1 + _WORKERS) as pool:
             waiting: deque[Future[memoryview]] = deque()
             for name in self._names:
                 tensor = self._source.tensors[name]
                 for raw in self._chunks(tensor):
                     waiting.append(pool.submit(self._content, raw, tensor, self._dtypes[name]))
-                    if len(waiting) > _WORKERS:
+                    if len(waiting) > _WAITING:
                         yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -149,15 +160,25 @@ class _WeightWriter:
             yield self._source.rows(tensor, first, last)
 
     def _content(self, raw: np.ndarray, tensor: GgufTensor, dtype: torch.dtype) -> memoryview:
+        offset = self._family.offset(tensor)
+        if tensor.kind in self._compiled and dtype == torch.bfloat16 and len(tensor.shape) > 1 and not offset:
+            rounded, greatest = dequantize_to_bf16(raw, tensor.kind.name)
+            self._check_finite(tensor, dtype, -greatest, greatest)
+            return rounded.view(np.uint8).data
         values = dequantize_rows(raw, tensor.kind)
         if len(tensor.shape) == 1 and (order := self._family.row_order(tensor, self._config)) is not None:
             values = values[:, order]
-        numbers = torch.from_numpy(values).sub_(offset) if (offset := self._family.offset(tensor)) else torch.from_numpy(values)
+        numbers = torch.from_numpy(values).sub_(offset) if offset else torch.from_numpy(values)
         low, high = (float(value) for value in numbers.aminmax())  # NaN if any value is
+        self._check_finite(tensor, dtype, low, high)
+        return numbers.to(dtype).view(-1).view(torch.uint8).numpy().data
+
+    @staticmethod
+    def _check_finite(tensor: GgufTensor, dtype: torch.dtype, low: float, high: float) -> None:
+        """ModelNotFound unless numbers from low to high are finite in the dtype."""
         limit = _TOO_LARGE if dtype == torch.bfloat16 else math.inf
         if not -limit < low <= high < limit:
             raise ModelNotFound(f"the GGUF file holds numbers in {tensor.name} that are not finite in {dtype}", "fetch the file again")
-        return numbers.to(dtype).view(-1).view(torch.uint8).numpy().data
 
     def _dtype(self, tensor: GgufTensor) -> torch.dtype:
         """What the tensor is stored in."""

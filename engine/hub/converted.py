@@ -8,9 +8,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 from engine.errors import ModelNotFound
 from engine.files import write_atomically
@@ -21,11 +25,16 @@ from engine.hub.pairs import PAIRS, ModelSource
 from engine.hub.progress import Progress
 from engine.inputs import open_regular
 
+if TYPE_CHECKING:
+    from engine.hub.gguf import GgufFile
+
 MOST_CONVERTED_BYTES = 64 << 30  # of all folders made from users' files; the least recently used go first
 IN_USE_S = 3600.0  # a folder used since then is not deleted: a process may be loading it
 _MARKER = "foretold.json"
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
+_BLOCK_BYTES = 4 << 20
+_SYNCED_AT_ONCE_BYTES = 16 << 20
 
 
 def converted_file(path: Path, progress: Progress) -> Path:
@@ -41,36 +50,43 @@ def converted_file(path: Path, progress: Progress) -> Path:
     with open_regular(path, ModelNotFound, "give an existing GGUF file"):
         stamp = _stamp(path)
     notes, note = CacheFolder("gguf"), f"{sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.json"
-    digest = _noted(notes.read(note, 1 << 12), stamp)
-    if digest is None:
-        from engine.hub.gguf import GgufFile  # its libraries are not needed for a file that is known
+    with ExitStack() as opened:
 
-        with GgufFile(path):  # what is no such file need not be read to its end
-            pass
-        digest = file_sha256(path)
-        notes.write(note, json.dumps({"stamp": stamp, "sha256": digest}).encode())
+        @cache
+        def source() -> GgufFile:  # its libraries are not needed for a file that is known
+            from engine.hub.gguf import GgufFile
 
-    def convert(folder: Path) -> str:
-        from engine.hub.convert import convert_gguf
+            return opened.enter_context(GgufFile(path))
 
-        made = convert_gguf(path, folder, progress)
-        if _stamp(path) != stamp:
-            raise ModelNotFound(f"{path.name} changed while it was read", "run again when it is whole")
-        return made
+        digest = _noted(notes.read(note, 1 << 12), stamp)
+        if digest is None:
+            with ThreadPoolExecutor(1) as beside:
+                reading = beside.submit(_sha256_until, path, stop := Event())
+                try:
+                    source()
+                except BaseException:
+                    stop.set()  # what is no such file need not be read to its end
+                    raise
+                digest = reading.result()
+            notes.write(note, json.dumps({"stamp": stamp, "sha256": digest}).encode())
 
-    def room(home: Path) -> None:
-        from engine.hub.gguf import GgufFile
+        def convert(folder: Path) -> str:
+            from engine.hub.convert import convert_gguf
 
-        with GgufFile(path) as source:
-            num_bytes = source.num_float_bytes
-        _make_room(home / "models", num_bytes)
-        require_free(home, num_bytes)
+            made = convert_gguf(source(), folder, progress)
+            if _stamp(path) != stamp:
+                raise ModelNotFound(f"{path.name} changed while it was read", "run again when it is whole")
+            return made
 
-    known = next((source for source in _known_sources() if source.sha256 == digest), None)
-    if known is not None:  # the same folder as the pair's, so that its packs and sessions fit
-        return converted(known.name, digest, convert, room)
-    name = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".gguf"), flags=re.ASCII).strip("-.")[:80] or "model"
-    return converted(name, digest, convert, room, of_file=True)
+        def room(home: Path) -> None:
+            _make_room(home / "models", source().num_float_bytes)
+            require_free(home, source().num_float_bytes)
+
+        known = next((source for source in _known_sources() if source.sha256 == digest), None)
+        if known is not None:  # the same folder as the pair's, so that its packs and sessions fit
+            return converted(known.name, digest, convert, room)
+        name = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".gguf"), flags=re.ASCII).strip("-.")[:80] or "model"
+        return converted(name, digest, convert, room, of_file=True)
 
 
 def converted(
@@ -108,12 +124,12 @@ def converted(
                 files = {file.name: file.stat().st_size for file in building.iterdir()}
                 digests = {file: digest if file == _WEIGHTS else file_sha256(building / file) for file in files if file != CACHE_NAME}
                 marker = {"format": _FORMAT, "source_sha256": source_sha256, "files": files, "digests": digests, "of_file": of_file}
-                marker["weights_time_ns"] = (building / _WEIGHTS).stat().st_mtime_ns
-                write_atomically(building / _MARKER, json.dumps(marker, indent=2) + "\n")
+                (building / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
                 os.replace(building, folder)
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
                 raise
+            _sync_behind(folder)
     return folder
 
 
@@ -136,7 +152,28 @@ def is_whole(folder: Path, source_sha256: str) -> bool:
 def _used(folder: Path) -> Path:
     with suppress(OSError):  # a cache that is only read
         os.utime(folder / _MARKER)
+    with suppress(OSError, ValueError):
+        if "weights_time_ns" not in json.loads((folder / _MARKER).read_text(encoding="utf-8")):
+            _sync_behind(folder)
     return folder
+
+
+def _sync_behind(folder: Path) -> None:
+    """Have the weights on the disk, and the marker say so, which costs a large file seconds that nobody need wait for. Until then, or where the process
+    ends before, their digest decides (`is_whole`)."""
+    if (folder / _WEIGHTS).stat().st_size < _SYNCED_AT_ONCE_BYTES:
+        _sync(folder)
+    else:
+        Thread(target=_sync, args=(folder,), name="foretold-sync").start()
+
+
+def _sync(folder: Path) -> None:
+    with suppress(OSError, ValueError, RecursionError):  # a cache that is only read, or a folder that has gone
+        with (folder / _WEIGHTS).open("r+b") as weights:
+            os.fsync(weights.fileno())
+            written = os.fstat(weights.fileno()).st_mtime_ns
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        write_atomically(folder / _MARKER, json.dumps(marker | {"weights_time_ns": written}, indent=2) + "\n")
 
 
 def _make_room(models: Path, num_bytes: int) -> None:
@@ -155,6 +192,15 @@ def _make_room(models: Path, num_bytes: int) -> None:
         if now - used > IN_USE_S:
             shutil.rmtree(folder, ignore_errors=True)
             total -= size
+
+
+def _sha256_until(path: Path, stop: Event) -> str:
+    """SHA-256 (hex) of a file; of its beginning, once `stop` is set."""
+    digest = sha256()
+    with path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (block := file.read(_BLOCK_BYTES)):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _known_sources() -> list[ModelSource]:

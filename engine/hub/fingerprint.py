@@ -83,9 +83,9 @@ def model_fingerprint(decoder: Fingerprinted, folder: Path | None) -> str:
 
 
 def remember_digest(weights: Path, sha256: str) -> None:
-    """Notes the digest of a folder's only weights file, known from writing it, so that `fingerprint` need not read it again."""
+    """Notes the digest of the only weights file of a folder that nobody uses yet, known from writing it: `fingerprint` need not read it again."""
     entry = {"stamp": _stamp(weights), "sha256": sha256}
-    write_atomically(weights.parent / CACHE_NAME, json.dumps({weights.name: entry}, indent=2) + "\n")
+    (weights.parent / CACHE_NAME).write_text(json.dumps({weights.name: entry}, indent=2) + "\n", encoding="utf-8")
 
 
 def _stamp(file: Path) -> list[int]:

@@ -6,6 +6,7 @@ import os
 import string
 import subprocess
 import sys
+import threading
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -544,7 +545,6 @@ def test_a_home_that_is_a_file_is_named(tmp_path, offline_source, monkeypatch):
 
 
 def test_two_at_once_fetch_once(tmp_path, offline_source, capsys):
-    import threading
     import time
 
     source, installer, asked = offline_source
@@ -623,6 +623,43 @@ def test_a_damaged_folder_of_a_file_heals(own_file, damage):
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
+def test_weights_that_are_not_synced_yet_are_checked_by_their_digest(own_file, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.hub.converted._sync", lambda folder: None)  # the process ended before
+        folder = models.resolve_model(own_file, silent)
+        marker = json.loads((folder / "foretold.json").read_text())
+        assert "weights_time_ns" not in marker and models.resolve_model(own_file, silent) == folder
+        weights = folder / "model.safetensors"
+        whole, times = weights.read_bytes(), weights.stat()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # as after a loss of power
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert models.resolve_model(own_file, silent) == folder and weights.read_bytes() == whole
+    monkeypatch.setattr("engine.hub.converted._SYNCED_AT_ONCE_BYTES", 0)
+    assert models.resolve_model(own_file, silent) == folder
+    for thread in threading.enumerate():
+        if thread.name == "foretold-sync":
+            thread.join()
+    assert json.loads((folder / "foretold.json").read_text()) == marker | {"weights_time_ns": weights.stat().st_mtime_ns}
+    monkeypatch.setattr("engine.hub.converted._sync_behind", lambda folder: pytest.fail("synced again"))
+    assert models.resolve_model(own_file, silent) == folder
+
+
+@pytest.mark.parametrize("damage", ["no file of this kind", "cut"])
+def test_a_file_that_is_none_is_not_read_to_its_end(tmp_path, own_file, monkeypatch, damage):
+    content = own_file.read_bytes()
+    own_file.write_bytes(content[:100] if damage == "cut" else b"FUGG" + content[4:])
+    read = []
+
+    def slow(path, stop):
+        read.append(stop.wait(30))
+        return ""
+
+    monkeypatch.setattr("engine.hub.converted._sha256_until", slow)
+    with pytest.raises(ModelNotFound, match="not a readable GGUF file"):
+        models.resolve_model(own_file, silent)
+    assert read == [True]
+
+
 def test_the_least_recently_used_folders_make_room(tmp_path, own_file, monkeypatch):
     first = models.resolve_model(own_file, silent)
     write_gguf(tmp_path / "second.gguf", tiny_model("qwen2", True), "qwen2", "qwen2", Q.Q8_0)
@@ -640,9 +677,9 @@ def test_the_least_recently_used_folders_make_room(tmp_path, own_file, monkeypat
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(own_file, monkeypatch):
-    def slow(path, folder, progress):
-        digest = convert_gguf(path, folder, progress)
-        os.utime(path, (1, 1))
+    def slow(file, folder, progress):
+        digest = convert_gguf(file, folder, progress)
+        os.utime(own_file, (1, 1))
         return digest
 
     monkeypatch.setattr("engine.hub.convert.convert_gguf", slow)
