@@ -64,7 +64,7 @@ def test_padding_writes_no_page_and_an_infinite_logit_is_told(decoder):
     assert bool((pool.kv == 7.0).all()), "a step of padding alone"
     for sequence in sequences:
         sequence.reserve(2)
-    step.fill([0, 0, 0], [1, 2, 1], sequences, runner.tables)
+    step.fill([0, 0, 0], [1, 2, 1], runner.tables.rows(sequences), 8)
     runner.replay(step)
     written = [sequence.pages[0] * 8 + at for sequence, count in zip(sequences, (1, 2, 1), strict=True) for at in range(count)]
     rows = pool.layer(0)[0].flatten(0, 1)

@@ -63,7 +63,7 @@ class SimulatedPlain(PlainDecoding):
         self.machine, self._ahead = machine, None
         self.target = SimpleNamespace(device=torch.device("cpu"))
 
-    def _launch(self, sequences, starts, tokens, params, seeds, deterministic):
+    def _launch(self, sequences, starts, tokens, params, seeds, deterministic, after=None):
         done_at = self.machine.launch("plain", self.machine.plain_ms)
         found = [self.machine.text(start + 1, 1)[0] for start in starts]
         return model_runner._Ahead(list(sequences), list(params), starts, torch.tensor(found), (done_at, found))
@@ -148,8 +148,8 @@ class Simulation:
     def __init__(self, monkeypatch, machine, policy):
         self.machine, self.policy = machine, policy
         self.plain, self.blocks = SimulatedPlain(machine), SimulatedBlocks(machine)
-        self.drafter = SimpleNamespace(exit_layer=1, feature_taps=(), max_positions=1 << 20, takes_leaves=False, takes_given=True)
-        self.drafter.deterministic = False
+        self.drafter = SimpleNamespace(exit_layer=1, resumes_at=1, feature_taps=(), max_positions=1 << 20, takes_leaves=False)
+        self.drafter.takes_given, self.drafter.deterministic = True, False
         plan = policy.plan
 
         def planned(*args, **options):
