@@ -102,6 +102,11 @@ class AcceptanceEstimator:
         """Estimated probability of acceptance, given that all drafts before were accepted."""
         return min(1.0, max(0.0, self._line(confidence) + self._surplus / self._trials))
 
+    @property
+    def line(self) -> tuple[float, float]:
+        """Height and slope of the line that gives `chance`, before it is cut to 0 to 1."""
+        return self.prior[0] + self._surplus / self._trials, self.prior[1]
+
     def observe(self, confidence: float, accepted: bool) -> None:
         """Count one draft that was verified after an accepted prefix."""
         self._surplus = self._surplus * ESTIMATOR_MEMORY + accepted - self._line(confidence)

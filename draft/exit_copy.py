@@ -7,7 +7,7 @@ the first ones, which the verification gives, are what the draft head goes on fr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,14 +15,40 @@ from torch import Tensor
 from draft.draft_head import DraftHead, DraftHeadBlock, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
 from draft.propose import draft_block
-from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, Proposal, ScratchPasses
+from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, LikeliestDrafts, Proposal, ScratchPasses
+from draft.tree import Leaf
+from kernels.cpu_decode.stopping import Stopping
+from kernels.upload import upload
+
+MOST_PENDING_ROWS = 32  # states that one compiled call runs before its drafts: more are multiplied faster by a library
+
+
+class BlockRunner(Protocol):
+    """Drafts a block of the likeliest tokens in one call.
+
+    sequences, own: in the target's pool and the draft head's. last: the one pending token of each request. pending: states [n, E] of the tokens before
+    it that the draft head has not run. lengths: drafts, at least 1.
+    """
+
+    def __call__(
+        self,
+        sequences: Sequence[Any],
+        own: Sequence[Any],
+        last: Sequence[int],
+        pending: Sequence[Tensor | None],
+        lengths: Sequence[int],
+        candidates: int,
+        stopping: Stopping,
+    ) -> LikeliestDrafts: ...
 
 
 class ExitCopy(NamedTuple):
-    """first: runs the copies of the target's first layers over the target's pool. head: the draft head with copies of its layers, over its own pool."""
+    """first: runs the copies of the target's first layers over the target's pool. head: the draft head with copies of its layers, over its own pool.
+    block: drafts with both; None where only single passes can be run."""
 
     first: CausalDecoder
     head: DraftHead
+    block: BlockRunner | None = None
 
 
 class ExitCopyDrafter(EarlyExitDrafter):
@@ -67,6 +93,9 @@ class ExitCopyDrafter(EarlyExitDrafter):
         """Draft lengths[b] tokens after the one pending token; a request with length 0 costs nothing."""
         if self.own_taps:
             return super().propose(states, pending, lengths, sampler, policy, given)
+        drafting = [b for b, length in enumerate(lengths) if length]
+        if self.copy.block is not None and drafting and sampler.takes_likeliest(drafting):
+            return self._likeliest(self.copy.block, drafting, cast(Sequence[DraftHeadState], states), pending, lengths, policy, given)
         return draft_block(
             self.copy.first,
             [s.sequence for s in states],
@@ -81,6 +110,52 @@ class ExitCopyDrafter(EarlyExitDrafter):
             deterministic=self.deterministic,
             draft_layers=DraftHeadBlock(self.copy.head, cast(Sequence[DraftHeadState], states), ()),
         )
+
+    def _likeliest(
+        self,
+        block: BlockRunner,
+        drafting: list[int],
+        states: Sequence[DraftHeadState],
+        pending: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        policy: BlockPolicy | None,
+        given: Sequence[Sequence[int]] | None,
+    ) -> Proposal:
+        """The block of the likeliest tokens of the requests `drafting`, in one call; the policy is told of it afterwards."""
+        chosen = [states[b] for b in drafting]
+        if sum(state.num_pending_hidden for state in chosen) > MOST_PENDING_ROWS and self.draft_head is not None:
+            self.draft_head.run_pending(chosen)
+        drafts = block(
+            [state.sequence for state in chosen],
+            [state.own for state in chosen],
+            [pending[b][0] for b in drafting],
+            [state.pending_hidden for state in chosen],
+            [lengths[b] for b in drafting],
+            1 if policy is None else policy.candidates,
+            Stopping.never(len(drafting)) if policy is None else policy.stopping(drafting),
+        )
+        tokens, counts = drafts.tokens.tolist(), drafts.counts.tolist()
+        kept, leaves = list(counts), [list[Leaf]() for _ in drafting]
+        if policy is not None and any(map(policy.looks_at, drafting)):
+            probabilities, going = drafts.probabilities.tolist(), list(range(len(drafting)))
+            for depth in range(max(counts)):
+                going = [i for i in going if depth < kept[i]]
+                if not going:
+                    break
+                for i, count in zip(
+                    going, policy.select([drafting[i] for i in going], [probabilities[i][depth] for i in going]), strict=True
+                ):
+                    kept[i] = kept[i] if count else depth
+                    leaves[i] += [Leaf(depth + 1, token) for token in tokens[i][depth][1:count]]
+        proposal = Proposal.empty(len(states), self.decoder.device)
+        chains = [list(own) for own in given] if given else [list[int]() for _ in states]
+        for i, b in enumerate(drafting):
+            chains[b] = [likeliest[0] for likeliest in tokens[i][: kept[i]]]
+            proposal.requests[b].leaves, proposal.requests[b].num_draft_cached = leaves[i], counts[i]
+        for own, chain in zip(proposal.requests, chains, strict=True):
+            own.num_drafts, own.probs = len(chain), [None] * len(chain)
+        proposal.tokens = upload([token for chain in chains for token in chain], self.decoder.device)
+        return proposal
 
     def observe_verification(self, states: Sequence[DraftState], proposal: Proposal, taps: Mapping[int, Tensor]) -> None:
         """Note the states at the exit, and the features, of each request's rows: its pending token, its drafts and its leaves."""
@@ -97,7 +172,7 @@ class ExitCopyDrafter(EarlyExitDrafter):
         """A pass of the copies, logits included."""
         if self.own_taps:
             return super().scratch(new_target_sequence)
-        first, head = self.copy
+        first, head, _ = self.copy
         sequences = [new_target_sequence(), head.pool.new_sequence()]
 
         def draft(count: int) -> None:

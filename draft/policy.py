@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from draft.ngram import Match, NgramIndex, continuation
 from draft.protocols import CausalDecoder, Drafter, ScratchPasses
 from draft.seen import Seen, SeenByNamespace, SeenTexts
 from draft.tree import MAX_CHAIN, MAX_LEAVES
+from kernels.cpu_decode.stopping import Stopping
 
 MAX_AUTO_LENGTH = MAX_CHAIN
 LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
@@ -249,6 +251,17 @@ class BlockPolicy:
     def looks_at(self, b: int) -> bool:
         """Whether it has a say in request b's block."""
         return self.requests[b].estimator is not None and self.requests[b].wanted == "auto"
+
+    def stopping(self, batch: Sequence[int]) -> Stopping:
+        """The same decisions for a compiled call that drafts for the requests of `batch`, without leaves: `select` is told of its drafts afterwards."""
+        found = Stopping.never(len(batch))
+        for i, b in enumerate(batch):
+            estimator = self.requests[b].estimator
+            if self.looks_at(b) and estimator is not None:
+                found.heights[i], found.slopes[i] = estimator.line
+                found.rates[i] = self.requests[b].acceptance.rate
+        passes = [self.rate * self.costs.draft_seconds(count) for count in range(len(batch) + 1)]
+        return found._replace(row=self.rate * self.costs.row_seconds(self.rows, 4 * len(batch)), passes=np.array(passes, np.float32))
 
     def select(self, batch: Sequence[int], probabilities: Sequence[Sequence[float]]) -> list[int]:
         """How many tokens each request of `batch` proposes at the depth just looked at, likeliest first: 0 ends its block here, 1 is the draft alone.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from draft.tree import Leaf, TreePosition
+from kernels.cpu_decode.stopping import Stopping
 
 
 class DecoderOutput(Protocol):
@@ -122,6 +123,23 @@ class DraftSampler(Protocol):
         """
         ...
 
+    def takes_likeliest(
+        self, rows: Sequence[int]
+    ) -> bool: ...  # whether the drafts of these requests are the likeliest tokens, whatever came before
+
+
+class LikeliestDrafts(Protocol):
+    """What a compiled call has drafted; `kernels.cpu_decode.drafts.Drafted`."""
+
+    @property
+    def counts(self) -> Any: ...  # drafts of each request, int64 [B]
+
+    @property
+    def tokens(self) -> Any: ...  # the likeliest tokens at each depth, the draft first, int64 [B, K, candidates]
+
+    @property
+    def probabilities(self) -> Any: ...  # theirs, float32 [B, K, candidates]
+
 
 class BlockPolicy(Protocol):
     """Ends blocks early; `draft.policy.BlockPolicy`. Requests are named by their number in the batch."""
@@ -135,6 +153,8 @@ class BlockPolicy(Protocol):
     def select(self, batch: Sequence[int], probabilities: Sequence[Sequence[float]]) -> list[int]: ...
 
     def onward(self, batch: Sequence[int]) -> set[int]: ...  # the requests that another draft is looked for
+
+    def stopping(self, batch: Sequence[int]) -> Stopping: ...  # the same for a compiled call
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from draft.tree import TreePosition
-from engine.kv.pool import KvPool, PagedPool
+from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.attention import AttentionBatch
 from engine.model.decoder import Decoder, DecoderOutput
 from engine.model.linear import Gemm
@@ -18,6 +18,16 @@ from engine.runtime.decoder_runner import DecoderRunner
 from kernels.cpu_decode import most_rows
 
 _ROWS = 64  # of a deterministic pass that run together
+
+
+def page_tables(sequences: Sequence[KvSequence]) -> np.ndarray:
+    """Their pages, int64 [B, P], rows filled up with 0."""
+    if len(sequences) == 1:  # most steps, and short ones: what the host does counts
+        return np.array([sequences[0].pages], np.int64)
+    tables = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int64)
+    for number, sequence in enumerate(sequences):
+        tables[number, : len(sequence.pages)] = sequence.pages
+    return tables
 
 
 class CompiledDecoder(DecoderRunner):
@@ -130,13 +140,8 @@ class CompiledDecoder(DecoderRunner):
         positions = np.array(batch.positions, np.int64)
         trees = batch.tree_positions
         places = positions if trees is None else np.array([slot for tree in trees for slot in tree.slots], np.int64)
-        if len(batch.sequences) == 1:  # most steps, and short ones: what the host does counts
-            requests, tables = np.zeros(len(stream), np.int64), np.array([batch.sequences[0].pages], np.int64)
-        else:
-            requests = np.repeat(np.arange(len(batch.sequences)), batch.query_lens)
-            tables = np.zeros((len(batch.sequences), max(len(s.pages) for s in batch.sequences)), np.int64)
-            for number, sequence in enumerate(batch.sequences):
-                tables[number, : len(sequence.pages)] = sequence.pages
+        requests = np.repeat(np.arange(len(batch.sequences)), batch.query_lens)
+        tables = page_tables(batch.sequences)
         taken = {tap: torch.empty(stream.shape, dtype=self.dtype) for tap in taps}
         for first in range(0, len(stream), _ROWS):
             part = slice(first, first + _ROWS)

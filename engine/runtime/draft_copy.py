@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from draft.draft_head import DraftHead
 from draft.exit_copy import ExitCopy
+from engine.kv.pool import KvSequence
 from engine.model.layers import LayerWeights
-from engine.runtime.compiled_runner import CompiledDecoder
+from engine.runtime.compiled_runner import CompiledDecoder, page_tables
+from kernels.cpu_decode.stopping import Stopping
 from kernels.cpu_decode.tiles import TILES_8, TileWeight
 from kernels.memory import HugePages
+
+if TYPE_CHECKING:  # importing it compiles
+    from kernels.cpu_decode.drafts import Drafted, Part
 
 _MATRICES = ("qkv", "o", "gate_up", "down")
 
@@ -67,10 +72,58 @@ class CopiedDecoder(CompiledDecoder):
     def _layer_weights(self) -> Sequence[LayerWeights]:
         return self._made()[0]
 
+    def part(self, sequences: Sequence[KvSequence], longest: int) -> Part:
+        """The copied layers as a compiled call takes them, over these sequences of up to `longest` tokens."""
+        from kernels.cpu_decode.drafts import Part
+
+        return Part(self._layers(), self.decoder.rope.table(longest), page_tables(sequences))
+
     def _head_matrix(self) -> Any:
         head = self._made()[1]
         assert head is not None, "a copy without a head was asked for logits"
         return head
+
+
+class CopiedBlocks:
+    """Blocks of drafts by compiled calls; implements `draft.exit_copy.BlockRunner`.
+
+    Args:
+        first, own: copies of a target's first layers, and of a draft head's layers and head; layers of one shape.
+        token_ids: [R] int64, what the head's rows stand for.
+    """
+
+    def __init__(self, first: CopiedDecoder, own: CopiedDecoder, token_ids: Tensor) -> None:
+        self.first, self.own, self.token_ids = first, own, token_ids
+
+    def __call__(
+        self,
+        sequences: Sequence[KvSequence],
+        own: Sequence[KvSequence],
+        last: Sequence[int],
+        pending: Sequence[Tensor | None],
+        lengths: Sequence[int],
+        candidates: int,
+        stopping: Stopping,
+    ) -> Drafted:
+        """See `draft.exit_copy.BlockRunner`. Raises PagesNotReserved."""
+        from kernels.cpu_decode.drafts import Vocabulary, draft
+
+        positions = [sequence.length for sequence in sequences]
+        for sequence, own_sequence, start, length in zip(sequences, own, positions, lengths, strict=True):
+            sequence.check_writable(start, start + length)
+            own_sequence.check_writable(own_sequence.length, start + length)
+        longest, decoder = max(positions) + max(lengths), self.own.decoder
+        return draft(
+            self.first.part(sequences, longest),
+            self.own.part(own, longest),
+            Vocabulary(self.first.decoder.embed_tokens.weight, decoder.output_norm, self.own._head_matrix(), self.token_ids),
+            last,
+            positions,
+            pending,
+            lengths,
+            candidates,
+            stopping,
+        )
 
 
 def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, deterministic: bool) -> ExitCopy | None:
@@ -81,4 +134,5 @@ def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, det
     first, own = CopiedDecoder(target, exit_layer, with_head=False), CopiedDecoder(head, head.config.num_layers, with_head=True)
     if not (first.fits and own.fits):
         return None
-    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic))
+    blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None
+    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), blocks)

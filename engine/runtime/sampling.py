@@ -349,6 +349,10 @@ class BatchSampler:
                 self._drafts[r][position] = tokens[i : i + 1]
         return tokens, distributions
 
+    def takes_likeliest(self, rows: Sequence[int]) -> bool:
+        """Whether these requests are greedy and nothing changes their logits."""
+        return all(self.params[r].greedy and self._histories[r] is None for r in rows)
+
     def draw_after(
         self,
         logits: Tensor,

@@ -8,6 +8,14 @@ ARGUMENTS = {
         "normed", "wide", "wide_width", "attended", "scores", "score_width", "packed", "eps", "scale",
     ),
     "run_head": ("stream", "rows", "width", "norm", "address", "kind", "outputs", "normed", "packed", "logits", "eps"),
+    "draft": (
+        "first", "own", "width", "heads", "kv_heads", "head_dim", "inner", "embeddings", "norm", "address", "kind", "outputs", "token_ids",
+        "count", "tokens", "positions", "first_tables", "first_width", "own_tables", "own_width",
+        "own_stream", "own_rows", "own_positions", "own_requests", "own_last", "lengths", "longest", "candidates",
+        "heights", "slopes", "rates", "row", "passes", "counts", "found", "chances",
+        "stream", "index", "row_positions", "before", "cos", "sin", "normed", "wide", "wide_width", "attended", "scores", "score_width", "packed",
+        "logits", "eps", "scale",
+    ),
     "linear": ("address", "kind", "outputs", "inputs", "x", "rows", "packed", "y"),
     "unpacked": ("address", "kind", "blocks", "out"),
     "rans_decoded": (
@@ -22,4 +30,6 @@ ARGUMENTS = {
     "rounded": ("x", "vectors"),
 }  # fmt: skip
 """The functions that can be called, and what they take."""
-REAL = ("eps", "scale")
+MODEL = ("addresses", "kinds", "norms", "qkv_bias", "o_bias", "qk_norm", "pool", "layers", "page_size", "cos", "sin")
+"""What `draft` is told of its first layers, and of its own: int64, addresses but for the number of layers and the page size."""
+REAL = ("eps", "scale", "row")

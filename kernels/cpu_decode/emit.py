@@ -12,6 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from kernels.cpu_decode.arguments import ARGUMENTS, REAL
+
 LANES = 16
 I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 
@@ -22,6 +24,11 @@ def lanes(kind: Any, count: int = LANES) -> Any:
 
 
 VECTOR = lanes(F32)
+
+
+def argument_types(name: str) -> list[Any]:
+    """LLVM's types of a function's arguments."""
+    return [F32 if argument in REAL else I64 for argument in ARGUMENTS[name]]
 
 
 def _is_real(kind: Any) -> bool:
@@ -185,6 +192,10 @@ class Code:
             return value
         count = getattr(kind, "count", None)
         return Number(self, ir.Constant(kind, value if count is None else [value] * count))
+
+    def numbered(self) -> Number:
+        """0, 1, 2... in the lanes, int32."""
+        return Number(self, ir.Constant(lanes(I32), list(range(LANES))))
 
     def load(self, address: Number, kind: Any = I64) -> Number:
         """A number in memory."""

@@ -27,7 +27,7 @@ from kernels.cpu_decode import arguments
 from kernels.files import cache_home, write_bytes
 
 _HERE = Path(__file__).parent
-_SOURCES = ("arguments.py", "blocks.py", "coding.py", "emit.py", "machine_code.py", "numbers.py", "program.py", "tiles.py")
+_SOURCES = ("arguments.py", "blocks.py", "coding.py", "drafting.py", "emit.py", "machine_code.py", "numbers.py", "program.py", "tiles.py")
 _MOST_BYTES = 1 << 22
 _MOST_KEPT = 8
 _PC32, _PLT32 = 2, 4  # x86-64's relocations: 32 bits, relative to the place

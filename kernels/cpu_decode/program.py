@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels.cpu_decode.arguments import ARGUMENTS, REAL
+from kernels.cpu_decode.arguments import ARGUMENTS
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
 from kernels.cpu_decode.coding import write_coding
-from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, lanes
-from kernels.cpu_decode.numbers import load_bf16, rounded, to_bf16
+from kernels.cpu_decode.drafting import write_drafting
+from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, argument_types, lanes
+from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
 
 FORMATS = (BF16, *NAMES.values())
@@ -27,11 +28,6 @@ FEW, MORE = (6, 4), (8, 3)
 # weights are asked for so much before they are needed: a row's own for one output, and those behind several, into the second cache
 AHEAD_BYTES, FAR_AHEAD_BYTES = 4096, 16384
 TILES_TOGETHER = 4  # rows whose sums over a tile run side by side
-
-
-def argument_types(name: str) -> list[Any]:
-    """LLVM's types of a function's arguments."""
-    return [F32 if argument in REAL else I64 for argument in ARGUMENTS[name]]
 
 
 def write_program(*, pairs: bool, quads: bool) -> Any:
@@ -49,6 +45,7 @@ def write_program(*, pairs: bool, quads: bool) -> Any:
     _write_layers(c)
     _write_entries(c)
     write_coding(c)
+    write_drafting(c)
     return c.module
 
 
@@ -74,17 +71,6 @@ def _unpack(c: Code, kind: int, address: Number) -> tuple[Number, Number]:
         return (low - 8).to("sitofp", VECTOR) * scale, (high - 8).to("sitofp", VECTOR) * scale
     least = _half(c, address + 2)
     return low.to("sitofp", VECTOR) * scale + least, high.to("sitofp", VECTOR) * scale + least
-
-
-def _exp(c: Code, x: Number) -> Number:
-    """e^x lane by lane for x <= 80, relative error below 3e-7 + 4e-8 |x|; by 2^n p(f), p of degree 6 (Cephes' coefficients in base 2)."""
-    scaled = (x * 1.4426950408889634).at_least(-126.0)  # NaN stays NaN
-    whole = c.intrinsic(f"llvm.floor.v{LANES}f32", VECTOR, scaled + 0.5)
-    f, p = scaled - whole, c.of(VECTOR, 1.535336188319500e-4)
-    for coefficient in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0):
-        p = c.fma(p, f, c.of(VECTOR, coefficient))
-    number = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), whole)
-    return p * ((number + 127) << 23).to("bitcast", VECTOR)
 
 
 # --- products --------------------------------------------------------------------------------------------------------------
@@ -367,7 +353,7 @@ def _softmax(c: Code, scores: Number, count: Number, scale: Number) -> Number:
     top = greatest.lane(0).spread() * own_scale
     sums = Variable(c, c.of(VECTOR, 0.0))
     with c.loop(0, count, LANES) as at:
-        shares = _exp(c, c.load(scores + at * 4, VECTOR) * own_scale - top)
+        shares = exponential(c, c.load(scores + at * 4, VECTOR) * own_scale - top)
         sums.set(sums.get() + shares)
         c.store(shares, scores + at * 4)
     return sums.get().total().spread()
@@ -498,7 +484,7 @@ def _write_layers(c: Code) -> None:
                 place = wide + row * y_stride + at * 4
                 gate = c.load(place, VECTOR)
                 negative = (gate * -1.0).at_most(80.0)
-                c.store(gate / (_exp(c, negative) + 1.0) * c.load(place + inner * 4, VECTOR), place)
+                c.store(gate / (exponential(c, negative) + 1.0) * c.load(place + inner * 4, VECTOR), place)
             product(3, width, inner, wide, y_stride, normed, width * 4)
             _add(c, stream, rows, width, normed, None)
 
@@ -521,6 +507,6 @@ def _write_entries(c: Code) -> None:
             with c.when(kind.compare("==", form)), c.loop(0, blocks) as block:
                 for part, numbers in enumerate(_unpack(c, form, address + block * BLOCK_BYTES[form])):
                     c.store(numbers, out + block * (4 * BLOCK) + 4 * LANES * part)
-    for name, formula in (("exponentials", _exp), ("rounded", rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
+    for name, formula in (("exponentials", exponential), ("rounded", rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
         with c.function(name, argument_types(name), exported=True) as (x, vectors), c.loop(0, vectors * LANES, LANES) as at:
             c.store(formula(c, c.load(x + at * 4, VECTOR)), x + at * 4)

@@ -112,6 +112,11 @@ class CompiledLayers:
         fixed = (self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool)
         self._fixed = tuple(_at(numbers) for numbers in fixed)
 
+    def told(self, cos: torch.Tensor, sin: torch.Tensor) -> np.ndarray:
+        """What `arguments.MODEL` names, int64; cos, sin: tables of angles by position, [*, d/2] float32, kept by the caller."""
+        assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
+        return np.array([*self._fixed, len(self._addresses), self._page_size, cos.data_ptr(), sin.data_ptr()], np.int64)
+
     @staticmethod
     def _stack(parts: Sequence[torch.Tensor | None], absent: tuple[int, ...]) -> np.ndarray:
         return np.stack([np.empty(absent, np.float32) if part is None else _numbers(part) for part in parts])

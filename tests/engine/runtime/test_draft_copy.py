@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ pytest.importorskip("llvmlite")
 from codec.predictor.features import FeatureBuffer
 from draft.early_exit import EarlyExitDrafter
 from draft.exit_copy import ExitCopyDrafter
+from draft.policy import CostModel
 from engine.engine import Engine
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, forward_reserved
@@ -17,6 +19,7 @@ from engine.runtime.draft_copy import CopiedDecoder, exit_copy
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
+from kernels.cpu_decode.stopping import Stopping
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
 EXIT_LAYER = 2
@@ -177,3 +180,88 @@ def test_without_whole_tiles_or_compiled_steps_drafts_are_made_with_the_weights(
     engine = engine_of(exact, source)
     assert type(engine.core.drafter) is EarlyExitDrafter and engine.core.drafter.resumes_at == EXIT_LAYER
     assert exit_copy(exact, 2, source.head_layers, source.token_ids, deterministic=False) is None
+
+
+def recorded(engine, prompts, params):
+    """(results, proposals) of a generation."""
+    proposals, drafter = [], engine.core.drafter
+    propose = drafter.propose
+    drafter.propose = lambda *args: proposals.append(propose(*args)) or proposals[-1]
+    try:
+        return engine.generate(prompts, params), proposals
+    finally:
+        del drafter.propose
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_one_call_drafts_what_single_passes_do(target, trained, length):
+    found, prompts = [], [[3, 4, 9, 20], [1], [2, 3, 5] * 3]  # together so few that both ways run them with the copies
+    for whole in (True, False):
+        engine = engine_of(target, trained)
+        drafter = engine.core.drafter
+        assert drafter.copy.block is not None
+        drafter.copy = drafter.copy._replace(block=drafter.copy.block if whole else None)
+        params = [SamplingParams(max_new_tokens=20 + 3 * b, draft_length=length - (b == 2)) for b in range(len(prompts))]
+        results, proposals = recorded(engine, prompts, params)
+        found.append(([r.token_ids for r in results], [(p.tokens.tolist(), [own.num_drafts for own in p.requests]) for p in proposals]))
+    assert found[0] == found[1] and any(tokens for tokens, _ in found[0][1])
+
+
+CHEAP = CostModel(draft=((1, 0.01),), verify=((1, 1.0), (256, 1.05)))
+
+
+def test_leaves_and_ends_of_blocks_are_the_policys(target, trained, plain):
+    engine = engine_of(target, trained, costs=CHEAP, ngrams=False)
+    few = PROMPTS[:2]  # whose drafts are verified in compiled steps
+    results, proposals = recorded(engine, few, SamplingParams(max_new_tokens=24))
+    assert [r.token_ids for r in results] == plain[:2]
+    lengths = {own.num_drafts for p in proposals for own in p.requests}
+    leaves = [leaf for p in proposals for own in p.requests for leaf in own.leaves]
+    assert len(lengths) > 3 and leaves
+    for own, chain in ((own, p.tokens) for p in proposals if len(p.requests) == 1 for own in p.requests):
+        assert all(leaf.token != int(chain[leaf.depth - 1]) for leaf in own.leaves if leaf.depth <= own.num_drafts)
+    dear = engine_of(target, trained, costs=CostModel(draft=((1, 0.01),), verify=((1, 1.0), (2, 1.55), (256, 150.0))), ngrams=False)
+    results, proposals = recorded(dear, PROMPTS[:1], SamplingParams(max_new_tokens=24))
+    assert [r.token_ids for r in results] == plain[:1] and max(own.num_drafts for p in proposals for own in p.requests) < max(lengths)
+
+
+def test_a_block_tells_the_likeliest_tokens_and_stops_where_it_is_told(target, trained):
+    engine = engine_of(target, trained)
+    first, head, block = engine.core.drafter.copy
+    prompts, pools = [[3, 4, 9, 20, 6], [7, 8]], (engine.core.pool, engine.core.draft_pool)
+    sequences, own, pending = [pools[0].new_sequence() for _ in prompts], [pools[1].new_sequence() for _ in prompts], []
+    for prompt, sequence, own_sequence in zip(prompts, sequences, own, strict=True):
+        count = len(prompt)
+        hidden = forward_reserved(
+            engine.core.runner, torch.tensor(prompt), [sequence], [count], logits="none", last_layer=EXIT_LAYER
+        ).hidden
+        sequence.advance(count)
+        sequence.reserve(8)
+        own_sequence.reserve(count + 8)
+        pending.append(hidden)
+
+    def run(stopping, lengths=(3, 2), pending=pending):
+        return block(sequences, own, [11, 12], pending, list(lengths), 3, stopping)
+
+    drafted = run(Stopping.never(2))
+    assert drafted.counts.tolist() == [3, 2]
+    for b, prompt in enumerate(prompts):
+        tokens = torch.tensor([11 + b, *drafted.tokens[b, : drafted.counts[b] - 1, 0].tolist()])
+        hidden = first.forward(tokens, [sequences[b]], [len(tokens)], logits="none", last_layer=EXIT_LAYER).hidden
+        states = head.forward([own[b]], torch.cat((pending[b], hidden)), [len(prompt) + len(tokens)], [0], ()).hidden
+        top = head.head(states[len(prompt) :]).softmax(-1).topk(3)
+        assert torch.equal(trained.token_ids[top.indices], torch.from_numpy(drafted.tokens[b, : len(tokens)]))
+        assert torch.allclose(top.values, torch.from_numpy(drafted.probabilities[b, : len(tokens)]), rtol=1e-5)
+    told = Stopping.never(2)
+    assert run(told._replace(row=2e30)).counts.tolist() == [1, 1], "no row is worth that"
+    assert run(told._replace(rates=np.array([1e30, 1.0], np.float32), row=1.5)).counts.tolist() == [3, 1]
+    half = told._replace(heights=np.full(2, 0.5, np.float32), rates=np.ones(2, np.float32))
+    assert run(half._replace(row=0.3), (3, 3)).counts.tolist() == [2, 2], "chances of .5 and .25"
+    assert run(half._replace(row=0.3, passes=np.array([0, 0, 0.5], np.float32)), (3, 3)).counts.tolist() == [1, 1], (
+        "a pass too dear for both"
+    )
+    certain = float(drafted.probabilities[0, 0, 0])
+    sloped = half._replace(heights=np.zeros(2, np.float32), slopes=np.ones(2, np.float32), row=certain)
+    assert run(sloped._replace(row=certain * 1.001), (3, 1)).counts[0] == 1 < run(sloped._replace(row=certain * 0.999), (3, 1)).counts[0]
+    for sequence in (*sequences, *own):
+        sequence.free()
