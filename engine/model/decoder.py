@@ -6,12 +6,11 @@ V vocabulary, S page size, P pages, D = L_coded * 2 * G * d.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from engine.model.batch_invariant import batch_invariant, batch_invariant_gate, 
 from engine.model.config import DecoderConfig
 from engine.model.device import on_device
 from engine.model.device_map import DeviceMap
+from engine.model.forward_pass import DecoderOutput, ForwardPass, Observer, PassRunner
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
 from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
 from engine.model.rope import RopeTable
@@ -48,17 +48,6 @@ class QuantizedBlocks(Protocol):
     def get(self, name: str, /) -> tuple[int, tuple[int, ...]] | None: ...
 
     def read(self, name: str, out: torch.Tensor) -> None: ...  # to uint8 [rows, bytes of a row]
-
-
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]  # (layer, queries before rotation [N, H, d], residual stream after it [N, E])
-
-
-class DecoderOutput(NamedTuple):
-    """What a forward pass returns."""
-
-    logits: torch.Tensor | None  # float32 [N, V] ("all"), [B, V] ("last") or None ("none", or the last layer was not run)
-    hidden: torch.Tensor  # [N, E] residual stream after the last layer run, before the final norm
-    taps: dict[int, torch.Tensor]  # layer count i -> [N, E] residual stream after i layers
 
 
 def forward_reserved(
@@ -86,7 +75,7 @@ def forward_reserved(
     )
 
 
-class Decoder(nn.Module):
+class Decoder(PassRunner, nn.Module):
     """Causal language model over `KvSequence`s. Build it with `from_pretrained` or `from_config`.
 
     gemm: how its weights are multiplied; None: the fastest way for its dtype and device.
@@ -435,92 +424,23 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def forward(
-        self,
-        token_ids: torch.Tensor | None,
-        sequences: list[KvSequence],
-        query_lens: list[int],
-        *,
-        starts: list[int] | None = None,
-        taps: tuple[int, ...] = (),
-        logits: Literal["all", "last", "none"] = "all",
-        first_layer: int = 0,
-        last_layer: int | None = None,
-        hidden: torch.Tensor | None = None,
-        observe: Observer | None = None,
-        tree_positions: list[TreePosition] | None = None,
-        deterministic: bool = False,
-    ) -> DecoderOutput:
-        """Run new tokens of a ragged batch through the layers, write their keys and values, attend causally to all before.
-
-        Pages are the caller's business, and sequence lengths do not move: commit with `sequence.advance(n)`, roll back by not doing so.
-
-        Args:
-            token_ids: [N] int64, the requests' new tokens one after another; not used, and may be None, when `hidden` is given.
-            sequences: one per request, all of one pool of this model.
-            query_lens: new tokens of each request, at least 1.
-            starts: position of each request's first new token; default the sequence's length.
-            taps: layer counts i (0 to L) whose residual stream is returned: 0 the embeddings, L before the final norm.
-            logits: of all new tokens, of each request's last, or none. Only computed when the last layer is run.
-            first_layer, last_layer: run layers [first_layer, last_layer); last_layer None is L.
-            hidden: [N, E] residual stream to start from; needed when first_layer > 0.
-            tree_positions: where the new tokens of each request stand, if they do not follow one another from `starts` on (draft trees).
-            observe: called after each layer with its number, its queries before rotation and the residual stream after it.
-            deterministic: the result of a token is the same bits alone, in any batch and in any block.
-
-        Raises:
-            InvalidOption: the arguments do not fit each other.
-            PagesNotReserved: a sequence does not own its new tokens' pages alone (`KvSequence.ensure`).
-        """
-        depth = self.config.num_layers
-        last = depth if last_layer is None else last_layer
-        self.check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
-        if starts is None:
-            starts = [sequence.length for sequence in sequences]
-        batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
+    def run(self, asked: ForwardPass) -> DecoderOutput:
+        """See `PassRunner.run`."""
+        asked.check(self.config.num_layers)
+        batch = asked.batch
         batch.check_pages()
-        backend = self.attention_backend(sequences[0].pool, deterministic=deterministic)
+        backend = self.attention_backend(asked.sequences[0].pool, deterministic=asked.deterministic)
         backend.plan(batch)
+        hidden = asked.hidden
         if hidden is None:
-            assert token_ids is not None
-            hidden = self.embed(token_ids)
-        stream, queries = self._run_layers(hidden, backend, range(first_layer, last), taps, observe)
+            assert asked.token_ids is not None
+            hidden = self.embed(asked.token_ids)
+        stream, taken = self._run_layers(hidden, backend, asked.layers, asked.taps, asked.observe)
         out = None
-        if logits != "none" and last == depth:
-            rows = stream
-            if logits == "last":
-                ends = upload(list(itertools.accumulate(query_lens, initial=-1))[1:], stream.device)
-                rows = stream[ends]
-            out = self.head(rows, deterministic=deterministic)
-        return DecoderOutput(out, stream, queries)
-
-    def check(
-        self,
-        token_ids: torch.Tensor | None,
-        sequences: list[KvSequence],
-        query_lens: list[int],
-        starts: list[int] | None,
-        taps: tuple[int, ...],
-        first: int,
-        last: int,
-        hidden: torch.Tensor | None,
-    ) -> None:
-        """Raises InvalidOption where arguments of `forward` do not fit each other."""
-        count, depth = sum(query_lens), self.config.num_layers
-        if not sequences or len(sequences) != len(query_lens) or min(query_lens) < 1:
-            raise InvalidOption("a batch needs one query length of at least 1 per sequence", "check sequences and query_lens")
-        if starts is not None and (len(starts) != len(sequences) or min(starts) < 0):
-            raise InvalidOption("a batch needs one start of at least 0 per sequence", "check starts")
-        if not 0 <= first <= last <= depth:
-            raise InvalidOption(f"layers {first} to {last} are not within 0 to {depth}", "check first_layer and last_layer")
-        if any(not first <= tap <= last for tap in taps):
-            raise InvalidOption(f"taps {taps} are not all within the layers run, {first} to {last}", "ask for taps of those layers")
-        if hidden is None and (first > 0 or token_ids is None):
-            raise InvalidOption("a forward pass without token ids, or from a later layer, needs hidden states", "pass hidden")
-        given = token_ids if hidden is None else hidden
-        assert given is not None
-        if given.shape[0] != count:
-            raise InvalidOption(f"{given.shape[0]} rows were given for {count} new tokens", "make query_lens sum to the number of rows")
+        if asked.speaks(self.config.num_layers):
+            rows = stream if asked.logits == "all" else stream[upload(asked.ends, stream.device)]
+            out = self.head(rows, deterministic=asked.deterministic)
+        return DecoderOutput(out, stream, taken)
 
     def run_layers(
         self, hidden: torch.Tensor, backend: AttentionBackend, layers: range, taps: tuple[int, ...] = ()

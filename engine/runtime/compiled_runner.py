@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.attention import AttentionBatch
-from engine.model.decoder import Decoder, DecoderOutput
+from engine.model.decoder import Decoder
+from engine.model.forward_pass import DecoderOutput, ForwardPass
 from engine.model.linear import Gemm
 from engine.runtime.decoder_runner import DecoderRunner
 from kernels.cpu_decode import most_rows
@@ -81,56 +81,24 @@ class CompiledDecoder(DecoderRunner):
         """The layers' weights that compiled steps multiply by, the same object while they are the same."""
         return self.decoder.layer_weights()
 
-    def forward(
-        self,
-        token_ids: Tensor | None,
-        sequences: list[Any],
-        query_lens: list[int],
-        *,
-        starts: list[int] | None = None,
-        taps: tuple[int, ...] = (),
-        logits: Literal["all", "last", "none"] = "all",
-        first_layer: int = 0,
-        last_layer: int | None = None,
-        hidden: Tensor | None = None,
-        tree_positions: list[TreePosition] | None = None,
-        deterministic: bool = False,
-    ) -> DecoderOutput:
-        """See `Decoder.forward`."""
-        depth = self.config.num_layers
-        last = depth if last_layer is None else last_layer
-        rows = sum(query_lens)
-        if (
-            (not deterministic and rows > most_rows(torch.get_num_threads()))
-            or (token_ids is None and hidden is None)
-            or first_layer >= last
-        ):
-            return self.decoder.forward(
-                token_ids,
-                sequences,
-                query_lens,
-                starts=starts,
-                taps=taps,
-                logits=logits,
-                first_layer=first_layer,
-                last_layer=last_layer,
-                hidden=hidden,
-                tree_positions=tree_positions,
-                deterministic=deterministic,
-            )
-        self.decoder.check(token_ids, sequences, query_lens, starts, taps, first_layer, last, hidden)
-        starts = [sequence.length for sequence in sequences] if starts is None else starts
-        batch = AttentionBatch(sequences, query_lens, starts, tree_positions)
+    def run(self, asked: ForwardPass) -> DecoderOutput:
+        """See `PassRunner.run`. Passes of more rows, and those that are observed, are the decoder's own."""
+        many = not asked.deterministic and sum(asked.query_lens) > most_rows(torch.get_num_threads())
+        if many or asked.source is None or not asked.layers or asked.observe is not None:
+            return self.decoder.run(asked)
+        asked.check(self.config.num_layers)
+        batch = asked.batch
         batch.check_pages()
+        hidden = asked.hidden
         if hidden is None:
-            assert token_ids is not None
-            hidden = self.decoder.embed(token_ids)
+            assert asked.token_ids is not None
+            hidden = self.decoder.embed(asked.token_ids)
         stream = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
-        taken = self._run(batch, stream, range(first_layer, last), taps)
+        taken = self._run(batch, stream, asked.layers, asked.taps)
         out = None
-        if logits != "none" and last == depth:
-            wanted = stream if logits == "all" else stream[torch.tensor(query_lens).cumsum(0) - 1]
-            out = self.head(wanted, deterministic=deterministic)
+        if asked.speaks(self.config.num_layers):
+            wanted = stream if asked.logits == "all" else stream[torch.tensor(asked.ends)]
+            out = self.head(wanted, deterministic=asked.deterministic)
         return DecoderOutput(out, stream.to(self.dtype), taken)
 
     def _run(self, batch: AttentionBatch, stream: Tensor, layers: range, taps: Sequence[int]) -> dict[int, Tensor]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from engine.model.decoder import Decoder
+from engine.model.forward_pass import PassRunner
 
 
-class DecoderRunner:
+class DecoderRunner(PassRunner):
     """A runner of a decoder's passes: the decoder, and the attributes that `draft.protocols.CausalDecoder` asks of it."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    @property
-    def config(self) -> Any:
-        """The decoder's."""
-        return self.decoder.config
+        self.decoder, self.config = decoder, decoder.config
 
     @property
     def device(self) -> torch.device:

@@ -14,17 +14,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from draft.protocols import CausalDecoder
-from draft.tree import TreePosition
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.model.config import DecoderConfig
-from engine.model.decoder import Decoder, DecoderOutput
+from engine.model.decoder import Decoder
+from engine.model.forward_pass import DecoderOutput, ForwardPass
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.decoder_runner import DecoderRunner
 from engine.runtime.device_sampling import Drawing, SamplingState
@@ -48,7 +47,6 @@ _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product ta
 _TABLES = 512  # page tables on the device; more sequences than that take turns
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
-Logits = Literal["all", "last", "none"]
 _Built = TypeVar("_Built")
 GREEDY = Drawing()
 
@@ -247,78 +245,44 @@ class GraphedDecoder(DecoderRunner):
         """See `Decoder.head`."""
         return self.decoder.head(hidden, deterministic=deterministic)
 
-    def forward(
-        self,
-        token_ids: Tensor | None,
-        sequences: list[Any],
-        query_lens: list[int],
-        *,
-        starts: list[int] | None = None,
-        taps: tuple[int, ...] = (),
-        logits: Logits = "all",
-        first_layer: int = 0,
-        last_layer: int | None = None,
-        hidden: Tensor | None = None,
-        tree_positions: list[TreePosition] | None = None,
-        deterministic: bool = False,
-    ) -> DecoderOutput:
-        """See `Decoder.forward`. Passes of more than MAX_ROWS padded rows or with tree positions are the decoder's own.
+    def run(self, asked: ForwardPass) -> DecoderOutput:
+        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own.
 
         In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
         """
-        last = self.config.num_layers if last_layer is None else last_layer
-        length = padded_length(max(query_lens))
-        prompt = logits == "last" or (logits == "none" and length > 1)
-        if prompt and not deterministic and len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * PROMPT_LENGTHS[0] <= MAX_ROWS:
+        batch, length = len(asked.sequences), padded_length(max(asked.query_lens))
+        prompt = asked.logits == "last" or (asked.logits == "none" and length > 1)
+        if prompt and not asked.deterministic and batch <= _BATCHES[-1] and bucket(batch) * PROMPT_LENGTHS[0] <= MAX_ROWS:
             # what is left of a prompt behind a known beginning: all short lengths share a captured step
             length = max(length, PROMPT_LENGTHS[0])
-        if deterministic:
-            small = logits != "last" and length <= _BLOCK
+        if asked.deterministic:
+            small = asked.logits != "last" and length <= _BLOCK
         else:
-            small = len(sequences) <= _BATCHES[-1] and bucket(len(sequences)) * length <= MAX_ROWS
-        if tree_positions is not None or not small or (token_ids is None and hidden is None) or first_layer >= last:
-            return self.decoder.forward(
-                token_ids,
-                sequences,
-                query_lens,
-                starts=starts,
-                taps=taps,
-                logits=logits,
-                first_layer=first_layer,
-                last_layer=last_layer,
-                hidden=hidden,
-                tree_positions=tree_positions,
-                deterministic=deterministic,
-            )
-        starts = [sequence.length for sequence in sequences] if starts is None else starts
-        for sequence, start, count in zip(sequences, starts, query_lens, strict=True):
+            small = batch <= _BATCHES[-1] and bucket(batch) * length <= MAX_ROWS
+        own = asked.tree_positions is not None or asked.observe is not None
+        if own or not small or asked.source is None or not asked.layers:
+            return self.decoder.run(asked)
+        for sequence, start, count in zip(asked.sequences, asked.starts, asked.query_lens, strict=True):
             sequence.check_writable(start, start + count)
-        source = token_ids if hidden is None else hidden
-        assert source is not None
-        run = partial(
-            self._pass,
-            length=None if deterministic else length,
-            taps=taps,
-            logits=logits,
-            layers=range(first_layer, last),
-            embed=hidden is None,
-        )
-        if not deterministic:
-            return run(source, sequences, query_lens, starts)
-        return self._in_groups(run, source, sequences, query_lens, starts)
+        return self._in_groups(asked) if asked.deterministic else self._pass(asked, length)
 
-    def _in_groups(
-        self, run: Callable[..., DecoderOutput], source: Tensor, sequences: list[Any], query_lens: Sequence[int], starts: Sequence[int]
-    ) -> DecoderOutput:
+    def _in_groups(self, asked: ForwardPass) -> DecoderOutput:
         """A deterministic pass as several of at most MOST_SKINNY rows."""
-        firsts = [sum(query_lens[:b]) for b in range(len(query_lens))]
+        lens, source = asked.query_lens, asked.source
+        assert source is not None
+        firsts = [sum(lens[:b]) for b in range(len(lens))]
         outs, order = [], []
-        for group in row_groups(query_lens):
+        for group in row_groups(lens):
             rows = [firsts[b] + at + j for b, at, count in group for j in range(count)]
-            own = source[upload(rows, self.device)]
-            members = [sequences[b] for b, _, _ in group]
-            outs.append(run(own, members, [count for _, _, count in group], [starts[b] + at for b, at, _ in group], deterministic=True))
+            counts = [count for _, _, count in group]
+            part = asked.of(
+                source[upload(rows, self.device)],
+                [asked.sequences[b] for b, _, _ in group],
+                counts,
+                [asked.starts[b] + at for b, at, _ in group],
+            )
+            outs.append(self._pass(part, padded_length(max(counts))))
             order += rows
         if len(outs) == 1:
             return outs[0]
@@ -328,37 +292,23 @@ class GraphedDecoder(DecoderRunner):
         taps = {tap: torch.cat([out.taps[tap] for out in outs])[back] for tap in outs[0].taps}
         return DecoderOutput(found, torch.cat([out.hidden for out in outs])[back], taps)
 
-    def _pass(
-        self,
-        source: Tensor,
-        sequences: list[Any],
-        query_lens: Sequence[int],
-        starts: Sequence[int],
-        *,
-        length: int | None,
-        taps: tuple[int, ...],
-        logits: Logits,
-        layers: range,
-        embed: bool,
-        deterministic: bool = False,
-    ) -> DecoderOutput:
-        """One captured pass over token ids (embed) or hidden states `source`, one row a new token; pages are there. length: new tokens a request that
-        the step has; None: as many as hold these."""
-        with_logits = logits != "none" and layers.stop == self.config.num_layers
-        pages = max(len(s.pages) for s in sequences)
+    def _pass(self, asked: ForwardPass, length: int) -> DecoderOutput:
+        """A pass by one captured step, which has `length` new tokens a request; pages are there."""
+        source, embed, speaks = asked.source, asked.hidden is None, asked.speaks(self.config.num_layers)
+        assert source is not None
         step = self.step(
-            len(sequences),
-            padded_length(max(query_lens)) if length is None else length,
-            pages,
-            layers.start,
-            layers.stop,
-            taps,
-            with_logits,
+            len(asked.sequences),
+            length,
+            max(len(s.pages) for s in asked.sequences),
+            asked.layers.start,
+            asked.layers.stop,
+            asked.taps,
+            speaks,
             embed=embed,
-            deterministic=deterministic,
+            deterministic=asked.deterministic,
         )
-        step.fill(starts, query_lens, self.tables.rows(sequences), self.pool.page_size)
-        rows = self._rows(step, query_lens)
+        step.fill(asked.starts, asked.query_lens, self.tables.rows(asked.sequences), self.pool.page_size)
+        rows = self._rows(step, asked.query_lens)
         into = step.buffers.token_ids if embed else step.buffers.stream
         if isinstance(rows, slice):
             into[rows] = source
@@ -366,9 +316,9 @@ class GraphedDecoder(DecoderRunner):
             into.index_copy_(0, rows, source.to(into.dtype))
         self.replay(step)
         found = None
-        if with_logits:
+        if speaks:
             assert step.buffers.logits is not None
-            wanted = rows if logits == "all" else self._ends(step, query_lens)
+            wanted = rows if asked.logits == "all" else self._ends(step, asked.query_lens)
             found = step.buffers.logits[wanted].clone() if isinstance(wanted, slice) else step.buffers.logits[wanted]
         return DecoderOutput(found, step.buffers.stream[rows].clone(), {tap: rows_of[rows].clone() for tap, rows_of in step.taps.items()})
 

@@ -120,7 +120,7 @@ def test_greedy_text_is_the_same_with_and_without_drafts(tiny_model):
         engine = Engine(decoder, draft=draft, pool_tokens=512, page_size=4)
         assert isinstance(engine.core, EngineCore) and isinstance(engine.core.runner, CompiledDecoder)
         assert engine.core.runner.num_threads == 1 and decoder.num_threads == torch.get_num_threads()
-        assert engine.core.pool.steps_follow_tables and engine.core.scheduler.drafting.most_rows is None
+        assert engine.core.pool.steps_follow_tables and engine.core.runner.captured_rows is None
         params = SamplingParams(max_new_tokens=24, ignore_eos=True, draft_length=length)
         texts.append(engine.generate([[3, 1, 4, 1, 5]], params)[0].token_ids)
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 24

@@ -65,6 +65,19 @@ def test_a_step_says_what_the_decoder_says(decoder, counts):
         assert ((want - got).norm() / want.norm()).item() < 1e-4
 
 
+@torch.inference_mode()
+def test_passes_that_are_observed_are_the_decoders_own(decoder):
+    seen = []
+    for runner, sequences in _pair(decoder, [[3, 4, 5, 6]]):
+        layers = []
+        forward_reserved(
+            runner, torch.arange(2, device=DEVICE), sequences, [2], observe=lambda *found, layers=layers: layers.append(found), last_layer=2
+        )
+        assert [number for number, _, _ in layers] == [0, 1]
+        seen.append([part for _, queries, stream in layers for part in (queries, stream)])
+    assert all(torch.equal(want, got) for want, got in zip(*seen, strict=True))
+
+
 @pytest.mark.parametrize("counts", [[3, 1, 2], [1] * 11, [20, 5, 1]], ids=str)
 @torch.inference_mode()
 def test_a_deterministic_pass_in_groups_says_what_the_decoder_says(decoder, counts):
