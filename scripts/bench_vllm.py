@@ -1,19 +1,20 @@
 """The connector inside vLLM: a returning prompt after a restart, what it costs requests that miss, and damage to its store.
 
-    VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,8000] [--modes plain,raw,foretold,auto]
-        [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together] [--logs DIR] [--json-out FILE]
+    VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,7680]
+        [--modes plain,raw,disk,foretold,auto] [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together]
+        [--logs DIR] [--json-out FILE]
     ... --model FOLDER --overhead ROUNDS
     ... --damage REQUESTS
 
 Needs vLLM (docs/vllm.md). Every measurement of a returning prompt is a process of its own: one fills the store, the next one, started after it, answers
-the same prompts, each behind another short prompt that warms everything up. Prints one JSON object
-`{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "best_ttft_s", "stored_bytes",
-"raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes", "peak_device_bytes",
-"stages_s", "fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s and best_first_s of the one that
-computed and kept the prompt, stages_s of all restores of the process, behind_s what
-coding took it behind all answers, stored_bytes of all files divided among all stored tokens. fresh_equal: whether the process that kept the
-prompts gave the greedy text of the first mode; equal_tokens: how many tokens the restarted one's begins with. --together starts all processes at once,
-which take turns once they have imported vLLM.
+the same prompts, each behind another short prompt that warms everything up. Modes: plain, vLLM alone; raw, its own ExampleConnector; disk, whole blocks
+as they are from a file at --disk-speed (1 GB/s); foretold, ours, which always restores; auto, ours with `load` `auto`. Prints one JSON object
+`{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "best_ttft_s", "best_ttft_cpu_s",
+"stored_bytes", "raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes",
+"peak_device_bytes", "stages_s", "fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s and best_first_s
+of the one that computed and kept the prompt, stages_s of all restores of the process, behind_s what coding took it behind all answers, stored_bytes of
+all files divided among all stored tokens. fresh_equal: whether the process that kept the prompts gave the greedy text of the first mode; equal_tokens:
+how many tokens the restarted one's begins with. --together starts all processes at once, which take turns once they have imported vLLM.
 
 --overhead: processes without the connector, with one that keeps nothing and with one that keeps everything answer the same fresh prompts in turn (what
 is left to be coded is coded before the next one's turn):
@@ -42,7 +43,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-MODES = ("plain", "raw", "foretold", "auto")
+MODES = ("plain", "raw", "disk", "foretold", "auto")
 ROOT = Path(__file__).resolve().parents[1]
 _WARM_TOKENS = 400
 
@@ -74,6 +75,13 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
     if options.mode == "raw":
         return KVTransferConfig(
             kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config={"shared_storage_path": str(folder)}
+        )
+    if options.mode == "disk":
+        return KVTransferConfig(
+            kv_connector="RawConnector",
+            kv_connector_module_path="scripts.bench.raw_connector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"path": str(folder), "bytes_per_s": options.disk_speed * 1e9},
         )
     load = "auto" if options.mode == "auto" else "within"
     extra = {"store": str(folder), "quality": options.quality, "draft": options.draft, "load": load}
@@ -153,6 +161,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
             out = llm.generate([{"prompt_token_ids": ids}], one, use_tqdm=False)[0]
             taken.append((time.perf_counter() - began, time.process_time() - before, out.num_cached_tokens or 0))
         row = {"ttft_s": taken[0][0], "ttft_cpu_s": taken[0][1], "best_ttft_s": min(taken)[0], "cached": taken[0][2]}
+        row["best_ttft_cpu_s"] = min(cpu for _, cpu, _ in taken)
         more = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True, extra_args=extra)
         rows.append(row | {"text": list(llm.generate([{"prompt_token_ids": ids}], more, use_tqdm=False)[0].outputs[0].token_ids)})
     found |= {"rows": rows[1:], "behind_s": 0.0, "extra_weight_bytes": 0, "extra_cache_bytes": 0, "peak_device_bytes": 0}
@@ -227,6 +236,7 @@ def rows_of(
                 "ttft_s": found["ttft_s"],
                 "ttft_cpu_s": found["ttft_cpu_s"],
                 "best_ttft_s": found["best_ttft_s"],
+                "best_ttft_cpu_s": found["best_ttft_cpu_s"],
                 "stored_bytes": share,
                 "raw_bytes": raw,
                 "ratio": raw / share if share else None,
@@ -485,6 +495,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", default="balanced")
     parser.add_argument("--draft", default="trunk")
     parser.add_argument("--pack", default=None)
+    parser.add_argument("--disk-speed", type=float, default=1.0, metavar="GB_PER_S", help="at which the mode disk reads; 0: no limit")
     parser.add_argument("--new-tokens", type=int, default=16, help="of the greedy texts that are compared")
     parser.add_argument("--repeats", type=int, default=1, help="times that a prompt is answered, vLLM's own cache emptied in between")
     parser.add_argument("--wait-s", type=float, default=300.0, help="how long coding is waited for behind the answers")
@@ -513,6 +524,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("prompts of fewer than 256 tokens are not restored (give longer ones)")
     if options.overhead < 0 or options.damage < 0 or options.new_tokens < 1 or options.repeats < 1:
         parser.error("--overhead, --damage, --repeats and --new-tokens count something (give numbers above 0)")
+    if options.disk_speed < 0:
+        parser.error("--disk-speed is a speed (give 0 or more)")
     if options.model is None and not options.damage:
         parser.error("no model (give --model FOLDER)")
     if options.answer_to is not None:
