@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from codec.errors import BadInput
+from kernels.cpu_decode import compiled_available, compiled_loads
 from kernels.rope import apply_rope
 
 
@@ -163,6 +164,7 @@ class PackedKv(PagedKv):
         self._orders = key_order, value_order
 
         self._inverse = key_order.argsort(), value_order.argsort()
+        self._compiled_orders = [order.cpu().to(torch.int32).numpy() for order in self._orders]
 
     def read(self, page_ids: Sequence[int], start: int, end: int, first_layer: int = 0) -> torch.Tensor:
         """See `PagedKv.read`."""
@@ -176,6 +178,14 @@ class PackedKv(PagedKv):
                     out[at : at + high - low, n, half] = layer[page].flatten(1)[:, wanted].view(shape).transpose(0, 1)
         return out
 
+    @staticmethod
+    def _scatters(rows: torch.Tensor, packed: torch.Tensor) -> bool:
+        if not (compiled_available() and compiled_loads()):
+            return False
+        from kernels.cpu_decode.coded import scatters
+
+        return scatters(rows, packed)
+
     def _stretches(self, page_ids: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Page by page of tokens [start, end): its number, the places in it, and how many of the tokens come before."""
         for n in range(start // self.page_size, -(-end // self.page_size)):
@@ -184,8 +194,8 @@ class PackedKv(PagedKv):
             yield page_ids[n], low - first, high - first, low - start
 
     def writer(self, page_ids: Sequence[int], start: int, end: int) -> Callable[[int, torch.Tensor], None]:
-        """See `PagedKv.writer`. Whole pages are written at once, of a page that is not covered the places that are."""
-        self._at(page_ids, start, end)
+        """See `PagedKv.writer`. Without compiled code, whole pages are written at once, of a page that is not covered the places that are."""
+        numbers, offsets = (part.cpu().numpy() for part in self._at(page_ids, start, end))
         stretches = list(self._stretches(page_ids, start, end))
         whole = [(page, at) for page, low, high, at in stretches if high - low == self.page_size]
         pages = torch.tensor([page for page, _ in whole], dtype=torch.int64)
@@ -195,13 +205,18 @@ class PackedKv(PagedKv):
             for half, (order, inverse) in enumerate(zip(self._orders, self._inverse, strict=True)):
                 packed = self._packed[half][layer]
                 rows = kv[:, half].to(packed.dtype)
+                if self._scatters(rows, packed):
+                    from kernels.cpu_decode.coded import scatter
+
+                    scatter(rows, numbers, offsets, self._compiled_orders[half], packed)
+                    continue
                 if whole:
                     plain = rows[covered].unflatten(0, (len(whole), self.page_size)).transpose(1, 2).flatten(2)
                     packed[pages] = plain[:, :, inverse].view(len(whole), *packed.shape[1:])
                 for page, low, high, at in stretches:
                     if high - low < self.page_size:
                         places = order[low * self.head_dim : high * self.head_dim]
-                        own = packed[page].flatten(1)
+                        own = packed[page].flatten(1).clone()
                         own[:, places] = rows[at : at + high - low].transpose(0, 1).flatten(1)
                         packed[page] = own.view(packed.shape[1:])
 

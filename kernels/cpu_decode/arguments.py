@@ -26,6 +26,9 @@ ARGUMENTS = {
         "q", "own", "own_stride", "gains", "steps", "limits", "points", "tokens", "count", "classes", "out", "escapes", "room", "found",
     ),
     "rotated": ("y", "mu", "rest", "rest_stride", "cos", "sin", "rows", "heads", "head_dim", "out", "out_stride"),
+    "scattered": (
+        "rows", "row_stride", "tokens", "heads", "head_dim", "pages", "places", "order", "out", "page_stride", "head_stride",
+    ),
     "exponentials": ("x", "vectors"),
     "rounded": ("x", "vectors"),
 }  # fmt: skip

@@ -123,4 +123,26 @@ def rotated(
     )  # fmt: skip
 
 
-__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode", "rotated"]
+def scatters(rows: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether `scatter` takes these: 16 bits a number, a token's heads and a page of a head each in one piece, on a CPU."""
+    plain = rows.device.type == out.device.type == "cpu" and rows.dtype == out.dtype and rows.element_size() == 2
+    return plain and len(rows) > 0 and rows[0].is_contiguous() and out[0, 0].is_contiguous()
+
+
+def scatter(rows: torch.Tensor, pages: np.ndarray, places: np.ndarray, order: np.ndarray, out: torch.Tensor) -> None:
+    """Rows [T, G, d] into pages out [P, G, S, d]: number i of token t's head goes to place order[places[t] d + i] of page pages[t]'s head.
+
+    pages, places: int64 [T]. order: int32 [S d]. All of them are within bounds: nothing is checked here but shapes.
+    """
+    tokens, heads, d = rows.shape
+    if out.shape[1] != heads or out.shape[3] != d or len(order) != out.shape[2] * d or not len(pages) == len(places) == tokens:
+        raise ValueError(f"rows {list(rows.shape)} do not fit pages {list(out.shape)}")
+    if not scatters(rows, out) or pages.dtype != np.int64 or places.dtype != np.int64 or order.dtype != np.int32:
+        raise ValueError("numbers of 16 bits in pieces, places in int64 and an order in int32 are taken")
+    _FUNCTIONS["scattered"](
+        rows.data_ptr(), 2 * rows.stride(0), tokens, heads, d, pages.ctypes.data, places.ctypes.data, order.ctypes.data,
+        out.data_ptr(), 2 * out.stride(0), 2 * out.stride(1),
+    )  # fmt: skip
+
+
+__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode", "rotated", "scatter", "scatters"]

@@ -1,8 +1,8 @@
 """Decoding of coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, integers to
 components, products to keys and values.
 
-They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`; `coded`
-is their face.
+They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`, and of
+`codec.layouts.PackedKv.writer`; `coded` is their face.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def write_coding(c: Code) -> None:
     _write_rans(c)
     _write_components(c)
     _write_rotated(c)
+    _write_scattered(c)
 
 
 def _load_unsigned(c: Code, address: Number, kind: Any) -> Number:
@@ -146,3 +147,22 @@ def _write_rotated(c: Code) -> None:
                 c.store(to_bf16(c, second * cos + first * sin), out + (low + half) * 2)
             with c.loop(width, width * 2, LANES) as at:
                 c.store(to_bf16(c, number(at)), out + at * 2)
+
+
+def _write_scattered(c: Code) -> None:
+    """Rows [tokens, heads, head_dim] of 16 bits into pages: number i of token t's head goes to order[places[t] head_dim + i] of page pages[t]'s head.
+
+    pages, places int64 [tokens]; order int32 [page size x head_dim]; strides in bytes, of rows between tokens.
+    """
+    names = ARGUMENTS["scattered"]
+    with c.function("scattered", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        d = a["head_dim"]
+        with c.loop(0, a["tokens"]) as token:
+            page = a["out"] + c.load(a["pages"] + token * 8) * a["page_stride"]
+            order = a["order"] + c.load(a["places"] + token * 8) * d * 4
+            with c.loop(0, a["heads"]) as head:
+                row, out = a["rows"] + token * a["row_stride"] + head * d * 2, page + head * a["head_stride"]
+                with c.loop(0, d) as number:
+                    place = _load_unsigned(c, order + number * 4, I32)
+                    c.store(c.load(row + number * 2, I16), out + place * 2)

@@ -15,6 +15,7 @@ pytest.importorskip("llvmlite")
 from codec.codec import KvCodec
 from codec.coder import SpanCoder
 from codec.errors import CorruptedCode
+from codec.layouts import PackedKv
 from codec.pack import CodecPack
 from codec.pages import LayerRows
 from codec.rans import SpanStream, encode
@@ -165,6 +166,42 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
         wide = torch.empty(tokens, 2, heads, head_dim)
         rows.rotated(n, angles, wide)
         assert torch.equal(wide.bfloat16(), made[0])
+
+
+@pytest.mark.parametrize(("size", "heads", "width", "start", "end"), [(4, 2, 8, 2, 9), (16, 3, 64, 5, 48), (128, 1, 6, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_pages_are_written_alike(size: int, heads: int, width: int, start: int, end: int, dtype, monkeypatch) -> None:
+    """The same bits in all of the memory, what is not written included, from rows that lie apart."""
+    generator, page_ids, made = torch.Generator().manual_seed(size), [3, 0, 4], []
+    kv = torch.randn(end - start, 5, 2, heads, width, generator=generator).to(dtype)[:, 1:3]
+    orders = [torch.randperm(size * width, generator=generator) for _ in (0, 1)]
+    calls: list = []
+    plain = coded.scatter
+    monkeypatch.setattr(coded, "scatter", lambda *given: (calls.append(1), plain(*given)))
+    for name in ("", "reference"):
+        monkeypatch.setenv(VARIABLE, name)
+        memory = [torch.full((5, heads, 2 * size, width), float("nan"), dtype=dtype) for _ in (0, 1)]
+        packed = PackedKv(*([layer.chunk(2, 2)[half] for layer in memory] for half in (0, 1)), *orders)
+        packed.write(page_ids, start, kv)
+        assert torch.equal(packed.read(page_ids, start, end), kv.float())
+        made.append(torch.stack(memory).view(torch.int16))
+        assert len(calls) == 4, "compiled once, and not for the reference"
+    assert torch.equal(*made)
+
+
+def test_rows_that_do_not_fit_pages_are_refused() -> None:
+    out, where, order = torch.zeros(2, 1, 4, 8, dtype=torch.bfloat16), np.zeros(3, np.int64), np.arange(32, dtype=np.int32)
+    rows = torch.zeros(3, 1, 8, dtype=torch.bfloat16)
+    coded.scatter(rows, where, where, order, out)
+    for wrong in (
+        (rows[:2], where, where, order, out),
+        (rows, where, where, order[:31], out),
+        (rows, where.astype(np.int32), where, order, out),
+        (rows.float(), where, where, order, out.float()),
+        (rows, where, where, order, out.transpose(2, 3).contiguous().transpose(2, 3)),
+    ):
+        with pytest.raises(ValueError):
+            coded.scatter(*wrong)
 
 
 def test_products_that_do_not_fit_are_refused() -> None:
