@@ -26,7 +26,7 @@ _TILE = 64
 """Features and components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
-_BLOCK_ROWS = 128
+_BLOCK_ROWS = 256
 """Rows of a product on a CPU, filled up with zeros: a product's shape decides how its terms are summed, so a token gives the same bits whatever is
 decoded behind it."""
 

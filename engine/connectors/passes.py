@@ -30,7 +30,7 @@ from engine.model.weights import open_checkpoint
 from engine.runtime.drafters import load_draft_head
 from engine.sessions.codec_params import load_pack
 
-PASS_TOKENS = {"cpu": 512, "cuda": 4096}
+PASS_TOKENS = {"cpu": 1024, "cuda": 4096}
 _PAGE = 64
 
 
