@@ -250,7 +250,7 @@ class BlockDecoding:
         if self.drafter is not None and self.drafter.feature_taps:
             return False
         params = [r.params for r in requests]
-        if any(p.penalised or p.logprobs is not None for p in params) or len(requests) > _MOST:
+        if self._sees_logits(requests) or len(requests) > _MOST:
             return False
         if len({p.coupled for p in params if not p.greedy}) > 1:
             return False
@@ -258,6 +258,11 @@ class BlockDecoding:
         if bucket(len(requests)) * rows > (MOST_SKINNY if deterministic else MAX_ROWS):
             return False
         return not drafting or self._num_behind(requests) <= _MOST_BEHIND
+
+    @staticmethod
+    def _sees_logits(requests: Sequence[Request]) -> bool:
+        """Whether something between two steps needs the logits of a request: penalties, a format, or log probabilities."""
+        return any(r.penalised or r.params.logprobs is not None for r in requests)
 
     def _num_behind(self, requests: Sequence[Request]) -> int:
         """Tokens that the drafts of all requests lack, and run before they draft."""
@@ -300,7 +305,9 @@ class BlockDecoding:
     def ready(self, requests: Sequence[Request], deterministic: bool, kind: StepKind) -> tuple[int, ...]:
         """Lengths of blocks from the drafter ("model") or from the text that a captured step of these requests may have now: those that are captured,
         and the others if captures have taken no more than _CAPTURE_SHARE of the time."""
-        if len(requests) > _MOST or (kind == "model" and (self.draft is None or self._num_behind(requests) > _MOST_BEHIND)):
+        if self._sees_logits(requests) or len(requests) > _MOST:
+            return ()
+        if kind == "model" and (self.draft is None or self._num_behind(requests) > _MOST_BEHIND):
             return ()
         most = MOST_SKINNY if deterministic else MAX_ROWS
         able = [k for k in CAPTURED_LENGTHS if bucket(len(requests)) * (1 + k) <= most]

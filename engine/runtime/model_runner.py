@@ -26,6 +26,7 @@ from engine.model.decoder import Decoder
 from engine.model.forward_pass import DecoderOutput, ForwardPass
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.decoder_runner import DecoderRunner
+from engine.runtime.device_penalties import PenaltyRows
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.family_layers import FamilyLayers
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
@@ -560,6 +561,7 @@ class PlainDecoding:
     def __init__(self, target: GraphedDecoder) -> None:
         self.target = target
         self._ahead: _Ahead | None = None
+        self._penalties: PenaltyRows | None = None  # of the step under way
         self._copies = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
 
     @staticmethod
@@ -580,6 +582,7 @@ class PlainDecoding:
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
         *,
+        penalties: Callable[[], PenaltyRows] | None = None,
         deterministic: bool = False,
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """One token for each request, -1 where its logits are not finite, and its log probability where the parameters ask for it.
@@ -589,13 +592,15 @@ class PlainDecoding:
                 ahead.
             last_tokens: each request's last token, which no model has run.
             room: tokens each may still get, this one included; where one may get no other, no step is launched ahead.
-            params, seeds: how each draws, and the key of its random numbers; none with penalties.
+            params, seeds: how each draws, and the key of its random numbers. penalties: theirs as of their last tokens, asked for where no step is
+                under way; None where no request has any.
             deterministic: whether the steps' rows have the same bits in any company.
         """
         starts = [sequence.length for sequence in sequences]
         current = self._ahead if self.under_way(sequences) else None
         self._ahead = None
         if current is None or not same_objects(current.params, params):
+            self._penalties = None if penalties is None else penalties()
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
         tokens = None
         if (
@@ -628,12 +633,12 @@ class PlainDecoding:
         most = MOST_SKINNY if deterministic else count
         num_top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         found = [
-            self._replay(sequences[at:end], starts[at:end], tokens[at:end], params[at:end], seeds[at:end], num_top, deterministic, after)
-            for at, end in ((at, min(at + most, count)) for at in range(0, count, most))
+            self._replay(sequences[own], starts[own], tokens[own], params[own], seeds[own], own, num_top, deterministic, after)
+            for own in (slice(at, min(at + most, count)) for at in range(0, count, most))
         ]
         rows = [own.logprobs for own in found if own.logprobs is not None]
         logprobs = copy_out(torch.cat(rows)) if rows else None
-        if len(found) > 1:
+        if len(found) > 1 or self._penalties is not None:
             drawn = torch.cat([own.tokens for own in found])
             return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), None, logprobs)
         step, drawn, _ = found[0]
@@ -650,13 +655,16 @@ class PlainDecoding:
         tokens: Tensor,
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
+        part: slice,
         num_top: int | None,
         deterministic: bool,
         after: _Ahead | None,
     ) -> _Drawn:
-        """Launch one captured step, and behind it, where num_top is given, what tells its tokens' log probabilities and so many alternatives."""
-        target, batch = self.target, len(sequences)
-        drawing = target.sampling.set(params, seeds, target.config.vocab_size)
+        """Launch one captured step for these requests, `part` of all; behind it what draws under penalties and, where num_top is given, what
+        tells the log probabilities of its tokens and so many alternatives."""
+        target, batch, penalties = self.target, len(sequences), self._penalties
+        wanted = target.sampling.set(params, seeds, target.config.vocab_size)
+        drawing = wanted if penalties is None else GREEDY
         for sequence, start in zip(sequences, starts, strict=True):
             sequence.check_writable(start, start + 1)
         pages = max(len(s.pages) for s in sequences)
@@ -668,9 +676,21 @@ class PlainDecoding:
         target.replay(step)
         drawn, logits = step.buffers.token_ids[:batch], step.buffers.logits  # -1 where logits are not finite
         assert logits is not None
-        if deterministic:  # another group of the requests may take the same step
+        if penalties is not None:
+            drawn = self._draw(logits[:batch], step.buffers, wanted, penalties, part)
+        elif deterministic:  # another group of the requests may take the same step
             drawn = drawn.clone()
         return _Drawn(step, drawn, None if num_top is None else logprob_rows(logits[:batch], drawn, num_top))
+
+    def _draw(self, logits: Tensor, buffers: DecodeBuffers, drawing: Drawing, penalties: PenaltyRows, part: slice) -> Tensor:
+        """Tokens [B] int64 under penalties, which count them, from a step's logits [B, V]; -1 where these are not finite."""
+        batch = len(logits)
+        penalised = penalties.penalise(logits, part)
+        drawn = torch.where(buffers.next_tokens[:batch] < 0, -1, penalised.argmax(-1))
+        if not drawing.greedy:
+            drawn = self.target.sampling.draw(penalised, drawn, buffers.positions[:batch] + 1, drawing)
+        penalties.count(drawn, part)
+        return drawn
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -208,6 +208,8 @@ class TokenHistory:
         prompt_tokens: how many of the tokens are the prompt's.
         device: of the logits.
         constraint: which tokens may follow, where the new text has a format.
+
+    seen [V] bool: tokens in prompt or new text. counts [V] float32: times each is in the new text. bias [V] float32: of logits; None without any.
     """
 
     def __init__(
@@ -220,22 +222,22 @@ class TokenHistory:
     ) -> None:
         self.params, self.prompt_tokens, self.length = params, prompt_tokens, 0
         self.constraint = constraint
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or new text
-        self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # in the new text
-        self._bias: Tensor | None = None
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        self.bias: Tensor | None = None
         if params.logit_bias:
             ids = upload(list(params.logit_bias), device)
             values = upload(list(params.logit_bias.values()), device, torch.float32)
-            self._bias = torch.zeros(vocab_size, dtype=torch.float32, device=device).index_add_(0, ids, values)
+            self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device).index_add_(0, ids, values)
 
     def follow(self, token_ids: Sequence[int]) -> TokenHistory:
         """Count the tokens that joined since the last call; token_ids: all of the request's, prompt first."""
         for start, new_text in ((self.length, False), (max(self.length, self.prompt_tokens), True)):
-            new = upload(token_ids[start:], self._seen.device)
+            new = upload(token_ids[start:], self.seen.device)
             if new_text:
-                self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
+                self.counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
             else:
-                self._seen[new] = True
+                self.seen[new] = True
         if self.constraint is not None:
             self.constraint.append(token_ids[max(self.length, self.prompt_tokens) :])
         self.length = len(token_ids)
@@ -251,16 +253,16 @@ class TokenHistory:
         def columns(values: Tensor) -> Tensor:
             return values if token_ids is None else values[token_ids]
 
-        if self._bias is not None:
-            logits = logits + columns(self._bias)
+        if self.bias is not None:
+            logits = logits + columns(self.bias)
         if p.repetition_penalty != 1:
-            seen = columns(self._seen.index_fill(0, drafts, True))
+            seen = columns(self.seen.index_fill(0, drafts, True))
             logits = torch.where(seen, torch.where(logits < 0, logits * p.repetition_penalty, logits / p.repetition_penalty), logits)
         if p.frequency_penalty != 0 or p.presence_penalty != 0:
-            counts = columns(self._counts.index_add(0, drafts, torch.ones_like(drafts, dtype=torch.float32)))
+            counts = columns(self.counts.index_add(0, drafts, torch.ones_like(drafts, dtype=torch.float32)))
             logits = logits - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
         if self.constraint is not None:
-            allowed = self.constraint.allowed(drafts.tolist(), len(self._seen))
+            allowed = self.constraint.allowed(drafts.tolist(), len(self.seen))
             if allowed is not None:
                 mask = columns(torch.from_numpy(allowed).to(logits.device))
                 # a draft's vocabulary may hold none of them: what it then proposes is rejected

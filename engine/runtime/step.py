@@ -14,6 +14,7 @@ from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
 from engine.runtime.block_runner import BlockDecoding, Gain
+from engine.runtime.device_penalties import PenaltyRows
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.request import Request
@@ -180,9 +181,10 @@ def decode_step(
 
 
 def _takes_plain(requests: Sequence[Request], plain: PlainDecoding, drafter: Drafter | None, blocks: BlockDecoding | None) -> bool:
-    """Whether a step without drafts may run the target alone: nobody keeps the draft's states, and a draft left behind catches up in captured steps."""
+    """Whether a step without drafts may run the target alone, launched ahead: no format looks at the tokens between two steps, nobody keeps the draft's
+    states, and a draft left behind catches up in captured steps."""
     follows = drafter is not None and drafter.exit_layer > 0 and (blocks is None or bool(drafter.feature_taps))
-    return plain.takes(len(requests)) and not follows and not any(r.penalised for r in requests)
+    return plain.takes(len(requests)) and not follows and not any(r.constraint is not None for r in requests)
 
 
 def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:
@@ -198,7 +200,8 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
     room = [r.remaining for r in requests] if ahead else [1] * len(requests)
-    tokens, logprobs = plain.step(sequences, last, room, params, seeds, deterministic=deterministic)
+    penalties = partial(_penalties, requests, plain) if any(r.penalised for r in requests) else None
+    tokens, logprobs = plain.step(sequences, last, room, params, seeds, penalties=penalties, deterministic=deterministic)
     ended = time.perf_counter()
     for request, token, told in zip(requests, tokens, logprobs, strict=True):
         if token < 0:
@@ -211,6 +214,12 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.metrics.verify_s += ended - began
         if request.drafting.looks:
             request.drafting.observe([token], 0, 0, None, given=False)
+
+
+def _penalties(requests: Sequence[Request], plain: PlainDecoding) -> PenaltyRows:
+    """As of the requests' last tokens."""
+    vocab_size, device = plain.target.config.vocab_size, plain.target.device
+    return PenaltyRows([r.params for r in requests], [r.history(vocab_size, device) for r in requests])
 
 
 def _keep_gains(requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gain], blocks: BlockDecoding, began: float) -> int:
