@@ -127,7 +127,7 @@ def step_ms(engine: Engine, batch: int, length: int) -> float:
     for sequence in sequences:
         sequence.ensure(256 + length)
     step = runner.step(batch, length, max(len(s.pages) for s in sequences), 0, runner.config.num_layers, (), True)
-    step.fill([256] * batch, [length] * batch, sequences, runner.tables)
+    step.fill([256] * batch, [length] * batch, runner.tables.rows(sequences), runner.pool.page_size)
     for _ in range(3):
         runner.replay(step)
     began = moment(engine.device)

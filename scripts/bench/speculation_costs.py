@@ -78,7 +78,7 @@ def verify_ms(engine: Engine, batch: int, rows: int) -> float:
         return float("nan")
     sequences = [engine.core.pool.new_sequence(CONTEXT + rows) for _ in range(batch)]
     step = runner.step(batch, rows, max(len(s.pages) for s in sequences), 0, runner.config.num_layers, (), True)
-    step.fill([CONTEXT] * batch, [rows] * batch, sequences, runner.tables)
+    step.fill([CONTEXT] * batch, [rows] * batch, runner.tables.rows(sequences), runner.pool.page_size)
     took = replay_ms(lambda: runner.replay(step), engine.device)
     for sequence in sequences:
         sequence.free()
