@@ -31,6 +31,17 @@ def draft_layers_run(taps: tuple[int, ...], num_layers: int) -> int:
 
 
 @dataclass(frozen=True)
+class PassTimes:
+    """Seconds of one operation a token, measured over a document of `tokens` tokens: in the target's whole pass (products at a restore are counted with
+    it), in its first layers, and in the draft's layers (None: no separate draft)."""
+
+    tokens: int
+    prefill_s: float
+    target_s: float
+    draft_s: float | None
+
+
+@dataclass(frozen=True)
 class RestoreCost:
     """Operations a token: of the draft's and the target's layers, of the predictor's and the transform's products (at `balanced`), and of the target's
     prefill, all layers and no head."""
@@ -50,6 +61,11 @@ class RestoreCost:
     def budget_share(self) -> float:
         """Passes and predictor over the target's prefill: what a restore budget bounds. The transform's product comes on top."""
         return (self.restore_flops - self.transform_flops) / self.prefill_flops
+
+    def time_share(self, times: PassTimes) -> float:
+        """The same in seconds of this machine."""
+        passes = self.draft_flops * (times.draft_s or times.target_s) + self.target_flops * times.target_s
+        return (passes + self.predictor_flops * times.prefill_s) / (self.prefill_flops * times.prefill_s)
 
     def as_info(self) -> dict[str, Any]:
         """For a pack's figures."""

@@ -18,7 +18,7 @@ from codec.predictor.fit import Moments
 from codec.quantize import ROUNDING, quantise
 from codec.weighting import Weighting
 from engine.calibrate.budget import DENSE_SHARE, dense_bytes
-from engine.calibrate.restore_cost import RestoreCost, predictor_multiplies, restore_cost
+from engine.calibrate.restore_cost import PassTimes, RestoreCost, predictor_multiplies, restore_cost
 from engine.errors import InvalidOption
 from engine.model.config import DecoderConfig
 
@@ -135,12 +135,13 @@ def affordable(
     *,
     restore_budget: float,
     predictor_bytes: float,
+    times: PassTimes | None = None,
 ) -> list[Candidate]:
     """One candidate for every set of features that fits, with the largest predictor that does.
 
     Args:
         draft: a separate draft model; None for an early exit after `exit_layer` layers, with or without a draft head's layers.
-        restore_budget: passes and predictor over the target's prefill (`RestoreCost.budget_share`).
+        restore_budget: passes and predictor over the target's prefill, in arithmetic (`RestoreCost.budget_share`) or, with `times`, in seconds.
         predictor_bytes: largest predictor as stored.
 
     Raises:
@@ -161,8 +162,9 @@ def affordable(
             stored_bytes = dense_bytes(num_features, dim) if rank is None else rank * (num_features + dim)
             if stored_bytes > predictor_bytes:
                 continue
-            least = min(least, cost.budget_share)
-            if cost.budget_share <= restore_budget:
+            share = cost.budget_share if times is None else cost.time_share(times)
+            least = min(least, share)
+            if share <= restore_budget:
                 found.append(Candidate(one, rank, cost))
                 break
     if not found:

@@ -9,8 +9,9 @@ import torch
 
 from codec.predictor.dense import DensePredictor, load_predictor
 from codec.predictor.features import FeatureSpec
+from engine.calibrate.pass_times import measure_pass_times
 from engine.calibrate.recipe import CalibrationOptions, calibrate
-from engine.calibrate.restore_cost import draft_layers_run, layer_flops, predictor_multiplies, restore_cost
+from engine.calibrate.restore_cost import PassTimes, draft_layers_run, layer_flops, predictor_multiplies, restore_cost
 from engine.calibrate.search import affordable, layer_bits, predictor_bytes_of, separate_feature_sets
 from engine.errors import InvalidOption
 
@@ -68,6 +69,30 @@ def test_what_fits_a_budget(target, draft):
         affordable(target.config, draft.config, 0, None, restore_budget=1.0, predictor_bytes=10)
     low = affordable(target.config, None, 4, None, restore_budget=1.0, predictor_bytes=predictor_bytes_of(40_000))
     assert {one.features.first_layer for one in low} == {4} and all(one.features.target_taps == (0,) for one in low)
+
+
+def test_a_budget_of_time_leaves_slow_drafts_out(target, draft, docs, monkeypatch):
+    """Where a draft's layers take ten times their arithmetic, what was affordable with them no longer is; the target's own first layers are."""
+    even, slow = PassTimes(64, 1e-12, 1e-12, 1e-12), PassTimes(64, 1e-12, 1e-12, 1e-11)
+
+    def sets(times):
+        found = affordable(target.config, draft.config, 0, None, restore_budget=0.25, predictor_bytes=1e9, times=times)
+        return {(one.features.name, one.rank) for one in found}
+
+    everything = affordable(target.config, draft.config, 0, None, restore_budget=0.25, predictor_bytes=1e9)
+    assert sets(even) == {(one.features.name, one.rank) for one in everything}
+    assert sets(slow) < sets(even) and "target 0" in {name for name, _ in sets(slow)}
+    monkeypatch.setattr("engine.calibrate.recipe.measure_pass_times", lambda *_: slow)
+    pack = calibrate(target, draft, docs, options=replace(QUICK, restore_budget=0.25, restore_by_time=True), log=lambda _: None)
+    assert {row["features"] for row in pack.info["search"]} == {name for name, _ in sets(slow)} and pack.info["pass_times"][
+        "draft_s"
+    ] == 1e-11
+
+
+def test_passes_are_timed(target, draft):
+    times = measure_pass_times(target, draft, 40)
+    assert times.tokens == 40 and min(times.prefill_s, times.target_s, times.draft_s) > 0
+    assert measure_pass_times(target, None, 40).draft_s is None
 
 
 def test_more_of_the_budget_buys_fewer_bits(target, draft, docs):
