@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from engine.errors import ForetoldError, ModelNotFound, UnsupportedArchitecture
 from engine.model.config import _KEYS, DecoderConfig, read_config
 from engine.model.decoder import Decoder, forward_reserved
 from engine.model.rope import inverse_frequencies
-from engine.model.weights import expected_shapes, index_file, open_checkpoint, weight_files
+from engine.model.weights import expected_shapes, index_file, open_checkpoint, read_into, weight_files
 
 BOUNDED = settings(max_examples=150, deadline=10_000, derandomize=True, database=None)
 SCALARS = (
@@ -302,6 +303,33 @@ def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
     edit_tensors(folder, spoil)
     with pytest.raises(ModelNotFound, match=r"layers\.1\.mlp\.down_proj.*not finite"):
         Decoder.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_bf16_number_that_is_finite_is_taken_and_no_other(tmp_path, dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    save_file({"numbers": every}, tmp_path / "numbers.safetensors")
+    [stored] = index_file(tmp_path / "numbers.safetensors").values()
+    fits = every.to(dtype).isfinite()  # all finite ones, but in float16
+    for place in range(0, 2**16, 61):
+        one = replace(stored, shape=(1,), offset=stored.offset + 2 * place)
+        found = torch.empty(1, dtype=dtype)
+        if fits[place]:
+            read_into(one, found)
+            assert found.item() == every[place].to(dtype).item()
+        else:
+            with pytest.raises(ModelNotFound, match="not finite"):
+                read_into(one, found)
+
+
+def test_a_sum_and_its_tensor_do_not_depend_on_pieces(tmp_path, monkeypatch):
+    numbers = torch.randn(3001, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    save_file({"numbers": numbers}, tmp_path / "numbers.safetensors")
+    [stored] = index_file(tmp_path / "numbers.safetensors").values()
+    whole, found = torch.empty(3001, dtype=torch.bfloat16), torch.full((3001,), torch.nan)
+    expected = read_into(stored, whole)
+    monkeypatch.setattr("engine.model.weights._PIECE_BYTES", 64)
+    assert read_into(stored, found) == expected and torch.equal(found, numbers.float()) and torch.equal(whole, numbers)
 
 
 def test_weights_that_overflow_the_dtype_asked_for_are_refused(folder):
