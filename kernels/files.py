@@ -41,14 +41,15 @@ def cache_home() -> Path:
 
 
 @contextmanager
-def atomic_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, private: bool = False, synced: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write to that takes `path`'s place when the block ends without an error, and leaves it untouched otherwise.
 
     The content goes to a new file of a random name in the same folder, is synced, renamed, and the folder is synced. A symbolic link is followed:
     its target is replaced, the link stays. An earlier file's mode and owner are kept (the owner as far as the system allows). Temporary files that
     writers left behind when they were killed are removed.
 
-    private: the mode is 0600, whatever an earlier file's was.
+    private: the mode is 0600, whatever an earlier file's was. synced: False for a file whose damage is noticed and that is made again then: nothing
+    waits for the disk, which may be busy with gigabytes of other files.
 
     Raises:
         OSError: whatever the system refuses; EINVAL when something else than a regular file is there.
@@ -74,13 +75,15 @@ def atomic_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO
                 os.fchmod(descriptor, PRIVATE_MODE if private else stat.S_IMODE(earlier.st_mode))
             yield file
             file.flush()
-            os.fsync(descriptor)
+            if synced:
+                os.fsync(descriptor)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync_folder(target.parent)
+    if synced:
+        sync_folder(target.parent)
     sweep(target.parent)
 
 
@@ -100,9 +103,9 @@ def stage_bytes(folder: Path, content: bytes) -> Path:
     return temporary
 
 
-def write_bytes(path: str | Path, content: bytes, *, private: bool = False) -> None:
+def write_bytes(path: str | Path, content: bytes, *, private: bool = False, synced: bool = True) -> None:
     """`atomic_file` with this content."""
-    with atomic_file(path, private=private) as file:
+    with atomic_file(path, private=private, synced=synced) as file:
         file.write(content)
 
 

@@ -60,8 +60,8 @@ class CacheFolder:
         return None
 
     def write(self, name: str, content: bytes) -> bool:
-        """Keep this content under the name, readable for the user alone; whether that could be done."""
-        return self.save(name, lambda path: write_bytes(path, content, private=True))
+        """Keep this content under the name, readable for the user alone; whether that could be done. Whoever reads it notices damage."""
+        return self.save(name, lambda path: write_bytes(path, content, private=True, synced=False))
 
     def save(self, name: str, write: Callable[[Path], object]) -> bool:
         """Have `write` make the file of this name, in a folder that exists; whether that could be done."""

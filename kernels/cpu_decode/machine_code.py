@@ -69,7 +69,7 @@ def load_functions() -> dict[str, Callable[..., None]]:
         if path is not None:
             with suppress(OSError):  # the next start compiles again
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(path, _with_header(*found), private=True)
+                write_bytes(path, _with_header(*found), private=True, synced=False)
                 _remove_old(path.parent)
     code, entries = found
     base, kept = _executable(code)
