@@ -87,7 +87,7 @@ def _merge(
     return acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "length", "tokens", "stride_table"])  # one compilation for blocks whose rows fill the same tile
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -101,12 +101,12 @@ def _decode_attention_kernel(
     ticket_ptr,
     scale_log2,
     num_rows,
+    length,
+    tokens,
     stride_table,
     stride_page,
     stride_token,
     stride_head,
-    LENGTH: tl.constexpr,
-    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -123,16 +123,16 @@ def _decode_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // GROUPS
-    TILES: tl.constexpr = LENGTH // TOKENS
+    tiles = length // tokens
     unit = tl.program_id(0)
     kv_head = unit % GROUPS
-    tile = unit // GROUPS % TILES
-    request = unit // GROUPS // TILES
+    tile = unit // GROUPS % tiles
+    request = unit // GROUPS // tiles
     admit_next(EARLY)
     # Lengths, positions and the page table are settled before the step's first kernel: they need not wait. Nor do the keys and values of
     # earlier steps: those of the first block are fetched before the queries are there.
     context = tl.load(context_ptr + request).to(tl.int32)
-    settled = context - LENGTH
+    settled = context - length
     splits = tl.cdiv(context, SPLIT)
     programs = tl.maximum(tl.minimum(splits, tl.num_programs(1)), 1)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
@@ -147,8 +147,8 @@ def _decode_attention_kernel(
     old_k = tl.load(k_ptr + first, mask=old, other=0.0)
     old_v = tl.load(v_ptr + first, mask=old, other=0.0)
     packed = tl.arange(0, BLOCK_M)
-    row = (request * LENGTH + tile * TOKENS + packed // GROUP).to(tl.int64)
-    row_mask = packed < TOKENS * GROUP
+    row = (request * length + tile * tokens + packed // GROUP).to(tl.int64)
+    row_mask = packed < tokens * GROUP
     head = kv_head * GROUP + packed % GROUP
     limit = tl.load(position_ptr + row, mask=row_mask, other=-1).to(tl.int32) + 1
     row_head = row * HEADS + head
@@ -189,8 +189,8 @@ def _decode_attention_kernel(
     if splits > 1 and arrive(ticket_ptr + unit, programs):
         # No matrix instruction here: no more rows than there are, so that more splits fit the registers at once.
         near_row = tl.arange(0, BLOCK_R)
-        merged_row = (request * LENGTH + tile * TOKENS + near_row // GROUP).to(tl.int64) * HEADS + kv_head * GROUP + near_row % GROUP
-        merged_mask = near_row < TOKENS * GROUP
+        merged_row = (request * length + tile * tokens + near_row // GROUP).to(tl.int64) * HEADS + kv_head * GROUP + near_row % GROUP
+        merged_mask = near_row < tokens * GROUP
         merged = _merge(
             part_ptr, stat_ptr, merged_row, merged_mask, channel, channel_mask, splits, num_rows * HEADS, HEAD_DIM, BLOCK_R, BLOCK_D, AHEAD
         )
@@ -244,10 +244,10 @@ def decode_attention(
         tickets,
         scale * LOG2_E,
         rows,
+        length,
+        tokens,
         page_table.stride(0),
         *k_pages.stride()[:3],
-        LENGTH=length,
-        TOKENS=tokens,
         HEADS=heads,
         GROUPS=groups,
         HEAD_DIM=head_dim,

@@ -19,7 +19,8 @@ def _first_best(value, index, NOWHERE: tl.constexpr):
     return best, tl.min(tl.where(value == best[None, :], index, NOWHERE), 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])  # one compilation for any number of rows up to the block
+# one compilation for any number of rows up to the block, with logits and without
+@triton.jit(do_not_specialize=["tokens", "parts", "with_logits"])
 def _greedy_head_kernel(
     x_ptr,
     squares_ptr,
@@ -31,6 +32,7 @@ def _greedy_head_kernel(
     ticket_ptr,
     tokens,
     parts,
+    with_logits,
     eps,
     VOCAB: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -43,7 +45,6 @@ def _greedy_head_kernel(
     LINES: tl.constexpr,
     HELD: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    LOGITS: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -81,7 +82,7 @@ def _greedy_head_kernel(
     acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
     token = tl.arange(0, BLOCK_M)
     inside = token < tokens
-    if LOGITS:
+    if with_logits != 0:
         at = logits_ptr + token.to(tl.int64)[None, :] * VOCAB + row[:, None]
         tl.store(at, acc, mask=row_mask[:, None] & inside[None, :])
     # What is no finite number takes the place of the best, which no finite logit can then have.
@@ -140,6 +141,7 @@ def greedy_head(
         tickets,
         count,
         parts,
+        int(logits is not None),
         eps,
         VOCAB=vocab,
         WIDTH=width,
@@ -152,7 +154,6 @@ def greedy_head(
         LINES=tile.lines if early else 0,
         HELD=held_steps(width, dataclasses.replace(tile, splits=1)),
         AT_ONCE=max(16, 4096 // block_m),
-        LOGITS=logits is not None,
         EARLY=early,
         PRECISION="ieee" if scaled.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,

@@ -291,7 +291,7 @@ def norm_qkv(
         GROUPS=groups,
         HALF=head_dim // 2,
         BLOCK_H=next_power_of_2(head_dim // 2),
-        PARTS=next_power_of_2(parts),
+        PARTS=next_power_of_2(len(squares)),  # the same for the first layer, whose squares come in one part
         SPLITS=tile.splits,
         BLOCK_M=token_block(tokens, tile),
         BLOCK_N=tile.block_n,
