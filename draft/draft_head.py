@@ -2,6 +2,8 @@
 
 Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
 them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
+On a CPU, where running all of a long text's states would hold up its first token and a session that comes back, the layers begin anew at the last few
+hundred tokens instead: drafts only guess, and these are the tokens they guess from.
 
 Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabulary.
 """
@@ -21,22 +23,25 @@ from draft.rows import pick
 from kernels.upload import upload
 
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
+_KEPT_PENDING_HIDDEN = 384  # of more, where a CPU forgets what lies before: fewer, so that it does not do so at every step
 
 
 @dataclass
 class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
-    own: their KV of a prefix of the committed tokens. pending_hidden [n, E]: the states at the exit of the n tokens after it, which they have not run.
+    own: their KV of the committed tokens from `start` on, whose positions are counted from there. pending_hidden [n, E]: the states at the exit of the
+    n tokens after these, which they have not run. start: tokens before all that they know.
     """
 
     own: Any = None
     pending_hidden: Tensor | None = None
+    start: int = 0
 
     @property
     def num_cached(self) -> int:
         """Tokens the own layers have run or can run; fewer than the target's when its cache was filled without their knowledge."""
-        return self.own.length + self.num_pending_hidden
+        return self.start + self.own.length + self.num_pending_hidden
 
     @property
     def num_pending_hidden(self) -> int:
@@ -50,13 +55,24 @@ class DraftHeadState(DraftState):
 
     def align(self) -> None:
         """Forget what lies beyond the target's sequence, which was cut or never advanced."""
-        length = self.sequence.length
-        if self.num_cached > length:
+        if self.num_cached > self.sequence.length:
+            self.start = min(self.start, self.sequence.length)
+            length = self.sequence.length - self.start
             if self.own.length > length:
                 self.own.truncate(length)
             self.pending_hidden = (
                 None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
             )
+
+    def forget_before_last(self, count: int) -> None:
+        """Begin anew at the last `count` of the states that wait."""
+        assert self.pending_hidden is not None and count <= len(self.pending_hidden)
+        known = self.own.length + self.num_pending_hidden
+        self.start += known - count
+        if self.own.length:
+            self.own.truncate(0)
+            self.own.reserve(known)  # it gave pages back that were reserved for what this step still runs
+        self.pending_hidden = self.pending_hidden[-count:].clone()  # and not a part of it all, which would stay in memory
 
 
 class DraftHead:
@@ -92,6 +108,16 @@ class DraftHead:
             state.pending_hidden = None  # first: broken off in between, the tokens count as never run
             state.own.advance(count)
         return out.taps
+
+    def bound_pending(self, states: Sequence[DraftHeadState]) -> None:
+        """Let at most MAX_PENDING_HIDDEN states of each request go on waiting: a GPU runs them all, a CPU forgets the earlier ones and what lies before
+        them."""
+        if self.decoder.device.type != "cpu":
+            self.run_pending(states, least=MAX_PENDING_HIDDEN)
+            return
+        for state in states:
+            if state.num_pending_hidden > MAX_PENDING_HIDDEN:
+                state.forget_before_last(_KEPT_PENDING_HIDDEN)
 
     def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
         """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
@@ -150,7 +176,7 @@ class DraftHeadBlock:
                 parts.append(state.pending_hidden)
             parts.append(hidden[i : i + 1])
             counts.append(1 + first * state.num_pending_hidden)
-            starts.append(state.own.length if first else state.num_cached + done)
+            starts.append(state.own.length if first else state.num_cached - state.start + done)
             self.num_run[rows[i]] = done + 1
         out = self.draft_head.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows
