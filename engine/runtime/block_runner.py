@@ -28,6 +28,7 @@ from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.model_runner import (
     CAPTURED_LENGTHS,
     MAX_ROWS,
+    PROMPT_LENGTHS,
     GraphedDecoder,
     Step,
     bucket,
@@ -392,6 +393,11 @@ class BlockDecoding:
                         self._block(BlockKey(batch, length, pages, source, drawing, deterministic))
         if self.draft is not None and not deterministic and time.perf_counter() < until_s:
             self.draft.capture_prompts(batch, logits=False, embed=self.head is None, until_s=until_s)
+        if self.head is not None and self.drafter is not None and not deterministic:
+            # the first layers once more, for a draft head that was left behind: else its first trials in a text would capture them
+            for length in PROMPT_LENGTHS:
+                if batch * length <= MAX_ROWS and time.perf_counter() < until_s:
+                    self.target.step(batch, length, 1, 0, self.exit_layer, self.drafter.target_taps, False)
         self._captured_at = -math.inf  # what is captured at the start takes nobody's time
 
     # --- what steps cost ------------------------------------------------------------------------------------------------

@@ -172,6 +172,24 @@ def test_steps_captured_beforehand_are_those_that_requests_take(sources, kind):
     assert set(core.scheduler.blocks._blocks) == blocks
 
 
+def test_a_draft_head_catches_up_in_steps_that_were_captured_beforehand(sources):
+    target, drafts = sources
+    core = with_blocks(Engine(target, draft=drafts["head"], page_size=16, pool_tokens=2048, max_batch=2)).core
+    core.runner = core.scheduler.target
+    core.capture_steps(limit_s=600.0)
+    runners = core.runner, core.scheduler.blocks.draft
+    known = [set(runner._steps) for runner in runners]
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=0)
+    requests = [core.submit(core.open_sequence_state(), p, params, owns_cache=True) for p in PROMPTS[:2]]
+    while not core.scheduler.idle:
+        core.step()
+        if requests[0].num_new == 25:
+            for request in requests:
+                request.drafting.wanted = 2
+                object.__setattr__(request.params, "draft_length", 2)
+    assert sum(r.metrics.proposed for r in requests) > 0 and [set(runner._steps) for runner in runners] == known
+
+
 def test_automatic_lengths_are_those_whose_padded_rows_fit_and_whose_capture_is_due(sources, monkeypatch):
     target, drafts = sources
     core = with_blocks(Engine(target, draft=drafts["ngram"], page_size=16, pool_tokens=4096, max_batch=64)).core
