@@ -6,6 +6,7 @@ Axes: T tokens, D elements of a token that are coded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -41,13 +42,21 @@ class SpanCodec:
     """
 
     def __init__(self, pack: CodecPack, device: torch.device | str, dtype: torch.dtype, model_dtype: torch.dtype | None = None) -> None:
-        device = torch.device(device)
+        self.pack, self._device, self._dtype = pack, torch.device(device), dtype
         self.curve = curve_in(pack.curve, model_dtype or dtype)
-        own = dtype if device.type == "cpu" else torch.float32
-        self.pack, self.codec = pack, KvCodec(pack, device, projection_dtype=own)
-        self.predictor = load_predictor(pack.predictor, pack.predictor_settings, device)
-        self.pages = PageDecoder(self.codec, self.predictor, dtype)
-        self._matrix = self.predictor.matrix.to(own) if own != torch.float32 else None
+        self._own = dtype if self._device.type == "cpu" else torch.float32
+        self.predictor = load_predictor(pack.predictor, pack.predictor_settings, self._device)
+        self._matrix = self.predictor.matrix.to(self._own) if self._own != torch.float32 else None
+
+    @cached_property
+    def codec(self) -> KvCodec:
+        """Made when something is first coded or decoded: its matrices take a third of a second to unpack on a CPU, and short sessions need none."""
+        return KvCodec(self.pack, self._device, projection_dtype=self._own)
+
+    @cached_property
+    def pages(self) -> PageDecoder:
+        """Made when something is first coded or decoded."""
+        return PageDecoder(self.codec, self.predictor, self._dtype)
 
     def predict(self, latents: torch.Tensor, target_rows: torch.Tensor | None) -> torch.Tensor:
         """KV vectors float32 [T, D] before their residuals are coded."""

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from codec.codec import KvCodec
 from codec.errors import CodecError
 from codec.pack import CodecPack
-from codec.pages import EntropyDecoded
+from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.features import FeatureBuffer
 from codec.references import Lent
 from codec.spans import SpanCodec, SpanEncoder
@@ -66,8 +67,7 @@ class SessionCodec:
             self._spans = SpanCodec(pack, core.device, product_dtype(core.dtype, core.device), core.dtype)
         except CodecError as error:
             raise PackMismatch(error.what, error.remedy) from error
-        self.codec, self.predictor, self.pages = self._spans.codec, self._spans.predictor, self._spans.pages
-        self.curve = self._spans.curve
+        self.predictor, self.curve = self._spans.predictor, self._spans.curve
         self.rates: Rates | None = None
         self._warming: threading.Thread | None = None
         self.first_layer = pack.layout.first_layer
@@ -85,8 +85,23 @@ class SessionCodec:
         if taps:
             core.keep_features(taps, lambda: FeatureBuffer(self.predictor.reduce))
         if core.device.type == "cuda":
+            self.make_ready()  # here, as the thread and the first restore would both begin to
             self._warming = threading.Thread(target=self.warm_up, name="codec warm-up", daemon=True)
             self._warming.start()
+
+    @property
+    def codec(self) -> KvCodec:
+        """Of spans; made at first use."""
+        return self._spans.codec
+
+    @property
+    def pages(self) -> PageDecoder:
+        """Spans to KV; made at first use."""
+        return self._spans.pages
+
+    def make_ready(self) -> None:
+        """Make now what is else made at first use, so that no request waits for it."""
+        _ = self.pages
 
     @property
     def draft_catches_up(self) -> bool:

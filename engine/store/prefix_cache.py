@@ -131,6 +131,8 @@ class PrefixCache:
         self._worker: threading.Thread | None = None
         # now, so that features are kept for it from the first request on
         self.codec = None if quality == TOKENS else session_codec(core, pack, log)
+        if self.codec is not None:
+            self.codec.make_ready()
         self._prints = pair_fingerprints(core)
         self._shared: SharedPrefixes | None = None
         self.memory_bytes, self.disk = memory_bytes, HitMetrics()

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from codec import spans
 from engine.errors import BadSessionFile, InvalidOption
 from engine.runtime.sampling import SamplingParams
 from engine.sessions import rates
@@ -183,3 +184,15 @@ def test_a_session_as_bytes(chat_engine, tmp_path):
 def test_unknown_ways_to_restore_are_refused(chat_engine):
     with pytest.raises(InvalidOption, match=r"'guess'.*auto, decode, recompute"):
         chat_engine("none").session(restore="guess")
+
+
+def test_a_session_that_codes_nothing_unpacks_no_matrices(chat_engine, tmp_path, monkeypatch):
+    """They take a third of a second on a CPU, which a chat of a few turns would wait for at each of its starts."""
+    monkeypatch.setattr(spans, "KvCodec", lambda *args, **options: pytest.fail("the codec's matrices were unpacked"))
+    with spoken(chat_engine()) as session:
+        session.core.session_codec.rates = DEAR
+        session.suspend(tmp_path / "a.kv")
+    with chat_engine().session(tmp_path / "a.kv", log=quiet) as resumed:
+        resumed.core.session_codec.rates = DEAR
+        assert resumed.generate(" and", GREEDY).new_tokens == 20
+        assert resumed.suspend(tmp_path / "a.kv").quality == "tokens"
