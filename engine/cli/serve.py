@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import logging
 import signal
@@ -21,8 +22,11 @@ from engine.cli.terminal import prepare_streams, print_status
 from engine.engine import Engine
 from engine.errors import BadStore, CacheNotWritable, DiskFull, ForetoldError, InvalidOption, ModelNotFound
 from engine.server.app import Server, ServerConfig
+from engine.server.bounded_http import BoundedHttpProtocol
 from engine.server.keys import read_keys
 from engine.server.loop import EngineThread
+
+_BACKLOG = 2048  # connections that wait to be taken, as uvicorn asks for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,14 +148,22 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before minutes of loading. Raises InvalidOption."""
+    """A socket that nobody else gets, taken before minutes of loading; `serve` listens on it. Raises InvalidOption."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listening = socket.socket(family, kind, protocol)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
+            try:
+                listening.bind(
+                    address
+                )  # by itself: two sockets that both allow the address to be used again would both get it, until one listens
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                # connections of a server that has ended may linger, and are no reason to wait
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(address)
         except OSError:
             listening.close()
             raise
@@ -161,9 +173,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, listening: socket.socket) -> None:
-    """Answer requests until SIGINT or SIGTERM; then no new ones, and those running end (`ServerConfig.grace_s`)."""
+    """Answer requests until SIGINT or SIGTERM; then no new ones, and those running end (`ServerConfig.grace_s`). Raises InvalidOption."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     host, port = listening.getsockname()[:2]
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the connections, so that the next server gets the port at once
+    try:
+        listening.listen(_BACKLOG)  # uvloop says nothing of a socket that cannot
+    except OSError as error:
+        raise InvalidOption(f"the server cannot listen on {host}, port {port}: {error}", "choose another --port") from error
     shown = f"[{host}]" if ":" in host else host
     alone = "; without API keys it answers this machine alone" if server.config.local_only else ""
     grace = server.config.grace_s
@@ -172,7 +189,7 @@ def serve(server: Server, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(grace) + 1,
-        h11_max_incomplete_event_size=64 << 10,
+        http=BoundedHttpProtocol,
         limit_concurrency=None,
     )
     web = _Announced(config, f"serving {server.config.model} at http://{shown}:{port}{alone}")

@@ -31,7 +31,6 @@ from engine.server.page import PAGE
 from engine.server.protocol import CompletionRequest, read_body, read_chat, read_completion, read_messages, read_model
 from engine.server.responses import Answer, LogprobsForm
 from engine.server.tools import read_tools
-from engine.text.decoder import TextDecoder
 
 log = logging.getLogger("foretold.server")
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -70,7 +69,6 @@ class Server:
 
     def __init__(self, engine: Engine, config: ServerConfig, thread: EngineThread | None = None) -> None:
         self.engine, self.config = engine, config
-        self._text = TextDecoder(engine.tokenizer)
         pool = engine.core.pool
         self.metrics = ServerMetrics(
             config.model,
@@ -173,7 +171,7 @@ class Server:
         if _host_name(f"//{host}") not in ("localhost", "127.0.0.1", "::1"):
             raise ApiError(403, "without API keys only requests to localhost are answered", code="foreign_host")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             raise ApiError(403, "without API keys no other site's pages are answered", code="foreign_origin")
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -208,6 +206,7 @@ class Server:
             call = Call(
                 asked,
                 prompts,
+                [await self._echoed(prompt) for prompt in asked.prompts] if asked.echo else [""] * len(prompts),
                 answer=Answer(model, asked.chat, asked.n),
                 loop=self.loop,
                 logprobs=LogprobsForm(self._token_text, asked.chat),
@@ -216,6 +215,14 @@ class Server:
             )
         call.start()  # nothing more to gather with it by then: an idle engine begins at once
         return await call.stream(http) if asked.stream else JSONResponse(await call.whole(http))
+
+    async def _echoed(self, prompt: str | list[int]) -> str:
+        """What an answer to a prompt begins with where its caller wants the prompt back."""
+        return prompt if isinstance(prompt, str) else await self._decoded(prompt)
+
+    async def _decoded(self, token_ids: list[int]) -> str:
+        """Text of token ids, special ones included."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, self._token_text, token_ids)
 
     def _token_text(self, token_ids: list[int]) -> str:
         """Text of tokens by themselves, special ones included."""
@@ -261,10 +268,13 @@ class Server:
         tokens = (await self._body(request)).get("tokens")
         if not isinstance(tokens, list) or not all(is_whole(token) for token in tokens):
             raise ApiError(400, "tokens must be a list of token ids", param="tokens")
-        if tokens:
+        if not tokens:
+            return JSONResponse({"prompt": ""})
+        try:
             self.engine.core.check_tokens(tokens)
-        text = await asyncio.get_running_loop().run_in_executor(self._encoder, self._text.decode, tokens)
-        return JSONResponse({"prompt": text})
+        except ForetoldError as error:
+            raise as_api_error(error, "tokens") from error
+        return JSONResponse({"prompt": await self._decoded(tokens)})
 
     async def _metrics(self, _request: Request, _namespace: str) -> Response:
         return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -306,6 +316,13 @@ class Server:
     async def _page(self, _request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+
+
+def _place(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _host_name(url: str) -> str | None:

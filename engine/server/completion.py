@@ -21,7 +21,7 @@ class Call:
 
     Args:
         asked: what the caller wants.
-        prompts: token ids of each of its prompts.
+        prompts: token ids of each of its prompts. echoed: what the texts of each begin with.
         answer: makes the JSON.
         loop: runs the requests, once `start` has queued them.
         logprobs: form of log probabilities.
@@ -31,6 +31,7 @@ class Call:
         self,
         asked: CompletionRequest,
         prompts: list[list[int]],
+        echoed: list[str],
         *,
         answer: Answer,
         loop: EngineLoop,
@@ -43,11 +44,11 @@ class Call:
         self._tickets: list[Ticket] = []
         self._echoed: list[str] = []  # what each choice's text begins with
         self._results: dict[int, GenerationResult] = {}
-        for prompt, tokens in zip(asked.prompts, prompts, strict=True):
+        for beginning, tokens in zip(echoed, prompts, strict=True):
             for choice in range(asked.n):
                 params = asked.sampling(len(tokens), loop.engine.context, choice)
                 self._tickets.append(Ticket(tokens, params, namespace, self._sink(len(self._tickets)), deadline))
-                self._echoed.append(prompt if asked.echo and isinstance(prompt, str) else "")
+                self._echoed.append(beginning)
 
     def _sink(self, index: int) -> Callable[[Event], None]:
         return lambda event: self._events.put_nowait((index, event))

@@ -248,10 +248,14 @@ def test_a_line_break_stands_between_an_answer_and_what_is_said_of_its_file(kept
     os.close(master)
 
 
-@pytest.mark.parametrize("cpu_s", [0.25, 0.8])
-def test_an_interrupt_before_the_model_is_loaded(options, cpu_s, tmp_path):
-    """A real interpreter, interrupted among its imports."""
-    command = [sys.executable, "-m", "engine.generate", *options, *LONG, "--session", str(tmp_path / "a.kv"), "Hello"]
+@pytest.mark.parametrize("module, cpu_s", [("generate", 0.25), ("generate", 0.8), ("serve", 0.25), ("serve", 0.8), ("serve", 2.0)])
+def test_an_interrupt_before_the_model_is_loaded(options, module, cpu_s, tmp_path):
+    """A real interpreter, interrupted among its imports, or where a thread loads the server's model."""
+    if module == "serve":
+        options = [*options[: options.index("--raw")], "--port", "0"]
+    else:
+        options = [*options, *LONG, "--session", str(tmp_path / "a.kv"), "Hello"]
+    command = [sys.executable, "-m", f"engine.{module}", *options]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from engine.server.app import Server, ServerConfig
+from engine.server.bounded_http import BoundedHttpProtocol
 from engine.server.keys import Keys
 from engine.server.loop import EngineThread
 
@@ -46,7 +47,9 @@ def running_server(engine: Any, thread: EngineThread | None = None, **options: A
     server = Server(engine, config, thread)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    web = uvicorn.Server(uvicorn.Config(server.app, log_level="error", access_log=False, timeout_graceful_shutdown=2))
+    web = uvicorn.Server(
+        uvicorn.Config(server.app, log_level="error", access_log=False, http=BoundedHttpProtocol, timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not web.started:

@@ -99,6 +99,11 @@ def test_completions_take_texts_and_ids(client, running, alone):
     ids = running.post("/tokenize", {"prompt": "The sea"}).json()
     assert ids["count"] == len(ids["tokens"]) and ids["max_model_len"] == alone.context
     assert running.post("/detokenize", {"tokens": ids["tokens"]}).json() == {"prompt": "The sea"}
+    turns = running.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
+    shown = running.post("/detokenize", {"tokens": turns}).json()["prompt"]
+    assert shown.startswith("<|im_start|>") and running.post("/tokenize", {"prompt": shown}).json()["tokens"] == turns
+    assert running.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+    assert running.post("/detokenize", {"tokens": [-1]}).json()["error"]["param"] == "tokens"
     expected = text_of(alone, "The sea", max_new_tokens=12)
     for prompt in ("The sea", ids["tokens"], ["The sea"], [ids["tokens"]]):
         made = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=12)
@@ -115,6 +120,18 @@ def test_completions_echo_and_have_a_short_default(client, alone):
         model="tiny", prompt="The sea", temperature=0, echo=True, stream=True, extra_body={"ignore_eos": True}
     )
     assert "".join(piece.choices[0].text for piece in pieces) == made.choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ids_are_echoed_as_text(client, running, stream):
+    """Special tokens included, as they would be in a text."""
+    ids = running.post("/tokenize", {"prompt": "<|im_start|>The sea"}).json()["tokens"]
+    made = client.completions.create(model="tiny", prompt=[ids, ids[1:]], temperature=0, echo=True, max_tokens=3, stream=stream)
+    texts = {0: "", 1: ""}
+    for part in made if stream else [made]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts[0].startswith("<|im_start|>The sea") and texts[1].startswith("The sea")
 
 
 def test_penalties_and_biases_reach_the_sampler(client, alone):

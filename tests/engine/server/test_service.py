@@ -220,6 +220,7 @@ def test_pages_of_other_sites_are_not_answered_without_keys(running):
     assert running.post(CHAT, body, headers={"Origin": running.url}).status_code == 200
     assert running.post(CHAT, body, headers={"Host": f"localhost:{port}"}).status_code == 200
     assert running.post(CHAT, body, headers={"Host": "[::1"}).status_code == 403
+    assert running.post(CHAT, body, headers={"Origin": "http://["}).status_code == 403
 
 
 def test_running_requests_finish_when_the_server_stops(chat_engine, serve):
