@@ -102,6 +102,8 @@ class RunIndex:
             with self.writing():
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 if version == 0:
+                    if self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+                        raise sqlite3.DatabaseError("a database of something else")
                     for statement in _statements(_SCHEMA):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={INDEX_VERSION}")

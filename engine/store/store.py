@@ -644,11 +644,16 @@ class RunStore:
             with self._mutex:
                 self._close_reader()
                 self._index = self._connected()
-        if self._write_index.totals[0] == 0 and any((self.folder / _RUNS).iterdir()):
+        if self._write_index.totals[0] == 0 and self._root_folders():
             self._rebuild(self._write_index, repair=True)
         return self._write_index
 
     # --- looking at everything ------------------------------------------------------------------------------------------
+
+    def _root_folders(self) -> list[Path]:
+        """A folder a root; what else lies between them, as file managers and file systems leave, is none of ours."""
+        with os.scandir(self.folder / _RUNS) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Read every file. repair: remove what is damaged or unreachable, and make the index anew. Raises as `insert`."""
@@ -665,7 +670,7 @@ class RunStore:
         indexed = {entry.key: entry.num_bytes for entry in index.entries()}
         uses = index.uses() if repair else {}
         found: list[_Found] = []
-        for folder in sorted((self.folder / _RUNS).iterdir()):
+        for folder in sorted(self._root_folders()):
             described = _described(folder)
             good: list[_Found] = []
             for path in sorted(folder.iterdir()):
@@ -687,7 +692,7 @@ class RunStore:
                 if not whole or described is None:
                     report.damaged.append(name)
                     if repair:
-                        path.unlink(missing_ok=True)
+                        _remove(path)
                     continue
                 identity, saved_token_s = described
                 saved_s = saved_token_s * run.num_tokens if run.coded else 0.0
@@ -764,6 +769,14 @@ def _reachable(items: Sequence[_Found], root: bytes) -> set[bytes]:
         chosen = {id(item) for item in able}
         left = [item for item in left if id(item) not in chosen]
     return known
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that has a file's name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def byte_count(text: str) -> int:

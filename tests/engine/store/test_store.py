@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_whole_runs_only(store, monkeypatch, call) -> None:
     assert store.lookup(ROOT, tokens).spans == spans_of(tokens) and store.verify().sound
 
 
-@pytest.mark.parametrize("fault", ["gone", "garbage", "foreign database", "newer", "damaged pages"])
+@pytest.mark.parametrize("fault", ["gone", "garbage", "foreign database", "foreign tables", "newer", "damaged pages"])
 def test_the_index_is_made_anew_from_the_files(store, fault) -> None:
     first, second = text(6), text(9, 1)
     keep(store, first)
@@ -388,8 +388,8 @@ def test_the_index_is_made_anew_from_the_files(store, fault) -> None:
     else:
         index.unlink()
         with sqlite3.connect(index) as other:
-            other.execute("PRAGMA user_version=7" if fault == "newer" else "PRAGMA user_version=1")
-            other.execute("CREATE TABLE letters(a)")
+            other.execute(f"PRAGMA user_version={ {'newer': 7, 'foreign tables': 0}.get(fault, 1) }")
+            other.execute(f"CREATE TABLE {'runs' if fault == 'foreign tables' else 'letters'}(a)")
         other.close()
     again = RunStore(store.folder)
     assert again.lookup(ROOT, first).end_page >= 4  # whole runs need no index
@@ -412,6 +412,29 @@ def test_verify_names_what_is_wrong_and_repair_removes_it(store) -> None:
     assert (report.runs, report.missing, report.unindexed, report.repaired) == (2, 2, 0, False) and files[7].exists()
     assert store.verify(repair=True).repaired and not files[7].exists() and not files[11].exists()
     assert store.verify().sound and store.totals[0] == 2
+    files[3].unlink()
+    files[3].mkdir()
+    (files[3] / "inside").write_bytes(b"x")
+    assert files[3].name in store.verify(repair=True).damaged[0] and not files[3].exists()
+    assert store.verify().sound and store.totals[0] == 1
+    keep(store, tokens)
+    assert store.lookup(ROOT, tokens).spans == spans_of(tokens)
+
+
+def test_files_of_others_between_the_runs_do_not_matter(store) -> None:
+    """What file managers and file systems leave, in a new store and in one whose index is gone."""
+    (store.folder / "runs" / ".DS_Store").write_bytes(b"x")
+    (store.folder / "runs" / "lost+found").mkdir()
+    (store.folder / "runs" / "link").symlink_to(store.folder)
+    tokens = text(6)
+    assert keep(store, tokens).runs == 2 and store.verify(repair=True).sound
+    store.close()
+    (store.folder / "index.sqlite").unlink()
+    again = RunStore(store.folder)
+    keep(again, text(5, 1))
+    assert again.totals[0] == 4 and again.verify().sound and again.lookup(ROOT, tokens).end_page == 6
+    assert (store.folder / "runs" / ".DS_Store").read_bytes() == b"x"
+    again.close()
 
 
 def test_uses_survive_a_repair(tmp_path) -> None:
