@@ -87,9 +87,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _named_folder(text: str) -> Path:
+    """A folder's name; an empty one, as of a variable that is not set, would be the working folder's. Raises InvalidOption."""
+    if not text:
+        raise InvalidOption("--store is empty", "name a folder, or leave it out")
+    return Path(text)
+
+
 def store_options(p: argparse._ActionsContainer, what: str) -> None:
     """Options that name a store; `engine.cli.command.load` reads them."""
-    p.add_argument("--store", type=Path, metavar="DIR", help=what)
+    p.add_argument("--store", type=_named_folder, metavar="DIR", help=what)
     p.add_argument("--store-bytes", metavar="N", help="what the store may take on disk; K, M, G and T are powers of 1,024; default 8G")
     p.add_argument(
         "--store-memory", metavar="N", help="of it, bytes of coded KV that stay in host memory, so that no file is read; default none"
@@ -155,7 +162,7 @@ def model_options(p: argparse.ArgumentParser) -> None:
 def check_models(args: argparse.Namespace) -> None:
     """Refuse what `model_options` cannot mean together, before anything is loaded. Raises InvalidOption."""
     if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 on")
+        raise InvalidOption(f"--threads cannot be {args.threads}", "give a whole number from 1 to 1,024")
     for name in ("pair", "target", "draft"):
         if getattr(args, name) == "":
             raise InvalidOption(f"--{name} is empty", "name a model, or leave it out")

@@ -145,10 +145,10 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _check_hub_size(repository: str, filename: str | None) -> None:
+def _check_hub_size(repository: str, filename: str | None) -> bool:
     """Compares what the hub says of the files still to fetch with `_MOST_HUB_BYTES` and the free space, before any is fetched.
 
-    The hub's own library compares what arrives with the same sizes. Nothing is said where the hub does not answer: fetching will name that.
+    The hub's own library compares what arrives with the same sizes. Returns False where the hub gave no answer: fetching will name that.
 
     Raises:
         DownloadFailed, DiskFull.
@@ -157,11 +157,11 @@ def _check_hub_size(repository: str, filename: str | None) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     if constants.HF_HUB_OFFLINE:
-        return
+        return False
     try:
         info = HfApi().model_info(repository, files_metadata=True, timeout=5)
-    except Exception:  # the hub's library raises its own, its client's and the system's
-        return
+    except Exception as error:  # the hub's library raises its own, its client's and the system's
+        return getattr(error, "response", None) is not None
     sizes = {file.rfilename: file.size or 0 for file in getattr(info, _FILES_FIELD) or []}
     if filename is not None:
         wanted = [name for name in sizes if name == filename]
@@ -180,6 +180,7 @@ def _check_hub_size(repository: str, filename: str | None) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, {num_bytes / 1e9:.1f} GB are to be fetched",
             "free space, or set HF_HOME to a roomier folder",
         )
+    return True
 
 
 def _from_hub(repository: str, filename: str | None = None) -> Path:
@@ -187,10 +188,10 @@ def _from_hub(repository: str, filename: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    _check_hub_size(repository, filename)
+    answered = _check_hub_size(repository, filename)
     try:
-        if filename is not None:
-            return Path(hf_hub_download(repository, filename, etag_timeout=5))
+        if filename is not None:  # of a hub out of reach its library asks five times more, and says so each time
+            return Path(hf_hub_download(repository, filename, etag_timeout=5, local_files_only=not answered))
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, etag_timeout=5))
     except GatedRepoError as error:
         raise ModelNotFound(f"{repository} is gated on the hub", "accept its terms there and log in with: hf auth login") from error

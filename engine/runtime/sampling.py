@@ -113,7 +113,7 @@ class SamplingParams:
             is_finite(self.repetition_penalty) and 1e-10 <= self.repetition_penalty <= 1e10,
             "repetition_penalty",
             self.repetition_penalty,
-            "give a number above 0, 1 for none",
+            "give a number from 1e-10 to 1e10, 1 for none",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)

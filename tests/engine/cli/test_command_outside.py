@@ -248,9 +248,9 @@ def test_a_line_break_stands_between_an_answer_and_what_is_said_of_its_file(kept
     os.close(master)
 
 
-@pytest.mark.parametrize("module, cpu_s", [("generate", 0.25), ("generate", 0.8), ("serve", 0.25), ("serve", 0.8), ("serve", 2.0)])
+@pytest.mark.parametrize("module, cpu_s", [("generate", 0.25), ("generate", 0.8), ("serve", 0.25), ("serve", 0.5)])
 def test_an_interrupt_before_the_model_is_loaded(options, module, cpu_s, tmp_path):
-    """A real interpreter, interrupted among its imports, or where a thread loads the server's model."""
+    """A real interpreter, interrupted among its imports."""
     if module == "serve":
         options = [*options[: options.index("--raw")], "--port", "0"]
     else:
@@ -270,3 +270,24 @@ def test_an_interrupt_before_the_model_is_loaded(options, module, cpu_s, tmp_pat
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == b"\ninterrupted\n" and out == b"" and not (tmp_path / "a.kv").exists()
+
+
+def test_an_interrupt_while_a_thread_loads_the_server_s_model():
+    code = """
+import time
+from engine.cli.starting import interrupts_end
+from engine.server.loop import EngineThread
+with interrupts_end():
+    EngineThread().call(lambda: (print("loading", flush=True), time.sleep(60)))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"\ninterrupted\n")

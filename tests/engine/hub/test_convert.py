@@ -700,7 +700,7 @@ def test_a_file_on_the_hub_is_fetched_by_its_name(own_file, monkeypatch):
     from huggingface_hub.errors import EntryNotFoundError
 
     asked = []
-    monkeypatch.setattr("engine.hub.resolve._check_hub_size", lambda repository, filename: asked.append(filename))
+    monkeypatch.setattr("engine.hub.resolve._check_hub_size", lambda repository, filename: asked.append(filename) or True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *given, **options: asked.append(given) or str(own_file))
     folder = models.resolve_model("owner/some-model-GGUF:sub/Model.Q8_0.gguf", silent)
     assert asked == ["sub/Model.Q8_0.gguf", ("owner/some-model-GGUF", "sub/Model.Q8_0.gguf")] and folder.name.startswith("My-model-")

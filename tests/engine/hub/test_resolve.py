@@ -109,6 +109,39 @@ def test_a_hub_id_comes_from_the_hub_and_its_failures_are_named(folder, monkeypa
             resolve_model("owner/some-model")
 
 
+def test_a_file_of_a_hub_out_of_reach_is_looked_for_once_and_in_the_cache_alone(monkeypatch):
+    """The hub's library asks five times more, in half a minute, and says so each time."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def out_of_reach(*given, **named):
+        raise OSError("no route")
+
+    def download(*given, local_files_only=False, **named):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", out_of_reach)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DownloadFailed, match="hub cannot be reached"):
+        resolve_model("owner/some-model:model.gguf")
+    assert asked == [True]
+
+    def refused(*given, **named):
+        error = OSError("not for you")
+        error.response = SimpleNamespace(status_code=401)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    with pytest.raises(DownloadFailed):
+        resolve_model("owner/some-model:model.gguf")
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize(("num_bytes", "error", "said"), [(1 << 50, DownloadFailed, "smaller model"), (1 << 39, DiskFull, "HF_HOME")])
 def test_hub_models_that_are_too_large_are_refused_before_they_are_fetched(folder, tmp_path, monkeypatch, num_bytes, error, said):
     import huggingface_hub
