@@ -29,6 +29,7 @@ from engine.model.rope import inverse_frequencies
 from engine.model.weights import open_checkpoint
 from engine.runtime.drafters import load_draft_head
 from engine.sessions.codec_params import load_pack
+from kernels.upload import upload
 
 PASS_TOKENS = {"cpu": 1024, "cuda": 4096}
 _PAGE = 64
@@ -206,5 +207,5 @@ class FeaturePasses:
         """A copy of keys (rotated) and values of the first layers [m, 2, T, G, d], of tokens [start, end) that were run; start begins a page."""
         assert start % _PAGE == 0
         kv = self._pools[0].kv[: self.first_layer]
-        pages = torch.tensor(state.sequences[0].pages[start // _PAGE : -(-end // _PAGE)], dtype=torch.int64, device=kv.device)
+        pages = upload(state.sequences[0].pages[start // _PAGE : -(-end // _PAGE)], kv.device)
         return kv[:, :, pages].flatten(2, 3)[:, :, : end - start]

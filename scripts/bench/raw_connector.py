@@ -37,6 +37,7 @@ class RawConnector(KVConnectorBase_V1):
         self.block_tokens = int(vllm_config.cache_config.block_size)
         self.is_worker = role == KVConnectorRole.WORKER
         self._layers: list[torch.Tensor] = []
+        self._memory: torch.Tensor | None = None
         self._requests: dict[str, tuple[Any, list[int]]] = {}  # of the scheduler's side: requests that are not kept yet, and their blocks
         self._loading: set[str] = set()
 
@@ -103,13 +104,20 @@ class RawConnector(KVConnectorBase_V1):
             began, done, places = time.perf_counter(), 0, torch.tensor(blocks, device=self._layers[0].device)
             with open(name, "rb", buffering=0) as file:
                 for layer in self._layers:
-                    part = torch.empty((len(blocks), *layer.shape[1:]), dtype=layer.dtype, pin_memory=layer.is_cuda)
+                    part = self._staged((len(blocks), *layer.shape[1:]), layer)
                     view = memoryview(part.view(torch.uint8).flatten().numpy())
                     for at in range(0, len(view), _PIECE_BYTES):
                         done += file.readinto(view[at : at + _PIECE_BYTES])
                         if self.bytes_per_s and (ahead := began + done / self.bytes_per_s - time.perf_counter()) > 0:
                             time.sleep(ahead)
-                    layer[places] = part.to(layer.device, non_blocking=True)
+                    layer[places] = part.to(layer.device)  # which waits: the memory is used again
+
+    def _staged(self, shape: tuple[int, ...], layer: torch.Tensor) -> torch.Tensor:
+        """Memory of this shape on the host, page-locked where there is a GPU, as allocating that would take longer than reading."""
+        count = torch.Size(shape).numel()
+        if self._memory is None or len(self._memory) < count:
+            self._memory = torch.empty(count, dtype=layer.dtype, pin_memory=layer.is_cuda)
+        return self._memory[:count].view(shape)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All layers are there."""
