@@ -11,7 +11,7 @@ Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +22,7 @@ from draft.protocols import CausalDecoder, DraftState, FeatureStore, KvPool
 from draft.rows import pick
 from kernels.upload import upload
 
+_MOST_PARTS = 64  # tensors that one request's states may lie in
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
 _KEPT_PENDING_HIDDEN = 384  # of more, where a CPU forgets what lies before: fewer, so that it does not do so at every step
 
@@ -30,13 +31,31 @@ _KEPT_PENDING_HIDDEN = 384  # of more, where a CPU forgets what lies before: few
 class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
-    own: their KV of the committed tokens from `start` on, whose positions are counted from there. pending_hidden [n, E]: the states at the exit of the
-    n tokens after these, which they have not run. start: tokens before all that they know.
+    own: their KV of the committed tokens from `start` on, whose positions are counted from there. start: tokens before all that they know.
     """
 
     own: Any = None
-    pending_hidden: Tensor | None = None
     start: int = 0
+    _waiting: list[Tensor] = field(default_factory=list)
+    _num_waiting: int = 0
+
+    @property
+    def pending_hidden(self) -> Tensor | None:
+        """The states at the exit [n, E] of the n tokens after `own`, which its layers have not run."""
+        if len(self._waiting) > 1:
+            self._waiting = [torch.cat(self._waiting)]
+        return self._waiting[0] if self._waiting else None
+
+    @pending_hidden.setter
+    def pending_hidden(self, rows: Tensor | None) -> None:
+        self._waiting, self._num_waiting = ([], 0) if rows is None else ([rows], len(rows))
+
+    def append_hidden(self, rows: Tensor) -> None:
+        """States [m, E] of the tokens after those that wait join them; they are put into one tensor when they are asked for."""
+        self._waiting.append(rows)
+        self._num_waiting += len(rows)
+        if len(self._waiting) >= _MOST_PARTS:
+            self._waiting = [torch.cat(self._waiting)]
 
     @property
     def num_cached(self) -> int:
@@ -46,7 +65,7 @@ class DraftHeadState(DraftState):
     @property
     def num_pending_hidden(self) -> int:
         """n."""
-        return 0 if self.pending_hidden is None else len(self.pending_hidden)
+        return self._num_waiting
 
     @property
     def cache(self) -> Any:
@@ -94,7 +113,7 @@ class DraftHead:
 
     def append_hidden(self, state: DraftHeadState, rows: Tensor) -> None:
         """exit states rows [n, E] of the tokens after the covered ones join those that wait."""
-        state.pending_hidden = rows if state.pending_hidden is None else torch.cat((state.pending_hidden, rows))
+        state.append_hidden(rows)
 
     def run_pending(self, states: Sequence[DraftHeadState], taps: tuple[int, ...] = (), *, least: int = 1) -> Mapping[int, Tensor]:
         """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}."""

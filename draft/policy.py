@@ -46,6 +46,7 @@ MAX_AUTO_LENGTH = MAX_CHAIN
 LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
 SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
+TRIED_OF = 2  # requests of which one takes part in a trial: a draft head that begins again runs some hundred tokens for each
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
@@ -424,6 +425,8 @@ class _Load:
         default_factory=lambda: {"plain": deque(maxlen=RECENT), "ngram": deque(maxlen=RECENT), "model": deque(maxlen=RECENT)}
     )
     corrected_at: int = 0
+    left: int = 0  # steps without a plan
+    plain_s: dict[int, float] = field(default_factory=dict)  # of a step without drafts by its requests, as corrected last
     seen: set[int] = field(default_factory=set)
 
 
@@ -493,8 +496,7 @@ class DraftingPolicy:
         if not auto or self.costs is None:
             return plan
         load = self._load(batch)
-        plain_s = load.costs.step_seconds(0, batch)
-        plan.seconds, plan.tokens = plain_s, float(batch)
+        plan.seconds, plan.tokens = self._undrafted_seconds(load, batch), float(batch)
         lengths: dict[StepKind, tuple[int, ...]] = {
             kind: self.lengths if ready is None else tuple(ready(kind)) for kind in ("model", "ngram")
         }
@@ -509,9 +511,23 @@ class DraftingPolicy:
         if drafting and self.draft_by_draft:
             given = sum(map(len, plan.given))
             plan.block = BlockPolicy(load.costs, rate, batch + given, requests, most_tokens or [1] * batch)
+        if batch > 1 and plan.kind == "plain" and not any(load.on.values()):
+            load.left = CORRECT_EVERY - 1
         if any(r.wanted not in ("auto", 0) for r in requests):
             plan.seconds = 0.0  # drafts that nobody weighed: such steps tell nothing of the others
         return plan
+
+    def rest(self, batch: int) -> StepPlan | None:
+        """A step of `batch` requests that all leave drafts to the policy, without any, where no source paid when it was planned last and it is not time
+        to plan again: weighing drafts and looking through texts takes the host's time, request by request. None: it must be planned. One
+        request's steps always are."""
+        load = self._loads.get(batch.bit_length())
+        if load is None or load.left <= 0:
+            return None
+        load.left -= 1
+        for kind in ("ngram", "model"):
+            load.waited[kind] += 1
+        return StepPlan([0] * batch, [[] for _ in range(batch)], seconds=self._undrafted_seconds(load, batch), tokens=float(batch))
 
     def _fixed(
         self,
@@ -553,13 +569,14 @@ class DraftingPolicy:
         probing = False
         if not self._switch("model", load, relative):
             # whether to take it up again is looked at now and then: nothing new is known of drafts that nobody makes
-            if (load.waited["model"] + 1) % CORRECT_EVERY:
+            if batch == 1 and (load.waited["model"] + 1) % CORRECT_EVERY:
                 load.waited["model"] += 1
                 return plain_rate
             hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
-            probing, length, count = True, lengths[0], len(able)
-            expected = batch + sum(chains[b][0] for b in able)
-            lost = costs.step_seconds(length, batch) / plan.seconds - expected / batch
+            # some requests' drafts tell what the passes take, while the others' draft caches stay behind
+            probing, length, count = True, lengths[0], -(-len(able) // TRIED_OF)
+            expected = batch + sum(chains[b][0] for b in able[:count])
+            lost = costs.step_seconds(length, batch, count) / plan.seconds - expected / batch
             able_to_pay = any(
                 self._best(c, hopeful, able, batch, lengths)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
             )
@@ -647,7 +664,14 @@ class DraftingPolicy:
         steps = load.scales.steps
         if steps != load.corrected_at and (steps < RECENT or steps >= load.corrected_at + CORRECT_EVERY):
             load.costs, load.corrected_at = self.costs.corrected(batch, *load.scales.solve()), steps
+            load.plain_s.clear()
         return load
+
+    def _undrafted_seconds(self, load: _Load, batch: int) -> float:
+        """Of a step without drafts."""
+        if batch not in load.plain_s:
+            load.plain_s[batch] = load.costs.step_seconds(0, batch)
+        return load.plain_s[batch]
 
     def _ratio(self, kind: StepKind, load: _Load, batch: int) -> float:
         """The rate of such steps beside what was expected: drafts chosen one by one are better than the average that plans count with."""
@@ -701,8 +725,9 @@ class DraftingPolicy:
         if not shapes <= load.seen:  # a shape's first pass compiles, allocates and reads weights that later ones find in the cache
             load.seen |= shapes
             return
-        base = costs.step_seconds(0, batch)
-        more = costs.verify_seconds(rows) + costs.last_seconds(rows) - costs.verify_seconds(batch) - costs.last_seconds(batch)
+        base, more = costs.step_seconds(0, batch), 0.0
+        if rows > batch:
+            more = costs.verify_seconds(rows) + costs.last_seconds(rows) - costs.verify_seconds(batch) - costs.last_seconds(batch)
         parts = (base, max(0.0, more), sum(map(costs.draft_seconds, passes)))
         recent = load.recent[plan.kind]
         recent.append(seconds / sum(parts))

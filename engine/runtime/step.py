@@ -103,7 +103,7 @@ def decode_step(
             _plain_step(requests, plain, began, ahead=ahead, deterministic=deterministic)
             return drafting.rested(len(requests), drafting.took(began_at, clock()), chosen=chosen)
     if blocks is None:
-        plan = planned()
+        plan = (drafting.rest(len(requests)) if wanted == {"auto"} else None) or planned()
     else:
         plan, gains = blocks.step(list(requests), planned, deterministic=deterministic)
         if gains is not None:

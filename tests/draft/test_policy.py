@@ -11,6 +11,7 @@ import torch
 
 from draft.acceptance import PRIOR_RATE, AcceptanceRate, MatchAcceptance, SharedRate
 from draft.policy import (
+    CORRECT_EVERY,
     FIRST_PROBE,
     LAST_PROBE,
     MAX_AUTO_LENGTH,
@@ -144,6 +145,41 @@ def test_only_those_draft_whose_drafts_are_accepted():
     assert plan.lengths[0] == 0 < plan.lengths[1] and plan.kind == "model" and plan.tokens > 2.9
 
 
+def test_several_requests_without_drafts_are_planned_in_every_eighth_step(monkeypatch):
+    policy = block_policy(((1, 3.0),), FLAT, ngrams=True)
+    requests, looks, chains = [policy.request("auto", greedy=True) for _ in range(3)], [], []
+    for request in requests:
+        monkeypatch.setattr(request, "look_up", lambda tokens, count: looks.append(count) or ([], []))
+        monkeypatch.setattr(request.acceptance, "chain", lambda: chains.append(1) or [0.1] * MAX_AUTO_LENGTH)
+
+    def step(batch, text=NEW):
+        plan = policy.rest(batch)
+        rested = plan is not None
+        plan = plan or policy.plan(requests[:batch], [text] * batch, [ROOM] * batch, drafter_room=[ROOM] * batch)
+        assert plan.kind == "plain" and plan.seconds == policy.costs.step_seconds(0, batch) and plan.tokens == batch and not plan.drafts
+        return rested
+
+    assert [step(3) for _ in range(24)] == ([False] + [True] * (CORRECT_EVERY - 1)) * 3
+    assert len(looks) == 9 and len(chains) == 9
+    assert not any(step(1) for _ in range(20)), "one request's text is looked through in every step, which costs it little"
+    monkeypatch.undo()
+    repeated = [1, 2, 3] * 10
+    plans = [policy.rest(3) or policy.plan(requests, [repeated] * 3, [ROOM] * 3, drafter_room=[ROOM] * 3) for _ in range(CORRECT_EVERY + 3)]
+    first = next(number for number, plan in enumerate(plans) if plan.drafts)
+    assert first < CORRECT_EVERY and all(plan.kind == "ngram" for plan in plans[first:]), "what pays is used in every step"
+
+
+def test_half_of_the_requests_take_part_in_a_trial():
+    policy = block_policy(((1, 0.25),), FLAT)
+    requests, trials = [policy.request("auto", greedy=True) for _ in range(5)], []
+    for _ in range(600):
+        plan = policy.rest(5) or policy.plan(requests, [NEW] * 5, [ROOM] * 5, drafter_room=[ROOM] * 5)
+        trials.append(sum(map(bool, plan.lengths)))
+        for request, length in zip(requests, plan.lengths, strict=True):
+            request.observe([], length, 0, None, given=False)
+    assert set(trials[20:]) == {0, 3} and 3 <= sum(map(bool, trials[20:])) <= 600 / FIRST_PROBE
+
+
 def test_fixed_lengths_are_kept_and_no_costs_mean_no_drafts():
     fixed = DraftingPolicy()
     plan = fixed.plan([RequestDrafting(5), RequestDrafting("auto")], [NEW] * 2, [ROOM, ROOM], drafter_room=[3, ROOM])
@@ -191,7 +227,7 @@ class Machine:
         requests = [policy.request("auto", greedy=True) for _ in range(batch)]
         gained, seconds, drafting = 0, 0.0, 0
         for _ in range(count):
-            plan = policy.plan(requests, [NEW] * batch, [ROOM] * batch, drafter_room=[ROOM] * batch)
+            plan = policy.rest(batch) or policy.plan(requests, [NEW] * batch, [ROOM] * batch, drafter_room=[ROOM] * batch)
             drafting += any(plan.lengths)
             tokens = []
             for request, length in zip(requests, plan.lengths, strict=True):
