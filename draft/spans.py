@@ -30,7 +30,7 @@ LOST_SHARE = 0.01  # of plain decoding's time that trials may cost, halved by ev
 MOST_LOST = 8.0  # plain steps that a span of drafts may lose before it is ended
 LEAST_REST, LAST_REST = 64, 1 << 16  # plain steps between two trials of the drafter
 MOST_DOUBLINGS = 5
-FIRST_CHECK, LAST_CHECK = 256, 2048  # steps of drafting before plain decoding is measured again
+FIRST_CHECK, LAST_CHECK = 64, 2048  # steps of drafting before plain decoding is measured anew: doubled each time
 FIRST_LOOK, LAST_LOOK = 16, 128  # steps between two looks at texts that repeat nothing
 LOOKED_AT = 4  # requests of a batch whose texts stand for all, unless texts are drafted from
 MISSES = 8  # steps without a promising match that end a span of drafts from texts
@@ -313,6 +313,7 @@ class SpanPolicy(DraftingPolicy):
             load.failures = 0 if load.in_span >= 2 * TRIAL and load.lost <= 0 else load.failures
             if load.in_span >= load.check_at:
                 load.check_at, load.returns = min(LAST_CHECK, 2 * load.check_at), True
+                load.clocks.pop(("plain", 0), None)  # what it took when the machine was busier makes drafts look cheap
                 return load.rest(SETTLE + KNOWN + 1)
             load.length = length if load.in_span >= TRIAL else load.length
             return None

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from draft.policy import CostModel
-from draft.spans import FIRST_LOOK, KNOWN, LEAST_REST, MISSES, MOST_LOST, SETTLE, TRIAL, SpanPolicy
+from draft.spans import FIRST_CHECK, FIRST_LOOK, KNOWN, LEAST_REST, MISSES, MOST_LOST, SETTLE, TRIAL, SpanPolicy
 
 CHEAP = CostModel(draft=((1, 0.1),), verify=((1, 1.0), (128, 1.1)))
 DEAR = CostModel(draft=((1, 3.0),), verify=((1, 1.0), (128, 9.0)))
@@ -105,6 +105,16 @@ def test_plain_decoding_is_measured_first_and_its_first_steps_are_not_counted():
     for _ in range(SETTLE + KNOWN):
         other.rested(1, 1.0, chosen=False)  # of requests that want no drafts
     assert step(other, requests_of(other, 1), 7).kind == "model", "what others measured is known"
+
+
+def test_plain_decoding_that_was_measured_on_a_busy_machine_is_measured_anew():
+    """Drafts that lose a third look cheap beside plain steps that took three times as long as they do: that ends with the first check."""
+    policy = policy_of(CHEAP, measured=True, lengths=(1,))
+    requests = requests_of(policy, 1)
+    for _ in range(SETTLE + 4 * KNOWN):
+        policy.rested(1, 3.0, chosen=False)
+    found = kinds(policy, requests, 400, 1, seconds=lambda length: 1.0 + 2.0 * (length > 0))
+    assert found.count("model") <= FIRST_CHECK + 2 * TRIAL and "model" not in found[FIRST_CHECK + 3 * TRIAL : 300]
 
 
 def test_seconds_count_from_the_end_of_the_step_before_unless_something_else_ran():
