@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ class KvPool(ABC):
         max_pages: the pool grows on demand up to this many pages (default: num_pages, so it does not grow). Growing replaces its tensors:
             take views through `layer` each time.
     """
+
+    slides = False  # whether sequences give back pages that no layer's window reaches any more
 
     def __init__(self, num_pages: int, page_size: int, max_pages: int | None) -> None:
         if num_pages < 1 or page_size < 1:
@@ -118,6 +120,18 @@ class KvPool(ABC):
     def settle(self, sequence: KvSequence) -> None:  # noqa: B027 (nothing to do is a right answer)
         """Called when a sequence took more pages; it may be given others, with the same contents."""
 
+    def move_together(self, sequence: KvSequence) -> None:
+        """On a CPU: to pages that follow one another, where `settle` would."""
+        pages = sequence.pages
+        if self.device.type != "cpu" or sequence.is_contiguous or (self.steps_follow_tables and sequence.shares):
+            return
+        if self.longest_free_run() < 2 * len(pages):
+            return
+        target = self.allocate(len(pages))
+        self.copy_pages(pages, target)
+        self.release(pages)
+        sequence.pages = target
+
     def forked(self, source: KvSequence, copy: KvSequence) -> None:  # noqa: B027
         """Called when `copy` was given the pages of `source`'s first tokens: what is kept beside pages is each sequence's own."""
 
@@ -136,6 +150,22 @@ class KvPool(ABC):
 
     def emptied(self, sequence: KvSequence) -> None:  # noqa: B027
         """Called when a sequence gave its last page back."""
+
+    def keep_beside(self, beside: Any) -> None:  # noqa: B027 (copies need no owner)
+        """A cache keeps what `beside` returned, pages of it included."""
+
+    def drop_beside(self, beside: Any) -> None:  # noqa: B027
+        """It no longer does."""
+
+    @property
+    def groups(self) -> tuple[KvPool, ...]:
+        """The pools that own pages of its sequences: itself, and those of layers that keep pages of their own."""
+        return (self,)
+
+    @property
+    def num_free_tokens(self) -> int:
+        """Tokens that one new sequence could have."""
+        return self.num_free_pages * self.page_size
 
     @property
     def num_pages(self) -> int:
@@ -158,10 +188,17 @@ class KvPool(ABC):
 
     def new_sequence(self, tokens: int = 0) -> KvSequence:
         """An empty sequence, with pages for so many tokens. Raises PoolExhausted."""
-        sequence = KvSequence(self)
+        sequence = self._empty_sequence()
         sequence.ensure(tokens)
-        self._sequences.append(sequence)
+        self.register(sequence)
         return sequence
+
+    def register(self, sequence: KvSequence) -> None:
+        """Its pages count as owned by it, until `forget`."""
+        self._sequences.append(sequence)
+
+    def _empty_sequence(self) -> KvSequence:
+        return KvSequence(self)
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """Take `count` pages, if possible those following page `after`, or else a run of neighbours.
@@ -169,11 +206,7 @@ class KvPool(ABC):
         Raises:
             PoolExhausted: there are not that many, even after growing.
         """
-        if count > self.num_free_pages:
-            raise PoolExhausted(
-                f"the KV pool needs {count} more pages of {self.page_size} tokens, {self.num_free_pages} are free of {self.max_pages}",
-                "use a larger pool, fewer requests at once, or a shorter context",
-            )
+        self.check_room(count)
         if count > self.num_unowned_pages and self.reclaim is not None:
             self.reclaim(self, count - self.num_unowned_pages)
         if count > self._num_free:
@@ -183,6 +216,14 @@ class KvPool(ABC):
             self._references[page] = 1
         self._num_free -= count
         return pages
+
+    def check_room(self, count: int) -> None:
+        """Raises PoolExhausted unless so many pages can be had."""
+        if count > self.num_free_pages:
+            raise PoolExhausted(
+                f"the KV pool needs {count} more pages of {self.page_size} tokens, {self.num_free_pages} are free of {self.max_pages}",
+                "use a larger pool, fewer requests at once, or a shorter context",
+            )
 
     def retain(self, pages: list[int]) -> None:
         """Add an owner to each page, so that sequences can share it."""
@@ -268,10 +309,14 @@ class KvPool(ABC):
 
     def _grow(self, missing: int) -> None:
         old = self.num_pages
-        new = min(self.max_pages, max(old + missing, 2 * old))
-        self._extend(new)
-        self._references += [0] * (new - old)
-        self._num_free += new - old
+        self.resize(min(self.max_pages, max(old + missing, 2 * old)))
+
+    def resize(self, num_pages: int) -> None:
+        """Grow to `num_pages` pages in all."""
+        more = num_pages - self.num_pages
+        self._extend(num_pages)
+        self._references += [0] * more
+        self._num_free += more
 
     def longest_free_run(self) -> int:
         """Length of the longest run of free pages now in memory."""
@@ -285,7 +330,7 @@ class KvPool(ABC):
         """
         owners = [0] * self.num_pages
         for sequence in self._sequences:
-            assert 0 <= sequence.length <= len(sequence.pages) * self.page_size, "a sequence is longer than its pages"
+            assert 0 <= sequence.length <= sequence.capacity, "a sequence is longer than its pages"
             assert len(set(sequence.pages)) == len(sequence.pages), "a sequence owns a page twice"
             for page in sequence.pages:
                 owners[page] += 1
@@ -296,6 +341,10 @@ class KvPool(ABC):
         both = zip(self._references, owners, strict=True)
         assert all(have >= want + self._kept.get(page, 0) for page, (have, want) in enumerate(both)), "a cache keeps a page it does not own"
         assert self.num_pages <= self.max_pages, "the pool grew too far"
+        self.check_contents(self._sequences)
+
+    def check_contents(self, sequences: Sequence[KvSequence]) -> None:  # noqa: B027
+        """Assert that what is in the pages, and beside them, fits the pages' number and these sequences, which are all. Raises AssertionError."""
 
     def forget(self, sequence: KvSequence) -> None:
         """Called by a sequence that was freed."""
@@ -362,23 +411,14 @@ class PagedPool(KvPool):
         """On a CPU, move to a run of free pages with room to double, if there is one: one copy, paid back by attention reading views again. The other
         owners of shared pages keep them. A sequence that began in pages of others stays there where small steps follow page tables: the copy would
         take longer than sharing saves to the first token."""
-        pages = sequence.pages
-        if self.device.type != "cpu" or sequence.is_contiguous or (self.steps_follow_tables and sequence.shares):
-            return
-        if self.longest_free_run() < 2 * len(pages):
-            return
-        target = self.allocate(len(pages))
-        self.copy_pages(pages, target)
-        self.release(pages)
-        sequence.pages = target
+        self.move_together(sequence)
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """See `KvPool.copy_pages`."""
         self.kv[:, :, targets] = self.kv[:, :, sources]
 
-    def check_integrity(self) -> None:
-        """Also the tensor's size. Raises AssertionError."""
-        super().check_integrity()
+    def check_contents(self, sequences: Sequence[KvSequence]) -> None:
+        """See `KvPool.check_contents`."""
         assert self.num_pages == self.kv.shape[2], "the page count is wrong"
 
     def read(self, sequence: KvSequence, start: int, end: int, first_layer: int, inverse: LayerAngles) -> torch.Tensor:
@@ -403,7 +443,7 @@ class PagedPool(KvPool):
 
     def move(self, sequence: KvSequence, source: int, target: int) -> None:
         """See `KvPool.move`."""
-        (old, new), size = (sequence.pages[at // self.page_size] for at in (source, target)), self.page_size
+        (old, new), size = (sequence.page_of(at) for at in (source, target)), self.page_size
         self.kv[:, :, new, target % size] = self.kv[:, :, old, source % size]
 
     @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
@@ -417,11 +457,18 @@ class PagedPool(KvPool):
 
 
 class KvSequence:
-    """The pages of one sequence and how many of its tokens are committed; reserved and moved by the decoder's caller, written by the decoder."""
+    """The pages of one sequence and how many of its tokens are committed; reserved and moved by the decoder's caller, written by the decoder.
+
+    first_page: number in the text of the first of its pages; those before it were given back, as their layers see them no more. windows: of the layers
+    that keep pages of their own, a sequence in each of their pools (`engine.kv.windowed_pool`).
+    """
+
+    windows: Sequence[KvSequence] = ()
 
     def __init__(self, pool: KvPool) -> None:
         self.pool = pool
         self.pages: list[int] = []
+        self.first_page = 0
         self.length = 0
         self.shares = False  # it began with pages that others own
         self._alone = (-1, 0)  # pages of tokens from the second on were its own when the pool's `sharings` was the first
@@ -429,12 +476,35 @@ class KvSequence:
     @property
     def capacity(self) -> int:
         """Tokens that fit the pages owned now."""
-        return len(self.pages) * self.pool.page_size
+        return (self.first_page + len(self.pages)) * self.pool.page_size
+
+    @property
+    def table(self) -> list[int]:
+        """Page of every page number of the text; of those that were given back another one of its own, which nobody reads there."""
+        return self.pages[:1] * self.first_page + self.pages
 
     @property
     def page_table(self) -> torch.Tensor:
         """[pages] int32 on the pool's device."""
-        return torch.tensor(self.pages, dtype=torch.int32, device=self.pool.device)
+        return torch.tensor(self.table, dtype=torch.int32, device=self.pool.device)
+
+    def page_of(self, position: int) -> int:
+        """The page that a token lies in."""
+        return self.pages[position // self.pool.page_size - self.first_page]
+
+    def held_from(self, layer: int) -> int:
+        """First token of which a layer's keys and values are kept."""
+        return 0
+
+    def sees(self, position: int) -> bool:
+        """Whether all that a token at `position` attends to is kept, in every layer."""
+        return True
+
+    def slide(self, length: int) -> None:
+        """Give back what no token from `length` on sees, nor any of the few that may be taken back before it."""
+
+    def hold_only_seen(self, length: int) -> None:
+        """Hold of windowed layers only what the last token of a text of `length` tokens sees: the rest of the text is not going to be written."""
 
     @property
     def is_contiguous(self) -> bool:
@@ -445,7 +515,8 @@ class KvSequence:
         """Page and offset in it of tokens [start, end), each [T] int64 on a device, the pool's unless named."""
         size, device = self.pool.page_size, self.pool.device if device is None else device
         positions = torch.arange(start, end)
-        pages = torch.tensor(self.pages, dtype=torch.int64)[positions // size] if end > start else positions
+        assert start // size >= self.first_page or end <= start, "pages that were given back hold nothing"
+        pages = torch.tensor(self.pages, dtype=torch.int64)[positions // size - self.first_page] if end > start else positions
         return pages.to(device), (positions % size).to(device)
 
     def reserve(self, n: int) -> None:
@@ -462,17 +533,25 @@ class KvSequence:
 
     def missing_pages(self, tokens: int, start: int | None = None) -> int:
         """Pages that `ensure` would take."""
-        last = -(-tokens // self.pool.page_size)
+        last = -(-tokens // self.pool.page_size) - self.first_page
         return len(self._shared(tokens, start)) + max(0, last - len(self.pages))
 
+    def needs(self, tokens: int, start: int | None = None, *, whole: bool = False) -> list[tuple[KvPool, int]]:
+        """Pages that `ensure` would take of each pool; whole: those it may take until the text has so many tokens, step by step."""
+        return [(self.pool, self.missing_pages(tokens, start))]
+
+    def at_most(self, tokens: int) -> list[tuple[KvPool, int]]:
+        """Pages of each pool that it owns at once while its text grows to so many tokens."""
+        return [(self.pool, -(-tokens // self.pool.page_size))]
+
     def _shared(self, tokens: int, start: int | None) -> list[int]:
-        """Numbers of the pages that tokens from `start` on would be written to and others own too."""
+        """Places in `pages` of those that tokens from `start` on would be written to and others own too."""
         start, size, pool = self.length if start is None else start, self.pool.page_size, self.pool
         since, first = self._alone
         if since == pool.sharings and start >= first:
             return []  # asked several times a step
-        last = min(-(-tokens // size), len(self.pages)) if start < tokens else 0
-        found = [i for i in range(start // size, last) if pool.is_shared(self.pages[i])]
+        last = min(-(-tokens // size) - self.first_page, len(self.pages)) if start < tokens else 0
+        found = [i for i in range(max(0, start // size - self.first_page), last) if pool.is_shared(self.pages[i])]
         if not found and last == len(self.pages):
             self._alone = pool.sharings, start
         return found
@@ -517,15 +596,17 @@ class KvSequence:
         length = self.length if length is None else length
         assert 0 <= length <= self.length, "only committed tokens can be shared"
         copy = self.pool.new_sequence()
-        copy.share(self.pages[: -(-length // self.pool.page_size)], length)
+        copy.share(self.pages[: max(0, -(-length // self.pool.page_size) - self.first_page)], length, self.first_page)
         self.pool.forked(self, copy)
         return copy
 
-    def share(self, pages: list[int], length: int) -> None:
-        """Begin this empty sequence with pages that others own, which hold `length` tokens."""
-        assert not self.pages and -(-length // self.pool.page_size) == len(pages), "only an empty sequence takes over whole pages"
+    def share(self, pages: list[int], length: int, first_page: int = 0) -> None:
+        """Begin this empty sequence with pages that others own, which hold `length` tokens but for those in pages before `first_page`."""
+        assert not self.pages and -(-length // self.pool.page_size) == first_page + len(pages), (
+            "only an empty sequence takes over whole pages"
+        )
         self.pool.retain(pages)
-        self.pages, self.length, self.shares = list(pages), length, True
+        self.pages, self.first_page, self.length, self.shares = list(pages), first_page, length, True
 
     def advance(self, n: int) -> None:
         """Commit n tokens that the decoder has written after the committed ones."""
@@ -533,12 +614,15 @@ class KvSequence:
         self.length += n
 
     def truncate(self, length: int) -> None:
-        """Drop the tokens from `length` on and the pages that only they used."""
+        """Drop the tokens from `length` on and the pages that only they used; all tokens, where layers have given back what a token there sees
+        (`sees`)."""
         assert 0 <= length <= self.length, "a sequence is only truncated to what it holds"
         self.length = length
-        keep = -(-length // self.pool.page_size)
+        keep = max(0, -(-length // self.pool.page_size) - self.first_page)
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
+        if not length:
+            self.first_page = 0
         if not self.pages:
             self.shares = False
             self.pool.emptied(self)
@@ -547,6 +631,6 @@ class KvSequence:
         """Give all pages back; the sequence must not be used afterwards."""
         self.pool.release(self.pages)
         self.pages = []
-        self.length = 0
+        self.first_page = self.length = 0
         self.pool.emptied(self)
         self.pool.forget(self)

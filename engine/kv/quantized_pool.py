@@ -6,6 +6,7 @@ A request's first tokens and its last ones are kept exact beside the codes (`ker
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -179,13 +180,12 @@ class QuantizedPool(KvPool):
             for tensor in layer[1:]:
                 tensor[targets] = tensor[sources]
 
-    def check_integrity(self) -> None:
-        """Also that every slot of exact tokens is one sequence's own or free. Raises AssertionError."""
-        super().check_integrity()
+    def check_contents(self, sequences: Sequence[KvSequence]) -> None:
+        """See `KvPool.check_contents`: every slot of exact tokens is one sequence's own or free."""
         spare = [] if self._spare is None else [self._spare]
         slots = sorted([*self._slot_of.values(), *self._free_slots, *spare])
         assert slots == list(range(len(self._held_from))), "a slot of exact tokens is lost, or is two sequences'"
-        assert set(self._slot_of) <= set(self._sequences), "a sequence that was freed keeps exact tokens"
+        assert set(self._slot_of) <= set(sequences), "a sequence that was freed keeps exact tokens"
 
     @torch.inference_mode(False)  # outlives the step that asked for it, and is written outside of steps too
     def _extend(self, num_pages: int) -> None:

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 
 from engine.kv.eviction import Lru
 from engine.kv.pool import KvPool, KvSequence
+from engine.kv.text_ends import TextEnds
 from engine.kv.trie import Match, Payload, Tier, Trie
 
 _INVARIANT, _PLAIN, _RESTORED = "invariant:", "plain:", "restored:"  # what the trie's names of a namespace begin with
@@ -114,9 +115,12 @@ class SharedPrefixes:
 
     Args:
         pool, draft_pool: of one page size.
-        max_pages: most pages of the target's pool that are kept.
+        max_pages: most pages of the target's pool that are kept. max_ends: see `TextEnds`.
         computed: whether pages that requests computed are kept, and not only what was restored.
         chunk_tokens: of a whole chunk.
+        whole_chunks: whether greedy text goes on from numbers of whole chunks or its own alone, in what lies beside pages too.
+        with_drafts: whether a text begins with no more of the target's pages than the draft knows too: a draft that rests on layers which keep a window
+            alone could not compute the rest.
     """
 
     def __init__(
@@ -127,8 +131,11 @@ class SharedPrefixes:
         max_pages: int | None = None,
         computed: bool = True,
         chunk_tokens: int = 1,
+        with_drafts: bool = False,
+        max_ends: int = 1,
+        whole_chunks: bool = False,
     ) -> None:
-        self.pool, self.draft_pool, self.computed = pool, draft_pool, computed
+        self.pool, self.draft_pool, self.computed, self.with_drafts = pool, draft_pool, computed, with_drafts
         self.max_pages = pool.max_pages if max_pages is None else max_pages
         self._chunk_pages = math.lcm(chunk_tokens, pool.page_size) // pool.page_size  # after which both a page and a chunk end
         self.metrics = SharingMetrics()
@@ -136,6 +143,7 @@ class SharedPrefixes:
         self.trie = Trie(pool.page_size)
         self._policy = Lru(Tier.HOT)
         self.trie.on_tail = lambda node, tier: self._policy.add(node) if tier == Tier.HOT else None
+        self._ends, self.whole_chunks = TextEnds(pool, max_ends), whole_chunks
         pool.reclaim = self._reclaim
         if draft_pool is not None:
             assert draft_pool.page_size == pool.page_size, "both pools have pages of as many tokens"
@@ -179,6 +187,7 @@ class SharedPrefixes:
             sequence.share([page.target for page in found], tokens)
             if found[-1].beside is not None:
                 self.pool.restore_beside(sequence, found[-1].beside)
+                self._ends.reused(found[-1])
             if draft is not None:
                 drafts = [page.draft for page in takewhile(lambda page: page.draft is not None, found) if page.draft is not None]
                 draft.share(drafts, len(drafts) * self.pool.page_size)
@@ -194,12 +203,15 @@ class SharedPrefixes:
 
     def _usable(self, pages: list[CachedPage], use: Use, own: Sequence[OwnPage]) -> list[CachedPage]:
         """The first of these pages of a text that a request may begin with."""
+        if self.with_drafts and self.draft_pool is not None:
+            pages = list(takewhile(lambda page: page.draft is not None, pages))
+        kept, step = len(pages), 1
         if use in (Use.CHUNKS, Use.OWN):
             chunked = sum(1 for _ in takewhile(lambda page: page.chunked, pages))
             whole = pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else list(takewhile(lambda page: page.code, pages))
             kept = sum(1 for _ in takewhile(lambda pair: pair[0].holds(pair[1]), zip(own, pages, strict=False)))
-            pages = pages[: max(len(whole), kept)]
-        while pages and self.pool.keeps_beside and pages[-1].beside is None:
+            pages, step = pages[: max(len(whole), kept)], self._chunk_pages if chunked else 1
+        while pages and ((len(pages) > kept and len(pages) % step) or (self.pool.keeps_beside and pages[-1].beside is None)):
             pages.pop()
         while pages and (code := pages[-1].code) is not None and code.end > len(pages) * self.pool.page_size:  # a code is used whole
             pages = pages[: code.start // self.pool.page_size] if not self.pool.keeps_beside else []
@@ -257,25 +269,28 @@ class SharedPrefixes:
             entry = CachedPage(
                 page,
                 own[i] if i < len(own) else None,
-                beside if i == count - 1 else None,
+                None,
                 None if codes is None else codes[i],
                 i < num_chunked,
             )
             payloads.append(Payload(entry, Tier.HOT, self.pool.page_bytes, self._drop))
             self._keep(entry)
         entries = [payload.data for payload in payloads]
+        chunked_end = entries[-1].chunked
         with self.trie.insert(token_ids[: count * size], payloads, namespace=name, tier=Tier.HOT) as match:
             kept = [payload.data for payload in match.payloads()[:count] if payload is not None]
             for known, entry in zip(kept, entries, strict=True):
                 if entry.chunked and not known.chunked:  # takes the place of what others would not begin with
                     self.pool.keep([entry.target])
                     self.pool.drop([known.target])
-                    known.target, known.beside, known.chunked = entry.target, entry.beside, True
+                    self._ends.forget(known)
+                    known.target, known.chunked = entry.target, True
                 if known.draft is None and entry.draft is not None and self.draft_pool is not None:
                     known.draft = entry.draft
                     self.draft_pool.keep([entry.draft])
-            if kept[-1].beside is None:
-                kept[-1].beside = beside
+            same = kept[-1] is entries[-1] or name.startswith(_INVARIANT) or (chunked_end and count % self._chunk_pages == 0)
+            if kept[-1].beside is None and beside is not None and (same or not self.whole_chunks):
+                self._ends.keep(kept[-1], beside, sequence, known=kept[-1] is not entries[-1], whole=count % self._chunk_pages == 0)
             self.trie.record_request(match, time.monotonic())
             if self.listener is not None:
                 new = [(i, known) for i, known in enumerate(kept) if known is entries[i]]
@@ -295,6 +310,7 @@ class SharedPrefixes:
     def _drop(self, entry: CachedPage) -> None:
         if self.listener is not None:
             self.listener.dropped(entry)
+        self._ends.forget(entry)
         self.pool.drop([entry.target])
         if entry.draft is not None and self.draft_pool is not None:
             self.draft_pool.drop([entry.draft])

@@ -84,11 +84,10 @@ class SpreadPool(KvPool):
         for _, part in self.parts:
             part.move(sequence, source, target)
 
-    def check_integrity(self) -> None:
-        """Also the size of every part. Raises AssertionError."""
-        super().check_integrity()
+    def check_contents(self, sequences: Sequence[KvSequence]) -> None:
+        """See `KvPool.check_contents`."""
         assert all(part.kv.shape[2] == self.num_pages for _, part in self.parts), "a part has another page count"
 
     def _extend(self, num_pages: int) -> None:
         for _, part in self.parts:
-            part._extend(num_pages)
+            part.resize(num_pages)

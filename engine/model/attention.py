@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from draft.tree import TreePosition
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, PagesNotReserved
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.quantized_pool import QuantizedPool
 from engine.model.config import DecoderConfig
@@ -54,9 +54,13 @@ class AttentionBatch(NamedTuple):
         return [start + count for start, count in zip(self.starts, self.query_lens, strict=True)]
 
     def check_pages(self) -> None:
-        """Raises PagesNotReserved unless every sequence owns the pages of its new tokens alone."""
+        """Raises PagesNotReserved unless every sequence owns the pages of its new tokens alone, and holds what they attend to."""
         for sequence, start, context in zip(self.sequences, self.starts, self.contexts, strict=True):
             sequence.check_writable(start, context)
+            if not sequence.sees(start):
+                raise PagesNotReserved(
+                    f"layers with a window hold no longer what a token at {start} attends to", "run the text again from its beginning"
+                )
 
     @property
     def slots(self) -> list[int]:
@@ -70,8 +74,8 @@ class AttentionBatch(NamedTuple):
         found = []
         for sequence, own, context in zip(self.sequences, places, contexts, strict=True):
             assert context <= sequence.capacity, "pages are owned before a plan is made"
-            pages, size = sequence.pages, sequence.pool.page_size
-            found += [pages[place // size] * size + place % size for place in own]
+            pages, first, size = sequence.pages, sequence.first_page, sequence.pool.page_size
+            found += [pages[place // size - first] * size + place % size for place in own]
         return found
 
     @property
@@ -217,12 +221,17 @@ class ReferenceBackend(AttentionBackend):
         if slots != list(range(first, last + 1)):
             self._slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
         self._wide = [widen(*batch.angles(rope)) for rope in self.ropes]
+        # a request's keys are counted from the first page that it still has
+        before = [sequence.first_page * self.page_size for sequence in batch.sequences]
         tree = batch.tree()
+        if tree is not None:
+            rows = [first for first, count in zip(before, batch.query_lens, strict=True) for _ in range(count)]
+            tree = tree[0], [place - first for place, first in zip(tree[1], rows, strict=True)]
         self._plans = {
             window: plan(
                 [sequence.pages for sequence in batch.sequences],
                 batch.query_lens,
-                batch.contexts,
+                [context - first for context, first in zip(batch.contexts, before, strict=True)],
                 self.page_size,
                 self.config.num_heads // self.config.num_kv_heads,
                 self.pool.kv.dtype,
@@ -305,6 +314,57 @@ class SpreadBackend(AttentionBackend):
         raise NotImplementedError("a captured step is of one device")
 
 
+class WindowedBackend(AttentionBackend):
+    """Attention of a model whose windowed layers keep pages of their own: a backend for each pool of them.
+
+    Args:
+        parts: (layers, backend of these, which counts them from 0): the layers that attend to everything first, where there are any; then those of each
+            window, in the order of a sequence's `windows`.
+        whole: whether the first part is that of all tokens.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], AttentionBackend]], *, whole: bool, deterministic: bool) -> None:
+        self._backends, self._whole, self.deterministic = [backend for _, backend in parts], whole, deterministic
+        self._of = {layer: (backend, own) for layers, backend in parts for own, layer in enumerate(layers)}
+        self.device, self.page_size = self._backends[0].device, self._backends[0].page_size
+
+    def _batches(self, batch: AttentionBatch) -> list[AttentionBatch]:
+        """The same tokens in each backend's pool."""
+        whole = [batch] if self._whole else []
+        own = zip(*(sequence.windows for sequence in batch.sequences), strict=True)
+        return whole + [batch._replace(sequences=sequences) for sequences in own]
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.plan`."""
+        for backend, own in zip(self._backends, self._batches(batch), strict=True):
+            backend.plan(own)
+
+    def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """By the layer's backend."""
+        backend, own = self._of[layer]
+        return backend.rotate(own, qk)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """By the layer's backend."""
+        backend, own = self._of[layer]
+        backend.write(own, k, v)
+
+    def run(self, layer: int, q: Tensor) -> Tensor:
+        """By the layer's backend."""
+        backend, own = self._of[layer]
+        return backend.run(own, q)
+
+    def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
+        """See `AttentionBackend.prepare_for_capture`."""
+        for backend in self._backends:
+            backend.prepare_for_capture(num_requests, num_rows, max_query_len, max_context)
+
+    def prepare_for_replay(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.prepare_for_replay`."""
+        for backend, own in zip(self._backends, self._batches(batch), strict=True):
+            backend.prepare_for_replay(own)
+
+
 @dataclass
 class DeviceBatch:
     """A batch on the device, for the Triton kernels."""
@@ -321,7 +381,7 @@ class DeviceBatch:
     @classmethod
     def of(cls, batch: AttentionBatch, ropes: Sequence[RopeTable], device: torch.device) -> DeviceBatch:
         """From the host's lists."""
-        pages = [sequence.pages for sequence in batch.sequences]
+        pages = [sequence.table for sequence in batch.sequences]
         width = max(len(own) for own in pages)
         tree = batch.tree()
         return cls(

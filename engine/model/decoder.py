@@ -21,7 +21,8 @@ from draft.tree import TreePosition
 from engine.errors import InvalidOption
 from engine.kv.pool import KvPool, KvSequence, LayerAngles, PagedPool
 from engine.kv.spread_pool import SpreadPool
-from engine.model.attention import AttentionBackend, AttentionBatch, SpreadBackend, TritonBackend, open_backend
+from engine.kv.windowed_pool import WindowedPool
+from engine.model.attention import AttentionBackend, AttentionBatch, SpreadBackend, TritonBackend, WindowedBackend, open_backend
 from engine.model.batch_invariant import batch_invariant, batch_invariant_gate, batch_invariant_grouped
 from engine.model.config import DecoderConfig
 from engine.model.device import on_device
@@ -107,6 +108,7 @@ class Decoder(PassRunner, nn.Module):
         self._weights: list[LayerWeights] = []
         self._output_norm: torch.Tensor | None = None
         self._ropes: dict[tuple[bool, torch.device], RopeTable] = {}
+        self._parts: dict[tuple[int, ...], DecoderConfig] = {}
         self.layer_shapes = [config.layer_shape(number) for number in range(config.num_layers)]
         self.gemm = select_gemm(self.dtype, self.device) if gemm is None else gemm
         self._choose_ops()
@@ -392,15 +394,16 @@ class Decoder(PassRunner, nn.Module):
         angles = tuple(table.inverse(start, end) if inverse else table.slice(start, end) for table in tables)
         return LayerAngles(angles, tuple(int(shape.local_rope) for shape in self.layer_shapes))
 
-    def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None) -> Any:
-        """A KV pool of this model's shape, dtype and device: a `PagedPool`, or a `SpreadPool` where the layers lie on several devices."""
+    def new_pool(self, num_pages: int, page_size: int = 64, *, max_pages: int | None = None, num_layers: int | None = None) -> Any:
+        """A KV pool of this model's shape, dtype and device, that holds all tokens of all layers: a `PagedPool`, or a `SpreadPool` where the layers lie
+        on several devices. num_layers: of fewer layers, on one device."""
         c = self.config
 
         def part(layers: int, device: torch.device) -> PagedPool:
             return PagedPool(layers, c.num_kv_heads, c.head_dim, num_pages, page_size, dtype=self.dtype, device=device, max_pages=max_pages)
 
         if self.device_map is None:
-            return part(c.num_layers, self.device)
+            return part(c.num_layers if num_layers is None else num_layers, self.device)
         return SpreadPool([(first, part(end - first, device)) for first, end, device in self.device_map.parts], self.device)
 
     # --- running it -----------------------------------------------------------------------------------------------------
@@ -495,11 +498,27 @@ class Decoder(PassRunner, nn.Module):
                 ropes = [self.rope_table(local=local, device=device) for local in ([False] if own.local_rope is None else [False, True])]
                 found.append((first, open_backend(part, own, *ropes, deterministic=deterministic)))
             return SpreadBackend(found, deterministic=deterministic)
-        local = None if self.config.local_rope is None else self.rope_table(local=True)
+        if isinstance(pool, WindowedPool):
+            parts = [(group.layers, group.pool) for group in pool.windowed]
+            if pool.main_layers:
+                parts.insert(0, (pool.main_layers, pool.main))
+            opened = [(layers, self._open_backend(part, self._part(layers), deterministic, kernels)) for layers, part in parts]
+            return WindowedBackend(opened, whole=bool(pool.main_layers), deterministic=deterministic)
+        return self._open_backend(pool, self.config, deterministic, kernels)
+
+    def _part(self, layers: tuple[int, ...]) -> DecoderConfig:
+        """The config of some layers, as attention takes it."""
+        if layers not in self._parts:
+            kinds = tuple(self.config.layer_kinds[layer] for layer in layers)
+            self._parts[layers] = replace(self.config, num_layers=len(layers), layer_kinds=kinds)
+        return self._parts[layers]
+
+    def _open_backend(self, pool: KvPool, config: DecoderConfig, deterministic: bool, kernels: bool) -> AttentionBackend:
+        local = None if config.local_rope is None else self.rope_table(local=True)
         if kernels:
             assert isinstance(pool, PagedPool)
-            return TritonBackend(pool, self.config, self.rope, local, deterministic=deterministic)
-        return open_backend(pool, self.config, self.rope, local, deterministic=deterministic)
+            return TritonBackend(pool, config, self.rope, local, deterministic=deterministic)
+        return open_backend(pool, config, self.rope, local, deterministic=deterministic)
 
     def decode(self, token_ids: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
         """New tokens [N] int64 of a batch that the backend was planned or prepared for -> float32 logits [N, V].

@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption, PoolExhausted, PromptTooLong
 from engine.kv.formats import PLAIN, check_format
 from engine.kv.shared_prefixes import SharedPrefixes
+from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
@@ -29,11 +30,14 @@ from engine.runtime.draft_copy import exit_copy
 from engine.runtime.memory import (
     POOL_TOKENS_CPU,
     PREFILL_TOKENS,
+    most_cached_ends,
     most_cached_pages,
     open_pool,
     page_counts,
     plan_devices,
     prefill_chunk,
+    step_tokens,
+    window_layers,
 )
 from engine.runtime.metrics import SpeculationMetrics
 from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding, sizes_up_to
@@ -131,7 +135,16 @@ class EngineCore:
         start, pages = page_counts(tokens, config.page_size)
         if target.device.type == "cuda":
             start = pages  # captured steps hold addresses: a GPU's pool gets its size at once
-        self.pool = open_pool(target, config.kv_cache_dtype, start, config.page_size, pages, means=kv_means)
+        self.pool = open_pool(
+            target,
+            config.kv_cache_dtype,
+            start,
+            config.page_size,
+            pages,
+            means=kv_means,
+            windows=window_layers(target, config),
+            step_tokens=step_tokens(target, config),
+        )
         self.draft_pool = None if cached is None else cached.new_pool(start, config.page_size, max_pages=pages)
         runner = graphed(target, self.pool)
         self.runner = runner  # the target, its small passes captured where that can be
@@ -151,8 +164,7 @@ class EngineCore:
         chunk = config.prefill_chunk or prefill_chunk(target.device)
         self.shared_prefixes = None
         if config.prefix_sharing:
-            most = most_cached_pages(self.pool)
-            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=most, chunk_tokens=chunk)
+            self.shared_prefixes = self._new_shared_prefixes(chunk_tokens=chunk)
         blocks = None if source is None else block_decoding(runner, self.drafter)
         ngrams = isinstance(source, NgramSource) or (config.ngrams and source is not None)
         measured, by_draft, rows = config.costs is None, target.device.type == "cpu", runner.captured_rows
@@ -242,7 +254,7 @@ class EngineCore:
         source of drafts, or without a free page to measure in."""
         if self.source is not None and (self.cost_model is None or self.costs_stale):
             longest = self.context if self.drafter is None else min(self.context, self.drafter.max_positions)
-            room = min(longest, self.pool.num_free_pages * self.pool.page_size)
+            room = min(longest, self.pool.num_free_tokens)
             counts = [n for n in _MEASURED_COUNTS if n <= room]
             if not counts:
                 return self.cost_model
@@ -337,10 +349,24 @@ class EngineCore:
     def share_restored(self) -> SharedPrefixes:
         """Keep in the pools what a store gives back, for the next request that begins with it, beside whatever is shared already."""
         if self.shared_prefixes is None:
-            pages = most_cached_pages(self.pool)
-            self.shared_prefixes = SharedPrefixes(self.pool, self.draft_pool, max_pages=pages, computed=False)
-            self.scheduler.shared_prefixes = self.shared_prefixes
+            self.shared_prefixes = self.scheduler.shared_prefixes = self._new_shared_prefixes(computed=False)
         return self.shared_prefixes
+
+    def hold_whole_texts(self, whole: bool) -> None:
+        """Whether layers with a window hold all of each text from now on, where their pool may grow so far: on a CPU."""
+        if isinstance(self.pool, WindowedPool) and self.device.type == "cpu":
+            self.pool.slides = not whole
+
+    def _new_shared_prefixes(self, **options: Any) -> SharedPrefixes:
+        return SharedPrefixes(
+            self.pool,
+            self.draft_pool,
+            max_pages=most_cached_pages(self.pool),
+            max_ends=most_cached_ends(self.pool),
+            whole_chunks=self.device.type == "cpu",
+            with_drafts=len(self.pool.groups) > 1 and self.exit_layer > 0,
+            **options,
+        )
 
     def close_sequence_state(self, conversation: SequenceState) -> None:
         """Give a conversation's pages back, once a store has kept them; it must not be used afterwards."""
@@ -425,6 +451,8 @@ class EngineCore:
             if conversation.sequence.length >= len(conversation.token_ids):
                 # everything is in the cache: the last token runs again, for its logits
                 conversation.sequence.truncate(len(conversation.token_ids) - 1)
+                if not conversation.sequence.length:  # taken back farther than layers with a window hold it
+                    conversation.emptied()
                 state = conversation.draft_state
                 if state is not None and state.sequence is conversation.sequence and state.features is not None:
                     state.features.truncate(state.length)

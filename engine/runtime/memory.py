@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -14,9 +14,12 @@ from engine.errors import InvalidOption
 from engine.kv.formats import PLAIN, check_format, element_bits
 from engine.kv.pool import KvPool
 from engine.kv.quantized_pool import QuantizedPool
+from engine.kv.text_ends import ENDS_OF_A_TEXT
+from engine.kv.windowed_pool import REWIND_TOKENS, WindowedPool, WindowGroup
 from engine.model.decoder import Decoder
 from engine.runtime.block_runner import common_lengths
-from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, decode_shape, sizes_up_to
+from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, GraphedDecoder, decode_shape, sizes_up_to
+from engine.runtime.reserve import MOST_STEP_TOKENS
 from kernels.decode_layer import DecodeBuffers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.quantized_kv import FORMATS
@@ -24,6 +27,7 @@ from kernels.quantized_kv import FORMATS
 POOL_TOKENS_CPU = 1 << 17
 CACHED_TOKENS_CPU, CACHED_BYTES_CPU = 1 << 15, 1 << 30  # of prefixes that are kept for later requests, whichever is less
 PREFILL_TOKENS = 2048  # of all prompts a step, on a CPU
+CACHED_WINDOWS = 32  # ends of texts, with the windows before them, that a GPU has room for beside those of running requests
 START_TOKENS = 4096  # what a pool begins with; it doubles on demand
 GPU_MEMORY_UTILIZATION = 0.9  # of a GPU's memory that an engine and all other programs may take, unless its options say otherwise
 _LOGIT_COPIES = 5  # float32 tensors of a row's vocabulary that sampling holds at once: logits, scaled, cut, sorted, probabilities
@@ -53,7 +57,7 @@ class MemoryPlan:
 
     total: of the device. used: before the pools, by other programs and by this process: weights, CUDA's context. workspace: of passes outside of
     captured steps. captured: buffers of the steps that `EngineCore.capture_steps` captures. pools: of both KV pools, for pool_tokens tokens each.
-    device: its name, where there are several.
+    device: its name, where there are several. windows: of layers that keep their window alone: (window, tokens, bytes), part of the pools'.
     """
 
     total_bytes: int
@@ -63,6 +67,7 @@ class MemoryPlan:
     pools_bytes: int
     pool_tokens: int
     device: str = ""
+    windows: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def announced_bytes(self) -> int:
@@ -77,9 +82,10 @@ class MemoryPlan:
     def __str__(self) -> str:
         """One line for people."""
         where = f"of {self.device} " if self.device else ""
+        windows = "".join(f"; windows of {own}: {tokens} tokens, {size / _GIB:.2f}" for own, tokens, size in self.windows)
         return (
             f"{where}{self.announced_bytes / _GIB:.2f} of {self.total_bytes / _GIB:.2f} GiB: {self.used_bytes / _GIB:.2f} before, KV pools "
-            f"{self.pools_bytes / _GIB:.2f} ({self.pool_tokens} tokens), captured steps {self.captured_bytes / _GIB:.2f}, "
+            f"{self.pools_bytes / _GIB:.2f} ({self.pool_tokens} tokens{windows}), captured steps {self.captured_bytes / _GIB:.2f}, "
             f"workspace {self.workspace_bytes / _GIB:.2f}"
         )
 
@@ -129,18 +135,20 @@ def plan_memory(
     workspace = workspace_bytes(target, config) + (0 if draft is None else workspace_bytes(draft, config))
     captured = captured_bytes(target, draft, config) if captures else 0
     of_token = token_bytes(target, draft, config.kv_cache_dtype, layers)
+    pools = PoolSizes.of(target, draft, config, layers)
     share = GPU_MEMORY_UTILIZATION if config.gpu_memory_utilization is None else config.gpu_memory_utilization
     left = int(memory.total_bytes * share) - used - workspace - captured
     tokens = config.pool_tokens
-    if tokens is not None and tokens * of_token > memory.free_bytes:
+    if tokens is not None and pools.bytes(tokens) > memory.free_bytes:
         raise InvalidOption(
-            f"a KV cache of {tokens} tokens takes {tokens * of_token / _GIB:.2f} GiB, and {memory.free_bytes / _GIB:.2f} GiB of the GPU are free",
+            f"a KV cache of {tokens} tokens takes {pools.bytes(tokens) / _GIB:.2f} GiB, and {memory.free_bytes / _GIB:.2f} GiB of the GPU are free",
             "give fewer pool_tokens, or end other programs",
         )
     if tokens is None:
-        tokens = int(left / of_token) if of_token else config.max_batch * target.config.max_position_embeddings
+        most = config.max_batch * target.config.max_position_embeddings
+        tokens = pools.most_tokens(left, most)
         if not config.prefix_sharing:
-            tokens = min(tokens, config.max_batch * target.config.max_position_embeddings)
+            tokens = min(tokens, most)
         if tokens < min(START_TOKENS, target.config.max_position_embeddings):
             enough = (used + workspace + captured + START_TOKENS * of_token) / memory.total_bytes
             raise InvalidOption(
@@ -148,7 +156,74 @@ def plan_memory(
                 f"used, captured steps and workspace take {(workspace + captured) / _GIB:.2f} GiB",
                 f"give {math.ceil(100 * enough) / 100:.2f}" if enough <= 1 else "use smaller models, or end other programs",
             )
-    return MemoryPlan(memory.total_bytes, used, workspace, captured, int(tokens * of_token), tokens)
+    windows = tuple((own.window, count := own.pool_tokens(tokens), int(count * own.token_bytes)) for own in pools.windows)
+    return MemoryPlan(memory.total_bytes, used, workspace, captured, int(pools.bytes(tokens)), tokens, windows=windows)
+
+
+@dataclass(frozen=True)
+class WindowLayers:
+    """Layers of one window that keep pages of their own. token_bytes: of a token in them. most_tokens: that all running requests need at once, with the
+    ends of texts that are kept for later ones."""
+
+    window: int
+    layers: tuple[int, ...]
+    token_bytes: float
+    most_tokens: int
+
+    def pool_tokens(self, tokens: int) -> int:
+        """Of their pool on a GPU, beside one of `tokens` tokens for the other layers."""
+        return min(tokens, self.most_tokens)
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Bytes of a token in both pools: token_bytes where all of a text is kept, and of layers that keep a window alone."""
+
+    token_bytes: float
+    windows: tuple[WindowLayers, ...]
+
+    @classmethod
+    def of(cls, target: Decoder, draft: Decoder | None, config: EngineConfig, layers: int | None = None) -> PoolSizes:
+        """Of an engine; layers: of the target that count, None for all. Raises InvalidOption as `token_bytes`."""
+        windows = window_layers(target, config)
+        every = target.config.num_layers if layers is None else layers
+        rest = every - sum(len(own.layers) for own in windows)
+        return cls(token_bytes(target, draft, config.kv_cache_dtype, rest), windows)
+
+    def bytes(self, tokens: int) -> float:
+        """Of both pools, of so many tokens."""
+        return tokens * self.token_bytes + sum(own.pool_tokens(tokens) * own.token_bytes for own in self.windows)
+
+    def most_tokens(self, room: float, most: int) -> int:
+        """Largest pools that `room` bytes hold; `most` tokens where those of windows fit and nothing else takes any."""
+        held = sum(own.most_tokens * own.token_bytes for own in self.windows)
+        each = self.token_bytes + sum(own.token_bytes for own in self.windows)
+        found = int(room / each) if each else most
+        if self.windows and room >= held:
+            found = max(found, int((room - held) / self.token_bytes)) if self.token_bytes else most
+        return found
+
+
+def step_tokens(target: Decoder, config: EngineConfig) -> int:
+    """Most tokens of one request that a step writes."""
+    return max(MOST_STEP_TOKENS, config.prefill_chunk or prefill_chunk(target.device))
+
+
+def window_layers(target: Decoder, config: EngineConfig) -> tuple[WindowLayers, ...]:
+    """The target's layers that keep pages of their own: those with a window that, with what a step adds, is shorter than the model's context; () where
+    the layers lie on several devices, or steps are captured, whose buffers hold one page table."""
+    captured = config.kv_cache_dtype == PLAIN and GraphedDecoder.fits(target)
+    shapes = target.layer_shapes if target.device_map is None and not captured else []
+    bits = element_bits(config.kv_cache_dtype, target.config.head_dim, target.dtype)
+    found = []
+    for window in sorted({shape.window for shape in shapes if shape.window is not None}):
+        held = window + REWIND_TOKENS + 3 * config.page_size  # three pages are held in part
+        if held + step_tokens(target, config) < target.config.max_position_embeddings:
+            layers = tuple(number for number, shape in enumerate(shapes) if shape.window == window)
+            running = config.max_batch * (held + MOST_STEP_TOKENS) + max(PREFILL_TOKENS, step_tokens(target, config))
+            kept = CACHED_WINDOWS * held if config.prefix_sharing else 0
+            found.append(WindowLayers(window, layers, len(layers) * target.config.kv_width * bits / 8, running + kept))
+    return tuple(found)
 
 
 def token_bytes(target: Decoder, draft: Decoder | None, kv_format: str = PLAIN, layers: int | None = None) -> float:
@@ -227,7 +302,18 @@ def most_cached_pages(pool: KvPool) -> int:
     """Pages that known beginnings may keep: a GPU's pool has its size at once, all of it; on a CPU, where a pool grows with what is kept, a few."""
     if pool.device.type == "cuda":
         return pool.max_pages
-    return min(pool.max_pages, CACHED_TOKENS_CPU // pool.page_size, max(1, CACHED_BYTES_CPU // pool.page_bytes))
+    return min(pool.max_pages, CACHED_TOKENS_CPU // pool.page_size, max(1, CACHED_BYTES_CPU // max(1, pool.page_bytes)))
+
+
+def most_cached_ends(pool: KvPool) -> int:
+    """Windows that known texts may keep, of those that others went on from and of the rest each: as many as fit the memory of `most_cached_pages`."""
+    if not isinstance(pool, WindowedPool):
+        return 1
+    if pool.device.type == "cuda":
+        return CACHED_WINDOWS // 2
+    tokens = sum(own.window + REWIND_TOKENS for own in pool.windowed)
+    size = sum((own.window + REWIND_TOKENS) / pool.page_size * own.pool.page_bytes for own in pool.windowed)
+    return max(2 * ENDS_OF_A_TEXT, int(min(CACHED_TOKENS_CPU / tokens, CACHED_BYTES_CPU / size)) // 2)
 
 
 def page_counts(tokens: int, page_size: int) -> tuple[int, int]:
@@ -239,20 +325,47 @@ def page_counts(tokens: int, page_size: int) -> tuple[int, int]:
 
 
 def open_pool(
-    target: Decoder, kv_format: str, num_pages: int, page_size: int, max_pages: int, *, means: torch.Tensor | None = None
+    target: Decoder,
+    kv_format: str,
+    num_pages: int,
+    page_size: int,
+    max_pages: int,
+    *,
+    means: torch.Tensor | None = None,
+    windows: Sequence[WindowLayers] = (),
+    step_tokens: int = 0,
 ) -> KvPool:
     """A pool for the target's KV in one of `KV_CACHE_DTYPES`.
 
-    means: [L, 2, G, d] float32, channel means of keys before rotation and of values; needed by quantised formats only.
+    means: [L, 2, G, d] float32, channel means of keys before rotation and of values; needed by quantised formats only. windows: layers that keep pages
+    of their own; step_tokens: of one request that a step writes at most, which these have to hold beside the window.
 
     Raises:
         InvalidOption: see `check_format`, or a quantised format without means.
     """
     check_format(kv_format, target.config.head_dim)
-    if kv_format == PLAIN:
-        return target.new_pool(num_pages, page_size, max_pages=max_pages)
-    if target.device_map is not None:
+    if kv_format != PLAIN and target.device_map is not None:
         raise InvalidOption(f"the KV format {kv_format} lies on one device, and the target's layers on several", "use bf16, or one device")
-    if means is None:
+    if kv_format != PLAIN and means is None:
         raise InvalidOption(f"the KV format {kv_format} takes off channel means, and there are none", "measure them, or use bf16")
-    return QuantizedPool(FORMATS[kv_format], means.to(target.device), num_pages, page_size, dtype=target.dtype, max_pages=max_pages)
+
+    def part(layers: Sequence[int], start: int, most: int) -> KvPool:
+        if means is None or kv_format == PLAIN:
+            return target.new_pool(start, page_size, max_pages=most, num_layers=len(layers))
+        own = means[list(layers)].to(target.device)
+        return QuantizedPool(FORMATS[kv_format], own, start, page_size, dtype=target.dtype, max_pages=most)
+
+    every = range(target.config.num_layers)
+    if not windows:
+        return part(every, num_pages, max_pages)
+    groups = []
+    for own in windows:
+        start, most = num_pages, max_pages
+        if target.device.type == "cuda":
+            start = most = -(-own.pool_tokens(max_pages * page_size) // page_size)
+        else:  # grows with what is held, twice a request's at first: pages that follow one another are read faster
+            start = min(start, 2 * -(-(own.window + REWIND_TOKENS + step_tokens) // page_size))
+        groups.append(WindowGroup(own.window, own.layers, part(own.layers, start, most)))
+    rest = sorted(set(every).difference(*(own.layers for own in windows)))
+    config = target.config
+    return WindowedPool(rest, part(rest, num_pages, max_pages), groups, config.num_kv_heads, config.head_dim, step_tokens)

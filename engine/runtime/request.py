@@ -73,6 +73,12 @@ class SequenceState:
     foreign: bool = False
     windows_from: int = 0
 
+    def emptied(self) -> None:
+        """Its caches hold nothing: what is computed from now on is its own."""
+        self.restored_spans = []
+        self.num_computed, self.num_chunked, self.windows_from = 0, 0, 0
+        self.invariant, self.foreign = True, False
+
 
 @dataclass(frozen=True)
 class GenerationResult:

@@ -6,21 +6,26 @@ from typing import NamedTuple
 
 from draft.protocols import Drafter
 from draft.tree import MAX_LEAVES
-from engine.kv.pool import KvSequence
+from engine.kv.pool import KvPool, KvSequence
 from engine.runtime.request import Request
+from engine.runtime.sampling import MAX_DRAFT_LENGTH
+
+MOST_STEP_TOKENS = 2 * MAX_DRAFT_LENGTH + 1 + MAX_LEAVES
+"""Most tokens that a request is given pages for behind its text, to decode."""
 
 
 class Demand(NamedTuple):
-    """Pages that a sequence needs: for `tokens` tokens in all, those from `start` on to be written."""
+    """Pages that a sequence needs: for `tokens` tokens in all, those from `start` on to be written; whole: step by step."""
 
     sequence: KvSequence
     tokens: int
     start: int
+    whole: bool = False
 
     @property
-    def missing(self) -> int:
-        """Pages of its pool that are still to be taken."""
-        return self.sequence.missing_pages(self.tokens, self.start)
+    def needs(self) -> list[tuple[KvPool, int]]:
+        """Pages that are still to be taken of each pool."""
+        return self.sequence.needs(self.tokens, self.start, whole=self.whole)
 
     def reserve(self) -> None:
         """Take them. Raises PoolExhausted; nothing is taken then."""
@@ -80,7 +85,7 @@ def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool, mo
     longest = request.longest(drafts=drafts)
     if most is not None:
         longest = min(longest, most + (request.most_drafts if drafts else 0))
-    return _demands(request, drafter, longest, longest)
+    return [demand._replace(whole=True) for demand in _demands(request, drafter, longest, longest)]
 
 
 def reserve(demands: list[Demand]) -> None:

@@ -67,13 +67,12 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PoolExhausted when it could not even run alone in an otherwise empty pool."""
         for demand in whole_demands(request, self.drafter, drafts=self._drafts):
-            pool = demand.sequence.pool
-            wanted = -(-demand.tokens // pool.page_size)
-            if wanted > pool.max_pages:
-                raise PoolExhausted(
-                    f"the request may grow to {wanted} pages of {pool.page_size} tokens, the KV pool has {pool.max_pages}",
-                    "lower max_new_tokens, shorten the prompt, or give the engine a larger pool_tokens",
-                )
+            for pool, wanted in demand.sequence.at_most(demand.tokens):
+                if wanted > pool.max_pages:
+                    raise PoolExhausted(
+                        f"the request may grow to {wanted} pages of {pool.page_size} tokens, the KV pool has {pool.max_pages}",
+                        "lower max_new_tokens, shorten the prompt, or give the engine a larger pool_tokens",
+                    )
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -185,9 +184,7 @@ class Scheduler:
             self.drafter.close([conversation.draft_state])
         conversation.sequence.truncate(0)
         conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
-        conversation.restored_spans = []
-        conversation.num_computed, conversation.num_chunked, conversation.windows_from = 0, 0, 0
-        conversation.invariant, conversation.foreign = True, False
+        conversation.emptied()
         request.looked_up = False
         self.waiting.appendleft(request)
 
@@ -275,9 +272,8 @@ class Scheduler:
         refused: list[Request] = []
         if not self.waiting or len(self.running) >= self.max_batch:
             return refused
-        room = {id(self.pool): self.pool.num_free_pages}
-        if self.draft_pool is not None:
-            room[id(self.draft_pool)] = self.draft_pool.num_free_pages
+        pools = [*self.pool.groups, *(() if self.draft_pool is None else self.draft_pool.groups)]
+        room = {id(pool): pool.num_free_pages for pool in pools}
         oldest = min(self.running, key=lambda r: r.submitted_at, default=self.waiting[0])
         for request in self.running:
             for pool, need in self._promise(request, oldest):
@@ -341,4 +337,4 @@ class Scheduler:
 
 def _needs(demands: list[Demand]) -> list[tuple[KvPool, int]]:
     """Pages that are to be taken of each pool."""
-    return [(demand.sequence.pool, demand.missing) for demand in demands]
+    return [found for demand in demands for found in demand.needs]

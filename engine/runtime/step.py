@@ -290,10 +290,14 @@ def _not_finite(request: Request) -> NonFiniteLogits:
 def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter, limit: int) -> None:
     """Let drafts that lie too far behind run one chunk of at most `limit` tokens, and those still behind skip this step (sets their length to 0).
 
-    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; an early exit has to know all of the target's cache.
+    A separate draft may lie `limit` tokens behind, as it runs what it lacks with its next block; an early exit has to know all of the target's cache,
+    and one that lies behind what the target's windowed layers hold does not draft.
     """
     ends, slack = ([r.sequence.length for r in requests], 0) if drafter.exit_layer else ([len(r.token_ids) for r in requests], limit)
     behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).num_cached > slack]
+    for b in [b for b in behind if drafter.exit_layer and not requests[b].sequence.sees(_state(requests[b]).num_cached)]:
+        lengths[b] = 0
+        behind.remove(b)
     if behind:
         states = [_state(requests[b]) for b in behind]
         pieces = [requests[b].token_ids[s.num_cached : min(s.num_cached + limit, ends[b])] for b, s in zip(behind, states, strict=True)]

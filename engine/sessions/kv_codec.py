@@ -21,7 +21,8 @@ from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
 from draft.protocols import DraftState
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
-from engine.kv.pool import PagedPool
+from engine.kv.pool import KvSequence, PagedPool
+from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
@@ -218,22 +219,23 @@ class SessionCodec:
             return self.core.target.read_kv(conversation.sequence, first + a, first + b, first_layer=self.first_layer)
 
         def unseen(rows: Tensor, predicted: Tensor, at: int) -> None:
-            self._leave_out_unseen(rows, predicted, first + at, next_position)
+            self._leave_out_unseen(conversation.sequence, rows, predicted, first + at, next_position)
 
         return SpanEncoder(self._spans, inputs, [b - a for a, b in bounds], read, unseen)
 
-    def _leave_out_unseen(self, rows: Tensor, predicted: Tensor, first: int, next_position: int) -> None:
-        """Let rows [T, D] of tokens from `first` on be as predicted, so that no residual is coded, where they lie before the window of a layer's query
-        at `next_position`."""
+    def _leave_out_unseen(self, sequence: KvSequence, rows: Tensor, predicted: Tensor, first: int, next_position: int) -> None:
+        """Let rows [T, D] of a sequence's tokens from `first` on be as predicted, so that no residual is coded, where they lie before the window of a
+        layer's query at `next_position`, or are not held."""
         width = self.core.target.config.kv_width
         for number, shape in enumerate(self.core.target.layer_shapes[self.first_layer :]):
-            if shape.window is not None and (unseen := next_position + 1 - shape.window - first) > 0:
+            seen = 0 if shape.window is None else max(next_position + 1 - shape.window, sequence.held_from(self.first_layer + number))
+            if (unseen := seen - first) > 0:
                 own = slice(number * width, (number + 1) * width)
                 rows[:unseen, own] = predicted[:unseen, own]
 
     def run_target(self, conversation: SequenceState, count: int) -> None:
         """Run the target over the first `count` tokens of an empty conversation, in passes as long as the draft's; advances."""
-        size = pass_tokens(self.core.target)
+        size = known_pass_tokens(self.core.target, conversation.sequence)
         for at in range(0, count, size):
             run_tokens(self.core, conversation, min(size, count - at))
 
@@ -258,7 +260,10 @@ class SessionCodec:
         clock = clock or StageClock(self.core.device)
         start, end = spans[0].start, spans[-1].end
         drafter, state = self.core.drafter, conversation.draft_state
-        if self.core.device.type == "cuda" and not clock.waits and drafter is not None and drafter.exit_layer == 0 and state is not None:
+        side_by_side = (
+            self.core.device.type == "cuda" and not clock.waits and not conversation.sequence.windows
+        )  # whose pages are taken pass by pass
+        if side_by_side and drafter is not None and drafter.exit_layer == 0 and state is not None:
             parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock, lent)
         else:
             parts = self._entropy_decoded(spans, lent, beside=not clock.waits)
@@ -317,6 +322,8 @@ class SessionCodec:
     ) -> None:
         sequence, target = conversation.sequence, self.core.target
         pool = sequence.pool
+        if pool.slides:
+            sequence.hold_only_seen(end)
         sequence.ensure(end, start)
         one_rope = target.config.local_rope is None  # the kernel turns the keys of all layers alike
         if one_rope and isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
@@ -337,22 +344,35 @@ class SessionCodec:
         ids = torch.tensor(conversation.token_ids[start:end], device=self.core.device)
         if spec.recomputed_layers == 0:
             return target.embed(ids)[:, None]
-        rows, size = [], pass_tokens(target)
-        conversation.sequence.ensure(end, start)
-        conversation.invariant = conversation.invariant and self.core.deterministic  # its pages are written anew
-        for at in range(start, end, size):
-            count = min(end - at, size)
-            out = target.forward(
-                ids[at - start : at - start + count],
-                [conversation.sequence],
-                [count],
-                starts=[at],
-                taps=spec.target_taps,
-                logits="none",
-                last_layer=spec.recomputed_layers,
-                deterministic=self.core.deterministic,
-            )
-            rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1))
+        sequence, first = conversation.sequence, start
+        in_place = sequence.sees(start)
+        if not in_place:  # layers with a window have given back what these tokens attend to
+            sequence, first = self.core.pool.new_sequence(), 0
+            ids = torch.tensor(conversation.token_ids[:end], device=self.core.device)
+        else:
+            conversation.invariant = conversation.invariant and self.core.deterministic  # its pages are written anew
+        rows, size = [], known_pass_tokens(target, sequence)
+        try:
+            if not sequence.windows:
+                sequence.ensure(end, start)
+            for at in range(first, end, size):
+                count = min(end - at, size)
+                sequence.ensure(at + count, at)
+                out = target.forward(
+                    ids[at - first : at - first + count],
+                    [sequence],
+                    [count],
+                    starts=[at],
+                    taps=spec.target_taps,
+                    logits="none",
+                    last_layer=spec.recomputed_layers,
+                    deterministic=self.core.deterministic,
+                )
+                sequence.slide(at + count)
+                rows.append(torch.stack([out.taps[i] for i in spec.target_taps], 1)[max(0, start - at) :])
+        finally:
+            if not in_place:
+                sequence.free()
         return torch.cat(rows)
 
     def _draft_pass(self, state: DraftState | None, conversation: SequenceState, start: int, end: int) -> Tensor:
@@ -445,6 +465,12 @@ def pass_tokens(model: Decoder) -> int:
     return _PASS_TOKENS.setdefault(model, max(PASS_TOKENS, min(_LARGEST_PASS, free // (2 * each))))
 
 
+def known_pass_tokens(model: Decoder, sequence: KvSequence) -> int:
+    """The same over a sequence, whose windowed layers have room for a step's tokens alone."""
+    size = pass_tokens(model)
+    return min(size, sequence.pool.step_tokens) if isinstance(sequence.pool, WindowedPool) else size
+
+
 def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
     """The engine's one codec, made at first use (see `find_pack`). Raises InvalidOption when another pack is asked for later."""
     path = None if pack is None else Path(pack).absolute()
@@ -479,10 +505,13 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int])
     with it: the caller then writes the other layers' KV."""
     drafter = core.drafter
     assert drafter is not None
-    size = pass_tokens(core.draft_model or core.target)
-    state.sequence.ensure(len(token_ids), state.num_cached)
-    state.cache.ensure(len(token_ids))
+    size = known_pass_tokens(core.draft_model or core.target, state.sequence)
+    if not state.sequence.windows:
+        state.sequence.ensure(len(token_ids), state.num_cached)
+    if state.cache is not state.sequence:
+        state.cache.ensure(len(token_ids))
     while chunk := token_ids[state.length : state.length + size]:
+        state.sequence.ensure(state.length + len(chunk), state.num_cached)
         drafter.prefill([state], [chunk])
         if drafter.exit_layer:
             state.sequence.advance(len(chunk))

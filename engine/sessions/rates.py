@@ -68,7 +68,7 @@ def measure(codec: SessionCodec) -> Rates:
     process's own over its threads, so that other programs make no difference.
     """
     core = codec.core
-    room = min(core.context, core.pool.num_free_pages * core.pool.page_size // 2)
+    room = min(core.context, core.pool.num_free_tokens // 2)
     small, large = (min(length, room) for length in _LENGTHS.get(core.device.type, _LENGTHS["cpu"]))
     if large <= max(small, NUM_SINKS):  # no room to measure in, and nothing to gain
         return Rates(1.0, 0.0, 0.0, 0.0)

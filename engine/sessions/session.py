@@ -319,9 +319,11 @@ class Session:
         start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
         if quality != TOKENS:
             end = coded_end(held, quality)
+            if not self.conversation.sequence.sees(max(0, end - 1)):  # taken back so far that layers with a window hold the end alone
+                end = held
             with torch.inference_mode():
                 # the last token may run again
-                self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=min(end, held - 1))
+                self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=end - 1)
             if not self.spans:
                 reason = f"all {held} tokens are among the last, which {quality} keeps as ids"
                 return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
@@ -420,6 +422,7 @@ class Session:
                 with torch.inference_mode(), session_errors(source):
                     codec.restore(conversation, stored.spans, clock)
                 narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
+                conversation.sequence.hold_only_seen(num_cached)
                 conversation.windows_from = max(0, num_cached - narrowest)
                 stages = clock.seconds()
                 draft_s = stages.get("sinks", 0.0) + stages["draft"]

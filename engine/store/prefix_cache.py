@@ -140,8 +140,9 @@ class PrefixCache:
         self._told: set[bytes] = set()  # runs whose tokens requests may have as drafts already
 
     def attach(self) -> PrefixCache:
-        """Serve the engine from now on, until `close`."""
+        """Serve the engine from now on, until `close`. On a CPU layers with a window then hold all of a text, as any beginning of it may be stored."""
         self.core.prefix_store, self._shared = self, self.core.share_restored()
+        self.core.hold_whole_texts(self.codec is not None)
         reference = weakref.ref(self)
 
         def leave() -> None:
@@ -268,7 +269,8 @@ class PrefixCache:
         """See `PrefixStore.finished`."""
         if self._closing or request.error is not None or request.sequence.length < PAGE_TOKENS:
             return
-        if request.conversation.windows_from:  # a shorter beginning of this text would read what is not there
+        # a shorter beginning of this text would read what is not there
+        if request.conversation.windows_from or not request.sequence.sees(0):
             return
         if self._job_of(request.conversation) is None:
             self._jobs.append(_Job(request.conversation, request.namespace or self.namespace, time.monotonic()))
@@ -323,6 +325,7 @@ class PrefixCache:
                 self._end(job)
             if self.core.prefix_store is self:
                 self.core.prefix_store = None
+                self.core.hold_whole_texts(False)
         atexit.unregister(self._at_exit)
         self.store.close()
         return done

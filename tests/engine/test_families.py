@@ -98,7 +98,7 @@ def check_left_out(codec, conversation, held):
     """Layers with a window code what the next token sees and nothing before it, in far fewer bytes."""
     rows = torch.ones(held, codec.pack.layout.dim)
     predicted, width = torch.zeros_like(rows), codec.core.target.config.kv_width
-    codec._leave_out_unseen(rows, predicted, 0, held - 1)
+    codec._leave_out_unseen(conversation.sequence, rows, predicted, 0, held - 1)
     for number, shape in enumerate(codec.core.target.layer_shapes[codec.first_layer :]):
         kept = rows[:, number * width : (number + 1) * width].amin(1)
         assert torch.equal(kept, (torch.arange(held) >= held - (shape.window or held)).float())

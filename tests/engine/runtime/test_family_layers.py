@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -85,8 +87,9 @@ def test_padding_writes_no_page_and_an_infinite_logit_is_told(decoder):
 
 
 def engine_of(decoder, draft, **options):
-    """An engine with the runners that it has on a GPU, here without graphs."""
-    engine = Engine(decoder, draft=draft, page_size=8, pool_tokens=2048, **options)
+    """An engine with the runners that it has on a GPU, here without graphs; steps that are captured know one page table."""
+    with mock.patch("engine.runtime.core.window_layers", lambda *_: ()):
+        engine = Engine(decoder, draft=draft, page_size=8, pool_tokens=2048, **options)
     core, scheduler = engine.core, engine.core.scheduler
     runner = scheduler.target = GraphedDecoder(decoder, core.pool, capture=GPU)
     scheduler.plain = PlainDecoding(runner)
