@@ -21,26 +21,6 @@ PROMPTS = ("Read this with care.\n", "Today is Monday, and you are a helper of e
 ONE = SamplingParams(max_new_tokens=1, draft_length=0)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store_engine(chat_engine, folder):
-    """`store_engine(draft, **options)` -> an engine with the test's store; all are closed at the end."""
-    made = []
-
-    def make(draft: str = "draft", **options):
-        engine = chat_engine(draft, **({"store": folder, "quality": "near-lossless", "log": lambda _: None} | options))
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
-
-
 def keep(engine, text):
     result = engine.generate(text, ONE)[0]
     engine.flush()

@@ -24,28 +24,6 @@ GREEDY = SamplingParams(max_new_tokens=8, draft_length=2, ignore_eos=True)
 DRAFTS = ("draft", "head", "trunk", "none")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store_engine(chat_engine, folder):
-    """`store_engine(draft, **options)` -> an engine with the test's store; all are closed at the end. `said`: what they logged."""
-    made = []
-
-    def make(draft: str = "draft", **options):
-        engine = chat_engine(draft, **({"store": folder, "quality": "near-lossless", "log": store_engine_said.append} | options))
-        made.append(engine)
-        return engine
-
-    store_engine_said: list[str] = []
-    make.said = store_engine_said
-    yield make
-    for engine in made:
-        engine.close()
-
-
 def restored(engine, text=LONG, params=GREEDY):
     result = engine.generate(text, params)[0]
     assert result.restored_tokens <= result.reused_tokens <= result.prompt_tokens - 1
