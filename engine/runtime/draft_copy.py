@@ -14,7 +14,7 @@ from engine.kv.pool import KvSequence
 from engine.model.layers import LayerWeights
 from engine.runtime.compiled_runner import CompiledDecoder, page_tables
 from kernels.cpu_decode.stopping import Stopping
-from kernels.cpu_decode.tiles import TILES_8, TileWeight
+from kernels.cpu_decode.tiles import TILES_4, TILES_8, TileWeight
 from kernels.memory import HugePages
 
 if TYPE_CHECKING:  # importing it compiles
@@ -24,19 +24,20 @@ _MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class CopiedDecoder(CompiledDecoder):
-    """A compiled decoder whose first layers, and whose head, are multiplied from copies in 8 bits; passes of many rows are the decoder's own.
+    """A compiled decoder whose first layers, and whose head, are multiplied from copies in few bits; passes of many rows are the decoder's own.
 
     The copies are made at the first pass that needs them, in pages of 2 MiB.
 
     Args:
         runner: of the decoder.
         num_layers: layers that are copied, from the first one on; passes end after them.
+        kind: of the copies, `tiles.TILES_4` or `TILES_8`.
         with_head: whether its head is copied, too; only then it may be asked for one.
     """
 
-    def __init__(self, runner: CompiledDecoder, num_layers: int, *, with_head: bool) -> None:
+    def __init__(self, runner: CompiledDecoder, num_layers: int, kind: int, *, with_head: bool) -> None:
         super().__init__(runner.decoder, runner.pool)
-        self._num_layers, self._with_head = num_layers, with_head
+        self._num_layers, self._kind, self._with_head = num_layers, kind, with_head
         self._copies: tuple[list[LayerWeights], TileWeight | None] | None = None
 
     @property
@@ -47,7 +48,7 @@ class CopiedDecoder(CompiledDecoder):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the copies, made or not."""
-        return sum(TileWeight.num_bytes(matrix.shape, TILES_8) for matrix in self._matrices())
+        return sum(TileWeight.num_bytes(matrix.shape, self._kind) for matrix in self._matrices())
 
     def _matrices(self) -> list[Tensor]:
         layers = self.decoder.layer_weights()[: self._num_layers]
@@ -55,12 +56,12 @@ class CopiedDecoder(CompiledDecoder):
 
     def _made(self) -> tuple[list[LayerWeights], TileWeight | None]:
         if self._copies is None:
-            sizes = [(TileWeight.num_bytes(matrix.shape, TILES_8),) for matrix in self._matrices()]
+            sizes = [(TileWeight.num_bytes(matrix.shape, self._kind),) for matrix in self._matrices()]
             memory = HugePages(sum(HugePages.num_bytes(size, torch.uint8) for size in sizes))
 
             def copied(matrix: Any) -> Any:
                 dense = matrix.to_dense() if matrix.is_mkldnn else matrix
-                return TileWeight.of(dense, TILES_8, memory.zeros((TileWeight.num_bytes(matrix.shape, TILES_8),), torch.uint8))
+                return TileWeight.of(dense, self._kind, memory.zeros((TileWeight.num_bytes(matrix.shape, self._kind),), torch.uint8))
 
             layers = [
                 w._replace(**{name: copied(getattr(w, name)) for name in _MATRICES})
@@ -132,7 +133,10 @@ def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, det
     compiled steps, or a matrix has no whole tiles."""
     if not (isinstance(target, CompiledDecoder) and isinstance(head, CompiledDecoder)):
         return None
-    first, own = CopiedDecoder(target, exit_layer, with_head=False), CopiedDecoder(head, head.config.num_layers, with_head=True)
+    first, own = (
+        CopiedDecoder(target, exit_layer, TILES_4, with_head=False),
+        CopiedDecoder(head, head.config.num_layers, TILES_8, with_head=True),
+    )
     if not (first.fits and own.fits):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None

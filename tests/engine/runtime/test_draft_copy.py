@@ -1,4 +1,4 @@
-"""Drafts made with copies of weights in 8 bits: the target's text and cache to the bit, states that the draft head goes on from, ragged batches."""
+"""Drafts made with copies of weights in few bits: the target's text and cache to the bit, states that the draft head goes on from, ragged batches."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from engine.runtime.drafters import load_draft_head
 from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
 from kernels.cpu_decode.stopping import Stopping
+from kernels.cpu_decode.tiles import TILES_8
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
 EXIT_LAYER = 2
@@ -90,7 +91,7 @@ def test_a_seeded_text_is_the_same_alone_in_a_batch_and_without_drafts(target, t
     assert [r.token_ids for r in together] == [r.token_ids for r in without]
     for prompt, own, result in zip(PROMPTS, params(3), together, strict=True):
         [alone] = engine.generate([prompt], own)
-        assert alone.token_ids == result.token_ids and alone.speculation.accepted_at == result.speculation.accepted_at
+        assert alone.token_ids == result.token_ids
 
 
 @pytest.mark.parametrize("length", [0, 3, "auto"])
@@ -125,7 +126,7 @@ def test_the_targets_cache_and_the_states_are_those_of_plain_decoding(target, tr
     own = heads.new_pool(9, 16).new_sequence()
     forward_reserved(heads, None, [own], [count], hidden=taps[EXIT_LAYER], logits="none")
     exact, found = (heads.read_kv(s, 0, count).float() for s in (own, kept))
-    assert (found - exact).norm() < 0.1 * exact.norm(), "keys and values of drafts come from the copies"
+    assert (found - exact).norm() < 0.3 * exact.norm(), "keys and values of drafts come from the copies"
 
 
 def test_a_request_that_lies_behind_learns_before_it_drafts(target, trained, plain):
@@ -155,17 +156,18 @@ def test_copies_are_near_the_weights_and_counted(target, trained):
     copied = sum(matrix.nbytes for w in layers for matrix in (w.qkv, w.o, w.gate_up, w.down))
     assert (
         first.weight_bytes
-        == copied * 17 // 32
+        == copied * 9 // 32
         == sum(w.qkv.nbytes + w.o.nbytes + w.gate_up.nbytes + w.down.nbytes for w in first._layer_weights())
     )
     sequence = engine.core.pool.new_sequence()
     tokens = torch.tensor(PROMPTS[3][:20])
     sequence.reserve(20)
-    hidden = [
+    eight = CopiedDecoder(engine.core.runner, EXIT_LAYER, TILES_8, with_head=False)
+    exact, four_bits, eight_bits = (
         runner.forward(tokens, [sequence], [20], logits="none", last_layer=EXIT_LAYER).hidden.float()
-        for runner in (engine.core.runner, first)
-    ]
-    assert 0 < (hidden[0] - hidden[1]).norm() < 0.1 * hidden[0].norm()
+        for runner in (engine.core.runner, first, eight)
+    )
+    assert 0 < 4 * (eight_bits - exact).norm() < (four_bits - exact).norm() < 0.4 * exact.norm()
     many = torch.zeros(70, dtype=torch.int64)
     sequence.reserve(70)
     assert torch.equal(*(r.forward(many, [sequence], [70], logits="none", last_layer=2).hidden for r in (engine.core.runner, first)))
