@@ -20,6 +20,7 @@ _VERSION = 1
 _MOST_BYTES = 1 << 20
 # digest of tokenizer.json -> the object it was written from, until that is asked for: reading hundreds of thousands of tokens takes a second
 _LATEST: dict[str, Any] = {}
+_MOST_HELD = 2  # of a target and its draft
 
 
 def write_tokenizer_files(folder: Path, backend: Any, config: dict[str, Any], template: str | None) -> None:
@@ -50,8 +51,9 @@ def write_tokenizer_files(folder: Path, backend: Any, config: dict[str, Any], te
         "cleans_up": config["clean_up_tokenization_spaces"],
     }
     (folder / NOTE).write_text(json.dumps({"version": _VERSION, "files": digests, "facts": facts}) + "\n", encoding="utf-8")
-    _LATEST.clear()
     _LATEST[digests["tokenizer.json"]] = backend
+    while len(_LATEST) > _MOST_HELD:
+        _LATEST.pop(next(iter(_LATEST)), None)
 
 
 def written_tokenizer(folder: Path, files: Sequence[str], original: Callable[[], Any]) -> RememberedTokenizer | None:

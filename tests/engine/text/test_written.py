@@ -17,7 +17,7 @@ from engine.hub.gguf_tokenizer import write_tokenizer
 from engine.text.prompts import special_tokens
 from engine.text.remembered import RememberedTokenizer
 from engine.text.tokenizer import load_tokenizer, tokenizer_fingerprint
-from engine.text.written import NOTE
+from engine.text.written import _LATEST, NOTE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPELLING = bytes_to_unicode()
@@ -92,7 +92,9 @@ def test_the_object_that_was_written_is_handed_over_once_and_reads_as_its_files_
     assert first.backend_tokenizer is not second.backend_tokenizer
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
     written(tmp_path / "one", "llama")
-    written(tmp_path / "other", "smollm")  # only the latest object is kept
+    for kind in ("smollm", "qwen2", "llama-bpe"):
+        written(tmp_path / kind, kind)
+    assert len(_LATEST) == 2, "no more objects are held than those of a target and its draft"
     assert load_tokenizer(tmp_path / "one", cache)("ab")["input_ids"] == first("ab")["input_ids"]
 
 
