@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=200, metavar="N")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--one-pass", action="store_true", help="transformers reads the engine's text instead of generating one")
-    parser.add_argument("--json-out", type=Path)
+    parser.add_argument("--json-out", type=Path, help="list of reports, one a file; this file's is added or replaced")
     args = parser.parse_args()
 
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -109,7 +109,9 @@ def main() -> int:
     }
     text = json.dumps(report)
     if args.json_out is not None:
-        write_atomically(args.json_out, text + "\n")
+        others = json.loads(args.json_out.read_text(encoding="utf-8")) if args.json_out.exists() else []
+        reports = [other for other in others if other["file"] != report["file"]] + [report]
+        write_atomically(args.json_out, json.dumps(reports, indent=1) + "\n")
     print(text)
     return 0 if not wrong and equal == args.tokens else 1
 

@@ -1,6 +1,6 @@
 """Our decoding on a CPU beside llama.cpp's, of one model: tokens per CPU second of each, on one thread, in turns.
 
-    python scripts/bench/llama_rows.py --pair smollm2 --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
+    python scripts/bench/llama_rows.py --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
 
 llama.cpp runs through llama-cpp-python in an environment of its own (--llama-python), greedily, from the same token ids; its bf16 file is made from
 --gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process: two threads beside
@@ -97,7 +97,8 @@ def ours(engine: Any, ids: list[int], count: int, length: int | str) -> dict[str
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="smollm2")
+    parser.add_argument("--pair", help="whose target the file is, and whose draft is used, instead of the file and --draft")
+    parser.add_argument("--draft", default="trunk", help="of the file's model, as python -m engine.generate takes it")
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file")
     parser.add_argument("--llama-python", type=Path, help="interpreter of an environment that has llama-cpp-python")
     parser.add_argument("--prompts", type=int, default=4)
@@ -119,13 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from bench.throughput_runs import CODE_PROMPTS, PROMPTS
     from engine.engine import Engine
+    from engine.text.templates import has_template
 
     torch.set_num_threads(1)
     options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "prefix_sharing": False}  # each way computes its prompts
-    engine = Engine.from_pair(args.pair, **options)
-    quantized = Engine.from_pretrained(args.gguf, "trunk", weights="quantized", **options)
+    engine = Engine.from_pair(args.pair, **options) if args.pair else Engine.from_pretrained(args.gguf, args.draft, **options)
+    quantized = Engine.from_pretrained(args.gguf, args.draft, weights="quantized", **options)
     texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
-    prompts = [engine.encode([{"role": "user", "content": text}]) for text in texts]
+    chat = has_template(engine.tokenizer)
+    prompts = [engine.encode([{"role": "user", "content": text}] if chat else text) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         bf16 = Path(folder) / "bf16.gguf"
         subprocess.run([str(args.llama_python), __file__, "--convert", str(args.gguf), str(bf16)], check=True, capture_output=True)
@@ -164,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row["over_llama_file"] = row["tokens_per_cpu_s"] / rows[1]["tokens_per_cpu_s"]
         print(json.dumps(row), flush=True)
     if args.json_out:
-        args.json_out.write_text(json.dumps({"pair": args.pair, "gguf": args.gguf.name, "threads": 1, "rows": rows}, indent=1) + "\n")
+        document = {"pair": args.pair, "gguf": args.gguf.name, "draft": args.pair or args.draft, "threads": 1, "rows": rows}
+        args.json_out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
