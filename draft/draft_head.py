@@ -3,7 +3,7 @@
 Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
 them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
 On a CPU, where running all of a long text's states would hold up its first token and a session that comes back, the layers begin anew at the last few
-hundred tokens instead: drafts only guess, and these are the tokens they guess from.
+hundred tokens instead: drafts only guess, and these are the tokens they guess from. So they do behind a beginning that was in the pool already.
 
 Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabulary.
 """
@@ -32,10 +32,12 @@ class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
     own: their KV of the committed tokens from `start` on, whose positions are counted from there. start: tokens before all that they know.
+    begins_late: far behind, they begin anew at the last tokens.
     """
 
     own: Any = None
     start: int = 0
+    begins_late: bool = False
     _waiting: list[Tensor] = field(default_factory=list)
     _num_waiting: int = 0
 
@@ -73,7 +75,8 @@ class DraftHeadState(DraftState):
         return self.own
 
     def align(self) -> None:
-        """Forget what lies beyond the target's sequence, which was cut or never advanced."""
+        """Forget what lies beyond the target's sequence, which was cut or never advanced; and all of it where so much was never learnt that to run it
+        would cost more than drafts are worth."""
         if self.num_cached > self.sequence.length:
             self.start = min(self.start, self.sequence.length)
             length = self.sequence.length - self.start
@@ -82,6 +85,9 @@ class DraftHeadState(DraftState):
             self.pending_hidden = (
                 None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
             )
+        elif self.begins_late and self.sequence.length - self.num_cached > MAX_PENDING_HIDDEN:
+            self.start, self.pending_hidden = self.sequence.length - _KEPT_PENDING_HIDDEN, None
+            self.own.truncate(0)
 
     def forget_before_last(self, count: int) -> None:
         """Begin anew at the last `count` of the states that wait."""
@@ -109,7 +115,7 @@ class DraftHead:
 
     def open(self, target_sequence: Any, features: FeatureStore | None) -> DraftHeadState:
         """A state over the target's sequence, none of whose tokens is known to the own layers."""
-        return DraftHeadState(target_sequence, features, self.pool.new_sequence())
+        return DraftHeadState(target_sequence, features, self.pool.new_sequence(), begins_late=self.decoder.device.type == "cpu")
 
     def append_hidden(self, state: DraftHeadState, rows: Tensor) -> None:
         """exit states rows [n, E] of the tokens after the covered ones join those that wait."""
@@ -131,11 +137,9 @@ class DraftHead:
     def bound_pending(self, states: Sequence[DraftHeadState]) -> None:
         """Let at most MAX_PENDING_HIDDEN states of each request go on waiting: a GPU runs them all, a CPU forgets the earlier ones and what lies before
         them."""
-        if self.decoder.device.type != "cpu":
-            self.run_pending(states, least=MAX_PENDING_HIDDEN)
-            return
+        self.run_pending([state for state in states if not state.begins_late], least=MAX_PENDING_HIDDEN)
         for state in states:
-            if state.num_pending_hidden > MAX_PENDING_HIDDEN:
+            if state.begins_late and state.num_pending_hidden > MAX_PENDING_HIDDEN:
                 state.forget_before_last(_KEPT_PENDING_HIDDEN)
 
     def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
