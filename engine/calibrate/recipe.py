@@ -450,11 +450,13 @@ def quick_pack(
     lengths = [n for p in parts for n in p.lengths]
     weighting = queries.weighting(target, layout, block_covariances(y, layout.head_dim))
     fitted = fit_dual(features, y, lengths, rank, weighting.whiten, weighting.unwhiten)
+    log(f"quick pack: predictor fitted, {time.monotonic() - started:.0f} s")
     residual = y - fitted.cross_validated
     weighted = weighting.whiten(residual)
     covariances = list(block_covariances(weighted, layout.layer_dim))
     limit = layout.dim
     transform = fit_per_layer(covariances, KEEP_FACTOR * FINEST_STEP, limit, num_tokens=len(y))
+    log(f"quick pack: {transform.num_components} components, {time.monotonic() - started:.0f} s")
     fit = fitted.fit
     tensors, settings = Predictor.pack(stream.spec, stream.draft_size, fit.down, fit.offset, fit.up, fit.mu)
     pack = assemble(
@@ -469,6 +471,7 @@ def quick_pack(
         fingerprints=(fingerprints or {}) | {"text": text},
         budget_bytes=PACK_BUDGET * bf16_bytes(target),
     )
+    log(f"quick pack: packed, its loss is measured, {time.monotonic() - started:.0f} s")
     pack = pack.with_info(curve_figures(stream, pack, [[document] for document in docs], features, residual, _QUICK_CURVE_TOKENS))
     info = pack.info
     log(

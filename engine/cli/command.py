@@ -249,7 +249,7 @@ def because(reason: str | None) -> str:
 
 
 def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
-    """The object of CONTRACTS: the result with the session's KV figures and what the run ran on."""
+    """The object of docs/json.md: the result with the session's KV figures and what the run ran on."""
     core = session.core
     codec = core.session_codec
     return (

@@ -53,7 +53,7 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
     if path is not None:
         return load_pack(path, prints)
     beside = None if core.source is None else core.source.codec_params_file
-    if beside is not None and (found := _usable(beside, prints)) is not None:
+    if beside is not None and (found := _usable(beside, prints, log)) is not None:
         return found
     cache, name = CacheFolder("packs"), f"{sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]}.safetensors"
     if (found := _usable(cache.path(name), prints)) is not None:
@@ -92,13 +92,21 @@ def load_pack(path: str | Path, fingerprints: dict[str, str]) -> CodecPack:
     return pack
 
 
-def _usable(path: Path | None, fingerprints: dict[str, str]) -> CodecPack | None:
-    """A cached pack, or None when there is none, or it is damaged or old: a cache heals by being made again."""
+def _usable(path: Path | None, fingerprints: dict[str, str], log: Log | None = None) -> CodecPack | None:
+    """A pack, or None when there is none, it is damaged or old, or of another pair: a cache heals by being made again. log: told of a damaged one, that
+    came with a draft head and is not made again."""
     if path is None:
         return None
     try:
         pack = CodecPack.load(path)
-        pack.check(fingerprints)
-        return pack
-    except (CodecError, OSError):
+    except FileNotFoundError:
         return None
+    except (CodecError, OSError) as error:
+        if log is not None:
+            log(f"{getattr(error, 'what', error)}: it is left out (copy the draft head's folder again)")
+        return None
+    try:
+        pack.check(fingerprints)
+    except CodecError:
+        return None
+    return pack

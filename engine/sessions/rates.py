@@ -31,7 +31,7 @@ from engine.text.encoding import encode_text
 _LENGTHS = {"cpu": (64, 256), "cuda": (1024, 8192)}
 _QUALITY = "balanced"
 _MOST_BYTES = 1 << 16
-_VERSION = 5  # of what is measured and how
+_VERSION = 6  # of what is measured and how, and of what a restore costs: rates of a slower one would keep it from being used
 SHORTEST = 512
 """Tokens from which on measuring pays: fewer are recomputed before it would end."""
 

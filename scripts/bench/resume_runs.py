@@ -113,7 +113,7 @@ class ResumeBench:
 
     @torch.inference_mode()
     def run(self, ids: Sequence[int], quality: str, repeats: int) -> dict[str, Any]:
-        """A row of CONTRACTS with its stages."""
+        """A row as in docs/json.md with its stages."""
         core, codec, end = self.core, self.codec, len(ids)
         layers, config = core.target.config.num_layers, core.target.config
         row: dict[str, Any] = {"tokens": end, "quality": quality, "raw_bytes": 2 * end * layers * config.kv_width}

@@ -72,8 +72,10 @@ def test_the_pack_beside_the_draft_head_is_taken_where_it_fits(shipped, chat_eng
     marked.fingerprints["draft"] = "trunk-1"
     marked.save(shipped / PACK_FILE)
     assert find_pack(chat_engine("trunk").core, log=said.append).digest == fitted.digest
+    del said[:]
     (shipped / PACK_FILE).write_bytes(b"nothing")
     assert find_pack(chat_engine("trunk").core, log=said.append).digest == fitted.digest
+    assert str(shipped / PACK_FILE) in said[-1] and "left out" in said[-1]
 
 
 @pytest.mark.usefixtures("all_coded")
