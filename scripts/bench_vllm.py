@@ -151,7 +151,9 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     while options.gate is not None and not options.gate.exists():
         time.sleep(0.05)
     on_gpu, settings = torch.cuda.is_available(), gpu_settings(options)
-    llm = open_llm(options.model, transfer_config(options, Path(options.folder)), max_model_len=max(options.tokens) + 64, **settings)
+    llm = open_llm(
+        options.model, transfer_config(options, Path(options.folder)), max_model_len=max(_WARM_TOKENS, *options.tokens) + 64, **settings
+    )
     base_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     rows = []
     for ids in prompts:

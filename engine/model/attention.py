@@ -239,6 +239,7 @@ class ReferenceBackend(AttentionBackend):
                 deterministic=self.deterministic,
                 tree=None if tree is None else (torch.tensor(tree[0], device=self.device), torch.tensor(tree[1], device=self.device)),
                 sliding_window=window,
+                in_parts=all(shape.softcap is None for shape in self.shapes),
             )
             for window in {shape.window for shape in self.shapes}
         }

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 
 TILE_ROWS = 128
 TREE_SPAN = 63  # places that a tree's bit masks speak of
+_PART_ROWS, _PART_KEYS = 256, 1024  # new tokens, and keys before them, from which a CPU attends to both apart (`_in_two_parts`)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query tokens [start, end) of the flattened batch, which attend to keys [first, keys) of request `request`."""
+    """Query tokens [start, end) of the flattened batch, which attend to keys [first, keys) of request `request`; earlier: of these, those before the
+    first of the tokens, where they are attended to apart, else 0."""
 
     request: int
     start: int
@@ -29,6 +31,7 @@ class Tile:
     mask: (
         torch.Tensor | None
     )  # [(end - start) * (H // G), keys - first] in q's dtype, added to the scores; None when every row sees every key
+    earlier: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def plan(
     deterministic: bool = False,
     tree: tuple[torch.Tensor, torch.Tensor] | None = None,
     sliding_window: int | None = None,
+    in_parts: bool = True,
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
@@ -94,6 +98,7 @@ def plan(
         dtype, device: of the queries.
         tree: `visible` and `windows`, each [N], as in `paged_attention`.
         sliding_window: as there.
+        in_parts: many tokens of a request may attend to the keys before them and to their own apart; not where scores are capped.
     """
     spans: list[slice | torch.Tensor] = []
     tiles: list[Tile] = []
@@ -103,6 +108,13 @@ def plan(
     for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
         used = list(pages[: -(-context // page_size)])
         spans.append(_span(used, device, as_view=not deterministic))
+        plain = (
+            in_parts and tree is None and sliding_window is None and not deterministic and dtype == torch.bfloat16 and device.type == "cpu"
+        )
+        if plain and rows >= _PART_ROWS and context - rows >= _PART_KEYS:
+            tiles.append(Tile(request, start, start + rows, 0, context, None, context - rows))
+            start += rows
+            continue
         for first in range(0, rows, tile_rows):
             last = min(first + tile_rows, rows)
             keys = context - rows + last
@@ -137,6 +149,23 @@ def capped_attention(
     return scores.float().softmax(-1).to(v.dtype) @ v
 
 
+def _in_two_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, earlier: int, scale: float) -> torch.Tensor:
+    """Causal attention of the last tokens q [T, H, d] over k, v [G, earlier + T, d] -> [T, H, d], on a CPU.
+
+    Keys before the tokens are seen by all of them: no mask is added to their scores, which takes as long as a third of the products. Both parts are
+    joined by the logarithms of their sums.
+    """
+    flash, groups, (rows, heads, d) = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, len(k), q.shape
+    own_k, own_v = (part[None, :, earlier:].repeat_interleave(heads // groups, 1) for part in (k, v))
+    own, own_sum = flash(q.transpose(0, 1)[None], own_k, own_v, 0.0, True, scale=scale)
+    queries = q.unflatten(1, (groups, -1)).transpose(0, 1).reshape(1, groups, -1, d)
+    past, past_sum = flash(queries, k[None, :, :earlier], v[None, :, :earlier], 0.0, False, scale=scale)
+    past = past.view(groups, rows, -1, d).transpose(1, 2).reshape(heads, rows, d)
+    past_sum = past_sum.view(groups, rows, -1).transpose(1, 2).reshape(heads, rows, 1)
+    share = torch.sigmoid(past_sum - own_sum.view(heads, rows, 1))
+    return torch.lerp(own[0].float(), past.float(), share).transpose(0, 1).to(q.dtype)
+
+
 def attend(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, batch: Plan, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
@@ -161,6 +190,12 @@ def attend(
             k = k_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)  # [1, G, pages * S, d]
             v = v_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)
         rows = tile.end - tile.start
+        if tile.earlier:
+            assert softcap is None, "a plan for capped scores has no parts"
+            out[tile.start : tile.end] = _in_two_parts(
+                q[tile.start : tile.end], k[0, :, : tile.keys], v[0, :, : tile.keys], tile.earlier, scale
+            )
+            continue
         grouped = q[tile.start : tile.end].unflatten(1, (groups, -1))  # [rows, G, H // G, d]
         queries = grouped.transpose(0, 1).reshape(1, groups, -1, head_dim)  # [1, G, rows * H // G, d]
         keys, values = k[:, :, tile.first : tile.keys], v[:, :, tile.first : tile.keys]
@@ -228,5 +263,6 @@ def paged_attention(
         deterministic=deterministic,
         tree=tree,
         sliding_window=sliding_window,
+        in_parts=softcap is None,
     )
     return attend(q, k_pages, v_pages, batch, scale, softcap)

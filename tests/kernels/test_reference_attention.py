@@ -107,3 +107,26 @@ def test_deterministic_rows_are_the_same_bits_in_any_block_batch_and_pages(dtype
             part, k_pages[pages], v_pages[pages], torch.arange(5)[None].int(), [n], [start + n], 0.3, deterministic=True
         )
         assert torch.equal(moved, alone)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_long_blocks_attend_in_two_parts(monkeypatch, softcap) -> None:
+    """In bf16, many tokens behind many keys; neighbours of a batch, and capped scores, are computed as ever."""
+    lens, contexts = [3, 70, 129], [40, 330, 400]
+    monkeypatch.setattr(reference, "_PART_ROWS", 64)
+    q, k, v, table = batch_of(lens, contexts, 6, 2, 64, 16, False, torch.bfloat16)
+    calls: list = []
+    parts = reference._in_two_parts
+    monkeypatch.setattr(reference, "_in_two_parts", lambda *given: (calls.append(given[3]), parts(*given))[1])
+    made = []
+    for keys in (256, 1 << 30):
+        monkeypatch.setattr(reference, "_PART_KEYS", keys)
+        made.append(paged_attention(q, k, v, table, lens, contexts, 0.125, softcap=softcap).float())
+    assert calls == ([] if softcap else [260, 271])
+    assert torch.equal(made[0][:3], made[1][:3]) and (made[0] - made[1]).norm() < 0.006 * made[1].norm()
+    if softcap is None:
+        truth = by_hand(q, k, v, table, lens, contexts, 0.125)
+        errors = [float((found.double() - truth).norm() / truth.norm()) for found in made]
+        assert errors[0] < 1.2 * errors[1] + 1e-3
+    deterministic = paged_attention(q, k, v, table, lens, contexts, 0.125, deterministic=True, softcap=softcap)
+    assert len(calls) == (0 if softcap else 2) and bool(deterministic.isfinite().all())
