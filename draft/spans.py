@@ -4,7 +4,8 @@ A plain step is launched while the one before it runs, so one plain step between
 kind waits for the device. So kinds take turns in spans of several steps, whose first ones are not counted. Plain decoding is measured first. While it
 goes on, a step asks nothing but whether the span goes on (`rests`): no request is planned for, no text is looked through, no draft follows.
 
-A source of drafts is used while its tokens a second, by acceptance so far and by the seconds that such steps took, exceed those of plain decoding. What
+A source of drafts is used while its tokens a second, by acceptance so far and by the seconds that such steps took, exceed those of plain decoding: for
+the request whose drafts are accepted least, as a step takes all of them equally long, and with what begins anew where requests come and go. What
 a span of drafts loses against plain decoding is owed: plain steps pay it back with LOST_SHARE of their time before drafts are tried again, and each
 trial that fails doubles the wait. So trials cost a bounded share of all time, whatever the costs are; what is known is kept by size of batch, across
 requests.
@@ -34,9 +35,10 @@ FIRST_CHECK, LAST_CHECK = 64, 2048  # steps of drafting before plain decoding is
 FIRST_LOOK, LAST_LOOK = 16, 128  # steps between two looks at texts that repeat nothing
 LOOKED_AT = 4  # requests of a batch whose texts stand for all, unless texts are drafted from
 MISSES = 8  # steps without a promising match that end a span of drafts from texts
-MOST_COUNTED = 8.0  # plain steps as which a step that begins counts at most in what is lost: captures come once
+MOST_COUNTED = 16.0  # plain steps as which a step that begins counts at most in what is lost: captures come once
 UNSEEN_GAP = 0.4  # of a plain step that one is believed to wait for the host whose drafts are looked up once the step before is read
 MEMORY = 0.95  # of seconds measured before
+_CHANGED = -1  # in place of a length: the first plain step after requests came or went
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # of batches that are told apart
 
 
@@ -168,8 +170,8 @@ class SpanPolicy(DraftingPolicy):
         self._count(batch, plan.kind, length, tokens, seconds)
 
     def _count(self, batch: int, kind: StepKind, length: int, tokens: int, seconds: float) -> None:
-        load = self._of(batch)
-        settled = self._settles((batch, load.kind, kind, length))
+        load, last = self._of(batch), self._last
+        settled, changed = self._settles((batch, load.kind, kind, length)), last is None or last[0] != batch
         load.steps += 1
         load.in_span += 1
         if not self.measured:
@@ -180,6 +182,8 @@ class SpanPolicy(DraftingPolicy):
             load.resting = max(0, load.resting - 1)
             if settled:
                 load.clock("plain", 0).observe(seconds)
+            elif changed and load.in_span > 1:
+                load.clock("plain", _CHANGED).observe(seconds)
             load.owed = max(0.0, load.owed - LOST_SHARE * seconds)
             return
         plain_s = self._plain_seconds(load, batch)
@@ -187,9 +191,13 @@ class SpanPolicy(DraftingPolicy):
             return
         load.judged += 1
         if kind != "plain" and not (settled if kind == "model" else length in load.looked_up):
-            # what it takes to begin is owed, but says nothing of going on
-            load.owed += max(0.0, min(seconds, MOST_COUNTED * plain_s) - tokens / batch * plain_s)
+            # what it takes to begin is owed, but says nothing of going on; where requests came or went plain decoding has to begin anew, too
+            lost = min(seconds, MOST_COUNTED * plain_s) - tokens / batch * plain_s
+            load.owed += max(0.0, lost)
             load.looked_up |= {length} if kind == "ngram" else set()
+            if changed and load.in_span > SETTLE + 1:
+                clock = load.clock("plain", _CHANGED)
+                load.lost += lost - max(0.0, clock.seconds - plain_s if clock.count else 0.0)
         elif kind != "plain" or load.kind == "ngram":
             clock = load.clock(kind, length)
             if kind != "plain":
@@ -299,7 +307,11 @@ class SpanPolicy(DraftingPolicy):
             return load.begin("model", length)
         elif load.steps >= load.try_at and load.owed <= 0:
             hopeful = [[HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)]] * len(auto)
-            if relative > ENTER or self._from_drafter(load, batch, hopeful, lengths("model"))[0] > ENTER:
+            if relative > ENTER:
+                return load.begin("model", length)
+            tried = [k for k in lengths("model") if ("model", k) in load.clocks]  # a trial on mere hope captures nothing new
+            hope, length = self._from_drafter(load, batch, hopeful, tried or lengths("model"))
+            if hope > ENTER:
                 return load.begin("model", length)
             load.try_at = load.steps + LAST_REST  # it would not pay if nearly all drafts were accepted
         load.returns = False
@@ -317,7 +329,7 @@ class SpanPolicy(DraftingPolicy):
                 return load.rest(SETTLE + KNOWN + 1)
             load.length = length if load.in_span >= TRIAL else load.length
             return None
-        failed = load.lost > 0
+        failed = load.lost > 0 or load.in_span < 2 * TRIAL
         load.begin("plain", 0)
         wait = LEAST_REST
         if failed:
@@ -384,12 +396,15 @@ class SpanPolicy(DraftingPolicy):
         return max(plain_s, plain_s + (seconds - plain_s) * (gap + more(length)) / (gap + more(nearest)))
 
     def _from_drafter(self, load: _Load, batch: int, chains: Sequence[Sequence[float]], lengths: Sequence[int]) -> tuple[float, int]:
-        """(rate over plain decoding's, length) of the best blocks; (0, 0) where there are none. The length in use is kept unless another is better."""
+        """(rate over plain decoding's, length) of the best blocks; (0, 0) where there are none. The length in use is kept unless another is better.
+
+        The rate is that of the request whose drafts are accepted least: a step takes all of them equally long, and none is to be slower than without.
+        """
         plain_s = self._plain_seconds(load, batch)
         assert plain_s is not None
         best = (0.0, 0)
         for length in lengths:
-            gained = sum(sum(chain[:length]) for chain in chains)
+            gained = len(chains) * min(sum(chain[:length]) for chain in chains)
             relative = (1 + gained / batch) * plain_s / self._seconds(load, "model", length, batch, plain_s)
             weighed = relative if length == load.length else relative / LONGER
             if weighed > best[0]:

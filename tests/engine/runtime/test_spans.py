@@ -87,7 +87,7 @@ class SimulatedBlocks(BlockDecoding):
         source = "model" if any(plan.lengths) else "given"
         if not ahead and source == "model":
             machine.host(0.3)
-            machine.launch("behind", 0.02 * sum(r.behind for r in requests))
+            machine.launch("behind", 0.004 * sum(r.behind for r in requests))
             for request in requests:
                 request.behind = 0
         elif source == "given":
@@ -102,7 +102,7 @@ class SimulatedBlocks(BlockDecoding):
             # a step that is launched ahead begins where the one before it ends
             at = machine.ends[id(request)] if ahead else len(request.token_ids)
             most = own or len(given)
-            wrong = [machine.random.random() > machine.acceptance for _ in range(own)]
+            wrong = [machine.random.random() > machine.acceptance + request.more for _ in range(own)]
             wrong = wrong or [a != b for a, b in zip(given, machine.text(at, most), strict=True)]
             kept = next((i for i in range(most) if wrong[i]), most)
             gained.append([1 + kept, *machine.text(at, 1 + kept)])
@@ -128,6 +128,7 @@ class SimulatedRequest:
         self.params, self.seed, self.context, self.penalised, self.constraint = SamplingParams(), 0, 1 << 20, False, None
         self.drafting, self.metrics, self.logprobs, self.error = drafting, SpeculationMetrics("simulated"), [], None
         self.end, self.sequence, self.behind = len(self.token_ids) + new, Sequence(self, len(self.token_ids) - 1), 0
+        self.more = 0.0  # its own acceptance, beyond the machine's
 
     @property
     def remaining(self):
@@ -165,14 +166,17 @@ class Simulation:
         monkeypatch.setattr(block_runner, "read_out", read_out)
         monkeypatch.setattr(step, "step_clock", lambda device: lambda: machine.now)
 
-    def run(self, wanted, new=96):
-        """(seconds of decoding, tokens) of a batch whose requests have a prompt before."""
+    def run(self, wanted, new=96, spread=0.0):
+        """(seconds of decoding, tokens) of a batch whose requests have a prompt before; until the first ends, or where their acceptance differs (by
+        `spread` both ways) until all have."""
         machine, policy = self.machine, self.policy
         policy.interrupted()
         machine.host(5.0)
         requests = [SimulatedRequest(policy.request(wanted, greedy=True), new, machine.text(0, 100)) for _ in range(machine.batch)]
+        for i, request in enumerate(requests):
+            request.more = spread * (2 * i / max(1, len(requests) - 1) - 1)
         began, tokens = machine.now, 0
-        while all(r.remaining > 0 for r in requests):
+        while requests and (spread or all(r.remaining > 0 for r in requests)):
             before = sum(len(r.token_ids) for r in requests)
             target = SimpleNamespace(device=torch.device("cpu"))
             options = {"drafting": policy, "catch_up": 512, "plain": self.plain, "blocks": self.blocks}
@@ -182,6 +186,8 @@ class Simulation:
                 request.behind += 1 if count == len(requests) else 0
             tokens += count
             machine.serve(count)
+            if spread:
+                requests = [r for r in requests if r.remaining > 0]
         return machine.now - began, tokens
 
 
@@ -192,7 +198,7 @@ def costs_of(batch, believed):
     return CostModel(((1, believed * 0.9 * draft_ms * MS),), tuple((n, ms * MS) for n, ms in rows.items()))
 
 
-def ratios(monkeypatch, batch, acceptance, *, believed=0.7, turns=20, new=96, ngrams=False, **options):
+def ratios(monkeypatch, batch, acceptance, *, believed=0.7, turns=20, new=96, ngrams=False, spread=0.0, **options):
     """Rates of automatic drafts over plain decoding's, of turns after the first two."""
     machine = Machine(batch, acceptance=acceptance, **options)
     policy = SpanPolicy(costs_of(batch, believed), measured=True, ngrams=ngrams, lengths=CAPTURED_LENGTHS, most_rows=MAX_ROWS)
@@ -201,7 +207,7 @@ def ratios(monkeypatch, batch, acceptance, *, believed=0.7, turns=20, new=96, ng
     for _ in range(turns):
         rates = []
         for wanted in (0, "auto"):
-            seconds, tokens = simulation.run(wanted, new)
+            seconds, tokens = simulation.run(wanted, new, spread)
             rates.append(tokens / seconds)
         found.append(rates[1] / rates[0])
     return found[2:], machine, policy
@@ -221,6 +227,14 @@ def test_automatic_drafts_are_never_slower_than_plain_decoding(monkeypatch, batc
 def test_drafts_that_pay_are_taken(monkeypatch, batch, acceptance, least):
     found, machine, _ = ratios(monkeypatch, batch, acceptance)
     assert sorted(found)[len(found) // 2] > least and machine.launched.count("model") > 300
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.6, 0.7])
+def test_requests_that_end_one_by_one_are_counted(monkeypatch, acceptance):
+    """Drafts gain while all requests run, but each that ends leaves a step that was launched for nothing, and the others alone."""
+    monkeypatch.setitem(DEVICE, 8, (0.55, 0.3))
+    found, _, _ = ratios(monkeypatch, 8, acceptance, spread=0.25)
+    assert sorted(found)[len(found) // 2] > 0.98 and sum(found) / len(found) > 0.97, found
 
 
 def test_texts_that_repeat_themselves_are_drafted_from(monkeypatch):
@@ -247,10 +261,10 @@ def test_texts_of_other_acceptance_are_noticed(monkeypatch):
     policy = SpanPolicy(costs_of(1, 0.7), measured=True, lengths=CAPTURED_LENGTHS, most_rows=MAX_ROWS)
     simulation = Simulation(monkeypatch, machine, policy)
     rates = []
-    for acceptance in (0.8, 0.1, 0.8):
+    for acceptance, new in ((0.8, 3000), (0.1, 3000), (0.8, 9000)):
         machine.acceptance = acceptance
         machine.launched.clear()
-        seconds, tokens = simulation.run("auto", 3000)
+        seconds, tokens = simulation.run("auto", new)
         rates.append(tokens / seconds * machine.plain_ms * MS)
     assert rates[0] > 1.15 and rates[1] > 0.97 and "model" in machine.launched
 
