@@ -13,6 +13,7 @@ from draft.exit_copy import ExitCopy
 from engine.kv.pool import KvSequence
 from engine.model.layers import LayerWeights
 from engine.runtime.compiled_runner import CompiledDecoder, page_tables
+from kernels.cpu_decode.blocks import BlockWeight
 from kernels.cpu_decode.stopping import Stopping
 from kernels.cpu_decode.tiles import TILES_4, TILES_8, TileWeight
 from kernels.memory import HugePages
@@ -43,20 +44,21 @@ class CopiedDecoder(CompiledDecoder):
     @property
     def fits(self) -> bool:
         """Whether all of the matrices have whole tiles."""
-        return all(TileWeight.fits(matrix.shape) for matrix in self._matrices())
+        return all(TileWeight.fits(matrix.shape) for matrix in self.matrices())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the copies, made or not."""
-        return sum(TileWeight.num_bytes(matrix.shape, self._kind) for matrix in self._matrices())
+        return sum(TileWeight.num_bytes(matrix.shape, self._kind) for matrix in self.matrices())
 
-    def _matrices(self) -> list[Tensor]:
+    def matrices(self) -> list[Tensor]:
+        """The weights that are copied."""
         layers = self.decoder.layer_weights()[: self._num_layers]
         return [getattr(w, name) for w in layers for name in _MATRICES] + [self.decoder.head_matrix] * self._with_head
 
     def _made(self) -> tuple[list[LayerWeights], TileWeight | None]:
         if self._copies is None:
-            sizes = [(TileWeight.num_bytes(matrix.shape, self._kind),) for matrix in self._matrices()]
+            sizes = [(TileWeight.num_bytes(matrix.shape, self._kind),) for matrix in self.matrices()]
             memory = HugePages(sum(HugePages.num_bytes(size, torch.uint8) for size in sizes))
 
             def copied(matrix: Any) -> Any:
@@ -130,14 +132,14 @@ class CopiedBlocks:
 
 def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, deterministic: bool) -> ExitCopy | None:
     """Copies for drafts of a draft head, run by `head`, after the first exit_layer layers of a target, run by `target`; None where these are not
-    compiled steps, or a matrix has no whole tiles."""
+    compiled steps, a matrix has no whole tiles, or the target's are in few bits already."""
     if not (isinstance(target, CompiledDecoder) and isinstance(head, CompiledDecoder)):
         return None
     first, own = (
         CopiedDecoder(target, exit_layer, TILES_4, with_head=False),
         CopiedDecoder(head, head.config.num_layers, TILES_8, with_head=True),
     )
-    if not (first.fits and own.fits):
+    if not (first.fits and own.fits) or any(isinstance(matrix, BlockWeight) for matrix in first.matrices()):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None
     return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), blocks)

@@ -184,6 +184,13 @@ def test_without_whole_tiles_or_compiled_steps_drafts_are_made_with_the_weights(
     assert exit_copy(exact, 2, source.head_layers, source.token_ids, deterministic=False) is None
 
 
+def test_weights_that_are_in_few_bits_already_are_not_copied(target, trained, monkeypatch):
+    """They were kept so to save memory."""
+    assert type(engine_of(target, trained).core.drafter) is ExitCopyDrafter
+    monkeypatch.setattr("engine.runtime.draft_copy.BlockWeight", torch.Tensor)  # as if these were
+    assert type(engine_of(target, trained).core.drafter) is EarlyExitDrafter
+
+
 def recorded(engine, prompts, params):
     """(results, proposals) of a generation."""
     proposals, drafter = [], engine.core.drafter
