@@ -3,7 +3,7 @@
 Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
 them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
 On a CPU, where running all of a long text's states would hold up its first token and a session that comes back, the layers begin anew at the last few
-hundred tokens instead: drafts only guess, and these are the tokens they guess from. So they do behind a beginning that was in the pool already.
+hundred tokens instead: drafts only guess, and these are the tokens they guess from.
 
 Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabulary.
 """
@@ -32,7 +32,7 @@ class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
     own: their KV of the committed tokens from `start` on, whose positions are counted from there. start: tokens before all that they know.
-    begins_late: far behind, they begin anew at the last tokens.
+    begins_late: where too much waits, they begin anew at the last of it.
     """
 
     own: Any = None
@@ -75,8 +75,7 @@ class DraftHeadState(DraftState):
         return self.own
 
     def align(self) -> None:
-        """Forget what lies beyond the target's sequence, which was cut or never advanced; and all of it where so much was never learnt that to run it
-        would cost more than drafts are worth."""
+        """Forget what lies beyond the target's sequence, which was cut or never advanced."""
         if self.num_cached > self.sequence.length:
             self.start = min(self.start, self.sequence.length)
             length = self.sequence.length - self.start
@@ -85,9 +84,6 @@ class DraftHeadState(DraftState):
             self.pending_hidden = (
                 None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
             )
-        elif self.begins_late and self.sequence.length - self.num_cached > MAX_PENDING_HIDDEN:
-            self.start, self.pending_hidden = self.sequence.length - _KEPT_PENDING_HIDDEN, None
-            self.own.truncate(0)
 
     def forget_before_last(self, count: int) -> None:
         """Begin anew at the last `count` of the states that wait."""
