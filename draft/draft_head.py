@@ -2,8 +2,6 @@
 
 Their KV lags behind the target's on purpose. States of committed tokens wait until drafts are wanted, so that a prompt's answer does not wait for
 them, steps without drafts cost nothing, and the last draft of a block is run together with the token that follows it, if it was accepted at all.
-On a CPU, where running all of a long text's states would hold up its first token and a session that comes back, the layers begin anew at the last few
-hundred tokens instead: drafts only guess, and these are the tokens they guess from.
 
 Axes: B requests, N new tokens over the batch, E hidden size, R reduced vocabulary.
 """
@@ -24,20 +22,16 @@ from kernels.upload import upload
 
 _MOST_PARTS = 64  # tensors that one request's states may lie in
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
-_KEPT_PENDING_HIDDEN = 384  # of more, where a CPU forgets what lies before: fewer, so that it does not do so at every step
 
 
 @dataclass
 class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
-    own: their KV of the committed tokens from `start` on, whose positions are counted from there. start: tokens before all that they know.
-    begins_late: where too much waits, they begin anew at the last of it.
+    own: their KV of a prefix of the committed tokens; others wait as the states at the exit of the tokens after it.
     """
 
     own: Any = None
-    start: int = 0
-    begins_late: bool = False
     _waiting: list[Tensor] = field(default_factory=list)
     _num_waiting: int = 0
 
@@ -62,7 +56,7 @@ class DraftHeadState(DraftState):
     @property
     def num_cached(self) -> int:
         """Tokens the own layers have run or can run; fewer than the target's when its cache was filled without their knowledge."""
-        return self.start + self.own.length + self.num_pending_hidden
+        return self.own.length + self.num_pending_hidden
 
     @property
     def num_pending_hidden(self) -> int:
@@ -76,24 +70,13 @@ class DraftHeadState(DraftState):
 
     def align(self) -> None:
         """Forget what lies beyond the target's sequence, which was cut or never advanced."""
-        if self.num_cached > self.sequence.length:
-            self.start = min(self.start, self.sequence.length)
-            length = self.sequence.length - self.start
+        length = self.sequence.length
+        if self.num_cached > length:
             if self.own.length > length:
                 self.own.truncate(length)
             self.pending_hidden = (
                 None if self.pending_hidden is None or self.own.length == length else self.pending_hidden[: length - self.own.length]
             )
-
-    def forget_before_last(self, count: int) -> None:
-        """Begin anew at the last `count` of the states that wait."""
-        assert self.pending_hidden is not None and count <= len(self.pending_hidden)
-        known = self.own.length + self.num_pending_hidden
-        self.start += known - count
-        if self.own.length:
-            self.own.truncate(0)
-            self.own.reserve(known)  # it gave pages back that were reserved for what this step still runs
-        self.pending_hidden = self.pending_hidden[-count:].clone()  # and not a part of it all, which would stay in memory
 
 
 class DraftHead:
@@ -111,7 +94,7 @@ class DraftHead:
 
     def open(self, target_sequence: Any, features: FeatureStore | None) -> DraftHeadState:
         """A state over the target's sequence, none of whose tokens is known to the own layers."""
-        return DraftHeadState(target_sequence, features, self.pool.new_sequence(), begins_late=self.decoder.device.type == "cpu")
+        return DraftHeadState(target_sequence, features, self.pool.new_sequence())
 
     def append_hidden(self, state: DraftHeadState, rows: Tensor) -> None:
         """exit states rows [n, E] of the tokens after the covered ones join those that wait."""
@@ -129,14 +112,6 @@ class DraftHead:
             state.pending_hidden = None  # first: broken off in between, the tokens count as never run
             state.own.advance(count)
         return out.taps
-
-    def bound_pending(self, states: Sequence[DraftHeadState]) -> None:
-        """Let at most MAX_PENDING_HIDDEN states of each request go on waiting: a GPU runs them all, a CPU forgets the earlier ones and what lies before
-        them."""
-        self.run_pending([state for state in states if not state.begins_late], least=MAX_PENDING_HIDDEN)
-        for state in states:
-            if state.begins_late and state.num_pending_hidden > MAX_PENDING_HIDDEN:
-                state.forget_before_last(_KEPT_PENDING_HIDDEN)
 
     def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
         """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
@@ -195,7 +170,7 @@ class DraftHeadBlock:
                 parts.append(state.pending_hidden)
             parts.append(hidden[i : i + 1])
             counts.append(1 + first * state.num_pending_hidden)
-            starts.append(state.own.length if first else state.num_cached - state.start + done)
+            starts.append(state.own.length if first else state.num_cached + done)
             self.num_run[rows[i]] = done + 1
         out = self.draft_head.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows

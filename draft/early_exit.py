@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from draft.draft_head import DraftHead, DraftHeadBlock, DraftHeadState
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState
 from draft.errors import ExitLayerError
 from draft.model import append_features, check_taps
 from draft.propose import draft_block
@@ -154,7 +154,7 @@ class EarlyExitDrafter:
                 self.draft_head.append_hidden(state, rows)
         behind = [state for state, own in zip(adapted, follows, strict=True) if own]
         if not self.own_taps:
-            self.draft_head.bound_pending(behind)
+            self.draft_head.run_pending(behind, least=MAX_PENDING_HIDDEN)
             self._append(adapted, starts, query_lens, taps)
             return
         # rows that waited from before have had their turn: only those of this pass are features
@@ -231,7 +231,7 @@ class EarlyExitDrafter:
             else:
                 state.features.append(own.features[:count])
         if self.draft_head is not None:
-            self.draft_head.bound_pending(cast(Sequence[DraftHeadState], states))
+            self.draft_head.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free a draft head's pages; the sequences themselves belong to the target."""

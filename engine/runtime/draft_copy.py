@@ -111,10 +111,10 @@ class CopiedBlocks:
         """See `draft.exit_copy.BlockRunner`. Raises PagesNotReserved."""
         from kernels.cpu_decode.drafts import Vocabulary, draft
 
-        positions, known = [sequence.length for sequence in sequences], [sequence.length for sequence in own]
-        for sequence, own_sequence, states, length in zip(sequences, own, pending, lengths, strict=True):
-            sequence.check_writable(sequence.length, sequence.length + length)
-            own_sequence.check_writable(own_sequence.length, own_sequence.length + (0 if states is None else len(states)) + length)
+        positions = [sequence.length for sequence in sequences]
+        for sequence, own_sequence, start, length in zip(sequences, own, positions, lengths, strict=True):
+            sequence.check_writable(start, start + length)
+            own_sequence.check_writable(own_sequence.length, start + length)
         longest, decoder = max(positions) + max(lengths), self.own.decoder
         return draft(
             self.first.part(sequences, longest),
@@ -122,7 +122,6 @@ class CopiedBlocks:
             Vocabulary(self.first.decoder.embed_tokens.weight, decoder.output_norm, self.own._head_matrix(), self.token_ids),
             last,
             positions,
-            known,
             pending,
             lengths,
             candidates,

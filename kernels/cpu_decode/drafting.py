@@ -105,9 +105,6 @@ def _write_draft(c: Code) -> None:
                 with c.loop(0, rows) as i:
                     copy(a["own_stream"] + c.load(a["own_last"] + i * 8) * width * 4, stream + i * width * 4, width)
             with c.when(depth.compare(">", 0)):
-                with c.loop(0, rows) as i:  # the own layers may have begun later in the text
-                    first = c.load(a["own_positions"] + c.load(a["own_last"] + c.load(index + i * 8) * 8) * 8)
-                    c.store(first + depth, a["row_positions"] + i * 8)
                 layers(1, stream, rows, a["row_positions"], index)
             c.call(
                 "run_head",

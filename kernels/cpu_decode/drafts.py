@@ -47,7 +47,6 @@ def draft(
     vocabulary: Vocabulary,
     last: Sequence[int],
     positions: Sequence[int],
-    known: Sequence[int],
     pending: Sequence[torch.Tensor | None],
     lengths: Sequence[int],
     candidates: int,
@@ -55,12 +54,11 @@ def draft(
 ) -> Drafted:
     """Draft up to lengths[b] >= 1 tokens after last[b], each the likeliest.
 
-    Keys and values are written at positions[b] on in the first layers' pool, and at known[b] on in the own ones': of `pending` states, then of these.
+    Keys and values are written at positions[b] on, in the first layers' pool and in the own ones'; the latter's of `pending` states right before, too.
 
     Args:
         last: each request's last token, which is in no cache. positions: its place.
-        known: tokens whose keys and values the own layers hold, which may have begun later in the text.
-        pending: states [n, E] of the n tokens before `last` that the own layers have not run; None: of none.
+        pending: states [n, E] of the n tokens before it that the own layers have not run; None: of none.
         candidates: likeliest tokens that are told at each depth.
     """
     batch, longest, shape = len(last), max(lengths), first.layers.shape
@@ -73,7 +71,7 @@ def draft(
         if states is not None:
             stream[end - 1 - count : end - 1] = states
     at = np.array(positions, np.int64)
-    own_positions = np.concatenate([np.arange(start, start + n + 1, dtype=np.int64) for start, n in zip(known, counts, strict=True)])
+    own_positions = np.concatenate([np.arange(p - n, p + 1, dtype=np.int64) for p, n in zip(positions, counts, strict=True)])
     own_requests = np.repeat(np.arange(batch, dtype=np.int64), np.array(counts, np.int64) + 1)
     places = max(positions) + longest + _SPARE_PLACES
     wide = max((shape.heads + 2 * shape.kv_heads) * shape.head_dim, 2 * shape.intermediate)

@@ -107,8 +107,8 @@ def test_deterministic_text_is_the_same_with_and_without_drafts(target, trained)
 
 def full_pass(target, trained, token_ids):
     """The early exit's and the draft head's states [T, taps, E] after 0 to EXIT_LAYER + n layers, and the draft head's KV, of one plain pass."""
+    sequence, own = target.new_pool(9, 16).new_sequence(), trained.head_layers.new_pool(9, 16).new_sequence()
     count, depth = len(token_ids), trained.config.num_layers
-    sequence, own = (decoder.new_pool(max(9, -(-count // 16)), 16).new_sequence() for decoder in (target, trained.head_layers))
     taps = forward_reserved(
         target, torch.tensor(token_ids), [sequence], [count], taps=tuple(range(EXIT_LAYER + 1)), last_layer=EXIT_LAYER, logits="none"
     ).taps
@@ -172,66 +172,13 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     engine.core.run(conversation, [4] * 100, SamplingParams(max_new_tokens=6, draft_length=2))
     assert runs[0] == [271], "with the first pending token, once"
     assert sum(n for [n] in runs[1:]) <= 10
-
-
-def test_a_cpu_forgets_what_waits_too_long(target, trained, monkeypatch):
-    engine, runs = engine_of(target, trained, prefill_chunk=40), []
-    monkeypatch.setattr("draft.draft_head.MAX_PENDING_HIDDEN", 64)
-    monkeypatch.setattr("draft.draft_head._KEPT_PENDING_HIDDEN", 48)
-    forward = trained.head_layers.forward
-    monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
-    plain, conversation = engine_of(target, None), engine.core.open_sequence_state()
-    drafts, none = SamplingParams(max_new_tokens=30, draft_length=3, ignore_eos=True), SamplingParams(max_new_tokens=8, draft_length=0)
-    state = conversation.draft_state
-    engine.core.run(conversation, [7, 3, 9, 3] * 30, none)
-    assert not runs and state.start + state.num_pending_hidden == state.num_cached == conversation.sequence.length == 127
-    assert 48 <= state.num_pending_hidden <= 64 and state.own.length == 0
-    result = engine.core.run(conversation, [7, 3], drafts)
-    assert 48 <= runs[0][0] <= 66, "what waited, with the first pending token"
-    assert result.speculation.proposed > 0, "it drafts from what it kept"
-    assert result.token_ids == plain.generate([conversation.token_ids[:130]], drafts)[0].token_ids
-    start, length = state.start, conversation.sequence.length
-    assert start > 0 and state.num_cached == length
-    known = trained.head_layers.read_kv(state.own, 0, state.own.length)
-    hidden, sequence = full_pass(target, trained, conversation.token_ids[:length])[0][:, EXIT_LAYER], engine.core.draft_pool.new_sequence()
-    sequence.reserve(length - start)
-    trained.head_layers.forward(None, [sequence], [length - start], starts=[0], hidden=hidden[start:], logits="none")
-    sequence.advance(length - start)
-    assert torch.allclose(known, trained.head_layers.read_kv(sequence, 0, state.own.length), atol=1e-3), (
-        "positions are counted from its start"
-    )
-    # a later long message: all that was known lies too far back
-    engine.core.run(conversation, [2, 5, 8] * 40, none)
-    assert state.start > length and state.own.length == 0 and state.num_cached == conversation.sequence.length
-    # cut before everything that is known
-    del conversation.token_ids[20:]
-    conversation.sequence.truncate(20)
-    again = engine.core.run(conversation, [9, 9], drafts)
-    assert again.token_ids == plain.generate([conversation.token_ids[:22]], drafts)[0].token_ids
-    assert state.start == 20 and state.num_cached == conversation.sequence.length
-    sequence.free()
-    engine.core.close_sequence_state(conversation)
-    assert engine.core.draft_pool.num_free_pages == engine.core.draft_pool.max_pages
-
-
-@pytest.mark.parametrize("known", [0, 30])
-def test_a_cpu_forgets_while_it_learns_of_a_cache_filled_from_outside(target, trained, monkeypatch, known):
-    monkeypatch.setattr("draft.draft_head.MAX_PENDING_HIDDEN", 64)
-    monkeypatch.setattr("draft.draft_head._KEPT_PENDING_HIDDEN", 48)
-    engine, ids = engine_of(target, trained, prefill_chunk=100), [7, 3, 9, 3] * 45
-    conversation, drafts = engine.core.open_sequence_state(), SamplingParams(max_new_tokens=20, draft_length=3, ignore_eos=True)
-    if known:
-        engine.core.run(conversation, ids[:known], replace(drafts, max_new_tokens=1))
-        conversation.draft_state.own.reserve(known)
-        engine.core.drafter.draft_head.run_pending([conversation.draft_state])
-    conversation.token_ids[:] = ids
-    more = 170 - conversation.sequence.length
-    forward_reserved(target, torch.tensor(ids[170 - more : 170]), [conversation.sequence], [more], logits="none")
-    conversation.sequence.advance(more)
-    result = engine.core.run(conversation, [], drafts)
-    assert result.token_ids == engine_of(target, None).generate([ids], drafts)[0].token_ids
-    state = conversation.draft_state
-    assert result.speculation.proposed > 0 and 100 < state.start < 180 and state.num_cached == conversation.sequence.length
+    monkeypatch.setattr("draft.early_exit.MAX_PENDING_HIDDEN", 64)
+    long = engine.core.open_sequence_state()
+    runs.clear()
+    engine.core.run(long, [3] * 50, SamplingParams(max_new_tokens=14, draft_length=0))
+    assert not runs
+    engine.core.run(long, [3], SamplingParams(max_new_tokens=6, draft_length=0))
+    assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_pending_hidden == 5
 
 
 @pytest.mark.parametrize("eager", [False, True])
