@@ -55,6 +55,11 @@ class EarlyExitDrafter:
         self._new_buffer: Callable[[], FeatureStore] | None = None
 
     @property
+    def begins_after(self) -> int:
+        """Nothing: its weights are the target's."""
+        return 0
+
+    @property
     def resumes_at(self) -> int:
         """The exit: proposals bring the states there."""
         return self.exit_layer

@@ -20,6 +20,7 @@ from draft.tree import Leaf
 from kernels.cpu_decode.stopping import Stopping
 from kernels.upload import upload
 
+BEGINS_AFTER = 64  # tokens of an answer: making the copies takes as long as some thirty of them, of which drafts save a quarter
 MOST_PENDING_ROWS = 32  # states that one compiled call runs before its drafts: more are multiplied faster by a library
 
 
@@ -44,10 +45,11 @@ class BlockRunner(Protocol):
 
 class ExitCopy(NamedTuple):
     """first: runs the copies of the target's first layers over the target's pool. head: the draft head with copies of its layers, over its own pool.
-    block: drafts with both; None where only single passes can be run."""
+    made: whether the copies are there, which the first pass makes. block: drafts with both; None where only single passes can be run."""
 
     first: CausalDecoder
     head: DraftHead
+    made: Callable[[], bool]
     block: BlockRunner | None = None
 
 
@@ -65,6 +67,11 @@ class ExitCopyDrafter(EarlyExitDrafter):
     ) -> None:
         super().__init__(decoder, num_layers, deterministic=deterministic, draft_head=draft_head)
         self.copy = copy
+
+    @property
+    def begins_after(self) -> int:
+        """Some tokens, until the copies are made: a short answer would wait for them and use them little."""
+        return 0 if self.own_taps or self.copy.made() else BEGINS_AFTER
 
     @property
     def resumes_at(self) -> int:
@@ -172,7 +179,7 @@ class ExitCopyDrafter(EarlyExitDrafter):
         """A pass of the copies, logits included."""
         if self.own_taps:
             return super().scratch(new_target_sequence)
-        first, head, _ = self.copy
+        first, head, _, _ = self.copy
         sequences = [new_target_sequence(), head.pool.new_sequence()]
 
         def draft(count: int) -> None:

@@ -26,6 +26,7 @@ class ModelDrafter:
 
     target_taps: tuple[int, ...] = ()
     exit_layer = 0
+    begins_after = 0
     resumes_at = 0
     runs_last_draft = False
     takes_leaves = True

@@ -269,6 +269,7 @@ class Drafter(Protocol):
     `observe_target`, and its verification, where that begins at the first layer, to `observe_verification`. exit_layer: the target's first layers that
     drafts rest on (0: none). resumes_at: first layer the target still has to run on a proposal, exit_layer where that brings the states there, else 0.
     runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
+    begins_after: new tokens of a request before automatic drafts are worth what the drafter takes to begin.
     deterministic: whether its forwards are batch-invariant; a step sets it where verification goes on from them.
     """
 
@@ -277,6 +278,9 @@ class Drafter(Protocol):
     exit_layer: int
     max_positions: int
     deterministic: bool
+
+    @property
+    def begins_after(self) -> int: ...
 
     @property
     def resumes_at(self) -> int: ...

@@ -51,6 +51,11 @@ class CopiedDecoder(CompiledDecoder):
         """Bytes of the copies, made or not."""
         return sum(TileWeight.num_bytes(matrix.shape, self._kind) for matrix in self.matrices())
 
+    @property
+    def made(self) -> bool:
+        """Whether the copies are there."""
+        return self._copies is not None
+
     def matrices(self) -> list[Tensor]:
         """The weights that are copied."""
         layers = self.decoder.layer_weights()[: self._num_layers]
@@ -141,4 +146,4 @@ def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, det
     if not (first.fits and own.fits) or any(isinstance(matrix, BlockWeight) for matrix in first.matrices()):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None
-    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), blocks)
+    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), lambda: first.made, blocks)

@@ -255,10 +255,12 @@ def _plan(
     if all(request.params.draft_length == 0 for request in requests):
         return StepPlan([0] * len(requests), [[] for _ in requests])
     room, drafter_room, most_tokens = [], [], []
+    begins_after = 0 if drafter is None else drafter.begins_after
     for request in requests:
         length = len(request.token_ids)
         room.append(max(0, min(request.context - length, request.remaining - 1)))
-        drafter_room.append(0 if drafter is None else max(0, drafter.max_positions - length))
+        waits = begins_after > 0 and request.params.draft_length == "auto" and request.num_new < begins_after
+        drafter_room.append(0 if drafter is None or waits else max(0, drafter.max_positions - length))
         leaves = drafter is not None and drafter.takes_leaves and request.params.greedy and not deterministic
         memory = leaf_slot(length, MAX_LEAVES) <= request.longest(drafts=True)
         most_tokens.append(MAX_CANDIDATES if leaves and memory and request.sequence.pool.takes_tree_positions else 1)

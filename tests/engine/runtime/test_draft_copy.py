@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ pytest.importorskip("llvmlite")
 
 from codec.predictor.features import FeatureBuffer
 from draft.early_exit import EarlyExitDrafter
-from draft.exit_copy import ExitCopyDrafter
+from draft.exit_copy import BEGINS_AFTER, ExitCopyDrafter
 from draft.policy import CostModel
 from engine.engine import Engine
 from engine.model.config import DecoderConfig
@@ -32,6 +34,7 @@ def compiled_always():
     """Whatever a measurement on a busy machine would say."""
     patch = pytest.MonkeyPatch()
     patch.setattr("engine.model.linear.compiled_share", lambda threads: 1.0)
+    patch.setattr("draft.exit_copy.BEGINS_AFTER", 0)
     yield
     patch.undo()
 
@@ -184,6 +187,21 @@ def test_without_whole_tiles_or_compiled_steps_drafts_are_made_with_the_weights(
     assert exit_copy(exact, 2, source.head_layers, source.token_ids, deterministic=False) is None
 
 
+def test_a_short_answer_does_not_wait_for_copies(target, trained, monkeypatch):
+    """Automatic drafts begin after some tokens, and from then on with the first one; drafts that are asked for begin at once."""
+    monkeypatch.setattr("draft.exit_copy.BEGINS_AFTER", BEGINS_AFTER)
+    engine = engine_of(target, trained, costs=CostModel(draft=((1, 0.01),), verify=((1, 1.0), (64, 1.01))))
+    copy, auto = engine.core.drafter.copy, SamplingParams(max_new_tokens=BEGINS_AFTER, ignore_eos=True)
+    [result] = engine.generate([[3, 4, 9, 20]], auto)
+    assert result.speculation.proposed == result.speculation.from_text and not copy.made()
+    [result] = engine.generate([[3, 4, 9, 20]], replace(auto, max_new_tokens=BEGINS_AFTER + 20))
+    assert result.speculation.proposed > result.speculation.from_text and copy.made()
+    [result] = engine.generate([[5, 5, 8]], replace(auto, max_new_tokens=20))
+    assert result.speculation.proposed > result.speculation.from_text + result.speculation.from_seen
+    other = engine_of(target, trained)
+    assert other.generate([[5, 5, 8]], replace(auto, max_new_tokens=8, draft_length=2))[0].speculation.proposed > 0
+
+
 def test_weights_that_are_in_few_bits_already_are_not_copied(target, trained, monkeypatch):
     """They were kept so to save memory."""
     assert type(engine_of(target, trained).core.drafter) is ExitCopyDrafter
@@ -236,7 +254,7 @@ def test_leaves_and_ends_of_blocks_are_the_policys(target, trained, plain):
 
 def test_a_block_tells_the_likeliest_tokens_and_stops_where_it_is_told(target, trained):
     engine = engine_of(target, trained)
-    first, head, block = engine.core.drafter.copy
+    first, head, _, block = engine.core.drafter.copy
     prompts, pools = [[3, 4, 9, 20, 6], [7, 8]], (engine.core.pool, engine.core.draft_pool)
     sequences, own, pending = [pools[0].new_sequence() for _ in prompts], [pools[1].new_sequence() for _ in prompts], []
     for prompt, sequence, own_sequence in zip(prompts, sequences, own, strict=True):

@@ -149,7 +149,9 @@ class Simulation:
     def __init__(self, monkeypatch, machine, policy):
         self.machine, self.policy = machine, policy
         self.plain, self.blocks = SimulatedPlain(machine), SimulatedBlocks(machine)
-        self.drafter = SimpleNamespace(exit_layer=1, resumes_at=1, feature_taps=(), max_positions=1 << 20, takes_leaves=False)
+        self.drafter = SimpleNamespace(
+            exit_layer=1, resumes_at=1, feature_taps=(), max_positions=1 << 20, begins_after=0, takes_leaves=False
+        )
         self.drafter.takes_given, self.drafter.deterministic = True, False
         plan = policy.plan
 
