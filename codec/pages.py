@@ -7,7 +7,7 @@ copied and entropy-decoded at once; on a GPU on a stream of their own, beside th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 _BLOCK_ROWS = 256
 """Rows of a product on a CPU, filled up with zeros: a product's shape decides how its terms are summed, so a token gives the same bits whatever is
 decoded behind it."""
+
+_LAYER_ROWS = 512
+"""The same, of a layer's product alone: it lays its columns of the matrix out anew for the CPU's matrix unit, which more rows share."""
 
 _ENTROPY_TOKENS = 65_536
 _FOLDED_ROWS = 512
@@ -126,10 +129,7 @@ class PageDecoder:
             own = [n for n, start in enumerate(part.starts) if start >= 0]
             for group in batches([part.decoded.sizes[n] for n in own], most):
                 some = [own[i] for i in group]
-                runs: list[tuple[int, int]] = []
-                for n in some:
-                    start, end = part.starts[n], part.starts[n] + part.decoded.sizes[n]
-                    runs[-1:] = [(runs[-1][0], end)] if runs and runs[-1][1] == start else [*runs[-1:], (start, end)]
+                runs = _joined((part.starts[n], part.starts[n] + part.decoded.sizes[n]) for n in some)
                 tokens: slice | torch.Tensor = slice(*runs[0])
                 if len(runs) > 1:
                     tokens = torch.cat([torch.arange(*run) for run in runs]).to(self.codec.device)
@@ -232,11 +232,27 @@ class PageDecoder:
         """The same rows, whose product is taken layer by layer as they are asked for; chunks: of `parts`. Other arguments, and the call of `check`, as
         for `rows`."""
         tokens = self._num_tokens(parts, latents, target_rows)
-        found = []
-        for at, runs, c, rest in chunks:
-            rows = torch.cat([self._inputs(latents, target_rows, at), c], 1)
-            found.append((runs, rows, None if rest is None else self._fallback_rows(rest)))
-        return LayerRows(self, tokens, found)
+        alike: dict[tuple[int, bool], list[Chunk]] = {}
+        for chunk in chunks:
+            alike.setdefault((chunk.rows.shape[1], chunk.rest is None), []).append(chunk)
+        return LayerRows(self, tokens, [self._in_order(some, latents, target_rows) for some in alike.values()])
+
+    def _in_order(self, chunks: Sequence[Chunk], latents: torch.Tensor, target_rows: torch.Tensor | None) -> Rows:
+        """Chunks of the same shape as one, their tokens in rising order: so few blocks of a product are not full."""
+        runs = sorted(run for chunk in chunks for run in chunk.runs)
+        places = dict(zip(runs, itertools.accumulate((end - start for start, end in runs), initial=0), strict=False))
+        tokens, first = sum(end - start for start, end in runs), chunks[0]
+        rows = first.rows.new_empty(tokens, self.num_inputs + first.rows.shape[1])
+        rest = None if first.rest is None else torch.empty(tokens, self.codec.layout.dim, device=rows.device)
+        for at, own, c, more in chunks:
+            x, fallback, done = self._inputs(latents, target_rows, at), None if more is None else self._fallback_rows(more), 0
+            for start, end in own:
+                to, some = slice(places[start, end], places[start, end] + end - start), slice(done, done + end - start)
+                rows[to, : self.num_inputs], rows[to, self.num_inputs :] = x[some], c[some]
+                if rest is not None and fallback is not None:
+                    rest[to] = fallback[some]
+                done = some.stop
+        return _joined(runs), rows, rest
 
     def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
         """float32 [T, D] of components of the fallback basis; on a CPU in products of whole blocks of rows: as `rows`."""
@@ -289,18 +305,27 @@ class PageDecoder:
         return self._fallback
 
 
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that follow one another as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in runs:
+        found[-1:] = [(found[-1][0], end)] if found and found[-1][1] == start else [*found[-1:], (start, end)]
+    return found
+
+
+Rows = tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor | None]
+"""Of some tokens: their places as ranges, features and components [t, depth] in the product's dtype, and what the fallback basis adds, float32 [t, D],
+or None."""
+
+
 class LayerRows:
     """Decoded tokens whose rows are multiplied out a layer at a time, so that no tensor of all layers is ever made.
 
     Args:
-        decoder: whose matrix is used. tokens: T.
-        chunks: of some tokens each: their places as ranges, features and components [t, depth] in the product's dtype, and what the fallback basis
-            adds, float32 [t, D], or None.
+        decoder: whose matrix is used. tokens: T. chunks: of all of them.
     """
 
-    def __init__(
-        self, decoder: PageDecoder, tokens: int, chunks: Sequence[tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor | None]]
-    ) -> None:
+    def __init__(self, decoder: PageDecoder, tokens: int, chunks: Sequence[Rows]) -> None:
         self._decoder, self.tokens, self._chunks = decoder, tokens, chunks
 
     @property
@@ -359,12 +384,16 @@ class LayerRows:
         on_cpu = decoder.codec.device.type == "cpu"
         for runs, rows, rest in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
-            size = _BLOCK_ROWS if on_cpu else len(rows)
-            done = 0
-            for start, end in runs:
-                for at in range(start, end, size):
-                    part = rows[done : done + min(size, end - at)]
-                    full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if len(part) < size and on_cpu else part
-                    own = None if rest is None else rest[done : done + len(part), columns]
-                    yield slice(at, at + len(part)), (full @ matrix)[: len(part)], own
-                    done += len(part)
+            size = _LAYER_ROWS if on_cpu else len(rows)
+            ranges, done = iter(runs), 0
+            start, end = next(ranges)
+            for part in rows.split(size):
+                full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if len(part) < size and on_cpu else part
+                product, used = full @ matrix, 0
+                while used < len(part):
+                    if start == end:
+                        start, end = next(ranges)
+                    count = min(end - start, len(part) - used)
+                    own = None if rest is None else rest[done : done + count, columns]
+                    yield slice(start, start + count), product[used : used + count], own
+                    start, used, done = start + count, used + count, done + count

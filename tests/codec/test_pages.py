@@ -8,7 +8,7 @@ import torch
 from codec.codec import KvCodec, SpanSetting
 from codec.errors import BadInput, CorruptedCode
 from codec.pack import CodecPack
-from codec.pages import PageDecoder
+from codec.pages import LayerRows, PageDecoder
 from codec.predictor.dense import DensePredictor
 from codec.predictor.features import FeatureSpec
 from kernels.rope.reference import apply_rope
@@ -103,6 +103,27 @@ def test_a_token_gives_the_same_bits_whatever_is_decoded_behind_it(codec: KvCode
     whole = torch.cat([part for _, part in pages.rows(pages.start(spans), inputs, None)])
     (_, first), *none = pages.rows(pages.start(spans[:3]), inputs[:192], None)
     assert not none and len(whole) == 300 and torch.equal(whole[:192], first)
+
+
+def test_layers_give_the_same_bits_whatever_lies_between_their_tokens(completed_pack, source) -> None:
+    """Spans of three settings in turns, more tokens than a block of the product has rows: as every span alone."""
+    codec, generator = KvCodec(completed_pack, "cpu"), torch.Generator().manual_seed(8)
+    settings = [SpanSetting(0.5), SpanSetting(0.25), SpanSetting(0.5, True)] * 4
+    rows, sizes = source.draw(59 * 12), [59] * 12
+    predictor, inputs = predictor_of(codec.layout.dim, "cpu"), torch.randn(len(rows), FEATURES, generator=generator)
+    spans = codec.encode_many([(part, torch.zeros_like(part)) for part in rows.split(sizes)], settings)
+    pages = PageDecoder(codec, predictor, torch.bfloat16)
+
+    def layers(first: int, last: int) -> LayerRows:
+        parts = pages.start(spans[first:last])
+        return pages.layers(parts, pages.chunks(parts), inputs[59 * first : 59 * last], None)
+
+    whole = layers(0, 12)
+    for n in range(whole.num_layers):
+        found = whole.layer(n)
+        assert bool(found.isfinite().all())
+        for number, part in enumerate(found.split(59)):
+            assert torch.equal(part, layers(number, number + 1).layer(n))
 
 
 def test_rounding_adds_little_to_the_codes_own_error(codec: KvCodec, source) -> None:
