@@ -135,7 +135,8 @@ def pair_rates(args: argparse.Namespace) -> int:
     the turns before; the first two are not counted. `over_plain` is the median over turns.
     """
     options: dict[str, Any] = {"max_batch": 64, "prefix_sharing": False}
-    loaded = Engine.from_pair(args.pair, device="cuda" if torch.cuda.is_available() else "cpu", pool_tokens=1 << 17, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = Engine.from_pair(args.pair, draft=args.pair_draft, device=device, pool_tokens=1 << 17, **options)
     ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), pool_tokens=1 << 16, **options)
     rows: list[dict[str, Any]] = []
     captured = {}
@@ -177,10 +178,9 @@ def pair_rates(args: argparse.Namespace) -> int:
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
             if args.json_out:
-                device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-                args.json_out.write_text(
-                    json.dumps({"pair": args.pair, "device": device, "captured": captured, "rows": rows}, indent=1) + "\n"
-                )
+                name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+                report = {"pair": args.pair, "draft": loaded.core.drafter_name, "device": name, "captured": captured, "rows": rows}
+                args.json_out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -195,6 +195,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefill", type=int, default=4096)
     parser.add_argument(
         "--pair", help="instead: tokens a second of a real pair on chat and code prompts, plain, with its draft and with n-grams"
+    )
+    parser.add_argument(
+        "--pair-draft", metavar="DIR|trunk", help="with --pair: another draft than the pair's own, a trained draft head for one"
     )
     parser.add_argument("--sampled", action="store_true", help="also at temperature 1 (rejection sampling)")
     parser.add_argument("--sources", nargs="+", default=["draft", "ngram"], choices=["draft", "ngram"], help="of a pair's drafts")
