@@ -22,6 +22,7 @@ from codec.rate import RATE_WEIGHT, class_of
 from codec.residuals import Pair, Projection, Residuals, residuals_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 from kernels.cpu_decode import compiled_available, compiled_loads
+from kernels.upload import upload_arrays
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens coded in one pass: bounds the memory of a long session, and fills a GPU, which codes a span's lanes one symbol after the other."""
@@ -173,7 +174,7 @@ class KvCodec:
         return joined
 
     def _base(self, step: float, count: int) -> torch.Tensor:
-        return torch.from_numpy(class_of(self._sigma[:count], step)).to(self.device)
+        return upload_arrays([class_of(self._sigma[:count], step)], self.device)
 
     def _quantised(
         self,
@@ -350,7 +351,7 @@ class KvCodec:
         does. Raises CorruptedCode."""
         step, base = codes[0].step, self._base(codes[0].step, codes[0].num_components)
         stored = [np.zeros(c.num_tokens, np.int8) if c.levels is None else c.levels for c in codes]
-        levels = torch.from_numpy(np.concatenate(stored).astype(np.int32)).to(self.device)
+        levels = upload_arrays([np.concatenate(stored).astype(np.int32)], self.device)
         streams = [SpanStream(c.num_tokens, c.states, c.words) for c in codes]
         q, gains, intact = self.coder.decode(streams, base, levels, codes[0].tokens_per_lane)
         faults = [] if intact is None else [~intact.all()]

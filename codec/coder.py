@@ -17,6 +17,7 @@ from codec.rate import EntropyModel
 from kernels import rans as kernel
 from kernels.cpu_decode import compiled_available, compiled_loads
 from kernels.dispatch import use_triton
+from kernels.upload import upload, upload_arrays
 
 if TYPE_CHECKING:
     from kernels.cpu_decode.coded import SpanTables
@@ -95,10 +96,10 @@ class SpanCoder:
         intact: None where the streams were checked already. Raises CorruptedCode if a stream is found to be damaged by then.
         """
         sizes = [s.num_tokens for s in streams]
-        states = np.concatenate([s.states for s in streams])
-        if len(states) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
+        if sum(len(s.states) for s in streams) != sum(num_lanes(size, tokens_per_lane) for size in sizes):
             raise CorruptedCode(*DAMAGED)
         if not self._on_kernels(base):
+            states = np.concatenate([s.states for s in streams])
             own = classes_before_gain(base, levels).cpu().numpy()
             if compiled_available() and compiled_loads():
                 return (*self._decode_compiled(streams, states, sizes, own, tokens_per_lane), None)
@@ -106,10 +107,9 @@ class SpanCoder:
             q, gains = decode(self._numpy_tables, list(streams), parts, tokens_per_lane)
             return torch.from_numpy(q).to(self.device), torch.from_numpy(gains).to(self.device), None
         # the kernel reads no word before or after its span's own; a span without words still needs an address
-        words = np.concatenate([*(s.words for s in streams), np.zeros(1, np.uint16)])
         coded = kernel.RansStreams(
-            torch.from_numpy(states.view(np.int32)).to(self.device),
-            torch.from_numpy(words.view(np.int16)).to(self.device),
+            upload_arrays([s.states.view(np.int32) for s in streams], self.device),
+            upload_arrays([*(s.words.view(np.int16) for s in streams), np.zeros(1, np.int16)], self.device),
             self._starts([len(s.words) for s in streams]),
         )
         return kernel.rans_decode(
@@ -139,4 +139,4 @@ class SpanCoder:
 
     def _starts(self, sizes: Sequence[int]) -> torch.Tensor:
         """int64 [n + 1]: where each part starts, the total last."""
-        return torch.tensor([0, *np.cumsum(sizes).tolist()], device=self.device)
+        return upload([0, *np.cumsum(sizes).tolist()], self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -34,15 +35,25 @@ _LAYER_ROWS = 512
 """The same, of a layer's product alone: it lays its columns of the matrix out anew for the CPU's matrix unit, which more rows share."""
 
 _ENTROPY_TOKENS = 65_536
+_STREAMS = 8
 _FOLDED_ROWS = 512
 
 
 class EntropyDecoded(NamedTuple):
     """Spans that are entropy-decoded together: the first token of each, counted from the first span's, and what came out. Spans that are only referred
-    to lie before the first one, at negative places."""
+    to lie before the first one, at negative places. stream: where they are decoded, on a GPU; None: the stream that was current."""
 
     starts: list[int]
     decoded: DecodedSpans
+    stream: torch.cuda.Stream | None = None
+
+    def join(self, stream: torch.cuda.Stream) -> None:
+        """Let a stream go on only behind what was decoded, and read it."""
+        if self.stream is None:
+            return
+        stream.wait_stream(self.stream)
+        for tensor in (self.decoded.q, self.decoded.gains, self.decoded.levels, self.decoded.base, *self.decoded.faults):
+            tensor.record_stream(stream)
 
 
 class Chunk(NamedTuple):
@@ -75,11 +86,12 @@ class PageDecoder:
         self._matrix: torch.Tensor | None = None
         self._fallback: Fallback | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._decoding: list[torch.cuda.Stream] = []
 
     # --- entropy decoding -----------------------------------------------------------------------------------------------
 
     def start(self, spans: Sequence[bytes | memoryview], *, beside: bool = True) -> list[EntropyDecoded]:
-        """Read and check all spans, copy them to the device and begin to entropy-decode them. beside: on a GPU, on a stream of its own.
+        """Read and check all spans, copy them to the device and begin to entropy-decode them. beside: on a GPU, on streams of its own.
 
         Raises the errors of `KvCodec.read`.
         """
@@ -87,41 +99,50 @@ class PageDecoder:
 
     def begin(self, codes: Sequence[SpanCode], lent: Sequence[SpanCode] = (), *, beside: bool = True) -> list[EntropyDecoded]:
         """As `start`, from spans that were read. lent: spans before them, without a gap, that references may go to and that are not written."""
-        if self.codec.device.type != "cuda" or not beside:
-            return list(self._parts(codes, lent))
-        with torch.cuda.stream(self.side_stream()):
-            return list(self._parts(codes, lent))
+        every = [*lent, *codes]
+        starts = list(itertools.accumulate((code.num_tokens for code in every), initial=-sum(code.num_tokens for code in lent)))
+        streams = itertools.cycle(self._decoding_streams() if self.codec.device.type == "cuda" and beside else [None])
+        parts = []
+        for group in alike(every):
+            for some in batches([every[n].num_tokens for n in group], _ENTROPY_TOKENS):
+                members, stream = [group[i] for i in some], next(streams)
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    decoded = self.codec.entropy_decoded([every[n] for n in members])
+                parts.append(EntropyDecoded([starts[n] for n in members], decoded, stream))
+        return parts
+
+    def _decoding_streams(self) -> list[torch.cuda.Stream]:
+        """Of spans that are decoded at the same time: a span takes one warp and waits for its own last symbol, so that those of every setting together
+        take as long as the longest. Before the passes beside them, which fill the device."""
+        if not self._decoding:
+            self._decoding = [torch.cuda.Stream(self.codec.device, priority=-1) for _ in range(_STREAMS)]
+            for stream in self._decoding:
+                stream.wait_stream(torch.cuda.current_stream(self.codec.device))  # for the tables; the spans come from the host
+        return self._decoding
 
     def side_stream(self) -> torch.cuda.Stream:
         """What runs beside the current stream runs here; of a GPU."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.codec.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.codec.device))  # for the tables; the spans come from the host
         return self._stream
-
-    def _parts(self, codes: Sequence[SpanCode], lent: Sequence[SpanCode]) -> Iterator[EntropyDecoded]:
-        every = [*lent, *codes]
-        starts = list(itertools.accumulate((code.num_tokens for code in every), initial=-sum(code.num_tokens for code in lent)))
-        for group in alike(every):
-            for some in batches([every[n].num_tokens for n in group], _ENTROPY_TOKENS):
-                members = [group[i] for i in some]
-                yield EntropyDecoded([starts[n] for n in members], self.codec.entropy_decoded([every[n] for n in members]))
 
     def check(self, parts: Sequence[EntropyDecoded]) -> None:
         """Wait for everything and raise CorruptedCode if a stream was damaged: what was written of it must then be thrown away."""
+        self._join(parts)
         for part in parts:
             part.decoded.check()
+
+    def _join(self, parts: Sequence[EntropyDecoded]) -> None:
+        """Let the current stream go on only behind what was decoded."""
+        if self.codec.device.type == "cuda":
+            for part in parts:
+                part.join(torch.cuda.current_stream(self.codec.device))
 
     # --- the product ----------------------------------------------------------------------------------------------------
 
     def _chunks(self, parts: Sequence[EntropyDecoded]) -> Iterator[Chunk]:
         """All components, chunk by chunk."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self.codec.device)
-            current.wait_stream(self._stream)
-            for part in parts:
-                for tensor in (part.decoded.q, part.decoded.gains, part.decoded.levels, part.decoded.base):
-                    tensor.record_stream(current)
+        self._join(parts)
         count = self.codec.transform.num_rows
         most = CHUNK_TOKENS.get(self.codec.device.type, CHUNK_TOKENS["cpu"])
         every = self._referring(parts)

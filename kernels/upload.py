@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -17,6 +18,15 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype = tor
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def upload_arrays(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """As `upload`, of arrays [n] of one dtype that torch knows, joined."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+    host = torch.empty(sum(map(len, parts)), dtype=torch.from_numpy(parts[0][:0].copy()).dtype, pin_memory=True)
+    np.concatenate(parts, out=host.numpy())
+    return host.to(device, non_blocking=True)
 
 
 def fill(place: torch.Tensor, values: Sequence[Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from engine.errors import PagesNotReserved, PoolExhausted
 from kernels.memory import mapped
 from kernels.rope import apply_rope
+from kernels.upload import upload
 
 
 class LayerAngles(NamedTuple):
@@ -514,10 +515,15 @@ class KvSequence:
     def addresses(self, start: int, end: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and offset in it of tokens [start, end), each [T] int64 on a device, the pool's unless named."""
         size, device = self.pool.page_size, self.pool.device if device is None else device
-        positions = torch.arange(start, end)
+        pages = self.pages_of(start, end, device)
+        return pages, torch.arange(start, end, device=device) % size
+
+    def pages_of(self, start: int, end: int, device: torch.device) -> torch.Tensor:
+        """The page that each of tokens [start, end) lies in, [T] int64 on a device, for which nothing is waited."""
+        size = self.pool.page_size
         assert start // size >= self.first_page or end <= start, "pages that were given back hold nothing"
-        pages = torch.tensor(self.pages, dtype=torch.int64)[positions // size - self.first_page] if end > start else positions
-        return pages.to(device), (positions % size).to(device)
+        own = upload(self.pages[start // size - self.first_page : -(-end // size) - self.first_page] or [0], device)
+        return own[torch.arange(start % size, start % size + max(0, end - start), device=device) // size]
 
     def reserve(self, n: int) -> None:
         """Own pages for n tokens after the committed ones, to write them.

@@ -33,6 +33,8 @@ from kernels.rope import apply_rope
 from kernels.rope.reference import rotate, widen
 from kernels.upload import upload
 
+_LISTED_TOKENS = 512
+
 
 class AttentionBatch(NamedTuple):
     """New tokens of a ragged batch, one request's after another's, as the host knows them.
@@ -77,6 +79,17 @@ class AttentionBatch(NamedTuple):
             pages, first, size = sequence.pages, sequence.first_page, sequence.pool.page_size
             found += [pages[place // size - first] * size + place % size for place in own]
         return found
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """`slots` as [N] int64 on a device: a long pass's are worked out there, as a list of them takes the host a millisecond."""
+        if self.tree_positions is not None or sum(self.query_lens) <= _LISTED_TOKENS:
+            return upload(self.slots, device)
+        parts = [
+            torch.stack(sequence.addresses(start, context, device))
+            for sequence, start, context in zip(self.sequences, self.starts, self.contexts, strict=True)
+        ]
+        pages, offsets = torch.cat(parts, 1)
+        return pages * self.sequences[0].pool.page_size + offsets
 
     @property
     def positions(self) -> list[int]:
@@ -387,7 +400,7 @@ class DeviceBatch:
         tree = batch.tree()
         return cls(
             tuple(batch.angles(rope) for rope in ropes),
-            upload(batch.slots, device),
+            batch.slots_on(device),
             upload([own + [0] * (width - len(own)) for own in pages], device, torch.int32),
             upload(batch.query_lens, device, torch.int32),
             upload(batch.contexts, device, torch.int32),

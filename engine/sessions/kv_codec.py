@@ -31,6 +31,7 @@ from engine.sessions.file import Span
 from engine.sessions.repeats import Repeats, SpanSources
 from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
+from kernels.upload import upload
 
 PASS_TOKENS = 512  # of a pass over known tokens on a CPU
 _LARGEST_PASS = 16_384  # on a GPU, where its memory allows
@@ -291,7 +292,7 @@ class SessionCodec:
         latents = self._draft_pass(state, conversation, start, end)
         clock.mark("draft")
         with torch.cuda.stream(side):
-            parts = self._entropy_decoded(spans, lent, beside=False)
+            parts = self._entropy_decoded(spans, lent, beside=True)
             run_tokens(self.core, conversation, start - conversation.sequence.length)
             target_rows = self._target_rows(conversation, start, end)
         current.wait_stream(side)
@@ -341,14 +342,14 @@ class SessionCodec:
         spec, target = self.predictor.spec, self.core.target
         if not spec.target_taps:
             return None
-        ids = torch.tensor(conversation.token_ids[start:end], device=self.core.device)
+        ids = upload(conversation.token_ids[start:end], self.core.device)
         if spec.recomputed_layers == 0:
             return target.embed(ids)[:, None]
         sequence, first = conversation.sequence, start
         in_place = sequence.sees(start)
         if not in_place:  # layers with a window have given back what these tokens attend to
             sequence, first = self.core.pool.new_sequence(), 0
-            ids = torch.tensor(conversation.token_ids[:end], device=self.core.device)
+            ids = upload(conversation.token_ids[:end], self.core.device)
         else:
             conversation.invariant = conversation.invariant and self.core.deterministic  # its pages are written anew
         rows, size = [], known_pass_tokens(target, sequence)
@@ -388,7 +389,7 @@ class SessionCodec:
             return self.predictor.reduce(
                 torch.zeros(end - start, 0, self.predictor.draft_size, dtype=torch.float32, device=self.core.device)
             )
-        ids = torch.tensor(conversation.token_ids[:end], device=self.core.device).clamp_max(draft.config.vocab_size - 1)
+        ids = upload(conversation.token_ids[:end], self.core.device).clamp_max(draft.config.vocab_size - 1)
         size = pass_tokens(draft)
         state.sequence.ensure(end)
         for at in range(0, end, size):
@@ -487,7 +488,7 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
     if not count:
         return
     start = conversation.sequence.length
-    ids = torch.tensor(conversation.token_ids[start : start + count], device=core.device)
+    ids = upload(conversation.token_ids[start : start + count], core.device)
     taps, state = core.drafter.target_taps if core.drafter else (), conversation.draft_state
     conversation.sequence.reserve(count)
     if taps and state is not None and state.cache is not conversation.sequence:

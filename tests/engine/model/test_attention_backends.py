@@ -193,3 +193,15 @@ def test_the_layer_forward_is_the_decoders_with_any_attention(tiny_model, family
             assert torch.allclose(out.entered, want[number], atol=1e-5)
         stream, update = out.stream, out.update
     assert torch.allclose(stream + update, want[decoder.config.num_layers], atol=1e-5)
+
+
+def test_slots_of_a_long_pass_are_those_of_its_list(decoder):
+    """Worked out on the device, for requests whose pages do not follow one another."""
+    pool = decoder.new_pool(120, 8)
+    first, second = pool.new_sequence(), pool.new_sequence()
+    for end in range(8, 409, 8):  # pages by turns
+        first.ensure(end)
+        second.ensure(end)
+    batch = AttentionBatch([first, second], [401, 150], [3, 250])
+    assert len(batch.slots) > 512 and len(set(batch.slots)) == 551
+    assert batch.slots_on(pool.device).tolist() == batch.slots
