@@ -58,6 +58,7 @@ class KvPool(ABC):
     """
 
     slides = False  # whether sequences give back pages that no layer's window reaches any more
+    is_plain = False  # whether all pages hold keys (rotated) and values as they are
 
     def __init__(self, num_pages: int, page_size: int, max_pages: int | None) -> None:
         if num_pages < 1 or page_size < 1:
@@ -368,6 +369,8 @@ class PagedPool(KvPool):
         num_layers, num_kv_heads, head_dim: L, G, d.
         num_pages, page_size, max_pages: see `KvPool`.
     """
+
+    is_plain = True
 
     def __init__(
         self,

@@ -198,6 +198,7 @@ class WindowedPool(KvPool):
         self.main_layers, self.main, self.windowed = tuple(main_layers), main, tuple(windowed)
         self._heads, self._head_dim, self.step_tokens = heads, head_dim, step_tokens
         self.slides = True  # whether sequences give back what has left their windows
+        self.is_plain = main.is_plain and all(group.pool.is_plain for group in windowed)
         of = {layer: number for number, group in enumerate(windowed) for layer in group.layers}
         self.group_of: tuple[int | None, ...] = tuple(of.get(layer) for layer in range(len(of) + len(self.main_layers)))
 

@@ -338,19 +338,19 @@ class WindowedBackend(AttentionBackend):
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], AttentionBackend]], *, whole: bool, deterministic: bool) -> None:
-        self._backends, self._whole, self.deterministic = [backend for _, backend in parts], whole, deterministic
+        self.backends, self.whole, self.deterministic = tuple(backend for _, backend in parts), whole, deterministic
         self._of = {layer: (backend, own) for layers, backend in parts for own, layer in enumerate(layers)}
-        self.device, self.page_size = self._backends[0].device, self._backends[0].page_size
+        self.device, self.page_size = self.backends[0].device, self.backends[0].page_size
 
     def _batches(self, batch: AttentionBatch) -> list[AttentionBatch]:
         """The same tokens in each backend's pool."""
-        whole = [batch] if self._whole else []
+        whole = [batch] if self.whole else []
         own = zip(*(sequence.windows for sequence in batch.sequences), strict=True)
         return whole + [batch._replace(sequences=sequences) for sequences in own]
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.plan`."""
-        for backend, own in zip(self._backends, self._batches(batch), strict=True):
+        for backend, own in zip(self.backends, self._batches(batch), strict=True):
             backend.plan(own)
 
     def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,12 +370,12 @@ class WindowedBackend(AttentionBackend):
 
     def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:
         """See `AttentionBackend.prepare_for_capture`."""
-        for backend in self._backends:
+        for backend in self.backends:
             backend.prepare_for_capture(num_requests, num_rows, max_query_len, max_context)
 
     def prepare_for_replay(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend.prepare_for_replay`."""
-        for backend, own in zip(self._backends, self._batches(batch), strict=True):
+        for backend, own in zip(self.backends, self._batches(batch), strict=True):
             backend.prepare_for_replay(own)
 
 

@@ -38,6 +38,7 @@ from engine.runtime.model_runner import (
     read_out,
     same_objects,
 )
+from engine.runtime.page_tables import StepTables
 from engine.runtime.request import Request
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
 from kernels.compile_ahead import compile_ahead, compiling_ahead
@@ -114,9 +115,9 @@ class Block:
     drafts: Tensor
     tokens: Tensor
     out: Tensor
-    target_table: Tensor
+    target_tables: StepTables
     verify: Step
-    draft_table: Tensor | None = None
+    draft_tables: StepTables | None = None
     first: list[Step] = field(default_factory=list)
     passes: list[Step] = field(default_factory=list)
     exits: Tensor | None = None
@@ -468,39 +469,34 @@ class BlockDecoding:
         batch, length, most = key.batch, key.length, target.config.num_layers
         rows = length + 1
 
-        def table(pages: int) -> Tensor:
-            return torch.zeros(batch, pages, dtype=torch.int32, device=device)
-
         drafts = torch.zeros(length, batch, dtype=torch.int64, device=device)
         tokens = torch.zeros(batch, rows, dtype=torch.int64, device=device)
         out = torch.zeros(batch, length + 2, dtype=torch.int64, device=device)
-        target_table = table(min(key.pages, target.max_pages))
+        target_tables = target.tables.new_step(batch, min(key.pages, target.max_pages))
         from_exit, exits = self.head is not None and key.source == "model", None
         if from_exit:
             exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
         verify = target.part(
             batch,
             rows,
-            target_table.shape[1],
             range(self.exit_layer if from_exit else 0, most),
-            page_table=target_table,
+            tables=target_tables,
             token_ids=tokens.view(-1),
             embed=not from_exit,
             logits=not key.drawing.greedy,
             deterministic=key.deterministic,
         )
-        block = Block(key, drafts, tokens, out, target_table, verify, exits=exits)
+        block = Block(key, drafts, tokens, out, target_tables, verify, exits=exits)
         if key.source == "model":
             assert draft is not None
-            block.draft_table = table(min(key.pages, draft.max_pages))
+            block.draft_tables = draft.tables.new_step(batch, min(key.pages, draft.max_pages))
             for i in range(length):
                 block.passes.append(
                     draft.part(
                         batch,
                         1 if i else 2,
-                        block.draft_table.shape[1],
                         range(draft.config.num_layers),
-                        page_table=block.draft_table,
+                        tables=block.draft_tables,
                         token_ids=drafts[i - 1] if i else None,
                         embed=self.head is None,
                         logits=not key.drawing.greedy,
@@ -512,9 +508,8 @@ class BlockDecoding:
                     target.part(
                         batch,
                         1,
-                        target_table.shape[1],
                         range(self.exit_layer),
-                        page_table=target_table,
+                        tables=target_tables,
                         token_ids=drafts[i - 1] if i else None,
                         deterministic=key.deterministic,
                     )
@@ -533,10 +528,10 @@ class BlockDecoding:
         key, state, target, draft = block.key, self.state, self.target, self.draft
         batch, length = key.batch, key.length
         of = {name: state.of(name, batch) for name in BlockState.NAMES}
-        torch.index_select(target.tables.tables[:, : block.target_table.shape[1]], 0, of["row"], out=block.target_table)
+        target.tables.look_up(of["row"], block.target_tables)
         if key.source == "model":
-            assert draft is not None and block.draft_table is not None
-            torch.index_select(draft.tables.tables[:, : block.draft_table.shape[1]], 0, of["draft_row"], out=block.draft_table)
+            assert draft is not None and block.draft_tables is not None
+            draft.tables.look_up(of["draft_row"], block.draft_tables)
             self._draft(block, of)
         else:
             block.drafts.copy_(state.drafts[:batch, :length].T)

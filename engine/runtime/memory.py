@@ -18,7 +18,7 @@ from engine.kv.text_ends import ENDS_OF_A_TEXT
 from engine.kv.windowed_pool import REWIND_TOKENS, WindowedPool, WindowGroup
 from engine.model.decoder import Decoder
 from engine.runtime.block_runner import common_lengths
-from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, GraphedDecoder, decode_shape, sizes_up_to
+from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, decode_shape, sizes_up_to
 from engine.runtime.reserve import MOST_STEP_TOKENS
 from kernels.decode_layer import DecodeBuffers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
@@ -211,9 +211,8 @@ def step_tokens(target: Decoder, config: EngineConfig) -> int:
 
 def window_layers(target: Decoder, config: EngineConfig) -> tuple[WindowLayers, ...]:
     """The target's layers that keep pages of their own: those with a window that, with what a step adds, is shorter than the model's context; () where
-    the layers lie on several devices, or steps are captured, whose buffers hold one page table."""
-    captured = config.kv_cache_dtype == PLAIN and GraphedDecoder.fits(target)
-    shapes = target.layer_shapes if target.device_map is None and not captured else []
+    the layers lie on several devices."""
+    shapes = target.layer_shapes if target.device_map is None else []
     bits = element_bits(config.kv_cache_dtype, target.config.head_dim, target.dtype)
     found = []
     for window in sorted({shape.window for shape in shapes if shape.window is not None}):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from draft.protocols import CausalDecoder
 from engine.kv.pool import KvPool, KvSequence, PagedPool
+from engine.kv.windowed_pool import WindowedPool
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder
 from engine.model.forward_pass import DecoderOutput, ForwardPass
@@ -30,6 +30,7 @@ from engine.runtime.device_penalties import PenaltyRows
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.family_layers import FamilyLayers
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
+from engine.runtime.page_tables import PageTables, StepTables
 from engine.runtime.sampling import SamplingParams
 from kernels.advance import advance
 from kernels.block_inputs import block_inputs
@@ -108,39 +109,6 @@ def decode_shape(config: DecoderConfig) -> DecodeShape:
     return DecodeShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.vocab_size, c.rms_norm_eps)
 
 
-class PageTables:
-    """Page tables of sequences on a device, [rows, P] int32, uploaded when a sequence's pages change. Row 0 is padding."""
-
-    def __init__(self, num_rows: int, max_pages: int, device: torch.device) -> None:
-        self.tables = torch.zeros(num_rows, max_pages, dtype=torch.int32, device=device)
-        self._rows: weakref.WeakKeyDictionary[KvSequence, int] = weakref.WeakKeyDictionary()
-        self._known: dict[int, list[int]] = {}
-        self._free = list(range(num_rows - 1, 0, -1))
-
-    def rows(self, sequences: Sequence[KvSequence]) -> list[int]:
-        """The rows of sequences that are run together, fewer than there are rows: each another's, up to date."""
-        if sum(sequence not in self._rows for sequence in sequences) > len(self._free):
-            # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
-            self._rows, self._free = weakref.WeakKeyDictionary(), list(range(len(self.tables) - 1, 0, -1))
-            self._known.clear()
-        return [self._row(sequence) for sequence in sequences]
-
-    def _row(self, sequence: KvSequence) -> int:
-        row = self._rows.get(sequence)
-        if row is None:
-            row = self._rows[sequence] = self._free.pop()
-            self._known.pop(row, None)
-            weakref.finalize(sequence, self._release, self._rows, row)
-        if self._known.get(row) != sequence.pages:
-            self._known[row] = list(sequence.pages)
-            fill(self.tables[row, : len(sequence.pages)], sequence.pages)
-        return row
-
-    def _release(self, rows: weakref.WeakKeyDictionary[KvSequence, int], row: int) -> None:
-        if rows is self._rows:
-            self._free.append(row)
-
-
 @dataclass(frozen=True)
 class StepKey:
     """What a captured step does: B requests of n tokens over P pages through layers [first, last), with residual streams at `taps`; embed: from
@@ -166,12 +134,15 @@ class Step:
     inputs: [3, B] int64: the position of each request's first new token, the end of those it may have, and its page table row. A step of one token a
     request with logits leaves them, and its token ids, ready for the next one (`kernels.advance`): holds is then the launch whose successor they are
     ready for, of sequences in these page table rows (table_rows); drawn, [2, B] int64, has the tokens of the last two, and copied says when the host
-    has them. tokens: [B] int64, what is drawn; None where nothing is.
+    has them. tokens: [B] int64, what is drawn; None where nothing is. tables: the requests', buffers.page_table among them; window_slots: [W, N] int64,
+    where each kind of windowed layers writes the new tokens (buffers.slots: the others).
     """
 
     key: StepKey
     buffers: DecodeBuffers
     inputs: Tensor
+    tables: StepTables
+    window_slots: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
     graph: Any | None = None
     tokens: Tensor | None = None
@@ -196,30 +167,36 @@ class GraphedDecoder(DecoderRunner):
 
     Args:
         decoder: a model whose matrices are plain (not packed for a CPU).
-        pool: its pool of plain pages. Steps are captured again when the pool grows, so give a GPU's pool its size at once.
+        pool: its pool of plain pages, windowed layers' own ones among them. Steps are captured again when it grows, so give a GPU's pool its
+            size at once.
         capture: whether steps become CUDA graphs; False runs the same steps operation by operation.
     """
 
     @torch.inference_mode(False)  # captures write these tensors outside of steps
-    def __init__(self, decoder: Decoder, pool: PagedPool, *, capture: bool) -> None:
+    def __init__(self, decoder: Decoder, pool: KvPool, *, capture: bool) -> None:
         super().__init__(decoder)
+        assert pool.is_plain, "captured steps read and write plain pages"
         self.pool, self.captures = pool, capture
+        windowed = pool.windowed if isinstance(pool, WindowedPool) else ()
+        main = pool.main_layers if isinstance(pool, WindowedPool) else range(decoder.config.num_layers)
+        self._pools_begin = [layers[0] for layers in (main, *(group.layers for group in windowed)) if layers]  # a layer of each pool
         self.max_pages = min(pool.max_pages, -(-decoder.config.max_position_embeddings // pool.page_size))
         self.shape = decode_shape(decoder.config)
         self._family = None if self.fuses(decoder.config) else FamilyLayers(decoder, pool, self.max_pages * pool.page_size)
-        self.tables = PageTables(_TABLES, self.max_pages, decoder.device)
+        self.tables = PageTables(_TABLES, self.max_pages, decoder.device, len(windowed))
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
         self._zeros = torch.zeros(_BATCHES[-1], dtype=torch.int64, device=decoder.device)
         self._steps: dict[StepKey, Step] = {}
         self._compiled: set[StepKey] = set()  # steps whose kernels are compiled
         self._weights: DecodeWeights | None = None
+        self._weights_over: tuple[int, ...] = ()  # `memory_version` of the pool whose pages they name
         self._graph_memory: Any | None = None
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
         """Whether the model's steps can be captured over a pool: on a CUDA device, with plain pages and all layers on that device. Llama's layers need
         heads that the fused kernels' tiles divide."""
-        return isinstance(pool, PagedPool) and GraphedDecoder.fits(decoder)
+        return pool.is_plain and GraphedDecoder.fits(decoder)
 
     @staticmethod
     def fits(decoder: Decoder) -> bool:
@@ -264,8 +241,7 @@ class GraphedDecoder(DecoderRunner):
         own = asked.tree_positions is not None or asked.observe is not None
         if own or not small or asked.source is None or not asked.layers:
             return self.decoder.run(asked)
-        for sequence, start, count in zip(asked.sequences, asked.starts, asked.query_lens, strict=True):
-            sequence.check_writable(start, start + count)
+        asked.batch.check_pages()
         return self._in_groups(asked) if asked.deterministic else self._pass(asked, length)
 
     def _in_groups(self, asked: ForwardPass) -> DecoderOutput:
@@ -388,10 +364,11 @@ class GraphedDecoder(DecoderRunner):
 
     def _current_weights(self) -> DecodeWeights:
         """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""
-        known = self._weights
-        if known is not None and known.pages[0][0].data_ptr() == self.memory_version:
+        known, version = self._weights, self.memory_version
+        if known is not None and self._weights_over == version:
             return known
         self._steps.clear()
+        self._weights_over = version
         decoder = self.decoder
         head = decoder.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.matrix
         cos, sin = decoder.rope.table(self.max_pages * self.pool.page_size)
@@ -409,8 +386,8 @@ class GraphedDecoder(DecoderRunner):
             step.graph = self.capture(lambda: self._run(step, weights))
         return step
 
-    def _allocate(self, key: StepKey, *, token_ids: Tensor | None = None) -> Step:
-        """A step's buffers, nothing captured. token_ids: buffer of its input; None is one of its own."""
+    def _allocate(self, key: StepKey, *, token_ids: Tensor | None = None, tables: StepTables | None = None) -> Step:
+        """A step's buffers, nothing captured. token_ids, tables: buffers of its input; None: its own."""
         rows = key.batch * key.length
         buffers = DecodeBuffers.allocate(
             self.shape,
@@ -424,13 +401,17 @@ class GraphedDecoder(DecoderRunner):
             plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
         )
         inputs = torch.zeros(3, key.batch, dtype=torch.int64, device=self.device)
+        tables = self.tables.new_step(key.batch, key.pages) if tables is None else tables
+        buffers.page_table = tables.main
+        window_slots = inputs.new_zeros(len(tables.windows), rows)
         if token_ids is not None:
             buffers.token_ids = token_ids
         tokens = None if key.drawing.greedy else torch.zeros(key.batch, dtype=torch.int64, device=self.device)
         drawn = None
         if key.length == 1 and key.embed and key.logits:
             drawn = torch.zeros(2, key.batch, dtype=torch.int64, device=self.device)
-        return Step(key, buffers, inputs, {tap: torch.empty_like(buffers.stream) for tap in key.taps}, tokens=tokens, drawn=drawn)
+        taps = {tap: torch.empty_like(buffers.stream) for tap in key.taps}
+        return Step(key, buffers, inputs, tables, window_slots, taps, tokens=tokens, drawn=drawn)
 
     def capture(self, run: Callable[[], None]) -> Any:
         """What `run` launches, as a CUDA graph; it runs once before, and must write no page then (padding). None in `compile_ahead`."""
@@ -452,11 +433,8 @@ class GraphedDecoder(DecoderRunner):
     def _run(self, step: Step, weights: DecodeWeights) -> None:
         key, buffers = step.key, step.buffers
         starts, ends, table_rows = step.inputs
-        torch.index_select(self.tables.tables[:, : key.pages], 0, table_rows, out=buffers.page_table)
-        size = self.pool.page_size
-        block_inputs(
-            starts, self._zeros[: key.batch], ends, buffers.page_table, 0, size, buffers.positions, buffers.slots, buffers.context_lens
-        )
+        self.tables.look_up(table_rows, step.tables)
+        self._place(step, starts, self._zeros[: key.batch], ends, 0)
         self._run_layers(step, weights, head=key.logits)
         if step.tokens is not None:
             assert buffers.logits is not None
@@ -464,12 +442,19 @@ class GraphedDecoder(DecoderRunner):
         if step.drawn is not None:
             advance(buffers.next_tokens if step.tokens is None else step.tokens, starts, buffers.token_ids, step.drawn)
 
+    def _place(self, step: Step, lengths: Tensor, firsts: Tensor, limits: Tensor, offset: int) -> None:
+        """Positions, context lengths, and slots in every pool of a step's new tokens (`kernels.block_inputs`), from its tables."""
+        b, size = step.buffers, self.pool.page_size
+        for table, slots in zip((step.tables.main, *step.tables.windows), (b.slots, *step.window_slots), strict=True):
+            block_inputs(lengths, firsts, limits, table, offset, size, b.positions, slots, b.context_lens)
+
     def _run_layers(self, step: Step, weights: DecodeWeights, *, head: bool) -> None:
         """A step over positions, slots, context lengths and page tables that are in its buffers."""
         key, buffers = step.key, step.buffers
         if self._family is not None:
             layers = range(key.first, key.last)
-            return self._family.run(buffers, layers, step.taps, embed=key.embed, head=head, deterministic=key.deterministic)
+            windows = step.tables.windows, step.window_slots
+            return self._family.run(buffers, layers, step.taps, windows, embed=key.embed, head=head, deterministic=key.deterministic)
         decode_embed(weights, buffers, first_layer=key.first, embed=key.embed)
         at = key.first
         for tap in (*sorted(key.taps), key.last):
@@ -485,18 +470,17 @@ class GraphedDecoder(DecoderRunner):
     # --- parts of a larger graph ----------------------------------------------------------------------------------------
 
     @property
-    def memory_version(self) -> int:
-        """Where the pool lies: what was captured before it moved is void."""
-        return self.pool.layer(0)[0].data_ptr()
+    def memory_version(self) -> tuple[int, ...]:
+        """Where the pool's pages lie: what was captured before they moved is void."""
+        return tuple(self.pool.layer(layer)[0].data_ptr() for layer in self._pools_begin)
 
     def part(
         self,
         batch: int,
         length: int,
-        pages: int,
         layers: range,
         *,
-        page_table: Tensor,
+        tables: StepTables,
         token_ids: Tensor | None = None,
         embed: bool = True,
         logits: bool = False,
@@ -504,18 +488,15 @@ class GraphedDecoder(DecoderRunner):
     ) -> Step:
         """Buffers of a pass of exactly `batch` requests that `run_part` runs, within what somebody else captures.
 
-        page_table [batch, pages] int32, shared with other parts; token_ids [batch length] int64: the input (embed). logits: of every row, beside the
+        tables: shared with other parts; token_ids [batch length] int64: the input (embed). logits: of every row, beside the
         most likely tokens.
         """
-        key = StepKey(batch, length, pages, layers.start, layers.stop, (), logits, embed, deterministic)
-        step = self._allocate(key, token_ids=token_ids)
-        step.buffers.page_table = page_table
-        return step
+        key = StepKey(batch, length, tables.main.shape[1], layers.start, layers.stop, (), logits, embed, deterministic)
+        return self._allocate(key, token_ids=token_ids, tables=tables)
 
     def run_part(self, step: Step, lengths: Tensor, firsts: Tensor, limits: Tensor, offset: int, *, head: bool) -> None:
         """Run a part for tokens at lengths[b] + offset and after (`kernels.block_inputs`). head: also the most likely token after each row."""
-        b = step.buffers
-        block_inputs(lengths, firsts, limits, b.page_table, offset, self.pool.page_size, b.positions, b.slots, b.context_lens)
+        self._place(step, lengths, firsts, limits, offset)
         self._run_layers(step, self._current_weights(), head=head)
 
 
@@ -725,7 +706,6 @@ def read_out(ready: Any) -> list[Any]:
 def graphed(decoder: Decoder, pool: KvPool) -> CausalDecoder:
     """The decoder as it should be run over its pool: through captured or compiled steps where they are supported."""
     if GraphedDecoder.supports(decoder, pool):
-        assert isinstance(pool, PagedPool)
         return GraphedDecoder(decoder, pool, capture=True)
     if CompiledDecoder.supports(decoder, pool):
         assert isinstance(pool, PagedPool)

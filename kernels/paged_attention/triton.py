@@ -185,6 +185,8 @@ def _split_kernel(
     for block in range(start, end, BLOCK_N):
         token = block + tl.arange(0, BLOCK_N)
         inside = token < end
+        if SLIDING > 0:  # pages before the window may have been given to somebody else
+            inside = inside & (token >= lowest)
         base, offset = page_rows(page, block, stride_page, stride_token, PAGE, BLOCK_N)
         page = load_page(table_row_ptr, block + BLOCK_N, end, PAGE, BLOCK_N)
         k = tl.load(k_ptr + base + offset[None, :] + channel[:, None], mask=inside[None, :] & channel_mask[:, None], other=0.0)
@@ -206,7 +208,7 @@ def _split_kernel(
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weights, 1)
-        # Values past the end may be anything, NaN included, so they are not merely weighted by zero.
+        # Values past the end or before a window may be anything, NaN included, so they are not merely weighted by zero.
         v = tl.load(v_ptr + base + offset[:, None] + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0.0)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 
-from draft.spans import SpanPolicy
 from engine.engine import Engine
 from engine.model.decoder import forward_reserved
-from engine.runtime import block_runner
-from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, PlainDecoding
+from engine.runtime.model_runner import GraphedDecoder, PlainDecoding
 from engine.runtime.sampling import SamplingParams
 
 GPU = torch.cuda.is_available()
@@ -86,24 +82,8 @@ def test_padding_writes_no_page_and_an_infinite_logit_is_told(decoder):
         decoder._output_norm = None
 
 
-def engine_of(decoder, draft, **options):
-    """An engine with the runners that it has on a GPU, here without graphs; steps that are captured know one page table."""
-    with mock.patch("engine.runtime.core.window_layers", lambda *_: ()):
-        engine = Engine(decoder, draft=draft, page_size=8, pool_tokens=2048, **options)
-    core, scheduler = engine.core, engine.core.scheduler
-    runner = scheduler.target = GraphedDecoder(decoder, core.pool, capture=GPU)
-    scheduler.plain = PlainDecoding(runner)
-    if draft is not None:
-        cached = GraphedDecoder(draft, core.draft_pool, capture=GPU)
-        core.drafter = scheduler.drafter = core.source.drafter(runner, core.draft_pool, cached=cached, deterministic=core.deterministic)
-        scheduler.blocks = block_runner.block_decoding(runner, core.drafter)
-        scheduler.drafting = SpanPolicy(lengths=CAPTURED_LENGTHS, most_rows=MAX_ROWS)
-        assert scheduler.blocks is not None
-    return engine
-
-
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
-def test_text_is_that_of_the_decoder_with_drafts_and_without(decoder, params, monkeypatch):
+def test_text_is_that_of_the_decoder_with_drafts_and_without(decoder, params, as_on_a_gpu, monkeypatch):
     each = [SamplingParams(max_new_tokens=n, ignore_eos=True, draft_length=2, **params) for n in (17, 1, 9, 14, 12)]
     plain = [SamplingParams(**{**vars(p), "draft_length": 0}) for p in each]
     eager = Engine(decoder, page_size=8, pool_tokens=2048)
@@ -112,7 +92,9 @@ def test_text_is_that_of_the_decoder_with_drafts_and_without(decoder, params, mo
     replayed = []
     replay = PlainDecoding._replay
     monkeypatch.setattr(PlainDecoding, "_replay", lambda self, *rest: replayed.append(1) or replay(self, *rest))
-    assert [r.token_ids for r in engine_of(decoder, None, max_batch=2).generate(PROMPTS, plain)] == want and replayed
-    drafted = engine_of(decoder, decoder, max_batch=2).generate(PROMPTS, each)
+    assert [
+        r.token_ids for r in as_on_a_gpu(Engine(decoder, page_size=8, pool_tokens=2048, max_batch=2)).generate(PROMPTS, plain)
+    ] == want and replayed
+    drafted = as_on_a_gpu(Engine(decoder, draft=decoder, page_size=8, pool_tokens=2048, max_batch=2)).generate(PROMPTS, each)
     assert [r.token_ids for r in drafted] == want
     assert sum(r.speculation.accepted for r in drafted) > 0.8 * sum(r.speculation.proposed for r in drafted) > 0

@@ -14,7 +14,6 @@ from engine.runtime.model_runner import (
     MAX_ROWS,
     PROMPT_LENGTHS,
     GraphedDecoder,
-    PageTables,
     PlainDecoding,
     Step,
     bucket,
@@ -231,23 +230,6 @@ def test_a_step_goes_on_from_the_one_before_it(decoder, params, monkeypatch):
         if not disturbed:
             assert filled == [1]
     assert texts[0] == texts[1]
-
-
-def test_tables_of_more_sequences_than_rows(decoder):
-    pool = decoder.new_pool(40, 16)
-    tables = PageTables(4, 8, torch.device(DEVICE))
-    sequences = [pool.new_sequence() for _ in range(6)]
-    for n, sequence in enumerate(sequences):
-        sequence.ensure(16 * (n % 3 + 1))
-    # three rows; the fourth batch holds a sequence that has one, another that gets the last, and a third: none may share
-    for numbers in ((0,), (1, 2), (3, 4), (3, 0, 1), (5, 3, 1)):
-        batch = [sequences[number] for number in numbers]
-        rows = tables.rows(batch)
-        assert len(set(rows)) == len(batch) and 0 not in rows
-        for row, sequence in zip(rows, batch, strict=True):
-            assert tables.tables[row, : len(sequence.pages)].tolist() == sequence.pages
-    sequence.ensure(64)
-    assert tables.tables[tables.rows([sequence])[0], :4].tolist() == sequence.pages
 
 
 def test_buckets():
