@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,9 @@ LOADS = ("auto", "within", "beside")
 waits. "auto": beside where other requests run, and not at all where computing has been measured to be faster (`engine.connectors.rates`)."""
 _MAX_RESTORED = 200_000  # pages whose keys are remembered
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WORDS = (np.uint32, np.uint16, np.uint16)
+_PACKED = 16  # the first byte of packed sinks, and above; below, a dtype's number before plain ones
+_OTHER_SINKS, _REMEDY = "stored attention sinks have another size than the model's", "let the store be verified"
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,11 @@ class PrefixIndex:
         }
 
     def sink_identity(self, namespace: str) -> dict[str, str]:
-        """What the root of a namespace's attention sinks stands for."""
+        """What the root of a namespace's attention sinks stands for: those of the layers that are not run."""
+        return self._all_sinks_identity(namespace) | {"first_layer": str(self.model.pack.layout.first_layer)}
+
+    def _all_sinks_identity(self, namespace: str) -> dict[str, str]:
+        """The same, of stores that keep all layers' sinks, as they were kept before."""
         return self.identity(namespace) | {"part": "sinks", "pack": "any", "quality": "exact", "draft": "any"}
 
     def namespace(self, salt: str | None) -> str:
@@ -143,9 +151,11 @@ class PrefixIndex:
         return end - start
 
     def sinks(self, token_ids: Sequence[int], namespace: str) -> bytes | None:
-        """The stored sinks of a text."""
-        found = self.store.lookup(root_key(self.sink_identity(namespace)), sink_ids(token_ids))
-        return found.spans[0] if found.spans else None
+        """The stored sinks of a text, for `sinks_from_bytes`."""
+        for identity in (self.sink_identity(namespace), self._all_sinks_identity(namespace)):
+            if spans := self.store.lookup(root_key(identity), sink_ids(token_ids)).spans:
+                return spans[0]
+        return None
 
     def close(self) -> None:
         """Give the store's index back."""
@@ -158,16 +168,50 @@ def sink_ids(token_ids: Sequence[int]) -> list[int]:
 
 
 def sinks_to_bytes(kv: torch.Tensor) -> bytes:
-    """Of kv [NUM_SINKS, L, 2, G, d] in float32, bfloat16 or float16, as it is."""
-    return bytes([_DTYPES.index(kv.dtype)]) + kv.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    """Of kv [NUM_SINKS, L, 2, G, d] in float32, bfloat16 or float16, to the bit: exponents repeat, so their bytes are coded apart from the others."""
+    kind = _DTYPES.index(kv.dtype)
+    numbers: np.ndarray = kv.contiguous().cpu().view(torch.uint8).numpy().view(_WORDS[kind]).reshape(-1)
+    turned = (numbers << 1) | (numbers >> (8 * numbers.itemsize - 1))  # the sign goes behind the mantissa
+    planes = turned.view(np.uint8).reshape(len(numbers), -1).T
+    parts = [bytes([_PACKED + kind])]
+    for plane in planes:
+        packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
+        parts += packer.compress(plane.tobytes()), packer.flush()
+    return b"".join(parts)
 
 
-def sinks_from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
-    """Inverse of `sinks_to_bytes`. Raises CorruptedCode for bytes of another shape."""
-    dtype = _DTYPES[data[0]] if data and data[0] < len(_DTYPES) else torch.float32
-    if len(data) != 1 + dtype.itemsize * int(np.prod(shape)):
-        raise CorruptedCode("stored attention sinks have another size than the model's", "let the store be verified")
-    return torch.frombuffer(bytearray(data[1:]), dtype=dtype).view(*shape)
+def sinks_from_bytes(data: bytes, shape: Sequence[int], first_layer: int) -> torch.Tensor:
+    """Sinks [NUM_SINKS, L - first_layer, 2, G, d] of layers from `first_layer` on, which `sinks_to_bytes` was given; or of those of all layers as they
+    are, which stores kept before.
+
+    shape: [NUM_SINKS, L, 2, G, d]. Raises CorruptedCode for bytes of another shape.
+    """
+    kind = data[0] if data else len(_DTYPES)
+    if _PACKED <= kind < _PACKED + len(_DTYPES):
+        wanted = [shape[0], shape[1] - first_layer, *shape[2:]]
+        return _unpacked(data[1:], _DTYPES[kind - _PACKED], _WORDS[kind - _PACKED], int(np.prod(wanted))).view(*wanted)
+    if kind >= len(_DTYPES) or len(data) != 1 + _DTYPES[kind].itemsize * int(np.prod(shape)):
+        raise CorruptedCode(_OTHER_SINKS, _REMEDY)
+    return torch.frombuffer(bytearray(data[1:]), dtype=_DTYPES[kind]).view(*shape)[:, first_layer:]
+
+
+def _unpacked(data: bytes, dtype: torch.dtype, word: type, count: int) -> torch.Tensor:
+    """Inverse of `sinks_to_bytes` behind its first byte: `count` numbers."""
+    planes = []
+    try:
+        for _ in range(dtype.itemsize):
+            unpacker = zlib.decompressobj()
+            planes.append(np.frombuffer(unpacker.decompress(data, count + 1), np.uint8))
+            data = unpacker.unused_data
+            if len(planes[-1]) != count or not unpacker.eof:
+                raise CorruptedCode(_OTHER_SINKS, _REMEDY)
+    except zlib.error as error:
+        raise CorruptedCode(f"stored attention sinks do not decode: {error}", _REMEDY) from None
+    if data:
+        raise CorruptedCode(_OTHER_SINKS, _REMEDY)
+    turned: np.ndarray = np.stack(planes, 1).view(word)[:, 0]
+    numbers = (turned >> 1) | (turned << (8 * turned.itemsize - 1))
+    return torch.from_numpy(numbers.view(np.uint8)).view(dtype)
 
 
 @dataclass(eq=False)
@@ -226,8 +270,8 @@ class Restored:
     """Tokens [start, end) of a text, all but multiplied out.
 
     origin: the first token of the pages that were decoded. skipped: their tokens that no code says. first: keys (rotated) and values of the layers that
-    were run, [m, 2, T, G, d] of all decoded tokens. rows: of the layers behind them. sinks: [NUM_SINKS, L, 2, G, d] as the engine computed them, where
-    the text's beginning is among the tokens. angles: cos, sin float32 [T, d/2] of all decoded tokens.
+    were run, [m, 2, T, G, d] of all decoded tokens. rows: of the layers behind them. sinks: [NUM_SINKS, L - m, 2, G, d] of these as the engine computed
+    them, where the text's beginning is among the tokens. angles: cos, sin float32 [T, d/2] of all decoded tokens.
     """
 
     start: int
@@ -255,8 +299,8 @@ class Restored:
             kv[: self.skipped] = 0
             self.rows.rotated(n - m, self._coded_angles, kv[self.skipped :], first_head, last_head)
         kv = kv[self.start - self.origin : self.end - self.origin]
-        if self.sinks is not None and self.start < NUM_SINKS:
-            kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n, :, first_head:last_head].to(kv.dtype)
+        if n >= m and self.sinks is not None and self.start < NUM_SINKS:
+            kv[: NUM_SINKS - self.start] = self.sinks[self.start : self.end, n - m, :, first_head:last_head].to(kv.dtype)
         return kv
 
     @property
@@ -388,7 +432,7 @@ class PrefixWorker:
             data = self.index.sinks(text.token_ids, text.namespace)
             if data is None:
                 return None
-            sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape)).to(self.device)
+            sinks = sinks_from_bytes(data, (NUM_SINKS, *self.token_shape), self.first_layer).to(self.device)
         marks.append(("look up", time.perf_counter()))
         lent = resolved(self.serializer.codec, found).lent
         reading = self._reader.submit(self._entropy_decoded, found.spans, lent) if self.device.type == "cpu" else None
@@ -567,7 +611,9 @@ class PrefixWorker:
                 if sinks is not None:
                     kv, ready = sinks
                     ready()
-                    self.index.store.insert(self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(kv)])
+                    self.index.store.insert(
+                        self.index.sink_identity(text.namespace), sink_ids(text.token_ids), [sinks_to_bytes(kv[:, self.first_layer :])]
+                    )
                 for _, ready in pages:
                     ready()
                 if pages:

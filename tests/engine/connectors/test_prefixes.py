@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
 
+from codec.errors import CorruptedCode
 from codec.layouts import PagedKv
 from codec.spec import NUM_SINKS
 from engine.connectors.passes import CodedModel
-from engine.connectors.prefixes import PrefixIndex, PrefixWorker, StoreOptions
+from engine.connectors.prefixes import PrefixIndex, PrefixWorker, StoreOptions, sink_ids, sinks_from_bytes, sinks_to_bytes
 from engine.errors import InvalidOption, PackMismatch
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
@@ -108,8 +110,8 @@ def test_what_one_keeps_another_restores(open_worker, target, draft: str) -> Non
     assert second.index.matched(IDS[:384], "default", 0) == 383 and second.index.matched(IDS, "default", 80) == 304
     truth = engine.pages.read(engine.compute(IDS), 0, 384)
     kv = restore(second, IDS, 384)
-    assert torch.equal(kv[:NUM_SINKS], truth[:NUM_SINKS])
     m = second.first_layer
+    assert torch.equal(kv[:NUM_SINKS, m:], truth[:NUM_SINKS, m:])
     if m:
         torch.testing.assert_close(kv[:, :m], truth[:, :m], rtol=1e-3, atol=1e-3)
     assert 0 < loss(kv[:, m:], truth[:, m:]) < 0.5
@@ -252,6 +254,43 @@ def test_a_request_that_ends_while_it_is_restored_is_forgotten_afterwards(open_w
     assert worker.restore("b", 0, 384).end == 384 and [pool.num_free_pages for pool in worker.passes._pools] != free
     worker.release("b")
     assert "b" not in worker._texts and [pool.num_free_pages for pool in worker.passes._pools] == free
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sinks_come_back_to_the_bit(dtype: torch.dtype) -> None:
+    """Of the layers that are asked for, from bytes that name none below them and from those of all layers, as they were kept before."""
+    kv = torch.randn(NUM_SINKS, 5, 2, 3, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    kv.view(-1)[-7:] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-30, -65000.0]).to(dtype)
+    data, old = sinks_to_bytes(kv[:, 2:]), bytes([(torch.float32, torch.bfloat16, torch.float16).index(dtype)]) + raw_bytes(kv)
+    for given, first in ((data, 2), (old, 2), (old, 0)):
+        found = sinks_from_bytes(given, kv.shape, first)
+        assert found.dtype == dtype and raw_bytes(found) == raw_bytes(kv[:, first:])
+    for wrong, first in ((b"", 2), (data, 1), (data[:-1], 2), (data + b"0", 2), (old[:-1], 2), (b"\x09" + old[1:], 2), (b"\x10\x00", 2)):
+        with pytest.raises(CorruptedCode):
+            sinks_from_bytes(wrong, kv.shape, first)
+
+
+def raw_bytes(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_packed_sinks_take_less() -> None:
+    kv = torch.randn(NUM_SINKS, 30, 2, 3, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert len(sinks_to_bytes(kv)) < 0.75 * kv.nbytes
+
+
+def test_sinks_of_all_layers_are_read_where_a_store_has_them(open_worker, target) -> None:
+    """A store of before: the same text is restored with them, and they are not kept anew."""
+    engine, worker = OtherEngine(target), open_worker("trunk")
+    keep(worker, engine, IDS)
+    kv, index = restore(worker, IDS, 384), worker.index
+    shutil.rmtree(index.store.folder / "runs" / root_key(index.sink_identity("default")).hex())
+    assert worker.index.matched(IDS, "default", 0) == 0
+    old = b"\x00" + raw_bytes(engine.pages.read(engine.compute(IDS), 0, NUM_SINKS))
+    index.store.insert(index._all_sinks_identity("default"), sink_ids(IDS), [old])
+    assert index.matched(IDS, "default", 0) == 384 and torch.equal(restore(worker, IDS, 384, name="c"), kv)
+    worker.extend("d", "default", IDS)
+    assert not worker.wanted("d", len(IDS)) and not worker.lacks_sinks("d")
 
 
 def test_sinks_of_a_text_that_was_given_up_are_not_kept(open_worker, target) -> None:
