@@ -45,11 +45,12 @@ class BlockRunner(Protocol):
 
 class ExitCopy(NamedTuple):
     """first: runs the copies of the target's first layers over the target's pool. head: the draft head with copies of its layers, over its own pool.
-    made: whether the copies are there, which the first pass makes. block: drafts with both; None where only single passes can be run."""
+    ready: whether the copies are there, or were left by an earlier process; else the first pass makes them. block: drafts with both; None where only
+    single passes can be run."""
 
     first: CausalDecoder
     head: DraftHead
-    made: Callable[[], bool]
+    ready: Callable[[], bool]
     block: BlockRunner | None = None
 
 
@@ -70,8 +71,8 @@ class ExitCopyDrafter(EarlyExitDrafter):
 
     @property
     def begins_after(self) -> int:
-        """Some tokens, until the copies are made: a short answer would wait for them and use them little."""
-        return 0 if self.own_taps or self.copy.made() else BEGINS_AFTER
+        """Some tokens, where the copies are still to be made: a short answer would wait for them and use them little."""
+        return 0 if self.own_taps or self.copy.ready() else BEGINS_AFTER
 
     @property
     def resumes_at(self) -> int:

@@ -17,7 +17,15 @@ from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
-from engine.loading import choose_device_map, choose_draft, quantized_blocks, read_sampling_defaults, remember_costs, remember_products
+from engine.loading import (
+    choose_device_map,
+    choose_draft,
+    quantized_blocks,
+    read_sampling_defaults,
+    remember_copies,
+    remember_costs,
+    remember_products,
+)
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device import QUANTIZED, WEIGHTS, device_named, dtype_named, own_torch_modes
@@ -113,6 +121,7 @@ class Engine:
         )
         if target_dir is not None:
             remember_costs(self.core)
+            remember_copies(self.core)
         self.prefix_cache: PrefixCache | None = None
         if store is not None:
             opened = RunStore(store, store_bytes)

@@ -1,4 +1,4 @@
-"""From a user's draft option to a loaded draft source; and what drafting costs, remembered from one start to the next."""
+"""From a user's draft option to a loaded draft source; and what drafting costs and drafts with, remembered from one start to the next."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from draft.early_exit import default_exit_layer
+from draft.exit_copy import ExitCopyDrafter
 from draft.head_file import is_draft_head
 from draft.head_file import read_config as read_draft_head_config
 from draft.policy import CostModel, Curve
 from draft.pretrained import shipped_draft_head
-from draft.source import DraftSource, EarlyExitSource, ModelSource, NgramSource
+from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource, NgramSource
 from engine.config import check_memory_share
 from engine.errors import InvalidOption, ModelNotFound
 from engine.hub.cache import CacheFolder
+from engine.hub.draft_copies import CopiesFile
 from engine.hub.resolve import resolve_model
 from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig, read_config
@@ -34,6 +36,7 @@ from engine.model.decoder import Decoder
 from engine.model.device_map import DeviceMap, spread_layers, weight_bytes
 from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share
 from engine.runtime.core import EngineCore
+from engine.runtime.draft_copy import CopiedDecoder
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.memory import GPU_MEMORY_UTILIZATION, device_memory
 from engine.runtime.sampling_defaults import SamplingDefaults
@@ -221,6 +224,22 @@ def remember_costs(core: EngineCore) -> None:
         cache.write(name, json.dumps({"costs": asdict(costs), "measured_unix_s": time.time() if free else 0.0}).encode())
 
     core.on_costs = keep
+
+
+def remember_copies(core: EngineCore) -> None:
+    """Have a core draft from the copies of weights that an earlier process made of the same bytes, and keep those it makes itself.
+
+    Nothing is kept where the target's weights did not come from files, or the draft head has no digest.
+    """
+    if not isinstance(core.drafter, ExitCopyDrafter) or not isinstance(core.source, DraftHeadSource):
+        return
+    target, digest = core.target, core.source.config.digest
+    if target.weight_sum is None or not digest:
+        return
+    for copied in (core.drafter.copy.first, core.drafter.copy.head.decoder):
+        if isinstance(copied, CopiedDecoder):
+            # a draft head may share its head's rows with the target
+            copied.kept = CopiesFile((*copied.facts, target.weight_sum, repr(target.config), digest))
 
 
 def _costs_key(core: EngineCore) -> str:

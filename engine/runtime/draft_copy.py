@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,19 +16,31 @@ from engine.model.layers import LayerWeights
 from engine.runtime.compiled_runner import CompiledDecoder, page_tables
 from kernels.cpu_decode.blocks import BlockWeight
 from kernels.cpu_decode.stopping import Stopping
-from kernels.cpu_decode.tiles import TILES_4, TILES_8, TileWeight
+from kernels.cpu_decode.tiles import OUTPUTS, TILES_4, TILES_8, TileWeight
 from kernels.memory import HugePages
 
 if TYPE_CHECKING:  # importing it compiles
     from kernels.cpu_decode.drafts import Drafted, Part
 
 _MATRICES = ("qkv", "o", "gate_up", "down")
+_COPIES_VERSION = 1  # of what `TileWeight.of` makes of a weight, and of the order of the matrices
+
+
+class KeptCopies(Protocol):
+    """Copies that an earlier process has left."""
+
+    @property
+    def exists(self) -> bool: ...
+
+    def read_into(self, room: memoryview) -> bool: ...
+
+    def write(self, room: memoryview) -> None: ...
 
 
 class CopiedDecoder(CompiledDecoder):
     """A compiled decoder whose first layers, and whose head, are multiplied from copies in few bits; passes of many rows are the decoder's own.
 
-    The copies are made at the first pass that needs them, in pages of 2 MiB.
+    The copies are made at the first pass that needs them, in pages of 2 MiB, or read from `kept`, where an earlier process has left them.
 
     Args:
         runner: of the decoder.
@@ -40,6 +53,7 @@ class CopiedDecoder(CompiledDecoder):
         super().__init__(runner.decoder, runner.pool)
         self._num_layers, self._kind, self._with_head = num_layers, kind, with_head
         self._copies: tuple[list[LayerWeights], TileWeight | None] | None = None
+        self.kept: KeptCopies | None = None
 
     @property
     def fits(self) -> bool:
@@ -52,9 +66,14 @@ class CopiedDecoder(CompiledDecoder):
         return sum(TileWeight.num_bytes(matrix.shape, self._kind) for matrix in self.matrices())
 
     @property
-    def made(self) -> bool:
-        """Whether the copies are there."""
-        return self._copies is not None
+    def ready(self) -> bool:
+        """Whether the copies are there, or were left by an earlier process."""
+        return self._copies is not None or (self.kept is not None and self.kept.exists)
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What the copies' bytes depend on, beside the weights."""
+        return _COPIES_VERSION, self._kind, self._num_layers, self._with_head, str(self.dtype), repr(self.config)
 
     def matrices(self) -> list[Tensor]:
         """The weights that are copied."""
@@ -63,18 +82,29 @@ class CopiedDecoder(CompiledDecoder):
 
     def _made(self) -> tuple[list[LayerWeights], TileWeight | None]:
         if self._copies is None:
-            sizes = [(TileWeight.num_bytes(matrix.shape, self._kind),) for matrix in self.matrices()]
-            memory = HugePages(sum(HugePages.num_bytes(size, torch.uint8) for size in sizes))
-
-            def copied(matrix: Any) -> Any:
-                dense = matrix.to_dense() if matrix.is_mkldnn else matrix
-                return TileWeight.of(dense, self._kind, memory.zeros((TileWeight.num_bytes(matrix.shape, self._kind),), torch.uint8))
-
+            matrices = self.matrices()
+            sizes = [TileWeight.num_bytes(matrix.shape, self._kind) for matrix in matrices]
+            starts = [0, *accumulate(HugePages.num_bytes((size,), torch.uint8) for size in sizes)]
+            room = HugePages(starts[-1]).zeros((starts[-1],), torch.uint8)
+            parts = [room[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+            if self.kept is not None and self.kept.read_into(room.numpy().data):
+                copies: list[Any] = [  # stand in for tensors
+                    TileWeight(part.view(matrix.shape[0] // OUTPUTS, -1), self._kind, matrix.dtype)
+                    for matrix, part in zip(matrices, parts, strict=True)
+                ]
+            else:
+                copies = [
+                    TileWeight.of(matrix.to_dense() if matrix.is_mkldnn else matrix, self._kind, part)
+                    for matrix, part in zip(matrices, parts, strict=True)
+                ]
+                if self.kept is not None:
+                    self.kept.write(room.numpy().data)
+            count = len(_MATRICES)
             layers = [
-                w._replace(**{name: copied(getattr(w, name)) for name in _MATRICES})
-                for w in self.decoder.layer_weights()[: self._num_layers]
+                w._replace(**dict(zip(_MATRICES, copies[count * number : count * (number + 1)], strict=True)))
+                for number, w in enumerate(self.decoder.layer_weights()[: self._num_layers])
             ]
-            self._copies = layers, copied(self.decoder.head_matrix) if self._with_head else None
+            self._copies = layers, copies[-1] if self._with_head else None
         return self._copies
 
     def _layer_weights(self) -> Sequence[LayerWeights]:
@@ -146,4 +176,4 @@ def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, det
     if not (first.fits and own.fits) or any(isinstance(matrix, BlockWeight) for matrix in first.matrices()):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None
-    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), lambda: first.made, blocks)
+    return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), lambda: first.ready and own.ready, blocks)

@@ -15,6 +15,7 @@ from draft.early_exit import EarlyExitDrafter
 from draft.exit_copy import BEGINS_AFTER, ExitCopyDrafter
 from draft.policy import CostModel
 from engine.engine import Engine
+from engine.loading import remember_copies
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, forward_reserved
 from engine.runtime.draft_copy import CopiedDecoder, exit_copy
@@ -193,13 +194,46 @@ def test_a_short_answer_does_not_wait_for_copies(target, trained, monkeypatch):
     engine = engine_of(target, trained, costs=CostModel(draft=((1, 0.01),), verify=((1, 1.0), (64, 1.01))))
     copy, auto = engine.core.drafter.copy, SamplingParams(max_new_tokens=BEGINS_AFTER, ignore_eos=True)
     [result] = engine.generate([[3, 4, 9, 20]], auto)
-    assert result.speculation.proposed == result.speculation.from_text and not copy.made()
+    assert result.speculation.proposed == result.speculation.from_text and not copy.ready()
     [result] = engine.generate([[3, 4, 9, 20]], replace(auto, max_new_tokens=BEGINS_AFTER + 20))
-    assert result.speculation.proposed > result.speculation.from_text and copy.made()
+    assert result.speculation.proposed > result.speculation.from_text and copy.ready()
     [result] = engine.generate([[5, 5, 8]], replace(auto, max_new_tokens=20))
     assert result.speculation.proposed > result.speculation.from_text + result.speculation.from_seen
     other = engine_of(target, trained)
     assert other.generate([[5, 5, 8]], replace(auto, max_new_tokens=8, draft_length=2))[0].speculation.proposed > 0
+
+
+def test_copies_of_an_earlier_process_are_there_at_once(target, trained, monkeypatch, tmp_path):
+    """The same copies to the byte, so the same drafts; a file that is damaged is made again, and other weights have other files."""
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
+    monkeypatch.setattr("draft.exit_copy.BEGINS_AFTER", BEGINS_AFTER)
+    auto, found = SamplingParams(max_new_tokens=24, ignore_eos=True), []
+
+    def engine_with(weight_sum):
+        monkeypatch.setattr(target, "weight_sum", weight_sum)
+        engine = engine_of(target, trained, costs=CHEAP)
+        remember_copies(engine.core)
+        return engine, engine.core.drafter.copy
+
+    def tiles(copy):
+        return [copied._made()[0][0].qkv.tiles.clone() for copied in (copy.first, copy.head.decoder)] + [copy.head.decoder._made()[1].tiles]
+
+    for damage in (False, False, True, False):
+        files = sorted((tmp_path / "copies").glob("*.tiles"))
+        for file in files if damage else ():
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        engine, copy = engine_with(5)
+        assert copy.ready() == bool(files)
+        [result] = engine.generate([[3, 4, 9, 20]], auto)
+        drafted = result.speculation.proposed > result.speculation.from_text + result.speculation.from_seen
+        assert drafted == bool(files), "a short answer waits for copies only where there are none"
+        found.append((result.token_ids, tiles(copy)))
+    for text, own in found[1:]:
+        assert text == found[0][0] and all(map(torch.equal, own, found[0][1]))
+    assert not engine_with(6)[1].ready()
+    other, copy = engine_with(None)
+    assert not copy.ready() and other.generate([[3]], replace(auto, draft_length=2))[0].speculation.proposed
+    assert len(list((tmp_path / "copies").glob("*.tiles"))) == 2
 
 
 def test_weights_that_are_in_few_bits_already_are_not_copied(target, trained, monkeypatch):
