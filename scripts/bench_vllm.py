@@ -1,14 +1,15 @@
 """The connector inside vLLM: a returning prompt after a restart, what it costs requests that miss, and damage to its store.
 
     VLLM_CPU_KVCACHE_SPACE=2 OMP_NUM_THREADS=1 python scripts/bench_vllm.py --model FOLDER [--tokens 2048,4096,7680]
-        [--modes plain,raw,disk,foretold,auto] [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together]
+        [--modes plain,raw,disk,cachegen,foretold,auto] [--quality balanced] [--draft trunk] [--pack FILE] [--text FILE...] [--together]
         [--logs DIR] [--json-out FILE]
     ... --model FOLDER --overhead ROUNDS
     ... --damage REQUESTS
 
 Needs vLLM (docs/vllm.md). Every measurement of a returning prompt is a process of its own: one fills the store, the next one, started after it, answers
 the same prompts, each behind another short prompt that warms everything up. Modes: plain, vLLM alone; raw, its own ExampleConnector; disk, whole blocks
-as they are from a file at --disk-speed (1 GB/s); foretold, ours, which always restores; auto, ours with `load` `auto`. Prints one JSON object
+as they are from a file at --disk-speed (1 GB/s); cachegen, as CacheGen codes them (scripts/baselines/cachegen.py, LMCache's bins); foretold, ours,
+which always restores; auto, ours with `load` `auto`. Prints one JSON object
 `{"device", "versions", "model", "command", "rows": [{"mode", "tokens", "cached_tokens", "ttft_s", "ttft_cpu_s", "best_ttft_s", "best_ttft_cpu_s",
 "stored_bytes", "raw_bytes", "ratio", "first_s", "best_first_s", "behind_s", "extra_weight_bytes", "extra_cache_bytes", "peak_bytes",
 "peak_device_bytes", "stages_s", "fresh_equal", "equal_tokens"}]}`: ttft_s of the restarted process (best_ttft_s of --repeats), first_s and best_first_s
@@ -44,7 +45,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-MODES = ("plain", "raw", "disk", "foretold", "auto")
+MODES = ("plain", "raw", "disk", "cachegen", "foretold", "auto")
 ROOT = Path(__file__).resolve().parents[1]
 _WARM_TOKENS = 400
 
@@ -83,6 +84,13 @@ def transfer_config(options: argparse.Namespace, folder: Path) -> Any:
             kv_connector_module_path="scripts.bench.raw_connector",
             kv_role="kv_both",
             kv_connector_extra_config={"path": str(folder), "bytes_per_s": options.disk_speed * 1e9},
+        )
+    if options.mode == "cachegen":
+        return KVTransferConfig(
+            kv_connector="CacheGenConnector",
+            kv_connector_module_path="scripts.bench.cachegen_connector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"path": str(folder)},
         )
     load = "auto" if options.mode == "auto" else "within"
     extra = {"store": str(folder), "quality": options.quality, "draft": options.draft, "load": load}
