@@ -14,6 +14,7 @@ import torch
 
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL
 from codec.rate import CLASSES_PER_GAIN, CLASSES_PER_OCTAVE, ESCAPE_BITS, GAIN_ZERO, NUM_CLASSES, NUM_GAINS, RATE_WEIGHT, EntropyModel
+from kernels.reconstruct import Points
 
 if TYPE_CHECKING:
     from kernels.cpu_decode.coded import ComponentTables
@@ -78,6 +79,11 @@ class RateChoice:
         self._excess, self._zero_price = tensor(excess, torch.int32), tensor(price[centre], torch.int64)
         self._gain_price = tensor(np.rint(model.gain_bits * float(_UNITS_PER_BIT)), torch.int64)
         self._offset = tensor(points, torch.float32).reshape(-1)
+
+    @property
+    def points(self) -> Points:
+        """Limits and reconstruction points as `kernels.reconstruct` takes them."""
+        return Points(self.limit, self._offset)
 
     @cached_property
     def component_tables(self) -> ComponentTables:

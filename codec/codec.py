@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from codec.choice import RateChoice, classes_before_gain, final_classes
+from codec.choice import CLASSES_PER_LEVEL, RateChoice, classes_before_gain, final_classes
 from codec.coder import SpanCoder
-from codec.container import Reference, SpanCode, read_span, read_varints, write_span, write_varints
+from codec.container import Reference, SpanCode, read_span, read_varint_lists, read_varints, write_span, write_varints
 from codec.errors import BadInput, CorruptedCode, PackMismatch
 from codec.pack import CodecPack
 from codec.quantize import MAX_LEVEL, MIN_LEVEL, Q_LIMIT, ROUNDING, quantise, token_steps
@@ -22,6 +22,7 @@ from codec.rate import RATE_WEIGHT, class_of
 from codec.residuals import Pair, Projection, Residuals, residuals_of
 from codec.spec import KEEP_FACTOR, MAX_SPAN_TOKENS, step_of
 from kernels.cpu_decode import compiled_available, compiled_loads
+from kernels.reconstruct import Escapes, reconstruct
 from kernels.upload import upload_arrays
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -376,6 +377,36 @@ class KvCodec:
         else:  # finding them would wait for the device: that there are none is checked with the rest
             decoded.faults.append((q > limit).any())
         return self.choice.reconstruct(q, classes) * token_steps(decoded.step, levels, len(levels), self.device)
+
+    def write_components(
+        self, decoded: DecodedSpans, first: int, last: int, rows: Sequence[int], columns: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """The same written to `out` [R, W] of any float dtype: each span's tokens from its row of `rows` on, each component in its column, columns
+        int64 [K or more]. Nothing is waited for: `DecodedSpans.check` tells of damage. Raises CorruptedCode where the escapes are malformed."""
+        ends = np.cumsum([0, *decoded.sizes])
+        tokens = slice(int(ends[first]), int(ends[last]))
+        values, counts = read_varint_lists(decoded.escapes[first:last])
+        own = ends[first : last + 1] - ends[first]
+        sizes = np.diff(own)
+        places = np.repeat(np.asarray(rows) - own[:-1], sizes) + np.arange(own[-1])
+        bounds = upload_arrays([own, np.cumsum([0, *counts]), places, values], self.device).split(
+            [len(own), len(own), len(places), len(values)]
+        )
+        levels = decoded.levels[tokens]
+        decoded.faults.append(
+            reconstruct(
+                decoded.q[tokens],
+                decoded.base,
+                -CLASSES_PER_LEVEL * levels,
+                decoded.gains[tokens],
+                token_steps(decoded.step, levels, len(levels), self.device)[:, 0],
+                self.choice.points,
+                Escapes(bounds[3], bounds[0], bounds[1]),
+                bounds[2],
+                columns[: decoded.q.shape[1]],
+                out,
+            )
+        )
 
     def _components_compiled(self, decoded: DecodedSpans, ends: np.ndarray, first: int, last: int) -> torch.Tensor:
         """`components_of` by compiled code; the bits are the same."""

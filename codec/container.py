@@ -203,6 +203,17 @@ def read_varints(data: bytes, count: int) -> np.ndarray:
     return np.add.reduceat((stored & 127).astype(np.int64) << 7 * place, starts)
 
 
+def read_varint_lists(parts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """All integers of several lists, int64 [n], and how many each list has, int64 [len(parts)]. Raises CorruptedCode."""
+    stored = np.frombuffer(b"".join(parts), np.uint8)
+    ends = np.cumsum([0, *map(len, parts)])
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(stored < 128)])
+    last = ends[1:][np.diff(ends) > 0] - 1
+    if (stored[last] >= 128).any():  # a list ends within an integer
+        raise CorruptedCode("a list of integers is malformed", _REMEDY)
+    return read_varints(stored.tobytes(), int(before[-1])), np.diff(before[ends])
+
+
 def write_sections(sections: list[tuple[str, bytes]], magic: bytes = FILE_MAGIC, version: int = FILE_VERSION) -> bytes:
     """A section file. Names are four ASCII letters and may repeat; order is kept."""
     if len(sections) > MAX_SECTIONS:

@@ -20,13 +20,14 @@ from codec.predictor.dense import AnyPredictor
 from codec.references import added_up, own_components
 from codec.transform import Fallback
 from kernels.cpu_decode import compiled_available, compiled_loads
-from kernels.residual_decode import residual_decode_pages
+from kernels.residual_decode import REST_MULTIPLE, Rest, residual_decode_pages
 from kernels.rope import apply_rope
 
 _TILE = 64
 """Features and components are filled up with zeros to a multiple of this: the kernel then reads without masks."""
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
+PAGE_TOKENS = 8192
 _BLOCK_ROWS = 256
 """Rows of a product on a CPU, filled up with zeros: a product's shape decides how its terms are summed, so a token gives the same bits whatever is
 decoded behind it."""
@@ -69,6 +70,20 @@ class Chunk(NamedTuple):
     rest: torch.Tensor | None
 
 
+class FallbackColumns(NamedTuple):
+    """Components of the fallback basis as `kernels.residual_decode.Rest` takes them: the column of each int64 [n], and the layers' rows of the basis
+    [R, W], each layer's from starts[layer] on, int32 [layers + 1]."""
+
+    columns: torch.Tensor
+    basis: torch.Tensor
+    starts: torch.Tensor
+
+
+def spans_of(parts: Sequence[EntropyDecoded]) -> Iterator[tuple[int, int]]:
+    """(first token, tokens) of every span that is written."""
+    return ((start, size) for part in parts for start, size in zip(part.starts, part.decoded.sizes, strict=True) if start >= 0)
+
+
 class PageDecoder:
     """Decodes spans, given the features of their tokens.
 
@@ -87,6 +102,7 @@ class PageDecoder:
         self._fallback: Fallback | None = None
         self._stream: torch.cuda.Stream | None = None
         self._decoding: list[torch.cuda.Stream] = []
+        self._columns: FallbackColumns | None = None
 
     # --- entropy decoding -----------------------------------------------------------------------------------------------
 
@@ -202,23 +218,59 @@ class PageDecoder:
         if kv.shape[0] - first_layer != layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, layout.num_kv_heads, layout.head_dim):
             raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {layout}", "pass the pool that was coded")
         ones = torch.ones(tokens, dtype=torch.float32, device=self.codec.device)
-        for at, _, c, rest in self._chunks(parts):
-            weight = self.matrix[: self.num_inputs + c.shape[1]]
-            x, angles = self._inputs(latents, target_rows, at), (cos[at], sin[at])
-            if rest is None:
-                residual_decode_pages(x, ones[at], c.contiguous(), weight, self.predictor.mu, kv, slots[at], *angles, first_layer)
-                continue
-            y = (torch.cat([x, c], 1) @ weight).float().add_(self.predictor.mu).add_(self._fallback_rows(rest))
-            self._scatter(y, kv, slots[at], *angles, first_layer)
+        for at, x, rest in self._page_rows(parts):
+            x[:, : self.num_inputs] = self._inputs(latents, target_rows, at)
+            depth = x.shape[1] - (0 if rest is None else len(rest.basis))
+            added = None if rest is None else Rest(x[:, depth:], rest.basis, rest.starts)
+            own, weight, angles = x[:, :depth], self.matrix[:depth], (cos[at], sin[at])
+            residual_decode_pages(own, ones[at], None, weight, self.predictor.mu, kv, slots[at], *angles, first_layer, rest=added)
 
-    def _scatter(
-        self, rows: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_layer: int
-    ) -> None:
-        """Rotate the keys of rows float32 [T, D] and write them; arguments as in `write_pages`."""
-        layout = self.codec.layout
-        y = rows.view(len(rows), layout.coded_layers, 2, layout.num_kv_heads, layout.head_dim)
-        y[:, :, 0] = apply_rope(y[:, :, 0], cos, sin)
-        kv[first_layer:].flatten(2, 3)[:, :, slots] = y.permute(1, 2, 0, 3, 4).to(kv.dtype)
+    def _page_rows(self, parts: Sequence[EntropyDecoded]) -> Iterator[tuple[slice, torch.Tensor, FallbackColumns | None]]:
+        """All components where the product takes them from, chunk by chunk, in the order of the text: which tokens, rows [T, F + K + R] in the
+        product's dtype whose first F columns are still to be written, and what the last R are multiplied with. Spans of all settings lie together, so
+        that there are few launches; nothing is waited for."""
+        self._join(parts)
+        every = self._referring(parts)
+        num_rows = self.codec.transform.num_rows
+        most = max(part.decoded.q.shape[1] for part in parts) if every is None else every.shape[1]
+        rest = self._fallback_columns(most - num_rows) if most > num_rows else None
+        depth = self.num_inputs + -(-min(most, num_rows) // _TILE) * _TILE
+        columns = torch.arange(self.num_inputs, self.num_inputs + num_rows, device=self.codec.device)
+        if rest is not None:
+            columns = torch.cat([columns, depth + rest.columns])
+        sizes = [size for _, size in sorted(spans_of(parts))]
+        ends = list(itertools.accumulate(sizes, initial=0))
+        for some in batches(sizes, PAGE_TOKENS):
+            at = slice(ends[some[0]], ends[some[-1] + 1])
+            width = depth + (0 if rest is None else len(rest.basis))
+            x = torch.zeros(at.stop - at.start, width, dtype=self.dtype, device=self.codec.device)
+            if every is not None:
+                x[:, columns[: every.shape[1]]] = every[at].to(self.dtype)
+            for part in parts if every is None else ():
+                own = [n for n, start in enumerate(part.starts) if at.start <= start < at.stop]
+                if own:
+                    self.codec.write_components(part.decoded, own[0], own[-1] + 1, [part.starts[n] - at.start for n in own], columns, x)
+            yield at, x, rest
+
+    def _fallback_columns(self, count: int) -> FallbackColumns:
+        """Where `count` or more components of the fallback basis lie. The last answer is kept: components of lesser variance lie behind the others of
+        their layer."""
+        if self._columns is None or len(self._columns.columns) < count:
+            fallback, device = self.fallback, self.codec.device
+            layers, width, _ = fallback.basis.shape
+            order = fallback.order[:count]
+            layer = order // width
+            sorted_by_layer = layer.argsort(stable=True)
+            sizes = torch.bincount(layer, minlength=layers)
+            starts = torch.nn.functional.pad((-(-sizes // REST_MULTIPLE) * REST_MULTIPLE).cumsum(0), (1, 0))
+            first = sizes.cumsum(0) - sizes
+            columns = torch.empty_like(order)
+            own = layer[sorted_by_layer]
+            columns[sorted_by_layer] = starts[own] + torch.arange(count, device=device) - first[own]
+            basis = torch.zeros(int(starts[-1]), width, dtype=self.dtype, device=device)
+            basis[columns] = fallback.basis.flatten(0, 1)[order]
+            self._columns = FallbackColumns(columns, basis, starts.to(torch.int32))
+        return self._columns
 
     def rows(
         self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None
@@ -285,7 +337,7 @@ class PageDecoder:
         return torch.cat(parts)
 
     def _num_tokens(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> int:
-        tokens = sum(size for part in parts for start, size in zip(part.starts, part.decoded.sizes, strict=True) if start >= 0)
+        tokens = sum(size for _, size in spans_of(parts))
         if len(latents) != tokens or (target_rows is not None and len(target_rows) != tokens):
             raise BadInput(f"features of {len(latents)} tokens for {tokens} coded ones", "pass those of the tokens that were coded")
         return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from codec.codec import KvCodec
+from codec.codec import KvCodec, SpanSetting
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.features import FeatureBuffer
 from codec.references import Lent
 from codec.spans import SpanCodec, SpanEncoder
-from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout
+from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout, step_of
 from draft.protocols import DraftState
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
@@ -135,8 +136,10 @@ class SessionCodec:
             kv = torch.zeros(
                 layout.num_layers, 2, 2, SPAN_TOKENS, layout.num_kv_heads, layout.head_dim, dtype=self.pages.dtype, device=device
             )
-            for quality in QUALITIES:
-                spans = self.codec.encode_many(pairs, quality, [torch.zeros(size, dtype=torch.int8) for size in sizes])
+            kinds = (False,) if self.codec.transform.fallback is None else (False, True)
+            for step, fallback in itertools.product(map(step_of, QUALITIES), kinds):
+                settings = [SpanSetting(step, fallback)] * len(sizes)
+                spans = self.codec.encode_many(pairs, settings, [torch.zeros(size, dtype=torch.int8) for size in sizes])
                 parts = self.pages.start(spans, beside=False)
                 if into_pages:
                     self.pages.write_pages(parts, *features, kv, slots, angles, angles, self.first_layer)

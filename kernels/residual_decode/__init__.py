@@ -6,8 +6,9 @@ import torch
 
 from kernels.dispatch import use_triton
 from kernels.residual_decode import reference
+from kernels.residual_decode.reference import REST_MULTIPLE, Rest
 
-__all__ = ["residual_decode_pages"]
+__all__ = ["REST_MULTIPLE", "Rest", "residual_decode_pages"]
 
 
 def residual_decode_pages(
@@ -21,11 +22,13 @@ def residual_decode_pages(
     cos: torch.Tensor,
     sin: torch.Tensor,
     first_layer: int = 0,
+    *,
+    rest: Rest | None = None,
 ) -> None:
     """`reference.residual_decode_pages` (arguments and result there), through Triton where it applies."""
-    if use_triton(q, weight, kv):
+    if use_triton(q, weight, kv) and (rest is None or rest.basis.shape[1] % 32 == 0):
         from kernels.residual_decode import triton
 
-        triton.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer)
+        triton.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer, rest=rest)
     else:
-        reference.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer)
+        reference.residual_decode_pages(q, step, latents, weight, mean, kv, slots, cos, sin, first_layer, rest=rest)

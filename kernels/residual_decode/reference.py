@@ -5,9 +5,28 @@ Axes: T tokens, K components, r rank of the prediction, D = coded layers * 2 * G
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 
 from kernels.rope.reference import apply_rope
+
+REST_MULTIPLE = 64
+"""Of a layer's columns in `Rest.rows`."""
+
+
+class Rest(NamedTuple):
+    """What is added to each layer by a product of its own.
+
+    rows: [T, R] in weight's dtype, rows dense; columns starts[n] .. starts[n + 1] - 1 are the n-th layer's, unused ones among them zero.
+    basis: [R, W] in weight's dtype, W = 2 * G * d.
+    starts: int32 [layers + 1], multiples of REST_MULTIPLE, the last R.
+    """
+
+    rows: torch.Tensor
+    basis: torch.Tensor
+    starts: torch.Tensor
 
 
 def residual_decode_pages(
@@ -21,6 +40,8 @@ def residual_decode_pages(
     cos: torch.Tensor,
     sin: torch.Tensor,
     first_layer: int = 0,
+    *,
+    rest: Rest | None = None,
 ) -> None:
     """KV rows y = [q * step, latents] @ weight + mean, keys rotated to their positions, all scattered into the pool, in place.
 
@@ -35,12 +56,17 @@ def residual_decode_pages(
         kv: [L, 2, P, S, G, d] contiguous pool, of which layers first_layer .. L - 1 are written.
         slots: [T] int64, slot = page * S + offset, no slot twice.
         cos, sin: [T, d/2] float32 of the tokens' angles.
+        rest: added to y, layer by layer.
     """
     rows = (q.float() * step[:, None]).to(weight.dtype)
     if latents is not None:
         rows = torch.cat([rows, latents], 1)
     y = rows.float() @ weight.float() + mean
     layers, _, _, _, heads, head_dim = kv.shape
+    if rest is not None:
+        width = rest.basis.shape[1]
+        for n, (start, end) in enumerate(pairwise(rest.starts.tolist())):
+            y[:, n * width : (n + 1) * width] += rest.rows[:, start:end].float() @ rest.basis[start:end].float()
     y = y.unflatten(1, (layers - first_layer, 2, heads, head_dim))  # [T, L', 2, G, d]
     flat = kv.flatten(2, 3)
     for layer in range(first_layer, layers):

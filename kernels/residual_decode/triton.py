@@ -7,11 +7,14 @@ One program then holds the first and the second halves of the same heads' channe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from kernels.residual_decode.reference import Rest
 
 DEPTH_MULTIPLE = 128  # the left factor's rows are filled up with zeros to a multiple of this, so that no tile of them needs a mask
 
@@ -85,18 +88,23 @@ def _decode_kernel(
     slot_ptr,
     cos_ptr,
     sin_ptr,
+    rest_ptr,
+    basis_ptr,
+    rest_start_ptr,
     rows,
     depth,
     width,
     columns,
     heads,
     stride_kind,
+    stride_rest,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
     EVEN: tl.constexpr,
+    REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Columns are counted in pairs (channel i, channel i + d/2) of one head: BLOCK_H pairs a program.
@@ -125,6 +133,21 @@ def _decode_kernel(
         second = tl.dot(a, b_second, second, input_precision=PRECISION)
         a_ptr += BLOCK_K
         b_ptr += BLOCK_K * columns
+    if REST:
+        # All of a program's columns are one layer's.
+        layer = pair_tile * BLOCK_H // (heads * HALF * 2)
+        begin, end = tl.load(rest_start_ptr + layer), tl.load(rest_start_ptr + layer + 1)
+        layer_width = 4 * heads * HALF
+        a_ptr = rest_ptr + safe_row[:, None] * stride_rest + (begin + inner)[None, :]
+        b_ptr = basis_ptr + (begin + inner)[:, None].to(tl.int64) * layer_width + (column - layer * layer_width)[None, :]
+        for _ in range(begin, end, BLOCK_K):
+            a = tl.load(a_ptr)
+            b_first = tl.load(b_ptr)
+            b_second = tl.load(b_ptr + HALF)
+            first = tl.dot(a, b_first, first, input_precision=PRECISION)
+            second = tl.dot(a, b_second, second, input_precision=PRECISION)
+            a_ptr += BLOCK_K
+            b_ptr += BLOCK_K * layer_width
     mask = (row < rows)[:, None] & pair_mask
     first += tl.load(mean_ptr + column, mask=pair < pairs, other=0.0)[None, :]
     second += tl.load(mean_ptr + column + HALF, mask=pair < pairs, other=0.0)[None, :]
@@ -149,7 +172,7 @@ def residual_decode_bounds(num_tokens: int, depth: int, dim: int, element_bytes:
     return depth * dim * element_bytes + num_tokens * (depth * symbol_bytes + dim * element_bytes), 2 * num_tokens * depth * dim
 
 
-def _launch(q, step, latents, weight, mean, kv, slots, cos, sin, config):
+def _launch(q, step, latents, weight, mean, kv, slots, cos, sin, config, rest):
     rows, components = q.shape
     columns = weight.shape[1]
     latent_depth = latents.shape[1] if latents is not None else 0
@@ -179,6 +202,8 @@ def _launch(q, step, latents, weight, mean, kv, slots, cos, sin, config):
     )
     heads, head_dim = kv.shape[-2:]
     block_h = config.block_n // 2
+    if rest is not None:
+        block_h = math.gcd(block_h, heads * head_dim)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns // 2, block_h),)
     _decode_kernel[grid](
         x,
@@ -188,18 +213,23 @@ def _launch(q, step, latents, weight, mean, kv, slots, cos, sin, config):
         slots,
         cos,
         sin,
+        x if rest is None else rest.rows,
+        weight if rest is None else rest.basis,
+        slots if rest is None else rest.starts,
         rows,
         depth,
         width,
         columns,
         heads,
         kv.stride(1),
+        0 if rest is None else rest.rows.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_H=block_h,
         BLOCK_K=config.block_k,
         GROUP=config.group,
         HALF=head_dim // 2,
         EVEN=depth % config.block_k == 0,
+        REST=rest is not None,
         PRECISION="tf32x3" if weight.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -218,6 +248,7 @@ def residual_decode_pages(
     sin: torch.Tensor,
     first_layer: int = 0,
     *,
+    rest: Rest | None = None,
     config: ProductConfig | None = None,
 ) -> None:
     """See `reference.residual_decode_pages`; q may be laid out either way."""
@@ -226,5 +257,11 @@ def residual_decode_pages(
         raise ValueError("residual_decode_pages needs a contiguous pool (pass the pool itself)")
     if weight.shape[1] != (kv.shape[0] - first_layer) * 2 * heads * head_dim:
         raise ValueError(f"weight has {weight.shape[1]} columns, the pool's coded layers another number (check first_layer)")
+    if rest is not None:
+        fits = len(rest.starts) == kv.shape[0] - first_layer + 1 and rest.basis.shape == (rest.rows.shape[1], 2 * heads * head_dim)
+        if not fits or heads * head_dim % 16 or not rest.basis.is_contiguous() or rest.rows.stride(1) != 1:
+            raise ValueError(
+                f"what is added to {kv.shape[0] - first_layer} layers of {heads} heads of {head_dim} does not fit them (see Rest)"
+            )
     if q.shape[0]:
-        _launch(q, step, latents, weight, mean, kv[first_layer:], slots, cos.contiguous(), sin.contiguous(), config)
+        _launch(q, step, latents, weight, mean, kv[first_layer:], slots, cos.contiguous(), sin.contiguous(), config, rest)

@@ -16,6 +16,7 @@ from codec.container import (
     SpanCode,
     read_sections,
     read_span,
+    read_varint_lists,
     read_varints,
     write_sections,
     write_span,
@@ -111,6 +112,17 @@ def test_a_contradictory_header_with_a_right_checksum_is_refused(field: int, val
     data += struct.pack("<I", zlib.crc32(bytes(data)))
     with pytest.raises(CodecError):
         read_span(bytes(data))
+
+
+def test_lists_of_varints() -> None:
+    lists = [[], [3, 300], [], [1 << 30], [0] * 5, []]
+    parts = [write_varints(np.array(values, np.int64)) for values in lists]
+    values, counts = read_varint_lists(parts)
+    assert values.tolist() == [3, 300, 1 << 30, 0, 0, 0, 0, 0] and counts.tolist() == [0, 2, 0, 1, 5, 0]
+    assert [part.tolist() for part in read_varint_lists([b"", b""])] == [[], [0, 0]]
+    cut = parts[3][:-1], parts[3][-1:]  # an integer may not go on in the next list
+    with pytest.raises(CorruptedCode):
+        read_varint_lists([parts[1], *cut])
 
 
 @given(st.lists(st.integers(0, 2**40), max_size=20))

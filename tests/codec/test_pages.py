@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from codec.codec import KvCodec, SpanSetting
+from codec.codec import Earlier, KvCodec, SpanSetting
+from codec.container import Reference, read_span, write_span, write_varints
 from codec.errors import BadInput, CorruptedCode
 from codec.pack import CodecPack
 from codec.pages import LayerRows, PageDecoder
@@ -93,6 +97,52 @@ def test_spans_in_a_fallback_basis_lie_between_others(completed_pack, source, dt
     for tokens, part in pages.rows(pages.start(spans), inputs, None):
         found[tokens] = part
     assert float((found - decoded).norm() / decoded.norm()) < bound
+
+
+@pytest.mark.parametrize("referring", [False, True])
+def test_pages_of_spans_with_escapes_chunk_by_chunk(completed_pack, source, monkeypatch: pytest.MonkeyPatch, referring: bool) -> None:
+    """Chunks end within runs of a setting; integers far beyond their limits; where a span refers to another, components come from elsewhere."""
+    monkeypatch.setattr("codec.pages.PAGE_TOKENS", 50)
+    codec, generator, sizes = KvCodec(completed_pack, DEVICE), torch.Generator().manual_seed(9), (32,) * 5
+    layout, rows = codec.layout, source.draw(160).to(DEVICE)
+    rows[torch.randint(160, (60,), generator=generator), torch.randint(layout.dim, (60,), generator=generator)] *= 300
+    predictor, inputs = predictor_of(layout.dim), torch.randn(160, FEATURES, generator=generator).to(DEVICE)
+    guess = predictor.predict(inputs, None)
+    pairs = list(zip((rows + guess).split(sizes), guess.split(sizes), strict=True))
+    settings = [SpanSetting(s, f) for s, f in ((0.5, True), (1.0, False), (0.5, True), (0.5, False), (0.25, True))]
+    spans = codec.encode_many(pairs, settings)
+    if referring:
+        earlier = [None, None, None, Earlier([Reference(0, 20, 96, 16)], codec.components(*pairs[0], 6)), None]
+        spans[3] = codec.encode_with_components(pairs[3:4], settings[3:4], None, earlier[3:4])[0][0]
+    assert sum(len(read_span(span).escapes) for span in spans) > 100
+    kv = torch.randn(layout.num_layers, 2, 21, PAGE, layout.num_kv_heads, layout.head_dim, generator=generator).to(DEVICE)
+    slots = torch.randperm(21 * PAGE, generator=generator)[:160].to(DEVICE)
+    cos, sin = (part(torch.rand(160, layout.head_dim // 2, generator=generator) * 60).to(DEVICE) for part in (torch.cos, torch.sin))
+    pages, want = PageDecoder(codec, predictor, torch.float32), torch.zeros_like(rows)
+    for tokens, part in pages.rows(pages.start(spans), inputs, None):
+        want[tokens] = part
+    parts, got = pages.start(spans), kv.clone()
+    pages.write_pages(parts, inputs, None, got, slots, cos, sin, layout.first_layer)
+    pages.check(parts)
+    expected = pages_of(want, kv, slots, cos, sin, layout.first_layer)
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_escapes_that_do_not_fit_are_found_by_the_check(codec: KvCodec, source) -> None:
+    rows = source.draw(32)
+    rows[5:9] *= 500
+    span = read_span(codec.encode(rows, torch.zeros_like(rows), "tiny"))
+    layout = codec.layout
+    kv = torch.zeros(layout.num_layers, 2, 4, PAGE, layout.num_kv_heads, layout.head_dim)
+    pages, angles = PageDecoder(codec, predictor_of(layout.dim, "cpu"), torch.float32), torch.ones(32, layout.head_dim // 2)
+    more = replace(span, escapes=span.escapes + write_varints(np.array([3])))
+    parts = pages.start([write_span(more)])
+    pages.write_pages(parts, torch.zeros(32, FEATURES), None, kv, torch.arange(32), angles, angles, layout.first_layer)
+    with pytest.raises(CorruptedCode):
+        pages.check(parts)
+    parts = pages.start([write_span(replace(span, escapes=span.escapes[:-1] + bytes([span.escapes[-1] | 128])))])
+    with pytest.raises(CorruptedCode, match="malformed"):
+        pages.write_pages(parts, torch.zeros(32, FEATURES), None, kv, torch.arange(32), angles, angles, layout.first_layer)
 
 
 def test_a_token_gives_the_same_bits_whatever_is_decoded_behind_it(codec: KvCodec, source) -> None:

@@ -59,6 +59,34 @@ def test_residual_decode_pages(shape, dtype, device, assert_close):
         assert torch.equal(got_kv[:first_layer], kv[:first_layer])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] * shape[3] % 16 == 0], ids=str)
+def test_what_is_added_layer_by_layer(shape, dtype, device, assert_close):
+    """Layers with several tiles of columns, one and none; the rows lie beside the product's own in wider ones."""
+    tokens, layers, heads, head_dim, components, _ = shape
+    kv, slots, cos, sin, _, generator = _setup(shape, dtype, device)
+    multiple = decode_reference.REST_MULTIPLE
+    starts = torch.tensor([0, *(multiple * (n % 3) for n in range(1, layers + 1))]).cumsum(0)
+    extra, width, dim = int(starts[-1]), 2 * heads * head_dim, layers * 2 * heads * head_dim
+    left = (torch.randn(tokens, components + extra, generator=generator) / 4).to(device, dtype)
+    q, rows = left[:, :components], left[:, components:]
+    weight = (torch.randn(components, dim, generator=generator) / components**0.5).to(device, dtype)
+    basis = torch.randn(extra, width, generator=generator).to(device, dtype)
+    mean, step = torch.randn(dim, generator=generator).to(device), torch.ones(tokens, device=device)
+    rest = decode_reference.Rest(rows, basis, starts.to(device, torch.int32))
+    got_kv, want_kv, without = kv.clone(), kv.clone(), kv.clone()
+    decode_triton.residual_decode_pages(q, step, None, weight, mean, got_kv, slots, cos, sin, rest=rest, config=CONFIG)
+    decode_reference.residual_decode_pages(q, step, None, weight, mean, want_kv, slots, cos, sin, rest=rest)
+    assert_close(got_kv, want_kv, 1e-5 if dtype == torch.float32 else 6e-3)
+    decode_reference.residual_decode_pages(q, step, None, weight, mean, without, slots, cos, sin)
+    changed = (want_kv.flatten(2, 3)[:, :, slots] != without.flatten(2, 3)[:, :, slots]).flatten(1).any(1).tolist()
+    assert changed == [n % 3 > 0 for n in range(1, layers + 1)]
+    with pytest.raises(ValueError, match="does not fit"):
+        decode_triton.residual_decode_pages(
+            q, step, None, weight, mean, got_kv, slots, cos, sin, rest=rest._replace(starts=rest.starts[1:])
+        )
+
+
 def test_inputs_that_do_not_fit_are_refused(device):
     kv, ones = torch.zeros(1, 2, 2, 4, 1, 8, device=device), torch.ones(4, 8, device=device)
     q, step, angles = ones.short(), torch.ones(4, device=device), torch.ones(4, 4, device=device)
