@@ -28,6 +28,7 @@ POOL_TOKENS_CPU = 1 << 17
 CACHED_TOKENS_CPU, CACHED_BYTES_CPU = 1 << 15, 1 << 30  # of prefixes that are kept for later requests, whichever is less
 PREFILL_TOKENS = 2048  # of all prompts a step, on a CPU
 CACHED_WINDOWS = 32  # ends of texts, with the windows before them, that a GPU has room for beside those of running requests
+_CACHED_SHARE = 4  # of the tokens of its other layers, the part that such ends may take at most
 START_TOKENS = 4096  # what a pool begins with; it doubles on demand
 GPU_MEMORY_UTILIZATION = 0.9  # of a GPU's memory that an engine and all other programs may take, unless its options say otherwise
 _LOGIT_COPIES = 5  # float32 tensors of a row's vocabulary that sampling holds at once: logits, scaled, cut, sorted, probabilities
@@ -162,17 +163,23 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class WindowLayers:
-    """Layers of one window that keep pages of their own. token_bytes: of a token in them. most_tokens: that all running requests need at once, with the
-    ends of texts that are kept for later ones."""
+    """Layers of one window that keep pages of their own. token_bytes: of a token in them. running_tokens: that all running requests need at once.
+    cached_tokens: of the ends of texts that are kept for later ones."""
 
     window: int
     layers: tuple[int, ...]
     token_bytes: float
-    most_tokens: int
+    running_tokens: int
+    cached_tokens: int
+
+    @property
+    def most_tokens(self) -> int:
+        """Of their pool on a GPU, where the other layers' is large."""
+        return self.running_tokens + self.cached_tokens
 
     def pool_tokens(self, tokens: int) -> int:
-        """Of their pool on a GPU, beside one of `tokens` tokens for the other layers."""
-        return min(tokens, self.most_tokens)
+        """The same beside a pool of `tokens` tokens for the other layers: as few ends are kept as that holds few texts."""
+        return min(tokens, self.running_tokens + min(self.cached_tokens, tokens // _CACHED_SHARE))
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def window_layers(target: Decoder, config: EngineConfig) -> tuple[WindowLayers, 
             layers = tuple(number for number, shape in enumerate(shapes) if shape.window == window)
             running = config.max_batch * (held + MOST_STEP_TOKENS) + max(PREFILL_TOKENS, step_tokens(target, config))
             kept = CACHED_WINDOWS * held if config.prefix_sharing else 0
-            found.append(WindowLayers(window, layers, len(layers) * target.config.kv_width * bits / 8, running + kept))
+            found.append(WindowLayers(window, layers, len(layers) * target.config.kv_width * bits / 8, running, kept))
     return tuple(found)
 
 

@@ -33,6 +33,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                  "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False}),
     "smollm2": ("LlamaConfig", {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                                 "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}),
+    "gemma3-1b": ("Gemma3TextConfig", {"hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+                                       "head_dim": 256, "intermediate_size": 6912, "vocab_size": 262144, "sliding_window": 512}),
+    "mistral-7b": ("MistralConfig", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                     "intermediate_size": 14336, "vocab_size": 32000, "sliding_window": 4096, "tie_word_embeddings": False}),
+    "tiny-window": ("Gemma3TextConfig", {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                         "head_dim": 32, "intermediate_size": 256, "vocab_size": 512, "sliding_window": 64}),
     "tiny": ("Qwen2Config", {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                              "intermediate_size": 256, "vocab_size": 512, "tie_word_embeddings": True}),
 }  # fmt: skip

@@ -313,6 +313,13 @@ def test_a_gpus_windowed_layers_get_what_running_requests_need(tiny_model):
         assert f"windows of {window}: {tokens} tokens" in str(plan)
         few = plan_memory(decoder, None, EngineConfig(max_batch=4, pool_tokens=640), memory, captures=False)
         assert few.windows[0][1] == 640 and few.pools_bytes == 640 * token_bytes(decoder, None)
+        # running requests' own first, and of the ends that are kept for later ones as many as the other layers' pages can go with
+        assert [own.pool_tokens(n) for n in (640, 1 << 13, 1 << 16, 1 << 20)] == [
+            640,
+            own.running_tokens + (1 << 11),
+            own.running_tokens + min(own.cached_tokens, 1 << 14),
+            own.most_tokens,
+        ]
 
 
 def test_windows_as_long_as_the_context_are_no_windows(tiny_model):
