@@ -14,6 +14,8 @@ from torch import Tensor
 
 from codec.errors import PredictorError
 
+EPS = 1e-6  # of a mean square
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -47,7 +49,7 @@ class FeatureSpec:
 def rms_normalise(x: Tensor) -> Tensor:
     """x [*, E] divided by its root mean square over the last axis, float32. A residual stream grows layer by layer; its direction is what predicts."""
     x = x.float()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
 
 
 def join_features(rows: Tensor | None, target_rows: Tensor | None) -> Tensor:
