@@ -83,21 +83,29 @@ def bound(spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[st
 
 
 class _LinkCheck(threading.Thread):
-    """Compares, in a thread of its own, the links of spans with the one that their file states. The hash is a chain, of a few hundred megabytes a
-    second, and needs no interpreter meanwhile."""
+    """Compares, in a thread of its own, the checksums of a file's sections, and the links of its spans with the one it states. The hash is a chain,
+    of a few hundred megabytes a second, and needs no interpreter meanwhile."""
 
-    def __init__(self, spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[str, str], link: str) -> None:
+    def __init__(self, data: bytes, spans: Sequence[Span], token_ids: Sequence[int], fingerprints: dict[str, str], link: str) -> None:
         super().__init__(name="session links")
-        self._of, self._link, self._fits = (spans, token_ids, fingerprints), link, False
+        self._data, self._of, self._link, self._fits = data, (spans, token_ids, fingerprints), link, False
+        self._fault: CodecError | None = None
         self.start()
 
     def run(self) -> None:
+        try:
+            read_sections(self._data)
+        except CodecError as error:
+            self._fault = error
+            return
         spans = bound(*self._of, anew=True)
         self._fits = bool(spans) and spans[-1].link == _unhex(self._link)
 
     def result(self) -> None:
         """Waits. Raises CorruptedCode where they differ."""
         self.join()
+        if self._fault is not None:
+            raise self._fault
         if not self._fits:
             raise CorruptedCode(_UNBOUND, _REMEDY)
 
@@ -160,8 +168,8 @@ class SessionFile:
     def load(cls, path: str | Path, max_tokens: int = MAX_TOKENS, max_bytes: int | None = None, *, beside: bool = False) -> SessionFile:
         """Read and check a file of at most `max_tokens` tokens and `max_bytes` bytes; its first bytes are looked at before the rest is read.
 
-        beside: the spans' links, which bind them to each other and to the models, are compared in a thread, for whose end `confirm` waits; checksums
-        and everything else were compared before this returns.
+        beside: the checksum over all spans, and their links, which bind them to each other and to the models, are compared in a thread, for whose end
+        `confirm` waits; every span has a checksum of its own, and everything else was compared before this returns.
 
         Raises:
             BadSessionFile: it cannot be read, is no regular file, or is larger.
@@ -189,7 +197,7 @@ class SessionFile:
     def from_bytes(cls, data: bytes, max_tokens: int = MAX_TOKENS, *, beside: bool = False) -> SessionFile:
         """Inverse of `to_bytes`; no part that claims more than `max_tokens` tokens is unpacked. beside: as for `load`. Raises the codec's named
         errors."""
-        sections = read_sections(data)
+        sections = read_sections(data, unchecked=("SPAN",) if beside else ())
         if [name for name, _ in sections] != ["META", "TOKS", "SIZE", "SPAN"]:
             raise CorruptedCode("the file's sections are not a session's", _REMEDY)
         meta_bytes, token_bytes, size_bytes, body = (content for _, content in sections)
@@ -228,9 +236,11 @@ class SessionFile:
         if at != len(body) or (spans and spans[-1].end != num_cached):
             raise CorruptedCode("the session's spans do not cover its tokens", _REMEDY)
         if not link:  # of an earlier version
+            if beside:
+                read_sections(data)
             return cls(tokens, num_cached, quality, fingerprints, bound(spans, tokens, fingerprints, anew=True), auto)
         if beside:
-            return cls(tokens, num_cached, quality, fingerprints, spans, auto, _LinkCheck(spans, tokens, fingerprints, link))
+            return cls(tokens, num_cached, quality, fingerprints, spans, auto, _LinkCheck(data, spans, tokens, fingerprints, link))
         spans = bound(spans, tokens, fingerprints, anew=True)
         if not spans or spans[-1].link != _unhex(link):
             raise CorruptedCode(_UNBOUND, _REMEDY)

@@ -114,18 +114,18 @@ class SessionCodec:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Code and decode a few random tokens: makes tables, and on a GPU compiles kernels, which takes seconds that no suspend should wait for."""
-        layout, spec, device = self.pack.layout, self.predictor.spec, self.core.device
+        layout, spec, device, dtype = self.pack.layout, self.predictor.spec, self.core.device, self.core.dtype
         generator = torch.Generator().manual_seed(0)
         pool = self.core.pool
         into_pages = isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv)
         for sizes in _WARM_SIZES:  # Triton compiles a kernel once more for numbers that 16 divides
             tokens = sum(sizes)
             latents = self.predictor.reduce(
-                torch.randn(tokens, len(spec.taps), self.predictor.draft_size, generator=generator, dtype=torch.float32).to(device)
+                torch.randn(tokens, len(spec.taps), self.predictor.draft_size, generator=generator, dtype=torch.float32).to(device, dtype)
             )
             hidden = torch.randn(
                 tokens, len(spec.target_taps), self.core.target.config.hidden_size, generator=generator, dtype=torch.float32
-            ).to(device)
+            ).to(device, dtype)
             features = latents, hidden if spec.target_taps else None
             truth = self.predictor.predict(*features)
             pairs = [(part + 1e-3 * part.abs().mean(), part) for part in truth.split(sizes)]

@@ -392,6 +392,20 @@ def test_a_span_moved_or_taken_from_another_file_is_refused(suspended, another, 
     assert beside == stored and beside.to_bytes() == file.read_bytes()
 
 
+def test_damaged_spans_are_found_by_the_check_beside(suspended, tmp_path):
+    file, engine = suspended
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1  # of the last span
+    (tmp_path / "bad.kv").write_bytes(data)
+    with pytest.raises(Corrupted, match="section 3"):
+        SessionFile.load(tmp_path / "bad.kv")
+    beside = SessionFile.load(tmp_path / "bad.kv", beside=True)
+    with pytest.raises(CorruptedCode, match="section 3"):
+        beside.confirm()
+    with pytest.raises(Corrupted):
+        engine.session(tmp_path / "bad.kv")
+
+
 def test_other_ids_models_or_places_do_not_fit_the_spans(tmp_path):
     raised = replace(SessionFile.from_bytes(DATA), token_ids=[i + 1 for i in FILE.token_ids])
     moved = [
