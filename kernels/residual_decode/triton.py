@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.residual_decode.reference import Rest
+from kernels.residual_decode.reference import REST_MULTIPLE, Rest
 
 DEPTH_MULTIPLE = 128  # the left factor's rows are filled up with zeros to a multiple of this, so that no tile of them needs a mask
+ALIGNED = tl.constexpr(REST_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _decode_kernel(
     if REST:
         # All of a program's columns are one layer's.
         layer = pair_tile * BLOCK_H // (heads * HALF * 2)
-        begin, end = tl.load(rest_start_ptr + layer), tl.load(rest_start_ptr + layer + 1)
+        begin, end = tl.multiple_of(tl.load(rest_start_ptr + layer), ALIGNED), tl.load(rest_start_ptr + layer + 1)
         layer_width = 4 * heads * HALF
         a_ptr = rest_ptr + safe_row[:, None] * stride_rest + (begin + inner)[None, :]
         b_ptr = basis_ptr + (begin + inner)[:, None].to(tl.int64) * layer_width + (column - layer * layer_width)[None, :]
