@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 COSTS_KEPT_S = 86_400.0
 """Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first token."""
-_COSTS_VERSION = 3  # 3: compiled steps of several rows take about as long as one of one row
-_PRODUCTS_VERSION = 3  # 3: several rows at the speed of memory
+_COSTS_VERSION = 4  # 4: on processors that multiply matrices 16 rows take about as long as one
+_PRODUCTS_VERSION = 4  # 4: products of matrices
 
 
 @dataclass(frozen=True)

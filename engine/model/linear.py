@@ -129,7 +129,7 @@ def compiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """x [N, in] by weight [out, in], plain or quantised, plus bias [out] -> [N, out]: up to `most_rows` rows compiled, more by the library."""
     if isinstance(weight, Int8Weight):
         return onednn_linear(x, weight, bias)
-    if x.shape[0] > most_rows(torch.get_num_threads()):
+    if x.shape[0] > most_rows(torch.get_num_threads(), plain=isinstance(weight, torch.Tensor)):
         return _library_linear(x, weight, bias)
     return compiled_rows(x, weight, bias)
 

@@ -41,6 +41,7 @@ class CompiledDecoder(DecoderRunner):
     def __init__(self, decoder: Decoder, pool: PagedPool) -> None:
         super().__init__(decoder)
         self.pool = pool
+        self._plain = all(isinstance(w.qkv, Tensor) for w in decoder.layer_weights())
         self._known: tuple[Sequence[Any], int] | None = None  # the weights and where the pool lay
         self._compiled: Any = None
 
@@ -65,9 +66,14 @@ class CompiledDecoder(DecoderRunner):
         """A compiled step reads a row of keys at a time, by its page."""
         return True
 
+    @property
+    def most_rows(self) -> int:
+        """Of a pass that runs compiled where its bits may depend on the rows beside."""
+        return most_rows(torch.get_num_threads(), plain=self._plain)
+
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""
-        if not deterministic and hidden.shape[0] > most_rows(torch.get_num_threads()):
+        if not deterministic and hidden.shape[0] > self.most_rows:
             return self.decoder.head(hidden)
         from kernels.cpu_decode.step import head
 
@@ -83,7 +89,7 @@ class CompiledDecoder(DecoderRunner):
 
     def run(self, asked: ForwardPass) -> DecoderOutput:
         """See `PassRunner.run`. Passes of more rows, and those that are observed, are the decoder's own."""
-        many = not asked.deterministic and sum(asked.query_lens) > most_rows(torch.get_num_threads())
+        many = not asked.deterministic and sum(asked.query_lens) > self.most_rows
         if many or asked.source is None or not asked.layers or asked.observe is not None:
             return self.decoder.run(asked)
         asked.check(self.config.num_layers)

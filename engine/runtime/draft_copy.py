@@ -52,6 +52,7 @@ class CopiedDecoder(CompiledDecoder):
     def __init__(self, runner: CompiledDecoder, num_layers: int, kind: int, *, with_head: bool) -> None:
         super().__init__(runner.decoder, runner.pool)
         self._num_layers, self._kind, self._with_head = num_layers, kind, with_head
+        self._plain = False
         self._copies: tuple[list[LayerWeights], TileWeight | None] | None = None
         self.kept: KeptCopies | None = None
 

@@ -14,6 +14,9 @@ __all__ = ["compiled_available", "compiled_loads", "most_rows"]
 
 
 _MOST_ROWS, _LEAST_MOST_ROWS = 48, 16
+_MOST_ROWS_OF_MATRICES = (
+    96  # where the processor multiplies matrices: 64 rows 47 ms and the library's 83, 128 rows 104 and 112 (SmolLM2, one thread)
+)
 _LEAST_VERSION = (0, 44)  # earlier ones lack LLVM's pass builder; Numba's own may be one
 
 
@@ -28,9 +31,14 @@ def _importable() -> bool:
     return found is not None and (int(found[1]), int(found[2])) >= _LEAST_VERSION
 
 
-def most_rows(threads: int) -> int:
-    """Rows up to which compiled products, of one thread, are faster than a library's of so many threads, which multiplies many rows at once."""
-    return max(_LEAST_MOST_ROWS, _MOST_ROWS // threads)
+def most_rows(threads: int, *, plain: bool = True) -> int:
+    """Rows up to which compiled products, of one thread, are faster than a library's of so many threads, which multiplies many rows at once.
+
+    plain: with bf16 weights as they are, which a processor may multiply as matrices; else with weights in few bits.
+    """
+    from kernels.cpu_decode.machine_code import allows_tiles
+
+    return max(_LEAST_MOST_ROWS, (_MOST_ROWS_OF_MATRICES if plain and allows_tiles() else _MOST_ROWS) // threads)
 
 
 def compiled_available() -> bool:

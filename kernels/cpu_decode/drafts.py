@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.cpu_decode.step import _FUNCTIONS, CompiledLayers, Matrix, _at, _numbers, _place
+from kernels.cpu_decode.step import _FUNCTIONS, CompiledLayers, Matrix, _at, _numbers, _place, whole_rows
 from kernels.cpu_decode.stopping import Stopping
 
 _SPARE_PLACES = 16  # that attention may overwrite behind a row's scores
@@ -79,7 +79,7 @@ def draft(
     most = max(rows, batch)
     sizes = (
         batch * width, most * shape.head_dim // 2, most * shape.head_dim // 2, most * width, most * wide, most * joined,
-        shape.heads // shape.kv_heads * places, -(-most * max(width, joined, shape.intermediate) // 2), batch * outputs, batch,
+        shape.heads // shape.kv_heads * places, whole_rows(most) * max(width, joined, shape.intermediate) // 2, batch * outputs, batch,
     )  # fmt: skip
     starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]
     space = torch.empty(starts[-1])

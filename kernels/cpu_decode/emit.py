@@ -15,6 +15,7 @@ from llvmlite import ir
 from kernels.cpu_decode.arguments import ARGUMENTS, REAL
 
 LANES = 16
+VOID = ir.VoidType()
 I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 
 
@@ -216,11 +217,21 @@ class Code:
         """x y + z, rounded once."""
         return self.intrinsic(f"llvm.fma.v{LANES}f32", VECTOR, x, y, z)
 
+    def room(self, num_bytes: int) -> Number:
+        """Address of memory of the function's own, at a line's begin."""
+        with self.b.goto_entry_block():
+            slot = self.b.alloca(ir.ArrayType(I8, num_bytes))
+            slot.align = 64
+        return Number(self, self.b.ptrtoint(slot, I64))
+
+    def pointer(self, address: Number) -> Number:
+        """An address as LLVM's functions take one."""
+        return Number(self, self.b.inttoptr(address.value, I8.as_pointer()))
+
     def prefetch(self, address: Number) -> None:
         """Ask for memory, for reading, into the second cache."""
-        pointer = Number(self, self.b.inttoptr(address.value, I8.as_pointer()))
         options = [self.of(I32, value) for value in (0, 2, 1)]
-        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), pointer, *options)
+        self.intrinsic("llvm.prefetch.p0", VOID, self.pointer(address), *options)
 
     @contextmanager
     def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Number]:

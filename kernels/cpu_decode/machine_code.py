@@ -27,12 +27,24 @@ from kernels.cpu_decode import arguments
 from kernels.files import cache_home, write_bytes
 
 _HERE = Path(__file__).parent
-_SOURCES = ("arguments.py", "blocks.py", "coding.py", "drafting.py", "emit.py", "machine_code.py", "numbers.py", "program.py", "tiles.py")
+_SOURCES = (
+    "arguments.py",
+    "blocks.py",
+    "coding.py",
+    "drafting.py",
+    "emit.py",
+    "machine_code.py",
+    "matrices.py",
+    "numbers.py",
+    "program.py",
+    "tiles.py",
+)
 _MOST_BYTES = 1 << 22
 _MOST_KEPT = 8
 _PC32, _PLT32 = 2, 4  # x86-64's relocations: 32 bits, relative to the place
 _ALLOCATED, _PROGBITS, _SYMBOLS, _RELA = 2, 1, 2, 4
 _PAGE_BYTES = mmap.PAGESIZE
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILES = 158, 0x1023, 18  # the call's number; ARCH_REQ_XCOMP_PERM; XTILEDATA
 
 
 class NotLinkable(Exception):
@@ -94,7 +106,7 @@ def _kept_path() -> Path | None:
     digest = blake2b(digest_size=12)
     for source in _SOURCES:
         digest.update((_HERE / source).read_bytes())
-    digest.update(repr((_processor(), version("llvmlite"))).encode())
+    digest.update(repr((_processor(), version("llvmlite"), allows_tiles())).encode())
     with suppress(RuntimeError, OSError):
         return cache_home() / "products" / f"step-{digest.hexdigest()}.code"
     return None
@@ -108,6 +120,14 @@ def _processor() -> list[str]:
     except OSError:
         return []
     return [line for line in first.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
+
+
+@functools.cache
+def allows_tiles() -> bool:
+    """Whether the system lets this process use a processor's tile registers (AMX): Linux has to be asked, once a process."""
+    if not keeps_code() or not any("amx_bf16" in line.split() for line in _processor()):
+        return False
+    return ctypes.CDLL(None).syscall(*(ctypes.c_long(number) for number in (_ARCH_PRCTL, _ASK_FOR_STATE, _TILES))) == 0
 
 
 def _remove_old(folder: Path) -> None:
@@ -186,7 +206,8 @@ def _optimised(write: Callable[[Callable[[str], bool]], Any], *, apart: bool = F
 def _step(has: Callable[[str], bool]) -> Any:
     from kernels.cpu_decode.program import write_program
 
-    return write_program(pairs=has("avx512bf16"), quads=has("avx512vnni"))
+    pairs, tiles = has("avx512bf16"), has("amx-tile") and has("amx-bf16") and allows_tiles()
+    return write_program(pairs=pairs, quads=has("avx512vnni"), matrices=pairs and tiles)
 
 
 def compile_object() -> bytes:

@@ -4,8 +4,8 @@ A token's result is the same bits whatever tokens stand beside it: each output i
 weights and are added up in a tree. How many rows or outputs are computed together changes no bit.
 
 Products with bf16 weights, and of queries with keys, round their inputs to bf16 where the processor multiplies pairs of them (AVX512-bf16), as its
-libraries do; those with `tiles` round them to 8 bits; all other products take float32. Axes as in `step`. All arguments are int64 (addresses, sizes)
-but `eps` and `scale`, float32.
+libraries do, or matrices of them (`matrices`); those with `tiles` round them to 8 bits; all other products take float32. Axes as in `step`. All
+arguments are int64 (addresses, sizes) but `eps` and `scale`, float32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_
 from kernels.cpu_decode.coding import write_coding
 from kernels.cpu_decode.drafting import write_drafting
 from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, argument_types, lanes
+from kernels.cpu_decode.matrices import write_matrix_product
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
 
@@ -30,8 +31,9 @@ AHEAD_BYTES, FAR_AHEAD_BYTES = 4096, 16384
 TILES_TOGETHER = 4  # rows whose sums over a tile run side by side
 
 
-def write_program(*, pairs: bool, quads: bool) -> Any:
-    """The module. pairs: the processor multiplies pairs of bf16; quads: it multiplies and adds four bytes (AVX512-VNNI)."""
+def write_program(*, pairs: bool, quads: bool, matrices: bool) -> Any:
+    """The module. pairs: the processor multiplies pairs of bf16; quads: it multiplies and adds four bytes (AVX512-VNNI); matrices: it multiplies
+    matrices of bf16 (AMX), too."""
     c = Code()
     for kind in FORMATS:
         _write_product(c, kind, pairs and kind == BF16)
@@ -40,7 +42,9 @@ def write_program(*, pairs: bool, quads: bool) -> Any:
     _write_pack_bytes(c)
     for kind in (TILES_8, TILES_4):
         _write_tile_product(c, kind, quads)
-    _write_any_product(c, pairs)
+    if matrices:
+        write_matrix_product(c)
+    _write_any_product(c, pairs, matrices)
     _write_attend(c, pairs)
     _write_layers(c)
     _write_entries(c)
@@ -275,17 +279,25 @@ def _multiply_quads(c: Code, quads: bool, codes: Number, x: Number, total: Numbe
     return total
 
 
-def _write_any_product(c: Code, pairs: bool) -> None:
-    """Outputs [0, outputs) of a product with weights of a format known at run time. packed: workspace, bf16 [rows, columns]."""
+def _write_any_product(c: Code, pairs: bool, matrices: bool) -> None:
+    """Outputs [0, outputs) of a product with weights of a format known at run time. packed: workspace, bf16 [rows, columns] for whole sixteens of rows.
+
+    Where the processor multiplies matrices, outputs beyond the last whole sixteen alone are multiplied in pairs.
+    """
     with c.function("product", [I64] * 10) as (kind, w, outputs, columns, x, x_stride, rows, packed, y, y_stride):
         for form in FORMATS:
             with c.when(kind.compare("==", form)):
-                own, stride = x, x_stride
-                if pairs and form == BF16:
-                    c.call("pack", x, x_stride, rows, columns, packed)
-                    own, stride = packed, columns * 2
-                w_stride = columns // BLOCK * BLOCK_BYTES[form]
-                c.call(f"product_{form}", w, w_stride, 0, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
+                own, stride, first = x, x_stride, c.of(I64, 0)
+                if matrices and form == BF16:
+                    first = outputs // LANES * LANES
+                    c.call("pack_pairs", x, x_stride, rows, columns, packed)
+                    c.call("matrix_product", w, first, columns, packed, rows, y, y_stride)
+                with c.when(first.compare("<", outputs)):
+                    if pairs and form == BF16:
+                        c.call("pack", x, x_stride, rows, columns, packed)
+                        own, stride = packed, columns * 2
+                    w_stride = columns // BLOCK * BLOCK_BYTES[form]
+                    c.call(f"product_{form}", w, w_stride, first, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
         for form in (TILES_8, TILES_4):
             with c.when(kind.compare("==", form)):
                 c.call("pack_bytes", x, x_stride, rows, columns, packed)
@@ -424,7 +436,7 @@ def _write_layers(c: Code) -> None:
     addresses, kinds int64 [L, 4]: of qkv, o, gate_up, down. norms [L, 2, E]; qkv_bias, o_bias, qk_norm [L, ...]: address 0 where there are none.
     pool int64 [L, 2]: addresses of keys and values, bf16 [P, S, G, d]. requests int64 [N]: rows of tables int64 [B, table_width].
     normed [N, E], wide [N, wide_width >= max(qkv rows, 2 I)], attended [N, H d], scores [H / G, score_width >= places + 16],
-    packed bf16 [N, max(E, H d, I)]: workspace.
+    packed bf16 [N, max(E, H d, I)], for whole sixteens of rows: workspace.
     """
     with c.function("run_layers", argument_types("run_layers"), exported=True) as arguments:
         a = dict(zip(ARGUMENTS["run_layers"], arguments, strict=True))

@@ -39,6 +39,11 @@ def _place(weight: Matrix) -> tuple[int, int]:
     return weight.data_ptr(), BF16
 
 
+def whole_rows(rows: int) -> int:
+    """Rows that there is to be workspace for: products of matrices take sixteen at once."""
+    return -(-rows // 16) * 16
+
+
 def _numbers(x: torch.Tensor) -> np.ndarray:
     """x as contiguous float32."""
     return x.detach().float().contiguous().numpy()
@@ -56,7 +61,7 @@ def linear(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"rows of shape {list(x.shape)} do not fit a weight of shape {list(weight.shape)}")
     out = np.empty((x.shape[0], outputs), np.float32)
-    numbers, packed = _numbers(x), np.empty(x.shape, np.uint16)
+    numbers, packed = _numbers(x), np.empty(whole_rows(x.shape[0]) * inputs, np.uint16)
     _FUNCTIONS["linear"](*_place(weight), outputs, inputs, _at(numbers), x.shape[0], _at(packed), _at(out))
     return torch.from_numpy(out)
 
@@ -150,7 +155,7 @@ class CompiledLayers:
             rows * wide,
             rows * joined,
             s.heads // s.kv_heads * places_most,
-            -(-rows * max(width, joined, s.intermediate) // 2),
+            whole_rows(rows) * max(width, joined, s.intermediate) // 2,
         )
         starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]
         space = torch.empty(starts[-1])
@@ -168,7 +173,11 @@ def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -
     """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
     rows, (outputs, width) = stream.float().contiguous(), weight.shape
     count, factors = len(rows), norm.float().contiguous()
-    logits, normed, packed = torch.empty(count, outputs), torch.empty(count, width), torch.empty(count, width, dtype=torch.bfloat16)
+    logits, normed, packed = (
+        torch.empty(count, outputs),
+        torch.empty(count, width),
+        torch.empty(whole_rows(count), width, dtype=torch.bfloat16),
+    )
     _FUNCTIONS["run_head"](
         rows.data_ptr(),
         count,

@@ -64,6 +64,63 @@ def test_products_equal_those_of_the_unpacked_weight(name, outputs, inputs):
         assert torch.equal(unpack(weight), weight.to_dense())
 
 
+@pytest.fixture(scope="module", params=["as it is", "without matrices", "without pairs"])
+def compiled_linear(request):
+    """The compiled product of this processor, and of one that lacks some of its instructions; a workspace full of NaN."""
+    pytest.importorskip("llvmlite")
+    from kernels.cpu_decode import machine_code, program, step
+
+    write, patch = program.write_program, pytest.MonkeyPatch()
+    lacks = {"as it is": {}, "without matrices": {"matrices": False}, "without pairs": {"matrices": False, "pairs": False}}[request.param]
+    patch.setattr(program, "write_program", lambda **has: write(**(has | lacks)))
+    addresses, kept = machine_code._compiled_here()
+    patch.undo()
+    product = machine_code._functions(addresses, kept)["linear"]
+
+    def linear(x, weight):
+        out = torch.full((len(x) + 1, weight.shape[0]), torch.nan)
+        packed = torch.full((step.whole_rows(len(x)) + 1, x.shape[1]), torch.nan, dtype=torch.bfloat16)
+        product(weight.data_ptr(), 0, *weight.shape, x.data_ptr(), len(x), packed.data_ptr(), out.data_ptr())
+        assert bool(out[-1].isnan().all()) and bool(packed[-1].isnan().all()), "nothing is written behind"
+        return out[:-1]
+
+    return linear
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (15, 64), (16, 32), (33, 96), (64, 576), (80, 1536)])
+def test_products_of_many_rows_are_each_rows_own(outputs, inputs, compiled_linear):
+    weight = random_weight(outputs, inputs, "BF16")
+    x = torch.randn(70, inputs, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    whole = compiled_linear(x, weight)
+    assert (whole - x @ weight.float().T).norm() < 1e-6 * inputs**0.5 * whole.norm()
+    for start, count in ((0, 1), (3, 1), (5, 2), (1, 8), (11, 15), (20, 16), (2, 17), (30, 32), (9, 33), (13, 47), (0, 49)):
+        assert torch.equal(compiled_linear(x[start : start + count].contiguous(), weight), whole[start : start + count])
+    poisoned = x.clone()
+    poisoned[17, 3], poisoned[31] = torch.nan, torch.inf
+    found = compiled_linear(poisoned, weight)
+    others = [row for row in range(70) if row not in (17, 31)]
+    assert torch.equal(found[others], whole[others]) and bool(found[17].isnan().all()) and not bool(found[31].isfinite().any())
+
+
+def test_the_choice_of_instructions_is_this_processors(monkeypatch):
+    """Matrices only where the processor has them and the system lets them be used."""
+    pytest.importorskip("llvmlite")
+    from kernels.cpu_decode import machine_code, most_rows, program
+
+    asked = []
+    monkeypatch.setattr(program, "write_program", lambda **has: asked.append(has))
+    features = {"avx512bf16", "avx512vnni", "amx-tile", "amx-bf16"}
+    for allowed, own in ((True, features), (False, features), (True, features - {"amx-bf16"}), (True, features - {"avx512bf16"})):
+        monkeypatch.setattr(machine_code, "allows_tiles", lambda allowed=allowed: allowed)
+        machine_code._step(own.__contains__)
+    assert [has["matrices"] for has in asked] == [True, False, False, False]
+    monkeypatch.setattr(machine_code, "allows_tiles", lambda: True)
+    more = most_rows(1)
+    assert most_rows(1, plain=False) < more
+    monkeypatch.setattr(machine_code, "allows_tiles", lambda: False)
+    assert most_rows(1) < more and most_rows(100) == 16
+
+
 def test_what_does_not_fit_is_refused():
     pytest.importorskip("llvmlite")
     from kernels.cpu_decode.step import fits

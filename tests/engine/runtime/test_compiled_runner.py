@@ -17,7 +17,6 @@ from engine.model.linear import Gemm, Int8Weight, select_gemm
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
 from engine.runtime.sampling import SamplingParams
-from kernels.cpu_decode import most_rows
 from kernels.cpu_decode.blocks import NAMES, BlockWeight, unpack_blocks
 
 FAMILIES = [
@@ -136,7 +135,7 @@ def test_each_models_runner_says_whether_its_steps_follow_page_tables(tiny_model
 
 def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, monkeypatch):
     decoder = decoder_of(tiny_model, *FAMILIES[0])
-    pool = decoder.new_pool(16, 4)
+    pool = decoder.new_pool(32, 4)
     gemma = Decoder.from_pretrained(tiny_model("gemma3").folder, dtype=torch.bfloat16)
     assert not CompiledDecoder.supports(gemma, gemma.new_pool(4, 4))
     narrow = Decoder.from_pretrained(tiny_model("llama").folder, dtype=torch.bfloat16)
@@ -144,7 +143,8 @@ def test_other_models_pools_and_machines_keep_the_decoders_own_pass(tiny_model, 
     monkeypatch.setenv("FORETOLD_KERNELS", "reference")
     assert not CompiledDecoder.supports(decoder_of(tiny_model, *FAMILIES[0]), pool)
     monkeypatch.delenv("FORETOLD_KERNELS")
-    runner, ids = CompiledDecoder(decoder, pool), torch.arange(most_rows(torch.get_num_threads()) + 1)
+    runner = CompiledDecoder(decoder, pool)
+    ids = torch.arange(runner.most_rows + 1)
     sequence = pool.new_sequence()
     sequence.ensure(len(ids), 0)
     own, ours = decoder.forward(ids, [sequence], [len(ids)]), runner.forward(ids, [sequence], [len(ids)])

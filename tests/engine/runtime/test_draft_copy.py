@@ -174,7 +174,7 @@ def test_copies_are_near_the_weights_and_counted(target, trained):
     assert 0 < 4 * (eight_bits - exact).norm() < (four_bits - exact).norm() < 0.4 * exact.norm()
     many = torch.zeros(70, dtype=torch.int64)
     sequence.reserve(70)
-    assert torch.equal(*(r.forward(many, [sequence], [70], logits="none", last_layer=2).hidden for r in (engine.core.runner, first)))
+    assert torch.equal(*(r.forward(many, [sequence], [70], logits="none", last_layer=2).hidden for r in (engine.core.target, first)))
     sequence.free()
 
 
