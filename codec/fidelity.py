@@ -20,6 +20,7 @@ from codec.divergence import DivergenceCurve
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, ROUNDING
 from codec.residuals import SAMPLED_EVERY, Pair, Residuals
 from codec.spec import divergence_of, step_of
+from kernels.quantised_sums import code_bits, saved_energy
 
 FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 """Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
@@ -124,19 +125,10 @@ class Distortion:
             self._components[fallback] = c.abs_(), outside + c.square().sum(1)
         return self._components[fallback]
 
-    def _quantised(
-        self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sizes in steps x [T, K], their integers q [T, K] as float32, 0 where they are not kept, and the tokens' steps [T]."""
-        every, _ = self._of(fallback)
-        least, most = int(counts.min()), int(counts.max())
+    def _steps(self, steps: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """The tokens' steps, float32 [T]."""
         levels = (self.levels + offsets[self._span]).clamp_(MIN_LEVEL, MAX_LEVEL)
-        own = steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE)
-        x = every[:, :most] * (1 / own)[:, None]
-        q = (x + ROUNDING).floor_()
-        if least < most:
-            q[:, least:] *= torch.arange(least, most, device=q.device)[None] < counts[self._span, None]
-        return x, q, own
+        return steps[self._span] * torch.exp2(levels.float() / LEVELS_PER_OCTAVE)
 
     def measure(self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool) -> torch.Tensor:
         """Distortion, float32 [S].
@@ -144,16 +136,14 @@ class Distortion:
         Args:
             steps: float32 [S]. offsets: int32 [S], added to the tokens' levels. counts: int64 [S], components that are kept.
         """
-        x, q, own = self._quantised(steps, offsets, counts, fallback)
-        # x^2 - (x - q)^2, of what is kept: the rest is lost as it is
-        saved = x.mul_(2).sub_(q).mul_(q).sum(1)
-        error = (self._of(fallback)[1] - saved * own.square()).clamp_min_(0).mul_(self._importance)
+        (sizes, energy), own = self._of(fallback), self._steps(steps, offsets)
+        saved = saved_energy(sizes, 1 / own, counts[self._span], ROUNDING)  # what is not kept is lost as it is
+        error = (energy - saved * own.square()).clamp_min_(0).mul_(self._importance)
         return self._total(error) / (self.sizes * self.codec.layout.dim)
 
     def bits(self, steps: torch.Tensor, offsets: torch.Tensor, counts: torch.Tensor, fallback: bool) -> torch.Tensor:
         """A measure of the bits of each span, float32 [S], for comparing settings only; arguments as for `measure`."""
-        _, q, _ = self._quantised(steps, offsets, counts, fallback)
-        return self._total(4 * (q > 0).sum(1) + 2 * q.clamp_min_(1).log2_().sum(1))
+        return self._total(code_bits(self._of(fallback)[0], 1 / self._steps(steps, offsets), counts[self._span], ROUNDING))
 
     def _total(self, values: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(self.sizes), dtype=torch.float32, device=values.device).index_add_(0, self._span, values)
@@ -163,7 +153,14 @@ class _Ladder:
     """Settings in quarter octaves: the step in whole octaves, the rest in the tokens' levels, so that few settings differ."""
 
     def __init__(self, codec: KvCodec) -> None:
-        self.codec = codec
+        self.codec, device = codec, codec.device
+        chosen = [self.step(rung) for rung in range(FINEST, COARSEST + 1)]
+        self._steps = torch.tensor([step for step, _ in chosen], dtype=torch.float32, device=device)
+        self._offsets = torch.tensor([offset for _, offset in chosen], dtype=torch.int32, device=device)
+        self._counts = {
+            fallback: torch.tensor([codec.num_components(step, fallback=fallback) for step, _ in chosen], device=device)
+            for fallback in ((False,) if codec.transform.fallback is None else (False, True))
+        }
 
     def step(self, rung: int) -> tuple[float, int]:
         """The step, and the offset of the tokens' levels."""
@@ -172,15 +169,8 @@ class _Ladder:
 
     def _settings(self, rungs: torch.Tensor, fallback: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """What `Distortion.measure` takes, with each span on its own rung, int64 [S]."""
-        device = self.codec.device
-        chosen = [self.step(rung) for rung in rungs.tolist()]
-        counts = [self.codec.num_components(step, fallback=fallback) for step, _ in chosen]
-        return (
-            torch.tensor([s for s, _ in chosen], dtype=torch.float32, device=device),
-            torch.tensor([o for _, o in chosen], dtype=torch.int32, device=device),
-            torch.tensor(counts, device=device),
-            fallback,
-        )
+        at = rungs - FINEST
+        return self._steps[at], self._offsets[at], self._counts[fallback][at], fallback
 
     def measure(self, distortion: Distortion, rungs: torch.Tensor, fallback: bool) -> torch.Tensor:
         """`Distortion.measure`, float32 [S], with each span on its own rung, int64 [S]."""

@@ -32,7 +32,7 @@ class SpanCodec:
     """One pack's codec, predictor and decoder.
 
     Args:
-        dtype: of the decoder's product, and on a CPU of the encoder's.
+        dtype: of the decoder's product and of the encoder's.
         model_dtype: of the model whose KV is coded (None: dtype).
 
     curve: the pack's, for a model of that dtype; None where the pack states none.
@@ -44,14 +44,13 @@ class SpanCodec:
     def __init__(self, pack: CodecPack, device: torch.device | str, dtype: torch.dtype, model_dtype: torch.dtype | None = None) -> None:
         self.pack, self._device, self._dtype = pack, torch.device(device), dtype
         self.curve = curve_in(pack.curve, model_dtype or dtype)
-        self._own = dtype if self._device.type == "cpu" else torch.float32
         self.predictor = load_predictor(pack.predictor, pack.predictor_settings, self._device)
-        self._matrix = self.predictor.matrix.to(self._own) if self._own != torch.float32 else None
+        self._matrix = self.predictor.matrix.to(dtype) if dtype != torch.float32 else None
 
     @cached_property
     def codec(self) -> KvCodec:
         """Made when something is first coded or decoded: its matrices take a third of a second to unpack on a CPU, and short sessions need none."""
-        return KvCodec(self.pack, self._device, projection_dtype=self._own)
+        return KvCodec(self.pack, self._device, projection_dtype=self._dtype)
 
     @cached_property
     def pages(self) -> PageDecoder:
