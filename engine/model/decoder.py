@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from draft.protocols import CausalDecoder
@@ -27,6 +26,7 @@ from engine.model.batch_invariant import batch_invariant, batch_invariant_gate, 
 from engine.model.config import DecoderConfig
 from engine.model.device import on_device
 from engine.model.device_map import DeviceMap
+from engine.model.embedding import BlockEmbedding
 from engine.model.forward_pass import DecoderOutput, ForwardPass, Observer, PassRunner
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
 from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
@@ -95,7 +95,7 @@ class Decoder(PassRunner, nn.Module):
         self.device_map = device_map  # of layers over several devices; None: all on one
         # given a weight, the module does not fill one with random numbers
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
+        self.embed_tokens: nn.Embedding | BlockEmbedding = nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding)
         self.layers = nn.ModuleList(
             DecoderLayer(config, number, dtype, device if device_map is None else device_map.of(number))
             for number in range(config.num_layers)
@@ -145,15 +145,16 @@ class Decoder(PassRunner, nn.Module):
         projections = [
             own for own in self.modules() if isinstance(own, Projection) and own.plain is not None and own.plain.device.type == "cpu"
         ]
-        embedding = self.embed_tokens.weight
+        embedding = self.embed_tokens.weight if isinstance(self.embed_tokens, nn.Embedding) else None
         total = sum(HugePages.num_bytes(own.matrix.shape, own.matrix.dtype) for own in projections)
-        total += HugePages.num_bytes(embedding.shape, embedding.dtype)
-        if embedding.device.type != "cpu" or total < _LEAST_HUGE_BYTES:
+        total += 0 if embedding is None else HugePages.num_bytes(embedding.shape, embedding.dtype)
+        if self.device.type != "cpu" or total < _LEAST_HUGE_BYTES:
             return
         memory = HugePages(total)
         for own in projections:
             own.borrow(memory.zeros((own.matrix.numel(),), own.matrix.dtype))
-        self.embed_tokens.weight = nn.Parameter(memory.zeros(embedding.shape, embedding.dtype), requires_grad=False)
+        if isinstance(self.embed_tokens, nn.Embedding) and embedding is not None:
+            self.embed_tokens.weight = nn.Parameter(memory.zeros(embedding.shape, embedding.dtype), requires_grad=False)
 
     @classmethod
     def from_pretrained(
@@ -224,7 +225,9 @@ class Decoder(PassRunner, nn.Module):
             decoder._take_blocks(blocks)
         if not int8:  # whose plain weights are given up one by one, and could not be while others lie in the same room
             decoder._use_huge_pages()
-        fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data, "model.norm.weight": decoder.final_norm.data})
+        fill({"model.norm.weight": decoder.final_norm.data})
+        if not isinstance(decoder.embed_tokens, BlockEmbedding):
+            fill({"model.embed_tokens.weight": decoder.embed_tokens.weight.data})
         if decoder.lm_head is not None and decoder.lm_head.plain is not None:
             fill({"lm_head.weight": decoder.lm_head.weight})
             decoder.lm_head.pack(decoder.gemm, int8=int8)
@@ -261,11 +264,12 @@ class Decoder(PassRunner, nn.Module):
                 own = joined([f"model.layers.{number}.{part}.weight" for part in parts])
                 if own is not None:
                     projection.take_blocks(own)
-        head = joined(["lm_head.weight" if self.lm_head is not None else "model.embed_tokens.weight"])
-        if head is not None and self.lm_head is not None:
+        if self.lm_head is not None and (head := joined(["lm_head.weight"])) is not None:
             self.lm_head.take_blocks(head)
-        elif head is not None:
-            self._tied_head = cast(torch.Tensor, head)
+        embedding = joined(["model.embed_tokens.weight"])
+        if embedding is not None:
+            self.embed_tokens = BlockEmbedding(embedding)
+            self._tied_head = None if self.lm_head is not None else cast(torch.Tensor, embedding)
 
     @classmethod
     def from_config(
@@ -316,6 +320,8 @@ class Decoder(PassRunner, nn.Module):
         packed = any(projection.packed is not None for projection in projections)
         for projection in projections:
             projection.unpack()
+        if isinstance(self.embed_tokens, BlockEmbedding):
+            self.embed_tokens = nn.Embedding.from_pretrained(self.embed_tokens.weight)
         self._weights, self._output_norm, self._ropes, self._tied_head = [], None, {}, None
         before = self.dtype, self.device
         result = super()._apply(*args, **kwargs)
@@ -356,7 +362,8 @@ class Decoder(PassRunner, nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tied head counts once more where it has a copy for products."""
         packed = [module.packed for module in self.modules() if isinstance(module, Projection)]
-        held = [*self.parameters(), *(tensor for tensor in (*packed, self._tied_head) if tensor is not None)]
+        rows = self.embed_tokens.blocks if isinstance(self.embed_tokens, BlockEmbedding) and self._tied_head is None else None
+        held = [*self.parameters(), *(tensor for tensor in (*packed, self._tied_head, rows) if tensor is not None)]
         return sum(tensor.nbytes for tensor in held)
 
     @property
@@ -410,7 +417,7 @@ class Decoder(PassRunner, nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embedding rows [N, E] of token ids [N] int64, scaled as the family does."""
-        rows = F.embedding(token_ids, self.embed_tokens.weight)
+        rows = self.embed_tokens(token_ids)
         return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
 
     @property

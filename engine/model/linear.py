@@ -28,6 +28,7 @@ SMALL_ELEMENTS = 1 << 15  # of a float32 weight: one product of it takes less ti
 BYTE_ROWS = 16  # rows up to which weights in bytes are multiplied as they are; for more they are spread out first
 _BYTE_ALIGNMENT = 64  # of inputs and outputs
 _BLOCK_ELEMENTS = 1 << 17
+_UNPACKED_ELEMENTS = 1 << 22  # of a quantised weight that are unpacked at once for a product of many rows
 _MEASURED, _COPIES = (1536, 1024), 8  # a weight's shape, and how many take turns
 _shares: dict[int, float] = {}  # `compiled_share` of this process, by threads
 # of oneDNN's time for one product: a compiled step saves as much around its products (two threads, shares of 1.3 to 1.8: 37 tokens/s against 28),
@@ -147,11 +148,20 @@ def compiled_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if isinstance(weight, BlockWeight):
-        from kernels.cpu_decode.step import unpack
+    if not isinstance(weight, BlockWeight):
+        return F.linear(x, weight, bias)
+    from kernels.cpu_decode.step import unpack
 
-        weight = unpack(weight)
-    return F.linear(x, weight, bias)
+    outputs, inputs = weight.shape
+    step = max(1, _UNPACKED_ELEMENTS // max(1, inputs))
+    if outputs <= step:
+        return F.linear(x, unpack(weight), bias)
+    out = x.new_empty(*x.shape[:-1], outputs)  # a head's weight, which would fill more memory than all that is kept
+    for start in range(0, outputs, step):
+        own = slice(start, start + step)
+        part = unpack(BlockWeight(weight.blocks[own], weight.kind, weight.dtype))
+        out[..., own] = F.linear(x, part, None if bias is None else bias[own])
+    return out
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

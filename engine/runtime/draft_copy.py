@@ -12,6 +12,7 @@ from torch import Tensor
 from draft.draft_head import DraftHead
 from draft.exit_copy import ExitCopy
 from engine.kv.pool import KvSequence
+from engine.model.embedding import BlockEmbedding
 from engine.model.layers import LayerWeights
 from engine.runtime.compiled_runner import CompiledDecoder, page_tables
 from kernels.cpu_decode.blocks import BlockWeight
@@ -167,14 +168,15 @@ class CopiedBlocks:
 
 def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, deterministic: bool) -> ExitCopy | None:
     """Copies for drafts of a draft head, run by `head`, after the first exit_layer layers of a target, run by `target`; None where these are not
-    compiled steps, a matrix has no whole tiles, or the target's are in few bits already."""
+    compiled steps, a matrix has no whole tiles, or the target's are in few bits already, its embeddings among them."""
     if not (isinstance(target, CompiledDecoder) and isinstance(head, CompiledDecoder)):
         return None
     first, own = (
         CopiedDecoder(target, exit_layer, TILES_4, with_head=False),
         CopiedDecoder(head, head.config.num_layers, TILES_8, with_head=True),
     )
-    if not (first.fits and own.fits) or any(isinstance(matrix, BlockWeight) for matrix in first.matrices()):
+    in_blocks = isinstance(target.decoder.embed_tokens, BlockEmbedding) or any(isinstance(m, BlockWeight) for m in first.matrices())
+    if in_blocks or not (first.fits and own.fits):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None
     return ExitCopy(first, DraftHead(own, token_ids, own.pool, deterministic=deterministic), lambda: first.ready and own.ready, blocks)

@@ -14,6 +14,7 @@ from engine.model.decoder import Decoder
 from engine.model.weights import expected_shapes
 
 _EMBEDDING = "model.embed_tokens.weight"
+_ROWS_AT_ONCE = 1024  # of a target's embeddings that are looked up for a draft head
 
 Draft = DraftSource | Decoder | int | None  # a source, a model, so many of the target's first layers, none
 
@@ -49,11 +50,15 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     def fill(places: dict[str, torch.Tensor]) -> None:
         for name, place in places.items():
             if name == HEAD and HEAD not in stored:
-                head = target.embed_tokens.weight if target.lm_head is None else target.lm_head.weight
-                place.copy_(head.detach()[token_ids.to(head.device)])
+                if target.lm_head is None:
+                    for rows, ids in zip(place.split(_ROWS_AT_ONCE), token_ids.to(target.device).split(_ROWS_AT_ONCE), strict=True):
+                        rows.copy_(target.embed_tokens(ids))
+                else:
+                    head = target.lm_head.weight.detach()
+                    place.copy_(head[token_ids.to(head.device)])
             elif name != _EMBEDDING:
                 read_draft_head_tensor(stored, name, place)
 
     decoder = Decoder.filled(shape, fill, dtype=target.dtype, device=target.device, int8=config.bits == 8, gemm=target.gemm)
-    decoder.embed_tokens.weight = nn.Parameter(decoder.embed_tokens.weight[:0].clone(), requires_grad=False)
+    decoder.embed_tokens = nn.Embedding.from_pretrained(decoder.embed_tokens.weight[:0].clone())
     return DraftHeadSource(config, decoder, token_ids.to(target.device), Path(folder))

@@ -13,6 +13,7 @@ from engine.errors import InvalidOption, ModelNotFound
 from engine.loading import DraftChoice
 from engine.model import linear
 from engine.model.decoder import Decoder, forward_reserved
+from engine.model.embedding import BlockEmbedding
 from engine.model.linear import Gemm, Int8Weight, select_gemm
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
@@ -185,6 +186,13 @@ def test_quantised_weights_compute_what_they_stand_for(tiny_model):
         assert torch.equal(decoder.hf_tensors()[name], unpack_blocks(blocks.bytes[name], NAMES["Q8_0"]).bfloat16())
         assert (decoder.hf_tensors()[name] - names[name]).norm() < 0.01 * names[name].norm()
     assert decoder.weight_bytes < 0.75 * plain.weight_bytes and decoder.weight_sum is None
+    table = unpack_blocks(blocks.bytes["model.embed_tokens.weight"], NAMES["Q8_0"]).bfloat16()
+    assert isinstance(decoder.embed_tokens, BlockEmbedding) and torch.equal(
+        decoder.embed(torch.tensor([96, 0, 7, 7])), table[[96, 0, 7, 7]]
+    )
+    assert torch.equal(decoder.hf_tensors()["model.embed_tokens.weight"], table) and decoder.embed(
+        torch.zeros(0, dtype=torch.int64)
+    ).shape == (0, 96)
     pool, ids = decoder.new_pool(64, 4), torch.arange(30)
     runner = CompiledDecoder(decoder, pool)
     assert CompiledDecoder.supports(decoder, pool)
@@ -193,6 +201,34 @@ def test_quantised_weights_compute_what_they_stand_for(tiny_model):
     assert (torch.cat([out.logits for out in few]) - many).norm() < 0.02 * many.norm()
     wanted = forward_reserved(plain, ids, [plain.new_pool(64, 4).new_sequence()], [30]).logits
     assert (many - wanted).norm() < 0.04 * wanted.norm()
+
+
+def test_a_table_of_its_own_stays_in_blocks_too_and_is_plain_again_elsewhere(tiny_model):
+    """A head beside the embeddings; both are counted once, and a decoder that moves has plain weights."""
+    folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=False).folder
+    plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    blocks = Blocks(plain.hf_tensors(), lambda name: NAMES["Q8_0"] if "embed" in name or "lm_head" in name else None)
+    decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16, blocks=blocks)
+    held = [blocks.bytes[name].nbytes for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    assert plain.weight_bytes - decoder.weight_bytes == 2 * 97 * 96 * 2 - sum(held)
+    table = decoder.embed_tokens.weight
+    assert (table - plain.embed_tokens.weight).norm() < 0.01 * plain.embed_tokens.weight.norm()
+    decoder.to(torch.float32)
+    assert isinstance(decoder.embed_tokens, torch.nn.Embedding) and torch.equal(decoder.embed_tokens.weight, table.float())
+    assert decoder.embed(torch.tensor([3])).dtype == torch.float32
+
+
+def test_a_large_quantised_weight_is_multiplied_a_part_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    weight = BlockWeight.of_bytes(torch.randn(70, 64, generator=generator).bfloat16())
+    x, bias = torch.randn(3, 64, generator=generator).bfloat16(), torch.randn(70, generator=generator).bfloat16()
+    for own in (bias, None):
+        whole = linear._library_linear(x, weight, own)
+        monkeypatch.setattr(linear, "_UNPACKED_ELEMENTS", 64 * 16)
+        parts = linear._library_linear(x, weight, own)
+        monkeypatch.undo()
+        assert whole.shape == parts.shape == (3, 70) and (whole - parts).norm() < 1e-2 * whole.norm()
+    assert torch.equal(whole, torch.nn.functional.linear(x, weight.to_dense()))
 
 
 @pytest.mark.skipif(not Int8Weight.fits(torch.zeros(64, 64, dtype=torch.bfloat16)), reason="this processor has no use for packed weights")

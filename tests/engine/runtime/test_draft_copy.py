@@ -236,10 +236,11 @@ def test_copies_of_an_earlier_process_are_there_at_once(target, trained, monkeyp
     assert len(list((tmp_path / "copies").glob("*.tiles"))) == 2
 
 
-def test_weights_that_are_in_few_bits_already_are_not_copied(target, trained, monkeypatch):
+@pytest.mark.parametrize(("kind", "own"), [("BlockWeight", torch.Tensor), ("BlockEmbedding", torch.nn.Embedding)])
+def test_weights_that_are_in_few_bits_already_are_not_copied(target, trained, kind, own, monkeypatch):
     """They were kept so to save memory."""
     assert type(engine_of(target, trained).core.drafter) is ExitCopyDrafter
-    monkeypatch.setattr("engine.runtime.draft_copy.BlockWeight", torch.Tensor)  # as if these were
+    monkeypatch.setattr(f"engine.runtime.draft_copy.{kind}", own)  # as if these were
     assert type(engine_of(target, trained).core.drafter) is EarlyExitDrafter
 
 
