@@ -16,7 +16,7 @@ import gc
 import json
 import platform
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +36,9 @@ def measure(target: Decoder, windows: bool, args: argparse.Namespace) -> tuple[d
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with nullcontext() if windows else mock.patch("engine.runtime.core.window_layers", lambda *_: ()):
+    with ExitStack() as without:
+        for place in () if windows else ("engine.runtime.core.window_layers", "engine.runtime.memory.window_layers"):
+            without.enter_context(mock.patch(place, lambda *_: ()))
         # beside each text the end of the one before it, which is kept too
         engine = Engine(target, max_batch=args.batch, pool_tokens=args.batch * (args.tokens + 2 * (args.new_tokens + 320)))
     core, held = engine.core, 0
