@@ -14,6 +14,8 @@ draft: a pass is run for those requests only whose expected gains together pay f
 (`draft.tree`), while it pays for its row in the verification. The chance of a draft comes from its confidence, the largest probability in the
 distribution it is drawn from: that is known before the draw and says nothing about which token it is, so verification stays exact.
 
+A step takes as long for a request that gains nothing by it: drafts of others may cost each request a small share of its time, no more (`_spares`).
+
 What passes cost is measured once, between two steps (`measure_costs`). While text is generated each step's seconds are compared with what was expected
 of them, per kind of step and number of requests, unless the costs were given. Text under a seed, and greedy text up to rounding, does not depend on
 any of it.
@@ -27,7 +29,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +51,7 @@ SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells 
 TRIED_OF = 2  # requests of which one takes part in a trial: a draft head that begins again runs some hundred tokens for each
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
+SLOWED_SHARE = 0.015  # of its time that drafts may cost any request among others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
 FIRST_PLAIN, LAST_PLAIN = 2, 128  # steps of drafting before one without it, which tells what drafts save: doubled each time
 RATIO_MEMORY, RATIO_STEPS = 0.9, 16.0  # of measured over expected rates; what is expected weighs as much as so many steps
@@ -91,9 +94,20 @@ class CostModel:
         """The pass of the first layers over so many rows; 0 where the target runs all its layers itself."""
         return _at(self.last or self.draft, rows) if self.runs_last_draft and rows else 0.0
 
+    @functools.cached_property
+    def _steps(self) -> dict[tuple[int, int, int | None, int], float]:
+        """What `step_seconds` has said before: plans ask for the same steps again and again."""
+        return {}
+
     def step_seconds(self, length: int, batch: int, drafting: int | None = None, given: int = 0) -> float:
         """A step of `batch` requests of which `drafting` (default: all) draft `length` tokens each, and others have `given` drafts in all that no pass
         makes."""
+        asked = (length, batch, drafting, given)
+        if asked not in self._steps:
+            self._steps[asked] = self._step_seconds(*asked)
+        return self._steps[asked]
+
+    def _step_seconds(self, length: int, batch: int, drafting: int | None, given: int) -> float:
         drafting = (batch if drafting is None else drafting) if length else 0
         # requests that draft nothing stand in the first pass, which runs their last tokens through the first layers
         passes = length * self.draft_seconds(drafting) + self.last_seconds(batch + given)
@@ -151,7 +165,8 @@ class RequestDrafting:
         shared: acceptance over all requests.
         ngrams: whether drafts may come from the request's own tokens.
 
-    seen: texts that others of its namespace left, from which drafts may come as well.
+    seen: texts that others of its namespace left, from which drafts may come as well. seconds: of its steps with others beside it. behind: of these, by
+    how much drafts, its own and the others', are expected to have slowed it down; negative where they have sped it up.
     """
 
     def __init__(
@@ -166,6 +181,7 @@ class RequestDrafting:
         self.acceptance = AcceptanceRate(shared, MAX_AUTO_LENGTH)
         self.matches = MatchAcceptance()
         self.index = NgramIndex() if ngrams else None
+        self.seconds = self.behind = 0.0
         self.seen: SeenTexts | None = None
         self.from_seen = False  # whether the last drafts that were looked up came from there
         self._match: Match | None = None
@@ -346,6 +362,7 @@ class StepPlan:
     kind: StepKind = "plain"
     seconds: float = 0.0
     tokens: float = 0.0
+    gains: dict[int, float] = field(default_factory=dict)  # tokens that requests are expected to gain by drafts nobody asked them for
 
     @property
     def drafts(self) -> bool:
@@ -506,14 +523,18 @@ class DraftingPolicy:
         rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load, lengths["model"])
         if ngrams and self.ngrams:
             self._choose_ngrams(plan, requests, tokens, auto, room, load, rate, lengths["ngram"])
+        asked = any(r.wanted not in ("auto", 0) for r in requests)
+        slows = batch > 1 and self.measured and not asked and plan.drafts and not self._spares(requests, load, plan.seconds, plan.gains)
+        if slows:
+            plan = StepPlan([0] * batch, [[] for _ in requests], seconds=self._undrafted_seconds(load, batch), tokens=float(batch))
         drafting = [b for b in auto if plan.lengths[b]]
         plan.kind = "model" if drafting else "ngram" if any(plan.given) else "plain"
         if drafting and self.draft_by_draft:
             given = sum(map(len, plan.given))
             plan.block = BlockPolicy(load.costs, rate, batch + given, requests, most_tokens or [1] * batch)
-        if batch > 1 and plan.kind == "plain" and not any(load.on.values()):
-            load.left = CORRECT_EVERY - 1
-        if any(r.wanted not in ("auto", 0) for r in requests):
+        if batch > 1 and plan.kind == "plain":
+            load.left = CORRECT_EVERY - 1 if slows or not any(load.on.values()) else 1
+        if asked:
             plan.seconds = 0.0  # drafts that nobody weighed: such steps tell nothing of the others
         return plan
 
@@ -528,6 +549,15 @@ class DraftingPolicy:
         for kind in ("ngram", "model"):
             load.waited[kind] += 1
         return StepPlan([0] * batch, [[] for _ in range(batch)], seconds=self._undrafted_seconds(load, batch), tokens=float(batch))
+
+    def _spares(self, requests: Sequence[RequestDrafting], load: _Load, seconds: float, gains: Mapping[int, float]) -> bool:
+        """Whether a step of so many seconds and such gains slows no request down by more than a small share of its time: it takes as long for those
+        that gain nothing by it."""
+        token_s = self._undrafted_seconds(load, len(requests))
+        return all(
+            request.behind + seconds - token_s * (1 + gains.get(b, 0.0)) <= SLOWED_SHARE * (request.seconds + seconds)
+            for b, request in enumerate(requests)
+        )
 
     def _fixed(
         self,
@@ -565,6 +595,10 @@ class DraftingPolicy:
         chains = {b: requests[b].acceptance.chain() for b in able}
         able = sorted(able, key=lambda b: -chains[b][0])
         best, length, count, expected = self._best(costs, chains, able, batch, lengths)
+        if self.measured and count < len(able):
+            gains = {b: sum(chains[b][:length]) for b in able[:count]}
+            if not self._spares(requests, load, costs.step_seconds(length, batch, count), gains):  # all together may slow none down
+                best, length, count, expected = self._best(costs, chains, able, batch, lengths, (len(able),))
         relative = best / plain_rate * self._ratio("model", load, batch)
         probing = False
         if not self._switch("model", load, relative):
@@ -586,15 +620,23 @@ class DraftingPolicy:
         unbounded = self.draft_by_draft and not probing
         for b in chosen:
             plan.lengths[b] = min(room[b], MAX_AUTO_LENGTH if unbounded else length)
+            plan.gains[b] = sum(chains[b][:length])
         plan.seconds, plan.tokens = costs.step_seconds(length, batch, count), expected
         return plain_rate if probing else plain_rate * max(1.0, relative)
 
     def _best(
-        self, costs: CostModel, chains: dict[int, list[float]], able: Sequence[int], batch: int, lengths: Sequence[int]
+        self,
+        costs: CostModel,
+        chains: dict[int, list[float]],
+        able: Sequence[int],
+        batch: int,
+        lengths: Sequence[int],
+        counts: Sequence[int] = (),
     ) -> tuple[float, int, int, float]:
-        """(rate, length, requests, tokens of a step) of the best plan in which the first so many of `able` draft equally long blocks."""
+        """(rate, length, requests, tokens of a step) of the best plan in which the first so many of `able` draft equally long blocks. counts: so
+        many alone."""
         number = len(able)
-        counts = range(1, number + 1) if number <= 4 else sorted({-(-number * i // 4) for i in range(1, 5)})
+        counts = counts or (range(1, number + 1) if number <= 4 else sorted({-(-number * i // 4) for i in range(1, 5)}))
         best = (0.0, lengths[0], number, 0.0)
         sums = {length: list(itertools.accumulate(sum(chains[b][:length]) for b in able)) for length in lengths}
         for length, gained in sums.items():
@@ -642,13 +684,15 @@ class DraftingPolicy:
         if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
             return
         for b, (drafts, _) in found.items():
-            plan.given[b], plan.lengths[b] = drafts, 0
+            plan.given[b], plan.lengths[b], plan.gains[b] = drafts, 0, found[b][1]
         left = [b for b in drafting if plan.lengths[b]]
         gains = sum(requests[b].acceptance.rate for b in left)
         if left and gains < rate * (costs.draft_seconds(len(left)) + len(left) * costs.row_seconds(batch + rows, len(left))):
             left = []  # the pass is not worth while for those that still want it
             for b in drafting:
                 plan.lengths[b] = 0
+                if b not in found:
+                    del plan.gains[b]
         length = max((plan.lengths[b] for b in left), default=0) if not self.draft_by_draft else int(bool(left))
         plan.seconds = costs.step_seconds(length, batch, len(left), rows)
         plan.tokens = batch + gained + sum(sum(requests[b].acceptance.chain()[:length]) for b in left)
@@ -708,12 +752,19 @@ class DraftingPolicy:
     def rested(self, batch: int, seconds: float, *, chosen: bool) -> None:
         """A step without a plan was carried out: one token for each of `batch` requests. chosen: by the policy, else no request may have drafts."""
 
-    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
-        """A step that was carried out: what it gained over all requests, and its seconds (`took`)."""
+    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float, requests: Sequence[RequestDrafting] = ()) -> None:
+        """A step that was carried out: what it gained over all requests, its seconds (`took`), and the requests."""
         costs = self.costs
         if not self.measured or costs is None or not plan.seconds:
             return
         load = self._load(batch)
+        if batch > 1:
+            token_s = self._undrafted_seconds(load, batch)
+            spent = token_s if plan.kind == "plain" else min(seconds, SLOWEST * plan.seconds)
+            for b, request in enumerate(requests):
+                # what was expected: one that drafts is not behind for one rejected draft, and rates tell whether drafts pay at all
+                request.seconds += spent
+                request.behind += spent - token_s * (1 + plan.gains.get(b, 0.0))
         if plan.kind != "plain":
             load.waited["plain"] += 1
         if plan.block is not None:

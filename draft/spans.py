@@ -161,7 +161,7 @@ class SpanPolicy(DraftingPolicy):
         if self._settles((batch, "plain", "plain", 0)) and self.measured:
             self._of(batch).clock("plain", 0).observe(seconds)
 
-    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float) -> None:
+    def observe(self, plan: StepPlan, batch: int, tokens: int, seconds: float, requests: Sequence[RequestDrafting] = ()) -> None:
         """See `DraftingPolicy.observe`."""
         if self.costs is None or not plan.seconds:
             self._last = None

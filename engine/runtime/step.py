@@ -177,7 +177,7 @@ def decode_step(
         confidences = None if plan.block is None else plan.block.confidences.get(b, [])
         hits = accepted if leaf is None else min(accepted, len(gained) - 2)
         request.drafting.observe(gained[:count], proposed, hits, confidences, given=bool(given[b]))
-    drafting.observe(plan, len(requests), sum(kept), drafting.took(began_at, clock()))
+    drafting.observe(plan, len(requests), sum(kept), drafting.took(began_at, clock()), [r.drafting for r in requests])
 
 
 def _takes_plain(requests: Sequence[Request], plain: PlainDecoding, drafter: Drafter | None, blocks: BlockDecoding | None) -> bool:

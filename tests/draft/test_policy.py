@@ -238,7 +238,7 @@ class Machine:
             rows = batch + sum(plan.lengths)
             slower = self.first if rows not in self.seen else 20 if self.rng.random() < self.hiccups else 1
             self.seen.add(rows)
-            policy.observe(plan, batch, sum(tokens), spent * slower)
+            policy.observe(plan, batch, sum(tokens), spent * slower, requests)
             gained, seconds = gained + sum(tokens), seconds + spent
         return gained / seconds, drafting / count
 
@@ -265,6 +265,54 @@ def test_no_load_is_slower_than_plain_decoding(believed, real, acceptance, batch
     best = max(expected_tokens(k, acceptance) / real.step_seconds(k, batch) for k in range(13)) * real.step_seconds(0, batch)
     if believed is real:
         assert ratio > 0.9 * best, "and near the best there is"
+
+
+STAIRS = CostModel(draft=((1, 0.2), (8, 0.3)), verify=((1, 1.0), (4, 1.2), (8, 1.5), (16, 3.0)))  # rows beyond eight are dear
+
+
+def answers_beside_each_other(policy, costs, copied, acceptance, rng, new=64):
+    """Seconds of each of some answers of `new` tokens, drafted for together: copied[b] tokens of each were said before, the drafter's drafts of it are
+    accepted with acceptance[b]."""
+    batch = len(copied)
+    requests, seconds, ended = [policy.request("auto", greedy=True) for _ in copied], 0.0, [0.0] * batch
+    said = [[rng.randrange(1 << 20) for _ in range(40)] for _ in copied]
+    wanted = [[*text[5 : 5 + count], *(rng.randrange(1 << 20) for _ in range(200))] for text, count in zip(said, copied, strict=True)]
+    texts = [[*text, *text[3:5]] for text in said]
+    while not all(ended):
+        plan = policy.rest(batch) or policy.plan(requests, texts, [ROOM] * batch, drafter_room=[ROOM] * batch)
+        gained = []
+        for b, request in enumerate(requests):
+            own, rest = plan.given[b], wanted[b][len(texts[b]) - 42 :]
+            if own:
+                kept = next((i for i, (draft, token) in enumerate(zip(own, rest, strict=False)) if draft != token), len(own))
+            else:
+                kept = next((i for i in range(plan.lengths[b]) if rng.random() > acceptance[b]), plan.lengths[b])
+            request.observe(rest[: kept + 1], len(own) or plan.lengths[b], kept, None, given=bool(own))
+            gained.append(kept + 1)
+            texts[b] += rest[: kept + 1]
+        spent = costs.step_seconds(max(plan.lengths), batch, sum(map(bool, plan.lengths)), sum(map(len, plan.given))) * rng.uniform(
+            0.97, 1.03
+        )
+        policy.observe(plan, batch, sum(gained), spent, requests)
+        seconds += spent
+        ended = [end or seconds * (len(text) - 42 >= new) for end, text in zip(ended, texts, strict=True)]
+    return ended
+
+
+@pytest.mark.parametrize("costs", [CHEAP, DEAR, STAIRS], ids=["cheap", "dear", "stairs"])
+@pytest.mark.parametrize("copied", [(30, 0, 0, 0), (30, 30, 30, 30), (8, 0, 8, 0)])
+@pytest.mark.parametrize("acceptance", [(0.0, 0.0, 0.0, 0.0), (0.9, 0.1, 0.1, 0.1), (0.7, 0.7, 0.7, 0.7)])
+def test_no_request_is_slowed_down_by_anothers_drafts(costs, copied, acceptance):
+    """Whichever copies its text or drafts well: those beside it take hardly longer than without any drafts."""
+    policy, rng, plain = (
+        DraftingPolicy(costs, measured=True, draft_by_draft=False, ngrams=True),
+        random.Random(0),
+        64 * costs.step_seconds(0, 4),
+    )
+    slowest = [max(answers_beside_each_other(policy, costs, copied, acceptance, rng)) / plain for _ in range(12)]
+    assert max(slowest) < 1.06 and sum(slowest) / len(slowest) < 1.03
+    if min(copied) == 30 or min(acceptance) > 0.5:
+        assert sum(slowest) / len(slowest) < 0.98, "and where all gain all draft"
 
 
 def test_hiccups_of_the_machine_do_not_decide():
