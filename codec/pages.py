@@ -172,6 +172,8 @@ class PageDecoder:
                     tokens = torch.cat([torch.arange(*run) for run in runs]).to(self.codec.device)
                 c = self.codec.components_of(part.decoded, some[0], some[-1] + 1) if every is None else every[tokens]
                 c = c.to(self.dtype)
+                if every is not None and c.device.type == "cpu" and not c[:, count:].any():
+                    c = c[:, :count]  # as wide as those of other spans: what they have in the fallback basis costs a product
                 rows, rest = c[:, :count], c[:, count:] if c.shape[1] > count else None
                 yield Chunk(tokens, runs, torch.nn.functional.pad(rows, (0, -rows.shape[1] % _TILE)), rest)
 

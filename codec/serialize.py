@@ -9,16 +9,18 @@ Axes: T tokens, L coded layers, G KV heads, d head size, D = L * 2 * G * d, E hi
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from codec.codec import Earlier
 from codec.container import read_sections, write_sections
 from codec.errors import BadInput, CorruptedCode
 from codec.layouts import KeyRotation
 from codec.pack import CodecPack
 from codec.pages import Chunk, EntropyDecoded, LayerRows
+from codec.residuals import Residuals
 from codec.spans import SpanCodec, SpanEncoder
 from codec.spec import SPAN_TOKENS
 
@@ -80,16 +82,24 @@ class KvSerializer:
             raise BadInput(f"features that are not those of {tokens} tokens", "pass a row a token")
         return self.predictor.reduce(rows), features.target_rows if self.spec.target_taps else None
 
-    def encode(self, rows: torch.Tensor, features: Features, sizes: Sequence[int], quality: str | float) -> list[bytes]:
+    def encode(
+        self,
+        rows: torch.Tensor,
+        features: Features,
+        sizes: Sequence[int],
+        quality: str | float,
+        earlier: Callable[[Residuals], Sequence[Earlier | None]] | None = None,
+    ) -> list[bytes]:
         """Spans of `sizes` tokens each, of rows float32 [T, D] with keys before rotation.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
+        earlier: says what each span is coded against, of the spans' residuals.
         """
         if sum(sizes) != len(rows):
             raise BadInput(f"spans of {sum(sizes)} tokens for {len(rows)}", "cover all of them")
         rows = rows.to(self.codec.device)
         encoder = SpanEncoder(self._spans, self.inputs(features, len(rows)), sizes, lambda a, b: rows[a:b])
-        encoder.quantise(quality)
+        encoder.quantise(quality, earlier=None if earlier is None else earlier(encoder.residuals))
         return encoder.write()
 
     def decode(self, spans: Sequence[bytes | memoryview], features: Features) -> torch.Tensor:

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from codec.codec import Earlier
 from codec.errors import CodecError, CorruptedCode
 from codec.pages import Chunk, EntropyDecoded, LayerRows
 from codec.references import Lent
+from codec.residuals import Residuals
 from codec.serialize import Features, KvSerializer
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.connectors.pace import Pace, Yielding
@@ -31,7 +33,7 @@ from engine.connectors.passes import CodedModel, FeaturePasses, TextState
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import Fields
 from engine.sessions.kv_codec import product_dtype
-from engine.store.borrowing import resolved
+from engine.store.borrowing import Loans, resolved
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, RUN_TOKENS, PageKeys, root_key, span_bounds
 from engine.store.store import DEFAULT_LIMIT_BYTES, Borrowed, RunStore
 
@@ -41,6 +43,7 @@ _TAIL_S = 1.0  # less than a run waits so long for more of its text
 LOADS = ("auto", "within", "beside")
 """Where a restore runs: within the step that computes the rest, which other requests then wait for; or beside the steps of others, while its request
 waits. "auto": beside where other requests run, and not at all where computing has been measured to be faster (`engine.connectors.rates`)."""
+_MOST_LENT = 2  # tokens of other texts that a restore decodes for one of its own
 _MAX_RESTORED = 200_000  # pages whose keys are remembered
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WORDS = (np.uint32, np.uint16, np.uint16)
@@ -218,7 +221,8 @@ def _unpacked(data: bytes, dtype: torch.dtype, word: type, count: int) -> torch.
 class _Text:
     """A request's text.
 
-    run: the page that the next stored run begins with. spans: coded pages from there on; borrowed: what those of them refer to that were stored. raw:
+    run: the page that the next stored run begins with. spans: coded pages from there on; borrowed: what those of them refer to that were stored; loans:
+    what those that are coded may refer to. raw:
     pages that wait to be coded, as [64, L, 2, G, d], each with what waits until it is there. sinks: attention sinks that wait to be stored, in the same
     way; sinks_known: they are stored, or were handed over. handed: pages that are stored or were handed on, None before the store was asked. kept: some
     were handed over. held: a restore of it is under way beside the engine's steps. done: nothing more will come. lost: nothing more is kept of it.
@@ -229,6 +233,7 @@ class _Text:
     run: int = 0
     spans: list[bytes] = field(default_factory=list)
     borrowed: Borrowed | None = None
+    loans: Loans | None = None
     raw: deque[tuple[torch.Tensor, Ready]] = field(default_factory=deque)
     since: float = 0.0
     state: TextState | None = None
@@ -655,20 +660,35 @@ class PrefixWorker:
         with self._beside_steps(features):
             positions = torch.arange(start, end, device=self.device)[skipped:]
             rows = self.serializer.join(torch.cat(list(pages))[skipped:, self.first_layer :], positions)
-            spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, self.options.quality)
+            loans, bounds = self._loans(text, end), [span_bounds(page) for page in range(first, first + len(pages))]
+            quality = self.options.quality
+
+            def earlier(residuals: Residuals) -> list[Earlier | None]:
+                return loans.before(bounds, residuals, range(len(bounds)), quality)
+
+            spans = self.serializer.encode(rows, features.part(skipped, end - start), sizes, quality, earlier)
         text.spans += spans
-        # stored pages that refer to other texts go on doing so in the longer run; what is coded here refers to none
-        own = text.borrowed
-        needs = () if own is None else (*own.needs, *[0] * (len(text.spans) - len(own.needs)))
-        borrowed = None if own is None else {text.run: (own.donors, needs)}
-        report = store.insert(self.index.identity(text.namespace), text.token_ids[:end], text.spans, text.run, borrowed=borrowed)
+        identity = self.index.identity(text.namespace)
+        report = store.insert(identity, text.token_ids[:end], text.spans, text.run, borrowed=loans.borrowed())
         if not report.whole:
             text.lost = True
         if len(text.spans) == RUN_PAGES:
-            text.run, text.spans, text.borrowed = text.run + RUN_PAGES, [], None
+            text.run, text.spans, text.borrowed, text.loans = text.run + RUN_PAGES, [], None, None
         self.metrics.saved_tokens += end - start
         self.metrics.saved_bytes += sum(map(len, spans))
         self.metrics.save_s += time.perf_counter() - began
+
+    def _loans(self, text: _Text, end: int) -> Loans:
+        """What the pages of a text's run up to token `end` may refer to. Pages that were stored go on referring to what they did."""
+        if text.loans is None:
+            root = root_key(self.index.identity(text.namespace))
+            text.loans = Loans(
+                self.serializer.codec, self.index.store, root, text.token_ids[:end], lambda tokens, lent: lent <= _MOST_LENT * tokens
+            )
+            if text.borrowed is not None:
+                text.loans.adopt(text.run, text.borrowed)
+        text.loans.go_on(text.token_ids[:end])
+        return text.loans
 
     @contextmanager
     def _beside_steps(self, features: Features) -> Iterator[None]:

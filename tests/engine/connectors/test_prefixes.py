@@ -203,6 +203,33 @@ def test_what_was_restored_is_never_coded_again(open_worker, target) -> None:
     assert list(worker.wanted("b", len(IDS))) == []
 
 
+@pytest.mark.parametrize("draft", ["draft", "none"])
+def test_the_same_text_after_another_beginning_takes_fewer_bytes(open_worker, target, draft: str) -> None:
+    """It refers to what is stored, also where it grows; without that it is gone, and it is kept anew."""
+    worker, engine, other = open_worker(draft), OtherEngine(target), [*IDS[:50], *IDS[100:]]
+    keep(worker, engine, IDS)
+    alone = worker.metrics.saved_bytes / worker.metrics.saved_tokens
+    before = worker.metrics.saved_bytes
+    keep(worker, engine, other[:200], name="other")
+    keep(worker, engine, other, name="grown")
+    assert worker.metrics.saved_tokens == 384 + 320 and (worker.metrics.saved_bytes - before) / 320 < 0.9 * alone
+    root, m = root_key(worker.index.identity("default")), worker.first_layer
+    found = worker.index.store.lookup(root, other, referring=True)
+    assert found.num_tokens == 320 and sorted(found.borrowed) == [0, 4] and all(any(lent.needs) for lent in found.borrowed.values())
+    fresh = open_worker(draft)
+    truth = engine.pages.read(engine.compute(other), 0, 320)
+    kv = restore(fresh, other, 320)
+    assert torch.equal(kv[:NUM_SINKS, m:], truth[:NUM_SINKS, m:]) and loss(kv[:, m:], truth[:, m:]) < 0.5
+    for path in (fresh.index.store.folder / "runs" / root.hex()).glob("*.run"):
+        if path.stem in {key.hex() for key in fresh.index.store.keys_of(root, IDS)}:
+            path.unlink()
+    assert restore(open_worker(draft), other, 320).numel() == 0
+    last = open_worker(draft)
+    for name in ("a", "again"):  # of the second run it is found out when the first one stands again
+        keep(last, engine, other, name=name)
+    assert last.index.matched(other, "default", 0) == 320 and loss(restore(last, other, 320)[:, m:], truth[:, m:]) < 0.5
+
+
 def test_namespaces_and_other_texts_find_nothing(open_worker, target) -> None:
     worker = open_worker()
     salted = worker.index.namespace("secret")
