@@ -23,6 +23,7 @@ from engine.kv.quantized_pool import QuantizedPool
 from engine.model.config import DecoderConfig
 from engine.model.device import on_device
 from engine.model.rope import RopeTable
+from kernels.cpu_decode.elementwise import turn_rows
 from kernels.dispatch import use_triton
 from kernels.kv_write import kv_write
 from kernels.kv_write.reference import store
@@ -222,7 +223,8 @@ class ReferenceBackend(AttentionBackend):
         self.pool = pool
         self._heads = config.num_heads
         self._capacity: _Capacity | None = None
-        self._wide: list[tuple[Tensor, Tensor]]  # one a RoPE
+        self._angles: list[tuple[Tensor, Tensor]]  # one a RoPE
+        self._wide: list[tuple[Tensor, Tensor] | None]
         self._slots: Tensor | slice
         self._plans: dict[int | None, Plan]  # by window
 
@@ -233,7 +235,8 @@ class ReferenceBackend(AttentionBackend):
         self._slots = slice(first, last + 1)
         if slots != list(range(first, last + 1)):
             self._slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        self._wide = [widen(*batch.angles(rope)) for rope in self.ropes]
+        self._angles = [batch.angles(rope) for rope in self.ropes]
+        self._wide = [None] * len(self._angles)
         # a request's keys are counted from the first page that it still has
         before = [sequence.first_page * self.page_size for sequence in batch.sequences]
         tree = batch.tree()
@@ -259,7 +262,11 @@ class ReferenceBackend(AttentionBackend):
 
     def rotate(self, layer: int, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys turn in one go."""
-        turned = rotate(qk, *self._wide[self.shapes[layer].local_rope])
+        which = self.shapes[layer].local_rope
+        turned = turn_rows(qk, *self._angles[which])
+        if turned is None:
+            wide = self._wide[which] = self._wide[which] or widen(*self._angles[which])
+            turned = rotate(qk, *wide)
         return turned[:, : self._heads], turned[:, self._heads :]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:

@@ -29,6 +29,8 @@ ARGUMENTS = {
     "scattered": (
         "rows", "row_stride", "tokens", "heads", "head_dim", "pages", "places", "order", "out", "page_stride", "head_stride",
     ),
+    "norm_rows": ("x", "residual", "weight", "rows", "width", "eps", "out", "total"),
+    "turn_rows": ("x", "row_stride", "rows", "heads", "head_dim", "cos", "sin", "out"),
     "exponentials": ("x", "vectors"),
     "rounded": ("x", "vectors"),
 }  # fmt: skip

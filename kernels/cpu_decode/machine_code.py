@@ -36,6 +36,7 @@ _SOURCES = (
     "machine_code.py",
     "matrices.py",
     "numbers.py",
+    "prefill.py",
     "program.py",
     "tiles.py",
 )

@@ -19,6 +19,7 @@ from kernels.cpu_decode.drafting import write_drafting
 from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, argument_types, lanes
 from kernels.cpu_decode.matrices import write_matrix_product
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
+from kernels.cpu_decode.prefill import write_prefill
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
 
 FORMATS = (BF16, *NAMES.values())
@@ -50,6 +51,7 @@ def write_program(*, pairs: bool, quads: bool, matrices: bool) -> Any:
     _write_entries(c)
     write_coding(c)
     write_drafting(c)
+    write_prefill(c)
     return c.module
 
 
