@@ -14,6 +14,9 @@ import torch
 
 from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL
 from codec.rate import CLASSES_PER_GAIN, CLASSES_PER_OCTAVE, ESCAPE_BITS, GAIN_ZERO, NUM_CLASSES, NUM_GAINS, RATE_WEIGHT, EntropyModel
+from kernels.choose_gains import Prices, choose_gains
+from kernels.choose_gains.reference import SAMPLE
+from kernels.dispatch import use_triton
 from kernels.reconstruct import Points
 
 if TYPE_CHECKING:
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
 CLASSES_PER_LEVEL = CLASSES_PER_OCTAVE // LEVELS_PER_OCTAVE
 
 _UNITS_PER_BIT = 4096
-_SAMPLE = 4
-"""All gains are tried on every fourth component only."""
 
 
 class _Nonzeros(NamedTuple):
@@ -81,6 +82,11 @@ class RateChoice:
         self._offset = tensor(points, torch.float32).reshape(-1)
 
     @property
+    def prices(self) -> Prices:
+        """Code lengths as `kernels.choose_gains` takes them."""
+        return Prices(self.limit, self.centre, self._zero_price, self._excess, self._gain_price)
+
+    @property
     def points(self) -> Points:
         """Limits and reconstruction points as `kernels.reconstruct` takes them."""
         return Points(self.limit, self._offset)
@@ -107,7 +113,9 @@ class RateChoice:
         Most integers are zero, and their share of the cost is the same for every token of a level: only the others are looked at one by one.
         All gains are tried on every fourth component, the best one and its neighbours on all.
         """
-        some = self._nonzeros(q[:, ::_SAMPLE], base[::_SAMPLE], levels)
+        if use_triton(q):
+            return choose_gains(q, base, -CLASSES_PER_LEVEL * levels, self.prices)
+        some = self._nonzeros(q[:, ::SAMPLE], base[::SAMPLE], levels)
         cost = torch.stack([self._gain_cost(some, torch.full_like(levels, gain)) for gain in range(NUM_GAINS)])
         best = cost.argmin(0)
         near = torch.stack([(best + step).clamp_(0, NUM_GAINS - 1) for step in (-1, 0, 1)])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codec.codec import KvCodec, SpanSetting
 from codec.errors import CodecError
+from codec.fidelity import plan_spans
 from codec.pack import CodecPack
 from codec.pages import EntropyDecoded, PageDecoder
 from codec.predictor.features import FeatureBuffer
@@ -129,6 +130,9 @@ class SessionCodec:
             features = latents, hidden if spec.target_taps else None
             truth = self.predictor.predict(*features)
             pairs = [(part + 1e-3 * part.abs().mean(), part) for part in truth.split(sizes)]
+            if self.curve is not None:  # far from any promise, so that every way to keep it is looked at
+                far = [(own + 1e6 * torch.ones_like(own), part) for own, part in pairs]
+                plan_spans(self.codec, self.curve, "balanced", far, [None] * len(sizes), [None] * len(sizes))
             slots, angles = (
                 torch.arange(tokens, device=device),
                 torch.zeros(tokens, layout.head_dim // 2, dtype=torch.float32, device=device),
