@@ -5,7 +5,9 @@ A folder with `config.json` (`DraftHeadConfig`), `adapter.safetensors` (the tens
 
 Tensors: "token_ids" int32 [R], the ids of the reduced vocabulary in the target's, ascending; each own layer under its Hugging Face name,
 "model.layers.{i}.self_attn.q_proj.weight" and so on with i from 0; "model.norm.weight" [E]; "lm_head.weight" [R, E] when the head is the
-draft head's own (a tied one is the target's head at token_ids). In 8 bits a matrix "name" is int8 [out, in] with "name.scale" float16
+draft head's own (a tied one is the target's head at token_ids). A head that joins the target's last states with embeddings (`draft.state_join`) has
+"state_norm.weight" and "embed_norm.weight" [E], "join.weight" [E, 2E] and, for k > 1 layers' states, "fuse.weight" [E, kE].
+In 8 bits a matrix "name" is int8 [out, in] with "name.scale" float16
 [out, ceil(in / 64)]: symmetric, rounded to nearest, one scale for each 64 inputs. In 16 bits it is bfloat16. Vectors are float32.
 """
 
@@ -16,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +30,15 @@ from torch import Tensor
 from draft.errors import CorruptedDraftHead, DraftHeadMismatch, DraftHeadNotFound, ForeignDraftHead, NewerDraftHead
 from kernels.files import write_atomically, write_bytes
 
-FORMAT, VERSION = "foretold-trunk-adapter", 1
+FORMAT, VERSION = "foretold-trunk-adapter", 2  # 1 where no states are joined
 CONFIG_FILE, TENSOR_FILE, PACK_FILE = "config.json", "adapter.safetensors", "pack.safetensors"
 TOKEN_IDS, NORM, HEAD = "token_ids", "model.norm.weight", "lm_head.weight"
+STATE_NORM, EMBED_NORM, JOIN, FUSE = "state_norm.weight", "embed_norm.weight", "join.weight", "fuse.weight"
 GROUP = 64  # inputs that share a scale
 SCALE = ".scale"
 # fields under the names that files and reports made earlier have for them
 _FILE_KEYS = {"exit_layer": "trunk_layers", "draft_layers": "own_layers"}
+_STATE_KEYS = ("state_layers", "unroll", "unroll_weight")  # which other heads' digests and reports do not have
 _BLOCK_ELEMENTS = 1 << 17
 _MAX_CONFIG_BYTES = 16 << 20
 _REMEDY = "copy the draft head's folder again, or train one with scripts/train_draft.py"
@@ -60,7 +65,9 @@ class DraftHeadConfig:
 
     target: name of the model it was trained for. target_fingerprint_config: `target_digest` of that model's config. exit_layer: m.
     num_layers: n, own layers. vocab_size: R. head: "own" or "tied" (to the target's). bits: 8 or 16, of the stored matrices. training: facts and
-    figures of the training, for reports only. digest: SHA-256 of the draft head as stored, "" before it was (not in the file).
+    figures of the training, for reports only. state_layers: numbers of the target's layers whose states of the token before are joined with a token's
+    embedding, ascending, exit_layer (the target's last) at the end; () where the own layers go on from a token's state at the exit. digest: SHA-256 of
+    the draft head as stored, "" before it was (not in the file).
     """
 
     target: str
@@ -71,6 +78,7 @@ class DraftHeadConfig:
     head: Literal["own", "tied"]
     bits: Literal[8, 16] = 8
     training: dict[str, Any] = field(default_factory=dict)
+    state_layers: tuple[int, ...] = ()
     digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -82,18 +90,32 @@ class DraftHeadConfig:
             raise ForeignDraftHead("a draft head without the name and digest of its target", "give both, as texts")
         if self.head not in ("own", "tied") or type(self.bits) is not int or self.bits not in (8, 16):
             raise ForeignDraftHead(f"a draft head with head {self.head!r} in {self.bits!r} bits", 'use "own" or "tied", 8 or 16')
+        layers = self.state_layers
+        if not isinstance(layers, list | tuple) or any(type(layer) is not int for layer in layers):
+            raise ForeignDraftHead(f"a draft head on the states after {layers!r} layers", "give whole numbers")
+        object.__setattr__(self, "state_layers", tuple(layers))  # a file has a list
+        if layers and not (layers[0] > 0 and all(a < b for a, b in pairwise(layers)) and layers[-1] == self.exit_layer):
+            what = f"a draft head on the states after {list(layers)} layers, with exit layer {self.exit_layer}"
+            raise ForeignDraftHead(what, "give them in order, from 1 on, the exit layer last")
+
+    def join_elements(self, size: int) -> int:
+        """Numbers in the tensors that join the states of a target of this hidden size."""
+        count = len(self.state_layers)
+        return (2 * size + 2 * size**2 + (count > 1) * count * size**2) if count else 0
 
     def check_target(self, config: Any) -> None:
         """DraftHeadMismatch unless `config` (a decoder's) has the shape of the target the draft head was trained for."""
-        if self.target_fingerprint_config != target_digest(config):
+        elsewhere = bool(self.state_layers) and self.exit_layer != config.num_layers
+        if self.target_fingerprint_config != target_digest(config) or elsewhere:
             raise DraftHeadMismatch(
                 f"the draft head was trained for another model, {self.target}", "use it with that one, or --draft trunk"
             )
 
 
 def file_fields(facts: Any) -> dict[str, Any]:
-    """A dataclass's fields by the keys that draft heads' configs, checkpoints and reports have for them."""
-    return {_FILE_KEYS.get(name, name): value for name, value in asdict(facts).items()}
+    """A dataclass's fields by the keys that draft heads' configs, checkpoints and reports have for them; without those of heads on states in others."""
+    found = {_FILE_KEYS.get(name, name): value for name, value in asdict(facts).items()}
+    return found if getattr(facts, "state_layers", ()) else {name: value for name, value in found.items() if name not in _STATE_KEYS}
 
 
 def target_digest(config: Any) -> str:
@@ -129,7 +151,7 @@ def write_draft_head(
     folder.mkdir(parents=True, exist_ok=True)
     texts = {key: value for key, value in file_fields(config).items() if key != "digest"}
     write_bytes(folder / TENSOR_FILE, serialised(stored, {"format": FORMAT, "digest": config.digest}))
-    text = json.dumps({"format": FORMAT, "version": VERSION} | texts, indent=2) + "\n"
+    text = json.dumps({"format": FORMAT, "version": VERSION if config.state_layers else 1} | texts, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text)
     return config
 
@@ -238,6 +260,11 @@ def _check(config: DraftHeadConfig, stored: Mapping[str, Tensor], folder: Path) 
     whole = len(layers) == config.num_layers and layers == {str(number) for number in range(config.num_layers)}
     if not whole or NORM not in stored or (HEAD in stored) != (config.head == "own"):
         raise CorruptedDraftHead(f"the draft head {folder} lacks tensors its config speaks of, or holds others", _REMEDY)
+    size, count = stored[NORM].shape[-1:].numel(), len(config.state_layers)
+    joins = {STATE_NORM: (size,), EMBED_NORM: (size,), JOIN: (size, 2 * size)} | ({FUSE: (size, count * size)} if count > 1 else {})
+    held = {name: tuple(stored[name].shape) for name in (STATE_NORM, EMBED_NORM, JOIN, FUSE) if name in stored}
+    if held != (joins if count else {}):
+        raise CorruptedDraftHead(f"the draft head {folder} joins other states than its config speaks of", _REMEDY)
     for name, tensor in stored.items():
         if name != TOKEN_IDS and tensor.dtype not in (torch.int8, torch.float16, torch.bfloat16, torch.float32):
             raise CorruptedDraftHead(f"the draft head {folder} stores {name} as {tensor.dtype}", _REMEDY)

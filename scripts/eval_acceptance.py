@@ -35,7 +35,7 @@ from engine.train.data import read_messages
 from engine.train.documents import TokenDocuments
 from engine.train.loss import TeacherHead
 from engine.train.measure import measure
-from engine.train.model import Student
+from engine.train.state_model import student_of
 from engine.train.training import teacher_of
 
 OTHER_PROMPTS = Path(__file__).parent / "train" / "other_prompts.txt"
@@ -81,7 +81,8 @@ def measured(decoder: Decoder, folder: Path, documents: TokenDocuments, args: ar
     config, tensors = read_draft_head(folder)
     token_ids = tensors.pop("token_ids")
     teacher = teacher_of(decoder)
-    student = Student(teacher, config.num_layers, token_ids, own_head=config.head == "own").requires_grad_(False)
+    own_head = config.head == "own"
+    student = student_of(teacher, config.num_layers, token_ids, own_head=own_head, state_layers=config.state_layers).requires_grad_(False)
     student.load_tensors(tensors)
     found = measure(
         teacher,

@@ -32,7 +32,7 @@ from engine.train.data import TrainingSets, add_text, choose_rows, draw_sets, re
 from engine.train.model_card import model_card
 from engine.train.self_generated import SelfGenerationOptions
 from engine.train.trainer import TrainOptions
-from engine.train.training import Architecture, DraftHeadTraining, teacher_of
+from engine.train.training import Architecture, DraftHeadTraining, parse_exit, teacher_of
 
 PAIR_LICENCES = {"smollm2": "Apache-2.0", "qwen2.5-coder": "Apache-2.0"}
 SAMPLE_SHARE = 0.25  # of --minutes, where --sample-minutes is auto
@@ -43,9 +43,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pair", choices=sorted(PAIRS), help="a known pair's target")
     parser.add_argument("--target", help="model folder or hub id, instead of --pair")
     parser.add_argument("--out", required=True, help="folder of the draft head")
-    parser.add_argument("--exit-layer", type=int, default=6, help="first layers of the target that draft (default 6)")
+    parser.add_argument(
+        "--exit-layer",
+        default="6",
+        help="first layers of the target that draft (default 6); last: none does, the draft layers go on from its last states (10+20+last: from "
+        "those of several layers)",
+    )
     parser.add_argument("--draft-layers", type=int, default=2, help="trained layers behind them (default 2)")
-    parser.add_argument("--trunk-layers", type=int, dest="exit_layer", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
+    parser.add_argument("--trunk-layers", dest="exit_layer", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     parser.add_argument("--own-layers", type=int, dest="draft_layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # earlier name
     parser.add_argument("--vocab", type=int, default=16_384, help="tokens of the reduced vocabulary (default 16384)")
     parser.add_argument("--head", choices=("own", "tied"), default="own", help="a trained head, or the target's rows")
@@ -82,6 +87,9 @@ def arguments() -> argparse.Namespace:
         default=f"{TrainOptions.mix_from},{TrainOptions.mix_to}",
         metavar="FROM,TO",
         help="part of the training over which the loss goes from divergence to total variation (default 0.4,0.6)",
+    )
+    training.add_argument(
+        "--unroll", type=int, default=TrainOptions.unroll, help="places of a block that are trained, with --exit-layer last (default 3)"
     )
     training.add_argument("--chunk", type=int, default=TrainOptions.chunk, help="positions whose logits are held at a time")
     training.add_argument("--seed", type=int, default=0)
@@ -201,10 +209,13 @@ def prepare(args: argparse.Namespace, decoder: Decoder, tokenizer: Any) -> tuple
 
 def train_options(args: argparse.Namespace, seconds: float | None) -> TrainOptions:
     mix_from, mix_to = two_numbers("--mix", args.mix, 1.0)
+    if args.unroll < 1:
+        raise InvalidOption(f"--unroll cannot be {args.unroll}", "give 1 or more")
     return TrainOptions(
-        args.exit_layer,
+        0,  # the architecture's, see DraftHeadTraining
         args.draft_layers,
         args.head,
+        unroll=args.unroll,
         steps=args.steps,
         seconds=None if args.steps else seconds,
         batch_tokens=args.batch_tokens,
@@ -227,7 +238,9 @@ def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, speci
     document: dict[str, Any] = {"target": name, "command": command_of(args), "search": []}
     teacher = teacher_of(decoder)
     for text in args.search.split():
-        training = DraftHeadTraining(decoder, teacher, sets, special, Architecture.parse(text), train_options(args, args.search_seconds))
+        training = DraftHeadTraining(
+            decoder, teacher, sets, special, Architecture.parse(text, decoder.config.num_layers), train_options(args, args.search_seconds)
+        )
         training.run(lambda line, text=text: log(f"{text}: {line}"), report_every=args.report_every)  # type: ignore[misc]
         row = training.figures() | {"curve": training.curve}
         document["search"].append(row)
@@ -243,7 +256,8 @@ def search(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, speci
 
 def train(args: argparse.Namespace, decoder: Decoder, sets: TrainingSets, special: tuple[int, ...], name: str) -> dict[str, Any] | None:
     """One training; None when it was paused."""
-    architecture = Architecture(args.exit_layer, args.draft_layers, args.vocab, args.head)
+    exit_layer, state_layers = parse_exit(args.exit_layer, decoder.config.num_layers)
+    architecture = Architecture(exit_layer, args.draft_layers, args.vocab, args.head, state_layers)
     seconds = 60 * args.minutes - float(sets.train.facts.get("seconds", 0.0))
     if seconds <= 0 and not args.steps:
         raise InvalidOption(f"sampling took all of the {args.minutes:g} minutes", "give more --minutes")
@@ -276,6 +290,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidOption("a paused training needs a checkpoint", "name a file with --checkpoint")
     if args.search and (args.checkpoint or args.resume or args.pause_after is not None):
         raise InvalidOption("a search keeps no checkpoint", "leave out --checkpoint, --resume and --pause-after")
+    parse_exit(args.exit_layer, 0)
     two_numbers("--mix", args.mix, 1.0)  # not after minutes of drawing
     if args.plot:
         import matplotlib  # noqa: F401 (missing: known now, not after the training)

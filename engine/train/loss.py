@@ -52,7 +52,8 @@ class Sums(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Mean loss's gradients: of the draft's states [N, E] in their dtype, and of its head [R, E] float32 (None when not asked for)."""
+    """Mean loss's gradients: of the draft's states [N, E], or [D, N, E] of D depths, in their dtype, and of its head [R, E] float32 (None: not asked
+    for)."""
 
     states: Tensor
     head: Tensor | None
@@ -60,41 +61,66 @@ class Gradients(NamedTuple):
 
 @torch.no_grad()
 def distil(
-    states: Tensor, head: Tensor, teacher_states: Tensor, teacher: TeacherHead, mix: float, *, head_gradient: bool, chunk: int
+    states: Tensor,
+    head: Tensor,
+    teacher_states: Tensor,
+    teacher: TeacherHead,
+    mix: float,
+    *,
+    head_gradient: bool,
+    chunk: int,
+    weights: Tensor | None = None,
 ) -> tuple[Sums, Gradients]:
     """Sums and gradients of (1 - mix) KL + mix TV, the mean over positions.
 
     Args:
-        states: [N, E] the draft's states after its final norm; head: [R, E] its head, of the same dtype.
+        states: [N, E] the draft's states after its final norm, or [D, N, E] those of D depths of a block, whose losses are added up; the sums are the
+            first's. head: [R, E] its head, of the same dtype.
         teacher_states: [N, E] the target's after its final norm.
         mix: share of total variation, 0 to 1.
         chunk: positions at a time.
+        weights: [D, N] float32 of the depths' losses at each position; None: 1.
     """
-    count = states.shape[0]
-    grad_states = torch.empty_like(states)
+    deep = states if states.dim() == 3 else states[None]
+    count = deep.shape[1]
+    grad_states = torch.empty_like(deep)
     grad_head = torch.zeros(head.shape, device=head.device) if head_gradient else None
     totals = torch.zeros(4, device=states.device)
     for a in range(0, count, chunk):
-        rows = states[a : a + chunk]
-        log_p, log_q, agreed = _log_probabilities(rows, head, teacher_states[a : a + chunk], teacher)
+        log_p, best = _teacher_probabilities(teacher_states[a : a + chunk], teacher)
         log_p = log_p[:, : teacher.size]
-        p, q = log_p.exp(), log_q.exp()
+        p = log_p.exp()
         mass = p.sum(-1)
-        totals += torch.stack([torch.minimum(p, q).sum(), agreed.sum(), (p * (log_p - log_q)).sum(), mass.sum()])
-        gradient = _gradient(p, q, mass, mix).to(states.dtype)
-        grad_states[a : a + chunk] = (gradient @ head) / count
-        if grad_head is not None:
-            grad_head += (gradient.T @ rows).float()
+        for depth, own in enumerate(deep[:, a : a + chunk]):
+            narrow = own @ head.T
+            log_q = torch.log_softmax(narrow, -1, dtype=torch.float32)
+            q = log_q.exp()
+            if depth == 0:
+                agreed = (best == narrow.argmax(-1)).sum()
+                totals += torch.stack([torch.minimum(p, q).sum(), agreed, (p * (log_p - log_q)).sum(), mass.sum()])
+            gradient = _gradient(p, q, mass, mix)
+            if weights is not None:
+                gradient *= weights[depth, a : a + chunk, None]
+            gradient = gradient.to(states.dtype)
+            grad_states[depth, a : a + chunk] = (gradient @ head) / count
+            if grad_head is not None:
+                grad_head += (gradient.T @ own).float()
     if grad_head is not None:
         grad_head /= count
-    return Sums(*totals), Gradients(grad_states, grad_head)
+    return Sums(*totals), Gradients(grad_states.view_as(states), grad_head)
+
+
+def _teacher_probabilities(rows: Tensor, teacher: TeacherHead) -> tuple[Tensor, Tensor]:
+    """log p [C, V] float32 in the teacher head's order, and where in it the most likely token stands [C]."""
+    wide = rows @ teacher.rows.T
+    return torch.log_softmax(wide, -1, dtype=torch.float32), wide.argmax(-1)
 
 
 def _log_probabilities(rows: Tensor, head: Tensor, teacher_rows: Tensor, teacher: TeacherHead) -> tuple[Tensor, Tensor, Tensor]:
     """log p [C, V] in the teacher head's order and log q [C, R], float32, and whether their largest logits [C] are the same token's."""
-    wide, narrow = teacher_rows @ teacher.rows.T, rows @ head.T
-    agreed = wide.argmax(-1) == narrow.argmax(-1)
-    return torch.log_softmax(wide, -1, dtype=torch.float32), torch.log_softmax(narrow, -1, dtype=torch.float32), agreed
+    log_p, best = _teacher_probabilities(teacher_rows, teacher)
+    narrow = rows @ head.T
+    return log_p, torch.log_softmax(narrow, -1, dtype=torch.float32), best == narrow.argmax(-1)
 
 
 def _gradient(p: Tensor, q: Tensor, mass: Tensor, mix: float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,14 @@ class Teacher:
     angles: Angles
     embedding_scale: float = 1.0
 
-    @torch.no_grad()
     def run(self, token_ids: Tensor, tap: int) -> tuple[Tensor, Tensor]:
         """token_ids [B, T] int64 -> the residual stream after `tap` layers, and the last one after the final norm, each [B, T, E]."""
+        taken, final = self.run_taps(token_ids, (tap,))
+        return taken[0], final
+
+    @torch.no_grad()
+    def run_taps(self, token_ids: Tensor, taps: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """`run` with the residual streams after several numbers of layers, in the order of `taps`."""
         batch, length = token_ids.shape
         ropes = [rope_of(cos.repeat(batch, 1), sin.repeat(batch, 1), self.shapes[0].num_heads) for cos, sin in self.angles(length)]
 
@@ -54,16 +59,29 @@ class Teacher:
         stream, update = F.embedding(token_ids.flatten(), self.embed), None
         if self.embedding_scale != 1.0:
             stream = stream * torch.tensor(self.embedding_scale, dtype=stream.dtype)
-        taken = stream
+        taken = {0: stream}
         for number, (w, shape) in enumerate(zip(self.layers, self.shapes, strict=True)):
             out = layer_forward(w, stream, ropes[shape.local_rope], partial(attend, shape), shape, FAST, update)
-            if number == tap:
-                taken = out.entered
+            if number in taps:
+                taken[number] = out.entered
             stream, update = out.stream, out.update
         normed, stream = FAST.rms_norm(stream, self.norm, self.shapes[0].eps, update)
-        if tap == len(self.layers):
-            taken = stream
-        return taken.unflatten(0, (batch, length)), normed.unflatten(0, (batch, length))
+        taken[len(self.layers)] = stream
+        return [taken[tap].unflatten(0, (batch, length)) for tap in taps], normed.unflatten(0, (batch, length))
+
+
+class Depths(NamedTuple):
+    """drafts: of each depth [B, T, E], after the student's final norm: at [b, t] of depth d (0 first) what says the token after t + d, drafted after d
+    tokens of the document that had been drafted from t on. final: the target's states after its final norm [B, T, E]."""
+
+    drafts: list[Tensor]
+    final: Tensor
+
+    def rows(self, depth: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(states [N, E] of one depth that speak after positions [N] of the flattened documents, [N] bool whether a block could have got there)."""
+        own = self.drafts[min(depth, len(self.drafts) - 1)]
+        shift = 0 if len(self.drafts) == 1 else depth
+        return own.flatten(0, 1)[(positions - shift).clamp_min(0)], positions % own.shape[1] >= shift
 
 
 class Student(nn.Module):
@@ -95,6 +113,12 @@ class Student(nn.Module):
             out = layer_forward(w, stream, ropes[shape.local_rope], attend, shape, DIFFERENTIABLE, update)
             stream, update = out.stream, out.update
         return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shapes[0].eps, update)[0]
+
+    def at_depths(self, teacher: Teacher, token_ids: Tensor, exit_layer: int, depths: int) -> Depths:
+        """What the head multiplies for the first, second... draft of a block, along documents token_ids [B, T]. Here each is as the first, whatever was
+        drafted before: verification writes the states at the exit."""
+        at_exit, final = teacher.run(token_ids, exit_layer)
+        return Depths([self(at_exit, teacher.angles(token_ids.shape[1]))], final)
 
     def tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> tensor of everything a draft head stores but the token ids."""

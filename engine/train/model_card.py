@@ -23,7 +23,7 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
     lines = [
         f"# Draft head for {target}",
         "",
-        f"Proposes tokens for {target} in speculative decoding. The target's own first {a['trunk_layers']} layers, then {a['own_layers']} trained "
+        f"Proposes tokens for {target} in speculative decoding. {_below(a)}, then {a['own_layers']} trained "
         f"{_plural(a['own_layers'], 'layer')}, a final norm and {head} over the {a['vocab_size']:,} tokens the target "
         f"uses most. The output stays the target's, whatever is proposed.",
         "",
@@ -56,6 +56,16 @@ def model_card(target: str, licence: str, command: str, figures: dict[str, Any])
         "",
     ]
     return "\n".join(lines)
+
+
+def _below(architecture: dict[str, Any]) -> str:
+    """What the trained layers go on from."""
+    layers = architecture.get("state_layers")
+    if not layers:
+        return f"The target's own first {architecture['trunk_layers']} layers"
+    return (
+        f"A matrix that joins a token's embedding with the target's states of the token before, after layers {', '.join(map(str, layers))}"
+    )
 
 
 def _kinds(figures: dict[str, Any]) -> list[str]:

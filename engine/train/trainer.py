@@ -2,7 +2,8 @@
 
 The target runs a batch of whole documents once; its states at the exit layer feed the student, its last states say what the student should have
 said. Those states at the exit are exact at inference too, whatever was proposed (verification writes them), and the student's own keys and values come
-from them: so training on the target's text alone is what drafting meets, at every position of a block.
+from them: so training on the target's text alone is what drafting meets, at every position of a block. A student on the target's last states is fed its
+own within a block: it is unrolled over `unroll` places of it (`engine.train.state_model`).
 
 Deterministic on a CPU from seed, data and number of steps, through any number of interruptions; a training limited by time is as
 deterministic as the clock. Weights are averaged exponentially (Polyak and Juditsky, 1992); the average is what is measured and kept.
@@ -14,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from engine.files import atomic_file
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
 from engine.train.loss import TeacherHead, distil
 from engine.train.model import Student, Teacher
+from engine.train.state_model import student_of
 
 CHECKPOINT_VERSION = 1
 
@@ -37,7 +40,9 @@ class TrainOptions:
     them. batch_tokens: of a step, padding included. optimizer: "adamw", or "muon" for the layers' matrices (Jordan et al., 2024; steps scaled to
     AdamW's, Liu et al., 2025, arXiv 2502.16982) with AdamW for the rest. learning_rate: peak, after `warmup_steps`, falling as a cosine to a
     fiftieth. mix_from, mix_to: part of the training over which the loss goes from divergence to total variation. averaging: highest decay of the
-    averaged weights. chunk: positions whose logits are held at a time."""
+    averaged weights. chunk: positions whose logits are held at a time. state_layers: numbers of the layers whose states are joined with embeddings, the
+    target's last one, which is exit_layer too, at the end (see `draft.head_file`); then unroll: places of a block that are trained; unroll_weight: of
+    each place's loss in the one before's."""
 
     exit_layer: int
     draft_layers: int
@@ -55,6 +60,9 @@ class TrainOptions:
     averaging: float = 0.998
     chunk: int = 8192
     seed: int = 0
+    state_layers: tuple[int, ...] = ()
+    unroll: int = 3
+    unroll_weight: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,11 @@ class Trainer:
 
     def __init__(self, teacher: Teacher, token_ids: Tensor, documents: TokenDocuments, options: TrainOptions) -> None:
         total = len(teacher.layers)
-        if not 1 <= options.exit_layer < total or not 1 <= options.draft_layers <= total:
+        joined = options.state_layers
+        if joined and (joined[-1] != total or options.exit_layer != total or joined[0] < 1 or any(a >= b for a, b in pairwise(joined))):
+            what = f"states after {list(joined)} layers, with an exit after layer {options.exit_layer}, of a target of {total} layers"
+            raise ExitLayerError(what, f"give layers in order, from 1 on, and {total} at the end, which is the exit layer too")
+        if (not joined and not 1 <= options.exit_layer < total) or not 1 <= options.draft_layers <= total:
             what = f"an exit after layer {options.exit_layer} and {options.draft_layers} draft layers do not fit a target of {total}"
             raise ExitLayerError(what, f"choose an exit layer between 1 and {total - 1}, and draft layers from 1 on")
         if (options.steps is None) == (options.seconds is None) or (options.steps or options.seconds or 0) <= 0:
@@ -93,8 +105,10 @@ class Trainer:
         self.token_ids, self.dtype, self.device = token_ids, teacher.norm.dtype, teacher.norm.device
         self.teacher_head = TeacherHead.of(teacher.head, token_ids)
         own_head = options.head == "own"
-        self.student = Student(teacher, options.draft_layers, token_ids, own_head=own_head)
-        self.averaged = Student(teacher, options.draft_layers, token_ids, own_head=own_head).requires_grad_(False)
+        self.student, averaged = (
+            student_of(teacher, options.draft_layers, token_ids, own_head=own_head, state_layers=joined) for _ in range(2)
+        )
+        self.averaged = averaged.requires_grad_(False)
         self.optimizers = _optimizers(self.student, options, self.device)
         self.step, self.epoch, self.cursor, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
         self._order: list[np.ndarray] = epoch_order(documents, options.batch_tokens, options.seed, 0)
@@ -153,17 +167,21 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        at_exit, final = self.teacher.run(batch.token_ids, o.exit_layer)
-        states = self.student(at_exit, self.teacher.angles(batch.token_ids.shape[1])).flatten(0, 1)[batch.positions]
+        depths = o.unroll if o.state_layers else 1
+        found = self.student.at_depths(self.teacher, batch.token_ids, o.exit_layer, depths)
+        parts, reached = zip(*(found.rows(depth, batch.positions) for depth in range(depths)), strict=True)
+        states = torch.stack(parts)
+        weights = torch.stack([own * o.unroll_weight**depth for depth, own in enumerate(reached)])
         head = self.student.head.detach().to(self.dtype)
         sums, gradients = distil(
             states.detach(),
             head,
-            final.flatten(0, 1)[batch.positions],
+            found.final.flatten(0, 1)[batch.positions],
             self.teacher_head,
             mix,
             head_gradient=self.student.own_head,
             chunk=o.chunk,
+            weights=weights if depths > 1 else None,
         )
         states.backward(gradients.states)
         if gradients.head is not None:

@@ -26,20 +26,23 @@ _CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Architecture:
-    """A draft head's shape: m, n, R, and whose head."""
+    """A draft head's shape: m, n, R, whose head, and the layers whose states it joins (see `draft.head_file`)."""
 
     exit_layer: int
     draft_layers: int
     vocab_size: int
     head: Literal["own", "tied"]
+    state_layers: tuple[int, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> Architecture:
-        """ "6,2,16384,own" -> m, n, R, head. Raises InvalidOption."""
+    def parse(cls, text: str, num_layers: int = 0) -> Architecture:
+        """ "6,2,16384,own" -> m, n, R, head; "last,1,16384,own" or "10+20+last,1,16384,own": on states of a target of num_layers layers. Raises
+        InvalidOption."""
         try:
             m, n, size, head = text.split(",")
-            found = cls(int(m), int(n), int(size), cast(Literal["own", "tied"], head))
-        except ValueError as error:
+            exit_layer, state_layers = parse_exit(m, num_layers)
+            found = cls(exit_layer, int(n), int(size), cast(Literal["own", "tied"], head), state_layers)
+        except (ValueError, InvalidOption) as error:
             remedy = "write exit layer, draft layers, vocabulary, own or tied: 6,2,16384,own"
             raise InvalidOption(f"{text!r} does not describe a draft head", remedy) from error
         if head not in ("own", "tied"):
@@ -51,8 +54,21 @@ class Architecture:
         c = config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-        read = (self.exit_layer + self.draft_layers) * layer + self.vocab_size * c.hidden_size
+        below = 2 * c.hidden_size**2 if self.state_layers else self.exit_layer * layer
+        read = below + self.draft_layers * layer + self.vocab_size * c.hidden_size
         return read / (c.num_layers * layer + c.vocab_size * c.hidden_size)
+
+
+def parse_exit(text: str, num_layers: int) -> tuple[int, tuple[int, ...]]:
+    """ "6" -> an exit after layer 6 (6, ()); "last" -> the states after the last of num_layers layers (num_layers, (num_layers,)); "10+20+last" ->
+    those after several. Raises InvalidOption."""
+    *lower, top = text.split("+")
+    try:
+        if top != "last":
+            return int(text), ()
+        return num_layers, (*map(int, lower), num_layers)
+    except ValueError as error:
+        raise InvalidOption(f"an exit layer {text!r}", "give a number of layers, last, or several up to the last: 10+20+last") from error
 
 
 def teacher_of(decoder: Decoder) -> Teacher:
@@ -96,7 +112,8 @@ class DraftHeadTraining:
     ) -> None:
         self.decoder, self.teacher, self.sets, self.architecture = decoder, teacher, sets, architecture
         ids = reduced_vocabulary(sets.train, decoder.config.vocab_size, architecture.vocab_size, special)
-        self.options = replace(options, exit_layer=architecture.exit_layer, draft_layers=architecture.draft_layers, head=architecture.head)
+        a = architecture
+        self.options = replace(options, exit_layer=a.exit_layer, draft_layers=a.draft_layers, head=a.head, state_layers=a.state_layers)
         self.trainer = Trainer(teacher, ids, sets.train, self.options)
         self.curve: list[dict[str, Any]] = []
 
@@ -104,10 +121,10 @@ class DraftHeadTraining:
         """Begin with the weights of a draft head of this shape, whose figures on the held-out sets are returned. A head that is the target's own rows
         may have another vocabulary. Raises InvalidOption for another shape or target, and what `read_draft_head` raises."""
         config, tensors = read_draft_head(folder)
-        ours = (self.architecture.exit_layer, self.architecture.draft_layers, self.architecture.head)
-        theirs = (config.exit_layer, config.num_layers, config.head)
+        ours = (self.architecture.exit_layer, self.architecture.draft_layers, self.architecture.head, self.architecture.state_layers)
+        theirs = (config.exit_layer, config.num_layers, config.head, config.state_layers)
         if ours != theirs or config.target_fingerprint_config != target_digest(self.decoder.config):
-            what = f"the draft head in {folder} has exit layer, layers and head {theirs}, of {config.target}; asked are {ours}"
+            what = f"the draft head in {folder} has exit layer, layers, head and states {theirs}, of {config.target}; asked are {ours}"
             raise InvalidOption(what, "train the shape and target that it has, or start without it")
         known = tensors.pop("token_ids")
         if self.trainer.student.own_head and not torch.equal(known.cpu(), self.trainer.token_ids.cpu()):
@@ -209,7 +226,8 @@ class DraftHeadTraining:
         """Write the draft head; returns the figures with those of the stored weights added, which the folder's config.json also holds."""
         t, a = self.trainer, self.architecture
         tensors = t.averaged.tensors() | {"token_ids": t.token_ids}
-        config = DraftHeadConfig(target, target_digest(self.decoder.config), a.exit_layer, a.draft_layers, a.vocab_size, a.head, bits)
+        digest = target_digest(self.decoder.config)
+        config = DraftHeadConfig(target, digest, a.exit_layer, a.draft_layers, a.vocab_size, a.head, bits, state_layers=a.state_layers)
         write_draft_head(folder, config, tensors)
         _, stored = read_draft_head(folder)
         kept = {name: tensor.clone() for name, tensor in t.averaged.tensors().items()}

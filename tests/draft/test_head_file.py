@@ -143,7 +143,7 @@ def test_missing_foreign_and_newer_files_have_names(tmp_path):
         ("{", CorruptedDraftHead),
         ("[]", ForeignDraftHead),
         ('{"model_type": "llama"}', ForeignDraftHead),
-        (json.dumps(fields | {"version": 2}), NewerDraftHead),
+        (json.dumps(fields | {"version": 3}), NewerDraftHead),
         (json.dumps(fields | {"version": None}), CorruptedDraftHead),
         (json.dumps(fields | {"vocab_size": 0}), ForeignDraftHead),
         (json.dumps({k: v for k, v in fields.items() if k != "head"}), CorruptedDraftHead),
