@@ -54,9 +54,14 @@ class DraftHeadState(DraftState):
             self._waiting = [torch.cat(self._waiting)]
 
     @property
-    def num_cached(self) -> int:
-        """Tokens the own layers have run or can run; fewer than the target's when its cache was filled without their knowledge."""
+    def num_known(self) -> int:
+        """Tokens the own layers have run or can run."""
         return self.own.length + self.num_pending_hidden
+
+    @property
+    def num_cached(self) -> int:
+        """The same; fewer than the target's when its cache was filled without their knowledge."""
+        return self.num_known
 
     @property
     def num_pending_hidden(self) -> int:
@@ -170,7 +175,7 @@ class DraftHeadBlock:
                 parts.append(state.pending_hidden)
             parts.append(hidden[i : i + 1])
             counts.append(1 + first * state.num_pending_hidden)
-            starts.append(state.own.length if first else state.num_cached + done)
+            starts.append(state.own.length if first else state.num_known + done)
             self.num_run[rows[i]] = done + 1
         out = self.draft_head.forward([self.states[rows[i]].own for i in chosen], torch.cat(parts), counts, starts, self.taps)
         last = dict(zip(chosen, (end - 1 for end in accumulate(counts)), strict=True))  # of each request's rows
@@ -180,4 +185,9 @@ class DraftHeadBlock:
             taps = {tap: torch.zeros_like(hidden).index_copy_(0, to, out.taps[tap][source]) for tap in self.taps}
         if not drawing:
             return None, taps
-        return self.draft_head.head(pick(out.hidden, [last[i] for i in drawing])), taps
+        spoken = pick(out.hidden, [last[i] for i in drawing])
+        self.spoke([rows[i] for i in drawing], spoken)
+        return self.draft_head.head(spoken), taps
+
+    def spoke(self, requests: Sequence[int], hidden: Tensor) -> None:
+        """Told of the own layers' states [n, E] that drafts of these requests are drawn from."""

@@ -71,7 +71,12 @@ class EarlyExitDrafter:
 
     @property
     def target_taps(self) -> tuple[int, ...]:
-        """A prompt's hidden states come from the target's prefill: features at and below the exit, and what a draft head goes on from."""
+        """A prompt's hidden states come from the target's prefill: those of the first layers that are kept."""
+        return self.first_taps
+
+    @property
+    def first_taps(self) -> tuple[int, ...]:
+        """Of passes of the first layers: features at and below the exit, and what a draft head goes on from."""
         start = () if self.draft_head is None else (self.num_layers,)
         return tuple(sorted({*start, *(tap for tap in self.feature_taps if tap <= self.num_layers)}))
 
@@ -130,12 +135,16 @@ class EarlyExitDrafter:
             [s.sequence for s in states],
             query_lens,
             starts=starts,
-            taps=self.target_taps,
+            taps=self.first_taps,
             logits="none",
             last_layer=self.num_layers,
             deterministic=self.deterministic,
         )
         self._keep(states, starts, query_lens, out.taps)
+
+    def catch_up(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
+        """`prefill`."""
+        self.prefill(states, tokens)
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """Keep the features of a prompt chunk the target just ran, and what the draft head needs of it."""

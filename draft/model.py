@@ -76,6 +76,10 @@ class ModelDrafter:
         for state, count in zip(states, query_lens, strict=True):
             state.sequence.advance(count)
 
+    def catch_up(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
+        """`prefill`."""
+        self.prefill(states, tokens)
+
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
         """The target's hidden states are of no use to a separate model."""
 

@@ -180,6 +180,16 @@ class DraftState:
         return self.sequence.length
 
     @property
+    def rerun_from(self) -> int:
+        """First token of the target's sequence that a draft which rests on the target's first layers has these run once more for."""
+        return self.num_cached
+
+    @property
+    def shareable(self) -> bool:
+        """Whether a page of `cache` holds the same tokens as the target's page of that number."""
+        return True
+
+    @property
     def cache(self) -> Any:
         """The sequence in the draft's own pool."""
         return self.sequence
@@ -321,6 +331,10 @@ class Drafter(Protocol):
 
     def prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """Run committed tokens that follow each state's `length`; see the implementations for what moves."""
+        ...
+
+    def catch_up(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
+        """Learn of tokens after `num_cached` that the target's cache holds already, or that a separate draft lies behind."""
         ...
 
     def observe_target(self, states: Sequence[DraftState], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:

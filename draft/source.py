@@ -14,11 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from draft.draft_head import DraftHead
-from draft.early_exit import EarlyExitDrafter
+from draft.early_exit import EarlyExitDrafter, default_exit_layer
 from draft.exit_copy import ExitCopy, ExitCopyDrafter
 from draft.head_file import PACK_FILE, DraftHeadConfig
 from draft.model import ModelDrafter
 from draft.protocols import Drafter, KvPool
+from draft.state_drafter import StateDrafter
+from draft.state_join import StateJoin
 
 ModelFingerprint = Callable[[Any, Path | None], str]  # (decoder, the folder it came from) -> hex digest
 
@@ -155,6 +157,53 @@ class DraftHeadSource(DraftSource):
         if copies is None:
             return EarlyExitDrafter(target, self.exit_layer, deterministic=deterministic, draft_head=head)
         return ExitCopyDrafter(target, self.exit_layer, draft_head=head, copy=copies, deterministic=deterministic)
+
+
+class StateHeadSource(DraftSource):
+    """A trained draft head that goes on from the target's last states. It says nothing of the target's first layers' states, so codec parameters and
+    sessions are those of an untrained early exit (`EarlyExitSource`) after as many layers as it has when nobody says otherwise.
+
+    Args:
+        config: of the head. layers: a decoder of its layers, norm and R rows of head. join: what their rows are made with. token_ids: [R] int64, the
+            target's ids of the head's rows. embed: token ids [N] -> the target's embeddings [N, E]. num_layers: of the target. folder: where it came
+            from.
+    """
+
+    name = "draft head"
+
+    def __init__(
+        self,
+        config: DraftHeadConfig,
+        layers: Any,
+        join: StateJoin,
+        token_ids: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        folder: Path,
+    ) -> None:
+        self.config, self.layers, self.join, self.token_ids, self.embed, self.folder = config, layers, join, token_ids, embed, folder
+        self.exit_layer = default_exit_layer(config.exit_layer)
+
+    @property
+    def cached_decoder(self) -> Any | None:
+        """The own layers."""
+        return self.layers
+
+    @property
+    def codec_params_file(self) -> Path | None:
+        """In the head's own folder."""
+        return None if self.folder is None else self.folder / PACK_FILE
+
+    def fingerprint(self, of_model: ModelFingerprint) -> str:
+        """That of the early exit."""
+        return EarlyExitSource(self.exit_layer).fingerprint(of_model)
+
+    def drafter(
+        self, target: Any, pool: KvPool | None, *, cached: Any | None = None, deterministic: bool = False, copy: Any | None = None
+    ) -> Drafter:
+        """See `DraftSource.drafter`; copies are not made."""
+        assert pool is not None, "a draft head has a pool of its own"
+        head = DraftHead(cached or self.layers, self.token_ids, pool, deterministic=deterministic)
+        return StateDrafter(target, self.exit_layer, draft_head=head, join=self.join, embed=self.embed, deterministic=deterministic)
 
 
 class NgramSource(DraftSource):

@@ -84,7 +84,7 @@ class DraftChoice:
         head.check_target(target)
         shape = target.last_layers(min(head.num_layers, target.num_layers), vocab_size=head.vocab_size, tie_word_embeddings=True)
         first, layers = weight_bytes(shape, dtype)  # one matrix of its vocabulary, which is the head's
-        return first + sum(layers)
+        return first + sum(layers) + head.join_elements(target.hidden_size) * dtype.itemsize
 
 
 def choose_draft(draft: str | Path, target: DecoderConfig, exit_layer: int | None = None) -> DraftChoice:

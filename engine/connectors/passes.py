@@ -17,6 +17,7 @@ from codec.layouts import KeyRotation
 from codec.pack import CodecPack
 from codec.predictor.dense import predictor_spec
 from codec.serialize import Features
+from draft.early_exit import default_exit_layer
 from draft.head_file import open_draft_head
 from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
 from engine.errors import InvalidOption, PackMismatch
@@ -69,6 +70,9 @@ class CodedModel:
         elif choice.exit_layer is not None:
             source = EarlyExitSource(choice.exit_layer)
         path: str | Path | None = pack or (None if source is None else source.codec_params_file)
+        if choice.head is not None and head.state_layers:  # whose codec parameters are those of an early exit
+            choice = DraftChoice(exit_layer=default_exit_layer(config.num_layers))
+            source = EarlyExitSource(default_exit_layer(config.num_layers))
         if path is None:
             raise InvalidOption("no codec parameters come with this model and draft", "make a pack with scripts/calibrate.py and name it")
         drafts = "none" if source is None else source.fingerprint(lambda _, where: fingerprint(cast(Path, where)))

@@ -278,7 +278,7 @@ class BlockDecoding:
         known, slack = ([s.num_cached for s in states], 0) if self.head is not None else ([s.length for s in states], 1)
         behind = [b for b, r in enumerate(requests) if r.sequence.length - known[b] > slack]
         if behind:
-            self.drafter.prefill(
+            self.drafter.catch_up(
                 [states[b] for b in behind], [requests[b].token_ids[known[b] : requests[b].sequence.length] for b in behind]
             )
         if self.head is not None:

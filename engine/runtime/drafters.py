@@ -7,8 +7,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from draft.head_file import HEAD, SCALE, TOKEN_IDS, open_draft_head, read_draft_head_tensor
-from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource
+from draft.head_file import (
+    EMBED_NORM,
+    FUSE,
+    HEAD,
+    JOIN,
+    SCALE,
+    STATE_NORM,
+    TOKEN_IDS,
+    open_draft_head,
+    read_draft_head_tensor,
+)
+from draft.source import DraftHeadSource, DraftSource, EarlyExitSource, ModelSource, StateHeadSource
+from draft.state_join import StateJoin
 from engine.errors import BadDraftHead
 from engine.model.decoder import Decoder
 from engine.model.weights import expected_shapes
@@ -26,7 +37,7 @@ def as_source(draft: Draft, folder: Path | None = None) -> DraftSource | None:
     return EarlyExitSource(draft) if isinstance(draft, int) else draft
 
 
-def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
+def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource | StateHeadSource:
     """The draft head in `folder`, in the target's dtype and on its device.
 
     Raises:
@@ -37,7 +48,9 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
     token_ids = stored[TOKEN_IDS].long()
     if int(token_ids[-1]) >= target.config.vocab_size:
         raise BadDraftHead(f"the draft head {folder} holds tokens that its target does not have", "copy the draft head's folder again")
-    held = {name: tuple(tensor.shape) for name, tensor in stored.items() if name != TOKEN_IDS and not name.endswith(SCALE)}
+    joins = {name: stored[name] for name in (STATE_NORM, EMBED_NORM, JOIN, FUSE) if name in stored}
+    left_out = {TOKEN_IDS, *joins, *(name for name in stored if name.endswith(SCALE))}
+    held = {name: tuple(tensor.shape) for name, tensor in stored.items() if name not in left_out}
     if HEAD not in held:
         held[HEAD] = (len(token_ids), target.config.hidden_size)
     # a head of its own matrix, which a CPU can lay out for its products, and no embeddings: tokens never reach these layers
@@ -61,4 +74,11 @@ def load_draft_head(folder: str | Path, target: Decoder) -> DraftHeadSource:
 
     decoder = Decoder.filled(shape, fill, dtype=target.dtype, device=target.device, int8=config.bits == 8, gemm=target.gemm)
     decoder.embed_tokens = nn.Embedding.from_pretrained(decoder.embed_tokens.weight[:0].clone())
-    return DraftHeadSource(config, decoder, token_ids.to(target.device), Path(folder))
+    token_ids = token_ids.to(target.device)
+    if not joins:
+        return DraftHeadSource(config, decoder, token_ids, Path(folder))
+    parts = {name: torch.empty(tensor.shape, dtype=target.dtype, device=target.device) for name, tensor in joins.items()}
+    for name, place in parts.items():
+        read_draft_head_tensor(stored, name, place)
+    join = StateJoin(config.state_layers, parts[STATE_NORM], parts[EMBED_NORM], parts[JOIN], parts.get(FUSE), target.config.rms_norm_eps)
+    return StateHeadSource(config, decoder, join, token_ids, target.embed, Path(folder))

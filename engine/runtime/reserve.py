@@ -39,7 +39,7 @@ def _demands(request: Request, drafter: Drafter | None, target_tokens: int, draf
     if drafter is not None and state is not None:
         state.align()  # first: what it cuts off gives its pages back
         if drafter.exit_layer:
-            start = min(start, state.num_cached)  # a draft head that lies behind has the first layers run once more
+            start = min(start, state.rerun_from)  # a draft head that lies behind has the first layers run once more
         if state.cache is not sequence and (request.params.draft_length != 0 or drafter.exit_layer):  # a draft head keeps up regardless
             found.append(Demand(state.cache, draft_tokens, min(state.cache.length, draft_tokens)))
     return [Demand(sequence, target_tokens, start), *found]
@@ -65,7 +65,7 @@ def holds_block(request: Request, drafter: Drafter | None, *, drafts: bool) -> b
     if drafter is None or state is None:
         return sequence.holds(sequence.length, end)
     state.align()  # first: what it cuts off gives its pages back
-    start = min(sequence.length, state.num_cached) if drafter.exit_layer else sequence.length
+    start = min(sequence.length, state.rerun_from) if drafter.exit_layer else sequence.length
     if not sequence.holds(start, end):
         return False
     if state.cache is sequence or not (request.params.draft_length != 0 or drafter.exit_layer):

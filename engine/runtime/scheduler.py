@@ -254,7 +254,7 @@ class Scheduler:
             return []
         if conversation.sequence.length > conversation.num_computed:  # filled from outside, and never admitted
             return []
-        draft = None if state is None or self.draft_pool is None else state.cache
+        draft = None if state is None or self.draft_pool is None or not state.shareable else state.cache
         return self.shared_prefixes.insert(
             request.token_ids,
             request.namespace or "",

@@ -297,13 +297,13 @@ def _catch_up(requests: Sequence[Request], lengths: list[int], drafter: Drafter,
     """
     ends, slack = ([r.sequence.length for r in requests], 0) if drafter.exit_layer else ([len(r.token_ids) for r in requests], limit)
     behind = [b for b, r in enumerate(requests) if lengths[b] and ends[b] - _state(r).num_cached > slack]
-    for b in [b for b in behind if drafter.exit_layer and not requests[b].sequence.sees(_state(requests[b]).num_cached)]:
+    for b in [b for b in behind if drafter.exit_layer and not requests[b].sequence.sees(_state(requests[b]).rerun_from)]:
         lengths[b] = 0
         behind.remove(b)
     if behind:
         states = [_state(requests[b]) for b in behind]
         pieces = [requests[b].token_ids[s.num_cached : min(s.num_cached + limit, ends[b])] for b, s in zip(behind, states, strict=True)]
-        drafter.prefill(states, pieces)
+        drafter.catch_up(states, pieces)
         for b, state in zip(behind, states, strict=True):
             if ends[b] - state.num_cached > slack:
                 lengths[b] = 0

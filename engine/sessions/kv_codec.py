@@ -515,11 +515,11 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int])
     assert drafter is not None
     size = known_pass_tokens(core.draft_model or core.target, state.sequence)
     if not state.sequence.windows:
-        state.sequence.ensure(len(token_ids), state.num_cached)
+        state.sequence.ensure(len(token_ids), state.rerun_from)
     if state.cache is not state.sequence:
         state.cache.ensure(len(token_ids))
     while chunk := token_ids[state.length : state.length + size]:
-        state.sequence.ensure(state.length + len(chunk), state.num_cached)
+        state.sequence.ensure(state.length + len(chunk), state.rerun_from)
         drafter.prefill([state], [chunk])
         if drafter.exit_layer:
             state.sequence.advance(len(chunk))

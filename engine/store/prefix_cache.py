@@ -217,7 +217,7 @@ class PrefixCache:
             conversation.restored_spans = [*conversation.restored_spans, *spans]
             state = conversation.draft_state
             if self._shared is not None:  # the next request that begins so needs no decoding
-                draft = None if state is None or self.core.draft_pool is None else state.cache
+                draft = None if state is None or self.core.draft_pool is None or not state.shareable else state.cache
                 self._shared.insert_restored(
                     request.token_ids[: found.num_tokens],
                     request.namespace or "",

@@ -174,8 +174,10 @@ def _make_draft_head(
     head: str = "own",
     bits: int = 8,
     noise: float = 0.1,
+    state_layers: tuple[int, ...] = (),
 ) -> Path:
-    """A draft head of the target's last layers and head, a little altered, so that some of its drafts are accepted."""
+    """A draft head of the target's last layers and head, a little altered, so that some of its drafts are accepted. state_layers: of which states it
+    joins; its rows are then little but embeddings, as an untrained state says what is known already."""
     generator = torch.Generator().manual_seed(size + layers)
     named, depth = target.hf_tensors(), target.config.num_layers
     if target.config.norm_offset:  # a draft head stores what norms multiply by
@@ -190,14 +192,22 @@ def _make_draft_head(
                 tensors[f"model.layers.{i}.{name.removeprefix(prefix)}"] = altered
     if head == "own":
         tensors["lm_head.weight"] = named.get("lm_head.weight", named["model.embed_tokens.weight"])[ids]
-    config = DraftHeadConfig("tiny", target_digest(target.config), exit_layer, layers, size, head, bits)  # type: ignore[arg-type]
+    if state_layers:
+        exit_layer, width = depth, target.config.hidden_size
+        tensors |= {"state_norm.weight": torch.ones(width), "embed_norm.weight": torch.ones(width)}
+        tensors["join.weight"] = torch.cat([torch.randn(width, width, generator=generator) * 0.02, torch.eye(width)], 1)
+        if len(state_layers) > 1:
+            tensors["fuse.weight"] = torch.randn(width, len(state_layers) * width, generator=generator) * 0.1
+    digest = target_digest(target.config)
+    config = DraftHeadConfig("tiny", digest, exit_layer, layers, size, head, bits, state_layers=state_layers)  # type: ignore[arg-type]
     write_draft_head(folder, config, tensors)
     return folder
 
 
 @pytest.fixture(scope="session")
 def make_draft_head() -> Callable[..., Path]:
-    """`make_draft_head(folder, target, exit_layer=2, layers=1, size=60, head="own", bits=8, noise=0.1)` -> a draft head's folder for the target."""
+    """`make_draft_head(folder, target, exit_layer=2, layers=1, size=60, head="own", bits=8, noise=0.1, state_layers=())` -> a draft head's folder for
+    the target."""
     return _make_draft_head
 
 
