@@ -158,6 +158,11 @@ class StateDrafter(EarlyExitDrafter):
         first = torch.zeros_like(fused[:1]) if state.last is None else state.last[None]
         return self.join.rows(torch.cat([first, fused[:-1]]), embeddings)
 
+    def row(self, state: StateHeadState, token: int) -> Tensor:
+        """The row [1, E] of the token that follows what the target has run."""
+        embedding = self.embed(upload([token], self.decoder.device))
+        return self._rows(state, embedding, embedding)
+
     def propose(
         self,
         states: Sequence[DraftState],
@@ -214,6 +219,23 @@ class StateDrafter(EarlyExitDrafter):
             if state.features is not None and own.features is not None:
                 state.features.append(own.features[:count])
         self.states_head.run_pending(known, least=MAX_PENDING_HIDDEN)
+
+    def keep_block(self, state: StateHeadState, token: int, fused: Tensor, rows: Tensor, *, run: bool) -> None:
+        """`commit` of n tokens whose captured step has made the rows of those after the first.
+
+        token: the first of them, which no model had run. fused: the target's fused states [n, E]. rows: [n, E], row i of the token after token i; the
+        last one is not kept. run: whether the own layers have run the first token's row, and those that waited.
+        """
+        if run:
+            count, state.pending_hidden = state.num_pending_hidden + 1, None
+            state.own.advance(count)
+        elif state.num_cached + len(fused) != state.sequence.length:
+            state.skip(state.sequence.length - state.num_cached - len(fused) + 1)
+        else:
+            state.append_hidden(self.row(state, token))
+        if len(rows) > 1:
+            state.append_hidden(rows[:-1])
+        state.last = fused[-1]
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free the own layers' pages; the sequences themselves belong to the target."""

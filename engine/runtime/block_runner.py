@@ -19,11 +19,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from draft.draft_head import MAX_PENDING_HIDDEN, DraftHeadState
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
 from draft.policy import CostModel, Curve, StepKind, StepPlan
 from draft.protocols import CausalDecoder, Drafter, DraftState
+from draft.state_drafter import StateDrafter, StateHeadState
 from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.model_runner import (
     CAPTURED_LENGTHS,
@@ -40,6 +41,7 @@ from engine.runtime.model_runner import (
 )
 from engine.runtime.page_tables import StepTables
 from engine.runtime.request import Request
+from engine.runtime.sampling import MAX_DRAFT_LENGTH
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
 from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
@@ -77,21 +79,24 @@ class BlockKey:
 
 
 class BlockState:
-    """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [9, 128].
+    """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [10, 128].
 
     length: committed tokens, the position of the last one, which no model has run. first: where the draft's first pass begins: at the position before
-    it, or at it. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at length
-    and length - 1. row, draft_row: of the page tables. sampling: parameters.
-    hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones.
+    it, or at it; of a draft head on the target's last states, at the first of the tokens whose rows are still to be run. skipped: tokens that such a
+    head has no rows of. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at
+    length and length - 1. row, draft_row: of the page tables. sampling: parameters.
+    hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones. rows [128, K, E]: a draft head's on
+    the target's last states, of the tokens from first to length.
     """
 
-    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row")
+    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row", "skipped")
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, *, num_rows: int = 0) -> None:
         self.integers = torch.zeros(len(self.NAMES), _MOST, dtype=torch.int64, device=device)
         self.sampling = SamplingState(_MOST, device)
         self.hidden = torch.zeros(_MOST, hidden_size, dtype=dtype, device=device)
         self.drafts = torch.zeros(_MOST, MAX_ROWS, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(_MOST, num_rows, hidden_size, dtype=dtype, device=device)
 
     def of(self, name: str, batch: int) -> Tensor:
         """One of the integers, of the first so many requests: a view."""
@@ -107,7 +112,8 @@ class Block:
     """A captured step and its buffers.
 
     drafts [k, B] int64, tokens [B, k + 1] int64: the last token and the drafts. out [B, k + 2] int64: tokens gained, and then these (0 gained: logits
-    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). probs [B, k, V]: what drafts were drawn from (no seed).
+    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). kept [B, k + 1, 2E]: its fused last states, and the rows of
+    the tokens after them (draft head on last states). probs [B, k, V]: what drafts were drawn from (no seed).
     first: passes of the target's first layers, one a draft and the last draft's own. passes: of the draft.
     """
 
@@ -121,13 +127,14 @@ class Block:
     first: list[Step] = field(default_factory=list)
     passes: list[Step] = field(default_factory=list)
     exits: Tensor | None = None
+    kept: Tensor | None = None
     probs: Tensor | None = None
     graph: Any | None = None
 
 
 @dataclass
 class Flight:
-    """A step that was launched. num_drafts: of each request. exits: copy of the block's, for the draft head."""
+    """A step that was launched. num_drafts: of each request. exits: copy of the block's exits or kept states, for the draft head."""
 
     requests: list[Request]
     source: Source
@@ -136,6 +143,7 @@ class Flight:
     num_drafts: list[int]
     ready: Any
     exits: Tensor | None
+    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -157,11 +165,16 @@ class BlockDecoding:
     @torch.inference_mode(False)  # captures write the state outside of steps
     def __init__(self, target: GraphedDecoder, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
-        self.head = drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
+        self.on_states = (
+            drafter if isinstance(drafter, StateDrafter) else None
+        )  # the drafter where its head goes on from the target's last states
+        self.head = _head_of(drafter)
         decoder = self.head.decoder if self.head is not None else drafter.decoder if isinstance(drafter, ModelDrafter) else None
         self.draft = cast(GraphedDecoder | None, decoder)
-        self.exit_layer = 0 if drafter is None else drafter.exit_layer
-        self.state = BlockState(target.config.hidden_size, target.dtype, target.device)
+        # the target's first layers that drafts are made with
+        self.exit_layer = drafter.exit_layer if self.head is not None and self.on_states is None and drafter is not None else 0
+        rows = 0 if self.on_states is None else MAX_DRAFT_LENGTH + 1
+        self.state = BlockState(target.config.hidden_size, target.dtype, target.device, num_rows=rows)
         self._blocks: dict[BlockKey, Block] = {}
         self._compiled: set[BlockKey] = set()  # those whose kernels are compiled
         self._memory: tuple[int, ...] = ()
@@ -184,7 +197,7 @@ class BlockDecoding:
         if isinstance(drafter, ModelDrafter):
             small = drafter.decoder.config.vocab_size <= target.config.vocab_size
             return small and isinstance(drafter.decoder, GraphedDecoder)
-        head = drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
+        head = _head_of(drafter)
         return drafter is None or (head is not None and isinstance(head.decoder, GraphedDecoder))
 
     # --- one step -------------------------------------------------------------------------------------------------------
@@ -212,7 +225,7 @@ class BlockDecoding:
         self._current = flight
         if flight.source == "model" and all(r.remaining > 1 for r in requests):
             following = planned()
-            if any(following.lengths) and self._takes(requests, following, deterministic):
+            if any(following.lengths) and self._takes(requests, following, deterministic) and self._rows_fit(requests, following, flight):
                 self._flight = self._launch(requests, following, deterministic, ahead=True)
         out = read_out(flight.ready)
         gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
@@ -224,13 +237,18 @@ class BlockDecoding:
         drafts leave the drafter behind: it catches up when it is asked again."""
         flight = self._current
         assert flight is not None, "a step is committed once it was run"
-        if flight.source == "given":
+        if flight.source == "given" and self.on_states is None:
             return
         for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
             state = request.draft_state
             if state is None or not count:
                 continue
-            if self.head is not None:
+            if self.on_states is not None:
+                assert flight.exits is not None
+                fused, rows = flight.exits[b, :count].chunk(2, -1)
+                token = request.token_ids[request.sequence.length - count]
+                self.on_states.keep_block(cast(StateHeadState, state), token, fused, rows, run=flight.source == "model")
+            elif self.head is not None:
                 assert flight.exits is not None
                 self.head.commit(cast(DraftHeadState, state), flight.length, flight.exits[b, :count])
             else:
@@ -238,6 +256,10 @@ class BlockDecoding:
                 state.sequence.advance(max(0, end - state.sequence.length))
         if self.head is not None:
             self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
+
+    def _rows_fit(self, requests: Sequence[Request], plan: StepPlan, flight: Flight) -> bool:
+        """Whether a step that follows has room in its first pass for the rows of all tokens that the one under way may keep."""
+        return self.on_states is None or self._length(requests, plan, flight.deterministic) >= flight.length
 
     def _is_settled(self, requests: Sequence[Request]) -> bool:
         return same_objects(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
@@ -268,6 +290,8 @@ class BlockDecoding:
 
     def _num_behind(self, requests: Sequence[Request]) -> int:
         """Tokens that the drafts of all requests lack, and run before they draft."""
+        if self.on_states is not None:
+            return 0  # it goes on without them
         return sum(r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests)
 
     def _catch_up(self, requests: Sequence[Request]) -> None:
@@ -337,8 +361,9 @@ class BlockDecoding:
         else:
             block.graph.replay()
         count = len(requests)
-        exits = None if block.exits is None else block.exits[:count].clone()
-        return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count].clone()), exits)
+        left = block.exits if block.kept is None else block.kept
+        exits = None if left is None else left[:count].clone()
+        return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count].clone()), exits, deterministic)
 
     def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
         """Bring the device's state up to the host's, where something else has run, and say where the draft's first pass begins."""
@@ -354,13 +379,27 @@ class BlockDecoding:
             ends = []
             for b, request in enumerate(requests):
                 own = _state(request)
-                if isinstance(own, DraftHeadState):
+                if isinstance(own, StateHeadState):
+                    ends.append(own.num_skipped + own.own.length)
+                    self._upload_rows(b, own, request.token_ids[-1])
+                elif isinstance(own, DraftHeadState):
                     ends.append(own.own.length)
                     if own.pending_hidden is not None and own.num_pending_hidden:
                         state.hidden[b] = own.pending_hidden[-1]
                 else:
                     ends.append(own.length)
             state.write("first", ends, batch)
+            if self.on_states is not None:
+                state.write("skipped", [cast(StateHeadState, _state(r)).num_skipped for r in requests], batch)
+
+    def _upload_rows(self, b: int, own: StateHeadState, token: int) -> None:
+        """The rows of request b that its draft is to run: one that waits, if any does, and that of its last token."""
+        assert self.on_states is not None
+        rows = [self.on_states.row(own, token)]
+        if own.num_pending_hidden and own.pending_hidden is not None:
+            rows.insert(0, own.pending_hidden)
+        found = torch.cat(rows)
+        self.state.rows[b, : len(found)] = found
 
     def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> int:
         """Tell the device where there are pages, and how many drafts may be kept. Returns the most pages of a request."""
@@ -394,7 +433,7 @@ class BlockDecoding:
                         self._block(BlockKey(batch, length, pages, source, drawing, deterministic))
         if self.draft is not None and not deterministic and time.perf_counter() < until_s:
             self.draft.capture_prompts(batch, logits=False, embed=self.head is None, until_s=until_s)
-        if self.head is not None and self.drafter is not None and not deterministic:
+        if self.exit_layer and self.drafter is not None and not deterministic:
             # the first layers once more, for a draft head that was left behind: else its first trials in a text would capture them
             for length in PROMPT_LENGTHS:
                 if batch * length <= MAX_ROWS and time.perf_counter() < until_s:
@@ -431,12 +470,12 @@ class BlockDecoding:
 
         if target.captures:
             with compile_ahead():  # all of them, several at once
-                for make in (verify,) if draft is None else (verify, drafting) if self.head is None else (verify, first_layers, drafting):
+                for make in (verify,) if draft is None else (verify, first_layers, drafting) if exit_layer else (verify, drafting):
                     for n in counts:
                         make(n)
         if draft is None:
             return CostModel(((1, 0.0),), curve(verify))
-        if self.head is None:
+        if not exit_layer:
             return CostModel(curve(drafting), curve(verify))
         return CostModel(curve(first_layers, drafting), curve(verify), True, curve(first_layers))
 
@@ -473,7 +512,7 @@ class BlockDecoding:
         tokens = torch.zeros(batch, rows, dtype=torch.int64, device=device)
         out = torch.zeros(batch, length + 2, dtype=torch.int64, device=device)
         target_tables = target.tables.new_step(batch, min(key.pages, target.max_pages))
-        from_exit, exits = self.head is not None and key.source == "model", None
+        from_exit, exits = self.exit_layer > 0 and key.source == "model", None
         if from_exit:
             exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
         verify = target.part(
@@ -484,9 +523,13 @@ class BlockDecoding:
             token_ids=tokens.view(-1),
             embed=not from_exit,
             logits=not key.drawing.greedy,
+            taps=() if self.on_states is None else tuple(layer for layer in self.on_states.join.state_layers if layer < most),
             deterministic=key.deterministic,
         )
         block = Block(key, drafts, tokens, out, target_tables, verify, exits=exits)
+        if self.on_states is not None:
+            block.kept = torch.zeros(batch, rows, 2 * target.config.hidden_size, dtype=target.dtype, device=device)
+        first_rows = rows if self.on_states is not None else 2
         if key.source == "model":
             assert draft is not None
             block.draft_tables = draft.tables.new_step(batch, min(key.pages, draft.max_pages))
@@ -494,7 +537,7 @@ class BlockDecoding:
                 block.passes.append(
                     draft.part(
                         batch,
-                        1 if i else 2,
+                        1 if i else first_rows,
                         range(draft.config.num_layers),
                         tables=block.draft_tables,
                         token_ids=drafts[i - 1] if i else None,
@@ -517,11 +560,12 @@ class BlockDecoding:
             if key.drawing.inverse:
                 block.probs = torch.zeros(batch, length, target.config.vocab_size, device=device)
         if self.target.captures:
-            kept = self.state.integers.clone(), self.state.hidden.clone()
+            kept = self.state.integers.clone(), self.state.hidden.clone(), self.state.rows.clone()
             self.state.integers.zero_()  # every request is padding while it is captured: no page is written
             block.graph = target.capture(lambda: self._run(block))
             self.state.integers.copy_(kept[0])
             self.state.hidden.copy_(kept[1])
+            self.state.rows.copy_(kept[2])
         return block
 
     def _run(self, block: Block) -> None:
@@ -532,7 +576,10 @@ class BlockDecoding:
         if key.source == "model":
             assert draft is not None and block.draft_tables is not None
             draft.tables.look_up(of["draft_row"], block.draft_tables)
-            self._draft(block, of)
+            if self.on_states is not None:
+                self._draft_on_states(block, of)
+            else:
+                self._draft(block, of)
         else:
             block.drafts.copy_(state.drafts[:batch, :length].T)
         block.tokens[:, 0] = of["last"]
@@ -566,6 +613,25 @@ class BlockDecoding:
         if hidden is not None:
             self._first_layers(block, of, len(block.passes))
 
+    def _draft_on_states(self, block: Block, of: dict[str, Tensor]) -> None:
+        """The drafting passes of a head on the target's last states: the rows of what the last step kept and of its last token, then a draft each."""
+        assert self.draft is not None and self.on_states is not None
+        batch, size = block.key.batch, self.state.rows.shape[-1]
+        first, length = of["first"] - of["skipped"], of["length"] - of["skipped"]  # in the own layers' cache
+        limit = torch.minimum(length + 1, of["draft_limit"])
+        place = (length - first)[:, None]  # of the last token's row
+        for i, step in enumerate(block.passes):
+            stream = step.buffers.stream
+            if i == 0:
+                stream.view(batch, -1, size).copy_(self.state.rows[:batch, : len(block.passes) + 1])
+                self.draft.run_part(step, first, first, limit, 0, head=True)
+                own = stream.view(batch, -1, size).gather(1, place[..., None].expand(batch, 1, size))[:, 0]
+            else:
+                stream.copy_(self.on_states.join.rows(own, self.on_states.embed(block.drafts[i - 1])))
+                self.draft.run_part(step, length, length, of["draft_limit"], i, head=True)
+                own = stream
+            self._draw(block, of, i, step, None if i else place)
+
     def _first_layers(self, block: Block, of: dict[str, Tensor], number: int) -> None:
         """The target's first layers on the last token (0) or on a draft."""
         assert block.exits is not None
@@ -575,11 +641,11 @@ class BlockDecoding:
         self.target.run_part(step, of["length"], of["length"], of["limit"], number, head=False)
         block.exits[:, number] = step.buffers.stream
 
-    def _draw(self, block: Block, of: dict[str, Tensor], number: int, step: Step) -> None:
-        """Draw a draft from the logits of the last row of each request."""
+    def _draw(self, block: Block, of: dict[str, Tensor], number: int, step: Step, place: Tensor | None = None) -> None:
+        """Draw a draft from the logits of each request's last row, or of row place[b] (int64 [B, 1])."""
         key, state, batch = block.key, self.state, block.key.batch
         into, ids = block.drafts[number], None if self.head is None else self.head.token_ids
-        best = step.buffers.next_tokens.view(batch, -1)[:, -1].clamp_min(0)
+        best = _row_of(step.buffers.next_tokens.view(batch, -1), place).clamp_min(0)
         best = best if ids is None else ids[best]
         if key.drawing.greedy:
             into.copy_(best)
@@ -587,7 +653,7 @@ class BlockDecoding:
         logits = step.buffers.logits
         assert logits is not None
         sampling, seeds = state.sampling, state.sampling.seed[:batch]
-        probs = sampling.distributions(logits.view(batch, -1, logits.shape[-1])[:, -1], key.drawing, batch)
+        probs = sampling.distributions(_row_of(logits.view(batch, -1, logits.shape[-1]), place), key.drawing, batch)
         if key.drawing.race:
             drawn = race(self._whole(probs, ids), seeds, of["length"] + (1 + number))
         else:
@@ -645,10 +711,40 @@ class BlockDecoding:
         out[:, 1:].scatter_(1, kept[:, None], following[:, None])
         of["previous"].copy_(block.tokens.gather(1, kept[:, None])[:, 0])
         of["last"].copy_(following.clamp_min(0))
-        of["first"].copy_(of["length"] + kept)  # the token before the last is run once more: after a whole block the draft has not run it
+        if self.on_states is not None:
+            self._keep_states(block)
+            of["first"].copy_(of["length"] + 1)  # all drafts that were kept are run once more, on the target's states
+        else:
+            of["first"].copy_(
+                of["length"] + kept
+            )  # the token before the last is run once more: after a whole block the draft has not run it
         of["length"].add_(kept + 1)
         if block.exits is not None:
             state.hidden[:batch] = block.exits[torch.arange(batch, device=kept.device), kept]
+
+    def _keep_states(self, block: Block) -> None:
+        """The rows of the tokens that a step has gained, from the target's states of those before them, for the next step and for the host."""
+        assert self.on_states is not None and block.kept is not None
+        batch, join, verify = block.key.batch, self.on_states.join, block.verify
+        fused = join.fused([verify.taps.get(layer, verify.buffers.stream) for layer in join.state_layers])
+        rows = join.rows(fused, self.on_states.embed(block.out[:, 1:].flatten().clamp_min(0)))
+        torch.cat([fused, rows], -1, out=block.kept.view(len(rows), -1))
+        self.state.rows[:batch, : block.key.length + 1] = rows.view(batch, block.key.length + 1, -1)
+
+
+def _head_of(drafter: Drafter | None) -> DraftHead | None:
+    """The draft head that a drafter drafts with, if any."""
+    if isinstance(drafter, StateDrafter):
+        return drafter.states_head
+    return drafter.draft_head if isinstance(drafter, EarlyExitDrafter) else None
+
+
+def _row_of(rows: Tensor, place: Tensor | None) -> Tensor:
+    """Of rows [B, n, ...] each request's last one, or that at place [B, 1]."""
+    if place is None:
+        return rows[:, -1]
+    index = place if rows.dim() == 2 else place[..., None].expand(len(rows), 1, rows.shape[-1])
+    return rows.gather(1, index)[:, 0]
 
 
 def _replay_seconds(runs: Sequence[Callable[[], None]], device: torch.device, count: int = 10) -> float:

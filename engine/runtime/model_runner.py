@@ -484,14 +484,15 @@ class GraphedDecoder(DecoderRunner):
         token_ids: Tensor | None = None,
         embed: bool = True,
         logits: bool = False,
+        taps: tuple[int, ...] = (),
         deterministic: bool = False,
     ) -> Step:
         """Buffers of a pass of exactly `batch` requests that `run_part` runs, within what somebody else captures.
 
         tables: shared with other parts; token_ids [batch length] int64: the input (embed). logits: of every row, beside the
-        most likely tokens.
+        most likely tokens. taps: as of `step`.
         """
-        key = StepKey(batch, length, tables.main.shape[1], layers.start, layers.stop, (), logits, embed, deterministic)
+        key = StepKey(batch, length, tables.main.shape[1], layers.start, layers.stop, taps, logits, embed, deterministic)
         return self._allocate(key, token_ids=token_ids, tables=tables)
 
     def run_part(self, step: Step, lengths: Tensor, firsts: Tensor, limits: Tensor, offset: int, *, head: bool) -> None:

@@ -305,6 +305,7 @@ class ChatFolders:
     draft: Path
     head: Path  # on an exit after one layer
     stranger: Path  # of the target's shape, other weights
+    states: Path  # a draft head on the target's last states
 
 
 def _byte_tokenizer(chat_template: str | None = CHATML) -> Any:
@@ -349,7 +350,8 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> ChatFolders:
         _byte_tokenizer().save_pretrained(root / name)
     decoder = Decoder.from_pretrained(root / "target", dtype=torch.float32)
     head = _make_draft_head(root / "head", decoder, exit_layer=1, size=200)
-    return ChatFolders(root / "target", root / "draft", head, root / "stranger")
+    states = _make_draft_head(root / "states", decoder, size=200, state_layers=(decoder.config.num_layers,))
+    return ChatFolders(root / "target", root / "draft", head, root / "stranger", states)
 
 
 _small_packs: dict[Any, CodecPack] = {}
@@ -379,7 +381,8 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any]:
-    """`chat_engine(draft="draft"|"head"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over `chat_folders`."""
+    """`chat_engine(draft="draft"|"head"|"states"|"trunk"|"none"|"stranger", target="target", **options)` -> a new float32 Engine over
+    `chat_folders`."""
     from engine.engine import Engine
 
     def make(draft: str = "draft", target: str = "target", **options: Any) -> Engine:

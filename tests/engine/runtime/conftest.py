@@ -22,7 +22,8 @@ def target(random_decoder):
 def drafts(target, random_decoder, make_draft_head, tmp_path_factory):
     """Draft sources by name; the model is the target itself, so that its drafts are accepted."""
     head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, exit_layer=1), target)
-    return {"none": None, "model": random_decoder(1, **SHAPE), "exit": 1, "head": head}
+    states = load_draft_head(make_draft_head(tmp_path_factory.mktemp("states"), target, state_layers=(1, 3)), target)
+    return {"none": None, "model": random_decoder(1, **SHAPE), "exit": 1, "head": head, "states": states}
 
 
 @pytest.fixture

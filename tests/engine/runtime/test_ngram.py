@@ -27,7 +27,8 @@ def target(random_decoder):
 @pytest.fixture(scope="module")
 def sources(target, random_decoder, tmp_path_factory, make_draft_head):
     head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, layers=1, size=60), target)
-    return {"ngram": NgramSource(), "model": random_decoder(1, num_hidden_layers=1), "exit": 1, "head": head}
+    states = load_draft_head(make_draft_head(tmp_path_factory.mktemp("states"), target, state_layers=(target.config.num_layers,)), target)
+    return {"ngram": NgramSource(), "model": random_decoder(1, num_hidden_layers=1), "exit": 1, "head": head, "states": states}
 
 
 def engine_of(target, source, **options):
@@ -39,7 +40,7 @@ def plain(target):
     return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=32))]
 
 
-@pytest.mark.parametrize("kind", ["ngram", "model", "exit", "head"])
+@pytest.mark.parametrize("kind", ["ngram", "model", "exit", "head", "states"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_greedy_text_equals_plain_decoding(target, sources, plain, kind, deterministic):
     engine = engine_of(target, sources[kind], deterministic=deterministic)
@@ -104,7 +105,7 @@ def test_a_draft_heads_features_keep_it_to_its_own_drafts(target, sources):
     assert result.speculation.from_text == 0 < result.speculation.proposed
 
 
-@pytest.mark.parametrize("kind", ["model", "exit", "head"])
+@pytest.mark.parametrize("kind", ["model", "exit", "head", "states"])
 def test_caches_and_features_are_those_of_a_plain_pass(target, sources, kind):
     engine = engine_of(target, sources[kind])
     engine.core.keep_features((0, 1), lambda: FeatureBuffer(dtype=torch.float32))

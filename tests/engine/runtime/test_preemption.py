@@ -51,6 +51,8 @@ def requests(draft, seeded, count=6):
         ("model", True, {}),
         ("exit", False, {"deterministic": True}),
         ("head", True, {}),
+        ("states", True, {}),
+        ("states", False, {"prefix_sharing": True}),
         ("none", False, {"prefix_sharing": True}),
         ("head", False, {"prefix_sharing": True}),
     ],
@@ -66,7 +68,7 @@ def test_interrupted_requests_go_on_with_the_same_text(target, drafts, draft, se
     check(small)
 
 
-@pytest.mark.parametrize("draft", ["none", "model", "exit", "head"])
+@pytest.mark.parametrize("draft", ["none", "model", "exit", "head", "states"])
 def test_a_request_interrupted_behind_whole_pages_has_nothing_to_run_again(target, drafts, draft):
     """All its pages are known when it comes back: it decodes at once."""
     params = SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=0 if draft == "none" else 2)

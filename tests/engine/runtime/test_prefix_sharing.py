@@ -18,7 +18,7 @@ from kernels.quantized_kv import FORMATS
 
 SHAPE = {"num_hidden_layers": 3, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 STEM = [int(t) for t in torch.randint(3, 97, (70,), generator=torch.Generator().manual_seed(4))]
-DRAFTS = ["none", "model", "exit", "head"]
+DRAFTS = ["none", "model", "exit", "head", "states"]
 MODES = {"greedy": ({}, {}), "seed": ({}, {"seed": 7, "temperature": 0.8}), "deterministic": ({"deterministic": True}, {})}
 
 
@@ -74,7 +74,7 @@ def test_text_is_the_same_with_and_without(engine_of, draft, mode):
     assert [r.reused_tokens for r in batch] == ([40, 40, 40, 40, 80] if greedy else [64, 64, 72, 56, 80])
 
 
-@pytest.mark.parametrize("draft", ["model", "head"])
+@pytest.mark.parametrize("draft", ["model", "head", "states"])
 def test_the_drafts_pages_are_shared_too(engine_of, draft):
     engine = engine_of(draft)
     params = SamplingParams(max_new_tokens=12, draft_length=2, ignore_eos=True)

@@ -21,11 +21,19 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def target(random_decoder):
-    return random_decoder(0, num_hidden_layers=LAYERS)
+    return talkative(random_decoder(0, num_hidden_layers=LAYERS))
+
+
+def talkative(decoder, share=0.02):
+    """With layers that say little beside the embeddings, so that a head which was never trained is right now and then."""
+    for layer in decoder.layers:
+        layer.o_proj.weight.mul_(share)
+        layer.down_proj.weight.mul_(share)
+    return decoder
 
 
 @pytest.fixture(
-    scope="module", params=[(1, 60, "own", (LAYERS,)), (2, 60, "tied", (1, 3, LAYERS))], ids=["one layer", "two, of three states"]
+    scope="module", params=[(1, 97, "own", (LAYERS,)), (2, 90, "tied", (1, 3, LAYERS))], ids=["one layer", "two, of three states"]
 )
 def source(request, target, tmp_path_factory, make_draft_head) -> StateHeadSource:
     layers, size, head, states = request.param

@@ -33,6 +33,8 @@ def engine_of(model, make_draft_head, tmp_path, monkeypatch):
     def make(draft="none", windows=True, **options):
         if draft == "head" and draft not in sources:
             sources[draft] = load_draft_head(make_draft_head(tmp_path / "head", decoder, exit_layer=1, layers=1), decoder)
+        if draft == "states" and draft not in sources:
+            sources[draft] = load_draft_head(make_draft_head(tmp_path / "states", decoder, state_layers=(c.num_layers,)), decoder)
         with monkeypatch.context() as patch:
             if not windows:
                 patch.setattr("engine.runtime.core.window_layers", lambda *_: ())
@@ -67,7 +69,7 @@ def most_pages(engine):
 
 
 @pytest.mark.parametrize(
-    ("draft", "options"), [("none", {}), ("exit", {}), ("head", {}), ("model", {}), ("none", {"kv_cache_dtype": "q4"})]
+    ("draft", "options"), [("none", {}), ("exit", {}), ("head", {}), ("states", {}), ("model", {}), ("none", {"kv_cache_dtype": "q4"})]
 )
 def test_long_texts_are_the_same_and_their_windows_stay_short(engine_of, draft, options):
     """Several at once, with drafts that are accepted and refused across the windows' edges."""
@@ -85,7 +87,7 @@ def test_long_texts_are_the_same_and_their_windows_stay_short(engine_of, draft, 
     check(engine)
 
 
-@pytest.mark.parametrize("draft", ["none", "exit", "head"])
+@pytest.mark.parametrize("draft", ["none", "exit", "head", "states"])
 @pytest.mark.parametrize("mode", MODES)
 def test_shared_beginnings(engine_of, draft, mode):
     """A prompt again, a longer one, one that parts far before the end and another that parts there too, one that goes on from an answer."""
@@ -138,7 +140,7 @@ def test_interrupted_requests_go_on_with_the_same_text(engine_of, draft):
     check(engine)
 
 
-@pytest.mark.parametrize("draft", ["none", "exit", "head"])
+@pytest.mark.parametrize("draft", ["none", "exit", "head", "states"])
 @pytest.mark.parametrize("back", [2, 40, REWIND_TOKENS, 300])
 def test_a_conversation_that_is_taken_back_goes_on_exactly(engine_of, draft, back):
     """By a few tokens from what is held, by many from its beginning."""

@@ -50,7 +50,7 @@ class Break:
 
 
 DRAFTS, PLACES = (
-    ["draft", "head", "trunk", "none"],
+    ["draft", "head", "states", "trunk", "none"],
     ["target.forward", "drafter.commit", "drafter.observe_target", "append_tokens", "on_text"],
 )
 
@@ -60,7 +60,7 @@ DRAFTS, PLACES = (
 def test_an_answer_broken_off_anywhere_leaves_a_session_that_goes_on(chat_engine, draft, place, after, monkeypatch, tmp_path):
     if draft == "none" and place.startswith("drafter"):
         pytest.skip("no drafter")
-    if place == "drafter.observe_target" and draft not in ("trunk", "head"):
+    if place == "drafter.observe_target" and draft not in ("trunk", "head", "states"):
         pytest.skip("only an early exit looks at the target's prompt pass")
     engine = chat_engine(draft, deterministic=True)
     session = spoken(engine, tokens=20)

@@ -97,7 +97,7 @@ def draft_tokens(monkeypatch):
 # --- what comes back ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", ["draft", "head", "trunk", "none"])
+@pytest.mark.parametrize("draft", ["draft", "head", "states", "trunk", "none"])
 def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, capsys):
     engine, again = chat_engine(draft), chat_engine(draft)
     found, sizes = {}, {}
@@ -139,7 +139,7 @@ def test_next_token_distribution_after_a_resume(chat_engine, draft, tmp_path, ca
     assert sizes["tokens"] < sizes["tiny"] < report.raw_bytes / 8
 
 
-@pytest.mark.parametrize("draft", ["draft", "head", "trunk", "none"])
+@pytest.mark.parametrize("draft", ["draft", "head", "states", "trunk", "none"])
 def test_resumed_kv_is_near_and_the_first_tokens_are_exact(chat_engine, draft, tmp_path):
     engine = chat_engine(draft, deterministic=True)
     kept = spoken(engine, quality="near-lossless")
@@ -163,7 +163,7 @@ def test_greedy_text_goes_on_as_if_never_suspended(chat_engine, draft, tmp_path)
     assert (theirs.prompt_tokens, theirs.reused_tokens) == (len(resumed.token_ids) - 20, 0)
 
 
-@pytest.mark.parametrize("draft", ["draft", "head", "trunk"])
+@pytest.mark.parametrize("draft", ["draft", "head", "states", "trunk"])
 def test_speculation_over_restored_caches_gives_the_plain_greedy_text(chat_engine, draft, tmp_path):
     engine = chat_engine(draft, deterministic=True)
     kept = spoken(engine, quality="balanced")

@@ -21,7 +21,7 @@ from engine.store.store import RunStore
 TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(14))
 LONG = TEXT[:800]  # tokens are bytes
 GREEDY = SamplingParams(max_new_tokens=8, draft_length=2, ignore_eos=True)
-DRAFTS = ("draft", "head", "trunk", "none")
+DRAFTS = ("draft", "head", "states", "trunk", "none")
 
 
 def restored(engine, text=LONG, params=GREEDY):
@@ -76,7 +76,7 @@ def test_an_interrupted_greedy_request_that_has_spoken_is_not_restored(store_eng
     assert result.token_ids == text or not spoken
 
 
-@pytest.mark.parametrize("draft", ["draft", "head"])
+@pytest.mark.parametrize("draft", ["draft", "head", "states"])
 def test_what_is_restored_is_what_a_session_restores(store_engine, chat_engine, tmp_path, draft, monkeypatch) -> None:
     """The same spans by the same codec: the text that follows is the one that a resumed session gives, whose spans decode alone as a store's do. At
     a quality that codes a session's last tokens, too."""
@@ -387,7 +387,7 @@ def test_damaged_runs_are_computed_again(store_engine, folder) -> None:
     assert restored(store_engine()).restored_tokens > 0 and not store_engine.said
 
 
-@pytest.mark.parametrize("draft", ["draft", "head"])
+@pytest.mark.parametrize("draft", ["draft", "head", "states"])
 def test_codes_that_do_not_decode_leave_the_request_whole(store_engine, chat_engine, monkeypatch, draft) -> None:
     """A run that is whole, with spans that are none: the caches are emptied, the prompt is computed."""
     engine = store_engine(draft)
