@@ -180,3 +180,49 @@ def test_a_target_of_another_shape_is_refused():
     config.check_target(TARGET)
     with pytest.raises(DraftHeadMismatch, match="tiny"):
         config.check_target(SimpleNamespace(**(vars(TARGET) | {"num_layers": 4})))
+
+
+def states_example(layers=(1, 3)):
+    config, tensors = example("tied")
+    joins = {
+        "state_norm.weight": torch.rand(48),
+        "embed_norm.weight": torch.rand(48),
+        "join.weight": torch.randn(48, 96),
+        "fuse.weight": torch.randn(48, 48 * len(layers)),
+    }
+    if len(layers) == 1:
+        del joins["fuse.weight"]
+    return replace(config, exit_layer=3, state_layers=layers), tensors | joins
+
+
+@pytest.mark.parametrize("layers", [(3,), (1, 3), (1, 2, 3)])
+def test_heads_on_last_states_come_back_and_are_of_a_newer_format(tmp_path, layers):
+    config, tensors = states_example(layers)
+    written = write_draft_head(tmp_path, config, tensors)
+    found, stored = read_draft_head(tmp_path)
+    assert found == written and found.state_layers == layers and set(stored) == set(tensors)
+    assert (stored["join.weight"] - tensors["join.weight"]).abs().max() < 0.03
+    found.check_target(TARGET)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["version"] == 2
+    elements = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(("state_", "embed_", "join", "fuse")))
+    assert found.join_elements(48) == elements
+    write_draft_head(tmp_path, *example())
+    text = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert text["version"] == 1 and "state_layers" not in text and read_config(tmp_path).state_layers == ()
+    assert read_config(tmp_path).join_elements(48) == 0
+
+
+def test_heads_on_last_states_that_are_not_whole_are_refused(tmp_path):
+    config, tensors = states_example()
+    for name in ("state_norm.weight", "embed_norm.weight", "join.weight", "fuse.weight"):
+        with pytest.raises(CorruptedDraftHead, match="joins other states"):
+            write_draft_head(tmp_path, config, {key: tensor for key, tensor in tensors.items() if key != name})
+        with pytest.raises(CorruptedDraftHead, match="joins other states"):
+            write_draft_head(tmp_path, config, tensors | {name: tensors[name][..., :-1]})
+    with pytest.raises(CorruptedDraftHead, match="joins other states"):
+        write_draft_head(tmp_path, replace(config, state_layers=()), tensors)
+    for layers in ((1, 2), (3, 1), (0, 3), (3, 3), ("3",), "3", (True, 3)):
+        with pytest.raises(ForeignDraftHead, match="states after"):
+            replace(config, state_layers=layers)
+    with pytest.raises(DraftHeadMismatch):
+        replace(config, exit_layer=2, state_layers=(1, 2)).check_target(TARGET)

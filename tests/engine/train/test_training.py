@@ -248,6 +248,18 @@ def test_the_script_trains_resumes_and_searches(tiny_model, tmp_path, monkeypatc
     assert status == 2 and said.strip().splitlines()[-1].startswith("error: an exit after layer 9")
     rows = json.loads((tmp_path / "s.json").read_text())["search"]
     assert [r["architecture"]["trunk_layers"] for r in rows] == [1, 2] and rows[0]["draft_step_cost"] < rows[1]["draft_step_cost"]
+    # a head on the target's last states
+    status, said = run("--out", tmp_path / "states", "--exit-layer", "1+last", "--steps", 6, "--json-out", tmp_path / "l.json")
+    assert status == 0, said
+    config, tensors = read_draft_head(tmp_path / "states")
+    assert config.state_layers == (1, config.exit_layer) and tensors["fuse.weight"].shape[1] == 2 * tensors["join.weight"].shape[0]
+    figures = json.loads((tmp_path / "l.json").read_text())
+    assert len(figures["stored"]["temperature_1"]["by_depth"]) == 4 and figures["draft_step_cost"] < rows[0]["draft_step_cost"] + 0.2
+    card = (tmp_path / "states" / "README.md").read_text()
+    assert f"after layers 1, {config.exit_layer}" in card and "--exit-layer 1+last" in card
+    for wrong in ("first", "2+1", "a+last"):
+        status, said = run("--out", tmp_path / "none", "--exit-layer", wrong, "--steps", 1)
+        assert status == 2 and "an exit layer" in said
     for name in ("t", "s"):
         train_plot.plot(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
