@@ -55,12 +55,11 @@ def plain(target):
 def full_rows(target, source, token_ids, known_from=0):
     """The own layers' KV [T, D] of a plain pass over the rows of token_ids from known_from on, with all states of the target."""
     sequence, own = target.new_pool(9, 16).new_sequence(), source.layers.new_pool(9, 16).new_sequence()
-    taps = forward_reserved(
-        target, torch.tensor(token_ids), [sequence], [len(token_ids)], taps=source.join.state_layers, logits="none"
-    ).taps
+    ids = torch.tensor(token_ids, device=target.device)
+    taps = forward_reserved(target, ids, [sequence], [len(ids)], taps=source.join.state_layers, logits="none").taps
     fused = source.join.fused([taps[layer] for layer in source.join.state_layers])[known_from:]
     before = torch.cat([torch.zeros_like(fused[:1]), fused[:-1]])
-    rows = source.join.rows(before, target.embed(torch.tensor(token_ids[known_from:])))
+    rows = source.join.rows(before, target.embed(ids[known_from:]))
     forward_reserved(source.layers, None, [own], [len(rows)], hidden=rows, logits="none")
     return source.layers.read_kv(own, 0, len(rows))
 

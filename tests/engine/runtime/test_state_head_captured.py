@@ -17,19 +17,27 @@ from tests.engine.runtime.test_state_head import LAYERS, PROMPTS, full_rows, tal
 pytestmark = [pytest.mark.gpu] if GPU else []
 
 
+HEADS = {"one layer": (1, 97, "own", (LAYERS,)), "two, of three states": (2, 90, "tied", (1, 3, LAYERS))}
+
+
 @pytest.fixture(scope="module")
-def target(random_decoder):
-    sizes = {"head_dim": 64} if GPU else {}
-    return talkative(random_decoder(0, num_hidden_layers=LAYERS, **sizes)).to(DEVICE)
+def made(random_decoder, tmp_path_factory, make_draft_head):
+    """The target, and the folders of its heads."""
+    target, folders = talkative(random_decoder(0, num_hidden_layers=LAYERS, **({"head_dim": 64} if GPU else {}))), {}
+    for name, (layers, size, head, states) in HEADS.items():
+        folder = tmp_path_factory.mktemp("head")
+        folders[name] = make_draft_head(folder, target, layers=layers, size=size, head=head, state_layers=states)
+    return target.to(DEVICE), folders
 
 
-@pytest.fixture(
-    scope="module", params=[(1, 97, "own", (LAYERS,)), (2, 90, "tied", (1, 3, LAYERS))], ids=["one layer", "two, of three states"]
-)
-def source(request, target, tmp_path_factory, make_draft_head):
-    layers, size, head, states = request.param
-    folder = make_draft_head(tmp_path_factory.mktemp("head"), target, layers=layers, size=size, head=head, state_layers=states)
-    return load_draft_head(folder, target)
+@pytest.fixture(scope="module")
+def target(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module", params=list(HEADS))
+def source(request, made):
+    return load_draft_head(made[1][request.param], made[0])
 
 
 def captured(target, source, **options):
