@@ -16,11 +16,12 @@ from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL
 from codec.rate import CLASSES_PER_GAIN, CLASSES_PER_OCTAVE, ESCAPE_BITS, GAIN_ZERO, NUM_CLASSES, NUM_GAINS, RATE_WEIGHT, EntropyModel
 from kernels.choose_gains import Prices, choose_gains
 from kernels.choose_gains.reference import SAMPLE
+from kernels.cpu_decode import compiled_available, compiled_loads
 from kernels.dispatch import use_triton
 from kernels.reconstruct import Points
 
 if TYPE_CHECKING:
-    from kernels.cpu_decode.coded import ComponentTables
+    from kernels.cpu_decode.coded import ComponentTables, PriceTables
 
 CLASSES_PER_LEVEL = CLASSES_PER_OCTAVE // LEVELS_PER_OCTAVE
 
@@ -115,6 +116,12 @@ class RateChoice:
         """
         if use_triton(q):
             return choose_gains(q, base, -CLASSES_PER_LEVEL * levels, self.prices)
+        if self._runs_compiled(q):
+            from kernels.cpu_decode import coded
+
+            shifts, at = (-CLASSES_PER_LEVEL * levels).numpy(), levels.long() - MIN_LEVEL
+            few, every = (self._zero_costs(part)[at].numpy() for part in (base[::SAMPLE], base))
+            return torch.from_numpy(coded.choose_gains(self.price_tables, q.numpy(), base.numpy(), shifts, few, every, SAMPLE))
         some = self._nonzeros(q[:, ::SAMPLE], base[::SAMPLE], levels)
         cost = torch.stack([self._gain_cost(some, torch.full_like(levels, gain)) for gain in range(NUM_GAINS)])
         best = cost.argmin(0)
@@ -123,13 +130,28 @@ class RateChoice:
         cost = torch.stack([self._gain_cost(whole, gains) for gains in near])
         return near.gather(0, cost.argmin(0, keepdim=True))[0].to(torch.uint8)
 
+    @staticmethod
+    def _runs_compiled(q: torch.Tensor) -> bool:
+        return q.device.type == "cpu" and q.numel() > 0 and compiled_available() and compiled_loads()
+
+    @cached_property
+    def price_tables(self) -> PriceTables:
+        """What the compiled choices take; on a CPU."""
+        from kernels.cpu_decode.coded import PriceTables
+
+        return PriceTables(*(part.numpy() for part in (self.limit, self.centre, self._excess, self.bits, self._offset.view(-1, 4))))
+
+    def _zero_costs(self, base: torch.Tensor) -> torch.Tensor:
+        """What a token of zeros takes, its gain's symbol included, int64 [levels, gains], of components of classes base int32 [K]."""
+        counts = torch.bincount(base, minlength=NUM_CLASSES)
+        every_level = torch.arange(MIN_LEVEL, MAX_LEVEL + 1, dtype=torch.int32, device=base.device)[:, None, None]
+        every_gain = torch.arange(NUM_GAINS, dtype=torch.int32, device=base.device)[None, :, None]
+        every_class = torch.arange(NUM_CLASSES, dtype=torch.int32, device=base.device)[None, None]
+        return (counts * self._zero_price[_gained(own_classes(every_class, every_level), every_gain)]).sum(-1) + self._gain_price
+
     def _nonzeros(self, q: torch.Tensor, base: torch.Tensor, levels: torch.Tensor) -> _Nonzeros:
         row, column = q.nonzero(as_tuple=True)
-        counts = torch.bincount(base, minlength=NUM_CLASSES)
-        every_level = torch.arange(MIN_LEVEL, MAX_LEVEL + 1, dtype=torch.int32, device=q.device)[:, None, None]
-        every_gain = torch.arange(NUM_GAINS, dtype=torch.int32, device=q.device)[None, :, None]
-        every_class = torch.arange(NUM_CLASSES, dtype=torch.int32, device=q.device)[None, None]
-        zeros = (counts * self._zero_price[_gained(own_classes(every_class, every_level), every_gain)]).sum(-1) + self._gain_price
+        zeros = self._zero_costs(base)
         ends = torch.searchsorted(row, torch.arange(len(q) + 1, device=q.device))
         return _Nonzeros(row, q[row, column].abs(), own_classes(base[column], levels[row]), ends, zeros[levels.long() - MIN_LEVEL])
 
@@ -148,6 +170,11 @@ class RateChoice:
         Candidates for each x float32 [T, K] (already divided by the step) are the nearest integer, the next one towards zero, and zero; q is
         kept where it is an escape. base, levels and gains as for `final_classes`.
         """
+        if self._runs_compiled(q):
+            from kernels.cpu_decode import coded
+
+            shifts = (-CLASSES_PER_LEVEL * levels).numpy()
+            return torch.from_numpy(coded.refine(self.price_tables, x.numpy(), q.numpy(), base.numpy(), shifts, gains.numpy(), weight))
         row, column = (x.abs() >= 0.5).nonzero(as_tuple=True)
         value, old = x[row, column], q[row, column]
         classes = _gained(own_classes(base[column], levels[row]), gains.to(torch.int32)[row])

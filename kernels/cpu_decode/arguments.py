@@ -25,6 +25,12 @@ ARGUMENTS = {
     "components": (
         "q", "own", "own_stride", "gains", "steps", "limits", "points", "tokens", "count", "classes", "out", "escapes", "room", "found",
     ),
+    "gains_chosen": (
+        "q", "base", "shifts", "tokens", "count", "classes", "limits", "centres", "excess", "sample", "sampled_zeros", "zeros", "gains",
+    ),
+    "refined": (
+        "x", "q", "base", "shifts", "gains", "tokens", "count", "classes", "limits", "centres", "points", "bits", "bit_price", "out",
+    ),
     "rotated": ("y", "mu", "rest", "rest_stride", "cos", "sin", "rows", "heads", "head_dim", "out", "out_stride"),
     "scattered": (
         "rows", "row_stride", "tokens", "heads", "head_dim", "pages", "places", "order", "out", "page_stride", "head_stride",
@@ -37,4 +43,4 @@ ARGUMENTS = {
 """The functions that can be called, and what they take."""
 MODEL = ("addresses", "kinds", "norms", "qkv_bias", "o_bias", "qk_norm", "pool", "layers", "page_size", "cos", "sin")
 """What `draft` is told of its first layers, and of its own: int64, addresses but for the number of layers and the page size."""
-REAL = ("eps", "scale", "row")
+REAL = ("eps", "scale", "row", "bit_price")

@@ -98,6 +98,57 @@ def components(
     return out, escapes[: int(found[0])], int(found[0])
 
 
+class PriceTables(NamedTuple):
+    """limits and centres int32 [C], as above; excess int32 [entries], what a size takes beyond a 0, in whole units; bits float32 [entries] and points
+    float32 [C, 4], as `RateChoice.refine` has them."""
+
+    limits: np.ndarray
+    centres: np.ndarray
+    excess: np.ndarray
+    bits: np.ndarray
+    points: np.ndarray
+
+
+def choose_gains(
+    tables: PriceTables, q: np.ndarray, base: np.ndarray, shifts: np.ndarray, sampled_zeros: np.ndarray, zeros: np.ndarray, sample: int
+) -> np.ndarray:
+    """Gains uint8 [T] with the shortest code for integers q int32 [T, K].
+
+    Args:
+        base: int32 [K], classes. shifts: int32 [T], classes that a token's step moves them by.
+        sampled_zeros, zeros: int64 [T, 16], what a token of zeros takes under each gain on every `sample`-th component, and on all.
+    """
+    tokens, count = q.shape
+    if len(base) != count or len(shifts) != tokens or not sampled_zeros.shape == zeros.shape == (tokens, 16):
+        raise ValueError("classes, steps and costs of zeros are not those of the integers")
+    numbers, classes, moves = _as(q, np.int32), _as(base, np.int32), _as(shifts, np.int32)
+    few, every, gains = _as(sampled_zeros, np.int64), _as(zeros, np.int64), _new(tokens, np.uint8)
+    _FUNCTIONS["gains_chosen"](
+        numbers.ctypes.data, classes.ctypes.data, moves.ctypes.data, tokens, count, len(tables.limits), tables.limits.ctypes.data,
+        tables.centres.ctypes.data, tables.excess.ctypes.data, sample, few.ctypes.data, every.ctypes.data, gains.ctypes.data,
+    )  # fmt: skip
+    return gains
+
+
+def refine(
+    tables: PriceTables, x: np.ndarray, q: np.ndarray, base: np.ndarray, shifts: np.ndarray, gains: np.ndarray, bit_price: float
+) -> np.ndarray:
+    """Integers int32 [T, K] of the least squared error + bit_price * bits near x float32 [T, K]; q int32 [T, K] where it is an escape. Others as for
+    `choose_gains`; gains uint8 [T]."""
+    tokens, count = q.shape
+    if x.shape != q.shape or len(base) != count or not len(shifts) == len(gains) == tokens:
+        raise ValueError("numbers, classes, steps and gains are not those of the integers")
+    numbers, old, classes, moves, own = (
+        _as(part, kind) for part, kind in ((x, np.float32), (q, np.int32), (base, np.int32), (shifts, np.int32), (gains, np.uint8))
+    )
+    out = _new((tokens, count), np.int32)
+    _FUNCTIONS["refined"](
+        numbers.ctypes.data, old.ctypes.data, classes.ctypes.data, moves.ctypes.data, own.ctypes.data, tokens, count, len(tables.limits),
+        tables.limits.ctypes.data, tables.centres.ctypes.data, tables.points.ctypes.data, tables.bits.ctypes.data, bit_price, out.ctypes.data,
+    )  # fmt: skip
+    return out
+
+
 def rotated(
     y: torch.Tensor, mu: torch.Tensor, rest: torch.Tensor | None, angles: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
 ) -> None:
@@ -145,4 +196,15 @@ def scatter(rows: torch.Tensor, pages: np.ndarray, places: np.ndarray, order: np
     )  # fmt: skip
 
 
-__all__ = ["ComponentTables", "SpanTables", "components", "rans_decode", "rotated", "scatter", "scatters"]
+__all__ = [
+    "ComponentTables",
+    "PriceTables",
+    "SpanTables",
+    "choose_gains",
+    "components",
+    "rans_decode",
+    "refine",
+    "rotated",
+    "scatter",
+    "scatters",
+]

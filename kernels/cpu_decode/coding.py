@@ -1,8 +1,8 @@
-"""Decoding of coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, integers to
-components, products to keys and values.
+"""Coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, integers to components, products to keys and values; and of
+the encoder its choices by rate.
 
-They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`, and of
-`codec.layouts.PackedKv.writer`; `coded` is their face.
+They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`, of
+`codec.layouts.PackedKv.writer`, and of `codec.choice.RateChoice`; `coded` is their face.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kernels.cpu_decode.numbers import load_bf16, to_bf16
 
 PRECISION_BITS = 14
 STATE_LOW = 1 << 16
-GAIN_ZERO, CLASSES_PER_GAIN = 8, 2
+GAIN_ZERO, CLASSES_PER_GAIN, NUM_GAINS = 8, 2, 16
 LAST_POINT = 3  # a class has a reconstruction point for 0, 1, 2 and for all integers from here on
 
 
@@ -23,6 +23,8 @@ def write_coding(c: Code) -> None:
     """All functions."""
     _write_rans(c)
     _write_components(c)
+    _write_gains(c)
+    _write_refined(c)
     _write_rotated(c)
     _write_scattered(c)
 
@@ -120,6 +122,95 @@ def _write_components(c: Code) -> None:
                         c.store(place, a["escapes"] + found.get() * 8)
                     found.set(found.get() + 1)
         c.store(found.get(), a["found"])
+
+
+def _own(c: Code, a: dict[str, Number], token: Number, component: Number) -> Number:
+    """The class of a token's component before its gain."""
+    moved = _load_signed(c, a["base"] + component * 4, I32) + _load_signed(c, a["shifts"] + token * 4, I32)
+    return moved.at_least(0).at_most(a["classes"] - 1)
+
+
+def _size(c: Code, q: Number) -> Number:
+    return q.compare("<", 0).choose(c.of(I64, 0) - q, q)
+
+
+def _write_gains(c: Code) -> None:
+    """Each token's gain with the shortest code: all are tried on every `sample`-th component, the best one and its neighbours on all.
+
+    q int32 [T, K]; base int32 [K], the components' classes; shifts int32 [T], what a token's step moves them by; limits and centres int32 [classes];
+    excess int32 [entries], what a size takes beyond a 0. sampled_zeros and zeros int64 [T, 16]: what a token of zeros takes under each gain, the
+    gain's symbol included. Written: gains uint8 [T], the lower one of two that are as good.
+    """
+    names = ARGUMENTS["gains_chosen"]
+    with c.function("gains_chosen", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        count, costs = a["count"], c.room(NUM_GAINS * 8)
+
+        def add(token: Number, component: Number, first: Number, gains: Number | int) -> None:
+            """What a component that is not 0 takes beyond a 0, under gains from `first` on."""
+            q = _load_signed(c, a["q"] + (token * count + component) * 4, I32)
+            with c.when(q.compare("!=", 0)):
+                own, size = _own(c, a, token, component), _size(c, q)
+                with c.loop(0, gains) as n:
+                    kind = _gained(own, first + n, a["classes"])
+                    entry = _load_signed(c, a["centres"] + kind * 4, I32) + size.at_most(_load_signed(c, a["limits"] + kind * 4, I32) + 1)
+                    c.store(c.load(costs + n * 8) + _load_signed(c, a["excess"] + entry * 4, I32), costs + n * 8)
+
+        def least(gains: Number | int) -> Number:
+            """The first of so many costs that no other is below."""
+            best, cost = Variable(c, c.of(I64, 0)), Variable(c, c.load(costs))
+            with c.loop(1, gains) as n, c.when(c.load(costs + n * 8).compare("<", cost.get())):
+                cost.set(c.load(costs + n * 8))
+                best.set(n)
+            return best.get()
+
+        with c.loop(0, a["tokens"]) as token:
+            with c.loop(0, NUM_GAINS) as gain:
+                c.store(c.load(a["sampled_zeros"] + (token * NUM_GAINS + gain) * 8), costs + gain * 8)
+            with c.loop(0, (count + (a["sample"] - 1)) // a["sample"]) as n:
+                add(token, n * a["sample"], c.of(I64, 0), NUM_GAINS)
+            best = least(NUM_GAINS)
+            first = (best - 1).at_least(0)
+            near = (best + 2).at_most(NUM_GAINS) - first
+            with c.loop(0, near) as n:
+                c.store(c.load(a["zeros"] + (token * NUM_GAINS + first + n) * 8), costs + n * 8)
+            with c.loop(0, count) as component:
+                add(token, component, first, near)
+            c.store((first + least(near)).to("trunc", I8), a["gains"] + token)
+
+
+def _write_refined(c: Code) -> None:
+    """Integers of the least squared error + bit_price * bits among the nearest one, the next one towards zero, and zero; escapes stay as they are.
+
+    x float32 [T, K], in steps; q int32 [T, K]; base, shifts, gains, limits and centres as above; points float32 [classes, 4]; bits float32 [entries].
+    Written: out int32 [T, K].
+    """
+    names = ARGUMENTS["refined"]
+    with c.function("refined", [F32 if name == "bit_price" else I64 for name in names], exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        count = a["count"]
+        with c.loop(0, a["tokens"]) as token:
+            gain = _load_unsigned(c, a["gains"] + token, I8)
+            with c.loop(0, count) as component:
+                place = (token * count + component) * 4
+                x, result = c.load(a["x"] + place, F32), Variable(c, c.of(I64, 0))
+                size = x.compare("<", 0.0).choose(x * -1.0, x)
+                with c.when(size.compare(">=", 0.5)):
+                    kind, old = _gained(_own(c, a, token, component), gain, a["classes"]), _load_signed(c, a["q"] + place, I32)
+                    limit = _load_signed(c, a["limits"] + kind * 4, I32)
+                    entries = a["bits"] + _load_signed(c, a["centres"] + kind * 4, I32) * 4
+                    nearest = (size + 0.5).at_most(limit.to("sitofp", F32)).to("fptosi", I64)
+                    best, chosen = Variable(c, c.of(F32, float("inf"))), Variable(c, nearest)
+                    for candidate in (nearest, (nearest - 1).at_least(0), c.of(I64, 0)):
+                        point = c.load(a["points"] + (kind * (LAST_POINT + 1) + candidate.at_most(LAST_POINT)) * 4, F32)
+                        error = size - (candidate.to("sitofp", F32) + point)
+                        cost = error * error + a["bit_price"] * c.load(entries + candidate * 4, F32)
+                        with c.when(cost.compare("<", best.get())):
+                            best.set(cost)
+                            chosen.set(candidate)
+                    found = x.compare("<", 0.0).choose(c.of(I64, 0) - chosen.get(), chosen.get())
+                    result.set(_size(c, old).compare(">", limit).choose(old, found))
+                c.store(result.get().to("trunc", I32), a["out"] + place)
 
 
 def _write_rotated(c: Code) -> None:

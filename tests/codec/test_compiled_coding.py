@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llvmlite")
 
+from codec.choice import RateChoice
 from codec.codec import KvCodec
 from codec.coder import SpanCoder
 from codec.errors import CorruptedCode
 from codec.layouts import PackedKv
 from codec.pack import CodecPack
 from codec.pages import LayerRows
+from codec.quantize import quantise
 from codec.rans import SpanStream, encode
 from codec.rate import NUM_CLASSES, EntropyModel, class_scale
 from kernels.cpu_decode import coded
@@ -231,3 +233,35 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     limits = coded.ComponentTables(np.zeros(1, np.int32), np.zeros((1, 4), np.float32))
     with pytest.raises(ValueError):
         coded.components(limits, np.zeros((2, 3), np.int16), own, np.zeros(1, np.uint8), np.ones(2, np.float32), 0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 40))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_choices_by_rate_are_the_plain_ones(seed: int, tokens: int, components: int) -> None:
+    """Gains at both ends, escapes, tokens of zeros, numbers beyond every limit."""
+    q, base, levels, _ = drawn(seed, [tokens], components)
+    rng = np.random.default_rng(seed)
+    x = q + torch.from_numpy(rng.uniform(-0.5, 0.5, q.shape) * (rng.random((tokens, 1)) < 0.8)).float()
+    size = torch.from_numpy(2.0 ** rng.integers(-9, 9, (tokens, 1))).float()
+    x, plain = x * size, RateChoice(MODEL)
+    q = quantise(x)
+    made: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coded, "_new", guarded(made))
+        patch.setenv(VARIABLE, "reference")
+        gains = plain.choose_gains(q, base, levels)
+        wanted = plain.refine(x, q, base, levels, gains)
+        assert not made, "the plain choices"
+        patch.delenv(VARIABLE)
+        assert torch.equal(plain.choose_gains(q, base, levels), gains)
+        assert torch.equal(plain.refine(x, q, base, levels, gains), wanted)
+        assert len(made) == 2 and untouched(made)
+
+
+def test_compiled_choices_refuse_what_does_not_fit() -> None:
+    q, base, levels, _ = drawn(3, [4], 5)
+    tables, shifts, zeros = RateChoice(MODEL).price_tables, levels.numpy(), np.zeros((4, 16), np.int64)
+    with pytest.raises(ValueError, match="costs of zeros"):
+        coded.choose_gains(tables, q.numpy(), base.numpy(), shifts, zeros[:3], zeros, 4)
+    with pytest.raises(ValueError, match="not those of the integers"):
+        coded.refine(tables, q.numpy(), q.numpy(), base.numpy()[:3], shifts, np.zeros(4, np.uint8), 0.1)
