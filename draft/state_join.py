@@ -41,6 +41,15 @@ class StateJoin:
         ones = torch.ones_like(self.state_norm)
         return F.linear(torch.cat([rms_norm(state, ones, self.eps)[0] for state in states], -1), self.fuse)
 
+    def embedded(self, embeddings: Tensor) -> Tensor:
+        """The embeddings' part of rows [N, E], which `rows_of` adds to the states' part."""
+        size = self.join.shape[0]
+        return F.linear(rms_norm(embeddings, self.embed_norm, self.eps)[0], self.join[:, size:])
+
+    def rows_of(self, states: Tensor, embedded: Tensor, out: Tensor) -> None:
+        """`rows` from states [N, E] and what `embedded` gave for their tokens [N, E], written to out [N, E]: in few operations, for captured steps."""
+        torch.addmm(embedded, rms_norm(states, self.state_norm, self.eps)[0], self.join[:, : self.join.shape[0]].T, out=out)
+
     def rows(self, states: Tensor, embeddings: Tensor) -> Tensor:
         """Rows of the own layers [N, E] from fused or own states of the tokens before and embeddings, each [N, E]; an unknown state is 0."""
         parts = (states, self.state_norm), (embeddings, self.embed_norm)

@@ -175,6 +175,11 @@ class BlockDecoding:
         self.exit_layer = drafter.exit_layer if self.head is not None and self.on_states is None and drafter is not None else 0
         rows = 0 if self.on_states is None else MAX_DRAFT_LENGTH + 1
         self.state = BlockState(target.config.hidden_size, target.dtype, target.device, num_rows=rows)
+        # of a head on last states: the embeddings' part of the rows of its R tokens, and where each token [V] stands among these
+        self._embedded: Tensor | None = None
+        self._places: Tensor | None = None
+        if self.on_states is not None:
+            self._embedded, self._places = self._embed_drafts(self.on_states)
         self._blocks: dict[BlockKey, Block] = {}
         self._compiled: set[BlockKey] = set()  # those whose kernels are compiled
         self._memory: tuple[int, ...] = ()
@@ -627,10 +632,19 @@ class BlockDecoding:
                 self.draft.run_part(step, first, first, limit, 0, head=True)
                 own = stream.view(batch, -1, size).gather(1, place[..., None].expand(batch, 1, size))[:, 0]
             else:
-                stream.copy_(self.on_states.join.rows(own, self.on_states.embed(block.drafts[i - 1])))
+                assert self._embedded is not None and self._places is not None
+                self.on_states.join.rows_of(own, self._embedded[self._places[block.drafts[i - 1]]], stream)
                 self.draft.run_part(step, length, length, of["draft_limit"], i, head=True)
                 own = stream
             self._draw(block, of, i, step, None if i else place)
+
+    @torch.no_grad()
+    def _embed_drafts(self, drafter: StateDrafter) -> tuple[Tensor, Tensor]:
+        ids = drafter.states_head.token_ids
+        embedded = torch.cat([drafter.join.embedded(drafter.embed(some)) for some in ids.split(4096)])
+        places = torch.zeros(self.target.config.vocab_size, dtype=torch.int64, device=ids.device)
+        places[ids] = torch.arange(len(ids), device=ids.device)
+        return embedded, places
 
     def _first_layers(self, block: Block, of: dict[str, Tensor], number: int) -> None:
         """The target's first layers on the last token (0) or on a draft."""

@@ -219,6 +219,14 @@ def test_shared_beginnings_bring_their_rows(target, source):
     engine.core.draft_pool.check_integrity()
 
 
+def test_rows_in_few_operations_are_rows(target, source):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(7, target.config.hidden_size, generator=generator)
+    embeddings, out = target.embed(torch.arange(7) * 3), torch.full_like(states, float("nan"))
+    source.join.rows_of(states, source.join.embedded(embeddings), out)
+    assert torch.allclose(out, source.join.rows(states, embeddings), atol=1e-5) and float(out.abs().max()) > 0.1
+
+
 def test_its_bytes_and_costs_are_counted(target, source):
     engine = engine_of(target, source)
     memory = engine.memory()
