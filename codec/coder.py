@@ -63,6 +63,13 @@ class SpanCoder:
             base: int32 [K], the components' classes. levels: int32 [T], step levels. gains: uint8 [T].
         """
         if not self._on_kernels(q):
+            if q.device.type == "cpu" and compiled_available() and compiled_loads():
+                from kernels.cpu_decode.coded import rans_encode
+
+                own = classes_before_gain(base, levels).numpy()
+                limits = self.model.limit.astype(np.int32)
+                coded_spans = rans_encode(self._span_tables, limits, q.numpy(), own, gains.numpy(), sizes, tokens_per_lane)
+                return [SpanStream(size, *stream) for size, stream in zip(sizes, coded_spans, strict=True)]
             own = own_classes(base[None], levels[:, None]).cpu().numpy()
             return encode(self._numpy_tables, q.cpu().numpy(), own, gains.cpu().numpy(), list(sizes), tokens_per_lane)
         # the kernel reads a component's integers of neighbouring tokens together

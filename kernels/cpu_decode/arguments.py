@@ -22,6 +22,10 @@ ARGUMENTS = {
         "states", "words", "word_starts", "sizes", "spans", "lane_tokens", "own", "own_stride", "count", "classes",
         "symbols", "entries", "centres", "gain_symbols", "gain_entries", "q", "gains", "intact",
     ),
+    "rans_encoded": (
+        "q", "own", "own_stride", "gains", "sizes", "spans", "lane_tokens", "count", "classes", "limits", "entries", "centres", "gain_entries",
+        "states", "words", "word_starts",
+    ),
     "components": (
         "q", "own", "own_stride", "gains", "steps", "limits", "points", "tokens", "count", "classes", "out", "escapes", "room", "found",
     ),

@@ -77,6 +77,27 @@ def rans_decode(
     return q, gains, bool(intact.all())
 
 
+def rans_encode(
+    tables: SpanTables, limits: np.ndarray, q: np.ndarray, own: np.ndarray, gains: np.ndarray, sizes: Sequence[int], tokens_per_lane: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(states uint32 [lanes], words uint16 [n]) of each span: inverse of `rans_decode`. q: int32 [T, K]; limits: int32 [C], as below."""
+    tokens, count = q.shape
+    if min(sizes, default=1) < 1 or sum(sizes) != tokens or len(gains) != tokens or own.shape[1] != count or tokens_per_lane < 1:
+        raise ValueError("integers, classes, gains and sizes are not those of the same spans")
+    lanes = [-(-size // tokens_per_lane) for size in sizes]
+    numbers, classes, own_gains, most = _as(q, np.int32), _as(own, np.int32), _as(gains, np.uint8), _as(limits, np.int32)
+    lengths, states = np.array(sizes, np.int64), _new(sum(lanes), np.uint32)
+    words, starts = _new(tokens * (count + 1), np.uint16), _new(len(sizes), np.int64)
+    _FUNCTIONS["rans_encoded"](
+        numbers.ctypes.data, classes.ctypes.data, _stride(classes, tokens), own_gains.ctypes.data, lengths.ctypes.data, len(sizes),
+        tokens_per_lane, count, len(tables.centres), most.ctypes.data, tables.entries.ctypes.data, tables.centres.ctypes.data,
+        tables.gain_entries.ctypes.data, states.ctypes.data, words.ctypes.data, starts.ctypes.data,
+    )  # fmt: skip
+    ends, lane_ends = (count + 1) * np.cumsum(lengths), np.cumsum(lanes)
+    own_states = np.split(states, lane_ends[:-1]) if len(sizes) else []
+    return [(own, words[start:end].copy()) for own, start, end in zip(own_states, starts.tolist(), ends.tolist(), strict=True)]
+
+
 def components(
     tables: ComponentTables, q: np.ndarray, own: np.ndarray, gains: np.ndarray, steps: np.ndarray, room: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -203,6 +224,7 @@ __all__ = [
     "choose_gains",
     "components",
     "rans_decode",
+    "rans_encode",
     "refine",
     "rotated",
     "scatter",

@@ -1,7 +1,7 @@
 """Coded keys and values on a CPU, written in `emit`'s language: rANS over a span's lanes, integers to components, products to keys and values; and of
-the encoder its choices by rate.
+the encoder rANS and its choices by rate.
 
-They give the bits of `codec.rans.decode`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`, of
+They give the bits of `codec.rans`, `codec.codec.KvCodec.components_of` and `codec.pages.LayerRows.layer` with `kernels.rope.reference`, of
 `codec.layouts.PackedKv.writer`, and of `codec.choice.RateChoice`; `coded` is their face.
 """
 
@@ -15,6 +15,7 @@ from kernels.cpu_decode.numbers import load_bf16, to_bf16
 
 PRECISION_BITS = 14
 STATE_LOW = 1 << 16
+EMIT_SHIFT = 32 - PRECISION_BITS
 GAIN_ZERO, CLASSES_PER_GAIN, NUM_GAINS = 8, 2, 16
 LAST_POINT = 3  # a class has a reconstruction point for 0, 1, 2 and for all integers from here on
 
@@ -22,6 +23,7 @@ LAST_POINT = 3  # a class has a reconstruction point for 0, 1, 2 and for all int
 def write_coding(c: Code) -> None:
     """All functions."""
     _write_rans(c)
+    _write_rans_encoder(c)
     _write_components(c)
     _write_gains(c)
     _write_refined(c)
@@ -92,6 +94,56 @@ def _write_rans(c: Code) -> None:
                 x = _load_unsigned(c, states + (lane_start.get() + lane) * 4, I32)
                 whole.set(whole.get() & x.compare("==", STATE_LOW).to("zext", I64))
             c.store(whole.get(), a["intact"] + span * 8)
+            first.set(first.get() + size)
+            lane_start.set(lane_start.get() + lanes)
+
+
+def _write_rans_encoder(c: Code) -> None:
+    """Integers to spans' streams, the last symbol first, so that a span's words are written from their end on.
+
+    q int32 [T, K], beyond its class's limit the escape; other inputs as for `rans_decoded`; limits int32 [classes]. Written: states uint32 [lanes of
+    all spans]; words uint16 [T (K + 1)], of which each span's own end where the tokens' room ends, and begin at word_starts int64 [spans].
+    """
+    names = ARGUMENTS["rans_encoded"]
+    with c.function("rans_encoded", [I64] * len(names), exported=True) as arguments:
+        a = dict(zip(names, arguments, strict=True))
+        count, words, states = a["count"], a["words"], a["states"]
+        first, lane_start = Variable(c, c.of(I64, 0)), Variable(c, c.of(I64, 0))
+        with c.loop(0, a["spans"]) as span:
+            size = c.load(a["sizes"] + span * 8)
+            lanes = (size + (a["lane_tokens"] - 1)) // a["lane_tokens"]
+            at = Variable(c, (first.get() + size) * (count + 1))
+            with c.loop(0, lanes) as lane:
+                c.store(c.of(I32, STATE_LOW), states + (lane_start.get() + lane) * 4)
+
+            def code(lane: Number, entry: Number, at: Variable = at) -> None:
+                """Put a symbol onto a lane's state, and a word out where there is no room for it."""
+                place = states + (lane_start.get() + lane) * 4
+                x, frequency = Variable(c, _load_unsigned(c, place, I32)), entry & 0xFFFF
+                with c.when((x.get() >> EMIT_SHIFT).compare(">=", frequency)):
+                    at.set(at.get() - 1)
+                    c.store(x.get().to("trunc", I16), words + at.get() * 2)
+                    x.set(x.get() >> 16)
+                whole = x.get() // frequency
+                c.store((x.get() + whole * (c.of(I64, 1 << PRECISION_BITS) - frequency) + (entry >> 16)).to("trunc", I32), place)
+
+            with c.loop(0, a["lane_tokens"]) as done:
+                turn = a["lane_tokens"] - 1 - done
+                base = first.get() + turn * lanes
+                active = (size - turn * lanes).at_most(lanes)
+                with c.loop(0, count) as later, c.loop(0, active) as behind:
+                    component, lane = count - 1 - later, active - 1 - behind
+                    token = base + lane
+                    own = _load_signed(c, a["own"] + (token * a["own_stride"] + component) * 4, I32)
+                    kind = _gained(own, _load_unsigned(c, a["gains"] + token, I8), a["classes"])
+                    limit, q = _load_signed(c, a["limits"] + kind * 4, I32), _load_signed(c, a["q"] + (token * count + component) * 4, I32)
+                    symbol = _size(c, q).compare(">", limit).choose(limit + 1, q)
+                    entry = _load_signed(c, a["centres"] + kind * 4, I32) + symbol
+                    code(lane, _load_unsigned(c, a["entries"] + entry * 4, I32))
+                with c.loop(0, active) as behind:
+                    lane = active - 1 - behind
+                    code(lane, _load_unsigned(c, a["gain_entries"] + _load_unsigned(c, a["gains"] + base + lane, I8) * 4, I32))
+            c.store(at.get(), a["word_starts"] + span * 8)
             first.set(first.get() + size)
             lane_start.set(lane_start.get() + lanes)
 

@@ -69,6 +69,11 @@ def test_streams_decode_to_the_same_integers(seed: int, sizes, components: int, 
         wanted = CODER.decode(streams, base, levels, per_lane)
         assert not made, "the plain coder"
         patch.delenv(VARIABLE)
+        again = CODER.encode(q, base, levels, torch.from_numpy(gains.astype(np.uint8)), sizes, per_lane)
+        for own, plain in zip(again, streams, strict=True):
+            assert own.num_tokens == plain.num_tokens and own.states.dtype == np.uint32 and own.words.dtype == np.uint16
+            assert (own.states == plain.states).all() and own.words.tolist() == plain.words.tolist()
+        assert untouched(made)
         found = CODER.decode(streams, base, levels, per_lane)
     assert made and untouched(made)
     assert found[0].dtype == torch.int16 and torch.equal(found[0].int(), wanted[0].int()) and torch.equal(found[1], wanted[1])
