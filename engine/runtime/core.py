@@ -50,6 +50,7 @@ from kernels.compile_ahead import compile_ahead
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
+MEASURED_AFTER = 64  # tokens of an answer: measuring takes as long as some fifty, so a short answer would wait for it and use it little
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
 
@@ -93,8 +94,8 @@ class EngineCore:
     Whatever changes its state holds `lock`, so threads take turns, step by step (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs (`cost_model`)
-    that are given, or measured once: on a CPU after the first token of the first request that needs them, which is not drafted for. Measured costs are
-    corrected while text is generated.
+    that are given, or measured once: on a CPU in the first answer that is long enough (MEASURED_AFTER), which is not drafted for until then.
+    Measured costs are corrected while text is generated.
 
     Args:
         target: the model whose distribution is sampled.
@@ -309,10 +310,10 @@ class EngineCore:
             return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:
-        """Give requests that began without costs theirs, once one of them has its first token and goes on."""
+        """Give requests that began without costs theirs, once one of them has MEASURED_AFTER tokens and goes on."""
         scheduled = self.scheduler.running + list(self.scheduler.waiting)
         self._without_costs = [request for request in self._without_costs if request in scheduled]
-        if any(len(request.token_ids) > request.prompt_tokens for request in self._without_costs):
+        if any(request.num_new >= MEASURED_AFTER for request in self._without_costs):
             with suppress(PoolExhausted):  # measured by a later request, then
                 self.measure_costs()
             self._without_costs.clear()
@@ -508,11 +509,13 @@ class EngineCore:
                 self.scheduler.cancel(request)
 
     def step(self) -> None:
-        """One step of all running requests. Whoever has a first token has been told of it when costs are measured, as that is done first."""
+        """One step of all running requests. Whoever has tokens has been told of them when costs are measured, as that is done first."""
         with self.lock:
             if self._without_costs:
                 self._measure_late()
             self.scheduler.step()
+            if self._without_costs:
+                self._without_costs = [request for request in self._without_costs if request.finish_reason is None]
 
     def _step(self, request: Request) -> None:
         self.step()

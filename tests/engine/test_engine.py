@@ -382,7 +382,8 @@ def test_from_pretrained_loads_target_draft_and_early_exit(tiny_model, tmp_path)
         Engine.from_pretrained(folder, "none", device="cpu", exit_layer=2)
 
 
-def test_costs_are_measured_once_and_frozen(target):
+def test_costs_are_measured_once_and_frozen(target, monkeypatch):
+    monkeypatch.setattr("engine.runtime.core.MEASURED_AFTER", 1)
     engine = Engine(target, draft=1)
     engine.generate([[1]], SamplingParams(max_new_tokens=2, draft_length=2))
     assert engine.core.cost_model is None, "a fixed length needs no costs"

@@ -1,4 +1,4 @@
-"""Costs of drafting: measured after the first token, remembered for the machine and the models' shapes, measured again when old."""
+"""Costs of drafting: measured in the first answer that is long enough, remembered for the machine and the models' shapes, measured again when old."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A list with an item for each measurement; the machine counts as free."""
+    """A list with an item for each measurement, which come after the first token; the machine counts as free."""
     monkeypatch.setattr(core_module, "_FREE_SHARE", 0.0)
+    monkeypatch.setattr(core_module, "MEASURED_AFTER", 1)
     real, calls = core_module.measure_costs, []
 
     def measure(*args, **options):
@@ -56,6 +57,16 @@ def test_costs_are_measured_after_the_first_token_and_serve_the_next_engine(tiny
     [again] = other.generate([[4, 8, 15]], params)
     assert again.token_ids == rest[-1].result.token_ids and len(measured) == 1
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+
+
+def test_a_short_answer_does_not_wait_for_a_measurement(tiny_model, home, measured, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(core_module, "MEASURED_AFTER", 5)
+    engine = make(model.decoder, model.folder)
+    [result] = engine.generate([[4, 8, 15]], SamplingParams(max_new_tokens=5, ignore_eos=True))
+    assert not measured and result.new_tokens == 5 and engine.core._without_costs == [] and not home.exists()
+    engine.generate([[4, 8, 15], [3]], SamplingParams(max_new_tokens=6, ignore_eos=True))
+    assert len(measured) == 1 and engine.core.cost_model is not None
 
 
 def test_costs_measured_on_a_busy_machine_are_measured_again(tiny_model, home, measured, monkeypatch):

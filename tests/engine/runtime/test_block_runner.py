@@ -103,7 +103,8 @@ def test_text_is_that_of_plain_decoding(sources, kind, params, launched):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launched):
+def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launched, monkeypatch):
+    monkeypatch.setattr("engine.runtime.core.MEASURED_AFTER", 1)
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)
     _, plain = texts_of(sources, "plain", params)
     engine, drafted = texts_of(sources, kind, params)

@@ -235,8 +235,7 @@ def test_its_bytes_and_costs_are_counted(target, trained):
     layer = matrices + 2 * c.hidden_size
     assert memory["draft_bytes"] == 4 * (trained.config.num_layers * layer + c.hidden_size * (trained.config.vocab_size + 1))
     assert memory["pool_bytes"] == engine.core.pool.bytes + engine.core.draft_pool.bytes and engine.drafter_name == "draft head"
-    engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=2))
-    costs = engine.core.cost_model
+    costs = engine.core.measure_costs()
     assert costs.runs_last_draft and costs.last[0][1] < costs.draft[0][1]
     assert costs.step_seconds(0, 1) == costs.last[0][1] + costs.verify[0][1]
 

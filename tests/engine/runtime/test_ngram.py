@@ -11,6 +11,7 @@ from draft.source import NgramSource
 from engine.engine import Engine
 from engine.loading import choose_draft
 from engine.model.decoder import forward_reserved
+from engine.runtime.core import MEASURED_AFTER
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import pair_fingerprints
@@ -135,5 +136,5 @@ def test_it_is_chosen_by_name_and_needs_no_codec_parameters_of_its_own(target):
 
 def test_costs_are_measured_without_a_drafter(target):
     engine = Engine(target, draft=NgramSource(), page_size=16)
-    engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=3))
+    engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=MEASURED_AFTER + 1, ignore_eos=True))
     assert engine.core.cost_model is not None and len(engine.core.cost_model.verify) >= 3
