@@ -373,7 +373,7 @@ class BatchSampler:
         sampled = [i for i, r in enumerate(rows) if not self.params[r].greedy]
         distributions: list[Tensor | None] = [None] * len(rows)
         if len(sampled) < len(rows):
-            tokens = logits.argmax(-1)
+            tokens = greatest(logits)
             tokens = tokens if token_ids is None else token_ids[tokens]
         if not sampled:
             return tokens, distributions
@@ -418,6 +418,13 @@ class BatchSampler:
     def counters(self, rows: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Seeds and positions of rows as int64 tensors, the arguments of `philox_uniform` and `race`."""
         return upload([self.seeds[r] for r in rows], device), upload(list(positions), device)
+
+
+def greatest(logits: Tensor) -> Tensor:
+    """The first column of the largest number of each row of logits [n, V], or of the first NaN: int64 [n]."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))  # with vector instructions: 4 us a row of 49,152, PyTorch's 90
+    return logits.argmax(-1)
 
 
 def finite_rows(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import InvalidOption
 from engine.runtime.filters import _mass_cuts
-from engine.runtime.sampling import BatchSampler, SamplingParams, finite_rows, probabilities
+from engine.runtime.sampling import BatchSampler, SamplingParams, finite_rows, greatest, probabilities
 from kernels.accept import COUNTER_SAMPLE, sample_rows
 from kernels.philox import philox_uniform
 from kernels.philox.reference import philox_words
@@ -40,6 +40,23 @@ def test_probabilities_match_the_definition(filters, temperature, naive_probabil
         for row, own in zip(found, logits, strict=True):
             wanted = torch.tensor(naive_probabilities(own.double().tolist(), params))
             assert torch.allclose(row.double(), wanted.double(), atol=1e-6)
+
+
+def test_the_greatest_is_pytorchs_with_ties_nan_and_infinities():
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randn(3, 1001, generator=generator),
+        torch.randn(4, 50, generator=generator).round(),
+        torch.zeros(2, 7),
+        torch.full((1, 3), -math.inf),
+    ]
+    rows += [
+        torch.tensor([[1.0, math.nan, 3.0, math.nan], [2.0, math.inf, math.inf, 0.0]]),
+        torch.randn(6, 40, generator=generator)[::2, ::3],
+    ]
+    for logits in rows:
+        assert torch.equal(greatest(logits), logits.argmax(-1)) and greatest(logits).dtype == torch.int64
+    assert greatest(rows[2]).tolist() == [0, 0]
 
 
 def test_rows_do_not_depend_on_the_batch():
