@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         compute_like_hardware()
     from bench.kernel_cases import accepts, kv_writes, rms_norms, ropes, silu_muls
     from bench.kernel_cases_attention import attentions
+    from bench.kernel_cases_choices import choices, features
     from bench.kernel_cases_codec import entropy_coders, residuals
     from bench.kernel_timing import Clock, compile_all, line, measure
 
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         "attention": attentions,
         "residual": residuals,
         "rans": entropy_coders,
+        "features": features,
+        "choices": choices,
         "kv_write": kv_writes,
         "accept": accepts,
         "rms_norm": rms_norms,
