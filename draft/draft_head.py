@@ -24,6 +24,19 @@ _MOST_PARTS = 64  # tensors that one request's states may lie in
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a larger tensor that are looked up when they are asked for: a step that hardly ever asks saves the host's time."""
+
+    source: Tensor
+    place: tuple[int | slice, ...]
+    num_rows: int
+
+    def rows(self) -> Tensor:
+        """[num_rows, E]."""
+        return self.source[self.place]
+
+
 @dataclass
 class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
@@ -32,26 +45,29 @@ class DraftHeadState(DraftState):
     """
 
     own: Any = None
-    _waiting: list[Tensor] = field(default_factory=list)
+    _waiting: list[Tensor | Part] = field(default_factory=list)
     _num_waiting: int = 0
 
     @property
     def pending_hidden(self) -> Tensor | None:
         """The states at the exit [n, E] of the n tokens after `own`, which its layers have not run."""
-        if len(self._waiting) > 1:
-            self._waiting = [torch.cat(self._waiting)]
-        return self._waiting[0] if self._waiting else None
+        if not self._waiting:
+            return None
+        parts = [part.rows() if isinstance(part, Part) else part for part in self._waiting]
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        self._waiting = [rows]
+        return rows
 
     @pending_hidden.setter
     def pending_hidden(self, rows: Tensor | None) -> None:
         self._waiting, self._num_waiting = ([], 0) if rows is None else ([rows], len(rows))
 
-    def append_hidden(self, rows: Tensor) -> None:
+    def append_hidden(self, rows: Tensor | Part) -> None:
         """States [m, E] of the tokens after those that wait join them; they are put into one tensor when they are asked for."""
         self._waiting.append(rows)
-        self._num_waiting += len(rows)
+        self._num_waiting += rows.num_rows if isinstance(rows, Part) else len(rows)
         if len(self._waiting) >= _MOST_PARTS:
-            self._waiting = [torch.cat(self._waiting)]
+            _ = self.pending_hidden
 
     @property
     def num_known(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState, Part
 from draft.early_exit import EarlyExitDrafter
 from draft.model import append_features
 from draft.propose import draft_block
@@ -27,12 +27,20 @@ from kernels.upload import upload
 class StateHeadState(DraftHeadState):
     """The state of a request under a draft head on the target's last states.
 
-    num_skipped: tokens of the target's cache that have no rows. last: the target's fused state [E] of the last token that it has run, which the
-    next token's row is joined with; None: not known.
+    num_skipped: tokens of the target's cache that have no rows.
     """
 
     num_skipped: int = 0
-    last: Tensor | None = None
+    _last: Tensor | Part | None = None
+
+    @property
+    def last(self) -> Tensor | None:
+        """The target's fused state [E] of the last token that it has run, which the next token's row is joined with; None: not known."""
+        return self._last.rows() if isinstance(self._last, Part) else self._last
+
+    @last.setter
+    def last(self, state: Tensor | Part | None) -> None:
+        self._last = state
 
     @property
     def num_cached(self) -> int:
@@ -220,22 +228,24 @@ class StateDrafter(EarlyExitDrafter):
                 state.features.append(own.features[:count])
         self.states_head.run_pending(known, least=MAX_PENDING_HIDDEN)
 
-    def keep_block(self, state: StateHeadState, token: int, fused: Tensor, rows: Tensor, *, run: bool) -> None:
+    def keep_block(self, state: StateHeadState, token: int, kept: Tensor, b: int, count: int, *, run: bool) -> None:
         """`commit` of n tokens whose captured step has made the rows of those after the first.
 
-        token: the first of them, which no model had run. fused: the target's fused states [n, E]. rows: [n, E], row i of the token after token i; the
-        last one is not kept. run: whether the own layers have run the first token's row, and those that waited.
+        token: the first of them, which no model had run. kept: [B, N, 2E]; of request b the target's fused states of the first n tokens, and beside
+        each the row of the token after it, the last of which is not kept. run: whether the own layers have run the first token's row, and those that
+        waited.
         """
+        size = kept.shape[-1] // 2
         if run:
-            count, state.pending_hidden = state.num_pending_hidden + 1, None
-            state.own.advance(count)
-        elif state.num_cached + len(fused) != state.sequence.length:
-            state.skip(state.sequence.length - state.num_cached - len(fused) + 1)
+            num_run, state.pending_hidden = state.num_pending_hidden + 1, None
+            state.own.advance(num_run)
+        elif state.num_cached + count != state.sequence.length:
+            state.skip(state.sequence.length - state.num_cached - count + 1)
         else:
             state.append_hidden(self.row(state, token))
-        if len(rows) > 1:
-            state.append_hidden(rows[:-1])
-        state.last = fused[-1]
+        if count > 1:
+            state.append_hidden(Part(kept, (b, slice(count - 1), slice(size, None)), count - 1))
+        state.last = Part(kept, (b, count - 1, slice(size)), 1)
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free the own layers' pages; the sequences themselves belong to the target."""

@@ -250,9 +250,8 @@ class BlockDecoding:
                 continue
             if self.on_states is not None:
                 assert flight.exits is not None
-                fused, rows = flight.exits[b, :count].chunk(2, -1)
                 token = request.token_ids[request.sequence.length - count]
-                self.on_states.keep_block(cast(StateHeadState, state), token, fused, rows, run=flight.source == "model")
+                self.on_states.keep_block(cast(StateHeadState, state), token, flight.exits, b, count, run=flight.source == "model")
             elif self.head is not None:
                 assert flight.exits is not None
                 self.head.commit(cast(DraftHeadState, state), flight.length, flight.exits[b, :count])

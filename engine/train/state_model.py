@@ -40,6 +40,12 @@ class StateStudent(Student):
         self.join = nn.Parameter(torch.cat([whole, whole], 1))  # [E, 2E]: of the state, of the embedding
         self.fuse = nn.Parameter(torch.cat([torch.zeros(size, (count - 1) * size, device=device), whole], 1)) if count > 1 else None
 
+    @torch.no_grad()
+    def scale_rows(self, scale: float) -> None:
+        """Begin with rows of so many times their size: the copied layers add to a residual stream what drowns rows that are far smaller than theirs."""
+        self.state_norm.fill_(scale)
+        self.embed_norm.fill_(scale)
+
     def fused(self, states: Sequence[Tensor]) -> Tensor:
         """The target's states after `state_layers` layers, each [B, T, E] -> what stands for them all [B, T, E]."""
         if self.fuse is None:
@@ -121,3 +127,10 @@ def student_of(teacher: Teacher, num_layers: int, token_ids: Tensor, *, own_head
     if state_layers:
         return StateStudent(teacher, num_layers, token_ids, own_head=own_head, state_layers=state_layers)
     return Student(teacher, num_layers, token_ids, own_head=own_head)
+
+
+@torch.no_grad()
+def stream_scale(teacher: Teacher, token_ids: Tensor, positions: Tensor, layer: int) -> float:
+    """Median over positions [N] of documents token_ids [B, T] of the root mean square of the teacher's residual stream after so many layers."""
+    [stream], _ = teacher.run_taps(token_ids, (layer,))
+    return float(stream.flatten(0, 1)[positions].float().square().mean(-1).sqrt().median())

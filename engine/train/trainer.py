@@ -29,7 +29,7 @@ from engine.files import atomic_file
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
 from engine.train.loss import TeacherHead, distil
 from engine.train.model import Student, Teacher
-from engine.train.state_model import student_of
+from engine.train.state_model import StateStudent, stream_scale, student_of
 
 CHECKPOINT_VERSION = 1
 
@@ -112,6 +112,11 @@ class Trainer:
         self.optimizers = _optimizers(self.student, options, self.device)
         self.step, self.epoch, self.cursor, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
         self._order: list[np.ndarray] = epoch_order(documents, options.batch_tokens, options.seed, 0)
+        if isinstance(self.student, StateStudent) and isinstance(averaged, StateStudent):
+            batch = make_batch(documents, self._order[0], self.device)
+            scale = stream_scale(teacher, batch.token_ids, batch.positions, total - options.draft_layers)
+            self.student.scale_rows(scale)
+            averaged.scale_rows(scale)
         self._sums = torch.zeros(5, device=self.device)
         self._reported = (0, 0.0)  # tokens and seconds at the last report
         self._data_digest = documents.digest

@@ -11,7 +11,7 @@ import torch
 from draft.errors import ExitLayerError
 from engine.model.config import LayerShape
 from engine.model.layers import DIFFERENTIABLE, dense_attention, differentiable_rope, layer_forward
-from engine.train.documents import TokenDocuments, reduced_vocabulary
+from engine.train.documents import TokenDocuments, epoch_order, make_batch, reduced_vocabulary
 from engine.train.loss import TeacherHead, distil
 from engine.train.measure import measure, replay
 from engine.train.model import Teacher
@@ -151,6 +151,19 @@ def test_a_resumed_training_is_the_same(model: Teacher, texts: TokenDocuments, t
     second.run()
     for name, tensor in straight.averaged.tensors().items():
         assert torch.equal(tensor, second.averaged.tensors()[name]), name
+
+
+def test_rows_begin_as_large_as_the_stream_that_the_copied_layers_know(model: Teacher, texts: TokenDocuments):
+    trainer = Trainer(model, torch.arange(V), texts, OPTIONS)
+    batch = make_batch(texts, epoch_order(texts, OPTIONS.batch_tokens, OPTIONS.seed, 0)[0], torch.device("cpu"))
+    stream, _ = model.run(batch.token_ids, 3)  # before the last layer
+    sizes = stream.flatten(0, 1)[batch.positions].square().mean(-1).sqrt()
+    assert isinstance(trainer.student, StateStudent) and isinstance(trainer.averaged, StateStudent)
+    for student in (trainer.student, trainer.averaged):
+        assert torch.allclose(student.state_norm, sizes.median().expand(E)) and torch.equal(student.state_norm, student.embed_norm)
+    states, embeddings = torch.randn(2, 1, 50, E, generator=torch.Generator().manual_seed(8)).unbind()
+    rows = trainer.student.joined(states, embeddings)[0].square().mean(-1).sqrt()
+    assert 0.7 < float(rows.median()) / (2**0.5 * float(sizes.median())) < 1.4
 
 
 def test_wrong_layers_are_refused(model: Teacher, texts: TokenDocuments):
