@@ -179,7 +179,7 @@ def _make_draft_head(
     """A draft head of the target's last layers and head, a little altered, so that some of its drafts are accepted. state_layers: of which states it
     joins; its rows are then little but embeddings, as an untrained state says what is known already."""
     generator = torch.Generator().manual_seed(size + layers)
-    named, depth = target.hf_tensors(), target.config.num_layers
+    named, depth = {name: tensor.cpu() for name, tensor in target.hf_tensors().items()}, target.config.num_layers
     if target.config.norm_offset:  # a draft head stores what norms multiply by
         named = {name: tensor + 1 if "norm" in name else tensor for name, tensor in named.items()}
     ids = torch.randperm(target.config.vocab_size, generator=generator)[:size].sort().values

@@ -173,7 +173,7 @@ def test_a_forward_over_pages_that_are_not_reserved_is_refused(random_decoder, k
     decoder = random_decoder(1, **SHAPE)
     pool = open_pool(kind, 8)
     sequence, ids = pool.new_sequence(), torch.tensor([3, 4, 5])
-    models = [decoder] + [GraphedDecoder(decoder, pool, capture=False)] * (kind == "bf16")
+    models = [decoder, GraphedDecoder(decoder, pool, capture=False)] if kind == "bf16" else [decoder]
     for model in models:
         with pytest.raises(PagesNotReserved, match="3 tokens do not fit the 0 pages"):
             model.forward(ids, [sequence], [3])
