@@ -93,10 +93,9 @@ def distil(
         mass = p.sum(-1)
         for depth, own in enumerate(deep[:, a : a + chunk]):
             narrow = own @ head.T
-            log_q = torch.log_softmax(narrow, -1, dtype=torch.float32)
-            q = log_q.exp()
+            q = torch.softmax(narrow, -1, dtype=torch.float32)
             if depth == 0:
-                agreed = (best == narrow.argmax(-1)).sum()
+                agreed, log_q = (best == narrow.argmax(-1)).sum(), torch.log_softmax(narrow, -1, dtype=torch.float32)
                 totals += torch.stack([torch.minimum(p, q).sum(), agreed, (p * (log_p - log_q)).sum(), mass.sum()])
             gradient = _gradient(p, q, mass, mix)
             if weights is not None:
@@ -124,13 +123,14 @@ def _log_probabilities(rows: Tensor, head: Tensor, teacher_rows: Tensor, teacher
 
 
 def _gradient(p: Tensor, q: Tensor, mass: Tensor, mix: float) -> Tensor:
-    """Of the mixed loss in the draft's logits, [C, R] float32, not yet divided by the number of positions."""
-    divergence = q * mass[:, None] - p
+    """Of the mixed loss in the draft's logits, [C, R] float32, not yet divided by the number of positions; q's memory is used for it."""
     if mix == 0:
-        return divergence
-    below = q * (q < p)
-    variation = q * below.sum(-1, keepdim=True) - below
-    return variation if mix == 1 else torch.lerp(divergence, variation, mix)
+        return q.mul_(mass[:, None]).sub_(p)
+    below = torch.where(q < p, q, 0.0)
+    share = below.sum(-1)
+    if mix == 1:
+        return q.mul_(share[:, None]).sub_(below)
+    return q.mul_(torch.lerp(mass, share, mix)[:, None]).sub_(p, alpha=1 - mix).sub_(below, alpha=mix)
 
 
 class Scores(NamedTuple):
