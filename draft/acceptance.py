@@ -60,6 +60,11 @@ class AcceptanceRate:
         """Probability that a draft is accepted, given that all before it were, at any position."""
         return (self._shared.rate * PRIOR_TRIALS + self._hits) / (PRIOR_TRIALS + self._trials)
 
+    @property
+    def untried(self) -> bool:
+        """Whether none of the request's own drafts has been verified."""
+        return self._trials == 0
+
     def chain(self) -> list[float]:
         """For each position the probability that its draft and all before it are accepted, falling."""
         overall, chance, found = self.rate, 1.0, []

@@ -190,6 +190,11 @@ class DraftState:
         return True
 
     @property
+    def knows_text(self) -> bool:
+        """Whether drafts would rest on all of the text: not where steps without drafts have left the draft behind what it can catch up with."""
+        return True
+
+    @property
     def cache(self) -> Any:
         """The sequence in the draft's own pool."""
         return self.sequence

@@ -8,7 +8,7 @@ A source of drafts is used while its tokens a second, by acceptance so far and b
 the request whose drafts are accepted least, as a step takes all of them equally long, and with what begins anew where requests come and go. What
 a span of drafts loses against plain decoding is owed: plain steps pay it back with LOST_SHARE of their time before drafts are tried again, and each
 trial that fails doubles the wait. So trials cost a bounded share of all time, whatever the costs are; what is known is kept by size of batch, across
-requests.
+requests. What spans have gained stands against later losses, up to CREDIT: texts differ, so requests that begin are tried anew while nothing is owed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LOST_SHARE = 0.01  # of plain decoding's time that trials may cost, halved by ev
 MOST_LOST = 8.0  # plain steps that a span of drafts may lose before it is ended
 LEAST_REST, LAST_REST = 64, 1 << 16  # plain steps between two trials of the drafter
 MOST_DOUBLINGS = 5
+CREDIT = 32.0  # plain steps that drafts have gained, at most, which later trials may lose before anything is owed
 FIRST_CHECK, LAST_CHECK = 64, 2048  # steps of drafting before plain decoding is measured anew: doubled each time
 FIRST_LOOK, LAST_LOOK = 16, 128  # steps between two looks at texts that repeat nothing
 LOOKED_AT = 4  # requests of a batch whose texts stand for all, unless texts are drafted from
@@ -73,7 +74,8 @@ class _Load:
     """What is known of one size of batch, and the span under way.
 
     clocks: by kind and length of blocks. kind, length: of the span's steps. resting: plain steps until the next plan. in_span, judged: steps of the
-    span, and since the last judgement. lost, owed: seconds lost against plain decoding by the span, and by all together and not paid back. try_at,
+    span, and since the last judgement. lost, owed: seconds lost against plain decoding by the span, and by all together and not paid back (below 0:
+    gained). try_at,
     look_at: steps (`steps` counts all) from which on the drafter, and texts, are tried. check_at: steps of a span after which plain decoding is
     measured again. returns: to drafting, after such a check. failures: of the drafter's spans, in a row. misses: steps in a row without a promising
     match. looked_up: lengths of blocks from texts that were run once.
@@ -132,6 +134,7 @@ class SpanPolicy(DraftingPolicy):
         self._ended_at: float | None = None
         self._last: tuple[int, StepKind, StepKind, int] | None = None
         self._settled = 0  # steps since something changed
+        self._news = False  # whether requests may have begun since the last plan
 
     # --- between steps --------------------------------------------------------------------------------------------------
 
@@ -140,11 +143,12 @@ class SpanPolicy(DraftingPolicy):
         if self.costs is None:
             return 2
         load = self._of(batch)
-        return load.resting if load.kind == "plain" else 0
+        return load.resting if load.kind == "plain" and not self._may_begin(load, batch) else 0
 
     def interrupted(self) -> None:
         """Something else than a decode step has run."""
         self._ended_at = self._last = None
+        self._news = True
 
     def took(self, began_at: float, ended_at: float) -> float:
         """Seconds of a step: from the end of the one before it, if nothing else has run, as the device may have been at work since then."""
@@ -184,7 +188,7 @@ class SpanPolicy(DraftingPolicy):
                 load.clock("plain", 0).observe(seconds)
             elif changed and load.in_span > 1:
                 load.clock("plain", _CHANGED).observe(seconds)
-            load.owed = max(0.0, load.owed - LOST_SHARE * seconds)
+            load.owed = max(min(0.0, load.owed), load.owed - LOST_SHARE * seconds)
             return
         plain_s = self._plain_seconds(load, batch)
         if plain_s is None:
@@ -203,7 +207,7 @@ class SpanPolicy(DraftingPolicy):
             if kind != "plain":
                 clock.observe(seconds)
             lost = min(seconds, SLOWEST * clock.seconds) - tokens / batch * plain_s
-            load.owed = max(0.0, load.owed + lost)
+            load.owed = max(-CREDIT * plain_s, load.owed + lost)
             load.lost = max(load.lost + lost, -MOST_LOST * plain_s)  # gains of long ago do not make up for losses of now
         if load.kind == "ngram":
             load.misses = 0 if kind == "ngram" else load.misses + 1
@@ -251,9 +255,14 @@ class SpanPolicy(DraftingPolicy):
             return [k for k in (self.lengths if ready is None else ready(kind)) if batch * (1 + k) <= self.most_rows]
 
         looks = ngrams and self.ngrams
-        if load.resting <= 1 if load.kind == "plain" else load.judged >= JUDGED_EVERY:
+        fresh = self._news and all(requests[b].acceptance.untried for b in auto)
+        begins = fresh and self._may_begin(load, batch)
+        self._news = False
+        if fresh and load.kind == "model":
+            load.lost = max(0.0, load.lost)  # other texts' gains say nothing of these
+        if begins or (load.resting <= 1 if load.kind == "plain" else load.judged >= JUDGED_EVERY):
             load.judged = 0
-            self._judge(load, requests, tokens, room, auto, lengths, looks)
+            self._judge(load, requests, tokens, room, auto, lengths, looks, begins)
         if load.kind == "model":
             length = load.length if load.length in lengths("model") else 0
             for b in able:
@@ -278,8 +287,9 @@ class SpanPolicy(DraftingPolicy):
         auto: Sequence[int],
         lengths: Callable[[StepKind], list[int]],
         looks: bool,
+        begins: bool,
     ) -> None:
-        """Choose the next span, or go on with the one under way."""
+        """Choose the next span, or go on with the one under way. begins: whether all requests have just begun, and nothing is owed."""
         batch = len(requests)
         plain_s = self._plain_seconds(load, batch)
         if plain_s is None:
@@ -305,7 +315,7 @@ class SpanPolicy(DraftingPolicy):
             load.try_at = max(load.try_at, load.steps + LEAST_REST)
         elif load.returns and relative > LEAVE:
             return load.begin("model", length)
-        elif load.steps >= load.try_at and load.owed <= 0:
+        elif begins or (load.steps >= load.try_at and load.owed <= 0):
             hopeful = [[HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)]] * len(auto)
             if relative > ENTER:
                 return load.begin("model", length)
@@ -315,7 +325,11 @@ class SpanPolicy(DraftingPolicy):
                 return load.begin("model", length)
             load.try_at = load.steps + LAST_REST  # it would not pay if nearly all drafts were accepted
         load.returns = False
-        return self._rest(load)
+        return self._rest(load) if load.resting <= 1 else None
+
+    def _may_begin(self, load: _Load, batch: int) -> bool:
+        """Whether requests that may have begun could be drafted for at once: plain steps are known, and nothing is owed."""
+        return self._news and load.kind == "plain" and load.owed <= 0 and self._plain_seconds(load, batch) is not None
 
     def _go_on(self, load: _Load, relative: float, length: int, lost_too_much: bool, plain_s: float) -> None:
         """Judge a span of the drafter's steps."""

@@ -57,6 +57,11 @@ class StateHeadState(DraftHeadState):
         """Whether a page of the own layers holds the same tokens as the target's."""
         return self.num_skipped == 0
 
+    @property
+    def knows_text(self) -> bool:
+        """See `DraftState.knows_text`: captured steps without drafts leave no states, and drafts behind such a gap are hardly accepted."""
+        return self.num_skipped == 0 and self.num_cached >= self.sequence.length
+
     def skip(self, count: int) -> None:
         """The next `count` tokens of the target's cache have no rows."""
         if count:

@@ -250,7 +250,7 @@ def _plan(
     """This step's drafts: what the policy wants, as far as target, drafter and text have room for them.
 
     Leaves are for greedy text, where the order of sums may depend on what else is run, and where memory was promised for their slots. Drafts from the
-    text beside a drafter only where the drafter can take them.
+    text beside a drafter only where the drafter can take them. In captured steps (`ready`) automatic drafts come only from a draft that knows the text.
     """
     if all(request.params.draft_length == 0 for request in requests):
         return StepPlan([0] * len(requests), [[] for _ in requests])
@@ -259,7 +259,10 @@ def _plan(
     for request in requests:
         length = len(request.token_ids)
         room.append(max(0, min(request.context - length, request.remaining - 1)))
-        waits = begins_after > 0 and request.params.draft_length == "auto" and request.num_new < begins_after
+        waits = False
+        if drafter is not None and request.params.draft_length == "auto":
+            waits = begins_after > 0 and request.num_new < begins_after
+            waits = waits or (ready is not None and not _state(request).knows_text)
         drafter_room.append(0 if drafter is None or waits else max(0, drafter.max_positions - length))
         leaves = drafter is not None and drafter.takes_leaves and request.params.greedy and not deterministic
         memory = leaf_slot(length, MAX_LEAVES) <= request.longest(drafts=True)

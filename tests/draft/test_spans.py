@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from draft.policy import CostModel
-from draft.spans import FIRST_CHECK, FIRST_LOOK, KNOWN, LEAST_REST, MISSES, MOST_LOST, SETTLE, TRIAL, SpanPolicy
+from draft.spans import CREDIT, FIRST_CHECK, FIRST_LOOK, KNOWN, LEAST_REST, MISSES, MOST_LOST, SETTLE, TRIAL, SpanPolicy
 
 CHEAP = CostModel(draft=((1, 0.1),), verify=((1, 1.0), (128, 1.1)))
 DEAR = CostModel(draft=((1, 3.0),), verify=((1, 1.0), (128, 9.0)))
@@ -83,6 +83,39 @@ def test_a_trial_that_fails_is_repeated_ever_more_rarely():
     gaps = [b - a for a, b in itertools.pairwise(begins)]
     assert 3 <= len(begins) <= 8 and min(gaps) > LEAST_REST and gaps == sorted(gaps) and gaps[-1] > 3 * gaps[0]
     assert found.count("model") < 0.01 * len(found), "trials take a hundredth of the steps at most"
+
+
+def answers(policy, accepted, steps=96):
+    """Kinds of the steps of requests that come one after the other, each with so many accepted drafts a step."""
+    found = []
+    for count in accepted:
+        policy.interrupted()  # its prompt
+        found.append(kinds(policy, requests_of(policy, 1), steps, count))
+    return found
+
+
+def test_a_request_that_begins_is_tried_anew_while_nothing_is_owed():
+    """Texts differ: where some gain a lot, one that loses does not keep the next ones from being drafted for."""
+    policy = policy_of(CHEAP, lengths=(4,))  # four drafts cost .41 of a step
+    found = answers(policy, [4, 0, 4, 0, 4])
+    shares = [own.count("model") / len(own) for own in found]
+    assert min(shares[::2]) > 0.8 and max(shares[1::2]) < 0.3
+    assert all(own[0] == "model" for own in found[1:]), "at its first step"
+
+
+def test_requests_that_begin_are_not_tried_while_something_is_owed():
+    policy = policy_of(CHEAP, lengths=(4,))
+    found = answers(policy, [0] * 40, steps=24)
+    assert 0 < sum(own.count("model") for own in found) < 0.05 * sum(map(len, found))
+
+
+def test_gains_stand_against_losses_up_to_a_bound():
+    policy = policy_of(CHEAP, lengths=(4,))
+    answers(policy, [4] * 20)
+    assert policy._of(1).owed == pytest.approx(-CREDIT * policy.costs.step_seconds(0, 1))
+    found = answers(policy, [0] * 60)
+    assert sum(own.count("model") for own in found) < 0.1 * sum(map(len, found)), "what was gained long ago is used up"
+    assert found[0].count("model") <= 2 * TRIAL, "gains of other texts do not keep up drafts of this one"
 
 
 def test_a_span_that_loses_too_much_is_ended_before_its_trial_is_over():

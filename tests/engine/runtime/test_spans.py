@@ -71,7 +71,7 @@ class SimulatedPlain(PlainDecoding):
 
 class SimulatedBlocks(BlockDecoding):
     def __init__(self, machine):
-        self.machine, self._flight, self._settled, self.drafter = machine, None, ([], []), None
+        self.machine, self._flight, self._settled, self.drafter, self.on_states = machine, None, ([], []), None, None
 
     def _takes(self, requests, plan, deterministic):
         return plan.drafts
@@ -108,7 +108,7 @@ class SimulatedBlocks(BlockDecoding):
             gained.append([1 + kept, *machine.text(at, 1 + kept)])
             machine.ends[id(request)] = at + 1 + kept
             counts.append(most)
-        return Flight(requests, source, length, plan, counts, (done_at, gained), None)
+        return Flight(requests, source, length, plan, counts, (done_at, gained), None, deterministic)
 
 
 class Sequence:
@@ -129,6 +129,7 @@ class SimulatedRequest:
         self.drafting, self.metrics, self.logprobs, self.error = drafting, SpeculationMetrics("simulated"), [], None
         self.end, self.sequence, self.behind = len(self.token_ids) + new, Sequence(self, len(self.token_ids) - 1), 0
         self.more = 0.0  # its own acceptance, beyond the machine's
+        self.draft_state = SimpleNamespace(knows_text=True)
 
     @property
     def remaining(self):

@@ -8,6 +8,7 @@ import torch
 from codec.predictor.features import FeatureBuffer
 from draft.draft_head import MAX_PENDING_HIDDEN
 from draft.source import StateHeadSource
+from draft.state_drafter import StateHeadState
 from engine.engine import Engine
 from engine.errors import BadDraftHead
 from engine.model.decoder import forward_reserved
@@ -241,3 +242,14 @@ def test_heads_that_do_not_fit_are_refused(target, random_decoder, make_draft_he
     with pytest.raises(BadDraftHead, match="another model"):
         load_draft_head(folder, random_decoder(0, num_hidden_layers=3))
     assert load_draft_head(folder, target).fingerprint(lambda *_: "") == "trunk-1"
+
+
+def test_a_gap_in_what_the_head_knows_is_told(target):
+    sequence = target.new_pool(4).new_sequence()
+    state = StateHeadState(sequence, None, target.new_pool(4).new_sequence())
+    assert state.knows_text
+    sequence.reserve(3)
+    sequence.advance(3)
+    assert not state.knows_text, "three tokens were run without it"
+    state.skip(3)
+    assert not state.knows_text and state.num_cached == 3
