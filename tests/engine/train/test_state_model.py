@@ -160,10 +160,12 @@ def test_rows_begin_as_large_as_the_stream_that_the_copied_layers_know(model: Te
     sizes = stream.flatten(0, 1)[batch.positions].square().mean(-1).sqrt()
     assert isinstance(trainer.student, StateStudent) and isinstance(trainer.averaged, StateStudent)
     for student in (trainer.student, trainer.averaged):
-        assert torch.allclose(student.state_norm, sizes.median().expand(E)) and torch.equal(student.state_norm, student.embed_norm)
+        assert torch.allclose(student.state_norm, sizes.median().expand(E))
+        assert torch.equal(student.state_norm, student.embed_norm)
+        assert torch.equal(student.join.detach(), torch.cat([torch.eye(E), 0.1 * torch.eye(E)], 1))
     states, embeddings = torch.randn(2, 1, 50, E, generator=torch.Generator().manual_seed(8)).unbind()
     rows = trainer.student.joined(states, embeddings)[0].detach().square().mean(-1).sqrt()
-    assert 0.7 < float(rows.median()) / (2**0.5 * float(sizes.median())) < 1.4
+    assert 0.7 < float(rows.median()) / float(sizes.median()) < 1.4
 
 
 def test_wrong_layers_are_refused(model: Teacher, texts: TokenDocuments):
