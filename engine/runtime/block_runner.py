@@ -623,7 +623,8 @@ class BlockDecoding:
         batch, size = block.key.batch, self.state.rows.shape[-1]
         first, length = of["first"] - of["skipped"], of["length"] - of["skipped"]  # in the own layers' cache
         limit = torch.minimum(length + 1, of["draft_limit"])
-        place = (length - first)[:, None]  # of the last token's row
+        # of the last token's row; the length of padding moves on with every step, and may lie anywhere
+        place = (length - first).clamp(0, len(block.passes))[:, None]
         for i, step in enumerate(block.passes):
             stream = step.buffers.stream
             if i == 0:

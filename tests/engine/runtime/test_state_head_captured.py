@@ -107,6 +107,23 @@ def test_lengths_that_change_within_a_text(target, source):
     check_rows(engine, target, source, conversation)
 
 
+def test_lengths_that_change_beside_padding(target, source):
+    """Three requests in a step of four: the state of the one that is none moves on with every step, and is never looked at."""
+    engine = captured(target, source, max_batch=3)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=4)
+    plain = plain_texts(target, SamplingParams(max_new_tokens=30, ignore_eos=True), PROMPTS[:3])
+    conversations = [engine.core.open_sequence_state() for _ in range(3)]
+    requests = [engine.core.submit(c, prompt, params, owns_cache=False) for c, prompt in zip(conversations, PROMPTS[:3], strict=True)]
+    steps = 0
+    while any(request.finish_reason is None for request in requests):
+        wanted, steps = (4 if 1 < steps % 8 < 6 else 1), steps + 1
+        for request in requests:
+            request.drafting.wanted = wanted
+            object.__setattr__(request.params, "draft_length", wanted)
+        engine.core.step()
+    assert [c.token_ids[len(prompt) :] for c, prompt in zip(conversations, PROMPTS, strict=False)] == plain
+
+
 def test_drafts_from_the_text_leave_the_head_with_its_rows(target, source):
     """Steps with drafts from the text between steps with its own ones."""
     engine = captured(target, source)
