@@ -51,7 +51,8 @@ class CopiesFile:
                 while filled < len(room) and (count := file.readinto(room[filled:])):
                     filled += count
             if filled == len(room) and sha256(room).digest() == digest:
-                os.utime(path)
+                with suppress(OSError):  # of another user's file, or one that cannot be written
+                    os.utime(path)
                 return True
         return False
 

@@ -59,6 +59,16 @@ def test_copies_of_another_size_are_not_taken(folder):
     assert read(file, 999) is None and read(file, 1001) is None
 
 
+def test_a_file_that_cannot_be_touched_is_taken(folder, monkeypatch):
+    def refused(path):
+        raise PermissionError
+
+    file = CopiesFile(("x",))
+    file.write(CONTENT.data)
+    monkeypatch.setattr(draft_copies.os, "utime", refused)
+    assert np.array_equal(read(file), CONTENT)
+
+
 def test_files_used_longest_ago_make_room(folder, monkeypatch):
     monkeypatch.setattr(draft_copies, "MOST_BYTES", 3 * 1032)
     files = [CopiesFile((number,)) for number in range(5)]
