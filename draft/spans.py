@@ -143,7 +143,7 @@ class SpanPolicy(DraftingPolicy):
         if self.costs is None:
             return 2
         load = self._of(batch)
-        return load.resting if load.kind == "plain" and not self._may_begin(load, batch) else 0
+        return load.resting if load.kind == "plain" and not (self._news and self._may_begin(load, batch)) else 0
 
     def interrupted(self) -> None:
         """Something else than a decode step has run."""
@@ -242,6 +242,7 @@ class SpanPolicy(DraftingPolicy):
     ) -> StepPlan:
         """The next step; asked before the one under way is read, too, and as often as one likes. See `DraftingPolicy.plan`."""
         batch, drafter = len(requests), drafter_room is not None
+        news, self._news = self._news, False
         plan, model_room, auto = self._fixed(requests, tokens, room, drafter_room, ngrams)
         if not auto or self.costs is None:
             return plan
@@ -255,9 +256,8 @@ class SpanPolicy(DraftingPolicy):
             return [k for k in (self.lengths if ready is None else ready(kind)) if batch * (1 + k) <= self.most_rows]
 
         looks = ngrams and self.ngrams
-        fresh = self._news and all(requests[b].acceptance.untried for b in auto)
+        fresh = news and all(requests[b].acceptance.untried for b in auto)
         begins = fresh and self._may_begin(load, batch)
-        self._news = False
         if fresh and load.kind == "model":
             load.lost = max(0.0, load.lost)  # other texts' gains say nothing of these
         if begins or (load.resting <= 1 if load.kind == "plain" else load.judged >= JUDGED_EVERY):
@@ -328,8 +328,8 @@ class SpanPolicy(DraftingPolicy):
         return self._rest(load) if load.resting <= 1 else None
 
     def _may_begin(self, load: _Load, batch: int) -> bool:
-        """Whether requests that may have begun could be drafted for at once: plain steps are known, and nothing is owed."""
-        return self._news and load.kind == "plain" and load.owed <= 0 and self._plain_seconds(load, batch) is not None
+        """Whether requests that have just begun could be drafted for at once: plain steps are known, and nothing is owed."""
+        return load.kind == "plain" and load.owed <= 0 and self._plain_seconds(load, batch) is not None
 
     def _go_on(self, load: _Load, relative: float, length: int, lost_too_much: bool, plain_s: float) -> None:
         """Judge a span of the drafter's steps."""
