@@ -44,9 +44,8 @@ def plain(target):
     return [r.token_ids for r in engine_of(target, None).generate(PROMPTS, SamplingParams(max_new_tokens=24))]
 
 
-@pytest.mark.parametrize("length, features", [(4, ()), ("auto", ()), (4, (1, 2)), (1, (0, 3))])
-def test_greedy_text_equals_plain_decoding(target, trained, plain, length, features):
-    engine = engine_of(target, trained)
+def check_greedy_text(engine, length, features, plain):
+    """The text of PROMPTS is `plain`; of a fixed number of drafts some are accepted and some are not; no page stays taken."""
     engine.core.keep_features(features, FeatureBuffer)
     results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=24, draft_length=length))
     assert [r.token_ids for r in results] == plain
@@ -55,6 +54,11 @@ def test_greedy_text_equals_plain_decoding(target, trained, plain, length, featu
     for pool in (engine.core.pool, engine.core.draft_pool):
         pool.check_integrity()
         assert pool.num_free_pages == pool.max_pages
+
+
+@pytest.mark.parametrize("length, features", [(4, ()), ("auto", ()), (4, (1, 2)), (1, (0, 3))])
+def test_greedy_text_equals_plain_decoding(target, trained, plain, length, features):
+    check_greedy_text(engine_of(target, trained), length, features, plain)
 
 
 def test_only_tokens_of_its_vocabulary_are_drafted(target, trained):

@@ -15,8 +15,8 @@ from engine.model.decoder import forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
+from tests.engine.runtime.test_draft_head import PROMPTS, check_greedy_text
 
-PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
 LAYERS = 5
 
 
@@ -74,15 +74,7 @@ def own_kv(engine, source, state):
 
 @pytest.mark.parametrize("length, features", [(4, ()), ("auto", ()), (4, (1,)), (1, (0, 1))])
 def test_greedy_text_equals_plain_decoding(target, source, plain, length, features):
-    engine = engine_of(target, source)
-    engine.core.keep_features(features, FeatureBuffer)
-    results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=24, draft_length=length))
-    assert [r.token_ids for r in results] == plain
-    if length != "auto":
-        assert 0 < sum(r.speculation.accepted for r in results) < sum(r.speculation.proposed for r in results)
-    for pool in (engine.core.pool, engine.core.draft_pool):
-        pool.check_integrity()
-        assert pool.num_free_pages == pool.max_pages
+    check_greedy_text(engine_of(target, source), length, features, plain)
 
 
 def test_equal_seeds_give_equal_text_in_any_batch(target, source):
