@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ from kernels.upload import upload
 
 _MOST_PARTS = 64  # tensors that one request's states may lie in
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
+
+
+class LaterRows(Protocol):
+    """Rows that are made or looked up when they are asked for."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+
+    def rows(self) -> Tensor:
+        """[num_rows, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,7 @@ class DraftHeadState(DraftState):
     """
 
     own: Any = None
-    _waiting: list[Tensor | Part] = field(default_factory=list)
+    _waiting: list[Tensor | LaterRows] = field(default_factory=list)
     _num_waiting: int = 0
 
     @property
@@ -53,7 +64,7 @@ class DraftHeadState(DraftState):
         """The states at the exit [n, E] of the n tokens after `own`, which its layers have not run."""
         if not self._waiting:
             return None
-        parts = [part.rows() if isinstance(part, Part) else part for part in self._waiting]
+        parts = [part if isinstance(part, Tensor) else part.rows() for part in self._waiting]
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         self._waiting = [rows]
         return rows
@@ -62,12 +73,20 @@ class DraftHeadState(DraftState):
     def pending_hidden(self, rows: Tensor | None) -> None:
         self._waiting, self._num_waiting = ([], 0) if rows is None else ([rows], len(rows))
 
-    def append_hidden(self, rows: Tensor | Part) -> None:
+    def append_hidden(self, rows: Tensor | LaterRows) -> None:
         """States [m, E] of the tokens after those that wait join them; they are put into one tensor when they are asked for."""
         self._waiting.append(rows)
-        self._num_waiting += rows.num_rows if isinstance(rows, Part) else len(rows)
+        self._num_waiting += len(rows) if isinstance(rows, Tensor) else rows.num_rows
         if len(self._waiting) >= _MOST_PARTS:
             _ = self.pending_hidden
+
+    def waits_last(self, rows: object) -> bool:
+        """Whether these are the last ones that `append_hidden` got, and still wait as they came."""
+        return bool(self._waiting) and self._waiting[-1] is rows
+
+    def grew(self) -> None:
+        """The last rows that wait are one more than before."""
+        self._num_waiting += 1
 
     @property
     def num_known(self) -> int:

@@ -20,7 +20,11 @@ from draft.model import append_features
 from draft.propose import draft_block
 from draft.protocols import BlockPolicy, CausalDecoder, DecoderOutput, DraftSampler, DraftState, FeatureStore, Proposal, ScratchPasses
 from draft.state_join import StateJoin
+from draft.step_rows import StepRows, StepStates
 from kernels.upload import upload
+
+_MOST_KEPT = 128  # tokens of steps without drafts whose states a request keeps
+_LEAST_KEPT = 32  # fewer wait on when those of others are run
 
 
 @dataclass
@@ -31,16 +35,23 @@ class StateHeadState(DraftHeadState):
     """
 
     num_skipped: int = 0
-    _last: Tensor | Part | None = None
+    _last: Tensor | Part | StepRows | None = None
 
     @property
     def last(self) -> Tensor | None:
         """The target's fused state [E] of the last token that it has run, which the next token's row is joined with; None: not known."""
+        if isinstance(self._last, StepRows):
+            self._last = self._last.last_fused()
         return self._last.rows() if isinstance(self._last, Part) else self._last
 
     @last.setter
-    def last(self, state: Tensor | Part | None) -> None:
+    def last(self, state: Tensor | Part | StepRows | None) -> None:
         self._last = state
+
+    @property
+    def steps(self) -> StepRows | None:
+        """The rows of the last steps without drafts, where the last token that the target has run is one of theirs."""
+        return self._last if isinstance(self._last, StepRows) else None
 
     @property
     def num_cached(self) -> int:
@@ -59,7 +70,7 @@ class StateHeadState(DraftHeadState):
 
     @property
     def knows_text(self) -> bool:
-        """See `DraftState.knows_text`: captured steps without drafts leave no states, and drafts behind such a gap are hardly accepted."""
+        """See `DraftState.knows_text`: drafts behind a gap of tokens without states are hardly accepted."""
         return self.num_skipped == 0 and self.num_cached >= self.sequence.length
 
     def skip(self, count: int) -> None:
@@ -251,6 +262,30 @@ class StateDrafter(EarlyExitDrafter):
         if count > 1:
             state.append_hidden(Part(kept, (b, slice(count - 1), slice(size, None)), count - 1))
         state.last = Part(kept, (b, count - 1, slice(size)), 1)
+
+    def keep_steps(self, states: Sequence[StateHeadState], tokens: Sequence[int], kept: StepStates) -> None:
+        """`commit` of a step without drafts, which has run one token of each request; a sequence that has not moved has kept none.
+
+        kept: where the target's states of these tokens are, in the order of the requests.
+        """
+        for b, (state, token) in enumerate(zip(states, tokens, strict=True)):
+            if state.num_cached < state.sequence.length:
+                self._keep_step(state, token, kept, b)
+        if max(state.num_pending_hidden for state in states) >= _MOST_KEPT:  # states that are kept take memory
+            self.states_head.run_pending(states, least=_LEAST_KEPT)
+
+    def _keep_step(self, state: StateHeadState, token: int, kept: StepStates, column: int) -> None:
+        """Nothing is launched."""
+        state.skip(state.sequence.length - 1 - state.num_cached)
+        steps = state.steps
+        if steps is not None and state.waits_last(steps) and steps.follow(kept, column):
+            steps.tokens.append(token)
+            state.grew()
+        else:
+            before = state.last if steps is None else steps.last_states()
+            steps = StepRows(self.join, self.embed, *kept, column, [token], before)
+            state.append_hidden(steps)
+        state.last = steps
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free the own layers' pages; the sequences themselves belong to the target."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import sys
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,9 +30,13 @@ gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
-def own_seed(request: pytest.FixtureRequest) -> None:
-    """Whatever a test draws from PyTorch's global generator is the same in every run, whichever tests came before."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+def own_seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test draws from PyTorch's global generator, and the keys of requests without a seed, are the same in every run, whichever tests came
+    before."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    if (core := sys.modules.get("engine.runtime.core")) is not None:
+        monkeypatch.setattr(core, "secrets", SimpleNamespace(randbits=random.Random(seed).getrandbits))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -56,6 +56,9 @@ _AHEAD_BATCH = (
     8  # most requests of speculative steps of which all lengths are captured beforehand; of larger ones, those up to _AHEAD_LENGTH
 )
 _AHEAD_LENGTH = 2
+_MOST_KEEPING = (
+    16  # requests of steps without drafts that keep the target's states: drafts have paid in no larger batch, and copies take time
+)
 _CAPTURE_SHARE = 0.02  # of the time since the last capture that the next one may take, where drafts are not asked for by a fixed length
 _MOST_BEHIND = 4096  # tokens that drafts left behind may lack, over all requests, for a captured step to catch them up first
 
@@ -204,6 +207,14 @@ class BlockDecoding:
             return small and isinstance(drafter.decoder, GraphedDecoder)
         head = _head_of(drafter)
         return drafter is None or (head is not None and isinstance(head.decoder, GraphedDecoder))
+
+    def keeps_states(self, requests: Sequence[Request]) -> StateDrafter | None:
+        """The drafter whose head goes on from the target's last states, where these requests' steps without drafts keep them for it."""
+        return self.on_states if any(r.params.draft_length != 0 for r in requests) and self.step_taps(len(requests)) else None
+
+    def step_taps(self, batch: int) -> tuple[int, ...]:
+        """Layers whose states are kept by steps of so many requests of which any may draft."""
+        return () if self.on_states is None or batch > _MOST_KEEPING else self.on_states.join.state_layers
 
     # --- one step -------------------------------------------------------------------------------------------------------
 

@@ -300,7 +300,8 @@ class EngineCore:
                     for batch in sizes:
                         for drawing in drawings:
                             if time.perf_counter() < until_s:
-                                runner.capture_common(batch, drawing, deterministic=self.deterministic)
+                                kept = () if blocks is None else blocks.step_taps(batch)
+                                runner.capture_common(batch, drawing, taps=kept, deterministic=self.deterministic)
                     for batch in sizes:
                         if not self.deterministic:
                             runner.capture_prompts(batch, taps=taps, until_s=until_s)

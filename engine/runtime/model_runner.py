@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from draft.protocols import CausalDecoder
+from draft.step_rows import StepStates
 from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.windowed_pool import WindowedPool
 from engine.model.config import DecoderConfig
@@ -47,6 +48,7 @@ _LEAST_PAGES = 64
 PROMPT_LENGTHS = (16, 32, 64, 128)  # lengths that prompts of up to MAX_ROWS tokens are padded to
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
+_LOGGED = 32  # steps whose states lie in one tensor
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 _Built = TypeVar("_Built")
@@ -135,7 +137,7 @@ class Step:
     request with logits leaves them, and its token ids, ready for the next one (`kernels.advance`): holds is then the launch whose successor they are
     ready for, of sequences in these page table rows (table_rows); drawn, [2, B] int64, has the tokens of the last two, and copied says when the host
     has them. tokens: [B] int64, what is drawn; None where nothing is. tables: the requests', buffers.page_table among them; window_slots: [W, N] int64,
-    where each kind of windowed layers writes the new tokens (buffers.slots: the others).
+    where each kind of windowed layers writes the new tokens (buffers.slots: the others). tapped [k, N, E]: the taps, in the order of key.taps.
     """
 
     key: StepKey
@@ -143,7 +145,8 @@ class Step:
     inputs: Tensor
     tables: StepTables
     window_slots: Tensor
-    taps: dict[int, Tensor] = field(default_factory=dict)
+    taps: dict[int, Tensor]
+    tapped: Tensor
     graph: Any | None = None
     tokens: Tensor | None = None
     drawn: Tensor | None = None
@@ -348,10 +351,10 @@ class GraphedDecoder(DecoderRunner):
         else:
             step.graph.replay()
 
-    def capture_common(self, batch: int, drawing: Drawing = GREEDY, *, deterministic: bool = False) -> None:
+    def capture_common(self, batch: int, drawing: Drawing = GREEDY, *, taps: tuple[int, ...] = (), deterministic: bool = False) -> None:
         """Capture the step of one token for each of `batch` requests over short contexts, so that no request waits for it."""
         if batch <= (MOST_SKINNY if deterministic else _BATCHES[-1]):
-            self.step(batch, 1, 1, 0, self.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
+            self.step(batch, 1, 1, 0, self.config.num_layers, taps, True, deterministic=deterministic, drawing=drawing)
 
     def capture_prompts(
         self, batch: int, *, taps: tuple[int, ...] = (), logits: bool = True, embed: bool = True, until_s: float = math.inf
@@ -410,8 +413,10 @@ class GraphedDecoder(DecoderRunner):
         drawn = None
         if key.length == 1 and key.embed and key.logits:
             drawn = torch.zeros(2, key.batch, dtype=torch.int64, device=self.device)
-        taps = {tap: torch.empty_like(buffers.stream) for tap in key.taps}
-        return Step(key, buffers, inputs, tables, window_slots, taps, tokens=tokens, drawn=drawn)
+        tapped = buffers.stream.new_empty(len(key.taps), *buffers.stream.shape)
+        return Step(
+            key, buffers, inputs, tables, window_slots, dict(zip(key.taps, tapped, strict=True)), tapped, tokens=tokens, drawn=drawn
+        )
 
     def capture(self, run: Callable[[], None]) -> Any:
         """What `run` launches, as a CUDA graph; it runs once before, and must write no page then (padding). None in `compile_ahead`."""
@@ -457,7 +462,7 @@ class GraphedDecoder(DecoderRunner):
             return self._family.run(buffers, layers, step.taps, windows, embed=key.embed, head=head, deterministic=key.deterministic)
         decode_embed(weights, buffers, first_layer=key.first, embed=key.embed)
         at = key.first
-        for tap in (*sorted(key.taps), key.last):
+        for tap in dict.fromkeys((*sorted(key.taps), key.last)):
             if tap > at:
                 for layers in (range(at, at + 1), range(tap - 1, tap)) if compiling_ahead() else (range(at, tap),):  # others are alike
                     decode_layers(weights, buffers, self.shape, layers)
@@ -505,7 +510,8 @@ class GraphedDecoder(DecoderRunner):
 class _Ahead:
     """A step that is under way: whose, how it draws, from which positions, the tokens it will have drawn (on the device), and what they are read from.
 
-    step: the captured one, where one took all requests. logprobs: where the log probabilities will be, of all requests if one wants them.
+    step: the captured one, where one took all requests. logprobs: where the log probabilities will be, of all requests if one wants them. states: where
+    the states of its tokens will be, if they are kept.
     """
 
     sequences: list[KvSequence]
@@ -515,6 +521,7 @@ class _Ahead:
     ready: Any
     step: Step | None = None
     logprobs: Any | None = None
+    states: StepStates | None = None
 
     def read(self) -> list[int]:
         """The tokens, once they are there."""
@@ -544,6 +551,7 @@ class PlainDecoding:
         self.target = target
         self._ahead: _Ahead | None = None
         self._penalties: PenaltyRows | None = None  # of the step under way
+        self._log: StepStates | None = None  # where the last states were kept
         self._copies = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
 
     @staticmethod
@@ -565,9 +573,11 @@ class PlainDecoding:
         seeds: Sequence[int],
         *,
         penalties: Callable[[], PenaltyRows] | None = None,
+        taps: tuple[int, ...] = (),
         deterministic: bool = False,
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """One token for each request, -1 where its logits are not finite, and its log probability where the parameters ask for it.
+    ) -> tuple[list[int], list[TokenLogprobs | None], StepStates | None]:
+        """One token for each request, -1 where its logits are not finite, its log probability where the parameters ask for it, and where the states of
+        the last tokens are.
 
         Args:
             sequences: each with all tokens but the last one committed, and pages for it and, where all have room, for one token more, which is run
@@ -575,7 +585,8 @@ class PlainDecoding:
             last_tokens: each request's last token, which no model has run.
             room: tokens each may still get, this one included; where one may get no other, no step is launched ahead.
             params, seeds: how each draws, and the key of its random numbers. penalties: theirs as of their last tokens, asked for where no step is
-                under way; None where no request has any.
+                under way; None where no request has any. taps: layers after which the target's states are kept; a step that was launched before
+                somebody asked has none.
             deterministic: whether the steps' rows have the same bits in any company.
         """
         starts = [sequence.length for sequence in sequences]
@@ -583,7 +594,7 @@ class PlainDecoding:
         self._ahead = None
         if current is None or not same_objects(current.params, params):
             self._penalties = None if penalties is None else penalties()
-            current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, deterministic)
+            current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, taps, deterministic)
         tokens = None
         if (
             current.step is not None and current.step.holds is not current
@@ -591,14 +602,14 @@ class PlainDecoding:
             tokens = current.read()
         if min(room) > 1:
             given = current.tokens if tokens is None else upload(tokens, self.target.device)
-            self._ahead = self._launch(sequences, [start + 1 for start in starts], given, params, seeds, deterministic, current)
+            self._ahead = self._launch(sequences, [start + 1 for start in starts], given, params, seeds, taps, deterministic, current)
         tokens = current.read() if tokens is None else tokens
         rows = [None] * len(tokens) if current.logprobs is None else read_out(current.logprobs)
         told = [
             None if p.logprobs is None or row is None else from_row(row, token, p.logprobs)
             for p, row, token in zip(params, rows, tokens, strict=True)
         ]
-        return tokens, told
+        return tokens, told, current.states
 
     def _launch(
         self,
@@ -607,28 +618,41 @@ class PlainDecoding:
         tokens: Tensor,
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
+        taps: tuple[int, ...],
         deterministic: bool,
         after: _Ahead | None = None,
     ) -> _Ahead:
         """after: the launch that draws `tokens`."""
         count = len(sequences)
+        states = self._room_for_states(count, len(taps)) if taps else None
         most = MOST_SKINNY if deterministic else count
         num_top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         found = [
-            self._replay(sequences[own], starts[own], tokens[own], params[own], seeds[own], own, num_top, deterministic, after)
+            self._replay(
+                sequences[own], starts[own], tokens[own], params[own], seeds[own], own, num_top, taps, states, deterministic, after
+            )
             for own in (slice(at, min(at + most, count)) for at in range(0, count, most))
         ]
         rows = [own.logprobs for own in found if own.logprobs is not None]
         logprobs = copy_out(torch.cat(rows)) if rows else None
         if len(found) > 1 or self._penalties is not None:
             drawn = torch.cat([own.tokens for own in found])
-            return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), None, logprobs)
+            return _Ahead(list(sequences), list(params), starts, drawn, copy_out(drawn), None, logprobs, states)
         step, drawn, _ = found[0]
         assert step.drawn is not None
         ready = copy_out(step.drawn, self._copies)
-        launched = _Ahead(list(sequences), list(params), starts, drawn, ready, step, logprobs)
+        launched = _Ahead(list(sequences), list(params), starts, drawn, ready, step, logprobs, states)
         step.holds, step.copied = launched, None if isinstance(ready, Tensor) else ready[1]
         return launched
+
+    def _room_for_states(self, count: int, num_layers: int) -> StepStates:
+        """Where the next step keeps the states of `count` requests: behind those of the last one as long as its tensor has room."""
+        log, target = self._log, self.target
+        if log is None or log.step + 1 == len(log.source) or log.source.shape[1] != num_layers or log.source.shape[2] < count:
+            source = torch.empty(_LOGGED, num_layers, bucket(count), target.config.hidden_size, dtype=target.dtype, device=target.device)
+            log = StepStates(source, -1)
+        self._log = StepStates(log.source, log.step + 1)
+        return self._log
 
     def _replay(
         self,
@@ -639,6 +663,8 @@ class PlainDecoding:
         seeds: Sequence[int],
         part: slice,
         num_top: int | None,
+        taps: tuple[int, ...],
+        states: StepStates | None,
         deterministic: bool,
         after: _Ahead | None,
     ) -> _Drawn:
@@ -650,12 +676,14 @@ class PlainDecoding:
         for sequence, start in zip(sequences, starts, strict=True):
             sequence.check_writable(start, start + 1)
         pages = max(len(s.pages) for s in sequences)
-        step = target.step(batch, 1, pages, 0, target.config.num_layers, (), True, deterministic=deterministic, drawing=drawing)
+        step = target.step(batch, 1, pages, 0, target.config.num_layers, taps, True, deterministic=deterministic, drawing=drawing)
         rows = target.tables.rows(sequences)
         if after is None or step.holds is not after or step.table_rows != rows:
             step.fill(starts, [1] * batch, rows, target.pool.page_size)
             step.buffers.token_ids[:batch] = tokens
         target.replay(step)
+        if states is not None:
+            states.source[states.step, :, part].copy_(step.tapped[:, :batch])
         drawn, logits = step.buffers.token_ids[:batch], step.buffers.logits  # -1 where logits are not finite
         assert logits is not None
         if penalties is not None:

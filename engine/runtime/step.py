@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 
 from draft.policy import DraftingPolicy, StepKind, StepPlan, step_clock
 from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
+from draft.state_drafter import StateHeadState
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
 from engine.runtime.block_runner import BlockDecoding, Gain
@@ -100,7 +102,7 @@ def decode_step(
         left = drafting.rests(len(requests)) if chosen else 2
         if left or plain.under_way([r.sequence for r in requests]):
             ahead = left > 1 or not planned().drafts  # what is under way is used, and what follows it planned before it is read
-            _plain_step(requests, plain, began, ahead=ahead, deterministic=deterministic)
+            _plain_step(requests, plain, blocks, began, ahead=ahead, deterministic=deterministic)
             return drafting.rested(len(requests), drafting.took(began_at, clock()), chosen=chosen)
     if blocks is None:
         plan = (drafting.rest(len(requests)) if wanted == {"auto"} else None) or planned()
@@ -111,7 +113,7 @@ def decode_step(
             return drafting.observe(plan, len(requests), count, drafting.took(began_at, clock()))
     lengths, given = plan.lengths, plan.given
     if plain is not None and plain_ready and not plan.drafts:
-        _plain_step(requests, plain, began, ahead=not fixed, deterministic=deterministic)
+        _plain_step(requests, plain, blocks, began, ahead=not fixed, deterministic=deterministic)
         return drafting.observe(plan, len(requests), len(requests), drafting.took(began_at, clock()))
     positions = [len(r.token_ids) for r in requests]
     if drafter:
@@ -195,13 +197,17 @@ def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequ
             request.logprobs += token_logprobs(picked, request.token_ids[-len(own) :], request.params.logprobs)
 
 
-def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float, *, ahead: bool, deterministic: bool) -> None:
+def _plain_step(
+    requests: Sequence[Request], plain: PlainDecoding, blocks: BlockDecoding | None, began: float, *, ahead: bool, deterministic: bool
+) -> None:
     """One token for every request, and no draft. ahead: whether the next step is launched as well."""
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
     room = [r.remaining for r in requests] if ahead else [1] * len(requests)
     penalties = partial(_penalties, requests, plain) if any(r.penalised for r in requests) else None
-    tokens, logprobs = plain.step(sequences, last, room, params, seeds, penalties=penalties, deterministic=deterministic)
+    keeper = None if blocks is None else blocks.keeps_states(requests)
+    taps = () if keeper is None else keeper.join.state_layers
+    tokens, logprobs, states = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic)
     ended = time.perf_counter()
     for request, token, told in zip(requests, tokens, logprobs, strict=True):
         if token < 0:
@@ -214,6 +220,8 @@ def _plain_step(requests: Sequence[Request], plain: PlainDecoding, began: float,
         request.metrics.verify_s += ended - began
         if request.drafting.looks:
             request.drafting.observe([token], 0, 0, None, given=False)
+    if keeper is not None and states is not None:
+        keeper.keep_steps([cast(StateHeadState, _state(r)) for r in requests], last, states)
 
 
 def _penalties(requests: Sequence[Request], plain: PlainDecoding) -> PenaltyRows:

@@ -60,10 +60,10 @@ class Machine:
 
 class SimulatedPlain(PlainDecoding):
     def __init__(self, machine):
-        self.machine, self._ahead = machine, None
+        self.machine, self._ahead, self._log = machine, None, None
         self.target = SimpleNamespace(device=torch.device("cpu"))
 
-    def _launch(self, sequences, starts, tokens, params, seeds, deterministic, after=None):
+    def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None):
         done_at = self.machine.launch("plain", self.machine.plain_ms)
         found = [self.machine.text(start + 1, 1)[0] for start in starts]
         return model_runner._Ahead(list(sequences), list(params), starts, torch.tensor(found), (done_at, found))

@@ -55,7 +55,7 @@ def plain(target):
 
 def full_rows(target, source, token_ids, known_from=0):
     """The own layers' KV [T, D] of a plain pass over the rows of token_ids from known_from on, with all states of the target."""
-    sequence, own = target.new_pool(9, 16).new_sequence(), source.layers.new_pool(9, 16).new_sequence()
+    sequence, own = target.new_pool(33, 16).new_sequence(), source.layers.new_pool(33, 16).new_sequence()
     ids = torch.tensor(token_ids, device=target.device)
     taps = forward_reserved(target, ids, [sequence], [len(ids)], taps=source.join.state_layers, logits="none").taps
     fused = source.join.fused([taps[layer] for layer in source.join.state_layers])[known_from:]
