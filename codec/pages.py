@@ -307,27 +307,27 @@ class PageDecoder:
         """The same rows, whose product is taken layer by layer as they are asked for; chunks: of `parts`. Other arguments, and the call of `check`, as
         for `rows`."""
         tokens = self._num_tokens(parts, latents, target_rows)
-        alike: dict[tuple[int, bool], list[Chunk]] = {}
+        alike: dict[int, list[Chunk]] = {}
         for chunk in chunks:
-            alike.setdefault((chunk.rows.shape[1], chunk.rest is None), []).append(chunk)
+            alike.setdefault(chunk.rows.shape[1], []).append(chunk)
         return LayerRows(self, tokens, [self._in_order(some, latents, target_rows) for some in alike.values()])
 
     def _in_order(self, chunks: Sequence[Chunk], latents: torch.Tensor, target_rows: torch.Tensor | None) -> Rows:
-        """Chunks of the same shape as one, their tokens in rising order: so few blocks of a product are not full."""
+        """Chunks of the same width as one, their tokens in rising order: so few blocks of a product are not full."""
         runs = sorted(run for chunk in chunks for run in chunk.runs)
         places = dict(zip(runs, itertools.accumulate((end - start for start, end in runs), initial=0), strict=False))
-        tokens, first = sum(end - start for start, end in runs), chunks[0]
-        rows = first.rows.new_empty(tokens, self.num_inputs + first.rows.shape[1])
-        rest = None if first.rest is None else torch.empty(tokens, self.codec.layout.dim, device=rows.device)
+        rows = chunks[0].rows.new_empty(sum(end - start for start, end in runs), self.num_inputs + chunks[0].rows.shape[1])
+        rests: dict[tuple[int, int], torch.Tensor] = {}
         for at, own, c, more in chunks:
             x, fallback, done = self._inputs(latents, target_rows, at), None if more is None else self._fallback_rows(more), 0
             for start, end in own:
                 to, some = slice(places[start, end], places[start, end] + end - start), slice(done, done + end - start)
                 rows[to, : self.num_inputs], rows[to, self.num_inputs :] = x[some], c[some]
-                if rest is not None and fallback is not None:
-                    rest[to] = fallback[some]
+                if fallback is not None:
+                    rests[start, end] = fallback[some]
                 done = some.stop
-        return _joined(runs), rows, rest
+        plain = ((run, None) for run in _joined(run for run in runs if run not in rests))
+        return sorted([*plain, *rests.items()], key=lambda one: one[0]), rows
 
     def _fallback_rows(self, rest: torch.Tensor) -> torch.Tensor:
         """float32 [T, D] of components of the fallback basis; on a CPU in products of whole blocks of rows: as `rows`."""
@@ -348,6 +348,12 @@ class PageDecoder:
         """[T, F up to a whole tile] in the product's dtype."""
         x = self.predictor.inputs(latents[at], None if target_rows is None else target_rows[at]).to(self.dtype)
         return torch.nn.functional.pad(x, (0, self.num_inputs - x.shape[1]))
+
+    def prepare(self) -> None:
+        """Make now what is otherwise made at first use, which then no request waits for."""
+        assert self.matrix.numel()
+        if self.codec.transform.fallback is not None:
+            assert self.fallback.basis.numel()
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -388,9 +394,9 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-Rows = tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor | None]
-"""Of some tokens: their places as ranges, features and components [t, depth] in the product's dtype, and what the fallback basis adds, float32 [t, D],
-or None."""
+Rows = tuple[list[tuple[tuple[int, int], torch.Tensor | None]], torch.Tensor]
+"""Of some tokens: their places as ranges in order, each with what the fallback basis adds, float32 [end - start, D] or None; and features and
+components [t, depth] in the product's dtype."""
 
 
 class LayerRows:
@@ -401,7 +407,11 @@ class LayerRows:
     """
 
     def __init__(self, decoder: PageDecoder, tokens: int, chunks: Sequence[Rows]) -> None:
-        self._decoder, self.tokens, self._chunks = decoder, tokens, chunks
+        self._decoder, self.tokens = decoder, tokens
+        on_cpu = decoder.codec.device.type == "cpu"
+        self._chunks = [
+            (runs, torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _LAYER_ROWS)) if on_cpu else rows) for runs, rows in chunks
+        ]
 
     @property
     def num_layers(self) -> int:
@@ -456,19 +466,16 @@ class LayerRows:
     def _products(self, columns: slice) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
         """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it."""
         decoder = self._decoder
-        on_cpu = decoder.codec.device.type == "cpu"
-        for runs, rows, rest in self._chunks:
+        for runs, rows in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
-            size = _LAYER_ROWS if on_cpu else len(rows)
-            ranges, done = iter(runs), 0
-            start, end = next(ranges)
-            for part in rows.split(size):
-                full = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))) if len(part) < size and on_cpu else part
-                product, used = full @ matrix, 0
-                while used < len(part):
-                    if start == end:
-                        start, end = next(ranges)
-                    count = min(end - start, len(part) - used)
-                    own = None if rest is None else rest[done : done + count, columns]
-                    yield slice(start, start + count), product[used : used + count], own
-                    start, used, done = start + count, used + count, done + count
+            size = _LAYER_ROWS if decoder.codec.device.type == "cpu" else len(rows)
+            products, product, used = (block @ matrix for block in rows.split(size)), rows, size
+            for (start, end), rest in runs:
+                at = start
+                while at < end:
+                    if used == size:
+                        product, used = next(products), 0
+                    count = min(end - at, size - used)
+                    own = None if rest is None else rest[at - start : at - start + count, columns]
+                    yield slice(at, at + count), product[used : used + count], own
+                    at, used = at + count, used + count

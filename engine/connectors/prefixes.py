@@ -332,7 +332,7 @@ class PrefixWorker:
         rotation = type(rotation)(rotation.frequencies.to(self.device), rotation.factor)
         self.serializer = KvSerializer(self.model.pack, rotation, device=device, dtype=product_dtype(own, self.device))
         self.rotation, self.first_layer = rotation, self.passes.first_layer
-        assert self.serializer.pages.matrix.numel()  # made at first use, which no request should wait for
+        self.serializer.pages.prepare()
         self.metrics = WorkerMetrics()
         config = self.model.config
         self.token_shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)

@@ -154,7 +154,10 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
     codec, predictor = SimpleNamespace(layout=layout, device=torch.device("cpu")), SimpleNamespace(mu=3 * random(dim))
     decoder = SimpleNamespace(codec=codec, predictor=predictor, matrix=matrix, dtype=torch.bfloat16)
     chunks = [
-        (runs, random(count, depth).bfloat16(), random(count, dim) if with_rest else None)
+        (
+            [((start, end), random(end - start, dim) if with_rest and start else None) for start, end in runs],
+            random(count, depth).bfloat16(),
+        )
         for runs, count in (([(0, 150), (290, 300)], 160), ([(150, 290)], 140))
     ]
     rows, angles = LayerRows(decoder, tokens, chunks), (random(tokens, head_dim // 2), random(tokens, head_dim // 2))
