@@ -434,10 +434,12 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    from engine.connectors.vllm import shield_compiler
     from engine.store.runs import RUN_TOKENS
 
     scratch = Path(tempfile.mkdtemp(prefix="bench-vllm-"))
     model, pack = tiny_codec(scratch)
+    shield_compiler()  # which making the codec has loaded
     extra = {"store": str(scratch / "store"), "draft": "none", "pack": str(pack), "min_tokens": 64, "quality": "near-lossless"}
     transfer = our_connector(extra)
     llm = open_llm(str(model), transfer, max_model_len=512, dtype="float32")

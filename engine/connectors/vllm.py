@@ -155,7 +155,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _shield_compiler()
+        shield_compiler()
         check_supported(vllm_config, kv_cache_config)
         index = open_index(vllm_config)
         self.ranks = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -515,7 +515,7 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Code what waits, for at most a minute, and close the store."""
-        _shield_compiler()
+        shield_compiler()
         if self._loader is not None:
             self._loader.shutdown()
         if self._copies is not None:
@@ -543,7 +543,7 @@ def _wants_restore(request: Any) -> bool:
     return not (getattr(request, "skip_reading_prefix_cache", False) or (isinstance(params, Mapping) and params.get("restore") is False))
 
 
-def _shield_compiler() -> None:
+def shield_compiler() -> None:
     """Let vLLM start another engine in this process: it looks into the `__dict__` of every value of every module (0.32), and llvmlite's library object,
     loaded where the codec runs compiled, takes that name for one of its functions."""
     module = sys.modules.get("llvmlite.binding.ffi")
@@ -640,4 +640,4 @@ def _packed(keys: list[torch.Tensor], values: list[torch.Tensor]) -> PackedKv:
     return PackedKv(keys, values, *orders)
 
 
-__all__ = ["ForetoldConnector", "RequestStep", "StepMetadata", "pages_of"]
+__all__ = ["ForetoldConnector", "RequestStep", "StepMetadata", "pages_of", "shield_compiler"]
