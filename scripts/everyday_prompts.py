@@ -80,8 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write them here instead of printing them")
     args = parser.parse_args()
-    print("\n".join(messages(args.count, args.seed)))
+    text = "\n".join(messages(args.count, args.seed)) + "\n"
+    if args.out is None:
+        print(text, end="")
+    else:
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
