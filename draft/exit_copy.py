@@ -14,6 +14,7 @@ from torch import Tensor
 
 from draft.draft_head import DraftHead, DraftHeadBlock, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
+from draft.policy import step_clock
 from draft.propose import draft_block
 from draft.protocols import BlockPolicy, CausalDecoder, DraftSampler, DraftState, LikeliestDrafts, Proposal, ScratchPasses
 from draft.tree import Leaf
@@ -102,6 +103,7 @@ class ExitCopyDrafter(EarlyExitDrafter):
         if self.own_taps:
             return super().propose(states, pending, lengths, sampler, policy, given)
         drafting = [b for b, length in enumerate(lengths) if length]
+        self._catch_up([cast(DraftHeadState, states[b]) for b in drafting], policy)
         if self.copy.block is not None and drafting and sampler.takes_likeliest(drafting):
             return self._likeliest(self.copy.block, drafting, cast(Sequence[DraftHeadState], states), pending, lengths, policy, given)
         return draft_block(
@@ -119,6 +121,16 @@ class ExitCopyDrafter(EarlyExitDrafter):
             draft_layers=DraftHeadBlock(self.copy.head, cast(Sequence[DraftHeadState], states), ()),
         )
 
+    def _catch_up(self, chosen: Sequence[DraftHeadState], policy: BlockPolicy | None) -> None:
+        """Run waiting states beforehand where they are many, and tell the policy what that took: once, for all drafts that follow."""
+        if sum(state.num_pending_hidden for state in chosen) <= MOST_PENDING_ROWS or self.draft_head is None:
+            return
+        clock = step_clock(self.decoder.device)
+        began = clock()
+        self.draft_head.run_pending(chosen)
+        if policy is not None:
+            policy.caught_up(clock() - began)
+
     def _likeliest(
         self,
         block: BlockRunner,
@@ -131,8 +143,6 @@ class ExitCopyDrafter(EarlyExitDrafter):
     ) -> Proposal:
         """The block of the likeliest tokens of the requests `drafting`, in one call; the policy is told of it afterwards."""
         chosen = [states[b] for b in drafting]
-        if sum(state.num_pending_hidden for state in chosen) > MOST_PENDING_ROWS and self.draft_head is not None:
-            self.draft_head.run_pending(chosen)
         drafts = block(
             [state.sequence for state in chosen],
             [state.own for state in chosen],

@@ -16,6 +16,10 @@ distribution it is drawn from: that is known before the draw and says nothing ab
 
 A step takes as long for a request that gains nothing by it: drafts of others may cost each request a small share of its time, no more (`_spares`).
 
+A drafter that has left tokens out runs them before its first draft of a request (`BlockPolicy.caught_up`). Such an entry must be paid by what
+ENTRY_TOKENS more tokens are expected to gain. What entries took is owed until drafts have gained as much, or a share of plain decoding's time has
+paid it back; while anything is owed, no request enters. So entries that were for nothing cost a bounded share of all time.
+
 What passes cost is measured once, between two steps (`measure_costs`). While text is generated each step's seconds are compared with what was expected
 of them, per kind of step and number of requests, unless the costs were given. Text under a seed, and greedy text up to rounding, does not depend on
 any of it.
@@ -29,7 +33,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,9 +51,14 @@ from kernels.cpu_decode.stopping import Stopping
 MAX_AUTO_LENGTH = MAX_CHAIN
 LENGTHS = (1, 2, 3, 4, 6, 8, MAX_AUTO_LENGTH)  # of blocks that are compared
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps without a source before it is tried again, at least and at most
+WEIGHED_EVERY = 32  # steps, whether a source that is not used could pay at all: weighing it takes the host's time
 SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
 TRIED_OF = 2  # requests of which one takes part in a trial: a draft head that begins again runs some hundred tokens for each
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
+LEFT_OUT = 32  # tokens of a request since its last draft that are run with its next one
+ENTRY_TOKENS = 64  # of a request that has to pay its entry, where it may have so many more
+ENTRY_MEMORY = 0.9  # of seconds that entries took
+CREDIT = 8.0  # plain steps that drafts have gained, at most, which later entries may lose before anything is owed
 HOPEFUL_RATE = 0.95  # a source that would not pay at this acceptance is tried a quarter as often as the rarest of others
 SLOWED_SHARE = 0.01  # of its time that drafts may cost any request among others
 ENTER, LEAVE = 1.03, 0.99  # a source is taken up above this share of the rate without it, and left below this one
@@ -184,6 +193,7 @@ class RequestDrafting:
         self.seconds = self.behind = 0.0
         self.seen: SeenTexts | None = None
         self.from_seen = False  # whether the last drafts that were looked up came from there
+        self.drafted_at = 0  # tokens of its text when it drafted last
         self._match: Match | None = None
         self._follows: list[int] = []
         self._seen: Seen | None = None
@@ -247,7 +257,7 @@ class BlockPolicy:
 
     costs: of passes. rate: tokens a second, over all requests, that one second must bring. rows: of the verification so far. requests: by their
     number in the batch. most_tokens: per request the most tokens proposed at one depth, the draft included (1: no leaves). confidences: of the drafts
-    looked at. passes: requests in each drafting pass so far.
+    looked at. passes: requests in each drafting pass so far. entry_s: seconds that tokens left out took before the block.
     """
 
     costs: CostModel
@@ -257,6 +267,7 @@ class BlockPolicy:
     most_tokens: Sequence[int]
     confidences: dict[int, list[float]] = field(default_factory=dict, init=False)
     passes: list[int] = field(default_factory=list, init=False)
+    entry_s: float = field(default=0.0, init=False)
     _chances: dict[int, float] = field(default_factory=dict, init=False)
     _leaves: dict[int, int] = field(default_factory=dict, init=False)
 
@@ -268,6 +279,10 @@ class BlockPolicy:
     def looks_at(self, b: int) -> bool:
         """Whether it has a say in request b's block."""
         return self.requests[b].estimator is not None and self.requests[b].wanted == "auto"
+
+    def caught_up(self, seconds: float) -> None:
+        """Tokens that the drafter had left out were run before the block."""
+        self.entry_s += seconds
 
     def stopping(self, batch: Sequence[int]) -> Stopping:
         """The same decisions for a compiled call that drafts for the requests of `batch`, without leaves: `select` is told of its drafts afterwards."""
@@ -354,7 +369,8 @@ def likeliest(logits: Tensor, distributions: Sequence[Tensor | None], count: int
 @dataclass
 class StepPlan:
     """What a step does. lengths: drafts that each request's drafter may make. given: drafts of each request from its own text, instead. block: ends
-    blocks early; None where lengths stand. kind: its dearest part. seconds, tokens: expected of it; 0 s: it tells nothing of others."""
+    blocks early; None where lengths stand. kind: its dearest part. seconds, tokens: expected of it; 0 s: it tells nothing of others.
+    left_out: tokens that the drafter has to run before, as far as the policy knows."""
 
     lengths: list[int]
     given: list[list[int]]
@@ -362,6 +378,7 @@ class StepPlan:
     kind: StepKind = "plain"
     seconds: float = 0.0
     tokens: float = 0.0
+    left_out: int = 0
     gains: dict[int, float] = field(default_factory=dict)  # tokens that requests are expected to gain by drafts nobody asked them for
 
     @property
@@ -430,7 +447,7 @@ class _Scales:
 @dataclass
 class _Load:
     """What is known of steps with about so many requests. costs: as corrected last. seen: rows that were verified before; requests in drafting passes,
-    negative."""
+    negative. owed: seconds that entries took and nothing has paid back; negative where drafts have gained more."""
 
     costs: CostModel
     scales: _Scales = field(default_factory=_Scales)
@@ -445,6 +462,7 @@ class _Load:
     left: int = 0  # steps without a plan
     plain_s: dict[int, float] = field(default_factory=dict)  # of a step without drafts by its requests, as corrected last
     seen: set[int] = field(default_factory=set)
+    owed: float = 0.0
 
 
 class DraftingPolicy:
@@ -473,6 +491,7 @@ class DraftingPolicy:
         self.shared = SharedRate()
         self.seen = SeenByNamespace()
         self._loads: dict[int, _Load] = {}
+        self._entry_s = self._entry_tokens = 0.0  # of entries, decayed sums
 
     def request(self, wanted: int | Literal["auto"], *, greedy: bool) -> RequestDrafting:
         """The state of a new request."""
@@ -520,7 +539,8 @@ class DraftingPolicy:
         if self.measured and any(load.on.values()) and load.waited["plain"] >= load.patience["plain"]:
             load.waited["plain"], load.patience["plain"] = 0, min(LAST_PLAIN, 2 * load.patience["plain"])
             return plan
-        rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load, lengths["model"])
+        left_out = self._left_out(requests, tokens)
+        rate = self._choose_model(plan, requests, [b for b in auto if model_room[b] > 0], model_room, load, lengths["model"], left_out)
         if ngrams and self.ngrams:
             self._choose_ngrams(plan, requests, tokens, auto, room, load, rate, lengths["ngram"])
         asked = any(r.wanted not in ("auto", 0) for r in requests)
@@ -528,6 +548,9 @@ class DraftingPolicy:
         if slows:
             plan = StepPlan([0] * batch, [[] for _ in requests], seconds=self._undrafted_seconds(load, batch), tokens=float(batch))
         drafting = [b for b in auto if plan.lengths[b]]
+        for b in drafting:
+            plan.left_out += left_out.get(b, 0)
+            requests[b].drafted_at = len(tokens[b])
         plan.kind = "model" if drafting else "ngram" if any(plan.given) else "plain"
         if drafting and self.draft_by_draft:
             given = sum(map(len, plan.given))
@@ -585,13 +608,20 @@ class DraftingPolicy:
         room: Sequence[int],
         load: _Load,
         lengths: Sequence[int],
+        left_out: Mapping[int, int],
     ) -> float:
         """Set `plan.lengths` to what the drafter should make. Returns the best rate known, in tokens a second as `costs` count them."""
         costs, batch = load.costs, len(requests)
         assert self.costs is not None
         plain_rate = batch / plan.seconds
+        if load.owed > 0:
+            able = [b for b in able if b not in left_out]
         if not able or not lengths:
             return plain_rate
+        waited = load.waited["model"]
+        if batch == 1 and not load.on["model"] and waited and (waited + 1) % CORRECT_EVERY:
+            load.waited["model"] += 1
+            return plain_rate  # nothing new is known of drafts that nobody makes
         chains = {b: requests[b].acceptance.chain() for b in able}
         able = sorted(able, key=lambda b: -chains[b][0])
         best, length, count, expected = self._best(costs, chains, able, batch, lengths)
@@ -599,22 +629,17 @@ class DraftingPolicy:
             gains = {b: sum(chains[b][:length]) for b in able[:count]}
             if not self._spares(requests, load, costs.step_seconds(length, batch, count), gains):  # all together may slow none down
                 best, length, count, expected = self._best(costs, chains, able, batch, lengths, (len(able),))
-        relative = best / plain_rate * self._ratio("model", load, batch)
+        entry_s = self._entry_seconds(left_out[b] for b in able[:count] if b in left_out)
+        paying = max((min(ENTRY_TOKENS, room[b]) for b in able[:count]), default=0) * plan.seconds
+        relative = best / plain_rate * self._ratio("model", load, batch) / (1 + entry_s / paying)
         probing = False
         if not self._switch("model", load, relative):
-            # whether to take it up again is looked at now and then: nothing new is known of drafts that nobody makes
-            if batch == 1 and (load.waited["model"] + 1) % CORRECT_EVERY:
-                load.waited["model"] += 1
-                return plain_rate
-            hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
             # some requests' drafts tell what the passes take, while the others' draft caches stay behind
             probing, length, count = True, lengths[0], -(-len(able) // TRIED_OF)
             expected = batch + sum(chains[b][0] for b in able[:count])
-            lost = costs.step_seconds(length, batch, count) / plan.seconds - expected / batch
-            able_to_pay = any(
-                self._best(c, hopeful, able, batch, lengths)[0] * c.step_seconds(0, batch) > ENTER * batch for c in (costs, self.costs)
-            )
-            if not self._probe("model", load, lost, able_to_pay):
+            entry_s = self._entry_seconds(left_out[b] for b in able[:count] if b in left_out)
+            lost = (costs.step_seconds(length, batch, count) + entry_s) / plan.seconds - expected / batch
+            if not self._probe("model", load, lost, functools.partial(self._able_to_pay, load, able, batch, lengths)):
                 return plain_rate
         chosen = able[:count]
         unbounded = self.draft_by_draft and not probing
@@ -623,6 +648,24 @@ class DraftingPolicy:
             plan.gains[b] = sum(chains[b][:length])
         plan.seconds, plan.tokens = costs.step_seconds(length, batch, count), expected
         return plain_rate if probing else plain_rate * max(1.0, relative)
+
+    def _able_to_pay(self, load: _Load, able: Sequence[int], batch: int, lengths: Sequence[int]) -> bool:
+        """Whether the drafter would pay at HOPEFUL_RATE."""
+        assert self.costs is not None
+        hopeful = {b: [HOPEFUL_RATE ** (i + 1) for i in range(MAX_AUTO_LENGTH)] for b in able}
+        return any(
+            self._best(costs, hopeful, able, batch, lengths)[0] * costs.step_seconds(0, batch) > ENTER * batch
+            for costs in (load.costs, self.costs)
+        )
+
+    def _left_out(self, requests: Sequence[RequestDrafting], tokens: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Tokens of each request that a draft has to be preceded by, where they are many."""
+        found = {b: len(tokens[b]) - request.drafted_at for b, request in enumerate(requests)}
+        return {b: count for b, count in found.items() if count > LEFT_OUT}
+
+    def _entry_seconds(self, left_out: Iterable[int]) -> float:
+        """That running so many tokens of each request takes, as it did before."""
+        return sum(left_out) * self._entry_s / self._entry_tokens if self._entry_tokens else 0.0
 
     def _best(
         self,
@@ -681,7 +724,7 @@ class DraftingPolicy:
         rows, gained = sum(len(drafts) for drafts, _ in found.values()), sum(gain for _, gain in found.values())
         before = costs.step_seconds(0, batch)
         relative = (batch + gained) * before / (batch * costs.step_seconds(0, batch, given=rows)) * self._ratio("ngram", load, batch)
-        if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, hopeful=True):
+        if not self._switch("ngram", load, relative) and not self._probe("ngram", load, 1 - relative, lambda: True):
             return
         for b, (drafts, _) in found.items():
             plan.given[b], plan.lengths[b], plan.gains[b] = drafts, 0, found[b][1]
@@ -729,13 +772,19 @@ class DraftingPolicy:
             load.waited[kind], load.patience[kind] = 0, FIRST_PROBE
         return load.on[kind]
 
-    def _probe(self, kind: StepKind, load: _Load, lost: float, hopeful: bool) -> bool:
+    def _probe(self, kind: StepKind, load: _Load, lost: float, hopeful: Callable[[], bool]) -> bool:
         """Whether a source that is not used is tried once more. lost: plain steps that it would cost. hopeful: whether it could pay at all."""
         load.waited[kind] += 1
-        load.patience[kind] = min(LAST_PROBE, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE))) if hopeful else 4 * LAST_PROBE
-        if load.waited[kind] < load.patience[kind]:
+        waited = load.waited[kind]
+        if waited < load.patience[kind]:
             return False
-        load.waited[kind] = 0
+        wanted = min(LAST_PROBE, max(FIRST_PROBE, math.ceil(lost / PROBE_SHARE)))
+        if waited >= wanted and waited < 4 * LAST_PROBE and not hopeful():
+            wanted = 4 * LAST_PROBE
+        if waited < wanted:
+            load.patience[kind] = min(wanted, waited + WEIGHED_EVERY)
+            return False
+        load.waited[kind], load.patience[kind] = 0, FIRST_PROBE
         return True
 
     def rests(self, batch: int) -> int:
@@ -758,22 +807,28 @@ class DraftingPolicy:
         if not self.measured or costs is None or not plan.seconds:
             return
         load = self._load(batch)
-        if batch > 1:
-            token_s = self._undrafted_seconds(load, batch)
-            spent = token_s if plan.kind == "plain" else min(seconds, SLOWEST * plan.seconds)
-            for b, request in enumerate(requests):
-                # what was expected: one that drafts is not behind for one rejected draft, and rates tell whether drafts pay at all
-                request.seconds += spent
-                request.behind += spent - token_s * (1 + plan.gains.get(b, 0.0))
-        if plan.kind != "plain":
-            load.waited["plain"] += 1
+        token_s = self._undrafted_seconds(load, batch)
         if plan.block is not None:
             rows, passes = plan.block.rows, plan.block.passes
         else:
             rows = batch + sum(map(len, plan.given)) + sum(plan.lengths)
             passes = [sum(length > i for length in plan.lengths) for i in range(max(plan.lengths))]
         shapes = {rows, *(-size for size in passes)}
-        if not shapes <= load.seen:  # a shape's first pass compiles, allocates and reads weights that later ones find in the cache
+        new = not shapes <= load.seen  # a shape's first pass compiles, allocates and reads weights that later ones find in the cache
+        entry_s = 0.0 if plan.block is None else plan.block.entry_s
+        seconds -= entry_s
+        spent = token_s if plan.kind == "plain" else min(seconds, SLOWEST * plan.seconds)
+        if new and seconds > spent:
+            spent = plan.seconds
+        self._keep_account(load, plan, entry_s, spent, tokens / batch * token_s)
+        if batch > 1:
+            for b, request in enumerate(requests):
+                # what was expected: one that drafts is not behind for one rejected draft, and rates tell whether drafts pay at all
+                request.seconds += spent
+                request.behind += spent - token_s * (1 + plan.gains.get(b, 0.0))
+        if plan.kind != "plain":
+            load.waited["plain"] += 1
+        if new:
             load.seen |= shapes
             return
         base, more = costs.step_seconds(0, batch), 0.0
@@ -787,6 +842,17 @@ class DraftingPolicy:
         load.scales.observe(*parts, seconds)
         if plan.kind != "plain":
             load.ratios[plan.kind].observe(tokens, plan.tokens / plan.seconds * seconds)
+
+    def _keep_account(self, load: _Load, plan: StepPlan, entry_s: float, spent: float, saved: float) -> None:
+        """Count what a step has cost beyond plain decoding. spent: seconds after its entries. saved: those of plain decoding of as many tokens."""
+        if entry_s and plan.left_out:
+            self._entry_s = self._entry_s * ENTRY_MEMORY + entry_s
+            self._entry_tokens = self._entry_tokens * ENTRY_MEMORY + plan.left_out
+        if plan.kind == "model":
+            most = CREDIT * saved
+            load.owed = max(min(load.owed, -most), load.owed + entry_s + spent - saved)
+        elif plan.kind == "plain" and load.owed > 0:
+            load.owed = max(0.0, load.owed - PROBE_SHARE * spent)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

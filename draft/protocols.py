@@ -156,6 +156,8 @@ class BlockPolicy(Protocol):
 
     def stopping(self, batch: Sequence[int]) -> Stopping: ...  # the same for a compiled call
 
+    def caught_up(self, seconds: float) -> None: ...  # what running tokens that the drafter had left out took, before the block
+
 
 @dataclass
 class DraftState:

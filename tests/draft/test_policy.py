@@ -398,3 +398,39 @@ def test_costs_are_measured_on_scratch_sequences_within_a_budget(exit_layer):
     )
     hurried = measure(0)
     assert len(hurried.verify) == 3
+
+
+def answers_with_entries(costs, acceptance, entry_s, answers, batch=4, new=64, prompt=60):
+    """(seconds over plain decoding's, entries) of answers of `new` tokens: a request's first draft runs its prompt first, which takes entry_s."""
+    policy, rng = DraftingPolicy(costs, measured=True), random.Random(0)
+    seconds = entries = 0
+    for _ in range(answers):
+        requests, texts, entered = [policy.request("auto", greedy=True) for _ in range(batch)], [[*range(prompt)] for _ in range(batch)], set()
+        while min(map(len, texts)) < prompt + new:
+            plan = policy.rest(batch) or policy.plan(requests, texts, [ROOM] * batch, drafter_room=[ROOM] * batch)
+            lengths = [min(1, length) for length in plan.lengths]  # each block ends after its first draft
+            drafting = [b for b, length in enumerate(lengths) if length]
+            spent = costs.step_seconds(max(lengths), batch, len(drafting)) * rng.uniform(0.98, 1.02)
+            if drafting:
+                assert plan.block is not None
+                if late := [b for b in drafting if b not in entered]:
+                    plan.block.caught_up(len(late) * entry_s)
+                    spent, entries, entered = spent + len(late) * entry_s, entries + 1, entered.union(late)
+                plan.block.passes, plan.block.rows = [len(drafting)], batch + len(drafting)
+            kept = [rng.random() < acceptance for _ in drafting]
+            for b, text in enumerate(texts):
+                hit = b in drafting and kept[drafting.index(b)]
+                if b in drafting:
+                    requests[b].observe([0] * (1 + hit), 1, int(hit), [0.6], given=False)
+                text += [0] * (1 + hit)
+            policy.observe(plan, batch, batch + sum(kept), spent, requests)
+            seconds += spent
+    return seconds / (answers * new * costs.step_seconds(0, batch)), entries
+
+
+def test_entries_that_are_for_nothing_cost_little():
+    costs = CostModel(draft=((1, 0.2), (4, 0.25)), verify=((1, 1.0), (4, 1.05), (8, 1.2)))
+    over, entries = answers_with_entries(costs, 0.1, 0.7, 60)
+    assert over < 1.015 and entries < 10, "each of them takes a twentieth of an answer's time"
+    over, entries = answers_with_entries(costs, 0.9, 0.7, 20)
+    assert over < 0.85 and entries >= 20, "where they pay every answer has its own"

@@ -144,6 +144,17 @@ def test_a_request_that_lies_behind_learns_before_it_drafts(target, trained, pla
     assert conversation.draft_state.num_cached == sequence.length
 
 
+def test_the_policy_is_told_what_a_prompt_took_before_its_first_draft(target, trained, monkeypatch):
+    told = []
+    monkeypatch.setattr("draft.policy.BlockPolicy.caught_up", lambda policy, seconds: told.append(seconds))
+    for temperature in (0.0, 1.0):  # blocks in one call, and pass by pass
+        engine = engine_of(target, trained, costs=CHEAP)
+        result = engine.generate([[7] * 60], SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=temperature))[0]
+        assert result.speculation.proposed and len(told) == 1 and 0 < told.pop() < 10
+        engine.generate([[7] * 20], SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=temperature))
+        assert not told, "a few tokens are run within the block"
+
+
 def test_some_draft_and_others_do_not(target, trained, plain):
     engine = engine_of(target, trained)
     params = [SamplingParams(max_new_tokens=24, draft_length=length) for length in (0, 4, "auto", 1)]
