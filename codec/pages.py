@@ -1,4 +1,5 @@
-"""Coded spans and features back to KV in one product a chunk: into a pool's pages on a GPU (`kernels.residual_decode`), into rows elsewhere.
+"""Coded spans and features back to KV in one product a chunk: into a pool's pages (`kernels.residual_decode`, on a CPU `kernels.cpu_decode.coded`), or
+into rows.
 
 Transform, weighting and predictor are stacked into one matrix [F + K, D], so that a token is mu + [features, components] @ matrix. All spans are read,
 copied and entropy-decoded at once; on a GPU on a stream of their own, beside the pass that makes the features.
@@ -34,6 +35,9 @@ decoded behind it."""
 
 _LAYER_ROWS = 512
 """The same, of a layer's product alone: it lays its columns of the matrix out anew for the CPU's matrix unit, which more rows share."""
+
+_REST_ROWS = 64
+"""The same, of products with the fallback basis, which few spans have: as many as a span has."""
 
 _ENTROPY_TOKENS = 65_536
 _STREAMS = 8
@@ -219,6 +223,9 @@ class PageDecoder:
         layout = self.codec.layout
         if kv.shape[0] - first_layer != layout.coded_layers or kv.shape[1:2] + kv.shape[4:] != (2, layout.num_kv_heads, layout.head_dim):
             raise BadInput(f"pages {tuple(kv.shape)} from layer {first_layer} on do not fit {layout}", "pass the pool that was coded")
+        if self.writes_compiled(kv):
+            self.layers(parts, self.chunks(parts), latents, target_rows).into_pages((cos, sin), kv[first_layer:], slots)
+            return
         ones = torch.ones(tokens, dtype=torch.float32, device=self.codec.device)
         for at, x, rest in self._page_rows(parts):
             x[:, : self.num_inputs] = self._inputs(latents, target_rows, at)
@@ -226,6 +233,11 @@ class PageDecoder:
             added = None if rest is None else Rest(x[:, depth:], rest.basis, rest.starts)
             own, weight, angles = x[:, :depth], self.matrix[:depth], (cos[at], sin[at])
             residual_decode_pages(own, ones[at], None, weight, self.predictor.mu, kv, slots[at], *angles, first_layer, rest=added)
+
+    def writes_compiled(self, kv: torch.Tensor) -> bool:
+        """Whether keys and values [.., G, d] are written by a CPU's compiled code."""
+        dtypes = self.dtype == kv.dtype == torch.bfloat16
+        return dtypes and kv.device.type == "cpu" and kv.shape[-1] % 32 == 0 and compiled_available() and compiled_loads()
 
     def _page_rows(self, parts: Sequence[EntropyDecoded]) -> Iterator[tuple[slice, torch.Tensor, FallbackColumns | None]]:
         """All components where the product takes them from, chunk by chunk, in the order of the text: which tokens, rows [T, F + K + R] in the
@@ -334,8 +346,8 @@ class PageDecoder:
         if rest.device.type != "cpu":  # where a launch a block would take longer than the products
             return self.fallback.expand(rest).float()
         parts = []
-        for block in rest.split(_BLOCK_ROWS):
-            parts.append(self.fallback.expand(torch.nn.functional.pad(block, (0, 0, 0, _BLOCK_ROWS - len(block))))[: len(block)].float())
+        for block in rest.split(_REST_ROWS):
+            parts.append(self.fallback.expand(torch.nn.functional.pad(block, (0, 0, 0, _REST_ROWS - len(block))))[: len(block)].float())
         return torch.cat(parts)
 
     def _num_tokens(self, parts: Sequence[EntropyDecoded], latents: torch.Tensor, target_rows: torch.Tensor | None) -> int:
@@ -437,7 +449,7 @@ class LayerRows:
     ) -> None:
         """`layer` with keys rotated by angles (cos, sin float32 [T, d/2]), written to out [T, 2, heads, d] of any float dtype."""
         layout = self._decoder.codec.layout
-        if self._runs_compiled(out) and out.shape[2] == layout.num_kv_heads:
+        if self._decoder.writes_compiled(out) and out.shape[2] == layout.num_kv_heads:
             from kernels.cpu_decode.coded import rotated
 
             width = layout.num_kv_heads * layout.head_dim
@@ -450,9 +462,14 @@ class LayerRows:
         kv[:, 0] = apply_rope(kv[:, 0], *angles)
         out.copy_(kv)
 
-    def _runs_compiled(self, out: torch.Tensor) -> bool:
-        dtypes = self._decoder.dtype == out.dtype == torch.bfloat16
-        return dtypes and out.device.type == "cpu" and out.shape[3] % 32 == 0 and compiled_available() and compiled_loads()
+    def into_pages(self, angles: tuple[torch.Tensor, torch.Tensor], kv: torch.Tensor, slots: torch.Tensor) -> None:
+        """All layers with keys rotated by angles (cos, sin float32 [T, d/2]), written to slots int64 [T] of pages kv bf16 [L, 2, P, S, G, d], on a CPU
+        with compiled code. Raises ValueError for a slot that is none."""
+        from kernels.cpu_decode.coded import rotated_into_pages
+
+        mu = self._decoder.predictor.mu
+        for at, product, rest in self._products(slice(0, len(mu))):
+            rotated_into_pages(product, mu, rest, (angles[0][at], angles[1][at]), kv, slots[at])
 
     def _multiply(self, columns: slice, out: torch.Tensor) -> torch.Tensor:
         """Columns of all rows into out float32 [T, columns]."""

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,7 @@ from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout, step_of
 from draft.protocols import DraftState
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
-from engine.kv.pool import KvSequence, PagedPool
+from engine.kv.pool import KvPool, KvSequence, PagedPool
 from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
@@ -118,7 +119,7 @@ class SessionCodec:
         layout, spec, device, dtype = self.pack.layout, self.predictor.spec, self.core.device, self.core.dtype
         generator = torch.Generator().manual_seed(0)
         pool = self.core.pool
-        into_pages = isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv)
+        into_pages = self._writes_pages(pool)
         for sizes in _WARM_SIZES:  # Triton compiles a kernel once more for numbers that 16 divides
             tokens = sum(sizes)
             latents = self.predictor.reduce(
@@ -319,6 +320,14 @@ class SessionCodec:
         parts = self.pages.start([s.data for s in spans])
         self._decode(conversation, parts, *self.features(conversation, start, end), start, end)
 
+    def _writes_pages(self, pool: KvPool) -> TypeGuard[PagedPool]:
+        """Whether products go straight into a pool's pages."""
+        return (
+            isinstance(pool, PagedPool)
+            and pool.kv.dtype == self.pages.dtype
+            and (use_triton(pool.kv) or self.pages.writes_compiled(pool.kv))
+        )
+
     def _decode(
         self,
         conversation: SequenceState,
@@ -334,7 +343,7 @@ class SessionCodec:
             sequence.hold_only_seen(end)
         sequence.ensure(end, start)
         one_rope = target.config.local_rope is None  # the kernel turns the keys of all layers alike
-        if one_rope and isinstance(pool, PagedPool) and pool.kv.dtype == self.pages.dtype and use_triton(pool.kv):
+        if one_rope and self._writes_pages(pool):
             pages, offsets = sequence.addresses(start, end)
             slots, angles = pages * pool.page_size + offsets, target.rope.slice(start, end)
             self.pages.write_pages(parts, latents, target_rows, pool.kv, slots, *angles, self.first_layer)

@@ -35,7 +35,10 @@ ARGUMENTS = {
     "refined": (
         "x", "q", "base", "shifts", "gains", "tokens", "count", "classes", "limits", "centres", "points", "bits", "bit_price", "out",
     ),
-    "rotated": ("y", "mu", "rest", "rest_stride", "cos", "sin", "rows", "heads", "head_dim", "out", "out_stride"),
+    "rotated": (
+        "y", "mu", "rest", "rest_stride", "cos", "sin", "rows", "layers", "heads", "head_dim", "slots", "out",
+        "layer_stride", "half_stride", "slot_stride",
+    ),
     "scattered": (
         "rows", "row_stride", "tokens", "heads", "head_dim", "pages", "places", "order", "out", "page_stride", "head_stride",
     ),

@@ -179,19 +179,57 @@ def rotated(
         y: bf16 [T, 2 G d], keys before values. mu: float32 [2 G d]. rest: float32 [T, 2 G d], its rows in one piece each, or None.
         angles: cos, sin float32 [T, d / 2]. out: bf16 [T, 2, G, d], written; each row in one piece.
     """
-    tokens, _, heads, d = out.shape
-    width = 2 * heads * d
+    if not out[:1].is_contiguous():
+        raise ValueError(f"a product does not fit keys and values {list(out.shape)} that lie in several pieces")
+    _rotate(y, mu, rest, angles, out[:, :, None], (0, out.stride(1), out.stride(0)), None)
+
+
+def rotated_into_pages(
+    y: torch.Tensor,
+    mu: torch.Tensor,
+    rest: torch.Tensor | None,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Keys and values of all layers from a product, written where pages hold them.
+
+    Args:
+        y: bf16 [T, L 2 G d], keys before values in each layer. mu: float32 [L 2 G d]. rest: float32 [T, L 2 G d], its rows in one piece each, or None.
+        angles: cos, sin float32 [T, d / 2]. kv: bf16 [L, 2, P, S, G, d], in one piece.
+        slots: int64 [T], page S + offset of each token, within bounds.
+    """
+    if not kv.is_contiguous() or slots.shape != y.shape[:1] or slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise ValueError(f"slots {list(slots.shape)} and pages {list(kv.shape)} do not fit a product {list(y.shape)}, or lie in pieces")
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < kv.shape[2] * kv.shape[3]:
+        raise ValueError(f"slots {int(slots.min())} to {int(slots.max())} of {kv.shape[2] * kv.shape[3]}")
+    _rotate(y, mu, rest, angles, kv[:, :, 0, :1].permute(2, 1, 0, 3, 4), (kv.stride(0), kv.stride(1), kv.stride(3)), slots)
+
+
+def _rotate(
+    y: torch.Tensor,
+    mu: torch.Tensor,
+    rest: torch.Tensor | None,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    strides: tuple[int, int, int],
+    slots: torch.Tensor | None,
+) -> None:
+    """out: bf16 [any, 2, L, G, d], of which the address counts; strides: elements between layers, keys and values, and slots."""
+    tokens, (_, _, layers, heads, d) = len(y), out.shape
+    width = layers * 2 * heads * d
     cos, sin = (part.contiguous() for part in angles)
     fits = y.shape == (tokens, width) and mu.shape == (width,) and cos.shape == sin.shape == (tokens, d // 2) and d % (2 * LANES) == 0
     kinds = y.dtype == out.dtype == torch.bfloat16 and mu.dtype == cos.dtype == sin.dtype == torch.float32
-    pieces = y.is_contiguous() and mu.is_contiguous() and out[:1].is_contiguous()
+    pieces = y.is_contiguous() and mu.is_contiguous() and (slots is not None or len(out) == tokens)
     if rest is not None:
         fits, kinds, pieces = fits and rest.shape == y.shape, kinds and rest.dtype == torch.float32, pieces and rest.stride(1) == 1
     if not (fits and kinds and pieces):
         raise ValueError(f"a product {list(y.shape)} does not fit keys and values {list(out.shape)}, or they lie otherwise in memory")
     where = (0, 0) if rest is None else (rest.data_ptr(), 4 * rest.stride(0))
     _FUNCTIONS["rotated"](
-        y.data_ptr(), mu.data_ptr(), *where, cos.data_ptr(), sin.data_ptr(), tokens, heads, d, out.data_ptr(), 2 * out.stride(0)
+        y.data_ptr(), mu.data_ptr(), *where, cos.data_ptr(), sin.data_ptr(), tokens, layers, heads, d,
+        0 if slots is None else slots.data_ptr(), out.data_ptr(), *(2 * stride for stride in strides),
     )  # fmt: skip
 
 
@@ -227,6 +265,7 @@ __all__ = [
     "rans_encode",
     "refine",
     "rotated",
+    "rotated_into_pages",
     "scatter",
     "scatters",
 ]

@@ -266,30 +266,43 @@ def _write_refined(c: Code) -> None:
 
 
 def _write_rotated(c: Code) -> None:
-    """Products to keys and values: y bf16 [rows, 2 G d], keys before values, plus mu float32 [2 G d], plus rest float32 [rows, 2 G d] unless its
-    address is 0. Keys are rotated by cos and sin float32 [rows, d / 2], all is written as bf16 to out [rows, 2 G d]. Strides are bytes between rows."""
+    """Products to keys and values: y bf16 [rows, layers 2 G d], keys before values in each layer, plus mu float32 [layers 2 G d], plus rest
+    float32 [rows, layers 2 G d] unless its address is 0. Keys are rotated by cos and sin float32 [rows, d / 2], all is written as bf16.
+
+    slots int64 [rows]: where a row is written, or 0 for one row behind another. Strides are bytes: of rest between rows, and of what is written between
+    layers, between keys and values, and between slots.
+    """
     names = ARGUMENTS["rotated"]
     with c.function("rotated", [I64] * len(names), exported=True) as arguments:
         a = dict(zip(names, arguments, strict=True))
         heads, d = a["heads"], a["head_dim"]
         half, width = d // 2, heads * d
-        with c.loop(0, a["rows"]) as row:
-            y, rest, out = a["y"] + row * width * 4, a["rest"] + row * a["rest_stride"], a["out"] + row * a["out_stride"]
+        with c.loop(0, a["layers"]) as layer, c.loop(0, a["rows"]) as row:
+            first = layer * width * 2
+            y, mu, rest = (
+                a["y"] + (row * a["layers"] * width * 2 + first) * 2,
+                a["mu"] + first * 4,
+                a["rest"] + row * a["rest_stride"] + first * 4,
+            )
+            slot = Variable(c, row)
+            with c.when(a["slots"].compare("!=", 0)):
+                slot.set(c.load(a["slots"] + row * 8))
+            out = a["out"] + layer * a["layer_stride"] + slot.get() * a["slot_stride"]
 
-            def number(at: Number, y: Number = y, rest: Number = rest) -> Number:
-                found = Variable(c, load_bf16(c, y + at * 2) + c.load(a["mu"] + at * 4, VECTOR))
+            def number(at: Number, y: Number = y, mu: Number = mu, rest: Number = rest) -> Number:
+                found = Variable(c, load_bf16(c, y + at * 2) + c.load(mu + at * 4, VECTOR))
                 with c.when(a["rest"].compare("!=", 0)):
                     found.set(found.get() + c.load(rest + at * 4, VECTOR))
                 return found.get()
 
             with c.loop(0, heads) as head, c.loop(0, half, LANES) as at:
                 low, angle = head * d + at, (row * half + at) * 4
-                first, second = number(low), number(low + half)
+                one, other = number(low), number(low + half)
                 cos, sin = c.load(a["cos"] + angle, VECTOR), c.load(a["sin"] + angle, VECTOR)
-                c.store(to_bf16(c, first * cos - second * sin), out + low * 2)
-                c.store(to_bf16(c, second * cos + first * sin), out + (low + half) * 2)
-            with c.loop(width, width * 2, LANES) as at:
-                c.store(to_bf16(c, number(at)), out + at * 2)
+                c.store(to_bf16(c, one * cos - other * sin), out + low * 2)
+                c.store(to_bf16(c, other * cos + one * sin), out + (low + half) * 2)
+            with c.loop(0, width, LANES) as at:
+                c.store(to_bf16(c, number(width + at)), out + a["half_stride"] + at * 2)
 
 
 def _write_scattered(c: Code) -> None:

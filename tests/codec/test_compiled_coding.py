@@ -18,7 +18,7 @@ from codec.coder import SpanCoder
 from codec.errors import CorruptedCode
 from codec.layouts import PackedKv
 from codec.pack import CodecPack
-from codec.pages import LayerRows
+from codec.pages import LayerRows, PageDecoder
 from codec.quantize import quantise
 from codec.rans import SpanStream, encode
 from codec.rate import NUM_CLASSES, EntropyModel, class_scale
@@ -139,10 +139,8 @@ def test_escapes_that_do_not_fit_are_refused(spans, escapes, monkeypatch) -> Non
             codec.components_of(hurt._replace(q=hurt.q.clone()))
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96)])
-@pytest.mark.parametrize("with_rest", [False, True])
-def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_rest: bool, monkeypatch) -> None:
-    """Of chunks whose tokens lie in several runs, blocks and remainders; into places between others, which stay."""
+def layer_rows(heads: int, head_dim: int, with_rest: bool) -> tuple[LayerRows, tuple[torch.Tensor, torch.Tensor], torch.Generator]:
+    """Two layers of 300 tokens that lie in several runs, and their angles."""
     generator = torch.Generator().manual_seed(heads)
     layout, depth, tokens = SimpleNamespace(num_kv_heads=heads, head_dim=head_dim, coded_layers=2), 64, 300
     dim = 2 * 2 * heads * head_dim
@@ -152,7 +150,8 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
 
     matrix = random(dim, depth).bfloat16().t()
     codec, predictor = SimpleNamespace(layout=layout, device=torch.device("cpu")), SimpleNamespace(mu=3 * random(dim))
-    decoder = SimpleNamespace(codec=codec, predictor=predictor, matrix=matrix, dtype=torch.bfloat16)
+    decoder = PageDecoder.__new__(PageDecoder)
+    decoder.codec, decoder.predictor, decoder.dtype, decoder._matrix = codec, predictor, torch.bfloat16, matrix
     chunks = [
         (
             [((start, end), random(end - start, dim) if with_rest and start else None) for start, end in runs],
@@ -160,7 +159,15 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
         )
         for runs, count in (([(0, 150), (290, 300)], 160), ([(150, 290)], 140))
     ]
-    rows, angles = LayerRows(decoder, tokens, chunks), (random(tokens, head_dim // 2), random(tokens, head_dim // 2))
+    return LayerRows(decoder, tokens, chunks), (random(tokens, head_dim // 2), random(tokens, head_dim // 2)), generator
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96)])
+@pytest.mark.parametrize("with_rest", [False, True])
+def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_rest: bool, monkeypatch) -> None:
+    """Of chunks whose tokens lie in several runs, blocks and remainders; into places between others, which stay."""
+    rows, angles, _ = layer_rows(heads, head_dim, with_rest)
+    tokens = rows.tokens
     for n in (0, 1):
         made = []
         for name in ("", "reference"):
@@ -176,6 +183,26 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
         wide = torch.empty(tokens, 2, heads, head_dim)
         rows.rotated(n, angles, wide)
         assert torch.equal(wide.bfloat16(), made[0])
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96)])
+@pytest.mark.parametrize("with_rest", [False, True])
+def test_layers_go_into_pages_as_they_are_rotated(heads: int, head_dim: int, with_rest: bool) -> None:
+    """The bits of a layer at a time, in slots without any order; other slots stay."""
+    rows, angles, generator = layer_rows(heads, head_dim, with_rest)
+    kv = torch.full((3, 2, 7, 50, heads, head_dim), float("nan"), dtype=torch.bfloat16)
+    slots = torch.randperm(350, generator=generator)[: rows.tokens]
+    assert rows._decoder.writes_compiled(kv)
+    rows.into_pages(angles, kv[1:], slots)
+    taken = torch.zeros(350, dtype=torch.bool).index_fill_(0, slots, True)
+    for n, layer in enumerate(kv[1:].flatten(2, 3)):
+        wanted = torch.empty(rows.tokens, 2, heads, head_dim, dtype=torch.bfloat16)
+        rows.rotated(n, angles, wanted)
+        assert torch.equal(layer[:, slots].transpose(0, 1), wanted) and bool(layer[:, ~taken].isnan().all())
+    assert bool(kv[0].isnan().all())
+    for wrong in (slots - slots.max() - 1, slots + 350, slots.int(), slots[1:]):
+        with pytest.raises(ValueError, match="slots"):
+            rows.into_pages(angles, kv[1:], wrong)
 
 
 @pytest.mark.parametrize(("size", "heads", "width", "start", "end"), [(4, 2, 8, 2, 9), (16, 3, 64, 5, 48), (128, 1, 6, 0, 1)])
