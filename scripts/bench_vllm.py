@@ -435,26 +435,29 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from engine.connectors.vllm import shield_compiler
-    from engine.store.runs import RUN_TOKENS
+    from engine.store.runs import RUN_TOKENS, Run
 
     scratch = Path(tempfile.mkdtemp(prefix="bench-vllm-"))
     model, pack = tiny_codec(scratch)
     shield_compiler()  # which making the codec has loaded
     extra = {"store": str(scratch / "store"), "draft": "none", "pack": str(pack), "min_tokens": 64, "quality": "near-lossless"}
+    extra |= {"load": "within"}  # for the answers that others are compared with
     transfer = our_connector(extra)
     llm = open_llm(str(model), transfer, max_model_len=512, dtype="float32")
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     generator = np.random.default_rng(7)
     prompts = [generator.integers(0, 250, size).tolist() for size in (290, 320, 350)]
+    prompts.append(generator.integers(0, 250, 64).tolist() + prompts[-1][:276])  # whose runs refer to those of the text before
 
     def run(n: int) -> tuple[list[int], int]:
         llm.reset_prefix_cache()
         out = llm.generate([{"prompt_token_ids": prompts[n]}], params, use_tqdm=False)[0]
         return list(out.outputs[0].token_ids), out.num_cached_tokens or 0
 
-    alone = [run(n)[0] for n in range(len(prompts))]
-    worker = get_kv_transfer_group().worker
-    worker.wait(120)
+    worker, alone = get_kv_transfer_group().worker, []
+    for n in range(len(prompts)):
+        alone.append(run(n)[0])
+        worker.wait(120)
     worker.index.options = replace(worker.index.options, save=False)
     sides = (worker.index, llm.llm_engine.engine_core.engine_core.scheduler.connector.index)
     whole = [run(n) for n in range(len(prompts))]
@@ -464,9 +467,13 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     sides[1].matched = lambda *arguments: min(matched(*arguments), RUN_TOKENS)
     cut = [run(n) for n in range(len(prompts))]
     sides[1].matched = matched
+    if any(cached != RUN_TOKENS for _, cached in cut):
+        raise SystemExit("error: the first runs alone gave nothing back")
     right = [{tuple(alone[n]), tuple(whole[n][0]), tuple(cut[n][0])} for n in range(len(prompts))]
     files = sorted((scratch / "store" / "runs").rglob("*.run"))
     kept = {path: path.read_bytes() for path in files}
+    if not any(Run.from_bytes(content).donors for content in kept.values()):
+        raise SystemExit("error: no run refers to another")
     restore = worker.restore
     chance = random.Random(11)
     wrong = restored = computed = 0
