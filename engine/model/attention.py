@@ -24,6 +24,7 @@ from engine.model.config import DecoderConfig
 from engine.model.device import on_device
 from engine.model.rope import RopeTable
 from kernels.cpu_decode.elementwise import turn_rows
+from kernels.cpu_decode.prompts import attends_prompts
 from kernels.dispatch import use_triton
 from kernels.kv_write import kv_write
 from kernels.kv_write.reference import store
@@ -256,6 +257,7 @@ class ReferenceBackend(AttentionBackend):
                 tree=None if tree is None else (torch.tensor(tree[0], device=self.device), torch.tensor(tree[1], device=self.device)),
                 sliding_window=window,
                 in_parts=all(shape.softcap is None for shape in self.shapes),
+                compiled=attends_prompts(self.pool.kv.shape[-1], self.pool.kv.dtype, self.device),
             )
             for window in {shape.window for shape in self.shapes}
         }

@@ -44,6 +44,9 @@ ARGUMENTS = {
     ),
     "norm_rows": ("x", "residual", "weight", "rows", "width", "eps", "out", "total"),
     "turn_rows": ("x", "row_stride", "rows", "heads", "head_dim", "cos", "sin", "out"),
+    "prompt_attention": (
+        "q", "q_stride", "k", "k_stride", "v", "v_stride", "tokens", "keys", "heads", "kv_heads", "head_dim", "laid_out", "sums", "out", "scale",
+    ),
     "exponentials": ("x", "vectors"),
     "rounded": ("x", "vectors"),
 }  # fmt: skip

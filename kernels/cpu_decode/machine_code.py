@@ -29,6 +29,7 @@ from kernels.files import cache_home, write_bytes
 _HERE = Path(__file__).parent
 _SOURCES = (
     "arguments.py",
+    "attention.py",
     "blocks.py",
     "coding.py",
     "drafting.py",
@@ -123,10 +124,15 @@ def _processor() -> list[str]:
     return [line for line in first.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
 
 
+def has_flag(name: str) -> bool:
+    """Whether the system names a feature of the processor."""
+    return any(name in line.split() for line in _processor() if line.startswith("flags"))
+
+
 @functools.cache
 def allows_tiles() -> bool:
     """Whether the system lets this process use a processor's tile registers (AMX): Linux has to be asked, once a process."""
-    if not keeps_code() or not any("amx_bf16" in line.split() for line in _processor()):
+    if not keeps_code() or not has_flag("amx_bf16"):
         return False
     return ctypes.CDLL(None).syscall(*(ctypes.c_long(number) for number in (_ARCH_PRCTL, _ASK_FOR_STATE, _TILES))) == 0
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.cpu_decode.arguments import ARGUMENTS
+from kernels.cpu_decode.attention import write_attention
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, NAMES, Q4_0, Q8_0
 from kernels.cpu_decode.coding import write_coding
 from kernels.cpu_decode.drafting import write_drafting
@@ -52,6 +53,7 @@ def write_program(*, pairs: bool, quads: bool, matrices: bool) -> Any:
     write_coding(c)
     write_drafting(c)
     write_prefill(c)
+    write_attention(c, pairs)
     return c.module
 
 

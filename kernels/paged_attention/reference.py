@@ -13,15 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.cpu_decode.prompts import attend_prompt
+
 TILE_ROWS = 128
 TREE_SPAN = 63  # places that a tree's bit masks speak of
 _PART_ROWS, _PART_KEYS = 256, 1024  # new tokens, and keys before them, from which a CPU attends to both apart (`_in_two_parts`)
+_COMPILED_ROWS = 32  # new tokens from which laying out all keys anew for compiled code pays
 
 
 @dataclass(frozen=True)
 class Tile:
     """Query tokens [start, end) of the flattened batch, which attend to keys [first, keys) of request `request`; earlier: of these, those before the
-    first of the tokens, where they are attended to apart, else 0."""
+    first of the tokens, where they are attended to apart, else 0. compiled: by `kernels.cpu_decode.prompts`."""
 
     request: int
     start: int
@@ -32,6 +35,7 @@ class Tile:
         torch.Tensor | None
     )  # [(end - start) * (H // G), keys - first] in q's dtype, added to the scores; None when every row sees every key
     earlier: int = 0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def plan(
     tree: tuple[torch.Tensor, torch.Tensor] | None = None,
     sliding_window: int | None = None,
     in_parts: bool = True,
+    compiled: bool = False,
 ) -> Plan:
     """Cut a ragged batch into tiles.
 
@@ -99,6 +104,7 @@ def plan(
         tree: `visible` and `windows`, each [N], as in `paged_attention`.
         sliding_window: as there.
         in_parts: many tokens of a request may attend to the keys before them and to their own apart; not where scores are capped.
+        compiled: where they may, they attend by compiled code instead (`kernels.cpu_decode.prompts.attends_prompts`).
     """
     spans: list[slice | torch.Tensor] = []
     tiles: list[Tile] = []
@@ -111,6 +117,10 @@ def plan(
         plain = (
             in_parts and tree is None and sliding_window is None and not deterministic and dtype == torch.bfloat16 and device.type == "cpu"
         )
+        if plain and compiled and rows >= _COMPILED_ROWS:
+            tiles.append(Tile(request, start, start + rows, 0, context, None, compiled=True))
+            start += rows
+            continue
         if plain and rows >= _PART_ROWS and context - rows >= _PART_KEYS:
             tiles.append(Tile(request, start, start + rows, 0, context, None, context - rows))
             start += rows
@@ -190,6 +200,11 @@ def attend(
             k = k_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)  # [1, G, pages * S, d]
             v = v_pages[span].view(-1, groups, head_dim).transpose(0, 1).unsqueeze(0)
         rows = tile.end - tile.start
+        if tile.compiled:
+            assert softcap is None, "a plan for capped scores has no compiled tiles"
+            own_k, own_v = (part[0, :, : tile.keys].transpose(0, 1) for part in (k, v))
+            out[tile.start : tile.end] = attend_prompt(q[tile.start : tile.end], own_k, own_v, scale)
+            continue
         if tile.earlier:
             assert softcap is None, "a plan for capped scores has no parts"
             out[tile.start : tile.end] = _in_two_parts(
