@@ -47,6 +47,15 @@ class Part:
         """[num_rows, E]."""
         return self.source[self.place]
 
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def after(self, count: int) -> Part:
+        """The rows [n - count, E] behind the first `count`, of a part whose place is (b, slice(n))."""
+        b, rows = self.place
+        assert isinstance(rows, slice) and rows.start is None and len(self.place) == 2
+        return Part(self.source, (b, slice(count, self.num_rows)), self.num_rows - count)
+
 
 @dataclass
 class DraftHeadState(DraftState):
@@ -91,12 +100,12 @@ class DraftHeadState(DraftState):
     @property
     def num_known(self) -> int:
         """Tokens the own layers have run or can run."""
-        return self.own.length + self.num_pending_hidden
+        return self.own.length + self._num_waiting
 
     @property
     def num_cached(self) -> int:
         """The same; fewer than the target's when its cache was filled without their knowledge."""
-        return self.num_known
+        return self.own.length + self._num_waiting
 
     @property
     def num_pending_hidden(self) -> int:
@@ -153,16 +162,17 @@ class DraftHead:
             state.own.advance(count)
         return out.taps
 
-    def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
+    def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor | Part) -> bool:
         """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
         False, and nothing is kept, where the block's first token does not follow the covered ones (num_run None)."""
         if num_run is None:
             return False
-        if run := min(num_run, len(rows)):
+        total = len(rows)
+        if run := min(num_run, total):
             count, state.pending_hidden = state.num_pending_hidden + run, None
             state.own.advance(count)
-        if run < len(rows):
-            self.append_hidden(state, rows[run:])
+        if run < total:
+            state.append_hidden(rows[run:] if isinstance(rows, Tensor) else rows.after(run))
         return True
 
     def forward(self, sequences: list[Any], hidden: Tensor, counts: list[int], starts: list[int], taps: tuple[int, ...]) -> Any:

@@ -56,7 +56,7 @@ class StateHeadState(DraftHeadState):
     @property
     def num_cached(self) -> int:
         """Tokens that have rows, or are known to have none."""
-        return self.num_skipped + self.num_known
+        return self.num_skipped + self.own.length + self._num_waiting
 
     @property
     def rerun_from(self) -> int:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadState
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadState, Part
 from draft.early_exit import EarlyExitDrafter
 from draft.model import ModelDrafter
 from draft.policy import CostModel, Curve, StepKind, StepPlan
@@ -41,7 +41,7 @@ from engine.runtime.model_runner import (
 )
 from engine.runtime.page_tables import StepTables
 from engine.runtime.request import Request
-from engine.runtime.sampling import MAX_DRAFT_LENGTH
+from engine.runtime.sampling import MAX_DRAFT_LENGTH, SamplingParams
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
 from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
@@ -146,7 +146,20 @@ class Flight:
     num_drafts: list[int]
     ready: Any
     exits: Tensor | None
-    deterministic: bool
+
+
+class _Asked(NamedTuple):
+    """What the parameters of a step's requests ask for, which stays while the same ones are run.
+
+    fixed: numbers of drafts that some ask for. capturable: whether a captured step can draw for all of them, with nothing looking at logits in between.
+    """
+
+    requests: list[Request]
+    params: list[SamplingParams]
+    seeds: list[int]
+    drawing: Drawing
+    fixed: frozenset[int]
+    capturable: bool
 
 
 @dataclass(frozen=True)
@@ -184,12 +197,16 @@ class BlockDecoding:
         if self.on_states is not None:
             self._embedded, self._places = self._embed_drafts(self.on_states)
         self._blocks: dict[BlockKey, Block] = {}
+        self._recent: tuple[BlockKey, int, Block] | None = (
+            None  # of the last step: its key without the length, the plan's longest block, and the step
+        )
         self._compiled: set[BlockKey] = set()  # those whose kernels are compiled
         self._memory: tuple[int, ...] = ()
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
         self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
         self._sent: dict[str, list[int]] = {}
+        self._asked = _Asked([], [], [], Drawing(), frozenset(), True)
         self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
 
     @property
@@ -235,14 +252,17 @@ class BlockDecoding:
         self._flight = None
         if flight is None:
             plan = planned()
-            if not self._takes(requests, plan, deterministic):
+            key = self._takes(requests, plan, deterministic)
+            if key is None:
                 return plan, None
-            flight = self._launch(requests, plan, deterministic)
+            flight = self._launch(requests, plan, key)
         self._current = flight
         if flight.source == "model" and all(r.remaining > 1 for r in requests):
             following = planned()
-            if any(following.lengths) and self._takes(requests, following, deterministic) and self._rows_fit(requests, following, flight):
-                self._flight = self._launch(requests, following, deterministic, ahead=True)
+            if any(following.lengths):
+                key = self._takes(requests, following, deterministic, behind=flight)
+                if key is not None:
+                    self._flight = self._launch(requests, following, key, ahead=True)
         out = read_out(flight.ready)
         gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
         self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
@@ -251,52 +271,63 @@ class BlockDecoding:
     def commit(self, kept: Sequence[int]) -> None:
         """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved. Given
         drafts leave the drafter behind: it catches up when it is asked again."""
-        flight = self._current
+        flight, head, on_states = self._current, self.head, self.on_states
         assert flight is not None, "a step is committed once it was run"
-        if flight.source == "given" and self.on_states is None:
+        run, length, exits = flight.source == "model", flight.length, flight.exits
+        if not run and on_states is None:
             return
+        waits = 0
         for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
             state = request.draft_state
             if state is None or not count:
                 continue
-            if self.on_states is not None:
-                assert flight.exits is not None
+            if on_states is not None:
+                assert exits is not None
                 token = request.token_ids[request.sequence.length - count]
-                self.on_states.keep_block(cast(StateHeadState, state), token, flight.exits, b, count, run=flight.source == "model")
-            elif self.head is not None:
-                assert flight.exits is not None
-                self.head.commit(cast(DraftHeadState, state), flight.length, flight.exits[b, :count])
+                on_states.keep_block(cast(StateHeadState, state), token, exits, b, count, run=run)
+                waits = max(waits, cast(StateHeadState, state).num_pending_hidden)
+            elif head is not None:
+                assert exits is not None
+                head.commit(cast(DraftHeadState, state), length, Part(exits, (b, slice(count)), count))
+                waits = max(waits, cast(DraftHeadState, state).num_pending_hidden)
             else:
-                end = request.sequence.length - count + min(count, flight.length)
+                end = request.sequence.length - count + min(count, length)
                 state.sequence.advance(max(0, end - state.sequence.length))
-        if self.head is not None:
+        if waits >= MAX_PENDING_HIDDEN:
             self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
-
-    def _rows_fit(self, requests: Sequence[Request], plan: StepPlan, flight: Flight) -> bool:
-        """Whether a step that follows has room in its first pass for the rows of all tokens that the one under way may keep."""
-        return self.on_states is None or self._length(requests, plan, flight.deterministic) >= flight.length
 
     def _is_settled(self, requests: Sequence[Request]) -> bool:
         return same_objects(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
 
-    def _takes(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> bool:
-        """Whether the step that is planned has drafts, and can be captured."""
+    def _takes(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, behind: Flight | None = None) -> BlockKey | None:
+        """The captured step that is planned; None where it has no drafts, or cannot be captured. behind: one that is under way, which it follows."""
         drafting, given = any(plan.lengths), any(plan.given)
-        if plan.block is not None or (drafting and given):
-            return False
-        if not drafting and not given:
-            return False
+        if plan.block is not None or drafting == given:
+            return None
         if self.drafter is not None and self.drafter.feature_taps:
-            return False
-        params = [r.params for r in requests]
-        if self._sees_logits(requests) or len(requests) > _MOST:
-            return False
-        if len({p.coupled for p in params if not p.greedy}) > 1:
-            return False
-        rows = 1 + max(self._length(requests, plan, deterministic), int(drafting))
-        if bucket(len(requests)) * rows > (MOST_SKINNY if deterministic else MAX_ROWS):
-            return False
-        return not drafting or self._num_behind(requests) <= _MOST_BEHIND
+            return None
+        if not self._asks(requests).capturable:
+            return None
+        key = self._key(requests, "model" if drafting else "given", deterministic)
+        key = self._with_length(key, max([*plan.lengths, *map(len, plan.given)]))
+        if key.batch * (1 + max(key.length, int(drafting))) > (MOST_SKINNY if deterministic else MAX_ROWS):
+            return None
+        if (
+            behind is not None
+        ):  # what it follows has left no draft behind; its first pass must have room for the rows of all tokens kept there
+            return key if self.on_states is None or key.length >= behind.length else None
+        return key if not drafting or self._num_behind(requests) <= _MOST_BEHIND else None
+
+    def _asks(self, requests: list[Request]) -> _Asked:
+        """What these ask for."""
+        if not same_objects(self._asked.requests, requests):
+            params = [r.params for r in requests]
+            capturable = not self._sees_logits(requests) and len(requests) <= _MOST
+            capturable = capturable and len({p.coupled for p in params if not p.greedy}) <= 1
+            drawing = Drawing.of(params, self.target.config.vocab_size)
+            fixed = frozenset(int(p.draft_length) for p in params if p.draft_length != "auto")
+            self._asked = _Asked(list(requests), params, [r.seed for r in requests], drawing, fixed, capturable)
+        return self._asked
 
     @staticmethod
     def _sees_logits(requests: Sequence[Request]) -> bool:
@@ -327,21 +358,21 @@ class BlockDecoding:
         assert self.head is not None
         self.head.run_pending(cast(Sequence[DraftHeadState], states), least=least)
 
-    def _length(self, requests: Sequence[Request], plan: StepPlan, deterministic: bool) -> int:
+    def _with_length(self, key: BlockKey, wanted: int) -> BlockKey:
         """k: of captured lengths and those that requests ask for, the least that holds the plan's; rather one that was captured before."""
-        wanted = max([*plan.lengths, *map(len, plan.given)])
-        fixed = {int(r.params.draft_length) for r in requests if r.params.draft_length != "auto"}
-        able = sorted(n for n in {*CAPTURED_LENGTHS, *fixed} if n >= wanted) or [wanted]
-        key = self._key(requests, "model" if any(plan.lengths) else "given", deterministic)
-        return next((n for n in able if replace(key, length=n) in self._blocks), able[0])
+        if self._recent is not None and self._recent[1] == wanted and self._recent[0] == key:
+            return self._recent[2].key
+        able = sorted(n for n in {*CAPTURED_LENGTHS, *self._asked.fixed} if n >= wanted) or [wanted]
+        keys = [replace(key, length=n) for n in able]
+        return next((own for own in keys if own in self._blocks), keys[0])
 
-    def _key(self, requests: Sequence[Request], source: Source, deterministic: bool) -> BlockKey:
+    def _key(self, requests: list[Request], source: Source, deterministic: bool) -> BlockKey:
         """Of a step of these requests, without its length."""
-        pages = [len(r.sequence.pages) for r in requests]
+        pages = max(len(r.sequence.pages) for r in requests)
         if source == "model":
-            pages += [len(_state(r).cache.pages) for r in requests]
-        drawing = Drawing.of([r.params for r in requests], self.target.config.vocab_size)
-        return BlockKey(bucket(len(requests)), 0, page_bucket(max(pages), self.target.max_pages), source, drawing, deterministic)
+            pages = max(pages, *(len(_state(r).cache.pages) for r in requests))
+        drawing = self._asks(requests).drawing
+        return BlockKey(bucket(len(requests)), 0, page_bucket(pages, self.target.max_pages), source, drawing, deterministic)
 
     def ready(self, requests: Sequence[Request], deterministic: bool, kind: StepKind) -> tuple[int, ...]:
         """Lengths of blocks from the drafter ("model") or from the text that a captured step of these requests may have now: those that are captured,
@@ -355,20 +386,22 @@ class BlockDecoding:
         if not self.target.captures or _CAPTURE_SHARE * (time.perf_counter() - self._captured_at) >= self._capture_s:
             return tuple(able)
         self._drop_stale()
-        key = self._key(requests, "model" if kind == "model" else "given", deterministic)
+        key = self._key(list(requests), "model" if kind == "model" else "given", deterministic)
         return tuple(k for k in able if replace(key, length=k) in self._blocks)
 
-    def _launch(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, ahead: bool = False) -> Flight:
+    def _launch(self, requests: list[Request], plan: StepPlan, key: BlockKey, *, ahead: bool = False) -> Flight:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
-        source: Source = "model" if any(plan.lengths) else "given"
-        length, batch = self._length(requests, plan, deterministic), bucket(len(requests))
-        drawing = self.state.sampling.set([r.params for r in requests], [r.seed for r in requests], self.target.config.vocab_size)
+        source, length, asked = key.source, key.length, self._asks(requests)
+        self.state.sampling.set(asked.params, asked.seeds, self.target.config.vocab_size)
         if not ahead:
-            self._upload(requests, batch, source)
+            self._upload(requests, key.batch, source)
         num_drafts = list(plan.lengths) if source == "model" else [len(own) for own in plan.given]
-        pages = self._place(requests, batch, source, length, num_drafts)
-        block = self._block(BlockKey(batch, length, page_bucket(pages, self.target.max_pages), source, drawing, deterministic))
-        if any(plan.given):
+        self._place(requests, key.batch, source, length, num_drafts)
+        block = self._block(key)
+        wanted = max([*plan.lengths, *map(len, plan.given)])
+        if self._recent is None or self._recent[2] is not block or self._recent[1] != wanted:
+            self._recent = replace(key, length=0), wanted, block
+        if source == "given":
             padded = [[*own, *[0] * (length - len(own))] for own in plan.given]
             fill(self.state.drafts[: len(requests), :length], padded)
         if block.graph is None:
@@ -378,7 +411,7 @@ class BlockDecoding:
         count = len(requests)
         left = block.exits if block.kept is None else block.kept
         exits = None if left is None else left[:count].clone()
-        return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count].clone()), exits, deterministic)
+        return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count]), exits)
 
     def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
         """Bring the device's state up to the host's, where something else has run, and say where the draft's first pass begins."""
@@ -416,25 +449,27 @@ class BlockDecoding:
         found = torch.cat(rows)
         self.state.rows[b, : len(found)] = found
 
-    def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> int:
-        """Tell the device where there are pages, and how many drafts may be kept. Returns the most pages of a request."""
-        sequences = [r.sequence for r in requests]
-        for sequence in sequences:
-            sequence.check_writable(sequence.length, min(sequence.capacity, sequence.length + 2 * (length + 1)))
-        values = {"limit": [s.capacity for s in sequences], "row": self.target.tables.rows(sequences), "num_drafts": num_drafts}
-        pages = [len(s.pages) for s in sequences]
+    def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> None:
+        """Tell the device where there are pages, and how many drafts may be kept."""
+        sequences, written = [r.sequence for r in requests], 2 * (length + 1)
+        limits = [sequence.capacity for sequence in sequences]
+        for sequence, limit in zip(sequences, limits, strict=True):
+            sequence.check_writable(sequence.length, min(limit, sequence.length + written))
+        self._send("limit", limits, batch)
+        self._send("row", self.target.tables.rows(sequences), batch)
+        self._send("num_drafts", num_drafts, batch)
         if source == "model":
             assert self.draft is not None and self.drafter is not None
-            caches = [_state(r).cache for r in requests]
-            values["draft_limit"] = [min(cache.capacity, self.drafter.max_positions) for cache in caches]
-            values["draft_row"] = self.draft.tables.rows(caches)
-            pages += [len(cache.pages) for cache in caches]
-        for name, own in values.items():
-            padded = [*own, *[0] * (batch - len(own))]
-            if self._sent.get(name) != padded:
-                self._sent[name] = padded
-                self.state.write(name, padded, batch)
-        return max(pages)
+            caches, most = [_state(r).cache for r in requests], self.drafter.max_positions
+            self._send("draft_limit", [min(cache.capacity, most) for cache in caches], batch)
+            self._send("draft_row", self.draft.tables.rows(caches), batch)
+
+    def _send(self, name: str, values: list[int], batch: int) -> None:
+        """Write one of the state's integers where it has changed."""
+        padded = values + [0] * (batch - len(values))
+        if self._sent.get(name) != padded:
+            self._sent[name] = padded
+            self.state.write(name, padded, batch)
 
     def capture_common(self, batch: int, drawing: Drawing, *, deterministic: bool = False, until_s: float = math.inf) -> None:
         """Capture the steps of `batch` requests over short contexts beforehand, with drafts of the drafter and with given ones, until `until_s` on
@@ -498,6 +533,8 @@ class BlockDecoding:
 
     def _block(self, key: BlockKey) -> Block:
         self._drop_stale()
+        if self._recent is not None and self._recent[2].key is key:
+            return self._recent[2]
         if key not in self._blocks:
             began = time.perf_counter()
             block = built(lambda: self._build(key), key in self._compiled, captures=self.target.captures)
@@ -514,6 +551,7 @@ class BlockDecoding:
         memory = (self.target.memory_version, *(() if self.draft is None else (self.draft.memory_version,)))
         if memory != self._memory:
             self._blocks.clear()
+            self._recent = None
             self._memory = memory
 
     @torch.inference_mode(False)

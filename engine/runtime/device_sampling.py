@@ -63,11 +63,15 @@ class SamplingState:
             torch.full((rows,), -torch.inf, dtype=torch.float32, device=device),
         )
         self._sent: tuple[list[SamplingParams], list[int]] = ([], [])
+        self._drawing: tuple[Drawing, int] = (Drawing(), 0)  # of these, and the size of the vocabulary
 
     def set(self, params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int) -> Drawing:
         """Bring the device's parameters up to those of a step's requests, and say how they draw."""
-        drawing = Drawing.of(params, vocab_size)
         sent = list(params), list(seeds)
+        if sent == self._sent and self._drawing[1] == vocab_size:
+            return self._drawing[0]
+        drawing = Drawing.of(params, vocab_size)
+        self._drawing = drawing, vocab_size
         if sent != self._sent:
             self._sent = sent
             top_k, top_p, log_min_p = FilterRows.values(params)

@@ -37,16 +37,21 @@ class SpeculationMetrics:
         self.new_tokens += new_tokens
         self.proposed += proposed
         self.accepted += accepted
-        self.from_text += proposed * (given and not seen)
-        self.from_text_accepted += accepted * (given and not seen)
-        self.from_seen += proposed * (given and seen)
-        self.from_seen_accepted += accepted * (given and seen)
-        missing = proposed - len(self.proposed_at)
-        self.proposed_at += [0] * missing
-        self.accepted_at += [0] * missing
+        if given and seen:
+            self.from_seen += proposed
+            self.from_seen_accepted += accepted
+        elif given:
+            self.from_text += proposed
+            self.from_text_accepted += accepted
+        proposed_at, accepted_at = self.proposed_at, self.accepted_at
+        missing = proposed - len(proposed_at)
+        if missing > 0:
+            proposed_at += [0] * missing
+            accepted_at += [0] * missing
         for i in range(proposed):
-            self.proposed_at[i] += 1
-            self.accepted_at[i] += i < accepted
+            proposed_at[i] += 1
+        for i in range(accepted):
+            accepted_at[i] += 1
 
     @property
     def acceptance_rate(self) -> float:

@@ -9,6 +9,7 @@ Axes: B requests, padded to a bucket; n new tokens each, shorter ones padded; N 
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -705,7 +706,7 @@ class PlainDecoding:
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Whether both hold the same objects in the same order."""
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def copy_out(tokens: Tensor, stream: Any | None = None) -> Any:

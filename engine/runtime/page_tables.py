@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ class StepTables(NamedTuple):
     windows: Tensor
 
 
+class _Row(NamedTuple):
+    """A sequence's row, and what its tables hold: their first pages, and the pages from there on."""
+
+    number: int
+    first_pages: list[int]
+    pages: list[list[int]]
+
+
 class PageTables:
     """A row for each of so many sequences: tables [rows, P] int32, windows [W, rows, P] int32. Row 0 is padding.
 
@@ -32,17 +40,21 @@ class PageTables:
     def __init__(self, num_rows: int, max_pages: int, device: torch.device, num_windows: int = 0) -> None:
         self.tables = torch.zeros(num_rows, max_pages, dtype=torch.int32, device=device)
         self.windows = torch.zeros(num_windows, num_rows, max_pages, dtype=torch.int32, device=device)
-        self._rows: weakref.WeakKeyDictionary[KvSequence, int] = weakref.WeakKeyDictionary()
-        self._known: dict[int, list[tuple[int, list[int]]]] = {}  # of each row's tables: first page, and the pages from there on
+        self._rows: dict[int, _Row] = {}  # by the identity of the sequence, which leaves it when it ends
         self._free = list(range(num_rows - 1, 0, -1))
 
     def rows(self, sequences: Sequence[KvSequence]) -> list[int]:
         """The rows of sequences that are run together, fewer than there are rows: each another's, up to date."""
-        if sum(sequence not in self._rows for sequence in sequences) > len(self._free):
-            # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
-            self._rows, self._free = weakref.WeakKeyDictionary(), list(range(len(self.tables) - 1, 0, -1))
-            self._known.clear()
-        return [self._row(sequence) for sequence in sequences]
+        found = [self._rows.get(id(sequence)) for sequence in sequences]
+        if None in found:
+            if found.count(None) > len(self._free):
+                # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
+                self._rows, self._free, found = {}, list(range(len(self.tables) - 1, 0, -1)), [None] * len(found)
+            found = [self._new_row(sequence) if own is None else own for own, sequence in zip(found, sequences, strict=True)]
+        for own, sequence in zip(cast(list[_Row], found), sequences, strict=True):
+            if own.pages[0] != sequence.pages or own.first_pages[0] != sequence.first_page or sequence.windows:
+                self._update(own, sequence)
+        return [cast(_Row, own).number for own in found]
 
     def new_step(self, batch: int, pages: int) -> StepTables:
         """Tables of a step of so many requests, of padding until `look_up`."""
@@ -55,21 +67,22 @@ class PageTables:
         if len(self.windows):
             torch.index_select(self.windows[:, :, :pages], 1, rows, out=into.windows)
 
-    def _row(self, sequence: KvSequence) -> int:
-        row = self._rows.get(sequence)
-        if row is None:
-            row = self._rows[sequence] = self._free.pop()
-            self._known.pop(row, None)
-            weakref.finalize(sequence, self._release, self._rows, row)
-        known = self._known.setdefault(row, [(0, []) for _ in range(1 + len(self.windows))])
-        for number, own in enumerate((sequence, *sequence.windows)):
-            first, pages = known[number]
-            if first != own.first_page or pages != own.pages:
-                known[number] = own.first_page, list(own.pages)
-                table = self.windows[number - 1] if number else self.tables
-                fill(table[row, own.first_page : own.first_page + len(own.pages)], own.pages)
-        return row
+    def _new_row(self, sequence: KvSequence) -> _Row:
+        own = self._rows.get(id(sequence))  # twice in a batch
+        if own is None:
+            tables = 1 + len(self.windows)
+            own = self._rows[id(sequence)] = _Row(self._free.pop(), [0] * tables, [[] for _ in range(tables)])
+            weakref.finalize(sequence, self._release, self._rows, id(sequence), own.number)
+        return own
 
-    def _release(self, rows: weakref.WeakKeyDictionary[KvSequence, int], row: int) -> None:
+    def _update(self, own: _Row, sequence: KvSequence) -> None:
+        for number, part in enumerate((sequence, *sequence.windows)):
+            if own.first_pages[number] != part.first_page or own.pages[number] != part.pages:
+                own.first_pages[number], own.pages[number] = part.first_page, list(part.pages)
+                table = self.windows[number - 1] if number else self.tables
+                fill(table[own.number, part.first_page : part.first_page + len(part.pages)], part.pages)
+
+    def _release(self, rows: dict[int, _Row], sequence: int, number: int) -> None:
         if rows is self._rows:
-            self._free.append(row)
+            del rows[sequence]
+            self._free.append(number)

@@ -225,8 +225,7 @@ class Request:
     def append_tokens(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""
         limit = self.remaining
-        run = list(run[:limit])
-        ends = self.params.stop_token_ids
+        run = run[:limit]
         stop_at = None
         if not self._ends.isdisjoint(run):
             stop_at = next(i for i, t in enumerate(run) if t in self._ends)
@@ -235,11 +234,11 @@ class Request:
             self.finish_reason = "stop"
         elif stop_at is not None:
             kept = stop_at + 1
-            self.finish_reason = "stop" if run[stop_at] in ends else "eos"
+            self.finish_reason = "stop" if run[stop_at] in self.params.stop_token_ids else "eos"
         else:
             kept = len(run)
             self.finish_reason = "length" if kept == limit else None
-        self.token_ids.extend(run[:kept])
+        self.token_ids.extend(run[:kept] if kept < len(run) else run)
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
         if self.finish_reason is not None:

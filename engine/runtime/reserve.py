@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from draft.policy import MAX_AUTO_LENGTH
 from draft.protocols import Drafter
 from draft.tree import MAX_LEAVES
 from engine.kv.pool import KvPool, KvSequence
@@ -65,18 +66,19 @@ def holds_block(request: Request, drafter: Drafter | None, *, drafts: bool) -> b
     if drafter is None or state is None:
         return sequence.holds(sequence.length, end)
     state.align()  # first: what it cuts off gives its pages back
-    start = min(sequence.length, state.rerun_from) if drafter.exit_layer else sequence.length
-    if not sequence.holds(start, end):
+    start, exit_layer = sequence.length, drafter.exit_layer
+    if not sequence.holds(min(start, state.rerun_from) if exit_layer else start, end):
         return False
-    if state.cache is sequence or not (request.params.draft_length != 0 or drafter.exit_layer):
+    cache = state.cache
+    if cache is sequence or not (exit_layer or request.params.draft_length != 0):
         return True
-    return bool(state.cache.holds(min(state.cache.length, end), end))
+    return bool(cache.holds(min(cache.length, end), end))
 
 
 def _block_end(request: Request, drafts: bool) -> int:
-    length, more = len(request.token_ids), 1
+    length, more, wanted = len(request.token_ids), 1, request.params.draft_length
     if drafts:
-        more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
+        more = 2 * MAX_AUTO_LENGTH + 1 + MAX_LEAVES if wanted == "auto" else 2 * wanted + 1
     return max(length, min(request.longest(drafts=drafts), length + more))
 
 

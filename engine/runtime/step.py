@@ -262,28 +262,35 @@ def _plan(
     """
     if all(request.params.draft_length == 0 for request in requests):
         return StepPlan([0] * len(requests), [[] for _ in requests])
-    room, drafter_room, most_tokens = [], [], []
-    begins_after = 0 if drafter is None else drafter.begins_after
-    for request in requests:
-        length = len(request.token_ids)
-        room.append(max(0, min(request.context - length, request.remaining - 1)))
-        waits = False
-        if drafter is not None and request.params.draft_length == "auto":
-            waits = begins_after > 0 and request.num_new < begins_after
-            waits = waits or (ready is not None and not _state(request).knows_text)
-        drafter_room.append(0 if drafter is None or waits else max(0, drafter.max_positions - length))
-        leaves = drafter is not None and drafter.takes_leaves and request.params.greedy and not deterministic
-        memory = leaf_slot(length, MAX_LEAVES) <= request.longest(drafts=True)
-        most_tokens.append(MAX_CANDIDATES if leaves and memory and request.sequence.pool.takes_tree_positions else 1)
+    tokens = [r.token_ids for r in requests]
+    room = [max(0, r.remaining - 1) for r in requests]
+    drafter_room, most_tokens = None, None
+    if drafter is not None:
+        begins_after, most = drafter.begins_after, drafter.max_positions
+        drafter_room = [max(0, most - len(own)) for own in tokens]
+        for b, request in enumerate(requests):
+            if request.params.draft_length == "auto":
+                waits = begins_after > 0 and request.num_new < begins_after
+                if waits or (ready is not None and not _state(request).knows_text):
+                    drafter_room[b] = 0
+    if drafting.draft_by_draft:
+        leaves = drafter is not None and drafter.takes_leaves and not deterministic
+        most_tokens = [MAX_CANDIDATES if leaves and _takes_leaves(request) else 1 for request in requests]
     return drafting.plan(
         [r.drafting for r in requests],
-        [r.token_ids for r in requests],
+        tokens,
         room,
-        drafter_room=None if drafter is None else drafter_room,
+        drafter_room=drafter_room,
         most_tokens=most_tokens,
         ngrams=drafter is None or drafter.takes_given,
         ready=ready,
     )
+
+
+def _takes_leaves(request: Request) -> bool:
+    """Whether its text is greedy, and there is memory for leaves behind it."""
+    memory = leaf_slot(len(request.token_ids), MAX_LEAVES) <= request.longest(drafts=True)
+    return request.params.greedy and memory and request.sequence.pool.takes_tree_positions
 
 
 def _sampler(requests: Sequence[Request], target: CausalDecoder) -> BatchSampler:

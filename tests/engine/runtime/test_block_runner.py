@@ -74,8 +74,8 @@ def launched(monkeypatch):
     """Keys of the steps that were launched."""
     seen, launch = [], BlockDecoding._launch
 
-    def recorded(self, requests, plan, deterministic, *, ahead=False):
-        flight = launch(self, requests, plan, deterministic, ahead=ahead)
+    def recorded(self, requests, plan, key, *, ahead=False):
+        flight = launch(self, requests, plan, key, ahead=ahead)
         seen.append((flight.source, flight.length, len(requests), ahead))
         return flight
 
@@ -151,7 +151,7 @@ def test_automatic_drafts_far_behind_are_not_asked_in_many_requests_at_once(sour
             request.draft_state.pending_hidden, request.draft_state.own.length = None, 0
     lacking = blocks._num_behind(requests)
     assert lacking > 20 and blocks.ready(requests, False, "model") == () and blocks.ready(requests[:1], False, "model") == CAPTURED_LENGTHS
-    assert not blocks._takes(requests, StepPlan([2, 2, 2], [[], [], []]), False)
+    assert blocks._takes(requests, StepPlan([2, 2, 2], [[], [], []]), False) is None
     for request in requests:
         core.abandon(request)
 
@@ -210,7 +210,7 @@ def test_automatic_lengths_are_those_whose_padded_rows_fit_and_whose_capture_is_
     blocks._captured_at, blocks._capture_s = time.perf_counter(), 1.0
     assert blocks.ready(requests[:2], False, "ngram") == (4,) and blocks.ready(requests[:2], False, "model") == ()
     given = StepPlan([0, 0], [[5, 6], [7]])
-    assert blocks._length(requests[:2], given, False) == 4, "a captured step is rather taken than a shorter one that is not"
+    assert blocks._takes(requests[:2], given, False).length == 4, "a captured step is rather taken than a shorter one that is not"
     blocks._captured_at -= 60.0
     assert blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS
     for request in requests:

@@ -13,6 +13,8 @@ from engine.runtime.step import _plan
 class Policy:
     """Remembers what it was asked."""
 
+    draft_by_draft = True
+
     def plan(self, requests, tokens, room, *, drafter_room, **_):
         self.room, self.drafter_room = room, drafter_room
         return None

@@ -73,8 +73,8 @@ class SimulatedBlocks(BlockDecoding):
     def __init__(self, machine):
         self.machine, self._flight, self._settled, self.drafter, self.on_states = machine, None, ([], []), None, None
 
-    def _takes(self, requests, plan, deterministic):
-        return plan.drafts
+    def _takes(self, requests, plan, deterministic, *, behind=None):
+        return plan if plan.drafts else None
 
     def ready(self, requests, deterministic, kind):
         return [k for k in CAPTURED_LENGTHS if len(requests) * (1 + k) <= MAX_ROWS]
@@ -82,7 +82,7 @@ class SimulatedBlocks(BlockDecoding):
     def commit(self, kept):
         pass
 
-    def _launch(self, requests, plan, deterministic, *, ahead=False):
+    def _launch(self, requests, plan, key, *, ahead=False):
         machine, length = self.machine, max([*plan.lengths, *map(len, plan.given)])
         source = "model" if any(plan.lengths) else "given"
         if not ahead and source == "model":
@@ -108,7 +108,7 @@ class SimulatedBlocks(BlockDecoding):
             gained.append([1 + kept, *machine.text(at, 1 + kept)])
             machine.ends[id(request)] = at + 1 + kept
             counts.append(most)
-        return Flight(requests, source, length, plan, counts, (done_at, gained), None, deterministic)
+        return Flight(requests, source, length, plan, counts, (done_at, gained), None)
 
 
 class Sequence:
