@@ -21,7 +21,7 @@ from draft.tree import Leaf
 from kernels.cpu_decode.stopping import Stopping
 from kernels.upload import upload
 
-BEGINS_AFTER = 64  # tokens of an answer: making the copies takes as long as some thirty of them, of which drafts save a quarter
+BEGINS_AFTER = 16  # tokens of an answer: making the copies takes as long as some sixteen of them
 MOST_PENDING_ROWS = 32  # states that one compiled call runs before its drafts: more are multiplied faster by a library
 
 

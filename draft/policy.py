@@ -68,7 +68,7 @@ COST_MEMORY, COST_STEPS = 0.95, 8.0  # of measured seconds; what was measured in
 CORRECT_EVERY = 8  # steps, once there are some
 SLOWEST, RECENT = 2.0, 9  # a step counts as this many times the median of so many at most: compilation and other hiccups
 
-TURNS = 3  # of timing every count
+TURNS, TURNS_CPU = 3, 2  # of timing every count
 
 Curve = tuple[tuple[int, float], ...]
 StepKind = Literal["plain", "ngram", "model"]
@@ -873,6 +873,7 @@ def measure_costs(
 
     new_sequence: makes a sequence of the target's, for scratch use. scratch: the drafter's passes, closed here; None without a drafter.
     Counts take turns, TURNS times, and the best of each is kept (at least three are timed, and none after the budget is spent). Curves never fall.
+    On a CPU, where a text waits meanwhile and nothing is compiled for a number of rows, they take fewer turns, and only the first count is run before.
     """
     first, device = drafter.resumes_at if drafter else 0, target.device
     sequence = new_sequence()
@@ -886,14 +887,15 @@ def measure_costs(
     last = None if scratch is None else scratch.last
     timed = [verify, *([] if scratch is None else [scratch.draft]), *([] if last is None else [last])]
     best: list[dict[int, float]] = [{} for _ in timed]
+    on_cpu = device.type == "cpu"
     began, clock = time.perf_counter(), step_clock(device)
     try:
-        for turn in range(TURNS):
+        for turn in range(TURNS_CPU if on_cpu else TURNS):
             # in turns: what slows the machine down for a while must not hit one count alone
             for count in token_counts if turn == 0 else list(best[0]):
                 if len(best[0]) >= 3 and time.perf_counter() - began > budget_s:
                     break
-                if turn == 0:
+                if turn == 0 and (count == token_counts[0] or not on_cpu):
                     for run in timed:
                         run(count)  # caches, lazily built tables, kernels compiled and graphs captured for the shape
                 for run, found in zip(timed, best, strict=True):

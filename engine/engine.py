@@ -46,7 +46,7 @@ class Engine:
     """Generates text with a target and a source of drafts; `core` is what runs. Threads may share an engine: they take turns (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs measured once
-    (`core.cost_model`), in the first answer that is long enough, and remembered for a model that came from a folder;
+    (`core.cost_model`), after the first tokens, and remembered for a model that came from a folder;
     they are corrected while text is generated.
 
     Args:

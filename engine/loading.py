@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from engine.hub.gguf_blocks import GgufBlocks
 
 COSTS_KEPT_S = 86_400.0
-"""Age up to which remembered costs are taken as they are; older ones are used too, and measured again in the first answer that is long enough."""
+"""Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first tokens."""
 _COSTS_VERSION = 4  # 4: on processors that multiply matrices 16 rows take about as long as one
 _PRODUCTS_VERSION = 4  # 4: products of matrices
 

@@ -95,10 +95,7 @@ class CopiedDecoder(CompiledDecoder):
                     for matrix, part in zip(matrices, parts, strict=True)
                 ]
             else:
-                copies = [
-                    TileWeight.of(matrix.to_dense() if matrix.is_mkldnn else matrix, self._kind, part)
-                    for matrix, part in zip(matrices, parts, strict=True)
-                ]
+                copies = _coded(matrices, self._kind, parts)
                 if self.kept is not None:
                     self.kept.write(room.numpy().data)
             count = len(_MATRICES)
@@ -122,6 +119,17 @@ class CopiedDecoder(CompiledDecoder):
         head = self._made()[1]
         assert head is not None, "a copy without a head was asked for logits"
         return head
+
+
+def _coded(matrices: Sequence[Tensor | BlockWeight], kind: int, parts: Sequence[Tensor]) -> list[TileWeight]:
+    """Copies of matrices, put into memory uint8 of their sizes."""
+    from kernels.cpu_decode.step import tiled, unpack
+
+    copies = []
+    for matrix, part in zip(matrices, parts, strict=True):
+        dense = unpack(matrix) if isinstance(matrix, BlockWeight) else matrix.to_dense() if matrix.is_mkldnn else matrix
+        copies.append(tiled(dense, kind, part))
+    return copies
 
 
 class CopiedBlocks:

@@ -17,6 +17,7 @@ ARGUMENTS = {
         "logits", "eps", "scale",
     ),
     "linear": ("address", "kind", "outputs", "inputs", "x", "rows", "packed", "y"),
+    "tiles_coded": ("address", "kind", "outputs", "columns", "tiles"),
     "unpacked": ("address", "kind", "blocks", "out"),
     "rans_decoded": (
         "states", "words", "word_starts", "sizes", "spans", "lane_tokens", "own", "own_stride", "count", "classes",

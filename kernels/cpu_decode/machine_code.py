@@ -40,6 +40,7 @@ _SOURCES = (
     "prefill.py",
     "program.py",
     "tiles.py",
+    "tiling.py",
 )
 _MOST_BYTES = 1 << 22
 _MOST_KEPT = 8

@@ -22,6 +22,7 @@ from kernels.cpu_decode.matrices import write_matrix_product
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.prefill import write_prefill
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
+from kernels.cpu_decode.tiling import write_tiling
 
 FORMATS = (BF16, *NAMES.values())
 MOST_TOGETHER = 4  # rows whose sums run side by side for one output
@@ -54,6 +55,7 @@ def write_program(*, pairs: bool, quads: bool, matrices: bool) -> Any:
     write_drafting(c)
     write_prefill(c)
     write_attention(c, pairs)
+    write_tiling(c)
     return c.module
 
 

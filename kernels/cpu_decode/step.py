@@ -14,7 +14,7 @@ import torch
 
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.cpu_decode.machine_code import functions
-from kernels.cpu_decode.tiles import TileWeight
+from kernels.cpu_decode.tiles import OUTPUTS, TileWeight
 from kernels.decode_layer.tensors import LayerTensors
 
 Matrix = torch.Tensor | BlockWeight | TileWeight
@@ -77,6 +77,17 @@ def unpack(weight: BlockWeight) -> torch.Tensor:
         _FUNCTIONS["unpacked"](weight.blocks.data_ptr() + start * row_bytes, weight.kind, part.numel() // BLOCK, _at(buffer))
         part.copy_(torch.from_numpy(buffer[: part.numel()]).view(part.shape))
     return out
+
+
+def tiled(weight: torch.Tensor, kind: int, memory: torch.Tensor) -> TileWeight:
+    """What `TileWeight.of` gives; of bf16 in one piece without its many passes over memory."""
+    if not TileWeight.fits(weight.shape) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        return TileWeight.of(weight, kind, memory)
+    outputs, columns = weight.shape
+    if memory.dtype != torch.uint8 or memory.numel() != TileWeight.num_bytes(weight.shape, kind) or not memory.is_contiguous():
+        raise ValueError(f"{memory.numel()} numbers of {memory.dtype} are no room for the tiles of a weight of shape {list(weight.shape)}")
+    _FUNCTIONS["tiles_coded"](weight.data_ptr(), kind, outputs, columns, memory.data_ptr())
+    return TileWeight(memory.view(outputs // OUTPUTS, -1), kind, weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ OUTPUTS = 16  # of a tile
 TILES_8, TILES_4 = 4, 5  # formats, beside those of `blocks`
 GROUP_BYTES = {TILES_8: 2 * OUTPUTS + GROUP * OUTPUTS, TILES_4: 2 * OUTPUTS + GROUP * OUTPUTS // 2}
 ZERO = {TILES_8: 128, TILES_4: 8}  # the code of weight 0
-_SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
+SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
+LEAST_SCALE_BITS = 1  # of float16: the least number beside 0
 _ROWS = 1 << 9  # of a weight that are put into tiles at once: their numbers in float32 stay in a core's cache
 
 
@@ -48,7 +49,7 @@ class TileWeight:
 
     @classmethod
     def of(cls, weight: torch.Tensor, kind: int, memory: torch.Tensor | None = None) -> TileWeight:
-        """A weight [out, in] whose shape `fits`, rounded to the nearest codes. memory: uint8, where its tiles are put."""
+        """A weight [out, in] whose shape `fits`, rounded to the nearest codes. memory: uint8, where its tiles are put. `step.tiled` is faster."""
         outputs = len(weight)
         if not cls.fits(weight.shape):
             raise ValueError(f"a weight of shape {list(weight.shape)} has no whole tiles of {OUTPUTS} outputs and groups of {GROUP} inputs")
@@ -91,9 +92,10 @@ def _coded(parts: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == TILES_8:
         scales = _usable(parts.abs().amax(-1) / 127)
         return scales, (parts / scales[..., None].float()).round_().clamp_(-127, 127).add_(zero).to(torch.uint8)
-    farthest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)  # has code 0, which reaches one step farther than 15
+    top, bottom = parts.amax(-1), parts.amin(-1)
+    farthest = torch.where(top >= -bottom, top, bottom)  # has code 0, which reaches one step farther than 15
     best, scales, codes = torch.full_like(farthest, float("inf")), torch.empty_like(farthest), torch.empty_like(parts)
-    for shrink in _SHRINK:
+    for shrink in SHRINK:
         own = _usable(farthest * (-shrink / zero)).float()
         steps = (parts / own[..., None]).round_().clamp_(-zero, zero - 1)
         error = (steps * own[..., None] - parts).square_().sum(-1)
@@ -106,7 +108,7 @@ def _coded(parts: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _usable(scales: torch.Tensor) -> torch.Tensor:
     """Scales as float16, none of them 0."""
     halves = scales.half()
-    return torch.where(halves == 0, torch.full_like(halves, 6e-8), halves)
+    return torch.where(halves == 0, torch.full_like(halves, 2.0**-24 * LEAST_SCALE_BITS), halves)
 
 
 def bytes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

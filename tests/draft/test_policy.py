@@ -405,7 +405,11 @@ def answers_with_entries(costs, acceptance, entry_s, answers, batch=4, new=64, p
     policy, rng = DraftingPolicy(costs, measured=True), random.Random(0)
     seconds = entries = 0
     for _ in range(answers):
-        requests, texts, entered = [policy.request("auto", greedy=True) for _ in range(batch)], [[*range(prompt)] for _ in range(batch)], set()
+        requests, texts, entered = (
+            [policy.request("auto", greedy=True) for _ in range(batch)],
+            [[*range(prompt)] for _ in range(batch)],
+            set(),
+        )
         while min(map(len, texts)) < prompt + new:
             plan = policy.rest(batch) or policy.plan(requests, texts, [ROOM] * batch, drafter_room=[ROOM] * batch)
             lengths = [min(1, length) for length in plan.lengths]  # each block ends after its first draft

@@ -69,6 +69,17 @@ def test_a_short_answer_does_not_wait_for_a_measurement(tiny_model, home, measur
     assert len(measured) == 1 and engine.core.cost_model is not None
 
 
+def test_tokens_of_short_answers_add_up_until_costs_are_measured(tiny_model, home, measured, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(core_module, "MEASURED_AFTER", 9)
+    engine = make(model.decoder, model.folder)
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    for number in range(4):
+        assert len(measured) == (number > 2), number
+        engine.generate([[4, 8, 15]], params)
+    assert len(measured) == 1 and engine.core._without_costs == []
+
+
 def test_costs_measured_on_a_busy_machine_are_measured_again(tiny_model, home, measured, monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(core_module, "_FREE_SHARE", 1e9)

@@ -35,6 +35,26 @@ def test_a_weight_is_within_half_a_step(kind, monkeypatch):
     assert not whole.unpacked()[3].any() and torch.equal(whole.to_dense(), whole.unpacked())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (528, 576)])
+def test_compiled_code_makes_the_tiles_of_plain_pytorch(kind, outputs, inputs):
+    pytest.importorskip("llvmlite")
+    from kernels.cpu_decode.step import tiled
+
+    weight = weight_of(outputs, inputs).bfloat16()
+    weight[3], weight[5, :32], weight[7] = 0.0, 0.0, weight[7] * 1e-9
+    weight[9, :32] = torch.tensor([1.0, -1.0] * 16)  # as far below 0 as above it
+    room = torch.empty(TileWeight.num_bytes(weight.shape, kind), dtype=torch.uint8)
+    compiled, plain = tiled(weight, kind, room), TileWeight.of(weight, kind)
+    unequal = (compiled.tiles != plain.tiles).view(-1, tiles.GROUP_BYTES[kind]).any(1).sum()
+    assert unequal <= len(compiled.tiles) // 100, "sums in another order decide between two scales hardly ever"
+    error, wanted = ((own.unpacked() - weight.float()).norm() for own in (compiled, plain))
+    assert abs(error - wanted) <= 1e-6 * wanted and compiled.dtype == torch.bfloat16 and compiled.shape == weight.shape
+    with pytest.raises(ValueError, match="no room for the tiles"):
+        tiled(weight, kind, room[1:])
+    assert torch.equal(tiled(weight.float(), kind, room).tiles, plain.tiles), "other numbers by plain PyTorch"
+
+
 def test_a_byte_is_where_the_layout_says():
     weight = torch.zeros(16, 64)
     weight[5, 32 + 4 * 3 + 2] = 127.0  # group 1, q 3, byte 2

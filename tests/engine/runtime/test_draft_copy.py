@@ -218,7 +218,7 @@ def test_copies_of_an_earlier_process_are_there_at_once(target, trained, monkeyp
     """The same copies to the byte, so the same drafts; a file that is damaged is made again, and other weights have other files."""
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
     monkeypatch.setattr("draft.exit_copy.BEGINS_AFTER", BEGINS_AFTER)
-    auto, found = SamplingParams(max_new_tokens=24, ignore_eos=True), []
+    auto, found = SamplingParams(max_new_tokens=BEGINS_AFTER, ignore_eos=True), []
 
     def engine_with(weight_sum):
         monkeypatch.setattr(target, "weight_sum", weight_sum)
