@@ -22,6 +22,7 @@ from kernels.upload import upload
 
 _MOST_PARTS = 64  # tensors that one request's states may lie in
 MAX_PENDING_HIDDEN = 512  # states that wait before they are run after all; bounds their memory and the pause before the next draft
+_PASS_ROWS = 512  # of states that were left for the first draft, run together
 
 
 class LaterRows(Protocol):
@@ -61,10 +62,12 @@ class Part:
 class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
-    own: their KV of a prefix of the committed tokens; others wait as the states at the exit of the tokens after it.
+    own: their KV of a prefix of the committed tokens; others wait as the states at the exit of the tokens after it. num_left: the first of these, which
+    wait for a draft that is asked for, however many they are.
     """
 
     own: Any = None
+    num_left: int = 0
     _waiting: list[Tensor | LaterRows] = field(default_factory=list)
     _num_waiting: int = 0
 
@@ -81,6 +84,7 @@ class DraftHeadState(DraftState):
     @pending_hidden.setter
     def pending_hidden(self, rows: Tensor | None) -> None:
         self._waiting, self._num_waiting = ([], 0) if rows is None else ([rows], len(rows))
+        self.num_left = min(self.num_left, self._num_waiting)
 
     def append_hidden(self, rows: Tensor | LaterRows) -> None:
         """States [m, E] of the tokens after those that wait join them; they are put into one tensor when they are asked for."""
@@ -149,9 +153,17 @@ class DraftHead:
         """exit states rows [n, E] of the tokens after the covered ones join those that wait."""
         state.append_hidden(rows)
 
-    def run_pending(self, states: Sequence[DraftHeadState], taps: tuple[int, ...] = (), *, least: int = 1) -> Mapping[int, Tensor]:
-        """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}."""
-        chosen = [state for state in states if state.num_pending_hidden >= least]
+    def run_pending(
+        self, states: Sequence[DraftHeadState], taps: tuple[int, ...] = (), *, least: int = 1, besides_left: bool = False
+    ) -> Mapping[int, Tensor]:
+        """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}.
+
+        besides_left: those that were left for the first draft do not count, and are run beside others alone. They are run before these, without taps.
+        """
+        chosen = [state for state in states if state.num_pending_hidden - (state.num_left if besides_left else 0) >= least]
+        for state in chosen:
+            self.run_left(state)
+        chosen = [state for state in chosen if state.num_pending_hidden]
         if not chosen:
             return {}
         rows = [state.pending_hidden for state in chosen if state.pending_hidden is not None]
@@ -161,6 +173,16 @@ class DraftHead:
             state.pending_hidden = None  # first: broken off in between, the tokens count as never run
             state.own.advance(count)
         return out.taps
+
+    def run_left(self, state: DraftHeadState) -> None:
+        """Run the states that were left for the first draft, in passes that bound the memory."""
+        while state.num_left and (rows := state.pending_hidden) is not None:
+            count, left = min(state.num_left, _PASS_ROWS), state.num_left
+            self.forward([state.own], rows[:count], [count], [state.own.length], ())
+            state.pending_hidden = None  # first: broken off in between, the tokens count as never run
+            state.own.advance(count)
+            state.pending_hidden = rows[count:] if count < len(rows) else None
+            state.num_left = left - count
 
     def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor | Part) -> bool:
         """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
@@ -215,6 +237,8 @@ class DraftHeadBlock:
         for i in chosen:
             state, done = self.states[rows[i]], self.num_run[rows[i]]
             assert done is not None, "a request whose cache is not covered was asked for drafts"
+            if not done:
+                self.draft_head.run_left(state)
             first = done == 0 and state.pending_hidden is not None
             if first and state.pending_hidden is not None:
                 parts.append(state.pending_hidden)

@@ -124,6 +124,17 @@ class EarlyExitDrafter:
         advances; or it is there already, where a draft head learns of a cache that was filled without it. A run of several calls passes
         the tokens behind the sequence: positions start where features end, where they are kept, or where the draft head's knowledge does.
         """
+        self._prefill(states, tokens, leave=False)
+
+    def prefill_first_layers(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
+        """As `prefill`, but a draft head's own layers run these tokens when drafts are first asked for: nothing else waits for them. Where their states
+        are features, and without a draft head, `prefill`."""
+        if self.draft_head is None or self.own_taps:
+            self.prefill(states, tokens)
+        else:
+            self._prefill(states, tokens, leave=True)
+
+    def _prefill(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]], *, leave: bool) -> None:
         query_lens = [len(t) for t in tokens]
         flat = upload([t for ts in tokens for t in ts], self.decoder.device)
         if self.draft_head is not None:
@@ -140,7 +151,7 @@ class EarlyExitDrafter:
             last_layer=self.num_layers,
             deterministic=self.deterministic,
         )
-        self._keep(states, starts, query_lens, out.taps)
+        self._keep(states, starts, query_lens, out.taps, leave=leave)
 
     def catch_up(self, states: Sequence[DraftState], tokens: Sequence[Sequence[int]]) -> None:
         """`prefill`."""
@@ -156,8 +167,16 @@ class EarlyExitDrafter:
     def observe_verification(self, states: Sequence[DraftState], proposal: Proposal, taps: Mapping[int, Tensor]) -> None:
         """The proposal's own passes gave the states at the exit."""
 
-    def _keep(self, states: Sequence[DraftState], starts: Sequence[int], query_lens: Sequence[int], taps: Mapping[int, Tensor]) -> None:
-        """Take the hidden states of tokens starts[b] onward of each request from a pass that ran `target_taps`."""
+    def _keep(
+        self,
+        states: Sequence[DraftState],
+        starts: Sequence[int],
+        query_lens: Sequence[int],
+        taps: Mapping[int, Tensor],
+        *,
+        leave: bool = False,
+    ) -> None:
+        """Take the hidden states of tokens starts[b] onward of each request from a pass that ran `target_taps`. leave: for the first draft."""
         if self.draft_head is None:
             append_features(states, query_lens, taps, self.feature_taps)
             return
@@ -168,7 +187,10 @@ class EarlyExitDrafter:
                 self.draft_head.append_hidden(state, rows)
         behind = [state for state, own in zip(adapted, follows, strict=True) if own]
         if not self.own_taps:
-            self.draft_head.run_pending(behind, least=MAX_PENDING_HIDDEN)
+            if leave:
+                for state in behind:
+                    state.num_left = state.num_pending_hidden
+            self.draft_head.run_pending(behind, least=MAX_PENDING_HIDDEN, besides_left=True)
             self._append(adapted, starts, query_lens, taps)
             return
         # rows that waited from before have had their turn: only those of this pass are features
@@ -245,7 +267,7 @@ class EarlyExitDrafter:
             else:
                 state.features.append(own.features[:count])
         if self.draft_head is not None:
-            self.draft_head.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN)
+            self.draft_head.run_pending(cast(Sequence[DraftHeadState], states), least=MAX_PENDING_HIDDEN, besides_left=True)
 
     def close(self, states: Sequence[DraftState]) -> None:
         """Free a draft head's pages; the sequences themselves belong to the target."""

@@ -1,9 +1,10 @@
 """A stored session against recomputing it: seconds of every stage, bytes, and time to the first token over links.
 
 First a restored KV is compared with that of the plain twin (numpy's entropy decoder, float32 products on the CPU); if it differs nothing is timed and
-the exit status is 1. recompute_s: the target's pass over the tokens in passes as long as its memory allows. resume_s: from the file on disk to caches
-that can go on; the draft's too, unless the predictor looks at its first layers alone: draft_catch_up_s is then what its cache takes when it is first
-asked. host_copy_s: a raw cache from the host's memory (pinned, on a GPU). The stages are timed one by one, the device waited for between them, so they
+the exit status is 1. recompute_s: the target's pass over the tokens in passes as long as its memory allows, with a draft head's layers. resume_s: from
+the file on disk to caches that can go on; the draft's too, unless the predictor looks at its first layers alone, or on a CPU at nothing of a draft
+head: draft_catch_up_s is then what its cache takes when drafts are first asked for, and speed_up_with_draft counts that as part of the resume.
+host_copy_s: a raw cache from the host's memory (pinned, on a GPU). The stages are timed one by one, the device waited for between them, so they
 overlap less than in resume_s:
 read_s the file, check_s the spans' checksums, ids_s the token ids, rans_s copy and entropy decoder, draft_prefill_s the draft (and the target over the
 first four tokens), target_layers_s the target's first layers, predict_s the product into pages. fixed_s: what a resume costs beside the passes and the
@@ -51,6 +52,7 @@ _SHOWN = (
     "recompute_s",
     "resume_s",
     "speed_up",
+    "draft_catch_up_s",
     "read_s",
     "check_s",
     "rans_s",

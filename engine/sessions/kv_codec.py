@@ -21,6 +21,7 @@ from codec.predictor.features import FeatureBuffer
 from codec.references import Lent
 from codec.spans import SpanCodec, SpanEncoder
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS, KvLayout, step_of
+from draft.early_exit import EarlyExitDrafter
 from draft.protocols import DraftState
 from engine.calibrate.restore_cost import draft_layers_run
 from engine.errors import InvalidOption, PackMismatch
@@ -110,8 +111,10 @@ class SessionCodec:
 
     @property
     def draft_catches_up(self) -> bool:
-        """Whether a restore leaves a separate draft's cache for later."""
-        return self._shallow_layers is not None
+        """Whether a restore leaves a separate draft's cache for later, or the layers of a draft head."""
+        drafter = self.core.drafter
+        head = isinstance(drafter, EarlyExitDrafter) and drafter.draft_head is not None and not drafter.own_taps
+        return self._shallow_layers is not None or (head and self.core.device.type == "cpu")
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -396,7 +399,8 @@ class SessionCodec:
         """[end - start, r] for an empty conversation that is being restored: the draft runs tokens [0, end), or its first layers alone do."""
         if self._shallow_layers is None or state is None or state.length:
             if self.core.drafter is not None and state is not None:
-                prefill_draft(self.core, state, conversation.token_ids[:end])
+                # a GPU's captured steps have no room for many waiting states, and its first draft would wait no shorter
+                prefill_draft(self.core, state, conversation.token_ids[:end], leave=self.core.device.type == "cpu")
             return self._latents(conversation, start, end)
         taps, draft = self.predictor.spec.taps, self.core.draft_model
         assert draft is not None
@@ -517,9 +521,9 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
     conversation.sequence.advance(count)
 
 
-def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int]) -> None:
+def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int], *, leave: bool = False) -> None:
     """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. An early exit's sequence advances
-    with it: the caller then writes the other layers' KV."""
+    with it: the caller then writes the other layers' KV. leave: what no feature needs of a draft head is run when drafts are first asked for."""
     drafter = core.drafter
     assert drafter is not None
     size = known_pass_tokens(core.draft_model or core.target, state.sequence)
@@ -529,6 +533,9 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int])
         state.cache.ensure(len(token_ids))
     while chunk := token_ids[state.length : state.length + size]:
         state.sequence.ensure(state.length + len(chunk), state.rerun_from)
-        drafter.prefill([state], [chunk])
+        if leave and isinstance(drafter, EarlyExitDrafter):
+            drafter.prefill_first_layers([state], [chunk])
+        else:
+            drafter.prefill([state], [chunk])
         if drafter.exit_layer:
             state.sequence.advance(len(chunk))

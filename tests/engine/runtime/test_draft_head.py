@@ -185,6 +185,39 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_pending_hidden == 5
 
 
+@pytest.mark.parametrize("length", [0, 3])
+def test_what_is_left_for_the_first_draft_waits_for_it(target, trained, monkeypatch, length):
+    """As a restore leaves them: neither a prompt nor steps without drafts run the own layers, and drafts find their cache whole."""
+    monkeypatch.setattr("draft.draft_head._PASS_ROWS", 32)
+    monkeypatch.setattr("draft.early_exit.MAX_PENDING_HIDDEN", 40)
+    engine, runs, known = engine_of(target, trained, prefill_chunk=8), [], 70
+    ids = (PROMPTS[3] * 2)[: known + 9]
+    text = engine_of(target, None).generate([ids], SamplingParams(max_new_tokens=24))[0].token_ids
+    forward = trained.head_layers.forward
+    monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
+    conversation = engine.core.open_sequence_state()
+    conversation.token_ids[:] = ids
+    state = conversation.draft_state
+    state.sequence.ensure(known)
+    state.cache.ensure(known)
+    for at in (0, 40):  # the other layers' KV comes from elsewhere
+        chunk = ids[at : min(known, at + 40)]
+        engine.core.drafter.prefill_first_layers([state], [chunk])
+        state.sequence.advance(len(chunk))
+    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
+    assert not runs and state.num_left == state.num_pending_hidden == known == state.num_cached
+    result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=24, draft_length=length))
+    assert result.token_ids == text and result.reused_tokens == known
+    if length == 0:
+        assert not runs and state.num_left == known and state.num_cached == len(ids) + 23
+        return
+    assert runs[:3] == [[32], [32], [6]] and state.num_left == 0 and result.speculation.accepted > 0
+    state.own.reserve(state.num_pending_hidden)
+    engine.core.drafter.draft_head.run_pending([state])
+    kv = full_pass(target, trained, conversation.token_ids[: state.sequence.length])[1]
+    assert torch.allclose(trained.head_layers.read_kv(state.own, 0, state.num_cached), kv, atol=1e-3)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, plain, eager):
     engine = engine_of(target, trained, prefill_chunk=8)
