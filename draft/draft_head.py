@@ -52,10 +52,10 @@ class Part:
         return self.num_rows
 
     def after(self, count: int) -> Part:
-        """The rows [n - count, E] behind the first `count`, of a part whose place is (b, slice(n))."""
-        b, rows = self.place
-        assert isinstance(rows, slice) and rows.start is None and len(self.place) == 2
-        return Part(self.source, (b, slice(count, self.num_rows)), self.num_rows - count)
+        """The rows [n - count, E] behind the first `count`, of a part whose place begins with slice(n)."""
+        rows, *others = self.place
+        assert isinstance(rows, slice) and rows.start is None
+        return Part(self.source, (slice(count, self.num_rows), *others), self.num_rows - count)
 
 
 @dataclass

@@ -8,7 +8,7 @@ Axes: N tokens, E hidden size, k joined layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ class StateJoin:
     join: Tensor
     fuse: Tensor | None
     eps: float
+    _ones: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ones", torch.ones_like(self.state_norm))  # beforehand: not within a step that is captured
 
     @property
     def num_bytes(self) -> int:
@@ -38,8 +42,9 @@ class StateJoin:
         """The target's states after `state_layers` layers, each [N, E] -> what stands for them all [N, E]."""
         if self.fuse is None:
             return states[-1]
-        ones = torch.ones_like(self.state_norm)
-        return F.linear(torch.cat([rms_norm(state, ones, self.eps)[0] for state in states], -1), self.fuse)
+        stacked = torch.stack(states, 1)  # [N, k, E]: one norm of all
+        normed, _ = rms_norm(stacked.view(-1, stacked.shape[-1]), self._ones, self.eps)
+        return F.linear(normed.view(len(stacked), -1), self.fuse)
 
     def embedded(self, embeddings: Tensor) -> Tensor:
         """The embeddings' part of rows [N, E], which `rows_of` adds to the states' part."""

@@ -43,6 +43,7 @@ from engine.runtime.page_tables import StepTables
 from engine.runtime.request import Request
 from engine.runtime.sampling import MAX_DRAFT_LENGTH, SamplingParams
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
+from kernels.advance_block import BlockState, advance_block
 from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
 from kernels.philox import philox_uniform
@@ -81,7 +82,7 @@ class BlockKey:
     deterministic: bool
 
 
-class BlockState:
+class StepState:
     """What captured steps read of each request and leave for the next one, in the order of the batch; rows of one int64 tensor [10, 128].
 
     length: committed tokens, the position of the last one, which no model has run. first: where the draft's first pass begins: at the position before
@@ -115,8 +116,8 @@ class Block:
     """A captured step and its buffers.
 
     drafts [k, B] int64, tokens [B, k + 1] int64: the last token and the drafts. out [B, k + 2] int64: tokens gained, and then these (0 gained: logits
-    that are not finite). exits [B, k + 1, E]: the target's states at the exit (draft head). kept [B, k + 1, 2E]: its fused last states, and the rows of
-    the tokens after them (draft head on last states). probs [B, k, V]: what drafts were drawn from (no seed).
+    that are not finite). exits [k + 1, B, E]: the target's states at the exit (draft head), where its first layers leave them. kept [B, k + 1, 2E]: its
+    fused last states, and the rows of the tokens after them (draft head on last states). probs [B, k, V]: what drafts were drawn from (no seed).
     first: passes of the target's first layers, one a draft and the last draft's own. passes: of the draft.
     """
 
@@ -190,7 +191,7 @@ class BlockDecoding:
         # the target's first layers that drafts are made with
         self.exit_layer = drafter.exit_layer if self.head is not None and self.on_states is None and drafter is not None else 0
         rows = 0 if self.on_states is None else MAX_DRAFT_LENGTH + 1
-        self.state = BlockState(target.config.hidden_size, target.dtype, target.device, num_rows=rows)
+        self.state = StepState(target.config.hidden_size, target.dtype, target.device, num_rows=rows)
         # of a head on last states: the embeddings' part of the rows of its R tokens, and where each token [V] stands among these
         self._embedded: Tensor | None = None
         self._places: Tensor | None = None
@@ -288,7 +289,7 @@ class BlockDecoding:
                 waits = max(waits, cast(StateHeadState, state).num_pending_hidden)
             elif head is not None:
                 assert exits is not None
-                head.commit(cast(DraftHeadState, state), length, Part(exits, (b, slice(count)), count))
+                head.commit(cast(DraftHeadState, state), length, Part(exits, (slice(count), b), count))
                 waits = max(waits, cast(DraftHeadState, state).num_pending_hidden)
             else:
                 end = request.sequence.length - count + min(count, length)
@@ -409,8 +410,7 @@ class BlockDecoding:
         else:
             block.graph.replay()
         count = len(requests)
-        left = block.exits if block.kept is None else block.kept
-        exits = None if left is None else left[:count].clone()
+        exits = block.exits[:, :count].clone() if block.exits is not None else None if block.kept is None else block.kept[:count].clone()
         return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count]), exits)
 
     def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
@@ -567,7 +567,7 @@ class BlockDecoding:
         target_tables = target.tables.new_step(batch, min(key.pages, target.max_pages))
         from_exit, exits = self.exit_layer > 0 and key.source == "model", None
         if from_exit:
-            exits = torch.zeros(batch, rows, target.config.hidden_size, dtype=target.dtype, device=device)
+            exits = torch.zeros(rows, batch, target.config.hidden_size, dtype=target.dtype, device=device)
         verify = target.part(
             batch,
             rows,
@@ -600,16 +600,17 @@ class BlockDecoding:
                     )
                 )
             for i in range(rows if from_exit else 0):
-                block.first.append(
-                    target.part(
-                        batch,
-                        1,
-                        range(self.exit_layer),
-                        tables=target_tables,
-                        token_ids=drafts[i - 1] if i else None,
-                        deterministic=key.deterministic,
-                    )
+                assert exits is not None
+                first = target.part(
+                    batch,
+                    1,
+                    range(self.exit_layer),
+                    tables=target_tables,
+                    token_ids=drafts[i - 1] if i else None,
+                    deterministic=key.deterministic,
                 )
+                first.buffers.stream = exits[i]
+                block.first.append(first)
             if key.drawing.inverse:
                 block.probs = torch.zeros(batch, length, target.config.vocab_size, device=device)
         if self.target.captures:
@@ -624,7 +625,7 @@ class BlockDecoding:
     def _run(self, block: Block) -> None:
         key, state, target, draft = block.key, self.state, self.target, self.draft
         batch, length = key.batch, key.length
-        of = {name: state.of(name, batch) for name in BlockState.NAMES}
+        of = {name: state.of(name, batch) for name in StepState.NAMES}
         target.tables.look_up(of["row"], block.target_tables)
         if key.source == "model":
             assert draft is not None and block.draft_tables is not None
@@ -635,11 +636,10 @@ class BlockDecoding:
                 self._draft(block, of)
         else:
             block.drafts.copy_(state.drafts[:batch, :length].T)
-        block.tokens[:, 0] = of["last"]
-        block.tokens[:, 1:] = block.drafts.T
+        torch.stack([of["last"], *block.drafts], 1, out=block.tokens)
         verify = block.verify
         if block.exits is not None:
-            verify.buffers.stream.copy_(block.exits.view(-1, block.exits.shape[-1]))
+            verify.buffers.stream.view(batch, length + 1, -1).copy_(block.exits.transpose(0, 1))
         target.run_part(verify, of["length"], of["length"], of["limit"], 0, head=True)
         self._accept(block, of)
 
@@ -652,10 +652,9 @@ class BlockDecoding:
                 self._first_layers(block, of, i)
                 stream = step.buffers.stream
                 if i:
-                    stream.copy_(hidden[:, i])
+                    stream.copy_(hidden[i])
                 else:
-                    stream.view(batch, 2, -1)[:, 0] = self.state.hidden[:batch]
-                    stream.view(batch, 2, -1)[:, 1] = hidden[:, 0]
+                    torch.stack([self.state.hidden[:batch], hidden[0]], 1, out=stream.view(batch, 2, -1))
             elif i == 0:
                 ids = step.buffers.token_ids.view(batch, 2)
                 ids[:, 0] = of["previous"]
@@ -670,7 +669,8 @@ class BlockDecoding:
         """The drafting passes of a head on the target's last states: the rows of what the last step kept and of its last token, then a draft each."""
         assert self.draft is not None and self.on_states is not None
         batch, size = block.key.batch, self.state.rows.shape[-1]
-        first, length = of["first"] - of["skipped"], of["length"] - of["skipped"]  # in the own layers' cache
+        assert StepState.NAMES[:2] == ("length", "first")
+        length, first = (self.state.integers[:2, :batch] - of["skipped"]).unbind()  # in the own layers' cache
         limit = torch.minimum(length + 1, of["draft_limit"])
         # of the last token's row; the length of padding moves on with every step, and may lie anywhere
         place = (length - first).clamp(0, len(block.passes))[:, None]
@@ -702,17 +702,19 @@ class BlockDecoding:
         if number == 0:
             step.buffers.token_ids.copy_(of["last"])
         self.target.run_part(step, of["length"], of["length"], of["limit"], number, head=False)
-        block.exits[:, number] = step.buffers.stream
 
     def _draw(self, block: Block, of: dict[str, Tensor], number: int, step: Step, place: Tensor | None = None) -> None:
         """Draw a draft from the logits of each request's last row, or of row place[b] (int64 [B, 1])."""
         key, state, batch = block.key, self.state, block.key.batch
         into, ids = block.drafts[number], None if self.head is None else self.head.token_ids
-        best = _row_of(step.buffers.next_tokens.view(batch, -1), place).clamp_min(0)
-        best = best if ids is None else ids[best]
+        best = _row_of(step.buffers.next_tokens.view(batch, -1), place)  # -1 where logits are not finite: any token stands for it
         if key.drawing.greedy:
-            into.copy_(best)
+            if ids is None:
+                torch.clamp(best, min=0, out=into)
+            else:
+                torch.take(ids, best, out=into)
             return
+        best = best.clamp_min(0) if ids is None else ids.take(best)
         logits = step.buffers.logits
         assert logits is not None
         sampling, seeds = state.sampling, state.sampling.seed[:batch]
@@ -737,53 +739,47 @@ class BlockDecoding:
         """Keep drafts, draw the token after them, and move the state behind it."""
         key, state = block.key, self.state
         batch, length = key.batch, key.length
-        steps = torch.arange(length + 1, device=self.target.device)
         drafts, best = block.tokens[:, 1:], block.verify.buffers.next_tokens.view(batch, length + 1)
-        sampling = state.sampling
-        own, greedy, probs = best, sampling.greedy[:batch, None], None
+        sampling, num_drafts = state.sampling, of["num_drafts"]
+        own, probs, accepted = best, None, None
         if not key.drawing.greedy:
-            logits = block.verify.buffers.logits
+            greedy, logits = sampling.greedy[:batch], block.verify.buffers.logits
             assert logits is not None
             probs = sampling.distributions(logits, key.drawing, batch, length + 1)
+            steps = torch.arange(length + 1, device=self.target.device)
             seeds, places = sampling.seed[:batch, None].expand(batch, length + 1), of["length"][:, None] + 1 + steps
             if key.drawing.race:
                 own = race(probs, seeds.flatten(), places.flatten()).view(batch, length + 1)
             elif key.source == "given":
                 own = sample_rows(probs, philox_uniform(seeds, places, COUNTER_SAMPLE).flatten()).view(batch, length + 1)
-            own = torch.where(greedy, best, own)
-        kept = ((drafts == own[:, :-1]) & (steps[:-1] < of["num_drafts"][:, None])).long().cumprod(1).sum(1)
-        following = own.gather(1, kept[:, None])[:, 0]
-        if key.drawing.inverse and key.source == "model":
-            assert probs is not None and block.probs is not None
-            accepted = accept(
-                probs,
-                block.probs.flatten(0, 1),
-                drafts.flatten(),
-                of["num_drafts"],
-                sampling.seed[:batch],
-                of["length"] + 1,
-                length,
-                even=True,
-            )
-            kept = torch.where(greedy[:, 0], kept, accepted.num_accepted)
-            following = torch.where(greedy[:, 0], following, accepted.next_token)
-        finite = ((best >= 0) | (steps > of["num_drafts"][:, None])).all(1)
-        out = block.out
-        out[:, 0] = torch.where(finite, kept + 1, 0)
-        out[:, 1:-1] = drafts
-        out[:, 1:].scatter_(1, kept[:, None], following[:, None])
-        of["previous"].copy_(block.tokens.gather(1, kept[:, None])[:, 0])
-        of["last"].copy_(following.clamp_min(0))
+            own = torch.where(greedy[:, None], best, own)
+            if key.drawing.inverse and key.source == "model":
+                assert block.probs is not None
+                found = accept(
+                    probs,
+                    block.probs.flatten(0, 1),
+                    drafts.flatten(),
+                    num_drafts,
+                    sampling.seed[:batch],
+                    of["length"] + 1,
+                    length,
+                    even=True,
+                )
+                accepted = greedy, found.num_accepted, found.next_token
+        advance_block(
+            block.tokens,
+            own,
+            best,
+            num_drafts,
+            BlockState(of["length"], of["first"], of["previous"], of["last"]),
+            block.out,
+            runs_kept=self.on_states is not None,  # on the target's states
+            accepted=accepted,
+            exits=block.exits,
+            hidden=None if block.exits is None else state.hidden[:batch],
+        )
         if self.on_states is not None:
             self._keep_states(block)
-            of["first"].copy_(of["length"] + 1)  # all drafts that were kept are run once more, on the target's states
-        else:
-            of["first"].copy_(
-                of["length"] + kept
-            )  # the token before the last is run once more: after a whole block the draft has not run it
-        of["length"].add_(kept + 1)
-        if block.exits is not None:
-            state.hidden[:batch] = block.exits[torch.arange(batch, device=kept.device), kept]
 
     def _keep_states(self, block: Block) -> None:
         """The rows of the tokens that a step has gained, from the target's states of those before them, for the next step and for the host."""

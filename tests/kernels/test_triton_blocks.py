@@ -11,6 +11,9 @@ from kernels.accept import reference as accept_reference
 from kernels.accept import triton as accept_triton
 from kernels.advance import reference as advance_reference
 from kernels.advance import triton as advance_triton
+from kernels.advance_block import BlockState
+from kernels.advance_block import reference as advance_block_reference
+from kernels.advance_block import triton as advance_block_triton
 from kernels.block_inputs import reference as inputs_reference
 from kernels.block_inputs import triton as inputs_triton
 
@@ -79,3 +82,43 @@ def test_accept_of_evenly_spaced_rows(num_drafts, device):
     for module in (accept_triton, accept_reference):
         got = module.accept(*even, *rest, most, even=True)
         assert torch.equal(got.num_accepted, want.num_accepted) and torch.equal(got.next_token, want.next_token)
+
+
+@pytest.mark.parametrize("runs_kept, accepts, size", [(False, False, 96), (True, False, 0), (False, True, 1200), (True, True, 64)], ids=str)
+@pytest.mark.parametrize("batch, length", [(1, 1), (5, 2), (8, 3), (33, 7)], ids=str)
+def test_drafts_that_are_kept_and_the_state_behind_them(batch, length, runs_kept, accepts, size, device):
+    draw = torch.Generator().manual_seed(100 * batch + length)
+
+    def drawn(low, high, *shape):
+        return torch.randint(low, high, shape, generator=draw).to(device)
+
+    tokens, best = drawn(0, 2, batch, length + 1), drawn(0, 2, batch, length + 1)
+    best[drawn(0, 8, batch, length + 1) == 0] = -1
+    own = torch.where(drawn(0, 4, batch, length + 1) == 0, 1, best)
+    num_drafts, lengths = drawn(0, length + 1, batch), drawn(5, 90, batch)
+    accepted = (drawn(0, 2, batch) == 0, drawn(0, length + 1, batch), drawn(0, 9, batch)) if accepts else None
+    exits = torch.randn(length + 1, batch, size, generator=draw).to(device) if size else None
+    found = []
+    for module in (advance_block_triton, advance_block_reference):
+        state = BlockState(lengths.clone(), *(torch.full((batch,), -7, device=device) for _ in range(3)))
+        out = torch.full((batch, length + 2), -7, device=device)
+        hidden = torch.full((batch, size), -7.0, device=device) if size else None
+        module.advance_block(tokens, own, best, num_drafts, state, out, runs_kept=runs_kept, accepted=accepted, exits=exits, hidden=hidden)
+        found.append([*state, out, *([] if hidden is None else [hidden])])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    length_after, first, previous, last, out = (x.cpu() for x in found[0][:5])
+    for b in range(batch):
+        kept = 0
+        while kept < int(num_drafts[b]) and tokens[b, kept + 1] == own[b, kept]:
+            kept += 1
+        following = own[b, kept]
+        if accepted is not None and not accepted[0][b]:
+            kept, following = int(accepted[1][b]), accepted[2][b]
+        finite = bool((best[b, : int(num_drafts[b]) + 1] >= 0).all())
+        assert int(out[b, 0]) == (kept + 1 if finite else 0)
+        assert out[b, 1 : 2 + kept].tolist() == [*tokens[b, 1 : 1 + kept].tolist(), int(following)]
+        assert int(length_after[b]) == int(lengths[b]) + kept + 1 and int(last[b]) == max(0, int(following))
+        assert int(previous[b]) == int(tokens[b, kept]) and int(first[b]) == int(lengths[b]) + (1 if runs_kept else kept)
+        if exits is not None:
+            assert torch.equal(found[0][5][b], exits[kept, b])
