@@ -36,7 +36,7 @@ class LaterRows(Protocol):
         """[num_rows, E]."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: many are made a step, and that takes twice as long
 class Part:
     """Rows of a larger tensor that are looked up when they are asked for: a step that hardly ever asks saves the host's time."""
 
@@ -47,15 +47,6 @@ class Part:
     def rows(self) -> Tensor:
         """[num_rows, E]."""
         return self.source[self.place]
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def after(self, count: int) -> Part:
-        """The rows [n - count, E] behind the first `count`, of a part whose place begins with slice(n)."""
-        rows, *others = self.place
-        assert isinstance(rows, slice) and rows.start is None
-        return Part(self.source, (slice(count, self.num_rows), *others), self.num_rows - count)
 
 
 @dataclass
@@ -92,6 +83,13 @@ class DraftHeadState(DraftState):
         self._num_waiting += len(rows) if isinstance(rows, Tensor) else rows.num_rows
         if len(self._waiting) >= _MOST_PARTS:
             _ = self.pending_hidden
+
+    def ran(self, count: int) -> None:
+        """The own layers have run the states that wait, and `count` tokens after them."""
+        waiting = self._num_waiting
+        if waiting:
+            self._waiting, self._num_waiting = [], 0
+        self.own.advance(waiting + count)
 
     def waits_last(self, rows: object) -> bool:
         """Whether these are the last ones that `append_hidden` got, and still wait as they came."""
@@ -184,17 +182,15 @@ class DraftHead:
             state.pending_hidden = rows[count:] if count < len(rows) else None
             state.num_left = left - count
 
-    def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor | Part) -> bool:
+    def commit(self, state: DraftHeadState, num_run: int | None, rows: Tensor) -> bool:
         """Keep a block's committed tokens, whose exit states are rows [n, E]: the KV of those among the num_run that were run, the states of others.
         False, and nothing is kept, where the block's first token does not follow the covered ones (num_run None)."""
         if num_run is None:
             return False
-        total = len(rows)
-        if run := min(num_run, total):
-            count, state.pending_hidden = state.num_pending_hidden + run, None
-            state.own.advance(count)
-        if run < total:
-            state.append_hidden(rows[run:] if isinstance(rows, Tensor) else rows.after(run))
+        if run := min(num_run, len(rows)):
+            state.ran(run)
+        if run < len(rows):
+            self.append_hidden(state, rows[run:])
         return True
 
     def forward(self, sequences: list[Any], hidden: Tensor, counts: list[int], starts: list[int], taps: tuple[int, ...]) -> Any:

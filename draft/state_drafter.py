@@ -118,6 +118,7 @@ class StateDrafter(EarlyExitDrafter):
     ) -> None:
         super().__init__(decoder, num_layers, deterministic=deterministic)
         self.states_head, self.join, self.embed = draft_head, join, embed
+        self._size = decoder.config.hidden_size
         self.name = "draft head"
 
     @property
@@ -244,17 +245,15 @@ class StateDrafter(EarlyExitDrafter):
                 state.features.append(own.features[:count])
         self.states_head.run_pending(known, least=MAX_PENDING_HIDDEN)
 
-    def keep_block(self, state: StateHeadState, token: int, kept: Tensor, b: int, count: int, *, run: bool) -> None:
+    def keep_block(self, state: StateHeadState, kept: Tensor, b: int, count: int, token: int | None) -> None:
         """`commit` of n tokens whose captured step has made the rows of those after the first.
 
-        token: the first of them, which no model had run. kept: [B, N, 2E]; of request b the target's fused states of the first n tokens, and beside
-        each the row of the token after it, the last of which is not kept. run: whether the own layers have run the first token's row, and those that
-        waited.
+        kept: [B, N, 2E]; of request b the target's fused states of the first n tokens, and beside each the row of the token after it, the last of which
+        is not kept. token: the first of them, which no model had run; None where the own layers have run its row, and those that waited.
         """
-        size = kept.shape[-1] // 2
-        if run:
-            num_run, state.pending_hidden = state.num_pending_hidden + 1, None
-            state.own.advance(num_run)
+        size = self._size
+        if token is None:
+            state.ran(1)
         elif state.num_cached + count != state.sequence.length:
             state.skip(state.sequence.length - state.num_cached - count + 1)
         else:

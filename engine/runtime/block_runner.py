@@ -284,12 +284,15 @@ class BlockDecoding:
                 continue
             if on_states is not None:
                 assert exits is not None
-                token = request.token_ids[request.sequence.length - count]
-                on_states.keep_block(cast(StateHeadState, state), token, exits, b, count, run=run)
+                token = None if run else request.token_ids[request.sequence.length - count]
+                on_states.keep_block(cast(StateHeadState, state), exits, b, count, token)
                 waits = max(waits, cast(StateHeadState, state).num_pending_hidden)
             elif head is not None:
                 assert exits is not None
-                head.commit(cast(DraftHeadState, state), length, Part(exits, (slice(count), b), count))
+                own = cast(DraftHeadState, state)
+                own.ran(min(count, length))
+                if count > length:  # the draft has not run the last of a whole block
+                    own.append_hidden(Part(exits, (slice(length, count), b), count - length))
                 waits = max(waits, cast(DraftHeadState, state).num_pending_hidden)
             else:
                 end = request.sequence.length - count + min(count, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from draft.policy import MAX_AUTO_LENGTH
@@ -60,19 +61,24 @@ def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) ->
     return _demands(request, drafter, end, end)
 
 
-def holds_block(request: Request, drafter: Drafter | None, *, drafts: bool) -> bool:
-    """Whether nothing is missing of `block_demands`: in most steps, so it is asked of all requests first."""
-    sequence, state, end = request.sequence, request.draft_state, _block_end(request, drafts)
-    if drafter is None or state is None:
-        return sequence.holds(sequence.length, end)
-    state.align()  # first: what it cuts off gives its pages back
-    start, exit_layer = sequence.length, drafter.exit_layer
-    if not sequence.holds(min(start, state.rerun_from) if exit_layer else start, end):
-        return False
-    cache = state.cache
-    if cache is sequence or not (exit_layer or request.params.draft_length != 0):
-        return True
-    return bool(cache.holds(min(cache.length, end), end))
+def holding_blocks(requests: Sequence[Request], drafter: Drafter | None, *, drafts: bool) -> set[Request]:
+    """Those of which nothing is missing of `block_demands`: in most steps all, so it is asked of all first."""
+    exit_layer = 0 if drafter is None else drafter.exit_layer
+    found = set()
+    for request in requests:
+        sequence, state, end = request.sequence, request.draft_state, _block_end(request, drafts)
+        start = sequence.length
+        if drafter is None or state is None:
+            held = sequence.holds(start, end)
+        else:
+            state.align()  # first: what it cuts off gives its pages back
+            held = sequence.holds(min(start, state.rerun_from) if exit_layer else start, end)
+            cache = state.cache
+            if held and cache is not sequence and (exit_layer or request.params.draft_length != 0):
+                held = cache.holds(min(cache.length, end), end)
+        if held:
+            found.add(request)
+    return found
 
 
 def _block_end(request: Request, drafts: bool) -> int:

@@ -15,7 +15,7 @@ from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import Request
-from engine.runtime.reserve import Demand, block_demands, chunk_demands, holds_block, reserve, whole_demands
+from engine.runtime.reserve import Demand, block_demands, chunk_demands, holding_blocks, reserve, whole_demands
 from engine.runtime.step import decode_step, prefill_step
 
 HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
@@ -114,7 +114,7 @@ class Scheduler:
             chunks.append(chunk)
         demands = {r: chunk_demands(r, self.drafter, chunk) for r, chunk in zip(chosen, chunks, strict=True)}
         drafts = self._drafts
-        able = {r for r in decoding if holds_block(r, self.drafter, drafts=drafts)}
+        able = holding_blocks(decoding, self.drafter, drafts=drafts)
         demands |= {r: block_demands(r, self.drafter, drafts=drafts) for r in decoding if r not in able}
         for request in sorted(demands, key=lambda r: r.submitted_at):
             if request in self.running and self._make_room(request, demands[request]):
