@@ -30,7 +30,7 @@ class Projection:
     """
 
     def __init__(self, layout: KvLayout, weighting: Weighting, transform: Transform, device: torch.device, dtype: torch.dtype) -> None:
-        self.layout, self.weighting, self.device = layout, weighting, device
+        self.layout, self.weighting, self.device, self.dtype = layout, weighting, device, dtype
         self.transform = transform if dtype == torch.float32 else transform.rounded(dtype)
 
     def weighted(self, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
@@ -61,11 +61,14 @@ class Residuals:
         sizes: tokens of each span.
         read: truth and prediction of the spans [first, last), [T, D] each.
         joined_tokens: of most spans that are read and projected together; 0 for one span at a time.
+        ahead: among them those behind the ones that are asked for.
     """
 
-    def __init__(self, projection: Projection, sizes: Sequence[int], read: Callable[[int, int], Pair], joined_tokens: int) -> None:
+    def __init__(
+        self, projection: Projection, sizes: Sequence[int], read: Callable[[int, int], Pair], joined_tokens: int, *, ahead: bool = False
+    ) -> None:
         self.projection, self.sizes = projection, list(sizes)
-        self._read, self._joined_tokens = read, joined_tokens
+        self._read, self._joined_tokens, self._ahead = read, joined_tokens, ahead
         self._known: list[torch.Tensor | None] = [None] * len(self.sizes)  # components of each, as many as anybody asked for
         self._energy: list[torch.Tensor | None] = [None] * len(self.sizes)
         self._sampled: list[torch.Tensor | None] = [None] * len(self.sizes)
@@ -97,14 +100,19 @@ class Residuals:
         return self.projection.components(z, self.projection.transform.num_components, first)
 
     def _find(self, numbers: Sequence[int], count: int) -> None:
-        missing = [n for n in numbers if (known := self._known[n]) is None or known.shape[1] < count]
-        at = 0
-        while at < len(missing):
-            first, last = missing[at], missing[at] + 1
-            tokens = self.sizes[first]
-            while at + 1 < len(missing) and missing[at + 1] == last and tokens + self.sizes[last] <= self._joined_tokens:
-                tokens, last, at = tokens + self.sizes[last], last + 1, at + 1
-            at += 1
+        missing = {n for n in numbers if (known := self._known[n]) is None or known.shape[1] < count}
+        if not missing:
+            return
+        ahead = self._ahead and count <= self.projection.transform.num_rows
+        for first in sorted(missing):
+            if first not in missing:
+                continue
+            last, tokens = first + 1, self.sizes[first]
+            while last < len(self.sizes) and tokens + self.sizes[last] <= self._joined_tokens:
+                if last not in missing and not (ahead and self._known[last] is None):  # which somebody will ask for
+                    break
+                tokens, last = tokens + self.sizes[last], last + 1
+            missing.difference_update(range(first, last))
             self._project(first, last, count)
 
     def _project(self, first: int, last: int, count: int) -> None:
@@ -131,7 +139,7 @@ class Residuals:
             self._known[number] = known[:, :count].clone()
 
 
-def residuals_of(pairs: Sequence[Pair], projection: Projection, joined_tokens: int) -> Residuals:
+def residuals_of(pairs: Sequence[Pair], projection: Projection, joined_tokens: int, *, ahead: bool = False) -> Residuals:
     """Of (truth, prediction) [T, D] of each span. Raises BadInput for a pair of different shapes."""
     for truth, prediction in pairs:
         if truth.shape != prediction.shape:
@@ -144,4 +152,4 @@ def residuals_of(pairs: Sequence[Pair], projection: Projection, joined_tokens: i
         truth, prediction = (torch.cat([pair[i].to(projection.device) for pair in pairs[first:last]]) for i in (0, 1))
         return truth, prediction
 
-    return Residuals(projection, [len(truth) for truth, _ in pairs], read, joined_tokens if alike else 0)
+    return Residuals(projection, [len(truth) for truth, _ in pairs], read, joined_tokens if alike else 0, ahead=ahead)
