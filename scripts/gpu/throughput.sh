@@ -5,13 +5,14 @@
 #   ours     random weights of SHAPE through Engine.generate, beside the read bound (1 min)
 #   same     whether deterministic texts are those of the same prompts alone (1 min)
 #   step     one captured step alone, by its rows, beside the library's products (1 min)
+#   tune     launch shapes of one captured step, each measured in whole steps (1 min for each of TUNE_ROWS)
 #   kernels  every Triton kernel beside ceilings that the run measures (3 min)
 #   sampled  tokens a second at temperature 0 and 1 (2 min)
 #   vllm     vLLM on the same shape, prompts and machine (3 min; needs VLLM_BENCH)
 #
-# Needs one GPU. Environment, beside common.sh's: SHAPE (qwen2.5-1.5b), BATCHES (1,8,32,128), NEW_TOKENS (256), REPEATS (3), ROWS (1,5,8x1,32x1,128x1),
-# VLLM_BENCH (a script that times vLLM over token ids, with the options of `part_vllm` below), VLLM_SITE (folder with vLLM's packages, for a machine
-# that has none installed)
+# Needs one GPU. Environment, beside common.sh's: SHAPE (qwen2.5-1.5b), BATCHES (1,8,32,128), NEW_TOKENS (256), REPEATS (3), STEP_SHAPE (1.5b; 135m for
+# `tune`), ROWS (1,5,8x1,32x1,128x1), TUNE_ROWS (8x3,32x1), VLLM_BENCH (a script that times vLLM over token ids, with the options of `part_vllm` below),
+# VLLM_SITE (folder with vLLM's packages, for a machine that has none installed)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SHAPE=${SHAPE:-qwen2.5-1.5b}
@@ -31,6 +32,10 @@ part_same() {
 
 part_step() {
     run step scripts/bench_decode_step.py --shape "${STEP_SHAPE:-1.5b}" --rows "${ROWS:-1,5,8x1,32x1,128x1}" --json-out "$OUT/step.json"
+}
+
+part_tune() {
+    run tune scripts/bench/decode_tune.py --shape "${STEP_SHAPE:-135m}" --rows "${TUNE_ROWS:-8x3,32x1}" --seconds 60 --json-out "$OUT/tuned.json"
 }
 
 part_kernels() {
@@ -66,4 +71,4 @@ part_vllm() {
     rmdir "$empty" 2>/dev/null
 }
 
-parts ours same step kernels sampled vllm -- "$@"
+parts ours same step tune kernels sampled vllm -- "$@"
