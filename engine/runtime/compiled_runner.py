@@ -58,7 +58,7 @@ class CompiledDecoder(DecoderRunner):
 
     @property
     def num_threads(self) -> int:
-        """A compiled step runs in the thread that asks for it."""
+        """A compiled step runs in the thread that asks for it; others help only while that is faster."""
         return 1
 
     @property

@@ -6,8 +6,9 @@ ARGUMENTS = {
         "stream", "rows", "width", "cos", "sin", "positions", "places", "requests", "tables", "table_width",
         "heads", "kv_heads", "head_dim", "inner", "page_size",
         "normed", "wide", "wide_width", "attended", "scores", "score_width", "packed", "eps", "scale",
+        "part", "parts", "counter",
     ),
-    "run_head": ("stream", "rows", "width", "norm", "address", "kind", "outputs", "normed", "packed", "logits", "eps"),
+    "run_head": ("stream", "rows", "width", "norm", "address", "kind", "outputs", "normed", "packed", "logits", "eps", "part", "parts"),
     "draft": (
         "first", "own", "width", "heads", "kv_heads", "head_dim", "inner", "embeddings", "norm", "address", "kind", "outputs", "token_ids",
         "count", "tokens", "positions", "first_tables", "first_width", "own_tables", "own_width",

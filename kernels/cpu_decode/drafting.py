@@ -85,6 +85,7 @@ def _write_draft(c: Code) -> None:
                 x, rows, width, a["cos"], a["sin"], positions, positions, requests, a[f"{name}_tables"], a[f"{name}_width"],
                 a["heads"], a["kv_heads"], d, a["inner"], m["page_size"],
                 a["normed"], a["wide"], a["wide_width"], a["attended"], a["scores"], a["score_width"], a["packed"], a["eps"], a["scale"],
+                0, 1, 0,
             )  # fmt: skip
 
         with c.loop(0, a["count"]) as b:
@@ -119,6 +120,8 @@ def _write_draft(c: Code) -> None:
                 a["packed"],
                 a["logits"],
                 a["eps"],
+                0,
+                1,
             )
             kept, worth = Variable(c, c.of(I64, 0)), Variable(c, c.of(F32, 0.0))
             with c.loop(0, rows) as i:

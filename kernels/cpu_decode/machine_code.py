@@ -36,6 +36,7 @@ _SOURCES = (
     "emit.py",
     "machine_code.py",
     "matrices.py",
+    "meeting.py",
     "numbers.py",
     "prefill.py",
     "program.py",
@@ -194,6 +195,7 @@ def _optimised(write: Callable[[Callable[[str], bool]], Any], *, apart: bool = F
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
     features = llvm.get_host_cpu_features()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
@@ -215,7 +217,7 @@ def _step(has: Callable[[str], bool]) -> Any:
     from kernels.cpu_decode.program import write_program
 
     pairs, tiles = has("avx512bf16"), has("amx-tile") and has("amx-bf16") and allows_tiles()
-    return write_program(pairs=pairs, quads=has("avx512vnni"), matrices=pairs and tiles)
+    return write_program(pairs=pairs, quads=has("avx512vnni"), matrices=pairs and tiles, gives_way=keeps_code())
 
 
 def compile_object() -> bytes:

@@ -19,6 +19,7 @@ from kernels.cpu_decode.coding import write_coding
 from kernels.cpu_decode.drafting import write_drafting
 from kernels.cpu_decode.emit import F16, F32, I8, I32, I64, LANES, VECTOR, Code, Number, Variable, argument_types, lanes
 from kernels.cpu_decode.matrices import write_matrix_product
+from kernels.cpu_decode.meeting import write_meeting
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.prefill import write_prefill
 from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
@@ -34,10 +35,11 @@ AHEAD_BYTES, FAR_AHEAD_BYTES = 4096, 16384
 TILES_TOGETHER = 4  # rows whose sums over a tile run side by side
 
 
-def write_program(*, pairs: bool, quads: bool, matrices: bool) -> Any:
+def write_program(*, pairs: bool, quads: bool, matrices: bool, gives_way: bool) -> Any:
     """The module. pairs: the processor multiplies pairs of bf16; quads: it multiplies and adds four bytes (AVX512-VNNI); matrices: it multiplies
-    matrices of bf16 (AMX), too."""
+    matrices of bf16 (AMX), too. gives_way: see `meeting`."""
     c = Code()
+    write_meeting(c, gives_way=gives_way)
     for kind in FORMATS:
         _write_product(c, kind, pairs and kind == BF16)
     _write_key_product(c, pairs)
@@ -286,18 +288,20 @@ def _multiply_quads(c: Code, quads: bool, codes: Number, x: Number, total: Numbe
 
 
 def _write_any_product(c: Code, pairs: bool, matrices: bool) -> None:
-    """Outputs [0, outputs) of a product with weights of a format known at run time. packed: workspace, bf16 [rows, columns] for whole sixteens of rows.
+    """Outputs [start, outputs) of a product with weights of a format known at run time, start a multiple of 16. packed: workspace, bf16 [rows, columns]
+    for whole sixteens of rows.
 
     Where the processor multiplies matrices, outputs beyond the last whole sixteen alone are multiplied in pairs.
     """
-    with c.function("product", [I64] * 10) as (kind, w, outputs, columns, x, x_stride, rows, packed, y, y_stride):
+    with c.function("product", [I64] * 11) as (kind, w, start, outputs, columns, x, x_stride, rows, packed, y, y_stride):
         for form in FORMATS:
             with c.when(kind.compare("==", form)):
-                own, stride, first = x, x_stride, c.of(I64, 0)
+                own, stride, first = x, x_stride, start
                 if matrices and form == BF16:
-                    first = outputs // LANES * LANES
+                    whole = (outputs - start) // LANES * LANES
+                    first = start + whole
                     c.call("pack_pairs", x, x_stride, rows, columns, packed)
-                    c.call("matrix_product", w, first, columns, packed, rows, y, y_stride)
+                    c.call("matrix_product", w + start * columns * 2, whole, columns, packed, rows, y + start * 4, y_stride)
                 with c.when(first.compare("<", outputs)):
                     if pairs and form == BF16:
                         c.call("pack", x, x_stride, rows, columns, packed)
@@ -307,7 +311,9 @@ def _write_any_product(c: Code, pairs: bool, matrices: bool) -> None:
         for form in (TILES_8, TILES_4):
             with c.when(kind.compare("==", form)):
                 c.call("pack_bytes", x, x_stride, rows, columns, packed)
-                c.call(f"tiles_{form}", w, outputs, packed, columns * 2, rows, y, y_stride, columns // GROUP)
+                groups = columns // GROUP
+                own = w + start // OUTPUTS * groups * GROUP_BYTES[form]
+                c.call(f"tiles_{form}", own, outputs - start, packed, columns * 2, rows, y + start * 4, y_stride, groups)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------
@@ -346,9 +352,16 @@ def _write(c: Code, x: Number, count: Number, out: Number) -> None:
         c.store(to_bf16(c, c.load(x + at * 4, VECTOR)), out + at * 2)
 
 
-def _add(c: Code, stream: Number, rows: Number, width: Number, update: Number, bias: Number | None) -> None:
-    """Add an update [N, E], and a bias [E] where there is one, to the residual stream [N, E], which keeps what bf16 holds."""
-    with c.loop(0, rows) as row, c.loop(0, width, LANES) as column:
+def _part(count: Number, unit: int, part: Number, parts: Number) -> tuple[Number, Number]:
+    """A part's share of `count` things, whole `unit`s of them, and the last part's with what is left."""
+    units = count // unit
+    end = (part + 1).compare("==", parts).choose(count, units * (part + 1) // parts * unit)
+    return units * part // parts * unit, end
+
+
+def _add(c: Code, stream: Number, rows: Number, width: Number, columns: tuple[Number, Number], update: Number, bias: Number | None) -> None:
+    """Add columns of an update [N, E], and of a bias [E] where there is one, to the residual stream [N, E], which keeps what bf16 holds."""
+    with c.loop(0, rows) as row, c.loop(*columns, LANES) as column:
         at = (row * width + column) * 4
         added = Variable(c, c.load(update + at, VECTOR))
         if bias is not None:
@@ -443,6 +456,8 @@ def _write_layers(c: Code) -> None:
     pool int64 [L, 2]: addresses of keys and values, bf16 [P, S, G, d]. requests int64 [N]: rows of tables int64 [B, table_width].
     normed [N, E], wide [N, wide_width >= max(qkv rows, 2 I)], attended [N, H d], scores [H / G, score_width >= places + 16],
     packed bf16 [N, max(E, H d, I)], for whole sixteens of rows: workspace.
+    part, parts, counter: one of so many threads that run the same layers over the same stream at the same time, each with a share of every product's
+    outputs and of the KV heads, and with a normed, scores and packed of its own; they meet at `counter`. No sum is made in another order.
     """
     with c.function("run_layers", argument_types("run_layers"), exported=True) as arguments:
         a = dict(zip(ARGUMENTS["run_layers"], arguments, strict=True))
@@ -450,12 +465,21 @@ def _write_layers(c: Code) -> None:
         heads, kv_heads, d, inner, eps, packed = (a[name] for name in ("heads", "kv_heads", "head_dim", "inner", "eps", "packed"))
         group, qkv_rows, y_stride = heads // kv_heads, (heads + kv_heads * 2) * d, a["wide_width"] * 4
         row_bytes = kv_heads * d * 2
+        part, parts = a["part"], a["parts"]
+        own_rows, own_columns, own_inner = (_part(count, LANES, part, parts) for count in (qkv_rows, width, inner))
+        first_head, last_head = _part(kv_heads, 1, part, parts)
+
+        def meet() -> None:
+            c.call("meet", a["counter"], parts)
+
         with c.loop(a["first"], a["last"]) as layer:
 
-            def product(number: int, outputs: Number, columns: Number, x: Number, x_stride: Number, y: Number, stride: Number) -> None:
+            def product(
+                number: int, outputs: tuple[Number, Number], columns: Number, x: Number, x_stride: Number, y: Number, stride: Number
+            ) -> None:
                 at = (layer * 4 + number) * 8
                 kind, w = c.load(a["kinds"] + at), c.load(a["addresses"] + at)
-                c.call("product", kind, w, outputs, columns, x, x_stride, rows, packed, y, stride)
+                c.call("product", kind, w, *outputs, columns, x, x_stride, rows, packed, y, stride)
 
             def normalise(number: int) -> None:
                 weight = a["norms"] + (layer * 2 + number) * width * 4
@@ -468,63 +492,80 @@ def _write_layers(c: Code) -> None:
             keys, values = (c.load(a["pool"] + (layer * 2 + number) * 8) for number in (0, 1))
             qkv_bias, o_bias, qk_norm = of_layer("qkv_bias", qkv_rows), of_layer("o_bias", width), of_layer("qk_norm", d * 2)
             normalise(0)
-            product(0, qkv_rows, width, normed, width * 4, wide, y_stride)
-            with c.loop(0, rows) as row:
+            product(0, own_rows, width, normed, width * 4, wide, y_stride)
+            meet()
+            with c.loop(0, rows) as row, c.loop(first_head, last_head) as g:
                 own, angle = wide + row * y_stride, row * (d // 2) * 4
-                with c.when(qkv_bias.compare("!=", 0)), c.loop(0, qkv_rows, LANES) as at:
-                    c.store(c.load(own + at * 4, VECTOR) + c.load(qkv_bias + at * 4, VECTOR), own + at * 4)
-                with c.loop(0, heads + kv_heads) as head:
+
+                def biased(start: Number, count: Number, own: Number = own, qkv_bias: Number = qkv_bias) -> None:
+                    with c.when(qkv_bias.compare("!=", 0)), c.loop(start * d, (start + count) * d, LANES) as at:
+                        c.store(c.load(own + at * 4, VECTOR) + c.load(qkv_bias + at * 4, VECTOR), own + at * 4)
+
+                def turned(head: Number, weight: Number, own: Number = own, angle: Number = angle) -> None:
                     numbers = own + head * d * 4
-                    with c.when(qk_norm.compare("!=", 0)):
-                        weight = head.compare("<", heads).choose(qk_norm, qk_norm + d * 4)
+                    with c.when(weight.compare("!=", 0)):
                         _norm(c, numbers, d, weight, eps, numbers)
                     _turn(c, numbers, d, a["cos"] + angle, a["sin"] + angle)
+
+                key, value = heads + g, heads + kv_heads + g
+                biased(g * group, group)
+                biased(key, c.of(I64, 1))
+                biased(value, c.of(I64, 1))
+                with c.loop(g * group, (g + 1) * group) as head:
+                    turned(head, qk_norm)
+                turned(key, qk_norm.compare("!=", 0).choose(qk_norm + d * 4, qk_norm))
                 place = c.load(a["places"] + row * 8)
                 table = a["tables"] + c.load(a["requests"] + row * 8) * a["table_width"] * 8
                 slot = c.load(table + place // a["page_size"] * 8) * a["page_size"] + place % a["page_size"]
-                _write(c, own + heads * d * 4, kv_heads * d, keys + slot * row_bytes)
-                _write(c, own + (heads + kv_heads) * d * 4, kv_heads * d, values + slot * row_bytes)
+                into = slot * row_bytes + g * d * 2
+                _write(c, own + key * d * 4, d, keys + into)
+                _write(c, own + value * d * 4, d, values + into)
             with c.loop(0, rows) as row:
                 table = a["tables"] + c.load(a["requests"] + row * 8) * a["table_width"] * 8
                 position, place = c.load(a["positions"] + row * 8), c.load(a["places"] + row * 8)
-                with c.loop(0, kv_heads) as g:
+                with c.loop(first_head, last_head) as g:
                     q, out = wide + row * y_stride + g * group * d * 4, attended + (row * heads + g * group) * d * 4
                     own_keys, own_values = keys + g * d * 2, values + g * d * 2
                     c.call(
                         "attend", q, group, d, own_keys, own_values, row_bytes, a["page_size"], table, position, place,
                         a["scores"], a["score_width"], packed, out, a["scale"],
                     )  # fmt: skip
-            product(1, width, heads * d, attended, heads * d * 4, normed, width * 4)
-            _add(c, stream, rows, width, normed, o_bias)
+            meet()
+            product(1, own_columns, heads * d, attended, heads * d * 4, normed, width * 4)
+            _add(c, stream, rows, width, own_columns, normed, o_bias)
+            meet()
             normalise(1)
-            product(2, inner * 2, width, normed, width * 4, wide, y_stride)
-            with c.loop(0, rows) as row, c.loop(0, inner, LANES) as at:
+            for half in (c.of(I64, 0), inner):
+                product(2, (own_inner[0] + half, own_inner[1] + half), width, normed, width * 4, wide, y_stride)
+            with c.loop(0, rows) as row, c.loop(*own_inner, LANES) as at:
                 place = wide + row * y_stride + at * 4
                 gate = c.load(place, VECTOR)
                 negative = (gate * -1.0).at_most(80.0)
                 c.store(gate / (exponential(c, negative) + 1.0) * c.load(place + inner * 4, VECTOR), place)
-            product(3, width, inner, wide, y_stride, normed, width * 4)
-            _add(c, stream, rows, width, normed, None)
+            meet()
+            product(3, own_columns, inner, wide, y_stride, normed, width * 4)
+            _add(c, stream, rows, width, own_columns, normed, None)
+            meet()
 
 
 def _write_entries(c: Code) -> None:
     """The other functions that can be called."""
     with c.function("run_head", argument_types("run_head"), exported=True) as arguments:
         # final norm of the residual stream [N, E] and the product with the head's weight -> logits [N, outputs]
-        stream, rows, width, norm, address, kind, outputs, normed, packed, logits, eps = arguments
+        stream, rows, width, norm, address, kind, outputs, normed, packed, logits, eps, part, parts = arguments
         with c.loop(0, rows) as row:
             _norm(c, stream + row * width * 4, width, norm, eps, normed + row * width * 4)
-        c.call("product", kind, address, outputs, width, normed, width * 4, rows, packed, logits, outputs * 4)
+        c.call("product", kind, address, *_part(outputs, LANES, part, parts), width, normed, width * 4, rows, packed, logits, outputs * 4)
     with c.function("linear", argument_types("linear"), exported=True) as arguments:
         # x [N, inputs] float32 by a weight of so many outputs -> y [N, outputs] float32
         address, kind, outputs, inputs, x, rows, packed, y = arguments
-        c.call("product", kind, address, outputs, inputs, x, inputs * 4, rows, packed, y, outputs * 4)
+        c.call("product", kind, address, 0, outputs, inputs, x, inputs * 4, rows, packed, y, outputs * 4)
     with c.function("unpacked", argument_types("unpacked"), exported=True) as (address, kind, blocks, out):
         # the weights of whole blocks, float32
         for form in FORMATS:
             with c.when(kind.compare("==", form)), c.loop(0, blocks) as block:
-                for part, numbers in enumerate(_unpack(c, form, address + block * BLOCK_BYTES[form])):
-                    c.store(numbers, out + block * (4 * BLOCK) + 4 * LANES * part)
+                for number, numbers in enumerate(_unpack(c, form, address + block * BLOCK_BYTES[form])):
+                    c.store(numbers, out + block * (4 * BLOCK) + 4 * LANES * number)
     for name, formula in (("exponentials", exponential), ("rounded", rounded)):  # of 16 `vectors` numbers, in place: what the tests look at
         with c.function(name, argument_types(name), exported=True) as (x, vectors), c.loop(0, vectors * LANES, LANES) as at:
             c.store(formula(c, c.load(x + at * 4, VECTOR)), x + at * 4)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
+from kernels.cpu_decode.crew import CREW, num_threads
 from kernels.cpu_decode.machine_code import functions
 from kernels.cpu_decode.tiles import OUTPUTS, TileWeight
 from kernels.decode_layer.tensors import LayerTensors
@@ -125,6 +126,7 @@ class CompiledLayers:
         self._qk_norm = self._stack([w.qk_norm for w in layers], (2, 0))
         self._pool = np.array([[k.data_ptr(), v.data_ptr()] for k, v in pages], np.int64)
         self._page_size = pages[0][0].shape[1]
+        self.num_threads = num_threads(sum(matrix.nbytes for row in matrices for matrix in row) // max(1, len(matrices)))
         fixed = (self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool)
         self._fixed = tuple(_at(numbers) for numbers in fixed)
 
@@ -160,47 +162,42 @@ class CompiledLayers:
         wide, joined = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate), s.heads * s.head_dim
         places_most = int(positions.max()) + 1 + _SPARE_PLACES
         cos, sin = (angle.float().contiguous() for angle in angles)
-        # in one piece, as every step asks for it: normed, wide, attended, scores; and packed, in two bytes each
-        sizes = (
-            rows * width,
-            rows * wide,
-            rows * joined,
-            s.heads // s.kv_heads * places_most,
-            whole_rows(rows) * max(width, joined, s.intermediate) // 2,
-        )
-        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]
+        # in one piece, as every step asks for it: wide, attended; and for each thread normed, scores, and packed in two bytes a number
+        shared = (rows * wide, rows * joined)
+        own = (rows * width, s.heads // s.kv_heads * places_most, whole_rows(rows) * max(width, joined, s.intermediate) // 2)
+        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in (*shared, *own * self.num_threads))]
         space = torch.empty(starts[-1])
-        normed, spread, attended, scores, packed = (space.data_ptr() + 4 * start for start in starts[:-1])
+        spread, attended, *of_threads = (space.data_ptr() + 4 * start for start in starts[:-1])
         assert stream.is_contiguous() and stream.dtype == torch.float32
-        _FUNCTIONS["run_layers"](
+        told = (
             *self._fixed, layers.start, layers.stop, stream.data_ptr(), rows, width, cos.data_ptr(), sin.data_ptr(),
             _at(positions), _at(places), _at(requests), _at(page_tables), page_tables.shape[1],
             s.heads, s.kv_heads, s.head_dim, s.intermediate, self._page_size,
-            normed, spread, wide, attended, scores, places_most, packed, s.eps, s.scale,
         )  # fmt: skip
+
+        def run(part: int, parts: int, counter: int) -> None:
+            normed, scores, packed = of_threads[3 * part : 3 * part + 3]
+            _FUNCTIONS["run_layers"](
+                *told, normed, spread, wide, attended, scores, places_most, packed, s.eps, s.scale, part, parts, counter
+            )  # fmt: skip
+
+        CREW.run(self.num_threads, (self._addresses[0, 0], layers, rows), run)
 
 
 def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:
     """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
     rows, (outputs, width) = stream.float().contiguous(), weight.shape
-    count, factors = len(rows), norm.float().contiguous()
-    logits, normed, packed = (
-        torch.empty(count, outputs),
-        torch.empty(count, width),
-        torch.empty(whole_rows(count), width, dtype=torch.bfloat16),
-    )
-    _FUNCTIONS["run_head"](
-        rows.data_ptr(),
-        count,
-        width,
-        factors.data_ptr(),
-        *_place(weight),
-        outputs,
-        normed.data_ptr(),
-        packed.data_ptr(),
-        logits.data_ptr(),
-        eps,
-    )
+    count, factors, threads = len(rows), norm.float().contiguous(), num_threads(weight.nbytes)
+    logits, normed = torch.empty(count, outputs), torch.empty(threads, count, width)
+    packed = torch.empty(threads, whole_rows(count), width, dtype=torch.bfloat16)
+
+    def run(part: int, parts: int, _: int) -> None:
+        _FUNCTIONS["run_head"](
+            rows.data_ptr(), count, width, factors.data_ptr(), *_place(weight), outputs,
+            normed[part].data_ptr(), packed[part].data_ptr(), logits.data_ptr(), eps, part, parts,
+        )  # fmt: skip
+
+    CREW.run(threads, (weight.shape, count), run)
     return logits
 
 

@@ -76,7 +76,7 @@ def without_instruction():
     from kernels.cpu_decode import machine_code, program
 
     write, patch = program.write_program, pytest.MonkeyPatch()
-    patch.setattr(program, "write_program", lambda *, pairs, quads, matrices: write(pairs=pairs, quads=False, matrices=matrices))
+    patch.setattr(program, "write_program", lambda **has: write(**(has | {"quads": False})))
     addresses, kept = machine_code._compiled_here()
     patch.undo()
     assert llvm is not None
