@@ -175,7 +175,7 @@ class KvCodec:
                 raise BadInput(f"step levels of shape {tuple(level.shape)} for a span of {size} tokens", "pass one integer a token")
         parts = [torch.zeros(size, dtype=torch.int32) if v is None else v.to(torch.int32) for v, size in zip(levels, sizes, strict=True)]
         joined = torch.cat([part.to(self.device) for part in parts])
-        if int(joined.min()) < MIN_LEVEL or int(joined.max()) > MAX_LEVEL:
+        if bool(((joined < MIN_LEVEL) | (joined > MAX_LEVEL)).any()):
             raise BadInput("step levels do not fit", f"pass integers from {MIN_LEVEL} to {MAX_LEVEL}")
         return joined
 
@@ -323,9 +323,10 @@ class KvCodec:
         streams = self.coder.encode(q, integers.base, integers.levels, integers.gains, sizes, per_lane)
         over = q.abs() - self.choice.limit[integers.classes()] - 1
         row, column = (over >= 0).nonzero(as_tuple=True)
-        remainder = (over[row, column].long() * 2 + (q[row, column] < 0)).cpu().numpy()
-        levels, ends = integers.levels.cpu().numpy().astype(np.int8), np.cumsum([0, *sizes])
-        bounds = np.searchsorted(row.cpu().numpy(), ends)
+        numbers = torch.cat((row, over[row, column].long() * 2 + (q[row, column] < 0), integers.levels.long()))
+        rows, remainder, own_levels = np.split(numbers.cpu().numpy(), (len(row), 2 * len(row)))  # one copy, as a GPU is waited for
+        levels, ends = own_levels.astype(np.int8), np.cumsum([0, *sizes])
+        bounds = np.searchsorted(rows, ends)
         spans = []
         for n, stream in enumerate(streams):
             own = levels[ends[n] : ends[n + 1]]

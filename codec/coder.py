@@ -84,9 +84,9 @@ class SpanCoder:
             shifts=-CLASSES_PER_LEVEL * levels,
             max_span_tokens=max(sizes),
         )
-        word_ends = coded.word_starts.tolist()
+        told = torch.cat((coded.word_starts, coded.states.long())).cpu().numpy()  # one copy, as a GPU is waited for
+        word_ends, states = told[: len(coded.word_starts)].tolist(), told[len(coded.word_starts) :].astype(np.uint32)
         words = coded.words[: word_ends[-1]].cpu().numpy().view(np.uint16)
-        states = coded.states.cpu().numpy().view(np.uint32)
         lane_ends = np.cumsum([0, *(num_lanes(size, tokens_per_lane) for size in sizes)])
         return [
             SpanStream(size, states[lane_ends[n] : lane_ends[n + 1]], words[word_ends[n] : word_ends[n + 1]])

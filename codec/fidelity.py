@@ -21,6 +21,7 @@ from codec.quantize import LEVELS_PER_OCTAVE, MAX_LEVEL, MIN_LEVEL, ROUNDING
 from codec.residuals import SAMPLED_EVERY, Pair, Residuals
 from codec.spec import divergence_of, step_of
 from kernels.quantised_sums import code_bits, saved_energy
+from kernels.upload import upload
 
 FINEST, COARSEST = -4 * LEVELS_PER_OCTAVE, 6
 """Rungs: a step is 2 ** (rung / LEVELS_PER_OCTAVE), of the same ladder for every quality."""
@@ -76,8 +77,9 @@ class Distortion:
         sizes = [-(-self._residuals.sizes[n] // self._every) for n in self._numbers]
         before: list[Earlier | None] = [None] * len(sizes) if earlier is None else list(earlier)
         self._given = list(levels), list(importance), before
-        self.sizes = torch.tensor(sizes, device=device)
-        self._span = torch.repeat_interleave(torch.arange(len(sizes), device=device), self.sizes)
+        self.sizes = upload(sizes, device)
+        # told how many they are, a GPU is not asked for it
+        self._span = torch.repeat_interleave(torch.arange(len(sizes), device=device), self.sizes, output_size=sum(sizes))
         zeros, ones = (torch.full((len(self._span),), value, dtype=torch.float32, device=device) for value in (0, 1))
         parts = [
             torch.cat(
@@ -155,10 +157,11 @@ class _Ladder:
     def __init__(self, codec: KvCodec) -> None:
         self.codec, device = codec, codec.device
         chosen = [self.step(rung) for rung in range(FINEST, COARSEST + 1)]
-        self._steps = torch.tensor([step for step, _ in chosen], dtype=torch.float32, device=device)
-        self._offsets = torch.tensor([offset for _, offset in chosen], dtype=torch.int32, device=device)
+        self._waits = device.type == "cpu"  # whose results cost nothing to look at
+        self._steps = upload([step for step, _ in chosen], device, torch.float32)
+        self._offsets = upload([offset for _, offset in chosen], device, torch.int32)
         self._counts = {
-            fallback: torch.tensor([codec.num_components(step, fallback=fallback) for step, _ in chosen], device=device)
+            fallback: upload([codec.num_components(step, fallback=fallback) for step, _ in chosen], device)
             for fallback in ((False,) if codec.transform.fallback is None else (False, True))
         }
 
@@ -188,13 +191,16 @@ class _Ladder:
         low = torch.full_like(distortion.sizes, FINEST) if fine is None else fine.clone()
         high = torch.full_like(low, COARSEST + 1)  # too coarse, as far as is known
         found = torch.full(low.shape, -1.0, dtype=torch.float32, device=low.device)
-        while bool((high - low > 1).any()):
+        for _ in range((COARSEST - FINEST).bit_length()):
+            if self._waits and not bool((high - low > 1).any()):
+                break
             middle = torch.where(high - low > 1, (low + high) // 2, low)
             tried = self.measure(distortion, middle, fallback)
             enough = tried <= most
             found = torch.where(enough & (middle > low), tried, found)
             low, high = torch.where(enough, torch.maximum(low, middle), low), torch.where(enough | (middle == low), high, middle)
-        return low, torch.where(found < 0, self.measure(distortion, low, fallback), found) if bool((found < 0).any()) else found
+        known = self._waits and not bool((found < 0).any())
+        return low, found if known else torch.where(found < 0, self.measure(distortion, low, fallback), found)
 
 
 def plan_spans(
@@ -224,39 +230,42 @@ def plan_spans(
         part = slice(some[0], some[-1] + 1)
         rungs[part], found[part] = ladder.coarsest(whole.of_spans(some), most, fallback=False)
     if codec.transform.fallback is not None:
-        asking = _asking_for_fallback(ladder, whole, most, usual, rungs, found)
+        asking = _asking_for_fallback(ladder, whole, sizes, most, usual, rungs, found)
         for places in batches([sizes[n] for n in asking], _MEASURED_TOKENS.get(codec.device.type, _MEASURED_TOKENS["cpu"])):
             some = [asking[n] for n in places]
-            _try_fallback(ladder, whole.of_spans(some), most, usual, torch.tensor(some, device=codec.device), rungs, found, fallback)
-            for n, rung, use in zip(some, rungs[some].tolist(), fallback[some].tolist(), strict=True):
-                residuals.keep(numbers[n], codec.num_components(ladder.step(rung)[0], fallback=use))
+            at = upload(some, codec.device)
+            _try_fallback(ladder, whole.of_spans(some), most, usual, at, rungs, found, fallback)
+            for n, rung, use in zip(some, *torch.stack((rungs[at], fallback[at].to(rungs.dtype))).tolist(), strict=True):
+                residuals.keep(numbers[n], codec.num_components(ladder.step(rung)[0], fallback=bool(use)))
     own_levels = whole.levels.split(sizes)
-    for rung, use, own, measured in zip(rungs.tolist(), fallback.tolist(), own_levels, found.tolist(), strict=True):
-        step, offset = ladder.step(rung)
-        plan.settings.append(SpanSetting(step, use))
+    chosen = torch.stack((rungs.double(), fallback.double(), found.double())).tolist()  # looked at once
+    for rung, use, measured, own in zip(*chosen, own_levels, strict=True):
+        step, offset = ladder.step(int(rung))
+        plan.settings.append(SpanSetting(step, bool(use)))
         plan.levels.append((own + offset).clamp_(MIN_LEVEL, MAX_LEVEL))
         plan.divergence.append(curve.divergence_of(measured))
     return plan
 
 
 def _asking_for_fallback(
-    ladder: _Ladder, whole: Distortion, most: float, usual: float, rungs: torch.Tensor, found: torch.Tensor
+    ladder: _Ladder, whole: Distortion, sizes: Sequence[int], most: float, usual: float, rungs: torch.Tensor, found: torch.Tensor
 ) -> list[int]:
-    """Places of the spans that the fallback basis may serve better, given the rungs int64 and distortions float32 [S] along the rows alone.
+    """Places of the spans, of `sizes` tokens, that the fallback basis may serve better, given the rungs int64 and distortions float32 [S]
+    along the rows alone.
 
     A span that no step of the rows alone brings down to `most` needs the basis. Of those at a finer step than the usual one it may serve a span where a
     sample of its tokens promises a shorter code.
     """
-    unmet = found > most
-    finer = ((rungs < usual) & ~unmet).nonzero()[:, 0].tolist()
-    asking = unmet.nonzero()[:, 0].tolist()
-    sizes = whole.sizes.tolist()
+    unmet, fine = torch.stack((found > most, rungs < usual)).tolist()
+    asking = [n for n, own in enumerate(unmet) if own]
+    finer = [n for n, own in enumerate(fine) if own and not unmet[n]]
     for places in batches([sizes[n] for n in finer], _SAMPLED_TOKENS.get(rungs.device.type, _SAMPLED_TOKENS["cpu"])):
         some = [finer[n] for n in places]
-        sample, own = whole.of_spans(some, sampled=True), rungs[some]
+        at = upload(some, rungs.device)
+        sample, own = whole.of_spans(some, sampled=True), rungs[at]
         had = ladder.measure(sample, own, fallback=False)
         # the sample's tokens are more or less distorted than all: held to the same distance from the promise as they are
-        allowed = torch.maximum(most * had / found[some].clamp_min(1e-30), had)
+        allowed = torch.maximum(most * had / found[at].clamp_min(1e-30), had)
         other, _ = ladder.coarsest(sample, allowed, fallback=True, fine=own)
         shorter = ladder.bits(sample, other, fallback=True) < ladder.bits(sample, own, fallback=False)
         asking += [n for n, pays in zip(some, shorter.tolist(), strict=True) if pays]

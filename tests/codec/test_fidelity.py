@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from codec import fidelity
 from codec.codec import KvCodec, SpanSetting
 from codec.divergence import DivergenceCurve
 from codec.errors import BadInput, CorruptedCode, UnknownQuality
@@ -125,6 +126,28 @@ def test_each_span_gets_the_coarsest_setting_that_keeps_the_promise(completed_pa
     for finer, coarser in zip(list(QUALITIES)[:-1], list(QUALITIES)[1:], strict=True):
         assert all(a >= b for a, b in zip(sizes[finer], sizes[coarser], strict=True)) and sum(sizes[finer]) > sum(sizes[coarser])
     assert sizes["balanced"][1] > 2 * sizes["balanced"][0], "foreign text costs bits"
+
+
+def test_a_plan_is_the_same_where_the_host_looks_at_nothing_in_between(completed_pack, source, monkeypatch) -> None:
+    """As on a GPU, where a look waits: steps of the search that a host would leave out change nothing."""
+    codec, own, made = KvCodec(completed_pack), source.draw(100), fidelity._Ladder.__init__
+    foreign = torch.randn(100, own.shape[1], generator=torch.Generator().manual_seed(4)) * own.std()
+    pairs = [(part, torch.zeros_like(part)) for part in torch.cat([own, foreign, 3 * own, 0.01 * own]).split(40)]
+    importance = [torch.rand(len(rows), generator=torch.Generator().manual_seed(n)) + 0.5 for n, (rows, _) in enumerate(pairs)]
+    none = [None] * len(pairs)
+    looking = {quality: plan_spans(codec, CURVE, quality, pairs, none, importance) for quality in QUALITIES}
+
+    def waits_for_nothing(self: fidelity._Ladder, codec: KvCodec) -> None:
+        made(self, codec)
+        assert self._waits
+        self._waits = False
+
+    monkeypatch.setattr(fidelity._Ladder, "__init__", waits_for_nothing)
+    for quality, wanted in looking.items():
+        plan = plan_spans(codec, CURVE, quality, pairs, none, importance)
+        assert plan.settings == wanted.settings and plan.divergence == wanted.divergence
+        assert all(torch.equal(a, b) for a, b in zip(plan.levels, wanted.levels, strict=True))
+    assert {setting.fallback for plan in looking.values() for setting in plan.settings} == {False, True}
 
 
 def test_tokens_that_matter_more_make_a_span_finer(completed_pack, source) -> None:
