@@ -16,6 +16,7 @@ from engine.model.forward_pass import DecoderOutput, ForwardPass
 from engine.model.linear import Gemm
 from engine.runtime.decoder_runner import DecoderRunner
 from kernels.cpu_decode import most_rows
+from kernels.cpu_decode.crew import num_threads
 
 _ROWS = 64  # of a deterministic pass that run together
 
@@ -41,7 +42,9 @@ class CompiledDecoder(DecoderRunner):
     def __init__(self, decoder: Decoder, pool: PagedPool) -> None:
         super().__init__(decoder)
         self.pool = pool
-        self._plain = all(isinstance(w.qkv, Tensor) for w in decoder.layer_weights())
+        layers = decoder.layer_weights()
+        self._plain = all(isinstance(w.qkv, Tensor) for w in layers)
+        self._layer_bytes = sum(m.nbytes for w in layers[:1] for m in (w.qkv, w.o, w.gate_up, w.down))
         self._known: tuple[Sequence[Any], int] | None = None  # the weights and where the pool lay
         self._compiled: Any = None
 
@@ -68,8 +71,8 @@ class CompiledDecoder(DecoderRunner):
 
     @property
     def most_rows(self) -> int:
-        """Of a pass that runs compiled where its bits may depend on the rows beside."""
-        return most_rows(torch.get_num_threads(), plain=self._plain)
+        """Of a pass that runs compiled where its bits may depend on the rows beside: more, where threads share the compiled products, too."""
+        return most_rows(torch.get_num_threads() // num_threads(self._layer_bytes), plain=self._plain)
 
     def head(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """See `Decoder.head`."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -429,6 +430,10 @@ def greatest(logits: Tensor) -> Tensor:
 
 def finite_rows(logits: Tensor) -> Tensor:
     """Which rows of logits [n, V] hold finite numbers alone, [n] bool."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and torch.get_num_threads() > 1:
+        # by one thread: PyTorch's others would wait for more work on their processors, for as long as the step that follows takes
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(np.isfinite(logits.numpy().sum(-1)))
     return logits.sum(-1, dtype=torch.float32).isfinite()
 
 

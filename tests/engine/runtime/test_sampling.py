@@ -144,7 +144,9 @@ def test_draft_and_target_draw_the_same_token_from_the_same_distribution_under_a
     assert torch.allclose(torch.stack(found), probabilities(full, [wide.params[0]] * 200))
 
 
-def test_rows_that_are_not_finite_are_found():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_that_are_not_finite_are_found(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     logits = torch.zeros(5, 7)
     logits[1, 3], logits[2, 0], logits[4, 6] = math.nan, math.inf, -math.inf
     assert finite_rows(logits).tolist() == [True, False, False, True, False]
