@@ -62,12 +62,11 @@ def kind_of(path: Path, library: Path) -> str | None:
 
 def text_of(path: Path) -> str | None:
     """A file's text, unpacked where it is gzipped; None where it is none, or too short or long."""
+    least, most = _FILE_BYTES
     try:
-        if not _FILE_BYTES[0] // 4 <= path.stat().st_size <= _FILE_BYTES[1]:
-            return None
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        return data.decode("utf-8") if _FILE_BYTES[0] <= len(data) <= _FILE_BYTES[1] and b"\0" not in data else None
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(most + 1)
+        return data.decode("utf-8") if least <= len(data) <= most and b"\0" not in data else None
     except (OSError, EOFError, ValueError):
         return None
 
