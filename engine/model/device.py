@@ -17,14 +17,20 @@ WEIGHTS = ("auto", QUANTIZED)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def own_torch_modes() -> AbstractContextManager[None]:
+    """Context, to be entered at once: autocast and a default device of the caller's do not reach into the arithmetic of the block. Both belong to the
+    thread alone."""
+    autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    elsewhere = torch.get_default_device().type != "cpu"
+    return _without(autocast, elsewhere) if autocast or elsewhere else nullcontext()  # in most steps nothing is set
+
+
 @contextmanager
-def own_torch_modes() -> Iterator[None]:
-    """Context: autocast and a default device of the caller's do not reach into the arithmetic of the block. Both belong to the thread alone."""
+def _without(autocast: list[str], elsewhere: bool) -> Iterator[None]:
     with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        for kind in autocast:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if elsewhere:
             stack.enter_context(torch.device("cpu"))
         yield
 

@@ -190,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft", metavar="DIR|trunk", help="another draft than the pair's own, a trained draft head for one")
     parser.add_argument("--batches", default="1,8,32", metavar="B,B")
     parser.add_argument("--lengths", default="0,2", metavar="K,K", help="fixed numbers of drafts; 0: plain decoding")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="prompts cut to so many tokens (default: whole ones)")
     parser.add_argument("--steps", type=int, default=40, help="that are measured at a time")
     parser.add_argument("--hotspots", type=int, default=0, metavar="N", help="functions of the host's part to print")
     parser.add_argument("--device", default="auto")
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 core, gpu = engine.core, engine.device.type == "cuda"
                 texts = [engine.encode([{"role": "user", "content": text}]) for text in KINDS["chat"]]
-                prompts = [texts[i % len(texts)] for i in range(batch)]
+                prompts = [texts[i % len(texts)][: args.prompt_tokens] for i in range(batch)]
                 if not gpu:
                     use_captured_runners(core)
                 name = torch.cuda.get_device_name() if gpu else "cpu"
