@@ -80,6 +80,17 @@ def test_rows(bits: int, columns: int) -> None:
     assert float((1 - cosine**2).mean()) < 1.3 * ENERGY_LOST[bits], "energy turned away"
 
 
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+@pytest.mark.parametrize("bits", ROW_BITS)
+def test_rows_are_the_same_in_blocks(bits: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = quantise_rows(torch.randn(23, columns, generator=torch.Generator().manual_seed(columns)), bits)
+    made = []
+    for numbers in (1, 5 * columns, 1 << 17):
+        monkeypatch.setattr("codec.rows._CACHED_NUMBERS", numbers)
+        made.append(dequantise_rows(parts, columns))
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[2]) and bool(made[2].any())
+
+
 def test_rows_of_uneven_size_keep_their_small_parts() -> None:
     """A component may live in one layer: numbers there are hundreds of times those elsewhere, and each group has its own step."""
     x = torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
