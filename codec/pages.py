@@ -363,9 +363,9 @@ class PageDecoder:
 
     def prepare(self) -> None:
         """Make now what is otherwise made at first use, which then no request waits for."""
-        assert self.matrix.numel()
+        _ = self.matrix
         if self.codec.transform.fallback is not None:
-            assert self.fallback.basis.numel()
+            _ = self.fallback.basis
 
     @property
     def matrix(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ class DraftHeadState(DraftState):
     """The state of a request under a draft head, with the own layers' cache.
 
     own: their KV of a prefix of the committed tokens; others wait as the states at the exit of the tokens after it. num_left: the first of these, which
-    wait for a draft that is asked for, however many they are.
+    wait for a draft that is asked for, or until MAX_PENDING_HIDDEN others wait behind them.
     """
 
     own: Any = None
@@ -88,7 +88,7 @@ class DraftHeadState(DraftState):
         """The own layers have run the states that wait, and `count` tokens after them."""
         waiting = self._num_waiting
         if waiting:
-            self._waiting, self._num_waiting = [], 0
+            self._waiting, self._num_waiting, self.num_left = [], 0, 0
         self.own.advance(waiting + count)
 
     def waits_last(self, rows: object) -> bool:
@@ -156,12 +156,12 @@ class DraftHead:
     ) -> Mapping[int, Tensor]:
         """Run the waiting states of all `states` that have at least `least`, in one forward, and commit them. Returns {own layers i: [N, E]}.
 
-        besides_left: those that were left for the first draft do not count, and are run beside others alone. They are run before these, without taps.
+        besides_left: those that were left for the first draft do not count. They are run before the others, without taps, and one pass of them a call.
         """
         chosen = [state for state in states if state.num_pending_hidden - (state.num_left if besides_left else 0) >= least]
         for state in chosen:
-            self.run_left(state)
-        chosen = [state for state in chosen if state.num_pending_hidden]
+            self.run_left(state, 1 if besides_left else None)
+        chosen = [state for state in chosen if state.num_pending_hidden and not state.num_left]
         if not chosen:
             return {}
         rows = [state.pending_hidden for state in chosen if state.pending_hidden is not None]
@@ -172,9 +172,11 @@ class DraftHead:
             state.own.advance(count)
         return out.taps
 
-    def run_left(self, state: DraftHeadState) -> None:
+    def run_left(self, state: DraftHeadState, most_passes: int | None = None) -> None:
         """Run the states that were left for the first draft, in passes that bound the memory."""
-        while state.num_left and (rows := state.pending_hidden) is not None:
+        passes = 0
+        while state.num_left and passes != most_passes and (rows := state.pending_hidden) is not None:
+            passes += 1
             count, left = min(state.num_left, _PASS_ROWS), state.num_left
             self.forward([state.own], rows[:count], [count], [state.own.length], ())
             state.pending_hidden = None  # first: broken off in between, the tokens count as never run

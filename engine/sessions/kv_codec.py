@@ -50,6 +50,8 @@ _LAST_TOKENS = {"near-lossless": 64}
 The next token attends to these the most. With the code's errors in them, 32 greedy tokens of SmolLM2 went on as if never stored in 31% of 42 sessions;
 run again over what was restored, in 60% (all of the text run again in bfloat16: 69%), at 14% fewer bits."""
 
+_MOST_LEFT = 8192  # tokens whose states wait for a draft head's layers; [T, E] of them are held until drafts are asked for
+
 
 def coded_end(num_tokens: int, quality: str | float) -> int:
     """Tokens of a session's `num_tokens` that are coded, its first ones included: whole spans where the last tokens are kept as ids."""
@@ -258,7 +260,13 @@ class SessionCodec:
             state.features.forget(before)  # type: ignore[attr-defined]
 
     def restore(
-        self, conversation: SequenceState, spans: Sequence[Span], clock: StageClock | None = None, lent: Lent | None = None
+        self,
+        conversation: SequenceState,
+        spans: Sequence[Span],
+        clock: StageClock | None = None,
+        lent: Lent | None = None,
+        *,
+        leaves_head: bool = False,
     ) -> None:
         """Fill a conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances. The caches are empty,
         or hold what comes before the spans.
@@ -266,6 +274,7 @@ class SessionCodec:
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
         product a chunk. A predictor that looks at the first layers of a separate draft needs only these (`draft_layers_run`): the draft's cache stays
         empty then, and the draft catches up when it is first asked for drafts. lent: the same spans, read, and what they refer to outside of the text.
+        leaves_head: so do a draft head's own layers, on a CPU, behind texts of up to _MOST_LEFT tokens. Other texts cannot share its pages then.
         Raises the codec's errors; the conversation must then be closed.
         """
         self.ready()
@@ -282,7 +291,7 @@ class SessionCodec:
             clock.mark("entropy")
             run_tokens(self.core, conversation, start - conversation.sequence.length)
             clock.mark("sinks")
-            latents = self._draft_pass(state, conversation, start, end)
+            latents = self._draft_pass(state, conversation, start, end, leave=leaves_head)
             clock.mark("draft")
             target_rows = self._target_rows(conversation, start, end)
             clock.mark("target_layers")
@@ -395,12 +404,13 @@ class SessionCodec:
                 sequence.free()
         return torch.cat(rows)
 
-    def _draft_pass(self, state: DraftState | None, conversation: SequenceState, start: int, end: int) -> Tensor:
+    def _draft_pass(self, state: DraftState | None, conversation: SequenceState, start: int, end: int, *, leave: bool = False) -> Tensor:
         """[end - start, r] for an empty conversation that is being restored: the draft runs tokens [0, end), or its first layers alone do."""
         if self._shallow_layers is None or state is None or state.length:
             if self.core.drafter is not None and state is not None:
                 # a GPU's captured steps have no room for many waiting states, and its first draft would wait no shorter
-                prefill_draft(self.core, state, conversation.token_ids[:end], leave=self.core.device.type == "cpu")
+                leave = leave and self.core.device.type == "cpu" and end <= _MOST_LEFT
+                prefill_draft(self.core, state, conversation.token_ids[:end], leave=leave)
             return self._latents(conversation, start, end)
         taps, draft = self.predictor.spec.taps, self.core.draft_model
         assert draft is not None

@@ -420,7 +420,7 @@ class Session:
                 num_cached = stored.num_cached
                 clock = StageClock(core.device)
                 with torch.inference_mode(), session_errors(source):
-                    codec.restore(conversation, stored.spans, clock)
+                    codec.restore(conversation, stored.spans, clock, leaves_head=True)
                 narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
                 conversation.sequence.hold_only_seen(num_cached)
                 conversation.windows_from = max(0, num_cached - narrowest)

@@ -68,7 +68,7 @@ class ResumeBench:
         """From the file to a conversation that can go on; every token restored."""
         stored = SessionFile.load(path, self.core.context, beside=True)
         conversation = self._opened(stored.token_ids)
-        self.codec.restore(conversation, stored.spans, clock)
+        self.codec.restore(conversation, stored.spans, clock, leaves_head=True)
         stored.confirm()
         return conversation
 

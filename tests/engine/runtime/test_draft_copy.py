@@ -338,3 +338,27 @@ def test_a_block_tells_the_likeliest_tokens_and_stops_where_it_is_told(target, t
     assert run(sloped._replace(row=certain * 1.001), (3, 1)).counts[0] == 1 < run(sloped._replace(row=certain * 0.999), (3, 1)).counts[0]
     for sequence in (*sequences, *own):
         sequence.free()
+
+
+def test_what_was_left_is_forgotten_once_drafts_have_run_it(target, trained):
+    """Few tokens that a restore left; steps without drafts; then a step that catches up beside a request that lacks more."""
+    engine = engine_of(target, trained, prefill_chunk=8)
+    ids, known = PROMPTS[1][:25], 20
+    conversation, other = (engine.core.open_sequence_state() for _ in range(2))
+    conversation.token_ids[:] = ids
+    state = conversation.draft_state
+    state.sequence.ensure(known)
+    state.cache.ensure(known)
+    engine.core.drafter.prefill_first_layers([state], [ids[:known]])
+    state.sequence.advance(known)
+    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
+    assert state.num_left == known
+    for new, count, length in (([], 3, 1), ([5], 6, 0)):
+        engine.core.run(conversation, new, SamplingParams(max_new_tokens=count, draft_length=length, ignore_eos=True))
+        assert state.num_left == 0
+    engine.core.run(other, [7] * 40, SamplingParams(max_new_tokens=2, draft_length=0, ignore_eos=True))
+    params = SamplingParams(max_new_tokens=30, draft_length=3, ignore_eos=True)
+    requests = [engine.core.submit(c, [9], params, owns_cache=False) for c in (conversation, other)]
+    while any(r.finish_reason is None and r.error is None for r in requests):
+        engine.core.step()
+    assert [r.error for r in requests] == [None, None] and all(r.num_new == 30 for r in requests)

@@ -218,6 +218,34 @@ def test_what_is_left_for_the_first_draft_waits_for_it(target, trained, monkeypa
     assert torch.allclose(trained.head_layers.read_kv(state.own, 0, state.num_cached), kv, atol=1e-3)
 
 
+def test_what_is_left_is_run_a_pass_a_step_once_others_wait_behind_it(target, trained, monkeypatch):
+    """A text that never drafts does not stand still for it."""
+    monkeypatch.setattr("draft.draft_head._PASS_ROWS", 32)
+    monkeypatch.setattr("draft.early_exit.MAX_PENDING_HIDDEN", 40)
+    engine, runs, known = engine_of(target, trained), [], 70
+    forward = trained.head_layers.forward
+    monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
+    conversation = engine.core.open_sequence_state()
+    conversation.token_ids[:] = ids = (PROMPTS[3] * 2)[: known + 1]
+    state = conversation.draft_state
+    state.sequence.ensure(known)
+    state.cache.ensure(known)
+    engine.core.drafter.prefill_first_layers([state], [ids[:known]])
+    state.sequence.advance(known)
+    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
+    request = engine.core.submit(conversation, [], SamplingParams(max_new_tokens=60, ignore_eos=True, draft_length=0), owns_cache=False)
+    seen = []
+    while request.finish_reason is None:
+        before = len(runs)
+        engine.core.step()
+        seen += [len(runs) - before]
+    assert max(seen) == 2 and sum(seen) == 4 and runs[:3] == [[32], [32], [6]] and state.num_left == 0
+    state.own.reserve(state.num_pending_hidden)
+    engine.core.drafter.draft_head.run_pending([state])
+    kv = full_pass(target, trained, conversation.token_ids[: state.sequence.length])[1]
+    assert torch.allclose(trained.head_layers.read_kv(state.own, 0, state.num_cached), kv, atol=1e-3)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_cache_filled_from_outside_is_learnt_before_drafting(target, trained, plain, eager):
     engine = engine_of(target, trained, prefill_chunk=8)

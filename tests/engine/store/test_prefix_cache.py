@@ -11,6 +11,7 @@ import torch
 
 from engine.errors import BadStore, InvalidOption
 from engine.runtime.sampling import SamplingParams
+from engine.sessions import kv_codec
 from engine.sessions.file import SessionFile
 from engine.sessions.kv_codec import SessionCodec
 from engine.sessions.rates import Rates
@@ -400,6 +401,23 @@ def test_codes_that_do_not_decode_leave_the_request_whole(store_engine, chat_eng
     assert len(store_engine.said) == 1 and "could not be restored" in store_engine.said[0]
     engine.flush()
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
+
+
+def test_a_draft_heads_layers_are_left_for_later_by_sessions_alone(store_engine, chat_engine, tmp_path, monkeypatch) -> None:
+    """A store's prefix goes to whoever begins so, with the head's pages: these must be full."""
+    left, run = [], kv_codec.prefill_draft
+    monkeypatch.setattr(kv_codec, "prefill_draft", lambda *args, leave=False: left.append(leave) or run(*args, leave=leave))
+    first = store_engine("head")
+    restored(first)
+    first.flush()
+    left.clear()
+    assert restored(store_engine("head")).restored_tokens > 0 and left and not any(left)
+    session = chat_engine("head").session(quality="balanced", log=lambda _: None)
+    session.generate(LONG, SamplingParams(max_new_tokens=1, draft_length=0))
+    session.suspend(tmp_path / "file")
+    left.clear()
+    chat_engine("head").session(tmp_path / "file", restore="decode", log=lambda _: None)
+    assert left == [True]
 
 
 def test_options_are_checked(store_engine, chat_engine, tmp_path) -> None:
