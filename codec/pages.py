@@ -468,7 +468,7 @@ class LayerRows:
         from kernels.cpu_decode.coded import rotated_into_pages
 
         mu = self._decoder.predictor.mu
-        for at, product, rest in self._products(slice(0, len(mu))):
+        for at, product, rest in self._products(slice(0, len(mu)), _BLOCK_ROWS):
             rotated_into_pages(product, mu, rest, (angles[0][at], angles[1][at]), kv, slots[at])
 
     def _multiply(self, columns: slice, out: torch.Tensor) -> torch.Tensor:
@@ -480,12 +480,13 @@ class LayerRows:
                 out[at] += rest
         return out
 
-    def _products(self, columns: slice) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-        """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it."""
+    def _products(self, columns: slice, block_rows: int = _LAYER_ROWS) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it; on a CPU
+        in products of block_rows, a divisor of _LAYER_ROWS."""
         decoder = self._decoder
         for runs, rows in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
-            size = _LAYER_ROWS if decoder.codec.device.type == "cpu" else len(rows)
+            size = block_rows if decoder.codec.device.type == "cpu" else len(rows)
             products, product, used = (block @ matrix for block in rows.split(size)), rows, size
             for (start, end), rest in runs:
                 at = start
