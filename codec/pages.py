@@ -481,8 +481,8 @@ class LayerRows:
         return out
 
     def _products(self, columns: slice, block_rows: int = _LAYER_ROWS) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-        """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it; on a CPU
-        in products of block_rows, a divisor of _LAYER_ROWS."""
+        """Of some tokens each: their places, the product of their rows with these columns in its dtype, and what the fallback basis adds to it. On a
+        CPU in products of block_rows, a divisor of _LAYER_ROWS."""
         decoder = self._decoder
         for runs, rows in self._chunks:
             matrix = decoder.matrix[: rows.shape[1], columns]
