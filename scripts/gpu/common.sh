@@ -42,7 +42,7 @@ run() {
 # need FILE WHAT: whether a file is there that another part makes; else the part is left out, by name.
 need() {
     [ "$DRY" = 1 ] || [ -e "$1" ] && return
-    echo "== left out: $1 is missing ($2)" >&2
+    echo "== left out: ${1:-a path} is missing ($2)" >&2
     failed+=("$1")
     return 1
 }

@@ -26,6 +26,7 @@ folder() {  # PAIR target|draft: where a pair's model is converted to
 rows() {  # NAME MODEL OPTIONS...: all modes in one command, which compares their texts; its processes start together and take turns
     local name=$1 model=$2
     shift 2
+    need "$model" "a model's folder: part convert of codec.sh makes those of the pairs" || return
     [ "$DRY" = 1 ] || mkdir -p "$OUT/$name-logs"
     run "$name" scripts/bench_vllm.py --model "$model" --tokens "$LENGTHS" --modes "$MODES" --disk-speed 1 --repeats "${REPEATS:-3}" --together \
         --wait-s "${WAIT_S:-45}" --gpu-memory "${MEMORY:-0.2}" --logs "$OUT/$name-logs" "$@" --json-out "$OUT/vllm-$name.json"
