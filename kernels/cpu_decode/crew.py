@@ -41,20 +41,25 @@ class _Helper:
     def __init__(self, number: int) -> None:
         self._number = number
         self._call: Callable[[int], None] | None = None
+        self.error: BaseException | None = None
         self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
         threading.Thread(target=self._run, name=f"foretold-step-{number}", daemon=True).start()
 
     def _run(self) -> None:
         while True:
             self._asked.acquire()
-            assert self._call is not None
-            self._call(self._number)
-            self._call = None
-            self._done.release()
+            try:
+                assert self._call is not None
+                self._call(self._number)
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._call = None
+                self._done.release()
 
     def begin(self, call: Callable[[int], None]) -> None:
-        """Have it run call(number)."""
-        self._call = call
+        """Have it run call(number); `error` is then what that raised, if anything."""
+        self._call, self.error = call, None
         self._asked.release()
 
     def wait(self, limit_s: float | None = None) -> None:
@@ -143,11 +148,19 @@ class Crew:
             self._helpers.append(_Helper(len(self._helpers) + 1))
         meeting = np.zeros(2, np.int64)
         begun = list[_Helper]()
+
+        def part_of(part: int) -> None:
+            try:
+                call(part, threads, meeting.ctypes.data)
+            except BaseException:  # nobody may wait for who does not come
+                meeting[1] = 1
+                raise
+
         try:
             for helper in self._helpers[: threads - 1]:
                 begun.append(helper)
-                helper.begin(lambda part: call(part, threads, meeting.ctypes.data))
-            call(0, threads, meeting.ctypes.data)
+                helper.begin(part_of)
+            part_of(0)
         except BaseException:  # an interrupt before all have begun: nobody may wait for who does not come
             meeting[1] = 1
             for helper in begun:
@@ -156,6 +169,9 @@ class Crew:
             raise
         for helper in begun:
             helper.wait()
+        for helper in begun:
+            if helper.error is not None:
+                raise helper.error
 
 
 CREW = Crew()

@@ -181,7 +181,8 @@ class CompiledLayers:
                 *told, normed, spread, wide, attended, scores, places_most, packed, s.eps, s.scale, part, parts, counter
             )  # fmt: skip
 
-        CREW.run(self.num_threads, (self._addresses[0, 0], layers, rows), run)
+        # attention takes longer over longer texts: steps of one key take about as long as each other
+        CREW.run(self.num_threads, (self._addresses[0, 0], layers, rows, places_most.bit_length()), run)
 
 
 def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:

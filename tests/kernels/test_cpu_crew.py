@@ -129,6 +129,39 @@ def test_together_only_while_that_pays():
     assert not judge.together("another"), "each kind of step on its own"
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_of_one_part_is_the_steps(all_threads, failing):
+    """It comes out of the step, whichever thread it is raised in, and the helpers serve the next one."""
+
+    def call(part, parts, counter):
+        if part == failing:
+            raise ValueError(f"part {part}")
+
+    def steps():
+        with pytest.raises(ValueError, match=f"part {failing}"):
+            all_threads.run(3, "key", call)
+        all_threads.run(3, "key", lambda part, parts, counter: ran.append(part))
+
+    ran = []
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and sorted(ran) == [0, 1, 2]
+
+
+def test_steps_over_longer_texts_are_judged_apart(all_threads):
+    generator, keys = torch.Generator().manual_seed(2), []
+    all_threads.run = lambda threads, key, call: keys.append(key)
+    layers = layers_of(None, False, generator)
+    pages = [[torch.zeros(40, 16, KV_HEADS, D).bfloat16() for _ in range(2)] for _ in layers]
+    compiled = CompiledLayers(layers, pages, StepShape(HEADS, KV_HEADS, D, INNER, 1e-5, D**-0.5))
+    for position in (40, 41, 400):
+        at, table = np.array([position], np.int64), np.arange(40, dtype=np.int64)[None]
+        angles = torch.rand(1, D // 2, generator=generator), torch.rand(1, D // 2, generator=generator)
+        compiled.run(range(2), torch.zeros(1, WIDTH), angles, at, at, np.zeros(1, np.int64), table)
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_every_part_runs_once_and_one_step_has_the_helpers(all_threads):
     ran, inner = [], []
 
