@@ -17,8 +17,9 @@ distribution it is drawn from: that is known before the draw and says nothing ab
 A step takes as long for a request that gains nothing by it: drafts of others may cost each request a small share of its time, no more (`_spares`).
 
 A drafter that has left tokens out runs them before its first draft of a request (`BlockPolicy.caught_up`). Such an entry must be paid by what
-ENTRY_TOKENS more tokens are expected to gain. What entries took is owed until drafts have gained as much, or a share of plain decoding's time has
-paid it back; while anything is owed, no request enters. So entries that were for nothing cost a bounded share of all time.
+ENTRY_TOKENS more tokens are expected to gain. What entries took, and what drafts lost whatever they are made with, is owed until drafts have gained
+as much, or PAID_SHARE of plain decoding's time has paid it back. While anything is owed, no request enters or goes on after a rest, so drafts that
+were for nothing cost a bounded share of all time.
 
 What passes cost is measured once, between two steps (`measure_costs`). While text is generated each step's seconds are compared with what was expected
 of them, per kind of step and number of requests, unless the costs were given. Text under a seed, and greedy text up to rounding, does not depend on
@@ -55,6 +56,7 @@ WEIGHED_EVERY = 32  # steps, whether a source that is not used could pay at all:
 SEEN_SURE = 0.9  # share of its context from which a token seen elsewhere tells how often such tokens come again
 TRIED_OF = 2  # requests of which one takes part in a trial: a draft head that begins again runs some hundred tokens for each
 PROBE_SHARE = 0.005  # of all tokens that trials may cost
+PAID_SHARE = 0.01  # of plain decoding's time, by which what is owed is paid back
 LEFT_OUT = 32  # tokens of a request since its last draft that are run with its next one
 ENTRY_TOKENS = 64  # of a request that has to pay its entry, where it may have so many more
 ENTRY_MEMORY = 0.9  # of seconds that entries took
@@ -447,7 +449,7 @@ class _Scales:
 @dataclass
 class _Load:
     """What is known of steps with about so many requests. costs: as corrected last. seen: rows that were verified before; requests in drafting passes,
-    negative. owed: seconds that entries took and nothing has paid back; negative where drafts have gained more."""
+    negative. owed: seconds that entries took and drafts lost, and nothing has paid back; negative where drafts have gained more."""
 
     costs: CostModel
     scales: _Scales = field(default_factory=_Scales)
@@ -852,7 +854,7 @@ class DraftingPolicy:
             most = CREDIT * saved
             load.owed = max(min(load.owed, -most), load.owed + entry_s + spent - saved)
         elif plan.kind == "plain" and load.owed > 0:
-            load.owed = max(0.0, load.owed - PROBE_SHARE * spent)
+            load.owed = max(0.0, load.owed - PAID_SHARE * spent)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

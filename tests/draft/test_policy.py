@@ -401,10 +401,11 @@ def test_costs_are_measured_on_scratch_sequences_within_a_budget(exit_layer):
 
 
 def answers_with_entries(costs, acceptance, entry_s, answers, batch=4, new=64, prompt=60):
-    """(seconds over plain decoding's, entries) of answers of `new` tokens: a request's first draft runs its prompt first, which takes entry_s."""
+    """(seconds over plain decoding's, entries) of answers of `new` tokens: a request's first draft runs its prompt first, which takes entry_s.
+    acceptance: of the answers in turn."""
     policy, rng = DraftingPolicy(costs, measured=True), random.Random(0)
     seconds = entries = 0
-    for _ in range(answers):
+    for answer in range(answers):
         requests, texts, entered = (
             [policy.request("auto", greedy=True) for _ in range(batch)],
             [[*range(prompt)] for _ in range(batch)],
@@ -421,7 +422,7 @@ def answers_with_entries(costs, acceptance, entry_s, answers, batch=4, new=64, p
                     plan.block.caught_up(len(late) * entry_s)
                     spent, entries, entered = spent + len(late) * entry_s, entries + 1, entered.union(late)
                 plan.block.passes, plan.block.rows = [len(drafting)], batch + len(drafting)
-            kept = [rng.random() < acceptance for _ in drafting]
+            kept = [rng.random() < acceptance[answer % len(acceptance)] for _ in drafting]
             for b, text in enumerate(texts):
                 hit = b in drafting and kept[drafting.index(b)]
                 if b in drafting:
@@ -434,7 +435,17 @@ def answers_with_entries(costs, acceptance, entry_s, answers, batch=4, new=64, p
 
 def test_entries_that_are_for_nothing_cost_little():
     costs = CostModel(draft=((1, 0.2), (4, 0.25)), verify=((1, 1.0), (4, 1.05), (8, 1.2)))
-    over, entries = answers_with_entries(costs, 0.1, 0.7, 60)
+    over, entries = answers_with_entries(costs, [0.1], 0.7, 60)
     assert over < 1.015 and entries < 10, "each of them takes a twentieth of an answer's time"
-    over, entries = answers_with_entries(costs, 0.9, 0.7, 20)
+    over, entries = answers_with_entries(costs, [0.9], 0.7, 20)
     assert over < 0.85 and entries >= 20, "where they pay every answer has its own"
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("entry_s", [0.0, 0.3])
+def test_texts_that_are_hard_to_draft(batch, entry_s):
+    """They cost a bounded share of their time, and where beginning is free they do not keep others from being drafted for."""
+    costs = CostModel(draft=((1, 0.12), (4, 0.14)), verify=((1, 1.0), (4, 1.05), (8, 1.2)))
+    assert answers_with_entries(costs, [0.05], entry_s, 48, batch)[0] < 1.02
+    over, entries = answers_with_entries(costs, [0.05, 0.05, 0.95, 0.95], entry_s, 48, batch)
+    assert over < (0.94 if entry_s == 0 else 1.02) and (entry_s or entries > 30)
