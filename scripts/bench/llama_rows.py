@@ -1,11 +1,12 @@
-"""Our decoding on a CPU beside llama.cpp's, of one model: tokens per CPU second of each, on one thread, in turns.
+"""Our decoding on a CPU beside llama.cpp's, of one model: tokens per CPU second of each, on one thread or some (--threads), in turns.
 
     python scripts/bench/llama_rows.py --gguf model.gguf --llama-python llama-env/bin/python --json-out llama.json
 
 llama.cpp runs through llama-cpp-python in an environment of its own (--llama-python), greedily, from the same token ids; its bf16 file is made from
---gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process: two threads beside
-other work say nothing (OpenMP's wait is counted, too). Rows: llama.cpp with bf16 and with the file's own format, ours plain and with drafts, with bf16
-and with the file's own format.
+--gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process. Of several threads
+they say nothing, as those that wait are counted, too: there the ratios are those of tokens a second of the wall, which need a quiet machine. Rows:
+llama.cpp with bf16 and with the file's own format, ours plain and with drafts, with bf16 and with the file's own format. What drafts cost is measured
+before, as an earlier answer does.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def to_bf16(source: Path, target: Path) -> None:
         raise RuntimeError(f"llama.cpp could not convert {source.name}: status {status}")
 
 
-def serve_llama(file: Path, context: int) -> None:
+def serve_llama(file: Path, context: int, threads: int) -> None:
     """Continue prompts that come as lines of JSON {"ids", "count"}: answers {"cpu_s", "wall_s", "tokens"} of decoding. Runs in its environment."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=1, n_threads_batch=1, logits_all=False, verbose=False)
+    model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False)
     for line in sys.stdin:
         wanted = json.loads(line)
         model.reset()
@@ -56,8 +57,8 @@ def serve_llama(file: Path, context: int) -> None:
 class Llama:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, python: Path, file: Path, context: int) -> None:
-        command = [str(python), __file__, "--serve", str(file), "--context", str(context)]
+    def __init__(self, python: Path, file: Path, context: int, threads: int) -> None:
+        command = [str(python), __file__, "--serve", str(file), "--context", str(context), "--threads", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def run(self, ids: list[int], count: int) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft", default="trunk", help="of the file's model, as python -m engine.generate takes it")
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file")
     parser.add_argument("--llama-python", type=Path, help="interpreter of an environment that has llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--json-out", type=Path)
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         to_bf16(*args.convert)
         return 0
     if args.serve:
-        serve_llama(args.serve, args.context)
+        serve_llama(args.serve, args.context, args.threads)
         return 0
     if args.gguf is None or args.llama_python is None:
         parser.error("give --gguf and --llama-python")
@@ -122,10 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engine.engine import Engine
     from engine.text.templates import has_template
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "prefix_sharing": False}  # each way computes its prompts
     engine = Engine.from_pair(args.pair, **options) if args.pair else Engine.from_pretrained(args.gguf, args.draft, **options)
     quantized = Engine.from_pretrained(args.gguf, args.draft, weights="quantized", **options)
+    for own in (engine, quantized):
+        own.core.measure_costs()
     texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
     chat = has_template(engine.tokenizer)
     prompts = [engine.encode([{"role": "user", "content": text}] if chat else text) for text in texts]
@@ -133,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bf16 = Path(folder) / "bf16.gguf"
         subprocess.run([str(args.llama_python), __file__, "--convert", str(args.gguf), str(bf16)], check=True, capture_output=True)
         llamas = {
-            "llama.cpp bf16": Llama(args.llama_python, bf16, args.context),
-            "llama.cpp file": Llama(args.llama_python, args.gguf, args.context),
+            "llama.cpp bf16": Llama(args.llama_python, bf16, args.context, args.threads),
+            "llama.cpp file": Llama(args.llama_python, args.gguf, args.context, args.threads),
         }
         ways: dict[str, Any] = {name: llama.run for name, llama in llamas.items()}
         ways |= {
@@ -163,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "equal_to_llama_bf16": sum(same) / (len(same) * args.new_tokens),
         })  # fmt: skip
     for row in rows:
-        row["over_llama_bf16"] = row["tokens_per_cpu_s"] / rows[0]["tokens_per_cpu_s"]
-        row["over_llama_file"] = row["tokens_per_cpu_s"] / rows[1]["tokens_per_cpu_s"]
+        rate = "tokens_per_cpu_s" if args.threads == 1 else "tokens_per_s"
+        row["over_llama_bf16"] = row[rate] / rows[0][rate]
+        row["over_llama_file"] = row[rate] / rows[1][rate]
         print(json.dumps(row), flush=True)
     if args.json_out:
-        document = {"pair": args.pair, "gguf": args.gguf.name, "draft": args.pair or args.draft, "threads": 1, "rows": rows}
+        document = {"pair": args.pair, "gguf": args.gguf.name, "draft": args.pair or args.draft, "threads": args.threads, "rows": rows}
         args.json_out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
