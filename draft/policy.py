@@ -619,6 +619,7 @@ class DraftingPolicy:
         if load.owed > 0:
             able = [b for b in able if b not in left_out]
         if not able or not lengths:
+            load.on["model"] = load.on["model"] and load.owed <= 0
             return plain_rate
         waited = load.waited["model"]
         if batch == 1 and not load.on["model"] and waited and (waited + 1) % CORRECT_EVERY:
