@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 COSTS_KEPT_S = 86_400.0
 """Age up to which remembered costs are taken as they are; older ones are used too, and measured again after the first tokens."""
-_COSTS_VERSION = 4  # 4: on processors that multiply matrices 16 rows take about as long as one
+_COSTS_VERSION = 5  # 5: on a CPU fewer forwards are timed, on processors that multiply matrices up to 64 rows
 _PRODUCTS_VERSION = 4  # 4: products of matrices
 
 

@@ -47,18 +47,29 @@ from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
 from kernels.compile_ahead import compile_ahead
+from kernels.cpu_decode import compiled_available
+from kernels.cpu_decode.machine_code import allows_tiles
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
 MEASURED_AFTER = 64  # tokens that were not drafted for: measuring takes as long as some fifteen, copies that are made for it as many again
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
-_MEASURED_COUNTS_CPU = (
+_MEASURED_COUNTS_CPU = (1, 4, 8, 16)  # a text waits meanwhile: 32 and 64 take four times as long as these, and go on as 8 and 16 let expect
+_MEASURED_COUNTS_MATRICES = (
     1,
-    4,
     8,
     16,
-)  # a text waits meanwhile: 32 and 64 take four times as long as all of these, and go on as 8 and 16 let expect
+    32,
+    64,
+)  # where a processor multiplies matrices: up to 16 take about as long as one, and tell nothing of more
+
+
+def _measured_counts(device: torch.device) -> tuple[int, ...]:
+    """Tokens of the forwards that `EngineCore.measure_costs` times."""
+    if device.type != "cpu":
+        return _MEASURED_COUNTS
+    return _MEASURED_COUNTS_MATRICES if compiled_available() and allows_tiles() else _MEASURED_COUNTS_CPU
 
 
 class Captured(NamedTuple):
@@ -263,8 +274,7 @@ class EngineCore:
         if self.source is not None and (self.cost_model is None or self.costs_stale):
             longest = self.context if self.drafter is None else min(self.context, self.drafter.max_positions)
             room = min(longest, self.pool.num_free_tokens)
-            measured = _MEASURED_COUNTS_CPU if self.device.type == "cpu" else _MEASURED_COUNTS
-            counts = [n for n in measured if n <= room]
+            counts = [n for n in _measured_counts(self.device) if n <= room]
             if not counts:
                 return self.cost_model
             began_s, began_cpu_s = time.perf_counter(), time.process_time()

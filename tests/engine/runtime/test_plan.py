@@ -1,11 +1,14 @@
-"""What a step asks of its policy: room for drafts of each request."""
+"""What a step asks of its policy: room for drafts of each request; which forwards tell what steps cost."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from draft.policy import CostModel
+from engine.runtime import core
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.step import _plan
 
@@ -40,3 +43,17 @@ def test_automatic_drafts_wait_for_their_copies():
     policy, drafter = Policy(), SimpleNamespace(begins_after=64, max_positions=60, takes_leaves=False, takes_given=False)
     _plan([request_of("auto", True, 3), request_of("auto", True, 64), request_of(2, True, 3)], drafter, policy, False)
     assert policy.drafter_room == [0, 40, 40]
+
+
+@pytest.mark.parametrize("matrices, most", [(True, 64), (False, 16)])
+def test_what_is_timed_tells_of_more_rows(monkeypatch, matrices, most):
+    """Where 16 rows take as long as one, 64 are timed: the slope behind the last point is that of all rows beyond it."""
+    monkeypatch.setattr(core, "compiled_available", lambda: True)
+    monkeypatch.setattr(core, "allows_tiles", lambda: matrices)
+    counts = core._measured_counts(torch.device("cpu"))
+    assert counts[0] == 1 and counts[-1] == most and core._measured_counts(torch.device("cuda"))[-1] == 64
+    step_ms = (
+        {1: 16.1, 4: 16.4, 8: 17.3, 16: 19.6, 32: 26.2, 64: 47.0} if matrices else {1: 10.0, 4: 11.0, 8: 15.0, 16: 24.0, 32: 42.0, 64: 79.0}
+    )
+    costs = CostModel(draft=((1, 1.0),), verify=tuple((n, step_ms[n]) for n in counts))
+    assert all(costs.verify_seconds(n) == pytest.approx(ms, rel=0.15) for n, ms in step_ms.items())
