@@ -53,6 +53,7 @@ _SHOWN = (
     "resume_s",
     "speed_up",
     "draft_catch_up_s",
+    "speed_up_with_draft",
     "read_s",
     "check_s",
     "rans_s",
