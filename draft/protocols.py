@@ -287,7 +287,7 @@ class Drafter(Protocol):
     drafts rest on (0: none). resumes_at: first layer the target still has to run on a proposal, exit_layer where that brings the states there, else 0.
     runs_last_draft: whether a block of k drafts costs k + 1 passes instead of k. max_positions: longest sequence the drafter can follow.
     begins_after: new tokens of a request before automatic drafts are worth what the drafter takes to begin.
-    deterministic: whether its forwards are batch-invariant; a step sets it where verification goes on from them.
+    deterministic: whether its forwards are batch-invariant; a step sets it where they write keys and values of the target's.
     """
 
     name: str

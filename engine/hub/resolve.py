@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,7 +80,8 @@ def resolve_source(
         return convert_gguf(gguf, folder, progress)
 
     folder = converted(source.name, source.sha256, convert, room)
-    (downloads / f"{source.name}.gguf").unlink(missing_ok=True)
+    with suppress(OSError):  # a file system that is mounted to be read refuses what is not there, too
+        (downloads / f"{source.name}.gguf").unlink(missing_ok=True)
     return folder
 
 

@@ -89,8 +89,9 @@ def decode_step(
     """
     clock = step_clock(target.device)
     began, began_at = time.perf_counter(), clock()
-    if drafter and drafter.resumes_at:
-        drafter.deterministic = deterministic  # verification goes on from its states; no other draft has a say in the text
+    if drafter and drafter.exit_layer:
+        # verification goes on from its states, or it runs the target's first layers anew where it was left behind: no other draft has a say in the text
+        drafter.deterministic = deterministic
     ready = None if blocks is None else partial(blocks.ready, requests, deterministic)
     planned = partial(_plan, requests, drafter, drafting, deterministic, ready)
     plain_ready = plain is not None and _takes_plain(requests, plain, drafter, blocks)

@@ -1,5 +1,6 @@
 """GGUF to Hugging Face folder, on tiny files made here: tensors, row order, tokenizer, config, and the whole path into the cache."""
 
+import errno
 import hashlib
 import json
 import os
@@ -483,6 +484,18 @@ def test_a_source_becomes_one_folder_once_and_nothing_else_stays_on_disk(tmp_pat
     loaded = Decoder.from_pretrained(folder, dtype=torch.float32)
     assert fingerprint(folder, loaded.weight_sum) == fingerprint(folder)
     assert resolve_source(source, silent, installer=installer) == folder and asked == ["tiny==1.0"], "a noted sum is no damage"
+
+
+def test_a_folder_mounted_to_be_read_serves_what_it_holds(offline_source, monkeypatch):
+    """Such a file system refuses to remove a file that is not there, too."""
+    source, installer, asked = offline_source
+    folder = resolve_source(source, silent, installer=installer)
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert resolve_source(source, silent, installer=installer) == folder and asked == ["tiny==1.0"]
 
 
 @pytest.mark.parametrize("damage", ["cut weights", "no config", "no marker", "old format", "stale temporary folder"])

@@ -362,3 +362,19 @@ def test_what_was_left_is_forgotten_once_drafts_have_run_it(target, trained):
     while any(r.finish_reason is None and r.error is None for r in requests):
         engine.core.step()
     assert [r.error for r in requests] == [None, None] and all(r.num_new == 30 for r in requests)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_a_shared_prompt_without_states_is_run_again_as_its_text_asks(target, trained, monkeypatch, seed):
+    """The pages of a request that never drafted are shared; one that drafts runs the target's first layers over them anew, for a seeded text in the
+    same bits."""
+    engine, runs, prefill = engine_of(target, trained, prefix_sharing=True), [], EarlyExitDrafter._prefill
+    monkeypatch.setattr(
+        EarlyExitDrafter, "_prefill", lambda self, *args, **options: runs.append(self.deterministic) or prefill(self, *args, **options)
+    )
+    params = {"max_new_tokens": 12, "temperature": 0.9, "seed": seed, "ignore_eos": True}
+    prompt = PROMPTS[3] * 2
+    first, second = (engine.generate([prompt], SamplingParams(draft_length=length, **params))[0] for length in (0, 3))
+    assert second.reused_tokens >= 128 and second.speculation.proposed > 0
+    assert runs and set(runs) == {seed is not None}
+    assert first.token_ids == second.token_ids or seed is None
