@@ -22,7 +22,7 @@ def test_the_library_example_runs(tmp_path: Path, monkeypatch, capsys) -> None:
         code = code.replace(printed, here)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "ada.kv").stat().st_size > 100
+    assert (tmp_path / "sleep.kv").stat().st_size > 100
     assert len(capsys.readouterr().out.splitlines()) >= 4
 
 
