@@ -113,7 +113,7 @@ class PagedKv:
         """Tokens [start, end) of a sequence, float32 [T, L - first_layer, 2, G, d], keys as they lie there (rotated)."""
         pages, places = self._at(page_ids, start, end)
         layers = range(first_layer, self.num_layers)
-        out = torch.empty(len(pages), len(layers), 2, self.num_kv_heads, self.head_dim, device=pages.device)
+        out = torch.empty(len(pages), len(layers), 2, self.num_kv_heads, self.head_dim, dtype=torch.float32, device=pages.device)
         for n, layer in enumerate(layers):
             out[:, n, 0], out[:, n, 1] = self.keys[layer][pages, places], self.values[layer][pages, places]
         return out
@@ -170,7 +170,9 @@ class PackedKv(PagedKv):
         """See `PagedKv.read`."""
         pages, _ = self._at(page_ids, start, end)
         shape = (self.num_kv_heads, -1, self.head_dim)
-        out = torch.empty(len(pages), self.num_layers - first_layer, 2, self.num_kv_heads, self.head_dim, device=pages.device)
+        out = torch.empty(
+            len(pages), self.num_layers - first_layer, 2, self.num_kv_heads, self.head_dim, dtype=torch.float32, device=pages.device
+        )
         for page, low, high, at in self._stretches(page_ids, start, end):
             for half, order in enumerate(self._orders):
                 wanted = order[low * self.head_dim : high * self.head_dim]

@@ -96,7 +96,7 @@ def added_up(c: torch.Tensor, references: Sequence[Sequence[Reference]], bounds:
 def own_components(codec: KvCodec, parts: Sequence[tuple[Sequence[int], DecodedSpans]], tokens: int, batch_tokens: int) -> torch.Tensor:
     """float32 [tokens, K] of entropy-decoded spans, each part with the first token of every span; K is the most that any has."""
     width = max(decoded.q.shape[1] for _, decoded in parts)
-    c = torch.zeros(tokens, width, device=codec.device)
+    c = torch.zeros(tokens, width, dtype=torch.float32, device=codec.device)
     for starts, decoded in parts:
         for some in batches(decoded.sizes, batch_tokens):
             own = codec.components_of(decoded, some[0], some[-1] + 1)
@@ -108,7 +108,7 @@ def own_components(codec: KvCodec, parts: Sequence[tuple[Sequence[int], DecodedS
 def scaled_sources(references: Sequence[Reference], sources: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
     """float32 [num_tokens, K]: components float32 [length, K'] of every reference's earlier tokens, scaled, where they belong."""
     width = max(part.shape[1] for part in sources)
-    out = torch.zeros(num_tokens, width, device=sources[0].device)
+    out = torch.zeros(num_tokens, width, dtype=torch.float32, device=sources[0].device)
     for (first, length, _, scale), part in zip(references, sources, strict=True):
         out[first : first + length, : part.shape[1]] = part * (scale / SCALES_PER_ONE)
     return out

@@ -84,7 +84,7 @@ class Residuals:
         """First `count` components of some spans, one after the other, float32 [sum T, count]. Raises BadInput as `Projection`."""
         self._find(numbers, count)
         parts = [known[:, :count] for n in numbers if (known := self._known[n]) is not None]
-        return torch.cat(parts) if parts else torch.empty(0, count, device=self.projection.device)
+        return torch.cat(parts) if parts else torch.empty(0, count, dtype=torch.float32, device=self.projection.device)
 
     def energy(self, numbers: Sequence[int]) -> torch.Tensor:
         """Squared length of every token's weighted residual, float32 [sum T]."""

@@ -77,7 +77,7 @@ class KvSerializer:
         if rows is None:
             if self.spec.taps:
                 raise BadInput("no hidden states of the draft", f"pass [T, {len(self.spec.taps)}, E], after layers {self.spec.taps}")
-            rows = torch.zeros(tokens, 0, self.predictor.draft_size, device=self.codec.device)
+            rows = torch.zeros(tokens, 0, self.predictor.draft_size, dtype=torch.float32, device=self.codec.device)
         if len(rows) != tokens or (features.target_rows is not None and len(features.target_rows) != tokens):
             raise BadInput(f"features that are not those of {tokens} tokens", "pass a row a token")
         return self.predictor.reduce(rows), features.target_rows if self.spec.target_taps else None
@@ -106,7 +106,7 @@ class KvSerializer:
         """Rows float32 [T, D] of consecutive spans, keys before rotation. Raises the codec's named errors; nothing damaged comes out."""
         parts = self.pages.start(spans, beside=False)
         tokens = sum(sum(part.decoded.sizes) for part in parts)
-        out = torch.empty(tokens, self.layout.dim, device=self.codec.device)
+        out = torch.empty(tokens, self.layout.dim, dtype=torch.float32, device=self.codec.device)
         for at, rows in self.pages.rows(parts, *self.inputs(features, tokens)):
             out[at] = rows
         self.pages.check(parts)

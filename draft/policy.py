@@ -17,8 +17,8 @@ distribution it is drawn from: that is known before the draw and says nothing ab
 A step takes as long for a request that gains nothing by it: drafts of others may cost each request a small share of its time, no more (`_spares`).
 
 A drafter that has left tokens out runs them before its first draft of a request (`BlockPolicy.caught_up`). Such an entry must be paid by what
-ENTRY_TOKENS more tokens are expected to gain. What entries took, and what drafts lost whatever they are made with, is owed until drafts have gained
-as much, or PAID_SHARE of plain decoding's time has paid it back. While anything is owed, no request enters or goes on after a rest, so drafts that
+ENTRY_TOKENS more tokens are expected to gain. What entries took, and what a drafter's drafts lost, is owed until they have gained as
+much, or PAID_SHARE of plain decoding's time has paid it back. While anything is owed, no request enters or goes on after a rest, so drafts that
 were for nothing cost a bounded share of all time.
 
 What passes cost is measured once, between two steps (`measure_costs`). While text is generated each step's seconds are compared with what was expected

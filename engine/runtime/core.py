@@ -48,6 +48,7 @@ from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
 from kernels.compile_ahead import compile_ahead
 from kernels.cpu_decode import compiled_available
+from kernels.cpu_decode.crew import CREW
 from kernels.cpu_decode.machine_code import allows_tiles
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
@@ -282,14 +283,15 @@ class EngineCore:
                 self.cost_model = self.scheduler.blocks.measure_costs(counts, deterministic=self.deterministic)
             else:
                 scratch = None if self.drafter is None else self.drafter.scratch(self.pool.new_sequence)
-                self.cost_model = measure_costs(
-                    self.scheduler.target,
-                    self.drafter,
-                    self.pool.new_sequence,
-                    scratch,
-                    token_counts=counts,
-                    deterministic=self.deterministic,
-                )
+                with CREW.alone():  # steps whose threads are on trial tell nothing of later ones
+                    self.cost_model = measure_costs(
+                        self.scheduler.target,
+                        self.drafter,
+                        self.pool.new_sequence,
+                        scratch,
+                        token_counts=counts,
+                        deterministic=self.deterministic,
+                    )
             self.costs_stale = False
             share = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
             if self.on_costs is not None:

@@ -536,6 +536,7 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int],
     with it: the caller then writes the other layers' KV. leave: what no feature needs of a draft head is run when drafts are first asked for."""
     drafter = core.drafter
     assert drafter is not None
+    drafter.deterministic = core.deterministic  # whatever the last step's requests asked for
     size = known_pass_tokens(core.draft_model or core.target, state.sequence)
     if not state.sequence.windows:
         state.sequence.ensure(len(token_ids), state.rerun_from)

@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -24,7 +26,6 @@ LEAST_BYTES = 1 << 20  # of a layer's weights: below, one thread has multiplied 
 _PAYS = 0.95  # of one thread's seconds, at most, that all of them may take
 _JUDGED = 3  # steps
 _FIRST_PAUSE, _LAST_PAUSE = 128, 4096  # steps of one thread before all are tried again: doubled each time
-_INTERRUPTED_S = 1.0  # that a helper may take to notice an interrupt: some microseconds, unless it was never asked
 _ALONE_EVERY = 512  # steps of all before one of one thread tells what that takes now
 _ALONE_GROWS = 1.25  # what one thread was seen to take is believed to have become more by so much at most
 
@@ -36,43 +37,50 @@ def num_threads(layer_bytes: int) -> int:
 
 
 class _Helper:
-    """A thread that runs what it is given, once each time."""
+    """A thread that runs what it is given, in order.
+
+    Every call has a ticket, and its answer comes back under it: an answer that an interrupt kept from being read is passed over by the next step.
+    """
 
     def __init__(self, number: int) -> None:
         self._number = number
-        self._call: Callable[[int], None] | None = None
-        self.error: BaseException | None = None
-        self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._calls: SimpleQueue[tuple[object, Callable[[int], None]]] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[object, BaseException | None]] = SimpleQueue()
         threading.Thread(target=self._run, name=f"foretold-step-{number}", daemon=True).start()
 
     def _run(self) -> None:
         while True:
-            self._asked.acquire()
+            ticket, call = self._calls.get()
+            raised: BaseException | None = None
             try:
-                assert self._call is not None
-                self._call(self._number)
+                call(self._number)
             except BaseException as error:
-                self.error = error
-            finally:
-                self._call = None
-                self._done.release()
+                raised = error
+            self._answers.put((ticket, raised))
+            del call, raised  # and what they hold
 
-    def begin(self, call: Callable[[int], None]) -> None:
-        """Have it run call(number); `error` is then what that raised, if anything."""
-        self._call, self.error = call, None
-        self._asked.release()
+    def begin(self, ticket: object, call: Callable[[int], None]) -> None:
+        """Have it run call(number)."""
+        self._calls.put((ticket, call))
 
-    def wait(self, limit_s: float | None = None) -> None:
-        """Until it has: an interrupt waits, too, as what it runs writes into memory of the caller's."""
-        interrupt: KeyboardInterrupt | None = None
+    def finish(self, ticket: object) -> BaseException | None:
+        """Wait until it has run all that it was given, and say what that raised. An interrupt waits, too, and is what is said then: the thread writes
+        into memory of the caller's."""
+        interrupt, raised = None, None
         while True:
             try:
-                self._done.acquire(timeout=limit_s)
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+                while True:
+                    which, error = self._answers.get()
+                    raised = raised or error
+                    if which is ticket:
+                        return interrupt or raised
+            except BaseException as error:  # it may have taken an answer with it: another one is asked for
+                interrupt, ticket = error, object()
+                self.begin(ticket, _nothing)
+
+
+def _nothing(_: int) -> None:
+    """A call that is only waited for."""
 
 
 @dataclass
@@ -82,7 +90,7 @@ class _Times:
 
     alone: float = 0.0
     shares: deque[float] = field(default_factory=lambda: deque(maxlen=_JUDGED))
-    left: int = 1
+    left: int = 2  # the first one may be cold
     pause: int = _FIRST_PAUSE
     together: int = 0
 
@@ -96,7 +104,7 @@ class Judge:
     def together(self, key: Hashable) -> bool:
         """Whether the next step of this key is run by all threads."""
         times = self._times.setdefault(key, _Times())
-        if times.left <= 0 and times.together < _ALONE_EVERY:
+        if times.alone and times.left <= 0 and times.together < _ALONE_EVERY:
             return True
         times.left, times.together = max(0, times.left - 1), 0
         return False
@@ -121,33 +129,55 @@ class Crew:
 
     def __init__(self) -> None:
         self.judge = Judge()
-        self._lock, self._helpers, self._process = threading.Lock(), list[_Helper](), os.getpid()
+        self._helpers, self._process = list[_Helper](), os.getpid()
+        self._holder: dict[
+            str, int
+        ] = {}  # the thread whose step has the helpers; its own next step has them, too, if an interrupt left it so
+        self._alone = 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Steps are run by one thread meanwhile: while they are timed, say."""
+        self._alone += 1
+        try:
+            yield
+        finally:
+            self._alone -= 1
 
     def run(self, threads: int, key: Hashable, call: Callable[[int, int, int], None]) -> None:
         """call(part, parts, counter) for every part, at the same time, one of them here, or for one part alone where that is faster, or another step
-        has the helpers. key: steps of one key take as long as each other. counter: address of what `meeting` counts in."""
-        if threads == 1 or sys.is_finalizing():
+        has the helpers. key: steps of one key take as long as each other. counter: address of what `meeting` counts in. `call` holds the memory that it
+        writes into."""
+        if threads == 1 or self._alone or sys.is_finalizing():
             return call(0, 1, 0)
         if self._process != os.getpid():  # a copy of a process has none of its threads
-            self._lock, self._helpers, self._process = threading.Lock(), [], os.getpid()
-        if not self._lock.acquire(blocking=False):
+            self._holder, self._helpers, self._process = {}, [], os.getpid()
+        here = threading.get_ident()
+        if self._holder.setdefault("step", here) != here:
             return call(0, 1, 0)
         try:
             key = (threads, key)
-            together, began = self.judge.together(key), time.perf_counter()
+            together, began = self.judge.together(key) and self._has(threads - 1), time.perf_counter()
             if together:
                 self._together(threads, call)
             else:
                 call(0, 1, 0)
             self.judge.observe(key, together, time.perf_counter() - began)
         finally:
-            self._lock.release()
+            self._holder.pop("step", None)
+
+    def _has(self, count: int) -> bool:
+        """Whether there are so many helpers, made now if there were not."""
+        try:
+            while len(self._helpers) < count:
+                self._helpers.append(_Helper(len(self._helpers) + 1))
+        except RuntimeError:  # no more threads may be started
+            return False
+        return True
 
     def _together(self, threads: int, call: Callable[[int, int, int], None]) -> None:
-        while len(self._helpers) < threads - 1:
-            self._helpers.append(_Helper(len(self._helpers) + 1))
-        meeting = np.zeros(2, np.int64)
-        begun = list[_Helper]()
+        meeting, ticket, helpers = np.zeros(2, np.int64), object(), self._helpers[: threads - 1]
+        raised: BaseException | None = None
 
         def part_of(part: int) -> None:
             try:
@@ -157,21 +187,18 @@ class Crew:
                 raise
 
         try:
-            for helper in self._helpers[: threads - 1]:
-                begun.append(helper)
-                helper.begin(part_of)
+            for helper in helpers:
+                helper.begin(ticket, part_of)
             part_of(0)
-        except BaseException:  # an interrupt before all have begun: nobody may wait for who does not come
+        except BaseException as error:
             meeting[1] = 1
-            for helper in begun:
-                helper.wait(_INTERRUPTED_S)
-            self._helpers = []  # the last one may have been asked or not
-            raise
-        for helper in begun:
-            helper.wait()
-        for helper in begun:
-            if helper.error is not None:
-                raise helper.error
+            raised, ticket = error, object()
+            for helper in helpers:  # which of them were asked before is not known
+                helper.begin(ticket, _nothing)
+        for helper in helpers:
+            raised = helper.finish(ticket) or raised
+        if raised is not None:
+            raise raised
 
 
 CREW = Crew()

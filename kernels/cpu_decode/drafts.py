@@ -66,7 +66,7 @@ def draft(
     counts = [0 if states is None else len(states) for states in pending]
     ends = list(itertools.accumulate(count + 1 for count in counts))
     rows, width = ends[-1], vocabulary.embeddings.shape[1]
-    stream = torch.empty(rows, width)
+    stream = torch.empty(rows, width, dtype=torch.float32)
     for end, count, states in zip(ends, counts, pending, strict=True):
         if states is not None:
             stream[end - 1 - count : end - 1] = states
@@ -82,7 +82,7 @@ def draft(
         shape.heads // shape.kv_heads * places, whole_rows(most) * max(width, joined, shape.intermediate) // 2, batch * outputs, batch,
     )  # fmt: skip
     starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]
-    space = torch.empty(starts[-1])
+    space = torch.empty(starts[-1], dtype=torch.float32)
     rest, cos, sin, normed, spread, attended, scores, packed, logits, before = (space.data_ptr() + 4 * start for start in starts[:-1])
     tokens, own_last, wanted = (np.array(values, np.int64) for values in (last, [end - 1 for end in ends], lengths))
     index, row_positions, found_counts = (np.zeros(batch, np.int64) for _ in range(3))

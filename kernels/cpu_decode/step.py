@@ -166,7 +166,7 @@ class CompiledLayers:
         shared = (rows * wide, rows * joined)
         own = (rows * width, s.heads // s.kv_heads * places_most, whole_rows(rows) * max(width, joined, s.intermediate) // 2)
         starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in (*shared, *own * self.num_threads))]
-        space = torch.empty(starts[-1])
+        space = torch.empty(starts[-1], dtype=torch.float32)
         spread, attended, *of_threads = (space.data_ptr() + 4 * start for start in starts[:-1])
         assert stream.is_contiguous() and stream.dtype == torch.float32
         told = (
@@ -175,7 +175,9 @@ class CompiledLayers:
             s.heads, s.kv_heads, s.head_dim, s.intermediate, self._page_size,
         )  # fmt: skip
 
-        def run(part: int, parts: int, counter: int) -> None:
+        held = (space, stream, cos, sin, positions, places, requests, page_tables)  # as long as any thread runs this
+
+        def run(part: int, parts: int, counter: int, _held: tuple[object, ...] = held) -> None:
             normed, scores, packed = of_threads[3 * part : 3 * part + 3]
             _FUNCTIONS["run_layers"](
                 *told, normed, spread, wide, attended, scores, places_most, packed, s.eps, s.scale, part, parts, counter
@@ -189,7 +191,7 @@ def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -
     """Final norm [E] of the residual stream [N, E] and the product with the head [V, E] -> float32 logits [N, V]."""
     rows, (outputs, width) = stream.float().contiguous(), weight.shape
     count, factors, threads = len(rows), norm.float().contiguous(), num_threads(weight.nbytes)
-    logits, normed = torch.empty(count, outputs), torch.empty(threads, count, width)
+    logits, normed = torch.empty(count, outputs, dtype=torch.float32), torch.empty(threads, count, width, dtype=torch.float32)
     packed = torch.empty(threads, whole_rows(count), width, dtype=torch.bfloat16)
 
     def run(part: int, parts: int, _: int) -> None:
@@ -198,7 +200,7 @@ def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -
             normed[part].data_ptr(), packed[part].data_ptr(), logits.data_ptr(), eps, part, parts,
         )  # fmt: skip
 
-    CREW.run(threads, (weight.shape, count), run)
+    CREW.run(threads, (*_place(weight), count), run)
     return logits
 
 

@@ -449,3 +449,15 @@ def test_texts_that_are_hard_to_draft(batch, entry_s):
     assert answers_with_entries(costs, [0.05], entry_s, 48, batch)[0] < 1.02
     over, entries = answers_with_entries(costs, [0.05, 0.05, 0.95, 0.95], entry_s, 48, batch)
     assert over < (0.94 if entry_s == 0 else 1.02) and (entry_s or entries > 30)
+
+
+def test_drafts_that_may_not_enter_are_no_source_in_use():
+    """Steps then rest without a plan, as where nothing pays."""
+    costs = CostModel(draft=((1, 0.12), (4, 0.14)), verify=((1, 1.0), (4, 1.05), (8, 1.2)))
+    for owed, rests in ((1.0, True), (0.0, False)):
+        policy = DraftingPolicy(costs, measured=True)
+        load = policy._load(4)
+        load.owed, load.on["model"] = owed, True
+        requests, texts = [policy.request("auto", greedy=True) for _ in range(4)], [[*range(100)] for _ in range(4)]
+        plan = policy.plan(requests, texts, [ROOM] * 4, drafter_room=[ROOM] * 4)
+        assert (plan.kind == "plain") == rests == (not load.on["model"]) and (policy.rest(4) is not None) == rests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -100,6 +101,32 @@ def test_a_head_is_the_same_bits_for_any_number_of_threads(kind, all_threads, mo
         monkeypatch.setattr("kernels.cpu_decode.step.num_threads", lambda _, threads=threads: threads)
         found.append(head(stream, norm, weight, 1e-5))
     assert all(torch.equal(own, found[0]) for own in found[1:]) and found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)
+def test_a_caller_s_default_dtype_is_nothing_to_the_steps(kind):
+    """They write float32 into memory that PyTorch gives them."""
+    generator = torch.Generator().manual_seed(3)
+    layers, weight = layers_of(None, False, generator), torch.randn(496, WIDTH, generator=generator).bfloat16()
+    stream, norm = torch.randn(7, WIDTH, generator=generator).bfloat16().float(), torch.rand(WIDTH, generator=generator).bfloat16()
+    at, requests, table = np.arange(7, dtype=np.int64), np.zeros(7, np.int64), np.array([[1, 0]], np.int64)
+    angles = torch.rand(7, D // 2, generator=generator), torch.rand(7, D // 2, generator=generator)
+    found = []
+    for default in (torch.float32, kind):
+        torch.set_default_dtype(default)
+        try:
+            pages = [
+                (torch.zeros(2, 16, KV_HEADS, D, dtype=torch.bfloat16), torch.zeros(2, 16, KV_HEADS, D, dtype=torch.bfloat16))
+                for _ in layers
+            ]
+            out = stream.clone()
+            CompiledLayers(layers, pages, StepShape(HEADS, KV_HEADS, D, INNER, 1e-5, D**-0.5)).run(
+                range(2), out, angles, at, at, requests, table
+            )
+            found.append((out, head(out, norm, weight, 1e-5), pages[1][0]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_threads_are_pytorchs_where_these_are_few(monkeypatch):
@@ -212,6 +239,81 @@ def test_whoever_meets_an_interrupted_one_goes_on(all_threads):
     angles = torch.ones(1, D // 2), torch.zeros(1, D // 2)
     compiled.run(range(2), stream, angles, one, one, one, np.zeros((1, 1), np.int64))
     assert ended
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_an_interrupt_of_the_wait_waits_for_whoever_still_writes(all_threads, kind, threads):
+    """And the next step has helpers that have ended it, whatever the interrupt is."""
+    ended, go_on = [], threading.Event()
+
+    def slow(part, parts, counter):
+        if part:
+            go_on.wait(20)
+            ended.append(part)
+
+    def interrupt(signal, frame):
+        go_on.set()
+        raise kind
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(3):
+            ended.clear(), go_on.clear()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(kind):
+                all_threads.run(threads, "key", slow)
+            assert sorted(ended) == list(range(1, threads)), "memory is the caller's again"
+            ran = list[int]()
+            all_threads.run(threads, "key", lambda part, parts, counter, ran=ran: ran.append(part))
+            assert sorted(ran) == list(range(threads))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sum(thread.name.startswith("foretold-step") for thread in threading.enumerate()) < 40, "no interrupt leaves threads behind"
+
+
+def test_an_interrupted_first_step_is_no_time_of_one_thread():
+    own = Crew()
+
+    def interrupted(part, parts, counter):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.run(2, "key", interrupted)
+    ran = []
+    for _ in range(4):
+        own.run(2, "key", lambda part, parts, counter: ran.append((part, parts)))
+    assert ran[0] == (0, 1) and (1, 2) in ran
+
+
+def test_a_cold_first_step_is_not_what_one_thread_takes():
+    judge = Judge()
+    for seconds in (2.2, 1.0):
+        assert not judge.together("key")
+        judge.observe("key", False, seconds)
+    together = 0
+    for _ in range(500):
+        both = judge.together("key")
+        judge.observe("key", both, 2.0 if both else 1.0)
+        together += both
+    assert together < 20
+
+
+def test_one_thread_where_no_other_can_be_had(all_threads, monkeypatch):
+    ran = []
+    with all_threads.alone():
+        all_threads.run(3, "key", lambda part, parts, counter: ran.append((part, parts)))
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    own = Crew()
+    own.judge.together = lambda key: True
+    own.judge.observe = lambda key, together, seconds: None
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    own.run(3, "key", lambda part, parts, counter: ran.append((part, parts)))
+    assert ran == [(0, 1), (0, 1)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied by fork")
