@@ -188,7 +188,7 @@ def test_layers_are_rotated_to_the_same_bits(heads: int, head_dim: int, with_res
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96)])
 @pytest.mark.parametrize("with_rest", [False, True])
 def test_layers_go_into_pages_as_they_are_rotated(heads: int, head_dim: int, with_rest: bool) -> None:
-    """The bits of a layer at a time, in slots without any order; other slots stay."""
+    """As a layer at a time up to the rounding of a product of other rows and columns, in slots without any order; other slots stay."""
     rows, angles, generator = layer_rows(heads, head_dim, with_rest)
     kv = torch.full((3, 2, 7, 50, heads, head_dim), float("nan"), dtype=torch.bfloat16)
     slots = torch.randperm(350, generator=generator)[: rows.tokens]
@@ -198,7 +198,9 @@ def test_layers_go_into_pages_as_they_are_rotated(heads: int, head_dim: int, wit
     for n, layer in enumerate(kv[1:].flatten(2, 3)):
         wanted = torch.empty(rows.tokens, 2, heads, head_dim, dtype=torch.bfloat16)
         rows.rotated(n, angles, wanted)
-        assert torch.equal(layer[:, slots].transpose(0, 1), wanted) and bool(layer[:, ~taken].isnan().all())
+        found = layer[:, slots].transpose(0, 1)
+        assert float((found.float() - wanted.float()).norm()) < 0.004 * float(wanted.float().norm())
+        assert bool(layer[:, ~taken].isnan().all())
     assert bool(kv[0].isnan().all())
     for wrong in (slots - slots.max() - 1, slots + 350, slots.int(), slots[1:]):
         with pytest.raises(ValueError, match="slots"):
