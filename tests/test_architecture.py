@@ -61,6 +61,7 @@ def test_kernels_need_only_torch_triton_and_numpy() -> None:
         "os",
         "pathlib",
         "platform",
+        "queue",
         "re",
         "secrets",
         "stat",
