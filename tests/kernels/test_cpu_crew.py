@@ -251,6 +251,8 @@ def test_an_interrupt_of_the_wait_waits_for_whoever_still_writes(all_threads, ki
         if part:
             go_on.wait(20)
             ended.append(part)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
 
     def interrupt(signal, frame):
         go_on.set()
@@ -260,7 +262,6 @@ def test_an_interrupt_of_the_wait_waits_for_whoever_still_writes(all_threads, ki
     try:
         for _ in range(3):
             ended.clear(), go_on.clear()
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(kind):
                 all_threads.run(threads, "key", slow)
             assert sorted(ended) == list(range(1, threads)), "memory is the caller's again"
