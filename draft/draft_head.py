@@ -86,10 +86,10 @@ class DraftHeadState(DraftState):
 
     def ran(self, count: int) -> None:
         """The own layers have run the states that wait, and `count` tokens after them."""
-        waiting = self._num_waiting
-        if waiting:
-            self._waiting, self._num_waiting, self.num_left = [], 0, 0
-        self.own.advance(waiting + count)
+        count += self._num_waiting
+        if self._num_waiting:
+            self.pending_hidden = None  # first: broken off in between, the tokens count as never run
+        self.own.advance(count)
 
     def waits_last(self, rows: object) -> bool:
         """Whether these are the last ones that `append_hidden` got, and still wait as they came."""
@@ -167,9 +167,8 @@ class DraftHead:
         rows = [state.pending_hidden for state in chosen if state.pending_hidden is not None]
         counts = [len(part) for part in rows]
         out = self.forward([s.own for s in chosen], torch.cat(rows), counts, [s.own.length for s in chosen], taps)
-        for state, count in zip(chosen, counts, strict=True):
-            state.pending_hidden = None  # first: broken off in between, the tokens count as never run
-            state.own.advance(count)
+        for state in chosen:
+            state.ran(0)
         return out.taps
 
     def run_left(self, state: DraftHeadState, most_passes: int | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from draft.policy import MAX_AUTO_LENGTH
 from draft.protocols import Drafter
 from draft.tree import MAX_LEAVES
 from engine.kv.pool import KvPool, KvSequence
@@ -82,9 +81,9 @@ def holding_blocks(requests: Sequence[Request], drafter: Drafter | None, *, draf
 
 
 def _block_end(request: Request, drafts: bool) -> int:
-    length, more, wanted = len(request.token_ids), 1, request.params.draft_length
+    length, more = len(request.token_ids), 1
     if drafts:
-        more = 2 * MAX_AUTO_LENGTH + 1 + MAX_LEAVES if wanted == "auto" else 2 * wanted + 1
+        more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
     return max(length, min(request.longest(drafts=drafts), length + more))
 
 

@@ -30,7 +30,7 @@ from bench.decode_profile import moment
 from bench.throughput_runs import KINDS
 from draft.source import DraftSource
 from draft.spans import SpanPolicy
-from engine.cli.options import Parser
+from engine.cli.options import Parser, report
 from engine.engine import Engine
 from engine.errors import ForetoldError
 from engine.runtime.block_runner import block_decoding
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     try:
         args = parser.parse_args(arguments)
-        report: dict[str, Any] = {
+        document: dict[str, Any] = {
             "command": " ".join(["scripts/gpu/profile_steps.py", *(sys.argv[1:] if arguments is None else arguments)])
         }
         for batch in map(int, args.batches.split(",")):
@@ -213,17 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not gpu:
                     use_captured_runners(core)
                 name = torch.cuda.get_device_name() if gpu else "cpu"
-                report |= {"pair": args.pair, "draft": core.drafter_name, "device": name, "torch": torch.__version__}
+                document |= {"pair": args.pair, "draft": core.drafter_name, "device": name, "torch": torch.__version__}
                 row = {"batch": batch, "draft_length": length}
                 row |= device_part(core, prompts, length, args.steps) if gpu else {}
                 row |= host_part(core, prompts, length, args.steps, args.hotspots)
-                report.setdefault("rows", []).append(row)
+                document.setdefault("rows", []).append(row)
                 print(json.dumps(row), flush=True)
                 if args.json_out:
-                    args.json_out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                    args.json_out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except ForetoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 

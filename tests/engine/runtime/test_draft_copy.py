@@ -24,6 +24,7 @@ from engine.runtime.request import SequenceState
 from engine.runtime.sampling import SamplingParams
 from kernels.cpu_decode.stopping import Stopping
 from kernels.cpu_decode.tiles import TILES_8
+from tests.engine.runtime.test_draft_head import left_by_a_restore
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 25]
 EXIT_LAYER = 2
@@ -344,15 +345,8 @@ def test_what_was_left_is_forgotten_once_drafts_have_run_it(target, trained):
     """Few tokens that a restore left; steps without drafts; then a step that catches up beside a request that lacks more."""
     engine = engine_of(target, trained, prefill_chunk=8)
     ids, known = PROMPTS[1][:25], 20
-    conversation, other = (engine.core.open_sequence_state() for _ in range(2))
-    conversation.token_ids[:] = ids
+    conversation, other = left_by_a_restore(engine, ids, known), engine.core.open_sequence_state()
     state = conversation.draft_state
-    state.sequence.ensure(known)
-    state.cache.ensure(known)
-    engine.core.drafter.prefill_first_layers([state], [ids[:known]])
-    state.sequence.advance(known)
-    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
-    assert state.num_left == known
     for new, count, length in (([], 3, 1), ([5], 6, 0)):
         engine.core.run(conversation, new, SamplingParams(max_new_tokens=count, draft_length=length, ignore_eos=True))
         assert state.num_left == 0

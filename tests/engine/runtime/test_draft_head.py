@@ -185,6 +185,22 @@ def test_a_prompt_is_not_held_up_and_little_waits(target, trained, monkeypatch):
     assert runs == [[65]] and long.draft_state.own.length == 65 and long.draft_state.num_pending_hidden == 5
 
 
+def left_by_a_restore(engine, ids, known, chunk=40):
+    """A conversation of ids whose first `known` tokens were restored in such chunks, and left for the draft head's layers."""
+    conversation, target = engine.core.open_sequence_state(), engine.core.target
+    conversation.token_ids[:] = ids
+    state = conversation.draft_state
+    state.sequence.ensure(known)
+    state.cache.ensure(known)
+    for at in range(0, known, chunk):  # the other layers' KV comes from elsewhere
+        part = ids[at : min(known, at + chunk)]
+        engine.core.drafter.prefill_first_layers([state], [part])
+        state.sequence.advance(len(part))
+    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
+    assert state.num_left == state.num_pending_hidden == known == state.num_cached
+    return conversation
+
+
 @pytest.mark.parametrize("length", [0, 3])
 def test_what_is_left_for_the_first_draft_waits_for_it(target, trained, monkeypatch, length):
     """As a restore leaves them: neither a prompt nor steps without drafts run the own layers, and drafts find their cache whole."""
@@ -195,17 +211,9 @@ def test_what_is_left_for_the_first_draft_waits_for_it(target, trained, monkeypa
     text = engine_of(target, None).generate([ids], SamplingParams(max_new_tokens=24))[0].token_ids
     forward = trained.head_layers.forward
     monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
-    conversation = engine.core.open_sequence_state()
-    conversation.token_ids[:] = ids
+    conversation = left_by_a_restore(engine, ids, known)
     state = conversation.draft_state
-    state.sequence.ensure(known)
-    state.cache.ensure(known)
-    for at in (0, 40):  # the other layers' KV comes from elsewhere
-        chunk = ids[at : min(known, at + 40)]
-        engine.core.drafter.prefill_first_layers([state], [chunk])
-        state.sequence.advance(len(chunk))
-    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
-    assert not runs and state.num_left == state.num_pending_hidden == known == state.num_cached
+    assert not runs
     result = engine.core.run(conversation, [], SamplingParams(max_new_tokens=24, draft_length=length))
     assert result.token_ids == text and result.reused_tokens == known
     if length == 0:
@@ -225,14 +233,8 @@ def test_what_is_left_is_run_a_pass_a_step_once_others_wait_behind_it(target, tr
     engine, runs, known = engine_of(target, trained), [], 70
     forward = trained.head_layers.forward
     monkeypatch.setattr(trained.head_layers, "forward", lambda *args, **options: runs.append(args[2]) or forward(*args, **options))
-    conversation = engine.core.open_sequence_state()
-    conversation.token_ids[:] = ids = (PROMPTS[3] * 2)[: known + 1]
+    conversation = left_by_a_restore(engine, (PROMPTS[3] * 2)[: known + 1], known, chunk=known)
     state = conversation.draft_state
-    state.sequence.ensure(known)
-    state.cache.ensure(known)
-    engine.core.drafter.prefill_first_layers([state], [ids[:known]])
-    state.sequence.advance(known)
-    forward_reserved(target, torch.tensor(ids[:known]), [state.sequence], [known], starts=[0], logits="none")
     request = engine.core.submit(conversation, [], SamplingParams(max_new_tokens=60, ignore_eos=True, draft_length=0), owns_cache=False)
     seen = []
     while request.finish_reason is None:
