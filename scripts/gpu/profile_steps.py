@@ -3,8 +3,9 @@
     PYTHONPATH=.:scripts python scripts/gpu/profile_steps.py --pair smollm2 [--draft DIR] --batches 1,8,32 --lengths 0,2 --json-out steps.json
 
 For every batch and fixed number of drafts (0: plain decoding), of steps in which all requests decode: `step_us`, one step by the clock; `busy_us`,
-kernels of it; `gap_us`, the rest; `kernels`, by name how many a step has and what they take; `calls`, launches and copies that the host makes
-(torch.profiler); and `host_us`, CPU microseconds of the host in a step whose passes cost nothing (their graphs are replaced, and every request is told
+time of it in which a kernel or a copy runs; `gap_us`, the rest; `kernels`, by name how many a step has and what they take (a kernel that is launched
+early counts its wait for the one before it as well, so these add up to more than `busy_us`); `calls`, launches and copies that the host makes
+(torch.profiler, which makes steps longer: `profiled_us`); and `host_us`, CPU microseconds of the host in a step whose passes cost nothing (their graphs are replaced, and every request is told
 that it gained the same tokens), beside `host_calls`, the torch operations in it by name. --hotspots prints the functions that take most of it.
 Without a GPU the host's part alone is measured, over the runners that a GPU has. Takes a minute a draft source.
 """
@@ -153,6 +154,15 @@ def host_part(core: EngineCore, prompts: Sequence[list[int]], length: int, count
     return {"host_us": round(min(times), 1), "host_median_us": round(sorted(times)[2], 1), "host_calls": calls}
 
 
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of what spans (start, end) cover together."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
 def device_part(core: EngineCore, prompts: Sequence[list[int]], length: int, count: int) -> dict[str, Any]:
     """The figures of the module that need a GPU."""
     with_steps(core, prompts, length, count, nullcontext)
@@ -168,15 +178,17 @@ def device_part(core: EngineCore, prompts: Sequence[list[int]], length: int, cou
     kernels: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     calls: Counter[str] = Counter()
+    ran: list[tuple[float, float]] = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name] += event.time_range.elapsed_us()
             numbers[event.name] += 1
+            ran.append((event.time_range.start, event.time_range.end))
         elif event.name.startswith("cuda"):
             calls[event.name] += 1
-    busy_us = sum(kernels.values()) / count
+    busy_us, profiled_us = covered(ran) / count, (max(end for _, end in ran) - min(start for start, _ in ran)) / count
     return {
-        "step_us": round(step_us, 1), "busy_us": round(busy_us, 1), "gap_us": round(step_us - busy_us, 1),
+        "step_us": round(step_us, 1), "busy_us": round(busy_us, 1), "gap_us": round(step_us - busy_us, 1), "profiled_us": round(profiled_us, 1),
         "kernels_a_step": round(sum(numbers.values()) / count, 1),
         "kernels": {name: {"count": round(numbers[name] / count, 2), "us": round(us / count, 2)} for name, us in kernels.most_common(_NAMES)},
         "calls": {name: round(number / count, 2) for name, number in calls.most_common()},
