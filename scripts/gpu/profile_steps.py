@@ -5,8 +5,9 @@
 For every batch and fixed number of drafts (0: plain decoding), of steps in which all requests decode: `step_us`, one step by the clock; `busy_us`,
 time of it in which a kernel or a copy runs; `gap_us`, the rest; `kernels`, by name how many a step has and what they take (a kernel that is launched
 early counts its wait for the one before it as well, so these add up to more than `busy_us`); `calls`, launches and copies that the host makes
-(torch.profiler, which makes steps longer: `profiled_us`); and `host_us`, CPU microseconds of the host in a step whose passes cost nothing (their graphs are replaced, and every request is told
-that it gained the same tokens), beside `host_calls`, the torch operations in it by name. --hotspots prints the functions that take most of it.
+(torch.profiler, which makes steps longer: `profiled_us`); and `host_us`, CPU microseconds of the host in a step whose passes cost nothing (their graphs
+are replaced, and every request is told that it gained the same tokens), beside `host_calls`, the torch operations in it by name. --hotspots prints
+the functions that take most of it.
 Without a GPU the host's part alone is measured, over the runners that a GPU has. Takes a minute a draft source.
 """
 
