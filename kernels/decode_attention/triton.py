@@ -1,7 +1,7 @@
 """Triton kernel of `decode_attention`: one launch, the last of a request's splits merges them.
 
 The split-and-merge scheme is Flash-Decoding's (Dao, Haziza, Massa, Sizov, 2023). Splits have a fixed length, so that a token's sums
-have the same order whatever the context's length is in this step and whoever shares the batch.
+have the same order whatever the context's length is in this step and whoever shares the batch; or each request's keys are spread over its programs.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def _decode_attention_kernel(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     ONCE: tl.constexpr,
+    SPREAD: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -133,14 +134,18 @@ def _decode_attention_kernel(
     # earlier steps: those of the first block are fetched before the queries are there.
     context = tl.load(context_ptr + request).to(tl.int32)
     settled = context - length
-    splits = tl.cdiv(context, SPLIT)
+    if SPREAD:
+        keys = tl.maximum(tl.cdiv(tl.cdiv(context, tl.num_programs(1)), BLOCK_N) * BLOCK_N, SPLIT)
+    else:
+        keys = SPLIT
+    splits = tl.cdiv(context, keys)
     programs = tl.maximum(tl.minimum(splits, tl.num_programs(1)), 1)
     table_row_ptr = table_ptr + request.to(tl.int64) * stride_table
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
     channel = tl.arange(0, BLOCK_D)
     channel_mask = channel < HEAD_DIM
-    start = tl.program_id(1) * SPLIT
+    start = tl.program_id(1) * keys
     near = tl.arange(0, BLOCK_N)
     first = _block_addresses(table_row_ptr, start, context, channel, stride_page, stride_token, PAGE, BLOCK_N)
     old = ((start + near < settled)[:, None]) & channel_mask[None, :]
@@ -165,12 +170,12 @@ def _decode_attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, context)
+        begin = split * keys
+        end = tl.minimum(begin + keys, context)
         if ONCE or split == tl.program_id(1):
             acc, highest, total = _attend(q, old_k, old_v, begin + near, limit, acc, highest, total, scale_log2, PRECISION)
             begin += BLOCK_N
-        if not ONCE or SPLIT > BLOCK_N:
+        if not ONCE or SPREAD or SPLIT > BLOCK_N:
             for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
                 key = block + near
                 at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
@@ -227,7 +232,7 @@ def decode_attention(
     block_r = next_power_of_2(tokens * group)
     block_m = max(16, block_r)
     keys = max_pages * size
-    splits = triton.cdiv(keys, config.split)
+    splits = config.most_splits(keys)
     stat = part[splits * rows * heads * head_dim :]
     programs = max(1, min(splits, config.programs))
     units = batch * (length // tokens) * groups
@@ -260,6 +265,7 @@ def decode_attention(
         STAGES=config.stages,
         AHEAD=min(config.ahead, max(1, 2 * MOST_ROWS // block_r)),
         ONCE=programs == splits,
+        SPREAD=config.spread,
         EARLY=early,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=config.warps,

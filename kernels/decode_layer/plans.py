@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kernels.decode_attention.config import DecodeAttentionConfig, decode_attention_parts
-from kernels.skinny_linear.tiles import Tile, token_block
+from kernels.skinny_linear.tiles import Tile, next_power_of_2, token_block
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ class Workspace(NamedTuple):
 
 
 MOST_SKINNY = 8  # rows that fill the narrow side of one matrix instruction
+NARROW = 1024  # hidden sizes below it have too few channels to give every multiprocessor a wide tile
 
 
 def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, deterministic: bool = False) -> DecodePlan:
-    """The plan that measured best on an H200 for the 1.5B shape (28 layers, hidden 1,536) at that many rows (`scripts/bench/decode_tune.py`).
+    """The plan that measured best on an H200 at that many rows (`scripts/bench/decode_tune.py`), for the 1.5B shape (28 layers, hidden 1,536) and for
+    SmolLM2-135M's (30 layers, hidden 576).
 
     batch: requests the rows belong to (default: one each). deterministic: one plan for every number of rows up to 8, and attention a token at a
     time, so that a token's result is the same bits alone, in a batch, in a block, and through layers in pieces. A single row's own plan is faster:
@@ -68,6 +70,7 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     """
     if deterministic and rows > MOST_SKINNY:
         raise ValueError(f"a deterministic decode step takes up to {MOST_SKINNY} rows, not {rows} (split the batch)")
+    narrow = shape.hidden < NARROW
     widest = max((n for n in (16, 8, 4) if shape.head_dim % n == 0), default=2)
     if rows == 1 and not deterministic:
         few = Tile(block_n=min(4, widest), block_k=512, slices=1, stages=3, scalar=True, held=3)
@@ -85,8 +88,8 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
         return DecodePlan(
             qkv=replace(short, block_n=widest, stages=5),
             o=skinny,
-            gate_up=short,
-            down=replace(skinny, splits=2, stages=5, held=1),
+            gate_up=replace(short, stages=5) if narrow else short,
+            down=replace(skinny, splits=2) if narrow else replace(skinny, splits=2, stages=5, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
             attention=DecodeAttentionConfig(whole_block=not deterministic),
             in_pieces=deterministic,
@@ -94,11 +97,14 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
     attention = many_attention((rows if batch is None else batch) * shape.kv_heads)
     if rows <= 64:
+        deep = 128 if rows <= 32 else 64
         return DecodePlan(
-            qkv=Tile(block_n=min(32, many), block_k=64, slices=1, splits=4, warps=4 if rows <= 32 else 8, lines=8),
+            qkv=Tile(block_n=many, block_k=deep, slices=1, splits=1 if rows <= 32 else 4, warps=4 if rows <= 32 else 8, lines=8),
             o=Tile(block_n=64, block_k=128, slices=1, splits=4, lines=8),
-            gate_up=Tile(block_n=128, block_k=64, slices=1, lines=8),
-            down=Tile(block_n=64, block_k=128, slices=1, splits=5),
+            gate_up=Tile(block_n=128 if rows <= 32 else 64, block_k=64, slices=1, lines=8),
+            down=Tile(block_n=32, block_k=deep, slices=1, splits=3, lines=8)
+            if narrow
+            else Tile(block_n=64, block_k=128, slices=1, splits=5),
             head=Tile(block_n=128, block_k=64, slices=1),
             attention=attention,
         )
@@ -106,9 +112,9 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     full = Tile(block_n=128, block_k=64, slices=1, warps=8, stages=3, lines=8)
     return DecodePlan(
         qkv=replace(full, block_n=many, stages=4),
-        o=replace(full, block_n=64, splits=4, stages=4),
-        gate_up=replace(full, block_n=64, warps=4),
-        down=Tile(block_n=64, block_k=64, slices=1, splits=7, lines=8),
+        o=replace(full, block_n=64, splits=2, warps=4) if narrow else replace(full, block_n=64, splits=4, stages=4),
+        gate_up=replace(full, block_n=64, warps=8 if narrow else 4),
+        down=Tile(block_n=32 if narrow else 64, block_k=64, slices=1, splits=3 if narrow else 7, lines=8),
         head=full,
         attention=attention,
     )
@@ -119,8 +125,10 @@ def many_attention(units: int) -> DecodeAttentionConfig:
     if units >= 192:
         return DecodeAttentionConfig(split=4096, stages=3)
     if units > 64:
-        return DecodeAttentionConfig(split=1024, programs=4, stages=3)
-    return DecodeAttentionConfig(programs=max(4, 256 // units))
+        return DecodeAttentionConfig(split=256, programs=4, stages=3, spread=True)
+    if units > 32:
+        return DecodeAttentionConfig(programs=8, spread=True)
+    return DecodeAttentionConfig(programs=min(64, next_power_of_2(-(-256 // units))), spread=True)
 
 
 def _tiles(rows: int, tile: Tile) -> int:

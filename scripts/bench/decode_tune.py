@@ -47,7 +47,8 @@ def candidates(field: str, rows: int, shape: DecodeShape) -> list[Any]:
             options = grid(split=[32, 64, 128], block_n=[32, 64], warps=[2, 4], stages=[2], whole_block=[True, False])
         else:
             options = grid(split=[64, 256, 1024, 4096], block_n=[64], warps=[4], programs=[4, 64], stages=[2, 3])
-        return [DecodeAttentionConfig(**o) for o in options if o["block_n"] <= o["split"]]
+            options += grid(split=[64, 256], programs=[4, 8, 16, 32, 64], stages=[2, 3], spread=[True])
+        return [DecodeAttentionConfig(**o) for o in options if o.get("block_n", 64) <= o["split"]]
     tiles: list[Tile] = []
     if rows == 1:
         common: dict[str, Any] = {"scalar": True, "slices": 1}

@@ -225,8 +225,8 @@ def test_decode_attention(contexts, length, heads, groups, head_dim, size, whole
     q, pool, table, positions, lens = paged_case(draw, device, contexts, length, heads, groups, head_dim, size, dtype)
     want, got = torch.empty_like(q), torch.empty_like(q)
     attention_reference.decode_attention(q, pool[0], pool[1], table, positions, lens, head_dim**-0.5, want)
-    for split, programs in ((32, 2), (64, 64)):
-        config = DecodeAttentionConfig(split=split, block_n=16, programs=programs, whole_block=whole_block)
+    for split, programs, spread in ((32, 2, False), (64, 64, False), (16, 3, True), (32, 64, True)):
+        config = DecodeAttentionConfig(split=split, block_n=16, programs=programs, whole_block=whole_block, spread=spread)
         space = scratch(device, decode_attention_parts(*q.shape, table.shape[1] * size, config))
         got.fill_(float("nan"))
         attention_triton.decode_attention(
@@ -417,7 +417,7 @@ def test_layers_in_pieces_give_the_same_bits(device, draw):
 def test_plans_suit_heads_of_all_sizes():
     for head_dim in (16, 48, 64, 80, 128):
         shape = DecodeShape(64, 4, 2, head_dim, 100, 300)
-        for rows in (1, 5, 32):
+        for rows in (1, 5, 32, 40, 100):
             assert head_dim % choose_plan(shape, rows).qkv.block_n == 0
     assert choose_plan(shape, 1, deterministic=True) == choose_plan(shape, 8, deterministic=True)
     with pytest.raises(ValueError, match="up to 8 rows"):
