@@ -42,6 +42,13 @@ class TeacherHead:
         return cls(head[order].contiguous(), len(ids), place)
 
 
+class Totals(NamedTuple):
+    """Of the target's logits over its whole vocabulary, at each of N positions."""
+
+    log_sum: Tensor  # [N] float32: the logarithm of the sum of their exponentials
+    best: Tensor  # [N] int64: where in the teacher head's order the largest one stands
+
+
 class Sums(NamedTuple):
     """Sums over positions, as float32 scalars on the device."""
 
@@ -60,6 +67,22 @@ class Gradients(NamedTuple):
 
 
 @torch.no_grad()
+def totals_of(teacher_states: Tensor, teacher: TeacherHead, *, chunk: int) -> Totals:
+    """Totals of teacher_states [N, E], the target's after its final norm; chunk: positions whose V logits are held at a time."""
+    found = Totals(
+        torch.empty(len(teacher_states), device=teacher_states.device),
+        torch.empty(len(teacher_states), dtype=torch.int64, device=teacher_states.device),
+    )
+    for a in range(0, len(teacher_states), chunk):
+        wide = teacher_states[a : a + chunk] @ teacher.rows.T
+        best = wide.argmax(-1, keepdim=True)
+        log_p = torch.log_softmax(wide, -1, dtype=torch.float32)  # one pass over the logits, which a sum of exponentials has no kernel for
+        found.log_sum[a : a + chunk] = (wide.gather(1, best).float() - log_p.gather(1, best))[:, 0]
+        found.best[a : a + chunk] = best[:, 0]
+    return found
+
+
+@torch.no_grad()
 def distil(
     states: Tensor,
     head: Tensor,
@@ -70,6 +93,7 @@ def distil(
     head_gradient: bool,
     chunk: int,
     weights: Tensor | None = None,
+    totals: Totals | None = None,
 ) -> tuple[Sums, Gradients]:
     """Sums and gradients of (1 - mix) KL + mix TV, the mean over positions.
 
@@ -80,15 +104,16 @@ def distil(
         mix: share of total variation, 0 to 1.
         chunk: positions at a time.
         weights: [D, N] float32 of the depths' losses at each position; None: 1.
+        totals: `totals_of` the teacher's states, where they are known.
     """
+    totals = totals_of(teacher_states, teacher, chunk=chunk) if totals is None else totals
     deep = states if states.dim() == 3 else states[None]
     count = deep.shape[1]
     grad_states = torch.empty_like(deep)
     grad_head = torch.zeros(head.shape, device=head.device) if head_gradient else None
-    totals = torch.zeros(4, device=states.device)
+    sums = torch.zeros(4, device=states.device)
     for a in range(0, count, chunk):
-        log_p, best = _teacher_probabilities(teacher_states[a : a + chunk], teacher)
-        log_p = log_p[:, : teacher.size]
+        log_p, best = _log_probabilities(teacher_states[a : a + chunk], teacher, totals.log_sum[a : a + chunk]), totals.best[a : a + chunk]
         p = log_p.exp()
         mass = p.sum(-1)
         for depth, own in enumerate(deep[:, a : a + chunk]):
@@ -96,7 +121,7 @@ def distil(
             q = torch.softmax(narrow, -1, dtype=torch.float32)
             if depth == 0:
                 agreed, log_q = (best == narrow.argmax(-1)).sum(), torch.log_softmax(narrow, -1, dtype=torch.float32)
-                totals += torch.stack([torch.minimum(p, q).sum(), agreed, (p * (log_p - log_q)).sum(), mass.sum()])
+                sums += torch.stack([torch.minimum(p, q).sum(), agreed, (p * (log_p - log_q)).sum(), mass.sum()])
             gradient = _gradient(p, q, mass, mix)
             if weights is not None:
                 gradient *= weights[depth, a : a + chunk, None]
@@ -106,20 +131,12 @@ def distil(
                 grad_head += (gradient.T @ own).float()
     if grad_head is not None:
         grad_head /= count
-    return Sums(*totals), Gradients(grad_states.view_as(states), grad_head)
+    return Sums(*sums), Gradients(grad_states.view_as(states), grad_head)
 
 
-def _teacher_probabilities(rows: Tensor, teacher: TeacherHead) -> tuple[Tensor, Tensor]:
-    """log p [C, V] float32 in the teacher head's order, and where in it the most likely token stands [C]."""
-    wide = rows @ teacher.rows.T
-    return torch.log_softmax(wide, -1, dtype=torch.float32), wide.argmax(-1)
-
-
-def _log_probabilities(rows: Tensor, head: Tensor, teacher_rows: Tensor, teacher: TeacherHead) -> tuple[Tensor, Tensor, Tensor]:
-    """log p [C, V] in the teacher head's order and log q [C, R], float32, and whether their largest logits [C] are the same token's."""
-    log_p, best = _teacher_probabilities(teacher_rows, teacher)
-    narrow = rows @ head.T
-    return log_p, torch.log_softmax(narrow, -1, dtype=torch.float32), best == narrow.argmax(-1)
+def _log_probabilities(rows: Tensor, teacher: TeacherHead, log_sum: Tensor) -> Tensor:
+    """log p [C, R] float32 of the reduced vocabulary, from the target's states [C, E] and what its logits add up to [C]."""
+    return (rows @ teacher.rows[: teacher.size].T).float().sub_(log_sum[:, None])
 
 
 def _gradient(p: Tensor, q: Tensor, mass: Tensor, mix: float) -> Tensor:
@@ -146,15 +163,21 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def score(states: Tensor, head: Tensor, teacher_states: Tensor, teacher: TeacherHead, labels: Tensor, *, chunk: int) -> Scores:
+def score(
+    states: Tensor, head: Tensor, teacher_states: Tensor, teacher: TeacherHead, labels: Tensor, *, chunk: int, totals: Totals | None = None
+) -> Scores:
     """How well the draft does at each position; arguments as `distil`'s, labels [N] int64 the tokens that follow."""
+    totals = totals_of(teacher_states, teacher, chunk=chunk) if totals is None else totals
     found: list[tuple[Tensor, ...]] = []
     for a in range(0, states.shape[0], chunk):
-        log_p, log_q, agreed = _log_probabilities(states[a : a + chunk], head, teacher_states[a : a + chunk], teacher)
-        place = teacher.place[labels[a : a + chunk]]
-        ratio = (log_q.gather(1, place.clamp_max(teacher.size - 1)[:, None]) - log_p.gather(1, place[:, None]))[:, 0].exp()
-        log_p = log_p[:, : teacher.size]
+        own = slice(a, a + chunk)
+        log_p = _log_probabilities(teacher_states[own], teacher, totals.log_sum[own])
+        narrow = states[own] @ head.T
+        log_q, agreed = torch.log_softmax(narrow, -1, dtype=torch.float32), totals.best[own] == narrow.argmax(-1)
+        place = teacher.place[labels[own]]
+        inside = place.clamp_max(teacher.size - 1)[:, None]
+        ratio = (log_q.gather(1, inside) - log_p.gather(1, inside))[:, 0].exp()
         p, q = log_p.exp(), log_q.exp()
-        kept = (ratio * (place < teacher.size)).clamp_max(1.0)
+        kept = torch.where(place < teacher.size, ratio.clamp_max(1.0), 0.0)
         found.append((torch.minimum(p, q).sum(-1), agreed, kept, (p * (log_p - log_q)).sum(-1), p.sum(-1)))
     return Scores(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.train.documents import TokenDocuments, batches
-from engine.train.loss import TeacherHead, score
+from engine.train.loss import TeacherHead, score, totals_of
 from engine.train.model import Student, Teacher
 
 
@@ -68,11 +68,12 @@ def measure(
         where = batch.positions[batch.answer]
         if not len(where):
             continue
-        found = student.at_depths(teacher, batch.token_ids, exit_layer, proposals)
+        found = student.at_depths(teacher, batch.token_ids, teacher.run_taps(batch.token_ids, student.taps(exit_layer)), proposals)
         final, labels, chances = found.final.flatten(0, 1)[where], batch.labels[batch.answer], []
+        totals = totals_of(final, head, chunk=chunk)
         for depth in range(len(found.drafts)):
             states, _ = found.rows(depth, where)
-            scores = score(states, rows, final, head, labels, chunk=chunk)
+            scores = score(states, rows, final, head, labels, chunk=chunk, totals=totals)
             host = [part.float().cpu().numpy() for part in scores]
             if depth == 0:
                 for column, part in zip(columns, host, strict=True):

@@ -47,7 +47,7 @@ class Teacher:
         return taken[0], final
 
     @torch.no_grad()
-    def run_taps(self, token_ids: Tensor, taps: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def run_taps(self, token_ids: Tensor, taps: Sequence[int]) -> TargetStates:
         """`run` with the residual streams after several numbers of layers, in the order of `taps`."""
         batch, length = token_ids.shape
         ropes = [rope_of(cos.repeat(batch, 1), sin.repeat(batch, 1), self.shapes[0].num_heads) for cos, sin in self.angles(length)]
@@ -67,7 +67,19 @@ class Teacher:
             stream, update = out.stream, out.update
         normed, stream = FAST.rms_norm(stream, self.norm, self.shapes[0].eps, update)
         taken[len(self.layers)] = stream
-        return [taken[tap].unflatten(0, (batch, length)) for tap in taps], normed.unflatten(0, (batch, length))
+        return TargetStates([taken[tap].unflatten(0, (batch, length)) for tap in taps], normed.unflatten(0, (batch, length)))
+
+    @torch.no_grad()
+    def normed(self, stream: Tensor) -> Tensor:
+        """The residual stream after the last layer [..., E] -> what the head multiplies, of the same shape."""
+        return FAST.rms_norm(stream, self.norm, self.shapes[0].eps, None)[0]
+
+
+class TargetStates(NamedTuple):
+    """Of documents of a batch: the residual streams after some of the target's layers, and its last states after the final norm, each [B, T, E]."""
+
+    taken: list[Tensor]
+    final: Tensor
 
 
 class Depths(NamedTuple):
@@ -114,11 +126,14 @@ class Student(nn.Module):
             stream, update = out.stream, out.update
         return DIFFERENTIABLE.rms_norm(stream, self.norm, self.shapes[0].eps, update)[0]
 
-    def at_depths(self, teacher: Teacher, token_ids: Tensor, exit_layer: int, depths: int) -> Depths:
-        """What the head multiplies for the first, second... draft of a block, along documents token_ids [B, T]. Here each is as the first, whatever was
-        drafted before: verification writes the states at the exit."""
-        at_exit, final = teacher.run(token_ids, exit_layer)
-        return Depths([self(at_exit, teacher.angles(token_ids.shape[1]))], final)
+    def taps(self, exit_layer: int) -> tuple[int, ...]:
+        """Numbers of the target's layers whose states the student goes on from."""
+        return (exit_layer,)
+
+    def at_depths(self, teacher: Teacher, token_ids: Tensor, states: TargetStates, depths: int) -> Depths:
+        """What the head multiplies for the first, second... draft of a block, along documents token_ids [B, T] whose states after the layers `taps` are
+        given. Here each is as the first, whatever was drafted before: verification writes the states at the exit."""
+        return Depths([self(states.taken[0], teacher.angles(token_ids.shape[1]))], states.final)
 
     def tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> tensor of everything a draft head stores but the token ids."""

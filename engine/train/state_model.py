@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from draft.head_file import EMBED_NORM, FUSE, JOIN, STATE_NORM
 from engine.model.config import LayerShape
 from engine.model.layers import DIFFERENTIABLE, LayerWeights, differentiable_rope, layer_forward
-from engine.train.model import Depths, Student, Teacher
+from engine.train.model import Depths, Student, TargetStates, Teacher
 from kernels.paged_attention.reference import capped_attention
 
 # of a state's size in the rows that training begins with: of 0, .1, .3 and 1, what SmolLM2's head learned from soonest
@@ -68,22 +68,25 @@ class StateStudent(Student):
         ]
         return F.linear(torch.cat(parts, -1), self.join.to(states.dtype))
 
-    def at_depths(self, teacher: Teacher, token_ids: Tensor, exit_layer: int, depths: int) -> Depths:
+    def taps(self, exit_layer: int) -> tuple[int, ...]:
+        """See `Student`."""
+        return self.state_layers
+
+    def at_depths(self, teacher: Teacher, token_ids: Tensor, states: TargetStates, depths: int) -> Depths:
         """See `Student`. Before the first token there is no state: 0."""
-        taken, final = teacher.run_taps(token_ids, self.state_layers)
         length = token_ids.shape[1]
-        states = F.pad(self.fused(taken), (0, 0, 1, 0))[:, :length]  # of the token before each
+        before = F.pad(self.fused(states.taken), (0, 0, 1, 0))[:, :length]  # of the token before each
         embeddings = F.embedding(token_ids, teacher.embed)
         angles = teacher.angles(length + depths - 1)
-        weights = [layer.weights(states.dtype) for layer in self.layers]  # type: ignore[operator]
+        weights = [layer.weights(before.dtype) for layer in self.layers]  # type: ignore[operator]
         keys: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]  # of each layer, by depth
         drafts = []
         for depth in range(depths):
-            rows = self.joined(states, F.pad(embeddings, (0, 0, 0, depth))[:, depth:])
+            rows = self.joined(before, F.pad(embeddings, (0, 0, 0, depth))[:, depth:])
             ropes = [differentiable_rope(cos[depth:][:length], sin[depth:][:length], self.shapes[0].num_heads) for cos, sin in angles]
-            states = self._layers(weights, rows, ropes, keys)
-            drafts.append(DIFFERENTIABLE.rms_norm(states, self.norm, self.shapes[0].eps, None)[0])
-        return Depths(drafts, final)
+            before = self._layers(weights, rows, ropes, keys)
+            drafts.append(DIFFERENTIABLE.rms_norm(before, self.norm, self.shapes[0].eps, None)[0])
+        return Depths(drafts, states.final)
 
     def _layers(self, weights: list[LayerWeights], rows: Tensor, ropes: list, keys: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
         """The own layers over the rows of one depth [B, T, E] -> the residual stream after them; their keys and values join `keys`."""

@@ -27,7 +27,8 @@ from draft.errors import CheckpointMismatch, ExitLayerError, TrainingError
 from draft.head_file import file_fields
 from engine.files import atomic_file
 from engine.train.documents import TokenDocuments, epoch_order, make_batch
-from engine.train.loss import TeacherHead, distil
+from engine.train.kept_states import KeptStates
+from engine.train.loss import TeacherHead, distil, totals_of
 from engine.train.model import Student, Teacher
 from engine.train.state_model import StateStudent, stream_scale, student_of
 
@@ -84,11 +85,17 @@ class Progress:
 class Trainer:
     """Trains the student of `teacher` on `documents`; `student` holds the live weights, `averaged` the kept ones.
 
+    Args:
+        keep_bytes: memory that the target's states of the documents may take, so that it runs each of them once, whatever the epochs (`kept`: those
+            states, None where they take more). A resumed training looks other states up than one that was never interrupted, by a rounding.
+
     Raises:
         ExitLayerError, TrainingError: options that do not fit the target or each other.
     """
 
-    def __init__(self, teacher: Teacher, token_ids: Tensor, documents: TokenDocuments, options: TrainOptions) -> None:
+    def __init__(
+        self, teacher: Teacher, token_ids: Tensor, documents: TokenDocuments, options: TrainOptions, *, keep_bytes: int = 0
+    ) -> None:
         total = len(teacher.layers)
         joined = options.state_layers
         if joined and (joined[-1] != total or options.exit_layer != total or joined[0] < 1 or any(a >= b for a, b in pairwise(joined))):
@@ -117,6 +124,9 @@ class Trainer:
             scale = stream_scale(teacher, batch.token_ids, batch.positions, total - options.draft_layers)
             self.student.scale_rows(scale)
             averaged.scale_rows(scale)
+        taps = self.student.taps(options.exit_layer)
+        kept = KeptStates.num_bytes(teacher, documents, taps) <= keep_bytes
+        self.kept = KeptStates(teacher, documents, taps) if kept else None
         self._sums = torch.zeros(5, device=self.device)
         self._reported = (0, 0.0)  # tokens and seconds at the last report
         self._data_digest = documents.digest
@@ -167,13 +177,19 @@ class Trainer:
     def _step_once(self) -> None:
         o = self.options
         # a user's message is never drafted
-        batch = make_batch(self.documents, self._next_documents(), self.device, answers_only=True)
+        indices = self._next_documents()
+        batch = make_batch(self.documents, indices, self.device, answers_only=True)
         rate, mix = self.schedule()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         depths = o.unroll if o.state_layers else 1
-        found = self.student.at_depths(self.teacher, batch.token_ids, o.exit_layer, depths)
+        if self.kept is None:
+            target = self.teacher.run_taps(batch.token_ids, self.student.taps(o.exit_layer))
+            totals = totals_of(target.final.flatten(0, 1)[batch.positions], self.teacher_head, chunk=o.chunk)
+        else:
+            target, totals = self.kept.of(indices, batch, self.teacher_head, o.chunk)
+        found = self.student.at_depths(self.teacher, batch.token_ids, target, depths)
         parts, reached = zip(*(found.rows(depth, batch.positions) for depth in range(depths)), strict=True)
         states = torch.stack(parts)
         weights = torch.stack([own * o.unroll_weight**depth for depth, own in enumerate(reached)])
@@ -187,6 +203,7 @@ class Trainer:
             head_gradient=self.student.own_head,
             chunk=o.chunk,
             weights=weights if depths > 1 else None,
+            totals=totals,
         )
         states.backward(gradients.states)
         if gradients.head is not None:

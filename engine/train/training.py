@@ -22,6 +22,7 @@ from engine.train.trainer import Progress, Trainer, TrainOptions
 
 _MEASURES = 12  # held-out measurements in a learning curve
 _CHECKPOINT_SECONDS = 60.0
+_KEPT_SHARE = 0.6  # of a GPU's free memory that the target's states of the documents may take
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class DraftHeadTraining:
         ids = reduced_vocabulary(sets.train, decoder.config.vocab_size, architecture.vocab_size, special)
         a = architecture
         self.options = replace(options, exit_layer=a.exit_layer, draft_layers=a.draft_layers, head=a.head, state_layers=a.state_layers)
-        self.trainer = Trainer(teacher, ids, sets.train, self.options)
+        free = torch.cuda.mem_get_info(decoder.device)[0] if decoder.device.type == "cuda" else 0
+        self.trainer = Trainer(teacher, ids, sets.train, self.options, keep_bytes=int(_KEPT_SHARE * free))
         self.curve: list[dict[str, Any]] = []
 
     def start_from(self, folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -151,6 +153,10 @@ class DraftHeadTraining:
             if checkpoint.exists():
                 self.curve = self.trainer.restore(checkpoint)["curve"]
                 log(f"resumed at step {self.trainer.step}, {self.trainer.seconds:.0f} s in")
+
+        if self.decoder.device.type == "cuda":
+            kept = "kept: it runs each of them once" if self.trainer.kept is not None else "not kept, they would take too much memory"
+            log(f"the target's states of {len(self.sets.train.tokens):,} tokens are {kept}")
 
         def report(progress: Progress) -> None:
             nonlocal saved
@@ -212,6 +218,7 @@ class DraftHeadTraining:
             "epochs": round(t.epochs, 2),
             "trained_tokens": t.tokens,
             "training_seconds": round(t.seconds, 1),
+            "states_kept": t.kept is not None,
             "options": file_fields(self.options),
             "data": self.sets.train.facts,
             "data_documents": len(self.sets.train),

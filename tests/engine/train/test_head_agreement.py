@@ -80,7 +80,8 @@ def test_a_student_on_last_states_drafts_what_it_learnt(tiny_model, family, lowe
     state = conversation.draft_state
     state.own.reserve(LENGTH + 4)
     engine.core.drafter.propose([state], [text[LENGTH : LENGTH + 1]], [3], Told())
-    found = student.at_depths(teacher, torch.tensor([text]), depth, 3)
+    ids = torch.tensor([text])
+    found = student.at_depths(teacher, ids, teacher.run_taps(ids, student.taps(depth)), 3)
     for place, logits in enumerate(drawn):
         wanted = (found.drafts[place][0, LENGTH] @ student.head.T).detach()
         assert torch.allclose(logits[0], wanted, atol=2e-3 * float(wanted.abs().max())), place

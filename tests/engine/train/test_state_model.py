@@ -85,7 +85,7 @@ def test_unrolled_rows_are_those_that_drafting_runs(model: Teacher, state_layers
     shape = LayerShape(num_heads=4, num_kv_heads=2, head_dim=D, eps=1e-5, scale=D**-0.5, window=window, softcap=softcap)
     student = varied(StateStudent(model, 2, torch.arange(V), own_head=True, state_layers=state_layers))
     student.shapes = [SHAPE, shape]
-    found = student.at_depths(model, ids, 4, 4)
+    found = student.at_depths(model, ids, model.run_taps(ids, student.state_layers), 4)
     _, final = model.run(ids, 2)
     assert torch.equal(found.final, final)
     for row in range(2):
