@@ -57,9 +57,9 @@ _AHEAD_BATCH = (
     8  # most requests of speculative steps of which all lengths are captured beforehand; of larger ones, those up to _AHEAD_LENGTH
 )
 _AHEAD_LENGTH = 2
-_MOST_KEEPING = (
-    16  # requests of steps without drafts that keep the target's states: drafts have paid in no larger batch, and copies take time
-)
+# requests of steps without drafts that keep the target's states for a draft head: drafts have paid in no larger batch, and copies take time; more of
+# them where a step reads so many bytes of weights that the copies are below a hundredth of it, and drafts pay in larger batches
+_MOST_KEEPING, _MOST_KEEPING_LARGE, _LARGE_BYTES = 16, 32, 1 << 30
 _CAPTURE_SHARE = 0.02  # of the time since the last capture that the next one may take, where drafts are not asked for by a fixed length
 _MOST_BEHIND = 4096  # tokens that drafts left behind may lack, over all requests, for a captured step to catch them up first
 
@@ -197,6 +197,7 @@ class BlockDecoding:
         self._places: Tensor | None = None
         if self.on_states is not None:
             self._embedded, self._places = self._embed_drafts(self.on_states)
+        self._most_keeping = _MOST_KEEPING if target.weight_bytes < _LARGE_BYTES else _MOST_KEEPING_LARGE
         self._blocks: dict[BlockKey, Block] = {}
         self._recent: tuple[BlockKey, int, Block] | None = (
             None  # of the last step: its key without the length, the plan's longest block, and the step
@@ -232,7 +233,7 @@ class BlockDecoding:
 
     def step_taps(self, batch: int) -> tuple[int, ...]:
         """Layers whose states are kept by steps of so many requests of which any may draft."""
-        return () if self.on_states is None or batch > _MOST_KEEPING else self.on_states.join.state_layers
+        return () if self.on_states is None or batch > self._most_keeping else self.on_states.join.state_layers
 
     # --- one step -------------------------------------------------------------------------------------------------------
 

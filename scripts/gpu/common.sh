@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: where things lie, how a part is run, and which parts were asked for.
+# Sourced by the scripts beside it: where things lie, how a part is run, and which parts were asked for (part-name: function part_part_name).
 #
 # Environment of all of them:
 #   OUT     folder for results, logs and packs (default: gpu-results)
@@ -64,7 +64,7 @@ parts() {
             exit 2
         fi
     done
-    for name in "$@"; do "part_$name"; done
+    for name in "$@"; do "part_${name//-/_}"; done
     [ "${#failed[@]}" -eq 0 ] && exit 0
     echo "== failed: ${failed[*]}" >&2
     exit 1

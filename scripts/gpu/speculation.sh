@@ -5,13 +5,15 @@
 #   head     smollm2 with the draft head that ships (2 min)
 #   states   smollm2 with the draft head on its last states (2 min)
 #   pair     the qwen2.5-coder pair, drafts of its 0.5B model and of the text itself (4 min; `codec.sh convert` first)
+#   pair-states  the same target with the draft head on its last states that `heads.sh pair-states` made, and drafts of the text itself (4 min)
 #   sampled  smollm2 with the head that ships at temperature 1 as well (3 min)
 #   shapes   captured steps of random weights: milliseconds of drafting and verification, the acceptance that they need, first tokens (3 min)
 #   load     Poisson streams of requests (2 min)
 #   profile  where a step's time goes: kernels, gaps, host; both heads, plain and with two drafts (2 min)
 #
 # Needs one GPU. Environment, beside common.sh's: BATCHES (1,8,32), TURNS (5), NEW_TOKENS (96), LENGTHS (2: fixed drafts that are timed beside automatic
-# ones), STATES (folder of the head on last states: draft/pretrained/smollm2-135m/last-states), SHAPE and DRAFT_SHAPE (qwen2.5-1.5b, qwen2.5-0.5b),
+# ones), STATES (folder of the head on last states: draft/pretrained/smollm2-135m/last-states), PAIR_STATES (that of the qwen2.5-coder target's:
+# OUT/head-pair-states), PAIR_LENGTHS (2,3), SHAPE and DRAFT_SHAPE (qwen2.5-1.5b, qwen2.5-0.5b),
 # RATES (20,100,300: requests a second), REQUESTS (200)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -20,6 +22,7 @@ TURNS=${TURNS:-5}
 NEW_TOKENS=${NEW_TOKENS:-96}
 LENGTHS=${LENGTHS:-2}
 STATES=$(absolute "${STATES:-$root/draft/pretrained/smollm2-135m/last-states}")
+PAIR_STATES=$(absolute "${PAIR_STATES:-$OUT/head-pair-states}")
 timed=(--batches "$BATCHES" --turns "$TURNS" --new-tokens "$NEW_TOKENS")
 
 part_head() {
@@ -34,6 +37,14 @@ part_states() {
 part_pair() {
     run pair scripts/bench/speculation_costs.py --pair qwen2.5-coder --lengths "$LENGTHS" --sources draft ngram "${timed[@]}" \
         --json-out "$OUT/speculation-pair.json"
+}
+
+part_pair_states() {
+    need "$PAIR_STATES" "heads.sh pair-states" || return
+    run pair-states scripts/bench/speculation_costs.py --pair qwen2.5-coder --pair-draft "$PAIR_STATES" --lengths "${PAIR_LENGTHS:-2,3}" \
+        --sources draft ngram "${timed[@]}" --json-out "$OUT/speculation-pair-states.json"
+    run profile-pair-states scripts/gpu/profile_steps.py --pair qwen2.5-coder --draft "$PAIR_STATES" --device "$DEVICE" --batches "$BATCHES" \
+        --json-out "$OUT/steps-pair-states.json"
 }
 
 part_sampled() {
@@ -57,4 +68,4 @@ part_profile() {
         --json-out "$OUT/steps-states.json"
 }
 
-parts head states pair sampled shapes load profile -- "$@"
+parts head states pair pair-states sampled shapes load profile -- "$@"

@@ -282,8 +282,7 @@ PLANS = {
 }
 
 
-def small_model(draw, device, dtype, qk_norm):
-    s = SHAPE
+def small_model(draw, device, dtype, qk_norm, s=SHAPE, num_layers=2):
 
     def matrix(rows, width):
         return draw(rows, width, dtype=dtype) / width**0.5
@@ -300,7 +299,7 @@ def small_model(draw, device, dtype, qk_norm):
             matrix(2 * s.intermediate, s.hidden),
             matrix(s.hidden, s.intermediate),
         )
-        for _ in range(2)
+        for _ in range(num_layers)
     ]
     pages = [tuple(draw(2, 12, 8, s.kv_heads, s.head_dim, dtype=dtype)) for _ in layers]
     angle = torch.arange(90, device=device)[:, None] * 0.6 ** torch.arange(s.head_dim // 2, device=device)
@@ -355,6 +354,35 @@ def test_a_step_matches_its_twin(shape, qk_norm, dtype, device, draw, assert_clo
         assert not buffers.tickets.any()
     for got, want in zip(*results, strict=True):
         assert_close(got, want, 3 * BOUND[dtype])
+
+
+@pytest.mark.parametrize("batch,length", [(1, 1), (1, 3), (2, 4), (8, 3), (32, 3), (32, 5)])
+def test_the_plans_match_the_twin(batch, length, device, draw, assert_close):
+    """A draft head's layer with heads of 128 channels, queries in groups and biases, at the numbers of rows that drafting and verification run."""
+    shape, dtype = DecodeShape(hidden=200, heads=3, kv_heads=1, head_dim=128, intermediate=280, vocab=330, eps=1e-6), torch.bfloat16
+    weights, results = small_model(draw, device, dtype, False, shape, 1), []
+    plan = dataclasses.replace(choose_plan(shape, batch * length, batch=batch), early=EARLY)
+    table = torch.arange(batch, dtype=torch.int32)[:, None] % 12
+    for module in (step_triton, step_reference):
+        pages = [tuple(x.clone() for x in pair) for pair in weights.pages]
+        buffers = DecodeBuffers.allocate(shape, batch, length, 1, 8, dtype=dtype, device=device, plan=plan)
+        positions = torch.arange(8 - length, 8).repeat(batch)
+        buffers.stream.copy_(weights.embedding[torch.arange(batch * length) * 37 % shape.vocab])
+        buffers.positions.copy_(positions)
+        # requests beyond the pool's pages read others' and write nothing
+        slots = torch.where(torch.arange(batch).repeat_interleave(length) < 12, table[:, 0].repeat_interleave(length) * 8 + positions, -1)
+        buffers.slots.copy_(slots)
+        buffers.page_table.copy_(table)
+        buffers.context_lens.fill_(8)
+        own = weights._replace(pages=pages)
+        module.decode_embed(own, buffers, embed=False)
+        module.decode_layers(own, buffers, shape)
+        module.decode_head(own, buffers, shape)
+        results.append((buffers.stream, buffers.logits, torch.stack(list(pages[0]))))
+        assert bool((buffers.next_tokens == buffers.logits.argmax(1)).all())
+    rows = min(batch, 12) * length  # the others' keys are written meanwhile
+    for number, (got, want) in enumerate(zip(*results, strict=True)):
+        assert_close(got if number == 2 else got[:rows], want if number == 2 else want[:rows], 3 * BOUND[dtype])
 
 
 def test_the_twin_is_a_llama_layer(device, draw, assert_close):

@@ -88,10 +88,13 @@ def test_seeded_requests_in_groups(target, source):
         check_rows(engine, target, source, conversation)
 
 
-@pytest.mark.parametrize("draft_length, most, keeps", [(2, 16, True), (0, 16, False), (2, 1, False)])
-def test_whose_states_are_kept(target, source, draft_length, most, keeps, monkeypatch):
-    """Those of requests that may draft, in steps of few requests."""
+@pytest.mark.parametrize(
+    "draft_length, most, large_bytes, keeps", [(2, 16, 1 << 30, True), (0, 16, 1 << 30, False), (2, 1, 1 << 30, False), (2, 1, 1, True)]
+)
+def test_whose_states_are_kept(target, source, draft_length, most, large_bytes, keeps, monkeypatch):
+    """Those of requests that may draft, in steps of few requests, or of more where the target is large."""
     monkeypatch.setattr(block_runner, "_MOST_KEEPING", most)
+    monkeypatch.setattr(block_runner, "_LARGE_BYTES", large_bytes)
     engine = captured(target, source)
     params = SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=draft_length)
     conversations, requests = submitted(engine, PROMPTS[:2], [params] * 2)
