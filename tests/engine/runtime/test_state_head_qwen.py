@@ -1,4 +1,4 @@
-"""A draft head on the last states of a Qwen2 target in captured steps: biases, queries in groups of a head of 128 channels, an untied head, odd widths."""
+"""A draft head on the last states of a Qwen2 target in captured steps: biases, grouped queries, heads of 128 channels, an untied head, odd widths."""
 
 from __future__ import annotations
 
