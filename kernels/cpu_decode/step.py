@@ -126,9 +126,14 @@ class CompiledLayers:
         self._qk_norm = self._stack([w.qk_norm for w in layers], (2, 0))
         self._pool = np.array([[k.data_ptr(), v.data_ptr()] for k, v in pages], np.int64)
         self._page_size = pages[0][0].shape[1]
-        self.num_threads = num_threads(sum(matrix.nbytes for row in matrices for matrix in row) // max(1, len(matrices)))
+        self._layer_bytes = sum(matrix.nbytes for row in matrices for matrix in row) // max(1, len(matrices))
         fixed = (self._addresses, self._kinds, self._norms, self._qkv_bias, self._o_bias, self._qk_norm, self._pool)
         self._fixed = tuple(_at(numbers) for numbers in fixed)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a step asked for now may have: PyTorch's number of the calling thread, within the bounds of `crew.num_threads`."""
+        return num_threads(self._layer_bytes)
 
     def told(self, cos: torch.Tensor, sin: torch.Tensor) -> np.ndarray:
         """What `arguments.MODEL` names, int64; cos, sin: tables of angles by position, [*, d/2] float32, kept by the caller."""
@@ -160,12 +165,12 @@ class CompiledLayers:
         """
         s, (rows, width) = self.shape, stream.shape
         wide, joined = max((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate), s.heads * s.head_dim
-        places_most = int(positions.max()) + 1 + _SPARE_PLACES
+        places_most, threads = int(positions.max()) + 1 + _SPARE_PLACES, self.num_threads
         cos, sin = (angle.float().contiguous() for angle in angles)
         # in one piece, as every step asks for it: wide, attended; and for each thread normed, scores, and packed in two bytes a number
         shared = (rows * wide, rows * joined)
         own = (rows * width, s.heads // s.kv_heads * places_most, whole_rows(rows) * max(width, joined, s.intermediate) // 2)
-        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in (*shared, *own * self.num_threads))]
+        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in (*shared, *own * threads))]
         space = torch.empty(starts[-1], dtype=torch.float32)
         spread, attended, *of_threads = (space.data_ptr() + 4 * start for start in starts[:-1])
         assert stream.is_contiguous() and stream.dtype == torch.float32
@@ -184,7 +189,7 @@ class CompiledLayers:
             )  # fmt: skip
 
         # attention takes longer over longer texts: steps of one key take about as long as each other
-        CREW.run(self.num_threads, (self._addresses[0, 0], layers, rows, places_most.bit_length()), run)
+        CREW.run(threads, (self._addresses[0, 0], layers, rows, places_most.bit_length()), run)
 
 
 def head(stream: torch.Tensor, norm: torch.Tensor, weight: Matrix, eps: float) -> torch.Tensor:

@@ -69,7 +69,7 @@ def layers_of(kind, biased, generator):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kind", [None, TILES_8])
-def test_layers_are_the_same_bits_for_any_number_of_threads(kind, biased, all_threads):
+def test_layers_are_the_same_bits_for_any_number_of_threads(kind, biased, all_threads, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     layers = layers_of(kind, biased, generator)
     for rows in (1, 2, 7, 20):
@@ -79,10 +79,10 @@ def test_layers_are_the_same_bits_for_any_number_of_threads(kind, biased, all_th
         pages = [[torch.randn(3, 16, KV_HEADS, D, generator=generator).bfloat16() for _ in range(2)] for _ in layers]
         found = []
         for threads in (1, 2, 3, 4):
+            monkeypatch.setattr("kernels.cpu_decode.step.num_threads", lambda _, threads=threads: threads)
             own = [(keys.clone(), values.clone()) for keys, values in pages]
             compiled = CompiledLayers(layers, own, StepShape(HEADS, KV_HEADS, D, INNER, 1e-5, D**-0.5))
-            assert compiled.num_threads == 1, "layers as small as these are run by one thread"
-            compiled.num_threads, out = threads, stream.clone()
+            out = stream.clone()
             compiled.run(range(2), out, angles, positions, positions, np.zeros(rows, np.int64), np.array([[2, 0]], np.int64))
             found.append((out, own))
         for out, own in found[1:]:
@@ -176,6 +176,25 @@ def test_an_error_of_one_part_is_the_steps(all_threads, failing):
     assert not thread.is_alive() and sorted(ran) == [0, 1, 2]
 
 
+def test_layers_follow_pytorchs_threads(all_threads, monkeypatch):
+    """They were laid out while there was another number of these."""
+    generator, asked, before = torch.Generator().manual_seed(4), [], torch.get_num_threads()
+    all_threads.run = lambda threads, key, call: asked.append(threads) or call(0, 1, 0)
+    pages = [(torch.zeros(1, 16, KV_HEADS, D).bfloat16(), torch.zeros(1, 16, KV_HEADS, D).bfloat16()) for _ in range(2)]
+    compiled = CompiledLayers(layers_of(None, False, generator), pages, StepShape(HEADS, KV_HEADS, D, INNER, 1e-5, D**-0.5))
+    assert compiled.num_threads == 1, "layers as small as these are run by one thread"
+    monkeypatch.setattr(crew, "LEAST_BYTES", 0)
+    stream, one, found = torch.randn(1, WIDTH, generator=generator).bfloat16().float(), np.zeros(1, np.int64), []
+    try:
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(stream.clone())
+            compiled.run(range(2), found[-1], (torch.ones(1, D // 2), torch.zeros(1, D // 2)), one, one, one, np.zeros((1, 1), np.int64))
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [1, 3, 2] and all(torch.equal(out, found[0]) for out in found) and not torch.equal(found[0], stream)
+
+
 def test_steps_over_longer_texts_are_judged_apart(all_threads):
     generator, keys = torch.Generator().manual_seed(2), []
     all_threads.run = lambda threads, key, call: keys.append(key)
@@ -218,7 +237,7 @@ def test_an_interrupt_leaves_nobody_waiting(all_threads):
         assert sorted(ran) == [(0, 2), (1, 2)]
 
 
-def test_whoever_meets_an_interrupted_one_goes_on(all_threads):
+def test_whoever_meets_an_interrupted_one_goes_on(all_threads, monkeypatch):
     """Layers of one thread alone, whose partner never comes: the step ends when it is told."""
     generator = torch.Generator().manual_seed(2)
     pages = [(torch.zeros(1, 16, KV_HEADS, D).bfloat16(), torch.zeros(1, 16, KV_HEADS, D).bfloat16()) for _ in range(2)]
@@ -235,7 +254,7 @@ def test_whoever_meets_an_interrupted_one_goes_on(all_threads):
         waiting.join(10)
 
     all_threads.run = lonely
-    compiled.num_threads = 2
+    monkeypatch.setattr("kernels.cpu_decode.step.num_threads", lambda _: 2)
     angles = torch.ones(1, D // 2), torch.zeros(1, D // 2)
     compiled.run(range(2), stream, angles, one, one, one, np.zeros((1, 1), np.int64))
     assert ended
