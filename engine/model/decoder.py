@@ -33,6 +33,7 @@ from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
+from kernels.cpu_decode.machine_code import allows_tiles
 from kernels.grouped_linear import grouped_linear
 from kernels.memory import HugePages
 from kernels.rms_norm import rms_norm
@@ -370,6 +371,13 @@ class Decoder(PassRunner, nn.Module):
     def num_threads(self) -> int:
         """CPU threads that a pass uses."""
         return torch.get_num_threads()
+
+    @property
+    def multiplies_matrices(self) -> bool:
+        """Whether the processor multiplies the weights as matrices, 16 rows in about the time of one: bf16 ones, not float32 or weights in few bits."""
+        projections = (module for module in self.modules() if isinstance(module, Projection))
+        as_stored = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return as_stored and allows_tiles() and not any(projection.in_few_bits for projection in projections)
 
     @property
     def follows_tables(self) -> bool:

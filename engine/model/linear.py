@@ -247,6 +247,11 @@ class Projection(nn.Module):
         return self.plain.data
 
     @property
+    def in_few_bits(self) -> bool:
+        """Whether the weight is kept in fewer bits than the products' inputs."""
+        return self.packed is not None and not isinstance(self.packed, torch.Tensor)
+
+    @property
     def weight(self) -> torch.Tensor:
         """The plain weight [out, in]; of a packed one a copy is made for the caller."""
         return self.matrix.to_dense() if self.packed is not None else self.matrix

@@ -47,9 +47,7 @@ from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
 from kernels.compile_ahead import compile_ahead
-from kernels.cpu_decode import compiled_available
 from kernels.cpu_decode.crew import CREW
-from kernels.cpu_decode.machine_code import allows_tiles
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
@@ -66,11 +64,11 @@ _MEASURED_COUNTS_MATRICES = (
 )  # where a processor multiplies matrices: up to 16 take about as long as one, and tell nothing of more
 
 
-def _measured_counts(device: torch.device) -> tuple[int, ...]:
+def _measured_counts(target: Decoder) -> tuple[int, ...]:
     """Tokens of the forwards that `EngineCore.measure_costs` times."""
-    if device.type != "cpu":
+    if target.device.type != "cpu":
         return _MEASURED_COUNTS
-    return _MEASURED_COUNTS_MATRICES if compiled_available() and allows_tiles() else _MEASURED_COUNTS_CPU
+    return _MEASURED_COUNTS_MATRICES if target.multiplies_matrices else _MEASURED_COUNTS_CPU
 
 
 class Captured(NamedTuple):
@@ -275,7 +273,7 @@ class EngineCore:
         if self.source is not None and (self.cost_model is None or self.costs_stale):
             longest = self.context if self.drafter is None else min(self.context, self.drafter.max_positions)
             room = min(longest, self.pool.num_free_tokens)
-            counts = [n for n in _measured_counts(self.device) if n <= room]
+            counts = [n for n in _measured_counts(self.target) if n <= room]
             if not counts:
                 return self.cost_model
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
