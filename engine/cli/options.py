@@ -286,7 +286,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         text = "" if sys.stdin.isatty() else read_input(sys.stdin.read)
     elif (piped := read_beside()).strip():
         text = f"{text}\n\n{piped}"
-    if not text.strip():
+    if not (text if args.raw else text.strip()):
         raise EmptyPrompt("there is no prompt", "give it as an argument, with --prompt-file, or on standard input")
     return text
 

@@ -73,8 +73,8 @@ def encode_prompt(
     continue_final_message: the last message is left open and goes on, instead of a new turn (transformers' `apply_chat_template`); None: if it is
     what the assistant says, as transformers' pipelines do.
 
-    What looks like a special token in raw text is one, as whoever writes raw text writes the turns; in a message it is ordinary text. most: tokens
-    of the model's context, to refuse at once what is far longer.
+    What looks like a special token in raw text is one, as whoever writes raw text writes the turns; in a message it is ordinary text. Raw text of white
+    space alone is text, as vLLM and transformers take it. most: tokens of the model's context, to refuse at once what is far longer.
 
     Raises:
         PromptTooLong: a text of far more than `most` tokens.
@@ -83,7 +83,9 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         text = valid_text(prompt, "the prompt")
-        ids = encode_text(_needed(tokenizer), text, add_special_tokens=True, most=most) if text.strip() else []
+        ids = encode_text(_needed(tokenizer), text, add_special_tokens=True, most=most) if text else []
+        if not text.strip() and ids == encode_text(tokenizer, "", add_special_tokens=True):  # a tokenizer that drops white space
+            ids = []
     elif is_messages(prompt):
         if not has_template(_needed(tokenizer)):
             raise InvalidOption(

@@ -152,6 +152,15 @@ def test_raw_leaves_the_template_out(generate):
     assert lengths == {1: 5, 0: len("user\nHello\nassistant\n") + 3}
 
 
+def test_raw_white_space_is_a_prompt(generate, stdin, tmp_path):
+    stdin(b"")
+    assert "there is no prompt" in mistake(*generate("--raw"))
+    (tmp_path / "p").write_bytes(b" \n")
+    for options in ([" \n"], ["--prompt-file", tmp_path / "p"]):
+        status, out, _ = generate("--raw", "--max-new-tokens", 2, "--json", *options)
+        assert status == 0 and json.loads(out)["prompt_tokens"] == 2
+
+
 def test_sampling_options_reach_the_sampler(generate):
     def text(*options):
         status, out, _ = generate("Hello", "--json", "--max-new-tokens", 40, "--draft-length", 2, *options)
@@ -329,6 +338,7 @@ def test_a_session_whose_turn_fails_keeps_its_file(generate, tmp_path):
         (["--prompt-file", "/no/such/file"], "prompt file /no/such/file cannot be read"),
         ([""], "there is no prompt"),
         ([" \n"], "there is no prompt"),
+        (["", "--raw"], "there is no prompt"),
         (["caf\udce9"], "not valid text"),
         (["x" * 2000], "the model's context is 1024"),
         (["x" * 2000, "--raw"], "the prompt has 2000 tokens"),

@@ -123,11 +123,24 @@ def test_ids_that_are_none_are_named(ids):
 
 def test_prompts_that_are_empty(byte_tokenizer):
     assert as_prompts([]) == []
-    for prompt in ("", " \n", [], np.array([], dtype=np.int64), {"input_ids": []}):
+    for prompt in ("", [], np.array([], dtype=np.int64), {"input_ids": []}):
         with pytest.raises(EmptyPrompt):
             encode_prompt(byte_tokenizer(), prompt)
     with pytest.raises(InvalidOption, match="not valid text"):
         encode_prompt(byte_tokenizer(), "a\ud800")
+
+
+def test_white_space_is_text_where_the_tokenizer_keeps_it(byte_tokenizer):
+    tokenizer = byte_tokenizer()
+    for prompt in (" ", " \n", "\t\t\t"):
+        assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == prompt
+
+    def dropping(text, **options):
+        return {"input_ids": [1, *map(ord, text.strip())]}
+
+    assert encode_prompt(dropping, " a ") == [1, ord("a")]
+    with pytest.raises(EmptyPrompt):
+        encode_prompt(dropping, " \n")
 
 
 def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(byte_tokenizer):
