@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.repair and args.action != "verify":
             raise InvalidOption("--repair belongs to verify", "give DIR verify --repair")
         limit_bytes = None if args.bytes is None else byte_count(args.bytes)
-        store = RunStore(args.folder, create=False)
+        store = RunStore(args.folder, create=False, to_look=args.action == "list" or (args.action == "verify" and not args.repair))
         try:
             found = _act(store, args, limit_bytes)
         finally:

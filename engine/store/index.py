@@ -85,12 +85,24 @@ def prefix_of(key: bytes) -> int:
 class RunIndex:
     """The index in one file. Not thread-safe: the store holds a lock around it.
 
+    read_only: the file is there, and neither it nor its folder is written to.
+
     Raises:
         sqlite3.Error: the file cannot be opened, or is none of this version; `remove` and a scan make a new one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        if read_only:
+            self._db = _opened_to_read(path)
+            try:
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                if version != INDEX_VERSION or not self._whole():
+                    raise sqlite3.DatabaseError(f"an index of version {version}, or a damaged one")
+            except BaseException:
+                self._db.close()
+                raise
+            return
         # never opened and closed where it exists: that drops this process's POSIX locks on it, and another process, which then believes to be the
         # last to close it, deletes the log that we write to (sqlite.org/howtocorrupt.html, section 2.2)
         with suppress(FileExistsError):
@@ -298,6 +310,27 @@ class RunIndex:
         """Forget a root and all its runs."""
         self._db.execute("DELETE FROM runs WHERE root = (SELECT id FROM roots WHERE key = ?)", [key])
         self._db.execute("DELETE FROM roots WHERE key = ?", [key])
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that writes nothing: with the log that a writer's connections have left, and where there is none, as the file is.
+
+    Raises sqlite3.Error where there is a log and the memory that its readers share cannot be had."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    log = path.with_name(path.name + "-wal")
+    for more in ("", "&immutable=1"):
+        db = sqlite3.connect(uri + more, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("SELECT name FROM sqlite_master").fetchall()
+            return db
+        except sqlite3.OperationalError:
+            db.close()
+            if more or (log.exists() and log.stat().st_size):  # without its log a file may be old, or half written
+                raise
+        except BaseException:
+            db.close()
+            raise
+    raise AssertionError("one of both ends above")
 
 
 def _statements(script: str) -> Iterator[str]:

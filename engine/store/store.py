@@ -14,6 +14,7 @@ as it was takes what refers to it for missing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -152,12 +153,13 @@ class RunStore:
         folder: made if it does not exist; an existing one must be empty or a store.
         limit_bytes: what all runs together may take on disk; kept at every insertion, by evicting runs of the least value a byte.
         create: False takes existing stores only.
+        to_look: for `describe` and `verify` without repair alone, so that a folder which may not be written to will do.
 
     Raises:
-        BadStore: it is something else, or newer. CacheNotWritable, DiskFull: as the names say.
+        BadStore: it is something else, or newer, or cannot be read. CacheNotWritable, DiskFull: as the names say.
     """
 
-    def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, create: bool = True) -> None:
+    def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, create: bool = True, to_look: bool = False) -> None:
         if not is_whole(limit_bytes) or limit_bytes < 0:
             raise InvalidOption(f"a store cannot be limited to {shown(limit_bytes)} bytes", "give a whole number")
         self.folder, self.limit_bytes = named_path(folder, "store").absolute(), limit_bytes
@@ -169,10 +171,12 @@ class RunStore:
         self._write_index: RunIndex | None = None
         self._write_inode = 0
         self._index_damaged = False
+        self.read_only = False
+        """Whether the folder may not be written to. Whatever would, raises CacheNotWritable."""
         with self._disk_errors("be opened"):
-            self._open(create)
+            self._open(create and not to_look, to_look)
 
-    def _open(self, create: bool) -> None:
+    def _open(self, create: bool, to_look: bool) -> None:
         folder, where = self.folder, f"the store {shown(str(self.folder), 200)[1:-1]}"
         if folder.exists() and not folder.is_dir():
             raise BadStore(f"{where} is no folder", _REMEDY)
@@ -190,18 +194,32 @@ class RunStore:
         version = Fields(found, f"{where}: {_MARKER}", BadStore, _REMEDY).integer("format", 1, 1 << 30)
         if version > FORMAT:
             raise BadStore(f"{where} was written by a newer version (format {version}, this program knows {FORMAT})", "update the program")
+        if to_look and not self._may_write():
+            self.read_only = True
+            self._index = self._connected()
+            return
         for name in (_TMP, _RUNS):
             (folder / name).mkdir(mode=0o700, exist_ok=True)
         if not os.access(folder / _TMP, os.W_OK) or not os.access(folder / _RUNS, os.W_OK):
             raise CacheNotWritable(f"{where} cannot be written to", "choose another folder, or mend its permissions")
         self._index = self._connected()
 
+    def _may_write(self) -> bool:
+        """Whether the folder, and what a writer changes in it, may be written to."""
+        changed = [self.folder, *(self.folder / name for name in (_TMP, _RUNS, _INDEX, _LOCK))]
+        return all(os.access(path, os.W_OK) for path in changed if path.exists())
+
     def _connected(self) -> RunIndex | None:
         """The index; None where it is damaged, and left for a writer to make anew."""
         path = self.folder / _INDEX
+        if self.read_only and not path.exists():
+            return None
         try:
-            return RunIndex(path)
+            return RunIndex(path, read_only=self.read_only)
         except sqlite3.OperationalError as error:
+            if self.read_only:
+                remedy = "ask its owner for the right to read it, or copy the folder to where you may write"
+                raise BadStore(f"the index {path} cannot be read: {error}", remedy) from error
             raise CacheNotWritable(
                 f"the index {path} cannot be opened: {error}", "mend its permissions, free space, or try again"
             ) from error
@@ -606,6 +624,10 @@ class RunStore:
     @contextmanager
     def _writer(self) -> Iterator[RunIndex]:
         """Be the only writer, with an index that is the folder's own and whole."""
+        if self.read_only:
+            raise CacheNotWritable(
+                f"the store {shown(str(self.folder), 200)[1:-1]} was opened to be read", "mend its permissions, or copy it"
+            )
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         with self._write_mutex:
             descriptor = os.open(self.folder / _LOCK, flags, 0o600)
@@ -652,11 +674,18 @@ class RunStore:
 
     def _root_folders(self) -> list[Path]:
         """A folder a root; what else lies between them, as file managers and file systems leave, is none of ours."""
+        if self.read_only and not (self.folder / _RUNS).exists():
+            return []
         with os.scandir(self.folder / _RUNS) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Read every file. repair: remove what is damaged or unreachable, and make the index anew. Raises as `insert`."""
+        """Read every file. repair: remove what is damaged or unreachable, and make the index anew. Raises as `insert`.
+
+        What another process writes meanwhile to a folder that this one may not write to may be counted among what the index does not know."""
+        if self.read_only and not repair:
+            with self._disk_errors("be verified"), self._mutex:
+                return self._rebuild(self._index, repair=False)
         with self._disk_errors("be verified"), self._writer() as index:
             report = self._rebuild(index, repair=False)
             if repair and not report.sound:
@@ -664,13 +693,16 @@ class RunStore:
                 report.repaired = True
             return report
 
-    def _rebuild(self, index: RunIndex, *, repair: bool) -> VerifyReport:
-        """Look at every file; with `repair`, remove what is of no use and fill the index with the rest. What the index knew of uses is kept."""
+    def _rebuild(self, index: RunIndex | None, *, repair: bool) -> VerifyReport:
+        """Look at every file; with `repair`, remove what is of no use and fill the index with the rest. What the index knew of uses is kept.
+
+        index: None where it is damaged and only looked for."""
         report, now = VerifyReport(), time.time()
-        indexed = {entry.key: entry.num_bytes for entry in index.entries()}
-        uses = index.uses() if repair else {}
+        indexed = {} if index is None else {entry.key: entry.num_bytes for entry in index.entries()}
+        uses = index.uses() if repair and index is not None else {}
         found: list[_Found] = []
         for folder in sorted(self._root_folders()):
+            self._check_readable(folder / _ROOT)
             described = _described(folder)
             good: list[_Found] = []
             for path in sorted(folder.iterdir()):
@@ -688,6 +720,7 @@ class RunStore:
                 except NewerCode:
                     continue
                 except (CodecError, OSError, ValueError, MemoryError):
+                    self._check_readable(path)
                     whole = False
                 if not whole or described is None:
                     report.damaged.append(name)
@@ -715,6 +748,7 @@ class RunStore:
         held = {item.entry.key for item in found}
         report.unindexed, report.missing = len(held - indexed.keys()), len(indexed.keys() - held)
         if repair:
+            assert index is not None
             with index.writing():
                 index.drop(list(indexed))
                 for item in found:
@@ -724,6 +758,11 @@ class RunStore:
                     index.add(item.entry, item.keys, used_at, count, donors=donors, anchors=item.anchors)
         return report
 
+    def _check_readable(self, path: Path) -> None:
+        """Raises PermissionError for a file of another user's store: not being read, it is not known to be damaged."""
+        if self.read_only and path.exists() and not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, f"{path.parent.name}/{path.name} may not be read")
+
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
         """The system's errors under this package's names."""
@@ -732,8 +771,15 @@ class RunStore:
         except OSError as error:
             if is_disk_full(error):
                 raise DiskFull(f"no room left for the store {self.folder}", "free space, or choose another folder") from error
-            raise CacheNotWritable(
-                f"the store {shown(str(self.folder), 200)[1:-1]} cannot {what}: {error.strerror or error}", "choose another folder"
+            where = f"the store {shown(str(self.folder), 200)[1:-1]}"
+            if self.read_only:
+                raise BadStore(f"{where} cannot {what}: {error.strerror or error}", "ask its owner for the right to read it") from error
+            raise CacheNotWritable(f"{where} cannot {what}: {error.strerror or error}", "choose another folder") from error
+        except sqlite3.DatabaseError as error:
+            if not self.read_only:
+                raise
+            raise BadStore(
+                f"the store's index {self.folder / _INDEX} cannot be read: {error}", "verify it as its owner, with --repair"
             ) from error
         except ValueError as error:
             if "null" in str(error) or "embedded" in str(error):

@@ -6,8 +6,11 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,110 @@ def test_verify_and_repair(folder, capsys) -> None:
     status, text, _ = run(capsys, str(folder), "verify", "--repair")
     assert status == 0 and "damaged: " in text and text.endswith("repaired\n") and not victim.exists()
     assert run(capsys, str(folder), "verify", "--json")[1]["sound"]
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def looked_at(folder):
+    """`looked_at(*options)` -> what the command gives of a copy of the store: as another user where the tests run as root, who may open every folder.
+    `looked_at.folder`: the copy; `looked_at.lock()` leaves the right to read it alone."""
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o755)
+    copy = place / "store"
+
+    def look(*options: str):
+        files = place / "out", place / "err"
+        said = [file.open("w") for file in files]
+        child = os.fork()  # another user may not read Python's own files: what is needed is imported
+        if child == 0:
+            status = 99
+            try:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setgid(NOBODY)
+                    os.setuid(NOBODY)
+                sys.stdout, sys.stderr = said
+                status = main([str(copy), *options])
+                for file in said:
+                    file.flush()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for file in said:
+            file.close()
+        return status, *(file.read_text() for file in files)
+
+    def lock(mode_of_folders: int = 0o555, mode_of_files: int = 0o444) -> None:
+        for path in (*copy.rglob("*"), copy):
+            path.chmod(mode_of_folders if path.is_dir() else mode_of_files)
+
+    shutil.copytree(folder, copy)
+    look.folder, look.lock = copy, lock
+    yield look
+    lock(0o755, 0o644)
+    shutil.rmtree(place)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_looking_needs_no_right_to_write(looked_at) -> None:
+    looked_at.lock()
+    before = files_of(looked_at.folder)
+    status, out, err = looked_at("list", "--json")
+    assert (status, err) == (0, "") and json.loads(out)["runs"] == 6 and len(json.loads(out)["roots"]) == 2
+    status, out, err = looked_at("verify", "--json")
+    assert (status, err) == (0, "") and json.loads(out)["sound"] and json.loads(out)["runs"] == 6
+    for options in (["verify", "--repair"], ["shrink", "--bytes", "0"], ["delete", "--namespace", "home"]):
+        status, out, err = looked_at(*options)
+        assert (status, out) == (2, "") and "cannot be written to" in err and err.count("\n") == 1
+    assert files_of(looked_at.folder) == before
+
+
+def test_looking_while_another_user_writes(looked_at) -> None:
+    """What the writer has not yet brought into the index's file is seen."""
+    store = RunStore(looked_at.folder)
+    store.insert(IDENTITY, [7] * (4 * PAGE_TOKENS), [b"span" * 50] * 4)
+    try:
+        looked_at.lock()
+        assert json.loads(looked_at("list", "--json")[1])["runs"] == 7
+        assert json.loads(looked_at("verify", "--json")[1])["sound"]
+    finally:
+        looked_at.lock(0o755, 0o644)
+        store.close()
+
+
+def test_what_may_not_be_read_is_not_called_damaged(looked_at) -> None:
+    run = next(looked_at.folder.glob("runs/*/*.run"))
+    looked_at.lock()
+    run.chmod(0)
+    status, out, err = looked_at("verify")
+    assert (status, out) == (2, "") and f"{run.name} may not be read" in err
+    looked_at.lock(0o755, 0o644)
+    run.write_bytes(b"nothing")
+    looked_at.lock()
+    status, out, _ = looked_at("verify", "--json")
+    assert status == 1 and json.loads(out)["damaged"] == [f"{run.parent.name}/{run.name}"] and run.exists()
+    looked_at.folder.chmod(0)
+    for action in ("list", "verify"):
+        status, out, err = looked_at(action)
+        assert (status, out) == (2, "") and err.startswith("error: ") and "Permission denied" in err
+
+
+def test_an_index_that_is_gone_or_damaged_is_only_looked_for(looked_at) -> None:
+    (looked_at.folder / "index.sqlite").write_bytes(b"no index at all" * 300)
+    for _ in range(2):
+        looked_at.lock()
+        status, out, err = looked_at("verify", "--json")
+        assert (status, err) == (1, "") and json.loads(out) | {"tokens": 0, "bytes": 0} == {
+            **{"runs": 6, "tokens": 0, "bytes": 0, "referring": 0, "damaged": [], "unreachable": []},
+            **{"unindexed": 6, "missing": 0, "repaired": False, "sound": False},
+        }
+        looked_at.lock(0o755, 0o644)
+        (looked_at.folder / "index.sqlite").unlink(missing_ok=True)
 
 
 def test_shrink_and_delete(folder, capsys) -> None:
