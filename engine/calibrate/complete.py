@@ -34,7 +34,7 @@ def complete(
     Args:
         docs: token documents that the fallback basis is fitted to, and whose bits at each quality are stated; a few thousand tokens suffice, better of
             kinds the pack was not made for.
-        curve_kinds: documents of each kind of text, of which about curve_tokens are measured for the curve (None: docs, each for itself).
+        curve_kinds: documents of each kind of text, of which about curve_tokens are measured for the curve (None: docs, as of one kind).
 
     Raises:
         InvalidOption: the texts are too short to measure a curve on.
@@ -58,7 +58,7 @@ def complete(
     had_basis = made is pack
     if not had_basis:
         made = made.with_info({"fallback_components": pack.layout.dim, "divergence": None})  # a curve of before would be of the rows alone
-    kinds = [[document] for document in docs] if curve_kinds is None else curve_kinds
+    kinds = [docs] if curve_kinds is None else curve_kinds
     figures = curve_figures(stream, made, kinds, features, residual, curve_tokens)
     if not figures:
         raise InvalidOption("no divergence curve can be measured on these texts", "give more and longer --curve-text")

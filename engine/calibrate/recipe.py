@@ -146,7 +146,7 @@ def calibrate(
         recomputed_layers: those first layers, or those that are run again beside a separate draft.
         head_layers: the layers of a draft head, which add their states to its own.
         docs: token documents (`engine.calibrate.corpus.documents`); every eighth is held out until there are enough.
-        curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, each for itself).
+        curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, as of one kind).
             What is not of the calibration's kinds has tokens whose importance is predicted less well: a promise for such text needs a curve from
             such text.
         fingerprints: role -> digest, stored in the pack.
@@ -242,7 +242,7 @@ def calibrate(
         budget_bytes=budget_bytes,
     )
     log(f"calibration: packed, {time.monotonic() - started:.0f} s")
-    kinds = [[document] for document in held] if curve_kinds is None else curve_kinds
+    kinds = [held] if curve_kinds is None else curve_kinds
     pack = pack.with_info(curve_figures(stream, pack, kinds, features, y - predict_raw(predictor, features), CURVE_TOKENS))
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
@@ -472,7 +472,7 @@ def quick_pack(
         budget_bytes=PACK_BUDGET * bf16_bytes(target),
     )
     log(f"quick pack: packed, its loss is measured, {time.monotonic() - started:.0f} s")
-    pack = pack.with_info(curve_figures(stream, pack, [[document] for document in docs], features, residual, _QUICK_CURVE_TOKENS))
+    pack = pack.with_info(curve_figures(stream, pack, [docs], features, residual, _QUICK_CURVE_TOKENS))
     info = pack.info
     log(
         f"quick pack: {done} tokens, {time.monotonic() - started:.0f} s, {pack.nbytes / 1e6:.1f} MB, "

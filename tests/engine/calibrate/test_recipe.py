@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 
 from codec.codec import KvCodec
 from codec.pack import CodecPack
@@ -14,7 +15,7 @@ from codec.predictor.features import FeatureSpec, join_features
 from codec.spec import NUM_SINKS, QUALITIES
 from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
-from engine.calibrate.divergence import DocumentDivergence, curve_of, measure_divergence
+from engine.calibrate.divergence import DocumentDivergence, curve_of, measure_divergence, student_quantile
 from engine.calibrate.recipe import CalibrationOptions, calibrate, quick_pack
 from engine.calibrate.stream import PairStream, QueryStatistics, block_covariances, rotate_heads
 from engine.errors import InvalidOption
@@ -182,20 +183,59 @@ def test_a_pack_states_what_distortion_does_to_its_target(target, draft, docs) -
     assert measure_divergence(stream, pack, [[docs[0][:20]]], 100) is None, "too short to be cut"
 
 
+POINTS = [(0.01, 0.02), (0.02, 0.04)]
+
+
+def document_of(factor: float) -> DocumentDivergence:
+    """One that diverges by so much times its distortion, twice over, beside rounding."""
+    return DocumentDivergence([(x, 0.001 + y * factor) for x, y in POINTS], 0.001)
+
+
 def test_a_curve_is_of_kinds_of_text_and_not_of_documents() -> None:
-    """Nine of ten kinds stay below it, on the mean of their documents, whose own divergence scatters more."""
-    points = [(0.01, 0.02), (0.02, 0.04)]
-
-    def document(factor: float) -> DocumentDivergence:
-        return DocumentDivergence([(x, 0.001 + y * factor) for x, y in points], 0.001)
-
-    kinds = [[document(n / 10 - 0.09), document(n / 10 + 0.09)] for n in range(1, 12)]
-    curve = curve_of(kinds)
+    """What a kind's documents scatter by is no spread of kinds, and tells how well their mean is known."""
+    factors = torch.linspace(0.5, 1.5, 11)
+    curve, scattered = (curve_of([[document_of(f - own), document_of(f + own)] for f in factors.tolist()]) for own in (0.0, 0.09))
     assert curve is not None and curve.rounding == pytest.approx(0.001) and curve.distortion == pytest.approx((0.01, 0.02))
-    assert curve.divergence == pytest.approx((0.001 + 0.02, 0.001 + 0.04)), "the tenth of eleven kinds"
-    one = curve_of([[document(1.0)], [DocumentDivergence([(2 * x, 0.001 + 2 * y) for x, y in points], 0.001)]])
-    assert one is not None and one.divergence_of(0.02) == pytest.approx(0.041), "kinds are compared at the same distortion"
+    spread = (float((10 * factors.var() + 4 * 0.25**2) / 14) * (1 + 1 / 11)) ** 0.5
+    wanted = 1 + stats.t.ppf(0.9, 14) * spread
+    assert curve.divergence == pytest.approx((0.001 + 0.02 * wanted, 0.001 + 0.04 * wanted), rel=0.001)
+    assert scattered is not None and scattered.divergence == pytest.approx(curve.divergence, rel=0.02)
+    assert scattered.divergence < curve.divergence, "what documents scatter by is taken off the spread"
+    one = curve_of([[document_of(1.0)], [DocumentDivergence([(2 * x, 0.001 + 2 * y) for x, y in POINTS], 0.001)]])
+    two = curve_of([[document_of(1.0)], [document_of(1.0)]])
+    assert one is not None and two is not None
+    assert one.divergence_of(0.02) == pytest.approx(two.divergence_of(0.02), rel=0.001), "kinds are compared at the same distortion"
     assert curve_of([]) is None and curve_of([[DocumentDivergence([(0.0, 0.0)] * 2, 0.0)]]) is None
+
+
+def test_fewer_kinds_promise_less() -> None:
+    """Of one kind the spread is that of other texts; kinds that agree are believed the more the more there are."""
+    bounds = [curve_of([[document_of(1.0)] * 3] * count) for count in (1, 2, 8, 40)]
+    found = [curve.divergence_of(0.01) for curve in bounds if curve is not None]
+    assert found == sorted(found, reverse=True) and found[0] == pytest.approx(
+        0.001 + 0.02 * (1 + stats.t.ppf(0.9, 4) * 0.25 * 2**0.5), rel=0.01
+    )
+    assert 0.021 < found[-1] < 0.0235
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_nine_of_ten_other_kinds_stay_below_the_curve(count) -> None:
+    """Kinds that scatter by a quarter, their documents by .4: the sample's own quantile is passed by more of them."""
+    generator = torch.Generator().manual_seed(count)
+    draws = 1000
+    kinds = 1 + 0.25 * torch.randn(draws, count + 1, generator=generator)
+    measured = (kinds[:, :count, None] * (1 + 0.4 * torch.randn(draws, count, 5, generator=generator))).clamp_min(0.01).tolist()
+    curves = [curve_of([[document_of(factor) for factor in own] for own in given]) for given in measured]
+    bounds = torch.tensor([(curve.divergence_of(0.01) - 0.001) / 0.02 for curve in curves if curve is not None])
+    share = float((kinds[:, count] < bounds).float().mean())
+    assert len(bounds) == draws and 0.87 < share < 0.94
+    quantile = torch.tensor(measured).mean(-1).quantile(0.9, dim=1)
+    assert float((kinds[:, count] < quantile).float().mean()) < share - 0.02
+
+
+@pytest.mark.parametrize("freedom", [4, 5, 7, 11, 19, 100])
+def test_students_quantile(freedom) -> None:
+    assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.9, freedom), rel=0.003)
 
 
 def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch, tmp_path) -> None:
