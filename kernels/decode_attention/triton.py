@@ -176,13 +176,15 @@ def _decode_attention_kernel(
             acc, highest, total = _attend(q, old_k, old_v, begin + near, limit, acc, highest, total, scale_log2, PRECISION)
             begin += BLOCK_N
         if not ONCE or SPREAD or SPLIT > BLOCK_N:
-            for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-                key = block + near
-                at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
-                mask = (key < end)[:, None] & channel_mask[None, :]
-                k = tl.load(k_ptr + at, mask=mask, other=0.0)
-                v = tl.load(v_ptr + at, mask=mask, other=0.0)
-                acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
+            more = begin < end
+            if more:  # a loop's first loads cost time even where it has nothing to do
+                for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+                    key = block + near
+                    at = _block_addresses(table_row_ptr, block, end, channel, stride_page, stride_token, PAGE, BLOCK_N)
+                    mask = (key < end)[:, None] & channel_mask[None, :]
+                    k = tl.load(k_ptr + at, mask=mask, other=0.0)
+                    v = tl.load(v_ptr + at, mask=mask, other=0.0)
+                    acc, highest, total = _attend(q, k, v, key, limit, acc, highest, total, scale_log2, PRECISION)
         if splits <= 1:
             out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
             tl.store(out_ptr + row_head[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)

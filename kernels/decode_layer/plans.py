@@ -54,6 +54,7 @@ class Workspace(NamedTuple):
 
 
 MOST_SKINNY = 8  # rows that fill the narrow side of one matrix instruction
+_CHANNELS = 32_768  # of all programs of an attention together, at which a device is full
 NARROW = 1024  # hidden sizes below it have too few channels to give every multiprocessor a wide tile
 
 
@@ -95,7 +96,7 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
             in_pieces=deterministic,
         )
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
-    attention = many_attention((rows if batch is None else batch) * shape.kv_heads)
+    attention = many_attention((rows if batch is None else batch) * shape.kv_heads, shape.head_dim)
     if rows <= 64:
         deep = 128 if rows <= 32 else 64
         return DecodePlan(
@@ -120,15 +121,12 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     )
 
 
-def many_attention(units: int) -> DecodeAttentionConfig:
+def many_attention(units: int, head_dim: int) -> DecodeAttentionConfig:
     """For so many (request, KV head) pairs: enough programs to fill the device, and no more, as each costs its start even if it has no keys."""
     if units >= 192:
         return DecodeAttentionConfig(split=4096, stages=3)
-    if units > 64:
-        return DecodeAttentionConfig(split=256, programs=4, stages=3, spread=True)
-    if units > 32:
-        return DecodeAttentionConfig(programs=8, spread=True)
-    return DecodeAttentionConfig(programs=min(64, next_power_of_2(-(-256 // units))), spread=True)
+    programs = next_power_of_2(-(-_CHANNELS // (head_dim * units)))
+    return DecodeAttentionConfig(programs=min(64, max(4, programs)), spread=True)
 
 
 def _tiles(rows: int, tile: Tile) -> int:
