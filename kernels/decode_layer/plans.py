@@ -55,6 +55,7 @@ class Workspace(NamedTuple):
 
 MOST_SKINNY = 8  # rows that fill the narrow side of one matrix instruction
 _CHANNELS = 32_768  # of all programs of an attention together, at which a device is full
+_ALONE = 192  # (request, KV head) pairs that fill a device with a program each
 NARROW = 1024  # hidden sizes below it have too few channels to give every multiprocessor a wide tile
 
 
@@ -72,6 +73,8 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     if deterministic and rows > MOST_SKINNY:
         raise ValueError(f"a deterministic decode step takes up to {MOST_SKINNY} rows, not {rows} (split the batch)")
     narrow = shape.hidden < NARROW
+    units = (rows if batch is None else batch) * shape.kv_heads
+    attention = spread_attention(units, shape.head_dim)
     widest = max((n for n in (16, 8, 4) if shape.head_dim % n == 0), default=2)
     if rows == 1 and not deterministic:
         few = Tile(block_n=min(4, widest), block_k=512, slices=1, stages=3, scalar=True, held=3)
@@ -81,7 +84,7 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
             gate_up=replace(few, block_n=8, stages=4, held=0),
             down=replace(few, block_k=1024, splits=2, held=2),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
-            attention=DecodeAttentionConfig(),
+            attention=attention,
         )
     if rows <= MOST_SKINNY:
         skinny = Tile(block_n=16, block_k=128, slices=4, stages=3, lines=8)
@@ -92,11 +95,12 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
             gate_up=replace(short, stages=5) if narrow else short,
             down=replace(skinny, splits=2) if narrow else replace(skinny, splits=2, stages=5, held=1),
             head=Tile(block_n=64, block_k=128, slices=1, stages=5),
-            attention=DecodeAttentionConfig(whole_block=not deterministic),
+            attention=DecodeAttentionConfig(whole_block=False) if deterministic else attention,
             in_pieces=deterministic,
         )
     many = min(64, shape.head_dim & -shape.head_dim)  # a power of two that divides a head
-    attention = many_attention((rows if batch is None else batch) * shape.kv_heads, shape.head_dim)
+    if units >= _ALONE:
+        attention = DecodeAttentionConfig(split=4096, stages=3)
     if rows <= 64:
         deep = 128 if rows <= 32 else 64
         return DecodePlan(
@@ -121,10 +125,8 @@ def choose_plan(shape: DecodeShape, rows: int, *, batch: int | None = None, dete
     )
 
 
-def many_attention(units: int, head_dim: int) -> DecodeAttentionConfig:
+def spread_attention(units: int, head_dim: int) -> DecodeAttentionConfig:
     """For so many (request, KV head) pairs: enough programs to fill the device, and no more, as each costs its start even if it has no keys."""
-    if units >= 192:
-        return DecodeAttentionConfig(split=4096, stages=3)
     programs = next_power_of_2(-(-_CHANNELS // (head_dim * units)))
     return DecodeAttentionConfig(programs=min(64, max(4, programs)), spread=True)
 
