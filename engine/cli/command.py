@@ -34,7 +34,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         args = checked(argv)
         if args.version:
-            stream_text(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")
+            print_versions()
             return 0
         prompt = given_prompt(args) if args.chat else read_prompt(args)
         with nullcontext() if args.session is None else session_lock(args.session):
@@ -265,6 +265,11 @@ def as_json(session: Session, result: GenerationResult) -> dict[str, Any]:
         }
         | ({} if core.prefix_store is None else {"store": core.prefix_store.report()})
     )
+
+
+def print_versions() -> None:
+    """What --version prints. Raises OutputLost, ReaderGone."""
+    stream_text(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")
 
 
 def versions() -> dict[str, str]:

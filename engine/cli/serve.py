@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from engine.cli.command import load, memory_line, quiet_libraries
+from engine.cli.command import load, memory_line, print_versions, quiet_libraries
 from engine.cli.options import DEFAULT_PAIR, Parser, check_models, check_store, model_options, report, store_options
 from engine.cli.terminal import prepare_streams, print_status
 from engine.engine import Engine
@@ -25,6 +25,7 @@ from engine.server.app import Server, ServerConfig
 from engine.server.bounded_http import BoundedHttpProtocol
 from engine.server.keys import read_keys
 from engine.server.loop import EngineThread
+from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
 
 _BACKLOG = 2048  # connections that wait to be taken, as uvicorn asks for
 
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m engine.serve", description="Serve OpenAI's protocol: chat completions, completions, models, metrics.")
     model_options(p)
     store_options(p, "prefixes seen before are not computed again: their KV is kept here, coded; every API key has a namespace of its own")
+    p.add_argument("--quality", choices=SESSION_QUALITIES, help=f"of what the store keeps; default {DEFAULT_QUALITY}")
+    p.add_argument("--pack", type=Path, metavar="FILE", help="the store's codec pack; default: the pair's own, fitted at first use")
+    p.add_argument("--version", action="store_true", help="print the versions that figures depend on, and leave")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; other than this machine's own needs --api-key-file")
     p.add_argument("--port", type=int, default=8000, help="port; 0: any free one, which is printed")
     p.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, or a name and a key; each is a namespace")
@@ -64,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 def checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check options before anything is loaded. Raises InvalidOption."""
     args = parser().parse_args(argv)
+    if args.version:
+        return args
     check_models(args)
     bounds = {"port": (0, 65535), "max_batch": (1, 4096), "max_queue": (1, 1 << 20)}
     bounds |= {"max_body_bytes": (1024, 1 << 31), "pool_tokens": (1, 1 << 40)}
@@ -79,6 +85,9 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
             f"without API keys the server listens on this machine alone, not on {args.host}",
             "give --api-key-file FILE, or --host 127.0.0.1",
         )
+    for name in ("quality", "pack"):
+        if args.store is None and getattr(args, name) is not None:
+            raise InvalidOption(f"--{name} only matters to a store", "add --store DIR")
     try:
         check_store(args)
     except (BadStore, CacheNotWritable, DiskFull) as error:  # a server serves without it
@@ -102,6 +111,9 @@ def run(argv: list[str] | None = None) -> int:
     prepare_streams()
     try:
         args = checked(argv)
+        if args.version:
+            print_versions()
+            return 0
         keys = read_keys(args.api_key_file)
         listening = listen(args.host, args.port)
         try:

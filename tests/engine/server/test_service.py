@@ -13,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from engine.errors import InvalidOption, NonFiniteLogits
+from engine.engine import Engine
+from engine.errors import InvalidOption, ModelNotFound, NonFiniteLogits
 from engine.runtime.sampling import SamplingParams
 from engine.server.errors import ApiError
 from engine.server.keys import Keys, read_keys
@@ -331,6 +333,10 @@ def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
         "listen": ["--port", str(taken.getsockname()[1])],
         "line 1": ["--api-key-file", str(keys)],
         "unrecognized": ["--no-such-option"],
+        "--threads": ["--threads", "0"],
+        "--quality only matters to a store": ["--quality", "tiny"],
+        "--pack only matters to a store": ["--pack", "a"],
+        "invalid choice: 'huge'": ["--quality", "huge", "--store", str(tmp_path / "store")],
     }
     for word, argv in cases.items():
         assert main(argv) == 2
@@ -338,6 +344,28 @@ def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
         assert said.startswith("error: ") and word in said and said.count("\n") == 1
     taken.close()
     assert foretold(["serve", "--port", "70000"]) == 2 and "--port" in capsys.readouterr().err
+
+
+def test_the_command_hands_its_options_on(monkeypatch, capsys, tmp_path: Path):
+    """Those of the models, their threads and the store mean what they do to generate."""
+    from engine.serve import main
+
+    given = []
+
+    def loaded(target, draft, **options):
+        given.append(options | {"threads": torch.get_num_threads(), "target": target})
+        raise ModelNotFound("there is none", "look elsewhere")
+
+    monkeypatch.setattr(Engine, "from_pretrained", loaded)
+    threads = torch.get_num_threads()
+    for count in (threads, threads + 1):
+        store = ["--store", str(tmp_path / "store"), "--quality", "tiny", "--pack", "a.pack", "--store-bytes", "1M"]
+        assert main(["--port", "0", "--target", "x", "--dtype", "float32", "--threads", str(count), *store]) == 2
+        assert "there is none" in capsys.readouterr().err
+        wanted = {"target": "x", "dtype": "float32", "threads": count, "quality": "tiny", "pack": Path("a.pack"), "store_bytes": 1 << 20}
+        assert {name: given[-1][name] for name in wanted} == wanted
+    assert torch.get_num_threads() == threads, "the engine's own thread has them"
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("python 3")
 
 
 def test_one_thread_loads_and_runs_the_engine(chat_engine, serve):
