@@ -182,10 +182,11 @@ def make_batch(documents: TokenDocuments, indices: np.ndarray, device: torch.dev
     where = np.concatenate(positions)
     labels = ids.reshape(-1)[where + 1]
     arrays = (ids, where, labels, np.concatenate(answer))
-    return Batch(*(_to(torch.from_numpy(array), device) for array in arrays))
+    return Batch(*(to_device(torch.from_numpy(array), device) for array in arrays))
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what the device is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

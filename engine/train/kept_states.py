@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.train.documents import Batch, TokenDocuments
+from engine.train.documents import Batch, TokenDocuments, to_device
 from engine.train.loss import TeacherHead, Totals, totals_of
 from engine.train.model import TargetStates, Teacher
 
@@ -45,7 +45,7 @@ class KeptStates:
         """The states of a batch, the documents `indices`, after the layers `taps`, and the totals [P] of the logits at its positions: looked up where
         the target has run all of these documents, else computed (chunk: see `totals_of`) and kept."""
         shape = tuple(batch.token_ids.shape)
-        rows = self._rows(indices, shape[1]).to(batch.token_ids.device)
+        rows = to_device(self._rows(indices, shape[1]), batch.token_ids.device)
         spoken = rows[batch.positions]
         if self._known[indices].all():
             streams = [own[rows].unflatten(0, shape) for own in self._states]

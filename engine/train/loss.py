@@ -4,8 +4,7 @@ p is the target's distribution over its whole vocabulary, q the draft's over the
 probability sum min(p, q) (Leviathan et al., 2023, arXiv 2211.17192); what p puts outside the R tokens is lost acceptance. Two losses:
 the divergence sum over R of p (log p - log q), which has a gradient everywhere, and 1 - sum over R of min(p, q), half the L1 distance (total
 variation) but for what lies outside, which is the thing itself (DistillSpec, Zhou et al., 2024, arXiv 2310.08461, compares them).
-Their gradients in the logits are closed forms, so no graph of them is kept:
-d KL / d z_i = m q_i - p_i with m = sum over R of p;   d TV / d z_i = q_i (S - 1[q_i < p_i]) with S = sum of q over q < p.
+Their gradients in the logits are closed forms (`kernels.distil_gradient`), so no graph of them is kept.
 
 Axes: N positions, C positions of a chunk, E hidden size, V vocabulary, R reduced vocabulary.
 """
@@ -17,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.distil_gradient import distil_gradient
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,18 @@ def distil(
     grad_head = torch.zeros(head.shape, device=head.device) if head_gradient else None
     sums = torch.zeros(4, device=states.device)
     for a in range(0, count, chunk):
-        log_p, best = _log_probabilities(teacher_states[a : a + chunk], teacher, totals.log_sum[a : a + chunk]), totals.best[a : a + chunk]
-        p = log_p.exp()
-        mass = p.sum(-1)
-        for depth, own in enumerate(deep[:, a : a + chunk]):
-            narrow = own @ head.T
-            q = torch.softmax(narrow, -1, dtype=torch.float32)
+        own = slice(a, a + chunk)
+        wanted = teacher_states[own] @ teacher.rows[: teacher.size].T
+        for depth, rows in enumerate(deep[:, own]):
+            logits = rows @ head.T
+            found = distil_gradient(logits, wanted, totals.log_sum[own], mix, None if weights is None else weights[depth, own])
+            gradient = logits  # in their place
             if depth == 0:
-                agreed, log_q = (best == narrow.argmax(-1)).sum(), torch.log_softmax(narrow, -1, dtype=torch.float32)
-                sums += torch.stack([torch.minimum(p, q).sum(), agreed, (p * (log_p - log_q)).sum(), mass.sum()])
-            gradient = _gradient(p, q, mass, mix)
-            if weights is not None:
-                gradient *= weights[depth, a : a + chunk, None]
-            gradient = gradient.to(states.dtype)
-            grad_states[depth, a : a + chunk] = (gradient @ head) / count
+                agreed = (totals.best[own] == found.best).sum()
+                sums += torch.stack([found.accepted.sum(), agreed, found.divergence.sum(), found.covered.sum()])
+            grad_states[depth, own] = (gradient @ head) / count
             if grad_head is not None:
-                grad_head += (gradient.T @ own).float()
+                grad_head += (gradient.T @ rows).float()
     if grad_head is not None:
         grad_head /= count
     return Sums(*sums), Gradients(grad_states.view_as(states), grad_head)
@@ -137,17 +134,6 @@ def distil(
 def _log_probabilities(rows: Tensor, teacher: TeacherHead, log_sum: Tensor) -> Tensor:
     """log p [C, R] float32 of the reduced vocabulary, from the target's states [C, E] and what its logits add up to [C]."""
     return (rows @ teacher.rows[: teacher.size].T).float().sub_(log_sum[:, None])
-
-
-def _gradient(p: Tensor, q: Tensor, mass: Tensor, mix: float) -> Tensor:
-    """Of the mixed loss in the draft's logits, [C, R] float32, not yet divided by the number of positions; q's memory is used for it."""
-    if mix == 0:
-        return q.mul_(mass[:, None]).sub_(p)
-    below = torch.where(q < p, q, 0.0)
-    share = below.sum(-1)
-    if mix == 1:
-        return q.mul_(share[:, None]).sub_(below)
-    return q.mul_(torch.lerp(mass, share, mix)[:, None]).sub_(p, alpha=1 - mix).sub_(below, alpha=mix)
 
 
 class Scores(NamedTuple):

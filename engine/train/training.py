@@ -22,7 +22,7 @@ from engine.train.trainer import Progress, Trainer, TrainOptions
 
 _MEASURES = 12  # held-out measurements in a learning curve
 _CHECKPOINT_SECONDS = 60.0
-_KEPT_SHARE = 0.6  # of a GPU's free memory that the target's states of the documents may take
+_KEPT_SHARE = 0.7  # of a GPU's free memory that the target's states of the documents may take
 
 
 @dataclass(frozen=True)

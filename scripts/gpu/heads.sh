@@ -47,8 +47,8 @@ part_pair_states() {
     run pair-messages scripts/everyday_prompts.py --count 10000 --code-share 0.5 --out "$OUT/messages-pair.txt"
     need "$OUT/messages-pair.txt" "the messages of part pair-states" || return
     run pair-states scripts/train_draft.py --pair qwen2.5-coder --device "$DEVICE" --exit-layer 9+18+last --draft-layers 1 --vocab 24576 --head tied \
-        --minutes "${PAIR_MINUTES:-4}" --rows "${PAIR_ROWS:-4096}" --held-out 128 --temperatures 0.3,1 --prompt-share 0.6 \
-        --batch-tokens 16384 --learning-rate 5e-4 --unroll 3 --report-every 100 \
+        --minutes "${PAIR_MINUTES:-4}" --rows "${PAIR_ROWS:-4096}" --held-out 256 --temperatures 0.3,1 --prompt-share 0.6 \
+        --batch-tokens 16384 --learning-rate 4e-4 --unroll 3 --report-every 100 \
         --prompts "$OUT/messages-pair.txt" --other-prompts "$root/scripts/train/other_prompts.txt" --out "$OUT/head-pair-states" \
         --json-out "$OUT/train-pair-states.json"
 }
