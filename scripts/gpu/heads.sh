@@ -11,7 +11,7 @@
 #
 # Needs one GPU with 40 GB, for pair-states one with 141 GB (or ROWS=1024). Environment, beside common.sh's: MINUTES (5, sampling included), STATES (folder of a head on last states to begin with:
 # draft/pretrained/smollm2-135m/last-states; empty: from nothing), ROWS (4096: conversations drawn at a time), HELD_OUT (384), MESSAGES (5000),
-# PAIR_MINUTES (4: as MINUTES), PAIR_ROWS (4096)
+# PAIR_MINUTES (4: as MINUTES), PAIR_SAMPLE_MINUTES (1: of these, for sampling), PAIR_ROWS (4096)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 MINUTES=${MINUTES:-5}
@@ -47,7 +47,7 @@ part_pair_states() {
     run pair-messages scripts/everyday_prompts.py --count 10000 --code-share 0.5 --out "$OUT/messages-pair.txt"
     need "$OUT/messages-pair.txt" "the messages of part pair-states" || return
     run pair-states scripts/train_draft.py --pair qwen2.5-coder --device "$DEVICE" --exit-layer 9+18+last --draft-layers 1 --vocab 24576 --head tied \
-        --minutes "${PAIR_MINUTES:-4}" --rows "${PAIR_ROWS:-4096}" --held-out 256 --temperatures 0.3,1 --prompt-share 0.6 \
+        --minutes "${PAIR_MINUTES:-4}" --sample-minutes "${PAIR_SAMPLE_MINUTES:-1}" --rows "${PAIR_ROWS:-4096}" --held-out 256 --temperatures 0.3,1 --prompt-share 0.6 \
         --batch-tokens 16384 --learning-rate 4e-4 --unroll 3 --report-every 100 \
         --prompts "$OUT/messages-pair.txt" --other-prompts "$root/scripts/train/other_prompts.txt" --out "$OUT/head-pair-states" \
         --json-out "$OUT/train-pair-states.json"
