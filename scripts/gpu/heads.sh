@@ -9,8 +9,9 @@
 #   pair-states a head on the last states of the qwen2.5-coder target, trained from nothing (PAIR_MINUTES + 2 min; `codec.sh convert` first)
 #   acceptance  of the head that ships, of STATES, and of what the parts above made, on kinds of messages that are never trained on (2 min)
 #
-# Needs one GPU with 40 GB, for pair-states one with 141 GB (or ROWS=1024). Environment, beside common.sh's: MINUTES (5, sampling included), STATES (folder of a head on last states to begin with:
-# draft/pretrained/smollm2-135m/last-states; empty: from nothing), ROWS (4096: conversations drawn at a time), HELD_OUT (384), MESSAGES (5000),
+# Needs one GPU with 40 GB, for pair-states one with 141 GB (or PAIR_ROWS=1024). Environment, beside common.sh's: MINUTES (5, sampling included), STATES
+# (folder of a head on last states to begin with: draft/pretrained/smollm2-135m/last-states; empty: from nothing), ROWS (4096: conversations drawn at a
+# time), HELD_OUT (384), MESSAGES (5000),
 # PAIR_MINUTES (4: as MINUTES), PAIR_SAMPLE_MINUTES (1: of these, for sampling), PAIR_ROWS (4096)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -41,14 +42,14 @@ part_search() {
         --json-out "$OUT/train-search.json"
 }
 
-# Of 28 layers; a target of this width learns from a smaller step of more updates, and a vocabulary of 151,936 tokens has more in use than SmolLM2's.
+# Layers at a third and two thirds of 28; the learning rate is what shipped heads were trained with by the ratio of the widths, and was not searched for.
 # Half of the messages are about programs; texts are sampled from nearly greedy ones on, as greedy decoding is what is mostly asked of it.
 part_pair_states() {
     run pair-messages scripts/everyday_prompts.py --count 10000 --code-share 0.5 --out "$OUT/messages-pair.txt"
     need "$OUT/messages-pair.txt" "the messages of part pair-states" || return
     run pair-states scripts/train_draft.py --pair qwen2.5-coder --device "$DEVICE" --exit-layer 9+18+last --draft-layers 1 --vocab 24576 --head tied \
-        --minutes "${PAIR_MINUTES:-4}" --sample-minutes "${PAIR_SAMPLE_MINUTES:-1}" --rows "${PAIR_ROWS:-4096}" --held-out 256 --temperatures 0.3,1 --prompt-share 0.6 \
-        --batch-tokens 16384 --learning-rate 4e-4 --unroll 3 --report-every 100 \
+        --minutes "${PAIR_MINUTES:-4}" --sample-minutes "${PAIR_SAMPLE_MINUTES:-1}" --rows "${PAIR_ROWS:-4096}" \
+        --held-out 256 --temperatures 0.3,1 --prompt-share 0.6 --batch-tokens 16384 --learning-rate 4e-4 --unroll 3 --report-every 100 \
         --prompts "$OUT/messages-pair.txt" --other-prompts "$root/scripts/train/other_prompts.txt" --out "$OUT/head-pair-states" \
         --json-out "$OUT/train-pair-states.json"
 }
