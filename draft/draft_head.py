@@ -95,6 +95,10 @@ class DraftHeadState(DraftState):
         """Whether these are the last ones that `append_hidden` got, and still wait as they came."""
         return bool(self._waiting) and self._waiting[-1] is rows
 
+    def replace_last(self, rows: Tensor) -> None:
+        """The same rows as the last ones that wait, as they are known now."""
+        self._waiting[-1] = rows
+
     def grew(self) -> None:
         """The last rows that wait are one more than before."""
         self._num_waiting += 1

@@ -35,7 +35,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -387,6 +387,10 @@ class StepPlan:
     def drafts(self) -> bool:
         """Whether any request has some."""
         return any(self.lengths) or any(self.given)
+
+    def of(self, requests: Sequence[int]) -> StepPlan:
+        """The part of these requests, by their number, in a step without a block policy."""
+        return replace(self, lengths=[self.lengths[b] for b in requests], given=[self.given[b] for b in requests])
 
 
 class _Ratio:
@@ -792,6 +796,10 @@ class DraftingPolicy:
 
     def rests(self, batch: int) -> int:
         """Steps of `batch` requests that are plain from now on whatever comes, this one included; 0: it must be planned."""
+        return 0
+
+    def plain_steps_left(self, batch: int) -> int:
+        """Steps of `batch` requests without drafts of the drafter that come at least before the next one with some."""
         return 0
 
     def interrupted(self) -> None:

@@ -145,6 +145,16 @@ class SpanPolicy(DraftingPolicy):
         load = self._of(batch)
         return load.resting if load.kind == "plain" and not (self._news and self._may_begin(load, batch)) else 0
 
+    def plain_steps_left(self, batch: int) -> int:
+        """See `DraftingPolicy.plain_steps_left`."""
+        if self.costs is None:
+            return LAST_REST
+        load = self._of(batch)
+        plain_s = self._plain_seconds(load, batch)
+        if load.kind == "model" or load.returns or plain_s is None:
+            return 0
+        return max(load.try_at - load.steps, math.ceil(load.owed / (LOST_SHARE * plain_s)) if load.owed > 0 else 0)
+
     def interrupted(self) -> None:
         """Something else than a decode step has run."""
         self._ended_at = self._last = None

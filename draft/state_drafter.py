@@ -20,7 +20,7 @@ from draft.model import append_features
 from draft.propose import draft_block
 from draft.protocols import BlockPolicy, CausalDecoder, DecoderOutput, DraftSampler, DraftState, FeatureStore, Proposal, ScratchPasses
 from draft.state_join import StateJoin
-from draft.step_rows import StepRows, StepStates
+from draft.step_rows import StepRows, StepStates, joined_rows
 from kernels.upload import upload
 
 _MOST_KEPT = 128  # tokens of steps without drafts whose states a request keeps
@@ -183,10 +183,16 @@ class StateDrafter(EarlyExitDrafter):
         first = torch.zeros_like(fused[:1]) if state.last is None else state.last[None]
         return self.join.rows(torch.cat([first, fused[:-1]]), embeddings)
 
-    def row(self, state: StateHeadState, token: int) -> Tensor:
-        """The row [1, E] of the token that follows what the target has run."""
-        embedding = self.embed(upload([token], self.decoder.device))
-        return self._rows(state, embedding, embedding)
+    def next_rows(self, states: Sequence[StateHeadState], tokens: Sequence[int]) -> Tensor:
+        """The rows [B, E] of the tokens that follow what the target has run of B requests."""
+        kept = [state for state in states if state.steps is not None]
+        if kept:
+            fused = self.join.fused(list(torch.stack([state.steps.last_states() for state in kept if state.steps is not None]).unbind(1)))
+            for state, own in zip(kept, fused, strict=True):
+                state.last = own
+        embeddings = self.embed(upload(tokens, self.decoder.device))
+        unknown = embeddings.new_zeros(embeddings.shape[1])
+        return self.join.rows(torch.stack([unknown if state.last is None else state.last for state in states]), embeddings)
 
     def propose(
         self,
@@ -257,21 +263,29 @@ class StateDrafter(EarlyExitDrafter):
         elif state.num_cached + count != state.sequence.length:
             state.skip(state.sequence.length - state.num_cached - count + 1)
         else:
-            state.append_hidden(self.row(state, token))
+            state.append_hidden(self.next_rows([state], [token]))
         if count > 1:
             state.append_hidden(Part(kept, (b, slice(count - 1), slice(size, None)), count - 1))
         state.last = Part(kept, (b, count - 1, slice(size)), 1)
 
-    def keep_steps(self, states: Sequence[StateHeadState], tokens: Sequence[int], kept: StepStates) -> None:
+    def keep_steps(self, states: Sequence[StateHeadState], tokens: Sequence[int], kept: StepStates, columns: Sequence[int]) -> None:
         """`commit` of a step without drafts, which has run one token of each request; a sequence that has not moved has kept none.
 
-        kept: where the target's states of these tokens are, in the order of the requests.
+        kept: where the target's states of these tokens are, those of each request in its column.
         """
-        for b, (state, token) in enumerate(zip(states, tokens, strict=True)):
+        for column, state, token in zip(columns, states, tokens, strict=True):
             if state.num_cached < state.sequence.length:
-                self._keep_step(state, token, kept, b)
+                self._keep_step(state, token, kept, column)
         if max(state.num_pending_hidden for state in states) >= _MOST_KEPT:  # states that are kept take memory
-            self.states_head.run_pending(states, least=_LEAST_KEPT)
+            self.run_waiting(states, least=_LEAST_KEPT)
+
+    def run_waiting(self, states: Sequence[StateHeadState], *, least: int) -> None:
+        """Run the rows of all `states` of which at least `least` wait, those of steps without drafts made together."""
+        kept = [(state, own) for state in states if state.num_pending_hidden >= least and (own := state.steps) and state.waits_last(own)]
+        if len(kept) > 1:
+            for (state, _), rows in zip(kept, joined_rows([own for _, own in kept]), strict=True):
+                state.replace_last(rows)
+        self.states_head.run_pending(states, least=least)
 
     def _keep_step(self, state: StateHeadState, token: int, kept: StepStates, column: int) -> None:
         """Nothing is launched."""

@@ -8,7 +8,7 @@ Axes: S steps, k joined layers, B requests, E hidden size, n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,14 +61,29 @@ class StepRows:
 
     def rows(self) -> Tensor:
         """[n, E]."""
-        states, before = self.source[self.step : self.step + len(self.tokens) - 1, :, self.column], self.before
-        if before is not None and before.dim() == 2:
-            fused = self._fuse(torch.cat([before[None], states]))
-        else:
-            first = self.source.new_zeros(1, self.source.shape[-1]) if before is None else before[None]
-            fused = torch.cat([first, self._fuse(states)]) if len(states) else first
-        return self.join.rows(fused, self.embed(upload(self.tokens, self.source.device)))
+        return joined_rows([self])[0]
+
+    def unfused(self) -> Tensor:
+        """The states [m, k, E] of the tokens before those of the rows: m = n where the first one's are known unfused, else n - 1."""
+        states = self.source[self.step : self.step + len(self.tokens) - 1, :, self.column]
+        return states if self.before is None or self.before.dim() == 1 else torch.cat([self.before[None], states])
 
     def _fuse(self, states: Tensor) -> Tensor:
         """States [n, k, E] -> [n, E]."""
         return self.join.fused(list(states.unbind(1)))
+
+
+def joined_rows(several: Sequence[StepRows]) -> Sequence[Tensor]:
+    """The rows [n, E] of each, made together."""
+    first = several[0]
+    states = [own.unfused() for own in several]
+    fused = (first._fuse(torch.cat(states)) if sum(map(len, states)) else first.source.new_zeros(0, first.source.shape[-1])).split(
+        list(map(len, states))
+    )
+    parts: list[Tensor] = []
+    for own, known in zip(several, fused, strict=True):
+        if len(known) < own.num_rows:
+            parts.append(known.new_zeros(1, known.shape[1]) if own.before is None else own.before[None])
+        parts.append(known)
+    tokens = upload([token for own in several for token in own.tokens], first.source.device)
+    return first.join.rows(torch.cat(parts), first.embed(tokens)).split([own.num_rows for own in several])

@@ -36,6 +36,7 @@ from engine.runtime.model_runner import (
     built,
     copy_out,
     page_bucket,
+    places_of,
     read_out,
     same_objects,
 )
@@ -48,7 +49,7 @@ from kernels.compile_ahead import compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
 from kernels.philox import philox_uniform
 from kernels.race import race
-from kernels.upload import fill
+from kernels.upload import fill, upload
 
 Source = Literal["model", "given"]
 
@@ -138,7 +139,8 @@ class Block:
 
 @dataclass
 class Flight:
-    """A step that was launched. num_drafts: of each request. exits: copy of the block's exits or kept states, for the draft head."""
+    """A step that was launched. num_drafts: of each request. exits: copy of the block's exits or kept states, for the draft head. columns: where the
+    requests are in `ready` and `exits`; None: in their order."""
 
     requests: list[Request]
     source: Source
@@ -147,6 +149,12 @@ class Flight:
     num_drafts: list[int]
     ready: Any
     exits: Tensor | None
+    columns: Sequence[int] | None = None
+
+    def of(self, requests: list[Request], columns: Sequence[int]) -> Flight:
+        """What is left of it when others have ended. columns: where these requests are in it."""
+        plan, num_drafts = self.plan.of(columns), [self.num_drafts[c] for c in columns]
+        return replace(self, requests=requests, plan=plan, num_drafts=num_drafts, columns=columns)
 
 
 class _Asked(NamedTuple):
@@ -206,7 +214,7 @@ class BlockDecoding:
         self._memory: tuple[int, ...] = ()
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
-        self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, and their lengths
+        self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, in its order, and their lengths
         self._sent: dict[str, list[int]] = {}
         self._asked = _Asked([], [], [], Drawing(), frozenset(), True)
         self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
@@ -227,9 +235,13 @@ class BlockDecoding:
         head = _head_of(drafter)
         return drafter is None or (head is not None and isinstance(head.decoder, GraphedDecoder))
 
-    def keeps_states(self, requests: Sequence[Request]) -> StateDrafter | None:
-        """The drafter whose head goes on from the target's last states, where these requests' steps without drafts keep them for it."""
-        return self.on_states if any(r.params.draft_length != 0 for r in requests) and self.step_taps(len(requests)) else None
+    def keeps_states(self, requests: Sequence[Request], drafts_after: int) -> StateDrafter | None:
+        """The drafter whose head goes on from the target's last states, where these requests' steps without drafts keep them for it. drafts_after: such
+        steps before automatic drafts may come: texts that end before are not drafted for."""
+        if not self.step_taps(len(requests)):
+            return None
+        wanted = any(r.params.draft_length != 0 and (r.params.draft_length != "auto" or r.remaining > drafts_after) for r in requests)
+        return self.on_states if wanted else None
 
     def step_taps(self, batch: int) -> tuple[int, ...]:
         """Layers whose states are kept by steps of so many requests of which any may draft."""
@@ -238,9 +250,8 @@ class BlockDecoding:
     # --- one step -------------------------------------------------------------------------------------------------------
 
     def under_way(self, requests: Sequence[Request]) -> bool:
-        """Whether the next step of these was launched."""
-        flight = self._flight
-        return flight is not None and same_objects(flight.requests, requests) and self._is_settled(requests)
+        """Whether the next step of these was launched, be it with others that have ended since."""
+        return self._flight is not None and self._columns(requests) is not None
 
     def step(
         self, requests: list[Request], planned: Callable[[], StepPlan], *, deterministic: bool = False
@@ -250,24 +261,31 @@ class BlockDecoding:
         Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned:
         the policy's plan of the next step; asked before this step's tokens are known, too. A step is launched ahead where drafts are the drafter's.
         """
-        flight = self._flight if self.under_way(requests) else None
-        self._flight = None
-        if flight is None:
+        flight, columns = self._flight, None if self._flight is None else self._columns(requests)
+        if flight is not None:
+            self._flight, self._settled = None, ([], [])  # the device is ahead of what the host knows
+        if flight is None or columns is None:
             plan = planned()
             key = self._takes(requests, plan, deterministic)
             if key is None:
                 return plan, None
             flight = self._launch(requests, plan, key)
-        self._current = flight
-        if flight.source == "model" and all(r.remaining > 1 for r in requests):
+        elif len(columns) < len(flight.requests):
+            flight = flight.of(requests, columns)
+        self._current, self._settled = flight, ([], [])
+        if flight.source == "model" and any(r.remaining > 1 for r in requests):
             following = planned()
             if any(following.lengths):
                 key = self._takes(requests, following, deterministic, behind=flight)
                 if key is not None:
+                    if flight.columns is not None:
+                        self._gather(flight.columns)
                     self._flight = self._launch(requests, following, key, ahead=True)
         out = read_out(flight.ready)
+        out = out if flight.columns is None else [out[c] for c in flight.columns]
         gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
-        self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
+        if flight.columns is None or self._flight is not None:  # else they do not lie in their order
+            self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
         return flight.plan, gains
 
     def commit(self, kept: Sequence[int]) -> None:
@@ -275,11 +293,12 @@ class BlockDecoding:
         drafts leave the drafter behind: it catches up when it is asked again."""
         flight, head, on_states = self._current, self.head, self.on_states
         assert flight is not None, "a step is committed once it was run"
+        columns = flight.columns or range(len(flight.requests))
         run, length, exits = flight.source == "model", flight.length, flight.exits
         if not run and on_states is None:
             return
         waits = 0
-        for b, (request, count) in enumerate(zip(flight.requests, kept, strict=True)):
+        for b, request, count in zip(columns, flight.requests, kept, strict=True):
             state = request.draft_state
             if state is None or not count:
                 continue
@@ -301,8 +320,25 @@ class BlockDecoding:
         if waits >= MAX_PENDING_HIDDEN:
             self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
 
+    def _columns(self, requests: Sequence[Request]) -> Sequence[int] | None:
+        """Where the device's state of these is; None where it has none of one of them, or an older one."""
+        known, lengths = self._settled
+        columns = places_of(requests, known)
+        if columns is None or any(lengths[c] != r.sequence.length for c, r in zip(columns, requests, strict=True)):
+            return None
+        return columns
+
     def _is_settled(self, requests: Sequence[Request]) -> bool:
-        return same_objects(self._settled[0], requests) and self._settled[1] == [r.sequence.length for r in requests]
+        """Whether the device's state is that of these, in their order."""
+        return len(requests) == len(self._settled[0]) and self._columns(requests) is not None
+
+    def _gather(self, columns: Sequence[int]) -> None:
+        """Have the device's state of the requests in these columns lie in their order, when others have ended."""
+        state, count, index = self.state, len(columns), upload(columns, self.target.device)
+        for part in (state.integers.T, state.rows, state.hidden):
+            part[:count] = part[index]
+        state.integers[:, count:] = 0  # padding
+        self._sent.clear()
 
     def _takes(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, behind: Flight | None = None) -> BlockKey | None:
         """The captured step that is planned; None where it has no drafts, or cannot be captured. behind: one that is under way, which it follows."""
@@ -361,7 +397,10 @@ class BlockDecoding:
 
     def _run_waiting(self, states: Sequence[DraftState], least: int) -> None:
         assert self.head is not None
-        self.head.run_pending(cast(Sequence[DraftHeadState], states), least=least)
+        if self.on_states is not None:
+            self.on_states.run_waiting(cast(Sequence[StateHeadState], states), least=least)
+        else:
+            self.head.run_pending(cast(Sequence[DraftHeadState], states), least=least)
 
     def _with_length(self, key: BlockKey, wanted: int) -> BlockKey:
         """k: of captured lengths and those that requests ask for, the least that holds the plan's; rather one that was captured before."""
@@ -429,11 +468,12 @@ class BlockDecoding:
             self._sent.clear()
         if source == "model":
             ends = []
+            if self.on_states is not None:
+                self._upload_rows([cast(StateHeadState, _state(r)) for r in requests], [r.token_ids[-1] for r in requests])
             for b, request in enumerate(requests):
                 own = _state(request)
                 if isinstance(own, StateHeadState):
                     ends.append(own.num_skipped + own.own.length)
-                    self._upload_rows(b, own, request.token_ids[-1])
                 elif isinstance(own, DraftHeadState):
                     ends.append(own.own.length)
                     if own.pending_hidden is not None and own.num_pending_hidden:
@@ -444,14 +484,15 @@ class BlockDecoding:
             if self.on_states is not None:
                 state.write("skipped", [cast(StateHeadState, _state(r)).num_skipped for r in requests], batch)
 
-    def _upload_rows(self, b: int, own: StateHeadState, token: int) -> None:
-        """The rows of request b that its draft is to run: one that waits, if any does, and that of its last token."""
+    def _upload_rows(self, states: Sequence[StateHeadState], tokens: Sequence[int]) -> None:
+        """The rows that each request's draft is to run: one that waits, if any does, and that of its last token."""
         assert self.on_states is not None
-        rows = [self.on_states.row(own, token)]
-        if own.num_pending_hidden and own.pending_hidden is not None:
-            rows.insert(0, own.pending_hidden)
-        found = torch.cat(rows)
-        self.state.rows[b, : len(found)] = found
+        own, waiting, most = self.on_states.next_rows(states, tokens), [s.pending_hidden for s in states], self.state.rows.shape[1]
+        places = [b * most + (waiting[b] is not None) for b in range(len(states))] + [
+            b * most for b, w in enumerate(waiting) if w is not None
+        ]
+        rows = torch.cat([own, *(w for w in waiting if w is not None)])
+        self.state.rows.view(-1, rows.shape[1])[upload(places, rows.device)] = rows
 
     def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> None:
         """Tell the device where there are pages, and how many drafts may be kept."""

@@ -530,6 +530,18 @@ class _Ahead:
         return tokens if self.step is None else [tokens[start % 2][b] for b, start in enumerate(self.starts)]  # see `kernels.advance`
 
 
+class PlainStep(NamedTuple):
+    """What a step without drafts gives each request: its token, -1 where its logits are not finite, and its log probability where it is asked for.
+
+    states: where those of the last tokens are, if they are kept; each request's in its one of `columns`.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    states: StepStates | None
+    columns: Sequence[int]
+
+
 class _Drawn(NamedTuple):
     """What a launched step will have drawn: tokens [B] int64, where they stay as long as no step of its kind is launched, and `logprob_rows` of them
     where they are asked for."""
@@ -544,7 +556,7 @@ class PlainDecoding:
 
     The next step's input is this step's output, which is on the device: where one captured step follows another of the same requests, nothing is
     copied to the device, and the tokens are copied from it beside the next step. Deterministic steps of more than MOST_SKINNY requests are several, one
-    launched after another. A step's tokens are thrown away when a request ends or another one joins; what
+    launched after another. A step under way is that of the requests that stay when others end; its tokens are thrown away when another one joins: what
     it wrote lies behind the committed tokens and is written again.
     """
 
@@ -561,9 +573,16 @@ class PlainDecoding:
         return batch <= _BATCHES[-1]
 
     def under_way(self, sequences: Sequence[KvSequence]) -> bool:
-        """Whether the next step of these was launched."""
+        """Whether the next step of these was launched, be it with others that have ended since."""
+        return self._columns(sequences) is not None
+
+    def _columns(self, sequences: Sequence[KvSequence]) -> Sequence[int] | None:
+        """Where these are in the step that was launched; None where it is none of theirs."""
         ahead = self._ahead
-        return ahead is not None and same_objects(ahead.sequences, sequences) and ahead.starts == [s.length for s in sequences]
+        columns = None if ahead is None else places_of(sequences, ahead.sequences)
+        if ahead is None or columns is None or any(ahead.starts[c] != s.length for c, s in zip(columns, sequences, strict=True)):
+            return None
+        return columns
 
     def step(
         self,
@@ -576,41 +595,59 @@ class PlainDecoding:
         penalties: Callable[[], PenaltyRows] | None = None,
         taps: tuple[int, ...] = (),
         deterministic: bool = False,
-    ) -> tuple[list[int], list[TokenLogprobs | None], StepStates | None]:
-        """One token for each request, -1 where its logits are not finite, its log probability where the parameters ask for it, and where the states of
-        the last tokens are.
+    ) -> PlainStep:
+        """One token for each request.
 
         Args:
-            sequences: each with all tokens but the last one committed, and pages for it and, where all have room, for one token more, which is run
+            sequences: each with all tokens but the last one committed, and pages for it and, where it has room, for one token more, which is run
                 ahead.
             last_tokens: each request's last token, which no model has run.
-            room: tokens each may still get, this one included; where one may get no other, no step is launched ahead.
+            room: tokens each may still get, this one included; one that may get no other has no part in the step that is launched ahead.
             params, seeds: how each draws, and the key of its random numbers. penalties: theirs as of their last tokens, asked for where no step is
                 under way; None where no request has any. taps: layers after which the target's states are kept; a step that was launched before
                 somebody asked has none.
             deterministic: whether the steps' rows have the same bits in any company.
         """
-        starts = [sequence.length for sequence in sequences]
-        current = self._ahead if self.under_way(sequences) else None
+        columns, current = self._columns(sequences), self._ahead
         self._ahead = None
-        if current is None or not same_objects(current.params, params):
+        if current is not None and columns is not None:
+            # penalties are of all requests of the step
+            kept = self._penalties is None or len(columns) == len(current.sequences)
+            columns = columns if kept and same_objects([current.params[c] for c in columns], params) else None
+        if current is None or columns is None:
             self._penalties = None if penalties is None else penalties()
+            starts = [sequence.length for sequence in sequences]
+            columns = range(len(sequences))
             current = self._launch(sequences, starts, upload(last_tokens, self.target.device), params, seeds, taps, deterministic)
         tokens = None
         if (
             current.step is not None and current.step.holds is not current
         ):  # another pass has taken the step since: its buffers are no longer ours
             tokens = current.read()
-        if min(room) > 1:
-            given = current.tokens if tokens is None else upload(tokens, self.target.device)
-            self._ahead = self._launch(sequences, [start + 1 for start in starts], given, params, seeds, taps, deterministic, current)
+        going = range(len(room)) if min(room) > 1 else [b for b, left in enumerate(room) if left > 1]
+        if going and (self._penalties is None or len(going) == len(current.sequences)):
+            self._ahead = self._launch_ahead(current, tokens, [columns[b] for b in going], [seeds[b] for b in going], taps, deterministic)
         tokens = current.read() if tokens is None else tokens
-        rows = [None] * len(tokens) if current.logprobs is None else read_out(current.logprobs)
-        told = [
-            None if p.logprobs is None or row is None else from_row(row, token, p.logprobs)
-            for p, row, token in zip(params, rows, tokens, strict=True)
-        ]
-        return tokens, told, current.states
+        rows = None if current.logprobs is None else read_out(current.logprobs)
+        told: list[TokenLogprobs | None] = [None] * len(columns)
+        for b, (column, p) in enumerate(zip(columns, params, strict=True) if rows is not None else ()):
+            if p.logprobs is not None:
+                assert rows is not None
+                told[b] = from_row(rows[column], tokens[column], p.logprobs)
+        return PlainStep([tokens[c] for c in columns], told, current.states, columns)
+
+    def _launch_ahead(
+        self, current: _Ahead, tokens: list[int] | None, columns: list[int], seeds: list[int], taps: tuple[int, ...], deterministic: bool
+    ) -> _Ahead:
+        """The step behind `current`, of its requests in these columns. tokens: those of `current`, where they were read."""
+        device, whole = self.target.device, len(columns) == len(current.sequences)
+        if tokens is not None:
+            given = upload([tokens[c] for c in columns], device)
+        else:
+            given = current.tokens if whole else current.tokens[upload(columns, device)]
+        sequences, params = [current.sequences[c] for c in columns], [current.params[c] for c in columns]
+        starts = [current.starts[c] + 1 for c in columns]
+        return self._launch(sequences, starts, given, params, seeds, taps, deterministic, current)
 
     def _launch(
         self,
@@ -707,6 +744,15 @@ class PlainDecoding:
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Whether both hold the same objects in the same order."""
     return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+def places_of(some: Sequence[Any], all_of_them: Sequence[Any]) -> Sequence[int] | None:
+    """Where each of `some` objects is in a sequence of distinct ones; None where one is not."""
+    if same_objects(some, all_of_them):
+        return range(len(some))
+    places = {id(own): place for place, own in enumerate(all_of_them)}
+    found = [places.get(id(own), -1) for own in some]
+    return None if -1 in found else found
 
 
 def copy_out(tokens: Tensor, stream: Any | None = None) -> Any:

@@ -103,7 +103,7 @@ def decode_step(
         left = drafting.rests(len(requests)) if chosen else 2
         if left or plain.under_way([r.sequence for r in requests]):
             ahead = left > 1 or not planned().drafts  # what is under way is used, and what follows it planned before it is read
-            _plain_step(requests, plain, blocks, began, ahead=ahead, deterministic=deterministic)
+            _plain_step(requests, plain, blocks, drafting, began, ahead=ahead, deterministic=deterministic)
             return drafting.rested(len(requests), drafting.took(began_at, clock()), chosen=chosen)
     if blocks is None:
         plan = (drafting.rest(len(requests)) if wanted == {"auto"} else None) or planned()
@@ -114,7 +114,7 @@ def decode_step(
             return drafting.observe(plan, len(requests), count, drafting.took(began_at, clock()))
     lengths, given = plan.lengths, plan.given
     if plain is not None and plain_ready and not plan.drafts:
-        _plain_step(requests, plain, blocks, began, ahead=not fixed, deterministic=deterministic)
+        _plain_step(requests, plain, blocks, drafting, began, ahead=not fixed, deterministic=deterministic)
         return drafting.observe(plan, len(requests), len(requests), drafting.took(began_at, clock()))
     positions = [len(r.token_ids) for r in requests]
     if drafter:
@@ -199,18 +199,25 @@ def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequ
 
 
 def _plain_step(
-    requests: Sequence[Request], plain: PlainDecoding, blocks: BlockDecoding | None, began: float, *, ahead: bool, deterministic: bool
+    requests: Sequence[Request],
+    plain: PlainDecoding,
+    blocks: BlockDecoding | None,
+    drafting: DraftingPolicy,
+    began: float,
+    *,
+    ahead: bool,
+    deterministic: bool,
 ) -> None:
     """One token for every request, and no draft. ahead: whether the next step is launched as well."""
     sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
     room = [r.remaining for r in requests] if ahead else [1] * len(requests)
     penalties = partial(_penalties, requests, plain) if any(r.penalised for r in requests) else None
-    keeper = None if blocks is None else blocks.keeps_states(requests)
+    keeper = None if blocks is None else blocks.keeps_states(requests, drafting.plain_steps_left(len(requests)))
     taps = () if keeper is None else keeper.join.state_layers
-    tokens, logprobs, states = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic)
+    done = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic)
     ended = time.perf_counter()
-    for request, token, told in zip(requests, tokens, logprobs, strict=True):
+    for request, token, told in zip(requests, done.tokens, done.logprobs, strict=True):
         if token < 0:
             request.error = _not_finite(request)
             continue
@@ -221,8 +228,8 @@ def _plain_step(
         request.metrics.verify_s += ended - began
         if request.drafting.looks:
             request.drafting.observe([token], 0, 0, None, given=False)
-    if keeper is not None and states is not None:
-        keeper.keep_steps([cast(StateHeadState, _state(r)) for r in requests], last, states)
+    if keeper is not None and done.states is not None:
+        keeper.keep_steps([cast(StateHeadState, _state(r)) for r in requests], last, done.states, done.columns)
 
 
 def _penalties(requests: Sequence[Request], plain: PlainDecoding) -> PenaltyRows:

@@ -103,7 +103,7 @@ def page_rows(page, block, stride_page, stride_token, PAGE: tl.constexpr, BLOCK_
         return block * 0, page * stride_page + ((block + near) % PAGE) * stride_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "num_rows", "num_splits", "stride_table"])  # not compiled anew in the middle of a text
 def _split_kernel(
     q_ptr,
     k_ptr,
@@ -268,7 +268,7 @@ def merge_splits(
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "row_heads"])
 def _merge_kernel(
     part_ptr,
     stat_ptr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for any number of rows
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,

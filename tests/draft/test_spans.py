@@ -109,6 +109,18 @@ def test_requests_that_begin_are_not_tried_while_something_is_owed():
     assert 0 < sum(own.count("model") for own in found) < 0.05 * sum(map(len, found))
 
 
+def test_plain_steps_that_are_certain_to_come_before_drafts():
+    policy = policy_of(CHEAP, lengths=(4,))
+    requests = requests_of(policy, 1)
+    found = kinds(policy, requests, 2 * TRIAL)
+    assert found[-1] == "rest" and policy.plain_steps_left(1) > 0
+    left = policy.plain_steps_left(1)
+    assert "model" not in kinds(policy, requests, left), "nothing is certain too early"
+    assert policy.plain_steps_left(1) == 0 and policy_of(None).plain_steps_left(1) > 1000
+    measured = policy_of(CHEAP, measured=True)
+    assert measured.plain_steps_left(1) == 0, "nothing is known before plain decoding is measured"
+
+
 def test_gains_stand_against_losses_up_to_a_bound():
     policy = policy_of(CHEAP, lengths=(4,))
     answers(policy, [4] * 20)

@@ -247,3 +247,47 @@ def test_sampled_text_has_the_targets_distribution(kind, random_decoder, make_dr
     monkeypatch.setattr(Engine, "__init__", rewired)
     check_sampled_text(target, source, 400, prompt=(1, 2, 3, 1, 2) if kind == "ngram" else (1, 2))
     assert seen and all(any(key.drawing.inverse for key in blocks._blocks) for blocks in seen)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kind", ["plain", "itself", "model", "head"])
+def test_requests_that_stay_take_the_step_that_was_launched_with_others(sources, kind, params, launched, monkeypatch):
+    """Nothing is launched twice when requests end at different steps, and no state is uploaded anew."""
+    each = [
+        SamplingParams(max_new_tokens=n, ignore_eos=True, draft_length=0 if kind == "plain" else 2, **params) for n in (9, 30, 12, 19, 19)
+    ]
+    target, drafts = sources
+    engine = with_blocks(Engine(target, draft=drafts["itself" if kind == "plain" else kind], page_size=16, pool_tokens=2048))
+    core, plain, rows = engine.core, PlainDecoding._launch, []
+    monkeypatch.setattr(PlainDecoding, "_launch", lambda self, sequences, *a: rows.append(len(sequences)) or plain(self, sequences, *a))
+    requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS, each, strict=True)]
+    steps = -1  # the first one runs the prompts
+    while not core.scheduler.idle:
+        core.step()
+        steps += 1
+    assert [r.num_new for r in requests] == [9, 30, 12, 19, 19]
+    if kind == "plain":
+        assert rows == sorted(rows, reverse=True) and len(rows) == steps, "one that ends for certain has no part in the next step"
+    else:
+        assert steps <= len(launched) <= steps + 1, "where the last ones end cannot be known"
+        assert [ahead for *_, ahead in launched] == [False] + [True] * (len(launched) - 1)
+    if not params:
+        _, expected = texts_of(sources, "plain", [SamplingParams(**{**vars(p), "draft_length": 0}) for p in each])
+        assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=True)] == [r.token_ids for r in expected]
+
+
+@pytest.mark.parametrize("length", [0, 2], ids=["plain", "drafts"])
+def test_a_text_that_ends_unforeseen_leaves_the_step_under_way_to_the_others(sources, length, launched, monkeypatch):
+    """Its last token is known once the next step was launched, whose tokens for the others are theirs."""
+    target, drafts = sources
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=length)
+    _, alone = texts_of(sources, "plain", params)
+    stop = alone[1].token_ids[11]
+    each = [replace(params, stop_token_ids=(stop,)) if b == 1 else params for b in range(len(PROMPTS))]
+    engine = with_blocks(Engine(target, draft=drafts["model"], page_size=16, pool_tokens=2048))
+    plain, began = PlainDecoding._launch, []
+    monkeypatch.setattr(PlainDecoding, "_launch", lambda self, *a: began.append(len(a) < 8) or plain(self, *a))
+    results = engine.generate(PROMPTS, each)
+    assert results[1].finish_reason == "stop" and len(results[1].token_ids) <= 12
+    assert [r.token_ids for b, r in enumerate(results) if b != 1] == [r.token_ids for b, r in enumerate(alone) if b != 1]
+    assert sum(began) == 1 if not length else sum(not ahead for *_, ahead in launched) == 1

@@ -104,3 +104,18 @@ def test_whose_states_are_kept(target, source, draft_length, most, large_bytes, 
     assert all(c.draft_state.knows_text == keeps for c in conversations)
     for conversation, [expected] in zip(conversations, ([t] for t in plain_texts(target, params, PROMPTS[:2])), strict=True):
         assert conversation.token_ids[-12:] == expected
+
+
+@pytest.mark.parametrize("left, keeps", [(10, True), (11, False)])
+def test_texts_that_end_before_drafts_may_come_keep_nothing(target, source, left, keeps):
+    """left: plain steps that are certain to come, of requests whose first token comes with their prompt."""
+    engine = captured(target, source)
+    engine.core.scheduler.drafting.plain_steps_left = lambda batch: left
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    conversations, requests = submitted(engine, PROMPTS[:2], [params] * 2)
+    engine.core.step()
+    engine.core.step()
+    assert all(request.num_new == 2 for request in requests)
+    assert [c.draft_state.knows_text for c in conversations] == [keeps] * 2
+    for request in requests:
+        engine.core.abandon(request)

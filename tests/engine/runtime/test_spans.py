@@ -22,7 +22,7 @@ from engine.runtime.sampling import SamplingParams
 
 MS = 1e-3
 # milliseconds of a plain step, and of each further draft, on the device, by batch; as on an H200
-DEVICE = {1: (0.50, 0.22), 8: (0.55, 0.50), 32: (0.80, 0.70)}
+DEVICE = {1: (0.48, 0.10), 8: (0.52, 0.09), 32: (0.76, 0.20)}
 
 
 class Machine:
@@ -55,12 +55,12 @@ class Machine:
 
     def serve(self, tokens):
         """What every step takes of the host for the tokens that it gained: text, events."""
-        self.host((0.06 + 0.03 * self.batch + 0.012 * tokens) * (10 if self.random.random() < self.hiccups else 1))
+        self.host((0.06 + 0.012 * self.batch + 0.012 * tokens) * (10 if self.random.random() < self.hiccups else 1))
 
 
 class SimulatedPlain(PlainDecoding):
     def __init__(self, machine):
-        self.machine, self._ahead, self._log = machine, None, None
+        self.machine, self._ahead, self._log, self._penalties = machine, None, None, None
         self.target = SimpleNamespace(device=torch.device("cpu"))
 
     def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None):
@@ -81,6 +81,9 @@ class SimulatedBlocks(BlockDecoding):
 
     def commit(self, kept):
         pass
+
+    def _gather(self, columns):
+        self.machine.launch("gather", 0.01)
 
     def _launch(self, requests, plan, key, *, ahead=False):
         machine, length = self.machine, max([*plan.lengths, *map(len, plan.given)])
@@ -226,7 +229,7 @@ def test_automatic_drafts_are_never_slower_than_plain_decoding(monkeypatch, batc
     assert middle > 0.98 and sum(found) / len(found) > 0.98, (middle, sum(found) / len(found), min(found))
 
 
-@pytest.mark.parametrize(("batch", "acceptance", "least"), [(1, 0.8, 1.15), (1, 0.65, 1.03), (1, 0.95, 1.4)])
+@pytest.mark.parametrize(("batch", "acceptance", "least"), [(1, 0.8, 1.5), (1, 0.65, 1.3), (1, 0.95, 1.8), (8, 0.8, 1.5), (8, 0.7, 1.3)])
 def test_drafts_that_pay_are_taken(monkeypatch, batch, acceptance, least):
     found, machine, _ = ratios(monkeypatch, batch, acceptance)
     assert sorted(found)[len(found) // 2] > least and machine.launched.count("model") > 300
@@ -234,7 +237,7 @@ def test_drafts_that_pay_are_taken(monkeypatch, batch, acceptance, least):
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.6, 0.7])
 def test_requests_that_end_one_by_one_are_counted(monkeypatch, acceptance):
-    """Drafts gain while all requests run, but each that ends leaves a step that was launched for nothing, and the others alone."""
+    """Drafts gain while all requests run, but each that ends leaves the others alone."""
     monkeypatch.setitem(DEVICE, 8, (0.55, 0.3))
     found, _, _ = ratios(monkeypatch, 8, acceptance, spread=0.25)
     assert sorted(found)[len(found) // 2] > 0.98 and sum(found) / len(found) > 0.97, found
