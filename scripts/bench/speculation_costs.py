@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.decode_profile import SHAPES, moment, prompts_of, random_decoder, read_bytes, read_gb_per_s
+from bench.full_batches import full_batch
 from bench.throughput_runs import KINDS
 from draft.policy import expected_tokens
 from draft.seen import SeenByNamespace
@@ -133,6 +134,10 @@ def pair_rates(args: argparse.Namespace) -> int:
 
     Common steps are captured before, as a server does (`captured`). Turns of all modes alternate, each on prompts of its own, and nothing is kept of
     the turns before; the first two are not counted. `over_plain` is the median over turns.
+
+    A batch is served to its end: where drafts are accepted differently its last requests run alone. With --requests N it is kept full (`full_batch`),
+    and what counts is the time in which it is. `same_texts`: share of texts that are plain decoding's to the last token (greedy; the order of sums
+    differs between blocks, outside of deterministic mode).
     """
     options: dict[str, Any] = {"max_batch": 64, "prefix_sharing": False}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,24 +161,34 @@ def pair_rates(args: argparse.Namespace) -> int:
             ]  # fmt: skip
             modes = [mode for mode in modes if mode[0] in ("plain", *args.sources)]
             found: list[list[tuple[float, list[Any]]]] = [[] for _ in modes]
+            count = max(batch, args.requests)
             for turn in range(args.turns + 2):
-                prompts = [ids[(turn * batch + i) % len(ids)] for i in range(batch)]
+                prompts = [ids[(turn * count + i) % len(ids)] for i in range(count)]
                 for own, (_, engine, length) in zip(found, modes, strict=True):
                     params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True, draft_length=length, temperature=temperature)
                     engine.core.scheduler.drafting.seen = SeenByNamespace()
-                    results = engine.generate(prompts, params)
-                    rate = sum(r.new_tokens - 1 for r in results) / max(r.decode_s for r in results)
+                    if count > batch:
+                        rate, _, results = full_batch(engine, prompts, batch, args.new_tokens, params)
+                    else:
+                        results = engine.generate(prompts, params)
+                        rate = sum(r.new_tokens - 1 for r in results) / max(r.decode_s for r in results)
                     own += [(rate, results)] if turn > 1 else []
             for own, (name, _, length) in zip(found, modes, strict=True):
                 s = [r.speculation for _, results in own for r in results]
                 over = sorted(rate / plain for (rate, _), (plain, _) in zip(own, found[0], strict=True))
+                pairs = [
+                    (r.token_ids, p.token_ids)
+                    for (_, mine), (_, plain) in zip(own, found[0], strict=True)
+                    for r, p in zip(mine, plain, strict=True)
+                ]
                 rows.append({
-                    "prompts": kind, "batch": batch, "temperature": temperature, "drafts": name, "draft_length": length,
+                    "prompts": kind, "batch": batch, "requests": count, "temperature": temperature, "drafts": name, "draft_length": length,
                     "tokens_per_s": sorted(rate for rate, _ in own)[len(own) // 2], "over_plain": over[len(over) // 2],
                     "over_plain_least": over[0],
                     "tokens_per_step": sum(x.new_tokens for x in s) / sum(x.steps for x in s),
                     "acceptance": sum(x.accepted for x in s) / max(1, sum(x.proposed for x in s)),
                     "drafts_per_step": sum(x.proposed for x in s) / sum(x.steps for x in s),
+                    "same_texts": sum(a == b for a, b in pairs) / len(pairs),
                     "ttft_ms": 1e3 * sorted(max(r.ttft_s for r in results) for _, results in own)[len(own) // 2],
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
@@ -202,8 +217,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampled", action="store_true", help="also at temperature 1 (rejection sampling)")
     parser.add_argument("--sources", nargs="+", default=["draft", "ngram"], choices=["draft", "ngram"], help="of a pair's drafts")
     parser.add_argument("--turns", type=int, default=5, help="of every mode of a pair")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a pair in all, of which a batch runs at a time, kept full (default: one batch)",
+    )
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
+    if args.requests and not args.pair:
+        parser.error("--requests is for a pair (give --pair)")
+    if args.requests and args.requests <= max(map(int, args.batches.split(","))):
+        parser.error("--requests that keep a batch full are more than it takes (four times as many, say)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if args.pair:
