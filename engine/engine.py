@@ -14,7 +14,7 @@ from engine.calibrate.channel_means import channel_means
 from engine.config import EngineConfig
 from engine.errors import EmptyPrompt, InvalidOption
 from engine.hub.cache import CacheFolder
-from engine.hub.resolve import resolve_model, resolve_pair
+from engine.hub.resolve import resolve_model, resolve_pair, resolve_target
 from engine.inputs import shown
 from engine.kv.formats import PLAIN, check_format
 from engine.loading import (
@@ -188,13 +188,16 @@ class Engine:
 
     @classmethod
     def from_pair(cls, name: str, *, progress: Any | None = None, draft: str | Path | None = None, **options: Any) -> Engine:
-        """Load a known pair, fetched on first use. draft: another draft than the pair's own; options: see `from_pretrained`.
+        """Load a known pair, fetched on first use. draft: another draft than the pair's own, which is not fetched then; options: see
+        `from_pretrained`.
 
         Raises:
             UnknownPair, DownloadFailed, HashMismatch, DiskFull, and what `from_pretrained` raises.
         """
+        if draft is not None:
+            return cls.from_pretrained(resolve_target(name, progress), draft, pair=name, **options)
         paths = resolve_pair(name, progress)
-        return cls.from_pretrained(paths.target_dir, paths.draft if draft is None else draft, pair=name, **options)
+        return cls.from_pretrained(paths.target_dir, paths.draft, pair=name, **options)
 
     @property
     def tokenizer(self) -> Any | None:

@@ -27,7 +27,7 @@ from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
-from engine.hub.resolve import resolve_model, resolve_pair
+from engine.hub.resolve import resolve_model, resolve_target
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
 from engine.text.chat_opening import ChatOpening, chat_opening
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--max-new-tokens", args.max_new_tokens), ("--repeats", args.repeats), ("--proposals", args.proposals)):
         if value < 1:
             raise InvalidOption(f"{name} cannot be {value}", "give 1 or more")
-    folder = resolve_pair(args.pair).target_dir if args.pair else resolve_model(args.target)
+    folder = resolve_target(args.pair) if args.pair else resolve_model(args.target)
     with closing(Engine.from_pretrained(folder, args.draft or "none", device=args.device, dtype=args.dtype)) as engine:
         decoder = engine.core.target
         head = Path(args.draft) if args.draft else shipped_draft_head(decoder.config)

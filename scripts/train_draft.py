@@ -23,7 +23,7 @@ from engine.calibrate.corpus import text_files
 from engine.errors import ForetoldError, InvalidOption
 from engine.files import write_atomically
 from engine.hub.pairs import PAIRS
-from engine.hub.resolve import resolve_model, resolve_pair
+from engine.hub.resolve import resolve_model, resolve_target
 from engine.inputs import shown
 from engine.model.decoder import Decoder
 from engine.text.chat_opening import chat_opening
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
     two_numbers("--mix", args.mix, 1.0)  # not after minutes of drawing
     if args.plot:
         import matplotlib  # noqa: F401 (missing: known now, not after the training)
-    folder = resolve_pair(args.pair).target_dir if args.pair else resolve_model(args.target)
+    folder = resolve_target(args.pair) if args.pair else resolve_model(args.target)
     name = PAIRS[args.pair].target.name if args.pair else folder.name
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     chosen = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}

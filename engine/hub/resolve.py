@@ -50,15 +50,22 @@ def resolve_pair(
     Raises:
         UnknownPair, DownloadFailed, DiskFull, HashMismatch, CacheNotWritable, KernelsPackageClash.
     """
+    progress = progress or StderrProgress()
+    target = resolve_target(name, progress, installer=installer, hub=hub)
+    draft = PAIRS[name].draft
+    if isinstance(draft, str):
+        return PairPaths(name, target, SELF_DRAFT)
+    return PairPaths(name, target, resolve_source(draft, progress, installer=installer, hub=hub))
+
+
+def resolve_target(
+    name: str, progress: Progress | None = None, *, installer: Installer = pip_download, hub: HubDownload = hub_download
+) -> Path:
+    """The folder of a known pair's target, its draft left alone. Arguments and errors as of `resolve_pair`."""
     if name not in PAIRS:
         raise UnknownPair(f"unknown pair {name!r}", f"known pairs: {', '.join(PAIRS)}")
     check_kernels_package()
-    pair = PAIRS[name]
-    progress = progress or StderrProgress()
-    target = resolve_source(pair.target, progress, installer=installer, hub=hub)
-    if isinstance(pair.draft, str):
-        return PairPaths(name, target, SELF_DRAFT)
-    return PairPaths(name, target, resolve_source(pair.draft, progress, installer=installer, hub=hub))
+    return resolve_source(PAIRS[name].target, progress or StderrProgress(), installer=installer, hub=hub)
 
 
 def resolve_source(

@@ -121,7 +121,10 @@ def test_json_into_a_file_beside_the_text(generate, tmp_path):
 
 
 def test_a_known_pair(generate, chat_folders, monkeypatch, pack_home):
-    monkeypatch.setattr("engine.engine.resolve_pair", lambda name, progress: PairPaths(name, chat_folders.target, chat_folders.draft))
+    pairs: list[str] = []
+    paths = PairPaths("smollm2", chat_folders.target, chat_folders.draft)
+    monkeypatch.setattr("engine.engine.resolve_pair", lambda name, progress: pairs.append(name) or paths)
+    monkeypatch.setattr("engine.engine.resolve_target", lambda name, progress: chat_folders.target)
     found = {}
     for draft in ("draft", "trunk", "none"):
         own = [] if draft == "draft" else ["--draft", draft]
@@ -133,6 +136,7 @@ def test_a_known_pair(generate, chat_folders, monkeypatch, pack_home):
         assert found[draft]["pair"] == "smollm2" and found[draft]["speculation"]["drafter"] == {"trunk": "early exit"}.get(draft, draft)
     assert found["draft"]["text"] == found["trunk"]["text"] == found["none"]["text"]
     assert found["none"]["speculation"]["proposed"] == 0 and found["none"]["memory"]["draft_bytes"] == 0
+    assert pairs == ["smollm2"], "a pair's own draft is fetched where no other is named"
 
 
 def test_prompts_come_from_the_argument_a_file_or_standard_input(generate, stdin, tmp_path):

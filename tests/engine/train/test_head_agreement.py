@@ -48,7 +48,7 @@ def test_a_student_drafts_what_it_learnt(tiny_model, family, head, tmp_path):
     assert wanted.std() > 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("lower", [(), (1,)], ids=["last state", "two states"])
 def test_a_student_on_last_states_drafts_what_it_learnt(tiny_model, family, lower, tmp_path):
     """A block of three drafts in the engine, all of whose tokens are the text's own, against the student's chances at these places."""
