@@ -75,6 +75,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="texts of other kinds, of each as much, on which the divergence curve is measured (default: held-out documents of --text); code diverges "
         "more than prose at the same distortion",
     )
+    parser.add_argument(
+        "--curve-tokens",
+        type=int,
+        metavar="N",
+        help=f"of --curve-text in all (default: {CURVE_TOKENS:,}; with --complete --tokens)",
+    )
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to calibrate on")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document")
     parser.add_argument("--long-text", nargs="+", default=[], metavar="FILE|DIR", help="texts of longer documents to calibrate on as well")
@@ -185,6 +191,8 @@ def run(args: argparse.Namespace) -> dict:
     if (args.pair is None) == (args.target is None):
         raise InvalidOption("either --pair or --target is needed, and not both", f"for example --pair {min(PAIRS)}")
     shares = shares_of(args.mix, args.text) if args.mix is not None else []
+    if args.curve_tokens is not None and (args.curve_tokens < 1 or not args.curve_text):
+        raise InvalidOption(f"--curve-tokens {args.curve_tokens} of no --curve-text", "give texts, and a whole number above 0")
     if args.tokens < 256 or args.context < 32:
         raise InvalidOption(f"{args.tokens} tokens in documents of {args.context}", "use at least 256 tokens, and 32 a document")
     if args.pair:
@@ -239,9 +247,10 @@ def run(args: argparse.Namespace) -> dict:
             raise InvalidOption(f"{args.complete} cannot be completed: {error}", "give a pack of this pair") from error
         texts = read_texts(text_files(args.text), args.seed) if args.text else library_texts(args.seed)
         docs, _ = documents(texts, tokenizer, args.tokens, args.context, per_text=1)
-        curve_kinds = curve_documents(args, tokenizer, args.tokens) if args.curve_text else None
+        curve_tokens = args.curve_tokens or args.tokens
+        curve_kinds = curve_documents(args, tokenizer, curve_tokens) if args.curve_text else None
         pack = complete(
-            target, draft, given, docs, head_layers=loaded.head_layers, curve_kinds=curve_kinds, curve_tokens=args.tokens, log=log
+            target, draft, given, docs, head_layers=loaded.head_layers, curve_kinds=curve_kinds, curve_tokens=curve_tokens, log=log
         )
     elif args.quick:
         pack = quick_pack(target, draft, tokenizer, **parts, fingerprints=prints, log=log)
@@ -270,9 +279,18 @@ def run(args: argparse.Namespace) -> dict:
             more, other = long_documents(args, tokenizer)
             log(f"text: {len(more)} long documents give {sum(map(len, more)):,} tokens")
             docs, digest = docs + more, sha256((digest + other).encode()).hexdigest()
-        curve_kinds = curve_documents(args, tokenizer, CURVE_TOKENS) if args.curve_text else None
+        curve_tokens = args.curve_tokens or CURVE_TOKENS
+        curve_kinds = curve_documents(args, tokenizer, curve_tokens) if args.curve_text else None
         pack = calibrate(
-            target, draft, docs, curve_kinds=curve_kinds, **parts, options=options, fingerprints=prints | {"text": digest}, log=log
+            target,
+            draft,
+            docs,
+            curve_kinds=curve_kinds,
+            curve_tokens=curve_tokens,
+            **parts,
+            options=options,
+            fingerprints=prints | {"text": digest},
+            log=log,
         )
     pack.save(args.out)
     CodecPack.load(args.out).check(prints)

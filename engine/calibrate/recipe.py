@@ -136,6 +136,7 @@ def calibrate(
     head_layers: Decoder | None = None,
     options: CalibrationOptions | None = None,
     curve_kinds: Sequence[Sequence[Sequence[int]]] | None = None,
+    curve_tokens: int = CURVE_TOKENS,
     fingerprints: dict[str, str] | None = None,
     log: Log = print,
 ) -> CodecPack:
@@ -149,6 +150,7 @@ def calibrate(
         curve_kinds: documents, of each kind of text apart, that the divergence curve is measured on (None: held-out ones of docs, as of one kind).
             What is not of the calibration's kinds has tokens whose importance is predicted less well: a promise for such text needs a curve from
             such text.
+        curve_tokens: about as many of them are measured.
         fingerprints: role -> digest, stored in the pack.
         log: told about progress.
     """
@@ -243,7 +245,7 @@ def calibrate(
     )
     log(f"calibration: packed, {time.monotonic() - started:.0f} s")
     kinds = [held] if curve_kinds is None else curve_kinds
-    pack = pack.with_info(curve_figures(stream, pack, kinds, features, y - predict_raw(predictor, features), CURVE_TOKENS))
+    pack = pack.with_info(curve_figures(stream, pack, kinds, features, y - predict_raw(predictor, features), curve_tokens))
     log(f"calibration: done, {time.monotonic() - started:.0f} s")
     return pack
 

@@ -6,6 +6,7 @@
 #   texts      folders of texts to calibrate and test on, out of this machine's files (1 to 3 min; texts.py says what it looks for)
 #   calibrate  a pack within a restore budget (2 min)
 #   full       a pack without one (1 min; OUT/full.pack)
+#   curve      a pack of before with its divergence curve measured anew (1 min; OLD_PACK to PACK)
 #   resume     a session back from its file beside recomputing it, 1K to 32K tokens (2 min)
 #   suspend    stages of suspending 8K and 16K tokens (1 min)
 #   shapes     resuming random weights of larger shapes, and our KVTC baseline beside it (4 min)
@@ -21,12 +22,14 @@
 # Needs one GPU with 40 GB. Parts after `calibrate` need its pack (PACK), all need TEXTS. Environment, beside common.sh's:
 # PAIR (qwen2.5-coder), TEXTS (OUT/texts), SOURCES (folders that texts are looked for in: /usr), PACK (OUT/PAIR.pack), BUDGET (.19: restore budget),
 # TOKENS (277000: to calibrate on; `full` takes 600000), LENGTHS (1024,4096,8192,16384,32000), CONTEXTS (8192 16384 32768), TEST_TOKENS (24576),
-# SAMPLES (4: texts of a task), CONTEXT (1024: tokens of a document)
+# SAMPLES (4: texts of a task), CONTEXT (1024: tokens of a document), CURVE_TOKENS (106496: that divergence is measured on, of all kinds together),
+# OLD_PACK (PACK: of `curve`)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PAIR=${PAIR:-qwen2.5-coder}
 TEXTS=$(absolute "${TEXTS:-$OUT/texts}")
 PACK=$(absolute "${PACK:-$OUT/$PAIR.pack}")
+OLD_PACK=$(absolute "${OLD_PACK:-$PACK}")
 FULL_PACK=$OUT/full.pack
 BUDGET=${BUDGET:-0.19}
 TOKENS=${TOKENS:-277000}
@@ -34,6 +37,7 @@ FULL_TOKENS=${FULL_TOKENS:-600000}
 LENGTHS=${LENGTHS:-1024,4096,8192,16384,32000}
 CONTEXTS=${CONTEXTS:-8192 16384 32768}
 CONTEXT=${CONTEXT:-1024}
+CURVE_TOKENS=${CURVE_TOKENS:-106496}
 TEST_TOKENS=${TEST_TOKENS:-24576}
 SAMPLES=${SAMPLES:-4}
 REPEATS=${REPEATS:-3}
@@ -42,11 +46,16 @@ qualities=near-lossless,balanced,compact,tiny
 common=(--pair "$PAIR" --device "$DEVICE")
 
 # what there is to calibrate on (the kinds that are there, and the share of each in the tokens): once TEXTS is made
-calibration=() mix=
+calibration=() mix= curve=()
 need_texts() {
     local kind
     need "$TEXTS/cal" "part texts" || return
     calibration=() mix=
+    # what a curve is measured on: other kinds, and files of the calibration's own that it has not seen (not those that a generator makes, which repeat)
+    curve=("$TEXTS"/curve/*/)
+    for kind in std lib rst man yaml; do
+        [ -d "$TEXTS/mix/$kind" ] && curve+=("$TEXTS/mix/$kind")
+    done
     for kind in std:8 lib:3 rst:1.5 man:1.5 yaml:.75 logs:.75 json:.75 chat:.4; do
         if [ -d "$TEXTS/cal/${kind%:*}" ]; then
             calibration+=("$TEXTS/cal/${kind%:*}")
@@ -76,7 +85,14 @@ part_convert() {
 part_calibrate() {
     need_texts || return
     run calibrate scripts/calibrate.py "${common[@]}" --text "${calibration[@]}" --mix "$mix" --tokens "$TOKENS" --context "$CONTEXT" \
-        --restore-budget "$BUDGET" --curve-text "$TEXTS"/curve/*/ --out "$PACK" --json-out "$OUT/calibrate.json"
+        --restore-budget "$BUDGET" --curve-text "${curve[@]}" --curve-tokens "$CURVE_TOKENS" --out "$PACK" --json-out "$OUT/calibrate.json"
+}
+
+part_curve() {
+    need_texts || return
+    need "$OLD_PACK" "OLD_PACK" || return
+    run curve scripts/calibrate.py "${common[@]}" --complete "$OLD_PACK" --text "$TEXTS/mix" --tokens 8192 --context "$CONTEXT" \
+        --curve-text "${curve[@]}" --curve-tokens "$CURVE_TOKENS" --out "$PACK" --json-out "$OUT/curve.json"
 }
 
 part_full() {
@@ -171,4 +187,4 @@ part_sweep() {
         --json-out "$OUT/sweep.json" --plot "$OUT/sweep.png"
 }
 
-parts convert texts calibrate full resume suspend shapes domains bits tasks position continue greedy formats sweep -- "$@"
+parts convert texts calibrate full curve resume suspend shapes domains bits tasks position continue greedy formats sweep -- "$@"

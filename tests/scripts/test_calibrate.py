@@ -37,13 +37,13 @@ def test_the_best_predictor_within_a_budget_is_made_and_shown(command, tmp_path,
 
 
 def test_the_curve_of_other_texts(command, tmp_path, capsys):
-    for name, letters in (("a", "etaoin shrdlu "), ("b", "zqxjkv 0123456789 ")):
+    for name, letters in (("a", "etaoin shrdlu "), ("b", "zqxjkv 0123456789 "), ("c", "wycfgmpb ,.;")):
         (tmp_path / f"{name}.txt").write_text("".join(letters[n * n * 7919 % len(letters)] for n in range(1500)))
     curves = []
-    for more in ([], ["--curve-text", str(tmp_path)]):
+    for more in ([], ["--curve-text", str(tmp_path)], ["--curve-text", str(tmp_path), "--curve-tokens", "65"]):
         assert main([*command, *more, "--rank", "8", "--out", str(tmp_path / "p")]) == 0
         curves.append(json.loads(capsys.readouterr().out.splitlines()[-1])["divergence"])
-    assert curves[0] != curves[1] and all(len(curve["divergence"]) >= 2 for curve in curves)
+    assert curves[0] != curves[1] != curves[2] and all(len(curve["divergence"]) >= 2 for curve in curves)
 
 
 def test_long_documents_are_calibrated_on_as_well(command, tmp_path, capsys):
@@ -69,6 +69,7 @@ def test_mistakes_are_named(command, tmp_path, capsys):
     (tmp_path / "no.pack").write_bytes(b"nothing")
     out = ["--out", str(tmp_path / "p")]
     cases = {
+        "of no --curve-text": [*command, *out, "--curve-tokens", "100"],
         "--out is missing": command,
         "no codec pack": ["--show", str(tmp_path / "no.pack")],
         "is no codec pack that can be read": ["--show", str(tmp_path / "missing")],
