@@ -9,6 +9,7 @@ Axes: T tokens, K components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,36 @@ class Lent(NamedTuple):
     def num_lent_tokens(self) -> int:
         """Decoded beside the spans' own."""
         return sum(code.num_tokens for code in self.lent)
+
+    def part(self, first: int, last: int) -> Lent:
+        """Spans codes[first:last] alone, and what they refer to before them, directly or through others. Raises CorruptedCode for a reference to tokens
+        before the first span."""
+        every = [*self.lent, *self.codes]
+        ends = np.cumsum([code.num_tokens for code in every])
+        starts = ends - [code.num_tokens for code in every]
+        own = range(len(self.lent) + first, len(self.lent) + last)
+        needed, unread = set(own), list(own)
+        while unread:
+            n = unread.pop()
+            for at, length, distance, _ in every[n].references:
+                source = int(starts[n]) + at - distance
+                if source < 0:
+                    raise CorruptedCode("a coded span refers to tokens that are not there", "restore the file from a copy")
+                a, b = np.searchsorted(ends, [source, source + length - 1], side="right").tolist()
+                new = set(range(a, b + 1)) - needed
+                needed |= new
+                unread += new
+        kept, moved, length = sorted(needed), {}, 0
+        for n in kept:
+            moved[n], length = int(starts[n]) - length, length + every[n].num_tokens
+        codes = []
+        for n in kept:
+            references = []
+            for reference in every[n].references:
+                source = int(np.searchsorted(ends, starts[n] + reference.first - reference.distance, side="right"))
+                references.append(reference._replace(distance=reference.distance - moved[n] + moved[source]))
+            codes.append(replace(every[n], references=references) if references else every[n])
+        return Lent(codes[len(kept) - len(own) :], codes[: len(kept) - len(own)])
 
 
 def span_references(found: Sequence[Match], bounds: Sequence[tuple[int, int]]) -> list[list[Reference]]:

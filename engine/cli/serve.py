@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         "--grace", type=float, default=30.0, metavar="S", help="at SIGTERM, running requests may go on so many seconds; default 30"
     )
     p.add_argument("--deterministic", action="store_true", help="greedy text does not depend on who else is served")
+    p.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of one prompt that are computed between two tokens of the others; default: 256 on a CPU, 4,096 on a GPU",
+    )
     p.add_argument("--pool-tokens", type=int, metavar="N", help="tokens the KV pool holds; default: what memory allows")
     p.add_argument(
         "--prefix-sharing",
@@ -72,7 +78,7 @@ def checked(argv: Sequence[str] | None) -> argparse.Namespace:
         return args
     check_models(args)
     bounds = {"port": (0, 65535), "max_batch": (1, 4096), "max_queue": (1, 1 << 20)}
-    bounds |= {"max_body_bytes": (1024, 1 << 31), "pool_tokens": (1, 1 << 40)}
+    bounds |= {"max_body_bytes": (1024, 1 << 31), "prefill_chunk": (1, 1 << 20), "pool_tokens": (1, 1 << 40)}
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -145,6 +151,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         "kv_cache_dtype": args.kv_cache_dtype,
         "deterministic": args.deterministic,
         "max_batch": args.max_batch,
+        "prefill_chunk": args.prefill_chunk,
         "pool_tokens": args.pool_tokens,
         "prefix_sharing": args.prefix_sharing,
     }

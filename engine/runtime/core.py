@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from engine.runtime.memory import (
     page_counts,
     plan_devices,
     prefill_chunk,
+    restore_tokens,
     step_tokens,
     window_layers,
 )
@@ -50,6 +51,7 @@ from kernels.compile_ahead import compile_ahead
 from kernels.cpu_decode.crew import CREW
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
+TURN_S = 0.001  # in which whoever waits for the engine's lock gets it: without a pause its last holder takes it again
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
 MEASURED_AFTER = 64  # tokens that were not drafted for: measuring takes as long as some fifteen, copies that are made for it as many again
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
@@ -62,6 +64,8 @@ _MEASURED_COUNTS_MATRICES = (
     32,
     64,
 )  # where a processor multiplies matrices: up to 16 take about as long as one, and tell nothing of more
+
+T = TypeVar("T")
 
 
 def _measured_counts(target: Decoder) -> tuple[int, ...]:
@@ -196,6 +200,7 @@ class EngineCore:
             max_batch=config.max_batch,
             prefill_chunk=chunk,
             prefill_tokens=max(PREFILL_TOKENS, chunk),
+            restore_tokens=restore_tokens(target.device, chunk),
             deterministic=config.deterministic,
             plain=plain_decoding(runner),
             blocks=blocks,
@@ -342,6 +347,22 @@ class EngineCore:
             with suppress(PoolExhausted):  # measured by a later request, then
                 self.measure_costs()
             self._without_costs.clear()
+
+    def in_turns(self, pieces: Generator[None, None, T]) -> T:
+        """What a generator returns, each piece of which holds the lock; steps of those being served run in between, if the caller does not hold it. An
+        interrupt between two pieces closes the generator."""
+        try:
+            while True:
+                try:
+                    with self.lock:
+                        next(pieces)
+                except StopIteration as end:
+                    return end.value
+                if not self.scheduler.idle:
+                    time.sleep(TURN_S)
+        finally:
+            with self.lock:
+                pieces.close()
 
     # --- conversations --------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,12 @@ def prefill_chunk(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 256
 
 
+def restore_tokens(device: torch.device, chunk: int) -> int:
+    """Tokens of a stored prefix that are restored in one step, where so many of a prompt are computed: for those running meanwhile both take about as
+    long, as restoring is so much faster. On a GPU a piece has to be long: it waits for the device at its end."""
+    return (4 if device.type == "cuda" else 2) * chunk
+
+
 def plan_devices(target: Decoder, draft: Decoder | None, config: EngineConfig, *, captures: bool) -> tuple[MemoryPlan, ...]:
     """`plan_memory` of every device that holds layers of the target, measured now; () on a CPU. All have pools for the same tokens; the draft lies on
     the target's main device. Raises InvalidOption."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from engine.runtime.request import Request, SequenceState
+from engine.runtime.request import PrefixRestore, Request, SequenceState
 
 
 class PrefixStore(Protocol):
     """Called by whoever holds the engine's lock; nothing it meets may fail a request."""
 
-    def restore(self, request: Request) -> None:
-        """The request was admitted and runs next: bring back what is known of its prompt into its caches, and note it in the request."""
+    def restore(self, request: Request) -> PrefixRestore | None:
+        """The request was admitted and runs next: what is known of its prompt, to be brought back into its caches; None where that is nothing. Each
+        piece is noted in the request."""
         ...
 
     def finished(self, request: Request) -> None:

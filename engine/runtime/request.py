@@ -47,6 +47,20 @@ class TextSource(Protocol):
     def stream(self, context: Sequence[int], stop: Sequence[str]) -> TextSink: ...  # context: the tokens before
 
 
+class PrefixRestore(Protocol):
+    """A stored prefix that comes back into a request's caches piece by piece; between two pieces they hold a beginning of its text.
+    `engine.store.restoring`."""
+
+    @property
+    def end(self) -> int: ...  # tokens of the text that will be there
+
+    def piece(self, tokens: int) -> bool:
+        """Bring back up to so many more tokens, in whole codes; whether any are left. Where it fails, none are, and the caches may be empty."""
+        ...
+
+    def close(self) -> None: ...  # no further piece is wanted; nothing happens behind the last
+
+
 @dataclass
 class SequenceState:
     """Tokens and caches that outlive a request; may also be filled from outside (a session file).
@@ -163,6 +177,8 @@ class Request:
     # the pages that it left behind when it was interrupted after its first token; None where it was not, or its numbers were a store's
     own_pages: Sequence[OwnPage] | None = None
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
+    asks_store: bool = False  # whether a store is still to be asked for it, before it runs
+    restoring: PrefixRestore | None = None  # under way: it runs afterwards
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     penalised: bool = field(init=False)  # as its parameters are, asked in every step
     _history: TokenHistory | None = None

@@ -53,6 +53,11 @@ def chunk_demands(request: Request, drafter: Drafter | None, chunk: int) -> list
     return [d for d in _demands(request, drafter, end, end) if d.sequence is sequence or (drafter is not None and drafter.exit_layer)]
 
 
+def restore_demands(request: Request, drafter: Drafter | None, end: int) -> list[Demand]:
+    """Of tokens that are restored up to `end`. A separate draft runs them even for a request without drafts, but pages for that are not promised."""
+    return _demands(request, drafter, end, end)
+
+
 def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) -> list[Demand]:
     """Of one decode step and the one that may be launched ahead of its result: pending tokens, as many drafts as there may be (`drafts`: if there may
     be any), and their leaves."""

@@ -14,8 +14,8 @@ from engine.kv.shared_prefixes import OwnPage, SharedPrefixes, Use
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
-from engine.runtime.request import Request
-from engine.runtime.reserve import Demand, block_demands, chunk_demands, holding_blocks, reserve, whole_demands
+from engine.runtime.request import PrefixRestore, Request
+from engine.runtime.reserve import Demand, block_demands, chunk_demands, holding_blocks, reserve, restore_demands, whole_demands
 from engine.runtime.step import decode_step, prefill_step
 
 HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
@@ -32,7 +32,8 @@ class Scheduler:
     2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
     that a long prompt does not hold up the others. whole_chunks: chunks end at multiples of it, counted from the text's first token, and a whole one
     runs alone in its pass: then its numbers are the same whatever else is served and whatever was shared before it.
-    prefill_tokens: most prompt tokens per step. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
+    prefill_tokens: most prompt tokens per step. restore_tokens: of a stored prefix that are brought back in one step, for one request; they count as
+    prompt tokens. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
     shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too; with whole chunks, it
     comes up once no other request is computing a chunk of the same beginning. drafting: the policy
     that plans them.
@@ -45,6 +46,7 @@ class Scheduler:
     max_batch: int = 64
     prefill_chunk: int = 512
     prefill_tokens: int = 2048
+    restore_tokens: int = 512
     deterministic: bool = False
     plain: PlainDecoding | None = None
     blocks: BlockDecoding | None = None
@@ -84,19 +86,22 @@ class Scheduler:
         self._release(request)
 
     def step(self) -> list[Request]:
-        """Run one chunk of every prompt in progress (within the budget) and one decode step of all others.
+        """Run one piece of a restore, one chunk of every prompt in progress (within the budget) and one decode step of all others.
 
         Returns the requests that finished. One that does not fit beside the open conversations although nothing runs is among them, with
         `error` set, and so is one whose logits are not finite.
         """
         refused = self._admit()
+        restored = self._restore()
         prefilling: list[Request] = []
         decoding: list[Request] = []
         for request in self.running:
+            if request is restored or request.asks_store or request.restoring is not None:
+                continue
             (prefilling if request.num_uncomputed > 0 else decoding).append(request)
         chosen: list[Request] = []
         chunks: list[int] = []
-        budget = self.prefill_tokens
+        budget = self.prefill_tokens - (0 if restored is None else self.restore_tokens)
         for request in prefilling:
             if self._waits(request, chosen):
                 request.looked_up = False
@@ -176,6 +181,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Give a request's pages back; it waits before all others, with the text it has."""
         self.preemptions += 1
+        self._end_restore(request)
         own = self._keep(request)
         self.running.remove(request)
         conversation = request.conversation
@@ -286,12 +292,8 @@ class Scheduler:
                 request = self.waiting.popleft()
                 self.running.append(request)
                 self.drafting.begin(request.drafting, request.namespace or "")
-                if self.prefix_store is not None:
-                    self._share(request)  # first: what is in the pool costs nothing
-                    self.prefix_store.restore(request)
-                conversation = request.conversation
-                conversation.num_chunked = min(conversation.num_chunked, conversation.sequence.length)
-                conversation.foreign = conversation.foreign or conversation.sequence.length > conversation.num_computed
+                request.asks_store = self.prefix_store is not None
+                self._look_at_caches(request)
             elif self.prefix_store is not None and self.prefix_store.yield_pages():
                 return [*refused, *self._admit()]
             elif self.running:
@@ -302,6 +304,65 @@ class Scheduler:
                 self._release(request)
                 refused.append(request)
         return refused
+
+    def _look_at_caches(self, request: Request) -> None:
+        """Something else than a step may have filled a request's caches."""
+        conversation, length = request.conversation, request.sequence.length
+        conversation.num_chunked = min(conversation.num_chunked, length)
+        conversation.foreign = conversation.foreign or length > conversation.num_computed
+
+    def _restore(self) -> Request | None:
+        """Ask the store for those that were admitted, and bring back a piece for the first that gets something; returns that one. Of two restores one
+        is made after the other: others wait for one piece a step, and the second may begin with what the first gave back."""
+        for request in self.running:
+            if request.asks_store and not self._comes_back(request):
+                request.asks_store = False
+                if self.prefix_store is not None:
+                    self._share(request)  # first: what is in the pool costs nothing
+                    request.restoring = self.prefix_store.restore(request)
+                    self._look_at_caches(request)
+        for request in self.running:
+            if request.restoring is not None:
+                return self._restore_piece(request, request.restoring)
+        return None
+
+    def _restore_piece(self, request: Request, restoring: PrefixRestore) -> Request:
+        """One of its pieces, if there are pages for all of them."""
+        if not request.sequence.windows:  # whose pages are taken pass by pass
+            demands = restore_demands(request, self.drafter, restoring.end)
+            if not self._make_room(request, demands):
+                return request
+            reserve(demands)
+        self.drafting.interrupted()
+        alone = len(self.running) == 1 and self.pool.device.type == "cuda"  # which is faster with all at once
+        if not restoring.piece(restoring.end if alone else self.restore_tokens):
+            request.restoring = None
+            if not request.sequence.length:  # it failed: what came before is in the pool
+                request.looked_up = False
+                self._share(request)
+        self._look_at_caches(request)
+        return request
+
+    def _comes_back(self, request: Request) -> bool:
+        """Whether a request that has nothing waits: what it begins with is about to be restored for another one, and can then be shared."""
+        if self.shared_prefixes is None or request.sequence.length or self._promised(request) or request.own_pages is not None:
+            return False
+        for other in self.running:
+            if other.restoring is None or (other.namespace or "") != (request.namespace or ""):
+                continue
+            end = other.sequence.length + self.pool.page_size
+            known = end <= min(other.restoring.end, len(request.token_ids) - 1)
+            if known and request.token_ids[:end] == other.token_ids[:end]:
+                return True
+        return False
+
+    @staticmethod
+    def _end_restore(request: Request) -> None:
+        """No piece of it is wanted any more."""
+        request.asks_store = False
+        if request.restoring is not None:
+            request.restoring.close()
+            request.restoring = None
 
     def _promise(self, request: Request, oldest: Request) -> list[tuple[KvPool, int]]:
         """Pages that a request may still take of each pool before it can be interrupted."""
@@ -316,6 +377,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         conversation = request.conversation
+        self._end_restore(request)
         self._keep(request)
         if request.error is None:
             self.drafting.end(request.token_ids, request.prompt_tokens, request.namespace or "")

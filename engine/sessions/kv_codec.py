@@ -267,6 +267,7 @@ class SessionCodec:
         lent: Lent | None = None,
         *,
         leaves_head: bool = False,
+        draft_end: int = 0,
     ) -> None:
         """Fill a conversation's caches, the draft's included, with the tokens that spans cover and those before them; advances. The caches are empty,
         or hold what comes before the spans.
@@ -274,7 +275,8 @@ class SessionCodec:
         Entropy decoding runs beside the passes of the draft and of the target's first layers (on a GPU); the target's other layers come out of one
         product a chunk. A predictor that looks at the first layers of a separate draft needs only these (`draft_layers_run`): the draft's cache stays
         empty then, and the draft catches up when it is first asked for drafts. lent: the same spans, read, and what they refer to outside of the text.
-        leaves_head: so do a draft head's own layers, on a CPU, behind texts of up to _MOST_LEFT tokens. Other texts cannot share its pages then.
+        leaves_head: so do a draft head's own layers, where `may_leave_head`. Other texts cannot share its pages then.
+        draft_end: tokens of which the draft's first layers alone have run already, for an earlier part of the spans.
         Raises the codec's errors; the conversation must then be closed.
         """
         self.ready()
@@ -285,13 +287,13 @@ class SessionCodec:
             self.core.device.type == "cuda" and not clock.waits and not conversation.sequence.windows
         )  # whose pages are taken pass by pass
         if side_by_side and drafter is not None and drafter.exit_layer == 0 and state is not None:
-            parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock, lent)
+            parts, latents, target_rows = self._passes_side_by_side(conversation, state, spans, clock, lent, draft_end)
         else:
             parts = self._entropy_decoded(spans, lent, beside=not clock.waits)
             clock.mark("entropy")
             run_tokens(self.core, conversation, start - conversation.sequence.length)
             clock.mark("sinks")
-            latents = self._draft_pass(state, conversation, start, end, leave=leaves_head)
+            latents = self._draft_pass(state, conversation, start, end, draft_end, leave=leaves_head and self.may_leave_head(end))
             clock.mark("draft")
             target_rows = self._target_rows(conversation, start, end)
             clock.mark("target_layers")
@@ -301,7 +303,13 @@ class SessionCodec:
         conversation.sequence.advance(end - conversation.sequence.length)
 
     def _passes_side_by_side(
-        self, conversation: SequenceState, state: DraftState, spans: Sequence[Span], clock: StageClock, lent: Lent | None
+        self,
+        conversation: SequenceState,
+        state: DraftState,
+        spans: Sequence[Span],
+        clock: StageClock,
+        lent: Lent | None,
+        draft_end: int,
     ) -> tuple[list[EntropyDecoded], Tensor, Tensor | None]:
         """On a GPU: the draft's pass on the current stream, and on another one, meanwhile, the entropy decoder and the target's passes. What the host
         does for these (reading spans, laying out batches, launching small kernels) then never leaves the device without work."""
@@ -309,7 +317,7 @@ class SessionCodec:
         current, side = torch.cuda.current_stream(self.core.device), self.pages.side_stream()
         conversation.sequence.ensure(end)  # here, as a pool that grows belongs to the current stream
         side.wait_stream(current)
-        latents = self._draft_pass(state, conversation, start, end)
+        latents = self._draft_pass(state, conversation, start, end, draft_end)
         clock.mark("draft")
         with torch.cuda.stream(side):
             parts = self._entropy_decoded(spans, lent, beside=True)
@@ -404,32 +412,68 @@ class SessionCodec:
                 sequence.free()
         return torch.cat(rows)
 
-    def _draft_pass(self, state: DraftState | None, conversation: SequenceState, start: int, end: int, *, leave: bool = False) -> Tensor:
-        """[end - start, r] for an empty conversation that is being restored: the draft runs tokens [0, end), or its first layers alone do."""
-        if self._shallow_layers is None or state is None or state.length:
+    def may_leave_head(self, end: int) -> bool:
+        """Whether a restore of a text of `end` tokens may leave a draft head's own layers for later: a GPU's captured steps have no room for many
+        waiting states, and its first draft would wait no shorter."""
+        return self.core.device.type == "cpu" and end <= _MOST_LEFT
+
+    def draft_end(self, conversation: SequenceState, done: int) -> int | None:
+        """Where a restore lets a separate draft go on; None without one. done: tokens that its first layers alone have run."""
+        state = conversation.draft_state
+        if self.core.draft_model is None or state is None:
+            return None
+        return done if self._runs_shallow(state) else state.length
+
+    def run_draft(self, conversation: SequenceState, start: int, end: int) -> int:
+        """Let a separate draft, or the first layers that a restore needs of it, run tokens [start, end), start: `draft_end`. Returns how many tokens
+        its first layers alone have run."""
+        state = conversation.draft_state
+        assert state is not None, "only a draft has layers to run"
+        if self._runs_shallow(state):
+            self._run_shallow(state, conversation.token_ids, start, end)
+            return end
+        prefill_draft(self.core, state, conversation.token_ids[:end])
+        return 0
+
+    def _runs_shallow(self, state: DraftState) -> bool:
+        """Whether a restore runs the first layers of a separate draft alone."""
+        return self._shallow_layers is not None and not state.length
+
+    def _draft_pass(
+        self, state: DraftState | None, conversation: SequenceState, start: int, end: int, draft_end: int = 0, *, leave: bool = False
+    ) -> Tensor:
+        """[end - start, r] for a conversation that is being restored: the draft runs what it lacks of tokens [0, end), or its first layers alone run
+        tokens [draft_end, end)."""
+        if state is None or not self._runs_shallow(state):
             if self.core.drafter is not None and state is not None:
-                # a GPU's captured steps have no room for many waiting states, and its first draft would wait no shorter
-                leave = leave and self.core.device.type == "cpu" and end <= _MOST_LEFT
                 prefill_draft(self.core, state, conversation.token_ids[:end], leave=leave)
             return self._latents(conversation, start, end)
-        taps, draft = self.predictor.spec.taps, self.core.draft_model
-        assert draft is not None
-        rows = FeatureBuffer(self.predictor.reduce)
-        if not taps:
+        if not self.predictor.spec.taps:
             return self.predictor.reduce(
                 torch.zeros(end - start, 0, self.predictor.draft_size, dtype=torch.float32, device=self.core.device)
             )
-        ids = upload(conversation.token_ids[:end], self.core.device).clamp_max(draft.config.vocab_size - 1)
+        found = self._run_shallow(state, conversation.token_ids, draft_end, end).take(start, end)
+        assert found is not None, "a pass over all tokens keeps all features"
+        return found
+
+    def _run_shallow(self, state: DraftState, token_ids: Sequence[int], start: int, end: int) -> FeatureBuffer:
+        """Run a separate draft's first layers over tokens [start, end), behind those that they have run; returns their features."""
+        taps, draft = self.predictor.spec.taps, self.core.draft_model
+        assert draft is not None and self._shallow_layers is not None
+        rows = FeatureBuffer(self.predictor.reduce)
+        rows.skip(start)
+        ids = upload(token_ids[start:end], self.core.device).clamp_max(draft.config.vocab_size - 1)
         size = pass_tokens(draft)
         state.sequence.ensure(end)
-        for at in range(0, end, size):
+        for at in range(start, end, size):
             count = min(size, end - at)
+            own = ids[at - start : at - start + count]
             if self._shallow_layers == 0:
-                rows.append(draft.embed(ids[at : at + count])[:, None])
+                rows.append(draft.embed(own)[:, None])
                 continue
             # pages behind the sequence's length, which the draft's own pass over these tokens writes again
             out = draft.forward(
-                ids[at : at + count],
+                own,
                 [state.sequence],
                 [count],
                 starts=[at],
@@ -439,9 +483,7 @@ class SessionCodec:
                 deterministic=self.core.deterministic,
             )
             rows.append(torch.stack([out.taps[i] for i in taps], 1))
-        found = rows.take(start, end)
-        assert found is not None, "a pass over all tokens keeps all features"
-        return found
+        return rows
 
     def _latents(self, conversation: SequenceState, start: int, end: int) -> Tensor:
         """[end - start, r] from the features kept for tokens [start, end); the draft runs the tokens it never saw, and a pass over scratch pages

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
@@ -37,20 +37,30 @@ SHORTEST = 512
 
 
 def rates_of(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Rates | None:
-    """The rates of a codec's engine: those known in this process, those remembered in the cache, or new ones, measured now. None where none are known
-    and so few tokens are at stake that it is not worth a measurement. Where the cache cannot be written, this process alone remembers them."""
+    """The rates of a codec's engine: those known already (`known_rates`), or new ones, measured now. None where none are known and so few tokens are at
+    stake that it is not worth a measurement."""
+    rates = known_rates(codec)
+    if rates is None and tokens >= SHORTEST:
+        for _ in measuring(codec, log):
+            pass
+        rates = codec.rates
+    return rates
+
+
+def known_rates(codec: SessionCodec) -> Rates | None:
+    """Of this process, or remembered in the cache; None: they were never measured."""
     if codec.rates is None:
-        cache, name = CacheFolder("rates"), f"{_key(codec)}.json"
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
-            kept = json.loads(cache.read(name, _MOST_BYTES) or b"")
+            kept = json.loads(CacheFolder("rates").read(f"{_key(codec)}.json", _MOST_BYTES) or b"")
             codec.rates = Rates(**{field: float(value) for field, value in kept.items()})
-        if codec.rates is None and tokens < SHORTEST:
-            return None
-        if codec.rates is None:
-            codec.rates = measure(codec)
-            log(f"measured once for this machine and pair: {codec.rates.reason(4096)}")
-            cache.write(name, (json.dumps(asdict(codec.rates)) + "\n").encode())
     return codec.rates
+
+
+def measuring(codec: SessionCodec, log: Callable[[str], None]) -> Generator[None, None, None]:
+    """Measure, and remember what was found, in the cache where it can be written; in pieces (`measure`)."""
+    codec.rates = yield from measure(codec)
+    log(f"measured once for this machine and pair: {codec.rates.reason(4096)}")
+    CacheFolder("rates").write(f"{_key(codec)}.json", (json.dumps(asdict(codec.rates)) + "\n").encode())
 
 
 def _key(codec: SessionCodec) -> str:
@@ -61,11 +71,12 @@ def _key(codec: SessionCodec) -> str:
 
 
 @torch.inference_mode()
-def measure(codec: SessionCodec) -> Rates:
+def measure(codec: SessionCodec) -> Generator[None, None, Rates]:
     """Time the target's pass over tokens of a text, coding them, and their restore from coded spans, each after a pass that is not timed.
 
     Takes as long as a prompt of a thousand tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back. On a CPU the seconds are the
-    process's own over its threads, so that other programs make no difference.
+    process's own over its threads, so that other programs make no difference. Between two pieces, of one pass or one coding each, nothing is timed:
+    other requests may run.
     """
     core = codec.core
     room = min(core.context, core.pool.num_free_tokens // 2)
@@ -78,12 +89,14 @@ def measure(codec: SessionCodec) -> Rates:
     try:
         first.token_ids[:] = ids
         codec.run_target(first, large)
+        yield
         codec.features(first, NUM_SINKS, large)  # what an answer leaves behind
         for length in (small, small, large):  # the first time pays for tables
             clock, began = StageClock(core.device), time.process_time()
             spans = codec.encode(first, NUM_SINKS, length, _QUALITY)
             clock.mark("code")
             seconds["code"][length] = _own_s(began) if core.device.type == "cpu" else clock.seconds()["code"]
+            yield
     finally:
         core.close_sequence_state(first)
     first_s: dict[str, float] = {}
@@ -104,6 +117,7 @@ def measure(codec: SessionCodec) -> Rates:
                 first_s.setdefault(kind, found[length])
             finally:
                 core.close_sequence_state(conversation)
+            yield
     lines: dict[str, float] = {}
     for kind, found in seconds.items():
         token_s = max(0.0, (found[large] - found[small]) / (large - small))

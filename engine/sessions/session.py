@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from codec.references import Lent
 from codec.spec import NUM_SINKS, QUALITIES, QUALITY_DIVERGENCE, KvLayout
 from engine.errors import Corrupted, EmptyPrompt, ForeignModel, InvalidOption, SessionBusy, SessionClosed
 from engine.inputs import named_path, shown
@@ -22,8 +23,9 @@ from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints
 from engine.sessions.file import SessionFile, Span, mean_divergence, session_errors, write_file
-from engine.sessions.kv_codec import coded_end, session_codec
-from engine.sessions.rates import rates_of
+from engine.sessions.kv_codec import SessionCodec, coded_end, session_codec
+from engine.sessions.rates import SHORTEST, known_rates, measuring, rates_of
+from engine.sessions.restore import SpanRestore
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
 from engine.text.encoding import encode_text
@@ -38,6 +40,7 @@ AUTO_QUALITY = "balanced"
 
 DECODE, RECOMPUTE = "decode", "recompute"
 RESTORES = (AUTO, DECODE, RECOMPUTE)
+_OTHERS = "others"  # a stage: what runs between two pieces of a restore
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,12 @@ class Session:
                 self.conversation = core.open_sequence_state()
                 self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
                 self._give_back.atexit = False
-                if stored is not None:
-                    try:
-                        self._restore(stored, source, restore, began)
-                    except BaseException:
-                        self.close()
-                        raise
+            if stored is not None:
+                try:
+                    self._restore(stored, source, restore, began)
+                except BaseException:
+                    self.close()
+                    raise
         except Exception:
             if stored is not None:  # whose spans do not belong together says so, whatever else was found
                 with session_errors(source):
@@ -413,21 +416,38 @@ class Session:
             if how == AUTO and self.quality in QUALITIES:  # asked for by name, now or when the file was written
                 how = DECODE
             if how == AUTO:
-                rates = rates_of(codec, stored.num_cached, self._log)
+                if known_rates(codec) is None and stored.num_cached >= SHORTEST:
+                    core.in_turns(measuring(codec, self._log))
+                rates = codec.rates
                 how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE
                 reason = None if rates is None else rates.reason(stored.num_cached)
             if how == DECODE:
                 num_cached = stored.num_cached
                 clock = StageClock(core.device)
-                with torch.inference_mode(), session_errors(source):
-                    codec.restore(conversation, stored.spans, clock, leaves_head=True)
+                with session_errors(source):
+                    core.in_turns(self._pieces(codec, stored.spans, clock))
                 narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
                 conversation.sequence.hold_only_seen(num_cached)
                 conversation.windows_from = max(0, num_cached - narrowest)
                 stages = clock.seconds()
+                del stages[_OTHERS]
                 draft_s = stages.get("sinks", 0.0) + stages["draft"]
                 decode_s = sum(stages.values()) - draft_s
         with session_errors(source):
             stored.confirm()
         done = DECODE if num_cached else RECOMPUTE
         self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)
+
+    def _pieces(self, codec: SessionCodec, spans: Sequence[Span], clock: StageClock) -> Generator[None, None, None]:
+        """Restore them, piece by piece where requests may run in between: a GPU that serves nobody is faster with all at once."""
+        core, tokens, lent = self.core, self.core.scheduler.restore_tokens, None
+        if core.device.type == "cuda" and core.scheduler.idle:
+            tokens = spans[-1].end
+        if spans[-1].end > tokens:  # spans may refer to those of pieces before theirs
+            lent = Lent(codec.codec.read([span.data for span in spans]), [])
+        restore = SpanRestore(codec, self.conversation, spans, lent, leaves_head=True)
+        while restore.left:
+            clock.mark(_OTHERS)
+            with torch.inference_mode():
+                restore.piece(tokens, clock)
+            yield

@@ -7,8 +7,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from codec.spec import NUM_SINKS
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import is_whole, shown
 from engine.kv.shared_prefixes import SharedPrefixes
-from engine.runtime.core import EngineCore
+from engine.runtime.core import TURN_S, EngineCore
 from engine.runtime.request import Request, SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import Span
 from engine.sessions.kv_codec import SessionCodec, session_codec
-from engine.sessions.rates import rates_of
+from engine.sessions.rates import SHORTEST, known_rates, measuring, rates_of
+from engine.sessions.restore import SpanRestore
 from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKENS
 from engine.sessions.stages import Rates
 from engine.store.borrowing import Loans, resolved
 from engine.store.host_tier import HitMetrics, HostTier
+from engine.store.restoring import StoredRestore
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_bounds
 from engine.store.store import RunStore, StoredPrefix
 
@@ -38,7 +41,6 @@ PIECE_PAGES = {"cpu": 1, "cuda": 16 * RUN_PAGES}
 
 _PATIENCE_S = 0.5  # how long a busy engine is waited for before a piece is coded between two of its steps
 _POLL_S = 0.01
-_TURN_S = 0.001  # in which whoever waits for the engine's lock gets it: without a pause its last holder takes it again
 _MAX_TOLD = 1 << 14
 _EXIT_S = 60.0  # for what is left to be coded when the process ends
 
@@ -137,6 +139,7 @@ class PrefixCache:
         self._shared: SharedPrefixes | None = None
         self.memory_bytes, self.disk = memory_bytes, HitMetrics()
         self.host: HostTier | None = None  # made when it is known what restoring takes here
+        self._measuring: Generator[None, None, None] | None = None
         self._told: set[bytes] = set()  # runs whose tokens requests may have as drafts already
 
     def attach(self) -> PrefixCache:
@@ -156,14 +159,17 @@ class PrefixCache:
 
     # --- before a request -----------------------------------------------------------------------------------------------
 
-    def restore(self, request: Request) -> None:
+    def restore(self, request: Request) -> StoredRestore | None:
         """See `PrefixStore.restore`."""
         try:
             self._foretell(request)
-            with torch.inference_mode():
-                self._restore(request)
+            return self._restore(request)
         except (ForetoldError, CodecError, OSError, MemoryError) as error:
-            self._once("restore", f"a stored prefix could not be restored: {error}")
+            self._not_restored(error)
+            return None
+
+    def _not_restored(self, error: Exception) -> None:
+        self._once("restore", f"a stored prefix could not be restored: {error}")
 
     def _foretell(self, request: Request) -> None:
         """Let the request's drafts come from what followed its prompt in stored texts of its namespace, other processes' included."""
@@ -177,12 +183,12 @@ class PrefixCache:
         if len(self._told) > _MAX_TOLD:
             self._told.clear()
 
-    def _restore(self, request: Request) -> None:
+    def _restore(self, request: Request) -> StoredRestore | None:
         began = time.perf_counter()
         have = request.sequence.length
         codec = self.codec
         if codec is None or have % PAGE_TOKENS or len(request.token_ids) - 1 - have < PAGE_TOKENS:
-            return
+            return None
         self.metrics.lookups += 1
         # at least one token is left to run, for its logits
         root = root_key(self._identity(request.namespace))
@@ -190,7 +196,7 @@ class PrefixCache:
         self.metrics.lookup_s += time.perf_counter() - began
         tokens = found.num_tokens - have
         if tokens <= 0:
-            return
+            return None
         lent, datas, borrows = resolved(codec.codec, found)
         num_lent = 0 if lent is None else lent.num_lent_tokens
         rates = rates_of(codec, 0, self._log)
@@ -198,46 +204,52 @@ class PrefixCache:
         promised = self.core.deterministic or request.params.seed is not None or spoken
         if promised or (rates is not None and not rates.pays(tokens, num_lent)):
             self.metrics.skipped += 1
-            return
-        conversation = request.conversation
+            return None
         spans = [
             Span(*span_bounds(page), data, borrows=needs)
             for page, data, needs in zip(range(found.start_page, found.end_page), datas, borrows, strict=True)
         ]
-        began_restore = time.perf_counter()
-        try:
-            codec.restore(conversation, spans, lent=lent)
-        except BaseException:
-            self._empty(conversation)
-            raise
-        if self.core.device.type == "cuda":
-            torch.cuda.synchronize(self.core.device)
-        took = time.perf_counter() - began_restore
-        if have == (conversation.restored_spans[-1].end if conversation.restored_spans else 0):
-            conversation.restored_spans = [*conversation.restored_spans, *spans]
-            state = conversation.draft_state
-            if self._shared is not None:  # the next request that begins so needs no decoding
-                draft = None if state is None or self.core.draft_pool is None or not state.shareable else state.cache
-                self._shared.insert_restored(
-                    request.token_ids[: found.num_tokens],
-                    request.namespace or "",
-                    conversation.sequence,
-                    draft,
-                    conversation.restored_spans,
-                )
-        request.restored_tokens, request.restore_s = tokens, time.perf_counter() - began
-        request.reused_tokens = request.sequence.length
-        self.metrics.hits += 1
-        self.metrics.hit_tokens += tokens
-        self.metrics.lent_tokens += num_lent
-        self.metrics.restore_s += took
-        saved_s = 0.0 if rates is None else rates.recomputing(tokens) - took
-        self.metrics.saved_s += saved_s
-        from_host = max(0, in_memory * PAGE_TOKENS - have)
-        self.disk.add(tokens - from_host, saved_s * (tokens - from_host) / tokens)
-        if self.host is not None:
-            self.host.metrics.add(from_host, saved_s * from_host / tokens)
-            self.host.insert(root, request.token_ids, found)
+
+        def ended(came: int, took_s: float, whole: bool) -> None:
+            if not came:
+                return
+            self.metrics.hits += 1
+            self.metrics.hit_tokens += came
+            self.metrics.lent_tokens += num_lent
+            self.metrics.restore_s += took_s
+            saved_s = 0.0 if rates is None else rates.recomputing(came) - took_s
+            self.metrics.saved_s += saved_s
+            from_host = min(came, max(0, in_memory * PAGE_TOKENS - have))
+            self.disk.add(came - from_host, saved_s * (came - from_host) / came)
+            if self.host is not None:
+                self.host.metrics.add(from_host, saved_s * from_host / came)
+                if whole:
+                    self.host.insert(root, request.token_ids, found)
+
+        restore = SpanRestore(codec, request.conversation, spans, lent)
+        return StoredRestore(
+            self.core,
+            request,
+            restore,
+            time.perf_counter() - began,
+            came=partial(self._came, request, spans),
+            ended=ended,
+            failed=self._not_restored,
+        )
+
+    def _came(self, request: Request, spans: list[Span], before: int, count: int) -> None:
+        """The next `count` spans are back in a request's caches, which held `before` tokens: the next request that begins so needs no decoding."""
+        conversation, state = request.conversation, request.draft_state
+        if before != (conversation.restored_spans[-1].end if conversation.restored_spans else 0):
+            return
+        end = conversation.sequence.length
+        came = [span for span in spans if before < span.end <= end]
+        assert len(came) == count, "a piece is whole spans"
+        conversation.restored_spans = [*conversation.restored_spans, *came]
+        if self._shared is not None:
+            draft = None if state is None or self.core.draft_pool is None or not state.shareable else state.cache
+            ids, namespace = request.token_ids[:end], request.namespace or ""
+            self._shared.insert_restored(ids, namespace, conversation.sequence, draft, conversation.restored_spans)
 
     def _found(self, root: bytes, token_ids: list[int], start_page: int) -> tuple[StoredPrefix, int]:
         """What is stored of a text, in memory or in files, and the page up to which it lay in memory."""
@@ -253,15 +265,6 @@ class PrefixCache:
         borrowed = {at: own for at, own in near.borrowed.items() if at < middle} | dict(far.borrowed)
         spans = near.spans[: middle - start_page] + far.spans
         return StoredPrefix(start_page, far.end_page, spans, far.keys, borrowed, far.first_pages), middle
-
-    def _empty(self, conversation: SequenceState) -> None:
-        """Give a conversation caches that hold nothing: a restore that failed may have left anything in the old ones."""
-        if self.core.drafter is not None and conversation.draft_state is not None:
-            self.core.drafter.close([conversation.draft_state])
-        conversation.sequence.free()
-        conversation.sequence = self.core.pool.new_sequence()
-        if self.core.drafter is not None:
-            conversation.draft_state = self.core.drafter.open(conversation.sequence)
 
     # --- behind an answer -----------------------------------------------------------------------------------------------
 
@@ -323,6 +326,8 @@ class PrefixCache:
         with self.core.lock:
             for job in list(self._jobs):
                 self._end(job)
+            if self._measuring is not None:
+                self._measuring.close()
             if self.core.prefix_store is self:
                 self.core.prefix_store = None
                 self.core.hold_whole_texts(False)
@@ -395,6 +400,9 @@ class PrefixCache:
             job = self._jobs[0]
             done = True
             try:
+                if self._measures(job):
+                    job.since = time.monotonic()
+                    return
                 done = self._code_piece(job)
             except (ForetoldError, CodecError, MemoryError) as error:
                 self._once("code", f"a conversation could not be coded for the store: {error}")
@@ -448,6 +456,21 @@ class PrefixCache:
             if before.end_page < first or not self.host.insert(root, ids, before):
                 return
         self.host.insert(root, ids, StoredPrefix(first, first + len(alone), alone, []))
+
+    def _measures(self, job: _Job) -> bool:
+        """Take the next step of measuring rates, where a job needs them and they are not known yet; False where there is nothing to measure."""
+        if self.codec is None or job.page is not None or known_rates(self.codec) is not None:
+            return False
+        if min(job.conversation.sequence.length, len(job.conversation.token_ids)) < SHORTEST:
+            return False
+        if self._measuring is None:
+            self._measuring = measuring(self.codec, self._log)
+        try:
+            next(self._measuring, None)
+        except BaseException:
+            self._measuring = None
+            raise
+        return True
 
     def _code_piece(self, job: _Job) -> bool:
         """Code the next pages of a job into its tail; True when none is left."""
@@ -545,7 +568,7 @@ def _work(reference: weakref.ref[PrefixCache], wake: threading.Event, num_thread
             except Exception as error:  # whatever it is, the engine goes on
                 cache._once("worker", f"the store's worker failed: {type(error).__name__}: {error}")
                 worked = False
-            time.sleep(_TURN_S if worked else _POLL_S)
+            time.sleep(TURN_S if worked else _POLL_S)
         del cache
 
 

@@ -14,7 +14,7 @@ from codec.container import Reference, read_span
 from codec.errors import BadInput, CorruptedCode
 from codec.match import Match
 from codec.pages import PageDecoder
-from codec.references import SourceComponents, chain_depths, choose_scales, scaled_sources, span_references
+from codec.references import Lent, SourceComponents, chain_depths, choose_scales, scaled_sources, span_references
 from tests.codec.test_pages import DEVICE, FEATURES, predictor_of
 
 BOUNDS = [(4, 64), (64, 128), (128, 192), (192, 200)]
@@ -97,6 +97,37 @@ def test_what_refers_decodes_as_it_was_coded(completed_pack, repeated, mixed):
     assert error < 1.15 * plain_error
     again = SourceComponents(codec, [(a, b, data) for (a, b), data in zip(bounds, spans, strict=True)])
     assert torch.allclose(again.take(70, 150), sources.take(70, 150), atol=1e-5) and again.depth(64, 96) == 2
+
+
+@pytest.mark.parametrize("num_lent", [0, 2])
+def test_a_part_decodes_with_what_it_refers_to_alone(codec, repeated, num_lent):
+    """As in the whole, whether the spans it refers to are among the codes or lent; through others, too."""
+    rows, inputs = (x.cpu() for x in repeated)
+    predictor = predictor_of(codec.layout.dim, "cpu")
+    guess = predictor.predict(inputs, None)
+    bounds, spans, _ = coded(codec, guess + rows, guess, [SpanSetting(0.5)] * 5, REPEATS)
+    pages, codes = PageDecoder(codec, predictor, torch.float32), codec.read(spans)
+    whole = Lent(codes[num_lent:], codes[:num_lent])
+    begin = bounds[num_lent][0]
+
+    def decoded(some: Lent, start: int, end: int) -> torch.Tensor:
+        found = torch.zeros(end - start, codec.layout.dim)
+        for tokens, part in pages.rows(pages.begin(some.codes, some.lent), inputs[start:end], None):
+            found[tokens] = part
+        return found
+
+    expected = decoded(whole, begin, len(rows))
+    # the last span refers to the third, that to both before it, the second to the first
+    needed = {(0, 1): 0, (1, 2): 1, (2, 3): 2, (3, 4): 0, (4, 5): 3, (2, 5): 2, (3, 5): 3}
+    for (first, last), count in needed.items():
+        if first < num_lent:
+            continue
+        part = whole.part(first - num_lent, last - num_lent)
+        assert (len(part.codes), len(part.lent)) == (last - first, count)
+        start, end = bounds[first][0], bounds[last - 1][1]
+        assert torch.allclose(decoded(part, start, end), expected[start - begin : end - begin], atol=1e-5)
+    with pytest.raises(CorruptedCode, match="not there"):
+        Lent(codes[1:], []).part(0, 1)
 
 
 def test_spans_are_refused_without_what_they_refer_to(codec, repeated):

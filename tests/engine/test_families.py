@@ -18,7 +18,7 @@ from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.rates import Rates
 from engine.train.training import teacher_of
-from tests.engine.conftest import NEW_FAMILIES
+from tests.engine.conftest import NEW_FAMILIES, measured
 
 PROMPTS = [[3, 4, 9, 20], [7] * 33, [1], [2, 3, 5] * 15]
 OPTIONS = {"page_size": 16, "prefill_chunk": 32}
@@ -112,7 +112,7 @@ def test_sessions_come_back_at_every_quality(draft, tiny_model, byte_tokenizer, 
     """Suspended and resumed, a session goes on as before within the loss that its quality allows, and exactly with token ids alone."""
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
-    monkeypatch.setattr("engine.sessions.rates.measure", lambda codec: Rates(0.0, 1e-6, 0.0, 1.0))
+    monkeypatch.setattr("engine.sessions.rates.measure", measured(Rates(0.0, 1e-6, 0.0, 1.0)))
     monkeypatch.setattr("engine.sessions.rates.SHORTEST", 0)
     family = "gemma3" if draft == "exit" else "mixtral"
     reference, folder = copy.deepcopy(tiny_model(family, vocab_size=264, eos_token_id=256).reference), tmp_path / "model"

@@ -328,6 +328,7 @@ def test_the_command_refuses_what_it_cannot_serve(capsys, tmp_path: Path):
         "--api-key-file": ["--host", "0.0.0.0"],
         "--port": ["--port", "70000"],
         "--max-batch": ["--max-batch", "0"],
+        "--prefill-chunk": ["--prefill-chunk", "0"],
         "--timeout": ["--timeout", "0"],
         "exclude": ["--pair", "smollm2", "--target", "x"],
         "listen": ["--port", str(taken.getsockname()[1])],

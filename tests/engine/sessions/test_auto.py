@@ -15,6 +15,7 @@ from engine.sessions import rates
 from engine.sessions.file import SessionFile
 from engine.sessions.rates import Rates
 from engine.sessions.session import Session
+from tests.engine.conftest import measured
 
 PROMPT = "def greet(name):\n    '''Say hello, once, to whoever is there.'''\n    return f'hello, {name}, and welcome'\n" * 2
 GREEDY = SamplingParams(max_new_tokens=20, draft_length=3, ignore_eos=True)
@@ -121,13 +122,13 @@ def test_short_sessions_are_not_worth_a_measurement(chat_engine, monkeypatch, tm
 
 def test_rates_are_measured_once_and_remembered(chat_engine, monkeypatch, tmp_path):
     session = spoken(chat_engine())
-    codec, measured = session.core.session_codec, []
+    codec, timed = session.core.session_codec, []
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
-    monkeypatch.setattr(rates, "measure", lambda codec: measured.append(codec) or CHEAP)
+    monkeypatch.setattr(rates, "measure", lambda codec: timed.append(codec) or measured(CHEAP)(codec))
     for _ in range(3):
         codec.rates = None
         assert rates.rates_of(codec, 100, quiet) == CHEAP
-    assert measured == [codec]
+    assert timed == [codec]
     (file,) = (tmp_path / "rates").iterdir()
     for damage in ("", "{}", "[1]", json.dumps({"restore_s": "x"})):
         file.write_text(damage)
@@ -148,7 +149,15 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
 
     engine = chat_engine(draft)
     codec = session_codec(engine.core, log=quiet)
-    found = MEASURE(codec)
+    pieces, count = MEASURE(codec), 0
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(pieces)
+            count += 1
+            if draft == "draft":  # requests run in between
+                assert engine.generate("Once upon", GREEDY)[0].new_tokens == 20
+    found = end.value.value
+    assert count == 10, "one pass over the text, three codings, three restores and three passes to compare them with"
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
     assert found.recomputing(256) > 0 and found.restoring(256) > 0 and found.coding(256) > 0
     engine.core.pool.check_integrity()

@@ -14,6 +14,7 @@ from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.rates import Rates
+from tests.engine.conftest import measured
 
 pytestmark = pytest.mark.usefixtures("all_coded")
 QUALITIES = ("near-lossless", "balanced", "compact", "tiny", "tokens")
@@ -25,7 +26,7 @@ def make_engine(request, tiny_model, byte_tokenizer, tmp_path, monkeypatch):
     """`make_engine()` -> an engine whose windowed layers keep their window alone, with a file's codec parameters fitted once."""
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
-    monkeypatch.setattr("engine.sessions.rates.measure", lambda codec: Rates(0.0, 1e-6, 0.0, 1.0))
+    monkeypatch.setattr("engine.sessions.rates.measure", measured(Rates(0.0, 1e-6, 0.0, 1.0)))
     monkeypatch.setattr("engine.sessions.rates.SHORTEST", 0)
     folder = tmp_path / "model"
     reference = copy.deepcopy(tiny_model("gemma3", vocab_size=264, eos_token_id=256, max_position_embeddings=1024).reference)
