@@ -418,15 +418,15 @@ class SessionCodec:
         return self.core.device.type == "cpu" and end <= _MOST_LEFT
 
     def draft_end(self, conversation: SequenceState, done: int) -> int | None:
-        """Where a restore lets a separate draft go on; None without one. done: tokens that its first layers alone have run."""
+        """Where a restore lets the draft go on; None without one. done: tokens that a separate draft's first layers alone have run."""
         state = conversation.draft_state
-        if self.core.draft_model is None or state is None:
+        if state is None:
             return None
-        return done if self._runs_shallow(state) else state.length
+        return done if self._runs_shallow(state) else min(state.rerun_from, state.length)
 
     def run_draft(self, conversation: SequenceState, start: int, end: int) -> int:
-        """Let a separate draft, or the first layers that a restore needs of it, run tokens [start, end), start: `draft_end`. Returns how many tokens
-        its first layers alone have run."""
+        """Let the draft, or the first layers that a restore needs of it, run tokens [start, end), start: `draft_end`. Returns how many tokens
+        a separate draft's first layers alone have run."""
         state = conversation.draft_state
         assert state is not None, "only a draft has layers to run"
         if self._runs_shallow(state):
@@ -575,7 +575,10 @@ def run_tokens(core: EngineCore, conversation: SequenceState, count: int) -> Non
 
 def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int], *, leave: bool = False) -> None:
     """Let the draft run what it lacks of token_ids, keeping features where it keeps any, in passes of `pass_tokens`. An early exit's sequence advances
-    with it: the caller then writes the other layers' KV. leave: what no feature needs of a draft head is run when drafts are first asked for."""
+    with it: the caller then writes the other layers' KV. leave: what no feature needs of a draft head is run when drafts are first asked for.
+
+    Raises InvalidOption when a draft head lies farther behind than layers with a window hold the text.
+    """
     drafter = core.drafter
     assert drafter is not None
     drafter.deterministic = core.deterministic  # whatever the last step's requests asked for
@@ -584,6 +587,12 @@ def prefill_draft(core: EngineCore, state: DraftState, token_ids: Sequence[int],
         state.sequence.ensure(len(token_ids), state.rerun_from)
     if state.cache is not state.sequence:
         state.cache.ensure(len(token_ids))
+    while (behind := state.rerun_from) < min(
+        state.length, len(token_ids)
+    ):  # a draft head takes tokens in order, from the first that it lacks
+        if not state.sequence.sees(behind):
+            raise InvalidOption("the draft lies behind what layers with a window hold of the text", "begin a new session")
+        drafter.catch_up([state], [token_ids[behind : min(behind + size, state.length)]])
     while chunk := token_ids[state.length : state.length + size]:
         state.sequence.ensure(state.length + len(chunk), state.rerun_from)
         if leave and isinstance(drafter, EarlyExitDrafter):

@@ -43,8 +43,8 @@ class SpanRestore:
         return self._done < len(self.spans)
 
     def piece(self, tokens: int, clock: StageClock | None = None) -> int:
-        """Bring back the next spans, up to `tokens` tokens of them but one at least; advances. Where a separate draft lies so far behind them that it
-        has more to run, it runs `tokens` tokens and nothing else. Returns how many spans came.
+        """Bring back the next spans, up to `tokens` tokens of them but one at least; advances. Where the draft lies so far behind them that it has
+        more to run, it runs `tokens` tokens and nothing else. Returns how many spans came.
 
         Raises the codec's errors and PoolExhausted; the caches may then hold anything, and must be given up.
         """

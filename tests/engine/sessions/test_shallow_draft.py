@@ -79,11 +79,17 @@ def test_the_first_layers_alone_give_the_features_of_a_whole_pass(chat_engine, m
     engine = chat_engine("draft", deterministic=True)
     codec = SessionCodec(engine.core, make_pack(0, 1))
     ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(3)).tolist()
-    shallow, whole = engine.core.open_sequence_state(), engine.core.open_sequence_state()
-    for conversation in (shallow, whole):
+    shallow, whole, parted, behind = (engine.core.open_sequence_state() for _ in range(4))
+    for conversation in (shallow, whole, parted, behind):
         conversation.token_ids[:] = ids
     with torch.inference_mode():
         prefill_draft(engine.core, whole.draft_state, ids)
         expected = codec._latents(whole, NUM_SINKS, len(ids))
         assert torch.equal(codec._draft_pass(shallow.draft_state, shallow, NUM_SINKS, len(ids)), expected)
+        parts = [codec._draft_pass(parted.draft_state, parted, *part) for part in ((NUM_SINKS, 40), (40, 64, 40), (64, len(ids), 64))]
+        assert torch.equal(torch.cat(parts), expected)
+        # a draft that lies behind what is restored runs up to there first, in pieces of its own
+        assert codec.draft_end(behind, 0) == 0 and codec.run_draft(behind, 0, 30) == 30 and codec.run_draft(behind, 30, 50) == 50
+        assert torch.equal(codec._draft_pass(behind.draft_state, behind, 64, len(ids), 50), expected[64 - NUM_SINKS :])
+        assert codec.draft_end(whole, 0) == len(ids)
     assert shallow.draft_state.length == 0 and whole.draft_state.length == len(ids)

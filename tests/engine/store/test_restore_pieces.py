@@ -267,6 +267,33 @@ def test_a_pool_that_fills_up_during_a_restore(stored, store_engine, draft) -> N
     check_empty(engine)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_restore_behind_computed_pages_that_the_draft_does_not_know(stored, store_engine, chat_engine, draft) -> None:
+    """It runs these tokens first, in pieces of their own, and each token at its own place."""
+    stored(draft)
+    engine, plain = store_engine(draft, **SMALL), chat_engine(draft)
+    drawn = SamplingParams(max_new_tokens=1, draft_length=0, temperature=1.0)
+    cache, engine.core.prefix_store = engine.core.prefix_store, None
+    engine.core.shared_prefixes.draft_pool = None
+    engine.generate(LONG[:200], drawn)
+    engine.core.prefix_store = cache
+    rows = []
+    for each in (engine, plain):
+        conversation = each.core.open_sequence_state()
+        with each.core.lock:
+            request = each.core.submit(conversation, each.encode(LONG), drawn, owns_cache=False)
+        each.core.finish(request)
+        rows.append(
+            each.core.target.read_kv(conversation.sequence, 0, 768).unflatten(1, (each.core.target.config.num_layers, -1)).transpose(0, 1)
+        )
+        each.core.close_sequence_state(conversation)
+        if each is engine:
+            assert request.restored_tokens == 768 - 192 and request.reused_tokens == 768
+    error = (rows[0] - rows[1]).pow(2).sum((1, 2)) / (rows[1] - rows[1].mean(1, keepdim=True)).pow(2).sum((1, 2))
+    assert error.max() < 0.5, "of every layer; KV of other tokens would lose all of the variance"
+    check_empty(engine)
+
+
 def test_an_interrupt_in_a_piece_leaves_the_request_to_be_cancelled(stored, store_engine, monkeypatch) -> None:
     stored()
     engine, piece = store_engine(**SMALL), SpanRestore.piece
