@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
+WARM_TOKENS = 600
 SHORT = "Write a long story about a river that"
 ALONE, BESIDE, COMPUTED = "restored alone", "restored beside", "computed beside"
 
@@ -36,16 +38,13 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time() / torch.get_num_threads()
 
 
-def prompts(engine: Engine, lengths: list[int]) -> dict[int, list[int]]:
+def prompts(engine: Engine, lengths: list[int]) -> list[list[int]]:
     """Token ids of so many tokens each, which begin differently."""
     texts = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "engine" / "runtime").glob("*.py"))]
     ids = [token for text in texts if text for token in engine.encode(text[: engine.core.context])]
-    at, found = 0, {}
-    for length in lengths:
-        found[length], at = ids[at : at + length], at + length
-        if len(found[length]) < length:
-            raise SystemExit(f"the sources have {len(ids)} tokens, fewer than all lengths together")
-    return found
+    if len(ids) < sum(lengths):
+        raise SystemExit(f"the sources have {len(ids)} tokens, fewer than all lengths together")
+    return [ids[end - length : end] for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
 
 def run(engine: Engine, ids: list[int], beside: bool) -> dict[str, Any]:
@@ -105,19 +104,19 @@ def main(argv: list[str] | None = None) -> int:
 
         stored = {"store": Path(folder) / "store", "quality": "balanced"}
         first = engine(**stored)
-        texts = prompts(first, lengths)
-        for ids in texts.values():
+        warm, *texts = prompts(first, [WARM_TOKENS, *lengths])
+        for ids in (warm, *texts):
             run(first, ids, beside=False)
             first.flush()
         first.close()
         plain = engine()
-        for length, ids in texts.items():
+        for length, ids in zip(lengths, texts, strict=True):
             found: dict[str, list[dict[str, Any]]] = {ALONE: [], BESIDE: [], COMPUTED: []}
             for number in range(args.repeats + 1):
                 for how, own in found.items():
                     used = plain if how == COMPUTED else engine(**stored)
                     if used is not plain:
-                        run(used, texts[lengths[0]][:200], beside=False)  # matrices, tables and rates
+                        run(used, warm, beside=False)  # makes matrices and tables
                     one = run(used, ids, how != ALONE)
                     if (one["restored_tokens"] > 0) != (how != COMPUTED):
                         raise SystemExit(f"{how}: {one['restored_tokens']} tokens were restored")
