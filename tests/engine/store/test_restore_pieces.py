@@ -403,3 +403,12 @@ def test_an_interrupt_between_two_pieces_of_a_resume_gives_pages_back(chat_engin
     monkeypatch.undo()
     engine.core.finish(stream)
     check_closed(engine)
+
+
+def test_the_benchmark_of_gaps_counts_steps(stored, store_engine) -> None:
+    from bench_restore_gap import run
+
+    stored()
+    alone, beside = (run(store_engine(**SMALL), store_engine(**SMALL).encode(LONG), other) for other in (False, True))
+    assert alone["gap_s"] is None and alone["steps"] == 0 and alone["restored_tokens"] == beside["restored_tokens"] == 768
+    assert beside["steps"] >= PIECES and 0 < beside["gap_s"] < beside["ttft_s"]
