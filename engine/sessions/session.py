@@ -439,12 +439,15 @@ class Session:
         self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)
 
     def _pieces(self, codec: SessionCodec, spans: Sequence[Span], clock: StageClock) -> Generator[None, None, None]:
-        """Restore them, piece by piece where requests may run in between: a GPU that serves nobody is faster with all at once."""
-        core, tokens, lent = self.core, self.core.scheduler.restore_tokens, None
+        """Restore them, piece by piece so that requests may run in between. Where none does, at once if that is faster: on a GPU, and where spans refer
+        to earlier ones, which each piece decodes for itself."""
+        core, end, tokens, lent = self.core, spans[-1].end, self.core.scheduler.restore_tokens, None
         if core.device.type == "cuda" and core.scheduler.idle:
-            tokens = spans[-1].end
-        if spans[-1].end > tokens:  # spans may refer to those of pieces before theirs
+            tokens = end
+        if end > tokens:
             lent = Lent(codec.codec.read([span.data for span in spans]), [])
+            if core.scheduler.idle and any(code.references for code in lent.codes):
+                tokens = end
         restore = SpanRestore(codec, self.conversation, spans, lent, leaves_head=True)
         while restore.left:
             clock.mark(_OTHERS)
