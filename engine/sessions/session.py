@@ -167,7 +167,7 @@ class Session:
                 self._give_back.atexit = False
             if stored is not None:
                 try:
-                    self._restore(stored, source, restore, began)
+                    core.in_turns(self._restore(stored, source, restore, began))
                 except BaseException:
                     self.close()
                     raise
@@ -391,7 +391,8 @@ class Session:
         if max(stored.token_ids, default=0) >= self.core.target.config.vocab_size:
             raise Corrupted(f"session file {path} holds tokens the model cannot have", "restore it from a copy, or start a new session")
 
-    def _restore(self, stored: SessionFile, source: str | Path | None, how: str, began: float) -> None:
+    def _restore(self, stored: SessionFile, source: str | Path | None, how: str, began: float) -> Generator[None, None, None]:
+        """Fill the session from its file, in pieces between which requests may run (`EngineCore.in_turns`)."""
         core, conversation = self.core, self.conversation
         conversation.token_ids[:] = stored.token_ids
         draft_s = decode_s = 0.0
@@ -417,7 +418,7 @@ class Session:
                 how = DECODE
             if how == AUTO:
                 if known_rates(codec) is None and stored.num_cached >= SHORTEST:
-                    core.in_turns(measuring(codec, self._log))
+                    yield from measuring(codec, self._log)
                 rates = codec.rates
                 how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE
                 reason = None if rates is None else rates.reason(stored.num_cached)
@@ -425,7 +426,7 @@ class Session:
                 num_cached = stored.num_cached
                 clock = StageClock(core.device)
                 with session_errors(source):
-                    core.in_turns(self._pieces(codec, stored.spans, clock))
+                    yield from self._pieces(codec, stored.spans, clock)
                 narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
                 conversation.sequence.hold_only_seen(num_cached)
                 conversation.windows_from = max(0, num_cached - narrowest)
