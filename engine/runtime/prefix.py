@@ -24,7 +24,7 @@ class PrefixStore(Protocol):
         ...
 
     def yield_pages(self) -> bool:
-        """Pages are needed: close conversations that were taken over, kept or not; False when there are none."""
+        """Pages are needed: close conversations that were taken over, kept or not, and what is measured in; False when there are none."""
         ...
 
     def flush(self, timeout_s: float | None = None) -> bool:

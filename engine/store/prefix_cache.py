@@ -294,6 +294,8 @@ class PrefixCache:
 
     def yield_pages(self) -> bool:
         """See `PrefixStore.yield_pages`."""
+        if self._end_measuring():  # which can be done anew
+            return True
         owned = [job for job in self._jobs if job.owned]
         for job in owned:
             self._end(job)
@@ -326,8 +328,7 @@ class PrefixCache:
         with self.core.lock:
             for job in list(self._jobs):
                 self._end(job)
-            if self._measuring is not None:
-                self._measuring.close()
+            self._end_measuring()
             if self.core.prefix_store is self:
                 self.core.prefix_store = None
                 self.core.hold_whole_texts(False)
@@ -466,10 +467,20 @@ class PrefixCache:
         if self._measuring is None:
             self._measuring = measuring(self.codec, self._log)
         try:
-            next(self._measuring, None)
+            next(self._measuring)
+        except StopIteration:
+            self._measuring = None
         except BaseException:
             self._measuring = None
             raise
+        return True
+
+    def _end_measuring(self) -> bool:
+        """Give back the pages that rates are being measured in; they are measured from the beginning, later. Whether there were any."""
+        if self._measuring is None:
+            return False
+        self._measuring.close()
+        self._measuring = None
         return True
 
     def _code_piece(self, job: _Job) -> bool:

@@ -329,9 +329,14 @@ def test_rates_are_measured_in_pieces_between_which_requests_run(store_engine, m
     reached = []
 
     def measure(codec):
-        for number in range(5):
-            reached.append(number)
-            yield
+        scratch = codec.core.open_sequence_state()
+        try:
+            scratch.sequence.ensure(64)
+            for number in range(5):
+                reached.append(number)
+                yield
+        finally:
+            codec.core.close_sequence_state(scratch)
         return Rates(0.0, 1e-6, 0.0, 1.0)
 
     engine = store_engine("none", quality="auto")
@@ -345,6 +350,14 @@ def test_rates_are_measured_in_pieces_between_which_requests_run(store_engine, m
         cache._keep_some()
     assert not reached and cache.codec.rates is None, "too short to be worth it"
     engine.generate(LONG, GREEDY)
+    for _ in range(2):
+        cache._keep_some()
+    assert reached == [0, 1] and cache._measuring is not None
+    with engine.core.lock:
+        free = engine.core.pool.num_free_pages
+        assert cache.yield_pages(), "whoever needs pages gets those of a measurement, which begins anew"
+        assert engine.core.pool.num_free_pages == free + 4 and cache._jobs
+    reached.clear()
     for number in range(5):
         cache._keep_some()
         assert reached == list(range(number + 1)) and cache.codec.rates is None
