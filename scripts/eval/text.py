@@ -26,11 +26,15 @@ def named_paths(option: str, words: Sequence[str]) -> dict[str, str]:
 
 
 def domain_windows(path: str, context: int, num_tokens: int, encode: Encode) -> list[list[int]]:
-    """Windows of `context` tokens from a folder's files, num_tokens in all at most. Raises InvalidOption when there is not one."""
-    found = windows([encode(text) for text in read_files([path]).values()], context, num_tokens // context)
+    """Windows of `context` tokens from a folder's files, num_tokens in all at most; where all files are shorter, as a chat's answers are, from the files
+    one after the other. Raises InvalidOption when there is not one."""
+    texts = list(read_files([path]).values())
+    found = windows([encode(text) for text in texts], context, num_tokens // context)
+    if not found:
+        found = windows([encode("\n\n".join(texts))], context, num_tokens // context)
     if not found:
         raise InvalidOption(
-            f"{path} has no file of {context} tokens", "give longer text, more --domain-tokens, or a smaller --domain-context"
+            f"{path} has fewer than {context} tokens", "give longer text, more --domain-tokens, or a smaller --domain-context"
         )
     return found
 

@@ -24,7 +24,7 @@ from eval.rows import by_depth, item, rows_of
 from eval.runs import LONG, Plan, Runner
 from eval.suspend import Suspender, ask, ask_aside, copied, open_with, run_tokens, step_name
 from eval.tasks import NAMES, PLACES, Question, Sample, copied_fraction, judge, make_conversation, make_sample, plant, take_filler
-from eval.text import named_paths
+from eval.text import domain_windows, named_paths
 from eval_sessions import main
 
 TEXTS = ["\n".join(f"Line {n} of text {t} says nothing of interest." for n in range(120)) for t in range(4)]
@@ -176,6 +176,23 @@ def test_long_windows_come_from_the_beginning_of_texts():
     assert len(long_windows(texts, 100, 2, lambda text: list(map(ord, text)))) == 2
     with pytest.raises(InvalidOption, match="no text has 2000 tokens"):
         long_windows(texts, 2000, 1, lambda text: list(map(ord, text)))
+
+
+def test_short_texts_make_windows_together(tmp_path):
+    """As a chat's answers do, where no file fills one; and not where files do."""
+
+    def encode(text):
+        return list(text.encode())
+
+    for n in range(5):
+        (tmp_path / f"{n}.txt").write_text(f"{n}" * 30)
+    found = domain_windows(str(tmp_path), 50, 1000, encode)
+    joined = "\n\n".join(f"{n}" * 30 for n in range(5))
+    assert sorted(map(bytes, found)) == sorted(joined[at : at + 50].encode() for at in (0, 50, 100))
+    (tmp_path / "9.txt").write_text("9" * 60)
+    assert domain_windows(str(tmp_path), 50, 1000, encode) == [[ord("9")] * 50]
+    with pytest.raises(InvalidOption, match="fewer than 5000 tokens"):
+        domain_windows(str(tmp_path), 5000, 10_000, encode)
 
 
 def test_long_samples_hold_what_they_ask_for():

@@ -47,7 +47,7 @@ def test_a_text_read_twice_takes_fewer_bytes_and_comes_back(chat_engine, draft, 
     plain = session_of(chat_engine(draft), quality=quality)
     plain.generate(kept.token_ids[: len(kept.token_ids) - 1], ONE)
     # of coarse spans of so small a model most is overhead
-    assert report.stored_bytes < (1.05 if quality == "tiny" else 0.95) * plain.suspend(tmp_path / "b.kv").stored_bytes
+    assert report.stored_bytes < (1.05 if quality == "tiny" else 0.97) * plain.suspend(tmp_path / "b.kv").stored_bytes
     without = session_of(other, tmp_path / "b.kv", restore="decode")
     assert error < 1.5 * float((kv_of(without) - kv_of(plain)).pow(2).sum())
 
