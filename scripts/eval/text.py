@@ -26,8 +26,8 @@ def named_paths(option: str, words: Sequence[str]) -> dict[str, str]:
 
 
 def domain_windows(path: str, context: int, num_tokens: int, encode: Encode) -> list[list[int]]:
-    """Windows of `context` tokens from a folder's files, num_tokens in all at most; where all files are shorter, as a chat's answers are, from the files
-    one after the other. Raises InvalidOption when there is not one."""
+    """Windows of `context` tokens from a folder's files, num_tokens in all at most; where all files are shorter, as a chat's answers are, from
+    the files one after the other. Raises InvalidOption when there is not one."""
     texts = list(read_files([path]).values())
     found = windows([encode(text) for text in texts], context, num_tokens // context)
     if not found:
