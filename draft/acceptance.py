@@ -77,10 +77,11 @@ class AcceptanceRate:
         """Count a block's outcome: each accepted draft is a hit, the first rejected one a miss, those after it say nothing."""
         trials = accepted + (accepted < proposed)
         self._count(accepted, trials, RATE_MEMORY)
-        for position in range(min(trials, len(self._at))):
-            here = self._at[position]
-            here[0] = here[0] * RATE_MEMORY + (position < accepted)
+        left = accepted
+        for here in self._at[:trials]:
+            here[0] = here[0] * RATE_MEMORY + (left > 0)
             here[1] = here[1] * RATE_MEMORY + 1
+            left -= 1
 
     def expect(self, chances: Sequence[float]) -> None:
         """Count drafts by their estimated chances instead of their outcomes, where only likely ones were proposed."""

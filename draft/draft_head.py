@@ -87,8 +87,8 @@ class DraftHeadState(DraftState):
     def ran(self, count: int) -> None:
         """The own layers have run the states that wait, and `count` tokens after them."""
         count += self._num_waiting
-        if self._num_waiting:
-            self.pending_hidden = None  # first: broken off in between, the tokens count as never run
+        if self._num_waiting:  # first: broken off in between, the tokens count as never run
+            self._waiting, self._num_waiting, self.num_left = [], 0, 0
         self.own.advance(count)
 
     def waits_last(self, rows: object) -> bool:

@@ -599,7 +599,7 @@ class DraftingPolicy:
         """(the drafts of requests that ask for a number of them, drafts that the drafter has room for, requests that leave it to the policy)."""
         model_room = [0] * len(requests) if drafter_room is None else list(map(min, room, drafter_room))
         fixed = [0 if r.wanted == "auto" else r.wanted for r in requests]
-        plan = StepPlan([min(*pair) for pair in zip(fixed, model_room, strict=True)], [[] for _ in requests])
+        plan = StepPlan(list(map(min, fixed, model_room)), [[] for _ in requests])
         if ngrams and drafter_room is None:
             for b, (request, wanted) in enumerate(zip(requests, fixed, strict=True)):
                 if wanted and room[b]:

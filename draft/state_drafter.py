@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState, Part
+from draft.draft_head import MAX_PENDING_HIDDEN, DraftHead, DraftHeadBlock, DraftHeadState
 from draft.early_exit import EarlyExitDrafter
 from draft.model import append_features
 from draft.propose import draft_block
@@ -27,6 +27,33 @@ _MOST_KEPT = 128  # tokens of steps without drafts whose states a request keeps
 _LEAST_KEPT = 32  # fewer wait on when those of others are run
 
 
+@dataclass(slots=True, eq=False)  # not frozen: one is made a request in every step, and that takes twice as long
+class KeptBlock:
+    """What a captured step has kept of one request's n tokens, looked up when it is asked for.
+
+    source [B, N, 2E]: of request b the target's fused states of its tokens, and beside each the row of the token after it; the last of these rows is
+    not kept.
+    """
+
+    source: Tensor
+    b: int
+    count: int
+    size: int
+
+    @property
+    def num_rows(self) -> int:
+        """n - 1."""
+        return self.count - 1
+
+    def rows(self) -> Tensor:
+        """Of the tokens after the first [n - 1, E]."""
+        return self.source[self.b, : self.count - 1, self.size :]
+
+    def last(self) -> Tensor:
+        """The fused state [E] of the last token."""
+        return self.source[self.b, self.count - 1, : self.size]
+
+
 @dataclass
 class StateHeadState(DraftHeadState):
     """The state of a request under a draft head on the target's last states.
@@ -35,17 +62,17 @@ class StateHeadState(DraftHeadState):
     """
 
     num_skipped: int = 0
-    _last: Tensor | Part | StepRows | None = None
+    _last: Tensor | KeptBlock | StepRows | None = None
 
     @property
     def last(self) -> Tensor | None:
         """The target's fused state [E] of the last token that it has run, which the next token's row is joined with; None: not known."""
         if isinstance(self._last, StepRows):
             self._last = self._last.last_fused()
-        return self._last.rows() if isinstance(self._last, Part) else self._last
+        return self._last.last() if isinstance(self._last, KeptBlock) else self._last
 
     @last.setter
-    def last(self, state: Tensor | Part | StepRows | None) -> None:
+    def last(self, state: Tensor | KeptBlock | StepRows | None) -> None:
         self._last = state
 
     @property
@@ -72,6 +99,16 @@ class StateHeadState(DraftHeadState):
     def knows_text(self) -> bool:
         """See `DraftState.knows_text`: drafts behind a gap of tokens without states are hardly accepted."""
         return self.num_skipped == 0 and self.num_cached >= self.sequence.length
+
+    def ran_block(self, block: KeptBlock) -> None:
+        """The own layers have run the rows that wait and that of a block's first token; those of its others wait now."""
+        waited, count = self._num_waiting, block.count
+        # first: broken off in between, the tokens count as never run
+        self._waiting, self._num_waiting, self.num_left = [], 0, 0
+        self.own.advance(waited + 1)
+        if count > 1:
+            self._waiting, self._num_waiting = [block], count - 1
+        self._last = block
 
     def skip(self, count: int) -> None:
         """The next `count` tokens of the target's cache have no rows."""
@@ -254,19 +291,18 @@ class StateDrafter(EarlyExitDrafter):
     def keep_block(self, state: StateHeadState, kept: Tensor, b: int, count: int, token: int | None) -> None:
         """`commit` of n tokens whose captured step has made the rows of those after the first.
 
-        kept: [B, N, 2E]; of request b the target's fused states of the first n tokens, and beside each the row of the token after it, the last of which
-        is not kept. token: the first of them, which no model had run; None where the own layers have run its row, and those that waited.
+        kept, b: see `KeptBlock`. token: the first of them, which no model had run; None where the own layers have run its row, and those that waited.
         """
-        size = self._size
+        block = KeptBlock(kept, b, count, self._size)
         if token is None:
-            state.ran(1)
-        elif state.num_cached + count != state.sequence.length:
+            return state.ran_block(block)
+        if state.num_cached + count != state.sequence.length:
             state.skip(state.sequence.length - state.num_cached - count + 1)
         else:
             state.append_hidden(self.next_rows([state], [token]))
         if count > 1:
-            state.append_hidden(Part(kept, (b, slice(count - 1), slice(size, None)), count - 1))
-        state.last = Part(kept, (b, count - 1, slice(size)), 1)
+            state.append_hidden(block)
+        state.last = block
 
     def keep_steps(self, states: Sequence[StateHeadState], tokens: Sequence[int], kept: StepStates, columns: Sequence[int]) -> None:
         """`commit` of a step without drafts, which has run one token of each request; a sequence that has not moved has kept none.

@@ -538,7 +538,10 @@ class KvSequence:
 
     def holds(self, start: int, tokens: int) -> bool:
         """Whether it owns pages for `tokens` tokens in all, those of tokens from `start` on alone."""
-        return tokens <= self.capacity and not self._shared(tokens, start)
+        pool, (since, first) = self.pool, self._alone
+        if tokens > (self.first_page + len(self.pages)) * pool.page_size:
+            return False
+        return (since == pool.sharings and start >= first) or not self._shared(tokens, start)
 
     def missing_pages(self, tokens: int, start: int | None = None) -> int:
         """Pages that `ensure` would take."""
@@ -619,8 +622,9 @@ class KvSequence:
 
     def advance(self, n: int) -> None:
         """Commit n tokens that the decoder has written after the committed ones."""
-        assert n >= 0 and self.length + n <= self.capacity, "advanced past the reserved pages"
-        self.length += n
+        length = self.length + n
+        assert n >= 0 and length <= (self.first_page + len(self.pages)) * self.pool.page_size, "advanced past the reserved pages"
+        self.length = length
 
     def truncate(self, length: int) -> None:
         """Drop the tokens from `length` on and the pages that only they used; all tokens, where layers have given back what a token there sees

@@ -94,7 +94,8 @@ class StepState:
     the target's last states, of the tokens from first to length.
     """
 
-    NAMES = ("length", "first", "limit", "draft_limit", "num_drafts", "last", "previous", "row", "draft_row", "skipped")
+    NAMES = ("length", "first", "last", "previous", "skipped", "limit", "row", "num_drafts", "draft_limit", "draft_row")
+    SENT = 5  # of these from the end on, which no step changes
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, *, num_rows: int = 0) -> None:
         self.integers = torch.zeros(len(self.NAMES), _MOST, dtype=torch.int64, device=device)
@@ -106,6 +107,10 @@ class StepState:
     def of(self, name: str, batch: int) -> Tensor:
         """One of the integers, of the first so many requests: a view."""
         return self.integers[self.NAMES.index(name), :batch]
+
+    def send(self, values: Sequence[Sequence[int]], batch: int) -> None:
+        """Set those that no step changes, in one copy: lists of `batch` integers each."""
+        fill(self.integers[-self.SENT :, :batch], values)
 
     def write(self, name: str, values: Sequence[int], batch: int) -> None:
         """Set one of the integers; requests after the given ones, up to `batch`, are padding and get 0."""
@@ -171,8 +176,7 @@ class _Asked(NamedTuple):
     capturable: bool
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """What a request gains in a step: its accepted drafts, then one of the target's own (none: logits that are not finite). proposed: its drafts."""
 
     tokens: list[int]
@@ -215,7 +219,7 @@ class BlockDecoding:
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
         self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, in its order, and their lengths
-        self._sent: dict[str, list[int]] = {}
+        self._sent: list[list[int]] = []
         self._asked = _Asked([], [], [], Drawing(), frozenset(), True)
         self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
 
@@ -299,14 +303,16 @@ class BlockDecoding:
             return
         waits = 0
         for b, request, count in zip(columns, flight.requests, kept, strict=True):
-            state = request.draft_state
+            conversation = request.conversation
+            state = conversation.draft_state
             if state is None or not count:
                 continue
             if on_states is not None:
                 assert exits is not None
-                token = None if run else request.token_ids[request.sequence.length - count]
+                token = None if run else conversation.token_ids[conversation.sequence.length - count]
                 on_states.keep_block(cast(StateHeadState, state), exits, b, count, token)
-                waits = max(waits, cast(StateHeadState, state).num_pending_hidden)
+                if not run:
+                    waits = max(waits, cast(StateHeadState, state).num_pending_hidden)
             elif head is not None:
                 assert exits is not None
                 own = cast(DraftHeadState, state)
@@ -324,7 +330,7 @@ class BlockDecoding:
         """Where the device's state of these is; None where it has none of one of them, or an older one."""
         known, lengths = self._settled
         columns = places_of(requests, known)
-        if columns is None or any(lengths[c] != r.sequence.length for c, r in zip(columns, requests, strict=True)):
+        if columns is None or [lengths[c] for c in columns] != [r.sequence.length for r in requests]:
             return None
         return columns
 
@@ -338,7 +344,7 @@ class BlockDecoding:
         for part in (state.integers.T, state.rows, state.hidden):
             part[:count] = part[index]
         state.integers[:, count:] = 0  # padding
-        self._sent.clear()
+        self._sent = []
 
     def _takes(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, behind: Flight | None = None) -> BlockKey | None:
         """The captured step that is planned; None where it has no drafts, or cannot be captured. behind: one that is under way, which it follows."""
@@ -412,9 +418,9 @@ class BlockDecoding:
 
     def _key(self, requests: list[Request], source: Source, deterministic: bool) -> BlockKey:
         """Of a step of these requests, without its length."""
-        pages = max(len(r.sequence.pages) for r in requests)
+        pages = max([len(r.conversation.sequence.pages) for r in requests])
         if source == "model":
-            pages = max(pages, *(len(_state(r).cache.pages) for r in requests))
+            pages = max(pages, *[len(_state(r).cache.pages) for r in requests])
         drawing = self._asks(requests).drawing
         return BlockKey(bucket(len(requests)), 0, page_bucket(pages, self.target.max_pages), source, drawing, deterministic)
 
@@ -465,7 +471,7 @@ class BlockDecoding:
             state.write("length", [r.sequence.length for r in requests], batch)
             state.write("last", [r.token_ids[-1] for r in requests], batch)
             state.write("previous", [r.token_ids[-2] for r in requests], batch)
-            self._sent.clear()
+            self._sent = []
         if source == "model":
             ends = []
             if self.on_states is not None:
@@ -499,22 +505,21 @@ class BlockDecoding:
         sequences, written = [r.sequence for r in requests], 2 * (length + 1)
         limits = [sequence.capacity for sequence in sequences]
         for sequence, limit in zip(sequences, limits, strict=True):
-            sequence.check_writable(sequence.length, min(limit, sequence.length + written))
-        self._send("limit", limits, batch)
-        self._send("row", self.target.tables.rows(sequences), batch)
-        self._send("num_drafts", num_drafts, batch)
+            at = sequence.length
+            end = min(limit, at + written)
+            if not sequence.holds(at, end):
+                sequence.check_writable(at, end)  # says what is wrong
+        values = [limits, self.target.tables.rows(sequences), num_drafts]
         if source == "model":
             assert self.draft is not None and self.drafter is not None
             caches, most = [_state(r).cache for r in requests], self.drafter.max_positions
-            self._send("draft_limit", [min(cache.capacity, most) for cache in caches], batch)
-            self._send("draft_row", self.draft.tables.rows(caches), batch)
-
-    def _send(self, name: str, values: list[int], batch: int) -> None:
-        """Write one of the state's integers where it has changed."""
-        padded = values + [0] * (batch - len(values))
-        if self._sent.get(name) != padded:
-            self._sent[name] = padded
-            self.state.write(name, padded, batch)
+            room = [cache.capacity for cache in caches]
+            values += [room if max(room) <= most else [min(own, most) for own in room], self.draft.tables.rows(caches)]
+        padding = [0] * (batch - len(requests))
+        sent = [[*own, *padding] for own in values] + [[0] * batch] * (StepState.SENT - len(values))
+        if sent != self._sent:
+            self._sent = sent
+            self.state.send(sent, batch)
 
     def capture_common(self, batch: int, drawing: Drawing, *, deterministic: bool = False, until_s: float = math.inf) -> None:
         """Capture the steps of `batch` requests over short contexts beforehand, with drafts of the drafter and with given ones, until `until_s` on
@@ -868,8 +873,9 @@ def _replay_seconds(runs: Sequence[Callable[[], None]], device: torch.device, co
 
 
 def _state(request: Request) -> DraftState:
-    assert request.draft_state is not None, "a request under a drafter has a draft state"
-    return request.draft_state
+    state = request.conversation.draft_state
+    assert state is not None, "a request under a drafter has a draft state"
+    return state
 
 
 def block_decoding(target: CausalDecoder, drafter: Drafter | None) -> BlockDecoding | None:

@@ -35,6 +35,8 @@ class SpeculationMetrics:
         """Count one step of a request. given: its drafts were what followed an earlier occurrence of its last tokens; seen: in another text."""
         self.steps += 1
         self.new_tokens += new_tokens
+        if not proposed:
+            return
         self.proposed += proposed
         self.accepted += accepted
         if given and seen:

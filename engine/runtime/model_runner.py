@@ -580,7 +580,7 @@ class PlainDecoding:
         """Where these are in the step that was launched; None where it is none of theirs."""
         ahead = self._ahead
         columns = None if ahead is None else places_of(sequences, ahead.sequences)
-        if ahead is None or columns is None or any(ahead.starts[c] != s.length for c, s in zip(columns, sequences, strict=True)):
+        if ahead is None or columns is None or [ahead.starts[c] for c in columns] != [s.length for s in sequences]:
             return None
         return columns
 
@@ -712,8 +712,9 @@ class PlainDecoding:
         wanted = target.sampling.set(params, seeds, target.config.vocab_size)
         drawing = wanted if penalties is None else GREEDY
         for sequence, start in zip(sequences, starts, strict=True):
-            sequence.check_writable(start, start + 1)
-        pages = max(len(s.pages) for s in sequences)
+            if not sequence.holds(start, start + 1):
+                sequence.check_writable(start, start + 1)  # says what is wrong
+        pages = max([len(s.pages) for s in sequences])
         step = target.step(batch, 1, pages, 0, target.config.num_layers, taps, True, deterministic=deterministic, drawing=drawing)
         rows = target.tables.rows(sequences)
         if after is None or step.holds is not after or step.table_rows != rows:

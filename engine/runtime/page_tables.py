@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.pool import KvSequence
-from kernels.upload import fill
+from kernels.upload import upload
 
 
 class StepTables(NamedTuple):
@@ -51,9 +51,13 @@ class PageTables:
                 # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
                 self._rows, self._free, found = {}, list(range(len(self.tables) - 1, 0, -1)), [None] * len(found)
             found = [self._new_row(sequence) if own is None else own for own, sequence in zip(found, sequences, strict=True)]
+        changed: list[list[tuple[int, int, int]]] | None = None
         for own, sequence in zip(cast(list[_Row], found), sequences, strict=True):
             if own.pages[0] != sequence.pages or own.first_pages[0] != sequence.first_page or sequence.windows:
-                self._update(own, sequence)
+                changed = [[] for _ in range(1 + len(self.windows))] if changed is None else changed
+                self._note(own, sequence, changed)
+        if changed is not None:
+            self._write(changed)
         return [cast(_Row, own).number for own in found]
 
     def new_step(self, batch: int, pages: int) -> StepTables:
@@ -75,12 +79,24 @@ class PageTables:
             weakref.finalize(sequence, self._release, self._rows, id(sequence), own.number)
         return own
 
-    def _update(self, own: _Row, sequence: KvSequence) -> None:
+    @staticmethod
+    def _note(own: _Row, sequence: KvSequence, changed: list[list[tuple[int, int, int]]]) -> None:
+        """Append (row, place in it, page) of each entry that is another one now to its table's."""
         for number, part in enumerate((sequence, *sequence.windows)):
-            if own.first_pages[number] != part.first_page or own.pages[number] != part.pages:
-                own.first_pages[number], own.pages[number] = part.first_page, list(part.pages)
-                table = self.windows[number - 1] if number else self.tables
-                fill(table[own.number, part.first_page : part.first_page + len(part.pages)], part.pages)
+            first, known = own.first_pages[number], own.pages[number]
+            if first == part.first_page and known == part.pages:
+                continue
+            # most often pages were taken behind those it had
+            same = len(known) if first == part.first_page and known == part.pages[: len(known)] else 0
+            changed[number] += [(own.number, part.first_page + place, part.pages[place]) for place in range(same, len(part.pages))]
+            own.first_pages[number], own.pages[number] = part.first_page, list(part.pages)
+
+    def _write(self, changed: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+        """Each table's entries at once."""
+        for table, entries in zip((self.tables, *self.windows), changed, strict=True):
+            if entries:
+                rows, places, pages = upload(list(zip(*entries, strict=True)), table.device)
+                table[rows, places] = pages.to(table.dtype)
 
     def _release(self, rows: dict[int, _Row], sequence: int, number: int) -> None:
         if rows is self._rows:

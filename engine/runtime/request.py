@@ -181,12 +181,16 @@ class Request:
     restoring: PrefixRestore | None = None  # under way: it runs afterwards
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     penalised: bool = field(init=False)  # as its parameters are, asked in every step
+    # tokens of its text up to which the next steps' pages are held, as of a state of the pools (`engine.runtime.reserve.holding_blocks`)
+    held_until: int = 0
+    held_as_of: int = -1
     _history: TokenHistory | None = None
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
         self.penalised = self.params.penalised
+        self._most_tokens = min(self.params.max_new_tokens + self.prompt_tokens, self.context)
         self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.eos_token_ids)
 
     @property
@@ -218,8 +222,7 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        length = len(self.conversation.token_ids)
-        return min(self.params.max_new_tokens + self.prompt_tokens, self.context) - length
+        return self._most_tokens - len(self.conversation.token_ids)
 
     def history(self, vocab_size: int, device: torch.device) -> TokenHistory | None:
         """Its tokens counted for the penalties; None where it has none."""
@@ -240,9 +243,9 @@ class Request:
 
     def append_tokens(self, run: Sequence[int]) -> int:
         """Append accepted tokens up to the first stop, set finish_reason if there is one, and return how many were kept (at least one)."""
-        limit = self.remaining
-        run = run[:limit]
-        stop_at = None
+        limit, stop_at = self.remaining, None
+        if len(run) > limit:
+            run = run[:limit]
         if not self._ends.isdisjoint(run):
             stop_at = next(i for i, t in enumerate(run) if t in self._ends)
         kept = self.stream.push(run if stop_at is None else run[:stop_at])
@@ -253,10 +256,12 @@ class Request:
             self.finish_reason = "stop" if run[stop_at] in self.params.stop_token_ids else "eos"
         else:
             kept = len(run)
-            self.finish_reason = "length" if kept == limit else None
-        self.token_ids.extend(run[:kept] if kept < len(run) else run)
-        self.last_token_at = time.perf_counter()
-        self.first_token_at = self.first_token_at or self.last_token_at
+            if kept == limit:
+                self.finish_reason = "length"
+        self.conversation.token_ids += run if kept == len(run) else run[:kept]
+        self.last_token_at = now = time.perf_counter()
+        if not self.first_token_at:
+            self.first_token_at = now
         if self.finish_reason is not None:
             self.stream.finish()
         return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from draft.policy import MAX_AUTO_LENGTH
 from draft.protocols import Drafter
 from draft.tree import MAX_LEAVES
 from engine.kv.pool import KvPool, KvSequence
@@ -65,31 +66,52 @@ def block_demands(request: Request, drafter: Drafter | None, *, drafts: bool) ->
     return _demands(request, drafter, end, end)
 
 
-def holding_blocks(requests: Sequence[Request], drafter: Drafter | None, *, drafts: bool) -> set[Request]:
-    """Those of which nothing is missing of `block_demands`: in most steps all, so it is asked of all first."""
-    exit_layer = 0 if drafter is None else drafter.exit_layer
-    found = set()
+def holding_blocks(requests: Sequence[Request], drafter: Drafter | None, *, drafts: bool, changed: bool) -> set[Request]:
+    """Those of which nothing is missing of `block_demands`: in most steps all, so it is asked of all first.
+
+    What is held lasts until the text has grown into it, unless pages have been shared since, or something else than steps that were carried out
+    has moved the caches (`changed`): only then the caches are asked anew.
+    """
+    found: set[Request] = set()
+    if not requests:
+        return found
+    first = requests[0].conversation
+    as_of = first.sequence.pool.sharings
+    if first.draft_state is not None:
+        as_of += first.draft_state.cache.pool.sharings
     for request in requests:
-        sequence, state, end = request.sequence, request.draft_state, _block_end(request, drafts)
-        start = sequence.length
-        if drafter is None or state is None:
-            held = sequence.holds(start, end)
-        else:
-            state.align()  # first: what it cuts off gives its pages back
-            held = sequence.holds(min(start, state.rerun_from) if exit_layer else start, end)
-            cache = state.cache
-            if held and cache is not sequence and (exit_layer or request.params.draft_length != 0):
-                held = cache.holds(min(cache.length, end), end)
-        if held:
+        if request.held_until < len(request.conversation.token_ids) or request.held_as_of != as_of or changed:
+            request.held_until, request.held_as_of = _held_until(request, drafter, drafts), as_of
+        if request.held_until >= len(request.conversation.token_ids):
             found.add(request)
     return found
 
 
+def _held_until(request: Request, drafter: Drafter | None, drafts: bool) -> int:
+    """Tokens that the text may have while nothing is missing of `block_demands`; 0 where something is now."""
+    sequence, state = request.sequence, request.draft_state
+    length, end, caches = len(request.token_ids), _block_end(request, drafts), [(sequence, sequence.length)]
+    if drafter is not None and state is not None:
+        state.align()  # first: what it cuts off gives its pages back
+        cache = state.cache
+        if drafter.exit_layer:
+            caches = [(sequence, min(sequence.length, state.rerun_from))]
+        if cache is not sequence and (drafter.exit_layer or request.params.draft_length != 0):
+            caches.append((cache, min(cache.length, end)))
+    if not all(cache.holds(start, end) for cache, start in caches):
+        return 0
+    if any(cache.windows for cache, _ in caches):
+        return length  # what they hold slides on with the text
+    return max(length, min(cache.capacity for cache, _ in caches) - (end - length))
+
+
 def _block_end(request: Request, drafts: bool) -> int:
-    length, more = len(request.token_ids), 1
+    length, more = len(request.conversation.token_ids), 1
     if drafts:
-        more = 2 * request.most_drafts + 1 + (MAX_LEAVES if request.params.draft_length == "auto" else 0)
-    return max(length, min(request.longest(drafts=drafts), length + more))
+        wanted = request.params.draft_length
+        more = 2 * MAX_AUTO_LENGTH + 1 + MAX_LEAVES if wanted == "auto" else 2 * wanted + 1
+    longest = request.longest(drafts=drafts)
+    return length + more if length + more < longest else max(length, longest)
 
 
 def whole_demands(request: Request, drafter: Drafter | None, *, drafts: bool, most: int | None = None) -> list[Demand]:

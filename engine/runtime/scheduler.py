@@ -60,6 +60,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self._carried_out = False  # whether the last step was, to its end
 
     @property
     def idle(self) -> bool:
@@ -119,7 +120,8 @@ class Scheduler:
             chunks.append(chunk)
         demands = {r: chunk_demands(r, self.drafter, chunk) for r, chunk in zip(chosen, chunks, strict=True)}
         drafts = self._drafts
-        able = holding_blocks(decoding, self.drafter, drafts=drafts)
+        able = holding_blocks(decoding, self.drafter, drafts=drafts, changed=not self._carried_out)
+        self._carried_out = False
         demands |= {r: block_demands(r, self.drafter, drafts=drafts) for r in decoding if r not in able}
         for request in sorted(demands, key=lambda r: r.submitted_at):
             if request in self.running and self._make_room(request, demands[request]):
@@ -161,6 +163,7 @@ class Scheduler:
             self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
+        self._carried_out = True
         return refused + finished
 
     def _make_room(self, request: Request, demands: list[Demand]) -> bool:
@@ -191,7 +194,7 @@ class Scheduler:
         conversation.sequence.truncate(0)
         conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
         conversation.emptied()
-        request.looked_up = False
+        request.looked_up, request.held_until = False, 0
         self.waiting.appendleft(request)
 
     def _no_room(self, request: Request) -> PoolExhausted:
@@ -249,8 +252,10 @@ class Scheduler:
 
     def _computed(self, request: Request) -> None:
         """A step wrote the KV that its conversation has committed since the last one."""
-        request.conversation.num_computed = request.sequence.length
-        request.conversation.invariant = request.conversation.invariant and self._promised(request)
+        conversation = request.conversation
+        conversation.num_computed = conversation.sequence.length
+        if conversation.invariant and not self._promised(request):
+            conversation.invariant = False
 
     def _keep(self, request: Request) -> list[OwnPage]:
         """Leave what a request has computed to others; nothing that was restored from outside or whose numbers are in doubt. Returns its own pages that

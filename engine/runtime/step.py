@@ -95,10 +95,9 @@ def decode_step(
     ready = None if blocks is None else partial(blocks.ready, requests, deterministic)
     planned = partial(_plan, requests, drafter, drafting, deterministic, ready)
     plain_ready = plain is not None and _takes_plain(requests, plain, drafter, blocks)
-    spans = drafter is None if blocks is None else not blocks.under_way(requests)
     wanted = {r.drafting.wanted for r in requests}
     fixed = not wanted <= {"auto", 0}
-    if plain is not None and plain_ready and spans and not fixed:
+    if plain is not None and plain_ready and not fixed and (drafter is None if blocks is None else not blocks.under_way(requests)):
         chosen = "auto" in wanted
         left = drafting.rests(len(requests)) if chosen else 2
         if left or plain.under_way([r.sequence for r in requests]):
@@ -187,7 +186,7 @@ def _takes_plain(requests: Sequence[Request], plain: PlainDecoding, drafter: Dra
     """Whether a step without drafts may run the target alone, launched ahead: no format looks at the tokens between two steps, nobody keeps the draft's
     states, and a draft left behind catches up in captured steps."""
     follows = drafter is not None and drafter.exit_layer > 0 and (blocks is None or bool(drafter.feature_taps))
-    return plain.takes(len(requests)) and not follows and not any(r.constraint is not None for r in requests)
+    return plain.takes(len(requests)) and not follows and not any([r.constraint is not None for r in requests])
 
 
 def _keep_logprobs(requests: Sequence[Request], logits: torch.Tensor, rows: Sequence[Sequence[int]]) -> None:
@@ -209,25 +208,27 @@ def _plain_step(
     deterministic: bool,
 ) -> None:
     """One token for every request, and no draft. ahead: whether the next step is launched as well."""
-    sequences, last = [r.sequence for r in requests], [r.token_ids[-1] for r in requests]
+    conversations = [r.conversation for r in requests]
+    sequences, last = [c.sequence for c in conversations], [c.token_ids[-1] for c in conversations]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
     room = [r.remaining for r in requests] if ahead else [1] * len(requests)
-    penalties = partial(_penalties, requests, plain) if any(r.penalised for r in requests) else None
+    penalties = partial(_penalties, requests, plain) if any([r.penalised for r in requests]) else None
     keeper = None if blocks is None else blocks.keeps_states(requests, drafting.plain_steps_left(len(requests)))
     taps = () if keeper is None else keeper.join.state_layers
     done = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic)
-    ended = time.perf_counter()
-    for request, token, told in zip(requests, done.tokens, done.logprobs, strict=True):
+    seconds = time.perf_counter() - began
+    for request, sequence, token, told in zip(requests, sequences, done.tokens, done.logprobs, strict=True):
         if token < 0:
             request.error = _not_finite(request)
             continue
         if request.append_tokens([token]) and told is not None:
             request.logprobs.append(told)
-        request.sequence.advance(1)
-        request.metrics.observe(0, 0, 1)
-        request.metrics.verify_s += ended - began
-        if request.drafting.looks:
-            request.drafting.observe([token], 0, 0, None, given=False)
+        sequence.advance(1)
+        metrics, own = request.metrics, request.drafting
+        metrics.observe(0, 0, 1)
+        metrics.verify_s += seconds
+        if own.looks:
+            own.observe([token], 0, 0, None, given=False)
     if keeper is not None and done.states is not None:
         keeper.keep_steps([cast(StateHeadState, _state(r)) for r in requests], last, done.states, done.columns)
 
@@ -242,17 +243,19 @@ def _keep_gains(requests: Sequence[Request], plan: StepPlan, gains: Sequence[Gai
     """Append what a captured step has found. Returns how many tokens were kept."""
     kept = [request.append_tokens(gain.tokens) if gain.tokens else 0 for request, gain in zip(requests, gains, strict=True)]
     for request, count in zip(requests, kept, strict=True):
-        request.sequence.advance(count)
+        request.conversation.sequence.advance(count)
     blocks.commit(kept)
     seconds = time.perf_counter() - began
-    for request, gain, given, count in zip(requests, gains, plan.given, kept, strict=True):
-        if not gain.tokens:
+    for request, (tokens, proposed), given, count in zip(requests, gains, plan.given, kept, strict=True):
+        if not tokens:
             request.error = _not_finite(request)
             continue
-        proposed, accepted = (count, count) if count < len(gain.tokens) else (gain.proposed, len(gain.tokens) - 1)
-        request.metrics.observe(proposed, accepted, count, given=bool(given), seen=request.drafting.from_seen)
-        request.metrics.verify_s += seconds
-        request.drafting.observe(gain.tokens[:count], proposed, accepted, None, given=bool(given))
+        accepted, metrics, own = len(tokens) - 1, request.metrics, request.drafting
+        if count <= accepted:
+            tokens, proposed, accepted = tokens[:count], count, count
+        metrics.observe(proposed, accepted, count, given=bool(given), seen=own.from_seen)
+        metrics.verify_s += seconds
+        own.observe(tokens, proposed, accepted, None, given=bool(given))
     return sum(kept)
 
 

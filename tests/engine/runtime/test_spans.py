@@ -127,7 +127,7 @@ class SimulatedRequest:
     """What a step asks of a request."""
 
     def __init__(self, drafting, new, text):
-        self.token_ids = list(text)
+        self.token_ids, self.conversation = list(text), self
         self.params, self.seed, self.context, self.penalised, self.constraint = SamplingParams(), 0, 1 << 20, False, None
         self.drafting, self.metrics, self.logprobs, self.error = drafting, SpeculationMetrics("simulated"), [], None
         self.end, self.sequence, self.behind = len(self.token_ids) + new, Sequence(self, len(self.token_ids) - 1), 0
