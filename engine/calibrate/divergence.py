@@ -27,7 +27,7 @@ upsets a model of random weights. The first ones tell qualities of trained model
 _IDENTITY = DivergenceCurve((1e-9, 1.0), (1e-9, 1.0))
 _SHORTEST = 8 * NUM_SINKS
 _OTHER_PASS_TOKENS = 100  # no multiple of a tile: the same text computed with other sums
-_NORMAL_QUANTILE = 1.6448536269514722  # of .95: of twenty kinds of text nineteen diverge less than the curve says
+_NORMAL_QUANTILE = 1.2815515655446004  # of .9: of ten kinds of text nine diverge less than the curve says
 _KIND_SPREAD, _KIND_SPREAD_WEIGHT = 0.25, 4
 """Standard deviation of what kinds of text diverge by at the same distortion, as a share of its mean (SmolLM2: .21 of CSS, PHP, HTML, CUDA, Cython and
 shell, what their documents' own scatter causes taken off), and as how many kinds it counts beside those that are measured: a few say little."""
@@ -44,7 +44,7 @@ def measure_divergence(
     stream: PairStream, pack: CodecPack, kinds: Sequence[Sequence[Sequence[int]]], num_tokens: int
 ) -> DivergenceCurve | None:
     """The curve of a pack over about `num_tokens` tokens of documents, of each kind of text in turn; None where they are too short or show no effect.
-    Of twenty other kinds nineteen are expected to diverge less than it says (`curve_of`), in the arithmetic of `stream.target`'s dtype."""
+    Of ten other kinds nine are expected to diverge less than it says (`curve_of`), in the arithmetic of `stream.target`'s dtype."""
     found: list[list[DocumentDivergence]] = [[] for _ in kinds]
     done = 0
     for turn in zip_longest(*kinds):
@@ -59,7 +59,7 @@ def measure_divergence(
 
 
 def curve_of(kinds: Sequence[Sequence[DocumentDivergence]]) -> DivergenceCurve | None:
-    """A bound on the mean divergence of a kind of text that is not among these, which 19 of 20 keep; None of no kinds, or where nothing shows.
+    """A bound on the mean divergence of a kind of text that is not among these, which nine of ten keep; None of no kinds, or where nothing shows.
 
     Student's prediction bound for one more of normally distributed values: mean + t * sqrt(spread^2 * (1 + 1/n) + noise^2 / n), n the kinds,
     spread that between kinds, pooled with _KIND_SPREAD, and noise what the scatter of a kind's own documents adds to its mean. A quantile of the
@@ -103,7 +103,7 @@ def _prediction_bound(found: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def student_quantile(freedom: int) -> float:
-    """The .95 quantile of Student's distribution with at least 4 degrees of freedom, to .1%: the expansion in their inverse (Abramowitz and Stegun,
+    """The .9 quantile of Student's distribution with at least 4 degrees of freedom, to .1%: the expansion in their inverse (Abramowitz and Stegun,
     26.7.5)."""
     z = _NORMAL_QUANTILE
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

@@ -197,7 +197,7 @@ def test_a_curve_is_of_kinds_of_text_and_not_of_documents() -> None:
     curve, scattered = (curve_of([[document_of(f - own), document_of(f + own)] for f in factors.tolist()]) for own in (0.0, 0.09))
     assert curve is not None and curve.rounding == pytest.approx(0.001) and curve.distortion == pytest.approx((0.01, 0.02))
     spread = (float((10 * factors.var() + 4 * 0.25**2) / 14) * (1 + 1 / 11)) ** 0.5
-    wanted = 1 + stats.t.ppf(0.95, 14) * spread
+    wanted = 1 + stats.t.ppf(0.9, 14) * spread
     assert curve.divergence == pytest.approx((0.001 + 0.02 * wanted, 0.001 + 0.04 * wanted), rel=0.001)
     assert scattered is not None and scattered.divergence == pytest.approx(curve.divergence, rel=0.02)
     assert scattered.divergence < curve.divergence, "what documents scatter by is taken off the spread"
@@ -213,13 +213,13 @@ def test_fewer_kinds_promise_less() -> None:
     bounds = [curve_of([[document_of(1.0)] * 3] * count) for count in (1, 2, 8, 40)]
     found = [curve.divergence_of(0.01) for curve in bounds if curve is not None]
     assert found == sorted(found, reverse=True) and found[0] == pytest.approx(
-        0.001 + 0.02 * (1 + stats.t.ppf(0.95, 4) * 0.25 * 2**0.5), rel=0.01
+        0.001 + 0.02 * (1 + stats.t.ppf(0.9, 4) * 0.25 * 2**0.5), rel=0.01
     )
-    assert 0.021 < found[-1] < 0.024
+    assert 0.021 < found[-1] < 0.0235
 
 
 @pytest.mark.parametrize("count", [4, 8])
-def test_nineteen_of_twenty_other_kinds_stay_below_the_curve(count) -> None:
+def test_nine_of_ten_other_kinds_stay_below_the_curve(count) -> None:
     """Kinds that scatter by a quarter, their documents by .4: the sample's own quantile is passed by more of them."""
     generator = torch.Generator().manual_seed(count)
     draws = 1000
@@ -228,14 +228,14 @@ def test_nineteen_of_twenty_other_kinds_stay_below_the_curve(count) -> None:
     curves = [curve_of([[document_of(factor) for factor in own] for own in given]) for given in measured]
     bounds = torch.tensor([(curve.divergence_of(0.01) - 0.001) / 0.02 for curve in curves if curve is not None])
     share = float((kinds[:, count] < bounds).float().mean())
-    assert len(bounds) == draws and 0.92 < share < 0.98
-    quantile = torch.tensor(measured).mean(-1).quantile(0.95, dim=1)
+    assert len(bounds) == draws and 0.87 < share < 0.94
+    quantile = torch.tensor(measured).mean(-1).quantile(0.9, dim=1)
     assert float((kinds[:, count] < quantile).float().mean()) < share - 0.02
 
 
 @pytest.mark.parametrize("freedom", [4, 5, 7, 11, 19, 100])
 def test_students_quantile(freedom) -> None:
-    assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.95, freedom), rel=0.001)
+    assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.9, freedom), rel=0.001)
 
 
 def test_a_pack_without_a_fallback_basis_is_completed(target, draft, docs, monkeypatch, tmp_path) -> None:
