@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.pool import KvSequence
-from kernels.upload import upload
+from kernels.upload import fill, upload
 
 
 class StepTables(NamedTuple):
@@ -94,7 +94,10 @@ class PageTables:
     def _write(self, changed: Sequence[Sequence[tuple[int, int, int]]]) -> None:
         """Each table's entries at once."""
         for table, entries in zip((self.tables, *self.windows), changed, strict=True):
-            if entries:
+            if entries and entries[0][0] == entries[-1][0]:  # of one sequence: they follow one another
+                row, first, _ = entries[0]
+                fill(table[row, first : first + len(entries)], [page for *_, page in entries])
+            elif entries:
                 rows, places, pages = upload(list(zip(*entries, strict=True)), table.device)
                 table[rows, places] = pages.to(table.dtype)
 

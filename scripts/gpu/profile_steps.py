@@ -41,6 +41,7 @@ from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecod
 from engine.runtime.sampling import SamplingParams
 
 _WARM_STEPS = 6
+_PAGES = 1024  # of a CPU's pools
 _NAMES = 24  # kernels that are told by name
 _TOKEN = 7  # what steps say that requests gain where they launch nothing
 
@@ -66,7 +67,10 @@ class Operations(TorchDispatchMode):
 
 
 def use_captured_runners(core: EngineCore) -> None:
-    """Give a CPU's engine the runners that it has on a GPU, without graphs."""
+    """Give a CPU's engine the runners that it has on a GPU, without graphs, and pools that neither grow nor move pages in the middle of a text."""
+    for pool in filter(None, (core.pool, core.draft_pool)):
+        pool.resize(max(pool.num_pages, min(pool.max_pages, _PAGES)))
+        pool.settle = lambda sequence: None  # type: ignore[method-assign]
     runner = GraphedDecoder(core.target, core.pool, capture=False)
     source: DraftSource | None = core.source
     if source is not None:
