@@ -292,6 +292,12 @@ class BlockDecoding:
             self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
         return flight.plan, gains
 
+    def forget(self, request: Request) -> None:
+        """A request's pages are given back: the step under way is none of its, whatever length it has once it runs again."""
+        known, lengths = self._settled
+        if request in known:
+            self._settled = known, [-1 if own is request else length for own, length in zip(known, lengths, strict=True)]
+
     def commit(self, kept: Sequence[int]) -> None:
         """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved. Given
         drafts leave the drafter behind: it catches up when it is asked again."""

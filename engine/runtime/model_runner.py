@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -576,6 +577,12 @@ class PlainDecoding:
         """Whether the next step of these was launched, be it with others that have ended since."""
         return self._columns(sequences) is not None
 
+    def forget(self, sequence: KvSequence) -> None:
+        """A sequence's pages are given back: the step under way is none of its, whatever length it has once it is filled again."""
+        if self._ahead is not None and sequence in self._ahead.sequences:
+            starts = zip(self._ahead.sequences, self._ahead.starts, strict=True)
+            self._ahead.starts = [-1 if own is sequence else start for own, start in starts]
+
     def _columns(self, sequences: Sequence[KvSequence]) -> Sequence[int] | None:
         """Where these are in the step that was launched; None where it is none of theirs."""
         ahead = self._ahead
@@ -748,12 +755,12 @@ def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def places_of(some: Sequence[Any], all_of_them: Sequence[Any]) -> Sequence[int] | None:
-    """Where each of `some` objects is in a sequence of distinct ones; None where one is not."""
+    """Where each of `some` objects is in a sequence of distinct ones; None where one is not, or where they are in another order there."""
     if same_objects(some, all_of_them):
         return range(len(some))
     places = {id(own): place for place, own in enumerate(all_of_them)}
     found = [places.get(id(own), -1) for own in some]
-    return None if -1 in found else found
+    return None if -1 in found or any(a >= b for a, b in pairwise(found)) else found
 
 
 def copy_out(tokens: Tensor, stream: Any | None = None) -> Any:

@@ -185,6 +185,10 @@ class Scheduler:
         """Give a request's pages back; it waits before all others, with the text it has."""
         self.preemptions += 1
         self._end_restore(request)
+        if self.plain is not None:
+            self.plain.forget(request.sequence)
+        if self.blocks is not None:
+            self.blocks.forget(request)
         own = self._keep(request)
         self.running.remove(request)
         conversation = request.conversation

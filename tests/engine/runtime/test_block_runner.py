@@ -16,7 +16,7 @@ from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.device_sampling import Drawing
 from engine.runtime.drafters import load_draft_head
-from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, PlainDecoding
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, PlainDecoding, places_of
 from engine.runtime.sampling import SamplingParams
 
 GPU = torch.cuda.is_available()
@@ -291,3 +291,36 @@ def test_a_text_that_ends_unforeseen_leaves_the_step_under_way_to_the_others(sou
     assert results[1].finish_reason == "stop" and len(results[1].token_ids) <= 12
     assert [r.token_ids for b, r in enumerate(results) if b != 1] == [r.token_ids for b, r in enumerate(alone) if b != 1]
     assert sum(began) == 1 if not length else sum(not ahead for *_, ahead in launched) == 1
+
+
+@pytest.mark.parametrize("at", [11, 13])
+@pytest.mark.parametrize("kind", ["plain", "model", "head"])
+def test_the_step_under_way_is_forgotten_with_a_request_s_pages(sources, kind, at):
+    """Interrupted behind whole pages that are all still known, it decodes at once, at the length of the step under way: but in other pages."""
+    target, drafts = sources
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=0 if kind == "plain" else 2)
+    _, [alone] = texts_of(sources, "plain", replace(params, draft_length=0), PROMPTS[:1])
+    draft = NgramSource() if kind == "plain" else drafts[kind]
+    core = with_blocks(Engine(target, draft=draft, page_size=4, pool_tokens=512, prefix_sharing=True)).core
+    request = core.submit(core.open_sequence_state(), PROMPTS[0], params, owns_cache=True)
+    while request.num_new < at or request.sequence.length % 4:
+        core.step()
+    runner, own = (core.scheduler.plain, [request.sequence]) if kind == "plain" else (core.scheduler.blocks, [request])
+    assert runner.under_way(own)
+    length = request.sequence.length
+    core.scheduler._preempt(request)
+    others = core.pool.new_sequence(40)
+    request.sequence.length = length
+    assert not runner.under_way(own)
+    request.sequence.length = 0
+    while not core.scheduler.idle:
+        core.step()
+    assert request.token_ids[len(PROMPTS[0]) :] == alone.token_ids
+    others.free()
+
+
+def test_the_places_of_objects_are_those_of_the_same_order():
+    first, second, third = object(), object(), object()
+    assert list(places_of([first, second], [first, second])) == [0, 1] and places_of([], [first]) == []
+    assert places_of([first, third], [first, second, third]) == [0, 2]
+    assert places_of([third, first], [first, second, third]) is None and places_of([first, object()], [first, second]) is None
