@@ -48,9 +48,10 @@ class SpanRestore:
 
         Raises the codec's errors and PoolExhausted; the caches may then hold anything, and must be given up.
         """
-        codec, conversation, start = self.codec, self.conversation, self.spans[self._done].start
+        codec, conversation = self.codec, self.conversation
         behind = codec.draft_end(conversation, self._draft_end)
-        if behind is not None and start - behind > tokens:
+        # what comes before the spans and is not there yet, the target runs as well: not here
+        if behind is not None and conversation.sequence.length - behind > tokens:
             self._draft_end = codec.run_draft(conversation, behind, behind + tokens)
             return 0
         if not self._done and not conversation.sequence.windows:  # whose pages are taken pass by pass

@@ -374,6 +374,8 @@ class PrefixCache:
             self._jobs.remove(job)
             if job.owned:
                 self.core.discard(job.conversation)
+        if not self._jobs:
+            self._end_measuring()
 
     def work_once(self) -> bool:
         """Code a piece if the engine is idle, or has been busy for long; False when there is nothing to do or not yet."""

@@ -10,7 +10,7 @@ import pytest
 from codec.errors import CorruptedCode
 from engine.errors import PoolExhausted
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.rates import Rates
+from engine.sessions.rates import Rates, measure
 from engine.sessions.restore import SpanRestore
 from engine.store.runs import PAGE_TOKENS, root_key
 
@@ -22,6 +22,7 @@ DRAWN = "".join(chr(97 + zlib.crc32(bytes([i % 256, i // 256])) % 26) for i in r
 PIECE, PIECES = 128, 6  # 768 of LONG's tokens are stored
 SMALL = {"prefill_chunk": PIECE // 2}
 DRAFTS = ("draft", "head", "states", "trunk", "none")
+MEASURE = measure  # the real one: tests have another in its place
 
 
 @pytest.fixture
@@ -102,6 +103,19 @@ def test_others_go_on_between_pieces_and_all_text_is_as_alone(stored, store_engi
     loss = kv_of(engine, 768), kv_of(whole, 768)
     assert float((loss[0] - loss[1]).norm() / loss[1].norm()) < 1e-4
     check_empty(engine)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_pieces_shorter_than_what_comes_before_the_spans(stored, store_engine, draft) -> None:
+    """The attention sinks have no span: the target runs them, in the first piece, however short it is."""
+    stored(draft)
+    rows = []
+    for chunk in (1024, 1):
+        engine = store_engine(draft, prefill_chunk=chunk)
+        assert engine.generate(LONG, GREEDY)[0].restored_tokens == 768
+        rows.append(kv_of(engine, 768).unflatten(1, (engine.core.target.config.num_layers, -1)))
+    error = (rows[1] - rows[0]).norm(dim=2) / rows[0].norm(dim=2)
+    assert error.max() < 1e-3, "of every token in every layer"
 
 
 def test_references_to_other_texts_come_with_each_piece(store_engine) -> None:
@@ -366,6 +380,34 @@ def test_rates_are_measured_in_pieces_between_which_requests_run(store_engine, m
     assert cache.codec.rates == Rates(0.0, 1e-6, 0.0, 1.0) and cache.metrics.kept_tokens == 384
     engine.flush()
     assert cache.metrics.kept_tokens >= 384 + 768 and len(reached) == 5 and list((tmp_path / "home" / "rates").iterdir())
+
+
+def test_a_measurement_gives_its_pages_to_requests_and_with_the_last_job(store_engine, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    engine = store_engine("none", quality="auto", pool_tokens=1024)
+    monkeypatch.setattr("engine.sessions.rates.measure", MEASURE)
+    cache, pool = engine.prefix_cache, engine.core.pool
+    cache.codec.rates, cache._worker = None, threading.current_thread()  # pieces are asked for here alone
+    for ends_by in ("a request", "its job"):
+        engine.generate(LONG[:550], GREEDY)
+        cache._keep_some()
+        (job,) = cache._jobs
+        held = len(job.conversation.sequence.pages)
+        assert pool.num_free_pages < pool.max_pages - held, "the measurement's own"
+        if ends_by == "a request":
+            assert engine.generate(TEXT[30:1030], GREEDY)[0].new_tokens == 8, "it needs nearly all of the pool"
+        else:
+            with engine.core.lock:
+                cache._end(job)
+        with engine.core.lock:
+            for job in list(cache._jobs):
+                cache._end(job)
+        engine.core.shared_prefixes.clear()
+        assert pool.num_free_pages == pool.max_pages and cache.codec.rates is None
+    engine.generate(LONG[:550], GREEDY)
+    engine.flush()
+    assert cache.codec.rates is not None and cache._measuring is None
+    check_empty(engine)
 
 
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
