@@ -344,7 +344,13 @@ class Scheduler:
             reserve(demands)
         self.drafting.interrupted()
         alone = len(self.running) == 1 and self.pool.device.type == "cuda"  # which is faster with all at once
-        if not restoring.piece(restoring.end if alone else self.restore_tokens):
+        try:
+            left = restoring.piece(restoring.end if alone else self.restore_tokens)
+        except BaseException:  # which ends it
+            self._end_restore(request)
+            request.looked_up = request.sequence.length > 0
+            raise
+        if not left:
             request.restoring = None
             if not request.sequence.length:  # it failed: what came before is in the pool
                 request.looked_up = False

@@ -7,7 +7,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -224,7 +225,8 @@ class PrefixCache:
             if self.host is not None:
                 self.host.metrics.add(from_host, saved_s * from_host / came)
                 if whole:
-                    self.host.insert(root, request.token_ids, found)
+                    with self._trouble("memory", "a restored prefix could not be kept in memory"):
+                        self.host.insert(root, request.token_ids, found)
 
         restore = SpanRestore(codec, request.conversation, spans, lent)
         return StoredRestore(
@@ -249,7 +251,8 @@ class PrefixCache:
         if self._shared is not None:
             draft = None if state is None or self.core.draft_pool is None or not state.shareable else state.cache
             ids, namespace = request.token_ids[:end], request.namespace or ""
-            self._shared.insert_restored(ids, namespace, conversation.sequence, draft, conversation.restored_spans)
+            with self._trouble("share", "a restored prefix could not be shared"):
+                self._shared.insert_restored(ids, namespace, conversation.sequence, draft, conversation.restored_spans)
 
     def _found(self, root: bytes, token_ids: list[int], start_page: int) -> tuple[StoredPrefix, int]:
         """What is stored of a text, in memory or in files, and the page up to which it lay in memory."""
@@ -558,6 +561,14 @@ class PrefixCache:
             "namespace": namespace or self.namespace,
             LABEL: config.pair or (config.target_dir.name if config.target_dir is not None else ""),
         }
+
+    @contextmanager
+    def _trouble(self, kind: str, message: str) -> Iterator[None]:
+        """Say what goes wrong, once; whoever is served goes on."""
+        try:
+            yield
+        except (ForetoldError, CodecError, OSError, MemoryError) as error:
+            self._once(kind, f"{message}: {error}")
 
     def _once(self, kind: str, message: str) -> None:
         """Say something, if nothing of its kind was said before."""

@@ -328,6 +328,48 @@ def test_an_interrupt_in_a_piece_leaves_the_request_to_be_cancelled(stored, stor
     assert engine.generate(LONG, GREEDY)[0].reused_tokens == 768
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_an_error_of_the_program_in_a_piece_leaves_what_came_to_the_request_itself(stored, store_engine, draft, monkeypatch) -> None:
+    stored(draft)
+    engine = store_engine(draft, **SMALL)
+    request = submit(engine, LONG)
+    step_until_restoring(engine, request, 2)
+
+    def failing(*args, **options):
+        raise RuntimeError("a device's memory is full")
+
+    monkeypatch.setattr(SpanRestore, "piece", failing)
+    with pytest.raises(RuntimeError):
+        engine.core.step()
+    monkeypatch.undo()
+    assert request.restoring is None and not request.sequence.pages
+    assert engine.core.finish(request).reused_tokens == 2 * PIECE, "the pieces before are in the pool"
+    check_empty(engine)
+
+
+def test_what_cannot_be_shared_or_kept_in_memory_is_restored_all_the_same(stored, store_engine, monkeypatch) -> None:
+    stored("head")
+    engine = store_engine("head", store_memory=1 << 24, **SMALL)
+    engine.generate("x" * 200, GREEDY)
+    engine.flush()
+    assert engine.prefix_cache.host is not None
+
+    def full(*args, **options):
+        raise MemoryError("there is none")
+
+    monkeypatch.setattr(engine.core.shared_prefixes, "insert_restored", full)
+    monkeypatch.setattr(engine.prefix_cache.host, "insert", full)
+    stream = submit(engine, "Once upon a time", STREAM)
+    assert engine.core.finish(submit(engine, LONG)).restored_tokens == 768
+    assert [said.split(":")[0] for said in store_engine.said] == [
+        "a restored prefix could not be shared",
+        "a restored prefix could not be kept in memory",
+    ]
+    monkeypatch.undo()
+    engine.core.finish(stream)
+    check_empty(engine)
+
+
 def test_a_store_that_is_closed_during_a_restore(stored, store_engine) -> None:
     """What was found is in memory: it comes back all the same."""
     stored()
