@@ -326,7 +326,7 @@ class BlockDecoding:
                 if count > length:  # the draft has not run the last of a whole block
                     own.append_hidden(Part(exits, (slice(length, count), b), count - length))
                 waits = max(waits, cast(DraftHeadState, state).num_pending_hidden)
-            else:
+            elif self._follows(request):
                 end = request.sequence.length - count + min(count, length)
                 state.sequence.advance(max(0, end - state.sequence.length))
         if waits >= MAX_PENDING_HIDDEN:
@@ -391,12 +391,17 @@ class BlockDecoding:
         """Tokens that the drafts of all requests lack, and run before they draft."""
         if self.on_states is not None:
             return 0  # it goes on without them
-        return sum(r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests)
+        return sum(r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests if self._follows(r))
+
+    def _follows(self, request: Request) -> bool:
+        """Whether its draft goes along in steps with drafts of others: a separate draft has no pages for a request that asks for no drafts."""
+        return self.head is not None or request.params.draft_length != 0
 
     def _catch_up(self, requests: Sequence[Request]) -> None:
         """Have the draft of every request know all tokens but the last two; a draft head that was left behind runs the target's first layers for them
         once more."""
         assert self.drafter is not None
+        requests = [r for r in requests if self._follows(r)]
         states = [_state(r) for r in requests]
         known, slack = ([s.num_cached for s in states], 0) if self.head is not None else ([s.length for s in states], 1)
         behind = [b for b, r in enumerate(requests) if r.sequence.length - known[b] > slack]
@@ -519,7 +524,7 @@ class BlockDecoding:
         if source == "model":
             assert self.draft is not None and self.drafter is not None
             caches, most = [_state(r).cache for r in requests], self.drafter.max_positions
-            room = [cache.capacity for cache in caches]
+            room = [cache.capacity if self._follows(r) else 0 for r, cache in zip(requests, caches, strict=True)]
             values += [room if max(room) <= most else [min(own, most) for own in room], self.draft.tables.rows(caches)]
         padding = [0] * (batch - len(requests))
         sent = [[*own, *padding] for own in values] + [[0] * batch] * (StepState.SENT - len(values))

@@ -324,3 +324,15 @@ def test_the_places_of_objects_are_those_of_the_same_order():
     assert list(places_of([first, second], [first, second])) == [0, 1] and places_of([], [first]) == []
     assert places_of([first, third], [first, second, third]) == [0, 2]
     assert places_of([third, first], [first, second, third]) is None and places_of([first, object()], [first, second]) is None
+
+
+@pytest.mark.parametrize("kind", ["itself", "model", "head"])
+@pytest.mark.parametrize("lengths", [(0, 2), (2, 0), ("auto", 0, 2)], ids=str)
+def test_requests_without_drafts_share_steps_with_others(sources, kind, lengths, launched):
+    """A separate draft has no pages for them, and runs nothing of theirs."""
+    each = [SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=n) for n in lengths]
+    _, plain = texts_of(sources, "plain", [replace(params, draft_length=0) for params in each], PROMPTS[: len(each)])
+    _, drafted = texts_of(sources, kind, each, PROMPTS[: len(each)])
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert any(source == "model" and batch == len(each) for source, _, batch, _ in launched)
+    assert [r.speculation.proposed for r, n in zip(drafted, lengths, strict=True) if n == 0] == [0]
