@@ -391,7 +391,9 @@ class BlockDecoding:
         """Tokens that the drafts of all requests lack, and run before they draft."""
         if self.on_states is not None:
             return 0  # it goes on without them
-        return sum(r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests if self._follows(r))
+        return sum(
+            r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests if self._follows(r)
+        )
 
     def _follows(self, request: Request) -> bool:
         """Whether its draft goes along in steps with drafts of others: a separate draft has no pages for a request that asks for no drafts."""

@@ -143,7 +143,7 @@ def test_automatic_drafts_far_behind_are_not_asked_in_many_requests_at_once(sour
     monkeypatch.setattr(block_runner, "_MOST_BEHIND", 20)
     target, drafts = sources
     core = with_blocks(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=4096)).core
-    blocks, params = core.scheduler.blocks, SamplingParams(max_new_tokens=8, ignore_eos=True, draft_length=0)
+    blocks, params = core.scheduler.blocks, SamplingParams(max_new_tokens=8, ignore_eos=True)
     requests = [core.submit(core.open_sequence_state(), [7] * 15, params, owns_cache=True) for _ in range(3)]
     core.step()
     if kind == "head":
