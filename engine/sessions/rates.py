@@ -19,7 +19,7 @@ import torch
 from codec.references import own_components
 from codec.spec import NUM_SINKS
 from engine.calibrate.corpus import library_texts
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, PoolExhausted
 from engine.hub.cache import CacheFolder
 from engine.runtime.core import EngineCore
 from engine.sessions.codec_params import pair_fingerprints
@@ -38,7 +38,7 @@ SHORTEST = 512
 
 def rates_of(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Rates | None:
     """The rates of a codec's engine: those known already (`known_rates`), or new ones, measured now. None where none are known and so few tokens are at
-    stake that it is not worth a measurement."""
+    stake that it is not worth a measurement, or where there is no room for one."""
     rates = known_rates(codec)
     if rates is None and tokens >= SHORTEST:
         for _ in measuring(codec, log):
@@ -57,8 +57,14 @@ def known_rates(codec: SessionCodec) -> Rates | None:
 
 
 def measuring(codec: SessionCodec, log: Callable[[str], None]) -> Generator[None, None, None]:
-    """Measure, and remember what was found, in the cache where it can be written; in pieces (`measure`)."""
-    codec.rates = yield from measure(codec)
+    """Measure, and remember what was found, in the cache where it can be written; in pieces (`measure`). Where the pool is too full for it now, nothing
+    is known afterwards."""
+    found = None
+    with suppress(PoolExhausted):  # requests took the pages between two pieces
+        found = yield from measure(codec)
+    if found is None:
+        return
+    codec.rates = found
     log(f"measured once for this machine and pair: {codec.rates.reason(4096)}")
     CacheFolder("rates").write(f"{_key(codec)}.json", (json.dumps(asdict(codec.rates)) + "\n").encode())
 
@@ -71,8 +77,9 @@ def _key(codec: SessionCodec) -> str:
 
 
 @torch.inference_mode()
-def measure(codec: SessionCodec) -> Generator[None, None, Rates]:
-    """Time the target's pass over tokens of a text, coding them, and their restore from coded spans, each after a pass that is not timed.
+def measure(codec: SessionCodec) -> Generator[None, None, Rates | None]:
+    """Time the target's pass over tokens of a text, coding them, and their restore from coded spans, each after a pass that is not timed. None where
+    the pool has no room for that.
 
     Takes as long as a prompt of a thousand tokens on a CPU, of some ten thousand on a GPU; scratch pages are given back. On a CPU the seconds are the
     process's own over its threads, so that other programs make no difference. Between two pieces, of one pass or one coding each, nothing is timed:
@@ -81,8 +88,8 @@ def measure(codec: SessionCodec) -> Generator[None, None, Rates]:
     core = codec.core
     room = min(core.context, core.pool.num_free_tokens // 2)
     small, large = (min(length, room) for length in _LENGTHS.get(core.device.type, _LENGTHS["cpu"]))
-    if large <= max(small, NUM_SINKS):  # no room to measure in, and nothing to gain
-        return Rates(1.0, 0.0, 0.0, 0.0)
+    if large <= max(small, NUM_SINKS):
+        return None
     ids = _text_ids(core, large)
     seconds: dict[str, dict[int, float]] = {"code": {}, "restore": {}, "recompute": {}}
     first = core.open_sequence_state()

@@ -315,7 +315,12 @@ class Session:
             rates = rates_of(codec, held, self._log)
             new = held - (self.spans[-1].end if self.spans else 0)
             quality = AUTO_QUALITY if rates is not None and rates.coding_pays(new, held) else TOKENS
-            reason = f"{held} tokens are few enough to be recomputed" if rates is None else rates.coding_reason(new, held)
+            if rates is not None:
+                reason = rates.coding_reason(new, held)
+            elif held < SHORTEST:
+                reason = f"{held} tokens are few enough to be recomputed"
+            else:
+                reason = "the pool has no room to measure in what restoring takes"
         if quality == TOKENS and not self.spans:
             return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
         codec = session_codec(self.core, self._pack_path, self._log)

@@ -475,6 +475,7 @@ class PrefixCache:
             next(self._measuring)
         except StopIteration:
             self._measuring = None
+            return self.codec.rates is not None  # the pool may have no room for it: the job is done without
         except BaseException:
             self._measuring = None
             raise

@@ -84,7 +84,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         text = valid_text(prompt, "the prompt")
         ids = encode_text(_needed(tokenizer), text, add_special_tokens=True, most=most) if text else []
-        if not text.strip() and ids == encode_text(tokenizer, "", add_special_tokens=True):  # a tokenizer that drops white space
+        if ids and not text.strip() and ids == encode_text(tokenizer, "", add_special_tokens=True):  # a tokenizer that drops white space
             ids = []
     elif is_messages(prompt):
         if not has_template(_needed(tokenizer)):

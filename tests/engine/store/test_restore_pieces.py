@@ -452,6 +452,33 @@ def test_a_measurement_gives_its_pages_to_requests_and_with_the_last_job(store_e
     check_empty(engine)
 
 
+@pytest.mark.parametrize("full", ["before", "between"])
+def test_a_pool_too_full_to_measure_in_is_no_measurement(store_engine, monkeypatch, tmp_path, full) -> None:
+    """The store goes on without rates, which a later text has measured; nothing is remembered of it on this machine."""
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+    engine = store_engine("none", pool_tokens=1024)
+    monkeypatch.setattr("engine.sessions.rates.measure", MEASURE)
+    cache, pool = engine.prefix_cache, engine.core.pool
+    cache.codec.rates, cache._worker = None, threading.current_thread()  # pieces are asked for here alone
+    store_engine.said.clear()
+    engine.generate(LONG[:550], GREEDY)
+    if full == "between":
+        for _ in range(5):  # what was coded for it is closed
+            cache._keep_some()
+        assert cache._measuring is not None
+    with engine.core.lock:
+        hog = pool.new_sequence(pool.num_free_tokens - 64)
+    engine.flush()
+    assert cache.codec.rates is None and cache.metrics.kept_tokens == 512 and not store_engine.said
+    assert not list((tmp_path / "home").glob("rates/*"))
+    with engine.core.lock:
+        hog.free()
+    engine.generate(OTHER, GREEDY)
+    engine.flush()
+    assert cache.codec.rates is not None and cache.metrics.kept_tokens == 512 + 640
+    check_empty(engine)
+
+
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
 def test_a_session_is_resumed_in_pieces(chat_engine, tmp_path, monkeypatch, draft) -> None:
     """While others are served; its spans refer to earlier ones of the same text."""

@@ -126,6 +126,8 @@ def test_prompts_that_are_empty(byte_tokenizer):
     for prompt in ("", [], np.array([], dtype=np.int64), {"input_ids": []}):
         with pytest.raises(EmptyPrompt):
             encode_prompt(byte_tokenizer(), prompt)
+        with pytest.raises(EmptyPrompt):
+            encode_prompt(None, prompt)
     with pytest.raises(InvalidOption, match="not valid text"):
         encode_prompt(byte_tokenizer(), "a\ud800")
 
