@@ -34,7 +34,8 @@ def full_batch(engine: Engine, prompts: Sequence[list[int]], batch: int, new_tok
     request its first: all of it is decoding in a full batch, the prompts of requests that take others' places, and nothing else.
 
     Raises:
-        ValueError: there are no more prompts than places: the batch would not be full for a time.
+        ValueError: there are no more prompts than places, or the last one has begun before all of the first ones: the batch would not be full for a
+            time.
     """
     if len(prompts) <= batch:
         raise ValueError(f"{len(prompts)} requests do not keep a batch of {batch} full")
@@ -47,18 +48,23 @@ def full_batch(engine: Engine, prompts: Sequence[list[int]], batch: int, new_tok
                 core.submit(core.open_sequence_state(), prompt, own, owns_cache=True) for prompt, own in zip(prompts, each, strict=True)
             ]
         began = ended = 0.0
+        late = False  # whether the last request has begun before all of the first ones
         before = tokens = steps = 0
         while not core.scheduler.idle:
             core.step()
             now, total = time.perf_counter(), sum(request.num_new for request in requests)
             if not began:
                 if all(request.num_new for request in requests[:batch]):
-                    began, before = now, total
+                    began, before, late = now, total, requests[-1].num_new > 0
             elif not ended:
                 steps += 1
                 if requests[-1].num_new:
                     ended, tokens = now, total - before
     finally:
         core.scheduler.max_batch = most
+    if late:
+        raise ValueError(
+            f"texts of about {new_tokens} tokens end before the prompts of a batch of {batch} have run (more tokens, or more requests)"
+        )
     memory = core.memory()
     return FullBatch(tokens / (ended - began), 1e3 * (ended - began) / steps, [request.result(memory) for request in requests])

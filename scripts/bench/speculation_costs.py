@@ -136,17 +136,19 @@ def pair_rates(args: argparse.Namespace) -> int:
     the turns before; the first two are not counted. `over_plain` is the median over turns.
 
     A batch is served to its end: where drafts are accepted differently its last requests run alone. With --requests N it is kept full (`full_batch`),
-    and what counts is the time in which it is. `same_texts`: share of texts that are plain decoding's to the last token (greedy; the order of sums
+    and what counts is the time in which it is; prompts run in it, so plain decoding is then that of the engine with n-grams, which runs no draft head's
+    layers over them. `same_texts`: share of texts that are plain decoding's to the last token (greedy; the order of sums
     differs between blocks, outside of deterministic mode).
     """
     options: dict[str, Any] = {"max_batch": 64, "prefix_sharing": False}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = Engine.from_pair(args.pair, draft=args.pair_draft, device=device, pool_tokens=1 << 17, **options)
     ngrams = Engine(loaded.core.target, loaded.tokenizer, draft=NgramSource(), pool_tokens=1 << 16, **options)
+    plain = ngrams if args.requests else loaded
     rows: list[dict[str, Any]] = []
     captured = {}
     for name, engine in (("draft", loaded), ("ngram", ngrams)):
-        if name not in args.sources:
+        if name not in args.sources and engine is not plain:
             continue
         engine.core.measure_costs()
         found_steps = engine.core.capture_steps()
@@ -156,7 +158,7 @@ def pair_rates(args: argparse.Namespace) -> int:
         ids = [loaded.encode([{"role": "user", "content": text}]) for text in texts]
         for batch, temperature in ((int(n), t) for n in args.batches.split(",") for t in ((0.0, 1.0) if args.sampled else (0.0,))):
             modes: list[tuple[str, Engine, Any]] = [
-                ("plain", loaded, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k.strip("0") and batch * (int(k) + 1) <= 128),
+                ("plain", plain, 0), *(("draft", loaded, int(k)) for k in args.lengths.split(",") if k.strip("0") and batch * (int(k) + 1) <= 128),
                 ("draft", loaded, "auto"), ("ngram", ngrams, "auto"),
             ]  # fmt: skip
             modes = [mode for mode in modes if mode[0] in ("plain", *args.sources)]
@@ -175,11 +177,11 @@ def pair_rates(args: argparse.Namespace) -> int:
                     own += [(rate, results)] if turn > 1 else []
             for own, (name, _, length) in zip(found, modes, strict=True):
                 s = [r.speculation for _, results in own for r in results]
-                over = sorted(rate / plain for (rate, _), (plain, _) in zip(own, found[0], strict=True))
+                over = sorted(rate / without for (rate, _), (without, _) in zip(own, found[0], strict=True))
                 pairs = [
                     (r.token_ids, p.token_ids)
-                    for (_, mine), (_, plain) in zip(own, found[0], strict=True)
-                    for r, p in zip(mine, plain, strict=True)
+                    for (_, mine), (_, undrafted) in zip(own, found[0], strict=True)
+                    for r, p in zip(mine, undrafted, strict=True)
                 ]
                 rows.append({
                     "prompts": kind, "batch": batch, "requests": count, "temperature": temperature, "drafts": name, "draft_length": length,

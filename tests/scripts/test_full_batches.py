@@ -46,6 +46,13 @@ def test_too_few_requests_are_refused(random_decoder):
         full_batch(Engine(random_decoder(0)), PROMPTS[:3], 3, 4, SamplingParams())
 
 
+def test_texts_that_end_before_a_long_prompt_has_run_are_refused(random_decoder):
+    engine = Engine(random_decoder(0), prefill_chunk=4)
+    with pytest.raises(ValueError, match="end before the prompts of a batch of 2 have run"):
+        full_batch(engine, [[7] * 60, [1], [2], [3]], 2, 1, SamplingParams(ignore_eos=True))
+    assert engine.core.scheduler.idle
+
+
 def test_lengths_are_the_mean_one_over_all():
     assert sum(SPREAD) == len(SPREAD) and sum(lengths_of(4 * len(SPREAD), 96)) == 4 * len(SPREAD) * 96
     assert min(lengths_of(9, 1)) == 1
