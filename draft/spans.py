@@ -5,7 +5,7 @@ kind waits for the device. So kinds take turns in spans of several steps, whose 
 goes on, a step asks nothing but whether the span goes on (`rests`): no request is planned for, no text is looked through, no draft follows.
 
 A source of drafts is used while its tokens a second, by acceptance so far and by the seconds that such steps took, exceed those of plain decoding: for
-the request whose drafts are accepted least, as a step takes all of them equally long, and with what begins anew where requests come and go. What
+the request whose drafts are accepted least more than for all together, and with what begins anew where requests come and go. What
 a span of drafts loses against plain decoding is owed: plain steps pay it back with LOST_SHARE of their time before drafts are tried again, and each
 trial that fails doubles the wait. So trials cost a bounded share of all time, whatever the costs are; what is known is kept by size of batch, across
 requests. What spans have gained stands against later losses, up to CREDIT: texts differ, so requests that begin are tried anew while nothing is owed.
@@ -40,6 +40,7 @@ MOST_COUNTED = 16.0  # plain steps as which a step that begins counts at most in
 UNSEEN_GAP = 0.4  # of a plain step that one is believed to wait for the host whose drafts are looked up once the step before is read
 MEMORY = 0.95  # of seconds measured before
 _CHANGED = -1  # in place of a length: the first plain step after requests came or went
+LEAST_SHARE = 0.75  # of a rate that is that of the request whose drafts are accepted least
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # of batches that are told apart
 
 
@@ -422,13 +423,15 @@ class SpanPolicy(DraftingPolicy):
     def _from_drafter(self, load: _Load, batch: int, chains: Sequence[Sequence[float]], lengths: Sequence[int]) -> tuple[float, int]:
         """(rate over plain decoding's, length) of the best blocks; (0, 0) where there are none. The length in use is kept unless another is better.
 
-        The rate is that of the request whose drafts are accepted least: a step takes all of them equally long, and none is to be slower than without.
+        The rate is mostly that of the request whose drafts are accepted least, as a step takes all of them equally long. In part it is that of all: of
+        many acceptances that few steps have told the least one is too low.
         """
         plain_s = self._plain_seconds(load, batch)
         assert plain_s is not None
         best = (0.0, 0)
         for length in lengths:
-            gained = len(chains) * min(sum(chain[:length]) for chain in chains)
+            each = [sum(chain[:length]) for chain in chains]
+            gained = (1 - LEAST_SHARE) * sum(each) + LEAST_SHARE * len(each) * min(each)
             relative = (1 + gained / batch) * plain_s / self._seconds(load, "model", length, batch, plain_s)
             weighed = relative if length == load.length else relative / LONGER
             if weighed > best[0]:

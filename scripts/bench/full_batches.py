@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +11,10 @@ from engine.engine import Engine
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 
-SPREAD = (0.5, 1.5, 0.75, 1.25, 1.0)  # lengths of texts over the mean one, in turn: equal ones would end, and begin, all at once
+SPREAD = (
+    0.5,
+    1.5,
+)  # lengths of texts over the mean one, drawn evenly from these: equal ones would end, and begin, together without drafts alone
 
 
 class FullBatch(NamedTuple):
@@ -23,8 +27,9 @@ class FullBatch(NamedTuple):
 
 
 def lengths_of(count: int, mean: int) -> list[int]:
-    """New tokens of so many requests."""
-    return [max(1, round(mean * SPREAD[i % len(SPREAD)])) for i in range(count)]
+    """New tokens of so many requests, the same in every run."""
+    draw = random.Random(count)
+    return [max(1, round(mean * draw.uniform(*SPREAD))) for _ in range(count)]
 
 
 def full_batch(engine: Engine, prompts: Sequence[list[int]], batch: int, new_tokens: int, params: SamplingParams) -> FullBatch:
