@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: give 1 or more")
     lengths = [int(part) for part in args.tokens.split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
         stored = {"store": Path(folder) / "store", "quality": "balanced"}
         first = engine(**stored)
+        device = first.core.device
         warm, *texts = prompts(first, [WARM_TOKENS, *lengths])
         for ids in (warm, *texts):
             run(first, ids, beside=False)
@@ -142,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     options += "" if args.prefill_chunk is None else f" --prefill-chunk {args.prefill_chunk}"
     print_document(
         {
-            "device": f"cpu {platform.machine()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "command": f"python scripts/bench_restore_gap.py --pair {args.pair} --tokens {args.tokens}{options} --repeats {args.repeats}",
             "rows": rows,
