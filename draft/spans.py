@@ -217,7 +217,8 @@ class SpanPolicy(DraftingPolicy):
             clock = load.clock(kind, length)
             if kind != "plain":
                 clock.observe(seconds)
-            lost = min(seconds, SLOWEST * clock.seconds) - tokens / batch * plain_s
+            usual_s = clock.seconds if clock.count else plain_s  # without a match, where no step is timed
+            lost = min(seconds, SLOWEST * usual_s) - tokens / batch * plain_s
             load.owed = max(-CREDIT * plain_s, load.owed + lost)
             load.lost = max(load.lost + lost, -MOST_LOST * plain_s)  # gains of long ago do not make up for losses of now
         if load.kind == "ngram":

@@ -196,3 +196,11 @@ def test_fixed_lengths_stand_beside_automatic_ones():
     plan = policy.plan(requests, [NEW] * 2, [ROOM] * 2, drafter_room=[ROOM] * 2)
     assert plan.lengths[0] == 3 and plan.seconds == 0.0, "such a step tells nothing of the policy's own"
     assert SpanPolicy(lengths=(1,), most_rows=8).rests(4) > 1, "without costs nothing is drafted"
+
+
+def test_texts_that_cease_to_repeat_where_costs_are_given_end_a_span():
+    """No step is timed then, so nothing is known of plain ones but what they cost."""
+    policy = policy_of(CHEAP, ngrams=True)
+    requests = requests_of(policy, 1)
+    assert "ngram" in kinds(policy, requests, 2 * FIRST_LOOK, 3, text=REPEATED, drafter_room=None)
+    assert kinds(policy, requests, 2 * MISSES, text=NEW, drafter_room=None)[-1] == "rest"
