@@ -8,6 +8,9 @@ Make at Once", 1913).
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 FEW_TOKENS = 128  # of a pass whose time does not depend on how many there are
 MOST_EMPTY = 0.25  # of all places
 _KNOWN = 4  # passes and requests that are seen before anything waits
@@ -27,10 +30,15 @@ class _Mean:
 
 
 class Admission:
-    """Learns a and t of the module, and says when a free place waits."""
+    """Learns a and t of the module, and says when a free place waits: never longer than t, as those that run may take longer than others did.
 
-    def __init__(self) -> None:
-        self._passes, self._answers = _Mean(), _Mean()
+    Args:
+        clock: seconds from some moment on.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._passes, self._answers, self._clock = _Mean(), _Mean(), clock
+        self._since: float | None = None  # when a place began to wait
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A pass of so many tokens of prompts for which others waited."""
@@ -50,4 +58,12 @@ class Admission:
 
     def waits(self, free: int, waiting: int, places: int) -> bool:
         """Whether the free ones of all places stay empty for now; never where they are enough for all that wait."""
-        return 0 < free < waiting and free < self.together(places)
+        if not 0 < free < min(waiting, self.together(places)):
+            self._since = None
+            return False
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        if now - self._since <= self._answers.seconds:
+            return True
+        self._since = None
+        return False

@@ -11,8 +11,8 @@ from engine.runtime.admission import FEW_TOKENS, Admission
 from engine.runtime.sampling import SamplingParams
 
 
-def learnt(pass_s, answer_s, tokens=10, count=6):
-    admission = Admission()
+def learnt(pass_s, answer_s, tokens=10, count=6, clock=lambda: 0.0):
+    admission = Admission(clock)
     for _ in range(count):
         admission.ran(tokens, pass_s)
         admission.answered(answer_s)
@@ -41,6 +41,22 @@ def test_nothing_waits_before_enough_is_known():
 def test_places_that_suffice_for_all_are_taken_at_once():
     admission = learnt(0.004, 0.125)
     assert admission.waits(3, 4, 32) and not admission.waits(3, 3, 32) and not admission.waits(8, 40, 32) and not admission.waits(0, 40, 32)
+
+
+def test_a_place_waits_no_longer_than_an_answer_takes():
+    """Those that run now may take much longer than those that ended, and then nobody would begin."""
+    now = [5.0]
+    admission = learnt(0.004, 0.125, clock=lambda: now[0])
+    for _ in range(2):
+        assert admission.waits(3, 40, 32)
+        now[0] += 0.125
+        assert admission.waits(3, 40, 32)
+        now[0] += 0.01
+        assert not admission.waits(3, 40, 32), "those that wait begin"
+        now[0] += 9.0
+    assert admission.waits(3, 40, 32) and not admission.waits(8, 40, 32)
+    now[0] += 9.0
+    assert admission.waits(3, 40, 32), "another place"
 
 
 @pytest.mark.parametrize("draft_length", [0, 2])
