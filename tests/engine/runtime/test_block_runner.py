@@ -116,7 +116,7 @@ def test_automatic_lengths_rest_on_costs_of_captured_passes(sources, kind, launc
 
 
 def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, launched, monkeypatch):
-    each = [SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=n) for n in (0, 0)]
+    each = [SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=2) for _ in PROMPTS[:2]]
     _, plain = texts_of(sources, "plain", each, PROMPTS[:2])
     target, drafts = sources
     engine = with_blocks(Engine(target, draft=drafts["head"], page_size=16, pool_tokens=2048))
@@ -125,12 +125,10 @@ def test_a_draft_head_that_nobody_asks_is_left_behind_and_catches_up(sources, la
     monkeypatch.setattr(core.drafter, "prefill", lambda states, tokens: late.append(len(states)) or prefill(states, tokens))
     requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS[:2], each, strict=True)]
     while not core.scheduler.idle:
+        for request in requests:  # they have the pages for drafts all the time
+            request.drafting.wanted = 2 if len(states) >= 12 else 0
         core.step()
         states.append([r.sequence.length - r.draft_state.num_cached for r in core.scheduler.running])
-        if len(states) == 12:
-            for request in requests:
-                request.drafting.wanted = 2
-                object.__setattr__(request.params, "draft_length", 2)
     assert max(map(max, states[:12])) >= 10 and states[-2] == [0] * len(states[-2])
     assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=False)] == [r.token_ids for r in plain]
     assert sum(r.metrics.accepted for r in requests) > 0 and any(source == "model" for source, *_ in launched)
