@@ -24,7 +24,6 @@ from engine.kv.shared_prefixes import SharedPrefixes
 from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
 from engine.model.device import own_torch_modes
-from engine.runtime.admission import Admission
 from engine.runtime.block_runner import block_decoding
 from engine.runtime.device_sampling import Drawing
 from engine.runtime.draft_copy import exit_copy
@@ -208,7 +207,6 @@ class EngineCore:
             drafting=drafting,
             shared_prefixes=self.shared_prefixes,
             whole_chunks=target.device.type == "cpu",
-            admission=Admission() if target.device.type == "cuda" and rows is not None else None,
         )
         self.costs_stale = False  # they are used, and measured again when there is time
         # told of what is measured, and whether the machine was free for it

@@ -51,6 +51,9 @@ PROMPT_LENGTHS = (16, 32, 64, 128)  # lengths that prompts of up to MAX_ROWS tok
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
 _LOGGED = 32  # steps whose states lie in one tensor
+_PROMPT_PASSES = (
+    4  # captured passes at most that prompts run in where they fit into none together: the decoder's own takes as long as several
+)
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 _Built = TypeVar("_Built")
@@ -70,6 +73,11 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
 def padded_length(count: int) -> int:
     """New tokens a request that a step for `count` has: prompts of every length would each be captured else."""
     return count if count <= MOST_SKINNY else 1 << (count - 1).bit_length()
+
+
+def prompt_length(count: int) -> int:
+    """The same of what is left of a prompt: all short lengths share a captured step."""
+    return max(padded_length(count), PROMPT_LENGTHS[0])
 
 
 def page_bucket(pages: int, most: int) -> int:
@@ -97,6 +105,19 @@ def row_groups(query_lens: Sequence[int], most: int = MOST_SKINNY) -> list[list[
             longest = max(longest, size)
         passes.append(group)
     return passes
+
+
+def prompt_groups(query_lens: Sequence[int], most: int = MAX_ROWS) -> list[list[int]] | None:
+    """Requests whose prompts share captured passes of at most `most` padded rows, the shortest first; None where a prompt fits into none."""
+    groups: list[list[int]] = [[]]
+    for b in sorted(range(len(query_lens)), key=query_lens.__getitem__):
+        length = prompt_length(query_lens[b])
+        if length > most:
+            return None
+        if groups[-1] and bucket(len(groups[-1]) + 1) * length > most:
+            groups.append([])
+        groups[-1].append(b)
+    return groups
 
 
 def built(build: Callable[[], _Built], compiled: bool, *, captures: bool) -> _Built:
@@ -229,7 +250,8 @@ class GraphedDecoder(DecoderRunner):
         return self.decoder.head(hidden, deterministic=deterministic)
 
     def run(self, asked: ForwardPass) -> DecoderOutput:
-        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own.
+        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own; short prompts of
+        several requests run in a few captured passes instead.
 
         In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
@@ -237,25 +259,31 @@ class GraphedDecoder(DecoderRunner):
         batch, length = len(asked.sequences), padded_length(max(asked.query_lens))
         prompt = asked.logits == "last" or (asked.logits == "none" and length > 1)
         if prompt and not asked.deterministic and batch <= _BATCHES[-1] and bucket(batch) * PROMPT_LENGTHS[0] <= MAX_ROWS:
-            # what is left of a prompt behind a known beginning: all short lengths share a captured step
-            length = max(length, PROMPT_LENGTHS[0])
+            length = prompt_length(length)
         if asked.deterministic:
             small = asked.logits != "last" and length <= _BLOCK
         else:
             small = batch <= _BATCHES[-1] and bucket(batch) * length <= MAX_ROWS
-        own = asked.tree_positions is not None or asked.observe is not None
-        if own or not small or asked.source is None or not asked.layers:
+        own = asked.tree_positions is not None or asked.observe is not None or asked.source is None or not asked.layers
+        groups = None
+        if asked.deterministic:
+            groups = row_groups(asked.query_lens) if small else None
+        elif prompt and not small:
+            apart = prompt_groups(asked.query_lens) or []
+            groups = [[(b, 0, asked.query_lens[b]) for b in group] for group in apart]
+            small = 0 < len(groups) <= _PROMPT_PASSES
+        if own or not small:
             return self.decoder.run(asked)
         asked.batch.check_pages()
-        return self._in_groups(asked) if asked.deterministic else self._pass(asked, length)
+        return self._pass(asked, length) if groups is None else self._in_groups(asked, groups)
 
-    def _in_groups(self, asked: ForwardPass) -> DecoderOutput:
-        """A deterministic pass as several of at most MOST_SKINNY rows."""
+    def _in_groups(self, asked: ForwardPass, groups: Sequence[Sequence[tuple[int, int, int]]]) -> DecoderOutput:
+        """A pass as several, of these (request, its tokens before these, how many): of blocks, or of whole prompts."""
         lens, source = asked.query_lens, asked.source
         assert source is not None
         firsts = [sum(lens[:b]) for b in range(len(lens))]
-        outs, order = [], []
-        for group in row_groups(lens):
+        outs, order, last = [], [], []
+        for group in groups:
             rows = [firsts[b] + at + j for b, at, count in group for j in range(count)]
             counts = [count for _, _, count in group]
             part = asked.of(
@@ -264,13 +292,19 @@ class GraphedDecoder(DecoderRunner):
                 counts,
                 [asked.starts[b] + at for b, at, _ in group],
             )
-            outs.append(self._pass(part, padded_length(max(counts))))
+            longest = max(counts)
+            outs.append(self._pass(part, padded_length(longest) if asked.deterministic else prompt_length(longest)))
             order += rows
+            last += [b for b, _, _ in group]
         if len(outs) == 1:
             return outs[0]
-        back = upload(sorted(range(len(order)), key=order.__getitem__), self.device)
+
+        def places(of: list[int]) -> Tensor:
+            return upload(sorted(range(len(of)), key=of.__getitem__), self.device)
+
+        back = places(order)
         spoken = [out.logits for out in outs if out.logits is not None]
-        found = torch.cat(spoken)[back] if spoken else None
+        found = torch.cat(spoken)[places(last) if asked.logits == "last" else back] if spoken else None
         taps = {tap: torch.cat([out.taps[tap] for out in outs])[back] for tap in outs[0].taps}
         return DecoderOutput(found, torch.cat([out.hidden for out in outs])[back], taps)
 

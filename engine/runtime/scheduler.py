@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
 from engine.kv.shared_prefixes import OwnPage, SharedPrefixes, Use
-from engine.runtime.admission import Admission
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import PlainDecoding
 from engine.runtime.prefix import PrefixStore
@@ -38,7 +36,7 @@ class Scheduler:
     prompt tokens. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
     shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too; with whole chunks, it
     comes up once no other request is computing a chunk of the same beginning. drafting: the policy
-    that plans them. admission: says whether free places wait for others; None: they never do.
+    that plans them.
     """
 
     target: CausalDecoder
@@ -56,7 +54,6 @@ class Scheduler:
     drafting: DraftingPolicy = field(default_factory=DraftingPolicy)
     shared_prefixes: SharedPrefixes | None = None
     whole_chunks: bool = False
-    admission: Admission | None = None
     headroom: int = HEADROOM_TOKENS
     preemptions: int = field(default=0, init=False)
 
@@ -139,10 +136,7 @@ class Scheduler:
             if group:
                 self.drafting.interrupted()
                 own = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in group]
-                began = time.perf_counter()
                 prefill_step(group, own, self.target, self.drafter, deterministic=self._deterministic(group))
-                if self.admission is not None and decoding:
-                    self.admission.ran(sum(own), time.perf_counter() - began)
         for request in chosen:
             conversation, length = request.conversation, request.sequence.length
             if request in whole and conversation.num_chunked == length - self.prefill_chunk and not self._promised(request):
@@ -168,8 +162,6 @@ class Scheduler:
         if finished:
             self.running = [r for r in self.running if r not in finished]
         for request in finished:
-            if self.admission is not None and request.num_new > 1:
-                self.admission.answered(request.last_token_at - request.first_token_at)
             self._release(request)
         self._carried_out = True
         return refused + finished
@@ -293,8 +285,7 @@ class Scheduler:
 
     def _admit(self) -> list[Request]:
         refused: list[Request] = []
-        free = self.max_batch - len(self.running)
-        if not self.waiting or free <= 0 or (self.running and self._waits_for_places(free)):
+        if not self.waiting or len(self.running) >= self.max_batch:
             return refused
         pools = [*self.pool.groups, *(() if self.draft_pool is None else self.draft_pool.groups)]
         room = {id(pool): pool.num_free_pages for pool in pools}
@@ -322,10 +313,6 @@ class Scheduler:
                 self._release(request)
                 refused.append(request)
         return refused
-
-    def _waits_for_places(self, free: int) -> bool:
-        """Whether those that wait begin later, together; who was interrupted goes on at once."""
-        return self.admission is not None and not self.waiting[0].num_new and self.admission.waits(free, len(self.waiting), self.max_batch)
 
     def _look_at_caches(self, request: Request) -> None:
         """Something else than a step may have filled a request's caches."""

@@ -18,6 +18,8 @@ from engine.runtime.model_runner import (
     Step,
     bucket,
     page_bucket,
+    prompt_groups,
+    prompt_length,
     row_groups,
 )
 from engine.runtime.sampling import SamplingParams
@@ -93,6 +95,36 @@ def test_a_deterministic_pass_in_groups_says_what_the_decoder_says(decoder, coun
     for want, got in zip(*outputs, strict=True):
         assert want.shape == got.shape
         assert ((want - got).norm() / want.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("counts,passes", [([54, 81, 40], 2), ([60] * 8, 4), ([100] * 5, 0), ([5, 130], 0), ([90, 17, 100, 3], 3)], ids=str)
+@pytest.mark.parametrize("logits", ["last", "none"])
+@torch.inference_mode()
+def test_prompts_too_long_for_one_captured_pass_run_in_a_few(decoder, counts, passes, logits):
+    """More of them, or a prompt that fits into none, are the decoder's own."""
+    prompts = [list(range(3, 5 + b)) for b in range(len(counts))]
+    tokens = torch.arange(sum(counts), device=DEVICE) % 90
+    outputs = []
+    for runner, sequences in _pair(decoder, prompts):
+        own = forward_reserved(runner, tokens, sequences, counts, taps=(0, 2), logits=logits)
+        kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
+        outputs.append([own.hidden, own.taps[0], own.taps[2], *kv, *([] if logits == "none" else [own.logits])])
+        assert (own.logits is None) == (logits == "none")
+    assert sum(step.key.batch * step.key.length <= MAX_ROWS for step in runner._steps.values()) == len(runner._steps)
+    assert bool(runner._steps) == (passes > 0) and (not passes or len(prompt_groups(counts)) == passes)
+    for want, got in zip(*outputs, strict=True):
+        assert want.shape == got.shape
+        assert ((want - got).norm() / want.norm()).item() < 1e-4
+
+
+def test_groups_of_prompts_hold_each_once():
+    for counts in ([1], [128] * 3, [16] * 20, [20, 1, 9, 3, 70, 128, 33], [64] * 5):
+        groups = prompt_groups(counts)
+        assert sorted(b for group in groups for b in group) == list(range(len(counts)))
+        for group in groups:
+            assert bucket(len(group)) * max(prompt_length(counts[b]) for b in group) <= MAX_ROWS
+            assert prompt_length(max(counts[b] for b in group)) in PROMPT_LENGTHS, "those are captured beforehand"
+    assert prompt_groups([3, 129]) is None and prompt_groups([64] * 2) == [[0, 1]] and len(prompt_groups([64] * 5)) == 3
 
 
 def test_groups_hold_every_token_once_in_order():
