@@ -544,20 +544,25 @@ class PrefixWorker:
             self._start()
 
     def keep(self, name: str, kv: torch.Tensor, ready: Ready = lambda: None) -> None:
-        """The next page of a text: kv [64, L, 2, G, d] with rotated keys, on the host; ready: as for `keep_sinks`."""
+        """The next pages of a text: kv [64 n, L, 2, G, d] with rotated keys, on the host; ready: as for `keep_sinks`.
+
+        The thread is woken once for all of them: each time it takes the interpreter's lock from whoever hands them over.
+        """
         text = self._texts[name]
         with self._queue:
-            if self._waiting_bytes + kv.nbytes > self.options.queue_bytes:
-                text.lost = True
-                self._once("queue", "more text is computed than can be coded behind it: some is not kept")
-                return
-            if not text.raw:
-                text.since = time.monotonic()
-            text.raw.append((kv, ready))
-            text.kept = True
-            text.handed = (text.handed or 0) + 1
-            self._waiting_bytes += kv.nbytes
-            self._start()
+            for page in kv.split(PAGE_TOKENS):
+                if self._waiting_bytes + page.nbytes > self.options.queue_bytes:
+                    text.lost = True
+                    self._once("queue", "more text is computed than can be coded behind it: some is not kept")
+                    break
+                if not text.raw:
+                    text.since = time.monotonic()
+                text.raw.append((page, ready))
+                text.kept = True
+                text.handed = (text.handed or 0) + 1
+                self._waiting_bytes += page.nbytes
+            if text.kept:
+                self._start()
 
     def _start(self) -> None:
         """Have the thread look at what waits; under the queue's lock."""

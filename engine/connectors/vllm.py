@@ -440,8 +440,8 @@ class ForetoldConnector(KVConnectorBase_V1, SupportsHMA):
                 blocks = self._blocks[name]
                 if first < last:
                     rows, ready = self._to_host(blocks, first * PAGE_TOKENS, last * PAGE_TOKENS)
-                    for page in rows.split(PAGE_TOKENS) if self.rank == 0 else ():
-                        worker.keep(name, page, ready)
+                    if self.rank == 0:
+                        worker.keep(name, rows, ready)
                 if sinks:
                     rows, ready = self._to_host(blocks, 0, NUM_SINKS)
                     if self.rank == 0:

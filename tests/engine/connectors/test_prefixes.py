@@ -77,8 +77,9 @@ def open_worker(chat_folders, packs, tmp_path):
 def keep(worker: PrefixWorker, engine: OtherEngine, token_ids, name: str = "a", namespace: str = "default") -> None:
     pages = engine.compute(token_ids)
     worker.extend(name, namespace, token_ids)
-    for page in worker.wanted(name, len(token_ids)):
-        worker.keep(name, engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
+    wanted = worker.wanted(name, len(token_ids))
+    if wanted:
+        worker.keep(name, engine.pages.read(pages, wanted.start * PAGE_TOKENS, wanted.stop * PAGE_TOKENS))
     if worker.lacks_sinks(name):
         worker.keep_sinks(name, engine.pages.read(pages, 0, NUM_SINKS))
     assert worker.wait(30)
@@ -328,14 +329,18 @@ def test_sinks_of_a_text_that_was_given_up_are_not_kept(open_worker, target) -> 
     assert not worker.lacks_sinks("a") and worker.wanted("a", len(IDS)) == range(0)
 
 
-def test_more_than_can_wait_is_not_kept(open_worker, target) -> None:
+@pytest.mark.parametrize("at_once", [1, 6])
+def test_more_than_can_wait_is_not_kept(open_worker, target, at_once) -> None:
     worker = open_worker(queue_bytes=3 * PAGE_TOKENS * 4 * 2 * 2 * 8 * 4)
     engine = OtherEngine(target)
     pages = engine.compute(IDS)
     worker.extend("a", "default", IDS)
     with worker._models:  # its thread cannot go on
-        for page in worker.wanted("a", len(IDS)):
-            worker.keep("a", engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
+        wanted = worker.wanted("a", len(IDS))
+        assert wanted == range(6)
+        for page in wanted[::at_once]:
+            worker.keep("a", engine.pages.read(pages, page * PAGE_TOKENS, (page + at_once) * PAGE_TOKENS))
+        assert worker._waiting_bytes <= worker.options.queue_bytes
     assert worker.wait(30) and worker.metrics.saved_tokens < 384 and len(open_worker.said) == 1
     assert list(worker.wanted("a", len(IDS))) == []
 
