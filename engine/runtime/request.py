@@ -190,7 +190,6 @@ class Request:
         self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
         self.penalised = self.params.penalised
-        self._most_tokens = min(self.params.max_new_tokens + self.prompt_tokens, self.context)
         self._ends = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.eos_token_ids)
 
     @property
@@ -222,7 +221,7 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
-        return self._most_tokens - len(self.conversation.token_ids)
+        return min(self.params.max_new_tokens + self.prompt_tokens, self.context) - len(self.conversation.token_ids)
 
     def history(self, vocab_size: int, device: torch.device) -> TokenHistory | None:
         """Its tokens counted for the penalties; None where it has none."""
