@@ -151,7 +151,9 @@ class EngineCore:
         # how the memory of each GPU is shared out; () on a CPU
         self.memory_plans = plan_devices(target, cached, config, captures=captures)
         if not self.memory_plans and config.gpu_memory_utilization is not None:
-            raise InvalidOption("gpu_memory_utilization is of a GPU's memory, and the models are on a CPU", "give pool_tokens")
+            raise InvalidOption(
+                "gpu_memory_utilization is of a GPU's memory, and the models are on a CPU", "leave it out, or give pool_tokens"
+            )
         tokens = self.memory_plans[0].pool_tokens if self.memory_plans else config.pool_tokens or POOL_TOKENS_CPU
         start, pages = page_counts(tokens, config.page_size)
         if target.device.type == "cuda":
