@@ -102,12 +102,9 @@ class StateHeadState(DraftHeadState):
 
     def ran_block(self, block: KeptBlock) -> None:
         """The own layers have run the rows that wait and that of a block's first token; those of its others wait now."""
-        waited, count = self._num_waiting, block.count
-        # first: broken off in between, the tokens count as never run
-        self._waiting, self._num_waiting, self.num_left = [], 0, 0
-        self.own.advance(waited + 1)
-        if count > 1:
-            self._waiting, self._num_waiting = [block], count - 1
+        self.ran(1)
+        if block.num_rows:
+            self._waiting, self._num_waiting = [block], block.num_rows
         self._last = block
 
     def skip(self, count: int) -> None:

@@ -51,9 +51,8 @@ PROMPT_LENGTHS = (16, 32, 64, 128)  # lengths that prompts of up to MAX_ROWS tok
 _HEAD_TILE = 64  # channels of a head that a program of the fused QKV product takes at most
 _TABLES = 512  # page tables on the device; more sequences than that take turns
 _LOGGED = 32  # steps whose states lie in one tensor
-_PROMPT_PASSES = (
-    4  # captured passes at most that prompts run in where they fit into none together: the decoder's own takes as long as several
-)
+# captured passes at most that prompts run in where they fit into none together: the decoder's own takes as long as several
+_PROMPT_PASSES = 4
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 _Built = TypeVar("_Built")
@@ -256,6 +255,8 @@ class GraphedDecoder(DecoderRunner):
         In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
         """
+        if asked.tree_positions is not None or asked.observe is not None or asked.source is None or not asked.layers:
+            return self.decoder.run(asked)
         batch, length = len(asked.sequences), padded_length(max(asked.query_lens))
         prompt = asked.logits == "last" or (asked.logits == "none" and length > 1)
         if prompt and not asked.deterministic and batch <= _BATCHES[-1] and bucket(batch) * PROMPT_LENGTHS[0] <= MAX_ROWS:
@@ -264,7 +265,6 @@ class GraphedDecoder(DecoderRunner):
             small = asked.logits != "last" and length <= _BLOCK
         else:
             small = batch <= _BATCHES[-1] and bucket(batch) * length <= MAX_ROWS
-        own = asked.tree_positions is not None or asked.observe is not None or asked.source is None or not asked.layers
         groups = None
         if asked.deterministic:
             groups = row_groups(asked.query_lens) if small else None
@@ -272,7 +272,7 @@ class GraphedDecoder(DecoderRunner):
             apart = prompt_groups(asked.query_lens) or []
             groups = [[(b, 0, asked.query_lens[b]) for b in group] for group in apart]
             small = 0 < len(groups) <= _PROMPT_PASSES
-        if own or not small:
+        if not small:
             return self.decoder.run(asked)
         asked.batch.check_pages()
         return self._pass(asked, length) if groups is None else self._in_groups(asked, groups)
@@ -669,12 +669,12 @@ class PlainDecoding:
         if going and (self._penalties is None or len(going) == len(current.sequences)):
             self._ahead = self._launch_ahead(current, tokens, [columns[b] for b in going], [seeds[b] for b in going], taps, deterministic)
         tokens = current.read() if tokens is None else tokens
-        rows = None if current.logprobs is None else read_out(current.logprobs)
         told: list[TokenLogprobs | None] = [None] * len(columns)
-        for b, (column, p) in enumerate(zip(columns, params, strict=True) if rows is not None else ()):
-            if p.logprobs is not None:
-                assert rows is not None
-                told[b] = from_row(rows[column], tokens[column], p.logprobs)
+        if current.logprobs is not None:
+            rows = read_out(current.logprobs)
+            for b, (column, p) in enumerate(zip(columns, params, strict=True)):
+                if p.logprobs is not None:
+                    told[b] = from_row(rows[column], tokens[column], p.logprobs)
         return PlainStep([tokens[c] for c in columns], told, current.states, columns)
 
     def _launch_ahead(

@@ -32,7 +32,7 @@ from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKEN
 from engine.sessions.stages import Rates
 from engine.store.borrowing import Loans, resolved
 from engine.store.host_tier import HitMetrics, HostTier
-from engine.store.restoring import StoredRestore
+from engine.store.restoring import TROUBLE, StoredRestore
 from engine.store.runs import LABEL, PAGE_TOKENS, RUN_PAGES, root_key, span_bounds
 from engine.store.store import RunStore, StoredPrefix
 
@@ -165,7 +165,7 @@ class PrefixCache:
         try:
             self._foretell(request)
             return self._restore(request)
-        except (ForetoldError, CodecError, OSError, MemoryError) as error:
+        except TROUBLE as error:
             self._not_restored(error)
             return None
 
@@ -568,7 +568,7 @@ class PrefixCache:
         """Say what goes wrong, once; whoever is served goes on."""
         try:
             yield
-        except (ForetoldError, CodecError, OSError, MemoryError) as error:
+        except TROUBLE as error:
             self._once(kind, f"{message}: {error}")
 
     def _once(self, kind: str, message: str) -> None:

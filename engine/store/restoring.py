@@ -14,6 +14,9 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import Request
 from engine.sessions.restore import SpanRestore
 
+TROUBLE = (ForetoldError, CodecError, OSError, MemoryError)
+"""What costs no request its answer when a store meets it."""
+
 
 class StoredRestore:
     """See `engine.runtime.request.PrefixRestore`.
@@ -55,7 +58,7 @@ class StoredRestore:
         except BaseException as error:
             self._empty()
             self._close(whole=False)
-            if not isinstance(error, (ForetoldError, CodecError, OSError, MemoryError)):
+            if not isinstance(error, TROUBLE):
                 raise
             self._failed(error)
             return False

@@ -130,9 +130,8 @@ class Crew:
     def __init__(self) -> None:
         self.judge = Judge()
         self._helpers, self._process = list[_Helper](), os.getpid()
-        self._holder: dict[
-            str, int
-        ] = {}  # the thread whose step has the helpers; its own next step has them, too, if an interrupt left it so
+        # the thread whose step has the helpers; its own next step has them, too, if an interrupt left it so
+        self._holder: dict[str, int] = {}
         self._alone = 0
 
     @contextmanager

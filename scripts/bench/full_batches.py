@@ -11,10 +11,8 @@ from engine.engine import Engine
 from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 
-SPREAD = (
-    0.5,
-    1.5,
-)  # lengths of texts over the mean one, drawn evenly from these: equal ones would end, and begin, together without drafts alone
+# lengths of texts over the mean one, drawn evenly from these: equal ones would end, and begin, together without drafts alone
+SPREAD = (0.5, 1.5)
 
 
 class FullBatch(NamedTuple):
