@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace, prompt: str | None) -> int:
     with ending_signals(), open_session(engine, args) as session:
         if args.chat:
             repl(session, prompt, args)
+            code_left(session, args)
             flush_store(session)
         else:
             assert prompt is not None
@@ -145,6 +146,7 @@ def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: b
 def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
     result = answer(session, prompt, args, stream=not args.json)
+    code_left(session, args)
     print_status(summary(result))
     flush_store(session)
     if args.json_out:
@@ -223,17 +225,28 @@ def next_message(terminal: bool) -> str | None:
 
 
 def save(session: Session, args: argparse.Namespace) -> str | None:
-    """Suspend into the session's file, if there is one; signals wait meanwhile. Returns what is to be said of it."""
+    """Suspend into the session's file, if there is one, with the codec parameters that are known; signals wait meanwhile. Returns what is to be said of
+    it."""
     if args.session is None or not session.token_ids:
         return None
     with undisturbed():
-        r = session.suspend(args.session)
+        r = session.suspend(args.session, fit=False)
     ratio = r.raw_bytes / r.stored_bytes if r.stored_bytes else 0.0
     return (
         f"suspended {r.tokens} tokens to {args.session}: {r.stored_bytes:,} bytes, {ratio:.0f} times less than {r.raw_bytes:,} in bf16 "
         f"({r.bits_per_element:.3f} bits an element, {r.quality}, {r.seconds:.2f} s){because(r.reason)}"
         + ("" if r.reachable else f"; the model's own rounding loses KL {r.rounding_kl:.4f}, more than {r.quality} promises")
     )
+
+
+def code_left(session: Session, args: argparse.Namespace) -> None:
+    """Where the session's file holds ids alone, as no codec parameters are known yet: fit them, a minute that says what it does, and write the file
+    again. Whatever breaks it off leaves the file as it is."""
+    if not session.unfitted:
+        return
+    session.fit_codec()
+    if (saved := save(session, args)) is not None:
+        print_status(saved)
 
 
 def taken_settings(engine: Engine, args: argparse.Namespace) -> str | None:

@@ -42,12 +42,22 @@ def _tokenizer_print(core: EngineCore, tokenizer: Any) -> str:
 
 
 def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print) -> CodecPack:
-    """The pack to code an engine's sessions with. Without a path: the one that comes with the draft source, if it was made for this pair; else the
-    cached one of the pair, fitted now (and cached, where the cache can be written) if there is none.
+    """The pack to code an engine's sessions with: a known one (`known_pack`), else one fitted now (`fitted_pack`).
 
     Raises:
         PackMismatch: the pack at `path` is damaged, or of another pair or version.
         InvalidOption: no file at `path`, or no tokenizer to fit a pack with.
+    """
+    return known_pack(core, path, log) or fitted_pack(core, log)
+
+
+def known_pack(core: EngineCore, path: str | Path | None = None, log: Log = print) -> CodecPack | None:
+    """The pack at `path`. Without a path: the one that comes with the draft source, if it was made for this pair; else the cached one of the pair;
+    None where one would have to be fitted.
+
+    Raises:
+        PackMismatch: the pack at `path` is damaged, or of another pair or version.
+        InvalidOption: no file at `path`.
     """
     prints = pair_fingerprints(core)
     if path is not None:
@@ -55,11 +65,16 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
     beside = None if core.source is None else core.source.codec_params_file
     if beside is not None and (found := _usable(beside, prints, log)) is not None:
         return found
-    cache, name = CacheFolder("packs"), f"{sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]}.safetensors"
-    if (found := _usable(cache.path(name), prints)) is not None:
-        return found
+    return _usable(CacheFolder("packs").path(_cached_name(prints)), prints)
+
+
+def fitted_pack(core: EngineCore, log: Log = print) -> CodecPack:
+    """A quick pack of the engine's pair, fitted now, or by another process meanwhile; cached, where the cache can be written. Takes a minute of one
+    thread for a target of 135 M weights. Raises InvalidOption without a tokenizer."""
     if core.tokenizer is None:
         raise InvalidOption("a codec pack is fitted on text, and the engine has no tokenizer", "give a pack made by scripts/calibrate.py")
+    prints = pair_fingerprints(core)
+    cache, name = CacheFolder("packs"), _cached_name(prints)
     with cache.exclusive(name, "fitting a codec pack"):
         if (found := _usable(cache.path(name), prints)) is not None:
             return found
@@ -77,6 +92,10 @@ def find_pack(core: EngineCore, path: str | Path | None = None, log: Log = print
         )
         cache.save(name, pack.save)
     return pack
+
+
+def _cached_name(fingerprints: dict[str, str]) -> str:
+    return f"{sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]}.safetensors"
 
 
 def load_pack(path: str | Path, fingerprints: dict[str, str]) -> CodecPack:

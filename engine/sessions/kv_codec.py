@@ -30,7 +30,7 @@ from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
 from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
-from engine.sessions.codec_params import Log, find_pack
+from engine.sessions.codec_params import Log, fitted_pack, known_pack
 from engine.sessions.file import Span
 from engine.sessions.repeats import Repeats, SpanSources
 from engine.sessions.stages import Rates, StageClock
@@ -545,10 +545,21 @@ def known_pass_tokens(model: Decoder, sequence: KvSequence) -> int:
 
 
 def session_codec(core: EngineCore, pack: str | Path | None = None, log: Log = print) -> SessionCodec:
-    """The engine's one codec, made at first use (see `find_pack`). Raises InvalidOption when another pack is asked for later."""
+    """The engine's one codec, made at first use, with a pack that is fitted now where none is known (`fitted_pack`). Raises InvalidOption when another
+    pack is asked for later."""
+    codec = known_codec(core, pack, log)
+    if codec is None:
+        codec = core.session_codec = SessionCodec(core, fitted_pack(core, log))
+    return codec
+
+
+def known_codec(core: EngineCore, pack: str | Path | None = None, log: Log = print) -> SessionCodec | None:
+    """The same where its pack is known (`known_pack`), else None."""
     path = None if pack is None else Path(pack).absolute()
     if core.session_codec is None:
-        core.session_codec = SessionCodec(core, find_pack(core, path, log))
+        if (found := known_pack(core, path, log)) is None:
+            return None
+        core.session_codec = SessionCodec(core, found)
         core.session_codec.pack_path = path
     elif path is not None and path != core.session_codec.pack_path:
         raise InvalidOption("this engine already codes its sessions with another pack", "use one engine per pack")

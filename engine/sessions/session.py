@@ -23,7 +23,7 @@ from engine.runtime.request import GenerationResult
 from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints
 from engine.sessions.file import SessionFile, Span, mean_divergence, session_errors, write_file
-from engine.sessions.kv_codec import SessionCodec, coded_end, session_codec
+from engine.sessions.kv_codec import SessionCodec, coded_end, known_codec, session_codec
 from engine.sessions.rates import SHORTEST, known_rates, measuring, rates_of
 from engine.sessions.restore import SpanRestore
 from engine.sessions.stages import StageClock
@@ -96,6 +96,9 @@ class Session:
 
     restore: what to do with a file's spans: "decode", "recompute" (the target runs over the ids, and the spans are kept for the next file), or "auto":
     a quality that was asked for by name is decoded, and of a session at "auto" or "tokens" whichever is faster here is done.
+
+    Where no codec parameters of the pair are known, they are fitted when tokens are to be coded and not before (`suspend`, `fit_codec`). unfitted: the
+    last file holds tokens as ids that would have been coded with them.
     """
 
     def __init__(
@@ -154,14 +157,17 @@ class Session:
         self._pack_path, self._closed = pack, False
         self._turn = threading.Lock()  # held while an answer is made
         self.spans: list[Span] = []
+        self._foreign: SessionFile | None = None  # whose spans other codec parameters wrote: kept until these tokens are coded anew
+        self.unfitted = False
         self.suspended: SuspendReport | None = None
         self.resumed: ResumeReport | None = None
         try:
             with core.lock:
                 if stored is not None:
                     self._check(stored, source)
-                if self.quality != TOKENS or (stored is not None and stored.spans):
-                    session_codec(core, pack, log)
+                wants_codec = self.quality != TOKENS or (stored is not None and stored.spans)
+                if wants_codec and known_codec(core, pack, log) is None and core.tokenizer is None and quality in QUALITIES:
+                    session_codec(core, pack, log)  # says what is missing, before anything is generated that it could not code
                 self.conversation = core.open_sequence_state()
                 self._give_back = weakref.finalize(self, core.close_sequence_state, self.conversation)
                 self._give_back.atexit = False
@@ -266,8 +272,11 @@ class Session:
 
     # --- leaving and coming back ----------------------------------------------------------------------------------------
 
-    def suspend(self, path: str | Path) -> SuspendReport:
+    def suspend(self, path: str | Path, *, fit: bool = True) -> SuspendReport:
         """Write the session to `path`; the session itself stays usable. Spans coded before keep their bytes, only new tokens are coded.
+
+        fit: fit codec parameters first where they are needed and none are known (`fit_codec`). Without it new tokens are kept as ids then, beside what
+        was stored.
 
         Raises:
             EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded, or `path` is none.
@@ -275,30 +284,36 @@ class Session:
         """
         began, path = time.perf_counter(), named_path(path, "a session file")
         with self.core.lock:
-            file, reason = self._coded()
+            file, reason = self._coded(fit)
         data = file.to_bytes()
         write_file(path, data)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
         tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
         elements = self._layout.full_dim * tokens
         bits = 8 * len(data) / elements if elements else 0.0
-        restore = DECODE if file.spans else RECOMPUTE
+        restore = DECODE if self.spans else RECOMPUTE
         seconds = time.perf_counter() - began
-        loss = (mean_divergence(file.spans), self._rounding_kl()) if file.spans else (0.0, None)
+        loss = (mean_divergence(file.spans), self._rounding_kl()) if self.spans else (0.0, None)
         self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, *loss)
         return self.suspended
+
+    def fit_codec(self) -> None:
+        """Fit the codec parameters of the session's pair, where none are known: a minute of one thread for a target of 135 M weights, which `log` is
+        told of. Raises InvalidOption without a tokenizer, PackMismatch."""
+        with self.core.lock:
+            session_codec(self.core, self._pack_path, self._log)
 
     def _rounding_kl(self) -> float | None:
         """As the codec parameters state it."""
         curve = session_codec(self.core, self._pack_path, self._log).curve
         return curve.rounding if curve is not None else None
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, *, fit: bool = True) -> bytes:
         """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
         with self.core.lock:
-            return self._coded()[0].to_bytes()
+            return self._coded(fit)[0].to_bytes()
 
-    def _coded(self) -> tuple[SessionFile, str | None]:
+    def _coded(self, fit: bool) -> tuple[SessionFile, str | None]:
         """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen."""
         self._check_open()
         if not self.token_ids:
@@ -310,36 +325,57 @@ class Session:
         if not self.spans and quality != TOKENS:  # what a store gave back keeps its code too
             portable = takewhile(lambda s: s.end <= held and not s.borrows, self.conversation.restored_spans)
             self.spans = list(portable)  # behind a span that borrows all is coded anew, from what was restored
+        start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
+        end = coded_end(held, quality)
+        if not self.conversation.sequence.sees(max(0, end - 1)):  # taken back so far that layers with a window hold the end alone
+            end = held
+        # fewer tokens than that are neither worth a measurement nor codec parameters
+        wanted = held >= SHORTEST if quality == AUTO else quality != TOKENS and end > start
+        codec = self._codec(fit and wanted)
+        self.unfitted = wanted and codec is None
         if quality == AUTO:
-            codec = session_codec(self.core, self._pack_path, self._log)
-            rates = rates_of(codec, held, self._log)
+            rates = None if codec is None else rates_of(codec, held, self._log)
             new = held - (self.spans[-1].end if self.spans else 0)
             quality = AUTO_QUALITY if rates is not None and rates.coding_pays(new, held) else TOKENS
             if rates is not None:
                 reason = rates.coding_reason(new, held)
             elif held < SHORTEST:
                 reason = f"{held} tokens are few enough to be recomputed"
-            else:
+            elif codec is not None:
                 reason = "the pool has no room to measure in what restoring takes"
-        if quality == TOKENS and not self.spans:
-            return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
-        codec = session_codec(self.core, self._pack_path, self._log)
-        start = self.spans[-1].end if self.spans else min(NUM_SINKS, held)
-        if quality != TOKENS:
-            end = coded_end(held, quality)
-            if not self.conversation.sequence.sees(max(0, end - 1)):  # taken back so far that layers with a window hold the end alone
-                end = held
+        if self.unfitted:
+            reason = "kept as ids: there are no codec parameters for this pair yet"
+        elif quality != TOKENS and codec is not None:
             with torch.inference_mode():
                 # the last token may run again
                 self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=end - 1)
             if not self.spans:
                 reason = f"all {held} tokens are among the last, which {quality} keeps as ids"
-                return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO), reason
-            start = self.spans[-1].end
+        if not self.spans:
+            return self._uncoded(held, quality, prints), reason
+        assert codec is not None, "spans are of the engine's codec"
+        self._foreign = None
+        start = self.spans[-1].end  # what comes behind is kept as tokens
+        if quality != TOKENS:
             codec.release(self.conversation, start)
-        # what came behind the spans is kept as tokens
         prints["pack"] = codec.pack.digest
         return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason
+
+    def _codec(self, fit: bool) -> SessionCodec | None:
+        """The engine's codec, fitted where `fit` says so; None where nothing was or can be coded."""
+        if self.quality == TOKENS and not self.spans:
+            return None
+        if fit and self.core.tokenizer is not None:
+            return session_codec(self.core, self._pack_path, self._log)
+        return known_codec(self.core, self._pack_path, lambda _: None)  # a damaged pack was told of when the session was opened
+
+    def _uncoded(self, held: int, quality: str, prints: dict[str, str]) -> SessionFile:
+        """The session's ids, with what other codec parameters coded of them, which those decode still."""
+        foreign = self._foreign
+        if foreign is None or foreign.num_cached > len(self.token_ids):
+            return SessionFile(list(self.token_ids), held, quality, prints, [], self.quality == AUTO)
+        quality = foreign.quality if self.quality == AUTO else quality
+        return SessionFile(list(self.token_ids), foreign.num_cached, quality, foreign.fingerprints, foreign.spans, self.quality == AUTO)
 
     def close(self) -> None:
         """Give the session's pages back; afterwards it refuses to go on or to be suspended. A session that is dropped is closed.
@@ -403,46 +439,53 @@ class Session:
         draft_s = decode_s = 0.0
         num_cached, reason = 0, None
         if stored.spans:
-            codec = session_codec(core, self._pack_path, self._log)
-            prints = pair_fingerprints(core) | {"pack": codec.pack.digest}
-            foreign = next((role for role in ("draft", "pack") if stored.fingerprints.get(role) != prints[role]), None)
+            codec = known_codec(core, self._pack_path, self._log)
+            foreign = None
+            if stored.fingerprints.get("draft") != pair_fingerprints(core)["draft"]:
+                foreign = "draft"
+            elif codec is None or stored.fingerprints.get("pack") != codec.pack.digest:
+                foreign = "pack"
             if foreign and (how == DECODE or self._pack_path is not None):
                 raise ForeignModel(
                     f"session file {source} was written with another {foreign}", "resume it with the models and pack it was made with"
                 )
-            if foreign:  # a pack fitted on the spot is kept in the cache alone: where that is gone, the ids still tell everything
-                how = RECOMPUTE
-                reason = "the codec parameters it was written with are gone" if foreign == "pack" else "it was written with another draft"
-                self._log(
-                    f"{reason}: the {len(stored.token_ids)} tokens of {shown(str(source), 200)} are recomputed from their ids, exactly"
-                )
+            if codec is None or foreign:
+                reason = self._keep_foreign(stored, source, foreign)
             else:
                 # links are of the file's chain; what is here was checked, and is bound anew when it is written
                 self.spans = [replace(span, link=None) for span in stored.spans]
-            if how == AUTO and self.quality in QUALITIES:  # asked for by name, now or when the file was written
-                how = DECODE
-            if how == AUTO:
-                if known_rates(codec) is None and stored.num_cached >= SHORTEST:
-                    yield from measuring(codec, self._log)
-                rates = codec.rates
-                how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE
-                reason = None if rates is None else rates.reason(stored.num_cached)
-            if how == DECODE:
-                num_cached = stored.num_cached
-                clock = StageClock(core.device)
-                with session_errors(source):
-                    yield from self._pieces(codec, stored.spans, clock)
-                narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
-                conversation.sequence.hold_only_seen(num_cached)
-                conversation.windows_from = max(0, num_cached - narrowest)
-                stages = clock.seconds()
-                del stages[_OTHERS]
-                draft_s = stages.get("sinks", 0.0) + stages["draft"]
-                decode_s = sum(stages.values()) - draft_s
+                if how == AUTO and self.quality in QUALITIES:  # asked for by name, now or when the file was written
+                    how = DECODE
+                if how == AUTO:
+                    if known_rates(codec) is None and stored.num_cached >= SHORTEST:
+                        yield from measuring(codec, self._log)
+                    rates = codec.rates
+                    how = DECODE if rates is None or rates.pays(stored.num_cached) else RECOMPUTE
+                    reason = None if rates is None else rates.reason(stored.num_cached)
+                if how == DECODE:
+                    num_cached = stored.num_cached
+                    clock = StageClock(core.device)
+                    with session_errors(source):
+                        yield from self._pieces(codec, stored.spans, clock)
+                    narrowest = min((shape.window for shape in core.target.layer_shapes if shape.window is not None), default=num_cached)
+                    conversation.sequence.hold_only_seen(num_cached)
+                    conversation.windows_from = max(0, num_cached - narrowest)
+                    stages = clock.seconds()
+                    del stages[_OTHERS]
+                    draft_s = stages.get("sinks", 0.0) + stages["draft"]
+                    decode_s = sum(stages.values()) - draft_s
         with session_errors(source):
             stored.confirm()
         done = DECODE if num_cached else RECOMPUTE
         self.resumed = ResumeReport(num_cached, draft_s, decode_s, time.perf_counter() - began, done, reason)
+
+    def _keep_foreign(self, stored: SessionFile, source: str | Path | None, role: str | None) -> str:
+        """Of spans that the engine's codec does not decode: a pack fitted on the spot is kept in the cache alone, and where that is gone, or drafts
+        come from elsewhere, the ids still tell everything. Returns why."""
+        self._foreign = replace(stored, spans=[replace(span, link=None) for span in stored.spans])
+        reason = "it was written with another draft" if role == "draft" else "the codec parameters it was written with are gone"
+        self._log(f"{reason}: the {len(stored.token_ids)} tokens of {shown(str(source), 200)} are recomputed from their ids, exactly")
+        return reason
 
     def _pieces(self, codec: SessionCodec, spans: Sequence[Span], clock: StageClock) -> Generator[None, None, None]:
         """Restore them, piece by piece so that requests may run in between. Where none does, at once if that is faster: on a GPU, and where spans refer

@@ -22,6 +22,7 @@ from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
 from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
 from engine.runtime import memory
+from engine.sessions.codec_params import find_pack
 from engine.sessions.rates import Rates
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -383,6 +384,7 @@ def pack_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORETOLD_HOME", str(home))
         patch.setattr("engine.sessions.codec_params.quick_pack", _small_pack)
+        patch.setattr("engine.sessions.kv_codec.known_pack", find_pack)  # known before anybody asks, in whatever order tests run
         # restoring tiny models takes longer than recomputing them: measured rates would leave nothing to be decoded
         patch.setattr("engine.sessions.rates.measure", measured(Rates(0.0, 1e-6, 0.0, 1.0)))
         patch.setattr("engine.sessions.rates.SHORTEST", 0)

@@ -17,7 +17,8 @@ from engine.engine import Engine
 from engine.generate import main
 from engine.hub.resolve import PairPaths
 from engine.runtime.core import EngineCore
-from engine.sessions.codec_params import find_pack
+from engine.sessions import codec_params
+from engine.sessions.codec_params import find_pack, known_pack
 from engine.sessions.file import SessionFile
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -460,6 +461,49 @@ def test_a_disk_that_is_full_at_the_end(generate, tmp_path, monkeypatch):
     status, out, err = generate("More", "--session", file, "--max-new-tokens", 5)
     assert mistake(status, "", err).startswith("error: no room left for the session file") and out, "the answer was shown before"
     assert file.read_bytes() == before
+
+
+def without_a_pack(monkeypatch, tmp_path, fit):
+    """A cache folder that has none, and what fits one."""
+    monkeypatch.setattr("engine.sessions.kv_codec.known_pack", known_pack)
+    monkeypatch.setattr("engine.sessions.codec_params.quick_pack", fit)
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_codec_parameters_are_fitted_behind_the_last_answer(generate, stdin, monkeypatch, tmp_path, chat):
+    file, fit = tmp_path / "a.kv", codec_params.quick_pack
+    held: list[SessionFile] = []
+
+    def fitted(*args, **options):
+        held.append(SessionFile.load(file))
+        return fit(*args, **options)
+
+    without_a_pack(monkeypatch, tmp_path, fitted)
+    options = ["--session", file, "--quality", "compact", "--max-new-tokens", 6, "--draft", "none"]
+    if chat:
+        stdin(b"Hello\nAnd now?\n")
+    status, out, err = generate(*(["--chat"] if chat else ["Hello"]), *options)
+    assert status == 0 and out.count("\n") >= (2 if chat else 1)
+    [before] = held
+    stored = SessionFile.load(file)
+    assert not before.spans and stored.spans and before.token_ids == stored.token_ids, "every answer was in the file before"
+    lines = err.splitlines()
+    [fits] = (n for n, line in enumerate(lines) if "fitting a quick one" in line)
+    suspended = [n for n, line in enumerate(lines) if line.startswith("suspended")]
+    assert len(suspended) == (3 if chat else 2) and suspended[-2] < fits < suspended[-1]
+    assert "kept as ids: there are no codec parameters" in lines[suspended[-2]]
+
+
+def test_an_interrupted_fit_leaves_the_ids(generate, monkeypatch, tmp_path):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    without_a_pack(monkeypatch, tmp_path, interrupted)
+    status, out, err = generate("Hello", "--session", tmp_path / "a.kv", "--quality", "tiny", "--max-new-tokens", 6, "--draft", "none")
+    assert status == 130 and out and "suspended" in err
+    stored = SessionFile.load(tmp_path / "a.kv")
+    assert not stored.spans and stored.quality == "tiny" and stored.token_ids
 
 
 # --- several turns ------------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from engine.engine import Engine
 from engine.errors import InvalidOption, PackMismatch
 from engine.model.decoder import Decoder, DecoderConfig
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.codec_params import find_pack, load_pack, pair_fingerprints
+from engine.sessions.codec_params import find_pack, known_pack, load_pack, pair_fingerprints
+from engine.sessions.file import SessionFile
 
 
 @pytest.fixture
 def home(pack_home, tmp_path, monkeypatch):
     """A fresh cache folder, and packs that no other test has fitted; from few tokens still."""
     monkeypatch.setattr("engine.sessions.codec_params.quick_pack", partial(quick_pack, num_tokens=768, context=128, rank=48))
+    monkeypatch.setattr("engine.sessions.kv_codec.known_pack", known_pack)
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -122,6 +124,78 @@ def test_models_without_a_folder_are_told_apart_by_their_weights(hf_config, dtyp
 def test_without_a_tokenizer_a_pack_must_be_given(random_decoder, home):
     with pytest.raises(InvalidOption, match="no tokenizer"):
         find_pack(Engine(random_decoder(0)).core)
+
+
+@pytest.fixture
+def fits(home, monkeypatch):
+    """Says how many packs were fitted."""
+    fitted, fit = [], partial(quick_pack, num_tokens=768, context=128, rank=48)
+    monkeypatch.setattr("engine.sessions.codec_params.quick_pack", lambda *args, **options: fitted.append(1) or fit(*args, **options))
+    return fitted
+
+
+PARAMS = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+
+def test_a_pack_is_fitted_when_something_is_coded_and_not_before(chat_engine, fits, tmp_path):
+    with chat_engine("none").session(quality="balanced", log=lambda _: None) as session:
+        session.generate("what comes of it", PARAMS)
+        report = session.suspend(tmp_path / "a.kv", fit=False)
+        assert session.unfitted and not fits and report.reason.startswith("kept as ids: there are no codec parameters")
+        assert (report.restore, report.quality, report.estimated_kl) == ("recompute", "balanced", 0.0)
+        ids = list(session.token_ids)
+    with chat_engine("none").session(tmp_path / "a.kv", log=lambda _: None) as session:
+        assert session.token_ids == ids and session.quality == "balanced" and session.resumed.restore == "recompute"
+        session.generate(" and then", PARAMS)
+        assert not fits, "an answer waits for no pack"
+        assert session.suspend(tmp_path / "a.kv").restore == "decode" and fits == [1] and not session.unfitted
+    stored = SessionFile.load(tmp_path / "a.kv")
+    assert stored.spans and stored.num_cached == len(stored.token_ids) - 1
+    with chat_engine("none").session(tmp_path / "a.kv", log=lambda _: None) as session:
+        assert session.resumed.restore == "decode" and fits == [1], "the one in the cache"
+
+
+@pytest.mark.parametrize("quality, shortest", [("tokens", 0), ("auto", 1000), ("near-lossless", 1000)])
+def test_what_is_not_coded_needs_no_pack(chat_engine, fits, monkeypatch, tmp_path, quality, shortest):
+    monkeypatch.setattr("engine.sessions.session.SHORTEST", shortest)
+    with chat_engine("none").session(quality=quality, log=lambda _: None) as session:
+        session.generate("what comes of it", PARAMS)  # all of it among the last tokens, which near-lossless runs again
+        assert session.suspend(tmp_path / "a.kv").restore == "recompute" and not session.unfitted and not fits
+
+
+def test_spans_of_another_draft_are_kept_until_their_tokens_are_coded_anew(chat_engine, fits, tmp_path):
+    file = tmp_path / "a.kv"
+    with chat_engine("draft").session(quality="compact", log=lambda _: None) as session:
+        session.generate("what comes of it", PARAMS)
+        session.suspend(file)
+    coded = SessionFile.load(file)
+    assert fits == [1]
+    with chat_engine("none").session(file, log=lambda _: None) as session:
+        assert session.resumed.restore == "recompute"
+        session.generate(" and then", PARAMS)
+        report = session.suspend(file, fit=False)
+        assert fits == [1] and session.unfitted and report.restore == "recompute" and report.estimated_kl == 0.0
+        ids = list(session.token_ids)
+    kept = SessionFile.load(file)
+    assert (kept.spans, kept.fingerprints, kept.num_cached, kept.quality) == (coded.spans, coded.fingerprints, coded.num_cached, "compact")
+    assert kept.token_ids == ids
+    with chat_engine("draft").session(file, log=lambda _: None) as session:
+        assert session.resumed.restore == "decode" and session.resumed.tokens == coded.num_cached and session.token_ids == ids
+    engine = chat_engine("none")
+    with engine.session(file, log=lambda _: None) as session:
+        assert session.generate("", PARAMS).token_ids == engine.generate([ids], PARAMS)[0].token_ids
+        assert session.suspend(file).restore == "decode" and fits == [1, 1]
+    anew = SessionFile.load(file)
+    assert anew.fingerprints["draft"] == "none" and anew.num_cached == len(anew.token_ids) - 1
+
+
+def test_a_quality_that_could_not_be_coded_is_refused_before_an_answer(random_decoder, home, tmp_path):
+    engine = Engine(random_decoder(0))
+    with pytest.raises(InvalidOption, match="no tokenizer"):
+        engine.session(quality="balanced")
+    with engine.session(log=lambda _: None) as session:  # auto: the ids tell everything
+        session.generate([1, 2, 3], PARAMS)
+        assert session.suspend(tmp_path / "a.kv").restore == "recompute"
 
 
 def test_a_tokenizer_is_read_once_for_its_fingerprint(chat_engine, monkeypatch) -> None:

@@ -262,7 +262,7 @@ def suspended(chat_engine, tmp_path_factory):
 
 def test_a_foreign_target_is_refused_before_a_pack_is_looked_for(chat_engine, suspended, monkeypatch):
     engine = chat_engine(target="stranger")
-    monkeypatch.setattr("engine.sessions.kv_codec.find_pack", None)
+    monkeypatch.setattr("engine.sessions.kv_codec.known_pack", None)
     with pytest.raises(ForeignModel, match="another target"):
         engine.session(suspended[0])
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
@@ -456,7 +456,7 @@ def test_a_pack_that_is_gone_leaves_the_ids(chat_engine, suspended, tmp_path, mo
     """One fitted on the spot lies in the cache alone, and fitted again it is another."""
     file, fitted = suspended
     pack = fitted.core.session_codec.pack
-    monkeypatch.setattr("engine.sessions.kv_codec.find_pack", lambda *_: replace(pack, info=pack.info | {"made": "later"}))
+    monkeypatch.setattr("engine.sessions.kv_codec.known_pack", lambda *_: replace(pack, info=pack.info | {"made": "later"}))
     engine, said = chat_engine(), []
     stored = SessionFile.load(file)
     with pytest.raises(ForeignModel, match="another pack"):
