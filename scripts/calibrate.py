@@ -36,6 +36,7 @@ from engine.calibrate.complete import complete
 from engine.calibrate.corpus import documents, library_texts, read_texts, text_files
 from engine.calibrate.recipe import CURVE_TOKENS, CalibrationOptions, bf16_bytes, calibrate, default_recomputed_layers, quick_pack
 from engine.calibrate.restore_cost import DEFAULT_BUDGET
+from engine.cli.command import versions
 from engine.cli.options import Parser
 from engine.errors import ForetoldError, InvalidOption
 from engine.hub.fingerprint import fingerprint, model_fingerprint
@@ -176,6 +177,12 @@ def shown(path: str) -> dict:
         raise InvalidOption(f"{path} is no codec pack that can be read: {error}", "check the path") from error
     known = {"pack": path, "pack_bytes": os.path.getsize(path), "digest": pack.digest, "layout": pack.layout.as_dict()}
     return known | {"predictor_settings": pack.predictor_settings} | pack.figures
+
+
+def command_of(argv: Sequence[str] | None) -> str:
+    """The command line as it was given, absolute paths by their names alone."""
+    given = sys.argv[1:] if argv is None else argv
+    return " ".join(["python scripts/calibrate.py", *(Path(word).name if os.path.isabs(word) else word for word in given)])
 
 
 def log(line: str) -> None:
@@ -331,7 +338,7 @@ def described(figures: dict, path: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = arguments(argv)
-        figures = run(args)
+        figures = run(args) | {"command": command_of(argv), "versions": versions()}
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,9 +26,16 @@ def test_the_best_predictor_within_a_budget_is_made_and_shown(command, tmp_path,
     out = str(tmp_path / "p")
     assert main([*command, "--restore-budget", "0.9", "--out", out]) == 0
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["command"] == "python scripts/calibrate.py " + " ".join(
+        word.rsplit("/", 1)[-1] for word in [*command, "--restore-budget", "0.9", "--out", out]
+    )
+    assert made["versions"]["torch"]
     restore = made["restore"]
     assert restore["restore_flops"] - restore["transform_flops"] <= 0.9 * restore["prefill_flops"] and len(made["search"]) >= 3
-    assert main(["--show", out, "--json"]) == 0
+    assert main(["--show", out, "--json", "--json-out", str(tmp_path / "shown.json")]) == 0
+    assert (
+        json.loads((tmp_path / "shown.json").read_text())["command"] == "python scripts/calibrate.py --show p --json --json-out shown.json"
+    )
     shown = json.loads(capsys.readouterr().out)
     assert shown["restore"] == restore and shown["digest"] == made["digest"] and shown["pack_bytes"] == made["pack_bytes"]
     assert main(["--show", out]) == 0
