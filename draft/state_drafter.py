@@ -107,6 +107,11 @@ class StateHeadState(DraftHeadState):
             self._waiting, self._num_waiting = [block], block.num_rows
         self._last = block
 
+    def waits_as(self, kept: Tensor) -> bool:
+        """Whether the rows that wait are those that a captured step has left in `kept` (`KeptBlock`), and no others."""
+        last = self._last
+        return isinstance(last, KeptBlock) and last.source is kept and self._num_waiting == last.num_rows
+
     def skip(self, count: int) -> None:
         """The next `count` tokens of the target's cache have no rows."""
         if count:
@@ -217,14 +222,14 @@ class StateDrafter(EarlyExitDrafter):
         first = torch.zeros_like(fused[:1]) if state.last is None else state.last[None]
         return self.join.rows(torch.cat([first, fused[:-1]]), embeddings)
 
-    def next_rows(self, states: Sequence[StateHeadState], tokens: Sequence[int]) -> Tensor:
-        """The rows [B, E] of the tokens that follow what the target has run of B requests."""
+    def next_rows(self, states: Sequence[StateHeadState], tokens: Tensor) -> Tensor:
+        """The rows [B, E] of the tokens [B] int64 that follow what the target has run of B requests."""
         kept = [state for state in states if state.steps is not None]
         if kept:
             fused = self.join.fused(list(torch.stack([state.steps.last_states() for state in kept if state.steps is not None]).unbind(1)))
             for state, own in zip(kept, fused, strict=True):
                 state.last = own
-        embeddings = self.embed(upload(tokens, self.decoder.device))
+        embeddings = self.embed(tokens)
         unknown = embeddings.new_zeros(embeddings.shape[1])
         return self.join.rows(torch.stack([unknown if state.last is None else state.last for state in states]), embeddings)
 
@@ -296,7 +301,7 @@ class StateDrafter(EarlyExitDrafter):
         if state.num_cached + count != state.sequence.length:
             state.skip(state.sequence.length - state.num_cached - count + 1)
         else:
-            state.append_hidden(self.next_rows([state], [token]))
+            state.append_hidden(self.next_rows([state], upload([token], self.decoder.device)))
         if count > 1:
             state.append_hidden(block)
         state.last = block

@@ -90,17 +90,17 @@ class StepState:
     it, or at it; of a draft head on the target's last states, at the first of the tokens whose rows are still to be run. skipped: tokens that such a
     head has no rows of. limit, draft_limit: positions for which there are pages. num_drafts: most drafts that may be kept. last, previous: tokens at
     length and length - 1. row, draft_row: of the page tables. sampling: parameters.
-    hidden [128, E]: the target's state at the exit of the token at length - 1. drafts [128, MAX_ROWS]: given ones. rows [128, K, E]: a draft head's on
-    the target's last states, of the tokens from first to length.
+    hidden [128, E]: the target's state at the exit of the token at length - 1 (exits: where there is one). drafts [128, MAX_ROWS]: given ones.
+    rows [128, K, E]: a draft head's on the target's last states, of the tokens from first to length.
     """
 
     NAMES = ("length", "first", "last", "previous", "skipped", "limit", "row", "num_drafts", "draft_limit", "draft_row")
     SENT = 5  # of these from the end on, which no step changes
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, *, num_rows: int = 0) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, *, exits: bool = False, num_rows: int = 0) -> None:
         self.integers = torch.zeros(len(self.NAMES), _MOST, dtype=torch.int64, device=device)
         self.sampling = SamplingState(_MOST, device)
-        self.hidden = torch.zeros(_MOST, hidden_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(_MOST if exits else 0, hidden_size, dtype=dtype, device=device)
         self.drafts = torch.zeros(_MOST, MAX_ROWS, dtype=torch.int64, device=device)
         self.rows = torch.zeros(_MOST, num_rows, hidden_size, dtype=dtype, device=device)
 
@@ -112,9 +112,11 @@ class StepState:
         """Set those that no step changes, in one copy: lists of `batch` integers each."""
         fill(self.integers[-self.SENT :, :batch], values)
 
-    def write(self, name: str, values: Sequence[int], batch: int) -> None:
-        """Set one of the integers; requests after the given ones, up to `batch`, are padding and get 0."""
-        fill(self.of(name, batch), [*values, *[0] * (batch - len(values))])
+    def move(self, columns: Tensor, length: int) -> None:
+        """Have what lies beside the integers of the requests in these columns [B] int64 lie in the first B; rows of `length` + 1 tokens at most."""
+        for part in (self.hidden, self.rows[:, : length + 1]):
+            if part.numel():
+                part[: len(columns)] = part.index_select(0, columns)
 
 
 @dataclass
@@ -176,6 +178,17 @@ class _Asked(NamedTuple):
     capturable: bool
 
 
+class _Settled(NamedTuple):
+    """Requests whose state the last step has left on the device: in which columns, and their lengths there (-1: void)."""
+
+    requests: list[Request]
+    columns: Sequence[int]
+    lengths: list[int]
+
+
+_NOTHING = _Settled([], [], [])
+
+
 class Gain(NamedTuple):
     """What a request gains in a step: its accepted drafts, then one of the target's own (none: logits that are not finite). proposed: its drafts."""
 
@@ -203,7 +216,7 @@ class BlockDecoding:
         # the target's first layers that drafts are made with
         self.exit_layer = drafter.exit_layer if self.head is not None and self.on_states is None and drafter is not None else 0
         rows = 0 if self.on_states is None else MAX_DRAFT_LENGTH + 1
-        self.state = StepState(target.config.hidden_size, target.dtype, target.device, num_rows=rows)
+        self.state = StepState(target.config.hidden_size, target.dtype, target.device, exits=self.exit_layer > 0, num_rows=rows)
         # of a head on last states: the embeddings' part of the rows of its R tokens, and where each token [V] stands among these
         self._embedded: Tensor | None = None
         self._places: Tensor | None = None
@@ -218,7 +231,7 @@ class BlockDecoding:
         self._memory: tuple[int, ...] = ()
         self._flight: Flight | None = None  # launched ahead
         self._current: Flight | None = None  # read, not committed
-        self._settled: tuple[list[Request], list[int]] = ([], [])  # whose state is on the device, in its order, and their lengths
+        self._settled = _NOTHING
         self._sent: list[list[int]] = []
         self._asked = _Asked([], [], [], Drawing(), frozenset(), True)
         self._captured_at, self._capture_s = -math.inf, 0.0  # when the last capture ended, and what it took
@@ -258,16 +271,17 @@ class BlockDecoding:
         return self._flight is not None and self._columns(requests) is not None
 
     def step(
-        self, requests: list[Request], planned: Callable[[], StepPlan], *, deterministic: bool = False
+        self, requests: list[Request], planned: Callable[[], StepPlan], *, deterministic: bool = False, ahead: bool = True
     ) -> tuple[StepPlan, list[Gain] | None]:
         """One step of all requests: its plan, and what each gains; None where the plan is not for captured steps, and nothing was run.
 
         Pages for two steps are there. The caller appends the tokens, advances the target's sequences by those it keeps, and calls `commit`. planned:
         the policy's plan of the next step; asked before this step's tokens are known, too. A step is launched ahead where drafts are the drafter's.
+        ahead: False where others join these in the next step, which would throw one away that was launched without them.
         """
         flight, columns = self._flight, None if self._flight is None else self._columns(requests)
         if flight is not None:
-            self._flight, self._settled = None, ([], [])  # the device is ahead of what the host knows
+            self._flight, self._settled = None, _NOTHING  # the device is ahead of what the host knows
         if flight is None or columns is None:
             plan = planned()
             key = self._takes(requests, plan, deterministic)
@@ -276,27 +290,28 @@ class BlockDecoding:
             flight = self._launch(requests, plan, key)
         elif len(columns) < len(flight.requests):
             flight = flight.of(requests, columns)
-        self._current, self._settled = flight, ([], [])
-        if flight.source == "model" and any(r.remaining > 1 for r in requests):
+        self._current, self._settled = flight, _NOTHING
+        if ahead and flight.source == "model" and any(r.remaining > 1 for r in requests):
             following = planned()
             if any(following.lengths):
                 key = self._takes(requests, following, deterministic, behind=flight)
                 if key is not None:
                     if flight.columns is not None:
-                        self._gather(flight.columns)
+                        self._gather(flight.columns, flight.length)
                     self._flight = self._launch(requests, following, key, ahead=True)
         out = read_out(flight.ready)
         out = out if flight.columns is None else [out[c] for c in flight.columns]
         gains = [Gain(own[1 : 1 + own[0]], count) for own, count in zip(out, flight.num_drafts, strict=True)]
-        if flight.columns is None or self._flight is not None:  # else they do not lie in their order
-            self._settled = (requests, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
+        columns = range(len(requests)) if flight.columns is None or self._flight is not None else flight.columns  # the latter gathered them
+        self._settled = _Settled(requests, columns, [r.sequence.length + len(gain.tokens) for r, gain in zip(requests, gains, strict=True)])
         return flight.plan, gains
 
     def forget(self, request: Request) -> None:
         """A request's pages are given back: the step under way is none of its, whatever length it has once it runs again."""
-        known, lengths = self._settled
+        known, columns, lengths = self._settled
         if request in known:
-            self._settled = known, [-1 if own is request else length for own, length in zip(known, lengths, strict=True)]
+            lengths = [-1 if own is request else length for own, length in zip(known, lengths, strict=True)]
+            self._settled = _Settled(known, columns, lengths)
 
     def commit(self, kept: Sequence[int]) -> None:
         """Bring the draft's caches up to the kept[b] tokens that each request has taken of the last step's; the target's sequences have moved. Given
@@ -333,23 +348,38 @@ class BlockDecoding:
             self._run_waiting([_state(r) for r in flight.requests], MAX_PENDING_HIDDEN)
 
     def _columns(self, requests: Sequence[Request]) -> Sequence[int] | None:
-        """Where the device's state of these is; None where it has none of one of them, or an older one."""
-        known, lengths = self._settled
+        """Where these are in the step under way; None where it is none of one of them, or began from another length."""
+        known, _, lengths = self._settled
         columns = places_of(requests, known)
         if columns is None or [lengths[c] for c in columns] != [r.sequence.length for r in requests]:
             return None
         return columns
 
-    def _is_settled(self, requests: Sequence[Request]) -> bool:
-        """Whether the device's state is that of these, in their order."""
-        return len(requests) == len(self._settled[0]) and self._columns(requests) is not None
+    def _kept(self, requests: Sequence[Request], source: Source, length: int) -> list[int]:
+        """The columns in which the device has all that a step of `length` drafts needs of each request; -1: it has not, or something older."""
+        known = {id(request): (column, at) for request, column, at in zip(*self._settled, strict=True)}
+        found = []
+        for request in requests:
+            column, at = known.get(id(request), (-1, -1))
+            found.append(column if at == request.sequence.length and (source == "given" or self._goes_on(request, length)) else -1)
+        return found
 
-    def _gather(self, columns: Sequence[int]) -> None:
-        """Have the device's state of the requests in these columns lie in their order, when others have ended."""
-        state, count, index = self.state, len(columns), upload(columns, self.target.device)
-        for part in (state.integers.T, state.rows, state.hidden):
-            part[:count] = part[index]
-        state.integers[:, count:] = 0  # padding
+    def _goes_on(self, request: Request, length: int) -> bool:
+        """Whether the draft of a request of the last step goes on from what that step has left of it: nothing else has run it, and it lacks nothing
+        that its first pass, of `length` + 1 rows on the target's last states, has no room for."""
+        last, state = self._current, _state(request)
+        if last is None or last.source != "model":
+            return False
+        if isinstance(state, StateHeadState):
+            return last.exits is not None and state.waits_as(last.exits) and state.num_pending_hidden <= length
+        return not self._follows(request) or self._lacks(request) <= self._slack
+
+    def _gather(self, columns: Sequence[int], length: int) -> None:
+        """Have the device's state of the requests in these columns lie in their order, when others have ended. length: drafts of the step before."""
+        integers, count, index = self.state.integers, len(columns), upload(columns, self.target.device)
+        integers[:, :count] = integers.index_select(1, index)
+        integers[:, count:] = 0  # padding
+        self.state.move(index, length)
         self._sent = []
 
     def _takes(self, requests: list[Request], plan: StepPlan, deterministic: bool, *, behind: Flight | None = None) -> BlockKey | None:
@@ -391,9 +421,17 @@ class BlockDecoding:
         """Tokens that the drafts of all requests lack, and run before they draft."""
         if self.on_states is not None:
             return 0  # it goes on without them
-        return sum(
-            r.sequence.length - (_state(r).length if self.head is None else _state(r).num_cached) for r in requests if self._follows(r)
-        )
+        return sum([self._lacks(r) for r in requests if self._follows(r)])
+
+    @property
+    def _slack(self) -> int:
+        """Tokens that a draft may lack: a separate one runs the last but one once more."""
+        return 0 if self.head is not None else 1
+
+    @staticmethod
+    def _lacks(request: Request) -> int:
+        """Committed tokens that its draft has not run and cannot run without the target."""
+        return request.sequence.length - _state(request).num_cached
 
     def _follows(self, request: Request) -> bool:
         """Whether its draft goes along in steps with drafts of others: a separate draft has no pages for a request that asks for no drafts."""
@@ -404,15 +442,12 @@ class BlockDecoding:
         once more."""
         assert self.drafter is not None
         requests = [r for r in requests if self._follows(r)]
-        states = [_state(r) for r in requests]
-        known, slack = ([s.num_cached for s in states], 0) if self.head is not None else ([s.length for s in states], 1)
-        behind = [b for b, r in enumerate(requests) if r.sequence.length - known[b] > slack]
+        behind = [r for r in requests if self._lacks(r) > self._slack]
         if behind:
-            self.drafter.catch_up(
-                [states[b] for b in behind], [requests[b].token_ids[known[b] : requests[b].sequence.length] for b in behind]
-            )
+            lacking = [r.token_ids[_state(r).num_cached : r.sequence.length] for r in behind]
+            self.drafter.catch_up([_state(r) for r in behind], lacking)
         if self.head is not None:
-            self._run_waiting(states, 2)
+            self._run_waiting([_state(r) for r in requests], 2)
 
     def _run_waiting(self, states: Sequence[DraftState], least: int) -> None:
         assert self.head is not None
@@ -456,10 +491,16 @@ class BlockDecoding:
         """Launch a step behind what is on the device. ahead: behind a step that was not read back."""
         source, length, asked = key.source, key.length, self._asks(requests)
         self.state.sampling.set(asked.params, asked.seeds, self.target.config.vocab_size)
-        if not ahead:
-            self._upload(requests, key.batch, source)
+        columns = range(len(requests)) if ahead else self._kept(requests, source, length)
+        if source == "model" and -1 in columns:
+            self._catch_up([r for r, column in zip(requests, columns, strict=True) if column < 0])
         num_drafts = list(plan.lengths) if source == "model" else [len(own) for own in plan.given]
-        self._place(requests, key.batch, source, length, num_drafts)
+        sent = self._to_send(requests, key.batch, source, length, num_drafts)
+        if any([column != b for b, column in enumerate(columns)]):
+            self._upload(requests, columns, key, sent)
+        elif sent != self._sent:
+            self.state.send(sent, key.batch)
+        self._sent = sent
         block = self._block(key)
         wanted = max([*plan.lengths, *map(len, plan.given)])
         if self._recent is None or self._recent[2] is not block or self._recent[1] != wanted:
@@ -475,46 +516,52 @@ class BlockDecoding:
         exits = block.exits[:, :count].clone() if block.exits is not None else None if block.kept is None else block.kept[:count].clone()
         return Flight(requests, source, length, plan, num_drafts, copy_out(block.out[:count]), exits)
 
-    def _upload(self, requests: list[Request], batch: int, source: Source) -> None:
-        """Bring the device's state up to the host's, where something else has run, and say where the draft's first pass begins."""
-        state = self.state
-        if source == "model":
-            self._catch_up(requests)
-        if not self._is_settled(requests):
-            state.write("length", [r.sequence.length for r in requests], batch)
-            state.write("last", [r.token_ids[-1] for r in requests], batch)
-            state.write("previous", [r.token_ids[-2] for r in requests], batch)
-            self._sent = []
-        if source == "model":
-            ends = []
-            if self.on_states is not None:
-                self._upload_rows([cast(StateHeadState, _state(r)) for r in requests], [r.token_ids[-1] for r in requests])
-            for b, request in enumerate(requests):
-                own = _state(request)
-                if isinstance(own, StateHeadState):
-                    ends.append(own.num_skipped + own.own.length)
-                elif isinstance(own, DraftHeadState):
-                    ends.append(own.own.length)
-                    if own.pending_hidden is not None and own.num_pending_hidden:
-                        state.hidden[b] = own.pending_hidden[-1]
-                else:
-                    ends.append(own.length)
-            state.write("first", ends, batch)
-            if self.on_states is not None:
-                state.write("skipped", [cast(StateHeadState, _state(r)).num_skipped for r in requests], batch)
+    def _upload(self, requests: Sequence[Request], columns: Sequence[int], key: BlockKey, sent: Sequence[Sequence[int]]) -> None:
+        """Bring the device's state of the requests in no column (-1) up to the host's, and have that of the others lie in their order.
 
-    def _upload_rows(self, states: Sequence[StateHeadState], tokens: Sequence[int]) -> None:
-        """The rows that each request's draft is to run: one that waits, if any does, and that of its last token."""
-        assert self.on_states is not None
-        own, waiting, most = self.on_states.next_rows(states, tokens), [s.pending_hidden for s in states], self.state.rows.shape[1]
-        places = [b * most + (waiting[b] is not None) for b in range(len(states))] + [
-            b * most for b, w in enumerate(waiting) if w is not None
+        The integers of all are the host's, and go there in one copy, `sent` with them; what the host does not have of the others is moved there.
+        """
+        state, drafted = self.state, key.source == "model"
+        self._settled = _NOTHING  # first: broken off in between, nothing is where it was
+        moving = [
+            [r.sequence.length for r in requests],
+            [self._first(r) if drafted else 0 for r in requests],
+            [r.token_ids[-1] for r in requests],
+            [r.token_ids[-2] for r in requests],
+            [_num_skipped(r) if drafted else 0 for r in requests],
         ]
-        rows = torch.cat([own, *(w for w in waiting if w is not None)])
-        self.state.rows.view(-1, rows.shape[1])[upload(places, rows.device)] = rows
+        padding = [0] * (key.batch - len(requests))
+        numbers = [number for own in (*([*own, *padding] for own in moving), *sent) for number in own]
+        order = [max(column, 0) for column in columns]
+        new = [b for b, column in enumerate(columns) if column < 0 and drafted and self.head is not None]
+        waiting = {b: rows for b in new if (rows := cast(DraftHeadState, _state(requests[b])).pending_hidden) is not None}
+        each = 1 if self.on_states is None else state.rows.shape[1]
+        places = [b * each for b in waiting]
+        tokens: list[int] = []
+        if self.on_states is not None:  # of each one's last token, behind what waits
+            places += [b * each + (b in waiting) for b in new]
+            tokens = [requests[b].token_ids[-1] for b in new]
+        parts = numbers, order, tokens, places
+        integers, into, ids, at = upload([n for part in parts for n in part], self.target.device).split(list(map(len, parts)))
+        state.integers[:, : key.batch] = integers.view(len(StepState.NAMES), key.batch)
+        if drafted and any([column not in (-1, b) for b, column in enumerate(columns)]):
+            state.move(into, key.length)
+        uploaded = list(waiting.values())
+        if tokens:
+            assert self.on_states is not None
+            uploaded.append(self.on_states.next_rows([cast(StateHeadState, _state(requests[b])) for b in new], ids))
+        if uploaded:
+            kept = state.hidden if self.on_states is None else state.rows
+            kept.view(-1, kept.shape[-1]).index_copy_(0, at, torch.cat(uploaded))
 
-    def _place(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> None:
-        """Tell the device where there are pages, and how many drafts may be kept."""
+    @staticmethod
+    def _first(request: Request) -> int:
+        """Where its draft's first pass begins: at the first token whose row waits, or behind what the draft has run."""
+        state = _state(request)
+        return state.num_cached - (state.num_pending_hidden if isinstance(state, DraftHeadState) else 0)
+
+    def _to_send(self, requests: list[Request], batch: int, source: Source, length: int, num_drafts: list[int]) -> list[list[int]]:
+        """What `StepState.send` tells the device: where there are pages, and how many drafts may be kept."""
         sequences, written = [r.sequence for r in requests], 2 * (length + 1)
         limits = [sequence.capacity for sequence in sequences]
         for sequence, limit in zip(sequences, limits, strict=True):
@@ -529,10 +576,7 @@ class BlockDecoding:
             room = [cache.capacity if self._follows(r) else 0 for r, cache in zip(requests, caches, strict=True)]
             values += [room if max(room) <= most else [min(own, most) for own in room], self.draft.tables.rows(caches)]
         padding = [0] * (batch - len(requests))
-        sent = [[*own, *padding] for own in values] + [[0] * batch] * (StepState.SENT - len(values))
-        if sent != self._sent:
-            self._sent = sent
-            self.state.send(sent, batch)
+        return [[*own, *padding] for own in values] + [[0] * batch] * (StepState.SENT - len(values))
 
     def capture_common(self, batch: int, drawing: Drawing, *, deterministic: bool = False, until_s: float = math.inf) -> None:
         """Capture the steps of `batch` requests over short contexts beforehand, with drafts of the drafter and with given ones, until `until_s` on
@@ -883,6 +927,12 @@ def _replay_seconds(runs: Sequence[Callable[[], None]], device: torch.device, co
 
     turn(2)
     return turn(count) / count
+
+
+def _num_skipped(request: Request) -> int:
+    """Tokens that a draft head on the target's last states has no rows of."""
+    state = _state(request)
+    return state.num_skipped if isinstance(state, StateHeadState) else 0
 
 
 def _state(request: Request) -> DraftState:

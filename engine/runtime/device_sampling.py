@@ -7,8 +7,10 @@ Axes: B requests of a step; V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from engine.runtime.sampling import SamplingParams, tempered
 from kernels.accept import COUNTER_SAMPLE, sample_rows
 from kernels.philox import philox_uniform
 from kernels.race import race
-from kernels.upload import fill
 
 _NONE = Filters()
 
@@ -43,25 +44,53 @@ class Drawing:
         return not self.race and not self.inverse
 
 
+class _Row(NamedTuple):
+    """A request's parameters as captured steps read them."""
+
+    seed: int
+    top_k: int
+    top_p: float
+    temperature: float
+    log_min_p: float
+    greedy: bool
+    coupled: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams, seed: int) -> _Row:
+        """Of a request that is not greedy."""
+        top_k, top_p, log_min_p = FilterRows.of(params)
+        return cls(seed, top_k, top_p, params.temperature, log_min_p, False, params.coupled)
+
+
+# the widest first, so that each column begins where its type may
+_DTYPES = (torch.int64, torch.int64, torch.float64, torch.float32, torch.float32, torch.bool, torch.bool)
+_GREEDY = _Row(0, 0, 1.0, 1.0, -math.inf, True, False)
+
+
+def _columns(buffer: Tensor, rows: int) -> list[Tensor]:
+    """The columns of `_Row` of so many rows that lie in a buffer [bytes] uint8: views."""
+    parts = buffer.split([rows * dtype.itemsize for dtype in _DTYPES])
+    return [part.view(dtype) for part, dtype in zip(parts, _DTYPES, strict=True)]
+
+
 class SamplingState:
     """Parameters of the requests of a step, in its order.
 
-    temperature [rows] float32, 1 for greedy ones; greedy, coupled [rows] bool; seed [rows] int64; filters.
+    temperature [rows] float32; greedy, coupled [rows] bool; seed [rows] int64; filters. Of a greedy request nothing but that it is greedy is known:
+    temperature 1, seed 0, not coupled, no filters. All of them lie in one buffer, so that one copy brings them up to date.
 
     Args:
         rows: most requests of a step.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.temperature = torch.ones(rows, dtype=torch.float32, device=device)
-        self.greedy = torch.ones(rows, dtype=torch.bool, device=device)
-        self.coupled = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.filters = FilterRows(
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            torch.ones(rows, dtype=torch.float64, device=device),
-            torch.full((rows,), -torch.inf, dtype=torch.float32, device=device),
-        )
+        self._rows = [_GREEDY] * rows  # what the device has of each
+        self._host = torch.zeros(rows * sum(dtype.itemsize for dtype in _DTYPES), dtype=torch.uint8)
+        self._host_columns = [column.numpy() for column in _columns(self._host, rows)]
+        self._write(self._rows)
+        self._device = self._host.to(device, copy=True)
+        self.seed, top_k, top_p, self.temperature, log_min_p, self.greedy, self.coupled = _columns(self._device, rows)
+        self.filters = FilterRows(top_k, top_p, log_min_p)
         self._sent: tuple[list[SamplingParams], list[int]] = ([], [])
         self._drawing: tuple[Drawing, int] = (Drawing(), 0)  # of these, and the size of the vocabulary
 
@@ -71,22 +100,17 @@ class SamplingState:
         if sent == self._sent and self._drawing[1] == vocab_size:
             return self._drawing[0]
         drawing = Drawing.of(params, vocab_size)
-        self._drawing = drawing, vocab_size
-        if sent != self._sent:
-            self._sent = sent
-            top_k, top_p, log_min_p = FilterRows.values(params)
-            columns = (
-                (self.temperature, [p.temperature or 1.0 for p in params]),
-                (self.greedy, [p.greedy for p in params]),
-                (self.coupled, [p.coupled for p in params]),
-                (self.seed, sent[1]),
-                (self.filters.top_k, top_k),
-                (self.filters.top_p, top_p),
-                (self.filters.log_min_p, log_min_p),
-            )
-            for column, values in columns:
-                fill(column[: len(values)], values)
+        self._sent, self._drawing = sent, (drawing, vocab_size)
+        rows = [_GREEDY if p.greedy else _Row.of(p, seed) for p, seed in zip(params, seeds, strict=True)]
+        if rows != self._rows[: len(rows)]:
+            self._rows[: len(rows)] = rows
+            self._write(rows)
+            self._device.copy_(self._host.pin_memory() if self._device.is_cuda else self._host, non_blocking=True)
         return drawing
+
+    def _write(self, rows: Sequence[_Row]) -> None:
+        for column, values in zip(self._host_columns, zip(*rows, strict=True), strict=True):
+            column[: len(rows)] = values
 
     def distributions(self, logits: Tensor, drawing: Drawing, batch: int, each: int = 1) -> Tensor:
         """[B each, V] float32 of logits [B each, V], each request's rows one after another; a greedy request's at temperature 1."""

@@ -74,10 +74,15 @@ class FilterRows:
         return FilterRows(*(values.repeat_interleave(count) for values in (self.top_k, self.top_p, self.log_min_p)))
 
     @staticmethod
-    def values(params: Sequence[FilterParams]) -> tuple[list[int], list[float], list[float]]:
-        """The three columns as the host has them; a greedy row has no filter."""
-        own = [(p.top_k, p.top_p, p.min_p) if p.filtered else (0, 1.0, 0.0) for p in params]
-        return [k for k, _, _ in own], [p for _, p, _ in own], [_log(m) for _, _, m in own]
+    def of(params: FilterParams) -> tuple[int, float, float]:
+        """A row as the host has it; a greedy one has no filter."""
+        return (params.top_k, params.top_p, _log(params.min_p)) if params.filtered else (0, 1.0, -math.inf)
+
+    @classmethod
+    def values(cls, params: Sequence[FilterParams]) -> tuple[list[int], list[float], list[float]]:
+        """The three columns of several."""
+        own = [cls.of(p) for p in params]
+        return [k for k, _, _ in own], [p for _, p, _ in own], [m for _, _, m in own]
 
 
 def device_cuts(scaled: Tensor, rows: FilterRows, filters: Filters) -> Tensor:

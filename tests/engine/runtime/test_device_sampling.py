@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,19 @@ PARAMS = [
     SamplingParams(top_k=3, top_p=0.1),
 ]
 SEEDS = [11 * i for i in range(len(PARAMS))]
+
+
+class Copied:
+    """A tensor that notes what is copied into it."""
+
+    is_cuda = False
+
+    def __init__(self, tensor, copies):
+        self.tensor, self.copies = tensor, copies
+
+    def copy_(self, source, **options):
+        self.copies.append(source)
+        return self.tensor.copy_(source, **options)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.01], ids=["peaked", "flat"])
@@ -62,7 +77,37 @@ def test_parameters_follow_the_requests():
     assert (one.race, one.inverse, one.greedy) == (True, False, False) and state.temperature[0] == 0.5
     assert state.set([SamplingParams(temperature=0.5, seed=1)], [2], 50) == one and state.seed[0] == 2
     state.set([SamplingParams()] * 2, [3, 4], 50)
-    assert state.greedy[:2].all() and state.seed[:2].tolist() == [3, 4] and state.temperature[0] == 1
+    assert state.greedy[:2].all() and state.temperature[0] == 1 and not state.coupled[:2].any()
+    state.set(PARAMS[:8], SEEDS[:8], 50)
+    assert state.seed.tolist() == [0, *SEEDS[1:8]] and state.coupled.tolist() == [p.seed is not None for p in PARAMS[:8]]
+    assert state.temperature[1:].tolist() == torch.tensor([p.temperature for p in PARAMS[1:8]]).tolist()
+    assert state.filters.top_k.tolist() == [p.top_k for p in PARAMS[:8]]
+    assert state.filters.top_p.tolist() == [p.top_p for p in PARAMS[:8]]
+    assert state.filters.log_min_p.exp().tolist() == pytest.approx([p.min_p for p in PARAMS[:8]])
+
+
+def test_parameters_are_uploaded_where_they_matter_and_have_changed(monkeypatch):
+    """In one copy, into tensors that stay where they are; what random numbers a greedy request would draw by is never looked at."""
+    state, copies = SamplingState(8, torch.device("cpu")), []
+    columns = [state.seed, state.temperature, state.greedy, state.coupled, *vars(state.filters).values()]
+    assert all(column.data_ptr() % column.element_size() == 0 for column in columns)
+    monkeypatch.setattr(state, "_device", Copied(state._device, copies))
+    drawn = SamplingParams(temperature=0.5)
+    for params, seeds, expected in (
+        ([SamplingParams()] * 3, [1, 2, 3], 0),
+        ([SamplingParams(seed=5)] * 4, [5, 5, 5, 5], 0),
+        ([drawn, SamplingParams()], [6, 7], 1),
+        ([drawn, SamplingParams()], [6, 8], 0),
+        ([replace(drawn), SamplingParams()], [6, 8], 0),
+        ([drawn], [6], 0),
+        ([drawn, drawn], [6, 8], 1),
+        ([drawn, replace(drawn, top_k=3)], [6, 8], 1),
+        ([drawn, replace(drawn, top_k=3)], [7, 8], 1),
+    ):
+        copies.clear()
+        state.set(params, seeds, 50)
+        assert len(copies) == expected, (params, seeds)
+    assert state.seed[:2].tolist() == [7, 8] and state.filters.top_k[:3].tolist() == [0, 3, 0] and state.temperature[1] == 0.5
 
 
 def test_candidates_are_as_few_as_the_rows_allow():

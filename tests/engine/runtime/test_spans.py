@@ -71,7 +71,7 @@ class SimulatedPlain(PlainDecoding):
 
 class SimulatedBlocks(BlockDecoding):
     def __init__(self, machine):
-        self.machine, self._flight, self._settled, self.drafter, self.on_states = machine, None, ([], []), None, None
+        self.machine, self._flight, self._settled, self.drafter, self.on_states = machine, None, block_runner._NOTHING, None, None
 
     def _takes(self, requests, plan, deterministic, *, behind=None):
         return plan if plan.drafts else None
@@ -82,7 +82,7 @@ class SimulatedBlocks(BlockDecoding):
     def commit(self, kept):
         pass
 
-    def _gather(self, columns):
+    def _gather(self, columns, length):
         self.machine.launch("gather", 0.01)
 
     def _launch(self, requests, plan, key, *, ahead=False):

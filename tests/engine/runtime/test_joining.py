@@ -1,0 +1,175 @@
+"""Requests that join a batch which decodes with drafts: the others go on from what the device has of them, and only the new ones are uploaded."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.runtime.block_runner import BlockDecoding
+from engine.runtime.sampling import SamplingParams
+
+GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.skipif(GPU, reason="counts and texts of float32 on a CPU; the runners are those of a GPU, without graphs")]
+KINDS = ["model", "head", "states"]
+NUMBERS = random.Random(5)
+PROMPTS = [[NUMBERS.randrange(3, 90) for _ in range(n)] for n in (4, 33, 1, 20, 2, 41, 7, 1, 12, 9)]
+NEW = (9, 14, 22, 1, 17, 30, 12, 8, 25, 16)
+
+
+def each_with(**options):
+    return [SamplingParams(max_new_tokens=n, ignore_eos=True, **options) for n in NEW]
+
+
+@pytest.fixture(scope="module")
+def alone(target):
+    """`alone(params)`: the text of each prompt, decoded alone and without drafts."""
+    texts = {}
+
+    def of(each):
+        engine = Engine(target, page_size=16)
+        for prompt, params in zip(PROMPTS, each, strict=True):
+            key = tuple(prompt), params
+            if key not in texts:
+                texts[key] = engine.generate([prompt], replace(params, draft_length=0))[0].token_ids
+        return [texts[tuple(prompt), params] for prompt, params in zip(PROMPTS, each, strict=True)]
+
+    return of
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """The columns that each upload of a step of the drafter's own drafts was told."""
+    seen, upload = [], BlockDecoding._upload
+
+    def recorded(self, requests, columns, key, sent):
+        if key.source == "model":
+            seen.append(list(columns))
+        return upload(self, requests, columns, key, sent)
+
+    monkeypatch.setattr(BlockDecoding, "_upload", recorded)
+    return seen
+
+
+def joins(scheduler, requests):
+    """What a scheduler knows: others have run their prompts, or wait for a place."""
+    return len(scheduler.running) == len(requests)
+
+
+SCHEDULES = {
+    "where nobody joins": joins,
+    "never": lambda scheduler, requests: False,
+    "now and then": lambda scheduler, requests: sum(len(r.token_ids) for r in requests) % 2 == 0,
+}
+
+
+def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), **options):
+    """The engine and the requests of PROMPTS once all have ended. ahead: whether steps are launched ahead. lengths: of drafts, step by step. cancel:
+    (step, request) to be dropped before it."""
+    engine = as_on_a_gpu(Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 16, "pool_tokens": 2048} | options)))
+    core, blocks = engine.core, engine.core.scheduler.blocks
+    run = blocks.step
+    blocks.step = lambda requests, planned, **own: run(requests, planned, ahead=ahead(core.scheduler, requests), **own)
+    requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS, each, strict=True)]
+    steps = 0
+    while not core.scheduler.idle:
+        for request in requests if lengths else ():
+            request.drafting.wanted = lengths[steps % len(lengths)]
+        for step, number in cancel:
+            if step == steps and requests[number].finish_reason is None:
+                core.abandon(requests[number])
+        core.step()
+        steps += 1
+    for pool in filter(None, (core.pool, core.draft_pool)):
+        pool.check_integrity()
+        assert pool.num_free_pages == pool.max_pages
+    return engine, requests
+
+
+def texts(requests):
+    return [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=True)]
+
+
+def accepted(requests):
+    return [(r.metrics.proposed, r.metrics.accepted) for r in requests]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("length, size", [(1, 4), (2, 3), (4, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_drafts_are_those_without_what_the_device_keeps(
+    as_on_a_gpu, target, drafts, alone, uploads, kind, length, size, schedule, monkeypatch
+):
+    """Drafts rest on the state that is moved: were it another, fewer would be right."""
+    each = each_with(draft_length=length)
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES[schedule], max_batch=size)
+    assert texts(found) == alone(each)
+    beside = [columns for columns in uploads if -1 in columns and max(columns) >= 0]
+    assert beside and any(column not in (-1, b) for columns in beside for b, column in enumerate(columns)), (
+        "some were moved beside new ones"
+    )
+    assert any(-1 not in columns for columns in uploads) or schedule != "never"
+    if kind == "model":  # the target itself
+        assert all(right == drafted for drafted, right in accepted(found))
+    monkeypatch.setattr(BlockDecoding, "_kept", lambda self, requests, *_: [-1] * len(requests))
+    _, whole = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES[schedule], max_batch=size)
+    assert accepted(whole) == accepted(found) and sum(right for _, right in accepted(found)) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("length, size", [(1, 4), (2, 2), (3, 2)])
+def test_seeded_text_is_that_of_each_request_alone(as_on_a_gpu, target, drafts, alone, uploads, kind, length, size, schedule):
+    """Eight rows a deterministic step: 4 requests of a draft each, or two of up to three."""
+    each = each_with(draft_length=length, temperature=0.9, seed=3)
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES[schedule], max_batch=size)
+    assert texts(found) == alone(each)
+    assert any(-1 in columns and max(columns) >= 0 for columns in uploads) or schedule == "now and then"
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_that_change_while_requests_join_and_leave(as_on_a_gpu, target, drafts, alone, uploads, kind, params):
+    """Among them none at all, and shorter ones than rows wait for; some requests are dropped in the step in which others join."""
+    expected = alone(each_with(**params))
+    cancel = [(5, 1), (9, 4), (9, 5)]
+    lengths = [2, 2, 1, 4, 4, 1, 2, 1, 0, 2, 2, 7, 1, 1] if not params else [2, 2, 1, 2, 1, 0, 3, 1, 1]
+    size = 2 if params else 3
+    options = {"lengths": lengths, "cancel": cancel, "max_batch": size}
+    each = each_with(draft_length=7, **params)  # they have the pages for so many
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES["now and then"], **options)
+    for text, whole, request in zip(texts(found), expected, found, strict=True):
+        assert text == whole[: len(text)] and (len(text) == len(whole) or request.finish_reason is None)
+    assert sum(request.finish_reason is None for request in found) <= len(cancel)
+    assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
+
+
+@pytest.mark.parametrize("size", [3, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_uploaded_for_one_that_joins_does_not_grow_with_those_that_are_there(
+    as_on_a_gpu, target, drafts, uploads, kind, size, monkeypatch
+):
+    """The page tables of both models, what the draft's pass over the prompt reads, and one copy of all else."""
+    counts, tensor, launch, copies = [], torch.tensor, BlockDecoding._launch, []
+
+    def counted(self, requests, plan, key, *, ahead=False):
+        copies.clear()
+        uploads.clear()
+        flight = launch(self, requests, plan, key, ahead=ahead)
+        counts.extend(len(copies) for columns in uploads if columns.count(-1) == 1 and len(columns) == size)
+        return flight
+
+    monkeypatch.setattr(BlockDecoding, "_launch", counted)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: copies.append(args) or tensor(*args, **options))
+    each = [replace(params, max_new_tokens=12 + 5 * b) for b, params in enumerate(each_with(draft_length=2))]
+    engine = as_on_a_gpu(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=4096, max_batch=size))
+    core, run = engine.core, engine.core.scheduler.blocks.step
+    core.scheduler.blocks.step = lambda requests, planned, **own: run(requests, planned, ahead=joins(core.scheduler, requests), **own)
+    for prompt, params in zip(PROMPTS * 3, each * 3, strict=True):
+        core.submit(core.open_sequence_state(), prompt, params, owns_cache=True)
+    while not core.scheduler.idle:
+        core.step()
+    assert len(counts) >= 3 and max(counts) <= 6, counts
