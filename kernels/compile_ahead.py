@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 _MOST_THREADS = 16
 _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
 _thread = threading.local()
+_Built = TypeVar("_Built")
 
 
 def compiling_ahead() -> bool:
@@ -49,6 +50,14 @@ def compile_ahead() -> Iterator[None]:
         stack.enter_context(AsyncCompileMode(pool, ignore_errors=True))
         stack.enter_context(_ClearedMemory())
         yield
+
+
+def built(build: Callable[[], _Built], compiled: bool, *, captures: bool) -> _Built:
+    """What `build` captures. Unless its kernels are `compiled`, it is built once before without a launch, by which they are, several at once."""
+    if captures and not compiled and not compiling_ahead():
+        with compile_ahead():
+            build()
+    return build()
 
 
 @contextmanager

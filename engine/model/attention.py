@@ -400,6 +400,7 @@ class DeviceBatch:
     max_query_len: int
     visible: Tensor | None = None  # [N] int64, of a draft tree (`kernels.paged_attention`)
     windows: Tensor | None = None  # [N] int32, of a draft tree
+    usual_context: int | None = None  # keys that launches are laid out for; None: as many as page_table reaches
 
     @classmethod
     def of(cls, batch: AttentionBatch, ropes: Sequence[RopeTable], device: torch.device) -> DeviceBatch:
@@ -488,6 +489,7 @@ class TritonBackend(AttentionBackend):
             sliding_window=shape.window,
             softcap=shape.softcap,
             max_query_len=batch.max_query_len,
+            usual_context=batch.usual_context,
         )
 
     def prepare_for_capture(self, num_requests: int, num_rows: int, max_query_len: int, max_context: int) -> None:

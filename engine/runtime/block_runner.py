@@ -33,7 +33,6 @@ from engine.runtime.model_runner import (
     GraphedDecoder,
     Step,
     bucket,
-    built,
     copy_out,
     page_bucket,
     places_of,
@@ -45,7 +44,7 @@ from engine.runtime.request import Request
 from engine.runtime.sampling import MAX_DRAFT_LENGTH, SamplingParams
 from kernels.accept import COUNTER_DRAFT, COUNTER_SAMPLE, accept, sample_rows
 from kernels.advance_block import BlockState, advance_block
-from kernels.compile_ahead import compile_ahead, compiling_ahead
+from kernels.compile_ahead import built, compile_ahead, compiling_ahead
 from kernels.decode_layer.plans import MOST_SKINNY
 from kernels.philox import philox_uniform
 from kernels.race import race
@@ -596,6 +595,15 @@ class BlockDecoding:
                 if batch * length <= MAX_ROWS and time.perf_counter() < until_s:
                     self.target.step(batch, length, 1, 0, self.exit_layer, self.drafter.target_taps, False)
         self._captured_at = -math.inf  # what is captured at the start takes nobody's time
+
+    def capture_long_prompts(self, batch: int, *, until_s: float = math.inf) -> None:
+        """The same for the drafter's passes of more than MAX_ROWS tokens of up to `batch` prompts."""
+        if self.draft is not None:
+            self.draft.capture_long_prompts(batch, logits=False, embed=self.head is None, until_s=until_s)
+        if self.exit_layer and self.drafter is not None:
+            self.target.capture_long_prompts(
+                batch, layers=range(self.exit_layer), taps=self.drafter.target_taps, logits=False, until_s=until_s
+            )
 
     # --- what steps cost ------------------------------------------------------------------------------------------------
 

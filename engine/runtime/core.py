@@ -307,8 +307,8 @@ class EngineCore:
     def capture_steps(self, limit_s: float = CAPTURE_LIMIT_S) -> Captured | None:
         """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts
         (64 pages): a step's first use compiles and captures, which takes up to a second. Plain steps come first, then prompts and drafts of small
-        batches, and last plain steps that keep no states for a draft head, as those of requests without drafts; after limit_s seconds the rest is left
-        to its first use. None where steps are not captured."""
+        batches, then plain steps that keep no states for a draft head, as those of requests without drafts, and last prompts of more than MAX_ROWS
+        tokens; after limit_s seconds the rest is left to its first use. None where steps are not captured."""
         runner, blocks = self.runner, self.scheduler.blocks
         if not isinstance(runner, GraphedDecoder):
             return None
@@ -338,6 +338,10 @@ class EngineCore:
                         for drawing in drawings:
                             if blocks is not None and blocks.step_taps(batch) and time.perf_counter() < until_s:
                                 runner.capture_common(batch, drawing, deterministic=self.deterministic)
+                    if not self.deterministic:
+                        runner.capture_long_prompts(sizes[-1], taps=taps, until_s=until_s)
+                        if blocks is not None:
+                            blocks.capture_long_prompts(sizes[-1], until_s=until_s)
             return Captured(runner.num_steps + (0 if blocks is None else blocks.num_steps), time.perf_counter() - began)
 
     def _measure_late(self) -> None:

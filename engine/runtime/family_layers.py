@@ -60,7 +60,7 @@ class FamilyLayers:
         ones = torch.ones(rows, dtype=torch.int32, device=at.device)
         batch = DeviceBatch(angles, b.slots, _of_rows(b.page_table, rows), ones, (at + 1).to(torch.int32), 1)
         own = [replace(batch, page_table=_of_rows(table, rows), slots=slots) for table, slots in zip(*windows, strict=True)]
-        _set_batches(backend, batch, own)
+        set_batches(backend, batch, own)
         stream = decoder.embed(b.token_ids) if embed else b.stream
         stream, taken = decoder.run_layers(stream, backend, layers, tuple(taps))
         b.stream.copy_(stream)
@@ -85,8 +85,9 @@ def _of_rows(page_table: Tensor, rows: int) -> Tensor:
     return page_table.repeat_interleave(rows // len(page_table), 0)
 
 
-def _set_batches(backend: AttentionBackend, batch: DeviceBatch, windows: Sequence[DeviceBatch]) -> None:
-    """What the layers read, of those that attend to everything and of each window."""
+def set_batches(backend: AttentionBackend, batch: DeviceBatch, windows: Sequence[DeviceBatch]) -> None:
+    """Have the layers of a backend over plain pages read `batch` where they attend to everything, and their own one of `windows` where they have
+    pages of their own."""
     backends, batches = [backend], [batch]
     if isinstance(backend, WindowedBackend):
         backends, batches = list(backend.backends), [*([batch] if backend.whole else []), *windows]

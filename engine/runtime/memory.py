@@ -19,6 +19,7 @@ from engine.kv.windowed_pool import REWIND_TOKENS, WindowedPool, WindowGroup
 from engine.model.decoder import Decoder
 from engine.runtime.block_runner import common_lengths
 from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, decode_shape, sizes_up_to
+from engine.runtime.prompt_passes import PASS_ROWS, passes_bytes, request_sizes
 from engine.runtime.reserve import MOST_STEP_TOKENS
 from kernels.decode_layer import DecodeBuffers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
@@ -32,6 +33,7 @@ _CACHED_SHARE = 4  # of the tokens of its other layers, the part that such ends 
 START_TOKENS = 4096  # what a pool begins with; it doubles on demand
 GPU_MEMORY_UTILIZATION = 0.9  # of a GPU's memory that an engine and all other programs may take, unless its options say otherwise
 _LOGIT_COPIES = 5  # float32 tensors of a row's vocabulary that sampling holds at once: logits, scaled, cut, sorted, probabilities
+_ATTENTION_PARTS = 4  # of the context that attention of 1,024 rows is done in
 _LIBRARY_BYTES = 2 * (32 << 20)  # workspaces of the matrix library, one a stream
 _GRAPH_BYTES = 2 << 20  # of a captured step that the driver keeps beside its buffers
 _GIB = 2.0**30
@@ -252,10 +254,15 @@ def workspace_bytes(decoder: Decoder, config: EngineConfig) -> int:
     """Most that a pass outside of captured steps holds at once: activations of a step's prompt tokens, logits of all requests, the library's own."""
     c = decoder.config
     tokens = max(PREFILL_TOKENS, config.prefill_chunk or prefill_chunk(decoder.device))
-    gated = c.intermediate_size * max(1, c.experts_per_token)
-    widths = 4 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * gated
     rows = max(config.max_batch, MAX_ROWS)
-    return tokens * widths * decoder.dtype.itemsize + rows * c.vocab_size * 4 * _LOGIT_COPIES + _LIBRARY_BYTES
+    return tokens * _activation_bytes(decoder) + rows * c.vocab_size * 4 * _LOGIT_COPIES + _LIBRARY_BYTES
+
+
+def _activation_bytes(decoder: Decoder) -> int:
+    """Most that a token's activations take at once."""
+    c = decoder.config
+    gated = c.intermediate_size * max(1, c.experts_per_token)
+    return (4 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * gated) * decoder.dtype.itemsize
 
 
 def captured_bytes(target: Decoder, draft: Decoder | None, config: EngineConfig) -> int:
@@ -268,7 +275,17 @@ def captured_bytes(target: Decoder, draft: Decoder | None, config: EngineConfig)
         for batch, length, logits in shapes:
             found += step_bytes(decoder, batch, length, logits=logits, page_size=config.page_size, deterministic=config.deterministic)
             steps += 1
+        if not config.deterministic:
+            found += passes_bytes(decoder, logits=decoder is target) + _shared_bytes(decoder)
+            steps += len(PASS_ROWS) * len(request_sizes(config.max_batch))
     return found + steps * _GRAPH_BYTES
+
+
+def _shared_bytes(decoder: Decoder) -> int:
+    """Activations of the largest pass of a prompt that is captured, which graphs share, with the library's own. Attention keeps a float32 result for
+    each part of the context."""
+    parts = _ATTENTION_PARTS * decoder.config.num_heads * decoder.config.head_dim * torch.float32.itemsize
+    return PASS_ROWS[-1] * (_activation_bytes(decoder) + parts) + _LIBRARY_BYTES
 
 
 def _target_steps(config: EngineConfig, drafts: bool) -> Iterator[tuple[int, int, bool]]:

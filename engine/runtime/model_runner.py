@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ from engine.runtime.device_sampling import Drawing, SamplingState
 from engine.runtime.family_layers import FamilyLayers
 from engine.runtime.logprobs import TokenLogprobs, from_row, logprob_rows
 from engine.runtime.page_tables import PageTables, StepTables
+from engine.runtime.prompt_passes import PASS_ROWS, PassKey, PromptPasses, request_sizes
 from engine.runtime.sampling import SamplingParams
 from kernels.advance import advance
 from kernels.block_inputs import block_inputs
-from kernels.compile_ahead import compile_ahead, compiling_ahead
+from kernels.compile_ahead import built, compiling_ahead
 from kernels.decode_layer import DecodeBuffers, DecodeShape, DecodeWeights, decode_embed, decode_head, decode_layers
 from kernels.decode_layer.plans import MOST_SKINNY, choose_plan
 from kernels.dispatch import use_triton
@@ -55,7 +56,6 @@ _LOGGED = 32  # steps whose states lie in one tensor
 _PROMPT_PASSES = 4
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
-_Built = TypeVar("_Built")
 GREEDY = Drawing()
 
 
@@ -117,14 +117,6 @@ def prompt_groups(query_lens: Sequence[int], most: int = MAX_ROWS) -> list[list[
             groups.append([])
         groups[-1].append(b)
     return groups
-
-
-def built(build: Callable[[], _Built], compiled: bool, *, captures: bool) -> _Built:
-    """What `build` captures. Unless its kernels are `compiled`, it is built once before without a launch, by which they are, several at once."""
-    if captures and not compiled and not compiling_ahead():
-        with compile_ahead():
-            build()
-    return build()
 
 
 def decode_shape(config: DecoderConfig) -> DecodeShape:
@@ -210,12 +202,14 @@ class GraphedDecoder(DecoderRunner):
         self._family = None if self.fuses(decoder.config) else FamilyLayers(decoder, pool, self.max_pages * pool.page_size)
         self.tables = PageTables(_TABLES, self.max_pages, decoder.device, len(windowed))
         self.sampling = SamplingState(_BATCHES[-1], decoder.device)
+        self._prompts = PromptPasses(decoder, pool, self.tables, self.capture if capture else None)
         self._zeros = torch.zeros(_BATCHES[-1], dtype=torch.int64, device=decoder.device)
         self._steps: dict[StepKey, Step] = {}
         self._compiled: set[StepKey] = set()  # steps whose kernels are compiled
         self._weights: DecodeWeights | None = None
         self._weights_over: tuple[int, ...] = ()  # `memory_version` of the pool whose pages they name
         self._graph_memory: Any | None = None
+        self._capture_stream: Any | None = None
 
     @staticmethod
     def supports(decoder: Decoder, pool: KvPool) -> bool:
@@ -249,8 +243,8 @@ class GraphedDecoder(DecoderRunner):
         return self.decoder.head(hidden, deterministic=deterministic)
 
     def run(self, asked: ForwardPass) -> DecoderOutput:
-        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own; short prompts of
-        several requests run in a few captured passes instead.
+        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own. Prompts of more rows
+        run in a pass of `PromptPasses` where one is ready, other short ones in a few captured steps.
 
         In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
@@ -269,6 +263,11 @@ class GraphedDecoder(DecoderRunner):
         if asked.deterministic:
             groups = row_groups(asked.query_lens) if small else None
         elif prompt and not small:
+            if self._prompts.holds(asked):
+                self._current_weights()
+                if self._prompts.is_ready(asked):
+                    return self._prompts.run(asked)
+                self._prompts.note(asked)
             apart = prompt_groups(asked.query_lens) or []
             groups = [[(b, 0, asked.query_lens[b]) for b in group] for group in apart]
             small = 0 < len(groups) <= _PROMPT_PASSES
@@ -378,7 +377,7 @@ class GraphedDecoder(DecoderRunner):
     @property
     def num_steps(self) -> int:
         """Steps that were captured."""
-        return len(self._steps)
+        return len(self._steps) + len(self._prompts)
 
     def replay(self, step: Step) -> None:
         """Run a step over what its buffers hold."""
@@ -401,12 +400,30 @@ class GraphedDecoder(DecoderRunner):
             if batch * length <= MAX_ROWS and time.perf_counter() < until_s:
                 self.step(batch, length, 1, 0, self.config.num_layers, taps, logits, embed=embed)
 
+    def capture_long_prompts(
+        self,
+        batch: int,
+        *,
+        layers: range | None = None,
+        taps: tuple[int, ...] = (),
+        logits: bool = True,
+        embed: bool = True,
+        until_s: float = math.inf,
+    ) -> None:
+        """The same for passes of more than MAX_ROWS tokens of up to `batch` prompts, those of few first. layers: None for all."""
+        first, last = (0, self.config.num_layers) if layers is None else (layers.start, layers.stop)
+        self._current_weights()
+        for requests, rows in product(request_sizes(batch), PASS_ROWS):
+            if time.perf_counter() < until_s:
+                self._prompts.of(PassKey(rows, requests, first, last, taps, logits, embed))
+
     def _current_weights(self) -> DecodeWeights:
         """The decoder's tensors; captured steps hold addresses, so they go when the pool has moved."""
         known, version = self._weights, self.memory_version
         if known is not None and self._weights_over == version:
             return known
         self._steps.clear()
+        self._prompts.forget()
         self._weights_over = version
         decoder = self.decoder
         head = decoder.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.matrix
@@ -459,7 +476,8 @@ class GraphedDecoder(DecoderRunner):
         if compiling_ahead():
             run()
             return None
-        stream = torch.cuda.Stream(self.device)
+        # one for all: the matrix library keeps a workspace for each stream
+        stream = self._capture_stream = self._capture_stream or torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # compiles what is not compiled yet
             run()

@@ -44,6 +44,7 @@ class Plan:
 
     spans: list[slice | torch.Tensor]  # per request: a slice of the page axis, or int64 page numbers
     tiles: list[Tile]
+    padded: bool = False  # whether there are rows in no tile, which see nothing
 
 
 def _span(pages: list[int], device: torch.device, as_view: bool) -> slice | torch.Tensor:
@@ -98,7 +99,7 @@ def plan(
 
     Args:
         page_lists: per request its page numbers, at least ceil(context_len / page_size) of them.
-        query_lens, context_lens: [B] ints; a context length includes the request's new tokens.
+        query_lens, context_lens: [B] ints; a context length includes the request's new tokens, or is 0 where they are padding, which has no tile.
         heads_per_group: H // G.
         dtype, device: of the queries.
         tree: `visible` and `windows`, each [N], as in `paged_attention`.
@@ -112,6 +113,10 @@ def plan(
     tile_rows = 1 if deterministic else TILE_ROWS
     start = 0
     for request, (pages, rows, context) in enumerate(zip(page_lists, query_lens, context_lens, strict=True)):
+        if context == 0:  # padding
+            spans.append(slice(0, 0))
+            start += rows
+            continue
         used = list(pages[: -(-context // page_size)])
         spans.append(_span(used, device, as_view=not deterministic))
         plain = (
@@ -143,7 +148,7 @@ def plan(
                 mask = masks[key]
             tiles.append(Tile(request, start + first, start + last, low, keys, mask))
         start += rows
-    return Plan(spans, tiles)
+    return Plan(spans, tiles, padded=0 in context_lens)
 
 
 def capped_attention(
@@ -191,7 +196,7 @@ def attend(
         [N, H, d] in q's dtype.
     """
     groups, head_dim = k_pages.shape[2:]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = (torch.zeros_like if batch.padded else torch.empty_like)(q, memory_format=torch.contiguous_format)
     request, k, v = -1, k_pages, v_pages
     for tile in batch.tiles:
         if tile.request != request:
@@ -219,7 +224,7 @@ def attend(
         else:
             result = capped_attention(queries, keys, values, None if tile.mask is None else tile.mask < 0, scale, softcap)
         tokens = result.view(groups, rows, -1, head_dim).transpose(0, 1).reshape(rows, -1, head_dim)
-        if len(batch.tiles) == 1:
+        if len(batch.tiles) == 1 and not batch.padded:
             return tokens
         out[tile.start : tile.end] = tokens
     return out
@@ -246,7 +251,7 @@ def paged_attention(
         q: [N, H, d] rotated queries of all requests, one after another.
         k_pages, v_pages: [P, S, G, d] of one layer, the new tokens' rows already written; H is a multiple of G.
         page_table: [B, max_pages] int32; entries past a request's context are not read.
-        query_lens, context_lens: [B]; a context length includes the request's new tokens.
+        query_lens, context_lens: [B]; a context length includes the request's new tokens, or is 0 where they are padding: their results are 0.
         scale: factor of the scores, usually d ** -0.5.
         deterministic: a token's result is the same bits whatever it is batched with.
         visible: int64 [N] for a tree of drafts: a row sees every key before its window, and of the TREE_SPAN keys from there on those whose bits are

@@ -384,11 +384,13 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     max_query_len: int | None = None,
+    usual_context: int | None = None,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`; k_pages and v_pages may have any strides but 1 along d, the same for both.
 
     max_query_len: bound on query_lens when these are a device tensor; without it N - B + 1 is assumed.
+    usual_context: keys that splits are chosen for, where page_table reaches farther than most contexts do; any context may be longer.
     config: launch shape; without it one that suits the sizes.
     """
     num_rows, q_heads, head_dim = q.shape
@@ -413,7 +415,9 @@ def paged_attention(
     if deterministic:
         split_keys, num_splits = DETERMINISTIC_SPLIT, triton.cdiv(lengths.max_context_len, DETERMINISTIC_SPLIT)
     else:
-        split_keys, num_splits = 0, choose_splits(config.num_splits, batch * kv_heads * tiles, lengths.keys_within(sliding_window), block_n)
+        keys = min(lengths.keys_within(sliding_window), usual_context or lengths.max_context_len)
+        busy = min(batch * tiles, triton.cdiv(num_rows * group, block_m) + batch - 1)  # tiles that hold rows, at most
+        split_keys, num_splits = 0, choose_splits(config.num_splits, busy * kv_heads, keys, block_n)
     direct = num_splits == 1 and not deterministic
     part = out if direct else torch.empty((num_splits, num_rows, q_heads, head_dim), dtype=torch.float32, device=q.device)
     stat = out if direct else torch.empty((num_splits, num_rows, q_heads, 2), dtype=torch.float32, device=q.device)

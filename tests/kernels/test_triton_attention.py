@@ -148,6 +148,41 @@ def test_deterministic_bits_of_a_window(twin, device, monkeypatch):
         assert torch.equal(call(q[j : j + 1], pool[0], pool[1], table[:1], [1], [51 + j], 0.25, **options), batch[j : j + 1])
 
 
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_padding_sees_nothing_and_contexts_may_be_longer_than_usual(sliding_window, device, assert_close):
+    """A request without new tokens and one of padding alone, whose table names no page; in the twin and in Triton, however contexts are split."""
+    query_lens, context_lens = [3, 0, 21], [70, 0, 200]
+    q, pool, table, keys, values = make_batch(query_lens, context_lens, 6, 2, 16, 16, torch.float32, device)
+    want = torch.zeros(40, 6, 16)
+    want[:24] = dense(q, keys, values, query_lens, context_lens, 0.25, sliding_window=sliding_window).float()
+    want = want.to(device)
+    q = torch.cat([q, torch.full((16, 6, 16), float("nan"), device=device)])
+    table = torch.cat([table, torch.full_like(table[:1], 10**6)])
+    lens = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([*query_lens, 16], [*context_lens, 0])]
+    fixed = (q, pool[0], pool[1], table, *lens, 0.25)
+    for more in (
+        {},
+        {"usual_context": 16},
+        {"usual_context": 100},
+        {"config": paged.AttentionConfig(num_splits=3, block_n=32)},
+        {"deterministic": True},
+    ):
+        assert_close(paged.paged_attention(*fixed, sliding_window=sliding_window, max_query_len=40, **more), want, 2e-5)
+    for deterministic in (False, True):
+        assert_close(reference.paged_attention(*fixed, deterministic=deterministic, sliding_window=sliding_window), want, 2e-5)
+
+
+@pytest.mark.parametrize(("usual_context", "keys"), [(None, 64), (32, 32)])
+def test_a_launch_is_laid_out_for_the_tiles_and_keys_that_there_are(usual_context, keys, monkeypatch, device):
+    """Of requests whose lengths the device knows: not each as long as all together, over all that the table reaches."""
+    asked, choose = [], paged.choose_splits
+    monkeypatch.setattr(paged, "choose_splits", lambda *sizes: asked.append(sizes) or choose(*sizes))
+    q, pool, table, _, _ = make_batch([30, 10], [40, 60], 12, 2, 16, 16, torch.float32, device)
+    lens = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([30, 10], [40, 60])]
+    paged.paged_attention(q, pool[0], pool[1], table[:, :4], *lens, 0.2, max_query_len=40, usual_context=usual_context)
+    assert asked == [(0, 2 * (-(-40 * 6 // 64) + 1), keys, 64)]
+
+
 def test_lengths_on_the_device_give_the_same_result(device):
     query_lens, context_lens = [2, 1], [40, 17]
     q, pool, table, _, _ = make_batch(query_lens, context_lens, 4, 2, 32, 8, torch.float32, device)

@@ -16,6 +16,7 @@ from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.device_sampling import Drawing
 from engine.runtime.memory import DeviceMemory, captured_bytes, plan_memory, step_bytes, token_bytes, workspace_bytes
 from engine.runtime.model_runner import GraphedDecoder
+from engine.runtime.prompt_passes import passes_bytes
 
 GIB = 1 << 30
 
@@ -105,10 +106,12 @@ def test_captured_bytes_are_those_of_the_buffers_that_captures_allocate(decoders
     core.scheduler.blocks = BlockDecoding(core.runner, core.drafter)
     allocated, allocate = [], GraphedDecoder._allocate
 
+    def held(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
     def counted(self, key, **options):
         step = allocate(self, key, **options)
-        kept = [value for value in vars(step.buffers).values() if isinstance(value, torch.Tensor)]
-        allocated.append(sum(tensor.numel() * tensor.element_size() for tensor in kept))
+        allocated.append(held(vars(step.buffers).values()))
         return step
 
     monkeypatch.setattr(GraphedDecoder, "_allocate", counted)
@@ -121,7 +124,12 @@ def test_captured_bytes_are_those_of_the_buffers_that_captures_allocate(decoders
     monkeypatch.setattr(memory, "_GRAPH_BYTES", 0)
     buffers = captured_bytes(target, draft if kind == "model" else None, core.config)
     assert counts > buffers and (counts - buffers) % graphs == 0
-    assert 0.3 * buffers < sum(allocated) < buffers
+    models = (target, draft) if kind == "model" else (target,)
+    runners = (core.runner, cached) if kind == "model" else (core.runner,)
+    of_passes = sum(passes_bytes(model, logits=model is target) for model in models)
+    assert 0.3 * of_passes < sum(held(runner._prompts._buffers.values()) for runner in runners) < of_passes
+    of_steps = buffers - of_passes - sum(memory._shared_bytes(model) for model in models)
+    assert 0.3 * of_steps < sum(allocated) < of_steps
 
 
 def test_a_steps_bytes_grow_with_its_logits(decoders):
