@@ -1,0 +1,40 @@
+"""Times of prompts: a line a size, and none of a pass whose logits are wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench import prompt_times
+from engine.runtime.model_runner import GraphedDecoder
+
+ARGS = ["--shape", "tiny", "--contexts", "0,256", "--repeats", "1"]
+
+
+def test_a_line_a_size(capsys, tmp_path):
+    assert prompt_times.main([*ARGS, "--prompts", "64,200,2x60", "--json-out", str(tmp_path / "times.json")]) == 0
+    first, *lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    report = json.loads((tmp_path / "times.json").read_text())
+    assert first == {"device": report["device"], "shape": "tiny", "captured": report["captured"]} and report["rows"] == lines
+    assert [(row["context"], row["prompts"], row["tokens"]) for row in lines] == [
+        (context, *sizes) for context in (0, 256) for sizes in ((1, 64), (1, 200), (2, 60))
+    ]
+    assert all(min(row["engine_ms"], row["pass_ms"], row["own_ms"]) > 0 and row["relative_rms"] < 1e-4 for row in lines)
+
+
+def test_a_captured_pass_is_told_and_a_wrong_one_refused(capsys, monkeypatch):
+    """Steps without graphs stand for captured ones; then they read another token than they were given."""
+
+    class Runner(GraphedDecoder):
+        def __init__(self, decoder, pool):
+            super().__init__(decoder, pool, capture=False)
+
+    monkeypatch.setattr("engine.runtime.core.graphed", Runner)
+    assert prompt_times.main([*ARGS, "--prompts", "200,1100"]) == 0
+    assert [json.loads(line)["captured"] for line in capsys.readouterr().out.splitlines()[1:]] == [True, False, True, False]
+    run = GraphedDecoder.run
+    monkeypatch.setattr(Runner, "run", lambda self, asked: run(self, replace(asked, token_ids=asked.token_ids.roll(1))))
+    with pytest.raises(SystemExit, match=r"1 x 200 tokens: logits \d\.\d+ from the own pass's"):
+        prompt_times.main([*ARGS, "--prompts", "200"])
