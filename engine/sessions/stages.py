@@ -1,4 +1,4 @@
-"""Seconds of a restore and of coding: of the stages, without waiting for the device between them, and as straight lines in the number of tokens."""
+"""Seconds of a restore and of coding: of the stages, without waiting for the device between them, and by the number of tokens."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ EXPECTED_RESUMES = 2
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of restoring, of recomputing and of coding n tokens: *_s + n * *_token_s. lend_token_s: of decoding a token of another text that restored
-    ones refer to."""
+    """Seconds of restoring, of recomputing and of coding n tokens: *_s + n * *_token_s + n * n / 2 * *_pair_s, the last for a token and one before it
+    that it attends to (none are coded). lend_token_s: of decoding a token of another text that restored ones refer to."""
 
     restore_s: float
     restore_token_s: float
@@ -58,14 +58,21 @@ class Rates:
     code_s: float = 0.0
     code_token_s: float = 0.0
     lend_token_s: float = 0.0
+    restore_pair_s: float = 0.0
+    recompute_pair_s: float = 0.0
 
     def restoring(self, tokens: int, lent: int = 0) -> float:
         """Seconds to restore so many tokens from coded spans that refer to so many of other texts."""
-        return self.restore_s + tokens * self.restore_token_s + lent * self.lend_token_s
+        return self.restore_s + tokens * (self.restore_token_s + tokens / 2 * self.restore_pair_s) + lent * self.lend_token_s
 
     def recomputing(self, tokens: int) -> float:
         """Seconds of the target's own pass over them."""
-        return self.recompute_s + tokens * self.recompute_token_s
+        return self.recompute_s + tokens * (self.recompute_token_s + tokens / 2 * self.recompute_pair_s)
+
+    def saved_token_s(self, tokens: int) -> float:
+        """Seconds a token of a text of so many that restoring saves, what it costs to begin left out; never less than 0."""
+        each = self.recompute_token_s - self.restore_token_s
+        return max(0.0, each + tokens / 2 * (self.recompute_pair_s - self.restore_pair_s))
 
     def pays(self, tokens: int, lent: int = 0) -> bool:
         """Whether restoring them is faster than recomputing them."""

@@ -361,8 +361,8 @@ class PrefixCache:
             shared, rates = self._shared.metrics, None if codec is None else codec.rates
             hot["bytes"] = self._shared.num_pages * self.core.pool.page_bytes
             hot["hits"], hot["hit_tokens"] = shared.hits, shared.hit_tokens
-            if rates is not None:
-                hot["saved_s"] = shared.hits * rates.recompute_s + shared.hit_tokens * rates.recompute_token_s
+            if rates is not None and shared.hits:  # of hits alike: unlike ones saved more
+                hot["saved_s"] = shared.hits * rates.recomputing(shared.hit_tokens // shared.hits)
         tiers = {"hot": hot, "disk": {"budget_bytes": self.store.limit_bytes, "bytes": disk_bytes} | asdict(self.disk)}
         if self.host is not None:
             tiers["host"] = self.host.report()
@@ -519,7 +519,7 @@ class PrefixCache:
         job.quality, rates = self._coding(len(ids))
         if self.memory_bytes and self.host is None and rates is not None:
             self.host = HostTier(self.memory_bytes, rates)
-        job.saved_token_s = 0.0 if rates is None else max(0.0, rates.recompute_token_s - rates.restore_token_s)
+        job.saved_token_s = 0.0 if rates is None else rates.saved_token_s(len(ids))
         root = root_key(self._identity(job.namespace))
         job.page = self.store.known_pages(root, ids, coded=job.quality != TOKENS)
         found = self.store.lookup(root, ids, job.page, referring=True)

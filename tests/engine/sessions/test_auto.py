@@ -157,7 +157,7 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
             if draft == "draft":  # requests run in between
                 assert engine.generate("Once upon", GREEDY)[0].new_tokens == 20
     found = end.value.value
-    assert count == 10, "one pass over the text, three codings, three restores and three passes to compare them with"
+    assert count == 9, "three passes over the text, one far behind it, three codings, two pieces of a restore"
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
     assert found.recomputing(256) > 0 and found.restoring(256) > 0 and found.coding(256) > 0
     engine.core.pool.check_integrity()
@@ -165,6 +165,64 @@ def test_measuring_gives_finite_rates_and_pages_back(chat_engine, draft):
 
 
 MEASURE = rates.measure
+
+
+def test_attention_is_told_from_the_rest_by_a_pass_far_behind():
+    def took(tokens, before=0):
+        return 0.02 + 1.3e-3 * tokens + 4.5e-7 * tokens * (before + tokens / 2)
+
+    known = {64: took(64), 512: took(512)}
+    assert rates._parabola(known, (128, 2048, took(128, 2048))) == pytest.approx((0.02, 1.3e-3, 4.5e-7))
+    start_s, token_s, pair_s = rates._parabola(known, None)
+    assert pair_s == 0 and (start_s + 64 * token_s, start_s + 512 * token_s) == pytest.approx((took(64), took(512))), "a line"
+    assert rates._parabola(known, (128, 2048, took(128)))[2] == 0, "noise is no attention"
+    found = Rates(0.1, 6e-4, 0.02, 1.3e-3, restore_pair_s=1e-7, recompute_pair_s=4.5e-7)
+    assert found.recomputing(5000) == pytest.approx(took(5000)) and found.restoring(5000) == pytest.approx(0.1 + 3.0 + 1.25)
+    assert found.saved_token_s(5000) == pytest.approx(7e-4 + 2500 * 3.5e-7)
+    assert Rates(0.1, 2e-3, 0.0, 1e-3).saved_token_s(100) == 0
+
+
+@pytest.mark.parametrize("draft", ["draft", "head"])
+def test_a_pass_far_behind_needs_no_text_of_that_length(chat_engine, draft):
+    from engine.sessions.kv_codec import session_codec
+
+    engine = chat_engine(draft)
+    core, codec = engine.core, session_codec(engine.core, log=quiet)
+    first = core.open_sequence_state()
+    first.token_ids[:] = range(40)
+    codec.run_target(first, 40)
+    before = core.target.read_kv(first.sequence, 0, 40)
+    free = core.pool.num_free_pages
+    count, start, took = rates._far_pass(core, first)
+    assert (count, start) == (40, (1024 - 40) // 16 * 16) and took > 0
+    assert core.pool.num_free_pages == free and torch.equal(core.target.read_kv(first.sequence, 0, 40), before)
+    held = core.pool.new_sequence()
+    held.reserve(core.pool.num_free_tokens - 128)
+    assert rates._far_pass(core, first) is None, "no room"
+    held.free()
+    core.close_sequence_state(first)
+    core.pool.check_integrity()
+
+
+@pytest.mark.parametrize("restored", [rates._restored_by_piece, rates._restored_at_once])
+def test_both_ways_to_time_a_restore(chat_engine, restored):
+    from codec.spec import NUM_SINKS
+    from engine.sessions.kv_codec import session_codec
+
+    engine = chat_engine()
+    core, codec, ids = engine.core, session_codec(engine.core, log=quiet), list(range(150))
+    first = core.open_sequence_state()
+    first.token_ids[:] = ids
+    codec.run_target(first, 150)
+    spans = codec.encode(first, NUM_SINKS, 150, "balanced")
+    core.close_sequence_state(first)
+    pieces = restored(codec, ids, spans, (64, 150), 0.0)
+    with pytest.raises(StopIteration) as end, torch.inference_mode():
+        while True:
+            next(pieces)
+    start_s, token_s = end.value.value
+    assert start_s >= 0 and token_s >= 0 and start_s + token_s > 0
+    assert core.pool.num_free_pages == core.pool.max_pages
 
 
 @pytest.mark.parametrize("draft, dtype", [("draft", "float32"), ("head", "bfloat16"), ("none", "float32")])

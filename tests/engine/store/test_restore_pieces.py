@@ -463,11 +463,11 @@ def test_a_pool_too_full_to_measure_in_is_no_measurement(store_engine, monkeypat
     store_engine.said.clear()
     engine.generate(LONG[:550], GREEDY)
     if full == "between":
-        for _ in range(5):  # what was coded for it is closed
+        for _ in range(5):
             cache._keep_some()
         assert cache._measuring is not None
     with engine.core.lock:
-        hog = pool.new_sequence(pool.num_free_tokens - 64)
+        hog = pool.new_sequence(pool.num_free_tokens)
     engine.flush()
     assert cache.codec.rates is None and cache.metrics.kept_tokens == 512 and not store_engine.said
     assert not list((tmp_path / "home").glob("rates/*"))
