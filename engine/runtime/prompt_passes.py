@@ -199,17 +199,33 @@ class PromptPasses:
 
     def _run(self, own: PromptPass) -> None:
         """The pass over what its buffers hold, all of it on the device."""
-        decoder, (starts, counts, contexts, table_rows) = self.decoder, own.inputs
+        decoder, key = self.decoder, own.key
+        ends = own.inputs[1].cumsum(0)
+        backend = self._plan(own, ends)
+        stream = decoder.embed(own.source) if key.embed else own.source
+        layers, shapes = range(key.first, key.last), decoder.layer_shapes
+        if compiling_ahead():  # layers of one shape are alike
+            for number in {shapes[number]: number for number in layers}.values():
+                decoder.run_layers(stream, backend, range(number, number + 1))
+        else:
+            stream, taken = decoder.run_layers(stream, backend, layers, key.taps)
+            own.stream.copy_(stream)
+            for tap, rows in zip(key.taps, own.tapped, strict=True):
+                rows.copy_(taken[tap])
+        if own.logits is not None:
+            own.logits.copy_(decoder.head(stream.index_select(0, (ends[:-1] - 1).clamp_min(0))))
+
+    def _plan(self, own: PromptPass, ends: Tensor) -> AttentionBackend:
+        """The attention of the pass. ends: [R] int64, the row behind each request's last one."""
+        starts, counts, contexts, table_rows = own.inputs
+        size, row = self.pool.page_size, self._row_numbers[: own.key.rows]
         self.tables.look_up(table_rows, own.tables)
-        ends, row = counts.cumsum(0), self._row_numbers[: own.key.rows]
         owner = (row[:, None] >= ends).sum(1)
         position = starts[owner] + row - (ends - counts)[owner]
         inside = position < contexts[owner]
         position = torch.where(inside, position, 0)
-        page, offset = position // self.pool.page_size, position % self.pool.page_size
-        slots = [
-            torch.where(inside, table[owner, page] * self.pool.page_size + offset, -1) for table in (own.tables.main, *own.tables.windows)
-        ]
+        page, offset = position // size, position % size
+        slots = [torch.where(inside, table[owner, page] * size + offset, -1) for table in (own.tables.main, *own.tables.windows)]
         batch = DeviceBatch(
             tuple((cos.index_select(0, position), sin.index_select(0, position)) for cos, sin in self._angles),
             slots[0],
@@ -219,15 +235,9 @@ class PromptPasses:
             own.key.rows,
             usual_context=_USUAL_CONTEXT,
         )
-        if self._backend is None:
-            self._backend = decoder.attention_backend(self.pool, kernels=True)
-        set_batches(
-            self._backend, batch, [replace(batch, page_table=t, slots=s) for t, s in zip(own.tables.windows, slots[1:], strict=True)]
-        )
-        entered = decoder.embed(own.source) if own.key.embed else own.source
-        stream, taken = decoder.run_layers(entered, self._backend, range(own.key.first, own.key.last), own.key.taps)
-        own.stream.copy_(stream)
-        for tap, rows in zip(own.key.taps, own.tapped, strict=True):
-            rows.copy_(taken[tap])
-        if own.logits is not None:
-            own.logits.copy_(decoder.head(stream.index_select(0, (ends[:-1] - 1).clamp_min(0))))
+        backend = self._backend = self._backend or self.decoder.attention_backend(self.pool, kernels=True)
+        windows = [
+            replace(batch, page_table=table, slots=own_slots) for table, own_slots in zip(own.tables.windows, slots[1:], strict=True)
+        ]
+        set_batches(backend, batch, windows)
+        return backend

@@ -23,6 +23,7 @@ from bench.decode_profile import SHAPES, moment, random_decoder
 from engine.engine import Engine
 from engine.kv.pool import KvSequence
 from engine.model.decoder import forward_reserved
+from engine.runtime import memory, model_runner, prompt_passes
 from engine.runtime.sampling import SamplingParams
 
 BOUND = 0.1  # of logits: orders of sums in bfloat16 differ by .035 after 28 layers, a pass that reads or writes another place by about 1
@@ -121,10 +122,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", default="64,200,300,500,900,1500,4096,4x60,8x60", help="LENGTH or COUNTxLENGTH, comma-separated")
     parser.add_argument("--contexts", default="0,8000", help="tokens before the prompts, comma-separated")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--pass-rows", help="other sizes of captured passes than the engine's, ascending and comma-separated (256,512,2048)"
+    )
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats is at least 1")
+    if args.pass_rows:
+        sizes = tuple(int(own) for own in args.pass_rows.split(","))
+        if sizes != tuple(sorted(set(sizes))) or sizes[0] < 1:
+            parser.error("--pass-rows are ascending")
+        for module in (prompt_passes, model_runner, memory):
+            module.PASS_ROWS = sizes  # type: ignore[attr-defined]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [count_and_length(own) for own in args.prompts.split(",")]
     contexts = [int(own) for own in args.contexts.split(",")]
@@ -134,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     captured = engine.core.capture_steps()
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "shape": args.shape,
-        "captured": captured and captured._asdict(), "rows": [],
+        "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(), "rows": [],
     }  # fmt: skip
-    print(json.dumps({name: report[name] for name in ("device", "shape", "captured")}), flush=True)
+    print(json.dumps({name: report[name] for name in report if name != "rows"}), flush=True)
     for context in contexts:
         times = PromptTimes(engine, context, args.repeats)
         for count, length in prompts:

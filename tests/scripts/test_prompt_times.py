@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bench import prompt_times
+from engine.runtime import memory, model_runner, prompt_passes
 from engine.runtime.model_runner import GraphedDecoder
 
 ARGS = ["--shape", "tiny", "--contexts", "0,256", "--repeats", "1"]
@@ -17,7 +18,7 @@ def test_a_line_a_size(capsys, tmp_path):
     assert prompt_times.main([*ARGS, "--prompts", "64,200,2x60", "--json-out", str(tmp_path / "times.json")]) == 0
     first, *lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     report = json.loads((tmp_path / "times.json").read_text())
-    assert first == {"device": report["device"], "shape": "tiny", "captured": report["captured"]} and report["rows"] == lines
+    assert {**first, "rows": lines} == report and first["pass_rows"] == list(prompt_passes.PASS_ROWS)
     assert [(row["context"], row["prompts"], row["tokens"]) for row in lines] == [
         (context, *sizes) for context in (0, 256) for sizes in ((1, 64), (1, 200), (2, 60))
     ]
@@ -32,8 +33,14 @@ def test_a_captured_pass_is_told_and_a_wrong_one_refused(capsys, monkeypatch):
             super().__init__(decoder, pool, capture=False)
 
     monkeypatch.setattr("engine.runtime.core.graphed", Runner)
+    for module in (prompt_passes, model_runner, memory):  # put back what the option changes
+        monkeypatch.setattr(module, "PASS_ROWS", module.PASS_ROWS)
     assert prompt_times.main([*ARGS, "--prompts", "200,1100"]) == 0
     assert [json.loads(line)["captured"] for line in capsys.readouterr().out.splitlines()[1:]] == [True, False, True, False]
+    assert prompt_times.main([*ARGS, "--prompts", "200,1100,1300", "--pass-rows", "256,1200"]) == 0
+    assert [json.loads(line)["captured"] for line in capsys.readouterr().out.splitlines()[1:]] == [True, True, False] * 2
+    with pytest.raises(SystemExit):
+        prompt_times.main([*ARGS, "--pass-rows", "256,128"])
     run = GraphedDecoder.run
     monkeypatch.setattr(Runner, "run", lambda self, asked: run(self, replace(asked, token_ids=asked.token_ids.roll(1))))
     with pytest.raises(SystemExit, match=r"1 x 200 tokens: logits \d\.\d+ from the own pass's"):

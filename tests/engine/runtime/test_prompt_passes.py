@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.interpreter import compute_like_hardware
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model.decoder import forward_reserved
@@ -12,6 +13,7 @@ from engine.runtime.memory import open_pool, step_tokens, window_layers
 from engine.runtime.model_runner import GraphedDecoder
 from engine.runtime.prompt_passes import PASS_REQUESTS, PASS_ROWS
 from engine.runtime.sampling import SamplingParams
+from kernels.dispatch import triton_importable
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -42,6 +44,13 @@ def behind(decoder, pool, contexts):
         if count:
             forward_reserved(decoder, torch.tensor(TEXT[-count:], device=DEVICE), [sequence], [count])
             sequence.advance(count)
+    return sequences
+
+
+def reserved(sequences, counts):
+    """The same, with pages for so many tokens more."""
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.ensure(sequence.length + count)
     return sequences
 
 
@@ -124,6 +133,25 @@ def test_a_pass_from_hidden_states(decoder, logits):
         out = twice(runner, None, sequences, [200, 40], first_layer=1, hidden=hidden, logits=logits, taps=(1, 2))
         outputs.append([*([out.logits] if logits == "last" else []), out.hidden, out.taps[1], out.taps[2]])
     assert [key.embed for key in runner._prompts._passes] == [False]
+    assert_alike(*outputs)
+
+
+@pytest.mark.skipif(GPU or not triton_importable(), reason="needs Triton's interpreter, which a GPU's process has not")
+@torch.inference_mode()
+def test_interpreted_kernels_say_the_same(tiny_model, monkeypatch):
+    compute_like_hardware()
+    monkeypatch.setattr("engine.runtime.prompt_passes.PASS_ROWS", (160,))
+    decoder, outputs = tiny_model("gemma3", max_position_embeddings=128).decoder, []
+    for kernels in ("reference", "triton"):
+        pool = decoder.new_pool(60, 16)
+        sequences, counts = behind(decoder, pool, [20, 5]), [99, 51]
+        monkeypatch.setenv("FORETOLD_KERNELS", kernels)
+        runner = GraphedDecoder(decoder, pool, capture=False)
+        out = runner.forward(ids_of(counts), reserved(sequences, counts), counts, logits="last", taps=(2,))
+        assert len(runner._prompts) == 1
+        monkeypatch.setenv("FORETOLD_KERNELS", "reference")
+        kv = [decoder.read_kv(s, 0, s.length + n) for s, n in zip(sequences, counts, strict=True)]
+        outputs.append([out.logits, out.hidden, out.taps[2], *kv])
     assert_alike(*outputs)
 
 
