@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from draft.policy import StepPlan
 from engine.engine import Engine
+from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.sampling import SamplingParams
 
@@ -66,13 +69,17 @@ SCHEDULES = {
 }
 
 
-def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), **options):
+def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), plan=None, headroom=64, **options):
     """The engine and the requests of PROMPTS once all have ended. ahead: whether steps are launched ahead. lengths: of drafts, step by step. cancel:
-    (step, request) to be dropped before it."""
+    (step, request) to be dropped before it. plan: of the drafts of requests' next step; None: the policy's."""
     engine = as_on_a_gpu(Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 16, "pool_tokens": 2048} | options)))
     core, blocks = engine.core, engine.core.scheduler.blocks
-    run = blocks.step
-    blocks.step = lambda requests, planned, **own: run(requests, planned, ahead=ahead(core.scheduler, requests), **own)
+    core.scheduler.headroom, run = headroom, blocks.step
+
+    def step(requests, planned, **own):
+        return run(requests, planned if plan is None else partial(plan, requests), ahead=ahead(core.scheduler, requests), **own)
+
+    blocks.step = step
     requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS, each, strict=True)]
     steps = 0
     while not core.scheduler.idle:
@@ -144,6 +151,61 @@ def test_lengths_that_change_while_requests_join_and_leave(as_on_a_gpu, target, 
     for text, whole, request in zip(texts(found), expected, found, strict=True):
         assert text == whole[: len(text)] and (len(text) == len(whole) or request.finish_reason is None)
     assert sum(request.finish_reason is None for request in found) <= len(cancel)
+    assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_of_several_lengths_join_one_another(as_on_a_gpu, target, drafts, alone, uploads, kind, params):
+    """Among them some that ask for no drafts: a separate draft runs nothing of theirs, and a head goes along."""
+    expected = alone(each_with(**params))
+    each = [replace(own, draft_length=(2, 0, 1, 2)[b % 4]) for b, own in enumerate(each_with(**params))]
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, max_batch=2 if params else 4)
+    assert texts(found) == expected and sum(right for _, right in accepted(found)) > 0
+    assert all(not drafted for (drafted, _), own in zip(accepted(found), each, strict=True) if own.draft_length == 0)
+    assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_that_are_interrupted_come_back_as_new_ones(as_on_a_gpu, target, drafts, alone, uploads, kind, params):
+    """Whatever length they come back at: their pages and their draft's state are others."""
+    each = each_with(draft_length=1 if params else 2, **params)
+    options = {"max_batch": 4, "page_size": 4, "pool_tokens": 88, "prefill_chunk": 8, "prefix_sharing": True}
+    engine, found = decoded(as_on_a_gpu, target, drafts[kind], each, headroom=1, **options)
+    assert texts(found) == alone(each) and engine.core.scheduler.preemptions > 0
+    assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_drafts_that_lie_far_behind_join_once_they_have_caught_up(as_on_a_gpu, target, drafts, alone, uploads, kind, monkeypatch):
+    """A step in which more than so many tokens are to be caught up with is not captured: the others go on from what it leaves on the host."""
+    monkeypatch.setattr(block_runner, "_MOST_BEHIND", 15)
+    each = each_with(draft_length=2)
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, max_batch=3)
+    assert texts(found) == alone(each)
+    if kind == "model":
+        assert all(right == drafted for drafted, right in accepted(found))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_from_the_text_between_steps_in_which_requests_join(as_on_a_gpu, target, drafts, alone, uploads, kind):
+    """Such a step leaves the drafter's state on the device behind that of the host."""
+    each = each_with(draft_length=2)
+    expected = {tuple(p): text for p, text in zip(PROMPTS, alone(each), strict=True)}
+    kinds = []
+
+    def plan(requests):
+        kinds.append("given" if len(kinds) % 3 == 1 else "model")
+        if kinds[-1] == "model":
+            return StepPlan([min(2, r.remaining - 1) for r in requests], [[] for _ in requests])
+        follow = [expected[tuple(r.token_ids[: r.prompt_tokens])][r.num_new :] for r in requests]
+        wrong_last = [[*own[:-2], (own[-2] + 1) % 97] if len(own) == 3 else own[:-1] for own in (text[:3] for text in follow)]
+        return StepPlan([0] * len(requests), [own[: max(0, r.remaining - 1)] for own, r in zip(wrong_last, requests, strict=True)])
+
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, max_batch=3, plan=plan)
+    assert texts(found) == list(expected.values()) and {"given", "model"} == set(kinds)
+    assert sum(r.metrics.from_text_accepted for r in found) > 0 and sum(right for _, right in accepted(found)) > 0
     assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
 
 
