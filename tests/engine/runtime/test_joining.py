@@ -9,11 +9,17 @@ from functools import partial
 import pytest
 import torch
 
+from draft.draft_head import DraftHeadState
 from draft.policy import StepPlan
+from draft.state_drafter import StateHeadState
 from engine.engine import Engine
 from engine.runtime import block_runner
 from engine.runtime.block_runner import BlockDecoding
+from engine.runtime.device_sampling import Drawing
+from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
+from tests.engine.runtime.conftest import SHAPE
+from tests.engine.runtime.test_state_head import talkative
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.skipif(GPU, reason="counts and texts of float32 on a CPU; the runners are those of a GPU, without graphs")]
@@ -21,6 +27,19 @@ KINDS = ["model", "head", "states"]
 NUMBERS = random.Random(5)
 PROMPTS = [[NUMBERS.randrange(3, 90) for _ in range(n)] for n in (4, 33, 1, 20, 2, 41, 7, 1, 12, 9)]
 NEW = (9, 14, 22, 1, 17, 30, 12, 8, 25, 16)
+
+
+@pytest.fixture(scope="module")
+def target(random_decoder):
+    return talkative(random_decoder(1, **SHAPE))
+
+
+@pytest.fixture(scope="module")
+def drafts(target, random_decoder, make_draft_head, tmp_path_factory):
+    """Of whose drafts many are right."""
+    head = load_draft_head(make_draft_head(tmp_path_factory.mktemp("head"), target, exit_layer=1, size=90), target)
+    states = load_draft_head(make_draft_head(tmp_path_factory.mktemp("states"), target, size=90, state_layers=(1, 3)), target)
+    return {"model": talkative(random_decoder(1, **SHAPE)), "head": head, "states": states}
 
 
 def each_with(**options):
@@ -69,17 +88,49 @@ SCHEDULES = {
 }
 
 
+def check_state(blocks, requests, key):
+    """What the device has of each request before a step of the drafter's is what the host would upload."""
+    state, drafter = blocks.state, blocks.drafter
+    for b, request in enumerate(requests):
+        own, length = request.draft_state, request.sequence.length
+        number = {name: int(state.of(name, key.batch)[b]) for name in state.NAMES}
+        assert (number["length"], number["previous"], number["last"]) == (length, *request.token_ids[-2:])
+        if isinstance(own, StateHeadState):
+            waiting = own.num_pending_hidden
+            assert waiting <= key.length and (number["first"], number["skipped"]) == (own.num_cached - waiting, own.num_skipped)
+            expected = drafter.next_rows([own], torch.tensor(request.token_ids[-1:]))
+            expected = expected if own.pending_hidden is None else torch.cat([own.pending_hidden, expected])
+            assert torch.allclose(state.rows[b, : waiting + 1], expected, atol=1e-4)
+        elif request.params.draft_length != 0 or isinstance(own, DraftHeadState):
+            assert length - 1 <= number["first"] <= own.num_cached <= length
+            if isinstance(own, DraftHeadState) and own.pending_hidden is not None:
+                assert number["first"] == length - 1 and torch.allclose(state.hidden[b], own.pending_hidden[-1], atol=1e-4)
+
+
 def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), plan=None, headroom=64, **options):
     """The engine and the requests of PROMPTS once all have ended. ahead: whether steps are launched ahead. lengths: of drafts, step by step. cancel:
     (step, request) to be dropped before it. plan: of the drafts of requests' next step; None: the policy's."""
     engine = as_on_a_gpu(Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 16, "pool_tokens": 2048} | options)))
     core, blocks = engine.core, engine.core.scheduler.blocks
     core.scheduler.headroom, run = headroom, blocks.step
+    for batch in (1, 2, 4) if lengths else ():  # a step that was captured is rather taken than a shorter one
+        blocks.capture_common(batch, Drawing.of(each, target.config.vocab_size), deterministic=each[0].seed is not None)
 
     def step(requests, planned, **own):
         return run(requests, planned if plan is None else partial(plan, requests), ahead=ahead(core.scheduler, requests), **own)
 
-    blocks.step = step
+    blocks.step, launch, block, launched = step, blocks._launch, blocks._block, []
+
+    def launching(requests, plan, key, *, ahead=False):
+        launched[:] = [] if ahead or key.source == "given" else [requests]
+        return launch(requests, plan, key, ahead=ahead)
+
+    def checked(key):
+        for batch in launched:
+            check_state(blocks, batch, key)
+        return block(key)
+
+    blocks._launch, blocks._block = launching, checked
     requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS, each, strict=True)]
     steps = 0
     while not core.scheduler.idle:
@@ -115,9 +166,8 @@ def test_text_and_drafts_are_those_without_what_the_device_keeps(
     _, found = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES[schedule], max_batch=size)
     assert texts(found) == alone(each)
     beside = [columns for columns in uploads if -1 in columns and max(columns) >= 0]
-    assert beside and any(column not in (-1, b) for columns in beside for b, column in enumerate(columns)), (
-        "some were moved beside new ones"
-    )
+    moved = any(column not in (-1, b) for columns in beside for b, column in enumerate(columns))
+    assert beside and (moved or schedule == "now and then")
     assert any(-1 not in columns for columns in uploads) or schedule != "never"
     if kind == "model":  # the target itself
         assert all(right == drafted for drafted, right in accepted(found))
@@ -139,15 +189,16 @@ def test_seeded_text_is_that_of_each_request_alone(as_on_a_gpu, target, drafts, 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lengths_that_change_while_requests_join_and_leave(as_on_a_gpu, target, drafts, alone, uploads, kind, params):
+@pytest.mark.parametrize("schedule", ["never", "now and then"])
+def test_lengths_that_change_while_requests_join_and_leave(as_on_a_gpu, target, drafts, alone, uploads, kind, params, schedule):
     """Among them none at all, and shorter ones than rows wait for; some requests are dropped in the step in which others join."""
     expected = alone(each_with(**params))
     cancel = [(5, 1), (9, 4), (9, 5)]
-    lengths = [2, 2, 1, 4, 4, 1, 2, 1, 0, 2, 2, 7, 1, 1] if not params else [2, 2, 1, 2, 1, 0, 3, 1, 1]
+    lengths = [1, 7, 1, 4, 1, 2, 7, 1, 1, 0] if not params else [1, 3, 1, 2, 1, 3, 0]
     size = 2 if params else 3
-    options = {"lengths": lengths, "cancel": cancel, "max_batch": size}
+    options = {"lengths": lengths, "cancel": cancel, "max_batch": size, "ahead": SCHEDULES[schedule]}
     each = each_with(draft_length=7, **params)  # they have the pages for so many
-    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, ahead=SCHEDULES["now and then"], **options)
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, **options)
     for text, whole, request in zip(texts(found), expected, found, strict=True):
         assert text == whole[: len(text)] and (len(text) == len(whole) or request.finish_reason is None)
     assert sum(request.finish_reason is None for request in found) <= len(cancel)
@@ -196,7 +247,7 @@ def test_drafts_from_the_text_between_steps_in_which_requests_join(as_on_a_gpu, 
     kinds = []
 
     def plan(requests):
-        kinds.append("given" if len(kinds) % 3 == 1 else "model")
+        kinds.append("given" if len(kinds) % 5 == 2 else "model")
         if kinds[-1] == "model":
             return StepPlan([min(2, r.remaining - 1) for r in requests], [[] for _ in requests])
         follow = [expected[tuple(r.token_ids[: r.prompt_tokens])][r.num_new :] for r in requests]
