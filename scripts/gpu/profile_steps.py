@@ -8,6 +8,9 @@ early counts its wait for the one before it as well, so these add up to more tha
 (torch.profiler, which makes steps longer: `profiled_us`); and `host_us`, CPU microseconds of the host in a step whose passes cost nothing (their graphs
 are replaced, and every request is told that it gained the same tokens), beside `host_calls`, the torch operations in it by name. --hotspots prints
 the functions that take most of it.
+--join-every N keeps the batch full besides while a request ends every N steps or so and another one takes its place: `joining_us`, medians by the clock
+of the steps that only decode, of those that run its prompt, and of those behind these, and `joining_host_us`, the same of the host's CPU time where
+captured steps cost nothing (not the target's pass over the prompt).
 Without a GPU the host's part alone is measured, over the runners that a GPU has. Takes a minute a draft source.
 """
 
@@ -87,7 +90,7 @@ def still(core: EngineCore) -> None:
     or one token without drafts."""
     blocks, runner = core.scheduler.blocks, core.scheduler.target
     assert blocks is not None and isinstance(runner, GraphedDecoder)
-    build_block, build_step = blocks._build, runner._build
+    build_block, build_step, build_draft = blocks._build, runner._build, None if blocks.draft is None else blocks.draft._build
 
     def still_block(block: Any) -> Any:
         block.graph = Still()
@@ -101,10 +104,18 @@ def still(core: EngineCore) -> None:
             step.drawn.fill_(_TOKEN)
         return step
 
+    def still_pass(step: Any) -> Any:
+        step.graph = Still()
+        return step
+
     for block in blocks._blocks.values():
         still_block(block)
     for step in runner._steps.values():
         still_step(step)
+    if blocks.draft is not None:  # a draft's passes over what it lacks
+        for step in blocks.draft._steps.values():
+            still_pass(step)
+        blocks.draft._build = lambda key, weights: still_pass(build_draft(key, weights))  # type: ignore[method-assign, misc]
     blocks._build = lambda key: still_block(build_block(key))  # type: ignore[method-assign]
     runner._build = lambda key, weights: still_step(build_step(key, weights))  # type: ignore[method-assign]
 
@@ -159,6 +170,36 @@ def host_part(core: EngineCore, prompts: Sequence[list[int]], length: int, count
     return {"host_us": round(min(times), 1), "host_median_us": round(sorted(times)[2], 1), "host_calls": calls}
 
 
+def joining(
+    core: EngineCore, prompts: Sequence[list[int]], length: int, count: int, every: int, clock: Callable[[], float]
+) -> dict[str, Any]:
+    """Medians over `count` steps, in microseconds of `clock`, of steps that only decode, that run a prompt, and that come after such a one."""
+    batch, submitted = len(prompts), 0
+    took: dict[str, list[float]] = {"decoding": [], "prompt": [], "after": []}
+
+    def submit() -> None:
+        nonlocal submitted
+        # of the first ones, one ends every so many steps; two tokens a step, or one without drafts
+        new_tokens = every * (1 + min(length, 1)) * (1 + min(submitted, batch)) + 2
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, draft_length=length)
+        core.submit(core.open_sequence_state(), prompts[submitted % batch], params, owns_cache=True)
+        submitted += 1
+
+    scheduler, kind = core.scheduler, "prompt"
+    for number in range(_WARM_STEPS + count):
+        while len(scheduler.running) + len(scheduler.waiting) < batch:
+            submit()
+        new = bool(scheduler.waiting) or any(request.num_uncomputed for request in scheduler.running)
+        kind = "prompt" if new else "after" if kind == "prompt" else "decoding"
+        began = clock()
+        core.step()
+        if number >= _WARM_STEPS:
+            took[kind].append(1e6 * (clock() - began))
+    for request in [*scheduler.running, *scheduler.waiting]:
+        core.abandon(request)
+    return {name: round(sorted(own)[len(own) // 2], 1) for name, own in took.items() if own} | {"prompts": len(took["prompt"])}
+
+
 def covered(spans: Sequence[tuple[float, float]]) -> float:
     """Length of what spans (start, end) cover together."""
     total, reached = 0.0, float("-inf")
@@ -209,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", default="0,2", metavar="K,K", help="fixed numbers of drafts; 0: plain decoding")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="prompts cut to so many tokens (default: whole ones)")
     parser.add_argument("--steps", type=int, default=40, help="that are measured at a time")
+    parser.add_argument("--join-every", type=int, metavar="N", help="steps after which a request ends and another one joins")
     parser.add_argument("--hotspots", type=int, default=0, metavar="N", help="functions of the host's part to print")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json-out", type=Path, metavar="FILE")
@@ -233,7 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 document |= {"pair": args.pair, "draft": core.drafter_name, "device": name, "torch": torch.__version__}
                 row = {"batch": batch, "draft_length": length}
                 row |= device_part(core, prompts, length, args.steps) if gpu else {}
+                several = 5 * args.join_every if args.join_every else 0  # joins, at least
+                if gpu and several:
+                    joining(core, prompts, length, several, args.join_every, time.perf_counter)  # the steps are there
+                    row["joining_us"] = joining(core, prompts, length, several * 8, args.join_every, time.perf_counter)
                 row |= host_part(core, prompts, length, args.steps, args.hotspots)
+                if several:
+                    row["joining_host_us"] = joining(core, prompts, length, several * 8, args.join_every, time.process_time)
                 document.setdefault("rows", []).append(row)
                 print(json.dumps(row), flush=True)
                 if args.json_out:

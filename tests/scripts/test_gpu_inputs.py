@@ -94,3 +94,7 @@ def test_the_host_s_part_of_a_step_runs_no_pass(random_decoder, make_draft_head,
     assert not [name for name in row["host_calls"] if "mm" in name or "matmul" in name or "softmax" in name]
     assert sum(row["host_calls"].values()) < 12 and row["host_calls"]["aten.clone.default"] >= 1
     assert core.scheduler.idle
+    ticks = iter(range(1000))
+    found = profile_steps.joining(core, [[3, 4, 5]] * 3, length, 20, 2, lambda: float(next(ticks)))
+    assert found == {"decoding": 1e6, "prompt": 1e6, "after": 1e6, "prompts": found["prompts"]} and 4 <= found["prompts"] <= 10
+    assert core.scheduler.idle and core.pool.num_free_pages == core.pool.num_pages
