@@ -476,7 +476,7 @@ class GraphedDecoder(DecoderRunner):
         if compiling_ahead():
             run()
             return None
-        # one for all: the matrix library keeps a workspace for each stream
+        # one for all, and of this model alone: the library's products keep a workspace for each stream, which graphs of two models may use at once
         stream = self._capture_stream = self._capture_stream or torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # compiles what is not compiled yet
@@ -485,7 +485,7 @@ class GraphedDecoder(DecoderRunner):
         self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads (a store's codec, a conversation being put away) may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local"):
             run()
         return graph
 
