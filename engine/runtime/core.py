@@ -274,6 +274,13 @@ class EngineCore:
         draft_bytes, draft_pool = (self.drafter.weight_bytes, self.drafter.pool_bytes) if self.drafter else (0, 0)
         return {"target_bytes": self.target.weight_bytes, "draft_bytes": draft_bytes, "pool_bytes": self.pool.bytes + draft_pool}
 
+    @property
+    def held_share(self) -> float:
+        """Share of the target's pages that running requests hold, shared ones once: neither those kept for later requests nor those that wait to be
+        coded. Any thread may ask."""
+        held = {page for request in self.scheduler.running[:] for page in request.sequence.pages[:]}
+        return len(held) / self.pool.max_pages
+
     def measure_costs(self) -> CostModel | None:
         """The costs that the drafting policy starts from, measured at the first call by a few timed forwards on scratch sequences; None without a
         source of drafts, or without a free page to measure in."""

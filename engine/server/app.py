@@ -75,7 +75,7 @@ class Server:
             {
                 "vllm:num_requests_running": lambda: self.loop.num_running,
                 "vllm:num_requests_waiting": lambda: self.loop.num_waiting,
-                "vllm:kv_cache_usage_perc": lambda: 1 - pool.num_free_pages / pool.max_pages,
+                "vllm:kv_cache_usage_perc": lambda: engine.core.held_share,
             },
             lambda: engine.core.scheduler.preemptions,
             None if engine.prefix_cache is None else engine.prefix_cache.report,

@@ -24,7 +24,7 @@ class ServerMetrics:
 
     Args:
         model: its name, a label of every figure.
-        gauges: name -> a function of now, read when the metrics are: running and waiting requests, share of the KV pool in use.
+        gauges: name -> a function of now, read when the metrics are: running and waiting requests, share of the KV pool that requests hold.
         preemptions: how often a request was interrupted for want of pages, so far.
         store: figures of the store of prefixes, where there is one; its numbers are `foretold:store_...`.
     """

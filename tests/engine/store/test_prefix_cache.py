@@ -320,6 +320,24 @@ def test_pages_that_wait_are_given_up_when_they_are_needed(store_engine, monkeyp
         assert len(cache._jobs) == 1  # the second has taken the place of the first
 
 
+def test_pages_that_wait_to_be_coded_are_held_by_no_request(store_engine) -> None:
+    engine = store_engine("none", pool_tokens=1024)
+    core, cache = engine.core, engine.prefix_cache
+    cache._worker = threading.current_thread()  # nothing is coded until it is asked for
+    ids = engine.encode(LONG[:200])
+    with core.lock:
+        requests = [core.submit(core.open_sequence_state(), ids, SamplingParams(max_new_tokens=8), owns_cache=True) for _ in range(2)]
+        while not all(request.num_new for request in requests):
+            core.step()
+        pages = {page for request in requests for page in request.sequence.pages}
+        assert core.held_share == len(pages) / core.pool.max_pages > 0
+        for request in requests:
+            core.finish(request)
+    assert cache._jobs and core.pool.num_free_pages < core.pool.max_pages, "what waits"
+    assert core.held_share == 0
+    engine.flush()
+
+
 def test_an_engine_that_is_closed_goes_on_without_its_store(store_engine) -> None:
     engine = store_engine()
     restored(engine)
