@@ -41,7 +41,7 @@ from engine.runtime.memory import (
     window_layers,
 )
 from engine.runtime.metrics import SpeculationMetrics
-from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding, sizes_up_to
+from engine.runtime.model_runner import CAPTURED_LENGTHS, MAX_ROWS, GraphedDecoder, graphed, plain_decoding, sizes_beside, sizes_up_to
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import GenerationResult, Request, SequenceState, StreamEvent, TextSource
 from engine.runtime.sampling import SamplingParams
@@ -314,8 +314,8 @@ class EngineCore:
     def capture_steps(self, limit_s: float = CAPTURE_LIMIT_S) -> Captured | None:
         """On a GPU, capture the steps of greedy requests and of those with the model's own sampling defaults beforehand, over short contexts
         (64 pages): a step's first use compiles and captures, which takes up to a second. Plain steps come first, then prompts and drafts of small
-        batches, then plain steps that keep no states for a draft head, as those of requests without drafts, and last prompts of more than MAX_ROWS
-        tokens; after limit_s seconds the rest is left to its first use. None where steps are not captured."""
+        batches, then plain steps with prompts beside, those that keep no states for a draft head, as those of requests without drafts, and last prompts
+        of more than MAX_ROWS tokens; after limit_s seconds the rest is left to its first use. None where steps are not captured."""
         runner, blocks = self.runner, self.scheduler.blocks
         if not isinstance(runner, GraphedDecoder):
             return None
@@ -341,6 +341,11 @@ class EngineCore:
                         for drawing in drawings:
                             if blocks is not None:
                                 blocks.capture_common(batch, drawing, deterministic=self.deterministic, until_s=until_s)
+                    kept = () if blocks is None else blocks.step_taps(1)
+                    for batch in () if self.deterministic else sizes_beside(self.config.max_batch):
+                        for drawing in drawings:
+                            if time.perf_counter() < until_s:
+                                runner.capture_common(batch, drawing, taps=kept)
                     for batch in sizes:
                         for drawing in drawings:
                             if blocks is not None and blocks.step_taps(batch) and time.perf_counter() < until_s:

@@ -18,7 +18,7 @@ from engine.kv.text_ends import ENDS_OF_A_TEXT
 from engine.kv.windowed_pool import REWIND_TOKENS, WindowedPool, WindowGroup
 from engine.model.decoder import Decoder
 from engine.runtime.block_runner import common_lengths
-from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, decode_shape, sizes_up_to
+from engine.runtime.model_runner import MAX_ROWS, PROMPT_LENGTHS, bucket, decode_shape, sizes_beside, sizes_up_to
 from engine.runtime.prompt_passes import PASS_ROWS, passes_bytes, request_sizes
 from engine.runtime.reserve import MOST_STEP_TOKENS
 from kernels.decode_layer import DecodeBuffers
@@ -301,6 +301,10 @@ def _target_steps(config: EngineConfig, drafts: bool) -> Iterator[tuple[int, int
         for length in PROMPT_LENGTHS if not config.deterministic else ():
             if batch * length <= most:
                 yield batch, length, True
+    of_requests = 0 if drafts else bucket(min(config.max_batch, MAX_ROWS))  # steps that keep states for a draft head are others
+    for batch in sizes_beside(config.max_batch) if not config.deterministic else ():
+        if batch > of_requests:
+            yield from [(batch, 1, True)] * 2
 
 
 def _draft_steps(config: EngineConfig) -> Iterator[tuple[int, int, bool]]:

@@ -69,6 +69,11 @@ def sizes_up_to(most: int) -> tuple[int, ...]:
     return tuple(size for size in _BATCHES if size <= bucket(most))
 
 
+def sizes_beside(max_batch: int) -> tuple[int, ...]:
+    """Sizes that steps of some of so many requests, with tokens of others' prompts beside, are padded to."""
+    return sizes_up_to(MAX_ROWS) if max_batch > 1 else ()
+
+
 def padded_length(count: int) -> int:
     """New tokens a request that a step for `count` has: prompts of every length would each be captured else."""
     return count if count <= MOST_SKINNY else 1 << (count - 1).bit_length()
@@ -147,11 +152,12 @@ class StepKey:
 class Step:
     """One captured step: its buffers, and the graph (None where it runs operation by operation).
 
-    inputs: [3, B] int64: the position of each request's first new token, the end of those it may have, and its page table row. A step of one token a
-    request with logits leaves them, and its token ids, ready for the next one (`kernels.advance`): holds is then the launch whose successor they are
-    ready for, of sequences in these page table rows (table_rows); drawn, [2, B] int64, has the tokens of the last two, and copied says when the host
-    has them. tokens: [B] int64, what is drawn; None where nothing is. tables: the requests', buffers.page_table among them; window_slots: [W, N] int64,
-    where each kind of windowed layers writes the new tokens (buffers.slots: the others). tapped [k, N, E]: the taps, in the order of key.taps.
+    inputs: [4, B] int64: the position of each request's first new token, the end of those it may have, its page table row, and how many keys right
+    before the new ones other rows of the step write (`DecodeBuffers.unsettled`). A step of one token a request with logits leaves them, and its token
+    ids, ready for the next one (`kernels.advance`): holds is then the launch whose successor they are ready for, of rows with these page table rows
+    (table_rows); drawn, [2, B] int64, has the tokens of the last two, and copied says when the host has them. tokens: [B] int64, what is drawn; None
+    where nothing is. tables: the requests', buffers.page_table among them; window_slots: [W, N] int64, where each kind of windowed layers writes the
+    new tokens (buffers.slots: the others). tapped [k, N, E]: the taps, in the order of key.taps.
     """
 
     key: StepKey
@@ -168,15 +174,18 @@ class Step:
     copied: Any | None = None
     table_rows: list[int] = field(default_factory=list)
 
-    def fill(self, starts: Sequence[int], counts: Sequence[int], rows: list[int], page_size: int) -> None:
-        """Write the inputs of requests whose counts[b] new tokens begin at position starts[b], with these page table rows."""
+    def fill(
+        self, starts: Sequence[int], counts: Sequence[int], rows: list[int], page_size: int, unsettled: Sequence[int] | None = None
+    ) -> None:
+        """Write the inputs of requests whose counts[b] new tokens begin at position starts[b], with these page table rows. unsettled: None: 0."""
         single, padding = self.key.length == 1, [0] * (self.key.batch - len(starts))
         # where every request has one token, later steps go on from these inputs: as far as the page tables reach
         ends = [self.key.pages * page_size] * len(starts) if single else [a + n for a, n in zip(starts, counts, strict=True)]
         if self.copied is not None:  # the step writes again what is being copied
             torch.cuda.current_stream(self.inputs.device).wait_event(self.copied)
         self.holds, self.copied, self.table_rows = None, None, rows
-        fill(self.inputs, [[*starts, *padding], [*ends, *padding], [*rows, *padding]])
+        settling = [0] * self.key.batch if unsettled is None else [*unsettled, *padding]
+        fill(self.inputs, [[*starts, *padding], [*ends, *padding], [*rows, *padding], settling])
 
 
 class GraphedDecoder(DecoderRunner):
@@ -456,7 +465,7 @@ class GraphedDecoder(DecoderRunner):
             logits=key.logits,
             plan=choose_plan(self.shape, rows, batch=key.batch, deterministic=key.deterministic),
         )
-        inputs = torch.zeros(3, key.batch, dtype=torch.int64, device=self.device)
+        inputs = torch.zeros(4, key.batch, dtype=torch.int64, device=self.device)
         tables = self.tables.new_step(key.batch, key.pages) if tables is None else tables
         buffers.page_table = tables.main
         window_slots = inputs.new_zeros(len(tables.windows), rows)
@@ -466,6 +475,7 @@ class GraphedDecoder(DecoderRunner):
         drawn = None
         if key.length == 1 and key.embed and key.logits:
             drawn = torch.zeros(2, key.batch, dtype=torch.int64, device=self.device)
+            buffers.unsettled = inputs[3]
         tapped = buffers.stream.new_empty(len(key.taps), *buffers.stream.shape)
         return Step(
             key, buffers, inputs, tables, window_slots, dict(zip(key.taps, tapped, strict=True)), tapped, tokens=tokens, drawn=drawn
@@ -491,7 +501,7 @@ class GraphedDecoder(DecoderRunner):
 
     def _run(self, step: Step, weights: DecodeWeights) -> None:
         key, buffers = step.key, step.buffers
-        starts, ends, table_rows = step.inputs
+        starts, ends, table_rows, _ = step.inputs
         self.tables.look_up(table_rows, step.tables)
         self._place(step, starts, self._zeros[: key.batch], ends, 0)
         self._run_layers(step, weights, head=key.logits)
@@ -565,7 +575,7 @@ class _Ahead:
     """A step that is under way: whose, how it draws, from which positions, the tokens it will have drawn (on the device), and what they are read from.
 
     step: the captured one, where one took all requests. logprobs: where the log probabilities will be, of all requests if one wants them. states: where
-    the states of its tokens will be, if they are kept.
+    the states of its tokens will be, if they are kept. beside: see `PlainStep`.
     """
 
     sequences: list[KvSequence]
@@ -576,6 +586,7 @@ class _Ahead:
     step: Step | None = None
     logprobs: Any | None = None
     states: StepStates | None = None
+    beside: Tensor | None = None
 
     def read(self) -> list[int]:
         """The tokens, once they are there."""
@@ -583,16 +594,44 @@ class _Ahead:
         return tokens if self.step is None else [tokens[start % 2][b] for b, start in enumerate(self.starts)]  # see `kernels.advance`
 
 
+@dataclass(frozen=True)
+class PromptRows:
+    """The next tokens of a text, run beside a step of others: each is a row of it, a request of one token to the attention.
+
+    A row sees the keys of the rows before it, as a layer writes those of all rows first (prompts beside decodes: Agrawal et al., "Taming
+    Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", 2024, section 4).
+
+    sequence: with pages for them. tokens: from its length on, at least one where it does not join; the text's last token is none of them. joins:
+    whether that one alone is left behind them; the request is then one of the step's. last: that token. params, seed: as `PlainDecoding.step` takes
+    them.
+    """
+
+    sequence: KvSequence
+    tokens: list[int]
+    joins: bool
+    last: int
+    params: SamplingParams
+    seed: int
+
+    @property
+    def end(self) -> int:
+        """The position behind the tokens."""
+        return self.sequence.length + len(self.tokens)
+
+
 class PlainStep(NamedTuple):
     """What a step without drafts gives each request: its token, -1 where its logits are not finite, and its log probability where it is asked for.
 
-    states: where those of the last tokens are, if they are kept; each request's in its one of `columns`.
+    states: where those of the last tokens are, if they are kept; each request's in its one of `columns`. ran_beside: whether the prompts' tokens were
+    launched. beside: the target's states of those [k, F, E], in their order, where states are kept; as they are until the next step is launched.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
     states: StepStates | None
     columns: Sequence[int]
+    ran_beside: bool = False
+    beside: Tensor | None = None
 
 
 class _Drawn(NamedTuple):
@@ -609,8 +648,8 @@ class PlainDecoding:
 
     The next step's input is this step's output, which is on the device: where one captured step follows another of the same requests, nothing is
     copied to the device, and the tokens are copied from it beside the next step. Deterministic steps of more than MOST_SKINNY requests are several, one
-    launched after another. A step under way is that of the requests that stay when others end; its tokens are thrown away when another one joins: what
-    it wrote lies behind the committed tokens and is written again.
+        it wrote lies behind the committed tokens and is written again. Prompts that begin while others decode may have their rows in a step that is
+    launched ahead (`PromptRows`), and then nothing waits for them.
     """
 
     def __init__(self, target: GraphedDecoder) -> None:
@@ -654,6 +693,7 @@ class PlainDecoding:
         penalties: Callable[[], PenaltyRows] | None = None,
         taps: tuple[int, ...] = (),
         deterministic: bool = False,
+        beside: Sequence[PromptRows] = (),
     ) -> PlainStep:
         """One token for each request.
 
@@ -666,6 +706,7 @@ class PlainDecoding:
                 under way; None where no request has any. taps: layers after which the target's states are kept; a step that was launched before
                 somebody asked has none.
             deterministic: whether the steps' rows have the same bits in any company.
+            beside: prompts whose tokens run in the step that is launched ahead, where one is that takes them; their sequences are not advanced.
         """
         columns, current = self._columns(sequences), self._ahead
         self._ahead = None
@@ -684,8 +725,11 @@ class PlainDecoding:
         ):  # another pass has taken the step since: its buffers are no longer ours
             tokens = current.read()
         going = range(len(room)) if min(room) > 1 else [b for b, left in enumerate(room) if left > 1]
-        if going and (self._penalties is None or len(going) == len(current.sequences)):
-            self._ahead = self._launch_ahead(current, tokens, [columns[b] for b in going], [seeds[b] for b in going], taps, deterministic)
+        ran_beside = self._penalties is None and not deterministic and (bool(going) or any(own.joins for own in beside)) and bool(beside)
+        if ran_beside or (going and (self._penalties is None or len(going) == len(current.sequences))):
+            staying, their_seeds = [columns[b] for b in going], [seeds[b] for b in going]
+            rows = beside if ran_beside else ()
+            self._ahead = self._launch_ahead(current, tokens, staying, their_seeds, taps, deterministic, rows)
         tokens = current.read() if tokens is None else tokens
         told: list[TokenLogprobs | None] = [None] * len(columns)
         if current.logprobs is not None:
@@ -693,20 +737,33 @@ class PlainDecoding:
             for b, (column, p) in enumerate(zip(columns, params, strict=True)):
                 if p.logprobs is not None:
                     told[b] = from_row(rows[column], tokens[column], p.logprobs)
-        return PlainStep([tokens[c] for c in columns], told, current.states, columns)
+        states = self._ahead.beside if ran_beside and self._ahead is not None else None
+        return PlainStep([tokens[c] for c in columns], told, current.states, columns, ran_beside, states)
 
     def _launch_ahead(
-        self, current: _Ahead, tokens: list[int] | None, columns: list[int], seeds: list[int], taps: tuple[int, ...], deterministic: bool
+        self,
+        current: _Ahead,
+        tokens: list[int] | None,
+        columns: list[int],
+        seeds: list[int],
+        taps: tuple[int, ...],
+        deterministic: bool,
+        beside: Sequence[PromptRows],
     ) -> _Ahead:
-        """The step behind `current`, of its requests in these columns. tokens: those of `current`, where they were read."""
+        """The step behind `current`, of its requests in these columns and of those that join. tokens: those of `current`, where they were read."""
         device, whole = self.target.device, len(columns) == len(current.sequences)
+        joining = [own for own in beside if own.joins]
+        last = [own.last for own in joining]
         if tokens is not None:
-            given = upload([tokens[c] for c in columns], device)
+            given = upload([*(tokens[c] for c in columns), *last], device)
         else:
             given = current.tokens if whole else current.tokens[upload(columns, device)]
-        sequences, params = [current.sequences[c] for c in columns], [current.params[c] for c in columns]
-        starts = [current.starts[c] + 1 for c in columns]
-        return self._launch(sequences, starts, given, params, seeds, taps, deterministic, current)
+            given = torch.cat([given, upload(last, device)]) if last else given
+        sequences = [*(current.sequences[c] for c in columns), *(own.sequence for own in joining)]
+        params = [*(current.params[c] for c in columns), *(own.params for own in joining)]
+        starts = [*(current.starts[c] + 1 for c in columns), *(own.end for own in joining)]
+        seeds = [*seeds, *(own.seed for own in joining)]
+        return self._launch(sequences, starts, given, params, seeds, taps, deterministic, current, beside)
 
     def _launch(
         self,
@@ -718,15 +775,16 @@ class PlainDecoding:
         taps: tuple[int, ...],
         deterministic: bool,
         after: _Ahead | None = None,
+        beside: Sequence[PromptRows] = (),
     ) -> _Ahead:
-        """after: the launch that draws `tokens`."""
+        """after: the launch that draws `tokens`. beside: see `step`; those that join are among the sequences, the last ones."""
         count = len(sequences)
         states = self._room_for_states(count, len(taps)) if taps else None
         most = MOST_SKINNY if deterministic else count
         num_top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
         found = [
             self._replay(
-                sequences[own], starts[own], tokens[own], params[own], seeds[own], own, num_top, taps, states, deterministic, after
+                sequences[own], starts[own], tokens[own], params[own], seeds[own], own, num_top, taps, states, deterministic, after, beside
             )
             for own in (slice(at, min(at + most, count)) for at in range(0, count, most))
         ]
@@ -738,7 +796,9 @@ class PlainDecoding:
         step, drawn, _ = found[0]
         assert step.drawn is not None
         ready = copy_out(step.drawn, self._copies)
-        launched = _Ahead(list(sequences), list(params), starts, drawn, ready, step, logprobs, states)
+        num_beside = sum(len(own.tokens) for own in beside)
+        kept = step.tapped[:, count : count + num_beside] if num_beside and taps else None
+        launched = _Ahead(list(sequences), list(params), starts, drawn, ready, step, logprobs, states, kept)
         step.holds, step.copied = launched, None if isinstance(ready, Tensor) else ready[1]
         return launched
 
@@ -764,6 +824,7 @@ class PlainDecoding:
         states: StepStates | None,
         deterministic: bool,
         after: _Ahead | None,
+        beside: Sequence[PromptRows],
     ) -> _Drawn:
         """Launch one captured step for these requests, `part` of all; behind it what draws under penalties and, where num_top is given, what
         tells the log probabilities of its tokens and so many alternatives."""
@@ -773,10 +834,18 @@ class PlainDecoding:
         for sequence, start in zip(sequences, starts, strict=True):
             if not sequence.holds(start, start + 1):
                 sequence.check_writable(start, start + 1)  # says what is wrong
-        pages = max([len(s.pages) for s in sequences])
-        step = target.step(batch, 1, pages, 0, target.config.num_layers, taps, True, deterministic=deterministic, drawing=drawing)
-        rows = target.tables.rows(sequences)
-        if after is None or step.holds is not after or step.table_rows != rows:
+        for own in beside:
+            own.sequence.check_writable(own.sequence.length, own.end)
+        everyone = [*sequences, *(own.sequence for own in beside)]
+        prompts = [token for own in beside for token in own.tokens]
+        total, pages = batch + len(prompts), max([len(s.pages) for s in everyone])
+        step = target.step(total, 1, pages, 0, target.config.num_layers, taps, True, deterministic=deterministic, drawing=drawing)
+        rows = target.tables.rows(everyone)
+        if beside:
+            rows, places, unsettled = rows_with(beside, rows, starts)
+            step.fill(places, [1] * total, rows, target.pool.page_size, unsettled)
+            step.buffers.token_ids[:total] = torch.cat([tokens, upload(prompts, target.device)])
+        elif after is None or step.holds is not after or step.table_rows != rows:
             step.fill(starts, [1] * batch, rows, target.pool.page_size)
             step.buffers.token_ids[:batch] = tokens
         target.replay(step)
@@ -799,6 +868,21 @@ class PlainDecoding:
             drawn = self.target.sampling.draw(penalised, drawn, buffers.positions[:batch] + 1, drawing)
         penalties.count(drawn, part)
         return drawn
+
+
+def rows_with(beside: Sequence[PromptRows], rows: Sequence[int], starts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """(page table rows, positions, unsettled keys) of a step's requests, those that join last, and behind them of all tokens beside.
+
+    rows: page table rows of the requests, and then of each prompt. starts: the requests' positions.
+    """
+    batch, joining = len(starts), [len(own.tokens) for own in beside if own.joins]
+    found, places, unsettled = list(rows[:batch]), list(starts), [0] * (batch - len(joining)) + joining
+    for row, own in zip(rows[batch:], beside, strict=True):
+        count = len(own.tokens)
+        found += [row] * count
+        places += range(own.sequence.length, own.end)
+        unsettled += range(count)
+    return found, places, unsettled
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

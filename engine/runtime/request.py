@@ -179,6 +179,7 @@ class Request:
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
     asks_store: bool = False  # whether a store is still to be asked for it, before it runs
     restoring: PrefixRestore | None = None  # under way: it runs afterwards
+    joins: bool = False  # whether it decodes from its prompt's last token on: the tokens before ran beside a step of others
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     penalised: bool = field(init=False)  # as its parameters are, asked in every step
     # tokens of its text up to which the next steps' pages are held, as of a state of the pools (`engine.runtime.reserve.holding_blocks`)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
@@ -12,13 +13,33 @@ from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
 from engine.kv.shared_prefixes import OwnPage, SharedPrefixes, Use
 from engine.runtime.block_runner import BlockDecoding
-from engine.runtime.model_runner import PlainDecoding
+from engine.runtime.model_runner import MAX_ROWS, PlainDecoding
 from engine.runtime.prefix import PrefixStore
 from engine.runtime.request import PrefixRestore, Request
 from engine.runtime.reserve import Demand, block_demands, chunk_demands, holding_blocks, reserve, restore_demands, whole_demands
-from engine.runtime.step import decode_step, prefill_step
+from engine.runtime.step import Beside, decode_step, launches_ahead, prefill_step
 
 HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
+# tokens of a prompt that run beside others' decode steps at most, and keys that its rows read in one: a pass of its own reads each once
+_MOST_BESIDE, _MOST_KEYS_BESIDE = 2 * MAX_ROWS, 1 << 17
+
+
+class _Chunk(NamedTuple):
+    """The next `tokens` of a request's prompt, which run in this step. beside: as rows of the others' decode step."""
+
+    request: Request
+    tokens: int
+    beside: Beside | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the request decodes afterwards."""
+        return self.tokens == self.request.num_uncomputed
+
+    @property
+    def written(self) -> int:
+        """Tokens that pages are needed for: one that joins the others has its last token run as well."""
+        return self.tokens if self.beside is None else self.beside.num_tokens + self.beside.joins
 
 
 @dataclass
@@ -30,8 +51,9 @@ class Scheduler:
     When a step's pages do not fit, the request that came last gives its own back and waits; it runs its text again, but for what a pool or a store
     kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
     2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
-    that a long prompt does not hold up the others. whole_chunks: chunks end at multiples of it, counted from the text's first token, and a whole one
-    runs alone in its pass: then its numbers are the same whatever else is served and whatever was shared before it.
+    that a long prompt does not hold up the others; short ones run as rows of the others' decode steps where these are launched ahead. whole_chunks:
+    chunks end at multiples of it, counted from the text's first token, and a whole one runs alone in its pass: then its numbers are the same whatever
+    else is served and whatever was shared before it.
     prefill_tokens: most prompt tokens per step. restore_tokens: of a stored prefix that are brought back in one step, for one request; they count as
     prompt tokens. plain, blocks: run decode steps without drafts and with them, where the models have such runners.
     shared_prefixes: known beginnings, looked up when a request's first chunk comes up, so that what ran meanwhile is known too; with whole chunks, it
@@ -99,26 +121,9 @@ class Scheduler:
         for request in self.running:
             if request is restored or request.asks_store or request.restoring is not None:
                 continue
-            (prefilling if request.num_uncomputed > 0 else decoding).append(request)
-        chosen: list[Request] = []
-        chunks: list[int] = []
-        budget = self.prefill_tokens - (0 if restored is None else self.restore_tokens)
-        for request in prefilling:
-            if self._waits(request, chosen):
-                request.looked_up = False
-                continue
-            self._share(request)
-            if request.num_uncomputed == 0:  # interrupted behind whole pages, and all of them are still known
-                decoding.append(request)
-                continue
-            done = request.sequence.length % self.prefill_chunk if self.whole_chunks else 0
-            chunk = min(self.prefill_chunk - done, request.num_uncomputed)
-            budget -= chunk
-            if chosen and budget < 0:
-                break
-            chosen.append(request)
-            chunks.append(chunk)
-        demands = {r: chunk_demands(r, self.drafter, chunk) for r, chunk in zip(chosen, chunks, strict=True)}
+            (prefilling if request.num_uncomputed > request.joins else decoding).append(request)
+        chosen = self._chunks(prefilling, decoding, self.prefill_tokens - (0 if restored is None else self.restore_tokens))
+        demands = {chunk.request: chunk_demands(chunk.request, self.drafter, chunk.written) for chunk in chosen}
         drafts = self._drafts
         able = holding_blocks(decoding, self.drafter, drafts=drafts, changed=not self._carried_out)
         self._carried_out = False
@@ -129,24 +134,12 @@ class Scheduler:
                 able.add(request)
         if demands:  # some may have had to go
             able.intersection_update(self.running)
-        chunks = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in able]
-        chosen, decoding = [r for r in chosen if r in able], [r for r in decoding if r in able]
-        whole = {r for r, chunk in zip(chosen, chunks, strict=True) if self.whole_chunks and chunk == self.prefill_chunk}
-        for group in [*([r] for r in chosen if r in whole), [r for r in chosen if r not in whole]]:
-            if group:
-                self.drafting.interrupted()
-                own = [chunk for r, chunk in zip(chosen, chunks, strict=True) if r in group]
-                prefill_step(group, own, self.target, self.drafter, deterministic=self._deterministic(group))
-        for request in chosen:
-            conversation, length = request.conversation, request.sequence.length
-            if request in whole and conversation.num_chunked == length - self.prefill_chunk and not self._promised(request):
-                conversation.num_chunked = length
-            self._computed(request)
-            # what lies beside pages is only there at the end of a chunk; others may wait for whole chunks
-            if request.num_new or self.pool.keeps_beside or (request in whole and len(self.running) > 1):
-                self._keep(request)
+        chosen, decoding = [chunk for chunk in chosen if chunk.request in able], [r for r in decoding if r in able]
+        joined = any(chunk.ends for chunk in chosen if chunk.beside is None)  # what is launched ahead would not be the next step
+        beside = [chunk for chunk in chosen if chunk.beside is not None and decoding and not joined]
+        self._prefill([chunk for chunk in chosen if chunk not in beside])
         if decoding:
-            decode_step(
+            ran = decode_step(
                 decoding,
                 self.target,
                 self.drafter,
@@ -155,9 +148,18 @@ class Scheduler:
                 deterministic=self._deterministic(decoding),
                 plain=self.plain,
                 blocks=self.blocks,
+                beside=[chunk.beside for chunk in beside if chunk.beside is not None],
+                ahead=not joined,
             )
             for request in decoding:
                 self._computed(request)
+                if request.joins:
+                    request.joins = False
+                    self._keep(request)
+            if ran:
+                self._joined(beside)
+            else:
+                self._prefill(beside)
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
         if finished:
             self.running = [r for r in self.running if r not in finished]
@@ -165,6 +167,80 @@ class Scheduler:
             self._release(request)
         self._carried_out = True
         return refused + finished
+
+    def _chunks(self, prefilling: Sequence[Request], decoding: list[Request], budget: int) -> list[_Chunk]:
+        """What runs of these prompts, within so many tokens. One that turns out to be known whole decodes with the others."""
+        chosen: list[_Chunk] = []
+        rows = self._rows_beside(decoding) if prefilling else 0
+        for request in prefilling:
+            if self._waits(request, [chunk.request for chunk in chosen]):
+                request.looked_up = False
+                continue
+            self._share(request)
+            if request.num_uncomputed == 0:  # interrupted behind whole pages, and all of them are still known
+                decoding.append(request)
+                continue
+            beside = self._beside(request, rows)
+            if beside is None:
+                done = request.sequence.length % self.prefill_chunk if self.whole_chunks else 0
+                chunk = _Chunk(request, min(self.prefill_chunk - done, request.num_uncomputed))
+            else:
+                rows -= beside.num_tokens + beside.joins
+                chunk = _Chunk(request, min(beside.num_tokens + beside.joins, request.num_uncomputed), beside)
+            budget -= chunk.tokens
+            if chosen and budget < 0:
+                break
+            chosen.append(chunk)
+        return chosen
+
+    def _rows_beside(self, decoding: Sequence[Request]) -> int:
+        """Rows that the decode step of these has for tokens of prompts."""
+        if not decoding or self.plain is None or self._deterministic(decoding) or any(r.penalised for r in decoding):
+            return 0
+        if self.pool.keeps_beside or (self.drafter is not None and self.drafter.feature_taps):
+            return 0
+        if not launches_ahead(decoding, self.drafter, drafting=self.drafting, plain=self.plain, blocks=self.blocks):
+            return 0
+        return MAX_ROWS - len(decoding)
+
+    def _beside(self, request: Request, rows: int) -> Beside | None:
+        """The tokens of a prompt that take so many rows of a decode step; None where it has a pass of its own."""
+        length, tokens = request.sequence.length, len(request.token_ids)
+        left = tokens - length  # the last one gives the next token
+        if rows < 1 or tokens < 2 or left > _MOST_BESIDE or min(left, rows) * tokens > _MOST_KEYS_BESIDE:
+            return None
+        if self._promised(request) or request.penalised or request.constraint is not None or request.drafting.wanted not in ("auto", 0):
+            return None
+        count = left - 1 if left <= rows else min(rows, left - 2)
+        return Beside(request, count) if count or left <= rows else None
+
+    def _prefill(self, chunks: Sequence[_Chunk]) -> None:
+        """Run these in passes of their own."""
+        whole = {chunk.request for chunk in chunks if self.whole_chunks and chunk.tokens == self.prefill_chunk}
+        for group in [*([c] for c in chunks if c.request in whole), [c for c in chunks if c.request not in whole]]:
+            if group:
+                self.drafting.interrupted()
+                requests = [chunk.request for chunk in group]
+                prefill_step(
+                    requests, [chunk.tokens for chunk in group], self.target, self.drafter, deterministic=self._deterministic(requests)
+                )
+        for request in [chunk.request for chunk in chunks]:
+            conversation, length = request.conversation, request.sequence.length
+            if request in whole and conversation.num_chunked == length - self.prefill_chunk and not self._promised(request):
+                conversation.num_chunked = length
+            self._computed(request)
+            # what lies beside pages is only there at the end of a chunk; others may wait for whole chunks
+            if request.num_new or self.pool.keeps_beside or (request in whole and len(self.running) > 1):
+                self._keep(request)
+
+    def _joined(self, chunks: Sequence[_Chunk]) -> None:
+        """These ran beside a decode step."""
+        for request, _, beside in chunks:
+            self._computed(request)
+            if beside is not None and request.sequence.length == len(request.token_ids) - 1:
+                request.joins = True
+                self.running.remove(request)  # in the order of the step that was launched ahead
+                self.running.append(request)
 
     def _make_room(self, request: Request, demands: list[Demand]) -> bool:
         """Make these fit, by interrupting what came later; False when the request itself had to go."""
@@ -198,7 +274,7 @@ class Scheduler:
         conversation.sequence.truncate(0)
         conversation.draft_state = None if self.drafter is None else self.drafter.open(conversation.sequence)
         conversation.emptied()
-        request.looked_up, request.held_until = False, 0
+        request.looked_up, request.joins, request.held_until = False, False, 0
         self.waiting.appendleft(request)
 
     def _no_room(self, request: Request) -> PoolExhausted:
@@ -279,7 +355,7 @@ class Scheduler:
             chunked_tokens=conversation.num_chunked,
         )
 
-    def _deterministic(self, requests: list[Request]) -> bool:
+    def _deterministic(self, requests: Sequence[Request]) -> bool:
         """Whether a step of these must be batch-invariant: what a seed names may not depend on who else is served."""
         return self.deterministic or any(request.params.seed is not None for request in requests)
 

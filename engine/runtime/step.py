@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from draft.policy import DraftingPolicy, StepKind, StepPlan, step_clock
 from draft.propose import given_proposal
 from draft.protocols import CausalDecoder, Drafter, DraftState, Proposal
-from draft.state_drafter import StateHeadState
+from draft.state_drafter import StateDrafter, StateHeadState
 from draft.tree import MAX_CANDIDATES, MAX_LEAVES, block_positions, leaf_slot
 from engine.errors import NonFiniteLogits
 from engine.runtime.block_runner import BlockDecoding, Gain
 from engine.runtime.device_penalties import PenaltyRows
 from engine.runtime.logprobs import token_logprobs
-from engine.runtime.model_runner import PlainDecoding
+from engine.runtime.model_runner import PlainDecoding, PromptRows
 from engine.runtime.request import Request
 from engine.runtime.sampling import BatchSampler, finite_rows
 from engine.runtime.verify import verify
@@ -66,6 +66,54 @@ def prefill_step(
         _keep_logprobs([requests[b] for b in done], rows, [[i] for i in range(len(done))])
 
 
+class Beside(NamedTuple):
+    """A request whose next `num_tokens` tokens run beside a decode step of others."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def joins(self) -> bool:
+        """Whether it decodes with the others from then on: the last token of its text alone is left behind them."""
+        return self.request.sequence.length + self.num_tokens == len(self.request.token_ids) - 1
+
+
+def launches_ahead(
+    requests: Sequence[Request],
+    drafter: Drafter | None,
+    *,
+    drafting: DraftingPolicy,
+    plain: PlainDecoding | None,
+    blocks: BlockDecoding | None,
+) -> bool:
+    """Whether the next decode step of these is one without drafts that launches another one ahead, of which others may be a part."""
+    if plain is None:
+        return False
+    ready = None if blocks is None else partial(blocks.ready, requests, False)
+    planned = partial(_plan, requests, drafter, drafting, False, ready)
+    return _plain_turn(requests, planned, drafter, drafting, plain, blocks) is True
+
+
+def _plain_turn(
+    requests: Sequence[Request],
+    planned: Callable[[], StepPlan],
+    drafter: Drafter | None,
+    drafting: DraftingPolicy,
+    plain: PlainDecoding,
+    blocks: BlockDecoding | None,
+) -> bool | None:
+    """Whether the next step, which runs without drafts whatever is planned, launches another one ahead; None where it is to be planned."""
+    wanted = {r.drafting.wanted for r in requests}
+    if not wanted <= {"auto", 0} or not _takes_plain(requests, plain, drafter, blocks):
+        return None
+    if drafter is not None if blocks is None else blocks.under_way(requests):
+        return None
+    left = drafting.rests(len(requests)) if "auto" in wanted else 2
+    if not left and not plain.under_way([r.sequence for r in requests]):
+        return None
+    return left > 1 or not planned().drafts  # what is under way is used, and what follows it planned before it is read
+
+
 @torch.inference_mode()
 def decode_step(
     requests: Sequence[Request],
@@ -77,14 +125,17 @@ def decode_step(
     deterministic: bool = False,
     plain: PlainDecoding | None = None,
     blocks: BlockDecoding | None = None,
-) -> None:
+    beside: Sequence[Beside] = (),
+    ahead: bool = True,
+) -> bool:
     """Give every request at least one token: propose, verify in one target forward, commit.
 
     Everything is cut at a request's first stop: tokens, text, the target's and the draft's KV lengths, features and counters. Random
     numbers need no cutting, they are a function of seed and position. drafting: says how much each request drafts, and from which source.
     catch_up: most tokens a draft that lies behind may run in one
     step; a request still behind then decodes without drafts. plain: runs steps in which no request drafts, where the target has such a runner; blocks:
-    those with drafts.
+    those with drafts. beside: requests whose next tokens run beside the step that is launched ahead, where `launches_ahead` says that one is; returns
+    whether they did. ahead: False where another request takes part in the next step, for which none is launched then.
     Failure leaves every request as it was: lengths only move at the end.
     """
     clock = step_clock(target.device)
@@ -94,27 +145,26 @@ def decode_step(
         drafter.deterministic = deterministic
     ready = None if blocks is None else partial(blocks.ready, requests, deterministic)
     planned = partial(_plan, requests, drafter, drafting, deterministic, ready)
-    plain_ready = plain is not None and _takes_plain(requests, plain, drafter, blocks)
     wanted = {r.drafting.wanted for r in requests}
-    fixed = not wanted <= {"auto", 0}
-    if plain is not None and plain_ready and not fixed and (drafter is None if blocks is None else not blocks.under_way(requests)):
-        chosen = "auto" in wanted
-        left = drafting.rests(len(requests)) if chosen else 2
-        if left or plain.under_way([r.sequence for r in requests]):
-            ahead = left > 1 or not planned().drafts  # what is under way is used, and what follows it planned before it is read
-            _plain_step(requests, plain, blocks, drafting, began, ahead=ahead, deterministic=deterministic)
-            return drafting.rested(len(requests), drafting.took(began_at, clock()), chosen=chosen)
+    turn = None if plain is None else _plain_turn(requests, planned, drafter, drafting, plain, blocks)
+    if plain is not None and turn is not None:
+        ran = _plain_step(requests, plain, blocks, drafting, began, ahead=ahead and turn, deterministic=deterministic, beside=beside)
+        drafting.rested(len(requests), drafting.took(began_at, clock()), chosen="auto" in wanted)
+        return ran
     if blocks is None:
         plan = (drafting.rest(len(requests)) if wanted == {"auto"} else None) or planned()
     else:
-        plan, gains = blocks.step(list(requests), planned, deterministic=deterministic)
+        plan, gains = blocks.step(list(requests), planned, deterministic=deterministic, ahead=ahead)
         if gains is not None:
             count = _keep_gains(requests, plan, gains, blocks, began)
-            return drafting.observe(plan, len(requests), count, drafting.took(began_at, clock()))
+            drafting.observe(plan, len(requests), count, drafting.took(began_at, clock()))
+            return False
     lengths, given = plan.lengths, plan.given
-    if plain is not None and plain_ready and not plan.drafts:
-        _plain_step(requests, plain, blocks, drafting, began, ahead=not fixed, deterministic=deterministic)
-        return drafting.observe(plan, len(requests), len(requests), drafting.took(began_at, clock()))
+    if plain is not None and not plan.drafts and _takes_plain(requests, plain, drafter, blocks):
+        on = ahead and wanted <= {"auto", 0}
+        _plain_step(requests, plain, blocks, drafting, began, ahead=on, deterministic=deterministic)
+        drafting.observe(plan, len(requests), len(requests), drafting.took(began_at, clock()))
+        return False
     positions = [len(r.token_ids) for r in requests]
     if drafter:
         _catch_up(requests, lengths, drafter, catch_up)
@@ -180,6 +230,7 @@ def decode_step(
         hits = accepted if leaf is None else min(accepted, len(gained) - 2)
         request.drafting.observe(gained[:count], proposed, hits, confidences, given=bool(given[b]))
     drafting.observe(plan, len(requests), sum(kept), drafting.took(began_at, clock()), [r.drafting for r in requests])
+    return False
 
 
 def _takes_plain(requests: Sequence[Request], plain: PlainDecoding, drafter: Drafter | None, blocks: BlockDecoding | None) -> bool:
@@ -206,24 +257,33 @@ def _plain_step(
     *,
     ahead: bool,
     deterministic: bool,
-) -> None:
-    """One token for every request, and no draft. ahead: whether the next step is launched as well."""
+    beside: Sequence[Beside] = (),
+) -> bool:
+    """One token for every request, and no draft. ahead: whether the next step is launched as well, with the tokens of those `beside`; returns whether
+    these ran."""
     conversations = [r.conversation for r in requests]
     sequences, last = [c.sequence for c in conversations], [c.token_ids[-1] for c in conversations]
     params, seeds = [r.params for r in requests], [r.seed for r in requests]
     room = [r.remaining for r in requests] if ahead else [1] * len(requests)
     penalties = partial(_penalties, requests, plain) if any([r.penalised for r in requests]) else None
-    keeper = None if blocks is None else blocks.keeps_states(requests, drafting.plain_steps_left(len(requests)))
+    everyone = [*requests, *(own.request for own in beside)]
+    keeper = None if blocks is None else blocks.keeps_states(everyone, drafting.plain_steps_left(len(requests)))
     taps = () if keeper is None else keeper.join.state_layers
-    done = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic)
+    rows = [_prompt_rows(*own) for own in beside] if ahead else []
+    done = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic, beside=rows)
+    if done.ran_beside:
+        _ran_beside(beside, rows, keeper, done.beside)
     seconds = time.perf_counter() - began
     for request, sequence, token, told in zip(requests, sequences, done.tokens, done.logprobs, strict=True):
         if token < 0:
             request.error = _not_finite(request)
             continue
+        first = request.joins and not request.num_new
         if request.append_tokens([token]) and told is not None:
             request.logprobs.append(told)
         sequence.advance(1)
+        if first:  # which is no step's of its own: its prompt ran beside others
+            continue
         metrics, own = request.metrics, request.drafting
         metrics.observe(0, 0, 1)
         metrics.verify_s += seconds
@@ -231,6 +291,24 @@ def _plain_step(
             own.observe([token], 0, 0, None, given=False)
     if keeper is not None and done.states is not None:
         keeper.keep_steps([cast(StateHeadState, _state(r)) for r in requests], last, done.states, done.columns)
+    return done.ran_beside
+
+
+def _prompt_rows(request: Request, count: int) -> PromptRows:
+    length, tokens = request.sequence.length, request.token_ids
+    joins = length + count == len(tokens) - 1
+    return PromptRows(request.sequence, tokens[length : length + count], joins, tokens[-1], request.params, request.seed)
+
+
+def _ran_beside(beside: Sequence[Beside], rows: Sequence[PromptRows], keeper: StateDrafter | None, states: torch.Tensor | None) -> None:
+    """Commit the tokens that ran beside a step. states: the target's of all of them [k, F, E], of which a draft head makes its rows."""
+    if keeper is not None and states is not None:
+        ids = [token for own in rows for token in own.tokens]
+        taps = dict(zip(keeper.join.state_layers, states, strict=True)) | {0: keeper.embed(upload(ids, states.device))}
+        observed = [own for own in beside if own.num_tokens]
+        keeper.observe_target([_state(own.request) for own in observed], [own.num_tokens for own in observed], taps)
+    for own in beside:
+        own.request.sequence.advance(own.num_tokens)
 
 
 def _penalties(requests: Sequence[Request], plain: PlainDecoding) -> PenaltyRows:

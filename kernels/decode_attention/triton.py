@@ -95,6 +95,7 @@ def _decode_attention_kernel(
     table_ptr,
     position_ptr,
     context_ptr,
+    unsettled_ptr,
     out_ptr,
     part_ptr,
     stat_ptr,
@@ -131,9 +132,11 @@ def _decode_attention_kernel(
     request = unit // GROUPS // tiles
     admit_next(EARLY)
     # Lengths, positions and the page table are settled before the step's first kernel: they need not wait. Nor do the keys and values of
-    # earlier steps: those of the first block are fetched before the queries are there.
+    # earlier steps: those of the first block are fetched before the queries are there. Those of other rows of this step are not settled.
     context = tl.load(context_ptr + request).to(tl.int32)
     settled = context - length
+    if unsettled_ptr is not None:
+        settled -= tl.load(unsettled_ptr + request).to(tl.int32)
     if SPREAD:
         keys = tl.maximum(tl.cdiv(tl.cdiv(context, tl.num_programs(1)), BLOCK_N) * BLOCK_N, SPLIT)
     else:
@@ -218,11 +221,14 @@ def decode_attention(
     config: DecodeAttentionConfig,
     part: torch.Tensor,
     tickets: torch.Tensor,
+    unsettled: torch.Tensor | None = None,
     early: bool = False,
 ) -> None:
     """See `reference.decode_attention`; the grid does not depend on the lengths.
 
-    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. early: see `skinny_linear`.
+    part: float32 of `decode_attention_parts` elements. tickets: int32, zero, one a token and KV head; left zero. unsettled: [B] integers, keys right
+    before a request's new tokens that other requests of the step write, as where a prompt's tokens are requests of one token each; None: nobody does.
+    early: see `skinny_linear`.
     """
     rows, heads, head_dim = q.shape
     batch, max_pages = page_table.shape
@@ -245,6 +251,7 @@ def decode_attention(
         page_table,
         positions,
         context_lens,
+        unsettled,
         out,
         part,
         stat,

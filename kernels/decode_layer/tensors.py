@@ -74,6 +74,8 @@ class DecodeBuffers:
     part: torch.Tensor  # float32 workspace
     tickets: torch.Tensor  # int32, zero between launches
     plan: DecodePlan
+    # [B] integers, an input too: keys right before a request's new tokens that other requests of the step write (None: nobody does)
+    unsettled: torch.Tensor | None = None
 
     @classmethod
     def allocate(

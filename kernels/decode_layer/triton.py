@@ -60,6 +60,7 @@ def decode_layers(weights: DecodeWeights, buffers: DecodeBuffers, shape: DecodeS
             shape.head_dim**-0.5,
             b.attended,
             config=plan.attention,
+            unsettled=b.unsettled,
             **scratch,
         )
         b.parts = linear_residual(b.attended.flatten(1), w.o, w.o_bias, b.stream, w.post_norm, b.scaled, b.squares, tile=plan.o, **scratch)

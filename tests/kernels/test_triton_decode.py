@@ -236,6 +236,23 @@ def test_decode_attention(contexts, length, heads, groups, head_dim, size, whole
         assert at_rest(space)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+def test_tokens_of_one_text_as_requests_of_their_own(dtype, device, draw, assert_close):
+    """Rows 1 to 4 are a prompt's tokens behind 37 keys, all of its page table; the others are other texts."""
+    q, pool, table, positions, lens = paged_case(draw, device, [70, 41, 41, 41, 41, 3], 1, 6, 2, 32, 16, dtype)
+    table[2:5] = table[1]
+    positions[1:5], lens[1:5] = torch.arange(37, 41, device=device), torch.arange(38, 42, dtype=torch.int32, device=device)
+    want, got = torch.empty_like(q), torch.full_like(q, float("nan"))
+    attention_reference.decode_attention(q, pool[0], pool[1], table, positions, lens, 0.25, want)
+    config = DecodeAttentionConfig(split=32, block_n=16, programs=2)
+    unsettled = torch.tensor([0, 0, 1, 2, 3, 0], device=device)
+    space = scratch(device, decode_attention_parts(*q.shape, table.shape[1] * 16, config))
+    arguments = q, pool[0], pool[1], table, positions, lens, 0.25, got
+    attention_triton.decode_attention(*arguments, config=config, unsettled=unsettled, early=EARLY, **space)
+    assert_close(got, want, BOUND[dtype])
+    assert at_rest(space)
+
+
 def test_padding_attends_to_nothing(device, draw):
     q, pool, table, positions, lens = paged_case(draw, device, [20], 2, 2, 1, 16, 16, torch.float32)
     positions[1] = -1

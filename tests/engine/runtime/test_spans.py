@@ -63,7 +63,7 @@ class SimulatedPlain(PlainDecoding):
         self.machine, self._ahead, self._log, self._penalties = machine, None, None, None
         self.target = SimpleNamespace(device=torch.device("cpu"))
 
-    def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None):
+    def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None, beside=()):
         done_at = self.machine.launch("plain", self.machine.plain_ms)
         found = [self.machine.text(start + 1, 1)[0] for start in starts]
         return model_runner._Ahead(list(sequences), list(params), starts, torch.tensor(found), (done_at, found))
@@ -133,6 +133,7 @@ class SimulatedRequest:
         self.end, self.sequence, self.behind = len(self.token_ids) + new, Sequence(self, len(self.token_ids) - 1), 0
         self.more = 0.0  # its own acceptance, beyond the machine's
         self.draft_state = SimpleNamespace(knows_text=True)
+        self.joins = False
 
     @property
     def remaining(self):
