@@ -117,7 +117,8 @@ def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, canc
         blocks.capture_common(batch, Drawing.of(each, target.config.vocab_size), deterministic=each[0].seed is not None)
 
     def step(requests, planned, **own):
-        return run(requests, planned if plan is None else partial(plan, requests), ahead=ahead(core.scheduler, requests), **own)
+        own["ahead"] = ahead(core.scheduler, requests)
+        return run(requests, planned if plan is None else partial(plan, requests), **own)
 
     blocks.step, launch, block, launched = step, blocks._launch, blocks._block, []
 
@@ -279,8 +280,7 @@ def test_what_is_uploaded_for_one_that_joins_does_not_grow_with_those_that_are_t
     monkeypatch.setattr(torch, "tensor", lambda *args, **options: copies.append(args) or tensor(*args, **options))
     each = [replace(params, max_new_tokens=12 + 5 * b) for b, params in enumerate(each_with(draft_length=2))]
     engine = as_on_a_gpu(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=4096, max_batch=size))
-    core, run = engine.core, engine.core.scheduler.blocks.step
-    core.scheduler.blocks.step = lambda requests, planned, **own: run(requests, planned, ahead=joins(core.scheduler, requests), **own)
+    core = engine.core
     for prompt, params in zip(PROMPTS * 3, each * 3, strict=True):
         core.submit(core.open_sequence_state(), prompt, params, owns_cache=True)
     while not core.scheduler.idle:
