@@ -360,10 +360,10 @@ class BlockDecoding:
         found = []
         for request in requests:
             column, at = known.get(id(request), (-1, -1))
-            found.append(column if at == request.sequence.length and (source == "given" or self._goes_on(request, length)) else -1)
+            found.append(column if at == request.sequence.length and (source == "given" or self._continues(request, length)) else -1)
         return found
 
-    def _goes_on(self, request: Request, length: int) -> bool:
+    def _continues(self, request: Request, length: int) -> bool:
         """Whether the draft of a request of the last step goes on from what that step has left of it: nothing else has run it, and it lacks nothing
         that its first pass, of `length` + 1 rows on the target's last states, has no room for."""
         last, state = self._current, _state(request)
