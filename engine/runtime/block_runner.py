@@ -491,6 +491,7 @@ class BlockDecoding:
         source, length, asked = key.source, key.length, self._asks(requests)
         self.state.sampling.set(asked.params, asked.seeds, self.target.config.vocab_size)
         columns = range(len(requests)) if ahead else self._kept(requests, source, length)
+        self._settled = _NOTHING  # until the step is read: broken off from here on, the device may have moved on
         if source == "model" and -1 in columns:
             self._catch_up([r for r, column in zip(requests, columns, strict=True) if column < 0])
         num_drafts = list(plan.lengths) if source == "model" else [len(own) for own in plan.given]
@@ -521,7 +522,6 @@ class BlockDecoding:
         The integers of all are the host's, and go there in one copy, `sent` with them; what the host does not have of the others is moved there.
         """
         state, drafted = self.state, key.source == "model"
-        self._settled = _NOTHING  # first: broken off in between, nothing is where it was
         moving = [
             [r.sequence.length for r in requests],
             [self._first(r) if drafted else 0 for r in requests],

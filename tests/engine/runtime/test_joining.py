@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -107,9 +108,10 @@ def check_state(blocks, requests, key):
                 assert number["first"] == length - 1 and torch.allclose(state.hidden[b], own.pending_hidden[-1], atol=1e-4)
 
 
-def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), plan=None, headroom=64, **options):
+def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, cancel=(), plan=None, headroom=64, fails=(), **options):
     """The engine and the requests of PROMPTS once all have ended. ahead: whether steps are launched ahead. lengths: of drafts, step by step. cancel:
-    (step, request) to be dropped before it. plan: of the drafts of requests' next step; None: the policy's."""
+    (step, request) to be dropped before it. plan: of the drafts of requests' next step; None: the policy's. fails:
+    what steps may fail with, which are run again."""
     engine = as_on_a_gpu(Engine(target, draft=draft, **({"page_size": 16, "prefill_chunk": 16, "pool_tokens": 2048} | options)))
     core, blocks = engine.core, engine.core.scheduler.blocks
     core.scheduler.headroom, run = headroom, blocks.step
@@ -140,7 +142,8 @@ def decoded(as_on_a_gpu, target, draft, each, *, ahead=joins, lengths=None, canc
         for step, number in cancel:
             if step == steps and requests[number].finish_reason is None:
                 core.abandon(requests[number])
-        core.step()
+        with suppress(fails):
+            core.step()
         steps += 1
     for pool in filter(None, (core.pool, core.draft_pool)):
         pool.check_integrity()
@@ -259,6 +262,26 @@ def test_drafts_from_the_text_between_steps_in_which_requests_join(as_on_a_gpu, 
     assert texts(found) == list(expected.values()) and {"given", "model"} == set(kinds)
     assert sum(r.metrics.from_text_accepted for r in found) > 0 and sum(right for _, right in accepted(found)) > 0
     assert any(-1 in columns and max(columns) >= 0 for columns in uploads)
+
+
+@pytest.mark.parametrize("schedule", ["where nobody joins", "never"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_fails_once_it_runs_is_begun_anew(as_on_a_gpu, target, drafts, alone, kind, schedule, monkeypatch):
+    """The device has moved on then, and the host has not."""
+    calls, copy_out = [], block_runner.copy_out
+
+    def failing(tokens, *stream):
+        calls.append(len(tokens))
+        if len(calls) % 4 == 3:
+            raise MemoryError("no room for a copy")
+        return copy_out(tokens, *stream)
+
+    monkeypatch.setattr(block_runner, "copy_out", failing)
+    each = each_with(draft_length=2)
+    _, found = decoded(as_on_a_gpu, target, drafts[kind], each, max_batch=3, ahead=SCHEDULES[schedule], fails=MemoryError)
+    assert texts(found) == alone(each) and len(calls) > 20
+    if kind == "model":
+        assert all(right == drafted for drafted, right in accepted(found))
 
 
 @pytest.mark.parametrize("size", [3, 10])
