@@ -54,6 +54,8 @@ _TABLES = 512  # page tables on the device; more sequences than that take turns
 _LOGGED = 32  # steps whose states lie in one tensor
 # captured passes at most that prompts run in where they fit into none together: the decoder's own takes as long as several
 _PROMPT_PASSES = 4
+# a prompt of so many padded rows behind so many keys: 64 behind 8,000 of the 1.5B shape take 4.4 ms in a step on an H200, 200 in a pass 3.7
+_FAR_ROWS, _FAR_KEYS = 32, 4096
 _BLOCK = 32  # most new tokens of a request that a batch-invariant captured pass takes; a prompt's are the decoder's own
 
 GREEDY = Drawing()
@@ -252,8 +254,8 @@ class GraphedDecoder(DecoderRunner):
         return self.decoder.head(hidden, deterministic=deterministic)
 
     def run(self, asked: ForwardPass) -> DecoderOutput:
-        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own. Prompts of more rows
-        run in a pass of `PromptPasses` where one is ready, other short ones in a few captured steps.
+        """See `PassRunner.run`. Passes of more than MAX_ROWS padded rows, with tree positions, or observed are the decoder's own. Prompts of more rows,
+        or far behind, run in a pass of `PromptPasses` where one is ready, other short ones in a few captured steps.
 
         In deterministic mode a prompt's passes (logits of the last tokens alone) are the decoder's own too, whatever their size; those of a
         block run as captured steps of at most MOST_SKINNY rows, one after another. Which of the two runs a token depends on nothing else.
@@ -271,19 +273,25 @@ class GraphedDecoder(DecoderRunner):
         groups = None
         if asked.deterministic:
             groups = row_groups(asked.query_lens) if small else None
-        elif prompt and not small:
+        elif prompt and (not small or self._reads_far(asked, length)):
             if self._prompts.holds(asked):
                 self._current_weights()
                 if self._prompts.is_ready(asked):
                     return self._prompts.run(asked)
                 self._prompts.note(asked)
-            apart = prompt_groups(asked.query_lens) or []
-            groups = [[(b, 0, asked.query_lens[b]) for b in group] for group in apart]
-            small = 0 < len(groups) <= _PROMPT_PASSES
+            if not small:
+                apart = prompt_groups(asked.query_lens) or []
+                groups = [[(b, 0, asked.query_lens[b]) for b in group] for group in apart]
+                small = 0 < len(groups) <= _PROMPT_PASSES
         if not small:
             return self.decoder.run(asked)
         asked.batch.check_pages()
         return self._pass(asked, length) if groups is None else self._in_groups(asked, groups)
+
+    @staticmethod
+    def _reads_far(asked: ForwardPass, length: int) -> bool:
+        """Whether its attention is faster in a pass of `PromptPasses`: each tile of a few of a step's rows reads all keys."""
+        return length >= _FAR_ROWS and max(asked.starts) >= _FAR_KEYS
 
     def _in_groups(self, asked: ForwardPass, groups: Sequence[Sequence[tuple[int, int, int]]]) -> DecoderOutput:
         """A pass as several, of these (request, its tokens before these, how many): of blocks, or of whole prompts."""

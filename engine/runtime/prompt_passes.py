@@ -26,7 +26,7 @@ from engine.runtime.page_tables import PageTables, StepTables
 from kernels.compile_ahead import built, compiling_ahead
 from kernels.upload import fill
 
-PASS_ROWS = (256, 384, 512, 768, 1024)  # new tokens that passes are padded to
+PASS_ROWS = (128, 256, 384, 512, 768, 1024, 1536, 2048)  # new tokens that passes are padded to
 PASS_REQUESTS = (1, 4, 16)  # requests likewise
 _USUAL_CONTEXT = 8192  # tokens that attention is laid out for: a longer context is attended to by no more programs
 

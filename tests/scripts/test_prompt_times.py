@@ -35,7 +35,7 @@ def test_a_captured_pass_is_told_and_a_wrong_one_refused(capsys, monkeypatch):
     monkeypatch.setattr("engine.runtime.core.graphed", Runner)
     for module in (prompt_passes, model_runner, memory):  # put back what the option changes
         monkeypatch.setattr(module, "PASS_ROWS", module.PASS_ROWS)
-    assert prompt_times.main([*ARGS, "--prompts", "200,1100"]) == 0
+    assert prompt_times.main([*ARGS, "--prompts", "200,2100"]) == 0
     assert [json.loads(line)["captured"] for line in capsys.readouterr().out.splitlines()[1:]] == [True, False, True, False]
     assert prompt_times.main([*ARGS, "--prompts", "200,1100,1300", "--pass-rows", "256,1200"]) == 0
     assert [json.loads(line)["captured"] for line in capsys.readouterr().out.splitlines()[1:]] == [True, True, False] * 2

@@ -103,6 +103,18 @@ def test_a_pass_says_what_the_decoder_says(decoder, counts, contexts):
 
 
 @pytest.mark.parametrize(
+    ("counts", "contexts", "taken"), [([64], [40], True), ([64], [31], False), ([20], [40], True), ([15], [40], False)], ids=str
+)
+@torch.inference_mode()
+def test_short_prompts_far_behind(llama, counts, contexts, taken, monkeypatch):
+    """Of 32 padded rows and more."""
+    monkeypatch.setattr("engine.runtime.model_runner._FAR_KEYS", 32)
+    want, got, keys = both(llama, counts, contexts, logits="last")
+    assert_alike(want, got)
+    assert [key.rows for key in keys] == [PASS_ROWS[0]] * taken
+
+
+@pytest.mark.parametrize(
     "asked",
     [
         {"logits": "none"},
@@ -225,14 +237,13 @@ def test_windows_that_keep_pages_of_their_own(tiny_model, family):
 @pytest.mark.parametrize(
     ("counts", "asked"),
     [
-        ([1025], {"logits": "last"}),
-        ([600, 500], {"logits": "last"}),
+        ([1100, 1000], {"logits": "last"}),
         ([70] * 17, {"logits": "last"}),
         ([200], {"logits": "all"}),
         ([200], {"logits": "last", "deterministic": True}),
         ([200], {"logits": "last", "observe": lambda *_: None}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 @torch.inference_mode()
 def test_all_others_are_the_decoders_own(llama, counts, asked):
@@ -338,7 +349,7 @@ def test_a_capture_in_the_middle_leaves_other_texts_as_they_are(target, source_o
     """Requests decode while prompts of new kinds join, first as the decoder's own pass, then captured."""
     length = 0 if kind == "none" else 2
     params = SamplingParams(max_new_tokens=60, ignore_eos=True, draft_length=length)
-    early, late = [TEXT[:20], TEXT[40:75]], [TEXT[:200], TEXT[1:230], TEXT[5:400], TEXT[9:400]]
+    early, late = [TEXT[:20], TEXT[40:75]], [TEXT[:300], TEXT[1:330], TEXT[5:480], TEXT[9:480]]  # shorter ones run beside
     alone = Engine(target, **OPTIONS, prefix_sharing=False)
     want = [
         alone.generate(prompt, SamplingParams(max_new_tokens=60, ignore_eos=True, draft_length=0))[0].token_ids for prompt in early + late
