@@ -803,7 +803,10 @@ class DraftingPolicy:
         return 0
 
     def interrupted(self) -> None:
-        """Something else than a decode step has run."""
+        """Something else than a decode step has run, as it would have whatever the plan."""
+
+    def joined(self) -> None:
+        """A prompt has run in a pass of its own that would have run beside a step without drafts: the next step takes that time, too."""
 
     def took(self, began_at: float, ended_at: float) -> float:
         """Seconds of a step that began and ended so on `step_clock`."""

@@ -158,7 +158,12 @@ class SpanPolicy(DraftingPolicy):
 
     def interrupted(self) -> None:
         """Something else than a decode step has run."""
-        self._ended_at = self._last = None
+        self._ended_at = None
+        self.joined()
+
+    def joined(self) -> None:
+        """See `DraftingPolicy.joined`."""
+        self._last = None
         self._news = True
 
     def took(self, began_at: float, ended_at: float) -> float:

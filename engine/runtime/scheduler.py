@@ -137,7 +137,10 @@ class Scheduler:
         chosen, decoding = [chunk for chunk in chosen if chunk.request in able], [r for r in decoding if r in able]
         joined = any(chunk.ends for chunk in chosen if chunk.beside is None)  # what is launched ahead would not be the next step
         beside = [chunk for chunk in chosen if chunk.beside is not None and decoding and not joined]
-        self._prefill([chunk for chunk in chosen if chunk not in beside])
+        alone = [chunk for chunk in chosen if chunk not in beside]
+        self._prefill(
+            alone, drafted=any(chunk.beside is None and self._beside(chunk.request, self._most_beside(decoding)) for chunk in alone)
+        )
         if decoding:
             ran = decode_step(
                 decoding,
@@ -159,7 +162,7 @@ class Scheduler:
             if ran:
                 self._joined(beside)
             else:
-                self._prefill(beside)
+                self._prefill(beside, drafted=False)
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
         if finished:
             self.running = [r for r in self.running if r not in finished]
@@ -193,15 +196,20 @@ class Scheduler:
             chosen.append(chunk)
         return chosen
 
-    def _rows_beside(self, decoding: Sequence[Request]) -> int:
-        """Rows that the decode step of these has for tokens of prompts."""
+    def _most_beside(self, decoding: Sequence[Request]) -> int:
+        """Rows that a step of these without drafts, launched ahead, has for tokens of prompts."""
         if not decoding or self.plain is None or self._deterministic(decoding) or any(r.penalised for r in decoding):
             return 0
         if self.pool.keeps_beside or (self.drafter is not None and self.drafter.feature_taps):
             return 0
-        if not launches_ahead(decoding, self.drafter, drafting=self.drafting, plain=self.plain, blocks=self.blocks):
+        return max(0, MAX_ROWS - len(decoding))
+
+    def _rows_beside(self, decoding: Sequence[Request]) -> int:
+        """The same where the next step is one."""
+        rows = self._most_beside(decoding)
+        if not rows or not launches_ahead(decoding, self.drafter, drafting=self.drafting, plain=self.plain, blocks=self.blocks):
             return 0
-        return MAX_ROWS - len(decoding)
+        return rows
 
     def _beside(self, request: Request, rows: int) -> Beside | None:
         """The tokens of a prompt that take so many rows of a decode step; None where it has a pass of its own."""
@@ -214,12 +222,12 @@ class Scheduler:
         count = left - 1 if left <= rows else min(rows, left - 2)
         return Beside(request, count) if count or left <= rows else None
 
-    def _prefill(self, chunks: Sequence[_Chunk]) -> None:
-        """Run these in passes of their own."""
+    def _prefill(self, chunks: Sequence[_Chunk], *, drafted: bool) -> None:
+        """Run these in passes of their own. drafted: because the others have drafts."""
         whole = {chunk.request for chunk in chunks if self.whole_chunks and chunk.tokens == self.prefill_chunk}
         for group in [*([c] for c in chunks if c.request in whole), [c for c in chunks if c.request not in whole]]:
             if group:
-                self.drafting.interrupted()
+                (self.drafting.joined if drafted else self.drafting.interrupted)()
                 requests = [chunk.request for chunk in group]
                 prefill_step(
                     requests, [chunk.tokens for chunk in group], self.target, self.drafter, deterministic=self._deterministic(requests)

@@ -64,7 +64,9 @@ class SimulatedPlain(PlainDecoding):
         self.target = SimpleNamespace(device=torch.device("cpu"))
 
     def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None, beside=()):
-        done_at = self.machine.launch("plain", self.machine.plain_ms)
+        rows = sum(len(own.tokens) for own in beside)
+        self.machine.host(0.2 * (rows > 0))
+        done_at = self.machine.launch("plain", self.machine.plain_ms * (1 + 0.004 * rows))
         found = [self.machine.text(start + 1, 1)[0] for start in starts]
         return model_runner._Ahead(list(sequences), list(params), starts, torch.tensor(found), (done_at, found))
 
@@ -127,13 +129,17 @@ class SimulatedRequest:
     """What a step asks of a request."""
 
     def __init__(self, drafting, new, text):
-        self.token_ids, self.conversation = list(text), self
+        self.token_ids, self.conversation, self.prompt_tokens = list(text), self, len(text)
         self.params, self.seed, self.context, self.penalised, self.constraint = SamplingParams(), 0, 1 << 20, False, None
         self.drafting, self.metrics, self.logprobs, self.error = drafting, SpeculationMetrics("simulated"), [], None
         self.end, self.sequence, self.behind = len(self.token_ids) + new, Sequence(self, len(self.token_ids) - 1), 0
         self.more = 0.0  # its own acceptance, beyond the machine's
         self.draft_state = SimpleNamespace(knows_text=True)
         self.joins = False
+
+    @property
+    def num_new(self):
+        return len(self.token_ids) - self.prompt_tokens
 
     @property
     def remaining(self):
@@ -197,6 +203,45 @@ class Simulation:
                 requests = [r for r in requests if r.remaining > 0]
         return machine.now - began, tokens
 
+    def run_full(self, wanted, count):
+        """The same of `count` requests of which as many run as the batch has places for: when one ends the next one takes its place."""
+        machine, policy, running, tokens, draw = self.machine, self.policy, [], 0, random.Random(count)
+        target = SimpleNamespace(device=torch.device("cpu"))
+        options = {"drafting": policy, "plain": self.plain, "blocks": self.blocks}
+        machine.ends.clear()
+        while count > 0 or running:
+            late = []
+            for _ in range(min(count, machine.batch - len(running))):
+                late.append(SimulatedRequest(policy.request(wanted, greedy=True), draw.randrange(48, 144), machine.text(0, 45)))
+                late[-1].sequence.length = 0
+                count -= 1
+            beside = []
+            if late and running and step.launches_ahead(running, self.drafter, **options):
+                beside = [step.Beside(r, len(r.token_ids) - 1) for r in late]
+            elif late:
+                (policy.joined if running else policy.interrupted)()
+                machine.host(0.5)
+                machine.wait(machine.launch("prompt", 1.3 * machine.plain_ms))
+                for request in late:
+                    request.append_tokens([0])
+                    request.sequence.length = len(request.token_ids) - 1
+            if running:
+                before = sum(len(r.token_ids) for r in running)
+                ran = step.decode_step(
+                    running, target, self.drafter, catch_up=512, beside=beside, ahead=not late or bool(beside), **options
+                )
+                assert ran == bool(beside)
+                gained = sum(len(r.token_ids) for r in running) - before
+                tokens += gained
+                machine.serve(gained)
+            for request in running:
+                request.joins = False
+            for request in late:
+                request.joins = bool(beside)
+            running = [r for r in running + late if r.remaining > 0]
+            if not count and len(running) < machine.batch:
+                return machine.now, tokens
+
 
 def costs_of(batch, believed):
     """What captured passes take by themselves, times `believed` for drafts: no host, and no launching ahead."""
@@ -218,6 +263,23 @@ def ratios(monkeypatch, batch, acceptance, *, believed=0.7, turns=20, new=96, ng
             rates.append(tokens / seconds)
         found.append(rates[1] / rates[0])
     return found[2:], machine, policy
+
+
+@pytest.mark.parametrize(
+    ("batch", "acceptance", "least"), [(8, 0.2, 0.98), (8, 0.5, 0.98), (8, 0.8, 1.1), (32, 0.2, 0.98), (32, 0.5, 0.98), (32, 0.8, 0.98)]
+)
+def test_batches_that_are_kept_full_lose_nothing_by_drafts(monkeypatch, batch, acceptance, least):
+    """A prompt costs a step without drafts little, and one with drafts a pass of its own and a step that waits for it."""
+    rates = []
+    for wanted in (0, "auto"):
+        machine = Machine(batch, acceptance=acceptance)
+        policy = SpanPolicy(costs_of(batch, 0.7), measured=True, lengths=CAPTURED_LENGTHS, most_rows=MAX_ROWS)
+        simulation = Simulation(monkeypatch, machine, policy)
+        simulation.run_full(wanted, 12 * batch)  # captures
+        began = machine.now
+        tokens = sum(simulation.run_full(wanted, 12 * batch)[1] for _ in range(5))
+        rates.append(tokens / (machine.now - began))
+    assert rates[1] / rates[0] > least, rates
 
 
 @pytest.mark.parametrize(
