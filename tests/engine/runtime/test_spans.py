@@ -65,7 +65,8 @@ class SimulatedPlain(PlainDecoding):
 
     def _launch(self, sequences, starts, tokens, params, seeds, taps, deterministic, after=None, beside=()):
         rows = sum(len(own.tokens) for own in beside)
-        self.machine.host(0.2 * (rows > 0))
+        if rows:
+            self.machine.host(0.2)
         done_at = self.machine.launch("plain", self.machine.plain_ms * (1 + 0.004 * rows))
         found = [self.machine.text(start + 1, 1)[0] for start in starts]
         return model_runner._Ahead(list(sequences), list(params), starts, torch.tensor(found), (done_at, found))
