@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import Log, fitted_pack, known_pack
 from engine.sessions.file import Span
+from engine.sessions.pieces import at_once
 from engine.sessions.repeats import Repeats, SpanSources
 from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
@@ -41,7 +42,8 @@ PASS_TOKENS = 512  # of a pass over known tokens on a CPU
 _LARGEST_PASS = 16_384  # on a GPU, where its memory allows
 _PASS_TOKENS: WeakKeyDictionary[Decoder, int] = WeakKeyDictionary()  # so that passes keep their shapes, and their bits
 _WARM_SIZES = ((SPAN_TOKENS, SPAN_TOKENS), (SPAN_TOKENS - NUM_SINKS, SPAN_TOKENS))
-_CODED_TOKENS = 4096  # read, predicted and coded together: bounds the memory of a long session
+_CODED_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Read, predicted and coded together: bounds the memory of a long session, and what others wait for during its suspend. Bytes do not depend on it."""
 
 
 _LAST_TOKENS = {"near-lossless": 64}
@@ -181,6 +183,24 @@ class SessionCodec:
         sources: SpanSources | None = None,
     ) -> list[Span]:
         """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
+        `encoding`, all at once.
+        """
+        return at_once(self.encoding(conversation, start, end, quality, clock, earlier, next_position=next_position, sources=sources))
+
+    @torch.inference_mode()
+    def encoding(
+        self,
+        conversation: SequenceState,
+        start: int,
+        end: int,
+        quality: str | float,
+        clock: StageClock | None = None,
+        earlier: Sequence[Span] | None = None,
+        *,
+        next_position: int = 0,
+        sources: SpanSources | None = None,
+    ) -> Generator[None, None, list[Span]]:
+        """The spans of `encode`, coded in pieces: between two of them requests may run, the conversation's own not.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
         earlier: the spans before `start`, without a gap, none where `start` is the first coded token. Where token ids repeat, a span may then refer to
@@ -204,7 +224,10 @@ class SessionCodec:
         except CodecError as error:
             raise InvalidOption(error.what, error.remedy) from error
         spans: list[Span] = []
-        for some in (bounds[i : i + _CODED_TOKENS // SPAN_TOKENS] for i in range(0, len(bounds), _CODED_TOKENS // SPAN_TOKENS)):
+        count = _CODED_TOKENS.get(self.core.device.type, _CODED_TOKENS["cpu"]) // SPAN_TOKENS
+        for some in (bounds[i : i + count] for i in range(0, len(bounds), count)):
+            if spans:
+                yield
             part = slice(some[0][0] - start, some[-1][1] - start)
             inputs = latents[part], None if target_rows is None else target_rows[part]
             encoder = self._encoder(conversation, inputs, some, next_position)

@@ -31,6 +31,7 @@ from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import Span
 from engine.sessions.kv_codec import SessionCodec
+from engine.sessions.pieces import at_once
 from engine.sessions.restore import SpanRestore
 from engine.sessions.stages import Rates, StageClock
 from engine.text.encoding import encode_text
@@ -50,10 +51,14 @@ SHORTEST = 512
 def rates_of(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Rates | None:
     """The rates of a codec's engine: those known already (`known_rates`), or new ones, measured now. None where none are known and so few tokens are at
     stake that it is not worth a measurement, or where there is no room for one."""
+    return at_once(finding(codec, tokens, log))
+
+
+def finding(codec: SessionCodec, tokens: int, log: Callable[[str], None]) -> Generator[None, None, Rates | None]:
+    """The same, in pieces (`measure`)."""
     rates = known_rates(codec)
     if rates is None and tokens >= SHORTEST:
-        for _ in measuring(codec, log):
-            pass
+        yield from measuring(codec, log)
         rates = codec.rates
     return rates
 

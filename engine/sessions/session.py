@@ -24,7 +24,8 @@ from engine.runtime.sampling import SamplingParams
 from engine.sessions.codec_params import Log, pair_fingerprints
 from engine.sessions.file import SessionFile, Span, mean_divergence, session_errors, write_file
 from engine.sessions.kv_codec import SessionCodec, coded_end, known_codec, session_codec
-from engine.sessions.rates import SHORTEST, known_rates, measuring, rates_of
+from engine.sessions.pieces import at_once
+from engine.sessions.rates import SHORTEST, finding, known_rates, measuring
 from engine.sessions.restore import SpanRestore
 from engine.sessions.stages import StageClock
 from engine.text.chat import next_turn
@@ -155,7 +156,8 @@ class Session:
         self.core, self._log = core, log
         self.quality = quality or (DEFAULT_QUALITY if stored is None else AUTO if stored.auto else stored.quality)
         self._pack_path, self._closed = pack, False
-        self._turn = threading.Lock()  # held while an answer is made
+        self._turn = threading.Lock()  # held while an answer is made, or while it is coded in turns with others
+        self._coding = threading.Lock()  # held while the session is coded, which the next answer waits for
         self.spans: list[Span] = []
         self._foreign: SessionFile | None = None  # whose spans other codec parameters wrote: kept until these tokens are coded anew
         self.unfitted = False
@@ -246,7 +248,9 @@ class Session:
     @contextmanager
     def _turns(self) -> Iterator[None]:
         """One answer at a time. Raises SessionBusy, SessionClosed."""
-        if not self._turn.acquire(blocking=False):
+        with self._coding:
+            free = self._turn.acquire(blocking=False)
+        if not free:
             raise SessionBusy("the session is answering already", "wait for the answer's end, or use a session of its own")
         try:
             self._check_open()
@@ -283,8 +287,7 @@ class Session:
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
         began, path = time.perf_counter(), named_path(path, "a session file")
-        with self.core.lock:
-            file, reason = self._coded(fit)
+        file, reason = self._coded(fit)
         data = file.to_bytes()
         write_file(path, data)
         # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
@@ -310,11 +313,22 @@ class Session:
 
     def to_bytes(self, *, fit: bool = True) -> bytes:
         """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
-        with self.core.lock:
-            return self._coded(fit)[0].to_bytes()
+        return self._coded(fit)[0].to_bytes()
 
     def _coded(self, fit: bool) -> tuple[SessionFile, str | None]:
-        """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen."""
+        """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen. Coded in pieces between which
+        requests may run, unless an answer of the session is under way."""
+        with self._coding:
+            if self._turn.acquire(blocking=False):
+                try:
+                    return self.core.in_turns(self._code(fit))
+                finally:
+                    self._turn.release()
+            with self.core.lock:
+                return at_once(self._code(fit))
+
+    def _code(self, fit: bool) -> Generator[None, None, tuple[SessionFile, str | None]]:
+        """See `_coded`. Spans are the session's at the end alone."""
         self._check_open()
         if not self.token_ids:
             raise EmptyPrompt("the session is empty", "generate something before suspending it")
@@ -334,7 +348,7 @@ class Session:
         codec = self._codec(fit and wanted)
         self.unfitted = wanted and codec is None
         if quality == AUTO:
-            rates = None if codec is None else rates_of(codec, held, self._log)
+            rates = None if codec is None else (yield from finding(codec, held, self._log))
             new = held - (self.spans[-1].end if self.spans else 0)
             quality = AUTO_QUALITY if rates is not None and rates.coding_pays(new, held) else TOKENS
             if rates is not None:
@@ -346,9 +360,8 @@ class Session:
         if self.unfitted:
             reason = "kept as ids: there are no codec parameters for this pair yet"
         elif quality != TOKENS and codec is not None:
-            with torch.inference_mode():
-                # the last token may run again
-                self.spans += codec.encode(self.conversation, start, end, quality, earlier=self.spans, next_position=end - 1)
+            # the last token may run again
+            self.spans += yield from codec.encoding(self.conversation, start, end, quality, earlier=list(self.spans), next_position=end - 1)
             if not self.spans:
                 reason = f"all {held} tokens are among the last, which {quality} keeps as ids"
         if not self.spans:
@@ -382,9 +395,10 @@ class Session:
 
         Raises SessionBusy while an answer is made.
         """
-        if self._turn.locked():
-            raise SessionBusy("the session is answering", "close it when the answer has ended")
-        self._closed = True
+        with self._coding:
+            if self._turn.locked():
+                raise SessionBusy("the session is answering", "close it when the answer has ended")
+            self._closed = True
         self._give_back()
 
     def _check_open(self) -> None:
