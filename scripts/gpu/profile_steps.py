@@ -10,7 +10,7 @@ are replaced, and every request is told that it gained the same tokens), beside 
 the functions that take most of it.
 --join-every N keeps the batch full besides while a request ends every N steps or so and another one takes its place: `joining_us`, medians by the clock
 of the steps that only decode, of those that run its prompt, and of those behind these, and `joining_host_us`, the same of the host's CPU time where
-captured steps cost nothing (not the target's pass over the prompt).
+captured steps, those of prompts among them, cost nothing.
 Without a GPU the host's part alone is measured, over the runners that a GPU has. Takes a minute a draft source.
 """
 
@@ -86,11 +86,11 @@ def use_captured_runners(core: EngineCore) -> None:
 
 
 def still(core: EngineCore) -> None:
-    """Let every step of decoding launch nothing, those built from now on as well, and say that a request gains one draft and one token of the target's,
-    or one token without drafts."""
+    """Let every captured step launch nothing, those built from now on as well, and say that a request gains one draft and one token of the target's, or
+    one token without drafts; and a prompt's pass, that no token is likelier than another."""
     blocks, runner = core.scheduler.blocks, core.scheduler.target
     assert blocks is not None and isinstance(runner, GraphedDecoder)
-    build_block, build_step, build_draft = blocks._build, runner._build, None if blocks.draft is None else blocks.draft._build
+    build_block = blocks._build
 
     def still_block(block: Any) -> Any:
         block.graph = Still()
@@ -99,25 +99,24 @@ def still(core: EngineCore) -> None:
         return block
 
     def still_step(step: Any) -> Any:
+        step.graph = Still()
         if step.drawn is not None:
-            step.graph = Still()
             step.drawn.fill_(_TOKEN)
+        if step.buffers.logits is not None:
+            step.buffers.logits.zero_()
         return step
 
-    def still_pass(step: Any) -> Any:
-        step.graph = Still()
-        return step
+    def still_steps(of: GraphedDecoder) -> None:
+        build = of._build
+        for step in of._steps.values():
+            still_step(step)
+        of._build = lambda key, weights: still_step(build(key, weights))  # type: ignore[method-assign]
 
     for block in blocks._blocks.values():
         still_block(block)
-    for step in runner._steps.values():
-        still_step(step)
-    if blocks.draft is not None:  # a draft's passes over what it lacks
-        for step in blocks.draft._steps.values():
-            still_pass(step)
-        blocks.draft._build = lambda key, weights: still_pass(build_draft(key, weights))  # type: ignore[method-assign, misc]
     blocks._build = lambda key: still_block(build_block(key))  # type: ignore[method-assign]
-    runner._build = lambda key, weights: still_step(build_step(key, weights))  # type: ignore[method-assign]
+    for own in filter(None, (runner, blocks.draft)):
+        still_steps(own)
 
 
 def decoding(core: EngineCore, prompts: Sequence[list[int]], length: int, new_tokens: int) -> list[Any]:
