@@ -8,17 +8,21 @@
 #   tune     launch shapes of one captured step, each measured in whole steps (1 min for each of TUNE_ROWS)
 #   kernels  every Triton kernel beside ceilings that the run measures (3 min)
 #   sampled  tokens a second at temperature 0 and 1 (2 min)
+#   full     batches that are kept full: prompts run beside others' decoding (2 min)
+#   prompts  time to the first token of prompts behind known beginnings (1 min)
+#   vllm-full  the same batches through vLLM (1 min for each of FULL_BATCHES and FULL_PROMPTS)
 #   vllm     vLLM on the same shape, prompts and machine (3 min; needs VLLM_BENCH)
 #
 # Needs one GPU. Environment, beside common.sh's: SHAPE (qwen2.5-1.5b), BATCHES (1,8,32,128), NEW_TOKENS (256), REPEATS (3), STEP_SHAPE (1.5b; 135m for
 # `tune`), ROWS (1,5,8x1,32x1,128x1), TUNE_ROWS (8x3,32x1), VLLM_BENCH (a script that times vLLM over token ids, with the options of `part_vllm` below),
-# VLLM_SITE (folder with vLLM's packages, for a machine that has none installed)
+# FULL_BATCHES (8 32), FULL_PROMPTS (24-96 200-800: tokens of their prompts), VLLM_SITE (folder with vLLM's packages, for a machine that has none installed)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SHAPE=${SHAPE:-qwen2.5-1.5b}
 BATCHES=${BATCHES:-1,8,32,128}
 NEW_TOKENS=${NEW_TOKENS:-256}
 REPEATS=${REPEATS:-3}
+FULL_BATCHES=${FULL_BATCHES:-8 32}
 
 part_ours() {
     run ours scripts/bench/decode_profile.py --shape "$SHAPE" --batches "$BATCHES" --new-tokens "$NEW_TOKENS" --repeats "$REPEATS" \
@@ -47,6 +51,36 @@ part_sampled() {
         --new-tokens "$NEW_TOKENS" --temperature 0,1 --repeats "$REPEATS" --device "$DEVICE" --json-out "$OUT/throughput.json"
 }
 
+part_full() {
+    local lengths
+    for lengths in ${FULL_PROMPTS:-24-96 200-800}; do
+        run "full-$lengths" scripts/bench/continuous_batch.py --shape "$SHAPE" --batches "${FULL_BATCHES// /,}" --prompt-tokens "$lengths" \
+            --json-out "$OUT/full-$lengths.json"
+    done
+}
+
+part_prompts() {
+    run prompts scripts/bench/prompt_times.py --shape "$SHAPE" --json-out "$OUT/prompts.json"
+}
+
+part_vllm_full() {
+    local lengths batch folder
+    run shape-folder scripts/gpu/shape_folder.py --shape "$SHAPE" --prompts 1 --out "$OUT/$SHAPE"
+    [ "$DRY" = 1 ] && return
+    folder=$(mktemp -d)  # vLLM starts Python again, which looks for modules beside the script and in the working folder first
+    cp "$root/scripts/bench/continuous_batch.py" "$folder"
+    for lengths in ${FULL_PROMPTS:-24-96 200-800}; do
+        for batch in $FULL_BATCHES; do
+            echo "== vllm-full-$lengths-$batch"
+            (cd "$folder" && PYTHONPATH=${VLLM_SITE:-} VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 timeout "$LIMIT_S" \
+                "$PYTHON" continuous_batch.py --engine vllm --shape "$SHAPE" --folder "$OUT/$SHAPE" --batches "$batch" --prompt-tokens "$lengths" \
+                --json-out "$OUT/vllm-full-$lengths-$batch.json") 2>&1 | tee "$OUT/vllm-full-$lengths-$batch.log" | tail -3
+            [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("vllm-full-$lengths-$batch")
+        done
+    done
+    rm -r "$folder"
+}
+
 part_vllm() {
     local bench empty
     if [ -z "${VLLM_BENCH:-}" ]; then
@@ -71,4 +105,4 @@ part_vllm() {
     rmdir "$empty" 2>/dev/null
 }
 
-parts ours same step tune kernels sampled vllm -- "$@"
+parts ours same step tune kernels sampled full prompts vllm-full vllm -- "$@"
