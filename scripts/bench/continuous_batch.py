@@ -4,7 +4,7 @@
     python scripts/bench/continuous_batch.py --engine vllm --folder FOLDER --batches 32 --json-out vllm.json     (shape_folder.py makes FOLDER)
 
 Prompts and texts have lengths drawn evenly from --prompt-tokens and --new-tokens, by a fixed seed: when a request ends another one takes its place, so
-prompts run beside others' decoding all the time. A row for each batch: `tokens_per_s`, all new tokens over the seconds from the first submission to
+prompts run beside others' decoding all the time. A row for each batch and span of prompts: `tokens_per_s`, all new tokens over the seconds from the first submission to
 the last token, the median of --repeats after one that is not counted; it is checked that every request came back with as many tokens as it asked for.
 Of ours also the median and the 99th percentile of `ttft_ms` (with the wait for a place) and of `token_ms`, a request's seconds of decoding over its
 tokens. vLLM needs one process for each batch. Greedy, no prefix is shared.
@@ -75,9 +75,11 @@ def of_sorted(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def row_of(args: argparse.Namespace, batch: int, vocab: int, serve: Callable[[list[list[int]], list[int]], Results]) -> dict[str, Any]:
+def row_of(
+    args: argparse.Namespace, batch: int, prompt_tokens: tuple[int, int], vocab: int, serve: Callable[[list[list[int]], list[int]], Results]
+) -> dict[str, Any]:
     """A row of the module."""
-    prompts, lengths = drawn(args.requests or 4 * batch, args.prompt_tokens, args.new_tokens, vocab)
+    prompts, lengths = drawn(args.requests or 4 * batch, prompt_tokens, args.new_tokens, vocab)
     rates: list[float] = []
     found: Results = []
     for _ in range(args.repeats + 1):
@@ -87,7 +89,7 @@ def row_of(args: argparse.Namespace, batch: int, vocab: int, serve: Callable[[li
         if [count for count, _, _ in found] != lengths:
             raise SystemExit(f"requests of {lengths} tokens came back with {[count for count, _, _ in found]}")
     row: dict[str, Any] = {
-        "engine": args.engine, "batch": batch, "requests": len(prompts), "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
+        "engine": args.engine, "batch": batch, "requests": len(prompts), "prompt_tokens": prompt_tokens, "new_tokens": args.new_tokens,
         "tokens_per_s": round(statistics.median(rates[1:]), 1), "rates": [round(rate, 1) for rate in rates[1:]],
     }  # fmt: skip
     if args.engine == "ours":
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="of the shape, for vLLM")
     parser.add_argument("--batches", default="8,32")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="default: four times the batch")
-    parser.add_argument("--prompt-tokens", type=span, default=(24, 96), metavar="N-N")
+    parser.add_argument("--prompt-tokens", type=span, nargs="+", default=[(24, 96), (200, 800)], metavar="N-N")
     parser.add_argument("--new-tokens", type=span, default=(48, 144), metavar="N-N")
     parser.add_argument("--pool-tokens", type=int, default=1 << 17)
     parser.add_argument("--repeats", type=int, default=3)
@@ -128,10 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report |= {"device": name, "shape": args.shape, "rows": []}
     for batch in batches:
         vocab, serve = (ours if args.engine == "ours" else theirs)(args, batch)
-        report["rows"].append(row_of(args, batch, vocab, serve))
-        print(json.dumps(report["rows"][-1]), flush=True)
-        if args.json_out:
-            args.json_out.write_text(json.dumps(report, indent=1) + "\n")
+        for prompt_tokens in args.prompt_tokens:
+            report["rows"].append(row_of(args, batch, prompt_tokens, vocab, serve))
+            print(json.dumps(report["rows"][-1]), flush=True)
+            if args.json_out:
+                args.json_out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

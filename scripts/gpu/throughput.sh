@@ -10,7 +10,7 @@
 #   sampled  tokens a second at temperature 0 and 1 (2 min)
 #   full     batches that are kept full: prompts run beside others' decoding (2 min)
 #   prompts  time to the first token of prompts behind known beginnings (1 min)
-#   vllm-full  the same batches through vLLM (1 min for each of FULL_BATCHES and FULL_PROMPTS)
+#   vllm-full  the same batches through vLLM (1 to 2 min for each of FULL_BATCHES)
 #   vllm     vLLM on the same shape, prompts and machine (3 min; needs VLLM_BENCH)
 #
 # Needs one GPU. Environment, beside common.sh's: SHAPE (qwen2.5-1.5b), BATCHES (1,8,32,128), NEW_TOKENS (256), REPEATS (3), STEP_SHAPE (1.5b; 135m for
@@ -23,6 +23,7 @@ BATCHES=${BATCHES:-1,8,32,128}
 NEW_TOKENS=${NEW_TOKENS:-256}
 REPEATS=${REPEATS:-3}
 FULL_BATCHES=${FULL_BATCHES:-8 32}
+FULL_PROMPTS=${FULL_PROMPTS:-24-96 200-800}
 
 part_ours() {
     run ours scripts/bench/decode_profile.py --shape "$SHAPE" --batches "$BATCHES" --new-tokens "$NEW_TOKENS" --repeats "$REPEATS" \
@@ -52,11 +53,8 @@ part_sampled() {
 }
 
 part_full() {
-    local lengths
-    for lengths in ${FULL_PROMPTS:-24-96 200-800}; do
-        run "full-$lengths" scripts/bench/continuous_batch.py --shape "$SHAPE" --batches "${FULL_BATCHES// /,}" --prompt-tokens "$lengths" \
-            --json-out "$OUT/full-$lengths.json"
-    done
+    # shellcheck disable=SC2086 # several spans
+    run full scripts/bench/continuous_batch.py --shape "$SHAPE" --batches "${FULL_BATCHES// /,}" --prompt-tokens $FULL_PROMPTS --json-out "$OUT/full.json"
 }
 
 part_prompts() {
@@ -64,19 +62,18 @@ part_prompts() {
 }
 
 part_vllm_full() {
-    local lengths batch folder
+    local batch folder
     run shape-folder scripts/gpu/shape_folder.py --shape "$SHAPE" --prompts 1 --out "$OUT/$SHAPE"
     [ "$DRY" = 1 ] && return
     folder=$(mktemp -d)  # vLLM starts Python again, which looks for modules beside the script and in the working folder first
     cp "$root/scripts/bench/continuous_batch.py" "$folder"
-    for lengths in ${FULL_PROMPTS:-24-96 200-800}; do
-        for batch in $FULL_BATCHES; do
-            echo "== vllm-full-$lengths-$batch"
-            (cd "$folder" && PYTHONPATH=${VLLM_SITE:-} VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 timeout "$LIMIT_S" \
-                "$PYTHON" continuous_batch.py --engine vllm --shape "$SHAPE" --folder "$OUT/$SHAPE" --batches "$batch" --prompt-tokens "$lengths" \
-                --json-out "$OUT/vllm-full-$lengths-$batch.json") 2>&1 | tee "$OUT/vllm-full-$lengths-$batch.log" | tail -3
-            [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("vllm-full-$lengths-$batch")
-        done
+    for batch in $FULL_BATCHES; do
+        echo "== vllm-full-$batch"
+        # shellcheck disable=SC2086 # several spans
+        (cd "$folder" && PYTHONPATH=${VLLM_SITE:-} VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 timeout "$LIMIT_S" \
+            "$PYTHON" continuous_batch.py --engine vllm --shape "$SHAPE" --folder "$OUT/$SHAPE" --batches "$batch" --prompt-tokens $FULL_PROMPTS \
+            --json-out "$OUT/vllm-full-$batch.json") 2>&1 | tee "$OUT/vllm-full-$batch.log" | tail -3
+        [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("vllm-full-$batch")
     done
     rm -r "$folder"
 }

@@ -8,14 +8,16 @@ import pytest
 
 from bench import continuous_batch
 
-ARGS = ["--shape", "tiny", "--requests", "5", "--repeats", "1", "--prompt-tokens", "3-9", "--new-tokens", "4-8"]
+ARGS = ["--shape", "tiny", "--requests", "5", "--repeats", "1", "--prompt-tokens", "3-9", "12-20", "--new-tokens", "4-8"]
 
 
 def test_a_row_a_batch(capsys, tmp_path):
     assert continuous_batch.main([*ARGS, "--batches", "2,4", "--json-out", str(tmp_path / "rates.json")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == json.loads((tmp_path / "rates.json").read_text())["rows"]
-    assert [(row["batch"], row["requests"]) for row in lines] == [(2, 5), (4, 5)]
+    assert [(row["batch"], row["requests"], row["prompt_tokens"]) for row in lines] == [
+        (batch, 5, prompt) for batch in (2, 4) for prompt in ([3, 9], [12, 20])
+    ]
     for row in lines:
         assert row["tokens_per_s"] > 0 and row["ttft_ms"][0] <= row["ttft_ms"][1] and row["token_ms"][0] <= row["token_ms"][1]
 
