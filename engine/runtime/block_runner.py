@@ -551,7 +551,7 @@ class BlockDecoding:
             uploaded.append(self.on_states.next_rows([cast(StateHeadState, _state(requests[b])) for b in new], ids))
         if uploaded:
             kept = state.hidden if self.on_states is None else state.rows
-            kept.view(-1, kept.shape[-1]).index_copy_(0, at, torch.cat(uploaded))
+            kept.view(-1, kept.shape[-1]).index_copy_(0, at, torch.cat(uploaded).to(kept.dtype))
 
     @staticmethod
     def _first(request: Request) -> int:
