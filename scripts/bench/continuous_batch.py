@@ -4,10 +4,10 @@
     python scripts/bench/continuous_batch.py --engine vllm --folder FOLDER --batches 32 --json-out vllm.json     (shape_folder.py makes FOLDER)
 
 Prompts and texts have lengths drawn evenly from --prompt-tokens and --new-tokens, by a fixed seed: when a request ends another one takes its place, so
-prompts run beside others' decoding all the time. A row for each batch and span of prompts: `tokens_per_s`, all new tokens over the seconds from the first submission to
-the last token, the median of --repeats after one that is not counted; it is checked that every request came back with as many tokens as it asked for.
-Of ours also the median and the 99th percentile of `ttft_ms` (with the wait for a place) and of `token_ms`, a request's seconds of decoding over its
-tokens. vLLM needs one process for each batch. Greedy, no prefix is shared.
+prompts run beside others' decoding all the time. A row for each batch and span of prompts: `tokens_per_s`, all new tokens over the seconds from the
+first submission to the last token, the median of --repeats after one that is not counted; it is checked that every request came back with as many
+tokens as it asked for. Of ours also the median and the 99th percentile of `ttft_ms` (with the wait for a place) and of `token_ms`, a request's seconds
+of decoding over its tokens. vLLM needs one process for each batch. Greedy, no prefix is shared.
 """
 
 from __future__ import annotations
