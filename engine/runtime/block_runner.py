@@ -618,6 +618,8 @@ class BlockDecoding:
             points, least = [], 0.0
             for n in counts:
                 steps = [make(n) for make in makers]
+                for runner, step in steps:  # it may be under way for some request, or hold the page table row of another one
+                    step.fill([], [], [], runner.pool.page_size)
                 seconds = _replay_seconds([partial(runner.replay, step) for runner, step in steps], target.device)
                 least = max(least, seconds)
                 points.append((n, least))

@@ -318,6 +318,25 @@ def test_the_step_under_way_is_forgotten_with_a_request_s_pages(sources, kind, a
     others.free()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [0, 2], ids=["plain", "drafts"])
+def test_costs_that_are_measured_between_steps_leave_texts_as_they_are(sources, kind, length):
+    """The steps that are timed may be under way, or have the page table row of a sequence that has ended and of one that took its row."""
+    target, drafts = sources
+    each = [SamplingParams(max_new_tokens=n, ignore_eos=True, draft_length=length) for n in (6, 19, 9, 24, 14)]
+    _, expected = texts_of(sources, "plain", [replace(params, draft_length=0) for params in each])
+    for size in (1, 2):
+        core = with_blocks(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=2048, max_batch=size)).core
+        requests = [core.submit(core.open_sequence_state(), p, q, owns_cache=True) for p, q in zip(PROMPTS, each, strict=True)]
+        steps = 0
+        while not core.scheduler.idle:
+            core.step()
+            steps += 1
+            if steps % 3 == 0:
+                core.scheduler.blocks.measure_costs([1, 2])
+        assert [r.token_ids[len(p) :] for r, p in zip(requests, PROMPTS, strict=True)] == [r.token_ids for r in expected]
+
+
 def test_the_places_of_objects_are_those_of_the_same_order():
     first, second, third = object(), object(), object()
     assert list(places_of([first, second], [first, second])) == [0, 1] and places_of([], [first]) == []
