@@ -12,7 +12,7 @@ import torch
 from draft.policy import MAX_AUTO_LENGTH, RequestDrafting
 from draft.protocols import DraftState
 from engine.errors import ForetoldError
-from engine.kv.pool import KvSequence
+from engine.kv.pool import KvPool, KvSequence
 from engine.kv.shared_prefixes import OwnPage
 from engine.runtime.logprobs import TokenLogprobs
 from engine.runtime.metrics import SpeculationMetrics
@@ -179,6 +179,7 @@ class Request:
     looked_up: bool = False  # whether the pages of its prompt's known beginning were asked for
     asks_store: bool = False  # whether a store is still to be asked for it, before it runs
     restoring: PrefixRestore | None = None  # under way: it runs afterwards
+    most_pages: Sequence[tuple[KvPool, int]] = ()  # of each pool, that it may hold at its longest
     joins: bool = False  # whether it decodes from its prompt's last token on: the tokens before ran beside a step of others
     num_told: int = field(init=False)  # tokens that `news` has given, the prompt's included
     penalised: bool = field(init=False)  # as its parameters are, asked in every step

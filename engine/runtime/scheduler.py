@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
@@ -83,6 +84,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._carried_out = False  # whether the last step was, to its end
+        # tokens that a request and others were found to begin with, -1: with fewer than were asked for
+        self._alike: WeakKeyDictionary[Request, WeakKeyDictionary[Request, int]] = WeakKeyDictionary()
 
     @property
     def idle(self) -> bool:
@@ -91,13 +94,14 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PoolExhausted when it could not even run alone in an otherwise empty pool."""
-        for demand in whole_demands(request, self.drafter, drafts=self._drafts):
-            for pool, wanted in demand.sequence.at_most(demand.tokens):
-                if wanted > pool.max_pages:
-                    raise PoolExhausted(
-                        f"the request may grow to {wanted} pages of {pool.page_size} tokens, the KV pool has {pool.max_pages}",
-                        "lower max_new_tokens, shorten the prompt, or give the engine a larger pool_tokens",
-                    )
+        demands = whole_demands(request, self.drafter, drafts=self._drafts)
+        request.most_pages = [most for demand in demands for most in demand.sequence.at_most(demand.tokens)]
+        for pool, wanted in request.most_pages:
+            if wanted > pool.max_pages:
+                raise PoolExhausted(
+                    f"the request may grow to {wanted} pages of {pool.page_size} tokens, the KV pool has {pool.max_pages}",
+                    "lower max_new_tokens, shorten the prompt, or give the engine a larger pool_tokens",
+                )
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -371,6 +375,10 @@ class Scheduler:
         refused: list[Request] = []
         if not self.waiting or len(self.running) >= self.max_batch:
             return refused
+        while self.waiting and len(self.running) < self.max_batch and self._has_room_for_all():
+            self._begin(self.waiting.popleft())
+        if not self.waiting or len(self.running) >= self.max_batch:
+            return refused
         pools = [*self.pool.groups, *(() if self.draft_pool is None else self.draft_pool.groups)]
         room = {id(pool): pool.num_free_pages for pool in pools}
         oldest = min(self.running, key=lambda r: r.submitted_at, default=self.waiting[0])
@@ -382,11 +390,7 @@ class Scheduler:
             if all(need <= room[id(pool)] for pool, need in promise):
                 for pool, need in promise:
                     room[id(pool)] -= need
-                request = self.waiting.popleft()
-                self.running.append(request)
-                self.drafting.begin(request.drafting, request.namespace or "")
-                request.asks_store = self.prefix_store is not None
-                self._look_at_caches(request)
+                self._begin(self.waiting.popleft())
             elif self.prefix_store is not None and self.prefix_store.yield_pages():
                 return [*refused, *self._admit()]
             elif self.running:
@@ -397,6 +401,22 @@ class Scheduler:
                 self._release(request)
                 refused.append(request)
         return refused
+
+    def _has_room_for_all(self) -> bool:
+        """Whether the free pages are enough for all running requests and the first that waits at their longest, whatever they hold already: then no
+        promise is in doubt, and none is worked out."""
+        wanted: dict[KvPool, int] = {}
+        for request in (*self.running, self.waiting[0]):
+            for pool, pages in request.most_pages:
+                wanted[pool] = wanted.get(pool, 0) + pages
+        return all(pages <= pool.num_free_pages for pool, pages in wanted.items())
+
+    def _begin(self, request: Request) -> None:
+        """It runs from now on."""
+        self.running.append(request)
+        self.drafting.begin(request.drafting, request.namespace or "")
+        request.asks_store = self.prefix_store is not None
+        self._look_at_caches(request)
 
     def _look_at_caches(self, request: Request) -> None:
         """Something else than a step may have filled a request's caches."""
@@ -450,10 +470,17 @@ class Scheduler:
             if other.restoring is None or (other.namespace or "") != (request.namespace or ""):
                 continue
             end = other.sequence.length + self.pool.page_size
-            known = end <= min(other.restoring.end, len(request.token_ids) - 1)
-            if known and request.token_ids[:end] == other.token_ids[:end]:
+            if end <= min(other.restoring.end, len(request.token_ids) - 1) and self._begin_alike(request, other, end):
                 return True
         return False
+
+    def _begin_alike(self, request: Request, other: Request, end: int) -> bool:
+        """Whether the first `end` tokens of both are equal. Asked in every step of a restore, with `end` growing: what was compared is not again."""
+        known = self._alike.setdefault(request, WeakKeyDictionary())
+        start = known.get(other, 0)
+        if 0 <= start < end:
+            start = known[other] = end if request.token_ids[start:end] == other.token_ids[start:end] else -1
+        return start >= end
 
     @staticmethod
     def _end_restore(request: Request) -> None:

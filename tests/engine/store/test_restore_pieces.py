@@ -347,6 +347,26 @@ def test_an_error_of_the_program_in_a_piece_leaves_what_came_to_the_request_itse
     check_empty(engine)
 
 
+def test_what_two_texts_were_found_to_begin_with_is_not_compared_again(stored, store_engine) -> None:
+    engine = store_engine("none")
+    asked: list[slice] = []
+
+    class Ids(list):
+        def __getitem__(self, key):
+            asked.append(key)
+            return super().__getitem__(key)
+
+    with engine.core.lock:
+        request, alike, unlike = (submit(engine, text) for text in (LONG, LONG, OTHER))
+        request.conversation.token_ids = Ids(request.token_ids)
+        begin_alike = engine.core.scheduler._begin_alike
+        assert [begin_alike(request, alike, end) for end in (64, 128, 128)] == [True] * 3
+        assert asked == [slice(0, 64), slice(64, 128)]
+        assert [begin_alike(request, unlike, end) for end in (64, 128)] == [False] * 2 and len(asked) == 3
+        for one in (request, alike, unlike):
+            engine.core.abandon(one)
+
+
 def test_what_cannot_be_shared_or_kept_in_memory_is_restored_all_the_same(stored, store_engine, monkeypatch) -> None:
     stored("head")
     engine = store_engine("head", store_memory=1 << 24, **SMALL)
