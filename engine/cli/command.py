@@ -146,13 +146,15 @@ def answer(session: Session, prompt: str, args: argparse.Namespace, *, stream: b
 def one_turn(session: Session, prompt: str, args: argparse.Namespace) -> None:
     """One prompt, one answer, then the figures."""
     result = answer(session, prompt, args, stream=not args.json)
-    code_left(session, args)
-    print_status(summary(result))
-    flush_store(session)
-    if args.json_out:
-        write_json(args.json_out, as_json(session, result))
-    if args.json:
-        stream_text(json.dumps(as_json(session, result)) + "\n")
+    try:
+        code_left(session, args)
+        print_status(summary(result))
+        flush_store(session)
+    finally:  # the answer is there, whatever breaks that off
+        if args.json_out:
+            write_json(args.json_out, as_json(session, result))
+        if args.json:
+            stream_text(json.dumps(as_json(session, result)) + "\n")
 
 
 def flush_store(session: Session) -> None:

@@ -87,6 +87,12 @@ class _Turns:
 
     def __init__(self) -> None:
         self._lock, self._depth, self._modes = threading.RLock(), 0, own_torch_modes()
+        self._holder: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread holds it."""
+        return self._holder == threading.get_ident()
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -94,6 +100,7 @@ class _Turns:
             if self._depth == 0:
                 self._modes = own_torch_modes()
                 self._modes.__enter__()
+                self._holder = threading.get_ident()
             self._depth += 1
         except BaseException:
             self._lock.release()
@@ -103,6 +110,7 @@ class _Turns:
         self._depth -= 1
         try:
             if self._depth == 0:
+                self._holder = None
                 self._modes.__exit__(None, None, None)
         finally:
             self._lock.release()

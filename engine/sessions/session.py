@@ -157,7 +157,8 @@ class Session:
         self.quality = quality or (DEFAULT_QUALITY if stored is None else AUTO if stored.auto else stored.quality)
         self._pack_path, self._closed = pack, False
         self._turn = threading.Lock()  # held while an answer is made, or while it is coded in turns with others
-        self._coding = threading.Lock()  # held while the session is coded, which the next answer waits for
+        self._coding = threading.RLock()  # held while the session is coded and written, which the next answer waits for
+        self._coded_now = False
         self.spans: list[Span] = []
         self._foreign: SessionFile | None = None  # whose spans other codec parameters wrote: kept until these tokens are coded anew
         self.unfitted = False
@@ -248,15 +249,30 @@ class Session:
     @contextmanager
     def _turns(self) -> Iterator[None]:
         """One answer at a time. Raises SessionBusy, SessionClosed."""
-        with self._coding:
-            free = self._turn.acquire(blocking=False)
-        if not free:
-            raise SessionBusy("the session is answering already", "wait for the answer's end, or use a session of its own")
+        free = False
         try:
+            with self._no_coding():
+                free = self._turn.acquire(blocking=False)
+            if not free:
+                raise SessionBusy("the session is answering already", "wait for the answer's end, or use a session of its own")
             self._check_open()
             yield
         finally:
-            self._turn.release()
+            if free:
+                self._turn.release()
+
+    @contextmanager
+    def _no_coding(self) -> Iterator[None]:
+        """Held while nobody codes the session; another thread's suspend is waited for. Raises SessionBusy where that would never end: within the suspend
+        (`log`, a signal's handler), and in a thread that holds the engine's lock, which the suspend needs."""
+        if self._coding.acquire(blocking=not self.core.lock.mine):
+            try:
+                if not self._coded_now:
+                    yield
+                    return
+            finally:
+                self._coding.release()
+        raise SessionBusy("the session is being suspended", "go on when that has ended, and do not hold the engine's lock meanwhile")
 
     def _run(self, ids: Sequence[int], params: SamplingParams | None, on_text: Callable[[str], None] | None) -> GenerationResult:
         """`EngineCore.run`. Broken off anywhere (Ctrl-C, a failing on_text), the session keeps what was generated and can go on."""
@@ -284,25 +300,28 @@ class Session:
 
         Raises:
             EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded, or `path` is none.
+            SessionBusy: asked for within a suspend of the session, by `log` or a signal's handler. SessionClosed.
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
         began, path = time.perf_counter(), named_path(path, "a session file")
-        file, reason = self._coded(fit)
-        data = file.to_bytes()
-        write_file(path, data)
-        # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
-        tokens = max(self.conversation.sequence.length, len(self.token_ids) - 1)
-        elements = self._layout.full_dim * tokens
-        bits = 8 * len(data) / elements if elements else 0.0
-        restore = DECODE if self.spans else RECOMPUTE
-        seconds = time.perf_counter() - began
-        loss = (mean_divergence(file.spans), self._rounding_kl()) if self.spans else (0.0, None)
-        self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, *loss)
-        return self.suspended
+        with self._alone():  # the write, too: of two suspends to one path the later one stays
+            file, reason, held = self._coded(fit)
+            data = file.to_bytes()
+            write_file(path, data)
+            # of tokens that wait to be run again, the file stands for the KV too; the last token never has any
+            tokens = max(held, len(file.token_ids) - 1)
+            elements = self._layout.full_dim * tokens
+            bits = 8 * len(data) / elements if elements else 0.0
+            restore = DECODE if self.spans else RECOMPUTE
+            seconds = time.perf_counter() - began
+            loss = (mean_divergence(file.spans), self._rounding_kl()) if self.spans else (0.0, None)
+            self.suspended = SuspendReport(tokens, len(data), 2 * elements, bits, file.quality, seconds, restore, reason, *loss)
+            return self.suspended
 
     def fit_codec(self) -> None:
         """Fit the codec parameters of the session's pair, where none are known: a minute of one thread for a target of 135 M weights, which `log` is
-        told of. Raises InvalidOption without a tokenizer, PackMismatch."""
+        told of. Raises InvalidOption without a tokenizer, PackMismatch, SessionClosed."""
+        self._check_open()
         with self.core.lock:
             session_codec(self.core, self._pack_path, self._log)
 
@@ -312,23 +331,33 @@ class Session:
         return curve.rounding if curve is not None else None
 
     def to_bytes(self, *, fit: bool = True) -> bytes:
-        """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption."""
-        return self._coded(fit)[0].to_bytes()
+        """What `suspend` writes, kept by the caller instead. Raises EmptyPrompt, InvalidOption, SessionBusy, SessionClosed."""
+        with self._alone():
+            return self._coded(fit)[0].to_bytes()
 
-    def _coded(self, fit: bool) -> tuple[SessionFile, str | None]:
-        """The session as a file's contents, its new tokens coded; and why they are coded or not, where that was chosen. Coded in pieces between which
-        requests may run, unless an answer of the session is under way."""
-        with self._coding:
-            if self._turn.acquire(blocking=False):
-                try:
-                    return self.core.in_turns(self._code(fit))
-                finally:
-                    self._turn.release()
-            with self.core.lock:
-                return at_once(self._code(fit))
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The session is coded meanwhile. Waits and raises as `_no_coding`."""
+        with self._no_coding():
+            self._coded_now = True
+            try:
+                yield
+            finally:
+                self._coded_now = False
 
-    def _code(self, fit: bool) -> Generator[None, None, tuple[SessionFile, str | None]]:
-        """See `_coded`. Spans are the session's at the end alone."""
+    def _coded(self, fit: bool) -> tuple[SessionFile, str | None, int]:
+        """What `_code` returns, coded in pieces between which requests may run, unless an answer of the session is under way."""
+        if self._turn.acquire(blocking=False):
+            try:
+                return self.core.in_turns(self._code(fit))
+            finally:
+                self._turn.release()
+        with self.core.lock:
+            return at_once(self._code(fit))
+
+    def _code(self, fit: bool) -> Generator[None, None, tuple[SessionFile, str | None, int]]:
+        """The session as a file's contents, its new tokens coded; why they are coded or not, where that was chosen; tokens whose KV it holds. Spans are
+        the session's at the end alone."""
         self._check_open()
         if not self.token_ids:
             raise EmptyPrompt("the session is empty", "generate something before suspending it")
@@ -365,14 +394,14 @@ class Session:
             if not self.spans:
                 reason = f"all {held} tokens are among the last, which {quality} keeps as ids"
         if not self.spans:
-            return self._uncoded(held, quality, prints), reason
+            return self._uncoded(held, quality, prints), reason, held
         assert codec is not None, "spans are of the engine's codec"
         self._foreign = None
         start = self.spans[-1].end  # what comes behind is kept as tokens
         if quality != TOKENS:
             codec.release(self.conversation, start)
         prints["pack"] = codec.pack.digest
-        return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason
+        return SessionFile(list(self.token_ids), start, quality, prints, list(self.spans), self.quality == AUTO), reason, held
 
     def _codec(self, fit: bool) -> SessionCodec | None:
         """The engine's codec, fitted where `fit` says so; None where nothing was or can be coded."""
@@ -395,7 +424,7 @@ class Session:
 
         Raises SessionBusy while an answer is made.
         """
-        with self._coding:
+        with self._no_coding():
             if self._turn.locked():
                 raise SessionBusy("the session is answering", "close it when the answer has ended")
             self._closed = True

@@ -504,6 +504,10 @@ def test_an_interrupted_fit_leaves_the_ids(generate, monkeypatch, tmp_path):
     assert status == 130 and out and "suspended" in err
     stored = SessionFile.load(tmp_path / "a.kv")
     assert not stored.spans and stored.quality == "tiny" and stored.token_ids
+    options = ["--session", tmp_path / "b.kv", "--quality", "tiny", "--max-new-tokens", 6, "--draft", "none"]
+    status, again, _ = generate("Hello", *options, "--json", "--json-out", tmp_path / "b.json")
+    assert status == 130 and (tmp_path / "b.json").read_text() == again
+    assert json.loads(again)["text"] == out.removesuffix("\n") and json.loads(again)["kv"]["restore"] == "recompute"
 
 
 # --- several turns ------------------------------------------------------------------------------------------------------

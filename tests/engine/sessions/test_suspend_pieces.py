@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from engine.errors import SessionBusy
+from engine.errors import SessionBusy, SessionClosed
 from engine.runtime.sampling import SamplingParams
 
 TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(12))[:760]
@@ -120,3 +120,108 @@ def test_a_suspend_within_an_answer_is_of_what_is_there(chat_engine, tmp_path):
     assert len(TEXT) < kept[0] + 1 < len(session.token_ids)
     with quiet(chat_engine("none"), file=tmp_path / "a.kv") as resumed:
         assert session.token_ids[: len(resumed.token_ids)] == resumed.token_ids
+
+
+def in_a_thread(work):
+    """Its result or its error; fails where it hangs."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it hangs"
+    return found[0]
+
+
+def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engine, tmp_path, monkeypatch):
+    engine, refused = chat_engine("none"), []
+    session = spoken(engine)
+    stream = stream_of(engine)
+
+    def asked_within(_):
+        """What a signal's handler does between two pieces."""
+        asked = (lambda: session.suspend(tmp_path / "b.kv"), session.to_bytes, lambda: session.generate(" and", GREEDY), session.close)
+        for ask in asked:
+            with pytest.raises(SessionBusy, match="is being suspended"):
+                ask()
+            refused.append(ask)
+
+    monkeypatch.setattr("engine.runtime.core.time.sleep", asked_within)
+    report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
+    monkeypatch.undo()
+    assert report is session.suspended and len(refused) >= 4 and not (tmp_path / "b.kv").exists()
+    engine.core.finish(stream)
+    assert session.generate(" and", GREEDY).new_tokens == 8
+    session.close()
+
+
+def test_who_holds_the_engine_is_not_made_to_wait_for_a_suspend(chat_engine, tmp_path, monkeypatch):
+    engine, found, threads = chat_engine("none"), [], []
+    session = spoken(engine)
+    stream = stream_of(engine)
+    begun, held = threading.Event(), threading.Event()
+
+    def hold():
+        begun.wait(60)
+        with engine.core.lock:
+            held.set()
+            try:
+                session.generate(" and", GREEDY)
+            except Exception as error:
+                found.append(error)
+
+    def between(_):
+        if not threads:
+            threads.append(threading.Thread(target=hold, daemon=True))
+            threads[0].start()
+            begun.set()
+            held.wait(60)
+
+    monkeypatch.setattr("engine.runtime.core.time.sleep", between)
+    report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
+    monkeypatch.undo()
+    threads[0].join(60)
+    [error] = found
+    assert isinstance(error, SessionBusy) and report is session.suspended
+    engine.core.finish(stream)
+    session.close()
+
+
+def test_the_later_of_two_suspends_stays(chat_engine, tmp_path, monkeypatch):
+    from engine.sessions import session as module
+    from engine.sessions.file import SessionFile
+
+    session, threads, write, reports = spoken(chat_engine("none")), [], module.write_file, []
+    path, reached = tmp_path / "a.kv", threading.Event()
+
+    def later():
+        session.generate(" and", GREEDY)
+        reports.append(session.suspend(path))
+
+    def slow_write(*args):
+        if not threads:
+            threads.append(threading.Thread(target=later, daemon=True))
+            threads[0].start()
+            reached.wait(0.5)
+        write(*args)
+
+    monkeypatch.setattr(module, "write_file", slow_write)
+    before = len(session.token_ids)
+    first = in_a_thread(lambda: session.suspend(path))
+    threads[0].join(60)
+    assert first.tokens == before - 1 and reports[0].tokens == len(session.token_ids) - 1 > first.tokens
+    assert SessionFile.load(path).token_ids == session.token_ids
+    session.close()
+
+
+def test_a_closed_session_fits_nothing(chat_engine):
+    session = quiet(chat_engine("none"))
+    session.close()
+    with pytest.raises(SessionClosed):
+        session.fit_codec()
