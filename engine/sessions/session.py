@@ -263,8 +263,8 @@ class Session:
 
     @contextmanager
     def _no_coding(self) -> Iterator[None]:
-        """Held while nobody codes the session; another thread's suspend is waited for. Raises SessionBusy where that would never end: within the suspend
-        (`log`, a signal's handler), and in a thread that holds the engine's lock, which the suspend needs."""
+        """Held while nobody codes the session; another thread's suspend is waited for. Raises SessionBusy where that would never end: within the
+        suspend (`log`, a signal's handler), and in a thread that holds the engine's lock, which the suspend needs."""
         if self._coding.acquire(blocking=not self.core.lock.mine):
             try:
                 if not self._coded_now:
