@@ -19,6 +19,7 @@ from engine.cli.terminal import Ended, OutputLost, ending_signals, prepare_strea
 from engine.engine import Engine
 from engine.errors import CacheNotWritable, ForetoldError
 from engine.files import session_lock, write_atomically
+from engine.hub.cache import CacheFolder
 from engine.kv.formats import PLAIN
 from engine.runtime.request import GenerationResult
 from engine.sessions.session import Session
@@ -243,8 +244,11 @@ def save(session: Session, args: argparse.Namespace) -> str | None:
 
 def code_left(session: Session, args: argparse.Namespace) -> None:
     """Where the session's file holds ids alone, as no codec parameters are known yet: fit them, a minute that says what it does, and write the file
-    again. Whatever breaks it off leaves the file as it is."""
+    again. Whatever breaks it off leaves the file as it is, and so does a cache folder that would not keep them for the next command."""
     if not session.unfitted:
+        return
+    if not CacheFolder("packs").keeps():
+        print_status("the session stays as ids: codec parameters could not be kept for its next resume (set FORETOLD_HOME, or give --pack)")
         return
     session.fit_codec()
     if (saved := save(session, args)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,15 @@ class CacheFolder:
             self._warn(str(error))
             return False
         return True
+
+    def keeps(self) -> bool:
+        """Whether files can be kept, found by keeping one for a moment."""
+
+        def tried(path: Path) -> None:
+            write_bytes(path, b"", private=True, synced=False)
+            path.unlink(missing_ok=True)
+
+        return self.save(f"tried-{os.getpid()}", tried)
 
     @contextmanager
     def exclusive(self, name: str, doing: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ import pytest
 from engine.generate import main
 from engine.hub.cache import CacheFolder
 from engine.hub.pairs import PAIRS, ModelSource, Pair
+from engine.sessions.codec_params import known_pack
 from engine.sessions.file import SessionFile
 
 SHA256 = "ab" * 32
@@ -77,6 +78,18 @@ def test_sessions_do_without_a_cache_folder(homeless, tmp_path, capsys):
         assert len(warnings(err)) == (1 if turn == "Hello" else 0), "once in a process"
         assert turn != "Hello" or "FORETOLD_HOME" in warnings(err)[0]
     assert "resumed" in err and SessionFile.load(file).quality == "compact"
+
+
+def test_a_session_is_not_coded_with_parameters_that_nobody_keeps(homeless, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "a.kv"
+    monkeypatch.setattr("engine.sessions.kv_codec.known_pack", known_pack)
+    monkeypatch.setattr("engine.sessions.codec_params.quick_pack", None)
+    for turn in ("Hello", "And now?"):
+        status = main([*homeless, turn, "--session", str(file), "--max-new-tokens", "8", "--quality", "compact", "--draft", "none"])
+        err = capsys.readouterr().err
+        assert status == 0 and "the session stays as ids" in err, err
+        stored = SessionFile.load(file)
+        assert not stored.spans and stored.quality == "compact" and f"suspended {len(stored.token_ids) - 1} tokens" in err
 
 
 def test_a_pair_without_a_cache_folder_is_a_named_error(homeless, capsys):
