@@ -178,7 +178,8 @@ class Scheduler:
     def _chunks(self, prefilling: Sequence[Request], decoding: list[Request], budget: int) -> list[_Chunk]:
         """What runs of these prompts, within so many tokens. One that turns out to be known whole decodes with the others."""
         chosen: list[_Chunk] = []
-        rows = self._rows_beside(decoding) if prefilling else 0
+        # one that was interrupted may be among the others at once
+        rows = self._rows_beside(decoding) - sum(r.num_new > 0 and not r.looked_up for r in prefilling) if prefilling else 0
         for request in prefilling:
             if self._waits(request, [chunk.request for chunk in chosen]):
                 request.looked_up = False

@@ -185,6 +185,27 @@ def test_the_rest_of_a_known_beginning_runs_beside(sources, rows):
     assert [r.token_ids[r.prompt_tokens :] for r in requests] == alone
 
 
+def test_one_that_was_interrupted_and_is_known_whole_finds_a_row(sources, rows):
+    """It decodes with the others at once, beside a prompt that takes all other rows."""
+    prompts = prompts_of([(16, 0)] * 3 + [(254, 0)])
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, draft_length=0)
+    alone = [engine_of(sources).generate([prompt], params)[0].token_ids for prompt in prompts]
+    core = engine_of(sources, prefix_sharing=True).core
+    requests = [core.submit(core.open_sequence_state(), prompt, params, owns_cache=True) for prompt in prompts[:3]]
+    last = requests[-1]
+    while last.sequence.length % 16 != 15:
+        core.step()
+    requests.append(core.submit(core.open_sequence_state(), prompts[3], params, owns_cache=True))
+    core.step()
+    assert last.sequence.length == 32 and rows[-1] == (3, [125])
+    core.scheduler._preempt(last)
+    core.step()
+    assert last.reused_tokens == 32 and last.num_new == 18 and rows[-1] == (3, [125])
+    while not core.scheduler.idle:
+        core.step()
+    assert [r.token_ids[r.prompt_tokens :] for r in requests] == alone
+
+
 def test_prompts_that_are_promised_their_bits_run_alone(sources, rows):
     params = [SamplingParams(max_new_tokens=20, ignore_eos=True, draft_length=0, seed=seed) for seed in (None, None, 5, None)]
     arrivals = [(9, 0), (9, 3), (9, 5), (9, 8)]
