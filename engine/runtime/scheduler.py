@@ -23,6 +23,7 @@ from engine.runtime.step import Beside, decode_step, launches_ahead, prefill_ste
 HEADROOM_TOKENS = 256  # a request that is interrupted runs its text again, so that must not happen every few steps
 # tokens of a prompt that run beside others' decode steps at most, and keys that its rows read in one: a pass of its own reads each once
 _MOST_BESIDE, _MOST_KEYS_BESIDE = 2 * MAX_ROWS, 1 << 17
+_MOST_STEPS_BESIDE = 8  # of others, that a prompt's first token waits for where these leave it few rows
 
 
 class _Chunk(NamedTuple):
@@ -220,7 +221,7 @@ class Scheduler:
         """The tokens of a prompt that take so many rows of a decode step; None where it has a pass of its own."""
         length, tokens = request.sequence.length, len(request.token_ids)
         left = tokens - length  # the last one gives the next token
-        if rows < 1 or tokens < 2 or left > _MOST_BESIDE or min(left, rows) * tokens > _MOST_KEYS_BESIDE:
+        if rows < 1 or tokens < 2 or left > min(_MOST_BESIDE, _MOST_STEPS_BESIDE * rows) or min(left, rows) * tokens > _MOST_KEYS_BESIDE:
             return None
         if self._promised(request) or request.penalised or request.constraint is not None or request.drafting.wanted not in ("auto", 0):
             return None

@@ -282,11 +282,10 @@ def _plain_step(
         if request.append_tokens([token]) and told is not None:
             request.logprobs.append(told)
         sequence.advance(1)
-        if first:  # which is no step's of its own: its prompt ran beside others
-            continue
         metrics, own = request.metrics, request.drafting
-        metrics.observe(0, 0, 1)
-        metrics.verify_s += seconds
+        if not first:  # which is no step's of its own: its prompt ran beside others
+            metrics.observe(0, 0, 1)
+            metrics.verify_s += seconds
         if own.looks:
             own.observe([token], 0, 0, None, given=False)
     if keeper is not None and done.states is not None:

@@ -112,6 +112,34 @@ def test_nothing_waits_for_a_prompt_that_runs_beside(sources, rows, passes):
     assert len(passes) == 1, "the first two, with which nobody decodes"
 
 
+def test_a_first_token_answers_what_was_looked_up_for_it(sources):
+    """Drafts that were looked up behind a prompt are not taken for those of its second token."""
+    core = engine_of(sources).core
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    core.submit(core.open_sequence_state(), [4] * 9, params, owns_cache=True)
+    for _ in range(3):
+        core.step()
+    late = core.submit(core.open_sequence_state(), [5, 6, 7] * 3, params, owns_cache=True)
+    core.step()
+    assert late.joins and late.drafting.look_up(late.token_ids, 3)[0] == [5, 6, 7] and late.drafting.looks
+    core.step()
+    assert late.num_new == 1 and not late.drafting.looks
+    assert late.metrics.steps == 0
+
+
+def test_a_prompt_that_finds_few_rows_runs_in_a_pass_of_its_own(sources, rows, passes, monkeypatch):
+    """Else its first token would wait for a step for every few of its tokens."""
+    monkeypatch.setattr(scheduling, "MAX_ROWS", 6)
+    arrivals = [(9, 0), (9, 0), (9, 0), (9, 0), (17, 3), (16, 9)]  # at most 2 rows beside the first four
+    prompts = prompts_of(arrivals)
+    params = [SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=0)] * len(prompts)
+    found = serve(engine_of(sources).core, prompts, params, arrivals)
+    assert passes == [36, 17, 16]
+    assert not any(beside for _, beside in rows)
+    alone = [engine_of(sources).generate([prompt], own)[0].token_ids for prompt, own in zip(prompts, params, strict=True)]
+    assert [r.token_ids[r.prompt_tokens :] for r in found] == alone
+
+
 def test_log_probabilities_of_a_first_token(sources, monkeypatch):
     prompts = prompts_of(ARRIVALS[:6])
     params = [SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=0, logprobs=2)] * 6
