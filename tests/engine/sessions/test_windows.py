@@ -13,7 +13,9 @@ from engine.engine import Engine
 from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import forward_reserved
 from engine.runtime.sampling import SamplingParams
-from engine.sessions.rates import Rates
+from engine.sessions.kv_codec import session_codec
+from engine.sessions.pieces import at_once
+from engine.sessions.rates import Rates, measure
 from tests.engine.conftest import measured
 
 pytestmark = pytest.mark.usefixtures("all_coded")
@@ -134,3 +136,13 @@ def test_files_of_all_rows_still_open(make_engine, tmp_path):
     assert again.conversation.sequence.length == held
     assert float((wanted.exp() * (wanted - ahead(engine, again))).sum(-1).mean()) < 0.1
     assert len(again.conversation.sequence.windows[0].pages) <= 3, "with those of what was looked at ahead"
+
+
+def test_windows_are_measured_in_what_the_pool_has(make_engine):
+    engine = make_engine()
+    rates = at_once(measure(session_codec(engine.core, log=lambda _: None)))
+    assert rates is not None and rates.restoring(512) > 0 and rates.recomputing(512) > 0 and rates.coding(512) > 0
+    assert rates.recompute_pair_s == 0, "a pass far behind attends to no more than a window holds"
+    pool = engine.core.pool
+    pool.check_integrity()
+    assert all(own.num_free_pages == own.max_pages for own in pool.groups)
