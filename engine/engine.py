@@ -321,7 +321,7 @@ class Engine:
         """A conversation that can be suspended to a file; with `file`, one resumed from it. See `engine.sessions.session.Session`.
 
         quality: "auto", "near-lossless", "balanced", "compact", "tiny" or "tokens" (default: the file's own, else "auto": what comes back fastest on
-        this machine). pack: a codec pack's file (default: the pair's own, fitted at first use). restore: "auto", "decode" or "recompute".
+        this machine). pack: a codec pack's file (default: the pair's own, fitted when tokens are coded). restore: "auto", "decode" or "recompute".
 
         Raises:
             BadSessionFile and its kinds, PackMismatch, InvalidOption.

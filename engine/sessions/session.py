@@ -159,6 +159,7 @@ class Session:
         self._turn = threading.Lock()  # held while an answer is made, or while it is coded in turns with others
         self._coding = threading.RLock()  # held while the session is coded and written, which the next answer waits for
         self._coded_now = False
+        self._answering: int | None = None  # thread in which an answer is made
         self.spans: list[Span] = []
         self._foreign: SessionFile | None = None  # whose spans other codec parameters wrote: kept until these tokens are coded anew
         self.unfitted = False
@@ -256,9 +257,11 @@ class Session:
             if not free:
                 raise SessionBusy("the session is answering already", "wait for the answer's end, or use a session of its own")
             self._check_open()
+            self._answering = threading.get_ident()
             yield
         finally:
             if free:
+                self._answering = None
                 self._turn.release()
 
     @contextmanager
@@ -300,7 +303,7 @@ class Session:
 
         Raises:
             EmptyPrompt: there is nothing to keep. InvalidOption: the KV overflowed and cannot be coded, or `path` is none.
-            SessionBusy: asked for within a suspend of the session, by `log` or a signal's handler. SessionClosed.
+            SessionBusy: asked for within a suspend of the session or a step of its answer, by `log` or a signal's handler. SessionClosed.
             DiskFull, CacheNotWritable: the file could not be written; an earlier one is untouched.
         """
         began, path = time.perf_counter(), named_path(path, "a session file")
@@ -352,6 +355,8 @@ class Session:
                 return self.core.in_turns(self._code(fit))
             finally:
                 self._turn.release()
+        if self._answering == threading.get_ident() and self.core.lock.mine:  # caches and ids grow one after the other
+            raise SessionBusy("the session is in the middle of a step", "suspend it in on_text, or when the answer has ended")
         with self.core.lock:
             return at_once(self._code(fit))
 

@@ -225,3 +225,22 @@ def test_a_closed_session_fits_nothing(chat_engine):
     session.close()
     with pytest.raises(SessionClosed):
         session.fit_codec()
+
+
+def test_a_suspend_within_a_step_of_the_sessions_answer_is_refused(chat_engine, tmp_path, monkeypatch):
+    engine, refused = chat_engine("draft"), []
+    session, wanted = spoken(engine), spoken(chat_engine("draft"))
+    commit = engine.core.drafter.commit
+
+    def handled(*args):
+        """A signal's handler in the middle of a step."""
+        with pytest.raises(SessionBusy, match="in the middle of a step"):
+            session.suspend(tmp_path / "a.kv")
+        refused.append(session.conversation.sequence.length)
+        return commit(*args)
+
+    monkeypatch.setattr(engine.core.drafter, "commit", handled)
+    found = session.generate(" and", GREEDY).token_ids
+    assert refused and not (tmp_path / "a.kv").exists() and found == wanted.generate(" and", GREEDY).token_ids
+    monkeypatch.undo()
+    assert session.to_bytes() == wanted.to_bytes()
