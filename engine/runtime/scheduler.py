@@ -119,6 +119,7 @@ class Scheduler:
         Returns the requests that finished. One that does not fit beside the open conversations although nothing runs is among them, with
         `error` set, and so is one whose logits are not finite.
         """
+        ended = [] if self._carried_out else self._end()  # in a step that failed behind them
         refused = self._admit()
         restored = self._restore()
         prefilling: list[Request] = []
@@ -168,13 +169,18 @@ class Scheduler:
                 self._joined(beside)
             else:
                 self._prefill(beside, drafted=False)
+        ended += refused + self._end()
+        self._carried_out = True
+        return ended
+
+    def _end(self) -> list[Request]:
+        """Those that have finished run no more."""
         finished = [r for r in self.running if r.finish_reason is not None or r.error is not None]
         if finished:
             self.running = [r for r in self.running if r not in finished]
         for request in finished:
             self._release(request)
-        self._carried_out = True
-        return refused + finished
+        return finished
 
     def _chunks(self, prefilling: Sequence[Request], decoding: list[Request], budget: int) -> list[_Chunk]:
         """What runs of these prompts, within so many tokens. One that turns out to be known whole decodes with the others."""

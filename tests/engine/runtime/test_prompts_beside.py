@@ -196,6 +196,28 @@ def test_a_full_pool_interrupts_and_other(sources, rows):
     assert [r.token_ids[r.prompt_tokens :] for r in found] == alone
 
 
+def test_one_that_ended_in_a_step_that_failed_is_not_run_again(sources, monkeypatch):
+    """Its prompt gave its last token before the others' launch failed."""
+    prompts = prompts_of([(9, 0), (1, 0)])
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, draft_length=0)
+    text = engine_of(sources).generate([prompts[0]], params)[0].token_ids
+    stop = engine_of(sources).generate([prompts[1]], params)[0].token_ids[0]
+    core = engine_of(sources).core
+    first = core.submit(core.open_sequence_state(), prompts[0], params, owns_cache=True)
+    core.step()
+    conversation = core.open_sequence_state()
+    late = core.submit(conversation, prompts[1], SamplingParams(max_new_tokens=12, stop_token_ids=(stop,)), owns_cache=False)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="launch"):
+        patch.setattr(core.scheduler.plain, "_launch", lambda *_: (_ for _ in ()).throw(RuntimeError("launch")))
+        core.step()
+    assert late.finish_reason == "stop" and late in core.scheduler.running
+    assert late in core.scheduler.step() and late not in core.scheduler.running
+    assert conversation.token_ids == [*prompts[1], stop] and conversation.sequence.length == 1
+    while not core.scheduler.idle:
+        core.step()
+    assert first.token_ids[9:] == text
+
+
 def test_the_rest_of_a_known_beginning_runs_beside(sources, rows):
     beginning = prompts_of([(64, 0)])[0]
     prompts = [[*beginning, 3, 4, 5], [*beginning, 9, 8, 7, 6], [*beginning[:40], 1, 2]]
