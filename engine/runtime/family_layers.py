@@ -61,7 +61,8 @@ class FamilyLayers:
         batch = DeviceBatch(angles, b.slots, _of_rows(b.page_table, rows), ones, (at + 1).to(torch.int32), 1)
         own = [replace(batch, page_table=_of_rows(table, rows), slots=slots) for table, slots in zip(*windows, strict=True)]
         set_batches(backend, batch, own)
-        stream = decoder.embed(b.token_ids) if embed else b.stream
+        # -1 follows logits that are not finite
+        stream = decoder.embed(b.token_ids.clamp_min(0)) if embed else b.stream
         stream, taken = decoder.run_layers(stream, backend, layers, tuple(taps))
         b.stream.copy_(stream)
         for tap, into in taps.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.errors import NonFiniteLogits
 from engine.runtime import scheduler as scheduling
 from engine.runtime.model_runner import MAX_ROWS, PlainDecoding, PromptRows, rows_with
 from engine.runtime.sampling import SamplingParams
@@ -194,6 +195,31 @@ def test_a_full_pool_interrupts_and_other(sources, rows):
     found = serve(core, prompts, params, arrivals)
     assert core.scheduler.preemptions and any(beside for _, beside in rows)
     assert [r.token_ids[r.prompt_tokens :] for r in found] == alone
+
+
+@pytest.mark.parametrize("kind", ["ngram", "model", "head"])
+def test_logits_that_are_not_finite_end_their_request_alone(sources, kind, rows):
+    """One that joins: what is launched ahead of its first token follows none."""
+    target, prompts = sources[0], prompts_of([(9, 0), (40, 0), (33, 0)])
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, draft_length=0)
+    alone = [engine_of(sources).generate([prompt], params)[0].token_ids for prompt in prompts]
+    core, embeddings = engine_of(sources, kind, prefix_sharing=True).core, target.embed_tokens.weight.data
+    kept = embeddings[85].clone()
+    assert all(85 not in [*prompt, *text] for prompt, text in zip(prompts, alone, strict=True))
+    try:
+        embeddings[85] = torch.nan
+        requests = [core.submit(core.open_sequence_state(), prompt, params, owns_cache=True) for prompt in prompts[:2]]
+        for _ in range(3):
+            core.step()
+        late = [core.submit(core.open_sequence_state(), own, params, owns_cache=True) for own in ([*prompts[2][:20], 85, 4, 5], prompts[2])]
+        while not core.scheduler.idle:
+            core.step()
+    finally:
+        embeddings[85] = kept
+    assert [22, 32] in [beside for _, beside in rows]
+    assert isinstance(late[0].error, NonFiniteLogits) and not late[0].num_new
+    assert [r.token_ids[r.prompt_tokens :] for r in (*requests, late[1])] == alone
+    assert core.pool.num_free_pages == core.pool.max_pages
 
 
 def test_one_that_ended_in_a_step_that_failed_is_not_run_again(sources, monkeypatch):
