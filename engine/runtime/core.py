@@ -151,6 +151,7 @@ class EngineCore:
     ) -> None:
         self.target, self.source, self.config = target, source, config
         self.lock = _Turns()
+        self._piece_waits = False  # a piece of `in_turns` waits for the lock, which a stream's thread would take again
         self.text, self.eos_token_ids = text, eos_token_ids
         self.sampling_defaults = sampling_defaults
         cached = None if source is None else source.cached_decoder
@@ -380,7 +381,9 @@ class EngineCore:
         try:
             while True:
                 try:
+                    self._piece_waits = True
                     with self.lock:
+                        self._piece_waits = False
                         next(pieces)
                 except StopIteration as end:
                     return end.value
@@ -388,6 +391,7 @@ class EngineCore:
                     time.sleep(TURN_S)
         finally:
             with self.lock:
+                self._piece_waits = False
                 pieces.close()
 
     # --- conversations --------------------------------------------------------------------------------------------------
@@ -556,6 +560,8 @@ class EngineCore:
         try:
             event: StreamEvent | None = None
             while event is None or event.result is None:
+                if self._piece_waits:
+                    time.sleep(TURN_S)
                 with self.lock:  # another thread's step serves this request too
                     if request.finish_reason is None:
                         self._step(request)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.errors import SessionBusy, SessionClosed
+from engine.runtime.core import TURN_S
 from engine.runtime.sampling import SamplingParams
 
 TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(12))[:760]
@@ -29,6 +30,11 @@ def spoken(engine):
 def stream_of(engine):
     with engine.core.lock:
         return engine.core.submit(engine.core.open_sequence_state(), engine.encode("Once upon a time"), STREAM, owns_cache=True)
+
+
+def stream_of_core(core):
+    with core.lock:
+        return core.submit(core.open_sequence_state(), list(range(20)), STREAM, owns_cache=True)
 
 
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
@@ -244,3 +250,24 @@ def test_a_suspend_within_a_step_of_the_sessions_answer_is_refused(chat_engine, 
     assert refused and not (tmp_path / "a.kv").exists() and found == wanted.generate(" and", GREEDY).token_ids
     monkeypatch.undo()
     assert session.to_bytes() == wanted.to_bytes()
+
+
+def test_a_stream_lets_a_piece_that_waits_have_the_lock(chat_engine, monkeypatch):
+    core, slept = chat_engine("none").core, []
+    events = core.events(stream_of_core(core))
+    next(events)
+    monkeypatch.setattr("engine.runtime.core.time.sleep", slept.append)
+
+    def piece():
+        assert not core._piece_waits, "it has the lock"
+        yield
+        return 1
+
+    core._piece_waits = True
+    next(events)
+    assert slept == [TURN_S]
+    assert core.in_turns(piece()) == 1 and not core._piece_waits
+    del slept[:]
+    next(events)
+    assert not slept, "nobody waits"
+    events.close()
