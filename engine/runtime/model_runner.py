@@ -656,7 +656,8 @@ class PlainDecoding:
 
     The next step's input is this step's output, which is on the device: where one captured step follows another of the same requests, nothing is
     copied to the device, and the tokens are copied from it beside the next step. Deterministic steps of more than MOST_SKINNY requests are several, one
-        it wrote lies behind the committed tokens and is written again. Prompts that begin while others decode may have their rows in a step that is
+    launched after another. A step under way is that of the requests that stay when others end; its tokens are thrown away when another one joins: what
+    it wrote lies behind the committed tokens and is written again. Prompts that begin while others decode may have their rows in a step that is
     launched ahead (`PromptRows`), and then nothing waits for them.
     """
 
@@ -733,11 +734,11 @@ class PlainDecoding:
         ):  # another pass has taken the step since: its buffers are no longer ours
             tokens = current.read()
         going = range(len(room)) if min(room) > 1 else [b for b, left in enumerate(room) if left > 1]
-        ran_beside = self._penalties is None and not deterministic and (bool(going) or any(own.joins for own in beside)) and bool(beside)
-        if ran_beside or (going and (self._penalties is None or len(going) == len(current.sequences))):
+        if deterministic or self._penalties is not None or not (going or any(own.joins for own in beside)):
+            beside = ()
+        if beside or (going and (self._penalties is None or len(going) == len(current.sequences))):
             staying, their_seeds = [columns[b] for b in going], [seeds[b] for b in going]
-            rows = beside if ran_beside else ()
-            self._ahead = self._launch_ahead(current, tokens, staying, their_seeds, taps, deterministic, rows)
+            self._ahead = self._launch_ahead(current, tokens, staying, their_seeds, taps, deterministic, beside)
         tokens = current.read() if tokens is None else tokens
         told: list[TokenLogprobs | None] = [None] * len(columns)
         if current.logprobs is not None:
@@ -745,8 +746,8 @@ class PlainDecoding:
             for b, (column, p) in enumerate(zip(columns, params, strict=True)):
                 if p.logprobs is not None:
                     told[b] = from_row(rows[column], tokens[column], p.logprobs)
-        states = self._ahead.beside if ran_beside and self._ahead is not None else None
-        return PlainStep([tokens[c] for c in columns], told, current.states, columns, ran_beside, states)
+        beside_states = None if self._ahead is None else self._ahead.beside
+        return PlainStep([tokens[c] for c in columns], told, current.states, columns, bool(beside), beside_states)
 
     def _launch_ahead(
         self,

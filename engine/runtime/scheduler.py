@@ -166,7 +166,7 @@ class Scheduler:
                     request.joins = False
                     self._keep(request)
             if ran:
-                self._joined(beside)
+                self._ran_beside(beside)
             else:
                 self._prefill(beside, drafted=False)
         ended += refused + self._end()
@@ -231,8 +231,9 @@ class Scheduler:
             return None
         if self._promised(request) or request.penalised or request.constraint is not None or request.drafting.wanted not in ("auto", 0):
             return None
-        count = left - 1 if left <= rows else min(rows, left - 2)
-        return Beside(request, count) if count or left <= rows else None
+        joins = left <= rows
+        count = left - 1 if joins else min(rows, left - 2)
+        return Beside(request, count, joins) if count or joins else None
 
     def _prefill(self, chunks: Sequence[_Chunk], *, drafted: bool) -> None:
         """Run these in passes of their own. drafted: because the others have drafts."""
@@ -253,11 +254,11 @@ class Scheduler:
             if request.num_new or self.pool.keeps_beside or (request in whole and len(self.running) > 1):
                 self._keep(request)
 
-    def _joined(self, chunks: Sequence[_Chunk]) -> None:
+    def _ran_beside(self, chunks: Sequence[_Chunk]) -> None:
         """These ran beside a decode step."""
         for request, _, beside in chunks:
             self._computed(request)
-            if beside is not None and request.sequence.length == len(request.token_ids) - 1:
+            if beside is not None and beside.joins:
                 request.joins = True
                 self.running.remove(request)  # in the order of the step that was launched ahead
                 self.running.append(request)

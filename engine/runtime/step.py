@@ -67,15 +67,12 @@ def prefill_step(
 
 
 class Beside(NamedTuple):
-    """A request whose next `num_tokens` tokens run beside a decode step of others."""
+    """A request whose next `num_tokens` tokens run beside a decode step of others. joins: whether it decodes with them from then on, as the last token
+    of its text alone is left behind these."""
 
     request: Request
     num_tokens: int
-
-    @property
-    def joins(self) -> bool:
-        """Whether it decodes with the others from then on: the last token of its text alone is left behind them."""
-        return self.request.sequence.length + self.num_tokens == len(self.request.token_ids) - 1
+    joins: bool
 
 
 def launches_ahead(
@@ -269,7 +266,7 @@ def _plain_step(
     everyone = [*requests, *(own.request for own in beside)]
     keeper = None if blocks is None else blocks.keeps_states(everyone, drafting.plain_steps_left(len(requests)))
     taps = () if keeper is None else keeper.join.state_layers
-    rows = [_prompt_rows(*own) for own in beside] if ahead else []
+    rows = [_prompt_rows(own) for own in beside] if ahead else []
     done = plain.step(sequences, last, room, params, seeds, penalties=penalties, taps=taps, deterministic=deterministic, beside=rows)
     if done.ran_beside:
         _ran_beside(beside, rows, keeper, done.beside)
@@ -293,10 +290,10 @@ def _plain_step(
     return done.ran_beside
 
 
-def _prompt_rows(request: Request, count: int) -> PromptRows:
-    length, tokens = request.sequence.length, request.token_ids
-    joins = length + count == len(tokens) - 1
-    return PromptRows(request.sequence, tokens[length : length + count], joins, tokens[-1], request.params, request.seed)
+def _prompt_rows(own: Beside) -> PromptRows:
+    request, length = own.request, own.request.sequence.length
+    tokens = request.token_ids[length : length + own.num_tokens]
+    return PromptRows(request.sequence, tokens, own.joins, request.token_ids[-1], request.params, request.seed)
 
 
 def _ran_beside(beside: Sequence[Beside], rows: Sequence[PromptRows], keeper: StateDrafter | None, states: torch.Tensor | None) -> None:

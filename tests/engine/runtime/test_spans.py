@@ -218,7 +218,7 @@ class Simulation:
                 count -= 1
             beside = []
             if late and running and step.launches_ahead(running, self.drafter, **options):
-                beside = [step.Beside(r, len(r.token_ids) - 1) for r in late]
+                beside = [step.Beside(r, len(r.token_ids) - 1, True) for r in late]
             elif late:
                 (policy.joined if running else policy.interrupted)()
                 machine.host(0.5)
