@@ -14,7 +14,6 @@ Prints one JSON object: `{"device", "versions", "pair", "command", "bits_ratio",
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.document import print_document
+from bench.document import measured_on, print_document
 from codec.spec import NUM_SINKS
 from engine.engine import Engine
 from engine.runtime.request import SequenceState
@@ -157,8 +156,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += measure(engine, codec, file.name, document, [float(step) for step in args.steps.split(",")])
     names = f" --text {' '.join(file.name for file in args.text)}" if args.text else ""
     found = {
-        "device": f"cpu {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **measured_on(engine.device),
         "pair": args.pair,
         "command": f"python scripts/bench_reference.py --pair {args.pair} --tokens {args.tokens} --steps {args.steps}{names}",
         "bits_ratio": bits_ratio(rows),

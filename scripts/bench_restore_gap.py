@@ -12,7 +12,6 @@ cpu_*: the same in the process's CPU seconds over its threads, as other programs
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.document import print_document
+from bench.document import measured_on, print_document
 from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
 
@@ -145,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     options += "" if args.prefill_chunk is None else f" --prefill-chunk {args.prefill_chunk}"
     print_document(
         {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **measured_on(device),
             "command": f"python scripts/bench_restore_gap.py --pair {args.pair} --tokens {args.tokens}{options} --repeats {args.repeats}",
             "rows": rows,
         },

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.document import print_document
+from bench.document import measured_on, print_document
 from bench_restore_gap import SHORT, clocks, prompts
 from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
@@ -109,11 +108,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"suspended in {row['suspend_s']:.2f} s ({row['cpu_suspend_s']:.2f} CPU s)",
                     file=sys.stderr,
                 )
-    device, options = engine.device, "" if args.threads is None else f" --threads {args.threads}"
+    options = "" if args.threads is None else f" --threads {args.threads}"
     print_document(
         {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **measured_on(engine.device),
             "command": f"python scripts/bench_suspend_gap.py --pair {args.pair} --tokens {args.tokens}{options} --repeats {args.repeats}",
             "rows": rows,
         },

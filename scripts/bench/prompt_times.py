@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = Engine(target, draft=None, max_batch=max(count for count, _ in prompts), pool_tokens=3 * most + (1 << 15))
     captured = engine.core.capture_steps()
     report: dict[str, Any] = {
+        "command": " ".join(["scripts/bench/prompt_times.py", *(sys.argv[1:] if argv is None else argv)]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "shape": args.shape,
         "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(), "rows": [],
     }  # fmt: skip
