@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -30,7 +30,8 @@ GATHER_S, GATHER_STEP_S = 0.01, 0.001
 SWITCH_INTERVAL_S = 2e-4
 """After so long a thread that waits for Python's interpreter gets it. The engine's thread lets go of it only for moments too short for another one
 to wake up in, so each time the server's thread wants it (some times a token) it waits as long as this; Python's own 5 ms show in the first token."""
-
+SIGNALS_SEEN_S = 0.1
+"""How long a thread that waits for a call leaves a signal's handler waiting at most."""
 
 Event = StreamEvent | ApiError
 """What a step gave one request; one with a result, or an error, is its last."""
@@ -90,7 +91,10 @@ class EngineThread(threading.Thread):
                 future.set_exception(error)
 
         self._calls.put(run)
-        return future.result()
+        while True:
+            # A signal that reaches another thread, or this one just before it waits, does not end a wait: its handler would run when the call is over.
+            if wait([future], SIGNALS_SEEN_S).done:
+                return future.result()
 
     def finish_with(self, function: Callable[[], None]) -> None:
         """Run a function, and end with it; does not wait."""
