@@ -14,9 +14,11 @@ from typing import Any
 from engine.errors import EmptyPrompt, InvalidOption
 from engine.inputs import shown
 from engine.text.encoding import encode_text
+from engine.text.remembered import follows_library
 
 _FORM = 'give {"role": "user", "content": "..."}'
 _PRIVATE = range(0xF0000, 0xFFFFE)  # a plane that no standard gives a meaning to
+_MARKS = re.compile(f"[{chr(_PRIVATE.start)}-{chr(_PRIVATE.stop - 1)}]")
 
 
 def checked_messages(messages: Sequence[Any] | Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,6 +100,17 @@ def special_tokens(tokenizer: Any | None) -> dict[str, int]:
     return {token.content: index for index, token in decoder.items() if token.special}
 
 
+def _normalizes_to_tokens(tokenizer: Any) -> bool:
+    """Whether a text without special tokens may have some once it is normalised: as they are looked for then, or are tokens of the model as well."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "normalizer", None) is None:
+        return False
+    if not follows_library(tokenizer):
+        return True
+    special = [(index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return any(token.normalized for _, token in special) or any(backend.model.id_to_token(index) is not None for index, _ in special)
+
+
 class Disguise:
     """Texts of messages without special tokens, and the way back.
 
@@ -113,11 +126,10 @@ class Disguise:
         self._tokenizer = tokenizer
         self._special = {text: index for text, index in special_tokens(tokenizer).items() if text}
         self._found = re.compile("|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)) or r"(?!)")
-        used = {c for text in texts for c in text if ord(c) >= _PRIVATE.start}
+        used = {c for text in texts if not text.isascii() for c in _MARKS.findall(text)}
         self._free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         self._marks: dict[str, str] = {}  # text -> the character that stands for it
-        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-        self._normalizes = normalizer is not None
+        self._normalizes = _normalizes_to_tokens(tokenizer)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -128,9 +140,8 @@ class Disguise:
         """The text with a mark for every special token in it; one mark for all of it where a normaliser would make special tokens of the rest."""
         hidden = self._found.sub(lambda match: self._mark(match[0]), text)
         if self._normalizes and self._special:
-            rest = [piece for piece in re.split("[\U000f0000-\U000ffffd]", hidden) if piece]
-            ids = {token for piece in rest for token in encode_text(self._tokenizer, piece)}
-            if ids & set(self._special.values()):
+            special = self.special_ids
+            if any(not special.isdisjoint(encode_text(self._tokenizer, piece)) for piece in _MARKS.split(hidden) if piece):
                 return self._mark(text)
         return hidden
 

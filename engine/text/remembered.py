@@ -9,6 +9,7 @@ is then loaded and answers from there on.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +83,8 @@ class RememberedTokenizer:
             return self.original(text, *args, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens, **options)
         if self._backend.encode_special_tokens != split_special_tokens:  # not without need: another thread may be decoding
             self._backend.encode_special_tokens = split_special_tokens
-        return {"input_ids": self._backend.encode(text, add_special_tokens=add_special_tokens).ids}
+        # of its ways to encode a text the one that lets other threads run meanwhile, and works out no places in the text
+        return {"input_ids": self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids}
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None, **options: Any
@@ -124,17 +126,24 @@ def remembered_name(folder: Path, files: Sequence[str]) -> str | None:
     return f"{digest.hexdigest()[:32]}.tokenizer"
 
 
+def follows_library(tokenizer: Any) -> bool:
+    """Whether a tokenizer encodes and decodes as its `tokenizers.Tokenizer` does: it is one of transformers without rules of its own, or remembered of
+    one. That library is not imported to know: who has one has imported it."""
+    if isinstance(tokenizer, RememberedTokenizer):
+        return True
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(tokenizer, library.PreTrainedTokenizerFast):
+        return False
+    kind, plain = type(tokenizer), library.PreTrainedTokenizerFast
+    unchanged = all(getattr(kind, name, None) is getattr(plain, name, None) for name in _METHODS)
+    return unchanged and not getattr(tokenizer, "split_special_tokens", False)
+
+
 def to_bytes(tokenizer: Any) -> bytes | None:
     """What `from_bytes` reads; None for a tokenizer that answers by rules of its own, or does not come back from its text as it was."""
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
-    kind = type(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    if any(getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name, None) for name in _METHODS):
-        return None
-    if getattr(tokenizer, "split_special_tokens", False):
+    if isinstance(tokenizer, RememberedTokenizer) or not follows_library(tokenizer):
         return None
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

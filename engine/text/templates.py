@@ -86,10 +86,9 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], failing: str, 
     with named_errors(InvalidOption, "the messages hold values that are no JSON", "give strings, numbers, lists and mappings"):
         special = {str(name): token if isinstance(token, list) else str(token) for name, token in tokenizer.special_tokens_map.items()}
         values = special | {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": opened}
-        request = {"template": template, "values": values, "cpu_s": CPU_S}
-        size = len(json.dumps(values, ensure_ascii=False))
-        request["max_chars"] = SPARE_CHARS + GROWTH * (len(template) + size)
-        encoded = json.dumps(request).encode()
+        written = json.dumps(values, ensure_ascii=False)
+        limits = {"cpu_s": CPU_S, "max_chars": SPARE_CHARS + GROWTH * (len(template) + len(written))}
+        encoded = f'{json.dumps({"template": template, **limits})[:-1]}, "values": {written}}}'.encode()
     answer = _WORKER.ask(encoded)
     if "text" not in answer:
         raise InvalidOption(f"the model's chat template {failing}: {answer['error']}", _REMEDY)
