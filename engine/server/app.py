@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from engine.engine import Engine
 from engine.errors import ForetoldError, InvalidOption
-from engine.inputs import is_whole
+from engine.inputs import are_whole
 from engine.server.completion import Call
 from engine.server.errors import ApiError, as_api_error
 from engine.server.keys import Keys
@@ -266,7 +266,7 @@ class Server:
 
     async def _detokenize(self, request: Request, _namespace: str) -> Response:
         tokens = (await self._body(request)).get("tokens")
-        if not isinstance(tokens, list) or not all(is_whole(token) for token in tokens):
+        if not isinstance(tokens, list) or not are_whole(tokens):
             raise ApiError(400, "tokens must be a list of token ids", param="tokens")
         if not tokens:
             return JSONResponse({"prompt": ""})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ForetoldError, InvalidOption
-from engine.inputs import is_finite, is_whole, parse_json, shown
+from engine.inputs import are_whole, is_finite, is_whole, parse_json, shown
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.server.errors import ApiError, as_api_error
@@ -100,7 +100,7 @@ def read_messages(body: Mapping[str, Any], tools: Tools | None) -> list[dict[str
 def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
     """A call of /v1/completions, over the model's defaults. Raises ApiError(400) naming the field."""
     given = body.get("prompt")
-    if isinstance(given, str) or (isinstance(given, list) and given and all(is_whole(item) for item in given)):
+    if isinstance(given, str) or _are_ids(given):
         prompts = [given]
     elif isinstance(given, list) and given:
         prompts = given
@@ -108,9 +108,8 @@ def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEF
         raise ApiError(400, "prompt must be a text, a list of texts, or token ids", param="prompt")
     if len(prompts) > MAX_PROMPTS:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts, at most {MAX_PROMPTS} are taken", param="prompt")
-    for prompt in prompts:
-        ids = isinstance(prompt, list) and prompt and all(is_whole(item) for item in prompt)
-        if not isinstance(prompt, str) and not ids:
+    for prompt in prompts if prompts is given else []:
+        if not isinstance(prompt, str) and not _are_ids(prompt):
             raise ApiError(400, f"prompt holds {shown(prompt)}: give texts or lists of token ids", param="prompt")
     _refuse(body, "suffix", lambda value: value == "", "text cannot be inserted before a suffix")
     best_of = _whole(body, "best_of", 1, MAX_CHOICES)
@@ -124,6 +123,10 @@ def read_completion(body: Mapping[str, Any], defaults: SamplingDefaults = NO_DEF
         raise ApiError(400, f"n asks for {len(prompts) * made.n} choices of all prompts, at most {MAX_CALL_CHOICES} are made", param="n")
     # the completions route's own default, as OpenAI documents it
     return dataclasses.replace(made, echo=bool(_boolean(body, "echo")), max_tokens=16 if made.max_tokens is None else made.max_tokens)
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and are_whole(given)
 
 
 def _completion(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import EmptyPrompt, InvalidOption
-from engine.inputs import is_whole, shown
+from engine.inputs import are_whole, is_whole, shown
 from engine.text.encoding import encode_text
 from engine.text.messages import checked_messages, disguised, special_tokens, valid_text
 from engine.text.templates import has_template, render
@@ -62,7 +62,7 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (bytes, bytearray, memoryview)) or not isinstance(prompts, Sequence):
         raise _no_prompt(prompts)
     # numbers only: the ids of one prompt
-    return [prompts] if len(prompts) > 0 and all(_is_id(item) for item in prompts) else list(prompts)
+    return [prompts] if len(prompts) > 0 and (are_whole(prompts) or all(map(_is_id, prompts))) else list(prompts)
 
 
 def encode_prompt(
@@ -120,7 +120,7 @@ def token_ids(prompt: Any) -> list[int]:
         raise _no_prompt(prompt)
     else:
         ids = list(prompt)
-    if all(type(item) is int for item in ids):  # nearly always; what follows takes 10 times as long
+    if set(map(type, ids)) <= {int}:  # nearly always; what follows takes 30 times as long
         return list(ids)
     wrong = next((item for item in ids if not _is_id(item)), None)
     if wrong is not None or None in ids:
