@@ -28,6 +28,9 @@ from engine.server.loop import EngineThread
 from engine.sessions.session import DEFAULT_QUALITY, SESSION_QUALITIES
 
 _BACKLOG = 2048  # connections that wait to be taken, as uvicorn asks for
+KEEP_ALIVE_S = 75
+"""How long a connection without a request is kept. Longer than clients keep theirs (OpenAI's for 5 s, balancers for 60 s): the one who closes first
+must be the one who asks, or a request that is sent just then is lost."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,6 +211,7 @@ def serve(server: Server, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(grace) + 1,
+        timeout_keep_alive=KEEP_ALIVE_S,
         http=BoundedHttpProtocol,
         limit_concurrency=None,
     )

@@ -244,8 +244,8 @@ class EngineLoop:
             if what == "submit":
                 self._begin(ticket)
             elif ticket.state != "done":
+                self.metrics.cancelled()  # before it is forgotten: whoever sees no open request sees all of them counted
                 self._drop(ticket)
-                self.metrics.cancelled()
 
     def _begin(self, ticket: Ticket) -> None:
         if ticket.state == "done":  # cancelled before it was looked at
@@ -290,8 +290,8 @@ class EngineLoop:
         """Hand events on, and forget the requests whose last one is among them."""
         for ticket, event in events:
             if is_last(event):
-                self._forget(ticket)
                 self.metrics.finished(ticket.submitted_at, None if isinstance(event, ApiError) else event.result)
+                self._forget(ticket)
         if events:
             self._deliver(events)
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -27,17 +27,42 @@ class Running:
     server: Server
     url: str
     client: httpx.Client
+    web: uvicorn.Server
+    lost: set[int] = field(default_factory=set)  # ports of clients whose connections have ended here
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """POST a JSON body."""
         return self.client.post(path, json=body, **options)
 
-    def wait_idle(self, seconds: float = 20.0) -> None:
-        """Until no request is left; fails when one is."""
+    def wait_idle(self, gone: int | None = None, seconds: float = 120.0) -> None:
+        """Until no request is left; fails when one is. gone: the port of a client that has left, whose request may not even have been read yet."""
         deadline = time.monotonic() + seconds
-        while self.server.loop.num_open or not self.server.engine.core.scheduler.idle:
+
+        def busy() -> bool:
+            waits = gone is not None and gone not in self.lost
+            return waits or bool(self.web.server_state.tasks or self.server.loop.num_open) or not self.server.engine.core.scheduler.idle
+
+        while busy():
             assert time.monotonic() < deadline, "a request was left behind"
             time.sleep(0.01)
+
+    @contextmanager
+    def unfinished(self, tokens: int, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """No answer gets beyond so many tokens before a condition holds, or the block ends: what is done to it comes before its end, however long this
+        thread is kept from running."""
+        core, step = self.server.engine.core, self.server.engine.core.step
+
+        def held() -> None:
+            if any(request.num_new >= tokens for request in core.scheduler.running) and not until():
+                time.sleep(0.002)
+            else:
+                step()
+
+        core.step = held
+        try:
+            yield
+        finally:
+            core.step = step
 
 
 @contextmanager
@@ -47,9 +72,16 @@ def running_server(engine: Any, thread: EngineThread | None = None, **options: A
     server = Server(engine, config, thread)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    web = uvicorn.Server(
-        uvicorn.Config(server.app, log_level="error", access_log=False, http=BoundedHttpProtocol, timeout_graceful_shutdown=2)
-    )
+    lost = set[int]()
+
+    class Watched(BoundedHttpProtocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.add(self.client[1])
+
+    # who keeps a connection gives it up first, however long this process stands still
+    patience = {"timeout_graceful_shutdown": 2, "timeout_keep_alive": 3600}
+    web = uvicorn.Server(uvicorn.Config(server.app, log_level="error", access_log=False, http=Watched, **patience))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not web.started:
@@ -58,10 +90,10 @@ def running_server(engine: Any, thread: EngineThread | None = None, **options: A
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            yield Running(server, url, client)
+            yield Running(server, url, client, web, lost)
     finally:
         web.should_exit = True
-        thread.join(30)
+        thread.join(120)
         listening.close()
         assert not thread.is_alive()
 

@@ -7,7 +7,9 @@ import json
 import socket
 import time
 
+import httpx
 import pytest
+from openai._constants import DEFAULT_CONNECTION_LIMITS
 
 from engine.cli.serve import listen, serve
 from engine.errors import InvalidOption
@@ -20,7 +22,7 @@ BEGUN = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"
 
 def connect(running) -> socket.socket:
     host, port = running.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=120)
 
 
 def flood(connection: socket.socket, piece: bytes, count: int) -> int:
@@ -96,11 +98,26 @@ def test_a_head_that_does_not_end_is_given_up(running, monkeypatch, sent):
 
 
 def test_an_answer_may_take_longer_than_a_head(running, monkeypatch):
-    monkeypatch.setattr(bounded_http, "MAX_HEAD_S", 0.05)
     body = {"prompt": "The sea", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
-    began = time.monotonic()
-    assert running.post("/v1/completions", body).json()["usage"]["completion_tokens"] == 300
-    assert time.monotonic() - began > 0.05
+    with httpx.Client(base_url=running.url, timeout=120, limits=httpx.Limits(keepalive_expiry=None)) as client:
+        client.post("/tokenize", json={"prompt": "The sea"})  # connects: a connection's first head has the time, too
+        monkeypatch.setattr(bounded_http, "MAX_HEAD_S", 0.05)
+        began = time.monotonic()
+        with running.unfinished(100, until=lambda: time.monotonic() - began > 0.2):
+            assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 300
+    assert time.monotonic() - began > 0.2
+
+
+def test_a_connection_is_kept_longer_than_clients_keep_it(chat_engine, monkeypatch):
+    """uvicorn closes one after 5 s, and OpenAI's client gives it up after 5 s: a request between the two would be lost."""
+    from engine.server.app import Server, ServerConfig
+    from engine.server.keys import Keys
+
+    seen = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: seen.append(self.config.timeout_keep_alive))
+    with listen("127.0.0.1", 0) as listening:
+        serve(Server(chat_engine(), ServerConfig("tiny", Keys({}))), listening)
+    assert seen == [75] and 75 > 60 > DEFAULT_CONNECTION_LIMITS.keepalive_expiry
 
 
 def test_no_second_server_gets_a_port_that_is_taken():

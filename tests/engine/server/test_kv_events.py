@@ -10,7 +10,7 @@ from engine.server.kv_events import KvEvents, page_hashes
 zmq = pytest.importorskip("zmq", reason="the extra events is not installed")
 msgpack = pytest.importorskip("msgpack", reason="the extra events is not installed")
 
-CHAT = "/v1/chat/completions"
+CHAT, PROBE = "/v1/chat/completions", b"probe"
 
 
 @pytest.fixture
@@ -19,11 +19,21 @@ def subscribed():
     socket = context.socket(zmq.SUB)
     socket.subscribe(b"")
 
-    def follow(held: dict[int, list[int]], seconds: float = 0.4) -> list[list]:
-        """Events until none comes for a while; `held` is kept up to date."""
+    def connect(publisher: KvEvents) -> None:
+        """Returns once messages come through: a subscription takes a while to be known, and nobody is told of it. The publisher must be idle."""
+        socket.connect(publisher.endpoint)
+        while not socket.poll(20):
+            publisher._socket.send(PROBE)
+
+    def follow(held: dict[int, list[int]], publisher: KvEvents) -> list[list]:
+        """Events until `held`, which is kept up to date, is what the publisher holds; fails when it never is."""
         found = []
-        while socket.poll(int(1e3 * seconds)):
-            topic, number, payload = socket.recv_multipart()
+        while held.keys() != publisher._held.keys():
+            assert socket.poll(120_000), "events are missing"
+            message = socket.recv_multipart()
+            if message == [PROBE]:
+                continue
+            topic, number, payload = message
             assert topic == b"kv-events" and int.from_bytes(number, "big") == follow.next
             follow.next += 1
             for event in msgpack.unpackb(payload)[1]:
@@ -41,45 +51,46 @@ def subscribed():
         return found
 
     follow.next = 0
-    yield socket, follow
+    yield connect, follow
     socket.close()
     context.term()
 
 
 def test_a_subscriber_knows_what_the_server_holds(chat_engine, serve, subscribed):
-    socket, follow = subscribed
+    connect, follow = subscribed
     engine = chat_engine(prefix_sharing=True, pool_tokens=1024)
     with serve(engine, kv_events="tcp://127.0.0.1:*") as running:
-        socket.connect(running.server.kv_events.endpoint)
+        events = running.server.kv_events
+        connect(events)
         held: dict[int, list[int]] = {}
-        assert follow(held, 0.3) == []
+        assert follow(held, events) == []
 
         def ask(text: str, **options) -> list[int]:
             messages = [{"role": "user", "content": text}]
             answer = running.post(CHAT, {"messages": messages, "temperature": 0, "max_tokens": 4, **options})
             assert answer.status_code == 200
+            running.wait_idle()
             return engine.encode(messages)
 
         ids = ask("tide and buoy " * 12)
-        follow(held)
+        follow(held, events)
         assert page_hashes("default", ids, 16)[: len(ids) // 16] == list(held)[: len(ids) // 16]
         assert [token for page in list(held.values())[: len(ids) // 16] for token in page] == ids[: len(ids) // 16 * 16]
         before = dict(held)
         ask("tide and buoy " * 12 + "and sails")  # a longer one with the same beginning: its own pages alone are new
-        events = follow(held)
-        assert before.items() <= held.items() and events[0][2] in before
+        told = follow(held, events)
+        assert before.items() <= held.items() and told[0][2] in before
         ask("tide and buoy " * 12, seed=3)  # of a namespace of its own inside, the same pages outside
         ask("tide and buoy " * 12)
-        follow(held)
+        follow(held, events)
         for i in range(6):
             ask(f"{i} boats " * 40)
-        events = follow(held)
-        assert any(event[0] == "BlockRemoved" for event in events)
+        assert any(event[0] == "BlockRemoved" for event in follow(held, events))
         shared = engine.core.shared_prefixes
         assert len(held) <= shared.num_pages
         shared.clear()
-        running.server.kv_events.flush()
-        follow(held)
+        events.flush()
+        follow(held, events)
         assert held == {}
 
 

@@ -23,7 +23,7 @@ def cached(url: str) -> int:
 
 
 def stored_tokens(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return float(next(line for line in lines if line.startswith("foretold:store_kept_tokens{")).rsplit(" ", 1)[1])
 
 
@@ -31,15 +31,22 @@ def test_a_killed_servers_conversations_come_back(chat_engine, model_options, tm
     with_pack = chat_engine(store=tmp_path / "other", log=lambda _: None)
     rates_of(with_pack.prefix_cache.codec, 1 << 20, lambda _: None)  # pack and rates lie in the tests' cache folder now
     with_pack.close()
-    options = [*model_options, "--store", str(tmp_path / "store"), "--threads", str(torch.get_num_threads())]
+    options = [*model_options, "--store", str(tmp_path / "store"), "--threads", str(torch.get_num_threads()), "--max-batch", "1"]
     first = ServerProcess(options)
     try:
         assert cached(first.url) == 0
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while stored_tokens(first.url) < 640:  # a run of 256 tokens at a time
             assert time.monotonic() < deadline, (first.said(), stored_tokens(first.url))
             time.sleep(0.05)
-        with httpx.stream("POST", first.url + CHAT, json=BODY | {"max_tokens": 250, "ignore_eos": True, "stream": True}) as stream:
+        long = BODY | {
+            "max_tokens": 250,
+            "ignore_eos": True,
+            "stream": True,
+            "n": 64,
+        }  # one after the other: not over before the kill comes
+        with httpx.stream("POST", first.url + CHAT, json=long, timeout=60) as stream:
+            assert stream.status_code == 200
             pieces = stream.iter_bytes()
             next(pieces)
             first.kill()

@@ -38,7 +38,7 @@ def test_a_replica_answers_and_streams(chat_folders, chat_engine):
         assert text == chat_engine(dtype="bfloat16").generate([messages], SamplingParams(max_new_tokens=8))[0].text
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60) as stream:
             assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -61,7 +61,7 @@ def test_a_killed_replicas_successor_finds_what_it_stored(chat_folders, tmp_path
         return [process.pid for process in found if "ServeReplica" in " ".join(process.cmdline())]
 
     def store_metric(name: str) -> float:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
         return float(next(line for line in lines if line.startswith(f"foretold:store_{name}{{")).rsplit(" ", 1)[1])
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
@@ -70,7 +70,7 @@ def test_a_killed_replicas_successor_finds_what_it_stored(chat_folders, tmp_path
         serve.run(application(options), name="foretold")
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while store_metric("kept_tokens") < 640:
             assert time.monotonic() < deadline, "too little was stored"
             time.sleep(0.1)

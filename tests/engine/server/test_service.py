@@ -26,8 +26,8 @@ LONG = {"messages": MESSAGES, "temperature": 1, "max_tokens": 900, "ignore_eos":
 CHAT = "/v1/chat/completions"
 
 
-def send_and_vanish(url: str, body: dict, read: int, until: Callable[[], object] = lambda: True) -> None:
-    """Post over a socket, read some bytes, wait for a condition, and close it."""
+def send_and_vanish(url: str, body: dict, read: int, until: Callable[[], object] = lambda: True) -> int:
+    """Post over a socket, read some bytes, wait for a condition, and close it; its port."""
     host, port = url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
@@ -38,14 +38,15 @@ def send_and_vanish(url: str, body: dict, read: int, until: Callable[[], object]
             read -= got
         while not until():
             time.sleep(0.002)
+        return connection.getsockname()[1]
 
 
 @pytest.mark.parametrize("read", [200, 3000])
 def test_a_client_that_vanishes_from_its_stream_leaves_nothing(running, read):
     free, before = running.server.engine.core.pool.num_free_pages, running.server.metrics.summary()["totals"]["cancelled"]
     for _ in range(4):
-        send_and_vanish(running.url, LONG | {"n": 2}, read)
-    running.wait_idle()
+        with running.unfinished(800):
+            running.wait_idle(send_and_vanish(running.url, LONG | {"n": 2}, read))
     assert running.server.engine.core.pool.num_free_pages == free
     assert running.server.metrics.summary()["totals"]["cancelled"] - before >= 4
     assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 2}).status_code == 200
@@ -55,28 +56,46 @@ def test_a_client_that_vanishes_from_its_stream_leaves_nothing(running, read):
 def test_a_client_that_vanishes_before_its_answer_leaves_nothing(running, seen):
     free, before = running.server.engine.core.pool.num_free_pages, running.server.metrics.summary()["totals"]["cancelled"]
     for _ in range(4):
-        send_and_vanish(running.url, LONG | {"stream": False}, 0, (lambda: running.server.loop.num_open) if seen else lambda: True)
-        running.wait_idle()
+        with running.unfinished(800):
+            until = (lambda: running.server.loop.num_open) if seen else lambda: True
+            running.wait_idle(send_and_vanish(running.url, LONG | {"stream": False}, 0, until))
     assert running.server.engine.core.pool.num_free_pages == free
     assert running.server.metrics.summary()["totals"]["cancelled"] - before == 4 or not seen
     assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 2}).status_code == 200
 
 
+def test_a_request_is_counted_before_it_is_gone(chat_engine, serve, monkeypatch):
+    with serve(chat_engine()) as running:
+        loop, counted = running.server.loop, []
+        for what in ("finished", "cancelled"):
+            count = getattr(loop.metrics, what)
+            monkeypatch.setattr(
+                loop.metrics, what, lambda *args, what=what, count=count: counted.append((what, loop.num_open)) or count(*args)
+            )
+        assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+        with running.unfinished(800):
+            running.wait_idle(send_and_vanish(running.url, LONG, 200))
+        assert counted == [("finished", 1), ("cancelled", 1)]
+
+
 def test_a_full_queue_says_when_to_come_back(chat_engine, serve):
     with serve(chat_engine(max_batch=1), max_queue=2) as running:
-        leave = threading.Event()
-        threads = [threading.Thread(target=send_and_vanish, args=(running.url, LONG, 0, leave.is_set)) for _ in range(3)]
-        for count, thread in enumerate(threads, 1):
-            thread.start()
-            while running.server.loop.num_open < count or not running.server.loop.num_running:
-                time.sleep(0.002)
-        answer = running.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})
-        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        leave.set()
-        for thread in threads:
-            thread.join(60)
-        running.wait_idle()
+        leave, ports = threading.Event(), []
+        ask = lambda: ports.append(send_and_vanish(running.url, LONG, 0, leave.is_set))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        with running.unfinished(800):
+            for count, thread in enumerate(threads, 1):
+                thread.start()
+                while running.server.loop.num_open < count or not running.server.loop.num_running:
+                    time.sleep(0.002)
+            answer = running.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            leave.set()
+            for thread in threads:
+                thread.join()
+            for port in ports:
+                running.wait_idle(port)
         assert running.post(CHAT, {"messages": MESSAGES, "max_tokens": 1}).status_code == 200
 
 
@@ -88,10 +107,11 @@ def test_a_call_of_many_choices_waits_for_its_turn(chat_engine, serve):
 
 def test_a_deadline_ends_a_request(chat_engine, serve):
     with serve(chat_engine(), timeout_s=0.05) as running:
-        answer = running.post(CHAT, LONG | {"stream": False})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-        with running.client.stream("POST", CHAT, json=LONG) as stream:
-            last = [line for line in stream.iter_lines() if line][-2:]
+        with running.unfinished(800):
+            answer = running.post(CHAT, LONG | {"stream": False})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+            with running.client.stream("POST", CHAT, json=LONG) as stream:
+                last = [line for line in stream.iter_lines() if line][-2:]
         assert '"timeout"' in last[0] and last[1] == "data: [DONE]"
         running.wait_idle()
 
@@ -230,11 +250,12 @@ def test_running_requests_finish_when_the_server_stops(chat_engine, serve):
     with serve(engine, grace_s=30) as running:
         found: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: found.append(running.post(CHAT, LONG | {"stream": False, "max_tokens": 200, "seed": 3})))
-        thread.start()
-        while not running.server.loop.num_open:
-            time.sleep(0.005)
-        running.server.loop.stop(30)
-        thread.join(30)
+        with running.unfinished(100, until=lambda: not running.server.loop.accepting):
+            thread.start()
+            while not running.server.loop.num_open:
+                time.sleep(0.005)
+            running.server.loop.stop(300)
+        thread.join()
         assert running.client.get("/health").status_code == 503
         refused = running.post(CHAT, {"messages": MESSAGES, "max_tokens": 1})
         assert refused.status_code == 503 and "retry-after" in refused.headers
@@ -246,16 +267,19 @@ def test_what_outlives_the_grace_is_ended_with_an_error(chat_engine, serve):
     with serve(chat_engine(), grace_s=30) as running:
         found: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: found.append(running.post(CHAT, LONG | {"stream": False})))
-        thread.start()
-        while not running.server.loop.num_open:
-            time.sleep(0.005)
-        running.server.loop.stop(0.0)
-        thread.join(30)
+        with running.unfinished(800):
+            thread.start()
+            while not running.server.loop.num_open:
+                time.sleep(0.005)
+            running.server.loop.stop(0.0)
+        thread.join()
         assert (found[0].status_code, found[0].json()["error"]["code"]) == (503, "stopping")
         assert running.server.engine.core.scheduler.idle
 
 
-def test_metrics_count_under_the_names_that_dashboards_read(running):
+def test_metrics_count_under_the_names_that_dashboards_read(running, monkeypatch):
+    monkeypatch.setattr("engine.server.metrics.RATE_WINDOW_S", 3600.0)
+
     def figure(name: str) -> float:
         lines = [line for line in running.client.get("/metrics").text.splitlines() if line.startswith(name + "{")]
         assert len(lines) == 1, name
@@ -385,7 +409,8 @@ def test_one_thread_loads_and_runs_the_engine(chat_engine, serve):
     assert set(stepped) == {thread} and not thread.is_alive()
 
 
-def test_requests_that_arrive_together_begin_together(chat_engine):
+def test_requests_that_arrive_together_begin_together(chat_engine, monkeypatch):
+    import engine.server.loop as module
     from engine.server.loop import EngineLoop, Ticket
     from engine.server.metrics import ServerMetrics
 
@@ -402,12 +427,15 @@ def test_requests_that_arrive_together_begin_together(chat_engine):
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
     tickets = [Ticket(engine.encode("tide"), params, "default", lambda _: None) for _ in range(3)]
     loop.start()
-    with loop.arrival():
-        for ticket in tickets:
-            loop.submit([ticket])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "GATHER_S", 600.0)  # this thread may be kept from running between two of them
+        with loop.arrival():
+            for ticket in tickets:
+                loop.submit([ticket])
+        for _ in tickets:
+            assert found.acquire(timeout=120)
+    assert batches[0] == 3
     with loop.arrival():  # nothing comes: whoever is there does not wait for long
         loop.submit([Ticket(engine.encode("buoy"), params, "default", lambda _: None)])
-        for _ in range(4):
-            assert found.acquire(timeout=30)
+        assert found.acquire(timeout=120)
     loop.stop(5)
-    assert batches[0] >= 3
