@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from codec.container import FILE_MAGIC
-from engine.cli.terminal import ReaderGone, print_status, stream_text
+from engine.cli.terminal import ReaderGone, print_status, signals_seen, stream_text
 from engine.errors import BadSessionFile, Corrupted, EmptyPrompt, ForetoldError, InvalidOption
 from engine.hub.pairs import PAIRS
 from engine.inputs import open_regular, shown
@@ -310,7 +310,8 @@ def read_beside() -> str:
 def read_input(read: Callable[[], str]) -> str:
     """What `read` takes from standard input. Raises InvalidOption when that is no text, and EOFError as `input` does."""
     try:
-        return prompt_text(read(), "standard input")
+        with signals_seen():
+            return prompt_text(read(), "standard input")
     except UnicodeDecodeError as error:
         raise InvalidOption(f"standard input is not text: {error}", "give UTF-8") from error
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from engine.errors import ForetoldError
 
 _ENDING = ("SIGTERM", "SIGHUP")
+_LOOKS_S = 0.1  # between two looks for a signal
 
 
 class OutputLost(ForetoldError):
@@ -123,6 +124,30 @@ def ending_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_seen() -> Iterator[None]:
+    """A signal's handler runs within a tenth of a second, though the main thread waits for input. The system may hand a signal to another thread, or
+    to this one just before it begins to wait: neither ends the wait, and Python's handlers run in the main thread alone. So a timer ends it again and
+    again, after which Python goes on waiting."""
+    alarm = getattr(signal, "SIGALRM", None)
+    main = threading.current_thread() is threading.main_thread()
+    if alarm is None or not main or signal.getsignal(alarm) not in (signal.SIG_DFL, _look):  # somebody else's
+        yield
+        return
+    signal.signal(
+        alarm, _look
+    )  # for good: the last alarm may reach a thread later than its timer's end, and the system's own handler ends the process
+    signal.setitimer(signal.ITIMER_REAL, _LOOKS_S, _LOOKS_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _look(_number: int, _frame: FrameType | None) -> None:
+    """A handler; those of other signals that have come run as well."""
 
 
 @contextmanager
