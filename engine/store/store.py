@@ -56,7 +56,7 @@ CODED, IDS = ".run", ".ids"
 
 _MARKER, _INDEX, _LOCK, _TMP, _RUNS, _ROOT = "store.json", "index.sqlite", "writer.lock", "tmp", "runs", "root.json"
 _BLOCK_BYTES = 4096  # what a file takes at least
-_LOCK_WAIT_S = 10.0
+_LOCK_WAIT_S, _LOCK_LOOK_S = 10.0, 0.005
 MAX_CONTINUATIONS = 8
 _MAX_TRIES = 4  # runs that begin with the same pages, looked into at a lookup
 _Answer = TypeVar("_Answer")
@@ -632,11 +632,12 @@ class RunStore:
         with self._write_mutex:
             descriptor = os.open(self.folder / _LOCK, flags, 0o600)
             try:
-                until = time.monotonic() + _LOCK_WAIT_S
+                looks = 0
                 while not try_lock(descriptor):
-                    if time.monotonic() > until:
+                    looks += 1  # not the clock: while the machine stands still, whoever holds the lock has no time either
+                    if looks * _LOCK_LOOK_S > _LOCK_WAIT_S:
                         raise CacheNotWritable(f"another process has been writing to {self.folder} for {_LOCK_WAIT_S:.0f} s", "try again")
-                    time.sleep(0.005)
+                    time.sleep(_LOCK_LOOK_S)
                 yield self._sound_index()
             except sqlite3.OperationalError as error:
                 raise DiskFull(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import random
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -37,15 +36,13 @@ def test_ids_take_no_more_bytes_than_they_need(largest, width):
     assert frame[HEAD.size] == width and decode_ids(frame) == [largest, 0, largest]
 
 
-def test_a_hundred_thousand_ids_take_milliseconds():
+def test_a_hundred_thousand_ids_take_milliseconds(takes_less):
     draw = random.Random(1)
     phrases = [[int(49_152 ** draw.random()) for _ in range(draw.randint(2, 9))] for _ in range(4000)]
     ids = [token for _ in range(20_000) for token in draw.choice(phrases)][:100_000]
-    began = time.process_time()
+    takes_less(0.2, lambda: decode_ids(encode_ids(ids)))  # some 20 ms, and ten times that on a bad day
     frame = encode_ids(ids)
-    assert decode_ids(frame) == ids
-    assert time.process_time() - began < 0.2, "some 20 ms, and ten times that on a bad day"
-    assert len(frame) < 1.2 * len(ids)
+    assert decode_ids(frame) == ids and len(frame) < 1.2 * len(ids)
 
 
 @pytest.mark.parametrize("ids", [[-1], [1 << 32]])

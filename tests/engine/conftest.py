@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -409,6 +411,16 @@ def chat_engine(chat_folders: ChatFolders, pack_home: Path) -> Callable[..., Any
 def model_options(chat_folders, pack_home):
     """Options that name the tiny pair."""
     return ["--target", str(chat_folders.target), "--draft", str(chat_folders.draft), "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def let_others(monkeypatch):
+    """`let_others(act)`: until `monkeypatch.undo`, engines call act(seconds) between two pieces instead of sleeping; whoever else sleeps, sleeps."""
+
+    def patch(act: Callable[[float], object]) -> None:
+        monkeypatch.setattr("engine.runtime.core.time", SimpleNamespace(**vars(time) | {"sleep": act}))
+
+    return patch
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def side_by_side(calls):
         return call()
 
     with ThreadPoolExecutor(len(calls)) as threads:
-        return [future.result(timeout=120) for future in [threads.submit(wait, call) for call in calls]]
+        return [future.result(timeout=600) for future in [threads.submit(wait, call) for call in calls]]
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def commands_of(script: Path, out: Path, *parts: str, **environment: str) -> lis
         ["bash", str(script), *parts],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "DRY": "1", "OUT": str(out), "PYTHON": "python3", "TARGET_PIECES": "a b", "DRAFT_PIECES": "c", **environment},
     )
     assert said.returncode == 0, said.stderr
@@ -98,13 +98,13 @@ def test_every_command_has_options_that_its_script_knows(script: Path, tmp_path:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_names_its_parts(script: Path) -> None:
-    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60)
+    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=300)
     *about, last = said.stdout.splitlines()
     names = last.removeprefix("parts: ").removesuffix(" (all: each of them)").split()
     assert said.returncode == 2 and names and not said.stderr
     described = [line.split()[0] for line in about if line.startswith("  ")]
     assert described == names, "every part is told of, in order"
-    unknown = subprocess.run(["bash", str(script), names[0], "nothing"], capture_output=True, text=True, timeout=60)
+    unknown = subprocess.run(["bash", str(script), names[0], "nothing"], capture_output=True, text=True, timeout=300)
     assert unknown.returncode == 2 and "nothing" in unknown.stderr and not unknown.stdout
 
 
@@ -118,7 +118,7 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=environment,
     )
     assert said.returncode == 1 and said.stderr.strip() == "== failed: windows-gemma"
@@ -134,7 +134,7 @@ def test_without_its_pack_a_part_says_which_one_makes_it(tmp_path: Path) -> None
         ["bash", str(ROOT / "scripts" / "gpu" / "codec.sh"), "resume"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "OUT": str(tmp_path)},
     )
     assert said.returncode == 1 and "qwen2.5-coder.pack is missing (part calibrate)" in said.stderr
@@ -146,7 +146,7 @@ def test_no_profile_module_beside_another_engine_s_script(tmp_path: Path) -> Non
         ["bash", str(ROOT / "scripts" / "gpu" / "throughput.sh"), "vllm"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "OUT": str(tmp_path), "VLLM_BENCH": str(tmp_path / "bench.py")},
     )
     assert said.returncode == 1 and "hides Python's module" in said.stderr

@@ -82,7 +82,7 @@ def keep(worker: PrefixWorker, engine: OtherEngine, token_ids, name: str = "a", 
         worker.keep(name, engine.pages.read(pages, wanted.start * PAGE_TOKENS, wanted.stop * PAGE_TOKENS))
     if worker.lacks_sinks(name):
         worker.keep_sinks(name, engine.pages.read(pages, 0, NUM_SINKS))
-    assert worker.wait(30)
+    assert worker.wait(300)
 
 
 def restore(worker: PrefixWorker, token_ids, end: int, start: int = 0, name: str = "b", namespace: str = "default") -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_the_same_text_twice_in_the_queue_is_coded_once(open_worker, target) -> 
             worker.extend(name, "default", IDS)
             for page in worker.wanted(name, 256):
                 worker.keep(name, engine.pages.read(pages, page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS))
-    assert worker.wait(30) and worker.metrics.saved_tokens == 256
+    assert worker.wait(300) and worker.metrics.saved_tokens == 256
     for name in ("a", "b"):
         assert list(worker.wanted(name, len(IDS))) == [4, 5]
 
@@ -341,7 +341,7 @@ def test_more_than_can_wait_is_not_kept(open_worker, target, at_once) -> None:
         for page in wanted[::at_once]:
             worker.keep("a", engine.pages.read(pages, page * PAGE_TOKENS, (page + at_once) * PAGE_TOKENS))
         assert worker._waiting_bytes <= worker.options.queue_bytes
-    assert worker.wait(30) and worker.metrics.saved_tokens < 384 and len(open_worker.said) == 1
+    assert worker.wait(300) and worker.metrics.saved_tokens < 384 and len(open_worker.said) == 1
     assert list(worker.wanted("a", len(IDS))) == []
 
 

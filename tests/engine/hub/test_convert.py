@@ -557,13 +557,18 @@ def test_a_home_that_is_a_file_is_named(tmp_path, offline_source, monkeypatch):
         resolve_source(source, silent, installer=installer)
 
 
-def test_two_at_once_fetch_once(tmp_path, offline_source, capsys):
-    import time
-
+def test_two_at_once_fetch_once(tmp_path, offline_source, capsys, monkeypatch):
     source, installer, asked = offline_source
+    waits = threading.Event()
+
+    def said(*words, **named):
+        print(*words, **named)
+        waits.set()
+
+    monkeypatch.setattr("engine.hub.cache.print", said, raising=False)
 
     def slow(requirement, folder):
-        time.sleep(0.3)
+        assert waits.wait(300), "the other one has come"
         return installer(requirement, folder)
 
     found = []
@@ -738,7 +743,7 @@ def test_a_known_file_needs_no_gguf_library(own_file):
     """A warm start reads no GGUF at all: its libraries take longer than a small model's loading."""
     folder = models.resolve_model(own_file, silent)
     code = "import sys; from engine.hub.resolve import resolve_model; print(resolve_model(sys.argv[1])); assert 'gguf' not in sys.modules"
-    ran = subprocess.run([sys.executable, "-c", code, str(own_file)], capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run([sys.executable, "-c", code, str(own_file)], capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0 and ran.stdout.strip() == str(folder), ran.stderr
 
 

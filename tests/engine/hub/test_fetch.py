@@ -241,6 +241,7 @@ def test_a_hub_that_says_another_size_is_not_fetched_from(tmp_path, monkeypatch)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetch, "_HUB_ANSWER_S", 300.0)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *given, **named: SimpleNamespace(size=7))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, filename, local_dir: str(local_dir / filename))
     assert hub_download("owner/name", "model.gguf", tmp_path, 7) == tmp_path / "model.gguf"

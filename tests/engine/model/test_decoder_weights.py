@@ -222,7 +222,7 @@ def test_loading_never_holds_two_copies(tiny_model, hf_config, tmp_path):
     command = [sys.executable, "-c", _MEASURE, str(small), str(tmp_path)]
     root = Path(__file__).parents[3]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork does not inherit the threads that its parent would wait for
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=120, env=alone)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, timeout=300, env=alone)
     found = [line.split() for line in result.stdout.splitlines()]
     assert [line[0] for line in found] == ["bfloat16", "float32"]
     for dtype, *numbers in found:

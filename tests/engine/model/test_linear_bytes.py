@@ -125,7 +125,7 @@ def test_where_compiled_code_cannot_run_the_plain_products_do():
     )
     root = Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120, env=os.environ | {"FORETOLD_KERNELS": ""}
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=300, env=os.environ | {"FORETOLD_KERNELS": ""}
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -201,16 +201,16 @@ def test_automatic_lengths_are_those_whose_padded_rows_fit_and_whose_capture_is_
     blocks.capture_common(4, Drawing.of([params], target.config.vocab_size), until_s=0.0)
     monkeypatch.setattr(blocks.target, "captures", True)
     assert blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS, "the first capture is always due"
-    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1.0
+    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1e6
     assert blocks.ready(requests[:2], False, "ngram") == ()
     monkeypatch.setattr(blocks.target, "captures", False)
     blocks._block(replace(blocks._key(requests[:2], "given", False), length=4))
     monkeypatch.setattr(blocks.target, "captures", True)
-    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1.0
+    blocks._captured_at, blocks._capture_s = time.perf_counter(), 1e6
     assert blocks.ready(requests[:2], False, "ngram") == (4,) and blocks.ready(requests[:2], False, "model") == ()
     given = StepPlan([0, 0], [[5, 6], [7]])
     assert blocks._takes(requests[:2], given, False).length == 4, "a captured step is rather taken than a shorter one that is not"
-    blocks._captured_at -= 60.0
+    blocks._captured_at -= 60e6
     assert blocks.ready(requests[:2], False, "ngram") == CAPTURED_LENGTHS
     for request in requests:
         core.abandon(request)

@@ -38,13 +38,13 @@ def stream_of_core(core):
 
 
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
-def test_a_session_is_coded_in_pieces_while_others_are_served(chat_engine, tmp_path, monkeypatch, draft):
+def test_a_session_is_coded_in_pieces_while_others_are_served(chat_engine, tmp_path, monkeypatch, draft, let_others):
     alone = spoken(chat_engine(draft))
     wanted = alone.to_bytes()
     engine, steps = chat_engine(draft), []
     session = spoken(engine)
     stream = stream_of(engine)
-    monkeypatch.setattr("engine.runtime.core.time.sleep", lambda _: steps.append(engine.core.step()))  # between two pieces
+    let_others(lambda _: steps.append(engine.core.step()))  # between two pieces
     session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
     assert len(steps) >= PIECES - 1 and stream.num_new >= PIECES - 1
@@ -56,7 +56,7 @@ def test_a_session_is_coded_in_pieces_while_others_are_served(chat_engine, tmp_p
     assert engine.core.pool.num_free_pages == engine.core.pool.max_pages
 
 
-def test_an_interrupt_between_two_pieces_of_a_suspend_leaves_the_session_as_it_was(chat_engine, tmp_path, monkeypatch):
+def test_an_interrupt_between_two_pieces_of_a_suspend_leaves_the_session_as_it_was(chat_engine, tmp_path, monkeypatch, let_others):
     engine = chat_engine("head")
     session = spoken(engine)
     sequence = session.conversation.sequence
@@ -66,7 +66,7 @@ def test_an_interrupt_between_two_pieces_of_a_suspend_leaves_the_session_as_it_w
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.runtime.core.time.sleep", interrupt)
+    let_others(interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
@@ -79,7 +79,7 @@ def test_an_interrupt_between_two_pieces_of_a_suspend_leaves_the_session_as_it_w
     session.close()
 
 
-def test_an_answer_and_a_close_wait_for_a_suspend_of_their_session(chat_engine, tmp_path, monkeypatch):
+def test_an_answer_and_a_close_wait_for_a_suspend_of_their_session(chat_engine, tmp_path, monkeypatch, let_others):
     engine = chat_engine("none")
     session, wanted = spoken(engine), spoken(chat_engine("none"))
     stream, found, threads = stream_of(engine), [], []
@@ -93,10 +93,10 @@ def test_an_answer_and_a_close_wait_for_a_suspend_of_their_session(chat_engine, 
             threads[0].join(0.2)
             assert threads[0].is_alive() and not found
 
-    monkeypatch.setattr("engine.runtime.core.time.sleep", others)
+    let_others(others)
     session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
-    threads[0].join(60)
+    threads[0].join(300)
     assert (tmp_path / "a.kv").read_bytes() == wanted.to_bytes() and found == [wanted.generate(" and", GREEDY).token_ids]
     engine.core.finish(stream)
     session.close()
@@ -140,12 +140,12 @@ def in_a_thread(work):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(300)
     assert found, "it hangs"
     return found[0]
 
 
-def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engine, tmp_path, monkeypatch):
+def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engine, tmp_path, monkeypatch, let_others):
     engine, refused = chat_engine("none"), []
     session = spoken(engine)
     stream = stream_of(engine)
@@ -158,7 +158,7 @@ def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engin
                 ask()
             refused.append(ask)
 
-    monkeypatch.setattr("engine.runtime.core.time.sleep", asked_within)
+    let_others(asked_within)
     report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
     monkeypatch.undo()
     assert report is session.suspended and len(refused) >= 4 and not (tmp_path / "b.kv").exists()
@@ -167,14 +167,14 @@ def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engin
     session.close()
 
 
-def test_who_holds_the_engine_is_not_made_to_wait_for_a_suspend(chat_engine, tmp_path, monkeypatch):
+def test_who_holds_the_engine_is_not_made_to_wait_for_a_suspend(chat_engine, tmp_path, monkeypatch, let_others):
     engine, found, threads = chat_engine("none"), [], []
     session = spoken(engine)
     stream = stream_of(engine)
     begun, held = threading.Event(), threading.Event()
 
     def hold():
-        begun.wait(60)
+        begun.wait(300)
         with engine.core.lock:
             held.set()
             try:
@@ -187,12 +187,12 @@ def test_who_holds_the_engine_is_not_made_to_wait_for_a_suspend(chat_engine, tmp
             threads.append(threading.Thread(target=hold, daemon=True))
             threads[0].start()
             begun.set()
-            held.wait(60)
+            held.wait(300)
 
-    monkeypatch.setattr("engine.runtime.core.time.sleep", between)
+    let_others(between)
     report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
     monkeypatch.undo()
-    threads[0].join(60)
+    threads[0].join(300)
     [error] = found
     assert isinstance(error, SessionBusy) and report is session.suspended
     engine.core.finish(stream)
@@ -220,7 +220,7 @@ def test_the_later_of_two_suspends_stays(chat_engine, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_file", slow_write)
     before = len(session.token_ids)
     first = in_a_thread(lambda: session.suspend(path))
-    threads[0].join(60)
+    threads[0].join(300)
     assert first.tokens == before - 1 and reports[0].tokens == len(session.token_ids) - 1 > first.tokens
     assert SessionFile.load(path).token_ids == session.token_ids
     session.close()
@@ -252,11 +252,11 @@ def test_a_suspend_within_a_step_of_the_sessions_answer_is_refused(chat_engine, 
     assert session.to_bytes() == wanted.to_bytes()
 
 
-def test_a_stream_lets_a_piece_that_waits_have_the_lock(chat_engine, monkeypatch):
+def test_a_stream_lets_a_piece_that_waits_have_the_lock(chat_engine, monkeypatch, let_others):
     core, slept = chat_engine("none").core, []
     events = core.events(stream_of_core(core))
     next(events)
-    monkeypatch.setattr("engine.runtime.core.time.sleep", slept.append)
+    let_others(slept.append)
 
     def piece():
         assert not core._piece_waits, "it has the lock"

@@ -228,5 +228,5 @@ def test_standard_output_that_is_full_or_closed(folder, monkeypatch, capsys) -> 
 
 
 def test_the_module_runs(folder) -> None:
-    done = subprocess.run([sys.executable, "-m", "engine.store", str(folder), "--json"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "engine.store", str(folder), "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and json.loads(done.stdout)["runs"] == 6

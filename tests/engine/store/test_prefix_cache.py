@@ -266,11 +266,12 @@ def _root_and_ids(engine, session):
 def test_the_worker_keeps_without_being_asked(store_engine, folder) -> None:
     engine = store_engine()
     restored(engine)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while engine.prefix_cache._jobs and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not engine.prefix_cache._jobs and list(folder.rglob("*.run"))
-    assert engine.core.pool.num_free_pages == engine.core.pool.max_pages  # and gave the pages back
+    with engine.core.lock:  # a job is forgotten before its pages are given back
+        assert not engine.prefix_cache._jobs and list(folder.rglob("*.run"))
+        assert engine.core.pool.num_free_pages == engine.core.pool.max_pages  # and gave the pages back
 
 
 def test_nothing_is_coded_before_the_answer_is_there(store_engine, monkeypatch) -> None:
@@ -286,7 +287,7 @@ def test_nothing_is_coded_before_the_answer_is_there(store_engine, monkeypatch) 
     monkeypatch.setattr(cache, "_code_piece", watched)
     for event in engine.stream(LONG, GREEDY):
         order.append("event" if event.result is None else "answer")
-    assert started.wait(20) and "coded" not in order[: order.index("answer") + 1]
+    assert started.wait(300) and "coded" not in order[: order.index("answer") + 1]
 
 
 def test_a_page_is_coded_at_a_time_and_the_lock_is_free_between(store_engine, folder, monkeypatch) -> None:
@@ -303,7 +304,7 @@ def test_a_page_is_coded_at_a_time_and_the_lock_is_free_between(store_engine, fo
         restored(engine)
         thread = threading.Thread(target=lambda: waited.append(restored(engine, "something else")), daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(300)
     engine.flush()
     assert waited and len(pieces) == len(LONG) // PAGE_TOKENS and max(pieces) == PAGE_TOKENS
     assert cache.metrics.kept_runs == 3 and cache.metrics.kept_tokens == len(LONG) // PAGE_TOKENS * PAGE_TOKENS

@@ -500,7 +500,7 @@ def test_a_pool_too_full_to_measure_in_is_no_measurement(store_engine, monkeypat
 
 
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
-def test_a_session_is_resumed_in_pieces(chat_engine, tmp_path, monkeypatch, draft) -> None:
+def test_a_session_is_resumed_in_pieces(chat_engine, tmp_path, monkeypatch, draft, let_others) -> None:
     """While others are served; its spans refer to earlier ones of the same text."""
     session = chat_engine(draft).session(quality="balanced", log=lambda _: None)
     session.generate(LONG, GREEDY)
@@ -509,7 +509,7 @@ def test_a_session_is_resumed_in_pieces(chat_engine, tmp_path, monkeypatch, draf
     engine, steps, pieces = chat_engine(draft, **SMALL), [], []
     restore = SpanRestore.piece
     monkeypatch.setattr(SpanRestore, "piece", lambda *args: pieces.append(restore(*args)) or pieces[-1])
-    monkeypatch.setattr("engine.runtime.core.time.sleep", lambda _: steps.append(engine.core.step()))  # between two pieces
+    let_others(lambda _: steps.append(engine.core.step()))  # between two pieces
     stream = submit(engine, "Once upon a time", STREAM)
     resumed = engine.session(tmp_path / "file", restore="decode", log=lambda _: None)
     assert len(pieces) >= PIECES and len(steps) >= PIECES and stream.num_new >= PIECES - 1
@@ -531,7 +531,7 @@ def check_closed(engine):
             assert pool.num_free_pages == pool.max_pages
 
 
-def test_an_interrupt_between_two_pieces_of_a_resume_gives_pages_back(chat_engine, tmp_path, monkeypatch) -> None:
+def test_an_interrupt_between_two_pieces_of_a_resume_gives_pages_back(chat_engine, tmp_path, monkeypatch, let_others) -> None:
     session = chat_engine("draft").session(quality="balanced", log=lambda _: None)
     session.generate(LONG, GREEDY)
     session.suspend(tmp_path / "file")
@@ -541,7 +541,7 @@ def test_an_interrupt_between_two_pieces_of_a_resume_gives_pages_back(chat_engin
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.runtime.core.time.sleep", interrupt)
+    let_others(interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.session(tmp_path / "file", restore="decode", log=lambda _: None)
     monkeypatch.undo()

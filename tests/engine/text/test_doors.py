@@ -145,14 +145,16 @@ def test_white_space_is_text_where_the_tokenizer_keeps_it(byte_tokenizer):
         encode_prompt(dropping, " \n")
 
 
-def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(byte_tokenizer):
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(byte_tokenizer, takes_less):
     tokenizer = byte_tokenizer()
     text = "a b " * 5_000_000
     for prompt in (text, [{"role": "user", "content": text}]):
-        began = time.process_time()
-        with pytest.raises(PromptTooLong, match="more than 512"):
-            encode_prompt(tokenizer, prompt, 512)
-        assert time.process_time() - began < 4  # all of it takes minutes
+
+        def refused(prompt=prompt):
+            with pytest.raises(PromptTooLong, match="more than 512"):
+                encode_prompt(tokenizer, prompt, 512)
+
+        takes_less(4, refused)  # all of it takes minutes
     assert len(encode_prompt(tokenizer, "a" * 9000, 10_000)) == 9000
 
 
@@ -300,7 +302,7 @@ def test_every_failure_of_a_template_is_named_in_bounded_time(byte_tokenizer, na
     began = time.monotonic()
     with pytest.raises(InvalidOption, match="chat template"):
         encode_prompt(tokenizer, MESSAGE)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < templates.WALL_S, "its own limits end it, not the last one"
     assert render(byte_tokenizer("{{ messages[0].content }}"), MESSAGE) == "hi", "the next rendering works"
 
 
@@ -319,12 +321,12 @@ def test_the_worker_may_die_and_threads_may_share_it(byte_tokenizer):
     tokenizer = byte_tokenizer("{{ messages[0].content }}")
     assert render(tokenizer, MESSAGE) == "hi"
     os.kill(templates._WORKER._process.pid, signal.SIGKILL)
+    templates._WORKER._process.wait()
     said: dict[int, str] = {}
 
     def ask(number):
         said[number] = render(tokenizer, [{"role": "user", "content": str(number) * 70_000}])
 
-    time.sleep(0.1)
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
