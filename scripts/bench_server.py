@@ -116,7 +116,7 @@ def streams(server: ServerProcess, baseline: LibraryProcess, args: argparse.Name
     answers = ask_all(server.url, PLAIN, bodies, at_once=args.streams, until_s=until_s)
     seconds = time.perf_counter() - began
     wrong = sum(own != wanted for own, wanted in zip(texts_of(answers), expected["texts"], strict=True))
-    idle(server.url, time.monotonic() + 10)
+    idle(server.url, time.monotonic() + 60)
     return [
         {
             "what": "streams",
@@ -137,8 +137,8 @@ def vanish(server: ServerProcess, _baseline: LibraryProcess, args: argparse.Name
     before = server.usage()
     began = time.perf_counter()
     answers = ask_all(server.url, CHAT, bodies_of(args.vanish, 900, 100), at_once=32, until_s=until_s, leave_after_bytes=600)
-    stats = idle(server.url, until_s + 10)
-    after, deadline = server.usage(), time.monotonic() + 5
+    stats = idle(server.url, until_s + 60)
+    after, deadline = server.usage(), time.monotonic() + 60
     while after["files"] > before["files"] and time.monotonic() < deadline:  # sockets close a moment later
         time.sleep(0.05)
         after = server.usage()
