@@ -34,7 +34,7 @@ from engine.inputs import is_file, named_path, read_json_object
 from engine.model.config import DecoderConfig, read_config
 from engine.model.decoder import Decoder
 from engine.model.device_map import DeviceMap, spread_layers, weight_bytes
-from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share
+from engine.model.linear import can_multiply_compiled, compiled_share, know_compiled_share, times_choose
 from engine.runtime.core import EngineCore
 from engine.runtime.draft_copy import CopiedDecoder
 from engine.runtime.drafters import load_draft_head
@@ -188,7 +188,7 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
 def remember_products(dtype: torch.dtype, device: torch.device) -> None:
     """Have this process choose between compiled products and oneDNN's as the first one on this machine did, with as many threads: a choice by times
     that two processes measure could differ, and their texts with it."""
-    if not can_multiply_compiled(dtype, device):
+    if not times_choose(dtype, device):
         return
     threads = torch.get_num_threads()
     facts = (_PRODUCTS_VERSION, _processor(), torch.__version__, threads)

@@ -90,9 +90,15 @@ def can_multiply_compiled(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and compiled_available()
 
 
+def times_choose(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where few rows can be multiplied by compiled code as well as by packed oneDNN, which needs AVX-512 or its like: `compiled_share` says which
+    is faster."""
+    return can_multiply_compiled(dtype, device) and _packs_bf16(dtype, device)
+
+
 def compiled_share(threads: int) -> float:
-    """Time of the compiled product of one row as a share of packed oneDNN's with so many threads; measured at the first call, in some 20 ms, unless
-    `know_compiled_share` told it."""
+    """Time of the compiled product of one row as a share of packed oneDNN's with so many threads, where there are both (`times_choose`); measured at
+    the first call, in some 20 ms, unless `know_compiled_share` told it."""
     if threads not in _shares:
         _shares[threads] = _measured_share()
     return _shares[threads]
@@ -205,14 +211,10 @@ _LINEAR: dict[Gemm, LinearFn] = {
 
 def select_gemm(dtype: torch.dtype, device: torch.device) -> Gemm:
     """The fastest for a decoder of this dtype and device: compiled where that can be, its time is not far above oneDNN's here, and it loads."""
-    packs = _packs_bf16(dtype, device)
-    if (
-        can_multiply_compiled(dtype, device)
-        and not (packs and compiled_share(torch.get_num_threads()) > _SLOWEST_SHARE)
-        and compiled_loads()
-    ):
+    slower = times_choose(dtype, device) and compiled_share(torch.get_num_threads()) > _SLOWEST_SHARE
+    if can_multiply_compiled(dtype, device) and not slower and compiled_loads():
         return Gemm.COMPILED
-    if packs:
+    if _packs_bf16(dtype, device):
         return Gemm.PACKED
     return Gemm.ONEDNN if device.type == "cpu" and dtype == torch.float32 and _has_onednn() else Gemm.LIBRARY
 

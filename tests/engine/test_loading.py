@@ -173,7 +173,7 @@ def test_files_that_hold_no_costs(change):
 def test_the_choice_of_products_is_measured_once_a_machine(tmp_path, monkeypatch, damage):
     """A second process takes what the first one measured, though its own times would say otherwise; a damaged file is made again."""
     monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
-    monkeypatch.setattr("engine.loading.can_multiply_compiled", lambda *_: True)
+    monkeypatch.setattr("engine.loading.times_choose", lambda *_: True)
     times, threads = iter([2.0, 0.5]), torch.get_num_threads()
     monkeypatch.setattr(linear, "_measured_share", lambda: next(times))
     monkeypatch.setattr(linear, "_shares", {})
@@ -186,3 +186,15 @@ def test_the_choice_of_products_is_measured_once_a_machine(tmp_path, monkeypatch
     remember_products(torch.bfloat16, torch.device("cpu"))
     assert linear.compiled_share(threads) == (2.0 if damage is None else 0.5)
     assert json.loads(file.read_text()) == {"compiled_share": linear.compiled_share(threads)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_onednn_packs_nothing_no_product_is_measured(chat_folders, tmp_path, monkeypatch, dtype):
+    """A processor without AVX-512: packing a matrix would be an error."""
+    monkeypatch.setenv("FORETOLD_HOME", str(tmp_path))
+    monkeypatch.setattr(linear, "_packs_bf16", lambda *_: False)
+    monkeypatch.setattr(linear, "_shares", {})
+    monkeypatch.setattr(linear, "_measured_share", lambda: pytest.fail("there is nothing to compare"))
+    engine = Engine.from_pretrained(chat_folders.target, "none", device="cpu", dtype=dtype)
+    assert len(engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4, ignore_eos=True))[0].token_ids) == 4
+    assert not list((tmp_path / "products").glob("*.json"))

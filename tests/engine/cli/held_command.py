@@ -9,8 +9,9 @@ import time
 from typing import Any
 
 
-def hold_answers(tokens: int, answers: int) -> None:
-    """None of this process's first so many answers gets more tokens than that, until a signal's exception or a reader who leaves ends it."""
+def hold_answers(tokens: int, answers: int, go_on: str = "") -> None:
+    """None of this process's first so many answers gets more tokens than that, until a signal's exception or a reader who leaves ends it, or a file is
+    there."""
     from engine.runtime.scheduler import Scheduler
 
     step, seen = Scheduler.step, list[Any]()
@@ -20,7 +21,7 @@ def hold_answers(tokens: int, answers: int) -> None:
             if request not in seen:
                 seen.append(request)
             if request in seen[:answers]:
-                while request.num_new >= tokens and not _reader_is_gone():
+                while request.num_new >= tokens and not _reader_is_gone() and not os.path.exists(go_on):
                     time.sleep(0.01)
         step(scheduler)
 

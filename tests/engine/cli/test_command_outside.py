@@ -26,7 +26,7 @@ from engine.sessions.file import SessionFile
 ROOT = Path(__file__).resolve().parents[3]
 NULL = os.open(os.devnull, os.O_RDWR)
 LONG = ("--max-new-tokens", "900")
-HELD_TOKENS = 800
+HELD = 800, 1  # tokens of so many answers
 PATIENCE_S = 300.0  # for what is over in a second, unless the machine stands still
 
 
@@ -60,7 +60,7 @@ def _child(argv, streams, encoding, home, ignored, held):
         sys.path.append(str(Path(__file__).parent))
         from held_command import hold_answers
 
-        hold_answers(HELD_TOKENS, 1)
+        hold_answers(*held)
     status = 99
     try:
         status = main(argv)
@@ -71,9 +71,9 @@ def _child(argv, streams, encoding, home, ignored, held):
 
 
 class Run:
-    """The command running: `out` and `err` are the reading ends of pipes, `pid` takes signals. held: its answer does not end by itself."""
+    """The command running: `out` and `err` are the reading ends of pipes, `pid` takes signals. held: of `hold_answers`."""
 
-    def __init__(self, argv, *, stdin=NULL, stdout=None, stderr=None, closed=(), encoding=None, ignored=None, held=False):
+    def __init__(self, argv, *, stdin=NULL, stdout=None, stderr=None, closed=(), encoding=None, ignored=None, held=None):
         out, err = os.pipe(), os.pipe()
         self.out, self.err = out[0], err[0]
         streams = [stdin, out[1] if stdout is None else stdout, err[1] if stderr is None else stderr]
@@ -137,7 +137,7 @@ def answered(file):
 @pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_signal_in_the_middle_of_an_answer(kept, name, status):
     options, file = kept
-    run = Run([*options, *LONG, "Hello"], held=True)
+    run = Run([*options, *LONG, "Hello"], held=HELD)
     first = run.begun()
     os.kill(run.pid, getattr(signal, name))
     found, rest, said = run.end()
@@ -165,12 +165,13 @@ def test_a_terminal_that_closes_between_two_turns_of_a_pipe(kept):
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
-def test_ignored_signals_stay_ignored(kept, name):
+def test_ignored_signals_stay_ignored(kept, name, tmp_path):
     """`nohup` means it."""
     options, file = kept
-    run = Run([*options, "--max-new-tokens", 200, "Hello"], ignored=name)
+    run = Run([*options, "--max-new-tokens", 200, "Hello"], ignored=name, held=(100, 1, str(tmp_path / "signalled")))
     run.begun()
     os.kill(run.pid, getattr(signal, name))
+    (tmp_path / "signalled").touch()
     found, _, said = run.end()
     assert found == 0 and "tokens/s" in said and len(answered(file)) > 0
 
@@ -178,7 +179,7 @@ def test_ignored_signals_stay_ignored(kept, name):
 def test_a_reader_that_leaves_in_the_middle(kept):
     """`... | head -1`."""
     options, file = kept
-    run = Run([*options, *LONG, "Hello"], held=True)
+    run = Run([*options, *LONG, "Hello"], held=HELD)
     run.begun()
     os.close(run.out)
     run.out = -1
@@ -188,7 +189,7 @@ def test_a_reader_that_leaves_in_the_middle(kept):
 
 def test_a_reader_that_has_left_before_the_first_word(kept):
     options, file = kept
-    run = Run([*options, *LONG, "Hello"], held=True)
+    run = Run([*options, *LONG, "Hello"], held=HELD)
     os.close(run.out)
     run.out = -1
     assert run.end()[0] == 141 and 0 < len(answered(file)) < 900
