@@ -4,9 +4,9 @@
 
 Without --text the interpreter's own library is used. A pack codes best what it was calibrated on, so mix what will be stored. `--mix` gives every
 source of --text its share of the tokens; a mix for general use is half code and documentation, the rest other kinds in equal parts
-(scripts/domain_texts.py makes such folders, and keeps test text apart):
+(scripts/eval/domain_texts.py makes such folders, and keeps test text apart):
 
-    python scripts/domain_texts.py --debian TEXTS --apart 0.25 --out D
+    python scripts/eval/domain_texts.py --debian TEXTS --apart 0.25 --out D
     python scripts/calibrate.py --pair smollm2 --text CODE_AND_DOCS D/train/{prose,german,french,japanese,logs,json} --mix 6,1,1,1,1,1,1
         --out smollm2.pack
 

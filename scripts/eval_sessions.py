@@ -3,7 +3,7 @@
 Every method is asked the same questions by greedy decoding, after the text was coded and decoded from its bytes alone: in place, and one text and one
 conversation of each run by way of a session file on disk. `untouched` keeps its cache, `prediction` stores token ids and no residual. Tasks (--tasks,
 default all that have their input):
-    planted       retrieval, copying and arithmetic over facts planted in 2K to 8K tokens of text (eval_tasks.py), suspended before the question
+    planted       retrieval, copying and arithmetic planted in 2K to 8K tokens of text (eval/tasks.py), suspended before the question
     conversation  20 turns, suspended and resumed at every turn: accuracy, and agreement with the conversation that never was
     domains       bits per element, KL and top-1 agreement on folders of text, by the protocol of bench_codec (--domains NAME=DIR ...); `recomputed`
                   is what the target's own rounding does
@@ -20,10 +20,10 @@ default all that have their input):
 Rows are written as they are finished; the same command goes on where it was broken off, and --samples may be raised. Filler and long texts come
 from --text (default: the interpreter's own library, which the default packs are calibrated on: give other text to be strict).
 
-Texts of several kinds, without a network besides a package mirror: Debian packages hold them, and scripts/domain_texts.py makes folders from them.
+Texts of several kinds, without a network besides a package mirror: Debian packages hold them, scripts/eval/domain_texts.py makes folders of them.
     apt-get download bible-kjv bible-kjv-text debian-handbook fortunes-de debian-reference-de debian-reference-fr debian-reference-ja
     for f in *.deb; do dpkg -x "$f" texts; done
-    python scripts/domain_texts.py --debian texts --out D      # D/prose german french japanese logs json code
+    python scripts/eval/domain_texts.py --debian texts --out D      # D/prose german french japanese logs json code
 Logs come from a seeded generator, JSON and code from the interpreter: without --debian these three are made, on any machine.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -36,3 +37,22 @@ def test_files_named_in_the_documents_exist() -> None:
             assert not inside or inside.split(".")[-1] in (root / name).read_text(encoding="utf-8"), f"{page.name}: {name} has no {inside}"
             found += 1
     assert found > 60
+
+
+def test_results_are_named_in_the_documents_and_named_results_exist() -> None:
+    """In full, as `codec-h200-qwen2.5-coder.json`; a pattern, as `tasks-*`, says what several have in common and names none."""
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "draft" / "pretrained").rglob("README.md"))]
+    text = {page: page.read_text(encoding="utf-8") for page in pages}
+    results = {path.name for path in (root / "scripts" / "results").iterdir()}
+    assert len(results) > 100
+    unnamed = [
+        name for name in sorted(results) if not any(re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", body) for body in text.values())
+    ]
+    assert not unnamed, f"named in no document: {', '.join(unnamed)}"
+    for page, body in text.items():
+        # a result's name says where it was measured
+        for name in re.findall(r"[\w.-]+-(?:cpu|h100|h200)(?:-[\w.-]*)?\.(?:json|png|txt)\b", body):
+            assert name in results, f"{page.name} names {name}"
+        for pattern in re.findall(r"`([a-z0-9.-]+\*[a-z0-9.*-]*)`", body):
+            assert any(fnmatch(name, pattern) for name in results), f"{page.name}: no result is called {pattern}"

@@ -2,7 +2,7 @@
 
 logs/, json/, code/ are made on any machine; with --debian also prose/, german/, french/, japanese/.
 
-    python scripts/domain_texts.py --out D [--debian TEXTS] [--apart 0.25]
+    python scripts/eval/domain_texts.py --out D [--debian TEXTS] [--apart 0.25]
 
 TEXTS is where Debian packages were unpacked (`/` when they are installed; eval_sessions.py shows the commands); packages that are not there are left
 out, and said so. Logs and a part of the JSON come from a seeded generator, the rest of the JSON from the interpreter's tables, code from the
