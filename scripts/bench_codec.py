@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from baselines import Calibration, CalibrationAccumulator
+from bench.document import command_line
 from codec.pack import CodecPack
 from codec.spec import NUM_SINKS, KvLayout
 from codec_compare import comparisons, print_comparisons, write_json
@@ -209,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "pair": pair,
         "context": options.context,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "command": " ".join(["scripts/bench_codec.py", *sys.argv[1:]]),
+        "command": command_line("bench_codec.py", None),
         "settings": settings,
         "rows": rows,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "zstandard")},

@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from bench.document import command_line
+
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "command": "python scripts/bench_kernels.py " + " ".join(Path(a).name if a == options.json_out else a for a in given),
+        "command": command_line("bench_kernels.py", given),
         "copy_gb_per_s": clock.copy_gb_per_s,
         "matrix_tflops": clock.matrix_tflops,
         "rows": [],

@@ -16,17 +16,16 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.document import measured_on, print_document
+from bench.document import command_line, measured_on, print_document
+from bench.source_prompts import source_tokens
 from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_TOKENS = 600
 SHORT = "Write a long story about a river that"
 ALONE, BESIDE, COMPUTED = "restored alone", "restored beside", "computed beside"
@@ -35,15 +34,6 @@ ALONE, BESIDE, COMPUTED = "restored alone", "restored beside", "computed beside"
 def clocks() -> tuple[float, float]:
     """Wall seconds, and CPU seconds over threads."""
     return time.perf_counter(), time.process_time() / torch.get_num_threads()
-
-
-def prompts(engine: Engine, lengths: list[int]) -> list[list[int]]:
-    """Token ids of so many tokens each, which begin differently."""
-    texts = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "engine" / "runtime").glob("*.py"))]
-    ids = [token for text in texts if text for token in engine.encode(text[: engine.core.context])]
-    if len(ids) < sum(lengths):
-        raise SystemExit(f"the sources have {len(ids)} tokens, fewer than all lengths together")
-    return [ids[end - length : end] for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
 
 def run(engine: Engine, ids: list[int], beside: bool) -> dict[str, Any]:
@@ -106,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         stored = {"store": Path(folder) / "store", "quality": "balanced"}
         first = engine(**stored)
         device = first.core.device
-        warm, *texts = prompts(first, [WARM_TOKENS, *lengths])
+        warm, *texts = source_tokens(first, [WARM_TOKENS, *lengths])
         for ids in (warm, *texts):
             run(first, ids, beside=False)
             first.flush()
@@ -140,12 +130,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"{length:>7,} tokens {how:<16} {gap}first token {row['ttft_s']:.2f} s ({row['cpu_ttft_s']:.2f} CPU s)", file=sys.stderr
                 )
         plain.close()
-    options = "" if args.threads is None else f" --threads {args.threads}"
-    options += "" if args.prefill_chunk is None else f" --prefill-chunk {args.prefill_chunk}"
     print_document(
         {
             **measured_on(device),
-            "command": f"python scripts/bench_restore_gap.py --pair {args.pair} --tokens {args.tokens}{options} --repeats {args.repeats}",
+            "command": command_line("bench_restore_gap.py", argv),
             "rows": rows,
         },
         args.json_out,

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from baselines import select_baselines
+from bench.document import command_line
 from bench.resume_links import LINKS, crossovers, link_rows, plot, ways_of
 from bench.resume_runs import ResumeBench
 from bench.resume_shapes import SHAPES, build
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows, links, crossed))
     document = {
         "device": device,
-        "command": " ".join(["python scripts/bench_resume.py", *(Path(word).name for word in (sys.argv[1:] if argv is None else argv))]),
+        "command": command_line("bench_resume.py", argv),
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "setup_s": bench.setup_s,

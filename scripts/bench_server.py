@@ -20,6 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from bench.document import command_line
 from bench.server_client import Answer, ask_all
 from bench.server_processes import LibraryProcess, ServerProcess
 from bench.tiny_folder import write_tiny_folder
@@ -218,13 +219,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             server.close()
             baseline.close()
-    command = "python scripts/bench_server.py " + " ".join(sys.argv[1:] if argv is None else argv)
     found = {
         "device": platform.processor() or "cpu",
         "model": "tiny" if args.tiny else args.pair or "smollm2",
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "command": command,
+        "command": command_line("bench_server.py", argv),
         "rows": rows,
     }
     if args.json_out:

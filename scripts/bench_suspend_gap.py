@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from bench.document import measured_on, print_document
-from bench_restore_gap import SHORT, clocks, prompts
+from bench.document import command_line, measured_on, print_document
+from bench.source_prompts import source_tokens
+from bench_restore_gap import SHORT, clocks
 from engine.engine import Engine
 from engine.runtime.sampling import SamplingParams
 
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = Engine.from_pair(args.pair, log=lambda _: None)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        warm, *texts = prompts(engine, [600, *lengths])
+        warm, *texts = source_tokens(engine, [600, *lengths])
         run(engine, warm, Path(folder) / "warm", PIECES)  # makes matrices and tables
         for length, ids in zip(lengths, texts, strict=True):
             found: dict[str, list[dict[str, Any]]] = {PIECES: [], AT_ONCE: []}
@@ -108,11 +109,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"suspended in {row['suspend_s']:.2f} s ({row['cpu_suspend_s']:.2f} CPU s)",
                     file=sys.stderr,
                 )
-    options = "" if args.threads is None else f" --threads {args.threads}"
     print_document(
         {
             **measured_on(engine.device),
-            "command": f"python scripts/bench_suspend_gap.py --pair {args.pair} --tokens {args.tokens}{options} --repeats {args.repeats}",
+            "command": command_line("bench_suspend_gap.py", argv),
             "rows": rows,
         },
         args.json_out,

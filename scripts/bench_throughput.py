@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from bench.decode_profile import SHAPES, prompts_of, random_decoder, read_gb_per_s
+from bench.document import command_line
 from bench.throughput_check import compare
 from bench.throughput_plot import plot
 from bench.throughput_rows import add_ratios, row, table
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--json-out", type=Path, metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of tokens a second by batch")
     args = p.parse_args(argv)
-    args.command = command_of(sys.argv[1:] if argv is None else argv)
+    args.command = command_line("bench_throughput.py", argv)
     for name, allowed in (("engines", ENGINES), ("modes", MODES)):
         given = list(dict.fromkeys(getattr(args, name).split(",")))
         if unknown := [x for x in given if x not in allowed]:
@@ -113,19 +114,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for temperature in args.temperatures:
         SamplingParams(temperature=temperature, draft_length=args.draft_length)
     return args
-
-
-def command_of(argv: Sequence[str]) -> str:
-    """The command without what only this machine knows: of paths the last part stays, but for those inside the repository."""
-    root = Path(__file__).resolve().parents[1]
-
-    def short(word: str) -> str:
-        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-        path = Path(value).expanduser()
-        inside = path.resolve().is_relative_to(root) and not path.is_absolute()
-        return word if "/" not in value or inside else option + equals + path.name
-
-    return " ".join(["python scripts/bench_throughput.py", *map(short, argv)])
 
 
 def contestants(loaded: Engine, ids: list[list[int]], args: argparse.Namespace) -> list[Contestant]:

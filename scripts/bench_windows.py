@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 
 from bench.decode_profile import SHAPES, moment, prompts_of, random_decoder
+from bench.document import command_line
 from engine.engine import Engine
 from engine.model.decoder import Decoder
 from engine.runtime.sampling import SamplingParams
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": str(target.dtype).removeprefix("torch."),
         "weight_bytes": target.weight_bytes,
         "versions": {"torch": torch.__version__},
-        "command": " ".join(["python scripts/bench_windows.py", *(Path(word).name for word in (sys.argv[1:] if argv is None else argv))]),
+        "command": command_line("bench_windows.py", argv),
         "rows": [],
     }
     print(json.dumps({key: value for key, value in report.items() if key != "rows"}), flush=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line
 from codec.errors import CodecError
 from codec.pack import CodecPack
 from engine.calibrate.complete import complete
@@ -177,12 +178,6 @@ def shown(path: str) -> dict:
         raise InvalidOption(f"{path} is no codec pack that can be read: {error}", "check the path") from error
     known = {"pack": path, "pack_bytes": os.path.getsize(path), "digest": pack.digest, "layout": pack.layout.as_dict()}
     return known | {"predictor_settings": pack.predictor_settings} | pack.figures
-
-
-def command_of(argv: Sequence[str] | None) -> str:
-    """The command line as it was given, absolute paths by their names alone."""
-    given = sys.argv[1:] if argv is None else argv
-    return " ".join(["python scripts/calibrate.py", *(Path(word).name if os.path.isabs(word) else word for word in given)])
 
 
 def log(line: str) -> None:
@@ -338,7 +333,7 @@ def described(figures: dict, path: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = arguments(argv)
-        figures = run(args) | {"command": command_of(argv), "versions": versions()}
+        figures = run(args) | {"command": command_line("calibrate.py", argv), "versions": versions()}
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

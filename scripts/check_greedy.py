@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line
 from engine.cli.command import print_status, quiet_libraries, versions
 from engine.cli.options import report
 from engine.engine import Engine
@@ -68,8 +69,12 @@ def main(argv: list[str] | None = None) -> int:
             failed += not tie
             verdict = "identical" if found is None else f"{'tie' if tie else 'DIFFERENT'} at new token {found['position']}: {found}"
             print_status(f"{prompt[:40]!r} against {name}: {row['new_tokens']} tokens, {verdict}")
-    command = " ".join(["scripts/check_greedy.py", *(argv or sys.argv[1:])])
-    total = about | {"command": command, "new_tokens": sum(r["new_tokens"] for r in rows), "failed": failed, "rows": rows}
+    total = about | {
+        "command": command_line("check_greedy.py", argv),
+        "new_tokens": sum(r["new_tokens"] for r in rows),
+        "failed": failed,
+        "rows": rows,
+    }
     if args.json_out:
         args.json_out.write_text(json.dumps(total, indent=1) + "\n")
     print(json.dumps({k: v for k, v in total.items() if k != "rows"}))

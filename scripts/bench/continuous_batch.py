@@ -16,13 +16,14 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.document import command_line
 
 Results = list[tuple[int, float, float]]  # (new tokens, seconds to the first one, seconds from there) of each request
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.engine == "vllm" and (args.folder is None or len(batches) > 1):
         parser.error("vLLM needs --folder, and one batch a process")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    report: dict[str, Any] = {"command": " ".join(["scripts/bench/continuous_batch.py", *(sys.argv[1:] if argv is None else argv)])}
+    report: dict[str, Any] = {"command": command_line("bench/continuous_batch.py", argv)}
     report |= {"device": name, "shape": args.shape, "rows": []}
     for batch in batches:
         vocab, serve = (ours if args.engine == "ours" else theirs)(args, batch)

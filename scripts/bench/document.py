@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,20 @@ def measured_on(device: torch.device) -> dict[str, Any]:
     """The object's "device" and "versions"."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
     return {"device": name, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command of `scripts/SCRIPT` with these arguments (None: the process's own), without what only this machine knows: of paths the last part
+    stays, but for those inside the repository."""
+    root = Path(__file__).resolve().parents[2]
+
+    def short(word: str) -> str:
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        path = Path(value).expanduser()
+        inside = path.resolve().is_relative_to(root) and not path.is_absolute()
+        return word if "/" not in value or inside else option + equals + path.name
+
+    return " ".join([f"python scripts/{script}", *map(short, sys.argv[1:] if argv is None else argv)])
 
 
 def print_document(document: dict[str, Any], file: Path | None) -> None:

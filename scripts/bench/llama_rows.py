@@ -6,7 +6,7 @@ llama.cpp runs through llama-cpp-python in an environment of its own (--llama-py
 --gguf by its own quantiser, so both read the same weights. CPU seconds are those of decoding alone, user and system, of the process. Of several threads
 they say nothing, as those that wait are counted, too: there the ratios are those of tokens a second of the wall, which need a quiet machine. Rows:
 llama.cpp with bf16 and with the file's own format, ours plain and with drafts, with bf16 and with the file's own format. What drafts cost is measured
-before, as an earlier answer does.
+before, as an earlier answer does. With --first-token 512,2048 also what the first token of prompts of so many tokens takes, of this project's sources.
 """
 
 from __future__ import annotations
@@ -38,20 +38,36 @@ def to_bf16(source: Path, target: Path) -> None:
 
 
 def serve_llama(file: Path, context: int, threads: int) -> None:
-    """Continue prompts that come as lines of JSON {"ids", "count"}: answers {"cpu_s", "wall_s", "tokens"} of decoding. Runs in its environment."""
+    """Continue prompts that come as lines of JSON {"ids", "count"}: answers {"cpu_s", "wall_s", "tokens"} of decoding, and "first_cpu_s" and
+    "first_wall_s" of the first token. Runs in its environment."""
     import llama_cpp
 
     model = llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False)
     for line in sys.stdin:
         wanted = json.loads(line)
         model.reset()
+        began = _clocks()
         stream = model.generate(wanted["ids"], temp=0.0, repeat_penalty=1.0, top_k=1)
         tokens = [next(stream)]
-        cpu, wall = time.process_time(), time.perf_counter()
+        first = _clocks()
         while len(tokens) < wanted["count"]:
             tokens.append(next(stream))
-        answer = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall, "tokens": tokens}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(_times(began, first, _clocks(), 1.0) | {"tokens": tokens}), flush=True)
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds of the process's threads, and of the wall."""
+    return time.process_time(), time.perf_counter()
+
+
+def _times(began: tuple[float, float], first: tuple[float, float], end: tuple[float, float], share: float) -> dict[str, float]:
+    """Of a first token, and `share` times what the others took."""
+    return {
+        "cpu_s": (end[0] - first[0]) * share,
+        "wall_s": (end[1] - first[1]) * share,
+        "first_cpu_s": first[0] - began[0],
+        "first_wall_s": first[1] - began[1],
+    }
 
 
 class Llama:
@@ -79,20 +95,36 @@ class Llama:
 
 
 def ours(engine: Any, ids: list[int], count: int, length: int | str) -> dict[str, Any]:
-    """CPU and wall seconds of decoding beyond the first token, and the tokens."""
+    """As `serve_llama` answers; decoding is what lies beyond the first token."""
     from draft.seen import SeenByNamespace
     from engine.runtime.sampling import SamplingParams
 
     engine.core.scheduler.drafting.seen = SeenByNamespace()  # nothing is drafted from another way's answer to the same prompt
     params = SamplingParams(max_new_tokens=count, ignore_eos=True, draft_length=length)  # type: ignore[arg-type]
-    core, marks, tokens = engine.core, [], list[int]()
+    core, tokens, number = engine.core, list[int](), 0
+    began = first = _clocks()
     request = core.submit(core.open_sequence_state(), ids, params, owns_cache=True)
     for event in core.events(request):
         tokens += event.token_ids
-        marks = marks or [time.process_time(), time.perf_counter(), len(tokens)]
-    cpu, wall, first = marks
-    share = (count - 1) / max(1, len(tokens) - first)
-    return {"cpu_s": (time.process_time() - cpu) * share, "wall_s": (time.perf_counter() - wall) * share, "tokens": tokens}
+        if not number and tokens:
+            first, number = _clocks(), len(tokens)
+    return _times(began, first, _clocks(), (count - 1) / max(1, len(tokens) - number)) | {"tokens": tokens}
+
+
+def first_tokens(ways: dict[str, Any], ids: list[int]) -> list[dict[str, Any]]:
+    """A row for each way: the median of three, in turns, of what the first token of a prompt takes."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, run in ways.items():
+            found[name].append(run(ids, 1))
+    return [
+        {
+            "way": name, "prompt_tokens": len(ids), "first_token_cpu_s": statistics.median(s["first_cpu_s"] for s in samples),
+            "first_token_s": statistics.median(s["first_wall_s"] for s in samples),
+            "equal_to_llama_bf16": samples[0]["tokens"] == found["llama.cpp bf16"][0]["tokens"],
+        }
+        for name, samples in found.items()
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument(
+        "--first-token", type=lambda text: [int(n) for n in text.split(",")], default=[], help="lengths of prompts, in tokens"
+    )
     parser.add_argument("--json-out", type=Path)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--convert", type=Path, nargs=2, help=argparse.SUPPRESS)
@@ -120,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --gguf and --llama-python")
     import torch
 
+    from bench.document import command_line
+    from bench.source_prompts import source_tokens
     from bench.throughput_runs import CODE_PROMPTS, PROMPTS
     from engine.engine import Engine
     from engine.text.templates import has_template
@@ -133,12 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = [text for both in zip(PROMPTS, CODE_PROMPTS, strict=False) for text in both][: args.prompts]
     chat = has_template(engine.tokenizer)
     prompts = [engine.encode([{"role": "user", "content": text}] if chat else text) for text in texts]
+    context = max([args.context, *(n + 64 for n in args.first_token)])
+    long = source_tokens(engine, args.first_token)
     with tempfile.TemporaryDirectory() as folder:
         bf16 = Path(folder) / "bf16.gguf"
         subprocess.run([str(args.llama_python), __file__, "--convert", str(args.gguf), str(bf16)], check=True, capture_output=True)
         llamas = {
-            "llama.cpp bf16": Llama(args.llama_python, bf16, args.context, args.threads),
-            "llama.cpp file": Llama(args.llama_python, args.gguf, args.context, args.threads),
+            "llama.cpp bf16": Llama(args.llama_python, bf16, context, args.threads),
+            "llama.cpp file": Llama(args.llama_python, args.gguf, context, args.threads),
         }
         ways: dict[str, Any] = {name: llama.run for name, llama in llamas.items()}
         ways |= {
@@ -153,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, ids in enumerate(prompts):
             for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
                 found[name].append(ways[name](ids, args.new_tokens))
+        plain = {name: run for name, run in ways.items() if not name.endswith("drafts")}
+        prompt_rows = [row for ids in long for row in first_tokens(plain, ids)]
         for llama in llamas.values():
             llama.close()
     rows = []
@@ -170,9 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate = "tokens_per_cpu_s" if args.threads == 1 else "tokens_per_s"
         row["over_llama_bf16"] = row[rate] / rows[0][rate]
         row["over_llama_file"] = row[rate] / rows[1][rate]
+    for row in [*rows, *prompt_rows]:
         print(json.dumps(row), flush=True)
     if args.json_out:
         document = {"pair": args.pair, "gguf": args.gguf.name, "draft": args.pair or args.draft, "threads": args.threads, "rows": rows}
+        document |= {"first_tokens": prompt_rows, "command": command_line("bench/llama_rows.py", argv)}
         args.json_out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

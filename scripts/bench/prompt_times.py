@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from unittest import mock
 import torch
 
 from bench.decode_profile import SHAPES, moment, random_decoder
+from bench.document import command_line
 from engine.engine import Engine
 from engine.kv.pool import KvSequence
 from engine.model.decoder import forward_reserved
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = Engine(target, draft=None, max_batch=max(count for count, _ in prompts), pool_tokens=3 * most + (1 << 15))
     captured = engine.core.capture_steps()
     report: dict[str, Any] = {
-        "command": " ".join(["scripts/bench/prompt_times.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line("bench/prompt_times.py", argv),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "shape": args.shape,
         "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(), "rows": [],
     }  # fmt: skip

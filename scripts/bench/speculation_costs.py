@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.decode_profile import SHAPES, moment, prompts_of, random_decoder, read_bytes, read_gb_per_s
+from bench.document import command_line, measured_on
 from bench.full_batches import full_batch
 from bench.throughput_runs import KINDS
 from draft.policy import expected_tokens
@@ -129,7 +130,7 @@ def ttft(target: Decoder, tokens: int, chunks: list[int]) -> dict[str, float]:
     return found
 
 
-def pair_rates(args: argparse.Namespace) -> int:
+def pair_rates(args: argparse.Namespace, command: str) -> int:
     """Tokens a second of a pair through one engine with its draft and one with n-grams; a length of 0 is plain decoding.
 
     Common steps are captured before, as a server does (`captured`). Turns of all modes alternate, each on prompts of its own, and nothing is kept of
@@ -195,8 +196,8 @@ def pair_rates(args: argparse.Namespace) -> int:
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
             if args.json_out:
-                name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-                report = {"pair": args.pair, "draft": loaded.core.drafter_name, "device": name, "captured": captured, "rows": rows}
+                about = measured_on(torch.device(device)) | {"command": command, "pair": args.pair}
+                report = about | {"draft": loaded.core.drafter_name, "captured": captured, "rows": rows}
                 args.json_out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
@@ -235,11 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if args.pair:
-        return pair_rates(args)
+        return pair_rates(args, command_line("bench/speculation_costs.py", argv))
     target, draft = random_decoder(args.shape, device, dtype), random_decoder(args.draft, device, dtype, seed=1)
     bandwidth = read_gb_per_s(device)
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "shape": args.shape, "draft": args.draft,
+        **measured_on(device), "command": command_line("bench/speculation_costs.py", argv), "shape": args.shape, "draft": args.draft,
         "read_gb_per_s": bandwidth, "read_bound_ms": read_bytes(target) / bandwidth / 1e6, "draft_read_bound_ms": read_bytes(draft) / bandwidth / 1e6,
         "rows": [], "repeat": [],
     }  # fmt: skip

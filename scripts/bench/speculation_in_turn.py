@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line, measured_on
 from bench.throughput_runs import KINDS
 from draft.seen import SeenByNamespace
 from engine.engine import Engine
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(rows[-1]), flush=True)
     if args.json_out:
         seconds = "CPU" if threads == 1 else "wall"
-        document = {"model": args.pair or args.gguf.name, "threads": threads, "seconds": seconds, "turns": args.turns, "rows": rows}
+        document = measured_on(first.device) | {"command": command_line("bench/speculation_in_turn.py", argv)}
+        document |= {"model": args.pair or args.gguf.name, "threads": threads, "seconds": seconds, "turns": args.turns, "rows": rows}
         args.json_out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

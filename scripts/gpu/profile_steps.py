@@ -32,6 +32,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.decode_profile import moment
+from bench.document import command_line
 from bench.throughput_runs import KINDS
 from draft.source import DraftSource
 from draft.spans import SpanPolicy
@@ -255,9 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     try:
         args = parser.parse_args(arguments)
-        document: dict[str, Any] = {
-            "command": " ".join(["scripts/gpu/profile_steps.py", *(sys.argv[1:] if arguments is None else arguments)])
-        }
+        document: dict[str, Any] = {"command": command_line("gpu/profile_steps.py", arguments)}
         for batch in map(int, args.batches.split(",")):
             for length in map(int, args.lengths.split(",")):
                 # a CPU's bf16 weights are laid out for its own products, which the runners of a GPU do not know

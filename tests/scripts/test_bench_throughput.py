@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import bench_throughput
+from bench.document import command_line
 from bench.throughput_check import TIE_BF16_STEPS, compare, shortfalls
 from bench.throughput_runs import Foretold, Transformers, copy_gb_per_s, in_batches
-from bench_throughput import command_of, main, parse
+from bench_throughput import main, parse
 from engine.errors import InvalidOption
 
 
@@ -182,9 +183,9 @@ def test_batches_hold_every_prompt_and_are_full():
 
 
 def test_the_command_keeps_no_machine_paths():
-    assert command_of(["--target", "/some/where/model", "--json-out", "scripts/results/a.json", "--prompt-file=/b/c.txt"]) == (
-        "python scripts/bench_throughput.py --target model --json-out scripts/results/a.json --prompt-file=c.txt"
-    )
+    assert command_line(
+        "bench_throughput.py", ["--target", "/some/where/model", "--json-out", "scripts/results/a.json", "--prompt-file=/b/c.txt"]
+    ) == ("python scripts/bench_throughput.py --target model --json-out scripts/results/a.json --prompt-file=c.txt")
 
 
 @pytest.mark.parametrize(
