@@ -35,7 +35,7 @@ class LibraryProcess:
         """End it."""
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
 
 
 class ServerProcess:
@@ -71,12 +71,12 @@ class ServerProcess:
     def kill(self) -> None:
         """End it as a crash does."""
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def close(self) -> int:
         """End it, as an operator would; its exit status."""
         self._process.terminate()
-        status = self._process.wait(60)
+        status = self._process.wait(120)
         self._said.close()
         return status
 

@@ -214,7 +214,7 @@ def test_the_real_installer_fetches_one_wheel_without_its_dependencies(tmp_path,
         )
         archive.writestr("tiny_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("tiny_thing-1.0.dist-info/RECORD", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())  # several stand apart by spaces
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     folder = tmp_path / "wheel"
     folder.mkdir()
