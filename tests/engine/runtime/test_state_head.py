@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def target(random_decoder):
 
 
 def talkative(decoder, share=0.02):
-    """With layers that say little beside the embeddings, so that a head which was never trained is right now and then."""
+    """A copy whose layers say little beside the embeddings, so that a head which was never trained is right now and then."""
+    decoder = copy.deepcopy(decoder)  # others may have it, and ask for it again
     for layer in decoder.layers:
         layer.o_proj.weight.mul_(share)
         layer.down_proj.weight.mul_(share)
