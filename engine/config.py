@@ -12,6 +12,18 @@ from engine.kv.formats import PLAIN, check_name
 
 
 @dataclass(frozen=True)
+class LoadedAs:
+    """How an engine's models were loaded, for another process to load the same ones: arguments of `Engine.from_pretrained`, folders where that has
+    resolved a name to one."""
+
+    target: str
+    draft: str
+    dtype: str
+    exit_layer: int | None = None
+    weights: str = "auto"
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Options of an engine.
 
@@ -27,6 +39,7 @@ class EngineConfig:
     gpu_memory_utilization: share of a GPU's memory that may be used in all, other programs and the weights included; the KV pools get what is left of
     it; None: `engine.runtime.memory.GPU_MEMORY_UTILIZATION`. Not beside pool_tokens.
     ngrams: whether requests whose draft length is automatic also draft from their own text, where there is a source of drafts.
+    loaded_as: how another process loads these models; None: they came from no folder.
 
     Raises:
         InvalidOption: a number below what makes sense, a value of another type, or an unknown format.
@@ -44,6 +57,7 @@ class EngineConfig:
     ngrams: bool = True
     prefix_sharing: bool = True
     gpu_memory_utilization: float | None = None
+    loaded_as: LoadedAs | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch", "prefill_chunk"):

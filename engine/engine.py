@@ -11,7 +11,7 @@ import torch
 
 from draft.policy import CostModel
 from engine.calibrate.channel_means import channel_means
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoadedAs
 from engine.errors import EmptyPrompt, InvalidOption
 from engine.hub.cache import CacheFolder
 from engine.hub.resolve import resolve_model, resolve_pair, resolve_target
@@ -55,7 +55,7 @@ class Engine:
         draft: a small model with the target's vocabulary, a number of the target's first layers (early exit), a loaded draft source, or None for
             no speculation.
         pool_tokens, page_size, max_batch, prefill_chunk, deterministic, costs, target_dir, pair, ngrams, prefix_sharing,
-            gpu_memory_utilization: see `EngineConfig`.
+            gpu_memory_utilization, loaded_as: see `EngineConfig`.
         kv_cache_dtype: `EngineConfig.kv_cache_dtype`: "bf16" (the model's own), "q4", "q3" or "q2".
         draft_dir: where a draft model came from, for fingerprints.
         store: a folder that keeps prefixes for every process that names it (docs/store.md): what is known of a prompt comes back before it runs, what
@@ -94,6 +94,7 @@ class Engine:
         ngrams: bool = True,
         prefix_sharing: bool = True,
         gpu_memory_utilization: float | None = None,
+        loaded_as: LoadedAs | None = None,
     ) -> None:
         config = EngineConfig(
             pool_tokens,
@@ -108,6 +109,7 @@ class Engine:
             ngrams,
             prefix_sharing,
             gpu_memory_utilization,
+            loaded_as,
         )
         check_format(kv_cache_dtype, target.config.head_dim)
         self.core = EngineCore(
@@ -184,7 +186,14 @@ class Engine:
         with own_torch_modes():
             with nullcontext() if blocks is None else closing(blocks):
                 decoder = Decoder.from_pretrained(target_dir, dtype=kind, device=where, blocks=blocks, device_map=device_map)
-            return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, **options)
+            loaded_as = LoadedAs(
+                target=str(target if blocks is not None else target_dir.absolute()),
+                draft=str((choice.model or choice.head or Path(draft)) if choice.exit_layer is None else draft),
+                dtype=str(kind).removeprefix("torch."),
+                exit_layer=choice.exit_layer,
+                weights=weights,
+            )
+            return cls(decoder, tokenizer, draft=choice.load(decoder), target_dir=target_dir, loaded_as=loaded_as, **options)
 
     @classmethod
     def from_pair(cls, name: str, *, progress: Any | None = None, draft: str | Path | None = None, **options: Any) -> Engine:

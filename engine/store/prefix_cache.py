@@ -25,7 +25,8 @@ from engine.runtime.core import TURN_S, EngineCore
 from engine.runtime.request import Request, SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import Span
-from engine.sessions.kv_codec import SessionCodec, session_codec
+from engine.sessions.fitting import PackFitting, fitting_beside
+from engine.sessions.kv_codec import SessionCodec, known_codec, session_codec
 from engine.sessions.rates import SHORTEST, known_rates, measuring, rates_of
 from engine.sessions.restore import SpanRestore
 from engine.sessions.session import AUTO, AUTO_QUALITY, SESSION_QUALITIES, TOKENS
@@ -41,9 +42,14 @@ PIECE_PAGES = {"cpu": 1, "cuda": 16 * RUN_PAGES}
 """Pages coded at a time, by device, between which requests are served: less than a tenth of a second's work."""
 
 _PATIENCE_S = 0.5  # how long a busy engine is waited for before a piece is coded between two of its steps
+# the same for a piece of measuring rates, of up to a second, and how long the fitting of codec parameters waits: both are made once for a pair
+_ONCE_PATIENCE_S = 60.0
 _POLL_S = 0.01
 _MAX_TOLD = 1 << 14
 _EXIT_S = 60.0  # for what is left to be coded when the process ends
+_EXIT_FITTING_S = (
+    300.0  # where codec parameters are being fitted still: broken off, they would never be there for a process that takes no longer
+)
 
 
 @dataclass
@@ -97,7 +103,8 @@ class PrefixCache:
         core: the engine. store: opened; `close` closes it.
         namespace: whose prefixes a request sees, unless it names another.
         quality: as of sessions: "auto" codes at "balanced" where restoring is faster on this machine than computing, and keeps ids alone elsewhere.
-        pack: the codec parameters' file; default: the pair's own, fitted now where there are none.
+        pack: the codec parameters' file; default: the pair's own. Where there are none they are fitted by a process of their own, on a CPU, and nothing
+            is restored or kept before they are there (`fitting_beside`); else now.
         memory_bytes: of coded pages that stay in host memory, so that a hit reads no file; 0: none.
         log: told once of each kind of trouble, which costs no request its answer.
 
@@ -133,7 +140,18 @@ class PrefixCache:
         self._num_threads = torch.get_num_threads()
         self._worker: threading.Thread | None = None
         # now, so that features are kept for it from the first request on
-        self.codec = None if quality == TOKENS else session_codec(core, pack, log)
+        self.codec: SessionCodec | None = None
+        self._fitting: PackFitting | None = None
+        self._busy_since: float | None = None  # since when requests have kept it from running
+        if quality != TOKENS:
+            self.codec = known_codec(core, pack, log)
+            if self.codec is None and (fitting := fitting_beside(core)) is not None:
+                self._fitting = fitting
+                log(
+                    "no codec parameters for this pair yet: they are fitted beside what is served, and the store keeps nothing before they are there"
+                )
+            elif self.codec is None:
+                self.codec = session_codec(core, pack, log)
         if self.codec is not None:
             self.codec.make_ready()
         self._prints = pair_fingerprints(core)
@@ -146,13 +164,15 @@ class PrefixCache:
     def attach(self) -> PrefixCache:
         """Serve the engine from now on, until `close`. On a CPU layers with a window then hold all of a text, as any beginning of it may be stored."""
         self.core.prefix_store, self._shared = self, self.core.share_restored()
-        self.core.hold_whole_texts(self.codec is not None)
+        self.core.hold_whole_texts(self.quality != TOKENS)
+        if self._fitting is not None:
+            self._start_worker()
         reference = weakref.ref(self)
 
         def leave() -> None:
             cache = reference()
             if cache is not None:
-                cache.close(_EXIT_S)
+                cache.close(_EXIT_S if cache._fitting is None else _EXIT_FITTING_S)
 
         self._at_exit = leave
         atexit.register(leave)
@@ -162,6 +182,9 @@ class PrefixCache:
 
     def restore(self, request: Request) -> StoredRestore | None:
         """See `PrefixStore.restore`."""
+        if (fitting := self._fitting) is not None:
+            self._busy_since = self._busy_since or time.monotonic()
+            fitting.pause(True)
         try:
             self._foretell(request)
             return self._restore(request)
@@ -280,12 +303,15 @@ class PrefixCache:
             return
         if self._job_of(request.conversation) is None:
             self._jobs.append(_Job(request.conversation, request.namespace or self.namespace, time.monotonic()))
+        self._start_worker()
+        self._wake.set()
+
+    def _start_worker(self) -> None:
         if self._worker is None:
             self._worker = threading.Thread(
                 target=_work, args=(weakref.ref(self), self._wake, self._num_threads), name="foretold-store", daemon=True
             )
             self._worker.start()
-        self._wake.set()
 
     def take_over(self, conversation: SequenceState) -> bool:
         """See `PrefixStore.take_over`."""
@@ -305,13 +331,18 @@ class PrefixCache:
         return bool(owned)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Keep now what waits to be kept; False when the time was too short. Any thread may call it; interrupted, it leaves the rest unkept."""
+        """Keep now what waits to be kept, once codec parameters that are being fitted are there; False when the time was too short. Any thread may call
+        it; interrupted, it leaves the rest unkept."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             while self._jobs:
                 if until is not None and time.monotonic() > until:
                     return False
-                self._keep_some()
+                if self._awaits_codec():
+                    self._once("awaits", "waiting for codec parameters to be fitted, to keep what was generated")
+                    time.sleep(_POLL_S)
+                else:
+                    self._keep_some()
         except KeyboardInterrupt:
             with self.core.lock:
                 for job in list(self._jobs):
@@ -332,6 +363,8 @@ class PrefixCache:
             for job in list(self._jobs):
                 self._end(job)
             self._end_measuring()
+            if self._fitting is not None:
+                self._fitting.end()
             if self.core.prefix_store is self:
                 self.core.prefix_store = None
                 self.core.hold_whole_texts(False)
@@ -388,10 +421,50 @@ class PrefixCache:
             job = self._jobs[0]
         except IndexError:
             return False
-        if not self.core.scheduler.idle and time.monotonic() - job.since < _PATIENCE_S:
-            return False
+        if not self.core.scheduler.idle:
+            waited_s = time.monotonic() - job.since
+            if waited_s < _PATIENCE_S or (waited_s < _ONCE_PATIENCE_S and self._lacks_rates(job)):
+                return False
         self._keep_some()
         return True
+
+    def _awaits_codec(self) -> bool:
+        """Whether codec parameters are being fitted still. Those that are there now are taken; without, ids alone are kept."""
+        with self._keeping:
+            fitting = self._fitting
+            if fitting is None:
+                return False
+            if fitting.running:
+                self._give_way(fitting)
+                return True
+            why, self._fitting = fitting.failure(), None
+            fitting.end()
+            codec: SessionCodec | None = None
+            try:
+                with self.core.lock:
+                    codec = known_codec(self.core, None, self._log)
+                if codec is not None:
+                    codec.make_ready()
+            except (ForetoldError, CodecError, OSError, MemoryError) as error:
+                codec, why = None, str(error)
+            if codec is None:
+                self._once(
+                    "fit", f"the store keeps ids alone, as no codec parameters could be fitted: {why or 'they are not in the cache'}"
+                )
+                with self.core.lock:
+                    self.core.hold_whole_texts(False)
+            else:
+                self._log("codec parameters are fitted: texts are kept from now on, those that waited for it, too")
+            self.codec = codec
+            return False
+
+    def _give_way(self, fitting: PackFitting) -> None:
+        """Let the fitting of codec parameters run while no request does, or when some have for long."""
+        if self.core.scheduler.idle:
+            self._busy_since = None
+        elif self._busy_since is None:
+            self._busy_since = time.monotonic()
+        fitting.pause(self._busy_since is not None and time.monotonic() - self._busy_since < _ONCE_PATIENCE_S)
 
     def _keep_some(self) -> None:
         """Code a piece of the oldest job, and store it where it completes a run or the text."""
@@ -463,11 +536,15 @@ class PrefixCache:
                 return
         self.host.insert(root, ids, StoredPrefix(first, first + len(alone), alone, []))
 
-    def _measures(self, job: _Job) -> bool:
-        """Take the next step of measuring rates, where a job needs them and they are not known yet; False where there is nothing to measure."""
+    def _lacks_rates(self, job: _Job) -> bool:
+        """Whether a job needs rates, and they are not known yet."""
         if self.codec is None or job.page is not None or known_rates(self.codec) is not None:
             return False
-        if min(job.conversation.sequence.length, len(job.conversation.token_ids)) < SHORTEST:
+        return min(job.conversation.sequence.length, len(job.conversation.token_ids)) >= SHORTEST
+
+    def _measures(self, job: _Job) -> bool:
+        """Take the next step of measuring rates, where a job lacks them; False where there is nothing to measure."""
+        if self.codec is None or not self._lacks_rates(job):
             return False
         if self._measuring is None:
             self._measuring = measuring(self.codec, self._log)
@@ -581,19 +658,23 @@ class PrefixCache:
 def _work(reference: weakref.ref[PrefixCache], wake: threading.Event, num_threads: int) -> None:
     """The worker's loop: it ends with its cache."""
     torch.set_num_threads(num_threads)  # a new thread begins with another number, and rounds otherwise
+    pause_s = 1.0
     while True:
-        wake.wait(1.0)
+        wake.wait(pause_s)
         wake.clear()
         cache = reference()
         if cache is None or cache._closing:
             return
-        while cache._jobs and not cache._closing:  # held meanwhile: an engine that is dropped is kept first
+        while not cache._closing:  # held meanwhile: an engine that is dropped is kept first
             try:
+                if cache._awaits_codec() or not cache._jobs:
+                    break
                 worked = cache.work_once()
             except Exception as error:  # whatever it is, the engine goes on
                 cache._once("worker", f"the store's worker failed: {type(error).__name__}: {error}")
                 worked = False
             time.sleep(TURN_S if worked else _POLL_S)
+        pause_s = 1.0 if cache._fitting is None else _POLL_S
         del cache
 
 
