@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -23,7 +22,6 @@ from engine.kv.formats import PLAIN, check_format
 from engine.kv.shared_prefixes import SharedPrefixes
 from engine.kv.windowed_pool import WindowedPool
 from engine.model.decoder import Decoder
-from engine.model.device import own_torch_modes
 from engine.runtime.block_runner import block_decoding
 from engine.runtime.device_sampling import Drawing
 from engine.runtime.draft_copy import exit_copy
@@ -47,11 +45,11 @@ from engine.runtime.request import GenerationResult, Request, SequenceState, Str
 from engine.runtime.sampling import SamplingParams
 from engine.runtime.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from engine.runtime.scheduler import Scheduler
+from engine.runtime.turns import Turns
 from kernels.compile_ahead import compile_ahead
 from kernels.cpu_decode.crew import CREW
 
 TEXT_CONTEXT = 5  # prompt tokens decoded along with the first new ones
-TURN_S = 0.001  # in which whoever waits for the engine's lock gets it: without a pause its last holder takes it again
 CAPTURE_LIMIT_S = 20.0  # that steps captured at the start may take
 MEASURED_AFTER = 64  # tokens that were not drafted for: measuring takes as long as some fifteen, copies that are made for it as many again
 _FREE_SHARE = 0.8  # of its threads' time that a process gets on a machine that is free
@@ -82,44 +80,10 @@ class Captured(NamedTuple):
     seconds: float
 
 
-class _Turns:
-    """A lock that the thread which holds it may take again. While it is held, the caller's torch modes are set aside (`own_torch_modes`)."""
-
-    def __init__(self) -> None:
-        self._lock, self._depth, self._modes = threading.RLock(), 0, own_torch_modes()
-        self._holder: int | None = None
-
-    @property
-    def mine(self) -> bool:
-        """Whether the calling thread holds it."""
-        return self._holder == threading.get_ident()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            if self._depth == 0:
-                self._modes = own_torch_modes()
-                self._modes.__enter__()
-                self._holder = threading.get_ident()
-            self._depth += 1
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        try:
-            if self._depth == 0:
-                self._holder = None
-                self._modes.__exit__(None, None, None)
-        finally:
-            self._lock.release()
-
-
 class EngineCore:
     """Runs conversations with a target, a draft source and their KV pools.
 
-    Whatever changes its state holds `lock`, so threads take turns, step by step (docs/guarantees.md).
+    Whatever changes its state holds `lock`, so threads take turns, step by step, in the order in which they asked (docs/guarantees.md).
 
     A seed names one text, whatever drafts, draft length and batch (docs/guarantees.md). The automatic draft length rests on costs (`cost_model`)
     that are given, or measured once: on a CPU after the first tokens (MEASURED_AFTER), which are not drafted for.
@@ -150,8 +114,7 @@ class EngineCore:
         kv_means: torch.Tensor | None = None,
     ) -> None:
         self.target, self.source, self.config = target, source, config
-        self.lock = _Turns()
-        self._piece_waits = False  # a piece of `in_turns` waits for the lock, which a stream's thread would take again
+        self.lock = Turns()
         self.text, self.eos_token_ids = text, eos_token_ids
         self.sampling_defaults = sampling_defaults
         cached = None if source is None else source.cached_decoder
@@ -381,17 +344,12 @@ class EngineCore:
         try:
             while True:
                 try:
-                    self._piece_waits = True
                     with self.lock:
-                        self._piece_waits = False
                         next(pieces)
                 except StopIteration as end:
                     return end.value
-                if not self.scheduler.idle:
-                    time.sleep(TURN_S)
         finally:
             with self.lock:
-                self._piece_waits = False
                 pieces.close()
 
     # --- conversations --------------------------------------------------------------------------------------------------
@@ -559,12 +517,12 @@ class EngineCore:
         try:
             event: StreamEvent | None = None
             while event is None or event.result is None:
-                if self._piece_waits:
-                    time.sleep(TURN_S)
-                with self.lock:  # another thread's step serves this request too
-                    if request.finish_reason is None:
-                        self._step(request)
+                with self.lock:
                     event = request.news(self.memory)
+                    if event is None:  # another thread's step serves this request too
+                        if request.finish_reason is None:
+                            self._step(request)
+                        event = request.news(self.memory)
                 if event is not None:
                     yield event
         finally:

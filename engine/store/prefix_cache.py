@@ -21,7 +21,7 @@ from codec.spec import NUM_SINKS
 from engine.errors import ForetoldError, InvalidOption
 from engine.inputs import is_whole, shown
 from engine.kv.shared_prefixes import SharedPrefixes
-from engine.runtime.core import TURN_S, EngineCore
+from engine.runtime.core import EngineCore
 from engine.runtime.request import Request, SequenceState
 from engine.sessions.codec_params import pair_fingerprints
 from engine.sessions.file import Span
@@ -673,7 +673,8 @@ def _work(reference: weakref.ref[PrefixCache], wake: threading.Event, num_thread
             except Exception as error:  # whatever it is, the engine goes on
                 cache._once("worker", f"the store's worker failed: {type(error).__name__}: {error}")
                 worked = False
-            time.sleep(TURN_S if worked else _POLL_S)
+            if not worked:
+                time.sleep(_POLL_S)
         pause_s = 1.0 if cache._fitting is None else _POLL_S
         del cache
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +23,7 @@ from draft.head_file import DraftHeadConfig, target_digest, write_draft_head
 from engine.calibrate.recipe import quick_pack
 from engine.model.decoder import Decoder, DecoderConfig, forward_reserved
 from engine.runtime import memory
+from engine.runtime.turns import Turns
 from engine.sessions.codec_params import find_pack
 from engine.sessions.rates import Rates
 
@@ -414,11 +414,33 @@ def model_options(chat_folders, pack_home):
 
 
 @pytest.fixture
-def let_others(monkeypatch):
-    """`let_others(act)`: until `monkeypatch.undo`, engines call act(seconds) between two pieces instead of sleeping; whoever else sleeps, sleeps."""
+def let_others(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Callable[[], object]], None]:
+    """`let_others(core, act)`: until `monkeypatch.undo`, act() runs between two pieces of `EngineCore.in_turns`, where threads that wait for the engine's
+    lock would, as long as requests are served."""
 
-    def patch(act: Callable[[float], object]) -> None:
-        monkeypatch.setattr("engine.runtime.core.time", SimpleNamespace(**vars(time) | {"sleep": act}))
+    def patch(core: Any, act: Callable[[], object]) -> None:
+        in_turns, ended = core.in_turns, []
+
+        def noted(pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+            with closing(pieces):
+                while True:
+                    try:
+                        next(pieces)
+                    except StopIteration as end:
+                        return end.value
+                    ended.append(True)
+                    yield
+
+        class Lock(Turns):
+            def __exit__(self, *error: object) -> None:
+                super().__exit__(*error)
+                if ended and not self.mine:
+                    ended.clear()
+                    if not core.scheduler.idle:
+                        act()
+
+        monkeypatch.setattr(core, "lock", Lock())
+        monkeypatch.setattr(core, "in_turns", lambda pieces: in_turns(noted(pieces)))
 
     return patch
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine.errors import SessionBusy, SessionClosed
-from engine.runtime.core import TURN_S
 from engine.runtime.sampling import SamplingParams
 
 TEXT = "".join(f"def number_{i}(value):\n    '''Add {i} to it.'''\n    return value + {i}\n\n" for i in range(12))[:760]
@@ -32,11 +31,6 @@ def stream_of(engine):
         return engine.core.submit(engine.core.open_sequence_state(), engine.encode("Once upon a time"), STREAM, owns_cache=True)
 
 
-def stream_of_core(core):
-    with core.lock:
-        return core.submit(core.open_sequence_state(), list(range(20)), STREAM, owns_cache=True)
-
-
 @pytest.mark.parametrize("draft", ["draft", "head", "none"])
 def test_a_session_is_coded_in_pieces_while_others_are_served(chat_engine, tmp_path, monkeypatch, draft, let_others):
     alone = spoken(chat_engine(draft))
@@ -44,7 +38,7 @@ def test_a_session_is_coded_in_pieces_while_others_are_served(chat_engine, tmp_p
     engine, steps = chat_engine(draft), []
     session = spoken(engine)
     stream = stream_of(engine)
-    let_others(lambda _: steps.append(engine.core.step()))  # between two pieces
+    let_others(engine.core, lambda: steps.append(engine.core.step()))
     session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
     assert len(steps) >= PIECES - 1 and stream.num_new >= PIECES - 1
@@ -63,10 +57,10 @@ def test_an_interrupt_between_two_pieces_of_a_suspend_leaves_the_session_as_it_w
     before = engine.core.target.read_kv(sequence, 0, sequence.length)
     stream = stream_of(engine)
 
-    def interrupt(_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    let_others(interrupt)
+    let_others(engine.core, interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
@@ -84,7 +78,7 @@ def test_an_answer_and_a_close_wait_for_a_suspend_of_their_session(chat_engine, 
     session, wanted = spoken(engine), spoken(chat_engine("none"))
     stream, found, threads = stream_of(engine), [], []
 
-    def others(_):
+    def others():
         """Between the first two pieces: another thread asks for an answer."""
         engine.core.step()
         if not threads:
@@ -93,7 +87,7 @@ def test_an_answer_and_a_close_wait_for_a_suspend_of_their_session(chat_engine, 
             threads[0].join(0.2)
             assert threads[0].is_alive() and not found
 
-    let_others(others)
+    let_others(engine.core, others)
     session.suspend(tmp_path / "a.kv")
     monkeypatch.undo()
     threads[0].join(300)
@@ -150,7 +144,7 @@ def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engin
     session = spoken(engine)
     stream = stream_of(engine)
 
-    def asked_within(_):
+    def asked_within():
         """What a signal's handler does between two pieces."""
         asked = (lambda: session.suspend(tmp_path / "b.kv"), session.to_bytes, lambda: session.generate(" and", GREEDY), session.close)
         for ask in asked:
@@ -158,7 +152,7 @@ def test_what_is_asked_within_a_suspend_by_the_same_thread_is_refused(chat_engin
                 ask()
             refused.append(ask)
 
-    let_others(asked_within)
+    let_others(engine.core, asked_within)
     report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
     monkeypatch.undo()
     assert report is session.suspended and len(refused) >= 4 and not (tmp_path / "b.kv").exists()
@@ -182,14 +176,14 @@ def test_who_holds_the_engine_is_not_made_to_wait_for_a_suspend(chat_engine, tmp
             except Exception as error:
                 found.append(error)
 
-    def between(_):
+    def between():
         if not threads:
             threads.append(threading.Thread(target=hold, daemon=True))
             threads[0].start()
             begun.set()
             held.wait(300)
 
-    let_others(between)
+    let_others(engine.core, between)
     report = in_a_thread(lambda: session.suspend(tmp_path / "a.kv"))
     monkeypatch.undo()
     threads[0].join(300)
@@ -250,24 +244,3 @@ def test_a_suspend_within_a_step_of_the_sessions_answer_is_refused(chat_engine, 
     assert refused and not (tmp_path / "a.kv").exists() and found == wanted.generate(" and", GREEDY).token_ids
     monkeypatch.undo()
     assert session.to_bytes() == wanted.to_bytes()
-
-
-def test_a_stream_lets_a_piece_that_waits_have_the_lock(chat_engine, monkeypatch, let_others):
-    core, slept = chat_engine("none").core, []
-    events = core.events(stream_of_core(core))
-    next(events)
-    let_others(slept.append)
-
-    def piece():
-        assert not core._piece_waits, "it has the lock"
-        yield
-        return 1
-
-    core._piece_waits = True
-    next(events)
-    assert slept == [TURN_S]
-    assert core.in_turns(piece()) == 1 and not core._piece_waits
-    del slept[:]
-    next(events)
-    assert not slept, "nobody waits"
-    events.close()

@@ -509,7 +509,7 @@ def test_a_session_is_resumed_in_pieces(chat_engine, tmp_path, monkeypatch, draf
     engine, steps, pieces = chat_engine(draft, **SMALL), [], []
     restore = SpanRestore.piece
     monkeypatch.setattr(SpanRestore, "piece", lambda *args: pieces.append(restore(*args)) or pieces[-1])
-    let_others(lambda _: steps.append(engine.core.step()))  # between two pieces
+    let_others(engine.core, lambda: steps.append(engine.core.step()))
     stream = submit(engine, "Once upon a time", STREAM)
     resumed = engine.session(tmp_path / "file", restore="decode", log=lambda _: None)
     assert len(pieces) >= PIECES and len(steps) >= PIECES and stream.num_new >= PIECES - 1
@@ -538,10 +538,10 @@ def test_an_interrupt_between_two_pieces_of_a_resume_gives_pages_back(chat_engin
     engine = chat_engine("draft", **SMALL)
     stream = submit(engine, "Once upon a time", STREAM)
 
-    def interrupt(_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    let_others(interrupt)
+    let_others(engine.core, interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.session(tmp_path / "file", restore="decode", log=lambda _: None)
     monkeypatch.undo()
