@@ -52,8 +52,10 @@ class Scheduler:
     The oldest running request, and those whose caches a conversation goes on with, are promised their longest possible length and never interrupted.
     When a step's pages do not fit, the request that came last gives its own back and waits; it runs its text again, but for what a pool or a store
     kept of it, and goes on (recompute preemption: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
-    2023, section 4.5). max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so
-    that a long prompt does not hold up the others; short ones run as rows of the others' decode steps where these are launched ahead. whole_chunks:
+    2023, section 4.5). Open conversations keep their pages, answering or not: whoever holds one may be about to go on, or to suspend it. Where they
+    have taken what a request was promised, it waits for those that run, and ends with an error once none does.
+    max_batch: most requests at once. prefill_chunk: tokens of one request's prompt per step, so that a long prompt does not hold up the others; short
+    ones run as rows of the others' decode steps where these are launched ahead. whole_chunks:
     chunks end at multiples of it, counted from the text's first token, and a whole one runs alone in its pass: then its numbers are the same whatever
     else is served and whatever was shared before it.
     prefill_tokens: most prompt tokens per step. restore_tokens: of a stored prefix that are brought back in one step, for one request; they count as

@@ -415,8 +415,8 @@ def model_options(chat_folders, pack_home):
 
 @pytest.fixture
 def let_others(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Callable[[], object]], None]:
-    """`let_others(core, act)`: until `monkeypatch.undo`, act() runs between two pieces of `EngineCore.in_turns`, where threads that wait for the engine's
-    lock would, as long as requests are served."""
+    """`let_others(core, act)`: until `monkeypatch.undo`, act() runs between two pieces of `EngineCore.in_turns`, where threads that wait for the
+    engine's lock would, as long as requests are served."""
 
     def patch(core: Any, act: Callable[[], object]) -> None:
         in_turns, ended = core.in_turns, []

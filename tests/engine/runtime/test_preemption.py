@@ -139,6 +139,69 @@ def test_pages_taken_from_outside_end_a_request_with_its_error(target):
     check(engine)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_nothing_runs_for_ever_beside_conversations_that_hold_pages(target, drafts, seed):
+    """Requests, turns of conversations, and caches that are filled from outside, in pools too small for them: each ends, with its text or an error, in
+    about as many steps as it has tokens. Who is interrupted is the last to come of those that may be."""
+    rng = random.Random(seed)
+    draft = ("none", "model", "head")[seed % 3]
+    engine = engine_of(target, drafts[draft], pool_tokens=rng.choice([128, 160, 208]), prefix_sharing=seed % 2 == 0)
+    core, scheduler, others = engine.core, engine.core.scheduler, []
+    preempt, length = scheduler._preempt, 0 if draft == "none" else 2
+
+    def watched(request):
+        later = [r for r in scheduler.running if r.owns_cache and r.submitted_at > request.submitted_at]
+        others.append(len(later))
+        preempt(request)
+
+    scheduler._preempt = watched
+    conversations, outside, running, owed = [], [], {}, 0
+
+    def submit(conversation, most_tokens, most_new, owns_cache):
+        nonlocal owed
+        tokens, new = [rng.randrange(3, 60) for _ in range(rng.randrange(1, most_tokens))], rng.randrange(2, most_new)
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True, draft_length=length)
+        try:
+            running[core.submit(conversation, tokens, params, owns_cache=owns_cache)] = new
+            owed += new + len(tokens)
+        except PoolExhausted:  # it never fits, and what owns its cache is closed
+            if not owns_cache:
+                core.close_sequence_state(conversation)
+
+    def step():
+        core.step()
+        for request in [r for r in running if r.finish_reason is not None or r.error is not None]:
+            new = running.pop(request)
+            assert request.error is not None or request.num_new == new
+            if not request.owns_cache and request.error is None:
+                conversations.append(request.conversation)
+            elif not request.owns_cache:
+                core.close_sequence_state(request.conversation)
+
+    for _ in range(250):
+        what = rng.random()
+        if what < 0.12:
+            submit(core.open_sequence_state(), 40, 60, owns_cache=True)
+        elif what < 0.16 and len(conversations) < 3:
+            conversations.append(core.open_sequence_state())
+        elif what < 0.24 and conversations:
+            submit(conversations.pop(rng.randrange(len(conversations))), 10, 20, owns_cache=False)
+        elif what < 0.27 and conversations:
+            core.close_sequence_state(conversations.pop())
+        elif what < 0.29 and core.pool.num_free_pages:
+            outside.append(core.open_sequence_state())
+            outside[-1].sequence.ensure(8 * min(core.pool.num_free_pages, rng.randrange(1, 6)), 0)
+        elif what < 0.33 and outside:
+            core.close_sequence_state(outside.pop())
+        step()
+    for _ in range(owed):
+        step()
+    assert scheduler.idle and not running and others and not any(others)
+    for conversation in [*conversations, *outside]:
+        core.close_sequence_state(conversation)
+    check(engine)
+
+
 def test_cancelling_an_interrupted_request_leaves_nothing(target):
     engine = engine_of(target, None, pool_tokens=128)
     streams = [engine.stream([10 + i] * 5, SamplingParams(max_new_tokens=80, ignore_eos=True)) for i in range(4)]
