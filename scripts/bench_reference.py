@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.document import measured_on, print_document
+from bench.document import command_line, measured_on, print_document
 from codec.spec import NUM_SINKS
 from engine.engine import Engine
 from engine.runtime.request import SequenceState
@@ -154,11 +154,10 @@ def main(argv: list[str] | None = None) -> int:
             if len(document) < args.tokens + FOLLOWING:
                 parser.error(f"{file.name} has {len(document)} tokens, --tokens {args.tokens} needs {args.tokens + FOLLOWING}")
             rows += measure(engine, codec, file.name, document, [float(step) for step in args.steps.split(",")])
-    names = f" --text {' '.join(file.name for file in args.text)}" if args.text else ""
     found = {
         **measured_on(engine.device),
         "pair": args.pair,
-        "command": f"python scripts/bench_reference.py --pair {args.pair} --tokens {args.tokens} --steps {args.steps}{names}",
+        "command": command_line("bench_reference.py", argv),
         "bits_ratio": bits_ratio(rows),
         "rows": rows,
     }

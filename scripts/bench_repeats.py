@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line
 from codec.spec import NUM_SINKS, QUALITIES, SPAN_TOKENS
 from codec_compare import write_json
 from engine.calibrate.corpus import library_texts
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {
         "pair": args.pair,
         "device": torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else "cpu",
-        "command": " ".join(["python scripts/bench_repeats.py", *(Path(word).name for word in (sys.argv[1:] if argv is None else argv))]),
+        "command": command_line("bench_repeats.py", argv),
         "versions": versions(),
         "documents": len(texts),
         "document_tokens": args.document_tokens,

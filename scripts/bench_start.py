@@ -177,7 +177,15 @@ def main() -> None:
     for row in rows:
         print(f"{row['stage']:<24} {row['wall_s']:8.3f} {row['cpu_s']:8.3f}")
     if args.json_out:
-        document = {"pair": args.pair, "runs": args.runs, "cores": os.cpu_count(), "command": sys.argv, "rows": rows}
+        from bench.document import command_line  # it imports torch, which is a stage of its own
+
+        document = {
+            "pair": args.pair,
+            "runs": args.runs,
+            "cores": os.cpu_count(),
+            "command": command_line("bench_start.py", None),
+            "rows": rows,
+        }
         args.json_out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 from bench.call_times import median_and_p95, timed
-from bench.document import print_document
+from bench.document import command_line, print_document
 from engine.engine import Engine
 from engine.runtime import scheduler
 from engine.runtime.sampling import SamplingParams
@@ -222,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     found = {
         "device": f"cpu {platform.machine()}",
         "versions": {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
-        "command": f"python scripts/bench_store.py --runs {args.runs} --span-bytes {args.span_bytes} --calls {args.calls}"
-        + ("" if args.pair is None else f" --pair {args.pair} --hot-calls {args.hot_calls}"),
+        "command": command_line("bench_store.py", argv),
         "rows": rows,
     }
     for line in rows:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.document import print_document
+from bench.document import command_line, print_document
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         for name in about:
             del row[name]
-    command = f"python scripts/bench_store_reuse.py --pair {args.pair} --characters {args.characters} --repeats {args.repeats} --quality {args.quality}"
+    command = command_line("bench_store_reuse.py", argv)
     found = {**about, "command": command, "speedup": median("none") / median("filled"), "rows": rows}
     print_document(found, args.json_out)
     return 0

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.document import command_line
 from bench.drawn_sessions import draw
 from bench.traces import Trace, read_trace
 from bench.trie_operations import measure
@@ -164,7 +165,7 @@ def operations(options: argparse.Namespace, given: list[str]) -> None:
     found = {
         "device": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "command": "python scripts/bench_trie.py " + " ".join(Path(word).name if word == options.json_out else word for word in given),
+        "command": command_line("bench_trie.py", given),
         "rows": rows,
     }
     for size in sizes:
@@ -196,7 +197,6 @@ def main(argv: list[str] | None = None) -> int:
     except ForetoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = {value: Path(value).name for value in (options.trace, options.json_out, options.plot, options.times) if value}
     rows: list[dict[str, Any]] = []
     result = {
         "trace": Path(options.trace).name,
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         "restore_times": Path(options.times).name if "rows" in table else dict(table),
         "device": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "command": "python scripts/bench_trie.py " + " ".join(files.get(word, word) for word in given),
+        "command": command_line("bench_trie.py", given),
         "rows": rows,
     }
     for row in rows_of(trace, options):

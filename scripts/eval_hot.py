@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line
 from codec_compare import write_json
 from engine.calibrate.channel_means import channel_means
 from engine.cli.command import load, quiet_libraries, versions
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "drafter": engine.drafter_name,
-        "command": " ".join(["scripts/eval_hot.py", *(args.arguments or sys.argv[1:])]),
+        "command": command_line("eval_hot.py", args.arguments),
         "versions": versions(),
         "rows": [],
     }

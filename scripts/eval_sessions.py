@@ -43,6 +43,7 @@ from typing import Any
 import torch
 
 from baselines import select_baselines
+from bench.document import command_line
 from bench.throughput_runs import KINDS
 from codec.pack import CodecPack
 from codec.spec import QUALITIES
@@ -243,9 +244,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
         "pair": pair,
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
-        "command": " ".join(
-            ["python scripts/eval_sessions.py", *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])]
-        ),
+        "command": command_line("eval_sessions.py", None),
         "settings": settings,
         "rows": [],
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "zstandard")},

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.document import command_line
 from codec.predictor.features import FeatureSpec
 from codec.predictor.fit import RidgeMoments
 from codec.spec import QUALITIES
@@ -152,7 +153,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
         "pair": options.pair or target_dir.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "command": " ".join(["scripts/sweep_predictor.py", *sys.argv[1:]]),
+        "command": command_line("sweep_predictor.py", None),
         "tokens": done,
         "held_out_tokens": len(whole.y),
         "text": digest,

@@ -32,7 +32,7 @@ from engine.runtime.core import EngineCore
 from engine.runtime.request import SequenceState
 from engine.sessions.codec_params import Log, fitted_pack, known_pack
 from engine.sessions.file import Span
-from engine.sessions.pieces import at_once
+from engine.sessions.pieces import whole
 from engine.sessions.repeats import Repeats, SpanSources
 from engine.sessions.stages import Rates, StageClock
 from kernels.dispatch import use_triton
@@ -170,23 +170,6 @@ class SessionCodec:
         """What `Predictor.predict` takes, of tokens [start, end): from what was kept while decoding, else from passes of the models."""
         return self._latents(conversation, start, end), self._target_rows(conversation, start, end)
 
-    def encode(
-        self,
-        conversation: SequenceState,
-        start: int,
-        end: int,
-        quality: str | float,
-        clock: StageClock | None = None,
-        earlier: Sequence[Span] | None = None,
-        *,
-        next_position: int = 0,
-        sources: SpanSources | None = None,
-    ) -> list[Span]:
-        """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages.
-        `encoding`, all at once.
-        """
-        return at_once(self.encoding(conversation, start, end, quality, clock, earlier, next_position=next_position, sources=sources))
-
     @torch.inference_mode()
     def encoding(
         self,
@@ -200,7 +183,8 @@ class SessionCodec:
         next_position: int = 0,
         sources: SpanSources | None = None,
     ) -> Generator[None, None, list[Span]]:
-        """The spans of `encode`, coded in pieces: between two of them requests may run, the conversation's own not.
+        """Code tokens [start, end), whose KV is in the conversation's pages, in spans that end at multiples of SPAN_TOKENS: whole ones fill pages. In
+        pieces, between two of which requests may run, the conversation's own not.
 
         quality: a name, whose promised divergence is kept where the pack states its curve (`codec.fidelity`), else a fixed step; or a step.
         earlier: the spans before `start`, without a gap, none where `start` is the first coded token. Where token ids repeat, a span may then refer to
@@ -245,6 +229,8 @@ class SessionCodec:
             spans += [Span(*some[n], data, encoder.divergence.get(n)) for n, data in enumerate(coded)]
             clock.mark("code")
         return spans
+
+    encode = whole(encoding)
 
     def _encoder(
         self, conversation: SequenceState, inputs: tuple[Tensor, Tensor | None], bounds: Sequence[tuple[int, int]], next_position: int

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
+Owner = TypeVar("Owner")
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -16,3 +19,14 @@ def at_once(pieces: Generator[None, None, T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def whole(method: Callable[Concatenate[Owner, P], Generator[None, None, T]]) -> Callable[Concatenate[Owner, P], T]:
+    """The method that does at once what another one of its class, with the same parameters, does in pieces."""
+
+    @wraps(method)
+    def run(self: Owner, /, *args: P.args, **options: P.kwargs) -> T:
+        pieces: Generator[None, None, T] = getattr(self, method.__name__)(*args, **options)
+        return at_once(pieces)
+
+    return run

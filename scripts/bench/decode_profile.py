@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.document import RowDocument, command_line, measured_on
 from engine.engine import Engine
 from engine.model.config import DecoderConfig
 from engine.model.decoder import Decoder, forward_reserved
@@ -210,14 +210,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # the read test's buffer is no part of the engine
     bound_ms = read_bytes(target) / bandwidth / 1e6
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    report: dict[str, Any] = {
-        "device": name, "shape": args.shape, "draft": args.draft, "read_gb_per_s": bandwidth, "read_bound_ms": bound_ms,
-        "versions": {"torch": torch.__version__}, "command": " ".join(["scripts/bench/decode_profile.py", *(argv or sys.argv[1:])]),
-        **agreement(engine, target), "rows": [],
+    about = {
+        **measured_on(device), "command": command_line("bench/decode_profile.py", argv), "shape": args.shape, "draft": args.draft,
+        "read_gb_per_s": bandwidth, "read_bound_ms": bound_ms, **agreement(engine, target),
     }  # fmt: skip
-    print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
-    if any(value > 0.05 for key, value in report.items() if key.startswith("logits_relative_rms")):
+    report = RowDocument(about, args.json_out)
+    if any(value > 0.05 for key, value in about.items() if key.startswith("logits_relative_rms")):
         print("captured steps disagree with the decoder; nothing is timed", file=sys.stderr)
         return 1
     for batch in map(int, args.batches.split(",")):
@@ -235,10 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                 row["announced_bytes"] = sum(engine.core.memory().values()) + beside
                 row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
                 row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-            report["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            if args.json_out:
-                args.json_out.write_text(json.dumps(report, indent=1) + "\n")
+            report.add(row)
     return 0
 
 

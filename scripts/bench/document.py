@@ -1,4 +1,4 @@
-"""What a benchmark ends with: one JSON object, printed and kept."""
+"""What a benchmark gives: one JSON object, printed and kept, at its end or row by row."""
 
 from __future__ import annotations
 
@@ -37,3 +37,24 @@ def print_document(document: dict[str, Any], file: Path | None) -> None:
     print(json.dumps(document))
     if file is not None:
         file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+class RowDocument:
+    """The object of a benchmark whose "rows" come one by one: what is beside them is printed at once, each row as it comes, and the file is written
+    with each.
+
+    Args:
+        about: the object without its rows. file: None: it is printed alone.
+    """
+
+    def __init__(self, about: dict[str, Any], file: Path | None) -> None:
+        self._document: dict[str, Any] = about | {"rows": []}
+        self._file = file
+        print(json.dumps(about), flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """The next row."""
+        self._document["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        if self._file is not None:
+            self._file.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")

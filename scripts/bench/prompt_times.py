@@ -11,7 +11,6 @@ Nothing is printed of a size whose logits are not those of the own pass: `relati
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from unittest import mock
 import torch
 
 from bench.decode_profile import SHAPES, moment, random_decoder
-from bench.document import command_line
+from bench.document import RowDocument, command_line, measured_on
 from engine.engine import Engine
 from engine.kv.pool import KvSequence
 from engine.model.decoder import forward_reserved
@@ -143,21 +142,16 @@ def main(argv: list[str] | None = None) -> int:
     most = max(count * (max(contexts) + length) for count, length in prompts)
     engine = Engine(target, draft=None, max_batch=max(count for count, _ in prompts), pool_tokens=3 * most + (1 << 15))
     captured = engine.core.capture_steps()
-    report: dict[str, Any] = {
-        "command": command_line("bench/prompt_times.py", argv),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "shape": args.shape,
-        "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(), "rows": [],
+    about = {
+        **measured_on(device), "command": command_line("bench/prompt_times.py", argv), "shape": args.shape,
+        "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(),
     }  # fmt: skip
-    print(json.dumps({name: report[name] for name in report if name != "rows"}), flush=True)
+    report = RowDocument(about, args.json_out)
     for context in contexts:
         times = PromptTimes(engine, context, args.repeats)
         for count, length in prompts:
             row = {"context": context, "prompts": count, "tokens": length, **times.passes(count, length)}
-            row["engine_ms"] = times.engine_ms(count, length)
-            report["rows"].append(row)
-            print(json.dumps(row), flush=True)
-    if args.json_out:
-        args.json_out.write_text(json.dumps(report, indent=1) + "\n")
+            report.add(row | {"engine_ms": times.engine_ms(count, length)})
     return 0
 
 
