@@ -29,11 +29,12 @@ from engine.model.device_map import DeviceMap
 from engine.model.embedding import BlockEmbedding
 from engine.model.forward_pass import DecoderOutput, ForwardPass, Observer, PassRunner
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
-from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
+from engine.model.linear import Gemm, Projection, laid_out, packed_copy, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
 from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.cpu_decode.machine_code import allows_tiles
+from kernels.cpu_decode.tiles import TileWeight
 from kernels.grouped_linear import grouped_linear
 from kernels.memory import HugePages
 from kernels.rms_norm import rms_norm
@@ -250,7 +251,7 @@ class Decoder(PassRunner, nn.Module):
     def _take_blocks(self, blocks: QuantizedBlocks) -> None:
         """Quantised matrices in place of plain ones that have no values yet."""
 
-        def joined(names: Sequence[str]) -> BlockWeight | None:
+        def joined(names: Sequence[str]) -> BlockWeight | TileWeight | None:
             found = [blocks.get(name) for name in names]
             if any(own is None or own[0] != cast(tuple, found[0])[0] for own in found):
                 return None
@@ -258,7 +259,7 @@ class Decoder(PassRunner, nn.Module):
             memory = torch.empty(sum(sizes), width // BLOCK * BLOCK_BYTES[kind], dtype=torch.uint8)
             for name, part in zip(names, memory.split(sizes), strict=True):
                 blocks.read(name, part)
-            return BlockWeight(memory, kind, self.dtype)
+            return laid_out(BlockWeight(memory, kind, self.dtype))
 
         for number, module in enumerate(self.layers):
             for projection, parts in cast(DecoderLayer, module).projections():

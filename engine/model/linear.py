@@ -22,6 +22,8 @@ from torch import nn
 
 from kernels.cpu_decode import compiled_available, compiled_loads, most_rows
 from kernels.cpu_decode.blocks import BLOCK, BlockWeight
+from kernels.cpu_decode.machine_code import has_flag
+from kernels.cpu_decode.tiles import OUTPUTS, TileWeight
 
 LARGEST_COPY_BYTES = 128 << 20
 SMALL_ELEMENTS = 1 << 15  # of a float32 weight: one product of it takes less time than oneDNN needs to begin (14 us)
@@ -153,8 +155,15 @@ def compiled_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 
+def laid_out(weight: BlockWeight) -> BlockWeight | TileWeight:
+    """Quantised weights as few rows are multiplied by them fastest: in tiles where the processor multiplies four bytes at a time (AVX512-VNNI)."""
+    if has_flag("avx512_vnni") and TileWeight.fits(weight.shape):
+        return TileWeight.of_blocks(weight)
+    return weight
+
+
 def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if not isinstance(weight, BlockWeight):
+    if not isinstance(weight, (BlockWeight, TileWeight)):
         return F.linear(x, weight, bias)
     from kernels.cpu_decode.step import unpack
 
@@ -163,9 +172,10 @@ def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if outputs <= step:
         return F.linear(x, unpack(weight), bias)
     out = x.new_empty(*x.shape[:-1], outputs)  # a head's weight, which would fill more memory than all that is kept
+    step = -(-step // OUTPUTS) * OUTPUTS  # whole tiles
     for start in range(0, outputs, step):
         own = slice(start, start + step)
-        part = unpack(BlockWeight(weight.blocks[own], weight.kind, weight.dtype))
+        part = unpack(weight.of_outputs(own))
         out[..., own] = F.linear(x, part, None if bias is None else bias[own])
     return out
 
@@ -258,7 +268,7 @@ class Projection(nn.Module):
         """The plain weight [out, in]; of a packed one a copy is made for the caller."""
         return self.matrix.to_dense() if self.packed is not None else self.matrix
 
-    def take_blocks(self, blocks: BlockWeight) -> None:
+    def take_blocks(self, blocks: BlockWeight | TileWeight) -> None:
         """A quantised weight in place of the plain one, of its shape."""
         assert self.plain is not None and blocks.shape == self.plain.shape and blocks.dtype == self.plain.dtype
         self.packed, self.plain = cast(torch.Tensor, blocks), None

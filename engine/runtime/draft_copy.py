@@ -183,7 +183,9 @@ def exit_copy(target: Any, exit_layer: int, head: Any, token_ids: Tensor, *, det
         CopiedDecoder(target, exit_layer, TILES_4, with_head=False),
         CopiedDecoder(head, head.config.num_layers, TILES_8, with_head=True),
     )
-    in_blocks = isinstance(target.decoder.embed_tokens, BlockEmbedding) or any(isinstance(m, BlockWeight) for m in first.matrices())
+    in_blocks = isinstance(target.decoder.embed_tokens, BlockEmbedding) or any(
+        isinstance(m, (BlockWeight, TileWeight)) for m in first.matrices()
+    )
     if in_blocks or not (first.fits and own.fits):
         return None
     blocks = CopiedBlocks(first, own, token_ids) if target.decoder.layer_shapes[0] == head.decoder.layer_shapes[0] else None

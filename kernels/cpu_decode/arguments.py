@@ -19,6 +19,7 @@ ARGUMENTS = {
     ),
     "linear": ("address", "kind", "outputs", "inputs", "x", "rows", "packed", "y"),
     "tiles_coded": ("address", "kind", "outputs", "columns", "tiles"),
+    "tiles_unpacked": ("address", "kind", "tiles", "groups", "out"),
     "unpacked": ("address", "kind", "blocks", "out"),
     "rans_decoded": (
         "states", "words", "word_starts", "sizes", "spans", "lane_tokens", "own", "own_stride", "count", "classes",

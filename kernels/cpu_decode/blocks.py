@@ -42,6 +42,10 @@ class BlockWeight:
             blocks[start : start + rows] = torch.cat((scales.view(torch.uint8), steps.view(torch.uint8)), -1).flatten(1)
         return cls(blocks, Q8_0, weight.dtype)
 
+    def of_outputs(self, outputs: slice) -> BlockWeight:
+        """That of some outputs."""
+        return BlockWeight(self.blocks[outputs], self.kind, self.dtype)
+
     @property
     def nbytes(self) -> int:
         """Of the blocks."""

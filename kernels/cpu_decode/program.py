@@ -22,7 +22,19 @@ from kernels.cpu_decode.matrices import write_matrix_product
 from kernels.cpu_decode.meeting import write_meeting
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.prefill import write_prefill
-from kernels.cpu_decode.tiles import GROUP, GROUP_BYTES, OUTPUTS, TILES_4, TILES_8, ZERO
+from kernels.cpu_decode.tiles import (
+    FILE_4_1,
+    FILE_FORMATS,
+    GROUP,
+    GROUP_BYTES,
+    HEAD_BYTES,
+    IN_BYTES,
+    MOST_8,
+    MOST_16,
+    OUTPUTS,
+    TILE_FORMATS,
+    ZERO,
+)  # fmt: skip
 from kernels.cpu_decode.tiling import write_tiling
 
 FORMATS = (BF16, *NAMES.values())
@@ -44,8 +56,9 @@ def write_program(*, pairs: bool, quads: bool, matrices: bool, gives_way: bool) 
         _write_product(c, kind, pairs and kind == BF16)
     _write_key_product(c, pairs)
     _write_pack(c)
-    _write_pack_bytes(c)
-    for kind in (TILES_8, TILES_4):
+    for wide in (False, True):
+        _write_pack_codes(c, wide)
+    for kind in TILE_FORMATS:
         _write_tile_product(c, kind, quads)
     if matrices:
         write_matrix_product(c)
@@ -217,11 +230,17 @@ def _write_pack(c: Code) -> None:
         c.store(to_bf16(c, c.load(x + row * x_stride + column * 4, VECTOR)), out + (row * columns + column) * 2)
 
 
-def _write_pack_bytes(c: Code) -> None:
-    """Rows of float32 [rows, columns] for products with tiles, each in 2 bytes a column: codes int8, and for each group its scale float32 and the sum
-    of its codes int32."""
+def _row_bytes(columns: Number, wide: bool) -> Number:
+    """Of a row that `pack_8` or `pack_16` leaves."""
+    return columns * (2 if wide else 1) + columns // GROUP * 8
+
+
+def _write_pack_codes(c: Code, wide: bool) -> None:
+    """Rows of float32 [rows, columns] for products with tiles, of 16 or 8 bits: int8 codes (wide: of the upper bytes, and then of the lower ones), and
+    for each group its scale float32 and the sum of its numbers int32."""
+    limit = MOST_16 if wide else MOST_8
     with (
-        c.function("pack_bytes", [I64] * 5) as (x, x_stride, rows, columns, out),
+        c.function("pack_16" if wide else "pack_8", [I64] * 5) as (x, x_stride, rows, columns, out),
         c.loop(0, rows) as row,
         c.loop(0, columns // GROUP) as group,
     ):
@@ -229,22 +248,27 @@ def _write_pack_bytes(c: Code) -> None:
         most = numbers[0].magnitude().at_least(numbers[1].magnitude())
         for width in (8, 4, 2, 1):
             most = most.take(range(width)).at_least(most.take(range(width, 2 * width)))
-        scale = most.lane(0) * (1 / 127)
+        scale = most.lane(0) * (1 / limit)
         share = (1.0 / scale.at_least(1e-30)).spread()
-        own, sums = out + row * columns * 2, c.of(lanes(I32), 0)
+        own, sums = out + row * _row_bytes(columns, wide), c.of(lanes(I32), 0)
         for part, own_numbers in enumerate(numbers):
             nearest = c.intrinsic(f"llvm.rint.v{LANES}f32", VECTOR, own_numbers * share)
-            codes = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), nearest).at_least(-127).at_most(127)
-            sums = sums + codes
-            c.store(codes.to("trunc", lanes(I8)), own + group * GROUP + LANES * part)
-        told = own + columns + group * 8
+            codes = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), nearest).at_least(-limit).at_most(limit)
+            sums, place = sums + codes, own + group * GROUP + LANES * part
+            if wide:
+                low = (codes << 24).arithmetic_shift(24)  # with its sign
+                c.store(low.to("trunc", lanes(I8)), place + columns)
+                codes = (codes - low).arithmetic_shift(8)
+            c.store(codes.to("trunc", lanes(I8)), place)
+        told = own + columns * (2 if wide else 1) + group * 8
         c.store(scale, told)
         c.store(sums.total(), told + 4)
 
 
 def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
-    """y = x W^T for weights in tiles. x: rows as `pack_bytes` leaves them, x_stride bytes apart. A row's result does not depend on the others."""
-    size = GROUP_BYTES[kind]
+    """y = x W^T for weights in tiles. x: rows as `pack_8` or, of a file's weights, `pack_16` leaves them, x_stride bytes apart. A row's result does not
+    depend on the others."""
+    size, head, wide = GROUP_BYTES[kind], HEAD_BYTES[kind], kind in FILE_FORMATS.values()
     with c.function(f"tiles_{kind}", [I64] * 8) as (w, outputs, x, x_stride, rows, y, y_stride, groups):
 
         def sums(output: Number, row: Number, count: int) -> None:
@@ -252,19 +276,28 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
             totals = [Variable(c, c.of(VECTOR, 0.0)) for _ in range(count)]
             with c.loop(0, groups) as group:
                 own = tile + group * size
-                scale, codes = c.load(own, lanes(F16)).to("fpext", VECTOR), own + 2 * OUTPUTS
+                scale, codes = c.load(own, lanes(F16)).to("fpext", VECTOR), own + head
+                least = c.load(own + 2 * OUTPUTS, lanes(F16)).to("fpext", VECTOR) if kind == FILE_4_1 else None
                 weights: list[Number] = []
-                for at in range(0, size - 2 * OUTPUTS, 4 * LANES):
+                for at in range(0, size - head, 4 * LANES):
                     c.prefetch(codes + at + FAR_AHEAD_BYTES)
                     weights.append(c.load(codes + at, lanes(I32)))
-                if kind == TILES_4:
+                if kind not in IN_BYTES:
                     weights = [both & 0x0F0F0F0F for both in (*weights, *(both >> 4 for both in weights))]
                 for total, own_x in zip(totals, inputs, strict=True):
-                    told = own_x + groups * GROUP + group * 8
-                    found = (c.load(told + 4, I32) * -ZERO[kind]).spread()
+                    told = own_x + groups * (GROUP * (2 if wide else 1)) + group * 8
+                    share, codes_sum = c.load(told, F32).spread(), c.load(told + 4, I32)
+                    found = (codes_sum * -ZERO[kind]).spread()
+                    place, upper = own_x + group * GROUP, c.of(lanes(I32), 0)
                     for q, weight in enumerate(weights):
-                        found = _multiply_quads(c, quads, weight, c.load(own_x + group * GROUP + 4 * q, I32).spread(), found)
-                    total.set(c.fma(found.to("sitofp", VECTOR), scale * c.load(told, F32).spread(), total.get()))
+                        if wide:
+                            upper = _multiply_quads(c, quads, weight, c.load(place + 4 * q, I32).spread(), upper)
+                        lower = place + groups * GROUP if wide else place
+                        found = _multiply_quads(c, quads, weight, c.load(lower + 4 * q, I32).spread(), found)
+                    found = found + (upper << 8) if wide else found
+                    total.set(c.fma(found.to("sitofp", VECTOR), scale * share, total.get()))
+                    if least is not None:
+                        total.set(c.fma(codes_sum.to("sitofp", F32).spread() * share, least, total.get()))
             for r, total in enumerate(totals):
                 c.store(total.get(), y + (row + r) * y_stride + output * 4)
 
@@ -275,6 +308,23 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
             for count in range(1, TILES_TOGETHER):
                 with c.when((rows - whole).compare("==", count)):
                     sums(output, whole, count)
+
+
+def _unpack_group(c: Code, kind: int, address: Number, out: Number, stride: Number) -> None:
+    """Weights of a group of a tile, bf16 [16, 32] in rows `stride` bytes apart."""
+    scale = c.load(address, lanes(F16)).to("fpext", VECTOR)
+    least = c.load(address + 2 * OUTPUTS, lanes(F16)).to("fpext", VECTOR) if kind == FILE_4_1 else c.of(VECTOR, 0.0)
+    for at in range(0, GROUP_BYTES[kind] - HEAD_BYTES[kind], 4 * LANES):
+        word = c.load(address + HEAD_BYTES[kind] + at, lanes(I32))
+        for shift in (0,) if kind in IN_BYTES else (0, 4):
+            codes = [(word >> 8 * byte + shift) & (255 if kind in IN_BYTES else 15) for byte in range(4)]
+            numbers = [c.fma((own - ZERO[kind]).to("sitofp", VECTOR), scale, least) for own in codes]
+            bits = [to_bf16(c, own).to("zext", lanes(I32)) for own in numbers]
+            pairs = bits[0] + (bits[1] << 16), bits[2] + (bits[3] << 16)
+            first = at // LANES + (0 if not shift else GROUP // 2)
+            for lane in range(LANES):
+                for number, pair in enumerate(pairs):
+                    c.store(pair.lane(lane), out + stride * lane + 2 * first + 4 * number)
 
 
 def _multiply_quads(c: Code, quads: bool, codes: Number, x: Number, total: Number) -> Number:
@@ -308,12 +358,12 @@ def _write_any_product(c: Code, pairs: bool, matrices: bool) -> None:
                         own, stride = packed, columns * 2
                     w_stride = columns // BLOCK * BLOCK_BYTES[form]
                     c.call(f"product_{form}", w, w_stride, first, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
-        for form in (TILES_8, TILES_4):
+        for form in TILE_FORMATS:
             with c.when(kind.compare("==", form)):
-                c.call("pack_bytes", x, x_stride, rows, columns, packed)
-                groups = columns // GROUP
+                wide, groups = form in FILE_FORMATS.values(), columns // GROUP
+                c.call("pack_16" if wide else "pack_8", x, x_stride, rows, columns, packed)
                 own = w + start // OUTPUTS * groups * GROUP_BYTES[form]
-                c.call(f"tiles_{form}", own, outputs - start, packed, columns * 2, rows, y + start * 4, y_stride, groups)
+                c.call(f"tiles_{form}", own, outputs - start, packed, _row_bytes(columns, wide), rows, y + start * 4, y_stride, groups)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------------
@@ -560,6 +610,12 @@ def _write_entries(c: Code) -> None:
         # x [N, inputs] float32 by a weight of so many outputs -> y [N, outputs] float32
         address, kind, outputs, inputs, x, rows, packed, y = arguments
         c.call("product", kind, address, 0, outputs, inputs, x, inputs * 4, rows, packed, y, outputs * 4)
+    with c.function("tiles_unpacked", argument_types("tiles_unpacked"), exported=True) as (address, kind, tiles, groups, out):
+        # the weights of tiles of a file's blocks, bf16 [16 tiles, 32 groups]
+        for form in FILE_FORMATS.values():
+            with c.when(kind.compare("==", form)), c.loop(0, tiles) as tile, c.loop(0, groups) as group:
+                place = out + (tile * OUTPUTS * groups + group) * (2 * GROUP)
+                _unpack_group(c, form, address + (tile * groups + group) * GROUP_BYTES[form], place, groups * (2 * GROUP))
     with c.function("unpacked", argument_types("unpacked"), exported=True) as (address, kind, blocks, out):
         # the weights of whole blocks, float32
         for form in FORMATS:

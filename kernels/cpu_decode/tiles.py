@@ -1,21 +1,32 @@
-"""Weights for drafts on a CPU, in 8 or 4 bits: tiles of 16 outputs, in the order in which a processor multiplies and adds four bytes at a time.
+"""Weights on a CPU in 8 or 4 bits: tiles of 16 outputs, in the order in which a processor multiplies and adds four bytes at a time. This is their
+meaning, in plain PyTorch.
 
-What is multiplied by them is put into bytes too, so products are a little wrong: their results may only decide what is proposed. This is their meaning,
-in plain PyTorch.
+What is multiplied by them is put into whole numbers too, with a scale for every 32. Of copies for drafts these have 8 bits, so that products are a
+little wrong: their results may only decide what is proposed. Of a file's own weights (FILE_8, FILE_4, FILE_4_1) they have 16, two bytes that are
+multiplied one after the other: nearer to the product in float32 than one of bf16 is.
 
-A tile holds all inputs of 16 outputs, in groups of 32: float16 scales [16], then codes uint8 [16, 4] of inputs 4 q to 4 q + 3 for q = 0, 1... A weight
-is its scale times its code less 128, or less 8 where a byte holds two of them: those of q in its low half, and those of q + 4 in the high one.
+A tile holds all inputs of 16 outputs, in groups of 32: float16 scales [16], in one format float16 least values [16], then codes uint8 [16, 4] of inputs
+4 q to 4 q + 3 for q = 0, 1... A weight is its scale times its code less 128, or less 8 where a byte holds two of them: those of q in its low half, and
+those of q + 4 in the high one; with a least value, that and its scale times its code.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels.cpu_decode.blocks import BLOCK_BYTES, Q4_0, Q4_1, Q8_0, BlockWeight
+
 GROUP = 32  # inputs that share a scale
 OUTPUTS = 16  # of a tile
-TILES_8, TILES_4 = 4, 5  # formats, beside those of `blocks`
-GROUP_BYTES = {TILES_8: 2 * OUTPUTS + GROUP * OUTPUTS, TILES_4: 2 * OUTPUTS + GROUP * OUTPUTS // 2}
-ZERO = {TILES_8: 128, TILES_4: 8}  # the code of weight 0
+TILES_8, TILES_4, FILE_8, FILE_4, FILE_4_1 = TILE_FORMATS = 4, 5, 6, 7, 8
+"""Numbers of formats, beside those of `blocks`: 8 and 4 bits for drafts; of a file's blocks 8 bits, 4 bits, and 4 bits over a least value."""
+FILE_FORMATS = {Q8_0: FILE_8, Q4_0: FILE_4, Q4_1: FILE_4_1}
+"""Formats of blocks -> of the tiles that hold the same weights."""
+IN_BYTES = TILES_8, FILE_8  # whose codes take a byte each
+HEAD_BYTES = {kind: 2 * OUTPUTS if kind != FILE_4_1 else 4 * OUTPUTS for kind in TILE_FORMATS}  # of a group, before its codes
+GROUP_BYTES = {kind: HEAD_BYTES[kind] + GROUP * OUTPUTS // (1 if kind in IN_BYTES else 2) for kind in TILE_FORMATS}
+ZERO = {TILES_8: 128, TILES_4: 8, FILE_8: 128, FILE_4: 8, FILE_4_1: 0}  # the code of weight 0, or of the least value
+MOST_8, MOST_16 = 127, 127 * 256  # of what is multiplied: the greatest whole number of 8 bits, and of two bytes with signs
 SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
 LEAST_SCALE_BITS = 1  # of float16: the least number beside 0
 _ROWS = 1 << 9  # of a weight that are put into tiles at once: their numbers in float32 stay in a core's cache
@@ -49,7 +60,8 @@ class TileWeight:
 
     @classmethod
     def of(cls, weight: torch.Tensor, kind: int, memory: torch.Tensor | None = None) -> TileWeight:
-        """A weight [out, in] whose shape `fits`, rounded to the nearest codes. memory: uint8, where its tiles are put. `step.tiled` is faster."""
+        """A weight [out, in] whose shape `fits`, rounded to the nearest codes of TILES_8 or TILES_4. memory: uint8, where its tiles are put.
+        `step.tiled` is faster."""
         outputs = len(weight)
         if not cls.fits(weight.shape):
             raise ValueError(f"a weight of shape {list(weight.shape)} has no whole tiles of {OUTPUTS} outputs and groups of {GROUP} inputs")
@@ -66,6 +78,27 @@ class TileWeight:
             tiles[start // OUTPUTS : (start + rows) // OUTPUTS] = torch.cat((heads, quads.flatten(2)), -1).flatten(1)
         return cls(tiles, kind, weight.dtype)
 
+    @classmethod
+    def of_blocks(cls, weight: BlockWeight) -> TileWeight:
+        """The same weights as those of blocks, whose shape `fits`."""
+        if not cls.fits(weight.shape):
+            raise ValueError(f"blocks of shape {list(weight.shape)} make no whole tiles of {OUTPUTS} outputs")
+        kind, (outputs, inputs) = FILE_FORMATS[weight.kind], weight.shape
+        blocks = weight.blocks.view(outputs // OUTPUTS, OUTPUTS, inputs // GROUP, BLOCK_BYTES[weight.kind])
+        head = HEAD_BYTES[kind] // OUTPUTS
+        tiles = torch.empty(outputs // OUTPUTS, inputs // GROUP, GROUP_BYTES[kind], dtype=torch.uint8)
+        for at in range(0, head, 2):
+            heads = blocks[..., at : at + 2].contiguous().view(torch.int16)[..., 0].transpose(1, 2)  # [tiles, groups, 16]
+            tiles[..., at * OUTPUTS : (at + 2) * OUTPUTS] = heads.contiguous().view(torch.uint8)
+        quads = blocks[..., head:].contiguous().view(torch.int32).permute(0, 2, 3, 1)  # four codes each: [tiles, groups, q, 16]
+        codes = quads.contiguous().view(torch.uint8).flatten(2)
+        tiles[..., head * OUTPUTS :] = codes ^ 128 if kind == FILE_8 else codes  # int8 as its distance from -128
+        return cls(tiles.flatten(1), kind, weight.dtype)
+
+    def of_outputs(self, outputs: slice) -> TileWeight:
+        """That of some outputs, whole tiles of them."""
+        return TileWeight(self.tiles[outputs.start // OUTPUTS : -(-outputs.stop // OUTPUTS)], self.kind, self.dtype)
+
     @property
     def nbytes(self) -> int:
         """Of the tiles."""
@@ -77,13 +110,20 @@ class TileWeight:
 
     def unpacked(self) -> torch.Tensor:
         """The weight they stand for, float32 [out, in]."""
+        return self.rows(torch.arange(self.shape[0]))
+
+    def rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weights of outputs `numbers` [n] int64, float32 [n, in]."""
         groups = self.tiles.unflatten(1, (-1, GROUP_BYTES[self.kind]))
-        scales = groups[..., : 2 * OUTPUTS].contiguous().view(torch.float16).float()  # [tiles, groups, 16]
-        codes = groups[..., 2 * OUTPUTS :].unflatten(2, (-1, OUTPUTS, 4))
-        if self.kind == TILES_4:
-            codes = torch.cat((codes & 15, codes >> 4), 2)
-        steps = (codes.float() - ZERO[self.kind]) * scales[:, :, None, :, None]
-        return steps.permute(0, 3, 1, 2, 4).reshape(self.shape)
+        heads = groups[..., : HEAD_BYTES[self.kind]].unflatten(2, (-1, OUTPUTS, 2))  # [tiles, groups, 1 or 2, 16, 2]
+        codes = groups[..., HEAD_BYTES[self.kind] :].unflatten(2, (-1, OUTPUTS, 4))
+        tile, own = numbers // OUTPUTS, numbers % OUTPUTS
+        scales = heads[tile, :, :, own].contiguous().view(torch.float16).float()  # [n, groups, 1 or 2, 1]
+        steps = codes[tile, :, :, own]  # [n, groups, q, 4]
+        if self.kind not in IN_BYTES:
+            steps = torch.cat((steps & 15, steps >> 4), 2)
+        found = (steps.float() - ZERO[self.kind]) * scales[:, :, :1]
+        return (found + scales[:, :, 1:] if self.kind == FILE_4_1 else found).flatten(1)
 
 
 def _coded(parts: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,14 +151,14 @@ def _usable(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(halves == 0, torch.full_like(halves, 2.0**-24 * LEAST_SCALE_BITS), halves)
 
 
-def bytes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What products take of x float32 [N, in]: steps int8-valued float32 [N, groups, 32], and a scale [N, groups] of each group."""
+def steps_of(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What products take of x float32 [N, in]: whole numbers up to `most`, float32 [N, groups, 32], and a scale [N, groups] of each group."""
     parts = x.float().unflatten(1, (-1, GROUP))
-    scales = parts.abs().amax(-1) / 127
+    scales = parts.abs().amax(-1) / most
     return (parts / scales.clamp_min(1e-30)[..., None]).round(), scales
 
 
 def linear(x: torch.Tensor, weight: TileWeight) -> torch.Tensor:
     """x float32 [N, in] by a weight [out, in] -> float32 [N, out]."""
-    steps, scales = bytes_of(x)
+    steps, scales = steps_of(x, MOST_8 if weight.kind in (TILES_8, TILES_4) else MOST_16)
     return (steps * scales[..., None]).flatten(1) @ weight.unpacked().T

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cpu_decode import tiles
-from kernels.cpu_decode.tiles import TILES_4, TILES_8, TileWeight
+from kernels.cpu_decode import blocks, tiles
+from kernels.cpu_decode.blocks import BLOCK_BYTES, NAMES, Q4_1, BlockWeight
+from kernels.cpu_decode.tiles import FILE_FORMATS, TILES_4, TILES_8, TileWeight
 
 KINDS = [TILES_8, TILES_4]
 
@@ -67,6 +68,54 @@ def test_a_byte_is_where_the_layout_says():
     assert int((groups[:, 32:] != 0x88).sum()) == 1 and int(groups[0, 32 + 2 * 64 + 5 * 4 + 1]) == 0x08
 
 
+def random_blocks(outputs, inputs, name, seed=0):
+    """Blocks of a file, every code among them."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randint(0, 256, (outputs, inputs // 32, BLOCK_BYTES[NAMES[name]]), generator=generator, dtype=torch.uint8)
+    heads = torch.rand(2, outputs, inputs // 32, 1, generator=generator) * torch.logspace(-3, 0, outputs)[:, None, None]
+    parts[..., :2] = (heads[0] - 0.2).half().view(torch.uint8)
+    if NAMES[name] == Q4_1:
+        parts[..., 2:4] = (-8 * heads[1]).half().view(torch.uint8)
+    return BlockWeight(parts.flatten(1), NAMES[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (528, 576)])
+def test_tiles_of_a_file_s_blocks_hold_the_same_weights(name, outputs, inputs):
+    own = random_blocks(outputs, inputs, name)
+    weight = TileWeight.of_blocks(own)
+    assert weight.kind == FILE_FORMATS[own.kind] and weight.shape == own.shape and weight.nbytes == own.nbytes
+    assert torch.equal(weight.unpacked(), blocks.unpack_blocks(own.blocks, own.kind))
+    numbers = torch.tensor([3, outputs - 1, 0, 3])
+    assert torch.equal(weight.rows(numbers), weight.unpacked()[numbers])
+    assert torch.equal(weight.of_outputs(slice(outputs - 16, outputs + 16)).unpacked(), weight.unpacked()[-16:])
+    with pytest.raises(ValueError, match="no whole tiles"):
+        TileWeight.of_blocks(BlockWeight(own.blocks[:15], own.kind, own.dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (80, 1536)])
+def test_products_with_a_file_s_blocks(name, outputs, inputs, without_instruction, monkeypatch):
+    """As near to the product in float32 as its order of sums lets one be, a row's own whatever rows stand beside it, and weights come back."""
+    from kernels.cpu_decode import step
+
+    own = random_blocks(outputs, inputs, name)
+    weight = TileWeight.of_blocks(own)
+    x = torch.randn(14, inputs, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 2, inputs)
+    x[2] = 0.0
+    whole, exact = step.linear(x, weight), (x.double() @ weight.unpacked().double().T).float()
+    assert (whole - exact).norm() < 1e-4 * exact.norm(), "an input of bf16 would cost thirty times as much"
+    assert (whole - tiles.linear(x, weight)).norm() < 1e-5 * whole.norm() and not whole[2].any()
+    for start, count in ((0, 1), (1, 2), (4, 3), (2, 4), (5, 9)):
+        assert torch.equal(step.linear(x[start : start + count], weight), whole[start : start + count]), "a row's bits are its own"
+    monkeypatch.setattr(step, "_FUNCTIONS", without_instruction)
+    assert torch.equal(step.linear(x, weight), whole), "the same sums of whole numbers"
+    monkeypatch.undo()
+    assert torch.equal(step.unpack(weight), weight.to_dense())
+    other = TileWeight(weight.tiles, weight.kind, torch.float32)
+    assert torch.equal(step.unpack(other), other.to_dense())
+
+
 @pytest.fixture(scope="module")
 def without_instruction():
     """The compiled products of a processor that has no instruction for four bytes."""
@@ -107,15 +156,21 @@ def test_products_equal_those_of_plain_pytorch(kind, outputs, inputs, without_in
     assert torch.equal(step.linear(x, weight), wanted), "the same sums of whole numbers"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_beside_the_outputs_is_written(kind):
+@pytest.mark.parametrize("kind", [*KINDS, *FILE_FORMATS.values()])
+@pytest.mark.parametrize("rows", [1, 3, 14, 15, 28, 29])
+def test_nothing_beside_the_outputs_is_written(kind, rows):
     pytest.importorskip("llvmlite")
     from kernels.cpu_decode import step
 
-    weight, x = TileWeight.of(weight_of(32, 64), kind), np.ones((3, 64), np.float32)
-    packed, out = np.full((5, 64), 7, np.uint16), np.full((5, 32), np.nan, np.float32)
-    step._FUNCTIONS["linear"](*step._place(weight), 32, 64, x.ctypes.data, 3, packed[1:].ctypes.data, out[1:].ctypes.data)
-    assert np.isnan(out[[0, 4]]).all() and np.isfinite(out[1:4]).all() and (packed[[0, 4]] == 7).all()
+    if kind in KINDS:
+        weight = TileWeight.of(weight_of(32, 64), kind)
+    else:
+        name = next(name for name, form in NAMES.items() if FILE_FORMATS[form] == kind)
+        weight = TileWeight.of_blocks(random_blocks(32, 64, name))
+    x, room = np.ones((rows, 64), np.float32), step.whole_rows(rows)
+    packed, out = np.full((room + 2, 64), 7, np.uint16), np.full((rows + 2, 32), np.nan, np.float32)
+    step._FUNCTIONS["linear"](*step._place(weight), 32, 64, x.ctypes.data, rows, packed[1:].ctypes.data, out[1:].ctypes.data)
+    assert np.isnan(out[[0, -1]]).all() and np.isfinite(out[1:-1]).all() and (packed[[0, -1]] == 7).all()
 
 
 def test_what_has_no_whole_tiles_is_refused():

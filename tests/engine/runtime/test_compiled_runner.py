@@ -19,6 +19,7 @@ from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
 from engine.runtime.sampling import SamplingParams
 from kernels.cpu_decode.blocks import NAMES, BlockWeight, unpack_blocks
+from kernels.cpu_decode.tiles import TileWeight
 
 FAMILIES = [
     ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}),
@@ -170,14 +171,17 @@ class Blocks(dict):
 
 
 @torch.inference_mode()
-def test_quantised_weights_compute_what_they_stand_for(tiny_model):
+@pytest.mark.parametrize("kept_as", [BlockWeight, TileWeight])
+def test_quantised_weights_compute_what_they_stand_for(kept_as, tiny_model, monkeypatch):
+    """As the file has them, or where the processor multiplies four bytes at a time in tiles: but for the embeddings, whose 97 rows make no whole ones."""
+    monkeypatch.setattr(linear, "has_flag", lambda name: kept_as is TileWeight)
     folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=True).folder
     plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
     # the second layer's values are of another format: its q, k and v stay dense
     kinds = lambda name: None if "layers.1.self_attn.v_proj" in name else NAMES["Q8_0"]  # noqa: E731
     blocks = Blocks(plain.hf_tensors(), kinds)
     decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16, blocks=blocks)
-    kept = [isinstance(m.matrix, BlockWeight) for layer in decoder.layers for m, _ in layer.projections()]
+    kept = [isinstance(m.matrix, kept_as) for layer in decoder.layers for m, _ in layer.projections()]
     assert kept.count(False) == 1 and isinstance(decoder.head_matrix, BlockWeight)
     assert torch.equal(decoder.layers[1].qkv_proj.weight, plain.layers[1].qkv_proj.weight)
     names = plain.hf_tensors()
@@ -201,6 +205,23 @@ def test_quantised_weights_compute_what_they_stand_for(tiny_model):
     assert (torch.cat([out.logits for out in few]) - many).norm() < 0.02 * many.norm()
     wanted = forward_reserved(plain, ids, [plain.new_pool(64, 4).new_sequence()], [30]).logits
     assert (many - wanted).norm() < 0.04 * wanted.norm()
+
+
+@torch.inference_mode()
+def test_embeddings_in_tiles_are_looked_up_and_multiplied(tiny_model, monkeypatch):
+    monkeypatch.setattr(linear, "has_flag", lambda name: True)
+    folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, vocab_size=112, tie_word_embeddings=True).folder
+    plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
+    blocks = Blocks(plain.hf_tensors(), lambda name: NAMES["Q8_0"])
+    decoder = Decoder.from_pretrained(folder, dtype=torch.bfloat16, blocks=blocks)
+    assert isinstance(decoder.head_matrix, TileWeight) and decoder.weight_bytes < 0.75 * plain.weight_bytes
+    table = unpack_blocks(blocks.bytes["model.embed_tokens.weight"], NAMES["Q8_0"]).bfloat16()
+    assert torch.equal(decoder.embed(torch.tensor([111, 0, 7, 7])), table[[111, 0, 7, 7]])
+    pool, ids = decoder.new_pool(64, 4), torch.arange(30)
+    runner = CompiledDecoder(decoder, pool)
+    few, _ = fed(runner, pool, ids, [16, 1, 13])
+    wanted = forward_reserved(plain, ids, [plain.new_pool(64, 4).new_sequence()], [30]).logits
+    assert (torch.cat([out.logits for out in few]) - wanted).norm() < 0.04 * wanted.norm()
 
 
 def test_a_table_of_its_own_stays_in_blocks_too_and_is_plain_again_elsewhere(tiny_model):
