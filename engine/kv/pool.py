@@ -227,38 +227,55 @@ class KvPool(ABC):
                 "use a larger pool, fewer requests at once, or a shorter context",
             )
 
+    # These four meet every page of a long text, for each request that begins with it.
+
     def retain(self, pages: list[int]) -> None:
         """Add an owner to each page, so that sequences can share it."""
         self.sharings += 1
+        references, kept = self._references, self._kept
         for page in pages:
-            assert self._references[page] > 0, "only an owned page can be shared"
-            self._num_reclaimable -= self._only_kept(page)
-            self._references[page] += 1
+            owners = references[page]
+            assert owners > 0, "only an owned page can be shared"
+            if page in kept and kept[page] == owners:
+                self._num_reclaimable -= 1
+            references[page] = owners + 1
 
     def release(self, pages: list[int]) -> None:
         """Take one owner off each page; pages without owner are free."""
+        references, kept = self._references, self._kept
         for page in pages:
-            assert self._references[page] > 0, "page released twice"
-            self._references[page] -= 1
-            self._num_free += self._references[page] == 0
-            self._num_reclaimable += self._only_kept(page)
+            owners = references[page] - 1
+            assert owners >= 0, "page released twice"
+            references[page] = owners
+            if not owners:
+                self._num_free += 1
+            elif page in kept and kept[page] == owners:
+                self._num_reclaimable += 1
 
     def keep(self, pages: list[int]) -> None:
         """Add a cache as owner of each page: it goes on being kept, and gives the page up when pages are needed."""
+        if not pages:
+            return
         self.sharings += 1
+        references, kept = self._references, self._kept
         for page in pages:
-            assert self._references[page] > self._kept.get(page, 0), "a cache keeps what a sequence owns"
-            self._references[page] += 1
-            self._kept[page] = self._kept.get(page, 0) + 1
+            caches = kept.get(page, 0)
+            assert references[page] > caches, "a cache keeps what a sequence owns"
+            references[page] += 1
+            kept[page] = caches + 1
 
     def drop(self, pages: list[int]) -> None:
         """Take one cache off the owners of each page."""
+        references, kept = self._references, self._kept
         for page in pages:
-            assert self._kept.get(page, 0) > 0, "no cache keeps the page"
-            self._num_reclaimable -= self._only_kept(page)
-            self._kept[page] -= 1
-            if not self._kept[page]:
-                del self._kept[page]
+            caches = kept.get(page, 0)
+            assert caches > 0, "no cache keeps the page"
+            if references[page] == caches:
+                self._num_reclaimable -= 1
+            if caches > 1:
+                kept[page] = caches - 1
+            else:
+                del kept[page]
             self.release([page])
 
     def _only_kept(self, page: int) -> bool:

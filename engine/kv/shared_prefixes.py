@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
+
+import numpy as np
 
 from engine.kv.eviction import Lru
 from engine.kv.pool import KvPool, KvSequence
@@ -79,9 +80,8 @@ class OwnPage(NamedTuple):
 class PageListener(Protocol):
     """Told which pages are kept; it must not call the cache."""
 
-    def stored(
-        self, namespace: str, token_ids: Sequence[int], entries: Sequence[tuple[int, CachedPage]]
-    ) -> None: ...  # (number in the text, page)
+    # pages: of the whole text; those from number `first` on are new
+    def stored(self, namespace: str, token_ids: np.ndarray, pages: Sequence[CachedPage], first: int) -> None: ...
 
     def dropped(self, entry: CachedPage) -> None: ...
 
@@ -156,7 +156,7 @@ class SharedPrefixes:
 
     def share(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         namespace: str,
         use: Use,
         sequence: KvSequence,
@@ -189,8 +189,9 @@ class SharedPrefixes:
                 self.pool.restore_beside(sequence, found[-1].beside)
                 self._ends.reused(found[-1])
             if draft is not None:
-                drafts = [page.draft for page in takewhile(lambda page: page.draft is not None, found) if page.draft is not None]
-                draft.share(drafts, len(drafts) * self.pool.page_size)
+                known = [page.draft for page in found]
+                drafts = known[: known.index(None)] if None in known else known
+                draft.share(cast(list[int], drafts), len(drafts) * self.pool.page_size)
         codes: list[Code] = []
         for page in found:
             if page.code is not None and (not codes or codes[-1] is not page.code):
@@ -204,12 +205,14 @@ class SharedPrefixes:
     def _usable(self, pages: list[CachedPage], use: Use, own: Sequence[OwnPage]) -> list[CachedPage]:
         """The first of these pages of a text that a request may begin with."""
         if self.with_drafts and self.draft_pool is not None:
-            pages = list(takewhile(lambda page: page.draft is not None, pages))
+            pages = pages[: _first(page.draft is None for page in pages)]
         kept, step = len(pages), 1
         if use in (Use.CHUNKS, Use.OWN):
-            chunked = sum(1 for _ in takewhile(lambda page: page.chunked, pages))
-            whole = pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else list(takewhile(lambda page: page.code, pages))
-            kept = sum(1 for _ in takewhile(lambda pair: pair[0].holds(pair[1]), zip(own, pages, strict=False)))
+            chunked = _first(not page.chunked for page in pages)
+            whole = (
+                pages[: chunked // self._chunk_pages * self._chunk_pages] if chunked else pages[: _first(not page.code for page in pages)]
+            )
+            kept = _first(not mine.holds(page) for mine, page in zip(own, pages, strict=False))
             pages, step = pages[: max(len(whole), kept)], self._chunk_pages if chunked else 1
         while pages and ((len(pages) > kept and len(pages) % step) or (self.pool.keeps_beside and pages[-1].beside is None)):
             pages.pop()
@@ -229,28 +232,27 @@ class SharedPrefixes:
 
     def insert(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         namespace: str,
         invariant: bool,
         sequence: KvSequence,
         draft: KvSequence | None,
         *,
         chunked_tokens: int = 0,
-    ) -> list[OwnPage]:
+    ) -> list[CachedPage]:
         """Keep the whole pages of a sequence's committed tokens, and the draft's pages of the same tokens as far as it has run them.
 
         invariant: only batch-invariant steps wrote them. chunked_tokens: of the first ones, those that whole chunks alone wrote.
-        Returns the first ones that are kept as the sequence has them, up to one whose tokens were known otherwise.
+        Returns what is known of these pages now.
         """
         if not self.computed:
             return []
         name = (_INVARIANT if invariant else _PLAIN) + namespace
-        kept = self._insert(token_ids, name, sequence, draft, num_chunked=chunked_tokens // self.pool.page_size)
-        return [OwnPage(*pair) for pair in takewhile(lambda pair: pair[0].target == pair[1], zip(kept, sequence.pages, strict=False))]
+        return self._insert(token_ids, name, sequence, draft, num_chunked=chunked_tokens // self.pool.page_size)
 
     def _insert(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         name: str,
         sequence: KvSequence,
         draft: KvSequence | None,
@@ -262,50 +264,56 @@ class SharedPrefixes:
         count = sequence.length // size if codes is None else len(codes)
         if not count:
             return []
-        own = [] if draft is None or self.draft_pool is None else draft.pages[: draft.length // size]
+        ids = self.trie.token_ids(token_ids[: count * size])
+        own: list[int] = [] if draft is None or self.draft_pool is None else draft.pages[: draft.length // size]
         beside = self.pool.beside(sequence, count * size)
-        payloads = []
-        for i, page in enumerate(sequence.pages[:count]):
-            entry = CachedPage(
-                page,
-                own[i] if i < len(own) else None,
-                None,
-                None if codes is None else codes[i],
-                i < num_chunked,
-            )
-            payloads.append(Payload(entry, Tier.HOT, self.pool.page_bytes, self._drop))
-            self._keep(entry)
-        entries = [payload.data for payload in payloads]
-        chunked_end = entries[-1].chunked
-        with self.trie.insert(token_ids[: count * size], payloads, namespace=name, tier=Tier.HOT) as match:
-            kept = [payload.data for payload in match.payloads()[:count] if payload is not None]
-            for known, entry in zip(kept, entries, strict=True):
-                if entry.chunked and not known.chunked:  # takes the place of what others would not begin with
-                    self.pool.keep([entry.target])
-                    self.pool.drop([known.target])
-                    self._ends.forget(known)
-                    known.target, known.chunked = entry.target, True
-                if known.draft is None and entry.draft is not None and self.draft_pool is not None:
-                    known.draft = entry.draft
-                    self.draft_pool.keep([entry.draft])
-            same = kept[-1] is entries[-1] or name.startswith(_INVARIANT) or (chunked_end and count % self._chunk_pages == 0)
-            if kept[-1].beside is None and beside is not None and (same or not self.whole_chunks):
-                self._ends.keep(kept[-1], beside, sequence, known=kept[-1] is not entries[-1], whole=count % self._chunk_pages == 0)
+        with self.trie.match(ids, name) as known:
+            first = known.num_pages
+            new = [
+                CachedPage(sequence.pages[i], own[i] if i < len(own) else None, None, None if codes is None else codes[i], i < num_chunked)
+                for i in range(first, count)
+            ]
+            self._keep(new)
+            page_bytes = self.pool.page_bytes
+            payloads = [Payload(entry, Tier.HOT, page_bytes, self._drop) for entry in new]
+            match = self.trie.insert(ids, payloads, namespace=name, tier=Tier.HOT, after=known, first_payload=first)
+        with match:
+            kept = [payload.data for payload in match.payloads() if payload is not None]
+            for entry, page in zip(kept[: min(first, num_chunked)], sequence.pages, strict=False):
+                if not entry.chunked:  # a whole chunk's page takes the place of what others would not begin with
+                    self.pool.keep([page])
+                    self.pool.drop([entry.target])
+                    self._ends.forget(entry)
+                    entry.target, entry.chunked = page, True
+            if self.draft_pool is not None:
+                for entry, page in zip(kept[:first], own, strict=False):
+                    if entry.draft is None:
+                        entry.draft = page
+                        self.draft_pool.keep([page])
+            last, added = kept[-1], count > first
+            same = added or name.startswith(_INVARIANT) or (num_chunked >= count and count % self._chunk_pages == 0)
+            if last.beside is None and beside is not None and (same or not self.whole_chunks):
+                self._ends.keep(last, beside, sequence, known=not added, whole=count % self._chunk_pages == 0)
             self.trie.record_request(match, time.monotonic())
-            if self.listener is not None:
-                new = [(i, known) for i, known in enumerate(kept) if known is entries[i]]
-                self.listener.stored(name.split(":", 1)[1], token_ids[: count * size], new)
+            if self.listener is not None and added:
+                self.listener.stored(name.split(":", 1)[1], ids, kept, first)
         self._evict(self.num_pages - self.max_pages)
         return kept
+
+    @staticmethod
+    def own_pages(kept: Sequence[CachedPage], sequence: KvSequence) -> list[OwnPage]:
+        """The first ones of a text's kept pages that hold what a sequence has, up to one whose tokens were known otherwise."""
+        until = _first(entry.target != page for entry, page in zip(kept, sequence.pages, strict=False))
+        return [OwnPage(entry, entry.target) for entry in kept[:until]]
 
     def clear(self) -> None:
         """Forget everything."""
         self._evict(self.num_pages)
 
-    def _keep(self, entry: CachedPage) -> None:
-        self.pool.keep([entry.target])
-        if entry.draft is not None and self.draft_pool is not None:
-            self.draft_pool.keep([entry.draft])
+    def _keep(self, entries: Sequence[CachedPage]) -> None:
+        self.pool.keep([entry.target for entry in entries])
+        if self.draft_pool is not None:
+            self.draft_pool.keep([entry.draft for entry in entries if entry.draft is not None])
 
     def _drop(self, entry: CachedPage) -> None:
         if self.listener is not None:
@@ -330,3 +338,13 @@ class SharedPrefixes:
             left -= pages
         self.metrics.evicted_pages += max(0, count - max(left, 0))
         return max(0, count - max(left, 0))
+
+
+def _first(marks: Iterable[bool]) -> int:
+    """Number of the first that is true; how many there are where none is."""
+    number = 0
+    for mark in marks:
+        if mark:
+            break
+        number += 1
+    return number

@@ -99,9 +99,12 @@ class Trie:
             if inside < node.num_pages:
                 return node, inside
             at = node.end_page
+        data, width = ids[: total * size].tobytes(), size * ids.itemsize
         while at < total:
-            page = ids[at * size : (at + 1) * size]
-            for child in node.children.get(self._hash(page.tobytes()), ()):
+            for child in node.children.get(self._hash(data[at * width : (at + 1) * width]), ()):
+                if child.tokens.tobytes() == data[at * width : child.end_page * width]:  # nearly always: a conversation has a node a turn
+                    common = child.num_pages
+                    break
                 common = common_tokens(child.tokens, ids[at * size : total * size]) // size
                 if common:
                     break
@@ -125,21 +128,23 @@ class Trie:
         log2_p: Sequence[float] | np.ndarray | None = None,
         kind: str = "user",
         after: Match | None = None,
+        first_payload: int = 0,
     ) -> Match:
         """Add a sequence's whole pages; pages already known in this tier or a hotter one keep what they have. Returns all of them, locked.
 
         Args:
             tokens: int [T]; an unfinished last page is left out.
             payloads: one a whole page, all of `tier`; the trie takes these references and releases those it has no use for. None keeps
-                pages without objects, `page_bytes` each.
+                pages without objects, `page_bytes` each. first_payload: number of the page that the first of them is of; pages before it
+                lie in the tier or a hotter one.
             log2_p: float [T], log2 P of each token given those before, under the model; known from verification, for prompts from the draft.
             kind: what the new pages hold (`system`, `tool`, `answer`, `user`), for a policy's prior.
             after: a held match of a prefix of `tokens`, so that nothing is compared twice.
         """
         ids = self.token_ids(tokens)
         total = len(ids) // self.page_size
-        if payloads is not None and (len(payloads) != total or any(p.tier != tier for p in payloads)):
-            raise ValueError(f"{total} pages need as many payloads of tier {tier.name}, not {len(payloads)}")
+        if payloads is not None and (len(payloads) != total - first_payload or any(p.tier != tier for p in payloads)):
+            raise ValueError(f"{total - first_payload} pages need as many payloads of tier {tier.name}, not {len(payloads)}")
         if tier == Tier.GONE or (tier == Tier.TOKENS and payloads is not None):
             raise ValueError(f"nothing can be inserted into tier {tier.name}" + " with payloads" * (tier == Tier.TOKENS))
         bits = None if log2_p is None else np.asarray(log2_p, dtype=np.float32)
@@ -150,6 +155,8 @@ class Trie:
             node, inside = self._walk(ids, after.node, after.pages_in_node)
         else:
             node, inside = self._walk(ids, self.root(namespace))
+        if first_payload and first_payload > _pages_within(node, inside, tier):
+            raise ValueError(f"not all pages before number {first_payload} lie in tier {tier.name}")
         if inside < node.num_pages:
             node = self._split(node, inside)
         known = node.end_page
@@ -157,7 +164,7 @@ class Trie:
             node = self._append(node, ids[known * self.page_size : total * self.page_size], kind)
             node.log2_p = None if bits is None else bits[known * self.page_size : total * self.page_size].copy()
         match = Match(self, node, node.num_pages)
-        self._hold(match, tier, payloads)
+        self._hold(match, tier, payloads, first_payload)
         return match
 
     def promote(self, match: Match, tier: Tier, payloads: Sequence[Payload] | None = None) -> int:
@@ -171,16 +178,17 @@ class Trie:
             raise ValueError(f"{match.num_pages} pages need as many payloads of tier {tier.name}, not {len(payloads)}")
         return self._hold(match, tier, payloads)
 
-    def _hold(self, match: Match, tier: Tier, payloads: Sequence[Payload] | None) -> int:
+    def _hold(self, match: Match, tier: Tier, payloads: Sequence[Payload] | None, first: int = 0) -> int:
+        """first: number of the page that the first payload is of."""
         moved = 0
         for node, pages in match.path():
-            held = node.ends[tier]
-            if payloads is not None:
-                for payload in payloads[node.start_page : node.start_page + min(held, pages)]:
+            held, start = node.ends[tier], node.start_page - first
+            if payloads is not None and (until := start + min(held, pages)) > 0:
+                for payload in payloads[max(0, start) : until]:
                     payload.release()
             if held < pages:
                 moved += pages - held
-                new = None if payloads is None else payloads[node.start_page + held : node.start_page + pages]
+                new = None if payloads is None else payloads[start + held : start + pages]
                 self._place(node, held, pages, [max(end, pages) if t >= tier else end for t, end in enumerate(node.ends)], new)
                 self._announce(node)
         match.num_restorable_pages = match.num_pages if tier < Tier.TOKENS else match.num_restorable_pages
@@ -356,6 +364,15 @@ class Trie:
             AssertionError: something differs; the message names it.
         """
         check_trie(self)
+
+
+def _pages_within(node: Node, inside: int, tier: Tier) -> int:
+    """Of the pages up to `inside` pages into a node, those that lie in a tier or a hotter one."""
+    within = node.start_page + min(inside, node.ends[tier])
+    while node.parent is not None and within <= node.start_page:
+        node = node.parent
+        within = node.start_page + node.ends[tier]
+    return within
 
 
 def common_tokens(a: np.ndarray, b: np.ndarray) -> int:

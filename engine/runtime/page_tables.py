@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.kv.pool import KvSequence
-from kernels.upload import fill, upload
+from kernels.upload import fill, upload_arrays
 
 
 class StepTables(NamedTuple):
@@ -29,6 +30,14 @@ class _Row(NamedTuple):
     number: int
     first_pages: list[int]
     pages: list[list[int]]
+
+
+class _Entries(NamedTuple):
+    """Pages that follow one another in a row of a table, from place `first` on."""
+
+    row: int
+    first: int
+    pages: list[int]
 
 
 class PageTables:
@@ -51,7 +60,7 @@ class PageTables:
                 # every row may be of a sequence that no longer decodes: all are given out anew, never in the middle of a batch
                 self._rows, self._free, found = {}, list(range(len(self.tables) - 1, 0, -1)), [None] * len(found)
             found = [self._new_row(sequence) if own is None else own for own, sequence in zip(found, sequences, strict=True)]
-        changed: list[list[tuple[int, int, int]]] | None = None
+        changed: list[list[_Entries]] | None = None
         for own, sequence in zip(cast(list[_Row], found), sequences, strict=True):
             if own.pages[0] != sequence.pages or own.first_pages[0] != sequence.first_page or sequence.windows:
                 changed = [[] for _ in range(1 + len(self.windows))] if changed is None else changed
@@ -80,26 +89,31 @@ class PageTables:
         return own
 
     @staticmethod
-    def _note(own: _Row, sequence: KvSequence, changed: list[list[tuple[int, int, int]]]) -> None:
-        """Append (row, place in it, page) of each entry that is another one now to its table's."""
+    def _note(own: _Row, sequence: KvSequence, changed: list[list[_Entries]]) -> None:
+        """Append the entries that are others now to their table's."""
         for number, part in enumerate((sequence, *sequence.windows)):
             first, known = own.first_pages[number], own.pages[number]
             if first == part.first_page and known == part.pages:
                 continue
             # most often pages were taken behind those it had
             same = len(known) if first == part.first_page and known == part.pages[: len(known)] else 0
-            changed[number] += [(own.number, part.first_page + place, part.pages[place]) for place in range(same, len(part.pages))]
+            if same < len(part.pages):
+                changed[number].append(_Entries(own.number, part.first_page + same, part.pages[same:]))
             own.first_pages[number], own.pages[number] = part.first_page, list(part.pages)
 
-    def _write(self, changed: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+    def _write(self, changed: Sequence[Sequence[_Entries]]) -> None:
         """Each table's entries at once."""
         for table, entries in zip((self.tables, *self.windows), changed, strict=True):
-            if entries and entries[0][0] == entries[-1][0]:  # of one sequence: they follow one another
-                row, first, _ = entries[0]
-                fill(table[row, first : first + len(entries)], [page for *_, page in entries])
+            if len(entries) == 1:
+                [(row, first, pages)] = entries
+                fill(table[row, first : first + len(pages)], pages)
             elif entries:
-                rows, places, pages = upload(list(zip(*entries, strict=True)), table.device)
-                table[rows, places] = pages.to(table.dtype)
+                counts = [len(own.pages) for own in entries]
+                rows = np.repeat([own.row for own in entries], counts)
+                places = np.concatenate([np.arange(own.first, own.first + count) for own, count in zip(entries, counts, strict=True)])
+                taken = np.concatenate([np.asarray(own.pages) for own in entries])
+                at_rows, at_places, values = upload_arrays([rows, places, taken], table.device).view(3, -1)
+                table[at_rows, at_places] = values.to(table.dtype)
 
     def _release(self, rows: dict[int, _Row], sequence: int, number: int) -> None:
         if rows is self._rows:

@@ -12,7 +12,7 @@ from draft.policy import DraftingPolicy
 from draft.protocols import CausalDecoder, Drafter
 from engine.errors import PoolExhausted
 from engine.kv.pool import KvPool
-from engine.kv.shared_prefixes import OwnPage, SharedPrefixes, Use
+from engine.kv.shared_prefixes import CachedPage, SharedPrefixes, Use
 from engine.runtime.block_runner import BlockDecoding
 from engine.runtime.model_runner import MAX_ROWS, PlainDecoding
 from engine.runtime.prefix import PrefixStore
@@ -288,10 +288,11 @@ class Scheduler:
             self.plain.forget(request.sequence)
         if self.blocks is not None:
             self.blocks.forget(request)
-        own = self._keep(request)
+        kept = self._keep(request)
         self.running.remove(request)
         conversation = request.conversation
-        request.own_pages = own if request.num_new and not conversation.foreign else None
+        goes_on = request.num_new and not conversation.foreign
+        request.own_pages = SharedPrefixes.own_pages(kept, conversation.sequence) if goes_on else None
         if self.drafter is not None and conversation.draft_state is not None:
             self.drafter.close([conversation.draft_state])
         conversation.sequence.truncate(0)
@@ -342,7 +343,7 @@ class Scheduler:
                 use = Use.CHUNKS if self.whole_chunks else Use.ANY
             else:
                 use = Use.OWN if self.whole_chunks else Use.COMPUTED
-        shared = self.shared_prefixes.share(request.token_ids, request.namespace or "", use, conversation.sequence, draft, own or ())
+        shared = self.shared_prefixes.share(request.id_row, request.namespace or "", use, conversation.sequence, draft, own or ())
         if shared.tokens:
             request.reused_tokens = shared.tokens
             if shared.codes:
@@ -360,9 +361,9 @@ class Scheduler:
         if conversation.invariant and not self._promised(request):
             conversation.invariant = False
 
-    def _keep(self, request: Request) -> list[OwnPage]:
-        """Leave what a request has computed to others; nothing that was restored from outside or whose numbers are in doubt. Returns its own pages that
-        are kept (`SharedPrefixes.insert`)."""
+    def _keep(self, request: Request) -> list[CachedPage]:
+        """Leave what a request has computed to others; nothing that was restored from outside or whose numbers are in doubt. Returns what is kept of
+        these pages (`SharedPrefixes.insert`)."""
         conversation, state = request.conversation, request.draft_state
         if self.shared_prefixes is None or conversation.foreign or request.error is not None:
             return []
@@ -370,7 +371,7 @@ class Scheduler:
             return []
         draft = None if state is None or self.draft_pool is None or not state.shareable else state.cache
         return self.shared_prefixes.insert(
-            request.token_ids,
+            request.id_row,
             request.namespace or "",
             conversation.invariant,
             conversation.sequence,

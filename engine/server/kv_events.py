@@ -14,11 +14,12 @@ Token ids are what callers wrote: subscribers must be trusted with all of them.
 from __future__ import annotations
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
+
+import numpy as np
 
 from engine.errors import InvalidOption
 from engine.kv.shared_prefixes import CachedPage
@@ -27,11 +28,12 @@ TOPIC = b"kv-events"
 HIGH_WATER_MESSAGES = 10_000  # for a slow subscriber; it misses what comes beyond
 
 
-def page_hashes(namespace: str, token_ids: Sequence[int], page_size: int) -> list[int]:
-    """Hashes of all whole pages of a text."""
-    found, before = [], sha256(namespace.encode("utf-8", "surrogatepass")).digest()[:8]
-    for start in range(0, len(token_ids) - page_size + 1, page_size):
-        before = sha256(before + array("I", token_ids[start : start + page_size]).tobytes()).digest()[:8]
+def page_hashes(namespace: str, token_ids: Sequence[int] | np.ndarray, page_size: int, *, after: int | None = None) -> list[int]:
+    """Hashes of all whole pages of a text, or of those that come after a page with the hash `after`."""
+    before = sha256(namespace.encode("utf-8", "surrogatepass")).digest()[:8] if after is None else after.to_bytes(8, "big")
+    found, ids, size = [], np.asarray(token_ids, dtype=np.uint32).tobytes(), 4 * page_size
+    for start in range(0, len(ids) - size + 1, size):
+        before = sha256(before + ids[start : start + size]).digest()[:8]
         found.append(int.from_bytes(before, "big"))
     return found
 
@@ -75,26 +77,30 @@ class KvEvents:
             raise InvalidOption(f"KV events cannot be published at {endpoint}: {error}", "give tcp://127.0.0.1:5557, say") from error
         self.endpoint = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()  # type: ignore[arg-type]
 
-    def stored(self, namespace: str, token_ids: Sequence[int], entries: Sequence[tuple[int, CachedPage]]) -> None:
-        """Pages are kept now. entries: (number of the page in the text, page)."""
-        hashes = page_hashes(namespace, token_ids, self._page_size)
+    def stored(self, namespace: str, token_ids: np.ndarray, pages: Sequence[CachedPage], first: int) -> None:
+        """Pages are kept now: those of a text from number `first` on, behind others that were."""
+        before, size = pages[first - 1].key if first else None, self._page_size
+        if before is None and first:  # kept before anybody listened
+            before = page_hashes(namespace, token_ids[: first * size], size)[-1]
+        hashes = page_hashes(namespace, token_ids[first * size : len(pages) * size], size, after=before)
         run: list[int] = []
-        for number, entry in entries:
-            entry.key = hashes[number]
-            self._held[entry.key] += 1
-            if self._held[entry.key] > 1:
+        for number, key in enumerate(hashes):
+            pages[first + number].key = key
+            self._held[key] += 1
+            if self._held[key] > 1:
                 continue
             if run and number != run[-1] + 1:
-                self._store(hashes, token_ids, run)
+                self._store(hashes, before, token_ids[first * size :], run)
                 run = []
             run.append(number)
         if run:
-            self._store(hashes, token_ids, run)
+            self._store(hashes, before, token_ids[first * size :], run)
 
-    def _store(self, hashes: list[int], token_ids: Sequence[int], pages: list[int]) -> None:
+    def _store(self, hashes: list[int], before: int | None, token_ids: np.ndarray, pages: list[int]) -> None:
+        """pages: numbers in a row, of those with these hashes and tokens. before: hash of the page before all of them."""
         start, end = pages[0], pages[-1] + 1
-        parent = hashes[start - 1] if start else None
-        ids = [int(token) for token in token_ids[start * self._page_size : end * self._page_size]]
+        parent = hashes[start - 1] if start else before
+        ids = token_ids[start * self._page_size : end * self._page_size].tolist()
         self._batch.append(["BlockStored", hashes[start:end], parent, ids, self._page_size, None, self._medium])
 
     def dropped(self, entry: CachedPage) -> None:

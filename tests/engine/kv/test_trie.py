@@ -111,6 +111,21 @@ class TestInsert:
         assert trie.bytes_in[Tier.HOT] == 30
         trie.check_integrity()
 
+    def test_payloads_of_the_new_pages_are_enough(self) -> None:
+        trie = Trie(S)
+        first, new = payloads(2), payloads(2)
+        trie.insert(text(1, 2), first).release()
+        match = trie.insert(text(1, 2, 3, 4), new, first_payload=2)
+        assert match.payloads() == [*first, *new]
+        with pytest.raises(ValueError, match="before number 3"):
+            trie.insert(text(1, 2, 9, 10), payloads(1), first_payload=3)
+        with pytest.raises(ValueError, match="need as many payloads"):
+            trie.insert(text(1, 2, 3, 4), payloads(4), first_payload=2)
+        trie.insert(text(7), payloads(1, Tier.DISK), tier=Tier.DISK).release()
+        with pytest.raises(ValueError, match="before number 1"):
+            trie.insert(text(7, 8), payloads(1), first_payload=1)
+        trie.check_integrity()
+
     def test_goes_on_after_a_match(self) -> None:
         trie = Trie(S)
         trie.insert(text(1, 2, 3)).release()

@@ -69,7 +69,12 @@ def test_a_long_random_sequence_of_operations(collide: bool) -> None:
             tier = rng.choice([Tier.HOT, Tier.HOST, Tier.DISK])
             bits = None if rng.random() < 0.3 else [-rng.random() for _ in tokens]
             after = trie.match(tokens, namespace) if rng.random() < 0.5 else None
-            match = trie.insert(tokens, make(len(tokens) // S, tier), namespace=namespace, tier=tier, log2_p=bits, after=after)
+            within = 0  # pages that lie in the tier or a hotter one
+            while model.tiers.get((namespace, tuple(tokens[: (within + 1) * S])), Tier.GONE) <= tier and within < len(tokens) // S:
+                within += 1
+            first = rng.randrange(within + 1)
+            new = make(len(tokens) // S - first, tier)
+            match = trie.insert(tokens, new, namespace=namespace, tier=tier, log2_p=bits, after=after, first_payload=first)
             if after is not None:
                 after.release()
             model.hold(namespace, tokens, tier)

@@ -6,11 +6,13 @@ import dataclasses
 import random
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from engine.engine import Engine
 from engine.errors import NonFiniteLogits
+from engine.kv import shared_prefixes
 from engine.model.decoder import forward_reserved
 from engine.runtime.drafters import load_draft_head
 from engine.runtime.sampling import SamplingParams
@@ -301,6 +303,34 @@ def test_an_interrupted_greedy_request_goes_on_from_its_own_numbers(engine_of, t
     (kv, own, text), (again, _, plain) = found
     assert text == plain == wanted
     assert torch.equal(kv, own if written == "by itself" else again), "its own numbers, else those of whole chunks"
+
+
+@pytest.mark.parametrize("draft", ["none", "model"])
+def test_pages_that_are_known_are_not_made_again(engine_of, draft, monkeypatch):
+    """What a request costs its engine's host follows its new pages: a known one is neither described nor given owners anew."""
+    engine = engine_of(draft, prefill_chunk=8)
+    params = SamplingParams(max_new_tokens=9, draft_length=0 if draft == "none" else 2, ignore_eos=True, temperature=1.0)
+    engine.generate(STEM, params)
+    made, kept, real = [], [], type(engine.core.pool).keep
+    described = shared_prefixes.CachedPage
+    monkeypatch.setattr(shared_prefixes, "CachedPage", lambda *args: made.append(described(*args)) or made[-1])
+    monkeypatch.setattr(type(engine.core.pool), "keep", lambda pool, pages: kept.append((pool, *pages)) or real(pool, pages))
+    result = engine.generate([*STEM, 5, 6, 7, 8], params)[0]
+    assert result.reused_tokens == 64
+    # 74 + 8 tokens are written, in ten whole pages, of which eight were known
+    assert [page for pool, *pages in kept if pool is engine.core.pool for page in pages] == [page.target for page in made]
+    assert len(made) == 2
+    check(engine)
+
+
+def test_the_row_of_ids_follows_the_text(engine_of):
+    core = engine_of().core
+    request = core.submit(core.open_sequence_state(), STEM, SamplingParams(max_new_tokens=40, ignore_eos=True), owns_cache=True)
+    early = request.id_row
+    while request.finish_reason is None:
+        core.step()
+        assert request.id_row.tolist() == request.token_ids and request.id_row.dtype == np.int32
+    assert early.tolist() == STEM
 
 
 def test_logits_that_are_no_numbers_leave_nothing_behind(random_decoder):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from engine.errors import InvalidOption
+from engine.kv.shared_prefixes import CachedPage
 from engine.server.kv_events import KvEvents, page_hashes
 
 zmq = pytest.importorskip("zmq", reason="the extra events is not installed")
@@ -100,6 +102,22 @@ def test_namespaces_have_hashes_of_their_own():
     assert len(mine) == 4 and not set(mine) & set(yours)
     assert page_hashes("alice", [*ids[:32], 99, *ids[33:]], 16)[:2] == mine[:2]
     assert page_hashes("alice", ids[:15], 16) == []
+    assert (
+        page_hashes("alice", ids[32:], 16, after=mine[1]) == mine[2:] == page_hashes("bob", np.array(ids[32:], np.int32), 16, after=mine[1])
+    )
+
+
+def test_pages_behind_some_that_nobody_was_told_of_have_the_texts_hashes():
+    events = KvEvents("tcp://127.0.0.1:*", 16, "CPU")
+    try:
+        ids = np.arange(64, dtype=np.int32)
+        pages = [CachedPage(number, None, None) for number in range(4)]
+        events.stored("alice", ids, pages, 2)
+        assert [page.key for page in pages[2:]] == page_hashes("alice", ids, 16)[2:]
+        [[_, hashes, parent, told, *_]] = events._batch
+        assert hashes == [page.key for page in pages[2:]] and parent == page_hashes("alice", ids, 16)[1] and told == list(range(32, 64))
+    finally:
+        events.close()
 
 
 @pytest.mark.parametrize("endpoint", ["5557", "tcp://nowhere.invalid:5557", ""])
