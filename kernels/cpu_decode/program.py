@@ -23,12 +23,12 @@ from kernels.cpu_decode.meeting import write_meeting
 from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.prefill import write_prefill
 from kernels.cpu_decode.tiles import (
+    BYTE_CODES,
     FILE_4_1,
     FILE_FORMATS,
     GROUP,
     GROUP_BYTES,
     HEAD_BYTES,
-    IN_BYTES,
     MOST_8,
     MOST_16,
     OUTPUTS,
@@ -282,7 +282,7 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
                 for at in range(0, size - head, 4 * LANES):
                     c.prefetch(codes + at + FAR_AHEAD_BYTES)
                     weights.append(c.load(codes + at, lanes(I32)))
-                if kind not in IN_BYTES:
+                if kind not in BYTE_CODES:
                     weights = [both & 0x0F0F0F0F for both in (*weights, *(both >> 4 for both in weights))]
                 for total, own_x in zip(totals, inputs, strict=True):
                     told = own_x + groups * (GROUP * (2 if wide else 1)) + group * 8
@@ -316,8 +316,8 @@ def _unpack_group(c: Code, kind: int, address: Number, out: Number, stride: Numb
     least = c.load(address + 2 * OUTPUTS, lanes(F16)).to("fpext", VECTOR) if kind == FILE_4_1 else c.of(VECTOR, 0.0)
     for at in range(0, GROUP_BYTES[kind] - HEAD_BYTES[kind], 4 * LANES):
         word = c.load(address + HEAD_BYTES[kind] + at, lanes(I32))
-        for shift in (0,) if kind in IN_BYTES else (0, 4):
-            codes = [(word >> 8 * byte + shift) & (255 if kind in IN_BYTES else 15) for byte in range(4)]
+        for shift in (0,) if kind in BYTE_CODES else (0, 4):
+            codes = [(word >> 8 * byte + shift) & (255 if kind in BYTE_CODES else 15) for byte in range(4)]
             numbers = [c.fma((own - ZERO[kind]).to("sitofp", VECTOR), scale, least) for own in codes]
             bits = [to_bf16(c, own).to("zext", lanes(I32)) for own in numbers]
             pairs = bits[0] + (bits[1] << 16), bits[2] + (bits[3] << 16)

@@ -22,9 +22,9 @@ TILES_8, TILES_4, FILE_8, FILE_4, FILE_4_1 = TILE_FORMATS = 4, 5, 6, 7, 8
 """Numbers of formats, beside those of `blocks`: 8 and 4 bits for drafts; of a file's blocks 8 bits, 4 bits, and 4 bits over a least value."""
 FILE_FORMATS = {Q8_0: FILE_8, Q4_0: FILE_4, Q4_1: FILE_4_1}
 """Formats of blocks -> of the tiles that hold the same weights."""
-IN_BYTES = TILES_8, FILE_8  # whose codes take a byte each
+BYTE_CODES = TILES_8, FILE_8  # whose codes take a byte each
 HEAD_BYTES = {kind: 2 * OUTPUTS if kind != FILE_4_1 else 4 * OUTPUTS for kind in TILE_FORMATS}  # of a group, before its codes
-GROUP_BYTES = {kind: HEAD_BYTES[kind] + GROUP * OUTPUTS // (1 if kind in IN_BYTES else 2) for kind in TILE_FORMATS}
+GROUP_BYTES = {kind: HEAD_BYTES[kind] + GROUP * OUTPUTS // (1 if kind in BYTE_CODES else 2) for kind in TILE_FORMATS}
 ZERO = {TILES_8: 128, TILES_4: 8, FILE_8: 128, FILE_4: 8, FILE_4_1: 0}  # the code of weight 0, or of the least value
 MOST_8, MOST_16 = 127, 127 * 256  # of what is multiplied: the greatest whole number of 8 bits, and of two bytes with signs
 SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
@@ -120,7 +120,7 @@ class TileWeight:
         tile, own = numbers // OUTPUTS, numbers % OUTPUTS
         scales = heads[tile, :, :, own].contiguous().view(torch.float16).float()  # [n, groups, 1 or 2, 1]
         steps = codes[tile, :, :, own]  # [n, groups, q, 4]
-        if self.kind not in IN_BYTES:
+        if self.kind not in BYTE_CODES:
             steps = torch.cat((steps & 15, steps >> 4), 2)
         found = (steps.float() - ZERO[self.kind]) * scales[:, :, :1]
         return (found + scales[:, :, 1:] if self.kind == FILE_4_1 else found).flatten(1)

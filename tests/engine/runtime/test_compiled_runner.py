@@ -173,7 +173,7 @@ class Blocks(dict):
 @torch.inference_mode()
 @pytest.mark.parametrize("kept_as", [BlockWeight, TileWeight])
 def test_quantised_weights_compute_what_they_stand_for(kept_as, tiny_model, monkeypatch):
-    """As the file has them, or where the processor multiplies four bytes at a time in tiles: but for the embeddings, whose 97 rows make no whole ones."""
+    """As the file has them, or where the processor multiplies four bytes at a time in tiles: but for the embeddings, whose 97 rows make none."""
     monkeypatch.setattr(linear, "has_flag", lambda name: kept_as is TileWeight)
     folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=True).folder
     plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
