@@ -291,8 +291,8 @@ class Scheduler:
         kept = self._keep(request)
         self.running.remove(request)
         conversation = request.conversation
-        goes_on = request.num_new and not conversation.foreign
-        request.own_pages = SharedPrefixes.own_pages(kept, conversation.sequence) if goes_on else None
+        continued = request.num_new and not conversation.foreign
+        request.own_pages = SharedPrefixes.own_pages(kept, conversation.sequence) if continued else None
         if self.drafter is not None and conversation.draft_state is not None:
             self.drafter.close([conversation.draft_state])
         conversation.sequence.truncate(0)
