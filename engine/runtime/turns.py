@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 
 from engine.model.device import own_torch_modes
 
-_LOOK_S = 1.0  # after which a waiting thread looks for itself: an interrupt may have kept its holder from waking it
+_LOOK_S = 1.0  # that a thread waits to be woken; where the lock is free then, whoever was to have it has gone
 
 
 class Turns:
@@ -15,74 +16,89 @@ class Turns:
     modes are set aside (`own_torch_modes`).
 
     The standard library's locks are taken by luck: a thread that gives one back and asks for it again, as one that runs a step after the other does,
-    has it before any that waits is awake.
+    has it before any that waits is awake. Here such a lock says who has it, and a queue who may try: a signal's handler or a finaliser may ask
+    for it between any two instructions of these methods, and an interrupt may end them there.
     """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()  # of holder and waiting
-        self._waiting: deque[threading.Lock] = deque()  # a lock each that is held until its thread is to look
-        self._holder: int | None = None
+        self._lock = threading.RLock()
+        self._waiting: deque[threading.Lock] = deque()  # of each thread that waits, what it is woken by
+        self._own = threading.local()
         self._depth, self._modes = 0, own_torch_modes()
 
     @property
     def mine(self) -> bool:
         """Whether the calling thread holds it."""
-        return self._holder == threading.get_ident()
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
 
     def __enter__(self) -> None:
-        if not self.mine:
-            self._take()
+        self._acquire()
         try:
             if self._depth == 0:
                 self._modes = own_torch_modes()
                 self._modes.__enter__()
             self._depth += 1
         except BaseException:
-            if self._depth == 0:
-                self._give()
+            self._release()
             raise
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if self._depth == 0:
-            try:
-                self._modes.__exit__(None, None, None)
-            finally:
-                self._give()
-
-    def _take(self) -> None:
-        look = threading.Lock()
-        look.acquire()
         try:
-            with self._guard:
-                self._waiting.append(look)
-            while not self._taken(look):
-                look.acquire(timeout=_LOOK_S)
+            if self._depth == 0:
+                self._modes.__exit__(None, None, None)
+        finally:
+            self._release()
+
+    def _acquire(self) -> None:
+        if self.mine:
+            self._lock.acquire()
+            return
+        look, woken = self._look(), True
+        try:
+            while True:
+                if look not in self._waiting:  # again: who asked within this wait took its turn
+                    self._waiting.append(look)
+                first = self._first()
+                if (first is look or not woken) and self._lock.acquire(blocking=False):
+                    break
+                woken = look.acquire(timeout=_LOOK_S)
+            if first is not look:
+                self._leave(first)
+            self._leave(look)
         except BaseException:  # an interrupt
             if self.mine:
-                self._give()
-            raise
-        finally:
-            with self._guard:
-                if look in self._waiting:
-                    self._waiting.remove(look)
-                    self._wake()
-
-    def _taken(self, look: threading.Lock) -> bool:
-        """Whether it is free and this thread's turn; it is taken then."""
-        with self._guard:
-            if self._holder is not None or self._waiting[0] is not look:
-                return False
-            self._holder = threading.get_ident()
-            self._waiting.popleft()
-            return True
-
-    def _give(self) -> None:
-        with self._guard:
-            self._holder = None
+                self._lock.release()
+            self._leave(look)
             self._wake()
+            raise
+
+    def _release(self) -> None:
+        self._lock.release()
+        self._wake()
+
+    def _look(self) -> threading.Lock:
+        """What the calling thread is woken by."""
+        try:
+            found: threading.Lock = self._own.look
+        except AttributeError:
+            found = self._own.look = threading.Lock()
+            found.acquire()
+        return found
+
+    def _first(self) -> threading.Lock | None:
+        try:
+            return self._waiting[0]
+        except IndexError:
+            return None
+
+    def _leave(self, look: threading.Lock | None) -> None:
+        with suppress(ValueError):
+            self._waiting.remove(look)  # type: ignore[arg-type]
 
     def _wake(self) -> None:
-        """Let the first that waits look, where there is something to be had."""
-        if self._holder is None and self._waiting and self._waiting[0].locked():
-            self._waiting[0].release()
+        """Have the first that waits try."""
+        first = self._first()
+        if first is not None:
+            with suppress(RuntimeError):  # it is awake
+                first.release()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from collections import deque
+from contextlib import nullcontext
 
 import pytest
 
@@ -68,31 +71,93 @@ def test_one_at_a_time_has_it():
     assert (most, total) == (1, 2400)
 
 
-@pytest.mark.parametrize("when", ["waiting", "taken"])
-def test_a_thread_that_is_interrupted_gives_up_its_turn(monkeypatch, when):
+class Interrupted(BaseException):
+    pass
+
+
+class Interrupting(deque):
+    """A queue; `at`: which use of it by a thread called "interrupted" raises, or calls what is given instead."""
+
+    at, uses, instead = 0, 0, None
+
+    def _used(self):
+        if threading.current_thread().name == "interrupted":
+            self.uses += 1
+            if self.uses == self.at:
+                if self.instead is None:
+                    raise Interrupted
+                self.instead()
+
+    def __contains__(self, item):
+        self._used()
+        return super().__contains__(item)
+
+    def append(self, item):
+        self._used()
+        super().append(item)
+        self._used()
+
+    def __getitem__(self, at):
+        self._used()
+        return super().__getitem__(at)
+
+    def remove(self, item):
+        self._used()
+        super().remove(item)
+        self._used()
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("held", [False, True])
+def test_a_thread_that_is_interrupted_anywhere_gives_up_its_turn(monkeypatch, at, held):
+    monkeypatch.setattr(turns, "_LOOK_S", 0.2)
     lock, got, raised = Turns(), [], []
-
-    class Interrupted(BaseException):
-        pass
-
-    taken = lock._taken
-
-    def interrupted(look):
-        if threading.current_thread().name == "interrupted" and (when == "waiting" or taken(look)):
-            raised.append(when)
-            raise Interrupted
-        return taken(look)
-
-    monkeypatch.setattr(lock, "_taken", interrupted)
+    lock._waiting = queue = Interrupting()
+    queue.at = at
 
     def ask():
-        with pytest.raises(Interrupted), lock:
-            pass
+        try:
+            with lock:
+                pass
+        except Interrupted:
+            raised.append(at)
 
     def later():
         with lock:
             got.append(True)
 
+    first = threading.Thread(target=ask, name="interrupted", daemon=True)
+    with lock if held else nullcontext():
+        first.start()
+        time.sleep(0.05)
+        (second,) = begun([later])
+    first.join(10)
+    second.join(10)
+    later()
+    assert len(got) == 2 and not lock.mine and (raised or queue.uses < at)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_handler_may_ask_anywhere(monkeypatch, at):
+    """As a signal's handler and a finaliser do, in the thread that is asking."""
+    monkeypatch.setattr(turns, "_LOOK_S", 0.2)
+    lock, got = Turns(), []
+    lock._waiting = queue = Interrupting()
+    queue.at = at
+
+    def handler():
+        with lock:
+            got.append("handler")
+
+    def ask():
+        with lock:
+            got.append("thread")
+
+    def later():
+        with lock:
+            got.append("later")
+
+    queue.instead = handler
     with lock:
         first = threading.Thread(target=ask, name="interrupted", daemon=True)
         first.start()
@@ -100,23 +165,54 @@ def test_a_thread_that_is_interrupted_gives_up_its_turn(monkeypatch, when):
         (second,) = begun([later])
     first.join(10)
     second.join(10)
-    assert got and raised and not lock._waiting and lock._holder is None
+    assert {"thread", "later"} <= set(got) and ("handler" in got or queue.uses < at) and not queue and not lock.mine
 
 
-def test_a_thread_that_nobody_woke_looks_for_itself(monkeypatch):
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timers")
+def test_a_signals_handler_asks_while_threads_do(monkeypatch):
+    lock, handled, ended = Turns(), 0, threading.Event()
+
+    def work():
+        while not ended.is_set():
+            with lock:
+                pass
+
+    def handler(*_):
+        nonlocal handled
+        with lock:
+            handled += 1
+
+    before = signal.signal(signal.SIGALRM, handler)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        until = time.monotonic() + 60
+        while handled < 100:
+            with lock:
+                assert time.monotonic() < until
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        ended.set()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads) and not lock.mine and not lock._waiting
+
+
+def test_a_place_whose_thread_has_gone_is_passed_over(monkeypatch):
     monkeypatch.setattr(turns, "_LOOK_S", 0.05)
     lock, got = Turns(), []
+    lock._waiting.append(threading.Lock())
 
     def ask():
         with lock:
             got.append(True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lock, "_wake", lambda: None)  # its holder was interrupted there
-        with lock:
-            (thread,) = begun([ask])
+    (thread,) = begun([ask])
     thread.join(10)
-    assert got
+    assert got and not lock._waiting
 
 
 def test_modes_that_cannot_be_set_aside_leave_it_free(monkeypatch):
