@@ -41,7 +41,7 @@ from engine.runtime.drafters import load_draft_head
 from engine.runtime.memory import GPU_MEMORY_UTILIZATION, device_memory
 from engine.runtime.sampling_defaults import SamplingDefaults
 from kernels.cpu_decode import compiled_loads
-from kernels.cpu_decode.blocks import NAMES
+from kernels.cpu_decode.file_blocks import formats
 
 if TYPE_CHECKING:
     from engine.hub.gguf_blocks import GgufBlocks
@@ -179,7 +179,7 @@ def quantized_blocks(spec: str | Path, dtype: torch.dtype, device: torch.device)
         )
     from engine.hub.gguf_blocks import GgufBlocks  # its libraries take time, and few need them
 
-    return GgufBlocks(path, NAMES)
+    return GgufBlocks(path, formats())
 
 
 # --- remembered measurements ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from engine.hub.gguf_families import family_of, hf_config
 class GgufBlocks(Mapping[str, tuple[int, tuple[int, ...]]]):
     """Hugging Face name -> (number of the format, shape) of the matrices whose blocks can be multiplied as they are. Close it.
 
-    formats: the numbers of formats that can, by name (`kernels.cpu_decode.blocks.NAMES`).
+    formats: the numbers of formats that can, by name (`kernels.cpu_decode.file_blocks.formats`).
 
     Raises:
         ModelNotFound, UnsupportedArchitecture: as `GgufFile` and `hf_config`.

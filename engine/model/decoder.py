@@ -29,10 +29,11 @@ from engine.model.device_map import DeviceMap
 from engine.model.embedding import BlockEmbedding
 from engine.model.forward_pass import DecoderOutput, ForwardPass, Observer, PassRunner
 from engine.model.layers import GATES, DecoderLayer, LayerOps, LayerWeights, layer_forward, with_offset
-from engine.model.linear import Gemm, Projection, laid_out, packed_copy, select_gemm
+from engine.model.linear import Gemm, Projection, packed_copy, select_gemm
 from engine.model.rope import RopeTable
 from engine.model.weights import load_tensors, open_checkpoint, sum_of_all
-from kernels.cpu_decode.blocks import BLOCK, BLOCK_BYTES, BlockWeight
+from kernels.cpu_decode.blocks import BlockWeight
+from kernels.cpu_decode.file_blocks import laid_out, row_bytes
 from kernels.cpu_decode.machine_code import allows_tiles
 from kernels.cpu_decode.tiles import TileWeight
 from kernels.grouped_linear import grouped_linear
@@ -46,7 +47,7 @@ _LEAST_HUGE_BYTES = 32 << 20  # of matrices that go into pages of 2 MiB: far les
 
 
 class QuantizedBlocks(Protocol):
-    """Quantised matrices by Hugging Face name: (format of `kernels.cpu_decode.blocks`, shape), and their bytes; `engine.hub.gguf_blocks`."""
+    """Quantised matrices by Hugging Face name: (one of `kernels.cpu_decode.file_blocks.formats`, shape), and their bytes; `engine.hub.gguf_blocks`."""
 
     def get(self, name: str, /) -> tuple[int, tuple[int, ...]] | None: ...
 
@@ -256,10 +257,10 @@ class Decoder(PassRunner, nn.Module):
             if any(own is None or own[0] != cast(tuple, found[0])[0] for own in found):
                 return None
             (kind, (_, width)), sizes = cast(tuple, found[0]), [cast(tuple, own)[1][0] for own in found]
-            memory = torch.empty(sum(sizes), width // BLOCK * BLOCK_BYTES[kind], dtype=torch.uint8)
+            memory = torch.empty(sum(sizes), row_bytes(kind, width), dtype=torch.uint8)
             for name, part in zip(names, memory.split(sizes), strict=True):
                 blocks.read(name, part)
-            return laid_out(BlockWeight(memory, kind, self.dtype))
+            return laid_out(memory, kind, self.dtype)
 
         for number, module in enumerate(self.layers):
             for projection, parts in cast(DecoderLayer, module).projections():

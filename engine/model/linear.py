@@ -22,7 +22,6 @@ from torch import nn
 
 from kernels.cpu_decode import compiled_available, compiled_loads, most_rows
 from kernels.cpu_decode.blocks import BLOCK, BlockWeight
-from kernels.cpu_decode.machine_code import has_flag
 from kernels.cpu_decode.tiles import OUTPUTS, TileWeight
 
 LARGEST_COPY_BYTES = 128 << 20
@@ -153,13 +152,6 @@ def compiled_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         return F.linear(x, weight, bias)
     out = linear(x, weight)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
-
-
-def laid_out(weight: BlockWeight) -> BlockWeight | TileWeight:
-    """Quantised weights as few rows are multiplied by them fastest: in tiles where the processor multiplies four bytes at a time (AVX512-VNNI)."""
-    if has_flag("avx512_vnni") and TileWeight.fits(weight.shape):
-        return TileWeight.of_blocks(weight)
-    return weight
 
 
 def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

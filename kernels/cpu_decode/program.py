@@ -24,17 +24,18 @@ from kernels.cpu_decode.numbers import exponential, load_bf16, rounded, to_bf16
 from kernels.cpu_decode.prefill import write_prefill
 from kernels.cpu_decode.tiles import (
     BYTE_CODES,
-    FILE_4_1,
-    FILE_FORMATS,
     GROUP,
     GROUP_BYTES,
+    HALVES,
     HEAD_BYTES,
+    LEAST,
     MOST_8,
     MOST_16,
+    OF_FILES,
     OUTPUTS,
     TILE_FORMATS,
     ZERO,
-)  # fmt: skip
+)
 from kernels.cpu_decode.tiling import write_tiling
 
 FORMATS = (BF16, *NAMES.values())
@@ -232,12 +233,12 @@ def _write_pack(c: Code) -> None:
 
 def _row_bytes(columns: Number, wide: bool) -> Number:
     """Of a row that `pack_8` or `pack_16` leaves."""
-    return columns * (2 if wide else 1) + columns // GROUP * 8
+    return columns * (2 if wide else 1) + columns // GROUP * (12 if wide else 8)
 
 
 def _write_pack_codes(c: Code, wide: bool) -> None:
     """Rows of float32 [rows, columns] for products with tiles, of 16 or 8 bits: int8 codes (wide: of the upper bytes, and then of the lower ones), and
-    for each group its scale float32 and the sum of its numbers int32."""
+    for each group its scale float32 and the sum of its numbers int32, or of the first 16 and of the others."""
     limit = MOST_16 if wide else MOST_8
     with (
         c.function("pack_16" if wide else "pack_8", [I64] * 5) as (x, x_stride, rows, columns, out),
@@ -250,25 +251,27 @@ def _write_pack_codes(c: Code, wide: bool) -> None:
             most = most.take(range(width)).at_least(most.take(range(width, 2 * width)))
         scale = most.lane(0) * (1 / limit)
         share = (1.0 / scale.at_least(1e-30)).spread()
-        own, sums = out + row * _row_bytes(columns, wide), c.of(lanes(I32), 0)
+        own, sums = out + row * _row_bytes(columns, wide), list[Number]()
         for part, own_numbers in enumerate(numbers):
             nearest = c.intrinsic(f"llvm.rint.v{LANES}f32", VECTOR, own_numbers * share)
             codes = c.intrinsic(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", lanes(I32), nearest).at_least(-limit).at_most(limit)
-            sums, place = sums + codes, own + group * GROUP + LANES * part
+            place = own + group * GROUP + LANES * part
+            sums.append(codes)
             if wide:
                 low = (codes << 24).arithmetic_shift(24)  # with its sign
                 c.store(low.to("trunc", lanes(I8)), place + columns)
                 codes = (codes - low).arithmetic_shift(8)
             c.store(codes.to("trunc", lanes(I8)), place)
-        told = own + columns * (2 if wide else 1) + group * 8
+        told = own + columns * (2 if wide else 1) + group * (12 if wide else 8)
         c.store(scale, told)
-        c.store(sums.total(), told + 4)
+        for number, some in enumerate(sums if wide else [sums[0] + sums[1]]):
+            c.store(some.total(), told + 4 + 4 * number)
 
 
 def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
     """y = x W^T for weights in tiles. x: rows as `pack_8` or, of a file's weights, `pack_16` leaves them, x_stride bytes apart. A row's result does not
     depend on the others."""
-    size, head, wide = GROUP_BYTES[kind], HEAD_BYTES[kind], kind in FILE_FORMATS.values()
+    size, head, wide = GROUP_BYTES[kind], HEAD_BYTES[kind], kind in OF_FILES
     with c.function(f"tiles_{kind}", [I64] * 8) as (w, outputs, x, x_stride, rows, y, y_stride, groups):
 
         def sums(output: Number, row: Number, count: int) -> None:
@@ -276,8 +279,8 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
             totals = [Variable(c, c.of(VECTOR, 0.0)) for _ in range(count)]
             with c.loop(0, groups) as group:
                 own = tile + group * size
-                scale, codes = c.load(own, lanes(F16)).to("fpext", VECTOR), own + head
-                least = c.load(own + 2 * OUTPUTS, lanes(F16)).to("fpext", VECTOR) if kind == FILE_4_1 else None
+                heads = [c.load(own + at, lanes(F16)).to("fpext", VECTOR) for at in range(0, head, 2 * OUTPUTS)]
+                codes, parts = own + head, 2 if kind in HALVES else 1  # of a group, each with a scale
                 weights: list[Number] = []
                 for at in range(0, size - head, 4 * LANES):
                     c.prefetch(codes + at + FAR_AHEAD_BYTES)
@@ -285,19 +288,22 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
                 if kind not in BYTE_CODES:
                     weights = [both & 0x0F0F0F0F for both in (*weights, *(both >> 4 for both in weights))]
                 for total, own_x in zip(totals, inputs, strict=True):
-                    told = own_x + groups * (GROUP * (2 if wide else 1)) + group * 8
-                    share, codes_sum = c.load(told, F32).spread(), c.load(told + 4, I32)
-                    found = (codes_sum * -ZERO[kind]).spread()
-                    place, upper = own_x + group * GROUP, c.of(lanes(I32), 0)
-                    for q, weight in enumerate(weights):
-                        if wide:
-                            upper = _multiply_quads(c, quads, weight, c.load(place + 4 * q, I32).spread(), upper)
-                        lower = place + groups * GROUP if wide else place
-                        found = _multiply_quads(c, quads, weight, c.load(lower + 4 * q, I32).spread(), found)
-                    found = found + (upper << 8) if wide else found
-                    total.set(c.fma(found.to("sitofp", VECTOR), scale * share, total.get()))
-                    if least is not None:
-                        total.set(c.fma(codes_sum.to("sitofp", F32).spread() * share, least, total.get()))
+                    told = own_x + groups * (GROUP * (2 if wide else 1)) + group * (12 if wide else 8)
+                    share, sums_of = c.load(told, F32).spread(), [c.load(told + 4 + 4 * n, I32) for n in range(2 if wide else 1)]
+                    if parts < len(sums_of):
+                        sums_of = [sums_of[0] + sums_of[1]]
+                    place, count_of = own_x + group * GROUP, len(weights) // parts
+                    for part, (scale, codes_sum) in enumerate(zip(heads, sums_of, strict=False)):
+                        found, upper = (codes_sum * -ZERO[kind]).spread(), c.of(lanes(I32), 0)
+                        for q in range(part * count_of, (part + 1) * count_of):
+                            if wide:
+                                upper = _multiply_quads(c, quads, weights[q], c.load(place + 4 * q, I32).spread(), upper)
+                            lower = place + groups * GROUP if wide else place
+                            found = _multiply_quads(c, quads, weights[q], c.load(lower + 4 * q, I32).spread(), found)
+                        found = found + (upper << 8) if wide else found
+                        total.set(c.fma(found.to("sitofp", VECTOR), scale * share, total.get()))
+                    if kind in LEAST:
+                        total.set(c.fma(sums_of[0].to("sitofp", F32).spread() * share, heads[1], total.get()))
             for r, total in enumerate(totals):
                 c.store(total.get(), y + (row + r) * y_stride + output * 4)
 
@@ -312,12 +318,13 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
 
 def _unpack_group(c: Code, kind: int, address: Number, out: Number, stride: Number) -> None:
     """Weights of a group of a tile, bf16 [16, 32] in rows `stride` bytes apart."""
-    scale = c.load(address, lanes(F16)).to("fpext", VECTOR)
-    least = c.load(address + 2 * OUTPUTS, lanes(F16)).to("fpext", VECTOR) if kind == FILE_4_1 else c.of(VECTOR, 0.0)
+    heads = [c.load(address + at, lanes(F16)).to("fpext", VECTOR) for at in range(0, HEAD_BYTES[kind], 2 * OUTPUTS)]
+    least = heads[1] if kind in LEAST else c.of(VECTOR, 0.0)
     for at in range(0, GROUP_BYTES[kind] - HEAD_BYTES[kind], 4 * LANES):
         word = c.load(address + HEAD_BYTES[kind] + at, lanes(I32))
         for shift in (0,) if kind in BYTE_CODES else (0, 4):
             codes = [(word >> 8 * byte + shift) & (255 if kind in BYTE_CODES else 15) for byte in range(4)]
+            scale = heads[1] if kind in HALVES and at >= LANES * GROUP // 2 else heads[0]
             numbers = [c.fma((own - ZERO[kind]).to("sitofp", VECTOR), scale, least) for own in codes]
             bits = [to_bf16(c, own).to("zext", lanes(I32)) for own in numbers]
             pairs = bits[0] + (bits[1] << 16), bits[2] + (bits[3] << 16)
@@ -360,7 +367,7 @@ def _write_any_product(c: Code, pairs: bool, matrices: bool) -> None:
                     c.call(f"product_{form}", w, w_stride, first, outputs, own, stride, rows, y, y_stride, columns // BLOCK)
         for form in TILE_FORMATS:
             with c.when(kind.compare("==", form)):
-                wide, groups = form in FILE_FORMATS.values(), columns // GROUP
+                wide, groups = form in OF_FILES, columns // GROUP
                 c.call("pack_16" if wide else "pack_8", x, x_stride, rows, columns, packed)
                 own = w + start // OUTPUTS * groups * GROUP_BYTES[form]
                 c.call(f"tiles_{form}", own, outputs - start, packed, _row_bytes(columns, wide), rows, y + start * 4, y_stride, groups)
@@ -612,7 +619,7 @@ def _write_entries(c: Code) -> None:
         c.call("product", kind, address, 0, outputs, inputs, x, inputs * 4, rows, packed, y, outputs * 4)
     with c.function("tiles_unpacked", argument_types("tiles_unpacked"), exported=True) as (address, kind, tiles, groups, out):
         # the weights of tiles of a file's blocks, bf16 [16 tiles, 32 groups]
-        for form in FILE_FORMATS.values():
+        for form in OF_FILES:
             with c.when(kind.compare("==", form)), c.loop(0, tiles) as tile, c.loop(0, groups) as group:
                 place = out + (tile * OUTPUTS * groups + group) * (2 * GROUP)
                 _unpack_group(c, form, address + (tile * groups + group) * GROUP_BYTES[form], place, groups * (2 * GROUP))

@@ -15,7 +15,7 @@ import torch
 from kernels.cpu_decode.blocks import BF16, BLOCK, BLOCK_BYTES, BlockWeight
 from kernels.cpu_decode.crew import CREW, num_threads
 from kernels.cpu_decode.machine_code import functions
-from kernels.cpu_decode.tiles import FILE_FORMATS, GROUP, OUTPUTS, TileWeight
+from kernels.cpu_decode.tiles import GROUP, OF_FILES, OUTPUTS, TileWeight
 from kernels.decode_layer.tensors import LayerTensors
 
 Matrix = torch.Tensor | BlockWeight | TileWeight
@@ -41,8 +41,8 @@ def _place(weight: Matrix) -> tuple[int, int]:
 
 
 def whole_rows(rows: int) -> int:
-    """Rows of bf16 that there is to be workspace for: products of matrices take sixteen at once, those of tiles two bytes a number and a quarter."""
-    return -(-(rows + -(-rows // 8)) // 16) * 16
+    """Rows of bf16 that there is to be workspace for: products of matrices take sixteen at once, those of tiles 19 bytes for eight numbers."""
+    return -(-(rows + -(-3 * rows // 16)) // 16) * 16
 
 
 def _numbers(x: torch.Tensor) -> np.ndarray:
@@ -71,7 +71,7 @@ def unpack(weight: BlockWeight | TileWeight) -> torch.Tensor:
     """What `to_dense` gives of blocks, or of a file's blocks in tiles of bf16, a few rows at a time and so in little memory beside the result."""
     out = torch.empty(weight.shape, dtype=weight.dtype)
     if isinstance(weight, TileWeight):
-        if weight.dtype != torch.bfloat16 or weight.kind not in FILE_FORMATS.values():
+        if weight.dtype != torch.bfloat16 or weight.kind not in OF_FILES:
             return weight.to_dense()
         _FUNCTIONS["tiles_unpacked"](weight.tiles.data_ptr(), weight.kind, len(weight.tiles), weight.shape[1] // GROUP, out.data_ptr())
         return out

@@ -2,12 +2,13 @@
 meaning, in plain PyTorch.
 
 What is multiplied by them is put into whole numbers too, with a scale for every 32. Of copies for drafts these have 8 bits, so that products are a
-little wrong: their results may only decide what is proposed. Of a file's own weights (FILE_8, FILE_4, FILE_4_1) they have 16, two bytes that are
-multiplied one after the other: nearer to the product in float32 than one of bf16 is.
+little wrong: their results may only decide what is proposed. Of a file's own weights (OF_FILES) they have 16, two bytes that are multiplied one after
+the other: nearer to the product in float32 than one of bf16 is.
 
-A tile holds all inputs of 16 outputs, in groups of 32: float16 scales [16], in one format float16 least values [16], then codes uint8 [16, 4] of inputs
-4 q to 4 q + 3 for q = 0, 1... A weight is its scale times its code less 128, or less 8 where a byte holds two of them: those of q in its low half, and
-those of q + 4 in the high one; with a least value, that and its scale times its code.
+A tile holds all inputs of 16 outputs, in groups of 32: float16 scales [16], in some formats 16 more numbers, then codes uint8 [16, 4] of inputs 4 q to
+4 q + 3 for q = 0, 1... A weight is its scale times its code less 128, or less 8 where a byte holds two of them: those of q in its low half, and those
+of q + 4 in the high one. The other 16 numbers are least values, to which the scale times the code is added (LEAST), or the scales of a group's last 16
+inputs (HALVES).
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from kernels.cpu_decode.blocks import BLOCK_BYTES, Q4_0, Q4_1, Q8_0, BlockWeight
 
 GROUP = 32  # inputs that share a scale
 OUTPUTS = 16  # of a tile
-TILES_8, TILES_4, FILE_8, FILE_4, FILE_4_1 = TILE_FORMATS = 4, 5, 6, 7, 8
-"""Numbers of formats, beside those of `blocks`: 8 and 4 bits for drafts; of a file's blocks 8 bits, 4 bits, and 4 bits over a least value."""
+TILES_8, TILES_4, FILE_8, FILE_4, FILE_4_1, FILE_8_1, FILE_8_2 = TILE_FORMATS = 4, 5, 6, 7, 8, 9, 10
+"""Numbers of formats, beside those of `blocks`: 8 and 4 bits for drafts, and those of a file's weights."""
+OF_FILES = FILE_8, FILE_4, FILE_4_1, FILE_8_1, FILE_8_2
 FILE_FORMATS = {Q8_0: FILE_8, Q4_0: FILE_4, Q4_1: FILE_4_1}
 """Formats of blocks -> of the tiles that hold the same weights."""
-BYTE_CODES = TILES_8, FILE_8  # whose codes take a byte each
-HEAD_BYTES = {kind: 2 * OUTPUTS if kind != FILE_4_1 else 4 * OUTPUTS for kind in TILE_FORMATS}  # of a group, before its codes
+BYTE_CODES = TILES_8, FILE_8, FILE_8_1, FILE_8_2  # whose codes take a byte each
+LEAST, HALVES = (FILE_4_1, FILE_8_1), (FILE_8_2,)  # what the second numbers of an output are
+HEAD_BYTES = {kind: (4 if kind in LEAST + HALVES else 2) * OUTPUTS for kind in TILE_FORMATS}  # of a group, before its codes
 GROUP_BYTES = {kind: HEAD_BYTES[kind] + GROUP * OUTPUTS // (1 if kind in BYTE_CODES else 2) for kind in TILE_FORMATS}
-ZERO = {TILES_8: 128, TILES_4: 8, FILE_8: 128, FILE_4: 8, FILE_4_1: 0}  # the code of weight 0, or of the least value
+ZERO = {
+    kind: 0 if kind in LEAST else 128 if kind in BYTE_CODES else 8 for kind in TILE_FORMATS
+}  # the code of weight 0, or of the least value
 MOST_8, MOST_16 = 127, 127 * 256  # of what is multiplied: the greatest whole number of 8 bits, and of two bytes with signs
 SHRINK = (1.0, 0.95, 0.9, 0.85)  # of 4-bit steps: the one with the least squared error is kept
 LEAST_SCALE_BITS = 1  # of float16: the least number beside 0
@@ -83,17 +88,24 @@ class TileWeight:
         """The same weights as those of blocks, whose shape `fits`."""
         if not cls.fits(weight.shape):
             raise ValueError(f"blocks of shape {list(weight.shape)} make no whole tiles of {OUTPUTS} outputs")
-        kind, (outputs, inputs) = FILE_FORMATS[weight.kind], weight.shape
-        blocks = weight.blocks.view(outputs // OUTPUTS, OUTPUTS, inputs // GROUP, BLOCK_BYTES[weight.kind])
-        head = HEAD_BYTES[kind] // OUTPUTS
-        tiles = torch.empty(outputs // OUTPUTS, inputs // GROUP, GROUP_BYTES[kind], dtype=torch.uint8)
-        for at in range(0, head, 2):
-            heads = blocks[..., at : at + 2].contiguous().view(torch.int16)[..., 0].transpose(1, 2)  # [tiles, groups, 16]
-            tiles[..., at * OUTPUTS : (at + 2) * OUTPUTS] = heads.contiguous().view(torch.uint8)
-        quads = blocks[..., head:].contiguous().view(torch.int32).permute(0, 2, 3, 1)  # four codes each: [tiles, groups, q, 16]
-        codes = quads.contiguous().view(torch.uint8).flatten(2)
-        tiles[..., head * OUTPUTS :] = codes ^ 128 if kind == FILE_8 else codes  # int8 as its distance from -128
-        return cls(tiles.flatten(1), kind, weight.dtype)
+        kind, (outputs, inputs), own = FILE_FORMATS[weight.kind], weight.shape, BLOCK_BYTES[weight.kind]
+        blocks, head = weight.blocks.view(outputs, inputs // GROUP, own), HEAD_BYTES[kind] // OUTPUTS
+        codes = blocks[..., head:]
+        # int8 as its distance from -128
+        return cls.assembled(
+            kind, blocks[..., :head].contiguous().view(torch.float16), codes ^ 128 if kind == FILE_8 else codes, weight.dtype
+        )
+
+    @classmethod
+    def assembled(cls, kind: int, heads: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> TileWeight:
+        """Of the numbers before the codes, float16 [out, groups, 1 or 2], and the bytes of the codes, uint8 [out, groups, 32 or 16], in
+        their order; out in whole tiles."""
+        places = len(codes) // OUTPUTS, OUTPUTS
+        own = heads.view(torch.int16).unflatten(0, places).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+        quads = (
+            codes.contiguous().view(torch.int32).unflatten(0, places).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+        )  # of four codes
+        return cls(torch.cat((own.flatten(2), quads.flatten(2)), -1).flatten(1), kind, dtype)
 
     def of_outputs(self, outputs: slice) -> TileWeight:
         """That of some outputs, whole tiles of them."""
@@ -122,8 +134,9 @@ class TileWeight:
         steps = codes[tile, :, :, own]  # [n, groups, q, 4]
         if self.kind not in BYTE_CODES:
             steps = torch.cat((steps & 15, steps >> 4), 2)
-        found = (steps.float() - ZERO[self.kind]) * scales[:, :, :1]
-        return (found + scales[:, :, 1:] if self.kind == FILE_4_1 else found).flatten(1)
+        own = scales.repeat_interleave(GROUP // 8, 2) if self.kind in HALVES else scales[:, :, :1]
+        found = (steps.float() - ZERO[self.kind]) * own
+        return (found + scales[:, :, 1:] if self.kind in LEAST else found).flatten(1)
 
 
 def _coded(parts: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from engine.model.linear import Gemm, Int8Weight, select_gemm
 from engine.runtime.compiled_runner import CompiledDecoder
 from engine.runtime.core import EngineCore
 from engine.runtime.sampling import SamplingParams
+from kernels.cpu_decode import file_blocks
 from kernels.cpu_decode.blocks import NAMES, BlockWeight, unpack_blocks
 from kernels.cpu_decode.tiles import TileWeight
 
@@ -173,8 +174,8 @@ class Blocks(dict):
 @torch.inference_mode()
 @pytest.mark.parametrize("kept_as", [BlockWeight, TileWeight])
 def test_quantised_weights_compute_what_they_stand_for(kept_as, tiny_model, monkeypatch):
-    """As the file has them, or where the processor multiplies four bytes at a time in tiles: but for the embeddings, whose 97 rows make none."""
-    monkeypatch.setattr(linear, "has_flag", lambda name: kept_as is TileWeight)
+    """As the file has them, or in tiles where the processor multiplies four bytes at a time; 97 rows of embeddings make no whole tiles."""
+    monkeypatch.setattr(file_blocks, "has_flag", lambda name: kept_as is TileWeight)
     folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=True).folder
     plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
     # the second layer's values are of another format: its q, k and v stay dense
@@ -209,7 +210,7 @@ def test_quantised_weights_compute_what_they_stand_for(kept_as, tiny_model, monk
 
 @torch.inference_mode()
 def test_embeddings_in_tiles_are_looked_up_and_multiplied(tiny_model, monkeypatch):
-    monkeypatch.setattr(linear, "has_flag", lambda name: True)
+    monkeypatch.setattr(file_blocks, "has_flag", lambda name: True)
     folder = tiny_model("qwen3", hidden_size=96, intermediate_size=96, head_dim=32, vocab_size=112, tie_word_embeddings=True).folder
     plain = Decoder.from_pretrained(folder, dtype=torch.bfloat16)
     blocks = Blocks(plain.hf_tensors(), lambda name: NAMES["Q8_0"])
