@@ -44,12 +44,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """A decoder of a named shape whose next tokens depend on its context: random weights of the usual scale, norms of 1."""
+def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0, *, positions: int = 32768) -> Decoder:
+    """A decoder of a named shape whose next tokens depend on its context: usual random weights, norms of 1. positions: most that it holds."""
     import transformers
 
     kind, sizes = SHAPES[shape]
-    config = getattr(transformers, kind)(**sizes, max_position_embeddings=32768, rms_norm_eps=1e-6, eos_token_id=None, bos_token_id=None)
+    config = getattr(transformers, kind)(
+        **sizes, max_position_embeddings=positions, rms_norm_eps=1e-6, eos_token_id=None, bos_token_id=None
+    )
     return Decoder.from_config(DecoderConfig.from_hf(config), dtype=dtype, device=device, seed=seed)
 
 

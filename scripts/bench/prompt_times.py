@@ -6,6 +6,17 @@ Weights are random. Prompts are LENGTH or COUNTxLENGTH, of requests that come to
 which finds the context in its prefix cache, until the last request has its first token; `pass_ms` a pass of the runner, captured where it can be
 (`captured`, by `capture_steps`, whose line comes first); `own_ms` the decoder's own. Each is the median of --repeats, after two that are not counted.
 Nothing is printed of a size whose logits are not those of the own pass: `relative_rms` is the distance of both.
+
+    python scripts/bench/prompt_times.py --host --prompts 60,8x60 --contexts 1000,8000,32000,100000
+
+With --host the model's passes are left out, and rows say what the host does for requests behind a known context, in CPU milliseconds of all of them
+together: `check_ms` to check their ids, `launch_ms` from there to the launch of their first pass (finding the beginning, pages, inputs), `end_ms` from
+there to their end (sampling, keeping pages, results). Texts of one new token, drawn, so that whole pages are shared on a CPU as well.
+
+    python scripts/bench/prompt_times.py --tokenizer FOLDER --contexts 1000,8000,32000,100000
+
+With --tokenizer, a model's folder: CPU milliseconds to make token ids of a chat of about so many tokens, `first_ms`, and of the same chat with one more
+question and answer, `again_ms`; the latter's ids are compared with those of a tokenizer that has seen nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +31,7 @@ import torch
 
 from bench.decode_profile import SHAPES, moment, random_decoder
 from bench.document import RowDocument, command_line, measured_on
+from bench.prompt_host_times import HostTimes, text_rows
 from engine.engine import Engine
 from engine.kv.pool import KvSequence
 from engine.model.decoder import forward_reserved
@@ -125,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--pass-rows", help="other sizes of captured passes than the engine's, ascending and comma-separated (256,512,2048)"
     )
+    parser.add_argument("--host", action="store_true", help="what the host does, without the model's passes")
+    parser.add_argument("--tokenizer", type=Path, help="a model's folder, of whose tokenizer chats are timed instead")
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -138,16 +152,25 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [count_and_length(own) for own in args.prompts.split(",")]
     contexts = [int(own) for own in args.contexts.split(",")]
-    target = random_decoder(args.shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if args.tokenizer is not None:
+        report = RowDocument({**measured_on(device), "command": command_line("bench/prompt_times.py", argv)}, args.json_out)
+        for row in text_rows(args.tokenizer, contexts, args.repeats):
+            report.add(row)
+        return 0
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    positions = max(32768, 1024 + max(contexts) + max(length for _, length in prompts))
+    target = random_decoder(args.shape, device, dtype, positions=positions)
     most = max(count * (max(contexts) + length) for count, length in prompts)
     engine = Engine(target, draft=None, max_batch=max(count for count, _ in prompts), pool_tokens=3 * most + (1 << 15))
-    captured = engine.core.capture_steps()
+    captured = None if args.host else engine.core.capture_steps()
     about = {
         **measured_on(device), "command": command_line("bench/prompt_times.py", argv), "shape": args.shape,
         "pass_rows": prompt_passes.PASS_ROWS, "captured": captured and captured._asdict(),
     }  # fmt: skip
     report = RowDocument(about, args.json_out)
-    for context in contexts:
+    for row in HostTimes(engine, args.repeats).rows(contexts, prompts) if args.host else ():
+        report.add(row)
+    for context in [] if args.host else contexts:
         times = PromptTimes(engine, context, args.repeats)
         for count, length in prompts:
             row = {"context": context, "prompts": count, "tokens": length, **times.passes(count, length)}

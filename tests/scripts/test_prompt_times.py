@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
 from bench import prompt_times
+from engine.kv.shared_prefixes import SharedPages, SharedPrefixes
 from engine.runtime import memory, model_runner, prompt_passes
 from engine.runtime.model_runner import GraphedDecoder
+from engine.text.known_texts import KnownTexts
 
 ARGS = ["--shape", "tiny", "--contexts", "0,256", "--repeats", "1"]
 
@@ -45,3 +48,24 @@ def test_a_captured_pass_is_told_and_a_wrong_one_refused(capsys, monkeypatch):
     monkeypatch.setattr(Runner, "run", lambda self, asked: run(self, replace(asked, token_ids=asked.token_ids.roll(1))))
     with pytest.raises(SystemExit, match=r"1 x 200 tokens: logits \d\.\d+ from the own pass's"):
         prompt_times.main([*ARGS, "--prompts", "200"])
+
+
+def test_what_the_host_does(capsys):
+    assert prompt_times.main(["--shape", "tiny", "--contexts", "100,1000", "--repeats", "1", "--prompts", "60,3x60", "--host"]) == 0
+    _, *lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["context"], row["prompts"]) for row in lines] == [(100, 1), (100, 3), (1000, 1), (1000, 3)]
+    assert all(min(row["check_ms"], row["launch_ms"], row["end_ms"]) > 0 for row in lines)
+    with pytest.raises(SystemExit, match="were known"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedPrefixes, "share", lambda *_: SharedPages())
+        prompt_times.main(["--shape", "tiny", "--contexts", "100", "--repeats", "1", "--prompts", "60", "--host"])
+
+
+def test_token_ids_of_a_chat(capsys, chat_folders, monkeypatch):
+    args = ["--tokenizer", str(chat_folders.target), "--contexts", "9000", "--repeats", "1"]
+    assert prompt_times.main(args) == 0
+    _, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["context"] > 9000 and min(row["first_ms"], row["again_ms"]) > 0
+    numbers = count()
+    monkeypatch.setattr(KnownTexts, "ids", lambda self, part, encode: [*encode(part)[:-1], next(numbers)])
+    with pytest.raises(SystemExit, match="other ids"):
+        prompt_times.main(args)
