@@ -54,18 +54,19 @@ class Turns:
         if self.mine:
             self._lock.acquire()
             return
-        look, woken = self._look(), True
+        look, gone = self._look(), None
         try:
             while True:
-                if look not in self._waiting:  # again: who asked within this wait took its turn
+                if look not in self._waiting:  # again: a handler that asked within this wait has taken its place
                     self._waiting.append(look)
                 first = self._first()
-                if (first is look or not woken) and self._lock.acquire(blocking=False):
+                if (first is look or first is gone) and self._lock.acquire(blocking=False):
                     break
-                woken = look.acquire(timeout=_LOOK_S)
+                gone = None if look.acquire(timeout=_LOOK_S) else first
             if first is not look:
                 self._leave(first)
             self._leave(look)
+            self._let_look(look)  # the wait that a handler has interrupted
         except BaseException:  # an interrupt
             if self.mine:
                 self._lock.release()
@@ -100,5 +101,9 @@ class Turns:
         """Have the first that waits try."""
         first = self._first()
         if first is not None:
-            with suppress(RuntimeError):  # it is awake
-                first.release()
+            self._let_look(first)
+
+    @staticmethod
+    def _let_look(look: threading.Lock) -> None:
+        with suppress(RuntimeError):  # it is awake
+            look.release()
