@@ -57,6 +57,7 @@ def test_an_answer_comes_before_the_parameters_and_is_kept_coded_behind_them(unf
 
 def test_fitting_stops_while_requests_run(unfitted, monkeypatch) -> None:
     stub = Stub()
+    monkeypatch.setattr(prefix_cache, "_ONCE_PATIENCE_S", 3600.0)
     monkeypatch.setattr(prefix_cache, "fitting_beside", lambda core: stub)
     engine = unfitted("none")
     stream = engine.stream(TEXT, GREEDY)
@@ -95,7 +96,7 @@ def test_a_closed_store_ends_the_fitting(unfitted, monkeypatch) -> None:
 
 def test_models_that_cannot_be_loaded_are_told_of(tmp_path) -> None:
     fitting = PackFitting(LoadedAs(str(tmp_path / "nowhere"), "none", "float32"))
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while fitting.running:
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -117,7 +118,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = os.environ | {"FORETOLD_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    process, until = Path("/proc") / killed.stdout.strip() / "stat", time.monotonic() + 30
+    process, until = Path("/proc") / killed.stdout.strip() / "stat", time.monotonic() + 300
 
     def alive() -> bool:
         try:
