@@ -302,6 +302,15 @@ class RunIndex:
                     "UPDATE runs SET uses = ?, used_at = ?, value = ? WHERE key = ?", [uses, now, value_of(uses, now, row[2], row[3]), key]
                 )
 
+    def bring_back(self, now: float) -> None:
+        """Count uses of a time that is still to come, by a clock that was wrong then or is now, as of now: their runs would stay before all others
+        until that time. Looks at the run of most value alone, which such a use makes, and costs nothing where there is none."""
+        first = self._db.execute("SELECT used_at FROM runs ORDER BY value DESC LIMIT 1").fetchone()
+        if first is not None and first[0] > now:
+            self._db.execute(
+                "UPDATE runs SET used_at = ?, value = value - (used_at - ?) / ? WHERE used_at > ?", [now, now, HALF_LIFE_S, now]
+            )
+
     def drop(self, keys: Iterable[bytes]) -> None:
         """Forget runs."""
         self._db.executemany("DELETE FROM runs WHERE key = ?", [(key,) for key in keys])

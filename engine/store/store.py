@@ -607,6 +607,8 @@ class RunStore:
     def _evict(self, index: RunIndex, limit_bytes: int, keep: set[bytes]) -> int:
         """Remove the runs of the least value until the rest takes at most so many bytes, or nothing more may leave; inside a transaction."""
         left = 0
+        if index.totals[1] > limit_bytes:
+            index.bring_back(time.time())
         while index.totals[1] > limit_bytes:
             worst = index.worst(keep)
             if worst is None:

@@ -239,6 +239,24 @@ def test_more_value_a_byte_stays_longer(tmp_path) -> None:
     assert store.lookup(ROOT, slow).end_page == 4 and store.lookup(ROOT, quick).end_page == 0
 
 
+@pytest.mark.parametrize("days", [1, 20_000])
+def test_runs_of_a_clock_that_was_wrong_leave_as_others_do(tmp_path, monkeypatch, days) -> None:
+    """By their uses of a day to come they would have stayed, and whatever is new would have gone first, until then."""
+    store = RunStore(tmp_path / "store", limit_bytes=8 * 4096)
+    wrong = [text(4, seed) for seed in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.store.store.time", SimpleNamespace(**vars(time) | {"time": lambda now=time.time: now() + 86_400 * days}))
+        for tokens in wrong:
+            keep(store, tokens)
+    right = [text(4, seed) for seed in range(10, 26)]
+    for tokens in right:
+        keep(store, tokens)
+    assert not any(store.lookup(ROOT, tokens).end_page for tokens in wrong)
+    assert all(store.lookup(ROOT, tokens).end_page == 4 for tokens in right[-8:])
+    assert store.totals == (8, 8 * 4096)
+    store.close()
+
+
 def test_a_text_larger_than_the_store_keeps_its_beginning(tmp_path) -> None:
     store = RunStore(tmp_path / "store", limit_bytes=3 * 4096)
     tokens = text(30)
