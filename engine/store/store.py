@@ -410,16 +410,20 @@ class RunStore:
     def _path(self, root: bytes, key: bytes, suffix: str) -> Path:
         return self.folder / _RUNS / root.hex() / (key.hex() + suffix)
 
+    def _name(self, root: bytes, key: bytes, suffix: str) -> str:
+        """The same as text: a Path takes as long as reading the file does, and each run of a long text is asked for."""
+        return f"{self._runs}/{root.hex()}/{key.hex()}{suffix}"
+
     def _has(self, root: bytes, key: bytes, suffix: str) -> bool:
         """Whether a file of that name is there; it is not looked into."""
         try:
-            return stat.S_ISREG(os.lstat(self._path(root, key, suffix)).st_mode)
+            return stat.S_ISREG(os.lstat(self._name(root, key, suffix)).st_mode)
         except OSError:
             return False
 
     def _read(self, root: bytes, key: bytes, suffix: str = CODED) -> Run | None:
         """The run of a name; None where there is none, or only a damaged one, which is removed."""
-        path = f"{self._runs}/{root.hex()}/{key.hex()}{suffix}"  # a Path would take as long as reading the file
+        path = self._name(root, key, suffix)
         try:
             descriptor = os.open(
                 path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
