@@ -284,13 +284,12 @@ class Engine:
                 f"{len(each)} sampling parameters were given for {len(given)} prompts", "give one for all, or one per prompt"
             )
         ids = [self.encode(prompt, continue_final_message=continue_final_message) for prompt in given]
-        for tokens in ids:
-            self.core.check_tokens(tokens)
+        rows = [self.core.check_tokens(tokens) for tokens in ids]
         requests: list[Request] = []
         with self.core.lock:  # for the whole batch, so that it is served as if nobody else were there
             try:
-                for tokens, own in zip(ids, each, strict=True):
-                    requests.append(self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True))
+                for tokens, own, row in zip(ids, each, rows, strict=True):
+                    requests.append(self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True, row=row))
                 return [self.core.finish(request) for request in requests]
             except BaseException:
                 for request in requests:
@@ -307,13 +306,12 @@ class Engine:
         if params is not None and not isinstance(params, SamplingParams):
             raise InvalidOption(f"sampling parameters are {shown(params)}", "give SamplingParams(...)")
         tokens = self.encode(prompt, continue_final_message=continue_final_message)
-        self.core.check_tokens(tokens)
+        row = self.core.check_tokens(tokens)
 
         def events() -> Iterator[StreamEvent]:
             with self.core.lock:
-                request = self.core.submit(
-                    self.core.open_sequence_state(), tokens, params or self.core.sampling_defaults.params(), owns_cache=True
-                )
+                own = params or self.core.sampling_defaults.params()
+                request = self.core.submit(self.core.open_sequence_state(), tokens, own, owns_cache=True, row=row)
             yield from self.core.events(request)
 
         return events()

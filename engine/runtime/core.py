@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from draft.policy import LENGTHS, CostModel, DraftingPolicy, measure_costs
@@ -448,8 +449,8 @@ class EngineCore:
 
     # --- requests -------------------------------------------------------------------------------------------------------
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raises EmptyPrompt, PromptTooLong, or InvalidOption for an id outside the vocabulary."""
+    def check_tokens(self, tokens: Sequence[int]) -> np.ndarray:
+        """The token ids as int32 [T]. Raises EmptyPrompt, PromptTooLong, or InvalidOption for an id outside the vocabulary."""
         if not tokens:
             raise EmptyPrompt("the prompt is empty", "give at least one word, or one token id")
         if len(tokens) >= self.context:
@@ -458,14 +459,26 @@ class EngineCore:
                 "shorten it: at least one token must be left to generate",
             )
         size = self.target.config.vocab_size
-        if min(tokens) < 0 or max(tokens) >= size:  # a tenth of the time that a look at each of them takes
-            wrong = next(t for t in tokens if not 0 <= t < size)
-            raise InvalidOption(f"token id {wrong} is outside the vocabulary of {size}", "use the target's own tokenizer")
+        with suppress(OverflowError):
+            row = np.fromiter(tokens, np.int64, len(tokens))
+            if row.min() >= 0 and row.max() < size:
+                return row.astype(np.int32)
+        wrong = next(t for t in tokens if not 0 <= t < size)
+        raise InvalidOption(f"token id {wrong} is outside the vocabulary of {size}", "use the target's own tokenizer")
 
-    def submit(self, conversation: SequenceState, tokens: Sequence[int], params: SamplingParams, *, owns_cache: bool) -> Request:
+    def submit(
+        self,
+        conversation: SequenceState,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        *,
+        owns_cache: bool,
+        row: np.ndarray | None = None,
+    ) -> Request:
         """Queue a request that appends `tokens` (checked) to a conversation and generates. The caller holds `lock`.
 
-        owns_cache: the conversation is closed with the request, and at once when it is refused.
+        owns_cache: the conversation is closed with the request, and at once when it is refused. row: the whole text as `check_tokens` returned it,
+        where the caller has it.
 
         Raises:
             InvalidOption: stop strings without a tokenizer, or biased tokens outside the vocabulary. PoolExhausted: it could not even run alone.
@@ -501,6 +514,7 @@ class EngineCore:
                 metrics=SpeculationMetrics(self.drafter_name),
                 owns_cache=owns_cache,
                 constraint=constraint,
+                row=row,
             )
             self.scheduler.submit(request)
             if late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -190,11 +190,13 @@ class Request:
     # tokens of its text up to which the next steps' pages are held, as of a state of the pools (`engine.runtime.reserve.holding_blocks`)
     held_until: int = 0
     held_as_of: int = -1
+    row: InitVar[np.ndarray | None] = None  # its tokens as int32 [T], which are not written to; None: they are made when they are asked for
     _history: TokenHistory | None = None
-    _id_row: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    _num_ids: int = 0  # of its tokens, in the row
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, row: np.ndarray | None) -> None:
+        self._id_row = np.empty(0, np.int32) if row is None else row
+        self._num_ids = len(self._id_row)  # of its tokens, in the row
+        assert row is None or len(row) == len(self.token_ids), "a row of ids is of the whole text"
         self.prompt_tokens = self.num_told = len(self.token_ids)
         self.reused_tokens = self.sequence.length
         self.penalised = self.params.penalised

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -230,13 +231,12 @@ class Server:
         assert tokenizer is not None
         return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    async def _encode(self, prompt: Any, param: str) -> list[int]:
-        """Token ids of a prompt, checked. Raises ApiError."""
+    async def _encode(self, prompt: Any, param: str) -> tuple[list[int], np.ndarray]:
+        """Token ids of a prompt, checked, as a list and as int32 [T]. Raises ApiError."""
 
-        def encode() -> list[int]:
+        def encode() -> tuple[list[int], np.ndarray]:
             tokens = self.engine.encode(prompt)
-            self.engine.core.check_tokens(tokens)
-            return tokens
+            return tokens, self.engine.core.check_tokens(tokens)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
@@ -261,7 +261,7 @@ class Server:
         prompt = read_messages(body, read_tools(body)) if chat else body.get("prompt")
         if not chat and not isinstance(prompt, str):
             raise ApiError(400, "give a prompt (a text) or messages (a list)", param="prompt")
-        tokens = await self._encode(prompt, "messages" if chat else "prompt")
+        tokens, _ = await self._encode(prompt, "messages" if chat else "prompt")
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.engine.context})
 
     async def _detokenize(self, request: Request, _namespace: str) -> Response:

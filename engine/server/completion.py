@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
@@ -21,7 +22,7 @@ class Call:
 
     Args:
         asked: what the caller wants.
-        prompts: token ids of each of its prompts. echoed: what the texts of each begin with.
+        prompts: token ids of each of its prompts, as a list and as `EngineCore.check_tokens` returned them. echoed: what the texts of each begin with.
         answer: makes the JSON.
         loop: runs the requests, once `start` has queued them.
         logprobs: form of log probabilities.
@@ -30,7 +31,7 @@ class Call:
     def __init__(
         self,
         asked: CompletionRequest,
-        prompts: list[list[int]],
+        prompts: list[tuple[list[int], np.ndarray]],
         echoed: list[str],
         *,
         answer: Answer,
@@ -44,10 +45,10 @@ class Call:
         self._tickets: list[Ticket] = []
         self._echoed: list[str] = []  # what each choice's text begins with
         self._results: dict[int, GenerationResult] = {}
-        for beginning, tokens in zip(echoed, prompts, strict=True):
+        for beginning, (tokens, row) in zip(echoed, prompts, strict=True):
             for choice in range(asked.n):
                 params = asked.sampling(len(tokens), loop.engine.context, choice)
-                self._tickets.append(Ticket(tokens, params, namespace, self._sink(len(self._tickets)), deadline))
+                self._tickets.append(Ticket(tokens, params, namespace, self._sink(len(self._tickets)), deadline, row=row))
                 self._echoed.append(beginning)
 
     def _sink(self, index: int) -> Callable[[Event], None]:

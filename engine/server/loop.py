@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 
 from engine.engine import Engine
@@ -46,8 +47,8 @@ def is_last(event: Event) -> bool:
 class Ticket:
     """One request between the server and the engine's thread.
 
-    token_ids: of the prompt. namespace: whose stored prefixes it may use. deadline: `time.monotonic()` after which it is ended. sink: gets each
-    event, on whatever thread `EngineLoop.deliver` chooses.
+    token_ids: of the prompt; row: the same, as `EngineCore.check_tokens` returned it. namespace: whose stored prefixes it may use. deadline:
+    `time.monotonic()` after which it is ended. sink: gets each event, on whatever thread `EngineLoop.deliver` chooses.
     """
 
     token_ids: list[int]
@@ -58,6 +59,7 @@ class Ticket:
     state: State = "queued"
     submitted_at: float = field(default_factory=time.perf_counter)
     request: Request | None = None
+    row: np.ndarray | None = None
 
 
 class EngineThread(threading.Thread):
@@ -252,7 +254,9 @@ class EngineLoop:
             return
         try:
             with self.core.lock:  # a store's worker codes between steps
-                request = self.core.submit(self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True)
+                request = self.core.submit(
+                    self.core.open_sequence_state(), ticket.token_ids, ticket.params, owns_cache=True, row=ticket.row
+                )
         except ForetoldError as error:
             self._end([(ticket, as_api_error(error))])
             return

@@ -74,11 +74,13 @@ class HostTimes:
         core, params = self.core, SamplingParams(max_new_tokens=1, ignore_eos=True, draft_length=0, temperature=1.0)
         self._launched.clear()
         began = time.process_time()
-        for prompt in prompts:
-            core.check_tokens(prompt)
+        rows = [core.check_tokens(prompt) for prompt in prompts]
         checked = time.process_time()
         with core.lock:
-            requests = [core.submit(core.open_sequence_state(), prompt, params, owns_cache=True) for prompt in prompts]
+            requests = [
+                core.submit(core.open_sequence_state(), prompt, params, owns_cache=True, row=row)
+                for prompt, row in zip(prompts, rows, strict=True)
+            ]
             results = [core.finish(request) for request in requests]
         ended = time.process_time()
         size = core.pool.page_size

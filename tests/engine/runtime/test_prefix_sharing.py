@@ -323,9 +323,10 @@ def test_pages_that_are_known_are_not_made_again(engine_of, draft, monkeypatch):
     check(engine)
 
 
-def test_the_row_of_ids_follows_the_text(engine_of):
-    core = engine_of().core
-    request = core.submit(core.open_sequence_state(), STEM, SamplingParams(max_new_tokens=40, ignore_eos=True), owns_cache=True)
+@pytest.mark.parametrize("given", [False, True])
+def test_the_row_of_ids_follows_the_text(engine_of, given):
+    core, params = engine_of().core, SamplingParams(max_new_tokens=40, ignore_eos=True)
+    request = core.submit(core.open_sequence_state(), STEM, params, owns_cache=True, row=core.check_tokens(STEM) if given else None)
     early = request.id_row
     while request.finish_reason is None:
         core.step()
