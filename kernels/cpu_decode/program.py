@@ -246,10 +246,11 @@ def _write_pack_codes(c: Code, wide: bool) -> None:
         c.loop(0, columns // GROUP) as group,
     ):
         numbers = [c.load(x + row * x_stride + group * (4 * GROUP) + 4 * LANES * part, VECTOR) for part in range(2)]
-        most = numbers[0].magnitude().at_least(numbers[1].magnitude())
+        # bits without a sign are in the numbers' order, and above infinity's are those of NaN, which no comparison of numbers would keep
+        most = numbers[0].magnitude().bits().at_least(numbers[1].magnitude().bits())
         for width in (8, 4, 2, 1):
             most = most.take(range(width)).at_least(most.take(range(width, 2 * width)))
-        scale = most.lane(0) * (1 / limit)
+        scale = most.lane(0).to("bitcast", F32) * (1 / limit)
         share = (1.0 / scale.at_least(1e-30)).spread()
         own, sums = out + row * _row_bytes(columns, wide), list[Number]()
         for part, own_numbers in enumerate(numbers):

@@ -157,16 +157,35 @@ def test_products_equal_those_of_plain_pytorch(kind, outputs, inputs, without_in
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *FILE_FORMATS.values()])
+def test_an_input_that_is_no_number_shows_in_its_row_alone(kind):
+    from kernels.cpu_decode import step
+
+    weight = weight_of_kind(kind, 32, 64)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
+    wanted = step.linear(x, weight)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in range(64):
+            broken = x.clone()
+            broken[1, place] = bad
+            found = step.linear(broken, weight)
+            assert not found[1].isfinite().any() and torch.equal(found[[0, 2]], wanted[[0, 2]]), f"{bad} at {place}"
+
+
+def weight_of_kind(kind, outputs, inputs):
+    """A weight in tiles, put into them or of a file's blocks."""
+    if kind in KINDS:
+        return TileWeight.of(weight_of(outputs, inputs), kind)
+    name = next(name for name, form in NAMES.items() if FILE_FORMATS[form] == kind)
+    return TileWeight.of_blocks(random_blocks(outputs, inputs, name))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FILE_FORMATS.values()])
 @pytest.mark.parametrize("rows", [1, 3, 14, 15, 28, 29])
 def test_nothing_beside_the_outputs_is_written(kind, rows):
     pytest.importorskip("llvmlite")
     from kernels.cpu_decode import step
 
-    if kind in KINDS:
-        weight = TileWeight.of(weight_of(32, 64), kind)
-    else:
-        name = next(name for name, form in NAMES.items() if FILE_FORMATS[form] == kind)
-        weight = TileWeight.of_blocks(random_blocks(32, 64, name))
+    weight = weight_of_kind(kind, 32, 64)
     x, room = np.ones((rows, 64), np.float32), step.whole_rows(rows)
     packed, out = np.full((room + 2, 64), 7, np.uint16), np.full((rows + 2, 32), np.nan, np.float32)
     step._FUNCTIONS["linear"](*step._place(weight), 32, 64, x.ctypes.data, rows, packed[1:].ctypes.data, out[1:].ctypes.data)
