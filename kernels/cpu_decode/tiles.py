@@ -15,15 +15,11 @@ from __future__ import annotations
 
 import torch
 
-from kernels.cpu_decode.blocks import BLOCK_BYTES, Q4_0, Q4_1, Q8_0, BlockWeight
-
 GROUP = 32  # inputs that share a scale
 OUTPUTS = 16  # of a tile
 TILES_8, TILES_4, FILE_8, FILE_4, FILE_4_1, FILE_8_1, FILE_8_2 = TILE_FORMATS = 4, 5, 6, 7, 8, 9, 10
 """Numbers of formats, beside those of `blocks`: 8 and 4 bits for drafts, and those of a file's weights."""
 OF_FILES = FILE_8, FILE_4, FILE_4_1, FILE_8_1, FILE_8_2
-FILE_FORMATS = {Q8_0: FILE_8, Q4_0: FILE_4, Q4_1: FILE_4_1}
-"""Formats of blocks -> of the tiles that hold the same weights."""
 BYTE_CODES = TILES_8, FILE_8, FILE_8_1, FILE_8_2  # whose codes take a byte each
 LEAST, HALVES = (FILE_4_1, FILE_8_1), (FILE_8_2,)  # what the second numbers of an output are
 HEAD_BYTES = {kind: (4 if kind in LEAST + HALVES else 2) * OUTPUTS for kind in TILE_FORMATS}  # of a group, before its codes
@@ -83,32 +79,18 @@ class TileWeight:
             tiles[start // OUTPUTS : (start + rows) // OUTPUTS] = torch.cat((heads, quads.flatten(2)), -1).flatten(1)
         return cls(tiles, kind, weight.dtype)
 
-    @classmethod
-    def of_blocks(cls, weight: BlockWeight) -> TileWeight:
-        """The same weights as those of blocks, whose shape `fits`."""
-        if not cls.fits(weight.shape):
-            raise ValueError(f"blocks of shape {list(weight.shape)} make no whole tiles of {OUTPUTS} outputs")
-        kind, (outputs, inputs), own = FILE_FORMATS[weight.kind], weight.shape, BLOCK_BYTES[weight.kind]
-        blocks, head = weight.blocks.view(outputs, inputs // GROUP, own), HEAD_BYTES[kind] // OUTPUTS
-        codes = blocks[..., head:]
-        # int8 as its distance from -128
-        return cls.assembled(
-            kind, blocks[..., :head].contiguous().view(torch.float16), codes ^ 128 if kind == FILE_8 else codes, weight.dtype
-        )
-
-    @classmethod
-    def assembled(cls, kind: int, heads: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> TileWeight:
-        """Of the numbers before the codes, float16 [out, groups, 1 or 2], and the bytes of the codes, uint8 [out, groups, 32 or 16], in
-        their order; out in whole tiles."""
-        places = len(codes) // OUTPUTS, OUTPUTS
-        own = heads.view(torch.int16).unflatten(0, places).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-        quads = (
-            codes.contiguous().view(torch.int32).unflatten(0, places).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-        )  # of four codes
-        return cls(torch.cat((own.flatten(2), quads.flatten(2)), -1).flatten(1), kind, dtype)
+    def fill(self, heads: torch.Tensor, codes: torch.Tensor) -> None:
+        """Put in the numbers before the codes, float16 [out, groups, 1 or 2], and the bytes of the codes, uint8 [out, groups, 32 or 16], in their
+        order."""
+        places, head = (-1, OUTPUTS), HEAD_BYTES[self.kind]
+        groups = self.tiles.unflatten(1, (-1, GROUP_BYTES[self.kind]))
+        own, quads = groups.view(torch.int16)[..., : head // 2], groups.view(torch.int32)[..., head // 4 :]  # quads: four codes each
+        own.unflatten(2, places).copy_(heads.view(torch.int16).unflatten(0, places).permute(0, 2, 3, 1))
+        quads.unflatten(2, places).copy_(codes.contiguous().view(torch.int32).unflatten(0, places).permute(0, 2, 3, 1))
 
     def of_outputs(self, outputs: slice) -> TileWeight:
-        """That of some outputs, whole tiles of them."""
+        """That of some outputs, whole tiles of them; a slice that ends beyond the last ends with it."""
+        assert outputs.start % OUTPUTS == 0, "tiles begin at every sixteenth output"
         return TileWeight(self.tiles[outputs.start // OUTPUTS : -(-outputs.stop // OUTPUTS)], self.kind, self.dtype)
 
     @property
@@ -118,7 +100,11 @@ class TileWeight:
 
     def to_dense(self) -> torch.Tensor:
         """The weight [out, in] they stand for, in `dtype`."""
-        return self.unpacked().to(self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype)
+        for start in range(0, len(out), _ROWS):
+            part = out[start : start + _ROWS]
+            part.copy_(self.rows(torch.arange(start, start + len(part))))
+        return out
 
     def unpacked(self) -> torch.Tensor:
         """The weight they stand for, float32 [out, in]."""

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 from kernels.cpu_decode import file_blocks, tiles
 from kernels.cpu_decode.blocks import NAMES, BlockWeight
-from kernels.cpu_decode.file_blocks import formats, laid_out, row_bytes
+from kernels.cpu_decode.file_blocks import formats, in_tiles, laid_out, row_bytes
 from kernels.cpu_decode.tiles import TileWeight
 
 SCALES = {"Q8_0": [0], "Q5_0": [0], "Q6_K": [208]}  # where a block has float16 numbers; of the others the first two
@@ -51,6 +51,19 @@ def test_every_format_keeps_its_weights(name, outputs, inputs):
     rounding = (wanted.bfloat16().float() - wanted).norm() / wanted.norm()
     assert error == 0 if name not in ROUNDED else 0 < error < rounding / 5
     assert weight.nbytes * 8 <= 9 * outputs * inputs
+
+
+@pytest.mark.parametrize("name", sorted(formats() | file_blocks._NAMES))
+def test_rows_are_put_into_tiles_some_at_a_time(name, monkeypatch):
+    """In little memory beside the tiles, whatever the weight's size; a scale that does not fit is seen in the last rows, too."""
+    raw, rows, coded = torch.from_numpy(raw_blocks(name, 80, 512)), [], file_blocks._coded
+    whole = in_tiles(raw, formats()[name], torch.bfloat16)
+    monkeypatch.setattr(file_blocks, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(file_blocks, "_coded", lambda blocks, kind: rows.append(len(blocks)) or coded(blocks, kind))
+    assert torch.equal(in_tiles(raw, formats()[name], torch.bfloat16).tiles, whole.tiles) and rows == [16] * 5
+    if name in ROUNDED:
+        raw[64:] = torch.from_numpy(raw_blocks(name, 16, 512, 1e4))
+        assert in_tiles(raw, formats()[name], torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", sorted(file_blocks._NAMES))

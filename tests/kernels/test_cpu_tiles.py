@@ -8,7 +8,8 @@ import torch
 
 from kernels.cpu_decode import blocks, tiles
 from kernels.cpu_decode.blocks import BLOCK_BYTES, NAMES, Q4_1, BlockWeight
-from kernels.cpu_decode.tiles import FILE_FORMATS, TILES_4, TILES_8, TileWeight
+from kernels.cpu_decode.file_blocks import FILE_FORMATS, in_tiles
+from kernels.cpu_decode.tiles import OF_FILES, TILES_4, TILES_8, TileWeight
 
 KINDS = [TILES_8, TILES_4]
 
@@ -83,14 +84,13 @@ def random_blocks(outputs, inputs, name, seed=0):
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 96), (528, 576)])
 def test_tiles_of_a_file_s_blocks_hold_the_same_weights(name, outputs, inputs):
     own = random_blocks(outputs, inputs, name)
-    weight = TileWeight.of_blocks(own)
+    weight = in_tiles(own.blocks, own.kind, own.dtype)
     assert weight.kind == FILE_FORMATS[own.kind] and weight.shape == own.shape and weight.nbytes == own.nbytes
     assert torch.equal(weight.unpacked(), blocks.unpack_blocks(own.blocks, own.kind))
     numbers = torch.tensor([3, outputs - 1, 0, 3])
     assert torch.equal(weight.rows(numbers), weight.unpacked()[numbers])
     assert torch.equal(weight.of_outputs(slice(outputs - 16, outputs + 16)).unpacked(), weight.unpacked()[-16:])
-    with pytest.raises(ValueError, match="no whole tiles"):
-        TileWeight.of_blocks(BlockWeight(own.blocks[:15], own.kind, own.dtype))
+    assert in_tiles(own.blocks[:15], own.kind, own.dtype) is None, "no whole tiles"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_products_with_a_file_s_blocks(name, outputs, inputs, without_instructio
     from kernels.cpu_decode import step
 
     own = random_blocks(outputs, inputs, name)
-    weight = TileWeight.of_blocks(own)
+    weight = in_tiles(own.blocks, own.kind, own.dtype)
     x = torch.randn(14, inputs, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 2, inputs)
     x[2] = 0.0
     whole, exact = step.linear(x, weight), (x.double() @ weight.unpacked().double().T).float()
@@ -156,7 +156,7 @@ def test_products_equal_those_of_plain_pytorch(kind, outputs, inputs, without_in
     assert torch.equal(step.linear(x, weight), wanted), "the same sums of whole numbers"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FILE_FORMATS.values()])
+@pytest.mark.parametrize("kind", [*KINDS, *OF_FILES])
 def test_an_input_that_is_no_number_shows_in_its_row_alone(kind):
     from kernels.cpu_decode import step
 
@@ -172,14 +172,17 @@ def test_an_input_that_is_no_number_shows_in_its_row_alone(kind):
 
 
 def weight_of_kind(kind, outputs, inputs):
-    """A weight in tiles, put into them or of a file's blocks."""
+    """A weight in tiles, of random codes where the format is a file's."""
     if kind in KINDS:
         return TileWeight.of(weight_of(outputs, inputs), kind)
-    name = next(name for name, form in NAMES.items() if FILE_FORMATS[form] == kind)
-    return TileWeight.of_blocks(random_blocks(outputs, inputs, name))
+    generator, numbers = torch.Generator().manual_seed(5), outputs // 16 * (inputs // 32)
+    groups = torch.randint(0, 256, (numbers, tiles.GROUP_BYTES[kind]), generator=generator, dtype=torch.uint8)
+    heads = torch.rand(numbers, tiles.HEAD_BYTES[kind] // 2, generator=generator) - 0.2
+    groups[:, : tiles.HEAD_BYTES[kind]] = heads.half().view(torch.uint8)
+    return TileWeight(groups.view(outputs // 16, -1), kind, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FILE_FORMATS.values()])
+@pytest.mark.parametrize("kind", [*KINDS, *OF_FILES])
 @pytest.mark.parametrize("rows", [1, 3, 14, 15, 28, 29])
 def test_nothing_beside_the_outputs_is_written(kind, rows):
     pytest.importorskip("llvmlite")
