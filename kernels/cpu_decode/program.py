@@ -320,19 +320,19 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
 def _unpack_group(c: Code, kind: int, address: Number, out: Number, stride: Number) -> None:
     """Weights of a group of a tile, bf16 [16, 32] in rows `stride` bytes apart."""
     heads = [c.load(address + at, lanes(F16)).to("fpext", VECTOR) for at in range(0, HEAD_BYTES[kind], 2 * OUTPUTS)]
-    least = heads[1] if kind in LEAST else c.of(VECTOR, 0.0)
-    for at in range(0, GROUP_BYTES[kind] - HEAD_BYTES[kind], 4 * LANES):
-        word = c.load(address + HEAD_BYTES[kind] + at, lanes(I32))
+    least, words = heads[1] if kind in LEAST else c.of(VECTOR, 0.0), (GROUP_BYTES[kind] - HEAD_BYTES[kind]) // (4 * LANES)
+    with c.loop(0, words) as q:  # unrolled, this would take a second to compile
+        word, scale = c.load(address + HEAD_BYTES[kind] + q * (4 * LANES), lanes(I32)), heads[0]
+        if kind in HALVES:
+            scale = c.load(address + q // (words // 2) * (2 * OUTPUTS), lanes(F16)).to("fpext", VECTOR)
         for shift in (0,) if kind in BYTE_CODES else (0, 4):
             codes = [(word >> 8 * byte + shift) & (255 if kind in BYTE_CODES else 15) for byte in range(4)]
-            scale = heads[1] if kind in HALVES and at >= LANES * GROUP // 2 else heads[0]
             numbers = [c.fma((own - ZERO[kind]).to("sitofp", VECTOR), scale, least) for own in codes]
             bits = [to_bf16(c, own).to("zext", lanes(I32)) for own in numbers]
             pairs = bits[0] + (bits[1] << 16), bits[2] + (bits[3] << 16)
-            first = at // LANES + (0 if not shift else GROUP // 2)
             for lane in range(LANES):
                 for number, pair in enumerate(pairs):
-                    c.store(pair.lane(lane), out + stride * lane + 2 * first + 4 * number)
+                    c.store(pair.lane(lane), out + stride * lane + q * 8 + (GROUP if shift else 0) + 4 * number)
 
 
 def _multiply_quads(c: Code, quads: bool, codes: Number, x: Number, total: Number) -> Number:
