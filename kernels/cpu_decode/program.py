@@ -312,9 +312,11 @@ def _write_tile_product(c: Code, kind: int, quads: bool) -> None:
             whole = rows // TILES_TOGETHER * TILES_TOGETHER
             with c.loop(0, whole, TILES_TOGETHER) as row:
                 sums(output, row, TILES_TOGETHER)
-            for count in range(1, TILES_TOGETHER):
-                with c.when((rows - whole).compare("==", count)):
-                    sums(output, whole, count)
+            # what is left as two and one: three at once would be a fourth body to compile for each format
+            with c.when((rows % TILES_TOGETHER).compare(">=", 2)):
+                sums(output, whole, 2)
+            with c.when((rows % 2).compare("==", 1)):
+                sums(output, rows - 1, 1)
 
 
 def _unpack_group(c: Code, kind: int, address: Number, out: Number, stride: Number) -> None:
