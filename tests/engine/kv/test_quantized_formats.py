@@ -254,7 +254,7 @@ def test_eval_script(quantised_folders, pack_home, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["bf16", "q2"]
     found = json.loads(out.read_text())
-    assert found["test_sequences"] == 2 and found["command"].startswith("scripts/eval_hot.py --target")
+    assert found["test_sequences"] == 2 and found["command"].startswith("python scripts/eval_hot.py --target")
     plain, kv_format = found["rows"]
     assert plain["kl"] < 1e-6 < kv_format["kl"] and kv_format["bits_per_element"] == 2.5
     for row in found["rows"]:
