@@ -136,9 +136,8 @@ def signals_seen() -> Iterator[None]:
     if alarm is None or not main or signal.getsignal(alarm) not in (signal.SIG_DFL, _look):  # somebody else's
         yield
         return
-    signal.signal(
-        alarm, _look
-    )  # for good: the last alarm may reach a thread later than its timer's end, and the system's own handler ends the process
+    # for good: the last alarm may reach a thread later than its timer's end, and the system's own handler ends the process
+    signal.signal(alarm, _look)
     signal.setitimer(signal.ITIMER_REAL, _LOOKS_S, _LOOKS_S)
     try:
         yield

@@ -47,9 +47,8 @@ _ONCE_PATIENCE_S = 60.0
 _POLL_S = 0.01
 _MAX_TOLD = 1 << 14
 _EXIT_S = 60.0  # for what is left to be coded when the process ends
-_EXIT_FITTING_S = (
-    300.0  # where codec parameters are being fitted still: broken off, they would never be there for a process that takes no longer
-)
+# where codec parameters are being fitted still: broken off, they would never be there for a process that takes no longer
+_EXIT_FITTING_S = 300.0
 
 
 @dataclass

@@ -408,7 +408,7 @@ class RunStore:
         return None, b"", 0
 
     def _path(self, root: bytes, key: bytes, suffix: str) -> Path:
-        return self.folder / _RUNS / root.hex() / (key.hex() + suffix)
+        return Path(self._name(root, key, suffix))
 
     def _name(self, root: bytes, key: bytes, suffix: str) -> str:
         """The same as text: a Path takes as long as reading the file does, and each run of a long text is asked for."""
